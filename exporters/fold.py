@@ -1,0 +1,92 @@
+"""Fold one adapter into a base graph: W += delta, or W <- M W and b <- M b."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter, Head
+from hhdeploy.algebra import fold_additive, fold_sequential
+from hhdeploy.errors import PlanError
+from hhdeploy.exporters.linears import GraphLinear, linears_at, linears_by_path
+from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.sites import LinearSpec
+
+
+def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
+    """A new graph of the backbone with one adapter in its weights; ``base`` is not changed.
+
+    1. Clone the graph (initializers are shared with the base: no weight is copied).
+    2. Each adapted Linear gets a new weight, and for the sequential form a new bias. Never
+       edited in place: the tracer shares equal initializers between layers.
+    3. The adapter's head, if it has one, replaces the classifier.
+
+    Requires that `hhdeploy.plan.check_adapter` has passed. Folded in float64, cast once.
+
+    Raises:
+        PlanError: a folded weight is not finite in float32.
+    """
+    model = base.model.clone()
+    by_path = linears_by_path(model.graph)
+    for spec in base.facts.linears:
+        if any(site.name in adapter.sites for site in spec.sites):
+            for linear in linears_at(by_path, spec.path):
+                _fold_linear(model.graph, linear, spec, adapter)
+    if adapter.head is not None:
+        for linear in linears_at(by_path, base.facts.classifier):
+            _replace_head(model.graph, linear, adapter.head)
+    _drop_unused_initializers(model.graph)
+    return model
+
+
+def _fold_linear(
+    graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter: Adapter
+) -> None:
+    weight = linear.weight
+    folded = np.empty_like(weight)
+    start = 0
+    for site in spec.sites:
+        part = slice(start, start + site.out)
+        if site.name not in adapter.sites:
+            folded[part] = weight[part]
+        elif adapter.form == "additive":
+            fold_additive(weight[part], adapter.delta(site.name), folded[part])
+        else:
+            folded[part], bias = fold_sequential(
+                weight[part], linear.bias, adapter.delta(site.name)
+            )
+            if bias is not None:
+                _check_finite(bias, f"{site.name} (bias)")
+                linear.replace_bias(graph, f"{spec.path}.bias_folded", bias)
+        _check_finite(folded[part], site.name)
+        start += site.out
+    linear.replace_weight(graph, f"{spec.path}.weight_folded", folded)
+
+
+def _check_finite(values: NDArray[np.float32], where: str) -> None:
+    if not np.isfinite(values).all():
+        raise PlanError(
+            f"{where}: the folded weight leaves the range of float32 (largest finite 3.4e38). "
+            "The adapter's values are too large: its training probably diverged."
+        )
+
+
+def _replace_head(graph: ir.Graph, linear: GraphLinear, head: Head) -> None:
+    linear.replace_weight(graph, f"{head.path}.weight_folded", head.weight)
+    if linear.bias_node is not None:
+        linear.replace_bias(graph, f"{head.path}.bias_folded", head.bias)
+    elif head.bias.any():
+        raise PlanError(
+            f"{head.path}.bias: the backbone's classifier has no bias, the adapter's has one."
+        )
+    classes = head.weight.shape[0]
+    for value in {linear.node.outputs[0], linear.output, *graph.outputs}:
+        if value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:-1], classes])
+
+
+def _drop_unused_initializers(graph: ir.Graph) -> None:
+    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]

@@ -1,0 +1,224 @@
+"""The base graph: a backbone traced once, its Linears tagged, cached on disk.
+
+The tracer transposes and renames weights, so every Linear's node is tagged with its module path
+(metadata ``hhdeploy.linear``) while the names are still timm's; fold and side branches find
+their place by the tag. Attention is traced in its plain form, the batch dimension is symbolic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from hhdeploy.backbone import Backbone, plain_attention
+from hhdeploy.errors import BackboneError, WriteError
+from hhdeploy.files import atomic_directory
+from hhdeploy.plan import BackboneFacts
+from hhdeploy.sites import LinearSpec
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 20
+LINEAR_TAG = "hhdeploy.linear"
+# Counts changes of this module that make older cached graphs unusable.
+_TRACE_VERSION = 1
+# Shape constants stay in the graph file, where shape inference sees them; weights do not.
+EXTERNAL_THRESHOLD = 256
+
+
+@dataclass(frozen=True)
+class BaseGraph:
+    """A traced backbone.
+
+    Attributes:
+        model: the ONNX graph, ``images`` [batch, 3, H, W] to ``logits``; never changed: passes
+            work on a clone.
+        facts: the backbone's facts, ``linears`` in the graph's execution order.
+    """
+
+    model: ir.Model
+    facts: BackboneFacts
+
+
+def default_cache() -> Path:
+    """``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``."""
+    root = os.environ.get("HHDEPLOY_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "hhdeploy"
+
+
+def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
+    """The base graph of a backbone, from the cache or traced now.
+
+    Args:
+        backbone: the loaded timm model.
+        cache: directory of cached graphs; None traces and stores nothing.
+
+    Raises:
+        BackboneError: when torch cannot trace the architecture with a dynamic batch.
+    """
+    if cache is None:
+        return _with_execution_order(trace(backbone), backbone.facts)
+    entry = cache / "base" / _cache_key(backbone)
+    path = entry / "model.onnx"
+    if not path.is_file():
+        traced = trace(backbone)
+        try:
+            with atomic_directory(entry, overwrite=True) as scratch:
+                ir.save(
+                    traced,
+                    scratch / "model.onnx",
+                    external_data="model.onnx.data",
+                    size_threshold_bytes=EXTERNAL_THRESHOLD,
+                )
+        except WriteError as error:
+            raise WriteError(
+                f"{error} (This is the cache of traced backbones: set HHDEPLOY_CACHE to another "
+                "directory, or pass --no-cache.)"
+            ) from error
+    return _with_execution_order(ir.load(path), backbone.facts)
+
+
+def trace(backbone: Backbone) -> ir.Model:
+    """torch.onnx.export, tag, optimise: the uncached work."""
+    import torch
+    from onnxscript import optimizer
+
+    height, width = backbone.facts.preprocess.input_size[1:]
+    # Two images: a batch of one would be specialised away by torch.export.
+    example = torch.zeros(2, 3, height, width)
+    try:
+        with plain_attention(backbone.model), _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                backbone.model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["images"],
+                output_names=["logits"],
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise BackboneError(
+            f"torch could not trace {backbone.facts.model} with a dynamic batch: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from error
+    assert program is not None
+    model = program.model
+    _tag_linears(model)
+    optimizer.optimize_ir(model)
+    _name_weights(model)
+    for value in (*model.graph, *model.graph.inputs, *model.graph.outputs):
+        for key in [k for k in value.metadata_props if k.startswith("pkg.")]:
+            del value.metadata_props[key]
+    model.metadata_props.clear()
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns about its own internals; errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _tag_linears(model: ir.Model) -> None:
+    """Tag each MatMul or Gemm whose right operand is the (transposed) weight of a module."""
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        weight = node.inputs[1]
+        producer = weight.producer() if weight is not None else None
+        if producer is not None and producer.op_type == "Transpose":
+            weight = producer.inputs[0]
+        if weight is not None and weight.is_initializer() and weight.name:
+            path, _, name = weight.name.rpartition(".")
+            if name == "weight":
+                node.metadata_props[LINEAR_TAG] = path
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Give tagged nodes and their weights names that tell what they are."""
+    seen: set[str] = set()
+    for node in model.graph:
+        path = node.metadata_props.get(LINEAR_TAG)
+        if path is None:
+            continue
+        if path not in seen:
+            node.name = f"{path}/{node.op_type}"
+            seen.add(path)
+        weight = node.inputs[1]
+        assert weight is not None
+        if weight.name and weight.name.startswith("val_"):
+            wanted = f"{path}.weight_t"
+            if wanted not in model.graph.initializers:
+                model.graph.initializers.pop(weight.name)
+                weight.name = wanted
+                model.graph.initializers[wanted] = weight
+
+
+def _with_execution_order(model: ir.Model, facts: BackboneFacts) -> BaseGraph:
+    """Put the facts' Linears in the order of the graph's nodes, and check that all are there."""
+    by_path = {linear.path: linear for linear in facts.linears}
+    ordered: dict[str, LinearSpec] = {}
+    tagged = set()
+    for node in model.graph:
+        path = node.metadata_props.get(LINEAR_TAG)
+        if path is not None:
+            tagged.add(path)
+            if path in by_path:
+                ordered.setdefault(path, by_path[path])
+    # A Linear that the forward pass never uses (the keys of an unused branch) cannot be adapted.
+    if facts.classifier not in tagged:
+        raise BackboneError(
+            f"{facts.model}: the classifier {facts.classifier} was not found in the traced graph."
+        )
+    return BaseGraph(model, replace(facts, linears=tuple(ordered.values())))
+
+
+def _cache_key(backbone: Backbone) -> str:
+    """Digest of everything that the traced graph depends on."""
+    import onnxscript
+    import timm
+    import torch
+
+    facts = backbone.facts
+    digest = hashlib.sha256()
+    described = [
+        _TRACE_VERSION,
+        facts.model,
+        dict(facts.args),
+        facts.preprocess.input_size,
+        OPSET,
+        torch.__version__,
+        timm.__version__,
+        onnxscript.__version__,
+        ir.__version__,
+    ]
+    digest.update(json.dumps(described).encode())
+    state: dict[str, torch.Tensor] = backbone.model.state_dict()
+    for name in sorted(state):
+        tensor = state[name].detach().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

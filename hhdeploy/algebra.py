@@ -1,0 +1,201 @@
+"""The Householder algebra of HTA (arXiv 2410.22952), in NumPy and float64.
+
+Layout is torch's: a weight W is (out, in) and a Linear computes y = W x + b. With
+H_x = I - tau_x x xᵀ and D the rectangular diagonal of d, one site adds or multiplies by
+
+    H_u D H_v + lora_B lora_A        (the paper's Eq. 5 to 7, transposed: it writes row vectors)
+
+Everything downstream knows only the canonical form of that matrix, a diagonal plus a thin
+product, `SiteDelta`. Only this module and the adapter reader know u, v, d and tau.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Reflection = Literal["unnormalized", "orthogonal"]
+REFLECTIONS: tuple[Reflection, ...] = ("unnormalized", "orthogonal")
+
+# Rows of a weight that are folded at once: 64 x 768 float64 stay in a core's L2 cache.
+_BLOCK_BYTES = 1 << 19
+
+
+@dataclass(frozen=True)
+class SiteDelta:
+    """D + left @ right, with D the rectangular diagonal of ``diag``; float64.
+
+    Attributes:
+        diag: (min(out, in),)
+        left: (out, k)
+        right: (k, in)
+    """
+
+    diag: Array
+    left: Array
+    right: Array
+
+    def __post_init__(self) -> None:
+        out, k = self.left.shape
+        k_right, into = self.right.shape
+        if k != k_right or self.diag.shape != (min(out, into),):
+            raise ValueError(
+                f"inconsistent delta: diag {self.diag.shape}, left {self.left.shape}, "
+                f"right {self.right.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """k, the inner size of the thin product."""
+        return int(self.left.shape[1])
+
+    @property
+    def transposed(self) -> SiteDelta:
+        """The delta of the transposed weight."""
+        return SiteDelta(self.diag, self.right.T, self.left.T)
+
+    def minus_identity(self) -> SiteDelta:
+        """M - I for a square M: what a sequential site adds to the Linear's output."""
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(f"a sequential delta must be square, found {self.shape}")
+        return SiteDelta(self.diag - 1.0, self.left, self.right)
+
+    def dense(self) -> Array:
+        """The (out, in) matrix itself: for inspection and tests, never for folding."""
+        matrix = self.left @ self.right
+        _add_diagonal(matrix, self.diag)
+        return matrix
+
+
+def tau(x: Array, reflection: Reflection) -> float:
+    """Coefficient of H = I - tau x xᵀ.
+
+    ``unnormalized``: 1, as the paper's Eq. 3 prints it. ``orthogonal``: 2 / ‖x‖², a true
+    reflection; 0 for x = 0 (LAPACK's convention), which makes H the identity.
+    """
+    if reflection == "unnormalized":
+        return 1.0
+    if reflection != "orthogonal":
+        raise ValueError(f"reflection must be one of {REFLECTIONS}, found {reflection!r}")
+    # Scaled by the largest entry: the squared norm of a tiny vector would underflow.
+    largest = float(np.max(np.abs(x), initial=0.0))
+    if largest == 0.0:
+        return 0.0
+    scaled = x / largest
+    return 2.0 / float(scaled @ scaled) / largest / largest
+
+
+def householder_delta(
+    u: Array, v: Array, d: Array, lora_a: Array, lora_b: Array, reflection: Reflection
+) -> SiteDelta:
+    """H_u D H_v + lora_B lora_A in canonical form, exactly.
+
+    Args:
+        u: (out,) vector of the output-side reflection (the paper's v_right).
+        v: (in,) vector of the input-side reflection (the paper's v_left).
+        d: (min(out, in),) diagonal.
+        lora_a: (r, in); r may be 0.
+        lora_b: (out, r).
+        reflection: how tau follows from a vector, see `tau`.
+
+    Returns:
+        A `SiteDelta` of rank 2 + r: with s = uᵀ D v,
+        left = [u, D v, lora_B] and
+        right = [-tau_u (Dᵀu)ᵀ + tau_u tau_v s vᵀ ; -tau_v vᵀ ; lora_A].
+    """
+    out, into, n = u.size, v.size, d.size
+    tau_u, tau_v = tau(u, reflection), tau(v, reflection)
+    d_v, dt_u = np.zeros(out), np.zeros(into)
+    d_v[:n] = d * v[:n]
+    dt_u[:n] = d * u[:n]
+    s = float(u @ d_v)
+    left = np.concatenate([u[:, None], d_v[:, None], lora_b], axis=1)
+    right = np.concatenate(
+        [(-tau_u * dt_u + tau_u * tau_v * s * v)[None, :], (-tau_v * v)[None, :], lora_a], axis=0
+    )
+    return SiteDelta(np.asarray(d, np.float64), left, right)
+
+
+def low_rank_delta(lora_a: Array, lora_b: Array) -> SiteDelta:
+    """lora_B lora_A alone: the delta of LoRA, and of a site without u, v and d."""
+    return SiteDelta(np.zeros(min(lora_b.shape[0], lora_a.shape[1])), lora_b, lora_a)
+
+
+def fold_additive(
+    weight: NDArray[np.float32], delta: SiteDelta, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """W + delta, computed in float64 and cast once to float32 (paper Eq. 6).
+
+    Cost O(out·in·k): one thin product, never a dense H.
+
+    Args:
+        weight: (out, in), of any strides: a transposed view (the layout of an ONNX MatMul) or a
+            slice of a fused qkv is folded along its memory order.
+        delta: what to add.
+        out: where to put the result, same shape; None allocates.
+    """
+    if weight.shape != delta.shape:
+        raise ValueError(f"weight {weight.shape} and delta {delta.shape} differ in shape")
+    if out is None:
+        out = np.empty_like(weight)
+    if weight.strides[0] < weight.strides[1]:
+        fold_additive(weight.T, delta.transposed, out.T)
+        return out
+    left, right, diag = delta.left, np.ascontiguousarray(delta.right), delta.diag
+    rows = max(1, _BLOCK_BYTES // (8 * max(1, weight.shape[1])))
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        product = left[block] @ right
+        _add_diagonal(product[:, start:], diag[block])
+        np.add(product, weight[block], out=out[block], casting="same_kind")
+    return out
+
+
+def fold_sequential(
+    weight: NDArray[np.float32], bias: NDArray[np.float32] | None, transform: SiteDelta
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """W, b -> M W, M b, computed in float64 and cast once (paper Eq. 7).
+
+    ``transform`` is M itself, not M - I. The adapter acts on the Linear's output, so the bias
+    goes through it as well; a Linear without a bias stays without one (M 0 = 0).
+    """
+    wide = weight.astype(np.float64)
+    folded = transform.diag[:, None] * wide + transform.left @ (transform.right @ wide)
+    # The result keeps the memory order of ``weight``, which may be a transposed view.
+    order: Literal["C", "F"] = "C" if weight.flags.c_contiguous else "F"
+    new_weight = folded.astype(np.float32, order=order)
+    if bias is None:
+        return new_weight, None
+    b = bias.astype(np.float64)
+    return new_weight, (transform.diag * b + transform.left @ (transform.right @ b)).astype(
+        np.float32
+    )
+
+
+def effective_rank(delta: SiteDelta) -> float:
+    """exp of the entropy of the normalised singular values of D + left @ right.
+
+    Between 1 (one direction) and min(out, in) (all directions alike); 0 for a zero delta.
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    singular = np.linalg.svd(delta.dense(), compute_uv=False)
+    total = float(singular.sum())
+    if total == 0.0:
+        return 0.0
+    share = singular[singular > 0.0] / total
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def _add_diagonal(matrix: Array, diag: Array) -> None:
+    """Add ``diag`` to the main diagonal of ``matrix`` in place, cut to what fits."""
+    n = min(*matrix.shape, diag.size)
+    matrix[np.arange(n), np.arange(n)] += diag[:n]

@@ -1,0 +1,60 @@
+"""The ``hhdeploy`` command. Subcommands are imported when they are used, so -h is instant."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from hhdeploy.errors import HhdeployError
+
+# Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
+_COMMANDS = {
+    "demo": ("demo", "Run everything once on the starter models."),
+    "export": ("export", "Adapters in, a verified ONNX bundle out."),
+    "verify": ("verify", "Compare a bundle with its training-time reference."),
+    "predict": ("predict", "Classify images with one or several adapters of a bundle."),
+    "adapter": ("adapter", "Inspect, import, list, add and remove adapters."),
+    "train": ("train", "Fine-tune an adapter on an image folder."),
+    "bench": ("bench", "Measure the latency of a bundle on this machine."),
+    "doctor": ("doctor", "Tell what this machine can do, and what is missing."),
+}
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports them on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"hhdeploy.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the subcommand; an expected error is one clear message and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except HhdeployError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=LazyGroup, context_settings=CONTEXT)
+@click.version_option(package_name="hhdeploy")
+def main() -> None:
+    """Deploy Householder (HTA) and LoRA adapters of Vision Transformers.
+
+    Fold one adapter into the weights, or keep many beside one backbone and choose per image;
+    every step is verified against the PyTorch training-time model.
+
+    Start with:  hhdeploy demo
+    """

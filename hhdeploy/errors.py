@@ -1,0 +1,77 @@
+"""Every error that hhdeploy raises on purpose.
+
+    HhdeployError
+    ├── AdapterError        an adapter directory that cannot be used as it is
+    ├── BackboneError       the timm model or its checkpoint
+    ├── PlanError           adapters, backbone and options that do not go together
+    │   └── CapacityError   an adapter that does not fit the room a bundle reserves
+    ├── BundleError         a bundle that is missing, damaged or of another version
+    ├── SessionError        a call on an open session: names, shapes, slots
+    ├── DataError           image folders and image files
+    ├── ParityError         outputs that differ from the training-time model
+    ├── WriteError          the file system refused (disk full, no permission, exists)
+    └── MissingDependencyError   an optional package is needed for what was asked
+
+A message says what was expected, what was found, where, and what to do. The command line
+prints it and exits with 1; everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class HhdeployError(Exception):
+    """Base of all errors that are the input's or the environment's, not the program's."""
+
+
+class AdapterError(HhdeployError):
+    """An adapter directory that cannot be used as it is."""
+
+
+class BackboneError(HhdeployError):
+    """A timm model or checkpoint that cannot be loaded or is not the one expected."""
+
+
+class PlanError(HhdeployError):
+    """Adapters, backbone and options that do not go together."""
+
+
+class CapacityError(PlanError):
+    """An adapter that does not fit the room (rank, classes, sites, slots) that is reserved."""
+
+
+class BundleError(HhdeployError):
+    """A bundle that is missing, damaged or written by a newer version."""
+
+
+class SessionError(HhdeployError):
+    """A call on a session that cannot be answered: unknown adapter, wrong shape, no free row."""
+
+
+class DataError(HhdeployError):
+    """Images that cannot be read, or an image folder that does not have the expected layout."""
+
+
+class ParityError(HhdeployError):
+    """Outputs that differ from the training-time model by more than the parity table allows."""
+
+
+class WriteError(HhdeployError):
+    """The file system refused to write; what was there before is untouched."""
+
+
+class MissingDependencyError(HhdeployError):
+    """An optional package is not installed."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import ``module`` or raise `MissingDependencyError` with the pip line that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{purpose} needs the Python package '{module}', which does not import here "
+            f"({error}). Install it with: pip install 'hhdeploy[{extra}]'"
+        ) from error

@@ -1,0 +1,229 @@
+"""The row of the bank: one adapter as one flat float32 vector.
+
+Layout, C order, per adapted Linear in execution order (additive before sequential):
+``diag`` [n, min(out, in)], ``right`` [n, k, in], ``left_t`` [n, k, out] with n = 3 for q, k, v
+of a fused qkv, else 1; then ``head.weight`` [classes, dim], ``head.bias`` [classes] and
+``head.own`` [1]. A sequential part holds M - I, so a row of zeros is the bare backbone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter
+from hhdeploy.errors import CapacityError
+from hhdeploy.sites import Form
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The side branch of one form at one Linear.
+
+    Attributes:
+        linear: module path of the Linear.
+        form: ``additive`` or ``sequential``.
+        sites: names of its n sites (q, k, v of a fused qkv, else the path itself).
+        out: output features of one site.
+        in_: input features of one site (equal to ``out`` for the sequential form).
+        rank: k, the room for the thin product.
+    """
+
+    linear: str
+    form: Form
+    sites: tuple[str, ...]
+    out: int
+    in_: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """``<linear>/<form>``, the prefix of its parts and of its nodes in the graph."""
+        return f"{self.linear}/{self.form}"
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the three parts, in row order."""
+        n = len(self.sites)
+        return {
+            f"{self.name}/diag": (n, min(self.out, self.in_)),
+            f"{self.name}/right": (n, self.rank, self.in_),
+            f"{self.name}/left_t": (n, self.rank, self.out),
+        }
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where everything stands in a row.
+
+    Attributes:
+        branches: in execution order, additive before sequential.
+        classes: room for classes of the adapters' own heads; 0: no head parts.
+        dim: features that the classifier sees.
+        backbone_head: True if the backbone's own classifier is in the graph.
+    """
+
+    branches: tuple[Branch, ...]
+    classes: int
+    dim: int
+    backbone_head: bool
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every part, in row order."""
+        parts: dict[str, tuple[int, ...]] = {}
+        for branch in self.branches:
+            parts |= branch.parts
+        if self.classes:
+            parts |= {
+                "head.weight": (self.classes, self.dim),
+                "head.bias": (self.classes,),
+                "head.own": (1,),
+            }
+        return parts
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Name -> first index of every part."""
+        offsets, position = {}, 0
+        for name, shape in self.parts.items():
+            offsets[name] = position
+            position += math.prod(shape)
+        return offsets
+
+    @property
+    def size(self) -> int:
+        """Floats in a row."""
+        return sum(math.prod(shape) for shape in self.parts.values())
+
+    def views(self, row: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Writable views of all parts of a row."""
+        return {
+            name: row[offset : offset + math.prod(self.parts[name])].reshape(self.parts[name])
+            for name, offset in self.offsets.items()
+        }
+
+    def pack(self, name: str, adapter: Adapter) -> NDArray[np.float32]:
+        """One adapter as a row: canonical deltas in float64, cast once to float32.
+
+        Raises:
+            CapacityError: naming the flag of ``hhdeploy export`` that would have made room.
+        """
+        row = np.zeros(self.size, np.float32)
+        parts = self.views(row)
+        where = {(site, b.form): (b, i) for b in self.branches for i, site in enumerate(b.sites)}
+        for site in adapter.sites:
+            found = where.get((site, adapter.form))
+            if found is None:
+                raise CapacityError(
+                    f"adapter {name!r} changes {site} ({adapter.form}), which this bundle has no "
+                    f"branch for. Export again with this adapter, or reserve it with --sites."
+                )
+            _pack_site(name, adapter, site, found, parts)
+        self._pack_head(name, adapter, parts)
+        bad = row.size - int(np.count_nonzero(np.isfinite(row) | (row == -np.inf)))
+        if bad:
+            raise CapacityError(
+                f"adapter {name!r}: {bad} values of its row leave the range of float32 "
+                "(products of very large u, v and d). Train it again with smaller steps."
+            )
+        return row
+
+    def _pack_head(
+        self, name: str, adapter: Adapter, parts: Mapping[str, NDArray[np.float32]]
+    ) -> None:
+        head = adapter.head
+        if head is None:
+            if not self.backbone_head:
+                raise CapacityError(
+                    f"adapter {name!r} has no classifier and the bundle did not keep the "
+                    "backbone's. Export with --keep-backbone-head."
+                )
+            return
+        classes, dim = head.weight.shape
+        if dim != self.dim:
+            raise CapacityError(
+                f"adapter {name!r}: its classifier takes {dim} features, the backbone "
+                f"gives {self.dim}."
+            )
+        if classes > self.classes:
+            raise CapacityError(
+                f"adapter {name!r} has {classes} classes, the bundle has room for {self.classes}. "
+                f"Export with --max-classes {classes}."
+            )
+        parts["head.weight"][:classes] = head.weight
+        parts["head.bias"][:] = -np.inf
+        parts["head.bias"][:classes] = head.bias
+        parts["head.own"][:] = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's ``row`` entry."""
+        return {
+            "size": self.size,
+            "classes": self.classes,
+            "dim": self.dim,
+            "backbone_head": self.backbone_head,
+            "branches": [
+                {
+                    "linear": b.linear,
+                    "form": b.form,
+                    "sites": list(b.sites),
+                    "out": b.out,
+                    "in": b.in_,
+                    "rank": b.rank,
+                }
+                for b in self.branches
+            ],
+            "parts": [
+                {"part": name, "offset": self.offsets[name], "shape": list(shape)}
+                for name, shape in self.parts.items()
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RowLayout:
+        """Read what `to_json` wrote; the part table is derived again, not trusted."""
+        branches: Sequence[Mapping[str, Any]] = content["branches"]
+        return cls(
+            tuple(
+                Branch(b["linear"], b["form"], tuple(b["sites"]), b["out"], b["in"], b["rank"])
+                for b in branches
+            ),
+            content["classes"],
+            content["dim"],
+            content["backbone_head"],
+        )
+
+
+def _pack_site(
+    name: str,
+    adapter: Adapter,
+    site: str,
+    place: tuple[Branch, int],
+    parts: Mapping[str, NDArray[np.float32]],
+) -> None:
+    branch, index = place
+    delta = adapter.delta(site)
+    if delta.shape != (branch.out, branch.in_):
+        raise CapacityError(
+            f"adapter {name!r}: {site} is {delta.shape[0]} x {delta.shape[1]}, the backbone's is "
+            f"{branch.out} x {branch.in_}. The adapter belongs to another model."
+        )
+    if adapter.form == "sequential":
+        delta = delta.minus_identity()
+    k = delta.rank
+    if k > branch.rank:
+        raise CapacityError(
+            f"adapter {name!r}: {site} needs rank {k} (2 for the reflections + its low-rank "
+            f"term), the bundle has room for {branch.rank}. Export with --max-rank {k}."
+        )
+    with np.errstate(over="ignore"):  # an overflow is reported by `pack`, with the adapter's name
+        parts[f"{branch.name}/diag"][index] = delta.diag
+        parts[f"{branch.name}/right"][index, :k] = delta.right
+        parts[f"{branch.name}/left_t"][index, :k] = delta.left.T

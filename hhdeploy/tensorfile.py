@@ -1,0 +1,83 @@
+"""safetensors files read and written with NumPy alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hhdeploy.files import atomic_file
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def read_tensors(
+    path: Path, error: type[Exception]
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata.
+
+    float16 and bfloat16 are widened to float32, float64 and integers come as they are.
+
+    Raises:
+        error: when the file is missing, truncated or not a safetensors file, or holds a
+            tensor of a type that is none of these.
+    """
+    if not path.is_file():
+        raise error(f"{path} does not exist. A safetensors file was expected there.")
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            metadata = dict(stream.metadata() or {})
+            names = list(stream.keys())
+            types = {name: stream.get_slice(name).get_dtype() for name in names}
+            tensors = {n: stream.get_tensor(n) for n in names if types[n] != "BF16"}
+    except (SafetensorError, OSError, ValueError, TypeError) as reason:
+        raise error(
+            f"{path} cannot be read as safetensors: {reason}. The file may be truncated or of "
+            "another format; copy or save it again."
+        ) from reason
+    if any(kind == "BF16" for kind in types.values()):
+        tensors.update(_read_bfloat16(path, [n for n in names if types[n] == "BF16"]))
+    for name, kind in types.items():
+        if kind not in _FLOATS and not kind.startswith(("I", "U")):
+            raise error(
+                f"{path}: tensor {name} has type {kind}; expected float32, float16 or bfloat16."
+            )
+    return {n: t.astype(np.float32) if t.dtype == np.float16 else t for n, t in tensors.items()}, (
+        metadata
+    )
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically."""
+    payload = save(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+        dict(metadata) if metadata else None,
+    )
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(payload)
+
+
+def _read_bfloat16(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
+    """Widen bfloat16 tensors from their raw bytes: NumPy has no such type.
+
+    A bfloat16 is the upper half of a float32, so the widening is exact. The file's header is
+    known to be sound here: `safe_open` has read it.
+    """
+    with path.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_size))
+        tensors = {}
+        for name in names:
+            start, end = header[name]["data_offsets"]
+            stream.seek(8 + header_size + start)
+            upper = np.frombuffer(stream.read(end - start), "<u2").astype(np.uint32)
+            tensors[name] = (upper << 16).view(np.float32).reshape(header[name]["shape"])
+    return tensors

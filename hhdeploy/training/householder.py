@@ -1,0 +1,126 @@
+"""The training-time model: dense Householder matrices as parametrizations of timm's weights.
+
+Written as the paper's equations read, with dense H_u, D and H_v and torch's autograd, and
+independent of `hhdeploy.algebra`: parity compares two implementations that share no code.
+Parametrizing the weight, not the module, also reaches models that call ``F.linear`` on
+``qkv.weight`` directly (BEiT, EVA-02, Swin-v2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hhdeploy.algebra import Reflection
+from hhdeploy.sites import Form
+
+_INIT_STD = 0.02
+
+
+def reflection_matrix(x: Tensor, reflection: Reflection) -> Tensor:
+    """Dense H: I - x xᵀ (``unnormalized``, Eq. 3) or I - 2 x xᵀ / ‖x‖² (``orthogonal``)."""
+    identity = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+    outer = torch.outer(x, x)
+    if reflection == "unnormalized":
+        return identity - outer
+    squared_norm = torch.dot(x, x)
+    if squared_norm == 0:
+        return identity
+    return identity - 2.0 * outer / squared_norm
+
+
+class HouseholderMatrix(nn.Module):
+    """The trained (out, in) matrix H_u D H_v + lora_B lora_A of one site.
+
+    Parameters (any of the two groups may be absent, as in the adapter file): ``u`` (out,),
+    ``v`` (in,), ``d`` (min(out, in),); ``lora_A`` (r, in), ``lora_B`` (out, r).
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], reflection: Reflection) -> None:
+        super().__init__()
+        self.reflection: Reflection = reflection
+        for name in ("u", "v", "d", "lora_A", "lora_B"):
+            value = tensors.get(name)
+            self.register_parameter(name, None if value is None else nn.Parameter(value.clone()))
+
+    def forward(self) -> Tensor:
+        """The dense matrix."""
+        matrix: Tensor | None = None
+        if self.u is not None and self.v is not None and self.d is not None:
+            diagonal = self.d.new_zeros(self.u.numel(), self.v.numel())
+            diagonal = torch.diagonal_scatter(diagonal, self.d)
+            matrix = (
+                reflection_matrix(self.u, self.reflection)
+                @ diagonal
+                @ reflection_matrix(self.v, self.reflection)
+            )
+        if self.lora_A is not None and self.lora_B is not None:
+            low_rank = self.lora_B @ self.lora_A
+            matrix = low_rank if matrix is None else matrix + low_rank
+        assert matrix is not None, "a site has at least one group of tensors"
+        return matrix
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters that are present, detached, by their name in the adapter file."""
+        return {name: value.detach() for name, value in self.named_parameters(recurse=False)}
+
+
+def new_site(
+    out: int, in_: int, r: int, form: Form, reflection: Reflection, generator: torch.Generator
+) -> HouseholderMatrix:
+    """An untrained site.
+
+    Additive: d = 0 and lora_B = 0, so the model starts as the backbone. Sequential: d = 1 and
+    lora_B = 0. u and v are small and random, never zero: at zero the gradient of I - x xᵀ
+    vanishes and they would stay there. For the orthogonal sequential form v starts equal to u,
+    which makes H_u H_v the identity.
+    """
+
+    def normal(*shape: int, std: float = _INIT_STD) -> Tensor:
+        return torch.randn(*shape, generator=generator) * std
+
+    u, v = normal(out), normal(in_)
+    if form == "sequential" and reflection == "orthogonal":
+        v = u.clone()
+    n = min(out, in_)
+    tensors = {"u": u, "v": v, "d": torch.ones(n) if form == "sequential" else torch.zeros(n)}
+    if r > 0:
+        tensors["lora_A"] = normal(r, in_, std=in_**-0.5)
+        tensors["lora_B"] = torch.zeros(out, r)
+    return HouseholderMatrix(tensors, reflection)
+
+
+class AdditiveDelta(nn.Module):
+    """Parametrization W -> W + delta_W (Eq. 6); for a fused qkv on the rows of q, k and v."""
+
+    def __init__(self, sites: Mapping[str, tuple[int, HouseholderMatrix]]) -> None:
+        """``sites``: site name -> (first row of the weight, matrix)."""
+        super().__init__()
+        self.names = list(sites)
+        self.starts = [start for start, _ in sites.values()]
+        self.matrices = nn.ModuleList(matrix for _, matrix in sites.values())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight (out, in) -> the adapted weight."""
+        rows: list[Tensor] = []
+        position = 0
+        for start, matrix in zip(self.starts, self.matrices, strict=True):
+            delta = matrix()
+            rows += [weight[position:start], weight[start : start + delta.shape[0]] + delta]
+            position = start + delta.shape[0]
+        return torch.cat([*rows, weight[position:]])
+
+
+class SequentialTransform(nn.Module):
+    """Parametrization W -> M W and b -> M b (Eq. 7): the same module on weight and bias."""
+
+    def __init__(self, name: str, matrix: HouseholderMatrix) -> None:
+        super().__init__()
+        self.names = [name]
+        self.matrices = nn.ModuleList([matrix])
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Weight (out, in) or bias (out,)."""
+        return torch.as_tensor(self.matrices[0]() @ tensor)
