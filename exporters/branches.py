@@ -42,7 +42,11 @@ class Inserter:
     """
 
     def __init__(
-        self, graph: ir.Graph, prefix: str, *, after: ir.Node | None = None,
+        self,
+        graph: ir.Graph,
+        prefix: str,
+        *,
+        after: ir.Node | None = None,
         before: ir.Node | None = None,
     ) -> None:
         self.graph, self.prefix = graph, prefix
@@ -56,18 +60,16 @@ class Inserter:
         *,
         outputs: int = 1,
         dtype: ir.DataType = ir.DataType.FLOAT,
-        shape: Sequence[int | str | None] | None = None,
+        shape: ir.Shape | Sequence[int | str | None] | None = None,
         **attributes: Any,
     ) -> ir.Value:
         """Add one node; returns its (first) output."""
-        node = ir.node(
-            op, inputs, attributes, num_outputs=outputs, name=f"{self.prefix}/{what}"
-        )
+        node = ir.node(op, inputs, attributes, num_outputs=outputs, name=f"{self.prefix}/{what}")
         for index, value in enumerate(node.outputs):
             value.name = node.name if outputs == 1 else f"{node.name}_{index}"
             value.dtype = dtype
             if shape is not None:
-                value.shape = ir.Shape(shape)
+                value.shape = ir.Shape(list(shape))
         if self._after is not None:
             self.graph.insert_after(self._after, node)
             self._after = node
@@ -126,14 +128,10 @@ def branched_model(
     return model
 
 
-def _insert_rows(
-    graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32] | None
-) -> _Rows:
+def _insert_rows(graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32] | None) -> _Rows:
     layout = plan.layout
     insert = Inserter(graph, "branch/bank", before=next(iter(graph)))
-    ids = ir.Value(
-        name=IDS, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64)
-    )
+    ids = ir.Value(name=IDS, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(ids)
     if bank_constant is None:
         bank = ir.Value(
@@ -153,7 +151,11 @@ def _insert_rows(
     # A Constant node, not an initializer: a long one would move to the external data file, where
     # shape inference does not look.
     split_sizes = insert(
-        "Constant", "sizes", [], dtype=ir.DataType.INT64, shape=[len(sizes)],
+        "Constant",
+        "sizes",
+        [],
+        dtype=ir.DataType.INT64,
+        shape=[len(sizes)],
         value=ir.tensor(np.asarray(sizes, np.int64)),
     )
     first = insert(
@@ -185,10 +187,7 @@ def _insert_branch(
     suffix = f"@{use}" if use else ""
     insert = Inserter(graph, f"branch/{branch.name}{suffix}", after=producer)
     consumers = list(product.uses())
-    if branch.form == "additive":
-        x = linear.input
-    else:
-        x = _with_bias(insert, linear, product)
+    x = linear.input if branch.form == "additive" else _with_bias(insert, linear, product)
     n, k, in_ = len(branch.sites), branch.rank, branch.in_
     tokens = _as_tokens(insert, x, in_)
     right = insert(
@@ -264,17 +263,23 @@ def _left(insert: Inserter, branch: Branch, rows: _Rows) -> ir.Value:
     part = rows.parts[f"{branch.name}/left_t"]
     if n == 1:
         return insert(
-            "Reshape", "left_t", [part, insert.ints("left_shape", -1, k, out)],
+            "Reshape",
+            "left_t",
+            [part, insert.ints("left_shape", -1, k, out)],
             shape=["batch", k, out],
         )
     blocks = insert(
-        "Reshape", "left_blocks", [part, insert.ints("left_shape", -1, n, k, 1, out)],
+        "Reshape",
+        "left_blocks",
+        [part, insert.ints("left_shape", -1, n, k, 1, out)],
         shape=["batch", n, k, 1, out],
     )
     eye = insert.constant("eye", np.eye(n, dtype=np.float32).reshape(n, 1, n, 1))
     wide = insert("Mul", "left_wide", [blocks, eye], shape=["batch", n, k, n, out])
     return insert(
-        "Reshape", "left_t", [wide, insert.ints("wide_shape", -1, n * k, n * out)],
+        "Reshape",
+        "left_t",
+        [wide, insert.ints("wide_shape", -1, n * k, n * out)],
         shape=["batch", n * k, n * out],
     )
 
@@ -287,17 +292,26 @@ def _scaled(insert: Inserter, branch: Branch, tokens: ir.Value, rows: _Rows) -> 
     x = tokens
     if common < in_:
         x = insert(
-            "Slice", "x_cut",
-            [x, insert.ints("cut_start", 0), insert.ints("cut_end", common), insert.ints("axis", 2)],
+            "Slice",
+            "x_cut",
+            [
+                x,
+                insert.ints("cut_start", 0),
+                insert.ints("cut_end", common),
+                insert.ints("axis", 2),
+            ],
             shape=["batch", None, common],
         )
     if n > 1:
         x = insert(
-            "Unsqueeze", "x_sites", [x, insert.ints("sites_axis", 2)],
+            "Unsqueeze",
+            "x_sites",
+            [x, insert.ints("sites_axis", 2)],
             shape=["batch", None, 1, common],
         )
     diag = insert(
-        "Reshape", "diag",
+        "Reshape",
+        "diag",
         [diag, insert.ints("diag_shape", *([-1, 1, n, common] if n > 1 else [-1, 1, common]))],
         shape=["batch", 1, n, common] if n > 1 else ["batch", 1, common],
     )
@@ -308,7 +322,9 @@ def _scaled(insert: Inserter, branch: Branch, tokens: ir.Value, rows: _Rows) -> 
         scaled = insert("Pad", "scale_pad", [scaled, insert.ints("pads", *pads)])
     if n > 1:
         scaled = insert(
-            "Reshape", "scale_flat", [scaled, insert.ints("flat_shape", 0, -1, n * out)],
+            "Reshape",
+            "scale_flat",
+            [scaled, insert.ints("flat_shape", 0, -1, n * out)],
             shape=["batch", None, n * out],
         )
     return scaled
@@ -348,42 +364,47 @@ def _insert_head(graph: ir.Graph, head: GraphLinear, plan: Plan, rows: _Rows) ->
             "[batch, features]."
         )
     weight = insert(
-        "Reshape", "weight",
+        "Reshape",
+        "weight",
         [rows.parts["head.weight"], insert.ints("weight_shape", -1, layout.classes, layout.dim)],
         shape=["batch", layout.classes, layout.dim],
     )
     column = insert(
-        "Unsqueeze", "features", [features, insert.ints("last_axis", 2)],
+        "Unsqueeze",
+        "features",
+        [features, insert.ints("last_axis", 2)],
         shape=["batch", layout.dim, 1],
     )
     product = insert("MatMul", "matmul", [weight, column], shape=["batch", layout.classes, 1])
     flat = insert(
-        "Squeeze", "flat", [product, insert.ints("squeeze_axis", 2)],
+        "Squeeze",
+        "flat",
+        [product, insert.ints("squeeze_axis", 2)],
         shape=["batch", layout.classes],
     )
-    own = insert(
-        "Add", "logits", [flat, rows.parts["head.bias"]], shape=["batch", layout.classes]
-    )
+    own = insert("Add", "logits", [flat, rows.parts["head.bias"]], shape=["batch", layout.classes])
     own = _padded(insert, own, layout.classes, plan.classes, "own")
     if layout.backbone_head:
         theirs = _padded(insert, y, backbone_classes, plan.classes, "backbone")
         half = insert.constant("half", np.asarray(0.5, np.float32))
         choice = insert(
-            "Greater", "is_own", [rows.parts["head.own"], half],
-            dtype=ir.DataType.BOOL, shape=["batch", 1],
+            "Greater",
+            "is_own",
+            [rows.parts["head.own"], half],
+            dtype=ir.DataType.BOOL,
+            shape=["batch", 1],
         )
         own = insert("Where", "select", [choice, own, theirs], shape=["batch", plan.classes])
     _rename_output(graph, own)
 
 
-def _padded(
-    insert: Inserter, logits: ir.Value, classes: int, wanted: int, what: str
-) -> ir.Value:
+def _padded(insert: Inserter, logits: ir.Value, classes: int, wanted: int, what: str) -> ir.Value:
     """Columns of -inf up to ``wanted``."""
     if classes == wanted:
         return logits
     return insert(
-        "Pad", f"{what}_pad",
+        "Pad",
+        f"{what}_pad",
         [
             logits,
             insert.ints(f"{what}_pads", 0, 0, 0, wanted - classes),
@@ -400,18 +421,26 @@ def _poison_bad_ids(graph: ir.Graph, rows: _Rows, slots: int) -> None:
     assert producer is not None
     insert = Inserter(graph, "branch/bank/check", after=producer)
     bad_low = insert(
-        "Less", "below", [rows.ids, insert.constant("zero", np.asarray(0, np.int64))],
-        dtype=ir.DataType.BOOL, shape=["batch"],
+        "Less",
+        "below",
+        [rows.ids, insert.constant("zero", np.asarray(0, np.int64))],
+        dtype=ir.DataType.BOOL,
+        shape=["batch"],
     )
     bad_high = insert(
-        "GreaterOrEqual", "above",
+        "GreaterOrEqual",
+        "above",
         [rows.ids, insert.constant("slots", np.asarray(slots, np.int64))],
-        dtype=ir.DataType.BOOL, shape=["batch"],
+        dtype=ir.DataType.BOOL,
+        shape=["batch"],
     )
     bad = insert("Or", "bad", [bad_low, bad_high], dtype=ir.DataType.BOOL, shape=["batch"])
     column = insert(
-        "Unsqueeze", "bad_column", [bad, insert.ints("axis", 1)],
-        dtype=ir.DataType.BOOL, shape=["batch", 1],
+        "Unsqueeze",
+        "bad_column",
+        [bad, insert.ints("axis", 1)],
+        dtype=ir.DataType.BOOL,
+        shape=["batch", 1],
     )
     nan = insert.constant("nan", np.asarray(np.nan, np.float32))
     _rename_output(graph, insert("Where", "checked", [column, nan, logits], shape=logits.shape))

@@ -40,9 +40,7 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
     return model
 
 
-def _fold_linear(
-    graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter: Adapter
-) -> None:
+def _fold_linear(graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter: Adapter) -> None:
     weight = linear.weight
     folded = np.empty_like(weight)
     start = 0

@@ -71,9 +71,7 @@ class GraphLinear:
 
     @property
     def _transposed_in_node(self) -> bool:
-        return self.node.op_type == "Gemm" and bool(
-            self.node.attributes.get_int("transB", 0)
-        )
+        return self.node.op_type == "Gemm" and bool(self.node.attributes.get_int("transB", 0))
 
 
 def linears_by_path(graph: ir.Graph) -> dict[str, list[GraphLinear]]:
@@ -102,8 +100,10 @@ def _graph_linear(path: str, node: ir.Node) -> GraphLinear:
         add = consumers[0].node
         index = 1 - consumers[0].idx
         other = add.inputs[index]
-        if other is not None and other.const_value is not None and other.const_value.size == (
-            _out_features(node)
+        if (
+            other is not None
+            and other.const_value is not None
+            and other.const_value.size == (_out_features(node))
         ):
             return GraphLinear(path, node, add, index)
     return GraphLinear(path, node, None, 0)
@@ -125,7 +125,10 @@ def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value
         unique = f"{name}_{count}"
     tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
     value = ir.Value(
-        name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=unique,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
     graph.register_initializer(value)
     return value

@@ -220,5 +220,5 @@ def _cache_key(backbone: Backbone) -> str:
     for name in sorted(state):
         tensor = state[name].detach().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

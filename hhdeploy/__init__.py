@@ -1,0 +1,50 @@
+"""hhdeploy: deploy Householder (HTA) and LoRA adapters of Vision Transformers.
+
+    from hhdeploy import load_adapter, save_adapter, export, verify
+
+Names are imported on first use: ``import hhdeploy`` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hhdeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
+    from hhdeploy.api import export, verify
+    from hhdeploy.errors import HhdeployError
+    from hhdeploy.plan import Reserve
+
+_HOMES = {
+    "Adapter": "hhdeploy.adapter",
+    "AdapterConfig": "hhdeploy.adapter",
+    "HhdeployError": "hhdeploy.errors",
+    "Reserve": "hhdeploy.plan",
+    "export": "hhdeploy.api",
+    "load_adapter": "hhdeploy.adapter",
+    "save_adapter": "hhdeploy.adapter",
+    "verify": "hhdeploy.api",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "HhdeployError",
+    "Reserve",
+    "export",
+    "load_adapter",
+    "save_adapter",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'hhdeploy' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

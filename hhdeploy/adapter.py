@@ -36,10 +36,34 @@ TENSOR_FILE = "adapter_model.safetensors"
 # the architecture. Anything else (checkpoint paths, callables) has no place in a file that
 # comes from elsewhere.
 BASE_MODEL_ARGS = frozenset(
-    """img_size patch_size in_chans num_classes global_pool class_token no_embed_class reg_tokens
-    embed_dim depth depths num_heads mlp_ratio qkv_bias init_values pre_norm final_norm fc_norm
-    window_size swiglu_mlp scale_mlp use_rot_pos_emb use_abs_pos_emb dynamic_img_size
-    dynamic_img_pad num_reg_tokens""".split()
+    {
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "num_classes",
+        "global_pool",
+        "class_token",
+        "no_embed_class",
+        "reg_tokens",
+        "embed_dim",
+        "depth",
+        "depths",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "init_values",
+        "pre_norm",
+        "final_norm",
+        "fc_norm",
+        "window_size",
+        "swiglu_mlp",
+        "scale_mlp",
+        "use_rot_pos_emb",
+        "use_abs_pos_emb",
+        "dynamic_img_size",
+        "dynamic_img_pad",
+        "num_reg_tokens",
+    }
 )
 
 _HTA_TENSORS = ("u", "v", "d")
@@ -245,7 +269,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
             "PEFT (LoRA, HRA) are converted with: hhdeploy adapter import"
         )
     version = content.get("schema_version")
-    if not _is_count(version):
+    if not isinstance(version, int) or not _is_count(version):
         raise fail("schema_version", f"an integer up to {SCHEMA_VERSION}")
     if version > SCHEMA_VERSION:
         raise AdapterError(
@@ -341,13 +365,15 @@ def _assemble(
             )
         if not np.issubdtype(tensor.dtype, np.floating):
             raise AdapterError(f"{where}: {key}: expected a float tensor, found {tensor.dtype}.")
+        with np.errstate(over="ignore"):  # a float64 beyond float32's range is reported below
+            tensor = tensor.astype(np.float32)
         bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
         if bad:
             raise AdapterError(
                 f"{where}: {key}: expected finite values, found NaN or infinity in {bad} of "
                 f"{tensor.size}. The training probably diverged."
             )
-        groups.setdefault(owner, {})[name] = tensor.astype(np.float32)
+        groups.setdefault(owner, {})[name] = tensor
     heads = {o: g for o, g in groups.items() if not set(g).isdisjoint(_HEAD_TENSORS)}
     if len(heads) > 1:
         raise AdapterError(
@@ -361,7 +387,7 @@ def _assemble(
             "blocks.0.attn.proj.u; an adapter without a single delta is refused."
         )
     head = _head(heads, config, where)
-    return Adapter(_with_classes(config, head), sites, head, source)
+    return Adapter(_with_classes(config, head, source), sites, head, source)
 
 
 def _site(name: str, group: Mapping[str, NDArray[np.float32]], where: Path) -> SiteTensors:
@@ -373,24 +399,25 @@ def _site(name: str, group: Mapping[str, NDArray[np.float32]], where: Path) -> S
                 f"{where}: missing tensor key {', '.join(missing)}; found "
                 f"{', '.join(f'{name}.{t}' for t in present)}, which need it."
             )
+    for tensor, value in group.items():
+        if value.ndim != (dims := 2 if tensor in _LORA_TENSORS else 1):
+            raise AdapterError(
+                f"{where}: {name}.{tensor}: expected {dims} dimension{'s' * (dims > 1)}, "
+                f"found {list(value.shape)}."
+            )
     site = SiteTensors(**group)
-    out, into = (site.shape if _ranks_match(group) else (0, 0))
+    out, into = site.shape
     expected: dict[str, tuple[int, ...]] = {"u": (out,), "v": (into,), "d": (min(out, into),)}
     if "lora_A" in group:
-        r = group["lora_A"].shape[0] if group["lora_A"].ndim == 2 else 0
+        r = group["lora_A"].shape[0]
         expected |= {"lora_A": (r, into), "lora_B": (out, r)}
     for tensor, value in group.items():
-        if value.ndim != len(expected[tensor]) or value.shape != expected[tensor]:
+        if value.shape != expected[tensor]:
             raise AdapterError(
                 f"{where}: {name}.{tensor}: expected shape {list(expected[tensor])} to fit the "
                 f"site's other tensors, found {list(value.shape)}."
             )
     return site
-
-
-def _ranks_match(group: Mapping[str, NDArray[np.float32]]) -> bool:
-    dims = {"u": 1, "v": 1, "d": 1, "lora_A": 2, "lora_B": 2}
-    return all(value.ndim == dims[name] for name, value in group.items())
 
 
 def _head(
@@ -423,15 +450,14 @@ def _head(
     return Head(path, weight, bias)
 
 
-def _with_classes(config: AdapterConfig, head: Head | None) -> AdapterConfig:
+def _with_classes(config: AdapterConfig, head: Head | None, source: str) -> AdapterConfig:
     """num_classes filled in from the head's rows where the file left it out."""
     if head is None or config.num_classes is not None:
         return config
     classes = head.weight.shape[0]
     if config.class_names is not None and len(config.class_names) != classes:
         raise AdapterError(
-            f"class_names: expected {classes} names (rows of the head), "
+            f"{source}: class_names: expected {classes} names (rows of the head), "
             f"found {len(config.class_names)}."
         )
     return replace(config, num_classes=classes)
-

@@ -241,9 +241,7 @@ def resolved_name(model: nn.Module, name: str) -> str:
 
 
 def _preprocess(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
-    import timm.data
-
-    config = timm.data.resolve_model_data_config(model)
+    config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
     size = config["input_size"]
     if "img_size" in args:
         img = args["img_size"]
@@ -265,7 +263,7 @@ def base_sha256(model: nn.Module, classifier: str) -> str:
             continue
         kind = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name}\0{kind}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -284,4 +282,3 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for module in fused:
             module.fused_attn = True  # type: ignore[assignment]
-

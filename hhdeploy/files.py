@@ -27,14 +27,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_tree(directory: Path) -> str:
-    """Hex SHA-256 over the sorted (relative name, file digest) pairs of a directory."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(directory).as_posix()}\0{sha256_of(path)}\n".encode())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def os_errors(target: Path) -> Iterator[None]:
     """Turn an `OSError` while writing ``target`` into a `WriteError` that says what to do."""

@@ -14,7 +14,16 @@ from hhdeploy.adapter import Adapter
 from hhdeploy.errors import AdapterError, CapacityError, PlanError
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import Branch, RowLayout
-from hhdeploy.sites import FORMS, Form, LinearSpec, Site, select_sites, sites_of, split_target
+from hhdeploy.sites import (
+    FORMS,
+    SEQUENTIAL_KINDS,
+    Form,
+    LinearSpec,
+    Site,
+    select_sites,
+    sites_of,
+    split_target,
+)
 
 BACKBONE = "backbone"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -103,6 +112,11 @@ def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
                 f"{source}: tensor keys {site}.*: {facts.model} has no such site. Its sites are "
                 f"{_abbreviate(list(known))}."
             )
+        if adapter.form == "sequential" and known[site].kind not in SEQUENTIAL_KINDS:
+            raise AdapterError(
+                f"{source}: {site}: the sequential form acts after {', '.join(SEQUENTIAL_KINDS)} "
+                f"only, found a site of kind {known[site].kind}."
+            )
         expected = (known[site].out, known[site].in_)
         if adapter.form == "sequential":
             expected = (known[site].out, known[site].out)
@@ -187,9 +201,7 @@ class Plan:
         return max(self.layout.classes, own)
 
 
-def plan_branches(
-    facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve: Reserve
-) -> Plan:
+def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve: Reserve) -> Plan:
     """Check the adapters against the backbone and each other, and lay out the row.
 
     Raises:
@@ -234,9 +246,7 @@ def _branch(
     max_rank: int,
 ) -> Branch | None:
     names = tuple(site.name for site in linear.sites)
-    ranks = [
-        a.delta(n).rank for a in adapters if a.form == form for n in names if n in a.sites
-    ]
+    ranks = [a.delta(n).rank for a in adapters if a.form == form for n in names if n in a.sites]
     if not ranks and reserved[form].isdisjoint(names):
         return None
     site = linear.sites[0]
@@ -257,6 +267,11 @@ def _reserved_sites(facts: BackboneFacts, targets: Sequence[str]) -> dict[Form, 
             raise PlanError(
                 f"--sites: {name!r} matches no site of {facts.model}. Its sites are "
                 f"{_abbreviate(list(sites_of(facts.linears)))}."
+            )
+        if form == "sequential" and any(s.kind not in SEQUENTIAL_KINDS for s in sites):
+            raise PlanError(
+                f"--sites: {target!r}: the sequential form acts after "
+                f"{', '.join(SEQUENTIAL_KINDS)} only."
             )
         reserved[form] |= {site.name for site in sites}
     return reserved

@@ -102,15 +102,14 @@ class Preprocess:
             rgb = _resize(rgb, scale_w, scale_h, resample)
         else:
             rgb = self._resize_keeping_ratio(rgb, resample)
-        fill = tuple(round(255 * m) for m in self.mean) if self.crop_mode == "border" else (0, 0, 0)
+        red, green, blue = (round(255 * m) for m in self.mean)
+        fill = (red, green, blue) if self.crop_mode == "border" else (0, 0, 0)
         rgb = _center_crop(rgb, width, height, fill)
         pixels = np.asarray(rgb, np.float32) / np.float32(255)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
-    def _resize_keeping_ratio(
-        self, image: Image.Image, resample: Image.Resampling
-    ) -> Image.Image:
+    def _resize_keeping_ratio(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
         """Resize so that the crop area fits (center: it is covered; border: it covers)."""
         _, height, width = self.input_size
         scale_h, scale_w = math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
@@ -126,16 +125,14 @@ class Preprocess:
         return _resize(image, round(w / ratio), round(h / ratio), resample)
 
 
-def _resize(
-    image: Image.Image, width: int, height: int, resample: Image.Resampling
-) -> Image.Image:
+def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
     if image.size == (width, height):
         return image
     return image.resize((max(1, width), max(1, height)), resample)
 
 
 def _center_crop(
-    image: Image.Image, width: int, height: int, fill: tuple[int, ...]
+    image: Image.Image, width: int, height: int, fill: tuple[int, int, int]
 ) -> Image.Image:
     """The centre of ``image``; a smaller image is padded with ``fill`` first."""
     w, h = image.size

@@ -126,13 +126,13 @@ class RowLayout:
                     f"branch for. Export again with this adapter, or reserve it with --sites."
                 )
             _pack_site(name, adapter, site, found, parts)
-        self._pack_head(name, adapter, parts)
-        bad = row.size - int(np.count_nonzero(np.isfinite(row) | (row == -np.inf)))
+        bad = row.size - int(np.count_nonzero(np.isfinite(row)))
         if bad:
             raise CapacityError(
                 f"adapter {name!r}: {bad} values of its row leave the range of float32 "
                 "(products of very large u, v and d). Train it again with smaller steps."
             )
+        self._pack_head(name, adapter, parts)
         return row
 
     def _pack_head(

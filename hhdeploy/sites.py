@@ -64,15 +64,15 @@ def linear_spec(path: str, out: int, in_: int) -> LinearSpec | None:
 
     Pooling heads (``attn_pool``) and patch embeddings are never targets.
     """
-    parts = tuple(path.split("."))
-    if "attn_pool" in parts or len(parts) < 2:
+    *ancestors, parent, name = ("", "", *path.split("."))
+    if "attn_pool" in (*ancestors, parent):
         return None
-    if parts[-2:] == ("attn", "qkv"):
+    if (parent, name) == ("attn", "qkv"):
         if out % 3:
             return None
         sites = tuple(Site(f"{path}.{part}", part, out // 3, in_) for part in _QKV_PARTS)
         return LinearSpec(path, out, in_, sites)
-    kind = _KIND_OF.get(parts[-2:])
+    kind = _KIND_OF.get((parent, name))
     if kind is None:
         return None
     return LinearSpec(path, out, in_, (Site(path, kind, out, in_),))
@@ -94,6 +94,4 @@ def sites_of(linears: Iterable[LinearSpec]) -> dict[str, Site]:
 def select_sites(linears: Iterable[LinearSpec], targets: Sequence[str]) -> dict[str, list[Site]]:
     """The sites that each target stands for: a kind (``q`` .. ``fc2``) or one site's name."""
     sites = sites_of(linears)
-    return {
-        target: [s for s in sites.values() if target in (s.kind, s.name)] for target in targets
-    }
+    return {target: [s for s in sites.values() if target in (s.kind, s.name)] for target in targets}

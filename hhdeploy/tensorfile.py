@@ -35,6 +35,7 @@ def read_tensors(
             metadata = dict(stream.metadata() or {})
             names = list(stream.keys())
             types = {name: stream.get_slice(name).get_dtype() for name in names}
+            _check_types(path, types, error)
             tensors = {n: stream.get_tensor(n) for n in names if types[n] != "BF16"}
     except (SafetensorError, OSError, ValueError, TypeError) as reason:
         raise error(
@@ -43,14 +44,18 @@ def read_tensors(
         ) from reason
     if any(kind == "BF16" for kind in types.values()):
         tensors.update(_read_bfloat16(path, [n for n in names if types[n] == "BF16"]))
+    return {n: t.astype(np.float32) if t.dtype == np.float16 else t for n, t in tensors.items()}, (
+        metadata
+    )
+
+
+def _check_types(path: Path, types: Mapping[str, str], error: type[Exception]) -> None:
+    """Before anything is read: safetensors fails in its own ways on types NumPy lacks."""
     for name, kind in types.items():
         if kind not in _FLOATS and not kind.startswith(("I", "U")):
             raise error(
                 f"{path}: tensor {name} has type {kind}; expected float32, float16 or bfloat16."
             )
-    return {n: t.astype(np.float32) if t.dtype == np.float16 else t for n, t in tensors.items()}, (
-        metadata
-    )
 
 
 def write_tensors(

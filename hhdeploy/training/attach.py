@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -107,15 +109,13 @@ def extract(model: nn.Module) -> Adapter:
     for linear in find_linears(model):
         module = model.get_submodule(linear.path)
         if parametrize.is_parametrized(module, "weight"):
-            parametrization = module.parametrizations["weight"][0]  # type: ignore[index]
-            for name, matrix in zip(
-                parametrization.names, parametrization.matrices, strict=True
-            ):
+            parametrization: Any = module.parametrizations["weight"][0]  # type: ignore[index]
+            for name, matrix in zip(parametrization.names, parametrization.matrices, strict=True):
                 sites[name] = SiteTensors(**{k: _numpy(t) for k, t in matrix.tensors().items()})
     head = None
     if state.old_head is not None:
-        module = model.get_submodule(state.classifier)
-        head = Head(state.classifier, _numpy(module.weight), _numpy(module.bias))
+        classifier: Any = model.get_submodule(state.classifier)
+        head = Head(state.classifier, _numpy(classifier.weight), _numpy(classifier.bias))
     return Adapter(state.config, sites, head)
 
 
@@ -195,5 +195,6 @@ def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _numpy(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return tensor.detach().float().cpu().numpy().copy()
+def _numpy(tensor: Tensor) -> NDArray[np.float32]:
+    copied: NDArray[np.float32] = tensor.detach().float().cpu().numpy().copy()
+    return copied

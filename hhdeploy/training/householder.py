@@ -41,9 +41,12 @@ class HouseholderMatrix(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], reflection: Reflection) -> None:
         super().__init__()
         self.reflection: Reflection = reflection
-        for name in ("u", "v", "d", "lora_A", "lora_B"):
-            value = tensors.get(name)
-            self.register_parameter(name, None if value is None else nn.Parameter(value.clone()))
+
+        def parameter(name: str) -> nn.Parameter | None:
+            return nn.Parameter(tensors[name].clone()) if name in tensors else None
+
+        self.u, self.v, self.d = parameter("u"), parameter("v"), parameter("d")
+        self.lora_A, self.lora_B = parameter("lora_A"), parameter("lora_B")
 
     def forward(self) -> Tensor:
         """The dense matrix."""

@@ -1,0 +1,151 @@
+"""Write a bundle: graphs, bank, adapters, reference, manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter
+from hhdeploy.bundle import (
+    BANK_FILE,
+    REFERENCE_FILE,
+    Manifest,
+    entry_of,
+    hash_files,
+    write_manifest,
+)
+from hhdeploy.exporters.branches import branched_model
+from hhdeploy.exporters.fold import folded_model
+from hhdeploy.exporters.precision import typed_model
+from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
+from hhdeploy.plan import Plan
+from hhdeploy.reference import Reference
+from hhdeploy.tensorfile import write_tensors
+
+_VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle is written from.
+
+    Attributes:
+        model: the float32 graph.
+        manifest: without files and graphs of other precisions; they are filled in.
+        bank: [rows, row], None for a folded bundle.
+        adapters: name -> adapter as loaded; its directory is copied as it came.
+    """
+
+    model: ir.Model
+    manifest: Manifest
+    bank: NDArray[np.float32] | None
+    adapters: Mapping[str, Adapter]
+
+
+def folded_contents(base: BaseGraph, name: str, adapter: Adapter) -> Contents:
+    """One adapter in the weights of a plain graph."""
+    backbone = base.facts.to_json()
+    entry = entry_of(name, None, adapter, backbone, verified=False)
+    manifest = Manifest(
+        kind="folded",
+        backbone=backbone,
+        classes=entry.classes,
+        adapters=(entry,),
+        layout=None,
+        bank_as_constant=False,
+        graphs={},
+        versions=versions(),
+    )
+    return Contents(folded_model(base, adapter), manifest, None, {name: adapter})
+
+
+def branches_contents(
+    base: BaseGraph, plan: Plan, adapters: Mapping[str, Adapter], *, bank_as_constant: bool
+) -> Contents:
+    """All adapters of a plan as side branches of one graph."""
+    bank = np.zeros((len(plan.names) + 1, plan.layout.size), np.float32)
+    for row, name in enumerate(plan.names, start=1):
+        bank[row] = plan.layout.pack(name, adapters[name])
+    backbone = base.facts.to_json()
+    manifest = Manifest(
+        kind="branches",
+        backbone=backbone,
+        classes=plan.classes,
+        adapters=tuple(
+            entry_of(name, row, adapters[name], backbone, verified=False)
+            for row, name in enumerate(plan.names, start=1)
+        ),
+        layout=plan.layout,
+        bank_as_constant=bank_as_constant,
+        graphs={},
+        versions=versions(),
+    )
+    model = branched_model(base, plan, bank_constant=bank if bank_as_constant else None)
+    return Contents(model, manifest, bank, adapters)
+
+
+def graph_name(precision: str) -> str:
+    """File name of a graph: model.onnx is float32, others say their precision."""
+    return "model.onnx" if precision == "float32" else f"model.{precision}.onnx"
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph with its weights beside it, in ``<name>.data``."""
+    ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        size_threshold_bytes=EXTERNAL_THRESHOLD,
+    )
+
+
+def write_bundle(
+    path: Path,
+    contents: Contents,
+    precisions: Sequence[str],
+    reference: Callable[[], Reference] | None,
+) -> Manifest:
+    """Write everything into an existing, empty directory; the manifest last.
+
+    Args:
+        path: the directory (a scratch one: see `hhdeploy.files.atomic_directory`).
+        contents: graph, bank, adapters.
+        precisions: of further graphs; float32 is always written.
+        reference: computes the training-time reference; called once the graphs are written and
+            released. None writes none (the bundle then counts as unverified).
+    """
+    graphs = {}
+    for precision in ("float32", *precisions):
+        graphs[precision] = graph_name(precision)
+        low = precision != "float32"
+        model = typed_model(contents.model, precision) if low else contents.model
+        save_graph(model, path / graphs[precision])
+    if contents.bank is not None:
+        write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})
+    for name, adapter in contents.adapters.items():
+        shutil.copytree(adapter.source, path / "adapters" / name)
+    if reference is not None:
+        write_tensors(path / REFERENCE_FILE, reference().tensors())
+    fields = {**contents.manifest.__dict__, "graphs": graphs, "files": hash_files(path)}
+    manifest = Manifest(**fields)
+    write_manifest(path, manifest)
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a bundle is written with."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,404 @@
+"""What the command line does, from Python: export = plan, build, write, verify."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter, load_adapter
+from hhdeploy.bundle import (
+    PARITY_FILE,
+    REFERENCE_FILE,
+    AdapterEntry,
+    Bundle,
+    Manifest,
+    write_manifest,
+)
+from hhdeploy.errors import BundleError, ParityError, PlanError
+from hhdeploy.files import atomic_directory, sha256_of, write_json
+from hhdeploy.parity import ParityReport, StageResult, compare
+from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, plan_branches
+from hhdeploy.tensorfile import write_tensors
+
+if TYPE_CHECKING:
+    from hhdeploy.backbone import Backbone
+    from hhdeploy.exporters.trace import BaseGraph
+    from hhdeploy.exporters.writer import Contents
+    from hhdeploy.reference import Reference, VerifyData
+
+Progress = Callable[[str], None]
+_VERIFY_BATCH = 8
+_NO_RESERVE = Reserve()
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        path: the bundle.
+        manifest: its manifest.
+        parity: the verification, None with ``verify=False``.
+    """
+
+    path: Path
+    manifest: Manifest
+    parity: ParityReport | None
+
+
+def export(
+    model: str,
+    adapters: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    fold: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    reserve: Reserve = _NO_RESERVE,
+    bank_as_constant: bool = False,
+    precisions: Sequence[str] = (),
+    verify: bool = True,
+    verify_data: str | Path | None = None,
+    verify_images: int = 4,
+    cache: str | Path | None = "default",
+    overwrite: bool = False,
+    progress: Progress = lambda step: None,
+) -> ExportResult:
+    """Export adapters of one backbone as a bundle, and verify it.
+
+    Args:
+        model: timm name, with or without ``.tag``.
+        adapters: name -> adapter directory.
+        out: the bundle's directory; written whole or not at all.
+        fold: put the one adapter into the weights; else all become side branches.
+        model_args: further arguments of ``timm.create_model``; None takes the adapters'.
+        checkpoint: the backbone's weights; None takes timm's pretrained ones.
+        pretrained: False uses random weights (``seed``): for benchmarks.
+        reserve: room for adapters that come later (side branches).
+        bank_as_constant: bake the bank into the graph.
+        precisions: further graphs to write, e.g. ``["float16"]``.
+        verify: compare with the training-time model; a failure leaves no bundle.
+        verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
+        verify_images: images per adapter.
+        cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
+        overwrite: replace an existing bundle once the new one is complete.
+        progress: called with a few words at each step.
+
+    Raises:
+        AdapterError, BackboneError, PlanError, WriteError: see their docstrings.
+        ParityError: outputs differ from the training-time model by more than the table allows.
+    """
+    from hhdeploy.backbone import BackboneSpec, load_backbone
+    from hhdeploy.exporters.trace import base_graph, default_cache
+    from hhdeploy.exporters.writer import write_bundle
+    from hhdeploy.reference import VerifyData
+
+    _check_precisions(precisions)
+    with atomic_directory(Path(out), overwrite=overwrite) as scratch:
+        progress("reading adapters")
+        loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
+        spec = BackboneSpec(
+            model,
+            _model_args(model_args, loaded),
+            Path(checkpoint) if checkpoint else None,
+            pretrained,
+            seed,
+        )
+        progress(f"loading {model}")
+        backbone = load_backbone(spec)
+        progress("tracing the backbone (cached for the next export)")
+        where = default_cache() if cache == "default" else cache
+        base = base_graph(backbone, Path(where) if where else None)
+        progress("folding" if fold else "adding side branches")
+        contents = _contents(base, loaded, fold, reserve, bank_as_constant)
+        data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
+        reference = _reference_of(backbone, contents, data, progress) if verify else None
+        progress("writing graphs")
+        manifest = write_bundle(scratch, contents, precisions, reference)
+        report = None
+        if verify:
+            del contents, base, backbone, reference  # a session needs the memory more
+            progress("verifying against the training-time model")
+            report = _verified(Bundle(scratch, manifest), data)
+            manifest = _store_report(Bundle(scratch, manifest), report)
+    return ExportResult(Path(out), manifest, report)
+
+
+def verify(
+    path: str | Path, *, device: str = "cpu", precisions: Sequence[str] | None = None
+) -> ParityReport:
+    """Compare a bundle with the reference it carries. float32 needs no torch.
+
+    Args:
+        path: the bundle.
+        device: see ``open_session``.
+        precisions: graphs to check, None: all. One that is not float32 is checked through its
+            rounding twin, which needs the ``export`` extra (onnx_ir), not torch.
+
+    Returns:
+        The report; the caller decides what a failure means (``report.passed``).
+
+    Raises:
+        BundleError: no bundle, no reference, or a file that was changed.
+    """
+    bundle = Bundle.open(path)
+    if REFERENCE_FILE not in bundle.manifest.files:
+        raise BundleError(
+            f"{path} was exported without verification and carries no reference. Run: hhdeploy "
+            "verify --against-torch"
+        )
+    return _verify(bundle, device, precisions)
+
+
+def verify_against_torch(
+    path: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    verify_data: str | Path | None = None,
+    verify_images: int = 4,
+    device: str = "cpu",
+) -> ParityReport:
+    """Recompute the reference with torch, adapters added later included, and verify.
+
+    On success the bundle gets the new reference and report, and all its adapters count as
+    verified; on failure it stays as it was.
+
+    Raises:
+        BackboneError: the weights are not the ones that the bundle was exported from.
+        ParityError: outputs differ by more than the table allows.
+    """
+    from hhdeploy.backbone import BackboneSpec, load_backbone
+    from hhdeploy.errors import BackboneError
+    from hhdeploy.reference import VerifyData, training_time_reference
+
+    bundle = Bundle.open(path)
+    facts = bundle.manifest.backbone
+    spec = BackboneSpec(
+        facts["model"],
+        facts["args"],
+        Path(checkpoint) if checkpoint else None,
+        pretrained,
+        seed,
+    )
+    backbone = load_backbone(spec)
+    if backbone.facts.sha256 != facts["sha256"]:
+        raise BackboneError(
+            f"{path} was exported from the weights {facts['sha256'][:12]}…, these are "
+            f"{backbone.facts.sha256[:12]}…. Pass the same file with --checkpoint."
+        )
+    adapters = {
+        a.name: load_adapter(bundle.path / "adapters" / a.name) for a in bundle.manifest.adapters
+    }
+    data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
+    rows = _rows(bundle.manifest, adapters)
+    reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
+    report = _verify(bundle, device, None, reference, data)
+    if not report.passed:
+        raise _parity_error(report)
+    write_tensors(bundle.path / REFERENCE_FILE, reference.tensors())
+    _store_report(bundle, report)
+    return report
+
+
+def _model_args(
+    given: Mapping[str, Any] | None, adapters: Mapping[str, Adapter]
+) -> Mapping[str, Any]:
+    """The arguments given, else the ones that all adapters agree on."""
+    if given is not None:
+        return given
+    named = {name: dict(a.config.base_model_args) for name, a in adapters.items()}
+    distinct = list({str(sorted(args.items())): args for args in named.values()}.values())
+    if len(distinct) > 1:
+        raise PlanError(
+            "the adapters disagree on base_model_args: "
+            + "; ".join(f"{name}: {args}" for name, args in named.items())
+            + ". Adapters of one bundle share the backbone; to overrule, pass --model-args."
+        )
+    return distinct[0] if distinct else {}
+
+
+def _check_precisions(precisions: Sequence[str]) -> None:
+    from hhdeploy.exporters.precision import PRECISIONS
+
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise PlanError(
+                f"--precision {precision}: expected one of {', '.join(PRECISIONS)}. (float32 is "
+                "always written; int8 comes from calibration data: hhdeploy calibrate.)"
+            )
+
+
+def _contents(
+    base: BaseGraph,
+    adapters: Mapping[str, Adapter],
+    fold: bool,
+    reserve: Reserve,
+    bank_as_constant: bool,
+) -> Contents:
+    from hhdeploy.exporters.writer import branches_contents, folded_contents
+
+    if not fold:
+        plan = plan_branches(base.facts, adapters, reserve)
+        return branches_contents(base, plan, adapters, bank_as_constant=bank_as_constant)
+    if len(adapters) != 1:
+        raise PlanError(f"--fold takes exactly one adapter, found {len(adapters)}.")
+    if reserve != Reserve() or bank_as_constant:
+        raise PlanError(
+            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
+            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
+        )
+    ((name, adapter),) = adapters.items()
+    check_adapter(name, adapter, base.facts)
+    return folded_contents(base, name, adapter)
+
+
+def _rows(
+    manifest: Manifest, adapters: Mapping[str, Adapter]
+) -> dict[str, tuple[int, Adapter | None]]:
+    """Name -> (row, adapter) of everything a request can ask for, the backbone included."""
+    rows: dict[str, tuple[int, Adapter | None]] = {}
+    if manifest.backbone_classes:
+        rows[BACKBONE] = (0, None)
+    for entry in manifest.adapters:
+        rows[entry.name] = (entry.row or 0, adapters[entry.name])
+    return rows
+
+
+def _reference_of(
+    backbone: Backbone, contents: Contents, data: VerifyData, progress: Progress
+) -> Callable[[], Reference]:
+    from hhdeploy.reference import training_time_reference
+
+    def compute() -> Reference:
+        progress("running the training-time model in float64")
+        rows = _rows(contents.manifest, contents.adapters)
+        return training_time_reference(backbone, rows, data, contents.manifest.classes)
+
+    return compute
+
+
+def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
+    from hhdeploy.reference import Reference
+
+    report = _verify(bundle, "cpu", None, Reference(*bundle.reference()), data)
+    if not report.passed:
+        raise _parity_error(report)
+    return report
+
+
+def _parity_error(report: ParityReport) -> ParityError:
+    return ParityError(
+        "the outputs differ from the training-time model by more than the parity table allows:\n"
+        f"{report.explain_failures()}\nNo bundle was written or changed. Please report this with "
+        "the model's name."
+    )
+
+
+def _verify(
+    bundle: Bundle,
+    device: str,
+    precisions: Sequence[str] | None,
+    reference: Reference | None = None,
+    data: VerifyData | None = None,
+) -> ParityReport:
+    """Run every graph on the reference's images, in batches that mix adapters."""
+    if reference is None:
+        images, ids, logits = bundle.reference()
+    else:
+        images, ids, logits = reference.images, reference.adapter_ids, reference.logits
+    names = _names(bundle.manifest, added_later=reference is not None)
+    # Rows of adapters that were removed since, or replaced by one that is not in the reference.
+    known = np.isin(ids, list(names.values()))
+    images, ids, logits = images[known], ids[known], logits[known]
+    stages: list[StageResult] = []
+    for precision in precisions or tuple(bundle.manifest.graphs):
+        with tempfile.TemporaryDirectory() as scratch:
+            graph_bundle = bundle if precision == "float32" else _twin(bundle, precision, scratch)
+            stage = _stage(bundle.manifest, device, precision)
+            found, runtime = _logits(graph_bundle, device, images, ids, names)
+        for name, row in names.items():
+            comparison = compare(logits[ids == row], found[ids == row])
+            stages.append(StageResult.of(stage, precision, runtime, name, comparison))
+    described = data.to_json() if data is not None else _stored_data(bundle)
+    return ParityReport(described, stages)
+
+
+def _stage(manifest: Manifest, device: str, precision: str) -> str:
+    if precision != "float32":
+        return "twin"
+    return "openvino" if device == "openvino" else manifest.kind
+
+
+def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
+    """Name -> row of what the reference covers: adapters added later only if it is new."""
+    rows = {BACKBONE: 0} if manifest.backbone_classes else {}
+    return rows | {a.name: a.row or 0 for a in manifest.adapters if a.verified or added_later}
+
+
+def _logits(
+    bundle: Bundle,
+    device: str,
+    images: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    names: Mapping[str, int],
+) -> tuple[NDArray[np.float32], str]:
+    from hhdeploy.runtime.session import open_bundle
+
+    by_row: dict[int, str | None] = {row: name for name, row in names.items()}
+    with open_bundle(bundle, device=device) as session:
+        batches = [
+            session.run(
+                images[i : i + _VERIFY_BATCH], [by_row[int(r)] for r in ids[i : i + _VERIFY_BATCH]]
+            )
+            for i in range(0, len(images), _VERIFY_BATCH)
+        ]
+        return np.concatenate(batches), session.device
+
+
+def _twin(bundle: Bundle, precision: str, scratch: str) -> Bundle:
+    """A bundle whose float32 graph is the rounding twin of a typed graph."""
+    import onnx_ir as ir
+
+    from hhdeploy.exporters.precision import rounding_twin
+    from hhdeploy.exporters.writer import save_graph
+
+    path = Path(scratch)
+    twin = rounding_twin(ir.load(bundle.graph("float32")), precision)
+    save_graph(twin, path / "twin.onnx")
+    files = {name: sha256_of(path / name) for name in ("twin.onnx", "twin.onnx.data")}
+    if bundle.manifest.layout is not None:
+        write_tensors(path / "bank.safetensors", {"adapter_bank": bundle.bank()})
+        files["bank.safetensors"] = sha256_of(path / "bank.safetensors")
+    return Bundle(path, replace(bundle.manifest, graphs={"float32": "twin.onnx"}, files=files))
+
+
+def _stored_data(bundle: Bundle) -> Mapping[str, Any]:
+    import json
+
+    content = json.loads(bundle.file(PARITY_FILE).read_text(encoding="utf-8"))
+    data: Mapping[str, Any] = content["data"]
+    return data
+
+
+def _store_report(bundle: Bundle, report: ParityReport) -> Manifest:
+    """Write parity.json, mark the adapters verified, commit with the manifest."""
+    write_json(bundle.path / PARITY_FILE, report.to_json())
+    adapters: tuple[AdapterEntry, ...] = tuple(
+        replace(a, verified=True) for a in bundle.manifest.adapters
+    )
+    files = dict(bundle.manifest.files)
+    for name in (PARITY_FILE, REFERENCE_FILE):
+        files[name] = sha256_of(bundle.path / name)
+    manifest = replace(bundle.manifest, adapters=adapters, files=files)
+    write_manifest(bundle.path, manifest)
+    return manifest

@@ -1,0 +1,116 @@
+"""hhdeploy adapter inspect | import | list | add | remove."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hhdeploy.cli import CONTEXT, ui
+
+
+@click.group(context_settings=CONTEXT)
+def command() -> None:
+    """Inspect, import, list, add and remove adapters."""
+
+
+@command.command("inspect")
+@click.argument("directory", type=ui.DIRECTORY)
+@click.option("--rank/--no-rank", default=True, help="Effective rank (an SVD per site).")
+@ui.json_option
+def inspect(directory: Path, rank: bool, as_json: bool) -> None:
+    """Show the sites, shapes, parameters and effective ranks of the adapter in DIRECTORY.
+
+    The effective rank is exp of the entropy of a delta's normalised singular values: near 1 if
+    one direction does it all, near min(out, in) if all matter alike.
+    """
+    from hhdeploy.adapter import load_adapter
+    from hhdeploy.algebra import effective_rank
+
+    adapter = load_adapter(directory)
+    sites = []
+    with ui.steps(as_json or not rank) as step:
+        step(f"singular values of {len(adapter.sites)} deltas")
+        for name, tensors in adapter.sites.items():
+            delta = adapter.delta(name)
+            sites.append(
+                {
+                    "site": name,
+                    "out": delta.shape[0],
+                    "in": delta.shape[1],
+                    "k": delta.rank,
+                    "parameters": tensors.parameters,
+                    "effective_rank": round(effective_rank(delta), 2) if rank else None,
+                }
+            )
+    config = adapter.config.to_json()
+    head = adapter.head.weight.size + adapter.head.bias.size if adapter.head else 0
+    if as_json:
+        ui.print_json(
+            {
+                "config": config,
+                "sites": sites,
+                "parameters": adapter.parameters,
+                "head_parameters": head,
+            }
+        )
+        return
+    console = ui.console()
+    for key in ("base_model_name_or_path", "form", "reflection", "target_modules", "num_classes"):
+        console.print(f"{key:24} {config[key]}")
+    for key in adapter.config.extra:
+        console.print(f"{key:24} [dim](unknown key, kept)[/]")
+    rows = [
+        (s["site"], f"{s['out']} x {s['in']}", s["k"], s["parameters"], s["effective_rank"] or "-")
+        for s in sites
+    ]
+    console.print(ui.table(None, ("site", "out x in", "k", "parameters", "effective rank"), rows))
+    console.print(f"{adapter.parameters:,} parameters in {len(sites)} sites, {head:,} in the head")
+
+
+@command.command("list")
+@click.argument("bundle", type=ui.DIRECTORY)
+@ui.json_option
+def list_adapters(bundle: Path, as_json: bool) -> None:
+    """List the adapters of BUNDLE."""
+    from hhdeploy.bundle import Bundle
+
+    manifest = Bundle.open(bundle).manifest
+    if as_json:
+        ui.print_json([a.to_json() for a in manifest.adapters])
+        return
+    rows = [
+        (a.name, "-" if a.row is None else a.row, a.classes, "yes" if a.verified else "not yet")
+        for a in manifest.adapters
+    ]
+    title = f"{manifest.kind} bundle of {manifest.backbone['model']}"
+    ui.console().print(ui.table(title, ("adapter", "row", "classes", "verified"), rows))
+
+
+@command.command("add")
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("adapter", metavar="[NAME=]DIR")
+def add(bundle: Path, adapter: str) -> None:
+    """Add an adapter to BUNDLE: one more row of its bank, the graph stays as it is.
+
+    Needs no torch. The adapter counts as unverified until hhdeploy verify --against-torch.
+    """
+    from hhdeploy.bundle import add_adapter
+
+    ((name, directory),) = ui.named_directories([adapter]).items()
+    entry = add_adapter(bundle, name, directory)
+    click.echo(
+        f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
+        f"{bundle} --against-torch)"
+    )
+
+
+@command.command("remove")
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("name")
+def remove(bundle: Path, name: str) -> None:
+    """Remove the adapter NAME from BUNDLE; its row becomes free."""
+    from hhdeploy.bundle import remove_adapter
+
+    remove_adapter(bundle, name)
+    click.echo(f"Removed {name}")

@@ -1,0 +1,138 @@
+"""hhdeploy export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hhdeploy.cli import ui
+
+
+@click.command()
+@click.argument("out", type=ui.DIRECTORY)
+@click.option("--model", required=True, help="timm name, e.g. vit_base_patch16_224.augreg_in21k.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]DIR",
+    help="An adapter directory; repeat for more. Named after the directory unless given.",
+)
+@click.option("--fold", is_flag=True, help="Put the one adapter into the weights: no overhead.")
+@ui.backbone_options
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    metavar="P",
+    help="Also write this graph: float16 or bfloat16. Repeatable.",
+)
+@click.option("--max-rank", default=0, help="Reserve rank: 2 for the reflections + low rank.")
+@click.option("--max-classes", default=0, help="Reserve classes for later adapters' heads.")
+@click.option(
+    "--sites",
+    multiple=True,
+    metavar="TARGET",
+    help="Reserve branches, e.g. fc1, proj:sequential or a site's name. Repeatable.",
+)
+@click.option(
+    "--keep-backbone-head", is_flag=True, help="Keep the backbone's own classifier selectable."
+)
+@click.option(
+    "--bank-as-constant",
+    is_flag=True,
+    help="Bake the bank into the graph, for servers that keep no inputs between requests.",
+)
+@click.option("--verify/--no-verify", default=True, help="Compare with the training-time model.")
+@click.option(
+    "--verify-data",
+    type=ui.DIRECTORY,
+    help="Images to verify on (DIR/ADAPTER/... or DIR/...); default: seeded noise.",
+)
+@click.option(
+    "--verify-images",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images per adapter.",
+)
+@click.option("--cache-dir", type=ui.DIRECTORY, help="Where traced backbones are kept.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor store traced backbones.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new bundle is complete.")
+@ui.json_option
+def command(
+    out: Path,
+    model: str,
+    adapters: tuple[str, ...],
+    fold: bool,
+    model_args: str | None,
+    checkpoint: Path | None,
+    pretrained: bool,
+    seed: int,
+    precisions: tuple[str, ...],
+    max_rank: int,
+    max_classes: int,
+    sites: tuple[str, ...],
+    keep_backbone_head: bool,
+    bank_as_constant: bool,
+    verify: bool,
+    verify_data: Path | None,
+    verify_images: int,
+    cache_dir: Path | None,
+    no_cache: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export adapters of one backbone to the bundle OUT, verified.
+
+    \b
+    One adapter in the weights:
+      hhdeploy export --fold --model vit_base_patch16_224 --adapter digits/ OUT
+    Many adapters, one graph, another one for every image:
+      hhdeploy export --model vit_base_patch16_224 --adapter digits/ --adapter cars/ OUT
+    """
+    from hhdeploy.api import export
+    from hhdeploy.plan import Reserve
+
+    named = ui.named_directories(adapters)
+    cache: str | Path | None = None if no_cache else (cache_dir or "default")
+    with ui.steps(as_json) as step:
+        result = export(
+            model,
+            named,
+            out,
+            fold=fold,
+            model_args=ui.parse_model_args(model_args),
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            seed=seed,
+            reserve=Reserve(max_rank, max_classes, sites, keep_backbone_head),
+            bank_as_constant=bank_as_constant,
+            precisions=precisions,
+            verify=verify,
+            verify_data=verify_data,
+            verify_images=verify_images,
+            cache=cache,
+            overwrite=overwrite,
+            progress=step,
+        )
+    if as_json:
+        ui.print_json(
+            {
+                "bundle": str(result.path),
+                "kind": result.manifest.kind,
+                "adapters": [a.name for a in result.manifest.adapters],
+                "parity": result.parity.to_json() if result.parity else None,
+            }
+        )
+        return
+    console = ui.console()
+    if result.parity is not None:
+        console.print(ui.parity_table(result.parity))
+    else:
+        console.print("[yellow]Not verified[/] (--no-verify).")
+    console.print(f"Wrote {result.manifest.kind} bundle {result.path}")
+    example = result.manifest.adapters[0].name if result.manifest.adapters else "NAME"
+    console.print(f"Next: hhdeploy predict {result.path} IMAGE --adapter {example}")

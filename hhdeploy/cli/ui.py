@@ -1,0 +1,152 @@
+"""What commands share: options, progress, tables, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from hhdeploy.errors import PlanError
+from hhdeploy.parity import ParityReport
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+DEVICES = click.Choice(["auto", "cpu", "cuda", "openvino"])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+
+
+def console() -> Console:
+    """Standard output, made anew so that redirection (and click's test runner) is honoured."""
+    return Console(soft_wrap=False, highlight=False)
+
+
+def print_json(content: Any) -> None:
+    """One indented JSON document on standard output."""
+    click.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table; the first column is left-aligned, the others right-aligned."""
+    result = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+@contextlib.contextmanager
+def steps(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Progress of long work on standard error: what is being done, with the seconds it took."""
+    if quiet:
+        yield lambda step: None
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+        current: list[Any] = []
+
+        def step(description: str) -> None:
+            if current:
+                progress.update(current[-1], total=1, completed=1)
+            current.append(progress.add_task(description, total=None))
+
+        yield step
+        if current:
+            progress.update(current[-1], total=1, completed=1)
+
+
+def parse_model_args(text: str | None) -> Mapping[str, Any] | None:
+    """``--model-args``: a JSON object."""
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(
+            f"--model-args: expected a JSON object such as '{{\"img_size\": 384}}', "
+            f"found {text!r} ({error})."
+        ) from error
+    if not isinstance(content, dict):
+        raise PlanError(f"--model-args: expected a JSON object, found {text!r}.")
+    return content
+
+
+def named_directories(values: Sequence[str]) -> dict[str, Path]:
+    """``NAME=DIR`` or ``DIR`` (named after the directory); a name given twice is an error."""
+    named: dict[str, Path] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        directory = Path(path if separator else value)
+        name = name if separator else directory.resolve().name
+        if name in named:
+            raise PlanError(
+                f"two adapters are called {name!r} ({named[name]} and {directory}). Name them "
+                "with --adapter NAME=DIR."
+            )
+        named[name] = directory
+    return named
+
+
+def backbone_options(command: F) -> F:
+    """--model-args, --checkpoint, --pretrained/--no-pretrained, --seed."""
+    for option in (
+        click.option(
+            "--seed", default=0, show_default=True, help="Of random weights and of the noise."
+        ),
+        click.option(
+            "--pretrained/--no-pretrained",
+            default=True,
+            help="Without --checkpoint: timm's weights, or random ones for benchmarks.",
+        ),
+        click.option("--checkpoint", type=FILE, help="The backbone's weights, as timm loads them."),
+        click.option(
+            "--model-args", help="JSON, further arguments of timm.create_model.", metavar="JSON"
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def parity_table(report: ParityReport) -> Table:
+    """One line a stage and adapter."""
+    rows = []
+    for stage in report.stages:
+        c = stage.comparison
+        rows.append(
+            (
+                stage.adapter,
+                f"{stage.stage} {stage.precision}",
+                f"{c.max_abs:.1e}",
+                f"{c.range_error:.1e}",
+                f"{c.cosine:.6f}",
+                "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f} dB",
+                f"{c.top1:.1%}",
+                "[green]passed[/]" if not stage.failures else "[red]FAILED[/]",
+            )
+        )
+    columns = ("adapter", "stage", "max abs", "of range", "cosine", "SQNR", "top-1", "parity")
+    runtimes = ", ".join(dict.fromkeys(s.runtime for s in report.stages))
+    title = (
+        "Parity with the PyTorch training-time model (float64)\n"
+        f"[dim]{runtimes}; {describe_data(report.data)}[/]"
+    )
+    return table(title, columns, rows)
+
+
+def describe_data(data: Mapping[str, Any]) -> str:
+    """The verification's images, in words."""
+    if data.get("kind") == "noise":
+        return "seeded noise (real images: --verify-data DIR)"
+    return f"images of {data.get('folder')}"

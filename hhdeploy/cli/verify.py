@@ -1,0 +1,82 @@
+"""hhdeploy verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hhdeploy.cli import ui
+
+
+@click.command()
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.option("--device", type=ui.DEVICES, default="cpu", show_default=True)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    metavar="P",
+    help="Only these graphs; default: all. Typed graphs are checked by their rounding twin.",
+)
+@click.option(
+    "--against-torch",
+    is_flag=True,
+    help="Recompute the reference with torch, adapters added later included.",
+)
+@click.option("--checkpoint", type=ui.FILE, help="--against-torch: the backbone's weights.")
+@click.option("--pretrained/--no-pretrained", default=True, help="--against-torch, as in export.")
+@click.option("--seed", default=0, show_default=True, help="--against-torch, as in export.")
+@click.option("--verify-data", type=ui.DIRECTORY, help="--against-torch: images to use.")
+@click.option("--verify-images", default=4, show_default=True, type=click.IntRange(1))
+@ui.json_option
+def command(
+    bundle: Path,
+    device: str,
+    precisions: tuple[str, ...],
+    against_torch: bool,
+    checkpoint: Path | None,
+    pretrained: bool,
+    seed: int,
+    verify_data: Path | None,
+    verify_images: int,
+    as_json: bool,
+) -> None:
+    """Compare BUNDLE with the training-time reference it carries; exit 1 if parity fails.
+
+    Needs no torch for the float32 graph. Adapters added later are not in the reference until
+    --against-torch has been run.
+    """
+    from hhdeploy import api
+
+    with ui.steps(as_json) as step:
+        step("verifying")
+        if against_torch:
+            report = api.verify_against_torch(
+                bundle,
+                checkpoint=checkpoint,
+                pretrained=pretrained,
+                seed=seed,
+                verify_data=verify_data,
+                verify_images=verify_images,
+                device=device,
+            )
+        else:
+            report = api.verify(bundle, device=device, precisions=precisions or None)
+    if as_json:
+        ui.print_json(report.to_json())
+    else:
+        ui.console().print(ui.parity_table(report))
+        for name in _unverified(bundle):
+            ui.console().print(
+                f"[yellow]{name}[/] was added later and is not in the reference: run "
+                "hhdeploy verify --against-torch"
+            )
+    if not report.passed:
+        raise SystemExit(1)
+
+
+def _unverified(path: Path) -> list[str]:
+    from hhdeploy.bundle import Bundle
+
+    return [a.name for a in Bundle.open(path).manifest.adapters if not a.verified]

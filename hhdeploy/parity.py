@@ -1,0 +1,256 @@
+"""Parity: how outputs are compared, and the one table of what is allowed.
+
+The ladder: training-time model (float64) = folded weights = side branch = bank row = graph in a
+runtime = engine. Every rung compares logits; top-1 alone does not see a wrong reflection or
+swapped sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a stage may differ from the training-time model, at most.
+
+    Attributes:
+        range_error: max abs error over the range (max - min) of the reference logits.
+        cosine: least cosine of an image's logits with the reference's.
+        top1: least share of images with the same top-1.
+        measured: the largest range_error seen, on what.
+        reason: why the bound is where it is.
+    """
+
+    range_error: float
+    cosine: float
+    top1: float
+    measured: str
+    reason: str
+
+
+_FLOAT32 = "float32 rounding through 12 to 48 layers; summation order differs between runtimes"
+
+# (stage, precision) -> bound. Stages: `algebra` (float64 algebra against dense products),
+# `folded` (one adapter in the weights), `branches` (mixed batch of side branches), `openvino`
+# (either graph in OpenVINO), `twin` (rounding twin of a typed graph).
+PARITY: Mapping[tuple[str, str], Bound] = {
+    ("algebra", "float64"): Bound(
+        1e-12, 1 - 1e-12, 1.0, "4e-15, ranks 0 to 4, 7 x 13 to 768 x 768", "float64 rounding"
+    ),
+    ("algebra", "float32"): Bound(
+        1e-6, 1 - 1e-10, 1.0, "6e-8: one cast", "computed in float64 and cast once to float32"
+    ),
+    ("folded", "float32"): Bound(
+        1e-4, 1 - 1e-6, 1.0, "3.6e-7 of 5 architectures, random adapters", _FLOAT32
+    ),
+    ("branches", "float32"): Bound(
+        1e-4, 1 - 1e-6, 1.0, "3.7e-7 of 5 architectures, random adapters", _FLOAT32
+    ),
+    ("openvino", "float32"): Bound(1e-4, 1 - 1e-6, 1.0, "1e-6", _FLOAT32),
+    ("twin", "float16"): Bound(
+        2e-2,
+        0.9999,
+        0.995,
+        "2e-3 on the starter models",
+        "10 bits of mantissa after every operation outside the float32 islands",
+    ),
+    ("twin", "bfloat16"): Bound(
+        1e-1,
+        0.999,
+        0.97,
+        "2e-2 on the starter models",
+        "7 bits of mantissa after every operation outside the float32 islands",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures of one comparison over N images; -inf padding is left out of all of them.
+
+    Attributes:
+        images: N.
+        max_abs: largest absolute error.
+        range_error: max_abs over the range of the reference logits.
+        max_rel: largest error relative to the image's own largest logit.
+        cosine: least cosine of an image.
+        sqnr_db: signal-to-quantisation-noise ratio over all logits, in dB.
+        top1: share of images whose arg max agrees.
+        worst_image: index of the image with the largest error.
+    """
+
+    images: int
+    max_abs: float
+    range_error: float
+    max_rel: float
+    cosine: float
+    sqnr_db: float
+    top1: float
+    worst_image: int
+
+    def failures(self, bound: Bound) -> list[str]:
+        """Which figures are outside ``bound``, in words; empty if all are inside."""
+        found = []
+        # Written so that NaN fails.
+        if not self.range_error <= bound.range_error:
+            found.append(
+                f"max abs error {self.max_abs:.3g} is {self.range_error:.3g} of the logits' range "
+                f"(at most {bound.range_error:.3g})"
+            )
+        if not self.cosine >= bound.cosine:
+            found.append(f"cosine {self.cosine:.6f} (at least {bound.cosine:.6f})")
+        if not self.top1 >= bound.top1:
+            found.append(f"top-1 agreement {self.top1:.2%} (at least {bound.top1:.2%})")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON without infinities or NaN: those become strings."""
+        return {
+            k: v if isinstance(v, int) or math.isfinite(v) else str(v)
+            for k, v in asdict(self).items()
+        }
+
+
+def bound(stage: str, precision: str) -> Bound:
+    """The bound of a stage. Raises KeyError for a pair that the table does not hold."""
+    return PARITY[stage, precision]
+
+
+def compare(reference: NDArray[Any], found: NDArray[Any]) -> Comparison:
+    """Compare logits [N, classes] with the reference's, in float64.
+
+    Columns that are -inf in the reference (padding past an adapter's classes) must be -inf in
+    ``found`` too; any other pattern, or NaN, gives infinite error.
+    """
+    if reference.shape != found.shape:
+        raise ValueError(f"shapes differ: reference {reference.shape}, found {found.shape}")
+    real = reference.astype(np.float64)
+    ours = found.astype(np.float64)
+    kept = ~np.isneginf(real)
+    if not np.array_equal(np.isneginf(ours), ~kept) or not np.isfinite(ours[kept]).all():
+        bad = np.any(np.isneginf(ours) == kept, axis=1) | np.isnan(ours).any(axis=1)
+        worst = int(np.argmax(bad))
+        return Comparison(len(real), math.inf, math.inf, math.inf, -1.0, -math.inf, 0.0, worst)
+    signal, values = np.where(kept, real, 0.0), np.where(kept, ours, 0.0)
+    error = np.abs(signal - values)
+    spread = float(np.ptp(real[kept])) if kept.any() else 0.0
+    largest = np.max(np.abs(signal), axis=1)
+    max_abs = float(error.max(initial=0.0))
+    noise = float(np.sum(error**2))
+    agree = np.argmax(np.where(kept, real, -np.inf), axis=1) == np.argmax(ours, axis=1)
+    return Comparison(
+        images=len(real),
+        max_abs=max_abs,
+        range_error=_ratio(max_abs, spread),
+        max_rel=float(
+            np.max([_ratio(e, m) for e, m in zip(error.max(axis=1), largest, strict=True)])
+        ),
+        cosine=float(np.min(_cosines(signal, values))),
+        sqnr_db=10 * math.log10(float(np.sum(signal**2)) / noise)
+        if noise and signal.any()
+        else math.inf,
+        top1=float(np.mean(agree)),
+        worst_image=int(np.argmax(error.max(axis=1))),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    if part == 0.0:
+        return 0.0
+    return float(part / whole) if whole else math.inf
+
+
+def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    dots = np.sum(a * b, axis=1)
+    same = np.all(a == b, axis=1)
+    return np.where(same, 1.0, dots / np.where(norms == 0.0, 1.0, norms))
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One line of a parity report.
+
+    Attributes:
+        stage: key of `PARITY`, first part.
+        precision: key of `PARITY`, second part.
+        runtime: what computed it, e.g. ``onnxruntime cpu``.
+        adapter: whose images.
+        comparison: the figures.
+        failures: what is outside the bound.
+    """
+
+    stage: str
+    precision: str
+    runtime: str
+    adapter: str
+    comparison: Comparison
+    failures: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, stage: str, precision: str, runtime: str, adapter: str, comparison: Comparison
+    ) -> StageResult:
+        """Judge a comparison by the table."""
+        failures = tuple(comparison.failures(bound(stage, precision)))
+        return cls(stage, precision, runtime, adapter, comparison, failures)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line in parity.json."""
+        limits = bound(self.stage, self.precision)
+        return {
+            "stage": self.stage,
+            "precision": self.precision,
+            "runtime": self.runtime,
+            "adapter": self.adapter,
+            **self.comparison.to_json(),
+            "bound": {
+                "range_error": limits.range_error,
+                "cosine": limits.cosine,
+                "top1": limits.top1,
+            },
+            "passed": not self.failures,
+        }
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All stages of one verification.
+
+    Attributes:
+        data: what the images were: ``{"kind": "noise", "seed": ...}`` or a folder.
+        stages: the results.
+    """
+
+    data: Mapping[str, Any]
+    stages: Sequence[StageResult]
+
+    @property
+    def passed(self) -> bool:
+        """True if every stage is within its bound (and there is at least one)."""
+        return bool(self.stages) and all(not s.failures for s in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """parity.json."""
+        return {
+            "schema_version": 1,
+            "passed": self.passed,
+            "reference": "PyTorch training-time model, float64",
+            "data": dict(self.data),
+            "stages": [s.to_json() for s in self.stages],
+        }
+
+    def explain_failures(self) -> str:
+        """One line a failed stage, for an error message."""
+        return "\n".join(
+            f"  {s.stage} {s.precision} ({s.runtime}), adapter {s.adapter}: {'; '.join(s.failures)}"
+            for s in self.stages
+            if s.failures
+        )

@@ -1,0 +1,148 @@
+"""The reference that a bundle carries: images and the training-time model's float64 logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter
+from hhdeploy.backbone import Backbone
+from hhdeploy.plan import BackboneFacts
+from hhdeploy.preprocess import list_images, open_image, spread
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class VerifyData:
+    """Which images a verification uses.
+
+    Attributes:
+        folder: a folder of images (``DIR/ADAPTER/...`` where such folders exist, else all of
+            DIR for every adapter); None: seeded Gaussian noise, which parity.json says.
+        images: how many per adapter.
+        seed: of the noise.
+    """
+
+    folder: Path | None = None
+    images: int = 4
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``data`` entry of parity.json."""
+        if self.folder is None:
+            return {"kind": "noise", "seed": self.seed, "images_per_adapter": self.images}
+        return {
+            "kind": "images",
+            "folder": self.folder.name,
+            "images_per_adapter": self.images,
+        }
+
+    def batch(
+        self, name: str, adapter: Adapter | None, facts: BackboneFacts
+    ) -> NDArray[np.float32]:
+        """The images for one adapter, float32 [n, 3, H, W].
+
+        Raises:
+            DataError: the folder has no images, or one cannot be decoded.
+        """
+        if self.folder is None:
+            rng = np.random.default_rng(self.seed)
+            shape = (self.images, *facts.preprocess.input_size)
+            return rng.standard_normal(shape, np.float32)
+        own = self.folder / name
+        paths = spread(list_images(own if own.is_dir() else self.folder), self.images)
+        preprocess = adapter.config.preprocess if adapter is not None else None
+        transform = preprocess or facts.preprocess
+        return np.stack([transform(open_image(path)) for path in paths])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images, rows and logits; neighbouring images use different adapters.
+
+    Attributes:
+        images: float32 [N, 3, H, W], normalised.
+        adapter_ids: int64 [N], rows of the bank (0 for a folded bundle's only adapter).
+        logits: float64 [N, classes], -inf past an adapter's own classes.
+    """
+
+    images: NDArray[np.float32]
+    adapter_ids: NDArray[np.int64]
+    logits: NDArray[np.float64]
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The tensors of reference.safetensors."""
+        return {"images": self.images, "adapter_ids": self.adapter_ids, "logits": self.logits}
+
+
+def training_time_reference(
+    backbone: Backbone,
+    adapters: Mapping[str, tuple[int, Adapter | None]],
+    data: VerifyData,
+    classes: int,
+) -> Reference:
+    """Run the training-time model in float64 on every adapter's images.
+
+    Args:
+        backbone: the timm model; it is float32 and bare again afterwards.
+        adapters: name -> (row, adapter); None stands for the bare backbone.
+        data: which images.
+        classes: columns of the logits.
+    """
+    per_adapter = []
+    backbone.model.double()  # exact, and exact on the way back
+    try:
+        for name, (row, adapter) in adapters.items():
+            images = data.batch(name, adapter, backbone.facts)
+            logits = _training_time_logits(backbone.model, adapter, images)
+            padded = np.full((len(images), classes), -np.inf)
+            padded[:, : logits.shape[1]] = logits
+            per_adapter.append((images, np.full(len(images), row, np.int64), padded))
+    finally:
+        backbone.model.float()
+    order = _interleaved([len(images) for images, _, _ in per_adapter])
+    images, ids, logits = (
+        np.concatenate([entry[i] for entry in per_adapter])[order] for i in range(3)
+    )
+    return Reference(images, ids, logits)
+
+
+def _training_time_logits(
+    model: nn.Module, adapter: Adapter | None, images: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    import torch
+    from torch.nn.utils import parametrize
+
+    from hhdeploy.training import attach, detach
+
+    if adapter is not None:
+        attach(model, adapter)
+    try:
+        # The dense matrices are computed once for all batches.
+        with torch.no_grad(), parametrize.cached():
+            batches = [
+                model(torch.from_numpy(images[i : i + _BATCH]).double()).numpy()
+                for i in range(0, len(images), _BATCH)
+            ]
+    finally:
+        if adapter is not None:
+            detach(model)
+    return np.concatenate(batches)
+
+
+def _interleaved(counts: Sequence[int]) -> NDArray[np.int64]:
+    """Order that takes the groups in turn, so that any batch mixes adapters."""
+    starts = np.cumsum([0, *counts[:-1]])
+    rounds = range(max(counts))
+    return np.asarray(
+        [s + i for i in rounds for s, n in zip(starts, counts, strict=True) if i < n], np.int64
+    )

@@ -1,0 +1,174 @@
+"""The bank of an open session: names to rows, changed while requests are in flight.
+
+A row is written only while nobody can see it: a new adapter gets a free row, and the name
+points to it once the row is complete. A removed or replaced adapter's row is freed when the
+last request that leased it is done. So a request sees the old or the new adapter, never a
+mixture.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter, load_adapter
+from hhdeploy.bundle import AdapterEntry, Bundle, admit, entry_of
+from hhdeploy.errors import CapacityError, SessionError
+from hhdeploy.plan import BACKBONE
+
+BACKBONE_ROW = 0
+
+
+class AdapterBank:
+    """Adapters of an open session by name; ``len``, ``in`` and iteration give the names.
+
+    Attributes:
+        rows: float32 [slots, row], the graph's ``adapter_bank``; row 0 is zeros.
+    """
+
+    def __init__(self, bundle: Bundle, slots: int | None) -> None:
+        """``slots``: rows of the bank, row 0 included; None: room for 64 or what is there."""
+        self._manifest = bundle.manifest
+        stored = bundle.bank()
+        used = [a.row for a in bundle.manifest.adapters if a.row is not None]
+        needed = max([BACKBONE_ROW, *used]) + 1
+        if slots is None:
+            slots = max(64, needed)
+        if slots < needed:
+            raise SessionError(
+                f"slots={slots} is too small: the bundle's adapters take rows up to {needed - 1}. "
+                f"Open it with slots={needed} or more."
+            )
+        # np.zeros is lazy: rows that no adapter uses take no memory.
+        self.rows: NDArray[np.float32] = np.zeros((slots, stored.shape[1]), np.float32)
+        for row in used:
+            self.rows[row] = stored[row]
+        self._entries = {a.name: a for a in bundle.manifest.adapters}
+        self._leases = dict.fromkeys(used, 0)
+        self._retired: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> AdapterEntry:
+        """The entry of an adapter. Raises `SessionError` listing the names there are."""
+        with self._lock:
+            return self._entry(name)
+
+    @property
+    def slots(self) -> int:
+        """Rows of the bank, row 0 included."""
+        return int(self.rows.shape[0])
+
+    def add(
+        self, name: str, adapter: str | Path | Adapter, *, replace_existing: bool = False
+    ) -> AdapterEntry:
+        """Load an adapter into a free row. Needs NumPy and safetensors alone.
+
+        Args:
+            name: what requests will call it.
+            adapter: an adapter directory, or one that was loaded.
+            replace_existing: allow a name that is in use; requests in flight keep the old one.
+
+        Raises:
+            AdapterError, PlanError, CapacityError: see `hhdeploy.bundle.admit`.
+            SessionError: the name is taken, or no row is free.
+        """
+        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        packed = admit(self._manifest, name, loaded)
+        entry = entry_of(name, None, loaded, self._manifest.backbone, verified=False)
+        with self._lock:
+            if name in self._entries and not replace_existing:
+                raise SessionError(f"an adapter {name!r} is loaded already; remove it first.")
+            row = self._free_row()
+            self._leases[row] = 1  # held by this call until the row is complete
+        self.rows[row] = packed
+        with self._lock:
+            self._leases[row] -= 1
+            old = self._entries.get(name)
+            self._entries[name] = replace(entry, row=row)
+            if old is not None:
+                self._retire(old)
+            return self._entries[name]
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; its row is free once the requests that use it are done."""
+        with self._lock:
+            if self._manifest.bank_as_constant:
+                raise SessionError("the bank is baked into this graph: adapters cannot be removed.")
+            self._retire(self._entry(name))
+            del self._entries[name]
+
+    @contextmanager
+    def lease(self, names: Sequence[str | None]) -> Iterator[NDArray[np.int64]]:
+        """Rows of some adapters (None: the backbone), held while in the block."""
+        with self._lock:
+            rows = [self._row(name) for name in names]
+            for row in rows:
+                if row != BACKBONE_ROW:
+                    self._leases[row] += 1
+        try:
+            yield np.asarray(rows, np.int64)
+        finally:
+            with self._lock:
+                for row in rows:
+                    if row != BACKBONE_ROW:
+                        self._release(row)
+
+    def _entry(self, name: str) -> AdapterEntry:
+        entry = self._entries.get(name)
+        if entry is None:
+            known = ", ".join(self._entries) or "none"
+            raise SessionError(f"unknown adapter {name!r}. Loaded are: {known}.")
+        return entry
+
+    def _row(self, name: str | None) -> int:
+        if name is None or name == BACKBONE:
+            if not self._manifest.backbone_classes:
+                raise SessionError(
+                    "this bundle has no classifier of the bare backbone: name an adapter for "
+                    "every image, or export with --keep-backbone-head."
+                )
+            return BACKBONE_ROW
+        row = self._entry(name).row
+        assert row is not None
+        return row
+
+    def _free_row(self) -> int:
+        for row in range(1, self.slots):
+            if row not in self._leases:
+                return row
+        raise CapacityError(
+            f"all {self.slots - 1} rows of the bank are in use. Remove an adapter, or open the "
+            f"session with slots={2 * self.slots}."
+        )
+
+    def _retire(self, entry: AdapterEntry) -> None:
+        assert entry.row is not None
+        if self._leases[entry.row]:
+            self._retired.add(entry.row)
+        else:
+            self._free(entry.row)
+
+    def _release(self, row: int) -> None:
+        self._leases[row] -= 1
+        if not self._leases[row] and row in self._retired:
+            self._free(row)
+
+    def _free(self, row: int) -> None:
+        self._retired.discard(row)
+        del self._leases[row]
+        self.rows[row] = 0.0

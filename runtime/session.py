@@ -1,0 +1,192 @@
+"""An open bundle: images and adapter names in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hhdeploy.bundle import AdapterEntry, Bundle
+from hhdeploy.errors import SessionError
+from hhdeploy.plan import BACKBONE
+from hhdeploy.preprocess import Preprocess
+from hhdeploy.runtime.backends import Backend, BackendOptions, open_backend
+from hhdeploy.runtime.bank import AdapterBank
+
+
+class Session:
+    """One bundle, open on one device; use `open_session`. `run` is thread-safe.
+
+    Attributes:
+        bundle: the bundle that was opened.
+        adapters: its adapters by name, an `AdapterBank`; of a folded bundle, None.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, adapters: AdapterBank | None) -> None:
+        self.bundle = bundle
+        self._backend: Backend | None = backend
+        self._adapters = adapters
+
+    @property
+    def adapters(self) -> AdapterBank:
+        """Adapters by name: iterate, ``add``, ``remove``. Raises for a folded bundle."""
+        if self._adapters is None:
+            raise SessionError(
+                "a folded bundle holds exactly one adapter, in its weights. Export without "
+                "--fold to add and remove adapters."
+            )
+        return self._adapters
+
+    @property
+    def device(self) -> str:
+        """What computes, e.g. ``onnxruntime CPUExecutionProvider``."""
+        return self._open_backend().name
+
+    def entry(self, adapter: str | None) -> AdapterEntry | None:
+        """Classes, labels and preprocessing of an adapter; None for the backbone."""
+        if self._adapters is None:
+            only = self.bundle.manifest.adapters[0]
+            if adapter not in (None, only.name):
+                raise SessionError(
+                    f"unknown adapter {adapter!r}: this folded bundle holds {only.name!r}."
+                )
+            return only
+        return None if adapter in (None, BACKBONE) else self._adapters[adapter]
+
+    def preprocess(
+        self, images: Sequence[Image.Image], adapter: str | None = None
+    ) -> NDArray[np.float32]:
+        """Images to float32 [batch, 3, H, W] as an adapter (None: the backbone) wants them."""
+        entry = self.entry(adapter)
+        transform = (
+            entry.preprocess
+            if entry is not None
+            else Preprocess.from_json(self.bundle.manifest.backbone["preprocess"])
+        )
+        if not images:
+            raise SessionError("no image given: expected a sequence of at least one.")
+        return np.stack([transform(image) for image in images])
+
+    def run(
+        self,
+        images: NDArray[np.float32],
+        adapters: str | Sequence[str | None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in which every image may use another adapter.
+
+        Args:
+            images: float32 [batch, 3, H, W], normalised (see `preprocess`).
+            adapters: one name per image, None or ``"backbone"`` for the bare backbone; a single
+                name or None for all images. A folded bundle takes its adapter's name or None.
+
+        Returns:
+            float32 [batch, classes]; columns past an image's own classes are -inf.
+
+        Raises:
+            SessionError: wrong shape or type, wrong number of names, an unknown adapter, or the
+                session is closed.
+        """
+        backend = self._open_backend()
+        images = self._checked(images)
+        names: list[str | None] = (
+            [adapters] * len(images)
+            if adapters is None or isinstance(adapters, str)
+            else list(adapters)
+        )
+        if len(names) != len(images):
+            raise SessionError(
+                f"expected one adapter per image, found {len(names)} for {len(images)} images."
+            )
+        if self._adapters is None:
+            for name in set(names):
+                self.entry(name)
+            return backend.run(images, None)
+        with self._adapters.lease(names) as rows:
+            return backend.run(images, rows)
+
+    def close(self) -> None:
+        """Free the graph. Closing twice is fine."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_backend(self) -> Backend:
+        if self._backend is None:
+            raise SessionError("the session is closed.")
+        return self._backend
+
+    def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        size = self.bundle.manifest.input_size
+        if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[1:] != size:
+            found = list(images.shape) if isinstance(images, np.ndarray) else type(images).__name__
+            raise SessionError(
+                f"images: expected float32 [batch, {size[0]}, {size[1]}, {size[2]}], found {found}."
+            )
+        if not len(images):
+            raise SessionError("images: expected a batch of at least one image, found none.")
+        if not np.issubdtype(images.dtype, np.floating):
+            raise SessionError(
+                f"images: expected normalised float32, found {images.dtype}. Use "
+                "session.preprocess on decoded images."
+            )
+        return np.ascontiguousarray(images, np.float32)
+
+
+def open_session(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    slots: int | None = None,
+    threads: int | None = None,
+) -> Session:
+    """Open a bundle for inference. Needs NumPy, safetensors, Pillow and the device's runtime.
+
+    Args:
+        path: the bundle.
+        device: ``cpu`` and ``cuda`` (ONNX Runtime), ``openvino``; ``auto`` picks the fastest
+            that is available for this precision, never another precision.
+        precision: of the graph, as listed in the manifest.
+        slots: rows of the bank, row 0 (the backbone) included; None: 64, or what is needed.
+        threads: of one run; None leaves it to the runtime.
+
+    Raises:
+        BundleError: no bundle, a file that does not match its hash, no such precision.
+        SessionError: the device is unknown or not available; it never falls back to another.
+    """
+    return open_bundle(
+        Bundle.open(path), device=device, precision=precision, slots=slots, threads=threads
+    )
+
+
+def open_bundle(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    slots: int | None = None,
+    threads: int | None = None,
+) -> Session:
+    """`open_session` for a bundle whose manifest is read already."""
+    if threads is not None and threads < 1:
+        raise SessionError(f"threads: expected 1 or more, found {threads}.")
+    manifest = bundle.manifest
+    adapters = AdapterBank(bundle, slots) if manifest.layout is not None else None
+    rows = adapters.rows if adapters is not None and not manifest.bank_as_constant else None
+    backend = open_backend(bundle, rows, device, BackendOptions(precision, threads))
+    return Session(bundle, backend, adapters)
