@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 from hhdeploy.adapter import Adapter, AdapterConfig, Head, SiteTensors, save_adapter
 from hhdeploy.backbone import classifier_path, find_linears
 from hhdeploy.errors import AdapterError
-from hhdeploy.sites import LinearSpec, select_sites
+from hhdeploy.sites import SEQUENTIAL_KINDS, LinearSpec, select_sites, sites_of
 from hhdeploy.training.householder import (
     AdditiveDelta,
     HouseholderMatrix,
@@ -48,8 +49,9 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         ``model``.
 
     Raises:
-        AdapterError: a target or a site that the model does not have, or an adapter is
-            attached already.
+        AdapterError: a target or a site that the model does not have, a matrix of another
+            size, the sequential form elsewhere than after proj and fc2, or an adapter is
+            attached already. The model is then as it was.
     """
     if hasattr(model, _STATE):
         raise AdapterError("an adapter is attached to this model already; call detach first.")
@@ -61,6 +63,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         if isinstance(adapter, Adapter)
         else _new_matrices(adapter, linears, generator)
     )
+    _check_sites(matrices, linears, config)
     reference = next(model.parameters())
     model.requires_grad_(False)
     for linear in linears:
@@ -69,11 +72,6 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
             for matrix in own.values():
                 matrix.to(reference.device, reference.dtype)
             _parametrize(model.get_submodule(linear.path), linear, own, config)
-    if matrices:
-        raise AdapterError(
-            f"the model has no site {', '.join(sorted(matrices)[:5])}: the adapter belongs to "
-            "another architecture."
-        )
     path = classifier_path(model)
     old_head = None
     if isinstance(adapter, Adapter) and adapter.head is not None:
@@ -130,6 +128,31 @@ def _state(model: nn.Module) -> _Attached:
         raise AdapterError("no adapter is attached to this model; call attach first.")
     assert isinstance(state, _Attached)
     return state
+
+
+def _check_sites(
+    matrices: Mapping[str, HouseholderMatrix],
+    linears: tuple[LinearSpec, ...],
+    config: AdapterConfig,
+) -> None:
+    known = sites_of(linears)
+    if unknown := sorted(set(matrices) - set(known)):
+        raise AdapterError(
+            f"the model has no site {', '.join(unknown[:5])}: the adapter belongs to "
+            "another architecture."
+        )
+    for name, matrix in matrices.items():
+        site = known[name]
+        if config.form == "sequential" and site.kind not in SEQUENTIAL_KINDS:
+            raise AdapterError(
+                f"the sequential form acts after {', '.join(SEQUENTIAL_KINDS)} only, not at {name}."
+            )
+        expected = (site.out, site.out if config.form == "sequential" else site.in_)
+        if matrix.shape != expected:
+            raise AdapterError(
+                f"{name}: expected tensors for a {expected[0]} x {expected[1]} matrix "
+                f"({config.form}), found {matrix.shape[0]} x {matrix.shape[1]}."
+            )
 
 
 def _parametrize(

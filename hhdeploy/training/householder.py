@@ -48,6 +48,15 @@ class HouseholderMatrix(nn.Module):
         self.u, self.v, self.d = parameter("u"), parameter("v"), parameter("d")
         self.lora_A, self.lora_B = parameter("lora_A"), parameter("lora_B")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        if self.u is not None and self.v is not None:
+            return self.u.numel(), self.v.numel()
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
     def forward(self) -> Tensor:
         """The dense matrix."""
         matrix: Tensor | None = None

@@ -1,0 +1,224 @@
+"""``hhdeploy train``: an image folder in, an adapter directory out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hhdeploy.algebra import REFLECTIONS
+from hhdeploy.errors import require
+from hhdeploy.sites import FORMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from hhdeploy.training.settings import EpochReport, StepReport, TrainResult
+
+_INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
+
+
+def _model_args(ctx: click.Context, parameter: click.Parameter, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise click.BadParameter(f"expected a JSON object, found {text}")
+    return value
+
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("out", type=_PATH, required=False)
+@click.option("--model", required=True, help="timm model name, with or without .tag.")
+@click.option(
+    "--model-args",
+    default="{}",
+    callback=_model_args,
+    metavar="JSON",
+    help="Further arguments of timm.create_model, such as '{\"img_size\": 224}'.",
+)
+@click.option("--checkpoint", type=_PATH, metavar="FILE", help="Backbone weights.")
+@click.option(
+    "--no-pretrained",
+    "pretrained",
+    flag_value=False,
+    default=True,
+    show_default=False,
+    help="Random backbone weights from --seed, for tests.",
+)
+@click.option(
+    "--data", type=_PATH, required=True, metavar="DIR", help="Images, as DIR/CLASS/image."
+)
+@click.option(
+    "--val-data", type=_PATH, metavar="DIR", help="Validation images with the same class names."
+)
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    help="Share of every class held out when there is no --val-data.",
+)
+@click.option("--form", type=click.Choice(FORMS), default="additive", help="The adapter's form.")
+@click.option("--reflection", type=click.Choice(REFLECTIONS), default="unnormalized")
+@click.option("--r", type=click.IntRange(0), default=1, help="Rank of the low-rank term.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="q, k, v, proj, fc1, fc2 or a site's name; repeat it. Default: q k v proj (additive), "
+    "proj fc2 (sequential).",
+)
+@click.option("--epochs", type=click.IntRange(1), default=10)
+@click.option("--batch-size", type=click.IntRange(1), default=64)
+@click.option("--lr", type=float, default=5e-3, help="Peak learning rate of AdamW.")
+@click.option("--weight-decay", type=float, default=1e-4)
+@click.option(
+    "--warmup-epochs", type=click.IntRange(0), help="Default: a tenth of --epochs, at least 1."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, help="Of split, weights, order, augmentation."
+)
+@click.option(
+    "--augment/--no-augment",
+    default=True,
+    help="Mild random resized crops and --flip; without, training images look as at inference.",
+)
+@click.option(
+    "--flip/--no-flip", default=True, help="Mirror half of the images; not for text or digits."
+)
+@click.option(
+    "--linear-probe",
+    is_flag=True,
+    help="Train the classifier alone. OUT is optional and receives metrics.json, no adapter.",
+)
+@click.option("--num-workers", type=click.IntRange(0), default=0, help="Threads that read images.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto")
+@click.option(
+    "--cache-mb",
+    type=click.IntRange(0),
+    default=2048,
+    help="MiB of decoded images kept in memory; the rest is read every epoch.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete.")
+@click.option("--resume", is_flag=True, help="Continue the unfinished training of OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
+def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
+    """Fine-tune an adapter on an image folder and write it to OUT.
+
+    The paper's recipe: AdamW, warm-up and cosine, cross-entropy, frozen backbone, new classifier.
+    The weights of the last epoch are written. After an interrupt, the same command with --resume
+    continues at the last whole epoch (kept in OUT.training) and gives, on a CPU, the same bits.
+    """
+    if options["out"] is None and not options["linear_probe"]:
+        raise click.UsageError("Missing argument 'OUT': only --linear-probe works without it.")
+    if options["out"] is None and options["resume"]:
+        raise click.UsageError("--resume needs the OUT whose training it continues.")
+    if options["checkpoint"] is not None and not options["pretrained"]:
+        raise click.UsageError("--checkpoint and --no-pretrained exclude each other: give one.")
+    require("torch", "export", "training")
+    require("timm", "export", "training")
+    from rich.console import Console
+
+    from hhdeploy.training.recipe import TrainSettings, train
+    from hhdeploy.training.state import StateDirectory
+
+    settings = TrainSettings(**{**options, "targets": options["targets"] or None})
+    console = Console(stderr=True)
+    try:
+        with _Bar(console, settings.epochs) as bar:
+            result = train(settings, bar)
+    except KeyboardInterrupt:
+        kept = settings.out is not None and StateDirectory.beside(settings.out).exists
+        hint = " Continue with the same command and --resume." if kept else ""
+        click.echo(f"Interrupted.{hint}", err=True)
+        ctx.exit(_INTERRUPTED)
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else "\n".join(_summary(result)))
+
+
+class _Bar:
+    """Progress on stderr: a bar for the epoch that runs, a line for every one that is done."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        self.epochs, self.console = epochs, console
+        self.progress: Progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            Remaining(),
+            console=console,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.accuracy = ""
+
+    def __enter__(self) -> _Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, report: StepReport | EpochReport) -> None:
+        from hhdeploy.training.settings import EpochReport
+
+        if isinstance(report, EpochReport):
+            self._epoch(report)
+        else:
+            self._step(report)
+
+    def _step(self, report: StepReport) -> None:
+        if self.task is None:
+            title = f"epoch {report.epoch}/{self.epochs}"
+            self.task = self.progress.add_task(title, total=report.steps, figures="")
+        figures = f"loss {report.loss:.4f}  lr {report.lr:.2e}{self.accuracy}"
+        self.progress.update(self.task, completed=report.step, figures=figures)
+
+    def _epoch(self, report: EpochReport) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+            self.task = None
+        self.accuracy = f"  val top-1 {_percent(report.val_top1)}"
+        self.console.print(
+            f"epoch {report.epoch}/{self.epochs}  loss {report.loss:.4f}  lr {report.lr:.2e}"
+            f"{self.accuracy}",
+            highlight=False,
+        )
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f} %"
+
+
+def _summary(result: TrainResult) -> Iterator[str]:
+    """Lines for people: what was trained, last and best accuracy, what was written."""
+    kind = "linear probe" if result.linear_probe else f"adapter on {result.sites} sites"
+    yield (
+        f"{kind}: {result.parameters:,} values and a classifier of {result.head_parameters:,}, "
+        f"{len(result.class_names)} classes, {result.train_images} training and "
+        f"{result.val_images} validation images, on {result.device}"
+    )
+    last, best = result.last, result.best
+    if best is None:
+        yield f"last epoch {last.epoch}: no validation images"
+    else:
+        yield (
+            f"last epoch {last.epoch}: val top-1 {_percent(last.val_top1)} (kept); best epoch "
+            f"{best.epoch}: {_percent(best.val_top1)}"
+        )
+    if result.out is not None:
+        yield f"wrote {result.out}"

@@ -1,0 +1,354 @@
+"""The paper's recipe: an image folder in, an adapter directory out.
+
+AdamW on the adapter and a new classifier, linear warm-up and cosine, cross-entropy; the
+backbone is frozen and in eval mode. The weights of the last epoch are written, as in the paper
+(the best epoch is reported beside it). On a CPU, one seed and one number of threads give the
+same bits, interrupted and resumed or not.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from hhdeploy.adapter import Adapter, AdapterConfig, save_adapter
+from hhdeploy.backbone import Backbone, BackboneSpec, load_backbone
+from hhdeploy.errors import WriteError
+from hhdeploy.files import atomic_directory, os_errors, write_json
+from hhdeploy.plan import BackboneFacts
+from hhdeploy.sites import LinearSpec, select_sites, sites_of
+from hhdeploy.training.attach import attach, extract
+from hhdeploy.training.data import (
+    CROP_AREA,
+    CROP_RATIO,
+    BatchSource,
+    ImageFolder,
+    PixelCache,
+    derived_seed,
+    read_image_folder,
+)
+from hhdeploy.training.loop import Trainer
+from hhdeploy.training.settings import (
+    EpochReport,
+    Progress,
+    StepReport,
+    TrainingError,
+    TrainResult,
+    TrainSettings,
+)
+from hhdeploy.training.state import SavedTraining, StateDirectory
+
+__all__ = [
+    "EpochReport",
+    "Progress",
+    "StepReport",
+    "TrainResult",
+    "TrainSettings",
+    "TrainingError",
+    "train",
+]
+
+METRICS_FILE = "metrics.json"
+_HEAD_STD = 0.02
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one call of `train` works on."""
+
+    settings: TrainSettings
+    folder: ImageFolder
+    facts: BackboneFacts
+    model: nn.Module
+    state: StateDirectory | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed training must share with the interrupted one, by its flag."""
+        s = self.settings
+        return {
+            "--model": self.facts.model,
+            "--model-args": dict(self.facts.args),
+            "the digest of the backbone's weights": self.facts.sha256,
+            "the digest of the image names and sizes": self.folder.digest,
+            "--form": s.form,
+            "--reflection": s.reflection,
+            "--r": s.r,
+            "--target": s.target_modules,
+            "--epochs": s.epochs,
+            "--batch-size": s.batch_size,
+            "--lr": s.lr,
+            "--weight-decay": s.weight_decay,
+            "--warmup-epochs": s.warmup,
+            "--seed": s.seed,
+            "--augment": s.augment,
+            "--flip": s.flip,
+            "--linear-probe": s.linear_probe,
+        }
+
+
+def train(settings: TrainSettings, progress: Progress | None = None) -> TrainResult:
+    """Train an adapter (or a linear probe) on an image folder and write it.
+
+    Args:
+        settings: what to do.
+        progress: called with every `StepReport` and `EpochReport`. After each epoch the state
+            is on disk before the call, so an exception raised there loses nothing.
+
+    Returns:
+        The result; ``result.out`` holds the adapter, or metrics.json for a linear probe.
+
+    Raises:
+        TrainingError: settings that make no sense, an unfinished state without ``resume``, a
+            state of other settings, a diverged loss, a device that is not there.
+        DataError: the image folders or an image.
+        BackboneError: the model or its checkpoint.
+        AdapterError: targets that the model does not have.
+        WriteError: ``out`` cannot be written; checked before the training starts.
+    """
+    settings.check()
+    state = _check_output(settings)
+    device = _device(settings.device)
+    with _torch_threads(settings.threads):
+        folder = read_image_folder(
+            settings.data, settings.val_data, settings.val_fraction, settings.seed
+        )
+        backbone = load_backbone(_backbone_spec(settings))
+        backbone.model.to(device)
+        model = _trainable(backbone, settings, folder)
+        task = _Task(settings, folder, backbone.facts, model, state)
+        with BatchSource(
+            backbone.facts.preprocess,
+            batch_size=settings.batch_size,
+            cache=PixelCache(settings.cache_mb << 20),
+            workers=settings.num_workers,
+        ) as batches:
+            trainer = Trainer(model, settings, folder, batches, device)
+            history = _run(task, trainer, progress or (lambda report: None))
+        result = _result(task, trainer, history)
+        _write(task, result)
+    return result
+
+
+def _check_output(settings: TrainSettings) -> StateDirectory | None:
+    """Refuse an output that exists or cannot be written, before any work is done."""
+    out = settings.out
+    if out is None:
+        return None
+    if out.exists() and not settings.overwrite:
+        raise WriteError(
+            f"{out} already exists. Choose another output directory, or pass --overwrite to "
+            "replace it once the new one is complete."
+        )
+    if out.exists() and not out.is_dir():
+        raise WriteError(f"{out} is a file, not a directory. Choose another output directory.")
+    state = StateDirectory.beside(out)
+    state.check(resume=settings.resume)
+    with os_errors(out):
+        state.path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=".hhdeploy.", dir=state.path.parent).cleanup()
+    return state
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise TrainingError("--device cuda: torch sees no CUDA device here. Use --device cpu.")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _backbone_spec(settings: TrainSettings) -> BackboneSpec:
+    return BackboneSpec(
+        settings.model,
+        settings.model_args,
+        settings.checkpoint,
+        pretrained=settings.pretrained,
+        seed=settings.seed,
+    )
+
+
+def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder) -> nn.Module:
+    """The model with a new classifier and, unless it is a probe, a new adapter. Mutates it."""
+    seed = derived_seed(settings.seed, "weights")
+    facts, classes = backbone.facts, len(folder.class_names)
+    if settings.linear_probe:
+        return replace_classifier(backbone.model, facts.classifier, classes, seed=seed)
+    _check_targets(facts.linears, settings)
+    config = AdapterConfig(
+        base_model=facts.model,
+        form=settings.form,
+        reflection=settings.reflection,
+        r=settings.r,
+        target_modules=settings.target_modules,
+        base_model_args=dict(facts.args),
+        base_sha256=facts.sha256,
+        num_classes=classes,
+        class_names=folder.class_names,
+        preprocess=facts.preprocess,
+    )
+    return attach(backbone.model, config, seed=seed)
+
+
+def replace_classifier(model: nn.Module, path: str, classes: int, *, seed: int) -> nn.Module:
+    """Freeze ``model`` and put a new, trainable Linear at ``path``; in place, returns ``model``.
+
+    Weight (classes, dim) is normal with standard deviation 0.02 from ``seed``, bias zero.
+    """
+    model.requires_grad_(False)
+    old = model.get_submodule(path)
+    assert isinstance(old, nn.Linear)
+    head = nn.Linear(old.in_features, classes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * _HEAD_STD)
+        head.bias.zero_()
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, head.to(old.weight.device, old.weight.dtype))
+    return model
+
+
+def _check_targets(linears: tuple[LinearSpec, ...], settings: TrainSettings) -> None:
+    """Every target stands for a site, and a sequential one for a whole Linear."""
+    sites = sites_of(linears)
+    if not sites:
+        raise TrainingError(
+            f"{settings.model} has no Linear that adapters can change (attn.qkv, attn.q_proj, "
+            "attn.proj, mlp.fc1, mlp.fc2): zero sites. Choose another --model."
+        )
+    kinds = sorted({site.kind for site in sites.values()})
+    whole = {linear.path for linear in linears if len(linear.sites) == 1}
+    for target, selected in select_sites(linears, settings.target_modules).items():
+        if not selected:
+            raise TrainingError(
+                f"--target {target}: zero sites of {settings.model} match. It has sites of the "
+                f"kinds {', '.join(kinds)}; a full name such as {next(iter(sites))} also works."
+            )
+        if settings.form == "sequential" and any(site.name not in whole for site in selected):
+            raise TrainingError(
+                f"--target {target}: {selected[0].name} is a part of a fused Linear; --form "
+                "sequential acts on a whole Linear's output. Use --target proj --target fc2."
+            )
+
+
+def _run(task: _Task, trainer: Trainer, progress: Progress) -> tuple[EpochReport, ...]:
+    """All epochs that are left; the state on disk follows every one of them."""
+    history: tuple[EpochReport, ...] = ()
+    if task.state is not None and task.settings.resume:
+        saved = task.state.read(task.identity)
+        trainer.load_state_tensors(saved.tensors, saved.epoch)
+        history = saved.history
+    elif task.state is not None:
+        # An interrupt in the first epoch also leaves something to resume.
+        task.state.write(SavedTraining(0, trainer.state_tensors(), ()), task.identity)
+    for epoch in range(len(history) + 1, task.settings.epochs + 1):
+        report = _epoch(task, trainer, epoch, progress)
+        history = (*history, report)
+        if task.state is not None:
+            saved = SavedTraining(epoch, trainer.state_tensors(), history)
+            task.state.write(saved, task.identity)
+        progress(report)
+    return history
+
+
+def _epoch(
+    task: _Task, trainer: Trainer, epoch: int, on_step: Callable[[StepReport], None]
+) -> EpochReport:
+    try:
+        return trainer.run_epoch(epoch, on_step)
+    except TrainingError:
+        # Diverged: resuming would only diverge again, so nothing is left to stand in the way.
+        if task.state is not None:
+            task.state.discard()
+        raise
+
+
+def _result(task: _Task, trainer: Trainer, history: tuple[EpochReport, ...]) -> TrainResult:
+    prefix = f"{task.facts.classifier}."
+    head = sum(p.numel() for n, p in trainer.parameters.items() if n.startswith(prefix))
+    total = sum(p.numel() for p in trainer.parameters.values())
+    probe = task.settings.linear_probe
+    return TrainResult(
+        out=task.settings.out,
+        linear_probe=probe,
+        class_names=task.folder.class_names,
+        train_images=len(task.folder.train),
+        val_images=len(task.folder.val),
+        sites=0 if probe else len(extract(task.model).sites),
+        parameters=total - head,
+        head_parameters=head,
+        device=trainer.device.type,
+        history=history,
+    )
+
+
+def _write(task: _Task, result: TrainResult) -> None:
+    """Write the output, then drop the state: in this order, so that nothing can be lost."""
+    if result.out is None:
+        return
+    overwrite = task.settings.overwrite
+    record = _record(task, result)
+    if result.linear_probe:
+        with atomic_directory(result.out, overwrite=overwrite) as scratch:
+            write_json(scratch / METRICS_FILE, {**result.to_json(), "training": record})
+    else:
+        adapter = extract(task.model)
+        save_adapter(_with_record(adapter, record), result.out, overwrite=overwrite)
+    if task.state is not None:
+        task.state.discard()
+
+
+def _with_record(adapter: Adapter, record: Mapping[str, Any]) -> Adapter:
+    extra = {**adapter.config.extra, "training": dict(record)}
+    return replace(adapter, config=replace(adapter.config, extra=extra))
+
+
+def _record(task: _Task, result: TrainResult) -> dict[str, Any]:
+    """The ``training`` key of adapter_config.json: how the adapter came about."""
+    s, best = task.settings, result.best
+    augmentation = {"crop_area": CROP_AREA, "crop_ratio": CROP_RATIO, "flip": s.flip}
+    return {
+        "recipe": {
+            "optimizer": "AdamW",
+            "lr": s.lr,
+            "weight_decay": s.weight_decay,
+            "schedule": "linear warm-up, cosine",
+            "warmup_epochs": s.warmup,
+            "epochs": s.epochs,
+            "batch_size": s.batch_size,
+            "loss": "cross-entropy",
+            "augmentation": augmentation if s.augment else None,
+            "weights": "last epoch",
+        },
+        "seed": s.seed,
+        "train_images": result.train_images,
+        "val_images": result.val_images,
+        "train_loss": result.last.loss,
+        "val_top1": result.last.val_top1,
+        "best_val_top1": best.val_top1 if best else None,
+        "best_epoch": best.epoch if best else None,
+        "device": result.device,
+        "versions": {
+            "hhdeploy": version("hhdeploy"),
+            "torch": torch.__version__,
+            "timm": version("timm"),
+            "python": platform.python_version(),
+        },
+    }

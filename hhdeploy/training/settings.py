@@ -1,0 +1,218 @@
+"""What a training is asked to do and what it answers: plain values, no torch in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hhdeploy.algebra import Reflection
+from hhdeploy.errors import HhdeployError
+from hhdeploy.sites import Form
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+# What the paper adapts: q, k, v and proj beside, proj and fc2 behind.
+DEFAULT_TARGETS: Mapping[Form, tuple[str, ...]] = {
+    "additive": ("q", "k", "v", "proj"),
+    "sequential": ("proj", "fc2"),
+}
+
+
+class TrainingError(HhdeployError):
+    """A training that cannot start, cannot be continued, or diverged."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides what `hhdeploy.training.recipe.train` does.
+
+    Attributes:
+        model: timm name, with or without ``.tag``.
+        data: image folder DIR/CLASS/image.
+        out: adapter directory to write; may be None for a linear probe only.
+        model_args: further arguments of ``timm.create_model``.
+        checkpoint: backbone weights; None: from timm's hub.
+        pretrained: False gives a random backbone (``seed``).
+        val_data: image folder with the same class names; None: part of ``data`` is held out.
+        val_fraction: share of every class that is held out, in [0, 1); 0: no validation.
+        form, reflection, r, targets: see `hhdeploy.adapter.AdapterConfig`; ``targets`` None
+            stands for `DEFAULT_TARGETS`.
+        epochs, batch_size: passes over the data, images a step.
+        lr, weight_decay: of AdamW; ``lr`` is the peak of the schedule.
+        warmup_epochs: epochs of linear warm-up before the cosine; None: a tenth of ``epochs``,
+            at least one if there is more than one.
+        seed: of the split, new weights, shuffling, augmentation, and a random backbone.
+        augment: a mild random resized crop (`hhdeploy.training.data`), and the flip.
+        flip: mirror half of the images; only with ``augment``.
+        linear_probe: train the classifier alone, no sites.
+        num_workers: threads that read and augment images ahead; 0: none.
+        threads: torch's CPU threads during the training; None: as they are.
+        device: where the model runs.
+        cache_mb: MiB of decoded pixels to keep in memory; what exceeds it is read every epoch.
+        overwrite: replace an existing ``out`` once the new one is complete.
+        resume: continue the unfinished training of ``out``.
+    """
+
+    model: str
+    data: Path
+    out: Path | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    pretrained: bool = True
+    val_data: Path | None = None
+    val_fraction: float = 0.1
+    form: Form = "additive"
+    reflection: Reflection = "unnormalized"
+    r: int = 1
+    targets: tuple[str, ...] | None = None
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float = 5e-3
+    weight_decay: float = 1e-4
+    warmup_epochs: int | None = None
+    seed: int = 0
+    augment: bool = True
+    flip: bool = True
+    linear_probe: bool = False
+    num_workers: int = 0
+    threads: int | None = None
+    device: DeviceName = "auto"
+    cache_mb: int = 2048
+    overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """``targets``, or what the form adapts by default."""
+        return self.targets or DEFAULT_TARGETS[self.form]
+
+    @property
+    def warmup(self) -> int:
+        """Epochs of warm-up, the default filled in."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return max(1, self.epochs // 10) if self.epochs > 1 else 0
+
+    def check(self) -> None:
+        """Raise `TrainingError` naming the first setting that makes no sense."""
+        rules = (
+            (self.epochs >= 1, "--epochs", "1 or more", self.epochs),
+            (self.batch_size >= 1, "--batch-size", "1 or more", self.batch_size),
+            (0 < self.lr < math.inf, "--lr", "a positive number", self.lr),
+            (0 <= self.weight_decay < math.inf, "--weight-decay", "0 or more", self.weight_decay),
+            (0 <= self.val_fraction < 1, "--val-fraction", "a share in [0, 1)", self.val_fraction),
+            (self.r >= 0, "--r", "a rank of 0 or more", self.r),
+            (self.num_workers >= 0, "--num-workers", "0 or more", self.num_workers),
+            (self.threads is None or self.threads >= 1, "--threads", "1 or more", self.threads),
+            (self.cache_mb >= 0, "--cache-mb", "0 or more", self.cache_mb),
+            (
+                0 <= self.warmup < self.epochs,
+                "--warmup-epochs",
+                f"less than --epochs ({self.epochs})",
+                self.warmup,
+            ),
+        )
+        for holds, flag, expected, found in rules:
+            if not holds:
+                raise TrainingError(f"{flag}: expected {expected}, found {found}.")
+        if self.out is None and (self.resume or not self.linear_probe):
+            raise TrainingError(
+                "no output directory was given. Only --linear-probe works without OUT, and "
+                "--resume needs the OUT whose training it continues."
+            )
+        if self.checkpoint is not None and not self.pretrained:
+            raise TrainingError("--checkpoint and --no-pretrained exclude each other: give one.")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: epoch and step count from 1, ``loss`` before the step, ``lr`` of it."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch, counted from 1.
+
+    Attributes:
+        loss: mean cross-entropy of the training images, as the weights moved.
+        lr: of the epoch's last step.
+        val_top1: share of the validation images classified right after the epoch; None
+            without validation.
+        val_loss: mean cross-entropy of the validation images; None without validation.
+    """
+
+    epoch: int
+    loss: float
+    lr: float
+    val_top1: float | None
+    val_loss: float | None
+
+
+Progress = Callable[[StepReport | EpochReport], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What was trained. The weights written are those of the last epoch, as in the paper.
+
+    Attributes:
+        out: the directory that was written, None if none was asked for.
+        linear_probe: True when only the classifier was trained.
+        class_names: in the order of the logits.
+        train_images, val_images: sizes of the data.
+        sites: adapted sites; 0 for a linear probe.
+        parameters: trained values before the classifier.
+        head_parameters: trained values of the classifier.
+        device: ``cpu`` or ``cuda``.
+        history: one report an epoch, those before a resume included.
+    """
+
+    out: Path | None
+    linear_probe: bool
+    class_names: tuple[str, ...]
+    train_images: int
+    val_images: int
+    sites: int
+    parameters: int
+    head_parameters: int
+    device: str
+    history: tuple[EpochReport, ...]
+
+    @property
+    def last(self) -> EpochReport:
+        """The epoch whose weights are written."""
+        return self.history[-1]
+
+    @property
+    def best(self) -> EpochReport | None:
+        """The (first) epoch of highest validation accuracy; None without validation."""
+        known = [e for e in self.history if e.val_top1 is not None]
+        return max(known, key=lambda e: (e.val_top1, -e.epoch)) if known else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form that ``--json`` prints and a linear probe's metrics.json holds."""
+        best = self.best
+        return {
+            "out": str(self.out) if self.out is not None else None,
+            "linear_probe": self.linear_probe,
+            "class_names": list(self.class_names),
+            "train_images": self.train_images,
+            "val_images": self.val_images,
+            "sites": self.sites,
+            "parameters": self.parameters,
+            "head_parameters": self.head_parameters,
+            "device": self.device,
+            "val_top1": self.last.val_top1,
+            "best_val_top1": best.val_top1 if best else None,
+            "best_epoch": best.epoch if best else None,
+            "history": [asdict(epoch) for epoch in self.history],
+        }

@@ -1,0 +1,147 @@
+"""An unfinished training on disk: what ``--resume`` continues from.
+
+``OUT.training/state.json`` names the epoch that is done, the settings, the history and the
+tensor file ``epoch-N.safetensors`` (trained values and AdamW's two moments) with its sha256.
+Replacing state.json is the commit: an interrupt at any moment leaves the last whole epoch.
+Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.files import os_errors, sha256_of, write_json
+from hhdeploy.tensorfile import read_tensors, write_tensors
+from hhdeploy.training.settings import EpochReport, TrainingError
+
+STATE_VERSION = 1
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class SavedTraining:
+    """What was on disk: the last whole epoch (0: none yet), its tensors, the reports so far."""
+
+    epoch: int
+    tensors: Mapping[str, NDArray[Any]]
+    history: tuple[EpochReport, ...]
+
+
+@dataclass(frozen=True)
+class StateDirectory:
+    """The directory ``OUT.training`` beside an output directory."""
+
+    path: Path
+
+    @classmethod
+    def beside(cls, out: Path) -> StateDirectory:
+        """The state directory of ``out``."""
+        whole = Path(os.path.abspath(out))
+        return cls(whole.with_name(f"{whole.name}.training"))
+
+    @property
+    def exists(self) -> bool:
+        """True when an unfinished training lies there."""
+        return (self.path / STATE_FILE).is_file()
+
+    def check(self, *, resume: bool) -> None:
+        """Raise `TrainingError` unless there is a state exactly when ``resume`` asks for one."""
+        if self.exists and not resume:
+            raise TrainingError(
+                f"{self.path} holds an unfinished training. Continue it with --resume, or delete "
+                "that directory to start over."
+            )
+        if resume and not self.exists:
+            raise TrainingError(
+                f"--resume: {self.path / STATE_FILE} does not exist, so there is nothing to "
+                "continue. Leave out --resume to start from the beginning."
+            )
+
+    def write(self, saved: SavedTraining, settings: Mapping[str, Any]) -> None:
+        """Store one whole epoch, atomically. Raises `WriteError`."""
+        with os_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        tensor_file = self.path / f"epoch-{saved.epoch}.safetensors"
+        write_tensors(tensor_file, saved.tensors)
+        content = {
+            "schema_version": STATE_VERSION,
+            "epoch": saved.epoch,
+            "tensors": tensor_file.name,
+            "sha256": sha256_of(tensor_file),
+            "settings": dict(settings),
+            "history": [asdict(report) for report in saved.history],
+        }
+        write_json(self.path / STATE_FILE, content)
+        for old in self.path.glob("epoch-*.safetensors"):
+            if old != tensor_file:
+                old.unlink(missing_ok=True)
+
+    def read(self, settings: Mapping[str, Any]) -> SavedTraining:
+        """The stored epoch, if it belongs to a training with the same ``settings``.
+
+        Raises:
+            TrainingError: naming the setting that differs, or the file that is damaged.
+        """
+        content = self._read_json()
+        self._check_settings(content.get("settings", {}), settings)
+        try:
+            tensor_file = self.path / Path(content["tensors"]).name
+            if sha256_of(tensor_file) != content["sha256"]:
+                raise self._damaged(f"{tensor_file.name} has another sha256 than {STATE_FILE} says")
+            tensors, _ = read_tensors(tensor_file, TrainingError)
+            history = tuple(EpochReport(**report) for report in content["history"])
+            epoch = int(content["epoch"])
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise self._damaged(str(error)) from error
+        if len(history) != epoch:
+            raise self._damaged(f"epoch {epoch} with {len(history)} reports")
+        return SavedTraining(epoch, tensors, history)
+
+    def discard(self) -> None:
+        """Remove the state, and the directory unless it holds other files. Raises `WriteError`."""
+        with os_errors(self.path):
+            # state.json first: without it nothing of the rest counts.
+            (self.path / STATE_FILE).unlink(missing_ok=True)
+            for tensor_file in self.path.glob("epoch-*.safetensors"):
+                tensor_file.unlink()
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _read_json(self) -> dict[str, Any]:
+        path = self.path / STATE_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise self._damaged(f"{STATE_FILE}: {error}") from error
+        if not isinstance(content, dict) or content.get("schema_version") != STATE_VERSION:
+            raise self._damaged(f"{STATE_FILE} is not of schema version {STATE_VERSION}")
+        return content
+
+    def _check_settings(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        # What JSON makes of tuples and the like is what was stored.
+        wanted = json.loads(json.dumps(dict(wanted)))
+        for name, value in wanted.items():
+            if stored.get(name) != value:
+                raise TrainingError(
+                    f"--resume: {name} is {value!r}, but the unfinished training in {self.path} "
+                    f"has {stored.get(name)!r}. Use that value again, or delete the directory to "
+                    "start over."
+                )
+
+    def _damaged(self, detail: str) -> TrainingError:
+        return TrainingError(
+            f"{self.path} cannot be continued from: {detail}. Delete that directory to start over."
+        )
+
+
+def as_floats(array: NDArray[Any]) -> NDArray[np.float32]:
+    """A writable float32 copy, as torch wants it."""
+    return np.array(array, dtype=np.float32)

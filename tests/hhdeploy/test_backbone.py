@@ -1,0 +1,318 @@
+"""timm models: creation, checkpoints, digest, facts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hhdeploy.backbone import (
+    BackboneSpec,
+    base_sha256,
+    classifier_path,
+    find_linears,
+    load_backbone,
+    plain_attention,
+)
+from hhdeploy.errors import BackboneError, PlanError
+from hhdeploy.plan import Reserve, plan_branches
+from hhdeploy.sites import sites_of
+from tests.support import (
+    TINY_ARGS,
+    TINY_MODEL,
+    assert_caught,
+    assert_parity,
+    images,
+    logits_of,
+    perturb,
+    random_adapter,
+    tiny_backbone,
+    tiny_spec,
+)
+
+
+def with_checkpoint(file, **args):
+    return BackboneSpec(TINY_MODEL, TINY_ARGS | args, checkpoint=file)
+
+
+def checkpoint(path, model, changes=None):
+    state = {k: v.clone() for k, v in model.state_dict().items()} | (changes or {})
+    save_file({k: v for k, v in state.items() if v is not None}, path)
+    return path
+
+
+# -- creation -----------------------------------------------------------------------------------
+
+
+def test_facts(tiny_facts):
+    assert tiny_facts.model == f"{TINY_MODEL}.augreg_in21k_ft_in1k"
+    assert tiny_facts.args == TINY_ARGS
+    assert (tiny_facts.classifier, tiny_facts.dim, tiny_facts.classes) == ("head", 48, 1000)
+    assert tiny_facts.preprocess.input_size == (3, 32, 32)
+    shapes = {s.name: (s.kind, s.out, s.in_) for s in sites_of(tiny_facts.linears).values()}
+    assert len(shapes) == 2 * 6
+    assert shapes["blocks.1.attn.qkv.k"] == ("k", 48, 48)
+    assert shapes["blocks.0.mlp.fc1"] == ("fc1", 192, 48)
+    assert shapes["blocks.0.mlp.fc2"] == ("fc2", 48, 192)
+
+
+def test_the_model_is_frozen_and_seeded(tiny):
+    assert not tiny.model.training
+    assert not any(p.requires_grad for p in tiny.model.parameters())
+    again = load_backbone(tiny_spec())
+    assert load_backbone(tiny_spec()).facts == again.facts
+
+
+def test_creation_leaves_torch_s_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    load_backbone(tiny_spec())
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_num_classes_zero_has_a_placeholder_classifier():
+    backbone = load_backbone(tiny_spec(num_classes=0))
+    assert backbone.facts.classes == 0
+    assert backbone.facts.dim == 48
+    assert isinstance(backbone.model.get_submodule("head"), nn.Linear)
+
+
+def test_the_tag_is_kept():
+    backbone = load_backbone(tiny_spec(f"{TINY_MODEL}.augreg_in21k", **TINY_ARGS))
+    assert backbone.facts.model == f"{TINY_MODEL}.augreg_in21k"
+
+
+def test_an_unknown_model():
+    with pytest.raises(BackboneError, match=r"unknown timm model 'vit_tiny_patch16_225'.*mean vit"):
+        load_backbone(BackboneSpec("vit_tiny_patch16_225", pretrained=False))
+    with pytest.raises(BackboneError, match=r"unknown timm model 'no_such_model'"):
+        load_backbone(BackboneSpec("no_such_model", pretrained=False))
+
+
+def test_arguments_outside_the_allow_list():
+    with pytest.raises(BackboneError, match=r"arguments checkpoint_path are not allowed.*img_size"):
+        load_backbone(BackboneSpec(TINY_MODEL, {"checkpoint_path": "x"}, pretrained=False))
+
+
+def test_arguments_that_timm_refuses():
+    with pytest.raises(BackboneError, match=r"could not create .*\{'embed_dim': 49"):
+        load_backbone(BackboneSpec(TINY_MODEL, {"embed_dim": 49, "depth": 1}, pretrained=False))
+
+
+def test_no_single_classifier():
+    with pytest.raises(BackboneError, match=r"timm names \('head', 'head_dist'\)"):
+        load_backbone(
+            BackboneSpec("deit_tiny_distilled_patch16_224", {"depth": 1}, pretrained=False)
+        )
+    with pytest.raises(BackboneError, match="expected one classifier, timm names None"):
+        classifier_path(nn.Linear(2, 3))
+
+
+# -- which Linears ------------------------------------------------------------------------------
+
+
+def shapes_of(name, **args):
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, **args)
+    return {s.name: (s.kind, s.out, s.in_) for s in sites_of(find_linears(model)).values()}
+
+
+def test_separate_projections():
+    found = shapes_of("eva02_base_patch14_224", depth=1)
+    assert {k: v[0] for k, v in found.items()} == {
+        "blocks.0.attn.q_proj": "q",
+        "blocks.0.attn.k_proj": "k",
+        "blocks.0.attn.v_proj": "v",
+        "blocks.0.attn.proj": "proj",
+        "blocks.0.mlp.fc2": "fc2",
+    }
+
+
+def test_gated_mlp():
+    found = shapes_of("eva02_tiny_patch14_224", depth=1)
+    out, into = found["blocks.0.mlp.fc1"][1:]
+    assert found["blocks.0.mlp.fc2"][2] * 2 == out
+    assert into == found["blocks.0.mlp.fc2"][1]
+
+
+def test_swin_changes_width_with_the_stage():
+    found = shapes_of("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=48)
+    assert found["layers.0.blocks.0.attn.proj"] == ("proj", 48, 48)
+    assert found["layers.1.blocks.0.attn.proj"] == ("proj", 96, 96)
+
+
+def test_neither_patch_embedding_nor_pooling_head():
+    found = shapes_of("vit_base_patch16_siglip_224", depth=1)
+    assert {k: v[0] for k, v in found.items()} == {
+        "blocks.0.attn.qkv.q": "q",
+        "blocks.0.attn.qkv.k": "k",
+        "blocks.0.attn.qkv.v": "v",
+        "blocks.0.attn.proj": "proj",
+        "blocks.0.mlp.fc1": "fc1",
+        "blocks.0.mlp.fc2": "fc2",
+    }
+
+
+def test_a_parallel_vit_has_the_sites_of_both_branches():
+    found = shapes_of("vit_small_patch16_18x2_224", depth=1, embed_dim=48)
+    assert [k for k, v in found.items() if v[0] == "proj"] == [
+        "blocks.0.attns.0.attn.proj",
+        "blocks.0.attns.1.attn.proj",
+    ]
+    assert len(found) == 2 * 6
+
+
+def test_a_convolutional_network_has_zero_sites(tiny_facts):
+    backbone = load_backbone(BackboneSpec("test_resnet", pretrained=False))
+    assert backbone.facts.linears == ()
+    with pytest.raises(PlanError, match="zero sites found in test_resnet"):
+        plan_branches(backbone.facts, {"a": random_adapter(tiny_facts)}, Reserve())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("vit_base_patch16_224", 184_320), ("vit_large_patch16_224", 491_520)]
+)
+def test_the_paper_s_parameter_counts(name, count):
+    """HTA with r = 1 on q, k, v and proj: 0.18 M and 0.49 M before the heads (NeurIPS 2024)."""
+    from hhdeploy.adapter import AdapterConfig
+    from hhdeploy.training import attach
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    attach(model, AdapterConfig(name, r=1))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_gives_the_same_model(tmp_path, tiny):
+    inputs, digest = images(3), tiny.facts.sha256
+    loaded = load_backbone(with_checkpoint(checkpoint(tmp_path / "x.safetensors", tiny.model)))
+    assert loaded.facts == tiny.facts
+    assert base_sha256(loaded.model, "head") == digest
+    expected = logits_of(tiny.model, inputs)
+    assert_parity(expected, logits_of(loaded.model, inputs), "algebra", "float64")
+    assert_caught(
+        expected, logits_of(load_backbone(tiny_spec()).model, inputs), "algebra", "float64"
+    )
+
+
+def test_a_pth_checkpoint(tmp_path, tiny):
+    torch.save({"model": tiny.model.state_dict()}, tmp_path / "x.pth")
+    assert load_backbone(with_checkpoint(tmp_path / "x.pth")).facts == tiny.facts
+
+
+def test_a_checkpoint_without_a_classifier(tmp_path, tiny):
+    changes = {"head.weight": None, "head.bias": None}
+    file = checkpoint(tmp_path / "x.safetensors", tiny.model, changes)
+    facts = load_backbone(with_checkpoint(file)).facts
+    assert facts.classes == 0
+    assert facts.sha256 == tiny.facts.sha256
+
+
+def test_a_checkpoint_with_other_classes(tmp_path, tiny):
+    changes = {"head.weight": torch.ones(7, 48), "head.bias": torch.arange(7.0)}
+    file = checkpoint(tmp_path / "x.safetensors", tiny.model, changes)
+    backbone = load_backbone(with_checkpoint(file))
+    assert backbone.facts.classes == 7
+    assert torch.equal(backbone.model.get_submodule("head").bias, torch.arange(7.0))
+
+
+def test_position_embeddings_are_resampled_to_the_image_size(tmp_path, tiny):
+    file = checkpoint(tmp_path / "x.safetensors", tiny.model)
+    backbone = load_backbone(with_checkpoint(file, img_size=48))
+    assert backbone.facts.preprocess.input_size == (3, 48, 48)
+    assert backbone.facts.sha256 == tiny.facts.sha256, "the image size is not part of the digest"
+    assert backbone.model.get_parameter("pos_embed").shape == (1, 37, 48)
+    assert not torch.equal(
+        backbone.model.get_parameter("pos_embed")[:, :17], tiny.model.get_parameter("pos_embed")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.1.attn.proj.bias": None}, r"missing: blocks\.1\.attn\.proj\.bias"),
+        ({"blocks.1.extra.bias": torch.ones(2)}, r"unexpected: blocks\.1\.extra\.bias"),
+        (
+            {"blocks.0.mlp.fc1.weight": torch.ones(5, 48)},
+            r"another shape: blocks\.0\.mlp\.fc1\.weight \(expected \[192, 48\], found \[5, 48\]\)",
+        ),
+    ],
+)
+def test_checkpoints_that_do_not_fit(tmp_path, tiny, changes, message):
+    file = checkpoint(tmp_path / "x.safetensors", tiny.model, changes)
+    with pytest.raises(BackboneError, match=message) as caught:
+        load_backbone(with_checkpoint(file))
+    assert str(file) in str(caught.value)
+
+
+def test_checkpoints_that_cannot_be_read(tmp_path):
+    with pytest.raises(BackboneError, match=r"none\.safetensors does not exist"):
+        load_backbone(with_checkpoint(tmp_path / "none.safetensors"))
+    (tmp_path / "x.safetensors").write_bytes(b"garbage")
+    with pytest.raises(BackboneError, match=r"x\.safetensors cannot be read"):
+        load_backbone(with_checkpoint(tmp_path / "x.safetensors"))
+
+
+# -- digest -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes_digest"),
+    [
+        ("blocks.1.mlp.fc2.bias", True),
+        ("patch_embed.proj.weight", True),
+        ("cls_token", True),
+        ("norm.weight", True),
+        ("head.weight", False),
+        ("head.bias", False),
+        ("pos_embed", False),
+    ],
+)
+def test_what_the_digest_sees(tiny, name, changes_digest):
+    with torch.no_grad():
+        tiny.model.get_parameter(name).view(-1)[0] += 1e-3
+    assert (base_sha256(tiny.model, "head") != tiny.facts.sha256) == changes_digest
+
+
+def test_the_digest_sees_the_type_and_not_the_image_size(tiny):
+    assert base_sha256(tiny.model.half(), "head") != tiny.facts.sha256
+    assert base_sha256(tiny.model, "head") != base_sha256(tiny.model.bfloat16(), "head")
+
+
+def test_buffers_and_tables_are_not_in_the_digest():
+    args = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "img_size": 56}
+    backbone = tiny_backbone("swin_tiny_patch4_window7_224", **args)
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    with torch.no_grad():
+        backbone.model.get_parameter(table).add_(1.0)
+    assert base_sha256(backbone.model, "head.fc") == backbone.facts.sha256
+    assert backbone.facts.classifier == "head.fc"
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def test_plain_attention_is_for_the_block_only(tiny):
+    attention = tiny.model.get_submodule("blocks.0.attn")
+    before = attention.fused_attn
+    inputs = images(2)
+    expected = logits_of(tiny.model, inputs)
+    with pytest.raises(RuntimeError, match="planted"), plain_attention(tiny.model):  # noqa: PT012
+        assert not attention.fused_attn
+        assert_parity(expected, logits_of(tiny.model, inputs), "algebra", "float64")
+        raise RuntimeError("planted")
+    assert attention.fused_attn == before
+
+
+def test_perturbing_gives_every_vector_values_that_matter():
+    backbone = load_backbone(tiny_spec())
+    perturb(backbone.model)
+    for name, parameter in backbone.model.named_parameters():
+        assert np.ptp(parameter.numpy()) > 0.01, f"{name} hides mistakes"

@@ -1,0 +1,616 @@
+"""`hhdeploy train`: it learns, repeats and resumes to the bit, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image, ImageDraw
+
+from hhdeploy.adapter import TENSOR_FILE, load_adapter
+from hhdeploy.cli import main
+from hhdeploy.errors import AdapterError, DataError, WriteError
+from hhdeploy.preprocess import Preprocess, open_image
+from hhdeploy.training import attach
+from hhdeploy.training.data import (
+    BatchSource,
+    PixelCache,
+    Samples,
+    canvas_view,
+    crop_box,
+    read_image_folder,
+)
+from hhdeploy.training.loop import learning_rate
+from hhdeploy.training.recipe import (
+    EpochReport,
+    StepReport,
+    TrainingError,
+    TrainResult,
+    TrainSettings,
+    train,
+)
+from hhdeploy.training.state import STATE_FILE, StateDirectory
+from tests.support import TINY_ARGS, TINY_MODEL, tiny_spec
+
+CLASSES = {"bars": (200, 60, 40), "discs": (40, 180, 80), "frames": (60, 80, 210)}
+PER_CLASS = 13
+EPOCHS = 4
+
+
+def _draw(name: str, random: np.random.Generator) -> Image.Image:
+    """One noisy 41 x 37 image: a coloured shape of its class at a random place."""
+    noise = random.integers(0, 70, (37, 41, 3), np.uint8)
+    image = Image.fromarray(noise)
+    pen, colour = ImageDraw.Draw(image), CLASSES[name]
+    x, y = (int(n) for n in random.integers(2, 12, 2))
+    if name == "bars":
+        for offset in (0, 8, 16):
+            pen.rectangle((x + offset, y, x + offset + 3, y + 22), fill=colour)
+    elif name == "discs":
+        pen.ellipse((x, y, x + 22, y + 22), fill=colour)
+    else:
+        pen.rectangle((x, y, x + 22, y + 22), outline=colour, width=5)
+    return image
+
+
+def draw_folder(directory: Path, names: Sequence[str], per_class: int, seed: int) -> Path:
+    """A seeded DIR/CLASS/image folder."""
+    random = np.random.default_rng(seed)
+    for name in names:
+        (directory / name).mkdir(parents=True)
+        for i in range(per_class):
+            _draw(name, random).save(directory / name / f"{i:03}.png")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_folder(tmp_path_factory.mktemp("images") / "shapes", list(CLASSES), PER_CLASS, 3)
+
+
+@pytest.fixture(scope="module")
+def base_settings(images: Path) -> TrainSettings:
+    return TrainSettings(
+        model=TINY_MODEL,
+        data=images,
+        model_args=TINY_ARGS,
+        pretrained=False,
+        val_fraction=0.25,
+        epochs=EPOCHS,
+        batch_size=8,
+        device="cpu",
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(
+    base_settings: TrainSettings, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainSettings, TrainResult]:
+    """The uninterrupted training that the others are compared with."""
+    settings = replace(base_settings, out=tmp_path_factory.mktemp("trained") / "shapes")
+    return settings, train(settings)
+
+
+class StopError(Exception):
+    """Stands for Ctrl-C in these tests."""
+
+
+def interrupt_at(epoch: int, step: int) -> Callable[[StepReport | EpochReport], None]:
+    """A callback that raises in the given epoch and step; step 0: right after the epoch."""
+
+    def callback(report: StepReport | EpochReport) -> None:
+        now = (report.epoch, report.step if isinstance(report, StepReport) else 0)
+        if now == (epoch, step):
+            raise StopError
+
+    return callback
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+def cli(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["train", *map(str, arguments)])
+
+
+def cli_arguments(images: Path, *more: str | Path) -> list[str | Path]:
+    tiny = ["--model", TINY_MODEL, "--model-args", json.dumps(TINY_ARGS), "--no-pretrained"]
+    short = ["--epochs", "2", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
+    return [*tiny, *short, "--data", images, *more]
+
+
+# --- learning ---------------------------------------------------------------------------------
+
+
+def test_learns_and_writes_a_whole_adapter(trained: tuple[TrainSettings, TrainResult]) -> None:
+    settings, result = trained
+    assert settings.out is not None
+    assert result.last.val_top1 is not None
+    assert result.last.val_top1 >= 0.8  # chance is 1/3
+    assert result.history[-1].loss < 0.7 * result.history[0].loss
+    assert [e.epoch for e in result.history] == [1, 2, 3, 4]
+    assert (result.train_images, result.val_images) == (30, 9)
+    assert sorted(contents(settings.out)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert not StateDirectory.beside(settings.out).exists
+
+    adapter = load_adapter(settings.out)
+    config, record = adapter.config, adapter.config.extra["training"]
+    assert config.base_model.startswith(f"{TINY_MODEL}.")
+    assert config.base_model_args == TINY_ARGS
+    assert config.base_sha256 is not None
+    assert len(config.base_sha256) == 64
+    assert config.class_names == ("bars", "discs", "frames")
+    assert config.target_modules == ("q", "k", "v", "proj")
+    assert config.preprocess is not None
+    assert config.preprocess.input_size == (3, 32, 32)
+    assert len(adapter.sites) == result.sites == 8
+    assert adapter.parameters == result.parameters
+    assert record["recipe"]["optimizer"] == "AdamW"
+    assert record["recipe"]["lr"] == settings.lr
+    assert record["val_top1"] == result.last.val_top1
+    assert record["train_images"] == 30
+    assert {"hhdeploy", "torch", "timm", "python"} == set(record["versions"])
+
+
+def test_the_adapter_gives_the_reported_accuracy(
+    trained: tuple[TrainSettings, TrainResult],
+) -> None:
+    """Read back, on a fresh backbone, with inference's own preprocessing."""
+    from hhdeploy.backbone import BackboneSpec, load_backbone
+
+    settings, result = trained
+    assert settings.out is not None
+    adapter = load_adapter(settings.out)
+    spec = BackboneSpec(TINY_MODEL, TINY_ARGS, pretrained=False, seed=settings.seed)
+    backbone = load_backbone(spec)
+    assert backbone.facts.sha256 == adapter.config.base_sha256
+    model = attach(backbone.model, adapter).eval()
+    val = read_image_folder(settings.data, None, settings.val_fraction, settings.seed).val
+    assert adapter.config.preprocess is not None
+    inputs = np.stack([adapter.config.preprocess(open_image(p)) for p in val.paths])
+    with torch.no_grad():
+        found = model(torch.from_numpy(inputs)).argmax(dim=1).tolist()
+    right = sum(a == b for a, b in zip(found, val.labels, strict=True))
+    assert right / len(val) == result.last.val_top1
+
+
+def test_every_tensor_of_the_adapter_is_trained(trained: tuple[TrainSettings, TrainResult]) -> None:
+    """All tensors left their start; u and v too, which a zero start would forbid."""
+    settings, _ = trained
+    assert settings.out is not None
+    from hhdeploy.backbone import load_backbone
+    from hhdeploy.training import extract
+    from hhdeploy.training.data import derived_seed
+
+    adapter = load_adapter(settings.out)
+    seed = derived_seed(settings.seed, "weights")
+    start = extract(attach(load_backbone(tiny_spec()).model, adapter.config, seed=seed))
+    for name, site in adapter.sites.items():
+        for tensor in ("u", "v", "d", "lora_A", "lora_B"):
+            before, after = getattr(start.sites[name], tensor), getattr(site, tensor)
+            assert not np.array_equal(before, after), f"{name}.{tensor}"
+
+
+def test_sequential_form_learns(base_settings: TrainSettings, tmp_path: Path) -> None:
+    settings = replace(
+        base_settings,
+        form="sequential",
+        reflection="orthogonal",
+        r=2,
+        augment=False,
+        num_workers=2,
+        out=tmp_path / "seq",
+    )
+    result = train(settings)
+    assert result.last.val_top1 is not None
+    assert result.last.val_top1 >= 0.8
+    adapter = load_adapter(tmp_path / "seq")
+    assert adapter.config.target_modules == ("proj", "fc2")
+    assert adapter.config.extra["training"]["recipe"]["augmentation"] is None
+    assert set(adapter.sites) == {
+        f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn.proj", "mlp.fc2")
+    }
+
+
+def test_adapted_weights_are_computed_once_a_step(
+    base_settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a training step and once for the whole validation, whatever its batches."""
+    from hhdeploy.training.householder import HouseholderMatrix
+
+    whole, calls = HouseholderMatrix.forward, []
+
+    def forward(self: HouseholderMatrix) -> torch.Tensor:
+        calls.append(self)
+        return whole(self)
+
+    monkeypatch.setattr(HouseholderMatrix, "forward", forward)
+    steps = []
+    settings = replace(base_settings, epochs=1, batch_size=4, out=tmp_path / "o")
+    train(settings, lambda r: steps.append(calls.count(calls[0])))
+    *during, after = steps  # after: the report of the epoch, behind the validation
+    assert during == list(range(during[0], during[0] + 8))
+    assert after == during[-1] + 1
+
+
+def test_validation_folder_and_best_epoch(base_settings: TrainSettings, tmp_path: Path) -> None:
+    val = draw_folder(tmp_path / "val", list(CLASSES), 5, seed=8)
+    result = train(replace(base_settings, val_data=val, epochs=2, out=tmp_path / "o"))
+    assert (result.train_images, result.val_images) == (39, 15)
+    assert result.best is not None
+    top1s = [e.val_top1 for e in result.history]
+    assert result.best.val_top1 == max(t for t in top1s if t is not None)
+    assert result.last is result.history[-1]
+
+
+# --- same bits --------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bits_whatever_the_cache_and_workers(
+    trained: tuple[TrainSettings, TrainResult], tmp_path: Path
+) -> None:
+    settings, result = trained
+    assert settings.out is not None
+    again = train(replace(settings, out=tmp_path / "again", cache_mb=0, num_workers=3))
+    assert contents(tmp_path / "again") == contents(settings.out)
+    assert again.history == result.history
+    train(replace(settings, out=tmp_path / "other", seed=1, epochs=1))
+    train(replace(settings, out=tmp_path / "first", epochs=1))
+    tensors = [(tmp_path / n / TENSOR_FILE).read_bytes() for n in ("other", "first")]
+    assert tensors[0] != tensors[1]
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 0), (3, 3), (EPOCHS, 0)])
+def test_resume_equals_uninterrupted_to_the_bit(
+    trained: tuple[TrainSettings, TrainResult], tmp_path: Path, epoch: int, step: int
+) -> None:
+    settings, result = trained
+    assert settings.out is not None
+    cut = replace(settings, out=tmp_path / "cut")
+    with pytest.raises(StopError):
+        train(cut, interrupt_at(epoch, step))
+    assert not (tmp_path / "cut").exists()
+    state = tmp_path / "cut.training"
+    done = epoch if step == 0 else epoch - 1
+    assert sorted(contents(state)) == [f"epoch-{done}.safetensors", STATE_FILE]
+    resumed = train(replace(cut, resume=True))
+    assert contents(tmp_path / "cut") == contents(settings.out)
+    assert resumed.history == result.history
+    assert not state.exists()
+
+
+# --- resume refuses ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(base_settings: TrainSettings, tmp_path: Path) -> TrainSettings:
+    """Settings of a training that was interrupted after its first epoch."""
+    settings = replace(base_settings, out=tmp_path / "half", epochs=2)
+    with pytest.raises(StopError):
+        train(settings, interrupt_at(1, 0))
+    return settings
+
+
+def test_unfinished_state_needs_a_decision(unfinished: TrainSettings) -> None:
+    with pytest.raises(TrainingError, match=r"half\.training holds .* --resume, or delete"):
+        train(unfinished)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"lr": 1e-3}, "--lr is 0.001, but .* has 0.005"),
+        ({"targets": ("q", "proj")}, "--target is"),
+        ({"epochs": 3}, "--epochs is 3"),
+        ({"flip": False}, "--flip is False"),
+        ({"linear_probe": True}, "--linear-probe is True"),
+        ({"val_fraction": 0.5}, "digest of the image names"),
+        ({"model_args": {**TINY_ARGS, "depth": 1}}, "--model-args is"),
+    ],
+)
+def test_resume_names_the_setting_that_differs(
+    unfinished: TrainSettings, change: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(TrainingError, match=name):
+        train(replace(unfinished, resume=True, **change))
+
+
+def test_resume_refuses_a_damaged_state(unfinished: TrainSettings) -> None:
+    assert unfinished.out is not None
+    state = StateDirectory.beside(unfinished.out)
+    tensor_file = state.path / "epoch-1.safetensors"
+    tensor_file.write_bytes(tensor_file.read_bytes()[:-4] + b"oops")
+    with pytest.raises(TrainingError, match=r"another sha256 .* Delete that directory"):
+        train(replace(unfinished, resume=True))
+    (state.path / STATE_FILE).write_text("{")
+    with pytest.raises(TrainingError, match=r"state\.json: .* Delete that directory"):
+        train(replace(unfinished, resume=True))
+
+
+def test_resume_without_a_state(base_settings: TrainSettings, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"nothing to continue\. Leave out --resume"):
+        train(replace(base_settings, out=tmp_path / "none", resume=True))
+
+
+def test_a_directory_of_that_name_keeps_its_other_files(
+    base_settings: TrainSettings, tmp_path: Path
+) -> None:
+    (tmp_path / "o.training").mkdir()
+    (tmp_path / "o.training" / "notes.txt").write_text("mine")
+    train(replace(base_settings, epochs=1, out=tmp_path / "o"))
+    assert contents(tmp_path / "o.training") == {"notes.txt": b"mine"}
+
+
+# --- refused before any work ------------------------------------------------------------------
+
+
+def test_one_class_is_refused(base_settings: TrainSettings, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "one", ["bars"], 3, seed=1)
+    with pytest.raises(DataError, match=r"1 class folder \(bars\); expected 2 or more"):
+        train(replace(base_settings, data=data, out=tmp_path / "o"))
+
+
+def test_empty_class_is_refused(base_settings: TrainSettings, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "two", ["bars", "discs"], 3, seed=1)
+    (data / "void").mkdir()
+    with pytest.raises(DataError, match="void holds no image"):
+        train(replace(base_settings, data=data, out=tmp_path / "o"))
+
+
+def test_other_validation_classes_are_refused(base_settings: TrainSettings, tmp_path: Path) -> None:
+    val = draw_folder(tmp_path / "val", ["bars", "frames"], 2, seed=1)
+    (val / "frames").rename(val / "wheels")
+    with pytest.raises(DataError, match="missing: discs, frames; not in --data: wheels"):
+        train(replace(base_settings, val_data=val, out=tmp_path / "o"))
+
+
+def test_unwritable_output_is_refused_first(base_settings: TrainSettings, tmp_path: Path) -> None:
+    """Before the model is even looked up: its name is wrong here."""
+    settings = replace(base_settings, model="no_such_model")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match="Could not write"):
+        train(replace(settings, out=tmp_path / "file" / "out"))
+    with pytest.raises(WriteError, match="is a file, not a directory"):
+        train(replace(settings, out=tmp_path / "file", overwrite=True))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(WriteError, match=r"already exists.*--overwrite"):
+        train(replace(settings, out=tmp_path / "there"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ("fc7",)}, "--target fc7: zero sites .* kinds fc1, fc2, k, proj, q, v"),
+        ({"form": "sequential", "targets": ("q",)}, "part of a fused Linear"),
+        ({"lr": 0.0}, "--lr: expected a positive number, found 0.0"),
+        ({"warmup_epochs": EPOCHS}, "--warmup-epochs: expected less than --epochs"),
+        ({"out": None}, "Only --linear-probe works without OUT"),
+        ({"checkpoint": Path("w.safetensors")}, "--checkpoint and --no-pretrained exclude"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    base_settings: TrainSettings, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train(replace(base_settings, **{"out": tmp_path / "o", **change}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverged_training_says_so_and_leaves_nothing(
+    base_settings: TrainSettings, tmp_path: Path
+) -> None:
+    settings = replace(base_settings, lr=1e30, warmup_epochs=0, out=tmp_path / "o")
+    with pytest.raises(TrainingError, match=r"diverged: .*lower --lr \(it was 1e\+30\)"):
+        train(settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_without_sites_is_refused(base_settings: TrainSettings, tmp_path: Path) -> None:
+    settings = replace(base_settings, model="resnet10t", model_args={}, out=tmp_path / "o")
+    with pytest.raises(TrainingError, match=r"resnet10t has no Linear .* zero sites"):
+        train(settings)
+
+
+# --- linear probe -----------------------------------------------------------------------------
+
+
+def test_linear_probe_trains_the_head_alone(base_settings: TrainSettings, tmp_path: Path) -> None:
+    settings = replace(base_settings, linear_probe=True, lr=2e-2, epochs=8)
+    result = train(settings)
+    assert (result.sites, result.parameters, result.head_parameters) == (0, 0, 3 * 48 + 3)
+    assert result.last.val_top1 is not None
+    assert result.last.val_top1 > 0.5
+    out = tmp_path / "probe"
+    with pytest.raises(StopError):
+        train(replace(settings, out=out), interrupt_at(2, 0))
+    assert train(replace(settings, out=out, resume=True)).history == result.history
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["val_top1"] == result.last.val_top1
+    assert metrics["training"]["seed"] == 0
+    with pytest.raises(AdapterError, match=r"adapter_config\.json does not exist"):
+        load_adapter(out)
+
+
+# --- data -------------------------------------------------------------------------------------
+
+VIEW = Preprocess((3, 31, 29), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_pct=0.875)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0, 1.2])
+def test_evaluation_batches_are_what_inference_sees(
+    images: Path, mode: str, crop_pct: float
+) -> None:
+    view = replace(VIEW, crop_mode=mode, crop_pct=crop_pct)
+    samples = read_image_folder(images, None, 0.1, 0).val
+    with BatchSource(view, batch_size=2, cache=PixelCache(1 << 20)) as source:
+        batches = list(source.evaluation(samples))
+    assert [len(x) for x, _ in batches] == [2, 1]
+    found = torch.cat([x for x, _ in batches]).numpy()
+    expected = np.stack([view(open_image(p)) for p in samples.paths])
+    assert np.array_equal(found, expected)
+
+
+def test_split_is_stratified_seeded_and_never_takes_the_only_image(tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "d", ["bars", "discs"], 11, seed=2)
+    (data / "frames").mkdir()
+    _draw("frames", np.random.default_rng(0)).save(data / "frames" / "0.png")
+    folder = read_image_folder(data, None, 0.2, seed=4)
+    assert [folder.val.labels.count(c) for c in range(3)] == [2, 2, 0]
+    assert [folder.train.labels.count(c) for c in range(3)] == [9, 9, 1]
+    assert not set(folder.train.paths) & set(folder.val.paths)
+    assert read_image_folder(data, None, 0.2, seed=4) == folder
+    assert read_image_folder(data, None, 0.2, seed=5).val != folder.val
+    assert len(read_image_folder(data, None, 0.0, seed=4).val) == 0
+
+
+def test_epochs_shuffle_and_augment_differently_but_repeatably(images: Path) -> None:
+    samples = read_image_folder(images, None, 0.0, 0).train
+    with BatchSource(VIEW, batch_size=64, cache=PixelCache(1 << 20)) as source:
+
+        def batch(epoch: int, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+            chosen = {"augment": True, "flip": True, **options}
+            (found,) = source.training(samples, seed=0, epoch=epoch, **chosen)
+            return found
+
+        first, again, second = batch(1), batch(1), batch(2)
+        unflipped, plain = batch(1, flip=False), batch(1, augment=False)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], second[1])
+    assert torch.equal(first[1], plain[1])
+    same = (first[0] == unflipped[0]).flatten(1).all(dim=1)
+    assert 0 < int(same.sum()) < len(samples)  # the others are mirrored
+    eval_first = VIEW(open_image(samples.paths[0]))
+    assert any(np.array_equal(x.numpy(), eval_first) for x in plain[0])
+
+
+def test_cache_keeps_to_its_limit(images: Path) -> None:
+    samples = read_image_folder(images, None, 0.0, 0).train
+    one = 31 * 29 * 3
+    cache = PixelCache(5 * one + 1)
+    first = [cache.pixels(p, VIEW) for p in samples.paths]
+    again = [cache.pixels(p, VIEW) for p in samples.paths]
+    assert cache.used_bytes == 5 * one
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True] * 5 + [False] * 34
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    samples = Samples((tmp_path / "bad.png",), (0,))
+    for workers in (0, 2):
+        source = BatchSource(VIEW, batch_size=2, cache=PixelCache(0), workers=workers)
+        with source, pytest.raises(DataError, match=r"bad\.png cannot be decoded"):
+            list(source.evaluation(samples))
+
+
+def test_canvas_is_the_resized_image_around_the_evaluation_crop(images: Path) -> None:
+    view = replace(VIEW, input_size=(3, 28, 28))
+    image = open_image(images / "bars" / "000.png")
+    canvas = canvas_view(view)(image)
+    assert canvas.shape == (3, 32, 32)
+    assert np.array_equal(canvas[:, 2:30, 2:30], view(image))
+
+
+def test_crop_boxes_stay_inside_and_are_mild() -> None:
+    random = np.random.default_rng(0)
+    for draws in [*random.random((200, 4)).tolist(), [0.0] * 4, [1 - 2**-53] * 4]:
+        left, top, right, bottom = crop_box(53, 41, draws)
+        assert 0 <= left < right <= 53
+        assert 0 <= top < bottom <= 41
+        assert (right - left) * (bottom - top) >= 0.55 * 53 * 41
+
+
+def test_schedule_warms_up_and_falls_to_zero() -> None:
+    lrs = [learning_rate(s, peak=2.0, warmup_steps=4, total_steps=12) for s in range(12)]
+    assert lrs[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert lrs[4:] == sorted(lrs[4:], reverse=True)
+    assert 0 < lrs[-1] < 0.1
+    assert learning_rate(8, peak=2.0, warmup_steps=4, total_steps=12) == 1.0
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def test_cli_trains_and_prints_json(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    result = cli(*cli_arguments(images, "--target", "proj", "--r", "2", "--json", out))
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["sites"] == 2
+    assert answer["class_names"] == list(CLASSES)
+    assert "epoch 2/2  loss" in result.stderr
+    assert load_adapter(out).config.r == 2
+    refused = cli(*cli_arguments(images, out))
+    assert refused.exit_code == 1
+    assert "already exists" in refused.stderr
+    assert "Traceback" not in refused.output
+
+
+def test_cli_says_last_and_best(images: Path, tmp_path: Path) -> None:
+    result = cli(*cli_arguments(images, "--linear-probe"))
+    assert result.exit_code == 0, result.output
+    assert "last epoch 2: val top-1" in result.stdout
+    assert "best epoch" in result.stdout
+
+
+def test_cli_interrupt_hints_at_resume(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hhdeploy.training.loop import Trainer
+
+    whole, calls = Trainer.run_epoch, []
+
+    def run_epoch(self: Trainer, epoch: int, on_step: Any) -> EpochReport:
+        calls.append(epoch)
+        if calls == [1, 2]:
+            raise KeyboardInterrupt
+        return whole(self, epoch, on_step)
+
+    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+    arguments = cli_arguments(images, tmp_path / "a")
+    cut = cli(*arguments)
+    assert cut.exit_code == 130
+    assert "Interrupted. Continue with the same command and --resume." in cut.stderr
+    resumed = cli(*arguments, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert calls == [1, 2, 2]
+    assert (tmp_path / "a" / TENSOR_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "Missing argument 'OUT'"),
+        (["--linear-probe", "--resume"], "--resume needs the OUT"),
+        (["--checkpoint", "w.safetensors", "out"], "exclude each other"),
+        (["--model-args", "[1]", "out"], "expected a JSON object"),
+        (["--model-args", "{", "out"], "not valid JSON"),
+    ],
+)
+def test_cli_usage_errors(images: Path, more: list[str], message: str) -> None:
+    result = cli(*cli_arguments(images, *more))
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_help_imports_neither_torch_nor_timm() -> None:
+    code = (
+        "import sys; from hhdeploy.cli import main; main(['train', '-h'], standalone_mode=False); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'timm')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--linear-probe" in done.stdout
