@@ -42,6 +42,18 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
 
 def _fold_linear(graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter: Adapter) -> None:
     weight = linear.weight
+    # An overflow in the cast is reported by `_check_finite`, with the site's name.
+    with np.errstate(over="ignore"):
+        _fold_sites(graph, linear, spec, adapter, weight)
+
+
+def _fold_sites(
+    graph: ir.Graph,
+    linear: GraphLinear,
+    spec: LinearSpec,
+    adapter: Adapter,
+    weight: NDArray[np.float32],
+) -> None:
     folded = np.empty_like(weight)
     start = 0
     for site in spec.sites:
@@ -56,7 +68,7 @@ def _fold_linear(graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter
             )
             if bias is not None:
                 _check_finite(bias, f"{site.name} (bias)")
-                linear.replace_bias(graph, f"{spec.path}.bias_folded", bias)
+                linear.set_bias(graph, f"{spec.path}.bias_folded", bias)
         _check_finite(folded[part], site.name)
         start += site.out
     linear.replace_weight(graph, f"{spec.path}.weight_folded", folded)
@@ -72,12 +84,7 @@ def _check_finite(values: NDArray[np.float32], where: str) -> None:
 
 def _replace_head(graph: ir.Graph, linear: GraphLinear, head: Head) -> None:
     linear.replace_weight(graph, f"{head.path}.weight_folded", head.weight)
-    if linear.bias_node is not None:
-        linear.replace_bias(graph, f"{head.path}.bias_folded", head.bias)
-    elif head.bias.any():
-        raise PlanError(
-            f"{head.path}.bias: the backbone's classifier has no bias, the adapter's has one."
-        )
+    linear.set_bias(graph, f"{head.path}.bias_folded", head.bias)
     classes = head.weight.shape[0]
     for value in {linear.node.outputs[0], linear.output, *graph.outputs}:
         if value.shape is not None:

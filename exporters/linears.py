@@ -64,10 +64,30 @@ class GraphLinear:
         stored = weight if self._transposed_in_node else weight.T
         self.node.replace_input_with(1, add_initializer(graph, name, stored))
 
-    def replace_bias(self, graph: ir.Graph, name: str, bias: NDArray[np.float32]) -> None:
-        """Give this node a new bias (out,)."""
-        assert self.bias_node is not None
-        self.bias_node.replace_input_with(self.bias_index, add_initializer(graph, name, bias))
+    def set_bias(self, graph: ir.Graph, name: str, bias: NDArray[np.float32]) -> None:
+        """Give this Linear a new bias (out,).
+
+        The optimiser drops a bias of zeros (untrained classifiers have one), so there may be
+        none to replace.
+        """
+        value = add_initializer(graph, name, bias)
+        if self.bias_node is not None:
+            self.bias_node.replace_input_with(self.bias_index, value)
+        elif self.node.op_type == "Gemm":
+            self.node.resize_inputs(3)
+            self.node.replace_input_with(2, value)
+        else:
+            product = self.node.outputs[0]
+            consumers = list(product.uses())
+            add = ir.node("Add", [product, value], name=f"{self.path}/Add")
+            add.outputs[0].name, add.outputs[0].dtype = add.name, product.dtype
+            add.outputs[0].shape = product.shape
+            graph.insert_after(self.node, add)
+            for consumer, index in consumers:
+                consumer.replace_input_with(index, add.outputs[0])
+            if product.is_graph_output():
+                add.outputs[0].name, product.name = product.name, f"{self.path}/product"
+                graph.outputs[0] = add.outputs[0]
 
     @property
     def _transposed_in_node(self) -> bool:

@@ -212,7 +212,7 @@ def load_adapter(directory: str | Path) -> Adapter:
         )
     config = _read_config(path / CONFIG_FILE)
     tensors, _ = read_tensors(path / TENSOR_FILE, AdapterError)
-    return _assemble(config, tensors, path / TENSOR_FILE, str(path))
+    return assemble_adapter(config, tensors, path / TENSOR_FILE, str(path))
 
 
 def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -352,9 +352,14 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _assemble(
+def assemble_adapter(
     config: AdapterConfig, tensors: Mapping[str, NDArray[Any]], where: Path, source: str
 ) -> Adapter:
+    """An adapter from its tensors by key, with the checks of `load_adapter`.
+
+    Raises:
+        AdapterError: naming ``where`` (the tensors' file) and the key.
+    """
     groups: dict[str, dict[str, NDArray[np.float32]]] = {}
     for key, tensor in tensors.items():
         owner, _, name = key.rpartition(".")

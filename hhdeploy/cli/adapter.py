@@ -6,12 +6,15 @@ from pathlib import Path
 
 import click
 
-from hhdeploy.cli import CONTEXT, ui
+from hhdeploy.cli import CONTEXT, adapter_import, ui
 
 
 @click.group(context_settings=CONTEXT)
 def command() -> None:
     """Inspect, import, list, add and remove adapters."""
+
+
+command.add_command(adapter_import.command)
 
 
 @command.command("inspect")

@@ -1,0 +1,101 @@
+"""Bundles with random weights and random adapters of real size, made on demand."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from hhdeploy.adapter import Adapter, AdapterConfig, Head, SiteTensors, save_adapter
+from hhdeploy.api import export
+from hhdeploy.backbone import BackboneSpec, load_backbone
+from hhdeploy.plan import BackboneFacts
+from hhdeploy.sites import select_sites
+
+TARGETS = ("q", "k", "v", "proj")
+
+
+def work_directory() -> Path:
+    """``$HHDEPLOY_BENCH_DIR``, else a directory below the system's temporary one."""
+    root = os.environ.get("HHDEPLOY_BENCH_DIR")
+    path = Path(root) if root else Path(tempfile.gettempdir()) / "hhdeploy-bench"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def random_adapter(facts: BackboneFacts, seed: int, *, classes: int = 10, r: int = 1) -> Adapter:
+    """An additive HTA adapter on q, k, v and proj with random values of trained size."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, std: float = 0.05) -> np.ndarray:
+        return (rng.standard_normal(shape) * std).astype(np.float32)
+
+    sites = {}
+    for site in (s for found in select_sites(facts.linears, TARGETS).values() for s in found):
+        sites[site.name] = SiteTensors(
+            u=normal(site.out),
+            v=normal(site.in_),
+            d=normal(min(site.out, site.in_)),
+            lora_A=normal(r, site.in_),
+            lora_B=normal(site.out, r),
+        )
+    head = Head(facts.classifier, normal(classes, facts.dim), normal(classes))
+    config = AdapterConfig(
+        facts.model,
+        r=r,
+        target_modules=TARGETS,
+        num_classes=classes,
+        base_model_args=dict(facts.args),
+        base_sha256=facts.sha256,
+    )
+    return Adapter(config, sites, head)
+
+
+def adapter_directories(model: str, count: int) -> dict[str, Path]:
+    """``count`` adapters of a model with random weights, name -> directory."""
+    root = work_directory() / "adapters" / model
+    wanted = {f"task{i}": root / f"task{i}" for i in range(count)}
+    missing = {name: path for name, path in wanted.items() if not path.is_dir()}
+    if missing:
+        facts = load_backbone(BackboneSpec(model, pretrained=False)).facts
+        for index, (name, path) in enumerate(wanted.items()):
+            if name in missing:
+                save_adapter(random_adapter(facts, index), path)
+    return wanted
+
+
+def bundle(model: str, kind: str, adapters: int = 4) -> Path:
+    """A bundle of a model with random weights: ``folded``, ``branches`` or ``backbone``.
+
+    ``backbone`` is the folded bundle of an adapter whose deltas are all zero: the plain graph
+    with the same head as the others.
+    """
+    path = work_directory() / f"{model}-{kind}-{adapters}"
+    if (path / "hhdeploy.json").is_file():
+        return path
+    shutil.rmtree(path, ignore_errors=True)
+    if kind == "backbone":
+        facts = load_backbone(BackboneSpec(model, pretrained=False)).facts
+        zero = random_adapter(facts, 0)
+        sites = {
+            name: SiteTensors(**{k: np.zeros_like(v) for k, v in vars(tensors).items()})
+            for name, tensors in zero.sites.items()
+        }
+        source = work_directory() / "adapters" / model / "zero"
+        save_adapter(Adapter(zero.config, sites, zero.head), source, overwrite=True)
+        directories = {"zero": source}
+    else:
+        directories = adapter_directories(model, 1 if kind == "folded" else adapters)
+    export(
+        model,
+        directories,
+        path,
+        fold=kind != "branches",
+        pretrained=False,
+        verify=False,
+        cache=work_directory() / "cache",
+    )
+    return path

@@ -1,0 +1,84 @@
+"""hhdeploy adapter import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hhdeploy.algebra import REFLECTIONS, Reflection
+from hhdeploy.cli import CONTEXT, ui
+from hhdeploy.sites import FORMS, Form
+
+
+@click.command("import", context_settings=CONTEXT)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=ui.DIRECTORY)
+@click.option("--model", required=True, help="timm name, e.g. vit_base_patch16_224.augreg_in21k.")
+@click.option("--model-args", help="JSON, further arguments of timm.create_model.", metavar="JSON")
+@click.option(
+    "--checkpoint",
+    type=ui.FILE,
+    help="The backbone's weights. HRA is converted with them (default: timm's); for the others "
+    "their digest is recorded.",
+)
+@click.option("--form", type=click.Choice(FORMS), help="Of a .pth file. [default: additive]")
+@click.option(
+    "--reflection", type=click.Choice(REFLECTIONS), help="Of a .pth file. [default: unnormalized]"
+)
+@click.option(
+    "--lora-scale", default=1.0, show_default=True, help="Of a .pth file: alpha / r kept apart."
+)
+@click.option("--prefix", default="", help="Stripped from every tensor key, e.g. backbone.")
+@click.option(
+    "--class-name", "class_names", multiple=True, metavar="NAME", help="In order; one per class."
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the adapter is complete.")
+def command(
+    source: Path,
+    out: Path,
+    model: str,
+    model_args: str | None,
+    checkpoint: Path | None,
+    form: Form | None,
+    reflection: Reflection | None,
+    lora_scale: float,
+    prefix: str,
+    class_names: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Convert SOURCE, an adapter of another tool, to the adapter directory OUT.
+
+    SOURCE is a directory of PEFT (LoRA, rsLoRA or HRA; PEFT itself is not needed) or a .pth
+    file with keys SITE.u, .v, .d, .lora_A or .lora_B and the classifier's. Nothing is unpickled
+    but tensors. Variants whose meaning is not known for certain are refused.
+
+    \b
+      hhdeploy adapter import lora/ OUT --model vit_base_patch16_224
+      hhdeploy adapter import hta.pth OUT --model vit_base_patch16_224 --reflection orthogonal
+    """
+    from hhdeploy.adapter import save_adapter
+    from hhdeploy.backbone import BackboneSpec, load_backbone
+    from hhdeploy.importing import ImportOptions, import_adapter, needs_weights
+
+    weights_known = checkpoint is not None or needs_weights(source)
+    spec = BackboneSpec(
+        model, ui.parse_model_args(model_args) or {}, checkpoint, pretrained=weights_known
+    )
+    options = ImportOptions(
+        form=form,
+        reflection=reflection,
+        prefix=prefix,
+        lora_scale=lora_scale,
+        class_names=class_names or None,
+        weights_known=weights_known,
+    )
+    adapter = import_adapter(source, load_backbone(spec), options)
+    save_adapter(adapter, out, overwrite=overwrite)
+    head = f"{adapter.config.num_classes} classes" if adapter.head else "no classifier"
+    click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {adapter.config.base_model}, {head}")
+    if not weights_known:
+        click.echo(
+            "base_sha256 is unknown: pass --checkpoint to record which weights it belongs to.",
+            err=True,
+        )

@@ -1,0 +1,416 @@
+"""The precision passes: what is low and what stays float32, and that the twin really rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter
+from hhdeploy.errors import PlanError
+from hhdeploy.exporters.branches import branched_model
+from hhdeploy.exporters.precision import (
+    ISLANDS,
+    PRECISION_TAG,
+    PRECISIONS,
+    rounding_twin,
+    typed_model,
+)
+from hhdeploy.exporters.trace import BaseGraph, base_graph
+from hhdeploy.plan import Plan, Reserve, plan_branches
+from tests.support import random_adapter, tiny_backbone
+
+LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+FLOAT = ir.DataType.FLOAT
+# A storage error of the type, per element of a logit: 11 and 8 significant bits, a margin of 4
+# over what the tiny ViT shows.
+COSINE = {"float16": 1 - 2e-6, "bfloat16": 1 - 2e-4}
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseGraph:
+    return base_graph(tiny_backbone(), None)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: BaseGraph) -> dict[str, Adapter]:
+    return {
+        "additive": random_adapter(base.facts, classes=7, seed=1),
+        "sequential": random_adapter(
+            base.facts, form="sequential", targets=("proj", "fc2"), classes=3, seed=2
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def plan(base: BaseGraph, adapters: dict[str, Adapter]) -> Plan:
+    return plan_branches(base.facts, adapters, Reserve(keep_backbone_head=True))
+
+
+@pytest.fixture(scope="module")
+def bank(plan: Plan, adapters: dict[str, Adapter]) -> NDArray[np.float32]:
+    """The backbone, then the two adapters."""
+    rows = [plan.layout.pack(name, adapter) for name, adapter in adapters.items()]
+    return np.stack([np.zeros(plan.layout.size, np.float32), *rows])
+
+
+def graph(text: str, opset: int = 20) -> ir.Model:
+    """A model in ONNX's textual form, shapes and types inferred."""
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": {opset}]>\n{text}')
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
+
+
+def run(model: ir.Model, **feeds: NDArray[Any]) -> NDArray[Any]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto)
+    session = ort.InferenceSession(proto.SerializeToString(), options)
+    output: NDArray[Any] = session.run(None, feeds)[0]
+    return output
+
+
+def node(model: ir.Model, op: str, index: int = 0) -> ir.Node:
+    return [found for found in model.graph if found.op_type == op][index]
+
+
+def dtypes(found: ir.Node) -> list[ir.DataType | None]:
+    return [value.dtype for value in found.inputs if value is not None]
+
+
+def placement(model: ir.Model) -> dict[str | None, str]:
+    return {
+        found.name: found.metadata_props[PRECISION_TAG]
+        for found in model.graph
+        if PRECISION_TAG in found.metadata_props
+    }
+
+
+def casts(model: ir.Model) -> list[str | None]:
+    return [found.name for found in model.graph if (found.name or "").startswith("cast/")]
+
+
+def fingerprint(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def images(batch: int = 3) -> NDArray[np.float32]:
+    return np.random.default_rng(3).standard_normal((batch, 3, 32, 32)).astype(np.float32)
+
+
+def worst_cosine(reference: NDArray[Any], found: NDArray[Any]) -> float:
+    cosines = []
+    for wanted, got in zip(reference.astype(float), found.astype(float), strict=True):
+        finite = np.isfinite(wanted)
+        assert np.array_equal(wanted[~finite], got[~finite])
+        wanted, got = wanted[finite], got[finite]
+        cosines.append(wanted @ got / np.linalg.norm(wanted) / np.linalg.norm(got))
+    return float(min(cosines))
+
+
+# --- a real ViT ---------------------------------------------------------------------------------
+
+
+def test_vit_islands_are_float32_and_products_are_low(base: BaseGraph) -> None:
+    typed = typed_model(base.model, "float16")
+    for found in typed.graph:
+        if found.op_type in ("LayerNormalization", "Softmax"):
+            assert set(dtypes(found)) == {FLOAT}
+            assert found.outputs[0].dtype == FLOAT
+        elif found.op_type in ("MatMul", "Gemm", "Conv", "Gelu"):
+            assert set(dtypes(found)) == {LOW["float16"]}
+            assert found.outputs[0].dtype == LOW["float16"]
+    assert typed.graph.initializers["blocks.0.attn.qkv.weight_t"].dtype == LOW["float16"]
+    assert typed.graph.initializers["blocks.0.norm1.weight"].dtype == FLOAT
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rewrite", [typed_model, rounding_twin])
+def test_recorded_types_are_those_that_onnx_infers(
+    base: BaseGraph, rewrite: Any, precision: str
+) -> None:
+    onnx.checker.check_model(ir.to_proto(rewrite(base.model, precision)), full_check=True)
+
+
+def test_conv_has_no_bfloat16_before_opset_22(base: BaseGraph) -> None:
+    typed = typed_model(base.model, "bfloat16")
+    assert set(dtypes(node(typed, "Conv"))) == {FLOAT}
+    assert set(dtypes(node(typed, "MatMul"))) == {LOW["bfloat16"]}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_interface_keeps_names_and_types(base: BaseGraph, plan: Plan, precision: str) -> None:
+    model = branched_model(base, plan)
+    for made in (typed_model(model, precision), rounding_twin(model, precision)):
+        found = [(v.name, v.dtype) for v in (*made.graph.inputs, *made.graph.outputs)]
+        assert found == [
+            ("images", FLOAT),
+            ("adapter_ids", ir.DataType.INT64),
+            ("adapter_bank", FLOAT),
+            ("logits", FLOAT),
+        ]
+
+
+def test_bank_is_cast_after_its_gather(base: BaseGraph, plan: Plan) -> None:
+    typed = typed_model(branched_model(base, plan), "float16")
+    bank = typed.graph.inputs[2]
+    assert [use.node.op_type for use in bank.uses()] == ["Gather"]
+    gather = bank.uses()[0].node
+    assert gather.outputs[0].dtype == FLOAT
+    (cast,) = [use.node for use in gather.outputs[0].uses()]
+    assert cast.name == "cast/branch/bank/gather/float16"
+    assert [use.node.op_type for use in cast.outputs[0].uses()] == ["Split"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rewrite", [typed_model, rounding_twin])
+def test_source_is_unchanged(base: BaseGraph, plan: Plan, rewrite: Any, precision: str) -> None:
+    model = branched_model(base, plan)
+    before = fingerprint(model)
+    rewrite(model, precision)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_twin_and_typed_agree(base: BaseGraph, plan: Plan, precision: str) -> None:
+    model = branched_model(base, plan)
+    typed = placement(typed_model(model, precision))
+    assert placement(rounding_twin(model, precision)) == typed
+    assert set(typed.values()) == {precision, "float32"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_twin_of_branches_is_near_float32_and_pads_with_infinity(
+    base: BaseGraph, plan: Plan, bank: NDArray[np.float32], precision: str
+) -> None:
+    model = branched_model(base, plan)
+    feeds = {"images": images(), "adapter_ids": np.array([1, 0, 2]), "adapter_bank": bank}
+    exact, rounded = run(model, **feeds), run(rounding_twin(model, precision), **feeds)
+    assert np.isneginf(exact[0, 7:]).all()
+    assert np.isneginf(rounded[2, 3:]).all()
+    assert COSINE[precision] < worst_cosine(exact, rounded) < 1
+    finite = rounded[np.isfinite(rounded)]
+    assert np.array_equal(finite, finite.astype(NUMPY[precision]).astype(np.float32))
+    if precision == "float16":  # ONNX Runtime has no bfloat16 product on a CPU
+        assert worst_cosine(exact, run(typed_model(model, precision), **feeds)) > COSINE[precision]
+
+
+def test_a_wrong_adapter_is_not_taken_for_rounding(
+    base: BaseGraph, plan: Plan, bank: NDArray[np.float32]
+) -> None:
+    model = branched_model(base, plan)
+    feeds = {"images": images(1), "adapter_bank": bank}
+    own = run(model, adapter_ids=np.array([1]), **feeds)[:, :7]
+    other = run(rounding_twin(model, "bfloat16"), adapter_ids=np.array([2]), **feeds)[:, :7]
+    own, other = own[:, :3], other[:, :3]  # the other adapter has three classes
+    assert worst_cosine(own, other) < COSINE["bfloat16"]
+
+
+# --- small graphs -------------------------------------------------------------------------------
+
+SUM = """agraph (float[n] x) => (float[n] y)
+<float b = {2048}> { a = Add(x, b)  y = Sub(a, b) }"""
+
+
+def test_twin_rounds_what_float16_cannot_hold() -> None:
+    x = np.array([0.25, 1.0, 3.0], np.float32)
+    model = graph(SUM)
+    assert np.array_equal(run(model, x=x), x)
+    assert np.array_equal(run(rounding_twin(model, "float16"), x=x), [0.0, 0.0, 4.0])
+    assert np.array_equal(run(rounding_twin(model, "bfloat16"), x=x), [0.0, 0.0, 0.0])
+
+
+def test_twin_rounds_weights_and_inputs() -> None:
+    model = graph(
+        "agraph (float[1,1] x) => (float[1,1] y) <float[1,1] w = {2049}> {y = MatMul(x, w)}"
+    )
+    x = np.array([[1.0]], np.float32)
+    assert run(rounding_twin(model, "float16"), x=x).item() == 2048
+    model = graph("agraph (float[1,1] x) => (float[1,1] y) <float[1,1] w = {1}> {y = MatMul(x, w)}")
+    assert run(rounding_twin(model, "float16"), x=x * 2049).item() == 2048
+
+
+def test_movement_needs_no_pair() -> None:
+    model = graph(
+        """agraph (float[2,3] x) => (float[3,2] y)
+        { a = Relu(x)  b = Transpose<perm=[1,0]>(a)  c = Identity(b)  y = Concat<axis=0>(c) }"""
+    )
+    twin = rounding_twin(model, "float16")
+    assert casts(twin) == [
+        "cast/x/float16", "cast/x/float16/float32", "cast/a/float16", "cast/a/float16/float32",
+    ]  # fmt: skip
+    x = np.array([[2049, -1, 7], [1e-9, 5.3, 0]], np.float32)
+    expected = np.maximum(x, 0).T.astype(np.float16).astype(np.float32)
+    assert np.array_equal(run(twin, x=x), expected)
+
+
+def test_islands_side_by_side_stay_float32() -> None:
+    model = graph(
+        """agraph (float[2,2] x) => (float[2,2] y) <float[2,2] w = {1,2,3,4}>
+        { a = MatMul(x, w)  b = Softmax(a)  c = Transpose<perm=[1,0]>(b)  y = Softmax(c) }"""
+    )
+    typed = typed_model(model, "float16")
+    assert casts(typed) == ["cast/x/float16", "cast/a/float32"]
+    assert dtypes(node(typed, "Transpose")) == [FLOAT]
+
+
+def test_casts_are_shared_and_placed_before_movement() -> None:
+    model = graph(
+        """agraph (float[2,2] x) => (float[2,2] y) <float[2,2] w = {1,2,3,4}>
+        { s = Softmax(x)  t = Transpose<perm=[1,0]>(s)  a = MatMul(s, w)  b = MatMul(t, w)
+          y = Add(a, b) }"""
+    )
+    typed = typed_model(model, "float16")
+    assert casts(typed) == ["cast/s/float16", "cast/y/float32"]
+    assert node(typed, "Transpose").outputs[0].dtype == LOW["float16"]
+
+
+def test_a_weight_that_both_sides_read_has_one_copy_each() -> None:
+    model = graph(
+        """agraph (float[2,2] x) => (float[2,2] y) <float[2] w = {1,2}>
+        { a = Relu(x)  b = Mul(a, w)  c = Mul(b, w)  y = LayerNormalization(c, w) }"""
+    )
+    typed = typed_model(model, "float16")
+    stored = {name: value.dtype for name, value in typed.graph.initializers.items()}
+    assert stored == {"w": FLOAT, "w/float16": LOW["float16"]}
+
+
+RMS = """agraph (float[2,8] x, float[8,4] w) => (float[2,4] y)
+<float two = {2}, float eps = {1e-12}, int64[1] axis = {-1}, float one = {1}>
+{ h = Relu(x)  p = Pow(h, two)  m = ReduceMean(p, axis)  e = Add(m, eps)  r = Sqrt(e)
+  q = Div(one, r)  n = Mul(h, q)  y = MatMul(n, w) }"""
+
+
+def test_a_written_out_norm_is_one_island() -> None:
+    model = graph(RMS)
+    typed = typed_model(model, "float16")
+    ops = {n.op_type: n.metadata_props[PRECISION_TAG] for n in typed.graph if n.op_type != "Cast"}
+    high = {"Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"}
+    assert ops == {op: "float32" for op in high} | {"Relu": "float16", "MatMul": "float16"}
+    assert sorted(filter(None, casts(typed))) == [
+        "cast/h/float32", "cast/n/float16", "cast/w/float16", "cast/x/float16", "cast/y/float32",
+    ]  # fmt: skip
+
+
+def test_a_norm_outside_the_islands_overflows() -> None:
+    model = graph(RMS)
+    feeds = {"x": np.full((2, 8), 400, np.float32), "w": np.ones((8, 4), np.float32)}
+    assert np.array_equal(run(rounding_twin(model, "float16"), **feeds), np.full((2, 4), 8))
+    bare = rounding_twin(model, "float16", frozenset())
+    assert not np.array_equal(run(bare, **feeds), np.full((2, 4), 8))
+
+
+def test_division_by_a_constant_is_a_scale() -> None:
+    model = graph("agraph (float[2] x) => (float[2] y) <float c = {8}> {y = Div(x, c)}")
+    assert dtypes(node(typed_model(model, "float16"), "Div")) == [LOW["float16"]] * 2
+
+
+def test_weight_that_overflows_is_an_error() -> None:
+    model = graph(
+        """agraph (float[1,2] x) => (float[1,1] y) <float[2,1] fat = {-70000, 3}>
+        { y = MatMul(x, fat) }"""
+    )
+    with pytest.raises(PlanError, match=r"^fat: its largest value, -70000, .*65504.*bfloat16"):
+        typed_model(model, "float16")
+    with pytest.raises(PlanError, match="fat"):
+        rounding_twin(model, "float16")
+    typed_model(model, "bfloat16")
+
+
+def test_bank_constant_that_overflows_is_an_error(base: BaseGraph, plan: Plan) -> None:
+    bank = np.zeros((2, plan.layout.size), np.float32)
+    bank[1, 5] = 1e6
+    model = branched_model(base, plan, bank_constant=bank)
+    with pytest.raises(PlanError, match="adapter_bank: its largest value, 1e"):
+        typed_model(model, "float16")
+
+
+MASK = """agraph (float[2,2] x) => (float[2,2] y) <float[2,2] mask = {0, -3.4028235e38, 0, 0}>
+{ r = Relu(x)  a = Add(r, mask)  y = Softmax(a) }"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "largest"), [("float16", 65504.0), ("bfloat16", 3.3895314e38)]
+)
+def test_mask_is_clamped(precision: str, largest: float) -> None:
+    typed = typed_model(graph(MASK), precision)
+    mask = typed.graph.initializers["mask"].const_value
+    assert mask is not None
+    expected = np.array([[0, -largest], [0, 0]], np.float32).astype(NUMPY[precision])
+    assert np.array_equal(mask.numpy(), expected)
+    found = run(rounding_twin(graph(MASK), precision), x=np.zeros((2, 2), np.float32))
+    assert np.array_equal(found, [[1, 0], [0.5, 0.5]])
+
+
+def test_infinite_fill_and_nan_stay() -> None:
+    model = graph(
+        """agraph (float[1,2] x, bool bad) => (float[1,3] y)
+        <int64[4] pads = {0,0,0,1}, float inf = {0}, float nan = {0}>
+        { a = Relu(x)  b = Pad(a, pads, inf)  y = Where(bad, nan, b) }"""
+    )
+    for name, value in (("inf", -np.inf), ("nan", np.nan)):
+        model.graph.initializers[name].const_value = ir.tensor(np.float32(value), name=name)
+    x = np.array([[1.5, 2.0]], np.float32)
+    for made in (typed_model(model, "float16"), rounding_twin(model, "float16")):
+        assert np.array_equal(run(made, x=x, bad=np.array(False)), [[1.5, 2.0, -np.inf]])
+        assert np.isnan(run(made, x=x, bad=np.array(True))).all()
+
+
+def test_casts_of_the_source_are_retargeted() -> None:
+    model = graph(
+        """agraph (float[n] x, int64[n] i) => (float[n] y)
+        { r = Relu(x)  c = Cast<to=1>(i)  l = CastLike(i, r)  same = Cast<to=1>(r)
+          a = Add(same, c)  y = Add(a, l) }"""
+    )
+    typed, twin = typed_model(model, "float16"), rounding_twin(model, "float16")
+    assert not [n for n in typed.graph if n.op_type == "CastLike"]
+    assert {n.outputs[0].dtype for n in typed.graph if n.op_type == "Add"} == {LOW["float16"]}
+    feeds = {"x": np.zeros(1, np.float32), "i": np.array([2049])}
+    assert run(twin, **feeds).item() == 4096
+
+
+def test_shapes_integers_and_comparisons_are_left_alone() -> None:
+    model = graph(
+        """agraph (float[n,2] x) => (float[n,2] y) <int64[1] two = {2}, float half = {0.5}>
+        { r = Relu(x)  s = Shape(r)  z = ConstantOfShape<value = float[1] {1.5}>(s)
+          g = Greater(r, half)  y = Where(g, r, z) }"""
+    )
+    typed = typed_model(model, "float16")
+    assert node(typed, "Shape").outputs[0].dtype == ir.DataType.INT64
+    assert node(typed, "Greater").outputs[0].dtype == ir.DataType.BOOL
+    assert node(typed, "ConstantOfShape").outputs[0].dtype == LOW["float16"]
+    x = np.array([[0.25, 1.0]], np.float32)
+    assert np.array_equal(run(typed, x=x), [[1.5, 1.0]])
+
+
+def test_missing_types_are_inferred() -> None:
+    model = graph(SUM)
+    for found in model.graph:
+        found.outputs[0].type = None
+    model.graph.outputs[0].type = ir.TensorType(FLOAT)
+    assert node(typed_model(model, "float16"), "Add").outputs[0].dtype == LOW["float16"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "float8"}, "float8.*float16, bfloat16"),
+        ({"islands": ISLANDS | {"LayerNorm"}}, "no operator LayerNorm"),
+    ],
+)
+def test_what_cannot_be_asked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        typed_model(graph(SUM), **{"precision": "float16", **change})
+
+
+def test_a_typed_graph_is_not_typed_again() -> None:
+    with pytest.raises(PlanError, match="start from float32"):
+        typed_model(typed_model(graph(SUM), "float16"), "bfloat16")

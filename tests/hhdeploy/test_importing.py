@@ -1,0 +1,565 @@
+"""Adapters of PEFT and of .pth files, against PEFT itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE, load_adapter, save_adapter
+from hhdeploy.cli.adapter_import import command
+from hhdeploy.errors import AdapterError
+from hhdeploy.importing import ImportOptions, import_adapter, needs_weights
+from hhdeploy.importing_peft import hra_low_rank, lora_scale
+from hhdeploy.training import attach
+from tests.support import (
+    TINY_ARGS,
+    TINY_MODEL,
+    assert_caught,
+    assert_parity,
+    images,
+    logits_of,
+    random_adapter,
+    tiny_backbone,
+)
+
+# PEFT 0.21 reads its own adapter_config.json without closing it when it saves.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:unclosed file .*adapter_config\.json:ResourceWarning",
+)
+
+ATTENTION_AND_FC1 = r".*(attn\.(qkv|proj)|mlp\.fc1)"
+CLASSES = 7
+
+
+def trained(config, seed=0):
+    """PEFT's model of ``config`` on the tiny ViT with a head of 7 classes, all values random."""
+    model = tiny_backbone(num_classes=CLASSES).model
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * (0.1 if "lora" in name else 0.3))
+    return model
+
+
+def peft_directory(path, config, seed=0):
+    """Save a trained PEFT adapter; returns the logits of PEFT's merged model, in float64."""
+    model = trained(config, seed)
+    model.save_pretrained(path)
+    merged = model.double().merge_and_unload()
+    return logits_of(merged, images(3))
+
+
+def imported_logits(path, options=ImportOptions(), backbone=None):  # noqa: B008
+    backbone = backbone or tiny_backbone(num_classes=CLASSES)
+    adapter = import_adapter(path, backbone, options)
+    return adapter, logits_of(attach(backbone.model, adapter), images(3))
+
+
+def lora(**changes):
+    return peft.LoraConfig(
+        **{
+            "r": 3,
+            "lora_alpha": 5,
+            "target_modules": ATTENTION_AND_FC1,
+            "modules_to_save": ["head"],
+            **changes,
+        }
+    )
+
+
+def hra(**changes):
+    return peft.HRAConfig(
+        **{"r": 4, "target_modules": ATTENTION_AND_FC1, "modules_to_save": ["head"], **changes}
+    )
+
+
+# -- PEFT, accepted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"r": 1, "lora_alpha": 1},
+        {"rank_pattern": {"fc1": 2, r"blocks.1.attn.qkv": 4}},
+        {"alpha_pattern": {r"blocks\.0\..*proj": 11}, "lora_dropout": 0.1},
+        {"rank_pattern": {"qkv": 5}, "alpha_pattern": {"qkv": 2}, "use_rslora": True},
+        {"target_modules": ["qkv", "fc2"], "init_lora_weights": "gaussian"},
+        {"target_modules": ["qkv"], "layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"modules_to_save": None},
+    ],
+    ids=str,
+)
+def test_lora_is_what_peft_merges(tmp_path, changes):
+    expected = peft_directory(tmp_path / "a", lora(**changes))
+    adapter, found = imported_logits(tmp_path / "a")
+    assert_parity(expected, found, "algebra", "float32")
+    plain = logits_of(tiny_backbone(num_classes=CLASSES).model, images(3))
+    assert_caught(expected, plain, "folded", "float32")
+    assert adapter.config.form == "additive"
+    assert all(site.u is None for site in adapter.sites.values())
+
+
+@pytest.mark.parametrize("gram_schmidt", [False, True])
+@pytest.mark.parametrize("r", [2, 4])
+def test_hra_is_what_peft_merges(tmp_path, r, gram_schmidt):
+    expected = peft_directory(tmp_path / "a", hra(r=r, apply_GS=gram_schmidt))
+    adapter, found = imported_logits(tmp_path / "a")
+    assert_parity(expected, found, "algebra", "float32")
+    assert {s.lora_A.shape[0] for s in adapter.sites.values()} == {r}
+    q, v = (adapter.sites[f"blocks.0.attn.qkv.{part}"] for part in "qv")
+    assert np.array_equal(q.lora_A, v.lora_A), "the thirds of a fused qkv share R"
+
+
+def test_hra_with_another_backbone_or_the_other_product_is_caught(tmp_path):
+    expected = peft_directory(tmp_path / "a", hra())
+    other = tiny_backbone(num_classes=CLASSES)
+    with torch.no_grad():
+        other.model.get_parameter("blocks.0.attn.proj.weight").mul_(1.1)
+    adapter = import_adapter(tmp_path / "a", other)
+    mistaken = logits_of(attach(tiny_backbone(num_classes=CLASSES).model, adapter), images(3))
+    assert_caught(expected, mistaken, "algebra", "float32")
+    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | {"apply_GS": True}))
+    assert_caught(expected, imported_logits(tmp_path / "a")[1], "algebra", "float32")
+
+
+def test_the_wrong_scale_and_the_wrong_thirds_are_caught(tmp_path):
+    expected = peft_directory(tmp_path / "a", lora())
+    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | {"use_rslora": True}))
+    assert_caught(expected, imported_logits(tmp_path / "a")[1], "algebra", "float32")
+    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config))
+    backbone = tiny_backbone(num_classes=CLASSES)
+    adapter = import_adapter(tmp_path / "a", backbone)
+    sites = dict(adapter.sites)
+    name = "blocks.0.attn.qkv"
+    sites[f"{name}.q"], sites[f"{name}.v"] = sites[f"{name}.v"], sites[f"{name}.q"]
+    swapped = type(adapter)(adapter.config, sites, adapter.head)
+    found = logits_of(attach(backbone.model, swapped), images(3))
+    assert_caught(expected, found, "algebra", "float32")
+
+
+def test_what_the_configuration_says(tmp_path):
+    peft_directory(tmp_path / "a", lora(use_rslora=True))
+    backbone = tiny_backbone(num_classes=CLASSES)
+    names = tuple("abcdefg")
+    adapter = import_adapter(tmp_path / "a", backbone, ImportOptions(class_names=names))
+    config = adapter.config
+    assert config.base_model == backbone.facts.model
+    assert config.base_model_args == TINY_ARGS | {"num_classes": CLASSES}
+    assert config.base_sha256 == backbone.facts.sha256
+    assert set(config.target_modules) == {"q", "k", "v", "proj", "fc1"}
+    assert (config.num_classes, config.class_names) == (CLASSES, names)
+    assert config.preprocess == backbone.facts.preprocess
+    origin = config.extra["imported_from"]
+    assert origin["peft_type"] == "LORA"
+    assert (origin["r"], origin["lora_alpha"], origin["use_rslora"]) == (3, 5, True)
+    assert origin["file"] == TENSOR_FILE
+    assert origin["preprocess_assumed"]
+    assert str(tmp_path) not in json.dumps(config.to_json()), "no path of this machine is kept"
+
+
+def test_sites_of_some_layers_are_named_in_full(tmp_path):
+    changes = {"target_modules": ["qkv"], "layers_to_transform": [1], "layers_pattern": "blocks"}
+    peft_directory(tmp_path / "a", lora(**changes))
+    adapter = import_adapter(tmp_path / "a", tiny_backbone(num_classes=CLASSES))
+    assert adapter.config.target_modules == tuple(f"blocks.1.attn.qkv.{part}" for part in "qkv")
+
+
+def test_the_result_is_saved_and_loaded(tmp_path):
+    peft_directory(tmp_path / "a", lora())
+    adapter = import_adapter(tmp_path / "a", tiny_backbone(num_classes=CLASSES))
+    save_adapter(adapter, tmp_path / "b")
+    again = load_adapter(tmp_path / "b")
+    assert again.config == adapter.config
+    for name, site in adapter.sites.items():
+        assert np.array_equal(again.sites[name].lora_B, site.lora_B)
+
+
+def test_without_known_weights(tmp_path):
+    peft_directory(tmp_path / "a", lora())
+    options = ImportOptions(weights_known=False)
+    adapter = import_adapter(tmp_path / "a", tiny_backbone(num_classes=CLASSES), options)
+    assert adapter.config.base_sha256 is None
+    peft_directory(tmp_path / "h", hra())
+    with pytest.raises(AdapterError, match=r"HRA multiplies the backbone's weights.*--checkpoint"):
+        import_adapter(tmp_path / "h", tiny_backbone(num_classes=CLASSES), options)
+    assert [needs_weights(tmp_path / name) for name in "ah"] == [False, True]
+
+
+def test_a_raw_state_dict_s_modules_to_save_and_an_outer_module(tmp_path):
+    """Keys as they are when the ViT is a member of the user's own module."""
+    expected = peft_directory(tmp_path / "a", lora())
+    old = load_file(tmp_path / "a" / TENSOR_FILE)
+    inner = "base_model.model.net."
+    renamed = {k.replace("base_model.model.", inner): v for k, v in old.items()}
+    for name in ("weight", "bias"):
+        renamed[f"{inner}head.modules_to_save.default.{name}"] = renamed.pop(f"{inner}head.{name}")
+    save_file(renamed, tmp_path / "a" / TENSOR_FILE)
+    _, found = imported_logits(tmp_path / "a", ImportOptions(prefix="net."))
+    assert_parity(expected, found, "algebra", "float32")
+    with pytest.raises(AdapterError, match=r"unknown tensor key base_model\.model\.net\."):
+        imported_logits(tmp_path / "a")
+
+
+def test_an_older_directory_with_a_bin_file(tmp_path):
+    expected = peft_directory(tmp_path / "a", lora())
+    tensors = load_file(tmp_path / "a" / TENSOR_FILE)
+    torch.save(tensors, tmp_path / "a" / "adapter_model.bin")
+    (tmp_path / "a" / TENSOR_FILE).unlink()
+    assert_parity(expected, imported_logits(tmp_path / "a")[1], "algebra", "float32")
+
+
+@pytest.mark.parametrize("gram_schmidt", [False, True])
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_hra_s_product_against_dense_reflections(r, gram_schmidt):
+    u = np.random.default_rng(r).standard_normal((13, r))
+    a, c = hra_low_rank(u, gram_schmidt=gram_schmidt)
+    expected = np.eye(13)
+    if gram_schmidt:
+        q, _ = np.linalg.qr(u)
+        expected -= 2 * q @ q.T
+    else:
+        for x in u.T:
+            expected = expected @ (np.eye(13) - 2 * np.outer(x, x) / (x @ x))
+    assert_parity(expected, np.eye(13) + c @ a, "algebra", "float64")
+
+
+def test_lora_scale(tmp_path):
+    config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"fc1": 9}, "alpha_pattern": {"fc1": 12}}
+    rs = config | {"use_rslora": True}
+    where = tmp_path / CONFIG_FILE
+    assert lora_scale(config, "blocks.0.attn.proj", 4, where) == 1.5
+    assert lora_scale(rs, "blocks.0.attn.proj", 4, where) == 3.0
+    assert lora_scale(config, "blocks.0.mlp.fc1", 9, where) == pytest.approx(12 / 9)
+    assert lora_scale(rs, "blocks.0.mlp.fc1", 9, where) == 4.0
+
+
+# -- PEFT, refused ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A LoRA and an HRA directory, saved by PEFT once."""
+    root = tmp_path_factory.mktemp("peft")
+    trained(lora()).save_pretrained(root / "lora")
+    trained(hra()).save_pretrained(root / "hra")
+    return root
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """``copy(kind, config, tensors)``: a directory with these changes (None removes a key)."""
+
+    def make(kind="lora", config=None, tensors=None):
+        target = tmp_path / kind
+        shutil.copytree(saved / kind, target, dirs_exist_ok=True)
+        content = json.loads((target / CONFIG_FILE).read_text()) | (config or {})
+        (target / CONFIG_FILE).write_text(json.dumps(content))
+        arrays = load_file(target / TENSOR_FILE) | (tensors or {})
+        save_file({k: v for k, v in arrays.items() if v is not None}, target / TENSOR_FILE)
+        return target
+
+    return make
+
+
+def refused(source, *parts, options=ImportOptions(), backbone=None):  # noqa: B008
+    with pytest.raises(AdapterError) as caught:
+        import_adapter(source, backbone or tiny_backbone(num_classes=CLASSES), options)
+    for part in (str(source), *parts):
+        assert part in str(caught.value), f"{part!r} is not in {caught.value!s}"
+
+
+PROJ = "base_model.model.blocks.0.attn.proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "parts"),
+    [
+        ("lora", {"use_dora": True}, ("use_dora: expected it off, found True",)),
+        ("lora", {"bias": "all"}, ("bias: expected 'none', found 'all'",)),
+        ("lora", {"bias": "lora_only"}, ("bias: expected 'none'",)),
+        ("hra", {"bias": "hra_only"}, ("bias: expected 'none', found 'hra_only'",)),
+        ("lora", {"lora_bias": True}, ("lora_bias: expected it off",)),
+        ("lora", {"fan_in_fan_out": True}, ("fan_in_fan_out: expected it off",)),
+        ("lora", {"use_qalora": True}, ("use_qalora",)),
+        ("lora", {"layer_replication": [[0, 1]]}, ("layer_replication",)),
+        ("lora", {"target_parameters": ["x"]}, ("target_parameters",)),
+        ("lora", {"use_invention_of_2030": True}, ("use_invention_of_2030", "not supported")),
+        ("hra", {"use_invention_of_2030": 1}, ("use_invention_of_2030", "not supported")),
+        ("lora", {"init_lora_weights": "pissa"}, ("init_lora_weights", "'pissa'")),
+        ("lora", {"init_lora_weights": "pissa_niter_4"}, ("init_lora_weights",)),
+        ("lora", {"init_lora_weights": "olora"}, ("init_lora_weights",)),
+        ("lora", {"peft_type": "LOHA"}, ("expected LORA or HRA, found 'LOHA'",)),
+        ("lora", {"peft_type": None}, ("expected LORA or HRA, found None",)),
+        ("lora", {"peft_type": "HTA"}, ("needs no import",)),
+        ("lora", {"r": 4}, ("blocks.0.attn", "expected rank 4", "found 3 rows")),
+        ("lora", {"rank_pattern": {"fc1": 5}}, ("mlp.fc1: expected rank 5",)),
+        ("lora", {"lora_alpha": "5"}, ("lora_alpha: expected a number, found '5'",)),
+    ],
+)
+def test_configurations_that_are_refused(copy, kind, changes, parts):
+    refused(copy(kind, changes), CONFIG_FILE, *parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "parts"),
+    [
+        (
+            "lora",
+            {
+                "base_model.model.patch_embed.proj.lora_A.weight": torch.ones(3, 3, 8, 8),
+                "base_model.model.patch_embed.proj.lora_B.weight": torch.ones(48, 3, 1, 1),
+            },
+            ("patch_embed.proj", "no such site", "convolutions"),
+        ),
+        (
+            "lora",
+            {
+                "base_model.model.head.lora_A.weight": torch.ones(3, 48),
+                "base_model.model.head.lora_B.weight": torch.ones(7, 3),
+            },
+            ("head", "no such site", "the classifier"),
+        ),
+        ("lora", {f"{PROJ}.lora_A.weight": None}, ("lora_A and lora_B, found lora_B",)),
+        ("lora", {f"{PROJ}.lora_B.bias": torch.ones(48)}, (f"{PROJ}.lora_B.bias",)),
+        ("lora", {f"{PROJ}.lora_magnitude_vector": torch.ones(48)}, ("lora_magnitude_vector",)),
+        ("lora", {"base_model.model.norm.weight": torch.ones(48)}, ("norm.weight", "classifier")),
+        ("lora", {"head.weight": torch.ones(7, 48)}, ("head.weight", "base_model.model.")),
+        (
+            "lora",
+            {f"{PROJ}.lora_B.weight": torch.ones(47, 3)},
+            ("blocks.0.attn.proj", "lora_B [48, r]", "[47, 3]"),
+        ),
+        ("lora", {f"{PROJ}.lora_B.weight": torch.full((48, 3), torch.nan)}, ("finite", "proj")),
+        ("lora", {"base_model.model.head.weight": torch.ones(7, 47)}, ("[classes, 48]",)),
+        ("hra", {f"{PROJ}.hra_u": torch.ones(47, 4)}, ("hra_u of shape [48, r]", "[47, 4]")),
+        ("hra", {f"{PROJ}.hra_u": torch.zeros(48, 4)}, ("proj.hra_u: column 0 is zero",)),
+        ("hra", {f"{PROJ}.lora_A.weight": torch.ones(3, 48)}, ("hra_u of shape",)),
+    ],
+)
+def test_tensors_that_are_refused(copy, kind, changes, parts):
+    refused(copy(kind, tensors=changes), TENSOR_FILE, *parts)
+
+
+def test_dependent_columns_have_no_gram_schmidt(copy):
+    column = torch.arange(48.0)[:, None]
+    same = {f"{PROJ}.hra_u": column.repeat(1, 4)}
+    refused(copy("hra", {"apply_GS": True}, same), "column 1", "depends on the ones before")
+    import_adapter(copy("hra", {"apply_GS": False}, same), tiny_backbone(num_classes=CLASSES))
+
+
+def test_dora_of_peft_itself_is_refused(tmp_path):
+    trained(lora(use_dora=True)).save_pretrained(tmp_path / "a")
+    refused(tmp_path / "a", "use_dora")
+
+
+def test_sources_that_are_not_there(tmp_path, copy):
+    refused(tmp_path / "none", "does not exist")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", CONFIG_FILE, "does not exist")
+    directory = copy()
+    (directory / TENSOR_FILE).unlink()
+    refused(directory, TENSOR_FILE, "does not exist")
+    (directory / CONFIG_FILE).write_text("{")
+    refused(directory, "is not valid JSON")
+
+
+def test_options_of_pth_files_are_refused_for_peft(copy):
+    for options in (
+        ImportOptions(form="sequential"),
+        ImportOptions(reflection="orthogonal"),
+        ImportOptions(lora_scale=2.0),
+    ):
+        refused(copy(), "are for .pth files", options=options)
+
+
+def test_class_names_that_do_not_fit(copy):
+    options = ImportOptions(class_names=("a", "b"))
+    refused(copy(), "expected 2 rows", "found 7", options=options)
+
+
+# -- .pth ---------------------------------------------------------------------------------------
+
+
+def pth(path, adapter, prefix="", entry=None, **more):
+    """What a research script saves: the trained tensors alone."""
+    state = {}
+    for name, site in adapter.sites.items():
+        for tensor in ("u", "v", "d", "lora_A", "lora_B"):
+            state[f"{prefix}{name}.{tensor}"] = torch.from_numpy(getattr(site, tensor))
+    if adapter.head is not None:
+        state[f"{prefix}head.weight"] = torch.from_numpy(adapter.head.weight)
+        state[f"{prefix}head.bias"] = torch.from_numpy(adapter.head.bias)
+    state |= more
+    torch.save(state if entry is None else {entry: state, "epoch": 3}, path)
+    return path
+
+
+@pytest.mark.parametrize("entry", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("form", "targets"), [("additive", ("q", "v", "fc1")), ("sequential", ("proj", "fc2"))]
+)
+def test_a_pth_file(tmp_path, tiny, form, targets, prefix, entry):
+    adapter = random_adapter(tiny.facts, form=form, reflection="orthogonal", targets=targets, r=2)
+    file = pth(tmp_path / "a.pth", adapter, prefix, entry)
+    options = ImportOptions(
+        form=form, reflection="orthogonal", prefix=prefix, class_names=adapter.config.class_names
+    )
+    found = import_adapter(file, tiny, options)
+    assert found.config.to_json() | {"imported_from": 0} == {
+        **adapter.config.to_json(),
+        "imported_from": 0,
+    }
+    for name, site in adapter.sites.items():
+        for tensor in ("u", "v", "d", "lora_A", "lora_B"):
+            assert np.array_equal(getattr(found.sites[name], tensor), getattr(site, tensor))
+    assert np.array_equal(found.head.weight, adapter.head.weight)
+    assert found.config.extra["imported_from"]["file"] == "a.pth"
+
+
+def test_a_pth_file_in_half_precision_and_with_a_scale(tmp_path, tiny):
+    adapter = random_adapter(tiny.facts, targets=("proj",), classes=None)
+    state = {
+        f"{name}.{tensor}": torch.from_numpy(getattr(site, tensor)).bfloat16()
+        for name, site in adapter.sites.items()
+        for tensor in ("lora_A", "lora_B")
+    }
+    torch.save(state, tmp_path / "a.pth")
+    found = import_adapter(tmp_path / "a.pth", tiny, ImportOptions(lora_scale=0.5))
+    for name in adapter.sites:
+        assert np.array_equal(
+            found.sites[name].lora_B, state[f"{name}.lora_B"].float().numpy() * np.float32(0.5)
+        )
+        assert found.sites[name].u is None
+    assert found.config.extra["imported_from"]["lora_scale"] == 0.5
+
+
+def test_lora_of_a_fused_qkv_in_a_pth_file_is_split(tmp_path, tiny):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 48, generator=generator)
+    b = torch.randn(144, 2, generator=generator)
+    state = {"blocks.1.attn.qkv.lora_A": a, "blocks.1.attn.qkv.lora_B": b}
+    torch.save(state, tmp_path / "a.pth")
+    found = import_adapter(tmp_path / "a.pth", tiny)
+    for i, part in enumerate("qkv"):
+        site = found.sites[f"blocks.1.attn.qkv.{part}"]
+        assert np.array_equal(site.lora_B, b[48 * i : 48 * (i + 1)].numpy())
+        assert np.array_equal(site.lora_A, a.numpy())
+
+
+class Evil:
+    """An object that would run code when unpickled."""
+
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_nothing_is_unpickled(tmp_path, tiny, capsys):
+    torch.save({"x": Evil()}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "cannot be read", "never loaded", backbone=tiny)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_pth_files_that_are_refused(tmp_path, tiny):
+    adapter = random_adapter(tiny.facts, targets=("proj",))
+    file = tmp_path / "a.pth"
+
+    def refuse(*parts, options=ImportOptions()):  # noqa: B008
+        refused(file, *parts, options=options, backbone=tiny)
+
+    pth(file, adapter, **{"blocks.0.norm1.weight": torch.ones(48)})
+    refuse("unknown tensor key 'blocks.0.norm1.weight'", ".lora_A", "head.weight")
+    pth(file, adapter, note="hello")
+    refuse("note: expected a tensor, found str")
+    pth(file, adapter, prefix="module.")
+    refuse("unknown tensor key 'module.head.weight'", "--prefix")
+    pth(file, random_adapter(tiny.facts, targets=("proj",), classes=None), prefix="module.")
+    refuse("no such site", "module.blocks.0.attn.proj")
+    refuse("expected keys that start with 'net.'", options=ImportOptions(prefix="net."))
+    pth(file, adapter, **{"blocks.0.attn.proj.u": torch.ones(48, dtype=torch.int64)})
+    refuse("blocks.0.attn.proj.u: expected a float tensor, found int64")
+    pth(file, adapter, **{"blocks.0.attn.qkv.u": torch.ones(144)})
+    refuse("blocks.0.attn.qkv: expected lora_A and lora_B, found u")
+    torch.save([1, 2], file)
+    refuse("expected a state dict, found list")
+    whole = pth(file, adapter).read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refuse("cannot be read")
+    file.write_bytes(b"")
+    refuse("cannot be read")
+    torch.save({"head.weight": torch.ones(7, 48)}, file)
+    refuse("zero sites found")
+
+
+# -- command line -------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, [str(a) for a in arguments])
+
+
+def test_the_command(tmp_path, copy):
+    arguments = ("--model", TINY_MODEL, "--model-args", json.dumps(TINY_ARGS))
+    names = [part for name in "abcdefg" for part in ("--class-name", name)]
+    done = run(copy(), tmp_path / "out", *arguments, *names)
+    assert done.exit_code == 0, done.output
+    assert "10 sites" in done.output
+    assert "7 classes" in done.output
+    assert "base_sha256 is unknown" in done.output
+    adapter = load_adapter(tmp_path / "out")
+    assert adapter.config.base_sha256 is None
+    assert adapter.config.class_names == tuple("abcdefg")
+    assert run(copy(), tmp_path / "out", *arguments).exit_code == 1
+    assert run(copy(), tmp_path / "out", *arguments, "--overwrite").exit_code == 0
+
+
+def test_the_command_with_a_checkpoint_and_hra(tmp_path, copy):
+    backbone = tiny_backbone(num_classes=CLASSES)
+    save_file(backbone.model.state_dict(), tmp_path / "base.safetensors")
+    arguments = ("--model", TINY_MODEL, "--model-args", json.dumps(TINY_ARGS))
+    done = run(
+        copy("hra"), tmp_path / "out", *arguments, "--checkpoint", tmp_path / "base.safetensors"
+    )
+    assert done.exit_code == 0, done.output
+    assert "unknown" not in done.output
+    found = load_adapter(tmp_path / "out")
+    assert found.config.base_sha256 == backbone.facts.sha256
+    expected = import_adapter(copy("hra"), backbone)
+    for name, site in expected.sites.items():
+        assert np.array_equal(found.sites[name].lora_B, site.lora_B)
+
+
+def test_help_needs_neither_torch_nor_timm_nor_peft():
+    code = """
+import sys
+for name in ("torch", "timm", "peft"):
+    sys.modules[name] = None
+import hhdeploy.importing
+from hhdeploy.cli.adapter_import import command
+command(["-h"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Convert SOURCE" in done.stdout
+
+
+def test_importing_does_not_need_peft(copy, monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert len(import_adapter(copy(), tiny_backbone(num_classes=CLASSES)).sites) == 10
