@@ -1,7 +1,7 @@
 """Cost of side branches: bare backbone, one adapter folded, four adapters side by side.
 
-    python -m benchmarks.bench_branches [--model vit_base_patch16_224] [--pairs 20]
-                                        [--device cpu|openvino] [--batch 1 --batch 8]
+python -m benchmarks.bench_branches [--model vit_base_patch16_224] [--pairs 20]
+                                    [--device cpu|openvino] [--batch 1 --batch 8]
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import click
 import numpy as np
 
-from benchmarks.harness import THREADS, paired, report
+from benchmarks.harness import THREADS, report
 from benchmarks.models import bundle
 from hhdeploy.runtime import open_session
+from hhdeploy.timing import paired
 
 
 @click.command()

@@ -80,7 +80,7 @@ class GraphLinear:
             product = self.node.outputs[0]
             consumers = list(product.uses())
             add = ir.node("Add", [product, value], name=f"{self.path}/Add")
-            add.outputs[0].name, add.outputs[0].dtype = add.name, product.dtype
+            add.outputs[0].name, add.outputs[0].type = add.name, product.type
             add.outputs[0].shape = product.shape
             graph.insert_after(self.node, add)
             for consumer, index in consumers:

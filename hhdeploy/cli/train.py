@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 
 
-def _model_args(ctx: click.Context, parameter: click.Parameter, text: str) -> dict[str, Any]:
+def _json_object(ctx: click.Context, parameter: click.Parameter, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -42,9 +42,16 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--model-args",
     default="{}",
-    callback=_model_args,
+    callback=_json_object,
     metavar="JSON",
     help="Further arguments of timm.create_model, such as '{\"img_size\": 224}'.",
+)
+@click.option(
+    "--preprocess",
+    default="{}",
+    callback=_json_object,
+    metavar="JSON",
+    help="Differences from timm's evaluation transform, such as '{\"crop_pct\": 1.0}'.",
 )
 @click.option("--checkpoint", type=_PATH, metavar="FILE", help="Backbone weights.")
 @click.option(

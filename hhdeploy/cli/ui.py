@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hhdeploy.errors import PlanError
 from hhdeploy.parity import ParityReport
@@ -36,13 +37,21 @@ def print_json(content: Any) -> None:
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A table; the first column is left-aligned, the others right-aligned."""
+    """A table; the first column is left-aligned, the others right-aligned.
+
+    Cells are plain text (a class may be called ``[b]``); for colour pass a `Text`.
+    """
     result = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         result.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+        result.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
     return result
+
+
+def verdict(good: bool, yes: str, no: str) -> Text:
+    """``yes`` in green or ``no`` in red."""
+    return Text(yes, "green") if good else Text(no, "red")
 
 
 @contextlib.contextmanager
@@ -133,7 +142,7 @@ def parity_table(report: ParityReport) -> Table:
                 f"{c.cosine:.6f}",
                 "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f} dB",
                 f"{c.top1:.1%}",
-                "[green]passed[/]" if not stage.failures else "[red]FAILED[/]",
+                verdict(not stage.failures, "passed", "FAILED"),
             )
         )
     columns = ("adapter", "stage", "max abs", "of range", "cosine", "SQNR", "top-1", "parity")

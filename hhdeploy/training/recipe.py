@@ -24,6 +24,7 @@ from hhdeploy.backbone import Backbone, BackboneSpec, load_backbone
 from hhdeploy.errors import WriteError
 from hhdeploy.files import atomic_directory, os_errors, write_json
 from hhdeploy.plan import BackboneFacts
+from hhdeploy.preprocess import Preprocess
 from hhdeploy.sites import LinearSpec, select_sites, sites_of
 from hhdeploy.training.attach import attach, extract
 from hhdeploy.training.data import (
@@ -77,6 +78,7 @@ class _Task:
         return {
             "--model": self.facts.model,
             "--model-args": dict(self.facts.args),
+            "--preprocess": self.facts.preprocess.to_json(),
             "the digest of the backbone's weights": self.facts.sha256,
             "the digest of the image names and sizes": self.folder.digest,
             "--form": s.form,
@@ -121,7 +123,7 @@ def train(settings: TrainSettings, progress: Progress | None = None) -> TrainRes
         folder = read_image_folder(
             settings.data, settings.val_data, settings.val_fraction, settings.seed
         )
-        backbone = load_backbone(_backbone_spec(settings))
+        backbone = _with_preprocess(load_backbone(_backbone_spec(settings)), settings.preprocess)
         backbone.model.to(device)
         model = _trainable(backbone, settings, folder)
         task = _Task(settings, folder, backbone.facts, model, state)
@@ -183,6 +185,25 @@ def _backbone_spec(settings: TrainSettings) -> BackboneSpec:
         pretrained=settings.pretrained,
         seed=settings.seed,
     )
+
+
+def _with_preprocess(backbone: Backbone, changes: Mapping[str, Any]) -> Backbone:
+    """The backbone with fields of its evaluation transform replaced."""
+    if unknown := set(changes) - set(backbone.facts.preprocess.to_json()):
+        raise TrainingError(
+            f"--preprocess: unknown {', '.join(sorted(unknown))}; expected some of "
+            f"{', '.join(backbone.facts.preprocess.to_json())}."
+        )
+    try:
+        changed = Preprocess.from_json({**backbone.facts.preprocess.to_json(), **changes})
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"--preprocess: {error}") from error
+    if changed.input_size != backbone.facts.preprocess.input_size:
+        raise TrainingError(
+            "--preprocess: input_size is the model's; change it with --model-args, for example "
+            "'{\"img_size\": 384}'."
+        )
+    return replace(backbone, facts=replace(backbone.facts, preprocess=changed))
 
 
 def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder) -> nn.Module:

@@ -34,6 +34,8 @@ class TrainSettings:
         data: image folder DIR/CLASS/image.
         out: adapter directory to write; may be None for a linear probe only.
         model_args: further arguments of ``timm.create_model``.
+        preprocess: what differs from timm's evaluation transform of the model, e.g.
+            ``{"crop_pct": 1.0}``; the adapter carries the result.
         checkpoint: backbone weights; None: from timm's hub.
         pretrained: False gives a random backbone (``seed``).
         val_data: image folder with the same class names; None: part of ``data`` is held out.
@@ -60,6 +62,7 @@ class TrainSettings:
     data: Path
     out: Path | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     pretrained: bool = True
     val_data: Path | None = None

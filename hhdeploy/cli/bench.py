@@ -1,0 +1,90 @@
+"""hhdeploy bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from hhdeploy.cli import ui
+
+
+@click.command()
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.option("--against", type=ui.DIRECTORY, help="Another bundle: interleaved, with the ratio.")
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8), show_default=True
+)
+@click.option("--runs", default=20, show_default=True, type=click.IntRange(2))
+@click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
+@click.option("--precision", default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@ui.json_option
+def command(
+    bundle: Path,
+    against: Path | None,
+    batches: tuple[int, ...],
+    runs: int,
+    device: str,
+    precision: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure the latency of BUNDLE on noise, every image of a batch with the next adapter.
+
+    Medians after a warm-up. With --against the two bundles run in turn, so that a change of the
+    machine's speed meets both; trust the ratio.
+    """
+    from hhdeploy.runtime import Session, open_session
+    from hhdeploy.timing import latency, paired
+
+    def runner(session: Session, batch: int) -> object:
+        size = session.bundle.manifest.input_size
+        images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
+        entries = session.bundle.manifest.adapters
+        names = [entries[i % len(entries)].name for i in range(batch)] if entries else None
+        return lambda: session.run(images, names)
+
+    options = {"device": device, "precision": precision, "threads": threads}
+    rows: list[tuple[object, ...]] = []
+    results: list[dict[str, object]] = []
+    with open_session(bundle, **options) as ours, ui.steps(as_json) as step:  # type: ignore[arg-type]
+        other = open_session(against, **options) if against is not None else None  # type: ignore[arg-type]
+        for batch in batches:
+            step(f"batch {batch}")
+            run = runner(ours, batch)
+            if other is None:
+                found = latency(run, runs=runs)  # type: ignore[arg-type]
+                results.append({"batch": batch, **found.to_json()})
+                rows.append(
+                    (
+                        batch,
+                        f"{found.median_ms:.2f}",
+                        f"{found.p90_ms:.2f}",
+                        f"{1e3 * batch / found.median_ms:.1f}",
+                    )
+                )
+            else:
+                pair = paired(run, runner(other, batch), pairs=runs)  # type: ignore[arg-type]
+                results.append({"batch": batch, **pair.to_json()})
+                rows.append(
+                    (
+                        batch,
+                        f"{pair.a.median_ms:.2f}",
+                        f"{pair.b.median_ms:.2f}",
+                        f"{pair.ratio:.3f} ({pair.low:.3f} to {pair.high:.3f})",
+                    )
+                )
+        name = ours.device
+        if other is not None:
+            other.close()
+    if as_json:
+        ui.print_json({"device": name, "precision": precision, "results": results})
+        return
+    columns = (
+        ("batch", "median ms", "p90 ms", "images/s")
+        if against is None
+        else ("batch", f"{bundle.name} ms", f"{against.name} ms", "ratio (quartiles)")
+    )
+    ui.console().print(ui.table(f"{name}, {precision}", columns, rows))

@@ -1,0 +1,182 @@
+"""The demo's work: fold one starter adapter, keep all as side branches, verify, classify, time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.api import ExportResult, export
+from hhdeploy.errors import DataError
+from hhdeploy.plan import Reserve
+from hhdeploy.preprocess import list_classes, open_image
+from hhdeploy.runtime import Session, open_session
+from hhdeploy.timing import Paired, paired
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Starter:
+    """The starter models: a small pre-trained ViT and adapters for several real tasks.
+
+    Attributes:
+        path: the directory.
+        model: timm name.
+        args: of ``timm.create_model``.
+        pretraining: how the backbone came to be, one line.
+        tasks: names of the adapters.
+    """
+
+    path: Path
+    model: str
+    args: Mapping[str, Any]
+    pretraining: str
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Starter:
+        """Read ``backbone.json``. Raises `DataError` when the directory has none."""
+        try:
+            content = json.loads((path / "backbone.json").read_text(encoding="utf-8"))
+        except OSError:
+            raise DataError(
+                f"{path} has no starter models: backbone.json was expected there. They are in "
+                "examples/starter of the source repository: pass --examples DIR."
+            ) from None
+        tasks = tuple(sorted(d.name for d in (path / "adapters").iterdir() if d.is_dir()))
+        return cls(path, content["model"], content["model_args"], content["pretraining"], tasks)
+
+    def adapter(self, task: str) -> Path:
+        """An adapter's directory."""
+        return self.path / "adapters" / task
+
+    def images(self, task: str) -> dict[str, list[Path]]:
+        """Class -> held-out test images that ship with the repository."""
+        return list_classes(self.path / "images" / task)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test image: its task, file and true class."""
+
+    task: str
+    path: Path
+    truth: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sample and what its adapter said."""
+
+    sample: Sample
+    predicted: str
+    probability: float
+
+    @property
+    def right(self) -> bool:
+        """The predicted class is the true one."""
+        return self.predicted == self.sample.truth
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the demo prints."""
+
+    folded: ExportResult
+    branches: ExportResult
+    answers: tuple[Answer, ...]
+    cost: Mapping[int, Paired]
+
+    def accuracy(self, task: str) -> tuple[int, int]:
+        """Right answers and images of a task."""
+        own = [a.right for a in self.answers if a.sample.task == task]
+        return sum(own), len(own)
+
+
+def run_demo(
+    starter: Starter, out: Path, threads: int | None, progress: Callable[[str], None]
+) -> DemoResult:
+    """Export the first task folded and all as side branches, classify, time.
+
+    Raises:
+        HhdeployError: whatever `export` and the session raise.
+    """
+    common: dict[str, Any] = {
+        "model_args": starter.args,
+        "checkpoint": starter.path / "backbone.safetensors",
+        "verify_data": starter.path / "images",
+        "verify_images": 8,
+        "overwrite": True,
+    }
+    first = starter.tasks[0]
+    progress(f"export --fold: {first} into the weights, verified")
+    folded = export(
+        starter.model, {first: starter.adapter(first)}, out / f"{first}-folded", fold=True, **common
+    )
+    progress(f"export: {', '.join(starter.tasks)} as side branches of one graph, verified")
+    branches = export(
+        starter.model,
+        {task: starter.adapter(task) for task in starter.tasks},
+        out / "all-tasks",
+        reserve=Reserve(keep_backbone_head=True),
+        precisions=("float16",),
+        **common,
+    )
+    with (
+        open_session(folded.path, device="cpu", threads=threads) as plain,
+        open_session(branches.path, device="cpu", threads=threads) as session,
+    ):
+        progress("classifying: every batch mixes all tasks")
+        answers = classify(session, samples(starter))
+        progress("timing side branches against the folded graph")
+        cost = {batch: side_branch_cost(plain, session, batch) for batch in (1, 8)}
+    return DemoResult(folded, branches, answers, cost)
+
+
+def samples(starter: Starter) -> list[Sample]:
+    """All test images, the tasks taken in turn so that any batch mixes them."""
+    per_task = [
+        [Sample(task, p, name) for name, paths in starter.images(task).items() for p in paths]
+        for task in starter.tasks
+    ]
+    rng = np.random.default_rng(0)
+    for own in per_task:
+        rng.shuffle(own)  # type: ignore[arg-type]
+    longest = max(len(own) for own in per_task)
+    return [own[i] for i in range(longest) for own in per_task if i < len(own)]
+
+
+def classify(session: Session, items: list[Sample]) -> tuple[Answer, ...]:
+    """Each image with its own task's adapter, in mixed batches."""
+    answers = []
+    for start in range(0, len(items), _BATCH):
+        batch = items[start : start + _BATCH]
+        images = np.concatenate([session.preprocess([open_image(s.path)], s.task) for s in batch])
+        logits = session.run(images, [s.task for s in batch])
+        answers += [_answer(session, s, row) for s, row in zip(batch, logits, strict=True)]
+    return tuple(answers)
+
+
+def _answer(session: Session, sample: Sample, logits: NDArray[np.float32]) -> Answer:
+    entry = session.adapters[sample.task]
+    own = logits[: entry.classes].astype(np.float64)
+    shares = np.exp(own - own.max())
+    best = int(np.argmax(own))
+    return Answer(sample, entry.label(best), float(shares[best] / shares.sum()))
+
+
+def side_branch_cost(folded: Session, branches: Session, batch: int) -> Paired:
+    """Side branches (mixed adapters) against the folded graph, in turn."""
+    size = branches.bundle.manifest.input_size
+    images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
+    names = list(branches.adapters)
+    mixed = [names[i % len(names)] for i in range(batch)]
+    return paired(
+        lambda: branches.run(images, mixed), lambda: folded.run(images), pairs=50, warmup=5
+    )
