@@ -447,11 +447,11 @@ def _poison_bad_ids(graph: ir.Graph, rows: _Rows, slots: int) -> None:
 
 
 def _rename_output(graph: ir.Graph, value: ir.Value) -> None:
-    """Make ``value`` the graph's output ``logits``."""
+    """Make ``value``, so far called after its node, the graph's output."""
     old = graph.outputs[0]
     name = old.name
-    old.name = f"{name}_backbone" if not (old.name or "").startswith("branch/") else old.name
-    if old.name == name:
-        old.name = f"branch/{name}"
+    producer = old.producer()
+    assert producer is not None
+    old.name = f"{producer.name}/replaced"
     graph.outputs[0] = value
     value.name = name

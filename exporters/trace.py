@@ -112,34 +112,42 @@ def trace(backbone: Backbone) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
+        # torch wraps the reason in a page of advice.
+        cause = error.__cause__ or error
         raise BackboneError(
             f"torch could not trace {backbone.facts.model} with a dynamic batch: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}"
         ) from error
     assert program is not None
     model = program.model
     _tag_linears(model)
-    optimizer.optimize_ir(model)
+    with _quiet():
+        optimizer.optimize_ir(model)
     _name_weights(model)
     for value in (*model.graph, *model.graph.inputs, *model.graph.outputs):
         for key in [k for k in value.metadata_props if k.startswith("pkg.")]:
             del value.metadata_props[key]
     model.metadata_props.clear()
+    model.graph.metadata_props.clear()
     return model
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints progress and warns about its own internals; errors still raise."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = {
+        name: logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")
+    }
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
 
 
 def _tag_linears(model: ir.Model) -> None:

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hhdeploy.backbone import Backbone
+    from tests.workshop import Workshop
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +32,40 @@ def tiny() -> Backbone:
     from tests.support import tiny_backbone
 
     return tiny_backbone()
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    """Checkpoint, adapters and cache that the shared bundles are exported from."""
+    from tests.workshop import make_workshop
+
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="session")
+def branches(workshop) -> Path:
+    """Five adapters of all kinds, one without a head, beside a backbone with its classifier.
+
+    Read only: `tests.workshop.copy_bundle` gives a copy to change.
+    """
+    names = ("alpha", "rival", "beta", "gamma", "headless")
+    return workshop.export(workshop.root / "branches", names).path
+
+
+@pytest.fixture(scope="session")
+def small(workshop) -> Path:
+    """Alpha and gamma, without the backbone's classifier. Read only."""
+    return workshop.export(workshop.root / "small", ("alpha", "gamma")).path
+
+
+@pytest.fixture(scope="session")
+def folded(workshop) -> Path:
+    """Alpha in the weights. Read only."""
+    return workshop.export(workshop.root / "folded", ("alpha",), fold=True).path
+
+
+@pytest.fixture(scope="session")
+def constant(workshop) -> Path:
+    """Alpha and gamma, the bank baked into the graph. Read only."""
+    out = workshop.root / "constant"
+    return workshop.export(out, ("alpha", "gamma"), bank_as_constant=True).path

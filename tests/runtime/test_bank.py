@@ -1,0 +1,337 @@
+"""The bank of an open session: adapters come and go while requests are in flight."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.errors import AdapterError, CapacityError, PlanError, SessionError
+from hhdeploy.runtime import AdapterBank, open_session
+from tests.support import assert_caught, assert_parity, images, random_adapter
+from tests.workshop import HEAVY, TOO_WIDE, contents, run_python
+
+
+# --- add, remove, replace -----------------------------------------------------------------------
+
+
+def test_an_adapter_added_to_an_open_session(own, small, workshop):
+    before = contents(small)
+    x = images(5)
+    names = ["rival", "alpha", "rival", "gamma", "alpha"]
+    old = own.run(x, "alpha")
+    entry = own.adapters.add("rival", workshop.directory("rival"))
+    assert (entry.name, entry.row, entry.classes, entry.verified) == ("rival", 3, 7, False)
+    assert list(own.adapters) == ["alpha", "gamma", "rival"]
+    assert len(own.adapters) == 3
+    assert "rival" in own.adapters
+    truth = workshop.mixed_truth(names, x, 7)
+    assert_parity(truth, own.run(x, names), "branches", "float32")
+    assert_caught(truth[[0, 2]], own.run(x[[0, 2]], "alpha"), "branches", "float32")
+    assert np.array_equal(own.run(x, "alpha"), old)
+    assert contents(small) == before  # in memory only
+
+
+def test_an_adapter_in_memory(own, workshop):
+    own.adapters.add("here", workshop.adapters["rival"])
+    x = images(2)
+    truth = workshop.mixed_truth(["rival"] * 2, x, 7)
+    assert_parity(truth, own.run(x, "here"), "branches", "float32")
+
+
+def test_a_removed_adapter_is_unknown_and_its_row_is_reused(own, workshop):
+    x = images(3)
+    gamma = own.run(x, "gamma")
+    own.adapters.remove("alpha")
+    assert list(own.adapters) == ["gamma"]
+    with pytest.raises(SessionError, match=r"unknown adapter 'alpha'\. Loaded are: gamma\."):
+        own.run(x, "alpha")
+    with pytest.raises(SessionError, match="unknown adapter 'alpha'"):
+        own.adapters.remove("alpha")
+    assert not own.adapters.rows[1].any()
+    assert own.adapters.add("rival", workshop.directory("rival")).row == 1
+    truth = workshop.mixed_truth(["rival"] * 3, x, 7)
+    assert_parity(truth, own.run(x, "rival"), "branches", "float32")
+    assert np.array_equal(own.run(x, "gamma"), gamma)
+
+
+def test_nothing_of_the_previous_adapter_stays_in_a_reused_row(own, workshop):
+    """alpha changes sites that the low-rank adapter leaves alone."""
+    plain = random_adapter(workshop.backbone.facts, targets=("v",), r=0, classes=2, seed=29)
+    own.adapters.remove("alpha")
+    reused = own.adapters.add("plain", plain)
+    fresh = own.adapters.add("again", plain)
+    assert (reused.row, fresh.row) == (1, 3)
+    assert np.array_equal(own.adapters.rows[1], own.adapters.rows[3])
+
+
+def test_a_name_that_is_taken(own, workshop):
+    with pytest.raises(SessionError, match="'alpha' is loaded already"):
+        own.adapters.add("alpha", workshop.directory("rival"))
+    x = images(2)
+    assert_parity(
+        workshop.mixed_truth(["alpha"] * 2, x, 7), own.run(x, "alpha"), "branches", "float32"
+    )
+
+
+def test_replacing_gives_a_new_row_and_frees_the_old(own, workshop):
+    x = images(3)
+    entry = own.adapters.add("alpha", workshop.directory("rival"), replace_existing=True)
+    assert entry.row == 3
+    truth = workshop.mixed_truth(["rival"] * 3, x, 7)
+    assert_parity(truth, own.run(x, "alpha"), "branches", "float32")
+    assert own.adapters.add("alpha", workshop.directory("alpha"), replace_existing=True).row == 1
+
+
+def test_an_adapter_with_fewer_classes_and_its_own_preprocessing(own, workshop):
+    entry = own.adapters.add("gamma", workshop.directory("gamma"), replace_existing=True)
+    assert entry.classes == 3
+    assert entry.preprocess == workshop.adapters["gamma"].config.preprocess
+    assert entry.label(2) == "class 2"
+    found = own.run(images(2), "gamma")
+    assert np.isneginf(found[:, 3:]).all()
+    assert np.isfinite(found[:, :3]).all()
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_no_free_row(own, workshop):
+    own.adapters.add("rival", workshop.directory("rival"))
+    before = own.adapters.rows.copy()
+    with pytest.raises(CapacityError, match=r"all 3 rows .* slots=8"):
+        own.adapters.add("one", workshop.directory("alpha"))
+    assert list(own.adapters) == ["alpha", "gamma", "rival"]
+    assert np.array_equal(own.adapters.rows, before)
+
+
+def test_too_few_slots_say_how_many(small):
+    with pytest.raises(SessionError, match=r"slots=2 is too small.*slots=3 or more"):
+        open_session(small, device="cpu", slots=2)
+    with open_session(small, device="cpu", slots=3) as exact:
+        assert exact.adapters.slots == 3
+
+
+def test_the_default_bank_has_64_rows(small):
+    assert AdapterBank(Bundle.open(small), None).slots == 64
+
+
+def test_adapters_that_do_not_belong(own, workshop):
+    facts, x = workshop.backbone.facts, images(2)
+    before = own.run(x, "alpha")
+    elsewhere = random_adapter(replace(facts, sha256="0" * 64))
+    other = random_adapter(replace(facts, model="vit_small_patch16_224"))
+    refused = [
+        ("omega", elsewhere, AdapterError, "base_sha256"),
+        ("omega", other, AdapterError, "base_model_name_or_path"),
+        ("omega", workshop.adapters[TOO_WIDE], CapacityError, "--sites|--max-rank|--max-classes"),
+        ("omega", workshop.adapters["headless"], CapacityError, "--sites|--keep-backbone-head"),
+        ("backbone", workshop.adapters["rival"], PlanError, "reserved"),
+        ("../omega", workshop.adapters["rival"], PlanError, "letters, digits"),
+    ]
+    for name, adapter, error, message in refused:
+        with pytest.raises(error, match=message):
+            own.adapters.add(name, adapter)
+    assert list(own.adapters) == ["alpha", "gamma"]
+    assert not own.adapters.rows[3].any()
+    assert np.array_equal(own.run(x, "alpha"), before)
+    # A failed add keeps no row: there is still room for one.
+    assert own.adapters.add("rival", workshop.directory("rival")).row == 3
+
+
+# --- leases -------------------------------------------------------------------------------------
+
+
+def test_a_row_is_freed_when_the_last_lease_ends(own, workshop):
+    bank = own.adapters
+    bank.add("rival", workshop.directory("rival"))  # no row is left
+    packed = bank.rows[1].copy()
+    with bank.lease(["alpha", "gamma", "alpha"]) as outer:
+        assert outer.tolist() == [1, 2, 1]
+        assert outer.dtype == np.int64
+        with bank.lease(["alpha"]):
+            bank.remove("alpha")
+            with pytest.raises(CapacityError), bank.lease(["gamma"]):
+                bank.add("one", workshop.directory("alpha"))
+        with pytest.raises(CapacityError):
+            bank.add("one", workshop.directory("alpha"))
+        assert np.array_equal(bank.rows[1], packed)
+    assert not bank.rows[1].any()
+    assert bank.add("one", workshop.directory("alpha")).row == 1
+
+
+def test_a_replaced_row_stays_for_those_who_lease_it(own, workshop):
+    bank = own.adapters
+    old = bank.rows[1].copy()
+    with bank.lease(["alpha"]) as rows:
+        bank.add("alpha", workshop.directory("rival"), replace_existing=True)
+        assert rows.tolist() == [1]
+        assert np.array_equal(bank.rows[1], old)
+        with bank.lease(["alpha"]) as newer:
+            assert newer.tolist() == [3]
+    assert not bank.rows[1].any()
+    assert bank.rows[3].any()
+
+
+def test_an_unknown_name_leases_nothing(own):
+    bank = own.adapters
+    with pytest.raises(SessionError, match="omega"), bank.lease(["alpha", "omega"]):
+        pass
+    bank.remove("alpha")
+    assert not bank.rows[1].any()
+
+
+def test_a_request_that_fails_gives_its_rows_back(own, monkeypatch):
+    def fail(images, ids):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(own._backend, "run", fail)
+    with pytest.raises(RuntimeError, match="gone"):
+        own.run(images(2), "alpha")
+    own.adapters.remove("alpha")
+    assert not own.adapters.rows[1].any()
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+def hammer(session, change, expected, rounds=60):
+    """Change the bank while four threads ask; every answer must be in ``expected``, to the bit.
+
+    Returns how often each of ``expected`` was seen.
+    """
+    x, seen, strange = images(3), [0] * len(expected), []
+    done, lock = threading.Event(), threading.Lock()
+    failures: list[BaseException] = []
+
+    def ask():
+        try:
+            while not done.is_set():
+                answer = session.run(x, "alpha")
+                hits = [i for i, e in enumerate(expected) if np.array_equal(answer, e)]
+                with lock:
+                    if hits:
+                        seen[hits[0]] += 1
+                    else:
+                        strange.append(answer)
+        except BaseException as error:  # noqa: BLE001  (whatever it is, the test reports it)
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(rounds):
+            change(turn)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    return seen, strange
+
+
+def replace_alpha(session, workshop):
+    """Turn by turn, another adapter under alpha's name; waits while all rows are leased."""
+    adapters = [workshop.adapters["rival"], workshop.adapters["alpha"]]
+
+    def change(turn):
+        while True:
+            try:
+                session.adapters.add("alpha", adapters[turn % 2], replace_existing=True)
+            except CapacityError:
+                continue
+            return
+
+    return change
+
+
+def test_while_threads_ask_every_answer_is_the_old_or_the_new_adapter_s(own, workshop):
+    x = images(3)
+    own.adapters.add("rival", workshop.directory("rival"))
+    expected = [own.run(x, "alpha"), own.run(x, "rival")]
+    own.adapters.remove("rival")
+    seen, strange = hammer(own, replace_alpha(own, workshop), expected)
+    assert not strange
+    assert min(seen) > 0, "the threads never saw both adapters: the test proves nothing"
+
+
+def test_the_threads_would_notice_a_row_that_is_changed_in_place(own, workshop):
+    """The deliberate mistake: half of a row in use is overwritten."""
+    x, rows = images(3), own.adapters.rows
+    rival = Bundle.open(own.bundle.path).manifest.layout.pack("rival", workshop.adapters["rival"])
+    alpha, half = rows[1].copy(), rows.shape[1] // 2
+    own.adapters.add("rival", workshop.directory("rival"))
+    expected = [own.run(x, "alpha"), own.run(x, "rival")]
+
+    def change(turn):
+        new = (rival, alpha)[turn % 2]
+        rows[1, :half] = new[:half]
+        threading.Event().wait(0.005)
+        rows[1, half:] = new[half:]
+
+    _, strange = hammer(own, change, expected)
+    assert strange
+
+
+# --- without torch ------------------------------------------------------------------------------
+
+
+def test_adapters_are_added_with_numpy_and_safetensors_alone(small, workshop, tmp_path):
+    x, names = images(3), ["rival", "gamma", "rival"]
+    np.save(tmp_path / "x.npy", x)
+    done = run_python(
+        """
+        import sys
+        import numpy as np
+        from hhdeploy.runtime import open_session
+
+        bundle, rival, x, out = sys.argv[1:]
+        with open_session(bundle, device="cpu", threads=1) as session:
+            session.adapters.add("rival", rival)
+            session.adapters.remove("alpha")
+            np.save(out, session.run(np.load(x), ["rival", "gamma", "rival"]))
+        """,
+        small,
+        workshop.directory("rival"),
+        tmp_path / "x.npy",
+        tmp_path / "logits.npy",
+        blocked=HEAVY,
+    )
+    assert done.returncode == 0, done.stderr
+    truth = workshop.mixed_truth(names, x, 7)
+    assert_parity(truth, np.load(tmp_path / "logits.npy"), "branches", "float32")
+
+
+def test_a_bundle_whose_rows_have_gaps_opens(small, tmp_path, workshop):
+    from hhdeploy.bundle import remove_adapter
+    from tests.workshop import copy_bundle
+
+    copy = copy_bundle(small, tmp_path / "gap")
+    remove_adapter(copy, "alpha")
+    x = images(2)
+    with open_session(copy, device="cpu", threads=1, slots=3) as opened:
+        assert list(opened.adapters) == ["gamma"]
+        truth = workshop.mixed_truth(["gamma"] * 2, x, 7)
+        assert_parity(truth, opened.run(x, "gamma"), "branches", "float32")
+        assert opened.adapters.add("rival", workshop.directory("rival")).row == 1
+
+
+def test_a_bank_of_another_width_is_refused(small, tmp_path):
+    from hhdeploy.errors import BundleError
+    from hhdeploy.files import sha256_of
+    from tests.workshop import copy_bundle
+
+    copy = copy_bundle(small, tmp_path / "narrow")
+    bank = load_file(copy / "bank.safetensors")["adapter_bank"]
+    save_file({"adapter_bank": bank[:, 1:].copy()}, copy / "bank.safetensors")
+    manifest = (copy / "hhdeploy.json").read_text()
+    old = Bundle.open(copy).manifest.files["bank.safetensors"]
+    new = sha256_of(copy / "bank.safetensors")
+    (copy / "hhdeploy.json").write_text(manifest.replace(old, new))
+    with pytest.raises(BundleError, match=r"expected tensor adapter_bank \[rows, "):
+        open_session(copy, device="cpu")

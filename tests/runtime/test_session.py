@@ -1,0 +1,365 @@
+"""Open bundles: right logits for every image, and calls that are refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from PIL import Image
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.errors import BundleError, PlanError, SessionError
+from hhdeploy.exporters.trace import base_graph
+from hhdeploy.exporters.writer import save_graph
+from hhdeploy.runtime import open_session
+from hhdeploy.runtime.backends import DEVICES
+from tests.support import assert_caught, assert_parity, images
+from tests.workshop import BACKBONE_CLASSES, CLASSES, WIDTH, copy_bundle, transform_of
+
+NAMES = ("alpha", None, "gamma", "beta", "headless", "rival")
+
+
+def cycle(count, start=0):
+    """Neighbours always differ; ``start`` turns the order so that batches do not repeat."""
+    return [NAMES[(i + start) % len(NAMES)] for i in range(count)]
+
+
+def bare_graph(path):
+    """ONNX Runtime on a graph file, as a user without hhdeploy would open it."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+# --- the logits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 13])
+def test_a_mixed_batch_is_the_training_time_model(session, workshop, batch):
+    names, x = cycle(batch, start=batch), images(batch, seed=batch)
+    found = session.run(x, names)
+    assert found.shape == (batch, WIDTH)
+    assert found.dtype == np.float32
+    assert_parity(workshop.mixed_truth(names, x), found, "branches", "float32")
+
+
+def test_a_mixed_batch_is_each_image_alone(session):
+    names, x = cycle(13), images(13)
+    mixed = session.run(x, names)
+    alone = np.concatenate(
+        [session.run(x[i : i + 1], [name]) for i, name in enumerate(names)], axis=0
+    )
+    assert_parity(alone, mixed, "branches", "float32")
+    # An adapter of the same shape on the same images is another answer.
+    alpha, rival = session.run(x, "alpha"), session.run(x, "rival")
+    assert_caught(alpha, rival, "branches", "float32")
+
+
+def test_a_neighbour_s_adapter_does_not_reach_an_image(session):
+    x = images(5)
+    quiet = session.run(x, ["alpha", "alpha", "beta", "alpha", None])
+    loud = session.run(x, ["gamma", "rival", "beta", "headless", "gamma"])
+    assert np.array_equal(quiet[2], loud[2])
+
+
+def test_a_side_branch_is_the_folded_bundle(session, folded):
+    x = images(7)
+    with open_session(folded, device="cpu", threads=1) as fold:
+        expected = fold.run(x)
+        assert expected.shape == (7, CLASSES["alpha"])
+        for again in (fold.run(x, "alpha"), fold.run(x, ["alpha"] * 7), fold.run(x, [None] * 7)):
+            assert np.array_equal(again, expected)
+    own = slice(0, CLASSES["alpha"])
+    assert_parity(expected, session.run(x, "alpha")[:, own], "branches", "float32")
+    assert_caught(expected, session.run(x, "rival")[:, own], "branches", "float32")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_the_backbone_s_row_is_the_bare_backbone_to_the_bit(session, workshop, tmp_path, batch):
+    x = images(batch, seed=23)
+    save_graph(base_graph(workshop.backbone, workshop.cache).model, tmp_path / "bare.onnx")
+    (bare,) = bare_graph(tmp_path / "bare.onnx").run(["logits"], {"images": x})
+    for adapters in (None, "backbone", [None] * batch, ["backbone"] * batch):
+        found = session.run(x, adapters)
+        assert np.array_equal(found[:, :BACKBONE_CLASSES], bare)
+        assert np.isneginf(found[:, BACKBONE_CLASSES:]).all()
+    assert not np.array_equal(session.run(x, "headless")[:, :BACKBONE_CLASSES], bare)
+
+
+def test_a_then_b_then_a_gives_a_to_the_bit(session):
+    x = images(3)
+    first = session.run(x, "alpha")
+    other = session.run(x, "rival")
+    assert np.array_equal(session.run(x, "alpha"), first)
+    assert not np.array_equal(first, other)
+
+
+def test_columns_past_an_image_s_own_classes_are_minus_infinity(session):
+    names = list(NAMES)
+    found = session.run(images(len(names)), names)
+    for name, logits in zip(names, found, strict=True):
+        own = BACKBONE_CLASSES if name is None else CLASSES[name]
+        assert np.isfinite(logits[:own]).all(), name
+        assert np.isneginf(logits[own:]).all(), name
+
+
+def test_an_adapter_without_a_head_uses_the_backbone_s(session, workshop):
+    x = images(3)
+    truth = workshop.mixed_truth(["headless"] * 3, x)
+    assert_parity(truth, session.run(x, "headless"), "branches", "float32")
+    assert_caught(truth, session.run(x, None), "branches", "float32")
+
+
+def test_float64_and_strided_images_are_taken(session):
+    x = images(3)
+    expected = session.run(x, "beta")
+    assert np.array_equal(session.run(x.astype(np.float64), "beta"), expected)
+    turned = np.ascontiguousarray(x.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
+    assert not turned.flags.c_contiguous
+    assert np.array_equal(session.run(turned, "beta"), expected)
+
+
+def test_more_slots_change_nothing(branches, session):
+    names, x = cycle(7), images(7)
+    with open_session(branches, device="cpu", threads=1, slots=997) as wide:
+        assert np.array_equal(wide.run(x, names), session.run(x, names))
+
+
+# --- preprocessing ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photo():
+    pixels = np.random.default_rng(7).integers(0, 256, (37, 53, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_every_adapter_preprocesses_as_it_was_trained(session, workshop, photo):
+    facts = workshop.backbone.facts
+    for name in ("alpha", "gamma"):
+        expected = transform_of(facts, workshop.adapters[name])(photo)
+        found = session.preprocess([photo, photo.rotate(90)], adapter=name)
+        assert found.shape == (2, 3, 32, 32)
+        assert found.dtype == np.float32
+        assert np.array_equal(found[0], expected)
+        assert not np.array_equal(found[1], expected)
+    assert not np.array_equal(
+        session.preprocess([photo], adapter="alpha"), session.preprocess([photo], adapter="gamma")
+    )
+
+
+@pytest.mark.parametrize("name", [None, "backbone"])
+def test_the_backbone_preprocesses_as_timm_says(session, workshop, photo, name):
+    found = session.preprocess([photo], adapter=name)
+    assert np.array_equal(found[0], workshop.backbone.facts.preprocess(photo))
+
+
+def test_preprocessing_is_refused_without_images_or_with_an_unknown_adapter(session, photo):
+    with pytest.raises(SessionError, match="at least one"):
+        session.preprocess([])
+    with pytest.raises(SessionError, match=r"unknown adapter 'omega'\. Loaded are: alpha, rival"):
+        session.preprocess([photo], adapter="omega")
+
+
+# --- calls that are refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (np.zeros((2, 3, 32, 31), np.float32), r"found \[2, 3, 32, 31\]"),
+        (np.zeros((2, 32, 32, 3), np.float32), r"found \[2, 32, 32, 3\]"),
+        (np.zeros((3, 32, 32), np.float32), r"found \[3, 32, 32\]"),
+        ([[1.0]], "found list"),
+        (np.zeros((0, 3, 32, 32), np.float32), "at least one image"),
+        (np.zeros((2, 3, 32, 32), np.uint8), "found uint8.*session.preprocess"),
+        (np.zeros((2, 3, 32, 32), np.complex64), "found complex64"),
+    ],
+)
+def test_images_of_another_shape_or_type(session, wrong, found):
+    with pytest.raises(SessionError, match=found):
+        session.run(wrong, "alpha")
+
+
+@pytest.mark.parametrize("names", [[], ["alpha"], ["alpha"] * 3])
+def test_the_number_of_names(session, names):
+    with pytest.raises(SessionError, match=f"found {len(names)} for 2 images"):
+        session.run(images(2), names)
+
+
+def test_an_unknown_adapter_lists_the_names(session):
+    known = "alpha, rival, beta, gamma, headless"
+    for call in (lambda: session.run(images(2), ["alpha", "omega"]), lambda: session.entry("o")):
+        with pytest.raises(SessionError, match=f"Loaded are: {known}"):
+            call()
+
+
+def test_an_unknown_adapter_of_a_folded_bundle(folded):
+    with open_session(folded, device="cpu") as fold:
+        assert fold.entry(None).name == "alpha"
+        with pytest.raises(SessionError, match=r"'gamma'.*holds 'alpha'"):
+            fold.run(images(2), ["alpha", "gamma"])
+        with pytest.raises(SessionError, match="exactly one adapter"):
+            _ = fold.adapters
+
+
+def test_the_backbone_is_refused_where_its_classifier_was_not_kept(own):
+    for adapters in (None, ["alpha", None], "backbone"):
+        with pytest.raises(SessionError, match="--keep-backbone-head"):
+            own.run(images(2), adapters)
+
+
+def test_a_closed_session(small):
+    with open_session(small, device="cpu", threads=1) as opened:
+        assert opened.run(images(2), "alpha").shape == (2, 7)
+    opened.close()
+    for call in (lambda: opened.run(images(2), "alpha"), lambda: opened.device):
+        with pytest.raises(SessionError, match="closed"):
+            call()
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def test_the_device_says_what_computes(session):
+    assert session.device == "onnxruntime CPUExecutionProvider"
+
+
+@pytest.mark.parametrize("threads", [0, -3])
+def test_threads_must_be_positive(small, threads):
+    with pytest.raises(SessionError, match=f"1 or more, found {threads}"):
+        open_session(small, device="cpu", threads=threads)
+
+
+def test_an_unknown_device_lists_the_devices(small):
+    with pytest.raises(SessionError, match=r"unknown device 'tpu'.*cpu, cuda, openvino"):
+        open_session(small, device="tpu")
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="this build has CUDA"
+)
+def test_a_missing_gpu_is_an_error_and_not_a_fallback(small):
+    with pytest.raises(SessionError, match=r"device='cuda' needs.*CUDAExecutionProvider"):
+        open_session(small, device="cuda")
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="this build has CUDA"
+)
+def test_auto_takes_the_cpu_where_there_is_no_gpu(small):
+    with open_session(small) as opened:
+        assert "CPU" in opened.device
+
+
+def test_a_provider_that_onnx_runtime_drops_is_an_error(small, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+
+    class Dropped:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(ort, "InferenceSession", Dropped)
+    with pytest.raises(SessionError, match="would have used CPUExecutionProvider"):
+        open_session(small, device="cuda")
+
+
+def test_a_precision_that_the_bundle_lacks(small):
+    with pytest.raises(BundleError, match="no float16 graph; it has float32"):
+        open_session(small, device="cpu", precision="float16")
+
+
+def test_a_runtime_that_is_not_installed_names_the_extra(small, monkeypatch):
+    from hhdeploy.errors import MissingDependencyError
+
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'hhdeploy\[openvino\]'"):
+        open_session(small, device="openvino")
+
+
+def test_devices_are_those_of_the_command_line():
+    from hhdeploy.cli.ui import DEVICES as CHOICES
+
+    assert set(DEVICES) | {"auto"} == set(CHOICES.choices)
+
+
+# --- a bank baked into the graph ----------------------------------------------------------------
+
+
+def test_a_constant_bank_gives_the_same_logits(constant, workshop):
+    names, x = ["gamma", "alpha", "gamma"], images(3)
+    with open_session(constant, device="cpu", threads=1) as opened:
+        found = opened.run(x, names)
+    assert_parity(workshop.mixed_truth(names, x, 7), found, "branches", "float32")
+
+
+def test_ids_outside_a_constant_bank_give_nan_and_harm_no_neighbour(constant):
+    manifest = Bundle.open(constant).manifest
+    slots = len(manifest.adapters) + 1
+    graph = bare_graph(constant / manifest.graphs["float32"])
+    assert [i.name for i in graph.get_inputs()] == ["images", "adapter_ids"]
+    x, good = images(5), np.array([1, 2, 1, 2, 1], np.int64)
+    (expected,) = graph.run(["logits"], {"images": x, "adapter_ids": good})
+    bad = np.array([1, -1, 1, slots, 2**62], np.int64)
+    (found,) = graph.run(["logits"], {"images": x, "adapter_ids": bad})
+    assert np.isnan(found[[1, 3, 4]]).all()
+    assert np.array_equal(found[[0, 2]], expected[[0, 2]])
+    assert not np.isnan(expected).any()
+
+
+def test_a_constant_bank_cannot_be_changed(constant, workshop):
+    with open_session(constant, device="cpu", threads=1) as opened:
+        before = opened.run(images(2), "alpha")
+        with pytest.raises(PlanError, match="baked into the graph"):
+            opened.adapters.add("rival", workshop.directory("rival"))
+        with pytest.raises(SessionError, match="baked into this graph"):
+            opened.adapters.remove("alpha")
+        assert list(opened.adapters) == ["alpha", "gamma"]
+        assert np.array_equal(opened.run(images(2), "alpha"), before)
+
+
+# --- the graph as other runtimes see it ---------------------------------------------------------
+
+
+def test_inputs_and_outputs_are_the_contract_s(small, folded):
+    manifest = Bundle.open(small).manifest
+    graph = bare_graph(small / "model.onnx")
+    described = {i.name: (i.type, i.shape) for i in graph.get_inputs()}
+    assert described == {
+        "images": ("tensor(float)", ["batch", 3, 32, 32]),
+        "adapter_ids": ("tensor(int64)", ["batch"]),
+        "adapter_bank": ("tensor(float)", ["slots", manifest.layout.size]),
+    }
+    assert [(o.name, o.type, o.shape) for o in graph.get_outputs()] == [
+        ("logits", "tensor(float)", ["batch", 7])
+    ]
+    plain = bare_graph(folded / "model.onnx")
+    assert [i.name for i in plain.get_inputs()] == ["images"]
+
+
+def test_row_numbers_are_not_the_api(small, tmp_path, workshop):
+    """Rows swapped in bank and manifest together: names give the same logits."""
+    from safetensors.numpy import load_file, save_file
+
+    from hhdeploy.files import sha256_of
+
+    copy = copy_bundle(small, tmp_path / "swapped")
+    bank = load_file(copy / "bank.safetensors")["adapter_bank"]
+    save_file({"adapter_bank": bank[[0, 2, 1]].copy()}, copy / "bank.safetensors")
+    manifest = Bundle.open(copy).manifest
+    swapped = tuple(replace(a, row=3 - a.row) for a in manifest.adapters)
+    files = {**manifest.files, "bank.safetensors": sha256_of(copy / "bank.safetensors")}
+    content = replace(manifest, adapters=swapped, files=files).to_json()
+    (copy / "hhdeploy.json").write_text(json.dumps(content))
+    x, names = images(3), ["alpha", "gamma", "alpha"]
+    with open_session(copy, device="cpu", threads=1) as opened:
+        assert_parity(
+            workshop.mixed_truth(names, x, 7), opened.run(x, names), "branches", "float32"
+        )

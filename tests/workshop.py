@@ -1,0 +1,218 @@
+"""Tiny bundles that many tests share: a checkpoint, adapters, exports, their true logits.
+
+One backbone (five classes of its own) and adapters that differ in everything that may differ:
+form, reflection, rank, targets, classes, preprocessing. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter, SiteTensors, save_adapter
+from hhdeploy.plan import BackboneFacts
+from hhdeploy.preprocess import Preprocess
+from tests.support import TINY_MODEL, random_adapter
+
+if TYPE_CHECKING:
+    from hhdeploy.api import ExportResult
+    from hhdeploy.backbone import Backbone
+
+BACKBONE_CLASSES = 5
+# Own classes of every adapter; `headless` answers with the backbone's classifier.
+CLASSES = {"alpha": 7, "rival": 7, "beta": 11, "gamma": 3, "lora": 2, "headless": BACKBONE_CLASSES}
+WIDTH = max(CLASSES.values())
+# What fits into the rows that alpha and gamma lay out, and what does not.
+FITS, TOO_WIDE = "rival", "beta"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_adapters(facts: BackboneFacts) -> dict[str, Adapter]:
+    """The adapters by name; `rival` has alpha's shape and other values."""
+    gamma = random_adapter(
+        facts,
+        form="sequential",
+        reflection="orthogonal",
+        targets=("proj", "fc2"),
+        r=2,
+        classes=3,
+        seed=3,
+    )
+    own = replace(facts.preprocess, mean=(0.2, 0.3, 0.5), std=(0.7, 0.6, 0.3), crop_pct=1.0)
+    lora = random_adapter(facts, targets=("q", "fc1"), r=5, classes=2, seed=4)
+    return {
+        "alpha": random_adapter(facts, classes=7, seed=1),
+        "rival": random_adapter(facts, classes=7, seed=11),
+        "beta": random_adapter(
+            facts, reflection="orthogonal", targets=("q", "v", "fc1"), r=4, classes=11, seed=2
+        ),
+        "gamma": replace(gamma, config=replace(gamma.config, preprocess=own)),
+        "lora": replace(
+            lora,
+            sites={
+                name: SiteTensors(lora_A=site.lora_A, lora_B=site.lora_B)
+                for name, site in lora.sites.items()
+            },
+        ),
+        "headless": random_adapter(facts, targets=("k", "fc2"), r=0, classes=None, seed=5),
+    }
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Files that exports start from.
+
+    Attributes:
+        root: a directory of the test session.
+        backbone: the timm model, as the checkpoint holds it; float32 and bare.
+        adapters: by name; `directory` has them on disk.
+    """
+
+    root: Path
+    backbone: Backbone
+    adapters: dict[str, Adapter]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "backbone.safetensors"
+
+    @property
+    def cache(self) -> Path:
+        """Traced backbones: one trace serves the whole test session."""
+        return self.root / "cache"
+
+    def directory(self, name: str) -> Path:
+        return self.root / "adapters" / name
+
+    def directories(self, *names: str) -> dict[str, Path]:
+        return {name: self.directory(name) for name in names}
+
+    def export(self, out: Path, names: Iterable[str], **options: Any) -> ExportResult:
+        """`hhdeploy.api.export` of some adapters, by default two images each."""
+        from hhdeploy.api import export
+
+        chosen = {"checkpoint": self.checkpoint, "cache": self.cache, "verify_images": 2, **options}
+        return export(TINY_MODEL, self.directories(*names), out, **chosen)
+
+    def truth(self, name: str | None, images: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Float64 logits of the training-time model, only the adapter's own classes."""
+        from hhdeploy.training import attach, detach
+        from tests.support import logits_of
+
+        model = self.backbone.model
+        if name is not None:
+            attach(model, self.adapters[name])
+        try:
+            return logits_of(model, images)
+        finally:
+            if name is not None:
+                detach(model)
+            model.float()
+
+    def mixed_truth(
+        self, names: Sequence[str | None], images: NDArray[np.float32], width: int = WIDTH
+    ) -> NDArray[np.float64]:
+        """Row i: the training-time model of ``names[i]`` on image i, padded with -inf."""
+        found = np.full((len(images), width), -np.inf)
+        for name in dict.fromkeys(names):
+            chosen = [i for i, other in enumerate(names) if other == name]
+            logits = self.truth(name, images[chosen])
+            found[chosen, : logits.shape[1]] = logits
+        return found
+
+
+def make_workshop(root: Path) -> Workshop:
+    """Write checkpoint and adapters below ``root``."""
+    from safetensors.torch import save_file
+
+    from tests.support import tiny_backbone
+
+    backbone = tiny_backbone(num_classes=BACKBONE_CLASSES)
+    workshop = Workshop(root, backbone, make_adapters(backbone.facts))
+    state = {name: t.contiguous() for name, t in backbone.model.state_dict().items()}
+    save_file(state, workshop.checkpoint)
+    for name, adapter in workshop.adapters.items():
+        save_adapter(adapter, workshop.directory(name))
+    return workshop
+
+
+def copy_bundle(bundle: Path, target: Path) -> Path:
+    """A bundle of the test's own, free to be damaged."""
+    return Path(shutil.copytree(bundle, target))
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below a directory and its bytes: what "unchanged" means."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def flip_byte(path: Path, position: int = -1) -> None:
+    """Invert one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def transform_of(facts: BackboneFacts, adapter: Adapter) -> Preprocess:
+    """What an adapter's images go through."""
+    return adapter.config.preprocess or facts.preprocess
+
+
+HEAVY = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "openvino")
+
+_BLOCKER = """
+import importlib.abc, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    blocked = frozenset({blocked!r})
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.blocked:
+            raise ImportError(f"{{name}} is blocked in this test")
+        return None
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def blocker(blocked: Iterable[str]) -> str:
+    """Python source after which importing any of ``blocked`` raises ImportError."""
+    return _BLOCKER.format(blocked=tuple(blocked))
+
+
+def run_python(
+    code: str, *arguments: object, blocked: Iterable[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run source in a fresh interpreter of this checkout, some packages blocked."""
+    source = blocker(blocked) + textwrap.dedent(code)
+    return run_command([sys.executable, "-c", source, *map(str, arguments)])
+
+
+def run_command(
+    command: Sequence[str], *, cwd: Path = ROOT, path: Sequence[Path] = (ROOT,)
+) -> subprocess.CompletedProcess[str]:
+    """Run a program with one thread and ``path`` first in PYTHONPATH."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+    }
+    return subprocess.run(
+        list(command), cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
