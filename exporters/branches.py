@@ -117,9 +117,11 @@ def branched_model(
     graph = model.graph
     rows = _insert_rows(graph, plan, bank_constant)
     by_path = linears_by_path(graph)
+    sequential = {b.linear for b in plan.layout.branches if b.form == "sequential"}
     for branch in plan.layout.branches:
         for use, linear in enumerate(linears_at(by_path, branch.linear)):
-            _insert_branch(graph, linear, branch, rows, use)
+            ride = branch.linear not in sequential and _bias_may_ride(linear)
+            _insert_branch(graph, linear, branch, rows, use, ride)
     head = linears_at(by_path, base.facts.classifier)[-1]
     _insert_head(graph, head, plan, rows)
     if bank_constant is not None:
@@ -173,13 +175,16 @@ def _insert_rows(graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32]
 
 
 def _insert_branch(
-    graph: ir.Graph, linear: GraphLinear, branch: Branch, rows: _Rows, use: int
+    graph: ir.Graph, linear: GraphLinear, branch: Branch, rows: _Rows, use: int, ride: bool
 ) -> None:
     """Insert one branch between a Linear's product and its bias.
 
     The backbone's own pattern (bias, residual, norm) stays last, so a runtime fuses it exactly
     as in the bare backbone, and a row of zeros gives the same bits. The sequential form reads
     the Linear's whole output, z = product + bias, from an Add of its own.
+
+    ``ride``: the bias is one more row of L, met by a column of ones, instead of an Add of its
+    own: one pass over the output less (of five; 1.5 % of ViT-B/16 in ONNX Runtime).
     """
     product = _product(linear)
     producer = product.producer()
@@ -198,14 +203,54 @@ def _insert_branch(
     )
     right_t = insert("Transpose", "right_t", [right], perm=[0, 2, 1], shape=["batch", in_, n * k])
     low = insert("MatMul", "matmul_right", [tokens, right_t], shape=["batch", None, n * k])
-    low_rank = insert("MatMul", "matmul_left", [low, _left(insert, branch, rows)])
+    left = _left(insert, branch, rows)
+    if ride:
+        low, left = _with_bias_row(insert, linear, low, left)
+    low_rank = insert("MatMul", "matmul_left", [low, left])
     delta = insert("Add", "delta", [low_rank, _scaled(insert, branch, tokens, rows)])
     total = insert("Add", "sum", [product, _like(insert, delta, product)], shape=product.shape)
     sum_node = total.producer()
     assert sum_node is not None
     sum_node.metadata_props[_SUM] = linear.path
+    if ride:
+        assert linear.bias_node is not None
+        consumers = list(linear.output.uses())
+        linear.bias_node.replace_input_with(linear.bias_index, None)
     for consumer, index in consumers:
         consumer.replace_input_with(index, total)
+    if ride:
+        assert linear.bias_node is not None
+        graph.remove(linear.bias_node, safe=True)
+
+
+def _bias_may_ride(linear: GraphLinear) -> bool:
+    """Whether the bias Add can go: not where runtimes fuse it with what follows.
+
+    fc1's is fused with the activation and fc2's with residual and norm, in other bits than a
+    plain Add; q, k, v and proj are followed by views, scales and residuals alone.
+    """
+    if linear.bias_node is None or linear.bias_node is linear.node:
+        return False
+    return linear.path.rpartition(".")[2] not in ("fc1", "fc2")
+
+
+def _with_bias_row(
+    insert: Inserter, linear: GraphLinear, low: ir.Value, left: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """[R x, 1] and [L ; b]: their product is L R x + b, exactly b where L R x is zero."""
+    assert linear.bias_node is not None
+    bias = linear.bias_node.inputs[linear.bias_index]
+    assert bias is not None
+    one = insert.constant("one", np.asarray(1.0, np.float32))
+    low = insert("Pad", "low_and_one", [low, insert.ints("one_pads", 0, 0, 0, 0, 0, 1), one])
+    ids = next(v for v in insert.graph.inputs if v.name == IDS)
+    batch = insert("Shape", "bias_batch", [ids], dtype=ir.DataType.INT64, shape=[1])
+    shape = insert(
+        "Concat", "bias_shape", [batch, insert.ints("bias_ones", 1, 1)], axis=0,
+        dtype=ir.DataType.INT64, shape=[3],
+    )  # fmt: skip
+    row = insert("Expand", "bias_row", [bias, shape])
+    return low, insert("Concat", "left_and_bias", [left, row], axis=1)
 
 
 def _product(linear: GraphLinear) -> ir.Value:

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from hhdeploy.backbone import Backbone, plain_attention
 from hhdeploy.errors import BackboneError, WriteError
-from hhdeploy.files import atomic_directory
+from hhdeploy.files import atomic_directory, sha256_of, write_json
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.sites import LinearSpec
 
@@ -36,6 +36,7 @@ LINEAR_TAG = "hhdeploy.linear"
 _TRACE_VERSION = 1
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
+_HASHES = "sha256.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def default_cache() -> Path:
 def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
     """The base graph of a backbone, from the cache or traced now.
 
+    A cached graph that is not, byte for byte, what was stored is traced again and replaced.
+
     Args:
         backbone: the loaded timm model.
         cache: directory of cached graphs; None traces and stores nothing.
@@ -72,7 +75,7 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
         return _with_execution_order(trace(backbone), backbone.facts)
     entry = cache / "base" / _cache_key(backbone)
     path = entry / "model.onnx"
-    if not path.is_file():
+    if not _intact(entry):
         traced = trace(backbone)
         try:
             with atomic_directory(entry, overwrite=True) as scratch:
@@ -82,12 +85,22 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
                     external_data="model.onnx.data",
                     size_threshold_bytes=EXTERNAL_THRESHOLD,
                 )
+                write_json(scratch / _HASHES, {f.name: sha256_of(f) for f in scratch.iterdir()})
         except WriteError as error:
             raise WriteError(
                 f"{error} (This is the cache of traced backbones: set HHDEPLOY_CACHE to another "
                 "directory, or pass --no-cache.)"
             ) from error
     return _with_execution_order(ir.load(path), backbone.facts)
+
+
+def _intact(entry: Path) -> bool:
+    """True if a cache entry is there and its files have the hashes they were stored with."""
+    try:
+        hashes: dict[str, str] = json.loads((entry / _HASHES).read_text(encoding="utf-8"))
+        return all(sha256_of(entry / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def trace(backbone: Backbone) -> ir.Model:
@@ -124,12 +137,19 @@ def trace(backbone: Backbone) -> ir.Model:
     with _quiet():
         optimizer.optimize_ir(model)
     _name_weights(model)
-    for value in (*model.graph, *model.graph.inputs, *model.graph.outputs):
-        for key in [k for k in value.metadata_props if k.startswith("pkg.")]:
-            del value.metadata_props[key]
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
+    _drop_notes(model)
     return model
+
+
+def _drop_notes(model: ir.Model) -> None:
+    """Remove the tracer's notes: stack traces, its own names, a copy of the signature."""
+    graph = model.graph
+    results = [value for node in graph for value in node.outputs]
+    for noted in (*graph, *results, *graph.inputs, *graph.initializers.values()):
+        for key in [k for k in noted.metadata_props if k.startswith("pkg.")]:
+            del noted.metadata_props[key]
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 @contextlib.contextmanager

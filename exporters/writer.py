@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,10 @@ from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.precision import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
+from hhdeploy.files import copy_directory
 from hhdeploy.plan import Plan
 from hhdeploy.reference import Reference
+from hhdeploy.rows import check_row_range
 from hhdeploy.tensorfile import write_tensors
 
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -68,12 +69,18 @@ def folded_contents(base: BaseGraph, name: str, adapter: Adapter) -> Contents:
 
 
 def branches_contents(
-    base: BaseGraph, plan: Plan, adapters: Mapping[str, Adapter], *, bank_as_constant: bool
+    base: BaseGraph,
+    plan: Plan,
+    adapters: Mapping[str, Adapter],
+    *,
+    bank_as_constant: bool,
+    precisions: Sequence[str],
 ) -> Contents:
     """All adapters of a plan as side branches of one graph."""
     bank = np.zeros((len(plan.names) + 1, plan.layout.size), np.float32)
     for row, name in enumerate(plan.names, start=1):
         bank[row] = plan.layout.pack(name, adapters[name])
+        check_row_range(name, bank[row], precisions)
     backbone = base.facts.to_json()
     manifest = Manifest(
         kind="branches",
@@ -131,7 +138,7 @@ def write_bundle(
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})
     for name, adapter in contents.adapters.items():
-        shutil.copytree(adapter.source, path / "adapters" / name)
+        copy_directory(Path(adapter.source), path / "adapters" / name)
     if reference is not None:
         write_tensors(path / REFERENCE_FILE, reference().tensors())
     fields = {**contents.manifest.__dict__, "graphs": graphs, "files": hash_files(path)}

@@ -20,7 +20,7 @@ from hhdeploy.bundle import (
     Manifest,
     write_manifest,
 )
-from hhdeploy.errors import BundleError, ParityError, PlanError
+from hhdeploy.errors import BundleError, ParityError, PlanError, require
 from hhdeploy.files import atomic_directory, sha256_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, plan_branches
@@ -96,6 +96,8 @@ def export(
         AdapterError, BackboneError, PlanError, WriteError: see their docstrings.
         ParityError: outputs differ from the training-time model by more than the table allows.
     """
+    for package in ("onnx", "onnx_ir"):
+        require(package, "export", "exporting")
     from hhdeploy.backbone import BackboneSpec, load_backbone
     from hhdeploy.exporters.trace import base_graph, default_cache
     from hhdeploy.exporters.writer import write_bundle
@@ -118,7 +120,7 @@ def export(
         where = default_cache() if cache == "default" else cache
         base = base_graph(backbone, Path(where) if where else None)
         progress("folding" if fold else "adding side branches")
-        contents = _contents(base, loaded, fold, reserve, bank_as_constant)
+        contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
         reference = _reference_of(backbone, contents, data, progress) if verify else None
         progress("writing graphs")
@@ -244,12 +246,15 @@ def _contents(
     fold: bool,
     reserve: Reserve,
     bank_as_constant: bool,
+    precisions: Sequence[str],
 ) -> Contents:
     from hhdeploy.exporters.writer import branches_contents, folded_contents
 
     if not fold:
         plan = plan_branches(base.facts, adapters, reserve)
-        return branches_contents(base, plan, adapters, bank_as_constant=bank_as_constant)
+        return branches_contents(
+            base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
+        )
     if len(adapters) != 1:
         raise PlanError(f"--fold takes exactly one adapter, found {len(adapters)}.")
     if reserve != Reserve() or bank_as_constant:
@@ -320,6 +325,11 @@ def _verify(
     # Rows of adapters that were removed since, or replaced by one that is not in the reference.
     known = np.isin(ids, list(names.values()))
     images, ids, logits = images[known], ids[known], logits[known]
+    if not len(images):
+        raise BundleError(
+            f"{bundle.path}: nothing to verify: none of its adapters is in the reference. Run: "
+            "hhdeploy verify --against-torch"
+        )
     stages: list[StageResult] = []
     for precision in precisions or tuple(bundle.manifest.graphs):
         with tempfile.TemporaryDirectory() as scratch:
@@ -367,11 +377,14 @@ def _logits(
 
 def _twin(bundle: Bundle, precision: str, scratch: str) -> Bundle:
     """A bundle whose float32 graph is the rounding twin of a typed graph."""
+    for package in ("onnx", "onnx_ir"):
+        require(package, "export", f"verifying a {precision} graph (by its rounding twin)")
     import onnx_ir as ir
 
     from hhdeploy.exporters.precision import rounding_twin
     from hhdeploy.exporters.writer import save_graph
 
+    bundle.graph(precision)  # it must be there, and be what was exported
     path = Path(scratch)
     twin = rounding_twin(ir.load(bundle.graph("float32")), precision)
     save_graph(twin, path / "twin.onnx")

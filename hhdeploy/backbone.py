@@ -212,11 +212,22 @@ def find_linears(model: nn.Module) -> tuple[LinearSpec, ...]:
 
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and "rel_pos" not in path:  # makes a table of positions
             spec = linear_spec(path, module.out_features, module.in_features)
-            if spec is not None:
+            if spec is not None and (len(spec.sites) == 1 or _in_thirds(model, path)):
                 found.append(spec)
     return tuple(found)
+
+
+def _in_thirds(model: nn.Module, path: str) -> bool:
+    """Whether the rows of a fused qkv are all of q, then all of k, then all of v.
+
+    MaxViT and TinyViT keep q, k and v together head by head, and the global blocks of GCViT
+    have k and v only: their thirds would not be what their names say.
+    """
+    attention = model.get_submodule(path.rpartition(".")[0])
+    head_by_head = getattr(attention, "head_first", False) or hasattr(attention, "val_dim")
+    return not (head_by_head or getattr(attention, "use_global", False))
 
 
 def _facts(model: nn.Module, spec: BackboneSpec, classes: int) -> BackboneFacts:

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter, load_adapter
 from hhdeploy.errors import AdapterError, BundleError, PlanError
-from hhdeploy.files import os_errors, sha256_of, write_json
+from hhdeploy.files import copy_directory, os_errors, sha256_of, write_json
 from hhdeploy.plan import check_base, check_name
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.rows import RowLayout
+from hhdeploy.rows import RowLayout, check_row_range
+from hhdeploy.sites import linear_spec, select_sites
 from hhdeploy.tensorfile import read_tensors, write_tensors
 
 SCHEMA_VERSION = 1
@@ -161,19 +162,24 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
-        """Read the file's content."""
-        return cls(
+        """Read the file's content. Raises KeyError, TypeError or ValueError if it is damaged."""
+        manifest = cls(
             content["kind"],
-            content["backbone"],
+            dict(content["backbone"]),
             content["classes"],
             tuple(AdapterEntry.from_json(a) for a in content["adapters"]),
-            RowLayout.from_json(content["row"]) if content["row"] else None,
+            RowLayout.from_json(content["row"]) if content["row"] is not None else None,
             content["bank_as_constant"],
-            content["graphs"],
+            dict(content["graphs"]),
             tuple(content["engines"]),
-            content["files"],
-            content["versions"],
+            dict(content["files"]),
+            dict(content["versions"]),
         )
+        Preprocess.from_json(manifest.backbone["preprocess"])
+        expected = "folded" if manifest.layout is None else "branches"
+        if manifest.kind != expected:
+            raise ValueError(f"kind {manifest.kind!r}, but its row makes it {expected!r}")
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -266,6 +272,12 @@ class Bundle:
                 f"{self.path / BANK_FILE}: expected tensor adapter_bank [rows, "
                 f"{self.manifest.layout.size}]. Export the bundle again."
             )
+        for entry in self.manifest.adapters:
+            if not isinstance(entry.row, int) or not 0 < entry.row < len(bank):
+                raise BundleError(
+                    f"{self.path / MANIFEST}: adapter {entry.name!r}: expected a row from 1 to "
+                    f"{len(bank) - 1}, found {entry.row!r}. Export the bundle again."
+                )
         return bank.astype(np.float32, copy=False)
 
     def _bank_path(self) -> Path:
@@ -332,7 +344,30 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
             f"{adapter.source}: the image sizes disagree: preprocess.input_size is "
             f"{list(preprocess.input_size)}, the bundle takes {list(manifest.input_size)}."
         )
-    return manifest.layout.pack(name, adapter)
+    classes = manifest.backbone["classes"]
+    if adapter.head is None and adapter.config.num_classes not in (None, classes):
+        raise AdapterError(
+            f"{adapter.source}: num_classes: expected {classes} (the backbone's classifier; the "
+            f"adapter brings none), found {adapter.config.num_classes}."
+        )
+    _check_sites(manifest.layout, adapter)
+    row = manifest.layout.pack(name, adapter)
+    check_row_range(name, row, manifest.graphs)
+    return row
+
+
+def _check_sites(layout: RowLayout, adapter: Adapter) -> None:
+    """No site is missing of those that target_modules name, as far as the bundle knows them."""
+    branches = [b for b in layout.branches if b.form == adapter.form]
+    linears = [linear_spec(b.linear, b.out * len(b.sites), b.in_) for b in branches]
+    selected = select_sites([x for x in linears if x], adapter.config.target_modules)
+    missing = [s.name for sites in selected.values() for s in sites if s.name not in adapter.sites]
+    if missing:
+        raise AdapterError(
+            f"{adapter.source}: missing tensor keys for {', '.join(missing)}: target_modules "
+            f"{list(adapter.config.target_modules)} name these sites. Save the adapter whole, or "
+            "list the sites it has by their full names in target_modules."
+        )
 
 
 def add_adapter(path: str | Path, name: str, directory: str | Path) -> AdapterEntry:
@@ -357,9 +392,11 @@ def add_adapter(path: str | Path, name: str, directory: str | Path) -> AdapterEn
     bank[index] = row
     entry = entry_of(name, index, adapter, manifest.backbone, verified=False)
     target = bundle.path / "adapters" / name
-    with os_errors(target):
-        shutil.rmtree(target, ignore_errors=True)  # left behind by a change that never committed
-        shutil.copytree(adapter.source, target)
+    source = Path(adapter.source).resolve()
+    if source != target.resolve():  # else: left behind by a change that never committed
+        with os_errors(target):
+            shutil.rmtree(target, ignore_errors=True)
+            copy_directory(source, target)
     _commit(bundle, bank, (*manifest.adapters, entry))
     return entry
 
@@ -396,9 +433,11 @@ def _commit(bundle: Bundle, bank: NDArray[np.float32], adapters: Sequence[Adapte
         for name, digest in bundle.manifest.files.items()
         if not name.startswith("adapters/") or name.split("/")[1] in kept
     }
-    for entry in adapters:
-        for file in sorted((bundle.path / "adapters" / entry.name).iterdir()):
-            files[f"adapters/{entry.name}/{file.name}"] = sha256_of(file)
+    there = {a.name for a in bundle.manifest.adapters}
+    for name in kept - there:
+        for file in sorted((bundle.path / "adapters" / name).rglob("*")):
+            if file.is_file():
+                files[file.relative_to(bundle.path).as_posix()] = sha256_of(file)
     files[BANK_FILE] = sha256_of(current)
     write_manifest(bundle.path, replace(bundle.manifest, adapters=tuple(adapters), files=files))
     previous.unlink(missing_ok=True)

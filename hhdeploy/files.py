@@ -47,6 +47,18 @@ def os_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
+def copy_directory(source: Path, target: Path) -> None:
+    """Copy a directory's files, links followed; the first error is raised as it is.
+
+    (`shutil.copytree` collects errors in one of its own, which no longer tells a full disk.)
+    """
+    for folder, _, names in os.walk(source, followlinks=True):
+        place = target / Path(folder).relative_to(source)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copyfile(Path(folder) / name, place / name)
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a scratch directory beside ``target`` that becomes ``target`` on success.

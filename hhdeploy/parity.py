@@ -135,7 +135,7 @@ def compare(reference: NDArray[Any], found: NDArray[Any]) -> Comparison:
     ours = found.astype(np.float64)
     kept = ~np.isneginf(real)
     if not np.array_equal(np.isneginf(ours), ~kept) or not np.isfinite(ours[kept]).all():
-        bad = np.any(np.isneginf(ours) == kept, axis=1) | np.isnan(ours).any(axis=1)
+        bad = np.any(np.isneginf(ours) == kept, axis=1) | np.any(kept & ~np.isfinite(ours), axis=1)
         worst = int(np.argmax(bad))
         return Comparison(len(real), math.inf, math.inf, math.inf, -1.0, -math.inf, 0.0, worst)
     signal, values = np.where(kept, real, 0.0), np.where(kept, ours, 0.0)

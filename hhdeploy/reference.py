@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter
 from hhdeploy.backbone import Backbone
+from hhdeploy.errors import PlanError
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import list_images, open_image, spread
 
@@ -97,7 +98,15 @@ def training_time_reference(
         adapters: name -> (row, adapter); None stands for the bare backbone.
         data: which images.
         classes: columns of the logits.
+
+    Raises:
+        PlanError: no adapter at all, nor the backbone's own classifier.
     """
+    if not adapters:
+        raise PlanError(
+            "nothing to verify: there is no adapter, and the backbone's own classifier was not "
+            "kept. Export with --no-verify, or add an adapter first."
+        )
     per_adapter = []
     backbone.model.double()  # exact, and exact on the way back
     try:

@@ -9,7 +9,7 @@ of a fused qkv, else 1; then ``head.weight`` [classes, dim], ``head.bias`` [clas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from hhdeploy.adapter import Adapter
 from hhdeploy.errors import CapacityError
 from hhdeploy.sites import Form
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,20 @@ class RowLayout:
             content["classes"],
             content["dim"],
             content["backbone_head"],
+        )
+
+
+def check_row_range(name: str, row: NDArray[np.float32], precisions: Iterable[str]) -> None:
+    """A row is cast after the Gather, so float16 graphs need values that float16 holds.
+
+    Raises:
+        CapacityError: naming the adapter and its largest value.
+    """
+    largest = float(np.max(np.abs(row[np.isfinite(row)]), initial=0.0))
+    if "float16" in precisions and largest > FLOAT16_MAX:
+        raise CapacityError(
+            f"adapter {name!r}: a value of {largest:.3g} in its row is beyond float16's range "
+            f"({FLOAT16_MAX:.0f}), and the bundle has a float16 graph. Use bfloat16."
         )
 
 

@@ -87,7 +87,8 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
         for a in manifest.adapters
     ]
     title = f"{manifest.kind} bundle of {manifest.backbone['model']}"
-    ui.console().print(ui.table(title, ("adapter", "row", "classes", "verified"), rows))
+    click.echo(title)  # not the table's: a title wraps to the table's width
+    ui.console().print(ui.table(None, ("adapter", "row", "classes", "verified"), rows))
 
 
 @command.command("add")

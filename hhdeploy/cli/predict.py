@@ -8,6 +8,7 @@ import click
 import numpy as np
 
 from hhdeploy.cli import ui
+from hhdeploy.errors import SessionError
 
 
 @click.command()
@@ -46,6 +47,11 @@ def command(
 
     with open_session(bundle, device=device, precision=precision, threads=threads) as session:
         names = adapters or tuple(a.name for a in session.bundle.manifest.adapters)
+        if not names:
+            raise SessionError(
+                f"{bundle} has no adapter to classify with. Add one with: hhdeploy adapter add "
+                f"{bundle} NAME=DIR"
+            )
         opened = [open_image(path) for path in images]
         inputs = [session.preprocess(opened, None if n == "backbone" else n) for n in names]
         logits = session.run(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -41,9 +42,12 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
 
     Cells are plain text (a class may be called ``[b]``); for colour pass a `Text`.
     """
-    result = Table(title=title, title_justify="left", header_style="bold")
+    result = Table(
+        title=title, title_justify="left", title_style="", header_style="bold",
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+    )  # fmt: skip
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
+        result.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         result.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
     return result
@@ -140,12 +144,12 @@ def parity_table(report: ParityReport) -> Table:
                 f"{c.max_abs:.1e}",
                 f"{c.range_error:.1e}",
                 f"{c.cosine:.6f}",
-                "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f} dB",
+                "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f}",
                 f"{c.top1:.1%}",
                 verdict(not stage.failures, "passed", "FAILED"),
             )
         )
-    columns = ("adapter", "stage", "max abs", "of range", "cosine", "SQNR", "top-1", "parity")
+    columns = ("adapter", "stage", "max abs", "of range", "cosine", "SQNR dB", "top-1", "parity")
     runtimes = ", ".join(dict.fromkeys(s.runtime for s in report.stages))
     title = (
         "Parity with the PyTorch training-time model (float64)\n"

@@ -23,7 +23,8 @@ RESULT = "float[batch, 3, 5] logits"
 # name -> (graph, weights, whether it has a bias); y = x Wᵀ (+ b), then what comes after it.
 GRAPHS = {
     "gemm": (
-        "agraph (float[batch, 7] x) => (float[batch, 5] logits) { logits = Gemm<transB=1>(x, w, b)}",
+        """agraph (float[batch, 7] x) => (float[batch, 5] logits)
+        { logits = Gemm<transB=1>(x, w, b) }""",
         {"w": W, "b": B},
     ),
     "gemm, weight transposed": (

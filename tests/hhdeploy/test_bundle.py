@@ -56,9 +56,7 @@ def answer(path, workshop, name, adapter=None):
     x = images(3)
     with open_session(path, device="cpu", threads=1) as session:
         found = session.run(x, name)
-    assert_parity(
-        workshop.mixed_truth([adapter or name] * 3, x, 7), found, "branches", "float32"
-    )
+    assert_parity(workshop.mixed_truth([adapter or name] * 3, x, 7), found, "branches", "float32")
 
 
 def edit(path, **changes):
@@ -312,7 +310,7 @@ def make(workshop, tmp_path):
 )
 def test_an_adapter_that_does_not_fit_names_the_flag(bundle, make, options, flag):
     before = contents(bundle)
-    with pytest.raises(CapacityError, match=f"'omega'.*{flag}"):
+    with pytest.raises(CapacityError, match=rf"'omega'.*{flag}"):
         add_adapter(bundle, "omega", make(**options))
     assert contents(bundle) == before
 
@@ -320,9 +318,9 @@ def test_an_adapter_that_does_not_fit_names_the_flag(bundle, make, options, flag
 def test_adapters_of_another_backbone(bundle, make, workshop):
     facts = workshop.backbone.facts
     before = contents(bundle)
-    with pytest.raises(AdapterError, match="base_sha256.*000000000000"):
+    with pytest.raises(AdapterError, match=r"base_sha256.*000000000000"):
         add_adapter(bundle, "omega", make(replace(facts, sha256="0" * 64)))
-    with pytest.raises(AdapterError, match="base_model_name_or_path.*vit_small"):
+    with pytest.raises(AdapterError, match=r"base_model_name_or_path.*vit_small"):
         add_adapter(bundle, "omega", make(replace(facts, model="vit_small_patch16_224")))
     with pytest.raises(AdapterError, match=r"head\.fc\.weight: expected head\.weight"):
         add_adapter(bundle, "omega", make(replace(facts, classifier="head.fc")))
@@ -439,11 +437,11 @@ def test_a_change_after_crashes_works(bundle, workshop, monkeypatch, crashes):
     with monkeypatch.context() as patch:
         patch.setattr(hhdeploy.bundle, "write_manifest", crash)
         for turn in range(crashes):
+            change = (add_adapter, bundle, "rival", workshop.directory("rival"))
+            if turn % 2:
+                change = (remove_adapter, bundle, "alpha")
             with pytest.raises(CrashError):
-                if turn % 2:
-                    remove_adapter(bundle, "alpha")
-                else:
-                    add_adapter(bundle, "rival", workshop.directory("rival"))
+                change[0](*change[1:])
     answer(bundle, workshop, "alpha")
     assert add_adapter(bundle, "rival", workshop.directory("rival")).row == 3
     for name in ("alpha", "gamma", "rival"):
@@ -477,7 +475,7 @@ def test_an_adapter_s_copy_that_does_not_fit_on_the_disk(bundle, workshop, monke
 
     before = contents(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copytree", full)
+        patch.setattr(hhdeploy.bundle, "copy_directory", full)
         with pytest.raises(WriteError, match="The disk is full"):
             add_adapter(bundle, "rival", workshop.directory("rival"))
     assert contents(bundle) == before

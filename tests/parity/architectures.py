@@ -50,12 +50,124 @@ WINDOWS = {
     "window_size": 4,
 }
 
+# A classifier for the models that come without one: row 0 can then be compared.
+_NAMED = {"num_classes": 37}
+_PYRAMID = {"img_size": 64, "embed_dims": (12, 24, 24, 48), "num_heads": (1, 2, 2, 3)}
+
 # What the tests of the exporters share: traced once a session, never changed.
 SHARED = {
     "vit": Architecture(TINY_MODEL, TINY_ARGS),
     "swin": Architecture("swin_tiny_patch4_window7_224", WINDOWS),
     "beit": Architecture("beit_base_patch16_224", VIT),
     "zero bias": Architecture(TINY_MODEL, {**TINY_ARGS, "depth": 1, "num_classes": 37}),
+}
+
+# One of each structure that the exporters must handle.
+FAST = {
+    "swinv2": Architecture("swinv2_tiny_window8_256", WINDOWS),
+    "eva02 fused": Architecture("eva02_tiny_patch14_224", {**VIT, **_NAMED}),
+    "eva02 separate": Architecture("eva02_base_patch14_224", {**VIT, **_NAMED}),
+    "dinov3": Architecture("vit_small_patch16_dinov3", {**VIT, **_NAMED}),
+    "hiera": Architecture(
+        "hiera_tiny_224",
+        {
+            "img_size": (64, 64),
+            "embed_dim": 16,
+            "num_heads": 1,
+            "stages": (1, 1, 1, 1),
+            "q_pool": 2,
+        },
+    ),
+}
+
+SLOW = {
+    "deit3": Architecture("deit3_small_patch16_224", VIT),
+    "dinov2 registers": Architecture("vit_small_patch14_reg4_dinov2", {**VIT, **_NAMED}),
+    "siglip": Architecture("vit_base_patch16_siglip_224", {**VIT, **_NAMED}),
+    "clip": Architecture("vit_base_patch16_clip_224", VIT),
+    "beit3": Architecture("beit3_base_patch16_224", VIT),
+    "relative positions": Architecture("vit_relpos_small_patch16_224", VIT),
+    "shared relative positions": Architecture("vit_srelpos_small_patch16_224", VIT),
+    "parallel": Architecture("vit_small_patch16_18x2_224", VIT),
+    "sam": Architecture(
+        "samvit_base_patch16_224",
+        {**VIT, **_NAMED, "global_attn_indexes": (1,), "window_size": 3},
+    ),
+    "swinv2 cr": Architecture("swinv2_cr_tiny_224", WINDOWS),
+    "cait": Architecture("cait_xxs24_224", VIT),
+    "xcit": Architecture(
+        "xcit_nano_12_p16_224", {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    ),
+    "convit": Architecture("convit_tiny", {**VIT, "local_up_to_layer": 1}),
+    "pit": Architecture(
+        "pit_ti_224",
+        {"img_size": 64, "stride": 8, "patch_size": 16, "base_dims": (8, 8, 8)}
+        | {"depth": (1, 1, 1), "heads": (1, 2, 2)},
+    ),
+    "twins svt": Architecture(
+        "twins_svt_small", {**_PYRAMID, "depths": (2, 1, 2, 1), "wss": (4, 4, 4, 2)}
+    ),
+    "twins pcpvt": Architecture("twins_pcpvt_small", {**_PYRAMID, "depths": (1, 1, 1, 1)}),
+    "davit": Architecture(
+        "davit_tiny",
+        {"embed_dims": (12, 24, 24, 48), "num_heads": (1, 2, 2, 3), "depths": (1, 1, 1, 1)},
+        size=64,
+    ),
+    "pvt v2": Architecture(
+        "pvt_v2_b0",
+        {"embed_dims": (12, 24, 24, 48), "num_heads": (1, 2, 3, 6), "depths": (1, 1, 1, 1)},
+        size=64,
+    ),
+    "tnt": Architecture(
+        "tnt_s_patch16_224",
+        {"img_size": 64, "embed_dim": 24, "inner_dim": 12, "depth": 2}
+        | {"num_heads_outer": 2, "num_heads_inner": 2},
+    ),
+    "coat": Architecture(
+        "coat_tiny",
+        {"img_size": 64, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1)}
+        | {"parallel_depth": 1, "num_heads": 8},
+    ),
+    "mobilevit": Architecture("mobilevit_xxs", size=64),
+    "edgenext": Architecture(
+        "edgenext_xx_small", {"depths": (1, 1, 2, 1), "dims": (16, 16, 32, 48)}, size=64
+    ),
+    # q, k and v lie head by head: these have proj, fc1 and fc2 only.
+    "maxvit": Architecture(
+        "maxvit_pico_rw_256",
+        {"img_size": 64, "embed_dim": (32, 32, 32, 64), "depths": (1, 1, 1, 1), "stem_width": 16},
+    ),
+    "tiny vit": Architecture(
+        "tiny_vit_5m_224",
+        {"embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4), "depths": (1, 1, 1, 1)}
+        | {"window_sizes": (4, 4, 4, 2)},
+        size=64,
+    ),
+}
+
+# Refused with an error that says why: what the message must hold.
+REFUSED = {
+    "deit_tiny_distilled_patch16_224": "expected one classifier",
+    "levit_128s": "expected one classifier",
+    "volo_d1_224": "expected one classifier",
+    "crossvit_tiny_240": "expected one classifier",
+    "efficientformer_l1": "expected one classifier",
+    "mobilevitv2_050": "zero sites found",
+    "coatnet_pico_rw_224": "zero sites found",
+    "fastvit_t8": "zero sites found",
+    "visformer_tiny": "zero sites found",
+    "focalnet_tiny_srf": "zero sites found",
+    "mixer_s16_224": "zero sites found",
+    "resmlp_12_224": "zero sites found",
+    "convnext_atto": "zero sites found",
+}
+
+# As large as they are used.
+REAL = {
+    "vit_base_patch16_224": Architecture("vit_base_patch16_224"),
+    "swin_tiny_patch4_window7_224": Architecture("swin_tiny_patch4_window7_224"),
+    "eva02_tiny_patch14_224": Architecture("eva02_tiny_patch14_224", _NAMED),
+    "beit_base_patch16_224": Architecture("beit_base_patch16_224"),
 }
 
 

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -191,19 +190,16 @@ def _wrong_tau(adapter: Adapter) -> Adapter:
     return replace(adapter, config=replace(adapter.config, reflection=other))
 
 
-def mistaken_rows(rungs: Rungs, name: str) -> dict[str, Floats | None]:
-    """Rows of one adapter with a planted mistake; None where shapes forbid the mistake."""
+def mistaken_rows(rungs: Rungs, name: str) -> dict[str, Floats]:
+    """Rows of one adapter with a planted mistake, those that its shapes and tensors allow."""
     adapter = rungs.adapters[name]
-    pack = partial(rungs.plan.layout.pack, name)
-    swapped = _swapped(adapter)
-    other = next(
-        a for n, a in rungs.adapters.items() if n != name and a.sites.keys() != adapter.sites.keys()
-    )
-    return {
-        "wrong adapter": pack(replace(other, head=adapter.head)),
-        "swapped u and v": None if swapped is None else pack(swapped),
-        "wrong tau": pack(_wrong_tau(adapter)),
-    }
+    other = next(a for n, a in rungs.adapters.items() if n != name)
+    mistakes = {"wrong adapter": replace(other, head=adapter.head)}
+    if (swapped := _swapped(adapter)) is not None:
+        mistakes["swapped u and v"] = swapped
+    if any(site.u is not None for site in adapter.sites.values()):
+        mistakes["wrong tau"] = _wrong_tau(adapter)
+    return {what: rungs.plan.layout.pack(name, wrong) for what, wrong in mistakes.items()}
 
 
 def folded_without_bias(base: BaseGraph, adapter: Adapter) -> ir.Model | None:

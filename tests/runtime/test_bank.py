@@ -15,7 +15,6 @@ from hhdeploy.runtime import AdapterBank, open_session
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import HEAVY, TOO_WIDE, contents, run_python
 
-
 # --- add, remove, replace -----------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -279,7 +280,7 @@ def test_a_precision_that_the_bundle_lacks(small):
 def test_a_runtime_that_is_not_installed_names_the_extra(small, monkeypatch):
     from hhdeploy.errors import MissingDependencyError
 
-    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'hhdeploy\[openvino\]'"):
         open_session(small, device="openvino")
 

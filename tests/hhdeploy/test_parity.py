@@ -1,0 +1,161 @@
+"""The comparison and its table: figures against values computed by hand, and what must fail."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hhdeploy.parity import PARITY, Bound, ParityReport, StageResult, bound, compare
+
+INF = np.inf
+TIGHT = Bound(1e-3, 0.999, 1.0, "", "")
+
+
+def logits(images=5, classes=7, seed=0):
+    return np.random.default_rng(seed).standard_normal((images, classes))
+
+
+def test_figures_by_hand():
+    reference = np.array([[1.0, -2.0, 2.0], [0.0, 3.0, -1.0]])
+    found = np.array([[1.0, -2.0, 2.5], [0.0, 3.0, -1.0]])
+    c = compare(reference, found)
+    assert (c.images, c.worst_image, c.top1) == (2, 0, 1.0)
+    assert c.max_abs == 0.5
+    assert c.range_error == 0.5 / 5.0
+    assert c.max_rel == 0.5 / 2.0
+    assert math.isclose(c.cosine, 10.0 / (3.0 * math.sqrt(11.25)))
+    assert math.isclose(c.sqnr_db, 10 * math.log10(19.0 / 0.25))
+
+
+def test_equal_logits_have_no_error_at_all():
+    c = compare(logits(), logits())
+    assert (c.max_abs, c.range_error, c.max_rel, c.cosine, c.top1) == (0.0, 0.0, 0.0, 1.0, 1.0)
+    assert c.sqnr_db == INF
+    assert not c.failures(Bound(0.0, 1.0, 1.0, "", ""))
+
+
+def test_the_worst_image_and_top1():
+    found = logits()
+    found[3] = found[3][::-1]
+    c = compare(logits(), found)
+    assert (c.worst_image, c.top1) == (3, 0.8)
+    assert len(c.failures(TIGHT)) == 3
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_range_error_does_not_depend_on_the_scale(scale):
+    noise = 1e-4 * logits(seed=1)
+    expected = compare(logits(), logits() + noise).range_error
+    c = compare(scale * logits(), scale * (logits() + noise))
+    assert math.isclose(c.range_error, expected, rel_tol=1e-6)
+
+
+def test_float32_is_compared_in_float64():
+    reference = np.full((1, 2), 1.0)
+    reference[0, 1] = 2.0 + 1e-9
+    c = compare(reference, reference.astype(np.float32))
+    assert math.isclose(c.max_abs, 1e-9, rel_tol=1e-6)
+
+
+def test_padding_is_left_out():
+    reference, found = logits(), logits() + 1e-6 * logits(seed=2)
+    padded = [np.pad(x, ((0, 0), (0, 4)), constant_values=-INF) for x in (reference, found)]
+    assert compare(*padded) == compare(reference, found)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ((1, 6), np.nan),
+        ((1, 6), INF),
+        ((1, 6), 0.0),
+        ((4, 2), np.nan),
+        ((4, 2), INF),
+        ((4, 2), -INF),
+    ],
+)
+def test_padding_that_differs_is_an_infinite_error(place, value):
+    reference = logits()
+    reference[1, 5:] = reference[4, 5:] = -INF
+    found = reference.copy()
+    found[place] = value
+    c = compare(reference, found)
+    assert c.range_error == INF
+    assert c.worst_image == place[0]
+    assert c.failures(Bound(1e9, -1.0, 0.0, "", ""))
+
+
+def test_a_row_that_is_all_padding_and_a_constant_one():
+    reference = np.full((2, 3), -INF)
+    assert compare(reference, reference).max_abs == 0.0
+    same = np.full((2, 3), 2.0)
+    assert compare(same, same).range_error == 0.0
+    assert compare(same, same + 1e-9).range_error == INF  # a range of zero allows nothing
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"reference \(5, 7\), found \(5, 3\)"):
+        compare(logits(), logits(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "said"),
+    [
+        ("range_error", 2e-3, "max abs error"),
+        ("range_error", math.nan, "max abs error"),
+        ("cosine", 0.99, "cosine"),
+        ("cosine", math.nan, "cosine"),
+        ("top1", 0.9, "top-1 agreement 90.00%"),
+    ],
+)
+def test_each_figure_has_its_own_bound(figure, value, said):
+    good = compare(logits(), logits())
+    assert not good.failures(TIGHT)
+    (failure,) = replace(good, **{figure: value}).failures(TIGHT)
+    assert said in failure
+
+
+def test_the_same_top1_does_not_make_a_wrong_reflection_right():
+    """The arg max agrees everywhere, the logits do not."""
+    c = compare(logits(), 1.05 * logits())
+    assert c.top1 == 1.0
+    assert c.failures(bound("branches", "float32"))
+
+
+def test_a_report_as_json_has_neither_nan_nor_infinity():
+    bad = compare(logits(), np.full((5, 7), np.nan))
+    stages = [
+        StageResult.of("branches", "float32", "a runtime", "alpha", compare(logits(), logits())),
+        StageResult.of("branches", "float32", "a runtime", "beta", bad),
+    ]
+    report = ParityReport({"kind": "noise", "seed": 3}, stages)
+    content = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert content["passed"] is False
+    assert [s["passed"] for s in content["stages"]] == [True, False]
+    assert content["stages"][0]["sqnr_db"] == "inf"
+    assert content["stages"][1]["range_error"] == "inf"
+    assert content["stages"][0]["bound"]["range_error"] == 1e-4
+    explained = report.explain_failures()
+    assert "adapter beta" in explained
+    assert "adapter alpha" not in explained
+    assert ParityReport({}, stages[:1]).passed
+
+
+def test_a_report_of_nothing_has_not_passed():
+    assert not ParityReport({}, []).passed
+
+
+def test_the_table():
+    with pytest.raises(KeyError):
+        bound("branches", "float99")
+    for (stage, precision), limits in PARITY.items():
+        assert 0 < limits.range_error < 0.2, (stage, precision)
+        assert 0.99 < limits.cosine < 1
+        assert 0.9 < limits.top1 <= 1
+        assert limits.measured, f"{stage} {precision} does not say what was measured"
+        assert limits.reason
+        assert limits == bound(stage, precision)

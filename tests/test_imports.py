@@ -1,0 +1,122 @@
+"""Who may import whom: the edge needs no torch, and the contracts of import-linter hold."""
+
+from __future__ import annotations
+
+import pkgutil
+import shutil
+import sys
+import textwrap
+
+import pytest
+
+import hhdeploy
+from tests.workshop import HEAVY, ROOT, run_command, run_python
+
+# What the edge runs: no package of the export extra is there, nor any runtime's.
+EDGE = (*HEAVY, "onnxruntime", "nncf", "tensorrt", "peft", "click", "rich")
+CORE = "adapter algebra bundle errors files parity plan preprocess rows sites tensorfile".split()
+
+
+def modules_of(package: str) -> list[str]:
+    path = ROOT / package.replace(".", "/")
+    found = pkgutil.walk_packages([str(path)], f"{package}.")
+    return [package, *(m.name for m in found)]
+
+
+def test_every_module_of_the_runtime_imports_at_the_edge():
+    names = [*modules_of("hhdeploy.runtime"), *(f"hhdeploy.{name}" for name in CORE)]
+    assert {"hhdeploy.runtime.session", "hhdeploy.runtime.openvino_backend"} <= set(names)
+    code = """
+        import importlib, sys
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+    """
+    done = run_python(code, *names, blocked=EDGE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_hhdeploy_imports_nothing_heavy():
+    code = """
+        import sys
+        import hhdeploy
+        assert set(hhdeploy.__all__) <= set(dir(hhdeploy))
+        from hhdeploy import load_adapter, export, verify, Reserve
+        print(*sorted({name.partition(".")[0] for name in sys.modules}))
+    """
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"numpy", "hhdeploy"} <= loaded
+    assert loaded.isdisjoint({*HEAVY, "onnxruntime"})
+
+
+def test_every_public_name_is_there():
+    for name in hhdeploy.__all__:
+        assert getattr(hhdeploy, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = hhdeploy.nonsense
+
+
+def test_importing_prints_and_writes_nothing(tmp_path):
+    names = [m for m in modules_of("hhdeploy") if "__main__" not in m]
+    assert "hhdeploy.exporters.trace" in names
+    code = """
+        import importlib, sys
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+    """
+    done = run_command([sys.executable, "-c", textwrap.dedent(code), *names], cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# --- import-linter ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The packages as one tree, links resolved, and the contracts; free to be changed."""
+    pytest.importorskip("importlinter")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "hhdeploy", tmp_path / "hhdeploy", symlinks=False, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def lint_imports(path):
+    """Run import-linter in a tree; its exit code and what it says."""
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command = [sys.executable, "-c", code, "--no-cache", "--config", str(path / "pyproject.toml")]
+    done = run_command(command, cwd=path, path=(path,))
+    assert "Contracts" in done.stdout, done.stdout + done.stderr
+    return done.returncode, " ".join(done.stdout.split())
+
+
+def test_the_contracts_hold(checkout):
+    code, text = lint_imports(checkout)
+    assert (code, " 0 broken" in text) == (0, True), text
+
+
+@pytest.mark.parametrize(
+    ("module", "planted", "contract"),
+    [
+        ("runtime/session.py", "import torch", "the runtime needs no torch"),
+        ("runtime/bank.py", "import onnx_ir", "the runtime needs no torch"),
+        ("runtime/bank.py", "import hhdeploy.exporters.trace", "do not know each other"),
+        ("exporters/writer.py", "import hhdeploy.runtime", "do not know each other"),
+        ("plan.py", "import hhdeploy.exporters.trace", "the core does not know"),
+        ("bundle.py", "import hhdeploy.runtime", "the core does not know"),
+        ("training/attach.py", "import hhdeploy.api", "the core does not know"),
+        ("exporters/fold.py", "import hhdeploy.cli", "neither the API nor the command line"),
+    ],
+)
+def test_a_planted_import_breaks_a_contract(checkout, module, planted, contract):
+    file = checkout / "hhdeploy" / module
+    text = file.read_text()
+    future = "from __future__ import annotations\n"
+    assert future in text
+    file.write_text(text.replace(future, f"{future}\n{planted}\n", 1))
+    code, said = lint_imports(checkout)
+    assert code == 1
+    broken = said.partition("Broken contracts")[2]
+    assert contract in broken, said
