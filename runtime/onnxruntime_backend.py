@@ -33,8 +33,6 @@ class OnnxRuntimeBackend:
         settings.log_severity_level = 3
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
-        # Large requests would otherwise stay reserved for the life of the session.
-        settings.enable_cpu_mem_arena = False
         try:
             self._session: Any = ort.InferenceSession(str(graph), settings, providers=[provider])
         except Exception as error:

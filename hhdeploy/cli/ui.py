@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -37,20 +37,24 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, indent=2, allow_nan=False))
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Group:
     """A table; the first column is left-aligned, the others right-aligned.
 
     Cells are plain text (a class may be called ``[b]``); for colour pass a `Text`.
     """
     result = Table(
-        title=title, title_justify="left", title_style="", header_style="bold",
-        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
-    )  # fmt: skip
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for index, column in enumerate(columns):
         result.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         result.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
-    return result
+    # Not rich's own title, which is wrapped to the width of the table.
+    return Group(Text.from_markup(title), result) if title else Group(result)
 
 
 def verdict(good: bool, yes: str, no: str) -> Text:
@@ -132,7 +136,7 @@ def backbone_options(command: F) -> F:
     return command
 
 
-def parity_table(report: ParityReport) -> Table:
+def parity_table(report: ParityReport) -> Group:
     """One line a stage and adapter."""
     rows = []
     for stage in report.stages:
@@ -153,7 +157,7 @@ def parity_table(report: ParityReport) -> Table:
     runtimes = ", ".join(dict.fromkeys(s.runtime for s in report.stages))
     title = (
         "Parity with the PyTorch training-time model (float64)\n"
-        f"[dim]{runtimes}; {describe_data(report.data)}[/]"
+        f"[dim]{runtimes}, {describe_data(report.data)}[/]"
     )
     return table(title, columns, rows)
 
@@ -162,4 +166,4 @@ def describe_data(data: Mapping[str, Any]) -> str:
     """The verification's images, in words."""
     if data.get("kind") == "noise":
         return "seeded noise (real images: --verify-data DIR)"
-    return f"images of {data.get('folder')}"
+    return f"images in {data.get('folder')}/"
