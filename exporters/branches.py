@@ -11,12 +11,13 @@ the cost does not depend on the number of slots; all else is views and thin prod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.linears import (
@@ -25,6 +26,7 @@ from hhdeploy.exporters.linears import (
     linears_at,
     linears_by_path,
 )
+from hhdeploy.exporters.qkv import HEADS_SECOND, QkvViews, qkv_views
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan
 from hhdeploy.rows import Branch
@@ -120,6 +122,10 @@ def branched_model(
     sequential = {b.linear for b in plan.layout.branches if b.form == "sequential"}
     for branch in plan.layout.branches:
         for use, linear in enumerate(linears_at(by_path, branch.linear)):
+            views = qkv_views(linear) if len(branch.sites) == 3 else None
+            if views is not None:
+                _insert_qkv_branches(graph, linear, branch, rows, use, views)
+                continue
             ride = branch.linear not in sequential and _bias_may_ride(linear)
             _insert_branch(graph, linear, branch, rows, use, ride)
     head = linears_at(by_path, base.facts.classifier)[-1]
@@ -127,6 +133,7 @@ def branched_model(
     if bank_constant is not None:
         _poison_bad_ids(graph, rows, bank_constant.shape[0])
     graph.outputs[0].shape = ir.Shape(["batch", plan.classes])
+    RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -193,34 +200,119 @@ def _insert_branch(
     insert = Inserter(graph, f"branch/{branch.name}{suffix}", after=producer)
     consumers = list(product.uses())
     x = linear.input if branch.form == "additive" else _with_bias(insert, linear, product)
-    n, k, in_ = len(branch.sites), branch.rank, branch.in_
-    tokens = _as_tokens(insert, x, in_)
-    right = insert(
-        "Reshape",
-        "right",
-        [rows.parts[f"{branch.name}/right"], insert.ints("right_shape", -1, n * k, in_)],
-        shape=["batch", n * k, in_],
-    )
-    right_t = insert("Transpose", "right_t", [right], perm=[0, 2, 1], shape=["batch", in_, n * k])
-    low = insert("MatMul", "matmul_right", [tokens, right_t], shape=["batch", None, n * k])
+    tokens = _as_tokens(insert, x, branch.in_)
+    low = _low(insert, branch, rows, tokens)
     left = _left(insert, branch, rows)
     if ride:
-        low, left = _with_bias_row(insert, linear, low, left)
+        assert linear.bias_node is not None
+        bias = linear.bias_node.inputs[linear.bias_index]
+        assert bias is not None
+        low, left = _with_bias_row(insert, bias, low, left)
     low_rank = insert("MatMul", "matmul_left", [low, left])
-    delta = insert("Add", "delta", [low_rank, _scaled(insert, branch, tokens, rows)])
+    diag = rows.parts[f"{branch.name}/diag"]
+    delta = insert("Add", "delta", [low_rank, _scaled(insert, branch, tokens, diag)])
     total = insert("Add", "sum", [product, _like(insert, delta, product)], shape=product.shape)
     sum_node = total.producer()
     assert sum_node is not None
     sum_node.metadata_props[_SUM] = linear.path
     if ride:
         assert linear.bias_node is not None
-        consumers = list(linear.output.uses())
-        linear.bias_node.replace_input_with(linear.bias_index, None)
+        consumers = list(linear.output.uses())  # the bias Add is left without a use
     for consumer, index in consumers:
         consumer.replace_input_with(index, total)
-    if ride:
-        assert linear.bias_node is not None
-        graph.remove(linear.bias_node, safe=True)
+
+
+def _insert_qkv_branches(
+    graph: ir.Graph,
+    linear: GraphLinear,
+    branch: Branch,
+    rows: _Rows,
+    use: int,
+    views: QkvViews,
+) -> None:
+    """Replace a fused qkv by three products, each with its own branch (see `qkv`)."""
+    k, in_, out = branch.rank, branch.in_, branch.out
+    suffix = f"@{use}" if use else ""
+    anchor = views.reshape
+    shared = Inserter(graph, f"branch/{branch.name}{suffix}", before=anchor)
+    tokens = _as_tokens(shared, linear.input, in_)
+    lows = _split(shared, "low", _low(shared, branch, rows, tokens), 3, k, ["batch", None, k])
+    parts = {
+        name: _split(shared, name, rows.parts[f"{branch.name}/{name}"], 3, size, ["batch", size])
+        for name, size in (("left_t", k * out), ("diag", min(out, in_)))
+    }
+    weight, bias = linear.weight, linear.bias
+    for i, site in enumerate(branch.sites):
+        third = slice(i * out, (i + 1) * out)
+        backbone = Inserter(graph, f"{site}{suffix}", before=anchor)
+        product = backbone(
+            "MatMul",
+            "MatMul",
+            [linear.input, backbone.constant("weight_t", weight[third].T)],
+            shape=_last_dimension(linear.node.outputs[0], out),
+        )
+        insert = Inserter(graph, f"branch/{site}/{branch.form}{suffix}", before=anchor)
+        left = insert(
+            "Reshape", "left", [parts["left_t"][i], insert.ints("left_shape", -1, k, out)],
+            shape=["batch", k, out],
+        )  # fmt: skip
+        low = lows[i]
+        if bias is not None:
+            row = backbone.constant("bias", bias[third])
+            low, left = _with_bias_row(insert, row, low, left)
+        low_rank = insert("MatMul", "matmul_left", [low, left])
+        one_site = replace(branch, sites=(site,))
+        scaled = _scaled(insert, one_site, tokens, parts["diag"][i])
+        delta = _like(insert, insert("Add", "delta", [low_rank, scaled]), product)
+        total = insert("Add", "sum", [product, delta], shape=product.shape)
+        heads = insert("Reshape", "heads", [total, insert.ints("heads_shape", *views.shape)])
+        transposed = insert(
+            "Transpose", "heads_second", [heads], perm=list(HEADS_SECOND),
+            shape=views.parts[i].shape,
+        )  # fmt: skip
+        for consumer, index in list(views.parts[i].uses()):
+            consumer.replace_input_with(index, transposed)
+
+
+def _split(
+    insert: Inserter,
+    what: str,
+    value: ir.Value,
+    count: int,
+    size: int,
+    shape: Sequence[int | str | None],
+) -> list[ir.Value]:
+    """``count`` equal parts of the last axis."""
+    axis = len(shape) - 1
+    first = insert(
+        "Split", f"{what}_split", [value, insert.ints(f"{what}_sizes", *[size] * count)],
+        outputs=count, axis=axis,
+    )  # fmt: skip
+    node = first.producer()
+    assert node is not None
+    for part in node.outputs:
+        part.shape = ir.Shape(list(shape))
+    return list(node.outputs)
+
+
+def _last_dimension(value: ir.Value, size: int) -> ir.Shape | None:
+    """The shape of ``value`` with another last dimension."""
+    if value.shape is None:
+        return None
+    return ir.Shape([*value.shape[:-1], size])
+
+
+def _low(insert: Inserter, branch: Branch, rows: _Rows, tokens: ir.Value) -> ir.Value:
+    """R x of all n sites at once: [batch, tokens, n·k]."""
+    wide, in_ = len(branch.sites) * branch.rank, branch.in_
+    right = insert(
+        "Reshape",
+        "right",
+        [rows.parts[f"{branch.name}/right"], insert.ints("right_shape", -1, wide, in_)],
+        shape=["batch", wide, in_],
+    )
+    right_t = insert("Transpose", "right_t", [right], perm=[0, 2, 1], shape=["batch", in_, wide])
+    return insert("MatMul", "matmul_right", [tokens, right_t], shape=["batch", None, wide])
 
 
 def _bias_may_ride(linear: GraphLinear) -> bool:
@@ -235,12 +327,9 @@ def _bias_may_ride(linear: GraphLinear) -> bool:
 
 
 def _with_bias_row(
-    insert: Inserter, linear: GraphLinear, low: ir.Value, left: ir.Value
+    insert: Inserter, bias: ir.Value, low: ir.Value, left: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """[R x, 1] and [L ; b]: their product is L R x + b, exactly b where L R x is zero."""
-    assert linear.bias_node is not None
-    bias = linear.bias_node.inputs[linear.bias_index]
-    assert bias is not None
     one = insert.constant("one", np.asarray(1.0, np.float32))
     low = insert("Pad", "low_and_one", [low, insert.ints("one_pads", 0, 0, 0, 0, 0, 1), one])
     ids = next(v for v in insert.graph.inputs if v.name == IDS)
@@ -329,11 +418,10 @@ def _left(insert: Inserter, branch: Branch, rows: _Rows) -> ir.Value:
     )
 
 
-def _scaled(insert: Inserter, branch: Branch, tokens: ir.Value, rows: _Rows) -> ir.Value:
+def _scaled(insert: Inserter, branch: Branch, tokens: ir.Value, diag: ir.Value) -> ir.Value:
     """[batch, tokens, n·out]: D x for each of the n sites, x cut or padded to fit."""
     n, out, in_ = len(branch.sites), branch.out, branch.in_
     common = min(out, in_)
-    diag = rows.parts[f"{branch.name}/diag"]
     x = tokens
     if common < in_:
         x = insert(

@@ -13,6 +13,8 @@ import pytest
 from hhdeploy.adapter import Adapter
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.branches import branched_model
+from hhdeploy.exporters.linears import linears_by_path
+from hhdeploy.exporters.qkv import qkv_views
 from hhdeploy.exporters.trace import LINEAR_TAG, BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from hhdeploy.sites import sites_of
@@ -64,6 +66,16 @@ def vit() -> BaseGraph:
 # -- structure ------------------------------------------------------------------------------------
 
 
+def _between(node, ends):
+    """Names of a node and all that follow it up to the producers of ``ends``."""
+    names = {node.name}
+    for value in node.outputs:
+        if not any(value is end for end in ends):
+            for user, _ in value.uses():
+                names |= _between(user, ends)
+    return names
+
+
 def test_names_and_order(base):
     plan = plan_branches(base.facts, pair(base), Reserve(keep_backbone_head=True))
     before = ir.to_proto(base.model).SerializeToString(deterministic=True)
@@ -75,10 +87,15 @@ def test_names_and_order(base):
         "additive",
         "sequential",
     }
+    fused = [branch for branch in plan.layout.branches if len(branch.sites) == 3]
+    thirds = {f"{site}/MatMul" for branch in fused for site in branch.sites}
     prefixes = own | {"bank", base.facts.classifier}
+    prefixes |= {f"{site}/{branch.form}" for branch in fused for site in branch.sites}
     found = set()
     for node in nodes:
         assert node.name is not None
+        if node.name in thirds:  # a third of the frozen Linear, not a part of the branch
+            continue
         start, _, rest = node.name.partition("/")
         assert start == "branch"
         (prefix,) = [p for p in prefixes if rest.startswith(f"{p}/")]
@@ -89,7 +106,16 @@ def test_names_and_order(base):
     assert found == prefixes
     names = [node.name for node in model.graph]
     assert len(set(names)) == len(names)
-    assert {n.name for n in base.model.graph} <= set(names), "the backbone's nodes keep their names"
+    # The backbone's nodes keep their names; gone are Adds whose bias a branch has taken over, and
+    # the fused qkv with its views, in whose place the thirds stand.
+    by_path = linears_by_path(base.model.graph)
+    gone = {u.bias_node.name for b in plan.layout.branches for u in by_path[b.linear]}
+    for linear in (use for branch in fused for use in by_path[branch.linear]):
+        views = qkv_views(linear)
+        assert views is not None
+        gone |= {linear.node.name, *_between(views.reshape, views.parts)}
+    assert {n.name for n in base.model.graph} - set(names) <= gone
+    assert thirds <= set(names)
     assert [v.name for v in model.graph.inputs] == ["images", "adapter_ids", "adapter_bank"]
     assert [v.name for v in model.graph.outputs] == ["logits"]
 
@@ -185,8 +211,8 @@ def test_a_row_of_zeros_with_every_branch_at_once(base):
 
 def one_kind(base: BaseGraph, target: str) -> Adapter:
     kind, _, form = target.partition(":")
-    # Keys of an untrained model hardly differ: without k adapted as well, q would not matter.
-    targets = ["q", "k"] if kind == "q" else [kind]
+    # Queries and keys of an untrained model hardly differ: each matters only with the other.
+    targets = ["q", "k"] if kind in ("q", "k") else [kind]
     return random_adapter(
         base.facts, form=form or "additive", targets=targets, r=2, classes=5, seed=6, scale=0.5
     )

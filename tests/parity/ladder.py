@@ -75,10 +75,11 @@ def without_householder(adapter: Adapter) -> Adapter:
     )
 
 
-def ladder_adapters(base: BaseGraph, scale: float = 0.3) -> dict[str, Adapter]:
+def ladder_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
     """Every form, both reflections, ranks 0, 1, 2 and 4, LoRA alone, heads of all sizes.
 
     Kinds that the model lacks are left out, and so are adapters of which nothing remains.
+    ``scale``: of the values; where it makes ‖u‖² about 2, both reflections are nearly the same.
     """
     facts = base.facts
     kinds = {site.kind for site in sites_of(facts.linears).values()}
