@@ -11,15 +11,15 @@ the cost does not depend on the number of slots; all else is views and thin prod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from hhdeploy.errors import BackboneError
+from hhdeploy.exporters.heads import insert_head, poison_bad_ids
+from hhdeploy.exporters.inserter import BANK, IDS, Inserter, Rows, as_tokens, like, per_image
 from hhdeploy.exporters.linears import (
     GraphLinear,
     add_initializer,
@@ -31,71 +31,8 @@ from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan
 from hhdeploy.rows import Branch
 
-BANK, IDS = "adapter_bank", "adapter_ids"
 # Marks the sum of a Linear's product and one of its branches.
 _SUM = "hhdeploy.sum"
-
-
-class Inserter:
-    """Adds nodes to a graph, in order, behind (or in front of) one node.
-
-    Names: ``branch/<site>/<what>``, so that quantisation and inspection can tell the inserted
-    nodes from the backbone's.
-    """
-
-    def __init__(
-        self,
-        graph: ir.Graph,
-        prefix: str,
-        *,
-        after: ir.Node | None = None,
-        before: ir.Node | None = None,
-    ) -> None:
-        self.graph, self.prefix = graph, prefix
-        self._after, self._before = after, before
-
-    def __call__(
-        self,
-        op: str,
-        what: str,
-        inputs: Sequence[ir.Value],
-        *,
-        outputs: int = 1,
-        dtype: ir.DataType = ir.DataType.FLOAT,
-        shape: ir.Shape | Sequence[int | str | None] | None = None,
-        **attributes: Any,
-    ) -> ir.Value:
-        """Add one node; returns its (first) output."""
-        node = ir.node(op, inputs, attributes, num_outputs=outputs, name=f"{self.prefix}/{what}")
-        for index, value in enumerate(node.outputs):
-            value.name = node.name if outputs == 1 else f"{node.name}_{index}"
-            value.dtype = dtype
-            if shape is not None:
-                value.shape = ir.Shape(list(shape))
-        if self._after is not None:
-            self.graph.insert_after(self._after, node)
-            self._after = node
-        else:
-            assert self._before is not None
-            self.graph.insert_before(self._before, node)
-        return node.outputs[0]
-
-    def ints(self, what: str, *values: int) -> ir.Value:
-        """An int64 vector constant."""
-        return self.constant(what, np.asarray(values, np.int64))
-
-    def constant(self, what: str, array: NDArray[Any]) -> ir.Value:
-        """An initializer."""
-        return add_initializer(self.graph, f"{self.prefix}/{what}", array)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The gathered rows, split: part name -> [batch, elements]; and [1] int64 batch size."""
-
-    parts: dict[str, ir.Value]
-    ids: ir.Value
-    bank: ir.Value
 
 
 def branched_model(
@@ -129,15 +66,15 @@ def branched_model(
             ride = branch.linear not in sequential and _bias_may_ride(linear)
             _insert_branch(graph, linear, branch, rows, use, ride)
     head = linears_at(by_path, base.facts.classifier)[-1]
-    _insert_head(graph, head, plan, rows)
+    insert_head(graph, head, plan, rows)
     if bank_constant is not None:
-        _poison_bad_ids(graph, rows, bank_constant.shape[0])
+        poison_bad_ids(graph, rows, bank_constant.shape[0])
     graph.outputs[0].shape = ir.Shape(["batch", plan.classes])
     RemoveUnusedNodesPass()(model)
     return model
 
 
-def _insert_rows(graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32] | None) -> _Rows:
+def _insert_rows(graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32] | None) -> Rows:
     layout = plan.layout
     insert = Inserter(graph, "branch/bank", before=next(iter(graph)))
     ids = ir.Value(name=IDS, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
@@ -178,11 +115,11 @@ def _insert_rows(graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32]
     assert split is not None
     for value, size in zip(split.outputs, sizes, strict=True):
         value.shape = ir.Shape(["batch", size])
-    return _Rows(dict(zip(layout.parts, split.outputs, strict=True)), ids, bank)
+    return Rows(dict(zip(layout.parts, split.outputs, strict=True)), ids, bank)
 
 
 def _insert_branch(
-    graph: ir.Graph, linear: GraphLinear, branch: Branch, rows: _Rows, use: int, ride: bool
+    graph: ir.Graph, linear: GraphLinear, branch: Branch, rows: Rows, use: int, ride: bool
 ) -> None:
     """Insert one branch between a Linear's product and its bias.
 
@@ -200,7 +137,7 @@ def _insert_branch(
     insert = Inserter(graph, f"branch/{branch.name}{suffix}", after=producer)
     consumers = list(product.uses())
     x = linear.input if branch.form == "additive" else _with_bias(insert, linear, product)
-    tokens = _as_tokens(insert, x, branch.in_)
+    tokens = as_tokens(insert, x, branch.in_)
     low = _low(insert, branch, rows, tokens)
     left = _left(insert, branch, rows)
     if ride:
@@ -209,9 +146,9 @@ def _insert_branch(
         assert bias is not None
         low, left = _with_bias_row(insert, bias, low, left)
     low_rank = insert("MatMul", "matmul_left", [low, left])
-    diag = rows.parts[f"{branch.name}/diag"]
+    diag = _diag(insert, branch, rows)
     delta = insert("Add", "delta", [low_rank, _scaled(insert, branch, tokens, diag)])
-    total = insert("Add", "sum", [product, _like(insert, delta, product)], shape=product.shape)
+    total = insert("Add", "sum", [product, like(insert, delta, product)], shape=product.shape)
     sum_node = total.producer()
     assert sum_node is not None
     sum_node.metadata_props[_SUM] = linear.path
@@ -226,22 +163,18 @@ def _insert_qkv_branches(
     graph: ir.Graph,
     linear: GraphLinear,
     branch: Branch,
-    rows: _Rows,
+    rows: Rows,
     use: int,
     views: QkvViews,
 ) -> None:
     """Replace a fused qkv by three products, each with its own branch (see `qkv`)."""
-    k, in_, out = branch.rank, branch.in_, branch.out
+    out = branch.out
     suffix = f"@{use}" if use else ""
     anchor = views.reshape
     shared = Inserter(graph, f"branch/{branch.name}{suffix}", before=anchor)
-    tokens = _as_tokens(shared, linear.input, in_)
-    lows = _split(shared, "low", _low(shared, branch, rows, tokens), 3, k, ["batch", None, k])
-    parts = {
-        name: _split(shared, name, rows.parts[f"{branch.name}/{name}"], 3, size, ["batch", size])
-        for name, size in (("left_t", k * out), ("diag", min(out, in_)))
-    }
-    weight, bias = linear.weight, linear.bias
+    tokens = as_tokens(shared, linear.input, branch.in_)
+    lows, lefts, diags = _qkv_parts(shared, branch, rows, tokens, linear.bias)
+    weight = linear.weight
     for i, site in enumerate(branch.sites):
         third = slice(i * out, (i + 1) * out)
         backbone = Inserter(graph, f"{site}{suffix}", before=anchor)
@@ -252,18 +185,10 @@ def _insert_qkv_branches(
             shape=_last_dimension(linear.node.outputs[0], out),
         )
         insert = Inserter(graph, f"branch/{site}/{branch.form}{suffix}", before=anchor)
-        left = insert(
-            "Reshape", "left", [parts["left_t"][i], insert.ints("left_shape", -1, k, out)],
-            shape=["batch", k, out],
-        )  # fmt: skip
-        low = lows[i]
-        if bias is not None:
-            row = backbone.constant("bias", bias[third])
-            low, left = _with_bias_row(insert, row, low, left)
-        low_rank = insert("MatMul", "matmul_left", [low, left])
+        low_rank = insert("MatMul", "matmul_left", [lows[i], lefts[i]])
         one_site = replace(branch, sites=(site,))
-        scaled = _scaled(insert, one_site, tokens, parts["diag"][i])
-        delta = _like(insert, insert("Add", "delta", [low_rank, scaled]), product)
+        scaled = _scaled(insert, one_site, tokens, diags[i])
+        delta = like(insert, insert("Add", "delta", [low_rank, scaled]), product)
         total = insert("Add", "sum", [product, delta], shape=product.shape)
         heads = insert("Reshape", "heads", [total, insert.ints("heads_shape", *views.shape)])
         transposed = insert(
@@ -274,20 +199,64 @@ def _insert_qkv_branches(
             consumer.replace_input_with(index, transposed)
 
 
-def _split(
+def _qkv_parts(
     insert: Inserter,
-    what: str,
-    value: ir.Value,
-    count: int,
-    size: int,
-    shape: Sequence[int | str | None],
-) -> list[ir.Value]:
-    """``count`` equal parts of the last axis."""
-    axis = len(shape) - 1
-    first = insert(
-        "Split", f"{what}_split", [value, insert.ints(f"{what}_sizes", *[size] * count)],
-        outputs=count, axis=axis,
+    branch: Branch,
+    rows: Rows,
+    tokens: ir.Value,
+    bias: NDArray[np.float32] | None,
+) -> tuple[list[ir.Value], list[ir.Value], list[ir.Value]]:
+    """R x [batch, tokens, K], L [batch, K, out] and d [batch, 1, min] of q, k and v.
+
+    K is k, or k + 1 with a bias: a column of ones meets the bias as one more row of L. All three
+    are prepared together and split last, for the sake of few nodes.
+    """
+    k, in_, out, common = branch.rank, branch.in_, branch.out, min(branch.out, branch.in_)
+    right = insert(
+        "Reshape", "right",
+        [rows.parts[f"{branch.name}/right"], insert.ints("right_shape", -1, 3, k, in_)],
+        shape=["batch", 3, k, in_],
     )  # fmt: skip
+    left = insert(
+        "Reshape", "left",
+        [rows.parts[f"{branch.name}/left_t"], insert.ints("left_shape", -1, 3, k, out)],
+        shape=["batch", 3, k, out],
+    )  # fmt: skip
+    if bias is not None:
+        zero = insert.constant("zero", np.asarray(0.0, np.float32))
+        right = insert(
+            "Pad", "right_and_zero", [right, insert.ints("pads", 0, 0, 0, 0, 0, 0, 1, 0), zero]
+        )
+        bias_rows = per_image(insert, insert.constant("biases", bias.reshape(1, 3, 1, out)), 4)
+        left = insert("Concat", "left_and_bias", [left, bias_rows], axis=2)
+        k += 1
+    flat = insert("Reshape", "right_flat", [right, insert.ints("flat_shape", -1, 3 * k, in_)])
+    right_t = insert("Transpose", "right_t", [flat], perm=[0, 2, 1], shape=["batch", in_, 3 * k])
+    low = insert("MatMul", "matmul_right", [tokens, right_t], shape=["batch", None, 3 * k])
+    if bias is not None:
+        ones = np.zeros((3, k), np.float32)
+        ones[:, -1] = 1.0
+        low = insert("Add", "low_and_ones", [low, insert.constant("ones", ones.reshape(-1))])
+    left = insert("Reshape", "left_flat", [left, insert.ints("left_flat_shape", -1, 3 * k, out)])
+    diag = insert(
+        "Reshape", "diag",
+        [rows.parts[f"{branch.name}/diag"], insert.ints("diag_shape", -1, 3, common)],
+    )  # fmt: skip
+    return (
+        _thirds(insert, "low", low, 2, ["batch", None, k]),
+        _thirds(insert, "left", left, 1, ["batch", k, out]),
+        _thirds(insert, "diag", diag, 1, ["batch", 1, common]),
+    )
+
+
+def _thirds(
+    insert: Inserter, what: str, value: ir.Value, axis: int, shape: Sequence[int | str | None]
+) -> list[ir.Value]:
+    """Three equal parts along ``axis``; ``shape`` is a part's."""
+    size = shape[axis]
+    assert isinstance(size, int)
+    sizes = insert.ints(f"{what}_sizes", size, size, size)
+    first = insert("Split", f"{what}_split", [value, sizes], outputs=3, axis=axis)
     node = first.producer()
     assert node is not None
     for part in node.outputs:
@@ -302,7 +271,7 @@ def _last_dimension(value: ir.Value, size: int) -> ir.Shape | None:
     return ir.Shape([*value.shape[:-1], size])
 
 
-def _low(insert: Inserter, branch: Branch, rows: _Rows, tokens: ir.Value) -> ir.Value:
+def _low(insert: Inserter, branch: Branch, rows: Rows, tokens: ir.Value) -> ir.Value:
     """R x of all n sites at once: [batch, tokens, n·k]."""
     wide, in_ = len(branch.sites) * branch.rank, branch.in_
     right = insert(
@@ -332,14 +301,7 @@ def _with_bias_row(
     """[R x, 1] and [L ; b]: their product is L R x + b, exactly b where L R x is zero."""
     one = insert.constant("one", np.asarray(1.0, np.float32))
     low = insert("Pad", "low_and_one", [low, insert.ints("one_pads", 0, 0, 0, 0, 0, 1), one])
-    ids = next(v for v in insert.graph.inputs if v.name == IDS)
-    batch = insert("Shape", "bias_batch", [ids], dtype=ir.DataType.INT64, shape=[1])
-    shape = insert(
-        "Concat", "bias_shape", [batch, insert.ints("bias_ones", 1, 1)], axis=0,
-        dtype=ir.DataType.INT64, shape=[3],
-    )  # fmt: skip
-    row = insert("Expand", "bias_row", [bias, shape])
-    return low, insert("Concat", "left_and_bias", [left, row], axis=1)
+    return low, insert("Concat", "left_and_bias", [left, per_image(insert, bias, 3)], axis=1)
 
 
 def _product(linear: GraphLinear) -> ir.Value:
@@ -359,34 +321,7 @@ def _with_bias(insert: Inserter, linear: GraphLinear, product: ir.Value) -> ir.V
     return insert("Add", "input", [product, bias], shape=product.shape)
 
 
-def _as_tokens(insert: Inserter, x: ir.Value, features: int) -> ir.Value:
-    """x as [batch, tokens, features].
-
-    Windows and other groups are folded into the batch dimension batch-major by timm's models
-    ([batch·windows, tokens, features]), so unfolding the images is a reshape.
-    """
-    shape = x.shape
-    if shape is not None and len(shape) == 3 and str(shape[0]) == "batch":
-        return x
-    return insert(
-        "Reshape",
-        "tokens",
-        [x, _batch_shape(insert, features)],
-        shape=["batch", None, features],
-    )
-
-
-def _batch_shape(insert: Inserter, features: int) -> ir.Value:
-    """[batch, -1, features], with batch read from the adapter ids."""
-    ids = next(v for v in insert.graph.inputs if v.name == IDS)
-    batch = insert("Shape", "batch", [ids], dtype=ir.DataType.INT64, shape=[1])
-    rest = insert.ints("rest", -1, features)
-    return insert(
-        "Concat", "tokens_shape", [batch, rest], axis=0, dtype=ir.DataType.INT64, shape=[3]
-    )
-
-
-def _left(insert: Inserter, branch: Branch, rows: _Rows) -> ir.Value:
+def _left(insert: Inserter, branch: Branch, rows: Rows) -> ir.Value:
     """[batch, n·k, n·out]: left_t, for a fused qkv on the diagonal blocks of a wider matrix.
 
     One product over a block-diagonal matrix instead of three products and a concatenation over
@@ -418,6 +353,16 @@ def _left(insert: Inserter, branch: Branch, rows: _Rows) -> ir.Value:
     )
 
 
+def _diag(insert: Inserter, branch: Branch, rows: Rows) -> ir.Value:
+    """d as it meets x: [batch, 1, min], for n sites [batch, 1, n, min]."""
+    n, common = len(branch.sites), min(branch.out, branch.in_)
+    shape = [1, n, common] if n > 1 else [1, common]
+    part = rows.parts[f"{branch.name}/diag"]
+    return insert(
+        "Reshape", "diag", [part, insert.ints("diag_shape", -1, *shape)], shape=["batch", *shape]
+    )
+
+
 def _scaled(insert: Inserter, branch: Branch, tokens: ir.Value, diag: ir.Value) -> ir.Value:
     """[batch, tokens, n·out]: D x for each of the n sites, x cut or padded to fit."""
     n, out, in_ = len(branch.sites), branch.out, branch.in_
@@ -442,12 +387,6 @@ def _scaled(insert: Inserter, branch: Branch, tokens: ir.Value, diag: ir.Value) 
             [x, insert.ints("sites_axis", 2)],
             shape=["batch", None, 1, common],
         )
-    diag = insert(
-        "Reshape",
-        "diag",
-        [diag, insert.ints("diag_shape", *([-1, 1, n, common] if n > 1 else [-1, 1, common]))],
-        shape=["batch", 1, n, common] if n > 1 else ["batch", 1, common],
-    )
     scaled = insert("Mul", "scale", [x, diag])
     if common < out:
         pads = [0] * (2 * (4 if n > 1 else 3))
@@ -461,130 +400,3 @@ def _scaled(insert: Inserter, branch: Branch, tokens: ir.Value, diag: ir.Value) 
             shape=["batch", None, n * out],
         )
     return scaled
-
-
-def _like(insert: Inserter, delta: ir.Value, target: ir.Value) -> ir.Value:
-    """[batch, tokens, features] in the shape of ``target``."""
-    shape = target.shape
-    if shape is not None and len(shape) == 3 and str(shape[0]) == "batch":
-        return delta
-    if shape is not None and all(isinstance(d, int) for d in shape[1:]):
-        dims = [int(d) for d in shape[1:]]  # type: ignore[arg-type]
-        wanted = insert.ints("out_shape", -1, *dims)
-    else:
-        wanted = insert("Shape", "out_shape", [target], dtype=ir.DataType.INT64)
-    return insert("Reshape", "delta_out", [delta, wanted], shape=shape)
-
-
-def _insert_head(graph: ir.Graph, head: GraphLinear, plan: Plan, rows: _Rows) -> None:
-    layout, backbone_classes = plan.layout, plan.facts.classes
-    if not layout.classes:
-        return  # every adapter uses the backbone's classifier as it is
-    y, features = head.output, head.input
-    output = graph.outputs[0]
-    if output is not y:
-        raise BackboneError(
-            f"{plan.facts.model}: the classifier {head.path} is not the last operation of the "
-            "model; adapters with heads of their own cannot be kept as side branches."
-        )
-    producer = y.producer()
-    assert producer is not None
-    insert = Inserter(graph, f"branch/{head.path}", after=producer)
-    rank2 = features.shape is not None and len(features.shape) == 2
-    if not rank2:
-        raise BackboneError(
-            f"{plan.facts.model}: the classifier {head.path} takes {features.shape}; expected "
-            "[batch, features]."
-        )
-    weight = insert(
-        "Reshape",
-        "weight",
-        [rows.parts["head.weight"], insert.ints("weight_shape", -1, layout.classes, layout.dim)],
-        shape=["batch", layout.classes, layout.dim],
-    )
-    column = insert(
-        "Unsqueeze",
-        "features",
-        [features, insert.ints("last_axis", 2)],
-        shape=["batch", layout.dim, 1],
-    )
-    product = insert("MatMul", "matmul", [weight, column], shape=["batch", layout.classes, 1])
-    flat = insert(
-        "Squeeze",
-        "flat",
-        [product, insert.ints("squeeze_axis", 2)],
-        shape=["batch", layout.classes],
-    )
-    own = insert("Add", "logits", [flat, rows.parts["head.bias"]], shape=["batch", layout.classes])
-    own = _padded(insert, own, layout.classes, plan.classes, "own")
-    if layout.backbone_head:
-        theirs = _padded(insert, y, backbone_classes, plan.classes, "backbone")
-        half = insert.constant("half", np.asarray(0.5, np.float32))
-        choice = insert(
-            "Greater",
-            "is_own",
-            [rows.parts["head.own"], half],
-            dtype=ir.DataType.BOOL,
-            shape=["batch", 1],
-        )
-        own = insert("Where", "select", [choice, own, theirs], shape=["batch", plan.classes])
-    _rename_output(graph, own)
-
-
-def _padded(insert: Inserter, logits: ir.Value, classes: int, wanted: int, what: str) -> ir.Value:
-    """Columns of -inf up to ``wanted``."""
-    if classes == wanted:
-        return logits
-    return insert(
-        "Pad",
-        f"{what}_pad",
-        [
-            logits,
-            insert.ints(f"{what}_pads", 0, 0, 0, wanted - classes),
-            insert.constant(f"{what}_inf", np.asarray(-np.inf, np.float32)),
-        ],
-        shape=["batch", wanted],
-    )
-
-
-def _poison_bad_ids(graph: ir.Graph, rows: _Rows, slots: int) -> None:
-    """NaN logits for ids outside [0, slots): a constant bank has no caller that checks."""
-    logits = graph.outputs[0]
-    producer = logits.producer()
-    assert producer is not None
-    insert = Inserter(graph, "branch/bank/check", after=producer)
-    bad_low = insert(
-        "Less",
-        "below",
-        [rows.ids, insert.constant("zero", np.asarray(0, np.int64))],
-        dtype=ir.DataType.BOOL,
-        shape=["batch"],
-    )
-    bad_high = insert(
-        "GreaterOrEqual",
-        "above",
-        [rows.ids, insert.constant("slots", np.asarray(slots, np.int64))],
-        dtype=ir.DataType.BOOL,
-        shape=["batch"],
-    )
-    bad = insert("Or", "bad", [bad_low, bad_high], dtype=ir.DataType.BOOL, shape=["batch"])
-    column = insert(
-        "Unsqueeze",
-        "bad_column",
-        [bad, insert.ints("axis", 1)],
-        dtype=ir.DataType.BOOL,
-        shape=["batch", 1],
-    )
-    nan = insert.constant("nan", np.asarray(np.nan, np.float32))
-    _rename_output(graph, insert("Where", "checked", [column, nan, logits], shape=logits.shape))
-
-
-def _rename_output(graph: ir.Graph, value: ir.Value) -> None:
-    """Make ``value``, so far called after its node, the graph's output."""
-    old = graph.outputs[0]
-    name = old.name
-    producer = old.producer()
-    assert producer is not None
-    old.name = f"{producer.name}/replaced"
-    graph.outputs[0] = value
-    value.name = name

@@ -1,0 +1,125 @@
+"""The classifier of a side-branch graph: the row's own, or the backbone's; padding; bad ids."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from hhdeploy.errors import BackboneError
+from hhdeploy.exporters.inserter import Inserter, Rows
+from hhdeploy.exporters.linears import GraphLinear
+from hhdeploy.plan import Plan
+
+
+def insert_head(graph: ir.Graph, head: GraphLinear, plan: Plan, rows: Rows) -> None:
+    layout, backbone_classes = plan.layout, plan.facts.classes
+    if not layout.classes:
+        return  # every adapter uses the backbone's classifier as it is
+    y, features = head.output, head.input
+    output = graph.outputs[0]
+    if output is not y:
+        raise BackboneError(
+            f"{plan.facts.model}: the classifier {head.path} is not the last operation of the "
+            "model; adapters with heads of their own cannot be kept as side branches."
+        )
+    producer = y.producer()
+    assert producer is not None
+    insert = Inserter(graph, f"branch/{head.path}", after=producer)
+    rank2 = features.shape is not None and len(features.shape) == 2
+    if not rank2:
+        raise BackboneError(
+            f"{plan.facts.model}: the classifier {head.path} takes {features.shape}; expected "
+            "[batch, features]."
+        )
+    weight = insert(
+        "Reshape",
+        "weight",
+        [rows.parts["head.weight"], insert.ints("weight_shape", -1, layout.classes, layout.dim)],
+        shape=["batch", layout.classes, layout.dim],
+    )
+    column = insert(
+        "Unsqueeze",
+        "features",
+        [features, insert.ints("last_axis", 2)],
+        shape=["batch", layout.dim, 1],
+    )
+    product = insert("MatMul", "matmul", [weight, column], shape=["batch", layout.classes, 1])
+    flat = insert(
+        "Squeeze",
+        "flat",
+        [product, insert.ints("squeeze_axis", 2)],
+        shape=["batch", layout.classes],
+    )
+    own = insert("Add", "logits", [flat, rows.parts["head.bias"]], shape=["batch", layout.classes])
+    own = _padded(insert, own, layout.classes, plan.classes, "own")
+    if layout.backbone_head:
+        theirs = _padded(insert, y, backbone_classes, plan.classes, "backbone")
+        half = insert.constant("half", np.asarray(0.5, np.float32))
+        choice = insert(
+            "Greater",
+            "is_own",
+            [rows.parts["head.own"], half],
+            dtype=ir.DataType.BOOL,
+            shape=["batch", 1],
+        )
+        own = insert("Where", "select", [choice, own, theirs], shape=["batch", plan.classes])
+    _rename_output(graph, own)
+
+
+def _padded(insert: Inserter, logits: ir.Value, classes: int, wanted: int, what: str) -> ir.Value:
+    """Columns of -inf up to ``wanted``."""
+    if classes == wanted:
+        return logits
+    return insert(
+        "Pad",
+        f"{what}_pad",
+        [
+            logits,
+            insert.ints(f"{what}_pads", 0, 0, 0, wanted - classes),
+            insert.constant(f"{what}_inf", np.asarray(-np.inf, np.float32)),
+        ],
+        shape=["batch", wanted],
+    )
+
+
+def poison_bad_ids(graph: ir.Graph, rows: Rows, slots: int) -> None:
+    """NaN logits for ids outside [0, slots): a constant bank has no caller that checks."""
+    logits = graph.outputs[0]
+    producer = logits.producer()
+    assert producer is not None
+    insert = Inserter(graph, "branch/bank/check", after=producer)
+    bad_low = insert(
+        "Less",
+        "below",
+        [rows.ids, insert.constant("zero", np.asarray(0, np.int64))],
+        dtype=ir.DataType.BOOL,
+        shape=["batch"],
+    )
+    bad_high = insert(
+        "GreaterOrEqual",
+        "above",
+        [rows.ids, insert.constant("slots", np.asarray(slots, np.int64))],
+        dtype=ir.DataType.BOOL,
+        shape=["batch"],
+    )
+    bad = insert("Or", "bad", [bad_low, bad_high], dtype=ir.DataType.BOOL, shape=["batch"])
+    column = insert(
+        "Unsqueeze",
+        "bad_column",
+        [bad, insert.ints("axis", 1)],
+        dtype=ir.DataType.BOOL,
+        shape=["batch", 1],
+    )
+    nan = insert.constant("nan", np.asarray(np.nan, np.float32))
+    _rename_output(graph, insert("Where", "checked", [column, nan, logits], shape=logits.shape))
+
+
+def _rename_output(graph: ir.Graph, value: ir.Value) -> None:
+    """Make ``value``, so far called after its node, the graph's output."""
+    old = graph.outputs[0]
+    name = old.name
+    producer = old.producer()
+    assert producer is not None
+    old.name = f"{producer.name}/replaced"
+    graph.outputs[0] = value
+    value.name = name
