@@ -23,7 +23,7 @@ from hhdeploy.bundle import (
 from hhdeploy.errors import BundleError, ParityError, PlanError, require
 from hhdeploy.files import atomic_directory, sha256_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
-from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, plan_branches
+from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
 from hhdeploy.tensorfile import write_tensors
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def export(
         )
         progress(f"loading {model}")
         backbone = load_backbone(spec)
+        check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
         base = base_graph(backbone, Path(where) if where else None)

@@ -194,8 +194,8 @@ def classifier_path(model: nn.Module) -> str:
     path = getattr(model, "pretrained_cfg", {}).get("classifier")
     if not isinstance(path, str):
         raise BackboneError(
-            f"{type(model).__name__}: expected one classifier, timm names {path!r}. Distilled "
-            "models with two heads are not supported."
+            f"{type(model).__name__}: expected one classifier, timm names {path!r}. Models "
+            "with several heads (distilled or auxiliary) are not supported."
         )
     module = dict(model.named_modules()).get(path)
     if not isinstance(module, nn.Linear):

@@ -208,8 +208,7 @@ def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve
         PlanError: no adapter and nothing reserved, or a head is needed that does not exist.
         AdapterError: see `check_adapter`.
     """
-    if not facts.linears:
-        raise PlanError(_no_sites(facts.model))
+    check_sites(facts)
     for name, adapter in adapters.items():
         check_name(name)
         check_adapter(name, adapter, facts)
@@ -277,11 +276,13 @@ def _reserved_sites(facts: BackboneFacts, targets: Sequence[str]) -> dict[Form, 
     return reserved
 
 
-def _no_sites(model: str) -> str:
-    return (
-        f"zero sites found in {model}: expected Linears named attn.qkv (or q, k, v apart), "
-        "attn.proj, mlp.fc1 or mlp.fc2. This architecture is not supported."
-    )
+def check_sites(facts: BackboneFacts) -> None:
+    """Raise `PlanError` for a backbone without a single Linear that adapters can change."""
+    if not facts.linears:
+        raise PlanError(
+            f"zero sites found in {facts.model}: expected Linears named attn.qkv (or q, k, v "
+            "apart), attn.proj, mlp.fc1 or mlp.fc2. This architecture is not supported."
+        )
 
 
 def _abbreviate(names: Sequence[str], limit: int = 8) -> str:
@@ -298,5 +299,6 @@ __all__ = [
     "check_adapter",
     "check_base",
     "check_name",
+    "check_sites",
     "plan_branches",
 ]
