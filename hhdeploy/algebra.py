@@ -21,8 +21,8 @@ Array = NDArray[np.float64]
 Reflection = Literal["unnormalized", "orthogonal"]
 REFLECTIONS: tuple[Reflection, ...] = ("unnormalized", "orthogonal")
 
-# Rows of a weight that are folded at once: 64 x 768 float64 stay in a core's L2 cache.
-_BLOCK_BYTES = 1 << 19
+# Rows of a weight that are folded at once: 32 x 768 float64, measured fastest of 16 to 128.
+_BLOCK_BYTES = 3 << 16
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def fold_additive(
         block = slice(start, start + rows)
         product = left[block] @ right
         _add_diagonal(product[:, start:], diag[block])
-        np.add(product, weight[block], out=out[block], casting="same_kind")
+        product += weight[block]
+        out[block] = product
     return out
 
 
