@@ -72,7 +72,7 @@ class SiteDelta:
     def dense(self) -> Array:
         """The (out, in) matrix itself: for inspection and tests, never for folding."""
         matrix = self.left @ self.right
-        _add_diagonal(matrix, self.diag)
+        _add_diagonal(matrix, self.diag, 0)
         return matrix
 
 
@@ -152,10 +152,11 @@ def fold_additive(
         return out
     left, right, diag = delta.left, np.ascontiguousarray(delta.right), delta.diag
     rows = max(1, _BLOCK_BYTES // (8 * max(1, weight.shape[1])))
+    buffer = np.empty((min(rows, weight.shape[0]), weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
-        product = left[block] @ right
-        _add_diagonal(product[:, start:], diag[block])
+        product = np.matmul(left[block], right, out=buffer[: weight.shape[0] - start])
+        _add_diagonal(product, diag[block], start)
         product += weight[block]
         out[block] = product
     return out
@@ -196,7 +197,8 @@ def effective_rank(delta: SiteDelta) -> float:
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
-def _add_diagonal(matrix: Array, diag: Array) -> None:
-    """Add ``diag`` to the main diagonal of ``matrix`` in place, cut to what fits."""
-    n = min(*matrix.shape, diag.size)
-    matrix[np.arange(n), np.arange(n)] += diag[:n]
+def _add_diagonal(matrix: Array, diag: Array, first: int) -> None:
+    """matrix[i, first + i] += diag[i], in place, for a C-contiguous matrix; cut to what fits."""
+    columns = matrix.shape[1]
+    n = max(0, min(matrix.shape[0], columns - first, diag.size))
+    matrix.reshape(-1)[first : first + n * (columns + 1) : columns + 1][:n] += diag[:n]
