@@ -1,4 +1,7 @@
-"""Images to model inputs, as timm's evaluation transform does it, with Pillow and NumPy."""
+"""Images to model inputs, as timm's evaluation transform does it, with Pillow and NumPy.
+
+Pillow is imported when an image is touched: a session that is fed arrays needs none.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hhdeploy.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -93,9 +91,11 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """One image to float32 [3, H, W], normalised."""
+        from PIL import Image
+
         _, height, width = self.input_size
         rgb = image.convert("RGB")
-        resample = _FILTERS[self.interpolation]
+        resample = Image.Resampling[self.interpolation.upper()]
         if self.crop_mode == "squash":
             scale_h = math.floor(height / self.crop_pct)
             scale_w = math.floor(width / self.crop_pct)
@@ -135,6 +135,8 @@ def _center_crop(
     image: Image.Image, width: int, height: int, fill: tuple[int, int, int]
 ) -> Image.Image:
     """The centre of ``image``; a smaller image is padded with ``fill`` first."""
+    from PIL import ImageOps
+
     w, h = image.size
     if w < width or h < height:
         left, top = max(0, (width - w) // 2), max(0, (height - h) // 2)
@@ -147,6 +149,8 @@ def _center_crop(
 
 def open_image(path: Path) -> Image.Image:
     """Read and decode one image file. Raises `DataError` naming the file."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as image:
             image.load()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from hhdeploy.bundle import AdapterEntry, Bundle
 from hhdeploy.errors import SessionError
@@ -16,6 +16,9 @@ from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.backends import Backend, BackendOptions, open_backend
 from hhdeploy.runtime.bank import AdapterBank
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Session:

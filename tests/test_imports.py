@@ -13,7 +13,7 @@ import hhdeploy
 from tests.workshop import HEAVY, ROOT, run_command, run_python
 
 # What the edge runs: no package of the export extra is there, nor any runtime's.
-EDGE = (*HEAVY, "onnxruntime", "nncf", "tensorrt", "peft", "click", "rich")
+EDGE = (*HEAVY, "onnxruntime", "nncf", "tensorrt", "peft", "click", "rich", "PIL")
 CORE = "adapter algebra bundle errors files parity plan preprocess rows sites tensorfile".split()
 
 
