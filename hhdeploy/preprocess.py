@@ -154,7 +154,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return image.copy()
+            copied: Image.Image = image.copy()
+        return copied
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. An image file was expected there.") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
