@@ -128,7 +128,7 @@ def _insert_branch(
     the Linear's whole output, z = product + bias, from an Add of its own.
 
     ``ride``: the bias is one more row of L, met by a column of ones, instead of an Add of its
-    own: one pass over the output less (of five; 1.5 % of ViT-B/16 in ONNX Runtime).
+    own: one pass over the output less.
     """
     product = _product(linear)
     producer = product.producer()

@@ -29,14 +29,12 @@ class Starter:
         path: the directory.
         model: timm name.
         args: of ``timm.create_model``.
-        pretraining: how the backbone came to be, one line.
         tasks: names of the adapters.
     """
 
     path: Path
     model: str
     args: Mapping[str, Any]
-    pretraining: str
     tasks: tuple[str, ...]
 
     @classmethod
@@ -50,7 +48,7 @@ class Starter:
                 "examples/starter of the source repository: pass --examples DIR."
             ) from None
         tasks = tuple(sorted(d.name for d in (path / "adapters").iterdir() if d.is_dir()))
-        return cls(path, content["model"], content["model_args"], content["pretraining"], tasks)
+        return cls(path, content["model"], content["model_args"], tasks)
 
     def adapter(self, task: str) -> Path:
         """An adapter's directory."""

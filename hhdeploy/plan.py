@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hhdeploy.adapter import Adapter
-from hhdeploy.errors import AdapterError, CapacityError, PlanError
+from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import Branch, RowLayout
 from hhdeploy.sites import (
@@ -288,17 +288,3 @@ def check_sites(facts: BackboneFacts) -> None:
 def _abbreviate(names: Sequence[str], limit: int = 8) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
-
-
-__all__ = [
-    "BACKBONE",
-    "BackboneFacts",
-    "CapacityError",
-    "Plan",
-    "Reserve",
-    "check_adapter",
-    "check_base",
-    "check_name",
-    "check_sites",
-    "plan_branches",
-]
