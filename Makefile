@@ -2,13 +2,14 @@
 # make test   install the test extras and run everything
 # make lint   ruff, mypy strict, import-linter
 # make bench  the benchmarks, alone on the machine
+# make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-check clean
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +37,10 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
+
+# The plugin in tests/gpu/conftest.py writes and prints the report.
+gpu-check: $(VENV)/.test
+	$(BIN)/python -m pytest tests/gpu
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter, AdapterConfig, Head, SiteTensors, save_adapter
 from hhdeploy.api import export
 from hhdeploy.backbone import BackboneSpec, load_backbone
+from hhdeploy.bundle import Manifest
 from hhdeploy.plan import BackboneFacts
+from hhdeploy.preprocess import Preprocess, open_image
 from hhdeploy.sites import select_sites
 
 TARGETS = ("q", "k", "v", "proj")
+STARTER = Path(__file__).resolve().parents[1] / "examples" / "starter"
+_NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def work_directory() -> Path:
@@ -54,48 +62,66 @@ def random_adapter(facts: BackboneFacts, seed: int, *, classes: int = 10, r: int
     return Adapter(config, sites, head)
 
 
-def adapter_directories(model: str, count: int) -> dict[str, Path]:
+def adapter_directories(
+    model: str, count: int, args: Mapping[str, Any] = _NO_ARGS
+) -> dict[str, Path]:
     """``count`` adapters of a model with random weights, name -> directory."""
-    root = work_directory() / "adapters" / model
+    root = work_directory() / "adapters" / _label(model, args)
     wanted = {f"task{i}": root / f"task{i}" for i in range(count)}
     missing = {name: path for name, path in wanted.items() if not path.is_dir()}
     if missing:
-        facts = load_backbone(BackboneSpec(model, pretrained=False)).facts
+        facts = load_backbone(BackboneSpec(model, args, pretrained=False)).facts
         for index, (name, path) in enumerate(wanted.items()):
             if name in missing:
                 save_adapter(random_adapter(facts, index), path)
     return wanted
 
 
-def bundle(model: str, kind: str, adapters: int = 4) -> Path:
+def bundle(model: str, kind: str, adapters: int = 4, args: Mapping[str, Any] = _NO_ARGS) -> Path:
     """A bundle of a model with random weights: ``folded``, ``branches`` or ``backbone``.
 
     ``backbone`` is the folded bundle of an adapter whose deltas are all zero: the plain graph
     with the same head as the others.
     """
-    path = work_directory() / f"{model}-{kind}-{adapters}"
+    path = work_directory() / f"{_label(model, args)}-{kind}-{adapters}"
     if (path / "hhdeploy.json").is_file():
         return path
     shutil.rmtree(path, ignore_errors=True)
     if kind == "backbone":
-        facts = load_backbone(BackboneSpec(model, pretrained=False)).facts
+        facts = load_backbone(BackboneSpec(model, args, pretrained=False)).facts
         zero = random_adapter(facts, 0)
         sites = {
             name: SiteTensors(**{k: np.zeros_like(v) for k, v in vars(tensors).items()})
             for name, tensors in zero.sites.items()
         }
-        source = work_directory() / "adapters" / model / "zero"
+        source = work_directory() / "adapters" / _label(model, args) / "zero"
         save_adapter(Adapter(zero.config, sites, zero.head), source, overwrite=True)
         directories = {"zero": source}
     else:
-        directories = adapter_directories(model, 1 if kind == "folded" else adapters)
+        directories = adapter_directories(model, 1 if kind == "folded" else adapters, args)
     export(
         model,
         directories,
         path,
+        model_args=args,
         fold=kind != "branches",
         pretrained=False,
         verify=False,
         cache=work_directory() / "cache",
     )
     return path
+
+
+def _label(model: str, args: Mapping[str, Any]) -> str:
+    return "-".join([model, *(f"{key}{value}" for key, value in sorted(args.items()))])
+
+
+def starter_images(manifest: Manifest, count: int) -> NDArray[np.float32]:
+    """Real images for a model of any size: the starter's, spread over its tasks and classes.
+
+    float32 [count, 3, H, W] as the backbone wants them.
+    """
+    files = sorted((STARTER / "images").rglob("*.png"))
+    chosen = [files[i * len(files) // count] for i in range(count)]
+    transform = Preprocess.from_json(manifest.backbone["preprocess"])
+    return np.stack([transform(open_image(file)) for file in chosen])

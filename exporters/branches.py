@@ -16,16 +16,11 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from hhdeploy.exporters.heads import insert_head, poison_bad_ids
+from hhdeploy.exporters.heads import insert_head
 from hhdeploy.exporters.inserter import BANK, IDS, Inserter, Rows, as_tokens, like, per_image
-from hhdeploy.exporters.linears import (
-    GraphLinear,
-    add_initializer,
-    linears_at,
-    linears_by_path,
-)
+from hhdeploy.exporters.linears import GraphLinear, linears_at, linears_by_path
 from hhdeploy.exporters.qkv import HEADS_SECOND, QkvViews, qkv_views
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan
@@ -35,9 +30,7 @@ from hhdeploy.rows import Branch
 _SUM = "hhdeploy.sum"
 
 
-def branched_model(
-    base: BaseGraph, plan: Plan, *, bank_constant: NDArray[np.float32] | None = None
-) -> ir.Model:
+def branched_model(base: BaseGraph, plan: Plan) -> ir.Model:
     """A new graph with all side branches of a plan; ``base`` is not changed.
 
     1. Inputs ``adapter_ids`` int64 [batch] and ``adapter_bank`` float32 [slots, row].
@@ -49,12 +42,10 @@ def branched_model(
     Args:
         base: the traced backbone.
         plan: names, order and row layout.
-        bank_constant: bakes this bank in instead of the input; ids outside [0, slots) then
-            give NaN logits, since no caller can check them.
     """
     model = base.model.clone()
     graph = model.graph
-    rows = _insert_rows(graph, plan, bank_constant)
+    rows = _insert_rows(graph, plan)
     by_path = linears_by_path(graph)
     sequential = {b.linear for b in plan.layout.branches if b.form == "sequential"}
     for branch in plan.layout.branches:
@@ -67,32 +58,24 @@ def branched_model(
             _insert_branch(graph, linear, branch, rows, use, ride)
     head = linears_at(by_path, base.facts.classifier)[-1]
     insert_head(graph, head, plan, rows)
-    if bank_constant is not None:
-        poison_bad_ids(graph, rows, bank_constant.shape[0])
     graph.outputs[0].shape = ir.Shape(["batch", plan.classes])
+    CommonSubexpressionEliminationPass()(model)  # every site asks for the batch size
     RemoveUnusedNodesPass()(model)
     return model
 
 
-def _insert_rows(graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32] | None) -> Rows:
+def _insert_rows(graph: ir.Graph, plan: Plan) -> Rows:
     layout = plan.layout
     insert = Inserter(graph, "branch/bank", before=next(iter(graph)))
     ids = ir.Value(name=IDS, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(ids)
-    if bank_constant is None:
-        bank = ir.Value(
-            name=BANK,
-            shape=ir.Shape(["slots", layout.size]),
-            type=ir.TensorType(ir.DataType.FLOAT),
-        )
-        graph.inputs.append(bank)
-        index = ids
-    else:
-        bank = add_initializer(graph, BANK, bank_constant)
-        last = insert.constant("last", np.asarray(bank_constant.shape[0] - 1, np.int64))
-        zero = insert.constant("first", np.asarray(0, np.int64))
-        index = insert("Clip", "clip", [ids, zero, last], dtype=ir.DataType.INT64, shape=["batch"])
-    gathered = insert("Gather", "gather", [bank, index], axis=0, shape=["batch", layout.size])
+    bank = ir.Value(
+        name=BANK,
+        shape=ir.Shape(["slots", layout.size]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+    graph.inputs.append(bank)
+    gathered = insert("Gather", "gather", [bank, ids], axis=0, shape=["batch", layout.size])
     sizes = [int(np.prod(shape)) for shape in layout.parts.values()]
     # A Constant node, not an initializer: a long one would move to the external data file, where
     # shape inference does not look.
@@ -115,7 +98,7 @@ def _insert_rows(graph: ir.Graph, plan: Plan, bank_constant: NDArray[np.float32]
     assert split is not None
     for value, size in zip(split.outputs, sizes, strict=True):
         value.shape = ir.Shape(["batch", size])
-    return Rows(dict(zip(layout.parts, split.outputs, strict=True)), ids, bank)
+    return Rows(dict(zip(layout.parts, split.outputs, strict=True)))
 
 
 def _insert_branch(
@@ -222,21 +205,18 @@ def _qkv_parts(
         [rows.parts[f"{branch.name}/left_t"], insert.ints("left_shape", -1, 3, k, out)],
         shape=["batch", 3, k, out],
     )  # fmt: skip
-    if bias is not None:
-        zero = insert.constant("zero", np.asarray(0.0, np.float32))
-        right = insert(
-            "Pad", "right_and_zero", [right, insert.ints("pads", 0, 0, 0, 0, 0, 0, 1, 0), zero]
-        )
-        bias_rows = per_image(insert, insert.constant("biases", bias.reshape(1, 3, 1, out)), 4)
-        left = insert("Concat", "left_and_bias", [left, bias_rows], axis=2)
-        k += 1
     flat = insert("Reshape", "right_flat", [right, insert.ints("flat_shape", -1, 3 * k, in_)])
     right_t = insert("Transpose", "right_t", [flat], perm=[0, 2, 1], shape=["batch", in_, 3 * k])
     low = insert("MatMul", "matmul_right", [tokens, right_t], shape=["batch", None, 3 * k])
     if bias is not None:
-        ones = np.zeros((3, k), np.float32)
-        ones[:, -1] = 1.0
-        low = insert("Add", "low_and_ones", [low, insert.constant("ones", ones.reshape(-1))])
+        thirds = insert("Reshape", "low_thirds", [low, insert.ints("thirds_shape", 0, -1, 3, k)])
+        one = insert.constant("one", np.asarray(1.0, np.float32))
+        pads = insert.ints("pads", 0, 0, 0, 0, 0, 0, 0, 1)
+        padded = insert("Pad", "low_and_ones", [thirds, pads, one])
+        bias_rows = per_image(insert, insert.constant("biases", bias.reshape(1, 3, 1, out)), 4)
+        left = insert("Concat", "left_and_bias", [left, bias_rows], axis=2)
+        k += 1
+        low = insert("Reshape", "low_flat", [padded, insert.ints("low_shape", 0, -1, 3 * k)])
     left = insert("Reshape", "left_flat", [left, insert.ints("left_flat_shape", -1, 3 * k, out)])
     diag = insert(
         "Reshape", "diag",

@@ -1,4 +1,4 @@
-"""The classifier of a side-branch graph: the row's own, or the backbone's; padding; bad ids."""
+"""The classifier of a side-branch graph: the row's own, or the backbone's; padding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hhdeploy.errors import BackboneError
-from hhdeploy.exporters.inserter import Inserter, Rows
+from hhdeploy.exporters.inserter import Inserter, Rows, become_output
 from hhdeploy.exporters.linears import GraphLinear
 from hhdeploy.plan import Plan
 
@@ -63,7 +63,7 @@ def insert_head(graph: ir.Graph, head: GraphLinear, plan: Plan, rows: Rows) -> N
             shape=["batch", 1],
         )
         own = insert("Where", "select", [choice, own, theirs], shape=["batch", plan.classes])
-    _rename_output(graph, own)
+    become_output(graph, own)
 
 
 def _padded(insert: Inserter, logits: ir.Value, classes: int, wanted: int, what: str) -> ir.Value:
@@ -80,46 +80,3 @@ def _padded(insert: Inserter, logits: ir.Value, classes: int, wanted: int, what:
         ],
         shape=["batch", wanted],
     )
-
-
-def poison_bad_ids(graph: ir.Graph, rows: Rows, slots: int) -> None:
-    """NaN logits for ids outside [0, slots): a constant bank has no caller that checks."""
-    logits = graph.outputs[0]
-    producer = logits.producer()
-    assert producer is not None
-    insert = Inserter(graph, "branch/bank/check", after=producer)
-    bad_low = insert(
-        "Less",
-        "below",
-        [rows.ids, insert.constant("zero", np.asarray(0, np.int64))],
-        dtype=ir.DataType.BOOL,
-        shape=["batch"],
-    )
-    bad_high = insert(
-        "GreaterOrEqual",
-        "above",
-        [rows.ids, insert.constant("slots", np.asarray(slots, np.int64))],
-        dtype=ir.DataType.BOOL,
-        shape=["batch"],
-    )
-    bad = insert("Or", "bad", [bad_low, bad_high], dtype=ir.DataType.BOOL, shape=["batch"])
-    column = insert(
-        "Unsqueeze",
-        "bad_column",
-        [bad, insert.ints("axis", 1)],
-        dtype=ir.DataType.BOOL,
-        shape=["batch", 1],
-    )
-    nan = insert.constant("nan", np.asarray(np.nan, np.float32))
-    _rename_output(graph, insert("Where", "checked", [column, nan, logits], shape=logits.shape))
-
-
-def _rename_output(graph: ir.Graph, value: ir.Value) -> None:
-    """Make ``value``, so far called after its node, the graph's output."""
-    old = graph.outputs[0]
-    name = old.name
-    producer = old.producer()
-    assert producer is not None
-    old.name = f"{producer.name}/replaced"
-    graph.outputs[0] = value
-    value.name = name

@@ -17,11 +17,9 @@ BANK, IDS = "adapter_bank", "adapter_ids"
 
 @dataclass(frozen=True)
 class Rows:
-    """The gathered rows, split: part name -> [batch, elements]; and [1] int64 batch size."""
+    """The gathered rows, split: part name -> [batch, elements]."""
 
     parts: dict[str, ir.Value]
-    ids: ir.Value
-    bank: ir.Value
 
 
 class Inserter:
@@ -126,3 +124,15 @@ def per_image(insert: Inserter, constant: ir.Value, rank: int) -> ir.Value:
         "Concat", "bias_shape", [batch, ones], axis=0, dtype=ir.DataType.INT64, shape=[rank]
     )
     return insert("Expand", "bias_rows", [constant, shape])
+
+
+def become_output(graph: ir.Graph, value: ir.Value) -> None:
+    """Make ``value``, so far called after its node, the graph's output."""
+    old = graph.outputs[0]
+    name = old.name
+    producer = old.producer()
+    assert producer is not None
+    # A node need not have a name in a graph that another tool has rewritten.
+    old.name = f"{producer.name or name}/replaced"
+    graph.outputs[0] = value
+    value.name = name

@@ -7,12 +7,12 @@ their place by the tag. Attention is traced in its plain form, the batch dimensi
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ import onnx_ir as ir
 from hhdeploy.backbone import Backbone, plain_attention
 from hhdeploy.errors import BackboneError, WriteError
 from hhdeploy.files import atomic_directory, sha256_of, write_json
+from hhdeploy.files import default_cache as default_cache
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.sites import LinearSpec
 
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 OPSET = 20
 LINEAR_TAG = "hhdeploy.linear"
 # Counts changes of this module that make older cached graphs unusable.
-_TRACE_VERSION = 1
+_TRACE_VERSION = 2
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
 _HASHES = "sha256.json"
+# The tracer's note of the module path that a node comes from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,6 @@ class BaseGraph:
 
     model: ir.Model
     facts: BackboneFacts
-
-
-def default_cache() -> Path:
-    """``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``."""
-    root = os.environ.get("HHDEPLOY_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "hhdeploy"
 
 
 def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
@@ -136,6 +133,8 @@ def trace(backbone: Backbone) -> ir.Model:
     _tag_linears(model)
     with _quiet():
         optimizer.optimize_ir(model)
+    _remove_empty_pads(model.graph)
+    _name_nodes(model)
     _name_weights(model)
     _drop_notes(model)
     return model
@@ -185,16 +184,39 @@ def _tag_linears(model: ir.Model) -> None:
                 node.metadata_props[LINEAR_TAG] = path
 
 
+def _remove_empty_pads(graph: ir.Graph) -> None:
+    """Remove Pads of nothing: Swin's windows at sizes that they divide. Compilers copy there."""
+    for node in list(graph):
+        if node.op_type != "Pad" or node.outputs[0].is_graph_output():
+            continue
+        padded, amounts = node.inputs[:2]
+        assert padded is not None and amounts is not None
+        pads = ir.convenience.get_const_tensor(amounts)
+        if pads is not None and not pads.numpy().any():
+            node.outputs[0].replace_all_uses_with(padded)
+            graph.remove(node, safe=True)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Call every node after its module, ``blocks.0.norm1/LayerNormalization``: a compiler's
+    messages about a node then tell where in the model it is."""
+    taken: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        # The last scope is the operation itself.
+        module = next((s for s in reversed(scopes[:-1]) if s and not s.startswith("_")), "model")
+        module = node.metadata_props.get(LINEAR_TAG, module)
+        name = f"{module}/{node.op_type}"
+        taken[name] = taken.get(name, 0) + 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+
+
 def _name_weights(model: ir.Model) -> None:
-    """Give tagged nodes and their weights names that tell what they are."""
-    seen: set[str] = set()
+    """Give the weights of tagged nodes names that tell what they are."""
     for node in model.graph:
         path = node.metadata_props.get(LINEAR_TAG)
         if path is None:
             continue
-        if path not in seen:
-            node.name = f"{path}/{node.op_type}"
-            seen.add(path)
         weight = node.inputs[1]
         assert weight is not None
         if weight.name and weight.name.startswith("val_"):

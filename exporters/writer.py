@@ -21,6 +21,7 @@ from hhdeploy.bundle import (
     hash_files,
     write_manifest,
 )
+from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.precision import typed_model
@@ -95,8 +96,8 @@ def branches_contents(
         graphs={},
         versions=versions(),
     )
-    model = branched_model(base, plan, bank_constant=bank if bank_as_constant else None)
-    return Contents(model, manifest, bank, adapters)
+    model = branched_model(base, plan)
+    return Contents(baked(model, bank) if bank_as_constant else model, manifest, bank, adapters)
 
 
 def graph_name(precision: str) -> str:

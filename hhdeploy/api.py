@@ -20,11 +20,13 @@ from hhdeploy.bundle import (
     Manifest,
     write_manifest,
 )
+from hhdeploy.engines import engines_of
 from hhdeploy.errors import BundleError, ParityError, PlanError, require
 from hhdeploy.files import atomic_directory, sha256_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
 from hhdeploy.tensorfile import write_tensors
+from hhdeploy.trt import BACKENDS
 
 if TYPE_CHECKING:
     from hhdeploy.backbone import Backbone
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 _VERIFY_BATCH = 8
+# Graphs that need no calibration data.
+_UNCALIBRATED = ("float32", "float16", "bfloat16")
 _NO_RESERVE = Reserve()
 
 
@@ -158,7 +162,7 @@ def verify(
             f"{path} was exported without verification and carries no reference. Run: hhdeploy "
             "verify --against-torch"
         )
-    return _verify(bundle, device, precisions)
+    return verify_graphs(bundle, device, precisions)
 
 
 def verify_against_torch(
@@ -205,9 +209,9 @@ def verify_against_torch(
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = _rows(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
-    report = _verify(bundle, device, None, reference, data)
+    report = verify_graphs(bundle, device, None, reference, data)
     if not report.passed:
-        raise _parity_error(report)
+        raise parity_error(report)
     write_tensors(bundle.path / REFERENCE_FILE, reference.tensors())
     _store_report(bundle, report)
     return report
@@ -296,13 +300,13 @@ def _reference_of(
 def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
     from hhdeploy.reference import Reference
 
-    report = _verify(bundle, "cpu", None, Reference(*bundle.reference()), data)
+    report = verify_graphs(bundle, "cpu", None, Reference(*bundle.reference()), data)
     if not report.passed:
-        raise _parity_error(report)
+        raise parity_error(report)
     return report
 
 
-def _parity_error(report: ParityReport) -> ParityError:
+def parity_error(report: ParityReport) -> ParityError:
     return ParityError(
         "the outputs differ from the training-time model by more than the parity table allows:\n"
         f"{report.explain_failures()}\nNo bundle was written or changed. Please report this with "
@@ -310,7 +314,7 @@ def _parity_error(report: ParityReport) -> ParityError:
     )
 
 
-def _verify(
+def verify_graphs(
     bundle: Bundle,
     device: str,
     precisions: Sequence[str] | None,
@@ -332,11 +336,13 @@ def _verify(
             "hhdeploy verify --against-torch"
         )
     stages: list[StageResult] = []
-    for precision in precisions or tuple(bundle.manifest.graphs):
+    for precision in precisions or _default_precisions(bundle, device):
+        stage = _stage(bundle.manifest, device, precision)
         with tempfile.TemporaryDirectory() as scratch:
-            graph_bundle = bundle if precision == "float32" else _twin(bundle, precision, scratch)
-            stage = _stage(bundle.manifest, device, precision)
-            found, runtime = _logits(graph_bundle, device, images, ids, names)
+            twin = _twin(bundle, precision, scratch) if stage == "twin" else None
+            found, runtime = _logits(
+                twin or bundle, device, "float32" if twin else precision, images, ids, names
+            )
         for name, row in names.items():
             comparison = compare(logits[ids == row], found[ids == row])
             stages.append(StageResult.of(stage, precision, runtime, name, comparison))
@@ -344,10 +350,25 @@ def _verify(
     return ParityReport(described, stages)
 
 
+def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
+    """All that the device can show: graphs, or engines. Graphs that came from calibration were
+    judged on real images then; on noise, far outside their ranges, they would prove nothing."""
+    if device in BACKENDS:
+        engines = [e for e in engines_of(bundle.manifest) if e.backend == device]
+        return tuple(dict.fromkeys(e.precision for e in engines))
+    if PARITY_FILE in bundle.manifest.files and _stored_data(bundle).get("kind") == "noise":
+        return tuple(p for p in bundle.manifest.graphs if p in _UNCALIBRATED)
+    return tuple(bundle.manifest.graphs)
+
+
 def _stage(manifest: Manifest, device: str, precision: str) -> str:
-    if precision != "float32":
-        return "twin"
-    return "openvino" if device == "openvino" else manifest.kind
+    """Key of the parity table. What a GPU computes is compared as it is; a CPU computes typed
+    graphs in float32, so it shows their rounding twin."""
+    if device not in ("auto", "cpu", "openvino"):
+        return "engine"
+    if precision == "float32":
+        return "openvino" if device == "openvino" else manifest.kind
+    return "twin" if precision in _UNCALIBRATED else "quantised"
 
 
 def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
@@ -359,6 +380,7 @@ def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
 def _logits(
     bundle: Bundle,
     device: str,
+    precision: str,
     images: NDArray[np.float32],
     ids: NDArray[np.int64],
     names: Mapping[str, int],
@@ -366,7 +388,7 @@ def _logits(
     from hhdeploy.runtime.session import open_bundle
 
     by_row: dict[int, str | None] = {row: name for name, row in names.items()}
-    with open_bundle(bundle, device=device) as session:
+    with open_bundle(bundle, device=device, precision=precision) as session:
         batches = [
             session.run(
                 images[i : i + _VERIFY_BATCH], [by_row[int(r)] for r in ids[i : i + _VERIFY_BATCH]]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-State = Literal["ok", "absent", "problem"]
+from hhdeploy.probes import PROBES, State
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
 }
 _PROVIDERS = "import onnxruntime; print(*onnxruntime.get_available_providers())"
 _CUDA = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
+_TITLES = {"driver": "NVIDIA driver"}
+_PATIENCE_S = 120
 
 
 def examine() -> list[Finding]:
@@ -50,6 +52,7 @@ def examine() -> list[Finding]:
         findings.append(_probe("ONNX Runtime providers", _PROVIDERS))
     if _version("torch"):
         findings.append(_probe("torch: CUDA version, GPU usable", _CUDA))
+    findings += [_gpu_probe(name) for name in PROBES]
     return findings
 
 
@@ -84,10 +87,30 @@ def _clash() -> Finding:
 
 
 def _probe(what: str, code: str) -> Finding:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
-    )
+    """Whatever a line of Python prints."""
+    return _run(what, ["-c", code], lambda printed: Finding(what, "ok", printed))
+
+
+def _gpu_probe(name: str) -> Finding:
+    """One of `hhdeploy.probes`."""
+    what = _TITLES.get(name, name)
+    command = ["-m", "hhdeploy.probes", name]
+    return _run(what, command, lambda printed: Finding(what, **json.loads(printed)))
+
+
+def _run(what: str, arguments: Sequence[str], read: Callable[[str], Finding]) -> Finding:
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PATIENCE_S,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(what, "problem", f"no answer within {_PATIENCE_S} s")
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it crashed"
+        said = done.stderr.strip().splitlines()
+        reason = said[-1] if said else f"it crashed (exit code {done.returncode})"
         return Finding(what, "problem", reason)
-    return Finding(what, "ok", done.stdout.strip())
+    return read(done.stdout.strip())

@@ -5,8 +5,10 @@
     ├── BackboneError       the timm model or its checkpoint
     ├── PlanError           adapters, backbone and options that do not go together
     │   └── CapacityError   an adapter that does not fit the room a bundle reserves
+    ├── EngineError         TensorRT refused a graph, or to build an engine from it
     ├── BundleError         a bundle that is missing, damaged or of another version
     ├── SessionError        a call on an open session: names, shapes, slots
+    ├── DeviceError         the GPU, its driver or its runtime refused
     ├── DataError           image folders and image files
     ├── ParityError         outputs that differ from the training-time model
     ├── WriteError          the file system refused (disk full, no permission, exists)
@@ -42,12 +44,20 @@ class CapacityError(PlanError):
     """An adapter that does not fit the room (rank, classes, sites, slots) that is reserved."""
 
 
+class EngineError(HhdeployError):
+    """TensorRT refused a graph, or to build an engine from it; the message has all it said."""
+
+
 class BundleError(HhdeployError):
     """A bundle that is missing, damaged or written by a newer version."""
 
 
 class SessionError(HhdeployError):
     """A call on a session that cannot be answered: unknown adapter, wrong shape, no free row."""
+
+
+class DeviceError(HhdeployError):
+    """The GPU, its driver or its runtime refused: out of memory, no device, lost context."""
 
 
 class DataError(HhdeployError):

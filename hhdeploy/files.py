@@ -18,6 +18,12 @@ from hhdeploy.errors import WriteError
 _CHUNK = 1 << 22
 
 
+def default_cache() -> Path:
+    """``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``."""
+    root = os.environ.get("HHDEPLOY_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "hhdeploy"
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -39,10 +39,12 @@ _FLOAT32 = (
     "float32 rounding through 12 to 48 layers, summation order differs between runtimes; real "
     "backbones with outlier activations round more than random ones"
 )
+_NO_GPU = "not measured yet: no GPU has run it"
 
 # (stage, precision) -> bound. Stages: `algebra` (float64 algebra against dense products),
 # `folded` (one adapter in the weights), `branches` (mixed batch of side branches), `openvino`
-# (either graph in OpenVINO), `twin` (rounding twin of a typed graph).
+# (either graph in OpenVINO), `twin` (rounding twin of a typed graph), `quantised` (Q/DQ graph from
+# calibration), `engine` (a graph on a GPU, in ONNX Runtime or as a TensorRT engine).
 PARITY: Mapping[tuple[str, str], Bound] = {
     ("algebra", "float64"): Bound(
         1e-12, 1 - 1e-12, 1.0, "4e-15, ranks 0 to 4, 7 x 13 to 768 x 768", "float64 rounding"
@@ -70,6 +72,19 @@ PARITY: Mapping[tuple[str, str], Bound] = {
         0.97,
         "1e-2 on ViT-Ti, random adapters",
         "7 bits of mantissa after every operation outside the float32 islands",
+    ),
+    ("engine", "float32"): Bound(
+        1e-3,
+        1 - 1e-5,
+        1.0,
+        _NO_GPU,
+        "float32 without TF32; fused kernels sum in another order and use fast exponentials",
+    ),
+    ("engine", "float16"): Bound(
+        2e-2, 0.9999, 0.995, _NO_GPU, "as the twin; kernels may accumulate in less than float32"
+    ),
+    ("engine", "bfloat16"): Bound(
+        1e-1, 0.999, 0.97, _NO_GPU, "as the twin; kernels may accumulate in less than float32"
     ),
 }
 

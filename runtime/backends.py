@@ -1,21 +1,24 @@
-"""What computes the logits: the one-method protocol, and the choice by device name."""
+"""What computes the logits: the protocol of a backend, and the choice by device name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle import Bundle
-from hhdeploy.errors import SessionError
+from hhdeploy.bundle import Bundle, Manifest
+from hhdeploy.engines import EngineEntry, engines_of
+from hhdeploy.errors import BundleError, DeviceError, MissingDependencyError, SessionError
+from hhdeploy.trt import BACKENDS
 
 Images = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Bank = NDArray[np.float32]
+
+# The first four are ONNX Runtime's execution providers, the last two run a bundle's engines.
+DEVICES = ("cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", *BACKENDS)
 
 
 class Backend(Protocol):
@@ -28,8 +31,11 @@ class Backend(Protocol):
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
         """Logits float32 [batch, classes]; ``ids`` None for a folded graph."""
 
+    def row_changed(self, row: int) -> None:
+        """A row of the bank was written; nobody is using it, others may be in use."""
+
     def close(self) -> None:
-        """Free the graph. Calling `run` after it is an error."""
+        """Free the graph. Calling `run` after it is an error, `row_changed` does nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,57 +44,96 @@ class BackendOptions:
 
     Attributes:
         precision: key of the manifest's graphs.
-        threads: of one run; None leaves it to the runtime.
+        threads: of one run on the CPU; None leaves it to the runtime.
+        contexts: runs at the same time on a native engine, each with buffers of its own. Other
+            runtimes run calls at the same time as they come.
+        cuda_graphs: replay recorded CUDA graphs; native engines only.
     """
 
     precision: str
     threads: int | None
+    contexts: int = 1
+    cuda_graphs: bool = False
 
 
-Opener = Callable[[Path, "Bank | None", BackendOptions], Backend]
+@dataclass(frozen=True)
+class Target:
+    """Where a session computes.
+
+    Attributes:
+        device: of `DEVICES`.
+        engine: the bundle's engine that fits this machine; None for runtimes that load graphs.
+    """
+
+    device: str
+    engine: EngineEntry | None = None
 
 
-def _open_onnxruntime(device: str) -> Opener:
-    def open_it(graph: Path, bank: Bank | None, options: BackendOptions) -> Backend:
-        from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend(graph, bank, device, options)
-
-    return open_it
-
-
-def _open_openvino(graph: Path, bank: Bank | None, options: BackendOptions) -> Backend:
-    from hhdeploy.runtime.openvino_backend import OpenVinoBackend
-
-    return OpenVinoBackend(graph, bank, options)
-
-
-DEVICES: dict[str, Opener] = {
-    "cpu": _open_onnxruntime("cpu"),
-    "cuda": _open_onnxruntime("cuda"),
-    "openvino": _open_openvino,
-}
-
-
-def open_backend(
-    bundle: Bundle, bank: Bank | None, device: str, options: BackendOptions
-) -> Backend:
-    """Open a bundle's graph on a device.
+def find_target(manifest: Manifest, device: str, precision: str) -> Target:
+    """What a device name means for a bundle on this machine. Reads no graph and no engine.
 
     Raises:
-        SessionError: an unknown device, or one that this machine does not have.
-        BundleError: no graph of the precision, or a file that was changed.
+        SessionError: an unknown device.
+        DeviceError: a native engine was asked for, and there is no GPU.
+        BundleError: a native engine was asked for, and none fits.
         MissingDependencyError: the device's runtime is not installed.
     """
     if device == "auto":
-        device = choose_device()
+        return _fastest(manifest, precision)
     if device not in DEVICES:
         raise SessionError(f"unknown device {device!r}: expected auto, {', '.join(DEVICES)}.")
-    return DEVICES[device](bundle.graph(options.precision), bank, options)
+    if device not in BACKENDS:
+        return Target(device)
+    from hhdeploy.runtime.tensorrt_backend import find_engine
+
+    return Target(device, find_engine(manifest, device, precision))
 
 
-def choose_device() -> str:
-    """``cuda`` where ONNX Runtime can use a GPU, else ``cpu``."""
+def open_backend(
+    bundle: Bundle, bank: Bank | None, target: Target, options: BackendOptions
+) -> Backend:
+    """Open a bundle's graph or engine.
+
+    Raises:
+        SessionError: a device that this machine does not have, or an option that it lacks.
+        BundleError: no graph of the precision, or a file that was changed.
+        DeviceError: the GPU refused.
+        MissingDependencyError: the device's runtime is not installed.
+    """
+    if target.engine is not None:
+        from hhdeploy.runtime.tensorrt_backend import TensorRtBackend
+
+        return TensorRtBackend(bundle, bank, target.engine, options)
+    if options.cuda_graphs:
+        raise SessionError(
+            f"cuda_graphs: device={target.device!r} has none; expected {' or '.join(BACKENDS)}."
+        )
+    # Here, not earlier: a machine that runs engines needs no graph.
+    graph = bundle.graph(options.precision)
+    if target.device == "openvino":
+        from hhdeploy.runtime.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(graph, bank, options)
+    from hhdeploy.runtime.onnxruntime_backend import open_onnxruntime
+
+    return open_onnxruntime(graph, bank, target.device, options)
+
+
+def _fastest(manifest: Manifest, precision: str) -> Target:
+    """An engine of the bundle, else ONNX Runtime on a GPU, else the CPU."""
+    built = {e.backend for e in engines_of(manifest) if e.precision == precision}
+    for backend in BACKENDS:
+        if backend not in built:
+            continue
+        try:
+            return find_target(manifest, backend, precision)
+        except (BundleError, DeviceError, MissingDependencyError):
+            continue  # another version, another GPU, none at all: the engine is not for here
     from hhdeploy.runtime.onnxruntime_backend import cuda_available
 
-    return "cuda" if cuda_available() else "cpu"
+    return Target("cuda" if cuda_available() else _fastest_cpu())
+
+
+def _fastest_cpu() -> str:
+    """The runtime for a graph on the CPU."""
+    return "cpu"

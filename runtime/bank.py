@@ -3,13 +3,13 @@
 A row is written only while nobody can see it: a new adapter gets a free row, and the name
 points to it once the row is complete. A removed or replaced adapter's row is freed when the
 last request that leased it is done. So a request sees the old or the new adapter, never a
-mixture.
+mixture. A backend with a copy of the bank is told of every row that was written.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from hhdeploy.errors import CapacityError, SessionError
 from hhdeploy.plan import BACKBONE
 
 BACKBONE_ROW = 0
+DEFAULT_SLOTS = 64
 
 
 class AdapterBank:
@@ -30,16 +31,18 @@ class AdapterBank:
 
     Attributes:
         rows: float32 [slots, row], the graph's ``adapter_bank``; row 0 is zeros.
+        row_changed: called with the number of a row that was written and that nobody uses;
+            never twice at a time.
     """
 
-    def __init__(self, bundle: Bundle, slots: int | None) -> None:
-        """``slots``: rows of the bank, row 0 included; None: room for 64 or what is there."""
+    def __init__(self, bundle: Bundle, slots: int | None, default: int = DEFAULT_SLOTS) -> None:
+        """``slots``: rows of the bank, row 0 included; None: ``default`` or what is needed."""
         self._manifest = bundle.manifest
         stored = bundle.bank()
         used = [a.row for a in bundle.manifest.adapters if a.row is not None]
         needed = max([BACKBONE_ROW, *used]) + 1
         if slots is None:
-            slots = max(64, needed)
+            slots = max(default, needed)
         if slots < needed:
             raise SessionError(
                 f"slots={slots} is too small: the bundle's adapters take rows up to {needed - 1}. "
@@ -53,6 +56,8 @@ class AdapterBank:
         self._leases = dict.fromkeys(used, 0)
         self._retired: set[int] = set()
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self.row_changed: Callable[[int], None] = lambda row: None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -95,7 +100,12 @@ class AdapterBank:
                 raise SessionError(f"an adapter {name!r} is loaded already; remove it first.")
             row = self._free_row()
             self._leases[row] = 1  # held by this call until the row is complete
-        self.rows[row] = packed
+        try:
+            self._write(row, packed)
+        except BaseException:
+            with self._lock:
+                del self._leases[row]
+            raise
         with self._lock:
             self._leases[row] -= 1
             old = self._entries.get(name)
@@ -108,7 +118,9 @@ class AdapterBank:
         """Forget an adapter; its row is free once the requests that use it are done."""
         with self._lock:
             if self._manifest.bank_as_constant:
-                raise SessionError("the bank is baked into this graph: adapters cannot be removed.")
+                raise SessionError(
+                    "the bank is baked into this graph or engine: adapters cannot be removed."
+                )
             self._retire(self._entry(name))
             del self._entries[name]
 
@@ -171,4 +183,10 @@ class AdapterBank:
     def _free(self, row: int) -> None:
         self._retired.discard(row)
         del self._leases[row]
-        self.rows[row] = 0.0
+        self._write(row, 0.0)
+
+    def _write(self, row: int, values: NDArray[np.float32] | float) -> None:
+        """The one place where a row that nobody uses changes."""
+        with self._writing:
+            self.rows[row] = values
+            self.row_changed(row)

@@ -49,6 +49,9 @@ class OpenVinoBackend:
         logits: NDArray[np.float32] = request.get_tensor("logits").data.copy()
         return logits
 
+    def row_changed(self, row: int) -> None:
+        """See `Backend.row_changed`: the bank is shared memory."""
+
     def close(self) -> None:
         """See `Backend.close`."""
         self._requests = threading.local()

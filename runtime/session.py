@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,8 +15,8 @@ from hhdeploy.bundle import AdapterEntry, Bundle
 from hhdeploy.errors import SessionError
 from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.runtime.backends import Backend, BackendOptions, open_backend
-from hhdeploy.runtime.bank import AdapterBank
+from hhdeploy.runtime.backends import Backend, BackendOptions, find_target, open_backend
+from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,23 +158,41 @@ def open_session(
     precision: str = "float32",
     slots: int | None = None,
     threads: int | None = None,
+    contexts: int = 1,
+    cuda_graphs: bool = False,
 ) -> Session:
     """Open a bundle for inference. Needs NumPy, safetensors, Pillow and the device's runtime.
 
     Args:
         path: the bundle.
-        device: ``cpu`` and ``cuda`` (ONNX Runtime), ``openvino``; ``auto`` picks the fastest
-            that is available for this precision, never another precision.
-        precision: of the graph, as listed in the manifest.
-        slots: rows of the bank, row 0 (the backbone) included; None: 64, or what is needed.
-        threads: of one run; None leaves it to the runtime.
+        device: ``cpu``, ``cuda``, ``ort-tensorrt``, ``ort-tensorrt-rtx`` (ONNX Runtime's
+            execution providers), ``openvino``, ``tensorrt``, ``tensorrt-rtx`` (an engine of the
+            bundle, see ``hhdeploy build``); ``auto`` picks the fastest that is available for
+            this precision, never another precision.
+        precision: of the graph or engine, as listed in the manifest.
+        slots: rows of the bank, row 0 (the backbone) included; None: 64, as far as an engine
+            takes that many, or what is needed.
+        threads: of one run on the CPU; None leaves it to the runtime.
+        contexts: runs at the same time on ``tensorrt`` and ``tensorrt-rtx``, each with buffers
+            of its own; further calls wait. Other runtimes take calls as they come.
+        cuda_graphs: ``tensorrt`` and ``tensorrt-rtx``: record a run of each batch size and
+            replay it, for small batches.
 
     Raises:
-        BundleError: no bundle, a file that does not match its hash, no such precision.
+        BundleError: no bundle, a file that does not match its hash, no such precision, no
+            engine that fits this machine.
         SessionError: the device is unknown or not available; it never falls back to another.
+        DeviceError: no GPU, or it refused.
+        MissingDependencyError: the device's runtime is not installed.
     """
     return open_bundle(
-        Bundle.open(path), device=device, precision=precision, slots=slots, threads=threads
+        Bundle.open(path),
+        device=device,
+        precision=precision,
+        slots=slots,
+        threads=threads,
+        contexts=contexts,
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -184,12 +203,25 @@ def open_bundle(
     precision: str = "float32",
     slots: int | None = None,
     threads: int | None = None,
+    contexts: int = 1,
+    cuda_graphs: bool = False,
 ) -> Session:
     """`open_session` for a bundle whose manifest is read already."""
-    if threads is not None and threads < 1:
-        raise SessionError(f"threads: expected 1 or more, found {threads}.")
+    for option, given in (("threads", threads), ("contexts", contexts)):
+        if given is not None and given < 1:
+            raise SessionError(f"{option}: expected 1 or more, found {given}.")
+    target = find_target(bundle.manifest, device, precision)
+    engine, room = target.engine, DEFAULT_SLOTS
+    if engine is not None and engine.bank_sha256 is not None:
+        # The adapters of this session are the engine's: adding and removing is refused.
+        bundle = replace(bundle, manifest=replace(bundle.manifest, bank_as_constant=True))
+    if engine is not None and engine.slots is not None:
+        room = min(max(room, engine.slots[0]), engine.slots[2])
     manifest = bundle.manifest
-    adapters = AdapterBank(bundle, slots) if manifest.layout is not None else None
+    adapters = AdapterBank(bundle, slots, room) if manifest.layout is not None else None
     rows = adapters.rows if adapters is not None and not manifest.bank_as_constant else None
-    backend = open_backend(bundle, rows, device, BackendOptions(precision, threads))
+    options = BackendOptions(precision, threads, contexts, cuda_graphs)
+    backend = open_backend(bundle, rows, target, options)
+    if adapters is not None:
+        adapters.row_changed = backend.row_changed
     return Session(bundle, backend, adapters)

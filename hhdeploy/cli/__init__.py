@@ -12,6 +12,8 @@ from hhdeploy.errors import HhdeployError
 _COMMANDS = {
     "demo": ("demo", "Run everything once on the starter models."),
     "export": ("export", "Adapters in, a verified ONNX bundle out."),
+    "build": ("build", "Compile a bundle's graph to a TensorRT engine."),
+    "triton": ("triton", "Write a bundle as a model of a Triton repository."),
     "verify": ("verify", "Compare a bundle with its training-time reference."),
     "predict": ("predict", "Classify images with one or several adapters of a bundle."),
     "adapter": ("adapter", "Inspect, import, list, add and remove adapters."),

@@ -84,6 +84,38 @@ def steps(quiet: bool) -> Iterator[Callable[[str], None]]:
             progress.update(current[-1], total=1, completed=1)
 
 
+@contextlib.contextmanager
+def phased_steps(
+    quiet: bool,
+) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """`steps`, and a second callback for a compiler's own phases: (phase, done, steps in all)."""
+    if quiet:
+        yield lambda step: None, lambda phase, done, total: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+        tasks: dict[str, Any] = {}
+        current: list[Any] = []
+
+        def step(description: str) -> None:
+            if current:
+                progress.update(current[-1], total=1, completed=1)
+            current.append(progress.add_task(description, total=None))
+
+        def phase(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(f"  {name}")
+            progress.update(tasks[name], total=total, completed=done)
+            if done >= total:
+                progress.remove_task(tasks.pop(name))
+
+        yield step, phase
+        if current:
+            progress.update(current[-1], total=1, completed=1)
+
+
 def parse_model_args(text: str | None) -> Mapping[str, Any] | None:
     """``--model-args``: a JSON object."""
     if text is None:

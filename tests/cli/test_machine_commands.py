@@ -17,6 +17,7 @@ def test_doctor_reports_what_is_installed():
     assert found["extra export"]["state"] == "ok"
     assert "torch" in found["extra export"]["detail"]
     assert "CPUExecutionProvider" in found["ONNX Runtime providers"]["detail"]
+    assert {"NVIDIA driver", "cuda-bindings", "tensorrt", "tensorrt-rtx"} <= found.keys()
     assert result.exit_code == 0
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from hhdeploy.adapter import Adapter
 from hhdeploy.errors import BackboneError
+from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.linears import linears_by_path
 from hhdeploy.exporters.qkv import qkv_views
@@ -163,8 +164,9 @@ def test_shapes_do_not_depend_on_the_slots(base):
 def test_the_checker_accepts(base, keep, constant):
     adapters = pair(base)
     plan = plan_branches(base.facts, adapters, Reserve(keep_backbone_head=keep))
-    bank = bank_of(plan, adapters) if constant else None
-    model = branched_model(base, plan, bank_constant=bank)
+    model = branched_model(base, plan)
+    if constant:
+        model = baked(model, bank_of(plan, adapters))
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert model.opset_imports == {"": 20}
     assert [str(d) for d in model.graph.outputs[0].shape] == ["batch", str(plan.classes)]
@@ -410,38 +412,3 @@ def test_the_same_row_in_another_slot_is_the_same_to_the_bit(vit):
         few = run(branched, images(3), adapter_ids=ids(1, 2, 1), adapter_bank=bank)
         many = run(branched, images(3), adapter_ids=ids(31, 5, 31), adapter_bank=wide)
     assert few.tobytes() == many.tobytes()
-
-
-# -- a bank in the graph --------------------------------------------------------------------------
-
-
-def test_a_constant_bank_gives_nan_for_bad_ids(base):
-    adapters = pair(base)
-    plan = plan_branches(base.facts, adapters, Reserve(keep_backbone_head=True))
-    bank = bank_of(plan, adapters)
-    model = branched_model(base, plan, bank_constant=bank)
-    assert [v.name for v in model.graph.inputs] == ["images", "adapter_ids"]
-    largest = np.iinfo(np.int64)
-    rows = ids(1, -1, 2, 3, 0, largest.max, largest.min)
-    bad = (rows < 0) | (rows > 2)
-    inputs = images(len(rows))
-    with session(model) as baked, session(branched_model(base, plan)) as free:
-        found = run(baked, inputs, adapter_ids=rows)
-        expected = run(free, inputs, adapter_ids=np.where(bad, 0, rows), adapter_bank=bank)
-    assert np.isnan(found[bad]).all()
-    assert not np.isnan(found[~bad]).any()
-    assert_parity(expected[~bad], found[~bad], "branches", "float32")
-    assert_caught(expected[[0]][:, :3], found[[2]][:, :3], "branches", "float32")
-
-
-def test_a_constant_bank_without_heads(vit):
-    adapters = {"bare": random_adapter(vit.facts, classes=None)}
-    plan = plan_branches(vit.facts, adapters, Reserve())
-    model = branched_model(vit, plan, bank_constant=bank_of(plan, adapters))
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    with session(model) as baked, session(vit.model) as bare:
-        found = run(baked, images(3), adapter_ids=ids(0, 2, 1))
-        expected = run(bare, images(3))
-    assert found[0].tobytes() == expected[0].tobytes()
-    assert np.isnan(found[1]).all()
-    assert_caught(expected[[2]], found[[2]], "branches", "float32")

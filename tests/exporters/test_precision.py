@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter
 from hhdeploy.errors import PlanError
+from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.precision import (
     ISLANDS,
@@ -328,7 +329,7 @@ def test_weight_that_overflows_is_an_error() -> None:
 def test_bank_constant_that_overflows_is_an_error(base: BaseGraph, plan: Plan) -> None:
     bank = np.zeros((2, plan.layout.size), np.float32)
     bank[1, 5] = 1e6
-    model = branched_model(base, plan, bank_constant=bank)
+    model = baked(branched_model(base, plan), bank)
     with pytest.raises(PlanError, match="adapter_bank: its largest value, 1e"):
         typed_model(model, "float16")
 

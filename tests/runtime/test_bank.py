@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.errors import AdapterError, CapacityError, PlanError, SessionError
+from hhdeploy.errors import AdapterError, CapacityError, DeviceError, PlanError, SessionError
 from hhdeploy.runtime import AdapterBank, open_session
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import HEAVY, TOO_WIDE, contents, run_python
@@ -193,6 +193,101 @@ def test_a_request_that_fails_gives_its_rows_back(own, monkeypatch):
         own.run(images(2), "alpha")
     own.adapters.remove("alpha")
     assert not own.adapters.rows[1].any()
+
+
+# --- backends with a copy of the bank -----------------------------------------------------------
+
+
+@pytest.fixture
+def told(own):
+    """(row, its values) as a backend is told; the row must be free of leases by then."""
+    calls, bank = [], own.adapters
+
+    def row_changed(row):
+        assert row not in leased(bank), "a row changed under a request"
+        calls.append((row, bank.rows[row].copy()))
+
+    bank.row_changed = row_changed
+    return calls
+
+
+def leased(bank):
+    """Rows that names point to or requests hold; a row that is being written is neither."""
+    named = {entry.row for entry in bank._entries.values()}
+    return {row for row in bank._leases if row in named or row in bank._retired}
+
+
+def test_a_backend_is_told_of_a_row_when_it_is_complete(own, told, workshop):
+    bank = own.adapters
+    entry = bank.add("rival", workshop.directory("rival"))
+    packed = own.bundle.manifest.layout.pack("rival", workshop.adapters["rival"])
+    assert [row for row, _ in told] == [entry.row]
+    assert np.array_equal(told[0][1], packed)
+    bank.remove("alpha")
+    assert [row for row, _ in told] == [3, 1]
+    assert not told[1][1].any()
+    bank.add("gamma", workshop.directory("rival"), replace_existing=True)
+    assert [row for row, _ in told] == [3, 1, 1, 2]
+    assert np.array_equal(told[2][1], packed)
+    assert not told[3][1].any()
+
+
+def test_a_backend_is_told_of_a_freed_row_after_the_last_lease(own, told):
+    bank = own.adapters
+    with bank.lease(["alpha"]), bank.lease(["alpha", "gamma"]):
+        bank.remove("alpha")
+        assert not told
+    assert [(row, values.any()) for row, values in told] == [(1, False)]
+
+
+def test_nothing_is_told_where_nothing_changes(own, told, workshop):
+    with own.adapters.lease(["alpha", "gamma"]):
+        pass
+    with pytest.raises(CapacityError):
+        own.adapters.add("omega", workshop.adapters[TOO_WIDE])
+    assert not told
+
+
+def test_a_row_that_the_backend_does_not_take_stays_free(own, workshop):
+    def refuse(row):
+        raise DeviceError("the GPU is gone")
+
+    own.adapters.row_changed = refuse
+    with pytest.raises(DeviceError, match="gone"):
+        own.adapters.add("rival", workshop.directory("rival"))
+    assert list(own.adapters) == ["alpha", "gamma"]
+    own.adapters.row_changed = lambda row: None
+    assert own.adapters.add("rival", workshop.directory("rival")).row == 3
+
+
+def test_a_backend_is_told_of_one_row_at_a_time(own, workshop):
+    """Two threads add; the first is held in the callback, the second must wait for it."""
+    bank, inside, go = own.adapters, threading.Event(), threading.Event()
+    running, most = [], []
+    bank.remove("alpha")
+
+    def row_changed(row):
+        running.append(row)
+        most.append(len(running))
+        inside.set()
+        go.wait(5)
+        running.remove(row)
+
+    bank.row_changed = row_changed
+    adapter = workshop.adapters["rival"]
+    threads = [threading.Thread(target=bank.add, args=(name, adapter)) for name in ("a", "b")]
+    threads[0].start()
+    assert inside.wait(5)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert most == [1]
+    with bank.lease(["gamma"]):  # requests do not wait for a row to be copied
+        pass
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]
+    assert set(bank) == {"gamma", "a", "b"}
 
 
 # --- threads ------------------------------------------------------------------------------------

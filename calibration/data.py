@@ -1,0 +1,173 @@
+"""Calibration images as feeds of a bundle's graph, one image at a time.
+
+Never random numbers: a calibration without images of the task is an error. Images are decoded
+when they are asked for and not kept. Every adapter's images are preprocessed as that adapter
+asks, so that the ranges cover all adapters of the bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.calibration.feeds import Feed, Feeder
+from hhdeploy.calibration.folder import choose_images
+from hhdeploy.errors import DataError
+from hhdeploy.preprocess import open_image
+
+# Ranges of fewer images are accidents; with fewer than FEW a warning goes into the result.
+LEAST_IMAGES, FEW_IMAGES = 4, 32
+
+Source = str | Path | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One calibration image.
+
+    Attributes:
+        adapter: whose image it is; None: the bare backbone's.
+        digest: sha256 of its content.
+        load: makes float32 [3, H, W], normalised.
+    """
+
+    adapter: str | None
+    digest: str
+    load: Callable[[], NDArray[np.float32]]
+
+
+class CalibrationData:
+    """A sized, repeatable sequence of feeds; every pass gives the same ones in the same order.
+
+    Attributes:
+        samples: the images, in order.
+        description: what they are, JSON-able; goes into the result.
+        warnings: what may make the ranges wrong, in words.
+        digest: sha256 over the content of all images, their order, and how they are fed.
+    """
+
+    def __init__(
+        self,
+        feeder: Feeder,
+        samples: Sequence[Sample],
+        description: Mapping[str, Any],
+        warnings: Sequence[str],
+    ) -> None:
+        if len(samples) < LEAST_IMAGES:
+            raise DataError(
+                f"{description['source']}: expected at least {LEAST_IMAGES} calibration images, "
+                f"found {len(samples)}. Pass images like those that the model will see: "
+                f"{FEW_IMAGES} or more, of every class."
+            )
+        self.samples = tuple(samples)
+        self._feeder = feeder
+        self.warnings = (*warnings, *self._few(), *feeder.unmet({s.adapter for s in samples}))
+        self.digest = self._digest()
+        self.description = {
+            **description,
+            "images": len(samples),
+            "images_per_adapter": self._counts(),
+            "sha256": self.digest,
+        }
+
+    @classmethod
+    def open(cls, bundle: Bundle, source: Source, *, images: int, seed: int) -> CalibrationData:
+        """Calibration data from whatever ``source`` is.
+
+        Args:
+            bundle: whose graph is calibrated.
+            source: an image folder (``DIR/CLASS/image``; for side branches
+                ``DIR/ADAPTER/CLASS/image``), an ``.npz`` file, or an iterable of mappings. The
+                latter two hold ``images`` (float32 [n, 3, H, W], normalised) and, for side
+                branches, ``adapter_ids`` (rows, int64 [n]) or ``adapters`` (n names).
+            images: at most this many, over all adapters, spread over adapters and classes.
+            seed: of the choice and the order of folder images.
+
+        Raises:
+            DataError: no images, too few, an unknown adapter, or arrays that do not fit.
+        """
+        feeder = Feeder(bundle)
+        if not isinstance(source, str | Path):
+            return cls._from_arrays(feeder, "a Python iterable", source, images)
+        path = Path(source)
+        if path.suffix == ".npz":
+            return cls._from_arrays(feeder, path.name, [_read_npz(path)], images)
+        return cls._from_folder(feeder, path, images, seed)
+
+    @classmethod
+    def _from_folder(cls, feeder: Feeder, path: Path, images: int, seed: int) -> CalibrationData:
+        chosen = choose_images(feeder, path, images, seed)
+        samples = [
+            Sample(
+                picked.adapter,
+                hashlib.sha256(picked.path.read_bytes()).hexdigest(),
+                _loader(picked.path, feeder.preprocess(picked.adapter)),
+            )
+            for picked in chosen.images
+        ]
+        description = {"kind": "folder", "source": path.name, "seed": seed, **chosen.description}
+        return cls(feeder, samples, description, chosen.warnings)
+
+    @classmethod
+    def _from_arrays(
+        cls, feeder: Feeder, source: str, batches: Iterable[Mapping[str, Any]], images: int
+    ) -> CalibrationData:
+        def singles() -> Iterator[Sample]:
+            for batch in batches:
+                for adapter, image in feeder.checked(source, batch):
+                    yield Sample(adapter, hashlib.sha256(image.data).hexdigest(), image.copy)
+
+        samples = list(islice(singles(), images))
+        return cls(feeder, samples, {"kind": "arrays", "source": source}, ())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Feed]:
+        for sample in self.samples:
+            yield self._feeder.feed(sample.adapter, sample.load())
+
+    def _few(self) -> tuple[str, ...]:
+        return tuple(
+            f"only {count} calibration images{f' for adapter {name!r}' if name else ''}: "
+            f"{FEW_IMAGES} or more give steadier ranges"
+            for name, count in self._counts().items()
+            if count < FEW_IMAGES
+        )
+
+    def _counts(self) -> dict[str, int]:
+        names = [s.adapter or "" for s in self.samples]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(self._feeder.digest().encode())
+        for sample in self.samples:
+            digest.update(f"{sample.adapter}\0{sample.digest}\n".encode())
+        return digest.hexdigest()
+
+
+def _loader(
+    path: Path, preprocess: Callable[[Any], NDArray[np.float32]]
+) -> Callable[[], NDArray[np.float32]]:
+    return lambda: preprocess(open_image(path))
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist. An .npz file was expected there.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as an .npz file of plain arrays: {error}. Write it with "
+            "numpy.savez(path, images=..., adapters=...)."
+        ) from error

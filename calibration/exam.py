@@ -1,0 +1,199 @@
+"""The images that a quantised graph is judged on: none of those that it was calibrated on.
+
+Whether an image was calibrated on is decided by its content, so a copy under another name, or
+the same folder given twice, is found out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.calibration.data import CalibrationData, Source
+from hhdeploy.calibration.feeds import Feeder
+from hhdeploy.calibration.folder import Picked, choose_images
+from hhdeploy.errors import DataError
+from hhdeploy.plan import BACKBONE
+from hhdeploy.preprocess import open_image
+
+_ALL = sys.maxsize
+# With fewer images of a task, one image is more than 5 points of its top-1.
+FEW_JUDGED = 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """One image to judge on.
+
+    Attributes:
+        adapter: whose image it is; None: a folded bundle's only adapter.
+        truth: column of the true class; None if unknown.
+        source: name of the file, or number of the array.
+        load: makes float32 [3, H, W], normalised.
+    """
+
+    adapter: str | None
+    truth: int | None
+    source: str
+    load: Callable[[], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Images to judge on, tasks in turn, so that every batch mixes them.
+
+    Attributes:
+        questions: the images.
+        held_out: False: they are the calibration images themselves, for want of others.
+        source: name of the folder or file.
+        warnings: what limits the verdict, in words.
+    """
+
+    questions: tuple[Question, ...]
+    held_out: bool
+    source: str
+    warnings: tuple[str, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Some true classes are known."""
+        return any(q.truth is not None for q in self.questions)
+
+
+def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: int) -> Exam:
+    """All images of ``source`` that calibration did not use; all of them if none is left.
+
+    Args:
+        bundle: whose graph is judged.
+        source: as for `CalibrationData.open`; only folders give true classes.
+        used: what was calibrated on.
+        seed: of the order.
+
+    Raises:
+        DataError: no images, or a task of which no folder is a class.
+    """
+    feeder = Feeder(bundle)
+    seen = {sample.digest for sample in used.samples}
+    warnings: list[str] = []
+    if isinstance(source, str | Path) and Path(source).suffix != ".npz":
+        name = Path(source).name
+        pairs = _from_folder(feeder, Path(source), seed, warnings)
+    else:
+        name = Path(source).name if isinstance(source, str | Path) else "a Python iterable"
+        pairs = _from_arrays(bundle, source, seed)
+    fresh = [question for digest, question in pairs if digest not in seen]
+    if fresh:
+        left = _tasks(fresh)
+        missing = [task for task in _tasks([q for _, q in pairs]) if task not in left]
+        warnings += [f"{_whose(task)}no image is left to judge on" for task in missing]
+    else:
+        warnings.append(
+            "no image is left that calibration did not use: the figures are of the calibration "
+            "images themselves, which flatters the quantised graph. Pass --eval-data DIR or a "
+            "smaller --images."
+        )
+    questions = fresh or [question for _, question in pairs]
+    warnings += [
+        f"{_whose(task)}judged on {count} images only: one image is {100 / count:.1f} points"
+        for task, count in _tasks(questions).items()
+        if count < FEW_JUDGED
+    ]
+    return Exam(tuple(questions), bool(fresh), name, tuple(warnings))
+
+
+def _from_folder(
+    feeder: Feeder, folder: Path, seed: int, warnings: list[str]
+) -> list[tuple[str, Question]]:
+    chosen = choose_images(feeder, folder, _ALL, seed)
+    warnings += chosen.warnings
+    classes: dict[str | None, set[str]] = {}
+    for picked in chosen.images:
+        classes.setdefault(picked.adapter, set()).add(_class(feeder, folder, picked))
+    columns = {a: _columns(feeder, a, sorted(names), warnings) for a, names in classes.items()}
+    pairs = []
+    for picked in chosen.images:
+        known = columns[picked.adapter]
+        column = known.get(_class(feeder, folder, picked)) if known is not None else None
+        if known is not None and column is None:
+            continue  # a folder that is no class of the adapter: a warning says so
+        question = Question(
+            picked.adapter, column, picked.path.name, _loader(feeder, picked.adapter, picked.path)
+        )
+        pairs.append((hashlib.sha256(picked.path.read_bytes()).hexdigest(), question))
+    return pairs
+
+
+def _from_arrays(bundle: Bundle, source: Source, seed: int) -> list[tuple[str, Question]]:
+    data = CalibrationData.open(bundle, source, images=_ALL, seed=seed)
+    return [
+        (sample.digest, Question(sample.adapter, None, f"image {index}", sample.load))
+        for index, sample in enumerate(data.samples)
+    ]
+
+
+def _class(feeder: Feeder, folder: Path, picked: Picked) -> str:
+    """Name of the class folder: DIR/ADAPTER/CLASS/..., for a folded bundle also DIR/CLASS/..."""
+    parts = picked.path.relative_to(folder).parts
+    own = picked.adapter is not None or (parts[0] == feeder.names[0] and len(parts) > 2)
+    return parts[1] if own else parts[0]
+
+
+def _columns(
+    feeder: Feeder, adapter: str | None, folders: Sequence[str], warnings: list[str]
+) -> dict[str, int] | None:
+    """Class folder -> column of the logits; None if nothing tells."""
+    names = feeder.class_names(adapter)
+    if names is not None:
+        found = {name: names.index(name) for name in folders if name in names}
+        if found:
+            return found
+        raise DataError(
+            f"{_whose(adapter)}expected folders named after its classes ({_some(names)}), found "
+            f"{_some(folders)}. Rename the folders, or judge on other images with --eval-data."
+        )
+    count = _class_count(feeder, adapter)
+    if all(name.isdecimal() and int(name) < count for name in folders):
+        return {name: int(name) for name in folders}
+    if len(folders) == count:
+        warnings.append(
+            f"{_whose(adapter)}the adapter has no class names: its folders are taken as classes "
+            "in alphabetical order, as torchvision's ImageFolder does"
+        )
+        return {name: column for column, name in enumerate(folders)}
+    warnings.append(
+        f"{_whose(adapter)}{len(folders)} folders, {count} classes without names: which folder "
+        "is which class is unknown, so only agreement is reported"
+    )
+    return None
+
+
+def _class_count(feeder: Feeder, adapter: str | None) -> int:
+    manifest = feeder.manifest
+    if adapter == BACKBONE:
+        return manifest.backbone_classes
+    return manifest.adapter(adapter).classes if adapter else manifest.adapters[0].classes
+
+
+def _tasks(questions: Sequence[Question]) -> dict[str | None, int]:
+    """Images of each task."""
+    names = [q.adapter for q in questions]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _whose(adapter: str | None) -> str:
+    return f"adapter {adapter!r}: " if adapter else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+
+
+def _loader(feeder: Feeder, adapter: str | None, path: Path) -> Callable[[], NDArray[np.float32]]:
+    return lambda: feeder.preprocess(adapter)(open_image(path))

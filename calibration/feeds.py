@@ -1,0 +1,138 @@
+"""From (adapter, image) to the inputs of a bundle's graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.bundle import AdapterEntry, Bundle
+from hhdeploy.errors import DataError
+from hhdeploy.plan import BACKBONE
+from hhdeploy.preprocess import Preprocess
+
+Feed = dict[str, NDArray[Any]]
+
+
+class Feeder:
+    """Knows the adapters of a bundle, their preprocessing and their rows of the bank."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.manifest = bundle.manifest
+        self.folded = bundle.manifest.layout is None
+        self._entries = {a.name: a for a in bundle.manifest.adapters}
+        self._bank = None if self.folded else bundle.bank()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Whose images may come: the adapters', and the backbone's if it has a classifier."""
+        own = (BACKBONE,) if self.manifest.backbone_classes else ()
+        return (*self._entries, *own)
+
+    def class_names(self, adapter: str | None) -> tuple[str, ...] | None:
+        """Class names of an adapter, None if it has none."""
+        entry = self._entry(adapter)
+        return entry.class_names if entry else None
+
+    def preprocess(self, adapter: str | None) -> Preprocess:
+        """How an adapter's images become inputs."""
+        entry = self._entry(adapter)
+        if entry is not None:
+            return entry.preprocess
+        return Preprocess.from_json(self.manifest.backbone["preprocess"])
+
+    def feed(self, adapter: str | None, image: NDArray[np.float32]) -> Feed:
+        """Inputs for one image [3, H, W]: a batch of one.
+
+        The bank holds the adapter's row alone, so that a large one costs nothing; a graph with
+        its bank baked in gets the row's number.
+        """
+        feed: Feed = {"images": image[None]}
+        if self._bank is None:
+            return feed
+        row = self._row(adapter)
+        if self.manifest.bank_as_constant:
+            return {**feed, "adapter_ids": np.asarray([row], np.int64)}
+        bank = self._bank[row : row + 1]
+        return {**feed, "adapter_ids": np.zeros(1, np.int64), "adapter_bank": bank}
+
+    def checked(
+        self, source: str, batch: Mapping[str, Any]
+    ) -> Iterator[tuple[str | None, NDArray[np.float32]]]:
+        """(adapter, image [3, H, W]) of every image of a batch of arrays.
+
+        Raises:
+            DataError: a missing or unknown key, a wrong shape or type, values that are not
+                finite, or an adapter that the bundle does not have.
+        """
+        allowed = {"images"} if self.folded else {"images", "adapter_ids", "adapters"}
+        if "images" not in batch or not set(batch) <= allowed:
+            raise DataError(
+                f"{source}: expected the keys {', '.join(sorted(allowed))}; found "
+                f"{', '.join(sorted(map(str, batch))) or 'none'}."
+            )
+        images = np.asarray(batch["images"])
+        size = self.manifest.input_size
+        if images.ndim != 4 or images.shape[1:] != size or images.dtype.kind != "f":
+            raise DataError(
+                f"{source}: images: expected normalised float32 [n, {', '.join(map(str, size))}], "
+                f"found {images.dtype} {list(images.shape)}."
+            )
+        if not np.isfinite(images).all():
+            raise DataError(f"{source}: images: found NaN or infinity.")
+        adapters = self._adapters_of(source, batch, len(images))
+        for adapter, image in zip(adapters, images, strict=True):
+            yield adapter, np.ascontiguousarray(image, np.float32)
+
+    def unmet(self, met: set[str | None]) -> tuple[str, ...]:
+        """A warning for every adapter without images."""
+        if self.folded:
+            return ()
+        return tuple(
+            f"no calibration images for adapter {name!r}: its activations may leave the "
+            "calibrated ranges"
+            for name in self._entries
+            if name not in met
+        )
+
+    def digest(self) -> str:
+        """sha256 of what turns an image into inputs: preprocessing and rows."""
+        described = {name: self.preprocess(name).to_json() for name in self.names}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        if self._bank is not None:
+            digest.update(np.ascontiguousarray(self._bank).data)
+        return digest.hexdigest()
+
+    def _entry(self, adapter: str | None) -> AdapterEntry | None:
+        """None for the bare backbone; a folded bundle has one adapter, called or not."""
+        if self.folded:
+            return self.manifest.adapters[0]
+        return self._entries.get(adapter or BACKBONE)
+
+    def _row(self, adapter: str | None) -> int:
+        entry = self._entry(adapter)
+        return int(entry.row or 0) if entry else 0
+
+    def _adapters_of(self, source: str, batch: Mapping[str, Any], count: int) -> list[str | None]:
+        if self.folded:
+            return [None] * count
+        if ("adapters" in batch) == ("adapter_ids" in batch):
+            raise DataError(
+                f"{source}: expected either adapters (names) or adapter_ids (row numbers) beside "
+                "images: the graph needs to know whose images they are."
+            )
+        by_row = {self._row(name): name for name in self.names}
+        given = np.atleast_1d(np.asarray(batch.get("adapters", batch.get("adapter_ids")))).tolist()
+        if len(given) != count:
+            raise DataError(f"{source}: expected {count} adapters, found {len(given)}.")
+        for adapter in given:
+            if adapter not in (self.names if "adapters" in batch else by_row):
+                raise DataError(
+                    f"{source}: unknown adapter {adapter!r}. The bundle has: "
+                    f"{', '.join(f'{name} (row {row})' for row, name in by_row.items())}."
+                )
+        return list(given) if "adapters" in batch else [by_row[row] for row in given]

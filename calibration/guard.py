@@ -1,0 +1,102 @@
+"""The accuracy guard: as few sites in floating point as keep the accuracy.
+
+Sites are ordered by how much noise each of them alone adds; the search is over prefixes of that
+order. Doubling brackets the answer and bisection finds it, so n sites cost about 2 log2(n)
+graphs instead of n. A prefix that passes is only known to be the shortest as far as longer
+prefixes drop less, which accuracy does but for chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hhdeploy.errors import ParityError
+
+# Sites to keep in floating point -> drop of mean top-1, in points.
+DropOf = Callable[[tuple[str, ...]], float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One graph that was tried.
+
+    Attributes:
+        kept: how many sites stayed in floating point.
+        drop: of mean top-1, in points.
+        passed: within the bound.
+    """
+
+    kept: int
+    drop: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What the guard decided.
+
+    Attributes:
+        max_drop: the bound, in points of mean top-1.
+        kept: sites that stay in floating point, the most sensitive first.
+        trials: the graphs that were tried, in order.
+    """
+
+    max_drop: float
+    kept: tuple[str, ...]
+    trials: tuple[Trial, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The guard entry of a calibration's JSON."""
+        return {
+            "max_drop": self.max_drop,
+            "kept": list(self.kept),
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+
+
+def most_sensitive_first(sqnr_db: Mapping[str, float]) -> tuple[str, ...]:
+    """Sites by the noise that each alone adds; ties keep the order of execution."""
+    return tuple(sorted(sqnr_db, key=lambda site: sqnr_db[site]))
+
+
+def guard(rank: Callable[[], Sequence[str]], drop_of: DropOf, max_drop: float) -> Guarded:
+    """Find the shortest prefix of the ranked sites to keep in floating point.
+
+    Args:
+        rank: gives the sites, most sensitive first; called only if some have to be kept.
+        drop_of: writes the graph and measures it; called once for every prefix that is tried.
+        max_drop: points of mean top-1 that may be lost.
+
+    Raises:
+        ParityError: with a single site quantised the drop is still larger.
+    """
+    trials: list[Trial] = []
+
+    def passes(sites: Sequence[str]) -> bool:
+        drop = drop_of(tuple(sites))
+        trials.append(Trial(len(sites), drop, drop <= max_drop))
+        return trials[-1].passed
+
+    if passes(()):
+        return Guarded(max_drop, (), tuple(trials))
+    order = rank()
+    most = len(order) - 1  # something has to be quantised
+    failing, kept = 0, min(1, most)
+    while not passes(order[:kept]):
+        if kept == most:
+            raise ParityError(
+                f"--max-drop {max_drop:g}: with all but one of the {len(order)} sites in floating "
+                f"point the mean top-1 still drops by {trials[-1].drop:.2f} points. Allow a larger "
+                "drop, pass more images with --eval-data (one image may be more than the bound), "
+                "or use float16."
+            )
+        failing, kept = kept, min(2 * kept, most)
+    while kept - failing > 1:
+        middle = (failing + kept) // 2
+        if passes(order[:middle]):
+            kept = middle
+        else:
+            failing = middle
+    return Guarded(max_drop, tuple(order[:kept]), tuple(trials))

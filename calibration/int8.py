@@ -1,0 +1,237 @@
+"""INT8 calibration by NNCF: activation ranges, SmoothQuant factors, corrected biases.
+
+NNCF runs on the float32 graph; what it found is read out of the graph that it wrote, and that
+graph is dropped. `qdq` writes ours from the float32 graph: names and metadata stay, any site can
+be left out, and other precisions use the same scales.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.calibration.scales import SiteScale
+from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.calibration.sites import Site
+from hhdeploy.errors import HhdeployError, PlanError, require
+
+if TYPE_CHECKING:
+    import onnx
+
+    from hhdeploy.calibration.data import CalibrationData
+
+INT8_MAX = 127
+# NNCF moves a quantiser up through these: they change no value.
+_MOVEMENT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice")
+# What NNCF calls the Mul of SmoothQuant.
+_SMOOTH = "nncf_smooth_quant"
+
+
+def calibrate_int8(
+    graph_path: Path,
+    sites: Mapping[str, Site],
+    data: CalibrationData,
+    settings: CalibrationSettings,
+) -> dict[str, SiteScale]:
+    """Run NNCF's post-training quantisation and read the scales of every site.
+
+    Args:
+        graph_path: the float32 graph; its weights may be in external data beside it.
+        sites: of the same graph, loaded.
+        data: calibration images as feeds of the graph, one image each.
+        settings: ``smooth_quant`` and ``bias_correction`` are used here.
+
+    Raises:
+        MissingDependencyError: NNCF is not installed.
+        PlanError: NNCF refused the graph, or left a site unquantised.
+    """
+    nncf = _nncf()
+    proto = _named_proto(graph_path)
+    ignored = _ignored(proto, {site.node.name for site in sites.values()})
+    try:
+        with _quiet():
+            quantised = nncf.quantize(
+                proto,
+                nncf.Dataset(data),
+                preset=nncf.QuantizationPreset.PERFORMANCE,
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(data),
+                fast_bias_correction=True,
+                ignored_scope=nncf.IgnoredScope(names=ignored),
+                advanced_parameters=_advanced(nncf, graph_path, settings),
+            )
+    except HhdeployError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"{graph_path}: NNCF {nncf.__version__} could not quantise the graph: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return _read_scales(quantised, sites)
+
+
+def nncf_version() -> str:
+    """Version of the installed NNCF."""
+    version: str = _nncf().__version__
+    return version
+
+
+def _nncf() -> ModuleType:
+    """NNCF without telemetry, and without the logger class that importing it installs."""
+    before = os.environ.get("NNCF_CI")
+    logger_class = logging.getLoggerClass()
+    os.environ["NNCF_CI"] = "1"
+    try:
+        with _quiet():
+            return require("nncf", "calibrate", "calibrating")
+    finally:
+        logging.setLoggerClass(logger_class)
+        if before is None:
+            del os.environ["NNCF_CI"]
+        else:
+            os.environ["NNCF_CI"] = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF logs, warns and draws progress bars on stdout; errors still raise."""
+    # torch, if it is there, is imported too and reports that it finds no GPU.
+    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _advanced(nncf: ModuleType, graph_path: Path, settings: CalibrationSettings) -> Any:
+    alpha = -1.0 if settings.smooth_quant is None else settings.smooth_quant
+    return nncf.AdvancedQuantizationParameters(
+        disable_bias_correction=not settings.bias_correction,
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=alpha),
+        backend_params={
+            "external_data_dir": str(graph_path.resolve().parent),
+            "compress_weights": False,  # the weights that it quantised are not used
+        },
+    )
+
+
+def _named_proto(path: Path) -> onnx.ModelProto:
+    """The graph, its weights left on disk, every node with a name of its own (NNCF's key)."""
+    import onnx
+
+    proto = onnx.load(str(path), load_external_data=False)
+    names = [node.name for node in proto.graph.node]
+    if "" in names or len(set(names)) != len(names):
+        raise PlanError(
+            f"{path}: nodes without a name, or two of one name: calibration starts from the "
+            "graph that hhdeploy export wrote. Export the bundle again."
+        )
+    return proto
+
+
+def _ignored(proto: onnx.ModelProto, quantised: set[str | None]) -> list[str]:
+    """Everything that NNCF might quantise but the sites."""
+    operators = ("MatMul", "Gemm", "Conv")
+    return [
+        node.name
+        for node in proto.graph.node
+        if node.name not in quantised
+        and (node.op_type in operators or node.name.startswith("branch/"))
+    ]
+
+
+class _Reader:
+    """Finds nodes and constants in the graph that NNCF wrote."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self._constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self._producers = {name: node for node in proto.graph.node for name in node.output}
+        self.nodes = {node.name: node for node in proto.graph.node}
+
+    def producer(self, name: str) -> Any:
+        """The node that computes a value, None for inputs and constants."""
+        return self._producers.get(name)
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        """A constant's value, None for anything else."""
+        from onnx import numpy_helper
+
+        tensor = self._constants.get(name)
+        return numpy_helper.to_array(tensor) if tensor is not None else None
+
+
+def _read_scales(quantised: onnx.ModelProto, sites: Mapping[str, Site]) -> dict[str, SiteScale]:
+    reader = _Reader(quantised)
+    return {name: _read_site(reader, site) for name, site in sites.items()}
+
+
+def _read_site(reader: _Reader, site: Site) -> SiteScale:
+    node = reader.nodes[site.node.name]
+    dequantise = reader.producer(node.input[0])
+    while dequantise is not None and dequantise.op_type in _MOVEMENT:
+        dequantise = reader.producer(dequantise.input[0])
+    quantise = reader.producer(dequantise.input[0]) if dequantise is not None else None
+    if quantise is None or quantise.op_type != "QuantizeLinear":
+        raise PlanError(
+            f"{site.name}: NNCF left this Linear unquantised. Exclude it, or report this with the "
+            "model's name."
+        )
+    scale, zero = reader.constant(quantise.input[1]), reader.constant(quantise.input[2])
+    if scale is None or scale.size != 1 or zero is None or zero.dtype != np.int8 or np.any(zero):
+        raise PlanError(
+            f"{site.name}: NNCF chose an asymmetric or per-channel activation range; TensorRT "
+            "takes one symmetric scale a tensor. Please report this with the model's name."
+        )
+    return SiteScale(
+        absmax=float(scale) * INT8_MAX,
+        smooth=_read_smooth(reader, quantise.input[0], site),
+        bias=_read_bias(reader, site),
+    )
+
+
+def _read_smooth(reader: _Reader, value: str, site: Site) -> NDArray[np.float32] | None:
+    """The factors of the Mul that SmoothQuant put before the quantiser."""
+    multiply = reader.producer(value)
+    if multiply is None or not multiply.name.endswith(_SMOOTH):
+        return None
+    factors = [array for name in multiply.input if (array := reader.constant(name)) is not None]
+    inputs = [name for name in multiply.input if reader.constant(name) is None]
+    size = site.weight.shape[0]
+    if multiply.op_type != "Mul" or inputs != [site.input.name] or factors[0].size != size:
+        raise PlanError(
+            f"{site.name}: NNCF put {multiply.op_type} {multiply.name} between the Linear and its "
+            "input, which is not understood. Please report this with the model's name."
+        )
+    smooth: NDArray[np.float32] = factors[0].reshape(size)
+    return smooth
+
+
+def _read_bias(reader: _Reader, site: Site) -> NDArray[np.float32] | None:
+    """The bias in NNCF's graph if it differs from the site's own."""
+    if site.bias is None:
+        return None
+    node, index = site.bias
+    value = node.inputs[index]
+    assert node.name is not None and value is not None and value.const_value is not None
+    corrected: NDArray[np.float32] | None
+    corrected = reader.constant(reader.nodes[node.name].input[index])
+    own: NDArray[np.float32] = value.const_value.numpy()
+    if corrected is None or np.array_equal(corrected, own):
+        return None
+    return corrected.reshape(-1)

@@ -1,0 +1,200 @@
+"""Write explicit Q/DQ graphs: QuantizeLinear and DequantizeLinear around the frozen Linears.
+
+    y = DQ(Q(x ∘ smooth)) DQ(W_q)      W_q = round(W / smooth / scale), one scale an output column
+
+ONNX Runtime, OpenVINO and TensorRT recognise the pattern and multiply in the low type. Sites
+that read the same value (q, k and v) have the same range and factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from hhdeploy.calibration.scales import SiteScale
+from hhdeploy.calibration.sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Format:
+    """A low type.
+
+    Attributes:
+        dtype: of the quantised values.
+        largest: the largest magnitude that is used.
+        activations: False: only the weights are stored low.
+    """
+
+    dtype: ir.DataType
+    largest: float
+    activations: bool = True
+
+
+FORMATS: Final[Mapping[str, Format]] = {
+    "int8": Format(ir.DataType.INT8, 127.0),
+    "fp8": Format(ir.DataType.FLOAT8E4M3FN, 448.0),
+    "int8-weights": Format(ir.DataType.INT8, 127.0, activations=False),
+}
+
+
+def quantised_model(
+    model: ir.Model,
+    scales: Mapping[str, SiteScale],
+    form: Format,
+    classifier: str,
+    excluded: frozenset[str] = frozenset(),
+) -> ir.Model:
+    """A new Q/DQ graph; ``model`` is not changed.
+
+    1. Every site that is not excluded reads DQ(Q(x)) (unless only weights are low) and a weight
+       stored low behind a DequantizeLinear; all zero points are zero.
+    2. SmoothQuant's factors are a Mul before the quantiser and are divided out of the weight.
+    3. Excluded sites read the float input and weight, bit for bit as in ``model``.
+
+    Args:
+        model: the float32 graph that the scales were calibrated on.
+        scales: of all its sites.
+        form: one of `FORMATS`.
+        classifier: as for `find_sites`.
+        excluded: names of sites to leave in floating point.
+    """
+    clone = model.clone()
+    sites = find_sites(clone.graph, classifier)
+    writer = _Writer(clone.graph, form)
+    for name, site in sites.items():
+        if name not in excluded:
+            writer.quantise(site, scales[name])
+    _drop_unused(clone.graph)
+    return clone
+
+
+def quantised_weight(
+    weight: NDArray[np.float32], scale: SiteScale, form: Format
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """W [in, out] as (W_q [in, out] of the low type, scales [out] float32)."""
+    if scale.smooth is not None and form.activations:
+        weight = weight / scale.smooth[:, None]
+    scales = np.max(np.abs(weight), axis=0) / np.float32(form.largest)
+    scales[scales == 0] = 1.0  # a column of zeros
+    return low_values(weight / scales, form), scales
+
+
+def low_values(values: NDArray[np.float32], form: Format) -> NDArray[Any]:
+    """Values in units of the scale, rounded to even and cut to the type's range."""
+    cut = np.clip(values, -form.largest, form.largest)
+    if form.dtype is ir.DataType.INT8:
+        return np.rint(cut).astype(np.int8)
+    return cut.astype(ml_dtypes.float8_e4m3fn)
+
+
+class _Writer:
+    """Adds the nodes of one graph."""
+
+    def __init__(self, graph: ir.Graph, form: Format) -> None:
+        self._graph, self._form = graph, form
+        self._products: dict[tuple[ir.Value, bytes], ir.Value] = {}
+
+    def quantise(self, site: Site, scale: SiteScale) -> None:
+        weight = self._weight(site, scale)
+        if self._form.activations:
+            site.node.replace_input_with(0, self._input(site, scale))
+            self._correct_bias(site, scale)
+        site.node.replace_input_with(1, weight)
+
+    def _input(self, site: Site, scale: SiteScale) -> ir.Value:
+        """DQ(Q(x ∘ smooth)), a pair for every site.
+
+        ONNX Runtime multiplies in INT8 only if nobody else reads the pair. Zero points of their
+        own keep it from merging the pairs of q, k and v, which are otherwise equal; OpenVINO and
+        TensorRT merge them again.
+        """
+        x, name = self._smoothed(site, scale), f"{site.name}/input"
+        step = np.asarray(scale.absmax / self._form.largest, np.float32)
+        parameters = [
+            self._constant(f"{name}/scale", step),
+            self._constant(f"{name}/zero_point", self._zeros(())),
+        ]
+        low = self._node(site, "QuantizeLinear", f"{name}/quantise", [x, *parameters], x)
+        low.dtype = self._form.dtype
+        return self._node(site, "DequantizeLinear", f"{name}/dequantise", [low, *parameters], x)
+
+    def _smoothed(self, site: Site, scale: SiteScale) -> ir.Value:
+        """x ∘ smooth, once for all sites that read x with the same factors."""
+        if scale.smooth is None:
+            return site.input
+        key = (site.input, scale.smooth.tobytes())
+        if key not in self._products:
+            factors = self._constant(f"{site.name}/input/smooth_factors", scale.smooth)
+            inputs = [site.input, factors]
+            name = f"{site.name}/input/smooth"
+            self._products[key] = self._node(site, "Mul", name, inputs, site.input)
+        return self._products[key]
+
+    def _weight(self, site: Site, scale: SiteScale) -> ir.Value:
+        low, scales = quantised_weight(site.weight, scale, self._form)
+        name = f"{site.name}/weight"
+        parameters = [
+            self._constant(f"{name}/low", low.T if site.transposed else low),
+            self._constant(f"{name}/scale", scales),
+            self._constant(f"{name}/zero_point", self._zeros(scales.shape)),
+        ]
+        weight = site.node.inputs[1]
+        assert weight is not None
+        axis = 0 if site.transposed else 1
+        return self._node(
+            site, "DequantizeLinear", f"{name}/dequantise", parameters, weight, axis=axis
+        )
+
+    def _correct_bias(self, site: Site, scale: SiteScale) -> None:
+        if scale.bias is None or site.bias is None:
+            return
+        node, index = site.bias
+        old = node.inputs[index]
+        assert old is not None and old.const_value is not None
+        bias = scale.bias.reshape(old.const_value.shape.numpy())
+        node.replace_input_with(index, self._constant(f"{site.name}/bias/corrected", bias))
+
+    def _zeros(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        return np.zeros(shape, self._form.dtype.numpy())
+
+    def _node(
+        self,
+        site: Site,
+        op: str,
+        name: str,
+        inputs: list[ir.Value],
+        like: ir.Value,
+        **attributes: int,
+    ) -> ir.Value:
+        """A float32 node before the site's, its output shaped like a value."""
+        node = ir.node(op, inputs, attributes, name=name)
+        output = node.outputs[0]
+        output.name, output.shape, output.dtype = name, like.shape, ir.DataType.FLOAT
+        self._graph.insert_before(site.node, node)
+        return output
+
+    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        # ascontiguousarray would give a scalar one dimension.
+        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self._graph.register_initializer(value)
+        return value
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove the float weights that nothing reads any more."""
+    outputs = set(graph.outputs)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in outputs and value not in graph.inputs:
+            del graph.initializers[name]

@@ -1,0 +1,259 @@
+"""TensorRT engines from the ONNX graphs of a bundle: one builder for TensorRT and TensorRT-RTX.
+
+Needs NumPy and the backend alone; TensorRT-RTX needs no GPU to build. Networks are always
+strongly typed: the precision is in the graph, there are no precision flags.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hhdeploy.engines import Range
+from hhdeploy.errors import EngineError, PlanError
+from hhdeploy.exporters.engine_errors import explain, parser_errors
+from hhdeploy.trt import Log, import_tensorrt
+
+# (phase, steps done, steps in all); a phase that is over has done == all.
+Progress = Callable[[str, int, int], None]
+
+# Elements of one tensor, at most, in many layers.
+ELEMENT_LIMIT = 2**31 - 1
+_OLDEST_FP8 = 89
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What to build.
+
+    Attributes:
+        backend: ``tensorrt`` or ``tensorrt-rtx``.
+        batch: images of one run: fewest, the number to tune for, most.
+        slots: rows of the bank, likewise; None for a graph without ``adapter_bank``.
+        architectures: ``sm89`` ... to build for (TensorRT-RTX only); empty: portable over Ampere
+            and newer RTX GPUs, and with TensorRT the GPU of this machine.
+        hardware_compatible: TensorRT only: one engine for Ampere and newer, at some speed.
+        optimization_level: 0 (fastest build) to 5 (fastest engine); None: the backend's own.
+        workspace_mib: scratch memory that a layer may use; None: all there is.
+        tf32: let float32 products round their inputs to 10 bits; TensorRT's own default is yes.
+    """
+
+    backend: str
+    batch: Range
+    slots: Range | None
+    architectures: tuple[str, ...] = ()
+    hardware_compatible: bool = False
+    optimization_level: int | None = None
+    workspace_mib: int | None = None
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A serialised engine, as TensorRT holds it (``plan`` supports the buffer protocol)."""
+
+    plan: Any
+    version: str
+    seconds: float
+
+
+def check_options(options: EngineOptions, *, row: int | None, precision: str) -> None:
+    """What can be said before building.
+
+    Args:
+        row: floats of a row of the bank; None without ``adapter_bank``.
+        precision: of the graph.
+
+    Raises:
+        PlanError: ranges out of order, a flag that the backend ignores or lacks, an
+            architecture that cannot compute the precision, more slots than a tensor can hold.
+    """
+    for flag, given in (("batch", options.batch), ("slots", options.slots)):
+        if given is not None and not 1 <= given[0] <= given[1] <= given[2]:
+            raise PlanError(
+                f"--min-{flag}, --opt-{flag}, --max-{flag}: expected 1 <= min <= opt <= max, "
+                f"found {', '.join(map(str, given))}."
+            )
+    if options.slots is not None and row is not None and options.slots[2] * row > ELEMENT_LIMIT:
+        raise PlanError(
+            f"--max-slots {options.slots[2]}: a bank of that many rows of {row:,} floats has "
+            f"{options.slots[2] * row:,} elements, TensorRT takes {ELEMENT_LIMIT:,} a tensor. Use "
+            f"--max-slots {ELEMENT_LIMIT // row} or fewer."
+        )
+    if options.tf32 and precision != "float32":
+        raise PlanError(f"--tf32 is for float32 graphs; a {precision} graph says its precisions.")
+    if options.backend == "tensorrt" and options.architectures:
+        raise PlanError(
+            "--gpu-arch: TensorRT builds for the GPU of the machine that it runs on. Build there; "
+            "or use --hardware-compatible, or --backend tensorrt-rtx."
+        )
+    if options.backend == "tensorrt-rtx":
+        lacking = {
+            "--hardware-compatible": (
+                options.hardware_compatible,
+                "without --gpu-arch its engines are portable over Ampere and newer already",
+            ),
+            "--workspace-mib": (
+                options.workspace_mib is not None,
+                "it sizes its scratch memory itself",
+            ),
+            # Accepted by its API; the engines of levels 0, 3 and 5 are the same to the byte (1.7).
+            "--builder-optimization-level": (
+                options.optimization_level is not None,
+                "it always builds the same engine, and tunes it on the GPU that runs it",
+            ),
+        }
+        for name, (given_flag, why) in lacking.items():
+            if given_flag:
+                raise PlanError(f"{name} has no effect in TensorRT-RTX: {why}. Leave it out.")
+    if precision == "fp8":
+        old = [a for a in options.architectures if _number(a) < _OLDEST_FP8]
+        if old or (options.backend == "tensorrt-rtx" and not options.architectures):
+            found = ", ".join(old) or "a portable engine, which has to run on sm80 too"
+            raise PlanError(
+                f"FP8 needs sm{_OLDEST_FP8} (Ada) or newer, found {found}. Pass --gpu-arch sm89 "
+                "or newer, or build --precision int8."
+            )
+
+
+def engine_from_onnx(
+    graph: Path,
+    shapes: Mapping[str, tuple[int | str, ...]],
+    options: EngineOptions,
+    progress: Progress = lambda phase, done, steps: None,
+) -> BuiltEngine:
+    """Compile a graph. Weights beside it are read from disk.
+
+    Args:
+        graph: the ONNX file.
+        shapes: input name -> dimensions, ``batch`` and ``slots`` where they vary.
+        options: checked by `check_options`.
+        progress: called from TensorRT's threads.
+
+    Raises:
+        EngineError: the parser or the builder refused; the message has all that it said, with
+            nodes and sites.
+        PlanError: an architecture that this backend does not know.
+        MissingDependencyError: the backend is not installed.
+    """
+    trt = import_tensorrt(options.backend)
+    log = Log()
+    logger = log.logger(trt)
+    start = time.perf_counter()
+    builder = _builder(trt, logger, log)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        raise EngineError(f"{options.backend} cannot parse {graph}:\n{parser_errors(parser, log)}")
+    config = builder.create_builder_config()
+    config.add_optimization_profile(_profile(builder, network, shapes, options))
+    _configure(trt, config, options)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise EngineError(
+            f"{options.backend} cannot build an engine from {graph}:\n{explain(log.text())}"
+        )
+    return BuiltEngine(plan, trt.__version__, time.perf_counter() - start)
+
+
+def _builder(trt: ModuleType, logger: Any, log: Log) -> Any:
+    try:
+        return trt.Builder(logger)
+    except Exception as error:  # the bindings raise RuntimeError or TypeError, as versions go
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} cannot start on this machine: {error}\n"
+            f"{explain(log.text())}\nSee what is there with hhdeploy doctor. TensorRT needs a GPU "
+            "and its driver to build, TensorRT-RTX (--backend tensorrt-rtx) does not."
+        ) from error
+
+
+def _network_flags(trt: ModuleType) -> int:
+    """TensorRT 11 has strongly typed networks only, and may drop the flag."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _profile(
+    builder: Any, network: Any, shapes: Mapping[str, tuple[int | str, ...]], options: EngineOptions
+) -> Any:
+    ranges = {"batch": options.batch, "slots": options.slots}
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        name = network.get_input(index).name
+        if name not in shapes:
+            raise EngineError(
+                f"the graph has an input {name!r}; expected {', '.join(shapes)}. Export the "
+                "bundle again."
+            )
+        variants = []
+        for which in range(3):
+            dims = []
+            for dim in shapes[name]:
+                given = ranges[dim] if isinstance(dim, str) else (dim, dim, dim)
+                assert given is not None
+                dims.append(given[which])
+            variants.append(tuple(dims))
+        profile.set_shape(name, *variants)
+    return profile
+
+
+def _configure(trt: ModuleType, config: Any, options: EngineOptions) -> None:
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.architectures:
+        config.num_compute_capabilities = len(options.architectures)
+    for index, name in enumerate(options.architectures):
+        capability = getattr(trt.ComputeCapability, name.upper(), None)
+        if capability is None:
+            known = [n.lower() for n in dir(trt.ComputeCapability) if n.startswith("SM")]
+            raise PlanError(
+                f"--gpu-arch {name}: {options.backend} {trt.__version__} builds for "
+                f"{', '.join(sorted(known, key=_number))}."
+            )
+        config.set_compute_capability(capability, index)
+
+
+def _monitor(trt: ModuleType, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Passes steps on; an exception (Ctrl-C) in Python cancels the build."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.interrupted = False
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            progress(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                progress(phase_name, step + 1, self._steps.get(phase_name, step + 1))
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            steps = self._steps.pop(phase_name, 0)
+            progress(phase_name, steps, steps)
+
+    return Monitor()
+
+
+def _number(architecture: str) -> int:
+    return int(re.sub(r"\D", "", architecture) or 0)

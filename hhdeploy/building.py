@@ -1,0 +1,178 @@
+"""``hhdeploy build``: a bundle's graph, compiled to an engine that the manifest knows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hhdeploy.api import Progress
+from hhdeploy.bundle import BANK_FILE, Bundle, write_manifest
+from hhdeploy.engines import EngineEntry, Range, engine_name
+from hhdeploy.errors import PlanError, require
+from hhdeploy.exporters.engine import (
+    ELEMENT_LIMIT,
+    EngineOptions,
+    check_options,
+    engine_from_onnx,
+)
+from hhdeploy.files import atomic_file, sha256_of
+from hhdeploy.trt import import_tensorrt
+
+# (phase, steps done, steps in all) of the compiler.
+Phases = Callable[[str, int, int], None]
+_DEFAULT_MAX_SLOTS = 1024
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `build` is asked for; see `EngineOptions` for what they mean to the backend.
+
+    Attributes:
+        batch: images of one run: fewest, the number to tune for, most.
+        max_slots: rows of the largest bank; None: 1,024, or what a tensor can hold.
+        architectures: ``sm89`` ...; empty: portable, or this machine's GPU.
+        bank_as_constant: bake the bundle's bank into the engine.
+        hardware_compatible, optimization_level, workspace_mib, tf32: see `EngineOptions`.
+    """
+
+    batch: Range = (1, 8, 32)
+    max_slots: int | None = None
+    architectures: tuple[str, ...] = ()
+    bank_as_constant: bool = False
+    hardware_compatible: bool = False
+    optimization_level: int | None = None
+    workspace_mib: int | None = None
+    tf32: bool = False
+
+
+def build(
+    path: str | Path,
+    *,
+    backend: str,
+    precision: str = "float32",
+    options: BuildOptions | None = None,
+    progress: Progress = lambda step: None,
+    phases: Phases = lambda phase, done, steps: None,
+) -> EngineEntry:
+    """Compile one graph of a bundle and enter the engine in the manifest.
+
+    A float16 or bfloat16 graph that is missing is made and verified first (needs the ``export``
+    extra, no torch). Otherwise NumPy and the backend are enough.
+
+    Args:
+        path: the bundle.
+        backend: ``tensorrt`` (needs a GPU) or ``tensorrt-rtx`` (does not).
+        precision: of the graph.
+        options: profile and flags.
+        progress: called with a few words at each step.
+        phases: called with the compiler's own progress.
+
+    Raises:
+        PlanError: options that do not go together, with this graph or this backend.
+        EngineError: TensorRT refused.
+        BundleError, WriteError: see their docstrings; the bundle is unchanged then.
+    """
+    options = options or BuildOptions()
+    import_tensorrt(backend)  # before anything slow
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    baked_in = manifest.bank_as_constant or options.bank_as_constant
+    engine_options = _engine_options(bundle, backend, options)
+    row = manifest.layout.size if manifest.layout is not None else None
+    check_options(engine_options, row=row, precision=precision)
+    if precision not in manifest.graphs:
+        from hhdeploy.graphs import add_typed_graph
+
+        bundle = add_typed_graph(path, precision, progress=progress)
+        manifest = bundle.manifest
+    graph = bundle.graph(precision)
+    architectures = options.architectures
+    gpu = None
+    if backend == "tensorrt":
+        from hhdeploy.runtime.cuda import find_gpu
+
+        here = find_gpu()
+        gpu = here.name
+        architectures = () if options.hardware_compatible else (here.architecture,)
+    shapes: dict[str, tuple[int | str, ...]] = {"images": ("batch", *manifest.input_size)}
+    if row is not None:
+        shapes |= {"adapter_ids": ("batch",), "adapter_bank": ("slots", row)}
+    progress(f"building with {backend}")
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.bank_as_constant:
+            graph = _baked(bundle, graph, Path(scratch))
+        built = engine_from_onnx(graph, shapes, engine_options, phases)
+    name = engine_name(precision, backend, architectures, bank_as_constant=baked_in)
+    with atomic_file(bundle.path / name) as file:
+        file.write_bytes(built.plan)
+    entry = EngineEntry(
+        file=name,
+        backend=backend,
+        version=built.version,
+        precision=precision,
+        architectures=architectures,
+        gpu=gpu,
+        batch=engine_options.batch,
+        slots=engine_options.slots,
+        bank_sha256=manifest.files[BANK_FILE] if baked_in else None,
+        graph_sha256=manifest.files[manifest.graphs[precision]],
+        optimization_level=options.optimization_level,
+        build_seconds=round(built.seconds, 3),
+        bytes=(bundle.path / name).stat().st_size,
+    )
+    _enter(bundle, entry)
+    return entry
+
+
+def _engine_options(bundle: Bundle, backend: str, options: BuildOptions) -> EngineOptions:
+    manifest = bundle.manifest
+    slots: Range | None = None
+    if options.bank_as_constant and manifest.layout is None:
+        raise PlanError("--bank-as-constant: a folded bundle has no bank. Leave it out.")
+    if manifest.layout is None or manifest.bank_as_constant or options.bank_as_constant:
+        if options.max_slots is not None:
+            raise PlanError(
+                "--max-slots: this engine has no bank input (a folded graph, or a bank baked "
+                "in). Leave it out."
+            )
+    else:
+        rows = len(bundle.bank())
+        most = options.max_slots or max(
+            rows, min(_DEFAULT_MAX_SLOTS, ELEMENT_LIMIT // manifest.layout.size)
+        )
+        if most < rows:
+            raise PlanError(
+                f"--max-slots {most}: the bundle's bank has {rows} rows. Use {rows} or more."
+            )
+        slots = (1, rows, most)
+    return EngineOptions(
+        backend,
+        options.batch,
+        slots,
+        options.architectures,
+        options.hardware_compatible,
+        options.optimization_level,
+        options.workspace_mib,
+        options.tf32,
+    )
+
+
+def _baked(bundle: Bundle, graph: Path, scratch: Path) -> Path:
+    """The graph with the bundle's bank in it, in a scratch directory."""
+    ir = require("onnx_ir", "export", "baking the bank into an engine")
+    from hhdeploy.exporters.bake import baked
+    from hhdeploy.exporters.writer import save_graph
+
+    target = scratch / graph.name
+    save_graph(baked(ir.load(graph), bundle.bank()), target)
+    return target
+
+
+def _enter(bundle: Bundle, entry: EngineEntry) -> None:
+    """The manifest with the engine, in the place of one of the same name."""
+    others = [e for e in bundle.manifest.engines if e["file"] != entry.file]
+    files = {**bundle.manifest.files, entry.file: sha256_of(bundle.path / entry.file)}
+    manifest = replace(bundle.manifest, engines=(*others, entry.to_json()), files=files)
+    write_manifest(bundle.path, manifest)

@@ -1,0 +1,239 @@
+"""``hhdeploy calibrate``: from a float32 bundle and images to a judged Q/DQ graph in the bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hhdeploy.api import Progress, verify_graphs
+from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle
+from hhdeploy.calibration.accuracy import Logits
+from hhdeploy.calibration.data import CalibrationData, Source
+from hhdeploy.calibration.exam import Exam, make_exam
+from hhdeploy.calibration.feeds import Feeder
+from hhdeploy.calibration.findings import Findings
+from hhdeploy.calibration.guard import guard
+from hhdeploy.calibration.pictures import changed_images
+from hhdeploy.calibration.report import report_html
+from hhdeploy.calibration.scales_file import write_scales
+from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.errors import ParityError, PlanError, require
+from hhdeploy.files import atomic_file, default_cache, write_json
+from hhdeploy.parity import ParityReport, StageResult, compare
+from hhdeploy.trials import Trials
+
+_PICTURES = 12
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How `calibrate_bundle` judges; what it quantises is in `CalibrationSettings`.
+
+    Attributes:
+        eval_data: images to judge on; None: those of the data that calibration leaves over.
+        max_drop: points of mean top-1 that may be lost; None: no guard.
+        report: HTML file to write; None: none.
+        device: of the sessions that judge; see ``open_session``.
+        threads: of one run on the CPU; None leaves it to the runtime.
+        cache: directory of earlier calibrations; "default": see ``default_cache``; None: none.
+    """
+
+    eval_data: Source | None = None
+    max_drop: float | None = None
+    report: str | Path | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    cache: str | Path | None = "default"
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What a calibration made.
+
+    Attributes:
+        path: the bundle.
+        file: name of the new graph in it.
+        findings: figures, settings, warnings.
+        parity: the stages that it passed.
+    """
+
+    path: Path
+    file: str
+    findings: Findings
+    parity: tuple[StageResult, ...]
+
+
+def calibration_files(precision: str) -> tuple[str, str]:
+    """Names of a calibration's findings and scales in its bundle."""
+    return f"calibration.{precision}.json", f"calibration.{precision}.safetensors"
+
+
+def calibrate_bundle(
+    path: str | Path,
+    data: Source,
+    settings: CalibrationSettings | None = None,
+    options: CalibrationOptions | None = None,
+    *,
+    progress: Progress = lambda step: None,
+) -> CalibrationResult:
+    """Calibrate, quantise and judge a bundle's float32 graph; add the Q/DQ graph to the bundle.
+
+    A graph of the same precision is replaced; engines built from it are refused from then on.
+
+    Args:
+        path: the bundle.
+        data: image folder, ``.npz`` file or iterable of arrays; see `CalibrationData.open`.
+        settings: what to quantise, and how.
+        options: how to judge it.
+        progress: called with a few words at each step.
+
+    Raises:
+        DataError: images are missing, too few, or do not belong to the bundle.
+        PlanError: options that do not go together, or a graph that cannot be quantised.
+        ParityError: the guard's bound cannot be kept, or the graph is far from the reference;
+            the bundle is unchanged.
+        BundleError, WriteError, MissingDependencyError: see their docstrings.
+    """
+    settings, options = settings or CalibrationSettings(), options or CalibrationOptions()
+    bundle = Bundle.open(path)
+    for package in ("onnx", "onnx_ir", "onnxruntime", "nncf"):
+        require(package, "calibrate", "calibrating")
+    from hhdeploy.calibration.calibrate import calibrate
+    from hhdeploy.exporters.writer import graph_name, save_graph
+    from hhdeploy.graphs import add_graph
+
+    if not isinstance(data, str | Path):
+        data = list(data)  # it is read twice: to calibrate, and for what is left over
+    used = CalibrationData.open(bundle, data, images=settings.images, seed=settings.seed)
+    source = data if options.eval_data is None else options.eval_data
+    exam = make_exam(bundle, source, used, seed=settings.seed)
+    _check_guard(options.max_drop, exam)
+    progress(f"calibrating on {len(used)} images (cached for the next time)")
+    cache = default_cache() if options.cache == "default" else options.cache
+    found = calibrate(bundle, used, settings, cache=Path(cache) if cache is not None else None)
+    trials = Trials(
+        bundle,
+        used,
+        exam,
+        found,
+        settings,
+        device=options.device,
+        threads=options.threads,
+        progress=progress,
+    )
+    guarded = None
+    if options.max_drop is not None:
+        guarded = guard(trials.most_sensitive_first, trials.drop, options.max_drop)
+    quantised = trials.quantised(guarded.kept if guarded else (), trials.site_sqnr())
+    measured = trials.measure(quantised)
+    findings = Findings(
+        bundle=bundle.path.resolve().name,
+        model=bundle.manifest.backbone["model"],
+        quantised=quantised,
+        exam=exam,
+        accuracy=trials.accuracy(measured.logits),
+        guarded=guarded,
+        changed=changed_images(Feeder(bundle), exam, trials.reference, measured.logits, _PICTURES),
+        sizes=measured.sizes,
+        latency=measured.latency,
+        device=measured.device,
+        machine=_machine(),
+        replaced=settings.precision in bundle.manifest.graphs,
+    )
+    stages: list[StageResult] = []
+
+    def judge(candidate: Bundle) -> Sequence[StageResult]:
+        progress("comparing it with the reference")
+        stages.extend(
+            _stages(candidate, settings.precision, exam, trials.reference, measured.logits)
+        )
+        return stages
+
+    findings_file, scales_file = calibration_files(settings.precision)
+    add_graph(
+        bundle,
+        settings.precision,
+        lambda target: save_graph(quantised.model, target),
+        judge,
+        {
+            findings_file: lambda target: write_json(target, findings.to_json()),
+            scales_file: lambda target: write_scales(target, found.sites),
+        },
+    )
+    if options.report is not None:
+        with atomic_file(Path(options.report)) as scratch:
+            scratch.write_text(report_html(findings), encoding="utf-8")
+    return CalibrationResult(bundle.path, graph_name(settings.precision), findings, tuple(stages))
+
+
+def _stages(
+    bundle: Bundle, precision: str, exam: Exam, reference: Logits, found: Logits
+) -> list[StageResult]:
+    """Parity with the stored reference if it is of images, else with the float32 graph on the
+    exam's; never on noise, which leaves every calibrated range.
+
+    Raises:
+        ParityError: outside the table; unlike `add_graph`'s, it says what to do.
+    """
+    if _reference_of_images(bundle):
+        stages = list(verify_graphs(bundle, "cpu", [precision]).stages)
+    else:
+        only = bundle.manifest.adapters[0].name if bundle.manifest.kind == "folded" else ""
+        names = [question.adapter or only for question in exam.questions]
+        stages = []
+        for name in dict.fromkeys(names):
+            rows = [row for row, other in enumerate(names) if other == name]
+            figures = compare(reference[rows], found[rows])
+            stages.append(StageResult.of("quantised", precision, "float32 graph", name, figures))
+    report = ParityReport({}, stages)
+    if not report.passed:
+        raise ParityError(
+            f"the {precision} graph is further from the reference than the parity table "
+            f"allows:\n{report.explain_failures()}\nThe bundle is unchanged. Keep the most "
+            "sensitive sites in floating point with --max-drop POINTS or --exclude PATTERN, "
+            "or calibrate on more images of every adapter."
+        )
+    return stages
+
+
+def _check_guard(max_drop: float | None, exam: Exam) -> None:
+    """A bound on accuracy needs true classes of images that were not calibrated on."""
+    if max_drop is None:
+        return
+    if not max_drop >= 0:
+        raise PlanError(f"--max-drop: expected points of top-1, 0 or more, found {max_drop}.")
+    if not exam.labelled:
+        raise PlanError(
+            f"--max-drop {max_drop:g} needs true classes, which {exam.source} does not tell. Pass "
+            "a folder with --eval-data DIR: DIR/CLASS/image, for side branches "
+            "DIR/ADAPTER/CLASS/image."
+        )
+    if not exam.held_out:
+        raise PlanError(
+            f"--max-drop {max_drop:g} needs images that calibration does not use; of {exam.source} "
+            "none is left. Pass others with --eval-data DIR, or a smaller --images."
+        )
+
+
+def _reference_of_images(bundle: Bundle) -> bool:
+    files = bundle.manifest.files
+    if REFERENCE_FILE not in files or PARITY_FILE not in files:
+        return False
+    content: dict[str, Any] = json.loads(bundle.file(PARITY_FILE).read_text(encoding="utf-8"))
+    return bool(content["data"].get("kind") == "images")
+
+
+def _machine() -> str:
+    """The processor's name and how many cores it shows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,146 @@
+"""hhdeploy triton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hhdeploy.cli import ui
+
+if TYPE_CHECKING:
+    from hhdeploy.exporters.triton import Backend
+    from hhdeploy.triton import TritonModel
+
+
+@click.command()
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("out", type=ui.DIRECTORY)
+@click.option("--name", help="Of the model; default: the bundle's directory name.")
+@click.option("--precision", default="float32", show_default=True, metavar="P")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="tensorrt takes an engine that hhdeploy build made.",
+)
+@click.option("--gpu-arch", metavar="SM", help="tensorrt: which engine, if there are several.")
+@click.option(
+    "--max-batch", type=click.IntRange(1), help="Default: 32, or the most that the engine takes."
+)
+@click.option(
+    "--preferred-batch",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Run a batch of this size as soon as it is there. Repeatable.",
+)
+@click.option(
+    "--max-queue-delay-us",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="How long a request may wait for others.",
+)
+@click.option("--instances", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--gpu/--cpu", default=None, help="Where it runs; default: GPUs if there are any.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the model in OUT once the new one is complete."
+)
+@ui.json_option
+def command(
+    bundle: Path,
+    out: Path,
+    name: str | None,
+    precision: str,
+    backend: Backend,
+    gpu_arch: str | None,
+    max_batch: int | None,
+    preferred_batch: tuple[int, ...],
+    max_queue_delay_us: int,
+    instances: int,
+    gpu: bool | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write BUNDLE as a model of the Triton Inference Server repository OUT.
+
+    The bank is baked in: write the model again after adding or removing adapters. Other models
+    in OUT stay.
+
+    \b
+      hhdeploy triton bundle/ models/ --precision float16
+      hhdeploy triton bundle/ models/ --backend tensorrt --preferred-batch 8
+    """
+    from hhdeploy.triton import TritonOptions, write_triton_repository
+
+    options = TritonOptions(
+        name=name,
+        precision=precision,
+        backend=backend,
+        gpu_arch=gpu_arch,
+        max_batch=max_batch,
+        preferred_batch=preferred_batch,
+        max_queue_delay_us=max_queue_delay_us,
+        instances=instances,
+        gpu=gpu,
+    )
+    with ui.steps(as_json) as step:
+        model = write_triton_repository(bundle, out, options, overwrite=overwrite, progress=step)
+    if as_json:
+        ui.print_json(
+            {
+                "repository": str(model.repository),
+                "model": model.name,
+                "files": list(model.files),
+                "adapters": model.rows,
+                "unverified": list(model.unverified),
+                "engine": model.engine.to_json() if model.engine is not None else None,
+            }
+        )
+        return
+    for adapter in model.unverified:
+        ui.console().print(
+            f"[yellow]{adapter}[/] is not verified: run hhdeploy verify {bundle} --against-torch",
+            soft_wrap=True,
+        )
+    click.echo(_summary(model))
+
+
+def _summary(model: TritonModel) -> str:
+    """What was written, how to serve it, and a client to paste."""
+    written = "\n".join(f"  {model.repository / file}" for file in model.files)
+    needs = ""
+    if model.engine is not None:
+        where = ", ".join(model.engine.architectures) or "Ampere and newer"
+        needs = f"It needs a Triton with TensorRT {model.engine.version}, on {where}.\n"
+    shape = ", ".join(map(str, model.input_size))
+    return (
+        f"Wrote Triton model {model.name}:\n{written}\n{needs}\n"
+        f"Serve:  tritonserver --model-repository {model.repository}\n"
+        f"Look:   curl localhost:8000/v2/models/{model.name}/config\n"
+        "Ask, with the rows of adapters.json (pip install 'tritonclient[grpc]'):\n\n"
+        "    import numpy as np\n"
+        "    from tritonclient.grpc import InferenceServerClient, InferInput\n"
+        f'    images = InferInput("images", [1, {shape}], "FP32")\n'
+        f"    images.set_data_from_numpy(np.zeros((1, {shape}), np.float32))\n"
+        f"{_ids(model)}"
+        '    client = InferenceServerClient("localhost:8001")\n'
+        f'    logits = client.infer("{model.name}", {_inputs(model)}).as_numpy("logits")\n'
+    )
+
+
+def _ids(model: TritonModel) -> str:
+    """The lines that choose the adapter, none for a folded bundle."""
+    name, row = list(model.rows.items())[-1]
+    if row is None:
+        return ""
+    return (
+        '    ids = InferInput("adapter_ids", [1, 1], "INT64")\n'
+        f"    ids.set_data_from_numpy(np.array([[{row}]], np.int64))  # {name}\n"
+    )
+
+
+def _inputs(model: TritonModel) -> str:
+    return "[images, ids]" if _ids(model) else "[images]"

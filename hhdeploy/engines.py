@@ -1,0 +1,168 @@
+"""Engines of a bundle: what the manifest says of them, and which one a machine may load.
+
+Needs no TensorRT: an engine that does not fit is refused before anything deserialises it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hhdeploy.bundle import BANK_FILE, Manifest
+from hhdeploy.errors import BundleError, SessionError
+
+# Fewest, most common and most; TensorRT's min, opt and max of one dimension.
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One engine of a bundle.
+
+    Attributes:
+        file: its name in the bundle.
+        backend: ``tensorrt`` or ``tensorrt-rtx``.
+        version: of the backend that built it, as its module says it.
+        precision: of the graph it was built from.
+        architectures: ``sm89`` ...; empty: portable over Ampere and newer, as far as the backend
+            covers them.
+        gpu: name of the GPU it was tuned on; None if it was built without one.
+        batch: images of one run.
+        slots: rows of the bank; None for a folded graph or a bank baked in.
+        bank_sha256: of the bank that is baked in; None if the bank is an input.
+        graph_sha256: of the ONNX file it was built from.
+        optimization_level: of the builder; None: its default.
+        build_seconds: wall-clock.
+        bytes: size of the file.
+    """
+
+    file: str
+    backend: str
+    version: str
+    precision: str
+    architectures: tuple[str, ...]
+    gpu: str | None
+    batch: Range
+    slots: Range | None
+    bank_sha256: str | None
+    graph_sha256: str
+    optimization_level: int | None
+    build_seconds: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> EngineEntry:
+        """Read the manifest's entry. Raises KeyError or TypeError if it is damaged."""
+        ranges = {
+            key: tuple(content[key]) if content[key] is not None else None
+            for key in ("batch", "slots", "architectures")
+        }
+        return cls(**{**content, **ranges})
+
+
+def engine_name(
+    precision: str, backend: str, architectures: Sequence[str], *, bank_as_constant: bool = False
+) -> str:
+    """``model.float16.tensorrt-rtx.sm89.engine``; several architectures are joined by ``+``."""
+    where = "+".join(architectures) or "portable"
+    bank = ".constant-bank" if bank_as_constant else ""
+    return f"model.{precision}.{backend}.{where}{bank}.engine"
+
+
+def engines_of(manifest: Manifest) -> list[EngineEntry]:
+    """All engines of a bundle."""
+    return [EngineEntry.from_json(entry) for entry in manifest.engines]
+
+
+def choose_engine(
+    manifest: Manifest, backend: str, precision: str, *, version: str, architecture: str
+) -> EngineEntry:
+    """The engine that this machine may load, before it is read from disk.
+
+    An engine made for just this architecture is preferred to one for several, that to a
+    portable one, and one that takes the bank as input to one that has it baked in.
+
+    Args:
+        version: of the backend that is installed here.
+        architecture: of the GPU that is here, e.g. ``sm89``.
+
+    Raises:
+        BundleError: none was built for this backend and precision, or the one that was is stale
+            (another graph or bank), of another version, or of another architecture.
+    """
+    entries = [e for e in engines_of(manifest) if (e.backend, e.precision) == (backend, precision)]
+    command = f"hhdeploy build BUNDLE --backend {backend} --precision {precision}"
+    if not entries:
+        there = ", ".join(f"{e.backend} {e.precision}" for e in engines_of(manifest)) or "none"
+        raise BundleError(
+            f"the bundle has no {precision} engine for {backend}; it has: {there}. "
+            f"Build it with: {command}"
+        )
+    reasons = {e.file: _unfit(manifest, e, version, architecture) for e in entries}
+    fit = [e for e in entries if reasons[e.file] is None]
+    if not fit:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        raise BundleError(f"no engine fits this machine:\n{listed}\nBuild one with: {command}")
+    return min(fit, key=lambda e: (e.bank_sha256 is not None, len(e.architectures) or 1_000))
+
+
+def stale(manifest: Manifest, entry: EngineEntry) -> str | None:
+    """Why an engine is not the bundle's any more, or None."""
+    graph = manifest.graphs.get(entry.precision)
+    if graph is None or manifest.files.get(graph) != entry.graph_sha256:
+        return "it was built from another graph than the bundle has now"
+    if entry.bank_sha256 not in (None, manifest.files.get(BANK_FILE)):
+        return "the bank baked into it is not the one that the bundle has now"
+    return None
+
+
+def _unfit(manifest: Manifest, entry: EngineEntry, version: str, architecture: str) -> str | None:
+    """Why an engine cannot be loaded here, or None."""
+    if reason := stale(manifest, entry):
+        return reason
+    if entry.version != version:
+        return f"built with {entry.backend} {entry.version}, installed is {version}"
+    if entry.architectures and architecture not in entry.architectures:
+        return f"built for {', '.join(entry.architectures)}, this GPU is {architecture}"
+    if not entry.architectures and not _portable(entry.backend, architecture):
+        return f"a portable engine of {entry.backend} does not run on {architecture}"
+    return None
+
+
+def _portable(backend: str, architecture: str) -> bool:
+    """Ampere and newer; TensorRT-RTX leaves out the data centre's Hopper and Blackwell."""
+    number = int(re.sub(r"\D", "", architecture) or 0)
+    return number >= 80 and not (backend == "tensorrt-rtx" and number in (90, 100, 103))
+
+
+def split_batch(images: int, batch: Range) -> list[tuple[int, int, int]]:
+    """(start, stop, run size) of the runs that cover ``images`` with one optimization profile.
+
+    A batch larger than the profile runs in pieces; one smaller than its minimum is padded up.
+
+    >>> split_batch(70, (1, 8, 32))
+    [(0, 32, 32), (32, 64, 32), (64, 70, 6)]
+    >>> split_batch(3, (4, 8, 8))
+    [(0, 3, 4)]
+    """
+    least, _, most = batch
+    starts = range(0, images, most)
+    pieces = [(start, min(start + most, images)) for start in starts]
+    return [(start, stop, max(stop - start, least)) for start, stop in pieces]
+
+
+def check_slots(rows: int, slots: Range | None) -> None:
+    """The session's bank fits the engine's profile. Raises `SessionError`."""
+    if slots is None or slots[0] <= rows <= slots[2]:
+        return
+    raise SessionError(
+        f"slots={rows}: this engine takes banks of {slots[0]} to {slots[2]} rows. Open the "
+        f"session with slots={min(max(rows, slots[0]), slots[2])}, or build with --max-slots "
+        f"{rows}."
+    )

@@ -1,0 +1,66 @@
+"""One adapter folded into a timm model's own weights, run by torch on the GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapter import Adapter
+from hhdeploy.algebra import fold_additive, fold_sequential
+from hhdeploy.backbone import BackboneSpec, load_backbone
+from hhdeploy.sites import LinearSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def folded_in_torch(spec: BackboneSpec, adapter: Adapter) -> nn.Module:
+    """The backbone with the adapter in its weights and the adapter's own head; on the CPU."""
+    import torch
+    from torch import nn
+
+    backbone = load_backbone(spec)
+    model = backbone.model
+    with torch.no_grad():
+        for linear in backbone.facts.linears:
+            _fold(model.get_submodule(linear.path), linear, adapter)
+    if adapter.head is not None:
+        parent, _, name = backbone.facts.classifier.rpartition(".")
+        head = nn.Linear(adapter.head.weight.shape[1], adapter.head.weight.shape[0])
+        values = {"weight": adapter.head.weight, "bias": adapter.head.bias}
+        head.load_state_dict({key: torch.from_numpy(v) for key, v in values.items()})
+        setattr(model.get_submodule(parent), name, head)
+    return model.eval()
+
+
+def _fold(module: nn.Module, linear: LinearSpec, adapter: Adapter) -> None:
+    # Views: writing into them changes the model.
+    weight, bias = module.weight.numpy(), None if module.bias is None else module.bias.numpy()
+    start = 0
+    for site in linear.sites:
+        part = slice(start, start + site.out)
+        start += site.out
+        if site.name not in adapter.sites:
+            continue
+        delta = adapter.delta(site.name)
+        if adapter.form == "additive":
+            weight[part] = fold_additive(weight[part], delta)
+        else:
+            weight[part], folded = fold_sequential(weight[part], bias, delta)
+            if bias is not None:
+                bias[...] = folded
+
+
+def logits_on_gpu(
+    model: nn.Module, images: NDArray[np.float32], precision: str
+) -> NDArray[np.float32]:
+    """Images to the GPU, logits back; the model moves there in the precision."""
+    import torch
+
+    dtype = getattr(torch, precision)
+    with torch.inference_mode():
+        there = torch.from_numpy(images).to("cuda", dtype)
+        found: NDArray[np.float32] = model.to("cuda", dtype)(there).float().cpu().numpy()
+    return found

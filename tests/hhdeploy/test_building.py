@@ -1,0 +1,174 @@
+"""`build`: engines made from bundles with the real compiler and entered in the manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hhdeploy.building import BuildOptions, build
+from hhdeploy.bundle import BANK_FILE, MANIFEST, Bundle, write_manifest
+from hhdeploy.engines import EngineEntry, choose_engine, engines_of
+from hhdeploy.errors import BundleError, ParityError, PlanError
+from hhdeploy.files import sha256_of
+from hhdeploy.graphs import add_graph, add_typed_graph
+from hhdeploy.parity import PARITY
+from tests.workshop import copy_bundle, run_python
+
+RTX = "tensorrt-rtx"
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def built(rtx, small, tmp_path_factory) -> tuple[Path, EngineEntry]:
+    """A side-branch bundle with a float16 graph and engine that were not in it. Read only."""
+    path = copy_bundle(small, tmp_path_factory.mktemp("built") / "bundle")
+    return path, build(path, backend=RTX, precision="float16", options=BuildOptions(max_slots=9))
+
+
+def test_the_engine_is_in_the_manifest(built, rtx):
+    path, entry = built
+    bundle = Bundle.open(path)
+    assert engines_of(bundle.manifest) == [entry]
+    assert entry.file == "model.float16.tensorrt-rtx.portable.engine"
+    assert bundle.file(entry.file).stat().st_size == entry.bytes > 10_000
+    assert (entry.backend, entry.version, entry.precision) == (RTX, rtx.__version__, "float16")
+    assert (entry.batch, entry.slots) == ((1, 8, 32), (1, len(bundle.bank()), 9))
+    assert (entry.architectures, entry.gpu, entry.bank_sha256) == ((), None, None)
+    assert entry.graph_sha256 == sha256_of(bundle.graph("float16"))
+    assert entry.build_seconds > 0
+    assert EngineEntry.from_json(json.loads(json.dumps(entry.to_json()))) == entry
+    assert choose_engine(
+        bundle.manifest, RTX, "float16", version=rtx.__version__, architecture="sm89"
+    ) == entry  # fmt: skip
+
+
+def test_a_missing_typed_graph_is_made_and_verified(built):
+    path, _ = built
+    bundle = Bundle.open(path)
+    assert bundle.manifest.graphs["float16"] == "model.float16.onnx"
+    stages = json.loads((path / "parity.json").read_text())["stages"]
+    twins = [s for s in stages if s["precision"] == "float16"]
+    assert {s["adapter"] for s in twins} == {"alpha", "gamma"}
+    assert all(s["stage"] == "twin" and s["passed"] for s in twins)
+    assert [s for s in stages if s["precision"] == "float32"], "the others stay"
+    for name in bundle.manifest.files:
+        bundle.file(name)
+
+
+def test_building_again_replaces_the_entry(built, tmp_path):
+    path = copy_bundle(built[0], tmp_path / "bundle")
+    again = build(path, backend=RTX, precision="float16", options=BuildOptions((1, 1, 3)))
+    assert engines_of(Bundle.open(path).manifest) == [again]
+    assert again.batch == (1, 1, 3)
+    Bundle.open(path).file(again.file)
+
+
+def test_another_architecture_is_another_engine(built, tmp_path):
+    path = copy_bundle(built[0], tmp_path / "bundle")
+    options = BuildOptions(architectures=("sm86", "sm89"))
+    entry = build(path, backend=RTX, precision="float16", options=options)
+    assert entry.file == "model.float16.tensorrt-rtx.sm86+sm89.engine"
+    manifest = Bundle.open(path).manifest
+    assert len(engines_of(manifest)) == 2
+    chosen = choose_engine(
+        manifest, RTX, "float16", version=entry.version, architecture="sm89"
+    )  # fmt: skip
+    assert chosen == entry
+    other = choose_engine(manifest, RTX, "float16", version=entry.version, architecture="sm120")
+    assert other == built[1]
+
+
+def test_a_baked_bank_is_marked_and_goes_stale(rtx, small, tmp_path):
+    path = copy_bundle(small, tmp_path / "bundle")
+    entry = build(path, backend=RTX, options=BuildOptions(bank_as_constant=True))
+    bundle = Bundle.open(path)
+    assert entry.bank_sha256 == bundle.manifest.files[BANK_FILE]
+    assert entry.slots is None
+    assert "constant-bank" in entry.file
+    files = {**bundle.manifest.files, BANK_FILE: "0" * 64}
+    write_manifest(path, replace(bundle.manifest, files=files))
+    with pytest.raises(BundleError, match="bank baked into it is not the one"):
+        choose_engine(
+            Bundle.open(path).manifest, RTX, "float32",
+            version=entry.version, architecture="sm89",
+        )  # fmt: skip
+
+
+def test_folded_bundles_build_without_a_bank(rtx, folded, tmp_path):
+    path = copy_bundle(folded, tmp_path / "bundle")
+    entry = build(path, backend=RTX, options=BuildOptions((2, 3, 5)))
+    assert entry.slots is None
+    assert entry.bank_sha256 is None
+    for option, value in (("max_slots", 4), ("bank_as_constant", True)):
+        with pytest.raises(PlanError, match="folded"):
+            build(path, backend=RTX, options=BuildOptions(**{option: value}))
+
+
+def test_building_needs_no_torch_and_no_onnx(rtx, small, tmp_path):
+    """On an edge box: a bundle, NumPy and the compiler."""
+    path = copy_bundle(small, tmp_path / "bundle")
+    code = """
+        import sys
+        from hhdeploy.building import build
+        print(build(sys.argv[1], backend="tensorrt-rtx").bytes)
+    """
+    done = run_python(code, path, blocked=("torch", "timm", "onnx", "onnx_ir", "onnxscript"))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10_000
+
+
+def test_refusals_leave_the_bundle_as_it_was(rtx, small, tmp_path):
+    path = copy_bundle(small, tmp_path / "bundle")
+    before = {f: sha256_of(f) for f in sorted(path.rglob("*")) if f.is_file()}
+    refused = (
+        ({"precision": "int8"}, "hhdeploy calibrate"),
+        ({"precision": "float31"}, "has no float31 graph"),
+        ({"options": BuildOptions(max_slots=1)}, "the bundle's bank has 3 rows"),
+        ({"options": BuildOptions(architectures=("sm90",))}, "sm90"),
+    )
+    for arguments, message in refused:
+        with pytest.raises(PlanError, match=message):
+            build(path, backend=RTX, **arguments)
+    assert {f: sha256_of(f) for f in sorted(path.rglob("*")) if f.is_file()} == before
+
+
+def test_a_changed_graph_is_refused_before_building(rtx, small, tmp_path):
+    path = copy_bundle(small, tmp_path / "bundle")
+    with (path / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BundleError, match="expected sha256"):
+        build(path, backend=RTX)
+
+
+def test_a_graph_that_fails_parity_is_not_added(small, tmp_path, monkeypatch):
+    path = copy_bundle(small, tmp_path / "bundle")
+    before = (path / MANIFEST).read_bytes()
+    strict = replace(PARITY["twin", "float16"], range_error=0.0)
+    monkeypatch.setitem(PARITY, ("twin", "float16"), strict)  # type: ignore[arg-type]
+    with pytest.raises(ParityError, match="max abs error"):
+        add_typed_graph(path, "float16")
+    assert (path / MANIFEST).read_bytes() == before
+    assert not list(path.glob("*float16*"))
+    assert not list(path.glob(".*"))
+
+
+def test_a_full_disk_while_adding_leaves_the_bundle(small, tmp_path):
+    bundle = Bundle.open(copy_bundle(small, tmp_path / "bundle"))
+    before = (bundle.path / MANIFEST).read_bytes()
+
+    def save(target: Path) -> None:
+        target.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Exception, match="disk is full"):
+        add_graph(bundle, "int8", save, lambda candidate: [])
+    assert (bundle.path / MANIFEST).read_bytes() == before
+    assert not list(bundle.path.glob("*int8*")) + list(bundle.path.glob(".*"))
