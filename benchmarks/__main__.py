@@ -5,7 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
-_ALL = ("bench_fold", "bench_branches", "bench_slots", "bench_export", "bench_memory")
+_ALL = (
+    "bench_fold",
+    "bench_branches",
+    "bench_slots",
+    "bench_export",
+    "bench_memory",
+    "bench_int8",
+    "bench_cold_start",
+)
 
 
 def main() -> int:

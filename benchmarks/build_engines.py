@@ -15,17 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.harness import machine
-from benchmarks.models import bundle, starter_images, work_directory
+from benchmarks.models import bundle, calibrated
 from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.calibrate import calibrate, quantise
-from hhdeploy.calibration.data import CalibrationData
-from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.exporters.writer import save_graph
-from hhdeploy.graphs import add_graph
 
 MODELS = {
     "ViT-Ti/16": ("vit_tiny_patch16_224", {}),
@@ -71,8 +64,8 @@ def measure(label: str, precisions: Sequence[str]) -> list[Row]:
     path = bundle(name, "branches", args=args)
     rows = []
     for precision in precisions:
-        if precision in ("int8", "fp8") and precision not in Bundle.open(path).manifest.graphs:
-            _calibrate(path, precision)
+        if precision in ("int8", "fp8"):
+            calibrated(path, precision)
         architectures = ("sm89",) if precision == "fp8" else ()
         options = BuildOptions(architectures=architectures)
         entry = build(path, backend="tensorrt-rtx", precision=precision, options=options)
@@ -81,21 +74,6 @@ def measure(label: str, precisions: Sequence[str]) -> list[Row]:
         rows.append(Row(label, precision, entry.build_seconds, entry.bytes / 1e6, weights / 1e6))
         print(rows[-1].markdown(), flush=True)
     return rows
-
-
-def _calibrate(path: Path, precision: str) -> None:
-    found = Bundle.open(path)
-    settings = CalibrationSettings(precision=precision, images=32)
-    rows = [a.row for a in found.manifest.adapters]
-    images = starter_images(found.manifest, settings.images)
-    feeds = [
-        {"images": image[None], "adapter_ids": np.asarray([rows[i % len(rows)]], np.int64)}
-        for i, image in enumerate(images)
-    ]
-    data = CalibrationData.open(found, feeds, images=settings.images, seed=settings.seed)
-    scales = calibrate(found, data, settings, cache=work_directory() / "calibrations")
-    model = quantise(found, scales, settings).model
-    add_graph(found, precision, lambda target: save_graph(model, target), lambda candidate: [])
 
 
 def table(rows: Sequence[Row]) -> str:

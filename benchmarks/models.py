@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from hhdeploy.adapter import Adapter, AdapterConfig, Head, SiteTensors, save_adapter
 from hhdeploy.api import export
 from hhdeploy.backbone import BackboneSpec, load_backbone
-from hhdeploy.bundle import Manifest
+from hhdeploy.bundle import Bundle, Manifest
+from hhdeploy.calibration.calibrate import calibrate, quantise
+from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.exporters.writer import save_graph
+from hhdeploy.graphs import add_graph
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import Preprocess, open_image
 from hhdeploy.sites import select_sites
@@ -109,6 +114,28 @@ def bundle(model: str, kind: str, adapters: int = 4, args: Mapping[str, Any] = _
         verify=False,
         cache=work_directory() / "cache",
     )
+    return path
+
+
+def calibrated(path: Path, precision: str) -> Path:
+    """The same bundle with a graph from `CalibrationSettings`' precisions, made if it is missing.
+
+    Calibrated on the starter models' images, unjudged: the weights are random.
+    """
+    found = Bundle.open(path)
+    if precision in found.manifest.graphs:
+        return path
+    settings = CalibrationSettings(precision=precision, images=32)
+    images = starter_images(found.manifest, settings.images)
+    feeds: list[dict[str, NDArray[Any]]] = [{"images": image[None]} for image in images]
+    if found.manifest.layout is not None:
+        rows = [a.row for a in found.manifest.adapters]
+        for index, feed in enumerate(feeds):
+            feed["adapter_ids"] = np.asarray([rows[index % len(rows)]], np.int64)
+    data = CalibrationData.open(found, feeds, images=settings.images, seed=settings.seed)
+    scales = calibrate(found, data, settings, cache=work_directory() / "calibrations")
+    model = quantise(found, scales, settings).model
+    add_graph(found, precision, lambda target: save_graph(model, target), lambda candidate: [])
     return path
 
 

@@ -25,8 +25,8 @@ from hhdeploy.parity import compare
 Run = Callable[[NDArray[np.float32], Sequence[str | None]], NDArray[np.float32]]
 Logits = NDArray[np.float32]
 _BATCH = 16
-# 95 % of a normal distribution; and the rule of three for events that were never seen.
-_SIGMAS, _NEVER_SEEN = 1.96, 3.0
+TWO_SIDED_95 = 1.96  # standard errors
+NEVER_SEEN = 3.0  # the rule of three: an event not seen in n trials is rarer than 3 / n at 95 %
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class TaskAccuracy:
         if drop is None or error is None:
             return None
         if error == 0.0 and drop == 0.0:
-            return 100 * _NEVER_SEEN / self.images
-        return drop + _SIGMAS * error
+            return 100 * NEVER_SEEN / self.images
+        return drop + TWO_SIDED_95 * error
 
     def to_json(self) -> dict[str, Any]:
         """Counts and figures; percent and points."""

@@ -7,21 +7,16 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hhdeploy.calibration.data import CalibrationData
-from hhdeploy.calibration.scales import Calibration, SiteScale
+from hhdeploy.calibration.scales import SiteScale
+from hhdeploy.calibration.scales_file import read_scales, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError
 from hhdeploy.files import atomic_directory, sha256_of, write_json
-from hhdeploy.tensorfile import read_tensors, write_tensors
 
 # Counts changes of this package that make older entries unusable.
-_VERSION = 1
-_SCALES, _TENSORS = "calibration.json", "calibration.safetensors"
+_VERSION = 3
+_INDEX, _TENSORS = "scales.json", "scales.safetensors"
 
 
 class CalibrationCacheWarning(UserWarning):
@@ -47,58 +42,29 @@ def cache_key(
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def write(cache: Path, key: str, calibration: Calibration) -> None:
-    """Store a calibration. Raises `WriteError`."""
-    tensors: dict[str, NDArray[Any]] = {}
-    for name, scale in calibration.sites.items():
-        tensors[f"{name}/absmax"] = np.asarray([scale.absmax], np.float64)
-        if scale.smooth is not None:
-            tensors[f"{name}/smooth"] = scale.smooth
-        if scale.bias is not None:
-            tensors[f"{name}/bias"] = scale.bias
-    with atomic_directory(cache / "calibration" / key, overwrite=True) as scratch:
-        write_tensors(scratch / _TENSORS, tensors)
-        content = {
-            "key": key,
-            "sites": list(calibration.sites),
-            "graph_sha256": calibration.graph_sha256,
-            "versions": dict(calibration.versions),
-            "tensors_sha256": sha256_of(scratch / _TENSORS),
-        }
-        write_json(scratch / _SCALES, content)
+def write(cache: Path, key: str, scales: Mapping[str, SiteScale]) -> None:
+    """Store the scales of a graph's sites. Raises `WriteError`."""
+    with atomic_directory(_entry(cache, key), overwrite=True) as scratch:
+        write_scales(scratch / _TENSORS, scales)
+        digest = sha256_of(scratch / _TENSORS)
+        write_json(scratch / _INDEX, {"key": key, "sites": list(scales), "sha256": digest})
 
 
-def read(
-    cache: Path, key: str, settings: CalibrationSettings, data: CalibrationData
-) -> Calibration | None:
-    """A stored calibration; None if there is none.
+def read(cache: Path, key: str) -> dict[str, SiteScale] | None:
+    """Stored scales; None if there are none.
 
-    One that is not, byte for byte, what was stored is not used: `CalibrationCacheWarning`, None.
+    Scales that are not, byte for byte, what was stored are not used: `CalibrationCacheWarning`,
+    None.
     """
-    entry = cache / "calibration" / key
+    entry = _entry(cache, key)
     if not entry.exists():
         return None
     try:
-        content = json.loads((entry / _SCALES).read_text(encoding="utf-8"))
-        if content["key"] != key or content["tensors_sha256"] != sha256_of(entry / _TENSORS):
+        index = json.loads((entry / _INDEX).read_text(encoding="utf-8"))
+        if index["key"] != key or index["sha256"] != sha256_of(entry / _TENSORS):
             raise ValueError("its files are not the ones that were stored")
-        tensors, _ = read_tensors(entry / _TENSORS, BundleError)
-        sites = {
-            name: SiteScale(
-                float(tensors[f"{name}/absmax"][0]),
-                tensors.get(f"{name}/smooth"),
-                tensors.get(f"{name}/bias"),
-            )
-            for name in content["sites"]
-        }
-        return Calibration(
-            sites,
-            content["graph_sha256"],
-            settings,
-            data.description,
-            data.warnings,
-            content["versions"],
-        )
+        found = read_scales(entry / _TENSORS)
+        return {name: found[name] for name in index["sites"]}
     except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
         warnings.warn(
             f"the calibration cached in {entry} is damaged ({error}); calibrating again",
@@ -106,3 +72,7 @@ def read(
             stacklevel=2,
         )
         return None
+
+
+def _entry(cache: Path, key: str) -> Path:
+    return cache / "calibration" / key

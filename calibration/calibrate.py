@@ -116,19 +116,19 @@ def calibrate(
     path, sites, digest = _graph(bundle)
     versions = {"nncf": nncf_version()}
     key = stored.cache_key(digest, data.digest, settings, versions)
-    if cache is not None and (found := stored.read(cache, key, settings, data)) is not None:
-        return found
-    found = Calibration(
-        calibrate_int8(path, sites, data, settings),
-        digest,
-        settings,
-        data.description,
-        data.warnings,
-        versions,
+    scales = stored.read(cache, key) if cache is not None else None
+    if scales is None:
+        scales = calibrate_int8(path, sites, data, settings)
+        if cache is not None:
+            stored.write(cache, key, scales)
+    left = tuple(
+        f"{name}: NNCF found no range for this Linear; it stays in floating point"
+        for name in sites
+        if name not in scales
     )
-    if cache is not None:
-        stored.write(cache, key, found)
-    return found
+    return Calibration(
+        scales, digest, settings, data.description, (*data.warnings, *left), versions
+    )
 
 
 def quantise(
@@ -158,20 +158,21 @@ def quantise(
             f"{calibration.graph_sha256[:12]}…). Calibrate again."
         )
     form = FORMATS[settings.precision]
-    excluded = excluded_sites(settings, tuple(sites))
+    excluded = excluded_sites(settings, tuple(calibration.sites))
     classifier = bundle.manifest.backbone["classifier"]
     model = ir.load(path)
     infos = {}
     for name, site in sites.items():
-        scale, low = calibration.sites[name], name not in excluded
-        active = low and form.activations
+        scale = calibration.sites.get(name)
+        low = scale is not None and name not in excluded
+        active = scale if low and form.activations else None
         infos[name] = SiteInfo(
             quantised=low,
             weight_shape=site.weight_shape,
             weight_scales=site.weight_shape[1] if low else 0,
-            activation_scale=scale.absmax / form.largest if active else None,
-            smoothed=active and scale.smooth is not None,
-            bias_corrected=active and scale.bias is not None,
+            activation_scale=active.absmax / form.largest if active else None,
+            smoothed=active is not None and active.smooth is not None,
+            bias_corrected=active is not None and active.bias is not None,
             sqnr_db=(sqnr_db or {}).get(name),
         )
     return Quantised(

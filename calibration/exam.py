@@ -19,7 +19,6 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData, Source
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.calibration.folder import Picked, choose_images
-from hhdeploy.errors import DataError
 from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import open_image
 
@@ -77,7 +76,7 @@ def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: in
         seed: of the order.
 
     Raises:
-        DataError: no images, or a task of which no folder is a class.
+        DataError: no images, or not those of the bundle's adapters.
     """
     feeder = Feeder(bundle)
     seen = {sample.digest for sample in used.samples}
@@ -152,12 +151,12 @@ def _columns(
     names = feeder.class_names(adapter)
     if names is not None:
         found = {name: names.index(name) for name in folders if name in names}
-        if found:
-            return found
-        raise DataError(
-            f"{_whose(adapter)}expected folders named after its classes ({_some(names)}), found "
-            f"{_some(folders)}. Rename the folders, or judge on other images with --eval-data."
-        )
+        if not found:
+            warnings.append(
+                f"{_whose(adapter)}none of the folders ({_some(folders)}) is one of its classes "
+                f"({_some(names)}): only agreement is reported"
+            )
+        return found or None
     count = _class_count(feeder, adapter)
     if all(name.isdecimal() and int(name) < count for name in folders):
         return {name: int(name) for name in folders}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.calibration.accuracy import Accuracy
+from hhdeploy.calibration.accuracy import NEVER_SEEN, TWO_SIDED_95, Accuracy
 from hhdeploy.calibration.exam import Exam
 from hhdeploy.calibration.guard import Guarded
 from hhdeploy.timing import Paired
@@ -105,10 +105,11 @@ class Findings:
             )
         change = f"{accuracy.float_top1:.2f} % to {accuracy.quantised_top1:.2f} %"
         costs = f"costs {drop:.2f} points" if drop > 0 else "costs nothing"
-        last = "" if len(accuracy.labelled) < 2 else _worst(worst.task, worst.drop or 0.0)
+        several = len(accuracy.labelled) > 1
+        last = _worst(worst.task, worst.drop or 0.0) if several else ""
         return (
-            f"{name} {costs} of mean top-1 ({change}, standard error "
-            f"{accuracy.standard_error:.2f}) on {images}{last}{tail}."
+            f"{name} {costs} of {'mean ' if several else ''}top-1 ({change}{self._chance(drop)}) "
+            f"on {images}{last}{tail}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -132,6 +133,17 @@ class Findings:
             ],
             "warnings": list(self.warnings),
         }
+
+    def _chance(self, drop: float) -> str:
+        """How far the drop is told apart from none."""
+        accuracy = self.accuracy
+        if not any((task.lost or 0) + (task.gained or 0) for task in accuracy.labelled):
+            images = sum(task.images for task in accuracy.labelled)
+            open_ = 100 * NEVER_SEEN / images
+            return f"; no answer turned right or wrong, which leaves up to {open_:.1f} points open"
+        error = accuracy.standard_error or 0.0
+        unclear = ", not told apart from no loss" if 0 < drop <= TWO_SIDED_95 * error else ""
+        return f", standard error {error:.2f}{unclear}"
 
     def _kept_in_words(self) -> str:
         kept, sites = len(self.kept), len(self.quantised.sites)

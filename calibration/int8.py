@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from hhdeploy.calibration.data import CalibrationData
 
-INT8_MAX = 127
 # NNCF moves a quantiser up through these: they change no value.
 _MOVEMENT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice")
 # What NNCF calls the Mul of SmoothQuant.
@@ -53,7 +52,10 @@ def calibrate_int8(
 
     Raises:
         MissingDependencyError: NNCF is not installed.
-        PlanError: NNCF refused the graph, or left a site unquantised.
+        PlanError: NNCF refused the graph, or chose a range that TensorRT refuses.
+
+    Returns:
+        Site name -> scales; a site that NNCF left in floating point is missing.
     """
     nncf = _nncf()
     proto = _named_proto(graph_path)
@@ -120,9 +122,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _advanced(nncf: ModuleType, graph_path: Path, settings: CalibrationSettings) -> Any:
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
     alpha = -1.0 if settings.smooth_quant is None else settings.smooth_quant
     return nncf.AdvancedQuantizationParameters(
         disable_bias_correction=not settings.bias_correction,
+        # The largest value of all images. NNCF's default, the mean of the images' largest, clips:
+        # on the starter models it cost 2 dB with SmoothQuant and 5 dB without.
+        activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
         smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=alpha),
         backend_params={
             "external_data_dir": str(graph_path.resolve().parent),
@@ -178,28 +185,29 @@ class _Reader:
 
 def _read_scales(quantised: onnx.ModelProto, sites: Mapping[str, Site]) -> dict[str, SiteScale]:
     reader = _Reader(quantised)
-    return {name: _read_site(reader, site) for name, site in sites.items()}
+    found = {name: _read_site(reader, site) for name, site in sites.items()}
+    return {name: scale for name, scale in found.items() if scale is not None}
 
 
-def _read_site(reader: _Reader, site: Site) -> SiteScale:
+def _read_site(reader: _Reader, site: Site) -> SiteScale | None:
+    """The scales of one site, None if NNCF left it in floating point."""
     node = reader.nodes[site.node.name]
     dequantise = reader.producer(node.input[0])
     while dequantise is not None and dequantise.op_type in _MOVEMENT:
         dequantise = reader.producer(dequantise.input[0])
-    quantise = reader.producer(dequantise.input[0]) if dequantise is not None else None
-    if quantise is None or quantise.op_type != "QuantizeLinear":
-        raise PlanError(
-            f"{site.name}: NNCF left this Linear unquantised. Exclude it, or report this with the "
-            "model's name."
-        )
+    if dequantise is None or dequantise.op_type != "DequantizeLinear":
+        return None
+    quantise = reader.producer(dequantise.input[0])
     scale, zero = reader.constant(quantise.input[1]), reader.constant(quantise.input[2])
-    if scale is None or scale.size != 1 or zero is None or zero.dtype != np.int8 or np.any(zero):
+    if scale is None or scale.size != 1 or zero is None or np.any(zero):
         raise PlanError(
             f"{site.name}: NNCF chose an asymmetric or per-channel activation range; TensorRT "
             "takes one symmetric scale a tensor. Please report this with the model's name."
         )
+    # What is never negative (behind ReLU or Softmax) has unsigned codes; ours are signed.
+    largest = np.iinfo(zero.dtype).max
     return SiteScale(
-        absmax=float(scale) * INT8_MAX,
+        absmax=float(scale) * largest,
         smooth=_read_smooth(reader, quantise.input[0], site),
         bias=_read_bias(reader, site),
     )

@@ -10,7 +10,8 @@ from hhdeploy.calibration.accuracy import TaskAccuracy
 from hhdeploy.calibration.markup import Markup, join, tag
 
 _LABELS, _WIDTH = 130, 900  # the drawing; the page scales it
-_BAND, _BAR_TOP = 64, 14  # height of one kind's band of bars, and the room above its bars
+_BAND, _BAR_TOP = 70, 18  # height of one kind's band of bars, and the room above its bars
+_ROOM = 14  # a bar so wide has room for its figure
 _ROW = 26  # height of one task's line
 # The block is everything up to the last number of a path: layers.0.blocks.1 | mlp.fc1
 _BLOCK = re.compile(r"^(?P<block>.*\.\d+)\.(?P<kind>.+)$")
@@ -44,12 +45,10 @@ def site_bars(sqnr_db: Mapping[str, float | None], kept: Collection[str]) -> Mar
         db = sqnr_db[name]
         if db is None:
             continue
-        x = _LABELS + blocks.index(block) * step
+        x = _LABELS + (blocks.index(block) + 0.5) * step
         shown = min(top, max(0.0, db))
         parts.append(
-            _bar(
-                name, db, name in kept, x + 0.15 * step, 0.7 * step, kinds.index(kind), shown / top
-            )
+            _bar(name, db, name in kept, x, min(0.7 * step, 24), kinds.index(kind), shown / top)
         )
     bottom = len(kinds) * _BAND
     every = max(1, math.ceil(len(blocks) / 26))
@@ -113,19 +112,23 @@ def _band(index: int, kind: str, top: float) -> Markup:
 
 
 def _bar(
-    name: str, db: float, kept: bool, x: float, width: float, band: int, height: float
+    name: str, db: float, kept: bool, middle: float, width: float, band: int, height: float
 ) -> Markup:
+    """A bar about ``middle``, ``height`` of the band high, its figure above it if there is room."""
     base, tall = (band + 1) * _BAND, height * (_BAND - _BAR_TOP)
     title = tag("title", f"{name}: {db:.1f} dB{', kept in floating point' if kept else ''}")
-    return tag(
+    bar = tag(
         "rect",
         title,
-        x=_r(x),
+        x=_r(middle - width / 2),
         y=_r(base - tall),
-        width=_r(min(width, 24)),
+        width=_r(width),
         height=_r(tall),
         class_="bar kept" if kept else "bar",
     )
+    if width < _ROOM:
+        return bar
+    return join([bar, _text(f"{db:.0f}", middle, base - tall - 3, anchor="middle", class_="small")])
 
 
 def _text(text: str, x: float, y: float, *, anchor: str, class_: str | None = None) -> Markup:
@@ -135,7 +138,7 @@ def _text(text: str, x: float, y: float, *, anchor: str, class_: str | None = No
 def _svg(height: float, label: str, parts: list[Markup]) -> Markup:
     body = join(parts)
     box = f"0 0 {_WIDTH} {height}"
-    return tag("svg", body, viewBox=box, role="img", aria_label=label)
+    return tag("div", tag("svg", body, viewBox=box, role="img", aria_label=label), class_="scroll")
 
 
 def _r(value: float) -> str:

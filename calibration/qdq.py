@@ -59,7 +59,7 @@ def quantised_model(
 
     Args:
         model: the float32 graph that the scales were calibrated on.
-        scales: of all its sites.
+        scales: of its sites; one without stays in floating point.
         form: one of `FORMATS`.
         classifier: as for `find_sites`.
         excluded: names of sites to leave in floating point.
@@ -68,7 +68,7 @@ def quantised_model(
     sites = find_sites(clone.graph, classifier)
     writer = _Writer(clone.graph, form)
     for name, site in sites.items():
-        if name not in excluded:
+        if name in scales and name not in excluded:
             writer.quantise(site, scales[name])
     _drop_unused(clone.graph)
     return clone

@@ -62,6 +62,7 @@ def range_excess(
         feeds: images of the adapter in question (see `CalibrationData`).
         tolerance: list a site only if found / calibrated is more than this.
     """
+    sites = {name: sites[name] for name in scales}
     largest = dict.fromkeys(sites, 0.0)
     outside = dict.fromkeys(sites, 0)
     seen = dict.fromkeys(sites, 0)

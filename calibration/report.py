@@ -67,15 +67,25 @@ def _accuracy(findings: Findings) -> Markup:
     return _section(
         "Accuracy",
         _note(
-            f"{accuracy.images} images of {findings.exam.source}, "
-            f"{'none of which was calibrated on' if accuracy.held_out else 'calibrated on'}; every "
+            f"{accuracy.images} images from “{findings.exam.source}”, "
+            f"{'none of them calibrated on' if accuracy.held_out else 'calibrated on'}; every "
             "batch mixes the tasks. Both graphs answer the same images, so the standard error is "
             "the paired one (McNemar): lost were right in float32 and are wrong now, gained the "
             "other way round. The mean is over tasks."
         ),
         _table(columns, rows, last=len(accuracy.tasks) > 1),
-        drop_intervals(labelled) if labelled else None,
+        *_intervals(labelled),
     )
+
+
+def _intervals(labelled: Sequence[TaskAccuracy]) -> tuple[Markup, ...]:
+    if not labelled:
+        return ()
+    note = (
+        "Points of top-1 lost, with the 95 % interval: 1.96 standard errors, or 3 / n where no "
+        "answer turned right or wrong (the rule of three)."
+    )
+    return _note(note), drop_intervals(labelled)
 
 
 def _task_row(task: TaskAccuracy) -> tuple[object, ...]:

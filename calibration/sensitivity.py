@@ -42,6 +42,7 @@ def site_sqnr(
         form: the low type.
         feeds: a few images (see `CalibrationData`).
     """
+    sites = {name: sites[name] for name in scales}
     # Low weights once, as the float32 values that the runtime multiplies by.
     weights = {name: _dequantised_weight(site, scales[name], form) for name, site in sites.items()}
     signal, noise = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0.0)

@@ -1,8 +1,8 @@
 """The Linears of a float32 bundle graph that can be quantised, and where they stand.
 
-A site is a MatMul or Gemm with a constant two-dimensional weight: the frozen Linears of the
-backbone. Side branches (``branch/...``), attention products, convolutions and the classifier
-are none.
+A site is a MatMul or Gemm of image data with a constant two-dimensional weight: the frozen
+Linears of the backbone. Side branches (``branch/...``), attention products, convolutions and the
+classifier are none, nor are position MLPs (they read constants) and mixtures of a few heads.
 
 The patch embedding (a Conv) stays in floating point: it reads the pixels, whose rounding
 every later layer sees, and costs less than 1 % of the arithmetic.
@@ -21,6 +21,9 @@ from hhdeploy.errors import BundleError
 
 _LINEAR_TAG = "hhdeploy.linear"  # set by the tracer: module path of a Linear's node
 _BRANCH = "branch/"
+_IMAGES = "images"
+# A product over fewer features (talking heads mix 4 or 6) has no arithmetic to save.
+_LEAST_FEATURES = 8
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,11 @@ def find_sites(graph: ir.Graph, classifier: str) -> dict[str, Site]:
         BundleError: the graph has no site, or was quantised already.
     """
     found: dict[str, Site] = {}
+    data = {value for value in graph.inputs if value.name == _IMAGES}
     for node in graph:
+        # The batch size, read by Shape, makes no data of what it shapes.
+        if node.op_type not in ("Shape", "Size") and any(v in data for v in node.inputs):
+            data.update(node.outputs)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             raise BundleError(
                 f"the graph is quantised already ({node.name}): calibration starts from the "
@@ -97,7 +104,9 @@ def find_sites(graph: ir.Graph, classifier: str) -> dict[str, Site]:
         if node.op_type not in ("MatMul", "Gemm") or (node.name or "").startswith(_BRANCH):
             continue
         weight = _constant(node.inputs[1])
-        if weight is None or weight.ndim != 2 or _constant(node.inputs[0]) is not None:
+        if weight is None or weight.ndim != 2 or node.inputs[0] not in data:
+            continue
+        if min(weight.shape) < _LEAST_FEATURES:
             continue
         path = node.metadata_props.get(_LINEAR_TAG) or (node.name or "").rpartition("/")[0]
         if path == classifier or not path:

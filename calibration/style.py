@@ -20,13 +20,14 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th:first-child { text-align: left; }
-thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; max-width: 8rem; }
+thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; max-width: 8rem;
+  text-wrap: balance; }
 tbody th { font-weight: 500; white-space: nowrap; }
 td { white-space: nowrap; }
 tfoot th, tfoot td { font-weight: 700; border-bottom: 0; }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .settings thead { display: none; }
-svg { display: block; width: 100%; height: auto; margin: .5rem 0 1rem; overflow: visible; }
+svg { display: block; width: 100%; min-width: 40rem; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
 svg .small { font-size: 10px; }
 svg .bar { fill: var(--bar); }
@@ -44,6 +45,7 @@ figcaption > * { display: block; }
 .other { color: var(--alert); font-weight: 600; }
 @media print {
   body { margin: 0; max-width: none; font-size: 11px; }
+  svg { min-width: 0; }
   section, figure, tr, svg { break-inside: avoid; }
   svg, figure, .warnings { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

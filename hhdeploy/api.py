@@ -356,18 +356,25 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
     if device in BACKENDS:
         engines = [e for e in engines_of(bundle.manifest) if e.backend == device]
         return tuple(dict.fromkeys(e.precision for e in engines))
+    graphs = tuple(bundle.manifest.graphs)
+    if device == "openvino":
+        from hhdeploy.runtime.openvino_backend import computes_bfloat16
+
+        graphs = tuple(p for p in graphs if p != "bfloat16" or computes_bfloat16())
     if PARITY_FILE in bundle.manifest.files and _stored_data(bundle).get("kind") == "noise":
-        return tuple(p for p in bundle.manifest.graphs if p in _UNCALIBRATED)
-    return tuple(bundle.manifest.graphs)
+        return tuple(p for p in graphs if p in _UNCALIBRATED)
+    return graphs
 
 
 def _stage(manifest: Manifest, device: str, precision: str) -> str:
     """Key of the parity table. What a GPU computes is compared as it is; a CPU computes typed
-    graphs in float32, so it shows their rounding twin."""
+    graphs in float32, so it shows their rounding twin. OpenVINO's bfloat16 is its own."""
     if device not in ("auto", "cpu", "openvino"):
         return "engine"
+    if device == "openvino" and precision in ("float32", "bfloat16"):
+        return "openvino"
     if precision == "float32":
-        return "openvino" if device == "openvino" else manifest.kind
+        return manifest.kind
     return "twin" if precision in _UNCALIBRATED else "quantised"
 
 

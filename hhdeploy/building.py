@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hhdeploy.api import Progress
 from hhdeploy.bundle import BANK_FILE, Bundle, write_manifest
-from hhdeploy.engines import EngineEntry, Range, engine_name
+from hhdeploy.engines import EngineEntry, Range, engine_name, graph_digest
 from hhdeploy.errors import PlanError, require
 from hhdeploy.exporters.engine import (
     ELEMENT_LIMIT,
@@ -117,7 +117,7 @@ def build(
         batch=engine_options.batch,
         slots=engine_options.slots,
         bank_sha256=manifest.files[BANK_FILE] if baked_in else None,
-        graph_sha256=manifest.files[manifest.graphs[precision]],
+        graph_sha256=graph_digest(manifest, precision) or "",
         optimization_level=options.optimization_level,
         build_seconds=round(built.seconds, 3),
         bytes=(bundle.path / name).stat().st_size,

@@ -22,7 +22,7 @@ from hhdeploy.calibration.pictures import changed_images
 from hhdeploy.calibration.report import report_html
 from hhdeploy.calibration.scales_file import write_scales
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.errors import ParityError, PlanError, require
+from hhdeploy.errors import ParityError, PlanError, WriteError, require
 from hhdeploy.files import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.trials import Trials
@@ -112,7 +112,7 @@ def calibrate_bundle(
     used = CalibrationData.open(bundle, data, images=settings.images, seed=settings.seed)
     source = data if options.eval_data is None else options.eval_data
     exam = make_exam(bundle, source, used, seed=settings.seed)
-    _check_guard(options.max_drop, exam)
+    _check_options(options, exam)
     progress(f"calibrating on {len(used)} images (cached for the next time)")
     cache = default_cache() if options.cache == "default" else options.cache
     found = calibrate(bundle, used, settings, cache=Path(cache) if cache is not None else None)
@@ -201,8 +201,15 @@ def _stages(
     return stages
 
 
-def _check_guard(max_drop: float | None, exam: Exam) -> None:
-    """A bound on accuracy needs true classes of images that were not calibrated on."""
+def _check_options(options: CalibrationOptions, exam: Exam) -> None:
+    """Before anything slow: the report can be written, and the guard has what it needs, which
+    is true classes of images that were not calibrated on."""
+    if options.report is not None and not Path(options.report).resolve().parent.is_dir():
+        raise WriteError(
+            f"--report {options.report}: {Path(options.report).parent} is not a directory. Make "
+            "it first, or choose another."
+        )
+    max_drop = options.max_drop
     if max_drop is None:
         return
     if not max_drop >= 0:

@@ -18,8 +18,11 @@ from hhdeploy.preprocess import list_images, open_image, spread
 if TYPE_CHECKING:
     from hhdeploy.calibration.ranges import RangeExcess
 
-# Shares of clipped values that INT8 does not notice: calibration itself cuts off rare outliers.
+# New images of calibrated adapters leave the ranges a little too, which are the largest values of
+# some images: on the starter models by at most 0.006 % of a site's values.
 NEGLIGIBLE_SHARE = 1e-4
+# What is at most half a step past INT8's largest code is rounded to it, not clipped.
+_TOLERANCE = 127.5 / 127
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def check_adapter(
         {name: site for name, site in sites.items() if name in active},
         scales,
         _feeds(Feeder(bundle), adapter, files),
+        tolerance=_TOLERANCE,
     )
     return RangeCheck(adapter, precision, len(files), len(active), tuple(excess))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +11,13 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle, Manifest
 from hhdeploy.engines import EngineEntry, engines_of
-from hhdeploy.errors import BundleError, DeviceError, MissingDependencyError, SessionError
+from hhdeploy.errors import (
+    BundleError,
+    DeviceError,
+    MissingDependencyError,
+    SessionError,
+    require,
+)
 from hhdeploy.trt import BACKENDS
 
 Images = NDArray[np.float32]
@@ -19,6 +26,8 @@ Bank = NDArray[np.float32]
 
 # The first four are ONNX Runtime's execution providers, the last two run a bundle's engines.
 DEVICES = ("cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", *BACKENDS)
+# What a CPU may be tuned for: one answer at a time, or many.
+HINTS = ("latency", "throughput")
 
 
 class Backend(Protocol):
@@ -48,12 +57,17 @@ class BackendOptions:
         contexts: runs at the same time on a native engine, each with buffers of its own. Other
             runtimes run calls at the same time as they come.
         cuda_graphs: replay recorded CUDA graphs; native engines only.
+        hint: of `HINTS`. ``latency``: a run has all threads, further calls wait. ``throughput``:
+            threads are divided among calls at the same time; OpenVINO only.
+        cache: directory of compiled models; OpenVINO only. None: neither read nor written.
     """
 
     precision: str
     threads: int | None
     contexts: int = 1
     cuda_graphs: bool = False
+    hint: str = "latency"
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,10 @@ def open_backend(
         DeviceError: the GPU refused.
         MissingDependencyError: the device's runtime is not installed.
     """
+    if options.hint != "latency" and target.device != "openvino":
+        raise SessionError(
+            f"hint={options.hint!r}: device={target.device!r} has none; expected openvino."
+        )
     if target.engine is not None:
         from hhdeploy.runtime.tensorrt_backend import TensorRtBackend
 
@@ -108,15 +126,14 @@ def open_backend(
         raise SessionError(
             f"cuda_graphs: device={target.device!r} has none; expected {' or '.join(BACKENDS)}."
         )
-    # Here, not earlier: a machine that runs engines needs no graph.
-    graph = bundle.graph(options.precision)
     if target.device == "openvino":
-        from hhdeploy.runtime.openvino_backend import OpenVinoBackend
+        from hhdeploy.runtime.openvino_backend import open_openvino
 
-        return OpenVinoBackend(graph, bank, options)
+        return open_openvino(bundle, bank, options)
     from hhdeploy.runtime.onnxruntime_backend import open_onnxruntime
 
-    return open_onnxruntime(graph, bank, target.device, options)
+    # Here, not earlier: a machine that runs engines needs no graph.
+    return open_onnxruntime(bundle.graph(options.precision), bank, target.device, options)
 
 
 def _fastest(manifest: Manifest, precision: str) -> Target:
@@ -131,9 +148,15 @@ def _fastest(manifest: Manifest, precision: str) -> Target:
             continue  # another version, another GPU, none at all: the engine is not for here
     from hhdeploy.runtime.onnxruntime_backend import cuda_available
 
-    return Target("cuda" if cuda_available() else _fastest_cpu())
+    return Target("cuda" if cuda_available() else _fastest_cpu(precision))
 
 
-def _fastest_cpu() -> str:
-    """The runtime for a graph on the CPU."""
-    return "cpu"
+def _fastest_cpu(precision: str) -> str:
+    """OpenVINO, else ONNX Runtime, which has no bfloat16 on a CPU."""
+    if precision == "bfloat16":
+        return "openvino"
+    try:
+        require("openvino", "openvino", "a session")
+    except MissingDependencyError:
+        return "cpu"
+    return "openvino"

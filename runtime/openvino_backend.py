@@ -1,51 +1,80 @@
-"""OpenVINO behind the `Backend` protocol: the CPU runtime for graphs in float32."""
+"""OpenVINO behind the `Backend` protocol: the fast runtime on a CPU.
+
+OpenVINO decides by itself what it computes in, and on some processors its default for a float32
+graph is bfloat16. Here the precision that was asked for decides:
+
+    float32                     the float32 graph, in float32
+    bfloat16                    the float32 graph, in bfloat16; the bundle needs no bfloat16 graph
+    int8, fp8, int8-weights     the Q/DQ graph; INT8 products with activations and weights in INT8
+                                are computed in INT8, all else in float32
+    float16                     the float16 graph, its rounded weights computed in float32
+
+bfloat16 from the float32 graph: OpenVINO then chooses what stays float32, and fuses more than
+around the Casts of a typed graph. What Q/DQ leaves stays float32: in bfloat16 it was no faster
+(see benchmarks/bench_int8.py) and up to 2 dB noisier.
+"""
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.errors import BundleError, require
+from hhdeploy.bundle import Bundle
+from hhdeploy.engines import graph_digest
+from hhdeploy.errors import (
+    BundleError,
+    DeviceError,
+    MissingDependencyError,
+    SessionError,
+    require,
+)
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
+from hhdeploy.runtime.openvino_cache import blob_file, map_blob, write_blob
+
+_CPU: Final = "CPU"
+_NAME: Final = "FULL_DEVICE_NAME"
+_BFLOAT16: Final = "bfloat16"
 
 
 class OpenVinoBackend:
     """One compiled model; each thread has an infer request with the bank bound once."""
 
-    def __init__(self, graph: Path, bank: Bank | None, options: BackendOptions) -> None:
-        self._ov = require("openvino", "openvino", "device='openvino'")
-        # OpenVINO's default is bfloat16 on some CPUs: the precision asked for is in the graph.
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if options.threads is not None:
-            config["INFERENCE_NUM_THREADS"] = options.threads
-        try:
-            self._model: Any = self._ov.Core().compile_model(str(graph), "CPU", config)
-        except RuntimeError as error:
-            raise BundleError(f"OpenVINO cannot compile {graph}: {error}") from error
-        self._bank = None if bank is None else self._ov.Tensor(bank, shared_memory=True)
+    def __init__(
+        self, ov: ModuleType, model: Any, bank: Bank | None, name: str, memory: Any = None
+    ) -> None:
+        """``memory``: what the model's weights lie in, if not its own."""
+        self.name = name
+        self._ov = ov
+        self._model = model
+        self._bank = bank
         self._requests = threading.local()
-
-    @property
-    def name(self) -> str:
-        """``openvino CPU``."""
-        return "openvino CPU"
+        # Held here as the bank is, see `run`. Last, so that it goes after all that reads it;
+        # `close` leaves it, as a run may be under way.
+        self._memory = memory
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
-        """See `Backend.run`."""
+        """See `Backend.run`. Raises `DeviceError` if OpenVINO fails, e.g. out of memory."""
         request = getattr(self._requests, "it", None)
-        if request is None:
-            request = self._model.create_infer_request()
-            if self._bank is not None:
-                request.set_tensor("adapter_bank", self._bank)
-            self._requests.it = request
-        request.set_tensor("images", self._ov.Tensor(images, shared_memory=True))
-        if ids is not None:
-            request.set_tensor("adapter_ids", self._ov.Tensor(ids, shared_memory=True))
-        request.infer()
+        # OpenVINO reads the arrays where they are and holds no reference: they live until the
+        # end of this call. Read-only ones, which it does not take, are copied.
+        images = np.require(images, requirements=["C", "W"])
+        try:
+            if request is None:
+                request = self._requests.it = self._request()
+            request.set_tensor("images", self._ov.Tensor(images, shared_memory=True))
+            if ids is not None:
+                request.set_tensor("adapter_ids", self._ov.Tensor(ids, shared_memory=True))
+            request.infer()
+        except RuntimeError as error:
+            raise DeviceError(f"{self.name} failed: {error}") from error
         logits: NDArray[np.float32] = request.get_tensor("logits").data.copy()
         return logits
 
@@ -56,3 +85,93 @@ class OpenVinoBackend:
         """See `Backend.close`."""
         self._requests = threading.local()
         self._model = None
+
+    def _request(self) -> Any:
+        request = self._model.create_infer_request()
+        if self._bank is not None:
+            request.set_tensor("adapter_bank", self._ov.Tensor(self._bank, shared_memory=True))
+        return request
+
+
+def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) -> OpenVinoBackend:
+    """Compile a bundle's graph for the CPU, or take it out of the cache.
+
+    Raises:
+        BundleError: no graph of the precision, one that was changed, or that does not compile.
+        SessionError: this processor does not compute in the precision.
+        MissingDependencyError: OpenVINO is not installed.
+    """
+    low = options.precision == _BFLOAT16
+    graph = "float32" if low else options.precision
+    # The files are hashed beside the import of OpenVINO and, as blobs are found by the same
+    # hashes, beside loading one. Nothing is compiled before they are right, or answers.
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(bundle.graph, graph)
+        ov = require("openvino", "openvino", "device='openvino'")
+        core = ov.Core()
+        if low:
+            _check_bfloat16(core)
+        config = _config(options)
+        digest = graph_digest(bundle.manifest, graph)
+        model = memory = file = None
+        if options.cache is not None and digest is not None:
+            file = blob_file(options.cache, digest, *_facts(ov, core), json.dumps(config))
+            memory = map_blob(file)
+        if memory is not None:
+            model = _loaded(ov, core, memory, config)
+        path = checked.result()
+    if model is None:
+        model = _compiled(core, path, config)
+        if file is not None:
+            write_blob(file, model.export_model().getbuffer())
+    return OpenVinoBackend(ov, model, bank, f"openvino CPU{' bfloat16' if low else ''}", memory)
+
+
+def computes_bfloat16() -> bool:
+    """True if OpenVINO is installed and computes in bfloat16 on this processor."""
+    try:
+        ov = require("openvino", "openvino", "bfloat16 on a CPU")
+        _check_bfloat16(ov.Core())
+    except (MissingDependencyError, SessionError):
+        return False
+    return True
+
+
+def _check_bfloat16(core: Any) -> None:
+    there = core.get_property(_CPU, "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in there:
+        raise SessionError(
+            f"bfloat16: OpenVINO does not compute in it on {core.get_property(_CPU, _NAME)} "
+            f"(it has {', '.join(sorted(there))}). Open the session with precision='float32'."
+        )
+
+
+def _config(options: BackendOptions) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "bf16" if options.precision == _BFLOAT16 else "f32",
+        "PERFORMANCE_HINT": options.hint.upper(),
+    }
+    if options.threads is not None:
+        config["INFERENCE_NUM_THREADS"] = options.threads
+    return config
+
+
+def _facts(ov: ModuleType, core: Any) -> tuple[str, ...]:
+    """What compiling depends on beside graph and configuration."""
+    capabilities = ",".join(sorted(core.get_property(_CPU, "OPTIMIZATION_CAPABILITIES")))
+    return ov.get_version(), core.get_property(_CPU, _NAME), capabilities
+
+
+def _compiled(core: Any, path: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        return core.compile_model(str(path), _CPU, config)
+    except RuntimeError as error:
+        raise BundleError(f"OpenVINO cannot compile {path}: {error}") from error
+
+
+def _loaded(ov: ModuleType, core: Any, blob: Any, config: Mapping[str, Any]) -> Any | None:
+    """The compiled model in a blob, which must stay where it is; None if OpenVINO refuses it."""
+    try:
+        return core.import_model(ov.Tensor(blob, shared_memory=True), _CPU, config)
+    except (RuntimeError, TypeError):  # TypeError: a version that does not read from memory
+        return None

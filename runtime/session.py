@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle import AdapterEntry, Bundle
 from hhdeploy.errors import SessionError
+from hhdeploy.files import default_cache
 from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.runtime.backends import Backend, BackendOptions, find_target, open_backend
+from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend
 from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def open_session(
     threads: int | None = None,
     contexts: int = 1,
     cuda_graphs: bool = False,
+    hint: str = "latency",
+    cache: str | Path | None = "default",
 ) -> Session:
     """Open a bundle for inference. Needs NumPy, safetensors, Pillow and the device's runtime.
 
@@ -172,11 +175,17 @@ def open_session(
         precision: of the graph or engine, as listed in the manifest.
         slots: rows of the bank, row 0 (the backbone) included; None: 64, as far as an engine
             takes that many, or what is needed.
-        threads: of one run on the CPU; None leaves it to the runtime.
+        threads: of one run on the CPU, with ``hint="throughput"`` of all together; None leaves it
+            to the runtime.
         contexts: runs at the same time on ``tensorrt`` and ``tensorrt-rtx``, each with buffers
             of its own; further calls wait. Other runtimes take calls as they come.
         cuda_graphs: ``tensorrt`` and ``tensorrt-rtx``: record a run of each batch size and
             replay it, for small batches.
+        hint: ``openvino``: ``latency`` gives each run all threads, further calls wait;
+            ``throughput`` divides the threads among calls at the same time.
+        cache: ``openvino``: directory where compiled models are kept for the next start, as large
+            as their weights; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``; None: no
+            cache. The first start takes longer, and that much more memory for a moment.
 
     Raises:
         BundleError: no bundle, a file that does not match its hash, no such precision, no
@@ -193,6 +202,8 @@ def open_session(
         threads=threads,
         contexts=contexts,
         cuda_graphs=cuda_graphs,
+        hint=hint,
+        cache=default_cache() if cache == "default" else cache,
     )
 
 
@@ -205,11 +216,15 @@ def open_bundle(
     threads: int | None = None,
     contexts: int = 1,
     cuda_graphs: bool = False,
+    hint: str = "latency",
+    cache: str | Path | None = None,
 ) -> Session:
-    """`open_session` for a bundle whose manifest is read already."""
+    """`open_session` for a bundle whose manifest is read already; by default without a cache."""
     for option, given in (("threads", threads), ("contexts", contexts)):
         if given is not None and given < 1:
             raise SessionError(f"{option}: expected 1 or more, found {given}.")
+    if hint not in HINTS:
+        raise SessionError(f"hint: expected {' or '.join(HINTS)}, found {hint!r}.")
     target = find_target(bundle.manifest, device, precision)
     engine, room = target.engine, DEFAULT_SLOTS
     if engine is not None and engine.bank_sha256 is not None:
@@ -220,7 +235,8 @@ def open_bundle(
     manifest = bundle.manifest
     adapters = AdapterBank(bundle, slots, room) if manifest.layout is not None else None
     rows = adapters.rows if adapters is not None and not manifest.bank_as_constant else None
-    options = BackendOptions(precision, threads, contexts, cuda_graphs)
+    where = Path(cache) if cache is not None else None
+    options = BackendOptions(precision, threads, contexts, cuda_graphs, hint, where)
     backend = open_backend(bundle, rows, target, options)
     if adapters is not None:
         adapters.row_changed = backend.row_changed

@@ -11,6 +11,7 @@ from methods import BATCH, Setup, hhdeploy, load_folder
 
 from hhdeploy import load_adapter
 from hhdeploy.backbone import load_backbone
+from hhdeploy.bundle import Bundle
 from hhdeploy.runtime import open_session
 from hhdeploy.training import attach
 
@@ -61,9 +62,13 @@ def export(setup: Setup, adapters: list[Path], data: Path, out: Path, *, fold: b
     )  # fmt: skip
 
 
-def calibrate(bundle: Path, data: Path) -> None:
-    """Add an INT8 graph to a bundle, calibrated on training images. Cached when repeated."""
-    hhdeploy("calibrate", bundle, "--data", data / "by-task" / "train", "--precision", "int8")
+def calibrate(setup: Setup, bundle: Path, data: Path) -> None:
+    """Add an INT8 graph to a bundle, calibrated on training images, unless it has one."""
+    if "int8" not in Bundle.open(bundle).manifest.graphs:
+        hhdeploy(
+            "calibrate", bundle, "--data", data / "by-task" / "train", "--precision", "int8",
+            "--threads", str(setup.threads),
+        )  # fmt: skip
 
 
 def bundle_logits(

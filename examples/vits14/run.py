@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -78,7 +79,7 @@ class Run:
             adapters = [self.adapter("hta", name) for name in ([task] if folded else TASKS)]
             measure.export(self.setup, adapters, data, bundle, fold=folded)
         if wanted.precision == "int8":
-            measure.calibrate(bundle, data)
+            measure.calibrate(self.setup, bundle, data)
         test = data / task / "test"
         logits, labels = measure.bundle_logits(self.setup, bundle, task, test, wanted)
         self._store(way, task, logits, labels, {})
@@ -126,6 +127,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.size < PATCH or options.size % PATCH:
         parser.error(f"--size: expected a multiple of {PATCH}, found {options.size}")
+    # A terminated run takes the command that it is running with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = options.out.resolve()
     checkpoint = out / "checkpoint.safetensors"
     torch.set_num_threads(options.threads)

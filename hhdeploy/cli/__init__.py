@@ -13,6 +13,7 @@ _COMMANDS = {
     "demo": ("demo", "Run everything once on the starter models."),
     "export": ("export", "Adapters in, a verified ONNX bundle out."),
     "build": ("build", "Compile a bundle's graph to a TensorRT engine."),
+    "calibrate": ("calibrate", "Quantise a bundle's graph on images: INT8, FP8."),
     "triton": ("triton", "Write a bundle as a model of a Triton repository."),
     "verify": ("verify", "Compare a bundle with its training-time reference."),
     "predict": ("predict", "Classify images with one or several adapters of a bundle."),

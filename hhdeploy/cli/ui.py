@@ -22,7 +22,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
-DEVICES = click.Choice(["auto", "cpu", "cuda", "openvino"])
+DEVICES = click.Choice(
+    [
+        "auto",
+        "cpu",
+        "cuda",
+        "ort-tensorrt",
+        "ort-tensorrt-rtx",
+        "openvino",
+        "tensorrt",
+        "tensorrt-rtx",
+    ]
+)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 

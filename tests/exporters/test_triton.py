@@ -30,7 +30,7 @@ from hhdeploy.bundle import (
     remove_adapter,
     write_manifest,
 )
-from hhdeploy.engines import EngineEntry, engine_name
+from hhdeploy.engines import EngineEntry, engine_name, graph_digest
 from hhdeploy.errors import BundleError, PlanError, WriteError
 from hhdeploy.exporters.triton import (
     Serving,
@@ -119,7 +119,7 @@ def add_engine(path: Path, **changes: Any) -> str:
         batch=(1, 8, 24),
         slots=None,
         bank_sha256=manifest.files[BANK_FILE] if branches else None,
-        graph_sha256=manifest.files["model.onnx"],
+        graph_sha256=graph_digest(manifest, "float32") or "",
         optimization_level=None,
         build_seconds=1.0,
         bytes=len(GPU_ENGINE),
@@ -521,7 +521,10 @@ BUILD = r"hhdeploy build \S+ --backend tensorrt --precision float32"
         ({"precision": "float16"}, rf"no float32 engine .*it has: none\.\n.*{BUILD}"),
         ({"bank_sha256": None}, rf"takes the bank as an input.*\n.*{BUILD} --bank-as-constant"),
         ({"backend": "tensorrt-rtx"}, "built by tensorrt-rtx, which Triton's tensorrt backend"),
-        ({"graph_sha256": "0" * 64}, "stale: it was built from another graph than the bundle has now"),
+        (
+            {"graph_sha256": "0" * 64},
+            "stale: it was built from another graph than the bundle has now",
+        ),
         ({"bank_sha256": "0" * 64}, "stale: the bank baked into it is not the one"),
         ({"batch": (2, 8, 8)}, r"takes 2 images at least.*\(--min-batch 1\)"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import BANK_FILE, MANIFEST, Bundle, write_manifest
-from hhdeploy.engines import EngineEntry, choose_engine, engines_of
+from hhdeploy.engines import EngineEntry, choose_engine, engines_of, graph_digest, stale
 from hhdeploy.errors import BundleError, ParityError, PlanError
 from hhdeploy.files import sha256_of
 from hhdeploy.graphs import add_graph, add_typed_graph
@@ -42,7 +42,7 @@ def test_the_engine_is_in_the_manifest(built, rtx):
     assert (entry.backend, entry.version, entry.precision) == (RTX, rtx.__version__, "float16")
     assert (entry.batch, entry.slots) == ((1, 8, 32), (1, len(bundle.bank()), 9))
     assert (entry.architectures, entry.gpu, entry.bank_sha256) == ((), None, None)
-    assert entry.graph_sha256 == sha256_of(bundle.graph("float16"))
+    assert entry.graph_sha256 == graph_digest(bundle.manifest, "float16")
     assert entry.build_seconds > 0
     assert EngineEntry.from_json(json.loads(json.dumps(entry.to_json()))) == entry
     assert choose_engine(
@@ -100,6 +100,14 @@ def test_a_baked_bank_is_marked_and_goes_stale(rtx, small, tmp_path):
             Bundle.open(path).manifest, RTX, "float32",
             version=entry.version, architecture="sm89",
         )  # fmt: skip
+
+
+def test_an_engine_of_other_weights_is_stale(built):
+    path, entry = built
+    manifest = Bundle.open(path).manifest
+    assert stale(manifest, entry) is None
+    other = replace(manifest, files={**manifest.files, "model.float16.onnx.data": "0" * 64})
+    assert "another graph" in (stale(other, entry) or "")
 
 
 def test_folded_bundles_build_without_a_bank(rtx, folded, tmp_path):

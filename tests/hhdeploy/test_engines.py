@@ -16,10 +16,22 @@ from hhdeploy.engines import (
     choose_engine,
     engine_name,
     engines_of,
+    graph_digest,
     split_batch,
 )
 from hhdeploy.errors import BundleError, SessionError
 
+FILES = {"model.float16.onnx": "graph-now", "bank.safetensors": "bank-now"}
+NOW = Manifest(
+    kind="folded",
+    backbone={},
+    classes=7,
+    adapters=(),
+    layout=None,
+    bank_as_constant=False,
+    graphs={"float32": "model.onnx", "float16": "model.float16.onnx"},
+    files=FILES,
+)
 PLAIN = EngineEntry(
     file="model.float16.tensorrt-rtx.portable.engine",
     backend="tensorrt-rtx",
@@ -30,7 +42,7 @@ PLAIN = EngineEntry(
     batch=(1, 8, 32),
     slots=(1, 64, 1024),
     bank_sha256=None,
-    graph_sha256="graph-now",
+    graph_sha256=graph_digest(NOW, "float16") or "",
     optimization_level=None,
     build_seconds=2.5,
     bytes=7,
@@ -38,17 +50,7 @@ PLAIN = EngineEntry(
 
 
 def manifest_with(*entries):
-    return Manifest(
-        kind="folded",
-        backbone={},
-        classes=7,
-        adapters=(),
-        layout=None,
-        bank_as_constant=False,
-        graphs={"float32": "model.onnx", "float16": "model.float16.onnx"},
-        engines=tuple(e.to_json() for e in entries),
-        files={"model.float16.onnx": "graph-now", "bank.safetensors": "bank-now"},
-    )
+    return replace(NOW, engines=tuple(e.to_json() for e in entries))
 
 
 def named(file, **changes):
@@ -107,6 +109,13 @@ def test_the_most_specific_engine_that_fits_is_taken():
     assert choose(baked, portable, several) == several
     assert choose(baked, portable) == portable
     assert choose(baked, other) == baked
+
+
+def test_the_digest_covers_the_weights_too():
+    weights = replace(NOW, files={**FILES, "model.float16.onnx.data": "weights-now"})
+    other = replace(NOW, files={**FILES, "model.float16.onnx.data": "weights-then"})
+    assert len({graph_digest(m, "float16") for m in (NOW, weights, other)}) == 3
+    assert graph_digest(NOW, "int8") is None
 
 
 def test_an_engine_that_does_not_fit_is_passed_over_for_one_that_does():

@@ -153,9 +153,11 @@ def test_the_table():
     with pytest.raises(KeyError):
         bound("branches", "float99")
     for (stage, precision), limits in PARITY.items():
+        # Graphs from calibration are judged by accuracy; the table only sees broken ones.
+        calibrated = precision in ("int8", "fp8", "int8-weights")
         assert 0 < limits.range_error < 0.2, (stage, precision)
-        assert 0.99 < limits.cosine < 1
-        assert 0.9 < limits.top1 <= 1
+        assert (0.9 if calibrated else 0.99) < limits.cosine < 1
+        assert (0.4 if calibrated else 0.9) < limits.top1 <= 1
         assert limits.measured, f"{stage} {precision} does not say what was measured"
         assert limits.reason
         assert limits == bound(stage, precision)

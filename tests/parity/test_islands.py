@@ -23,7 +23,7 @@ from hhdeploy.exporters.writer import save_graph
 from hhdeploy.parity import Comparison, bound, compare
 
 STARTER = Path(__file__).resolve().parents[2] / "examples" / "starter"
-# Images per task; the starter models ship about 90 of each; the agreement of all is in the documentation.
+# Images per task; the starter models ship about 90 of each.
 IMAGES = 24
 Twin = Callable[[ir.Model, frozenset[str]], Comparison]
 

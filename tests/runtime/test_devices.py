@@ -205,7 +205,7 @@ def test_auto_without_a_gpu_or_without_tensorrt(two_engines, machine, monkeypatc
         raise error("nothing here")
 
     monkeypatch.setattr(cuda, "find_gpu", nothing)
-    assert auto(two_engines) == "cpu"
+    assert auto(two_engines) == backends._fastest_cpu("float32")
 
 
 def test_auto_does_not_hide_an_engine_that_is_damaged(two_engines, machine):
@@ -218,7 +218,35 @@ def test_auto_prefers_onnx_runtime_on_a_gpu_to_the_cpu(small, monkeypatch):
     monkeypatch.setattr(onnxruntime, "cuda_available", lambda: True)
     assert auto(small) == "cuda"
     monkeypatch.setattr(onnxruntime, "cuda_available", lambda: False)
-    assert auto(small) == backends._fastest_cpu()
+    assert auto(small) == backends._fastest_cpu("float32")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "float16"])
+def test_auto_on_a_cpu_prefers_openvino(small, monkeypatch, precision):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(onnxruntime, "cuda_available", lambda: False)
+    assert auto(small, precision) == "openvino"
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert auto(small, precision) == "cpu"
+
+
+def test_auto_leaves_bfloat16_to_openvino_alone(small, monkeypatch):
+    """ONNX Runtime has none on a CPU: an error that names the extra, not another precision."""
+    monkeypatch.setattr(onnxruntime, "cuda_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert auto(small, "bfloat16") == "openvino"
+    with pytest.raises(MissingDependencyError, match=r"hhdeploy\[openvino\]"):
+        open_session(small, precision="bfloat16")
+
+
+def test_the_session_says_what_auto_took(small, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(onnxruntime, "cuda_available", lambda: False)
+    with open_session(small, cache=None) as session:
+        assert session.device == "openvino CPU"
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with open_session(small, cache=None) as session:
+        assert session.device == "onnxruntime CPUExecutionProvider"
 
 
 def test_cuda_needs_the_provider_and_the_driver(monkeypatch):

@@ -1,26 +1,40 @@
-"""The same bundles in OpenVINO."""
+"""The same bundles in OpenVINO: precisions, hints, a bank in shared memory."""
 
 from __future__ import annotations
 
+import json
 import threading
+from functools import partial
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.errors import BundleError
+from hhdeploy.calibration.qdq import FORMATS, quantised_model
+from hhdeploy.calibration.scales import SiteScale
+from hhdeploy.calibration.sites import find_sites
+from hhdeploy.errors import BundleError, DeviceError, SessionError
+from hhdeploy.exporters.writer import save_graph
+from hhdeploy.files import sha256_of
+from hhdeploy.graphs import add_graph
 from hhdeploy.runtime import open_session
-from hhdeploy.runtime.backends import BackendOptions
+from hhdeploy.runtime.openvino_backend import OpenVinoBackend, computes_bfloat16
 from tests.support import assert_caught, assert_parity, images
+from tests.workshop import copy_bundle
 
-pytest.importorskip("openvino")
+openvino = pytest.importorskip("openvino")
 
 NAMES = ["alpha", None, "gamma", "beta", "headless", "rival", "alpha"]
+started = partial(open_session, device="openvino", threads=1, cache=None)
+needs_bfloat16 = pytest.mark.skipif(
+    not computes_bfloat16(), reason="OpenVINO computes no bfloat16 on this processor"
+)
 
 
 @pytest.fixture(scope="module")
 def opened(branches):
-    with open_session(branches, device="openvino", threads=1) as session:
+    with started(branches) as session:
         yield session
 
 
@@ -42,13 +56,13 @@ def test_the_wrong_adapter_is_caught(opened, workshop):
 
 def test_a_folded_bundle(folded, workshop):
     x = images(5)
-    with open_session(folded, device="openvino", threads=1) as session:
+    with started(folded) as session:
         assert_parity(workshop.truth("alpha", x), session.run(x), "openvino", "float32")
 
 
 def test_adapters_that_come_and_go_after_opening(small, workshop):
     x = images(3)
-    with open_session(small, device="openvino", threads=1, slots=4) as session:
+    with started(small, slots=4) as session:
         alpha = session.run(x, "alpha")  # the bank is bound to the request now
         session.adapters.add("rival", workshop.directory("rival"))
         rival = session.run(x, "rival")
@@ -60,39 +74,137 @@ def test_adapters_that_come_and_go_after_opening(small, workshop):
         assert not np.array_equal(rival, alpha)
 
 
-def test_threads_have_requests_of_their_own(opened):
-    x = {name: images(3, seed=i) for i, name in enumerate(("alpha", "rival", "beta", "gamma"))}
-    expected = {name: opened.run(x[name], name) for name in x}
-    wrong = []
+def test_a_row_is_seen_as_it_changes_without_a_copy(small):
+    x = images(3)
+    with started(small, slots=4) as session:
+        alpha, gamma = session.run(x, "alpha"), session.run(x, "gamma")
+        bank = session._backend._requests.it.get_tensor("adapter_bank").data
+        assert np.shares_memory(bank, session.adapters.rows)
+        row = session.adapters["alpha"].row
+        session.adapters.rows[row] = session.adapters.rows[session.adapters["gamma"].row]
+        assert np.array_equal(session.run(x, "alpha"), gamma)
+        assert not np.array_equal(alpha, gamma)
 
-    def ask(name):
-        for _ in range(20):
-            if not np.array_equal(opened.run(x[name], name), expected[name]):
-                wrong.append(name)
 
-    threads = [threading.Thread(target=ask, args=(name,)) for name in x]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+def test_images_that_may_not_be_written(opened):
+    x = images(3)
+    expected = opened.run(x, "alpha")
+    x.setflags(write=False)
+    assert np.array_equal(opened.run(x, "alpha"), expected)
 
 
 def test_a_constant_bank_gives_nan_for_ids_outside(constant):
-    from hhdeploy.runtime.openvino_backend import OpenVinoBackend
-
-    backend = OpenVinoBackend(
-        Bundle.open(constant).graph("float32"), None, BackendOptions("float32", 1)
-    )
-    found = backend.run(images(5), np.array([1, -1, 2, 3, 1], np.int64))
-    backend.close()
+    with started(constant) as session:
+        found = session._backend.run(images(5), np.array([1, -1, 2, 3, 1], np.int64))
     assert np.isnan(found[[1, 3]]).all()
     assert not np.isnan(found[[0, 2, 4]]).any()
 
 
-def test_a_graph_that_cannot_be_read(tmp_path):
-    from hhdeploy.runtime.openvino_backend import OpenVinoBackend
+def test_a_run_that_openvino_refuses(opened):
+    with pytest.raises(DeviceError, match="openvino CPU failed: "):
+        opened._backend.run(images(3, size=31), np.array([1, 1, 1], np.int64))
 
-    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+
+def with_file(bundle, name, content):
+    """The manifest agrees with a file that was exchanged."""
+    (bundle / name).write_bytes(content)
+    manifest = json.loads((bundle / "hhdeploy.json").read_text())
+    manifest["files"][name] = sha256_of(bundle / name)
+    (bundle / "hhdeploy.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+def test_a_graph_that_cannot_be_read(folded, tmp_path):
+    path = with_file(copy_bundle(folded, tmp_path / "b"), "model.onnx", b"not a graph")
     with pytest.raises(BundleError, match=r"OpenVINO cannot compile .*model\.onnx"):
-        OpenVinoBackend(tmp_path / "model.onnx", None, BackendOptions("float32", 1))
+        started(path)
+
+
+# --- precisions ---------------------------------------------------------------------------------
+
+
+@needs_bfloat16
+def test_bfloat16_is_the_float32_graph_computed_in_bfloat16(branches, opened, workshop):
+    assert "bfloat16" not in Bundle.open(branches).manifest.graphs
+    x = images(7)
+    truth = workshop.mixed_truth(NAMES, x)
+    with started(branches, precision="bfloat16") as session:
+        found = session.run(x, NAMES)
+        assert session.device == "openvino CPU bfloat16"
+        assert_parity(truth, found, "openvino", "bfloat16")
+        assert_caught(truth, session.run(x, "rival"), "openvino", "bfloat16")
+    assert not np.array_equal(found, opened.run(x, NAMES))
+    assert_caught(truth, found, "openvino", "float32")
+
+
+def test_bfloat16_is_refused_where_the_processor_has_none(small, monkeypatch):
+    class Old:
+        def get_property(self, device, name):
+            return ["FP32", "INT8"] if name == "OPTIMIZATION_CAPABILITIES" else "Old CPU"
+
+    monkeypatch.setattr(openvino, "Core", Old)
+    assert not computes_bfloat16()
+    with pytest.raises(SessionError, match=r"not compute in it on Old CPU \(it has FP32, INT8\)"):
+        started(small, precision="bfloat16")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights"])
+def test_quantised_graphs(small, tmp_path, precision):
+    """Scales by hand: wide enough for these activations, so that only rounding is left."""
+    path = copy_bundle(small, tmp_path / "b")
+    bundle = Bundle.open(path)
+    model = ir.load(bundle.graph("float32"))
+    classifier = bundle.manifest.backbone["classifier"]
+    scales = {name: SiteScale(8.0) for name in find_sites(model.graph, classifier)}
+    low = quantised_model(model, scales, FORMATS[precision], classifier)
+    add_graph(bundle, precision, lambda target: save_graph(low, target), lambda candidate: [])
+    x, names = images(5), ["alpha", "gamma", "gamma", "alpha", "gamma"]
+    with (
+        started(path) as exact,
+        started(path, precision=precision) as session,
+        open_session(path, device="cpu", precision=precision, threads=1) as other,
+    ):
+        float32, found = exact.run(x, names), session.run(x, names)
+        assert_parity(float32, found, "quantised", precision)
+        assert_parity(other.run(x, names), found, "quantised", precision)
+        assert_caught(float32, found, "openvino", "float32")
+
+
+# --- hints --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hint", "streams"), [("latency", 1), ("throughput", 2)])
+def test_a_hint_divides_the_threads(small, own, hint, streams):
+    x = images(3)
+    with started(small, hint=hint, threads=2) as session:
+        assert session._backend._model.get_property("NUM_STREAMS") == streams
+        assert_parity(own.run(x, "alpha"), session.run(x, "alpha"), "openvino", "float32")
+
+
+def test_an_unknown_hint_and_a_device_without_any(small):
+    with pytest.raises(SessionError, match="expected latency or throughput, found 'fast'"):
+        started(small, hint="fast")
+    with pytest.raises(SessionError, match=r"hint='throughput': device='cpu' has none"):
+        open_session(small, device="cpu", hint="throughput")
+
+
+@pytest.mark.parametrize("hint", ["latency", "throughput"])
+def test_threads_have_requests_of_their_own(small, hint):
+    with started(small, hint=hint, threads=2) as session:
+        x = {(name, i): images(3, seed=i) for i in range(2) for name in ("alpha", "gamma")}
+        expected = {key: session.run(x[key], key[0]) for key in x}
+        wrong, answers = [], []
+
+        def ask(key):
+            for _ in range(20):
+                right = np.array_equal(session.run(x[key], key[0]), expected[key])
+                (answers if right else wrong).append(key)
+
+        threads = [threading.Thread(target=ask, args=(key,)) for key in x]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert isinstance(session._backend, OpenVinoBackend)
+    assert not wrong
+    assert len(answers) == 80

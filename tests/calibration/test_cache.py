@@ -1,0 +1,111 @@
+"""Calibrations are found again only if everything they depend on is the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hhdeploy.calibration import calibrate as module
+from hhdeploy.calibration.cache import CalibrationCacheWarning, cache_key, read, write
+from hhdeploy.calibration.calibrate import calibrate
+from hhdeploy.calibration.scales import SiteScale
+from hhdeploy.calibration.settings import CalibrationSettings
+from tests.workshop import flip_byte
+
+SETTINGS = CalibrationSettings()
+SCALES = {
+    "b": SiteScale(1.5, np.asarray([1, 2], np.float32), np.asarray([3], np.float32)),
+    "a": SiteScale(0.1),
+}
+
+
+def entry(cache: Path) -> Path:
+    (found,) = (cache / "calibration").iterdir()
+    return found
+
+
+def test_scales_come_back_in_order_and_to_the_bit(tmp_path):
+    assert read(tmp_path, "key") is None
+    write(tmp_path, "key", SCALES)
+    found = read(tmp_path, "key")
+    assert found is not None
+    assert list(found) == ["b", "a"]
+    assert (found["b"].absmax, found["a"].absmax) == (1.5, 0.1)
+    np.testing.assert_array_equal(found["b"].smooth, SCALES["b"].smooth)
+    np.testing.assert_array_equal(found["b"].bias, SCALES["b"].bias)
+    assert found["a"].smooth is None
+
+
+@pytest.mark.parametrize("name", ["scales.safetensors", "scales.json"])
+@pytest.mark.parametrize("damage", ["flipped", "gone", "cut"])
+def test_damage_is_told_and_not_used(tmp_path, name, damage):
+    write(tmp_path, "key", SCALES)
+    path = entry(tmp_path) / name
+    if damage == "flipped":
+        flip_byte(path, len(path.read_bytes()) // 2)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.warns(CalibrationCacheWarning, match="is damaged .* calibrating again"):
+        assert read(tmp_path, "key") is None
+
+
+def test_an_entry_under_another_key_is_not_used(tmp_path):
+    write(tmp_path, "key", SCALES)
+    entry(tmp_path).rename(tmp_path / "calibration" / "other")
+    with pytest.warns(CalibrationCacheWarning, match="not the ones that were stored"):
+        assert read(tmp_path, "other") is None
+
+
+def test_the_key_sees_what_matters_and_nothing_else():
+    def key(graph="g", data="d", version="1", **changes):
+        return cache_key(graph, data, replace(SETTINGS, **changes), {"nncf": version})
+
+    same = {key(), key(precision="fp8"), key(exclude=("a",)), key(preset="robust")}
+    assert len(same) == 1
+    other = [
+        key(graph="h"),
+        key(data="e"),
+        key(version="2"),
+        key(smooth_quant=None),
+        key(bias_correction=False),
+    ]
+    assert len({*same, *other}) == 6
+
+
+def test_a_second_calibration_runs_no_image(side, tmp_path, monkeypatch):
+    runs = []
+
+    def counted(*arguments):
+        runs.append(arguments)
+        return dict(side.calibration.sites)
+
+    monkeypatch.setattr(module, "calibrate_int8", counted)
+    first = calibrate(side.bundle, side.data, SETTINGS, cache=tmp_path)
+    second = calibrate(side.bundle, side.data, replace(SETTINGS, precision="fp8"), cache=tmp_path)
+    assert len(runs) == 1
+    assert list(second.sites) == list(first.sites) == list(side.calibration.sites)
+    assert second.ranges == first.ranges
+    assert second.settings.precision == "fp8"
+    flip_byte(entry(tmp_path) / "scales.safetensors")
+    with pytest.warns(CalibrationCacheWarning):
+        calibrate(side.bundle, side.data, SETTINGS, cache=tmp_path)
+    assert len(runs) == 2
+    calibrate(side.bundle, side.data, SETTINGS)
+    assert len(runs) == 3
+
+
+def test_a_site_without_a_range_is_told_and_stays_float(side, monkeypatch):
+    scales = dict(side.calibration.sites)
+    del scales["blocks.0.mlp.fc1"]
+    monkeypatch.setattr(module, "calibrate_int8", lambda *arguments: scales)
+    found = calibrate(side.bundle, side.data, SETTINGS)
+    assert any("blocks.0.mlp.fc1: NNCF found no range" in warning for warning in found.warnings)
+    result = module.quantise(side.bundle, found, SETTINGS)
+    kept = [name for name, info in result.sites.items() if not info.quantised]
+    assert kept == ["blocks.0.mlp.fc1"]
+    assert result.warnings == found.warnings

@@ -1,0 +1,193 @@
+"""Calibration images: whose they are, how they are fed, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.errors import DataError
+from hhdeploy.preprocess import open_image
+from tests.calibration.conftest import ADAPTERS, write_pictures
+
+
+@pytest.fixture
+def bundle(branches) -> Bundle:
+    return Bundle.open(branches)
+
+
+@pytest.fixture
+def copied(pictures, tmp_path):
+    """The pictures, free to be changed."""
+    return shutil.copytree(pictures, tmp_path / "pictures")
+
+
+def opened(bundle, source, images=36, seed=0) -> CalibrationData:
+    return CalibrationData.open(bundle, source, images=images, seed=seed)
+
+
+def noise(count, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, 3, 32, 32)).astype(np.float32)
+
+
+# -- folders ------------------------------------------------------------------------------------
+
+
+def test_every_adapter_and_class_has_its_turn(bundle, pictures):
+    data = opened(bundle, pictures, images=12)
+    assert len(data) == len(list(data)) == 12
+    assert data.description["images_per_adapter"] == dict.fromkeys(sorted(ADAPTERS), 2)
+    assert data.description["classes_per_adapter"] == dict.fromkeys(sorted(ADAPTERS), 2)
+    assert data.description["seed"] == 0
+    assert data.description["sha256"] == data.digest
+
+
+def test_feeds_hold_the_adapters_own_row_and_preprocessing(bundle, copied):
+    """Gamma has a mean, std and crop of its own."""
+    shutil.rmtree(copied / "gamma" / "b")
+    paths = sorted((copied / "gamma").rglob("*.png"))
+    for path in paths[1:]:
+        path.unlink()
+    data = opened(bundle, copied)
+    (feed,) = [f for s, f in zip(data.samples, data, strict=True) if s.adapter == "gamma"]
+    entry = bundle.manifest.adapter("gamma")
+    assert entry.preprocess != bundle.manifest.adapter("alpha").preprocess
+    assert_array_equal(feed["images"][0], entry.preprocess(open_image(paths[0])))
+    assert_array_equal(feed["adapter_bank"], bundle.bank()[[entry.row]])
+    assert_array_equal(feed["adapter_ids"], [0])
+
+
+def test_the_backbone_is_fed_row_0(bundle, pictures):
+    data = opened(bundle, pictures)
+    rows = [
+        f["adapter_bank"]
+        for s, f in zip(data.samples, data, strict=True)
+        if s.adapter == "backbone"
+    ]
+    assert len(rows) == 6
+    assert not np.any(rows)
+
+
+def test_a_graph_with_its_bank_baked_in_is_fed_row_numbers(constant, pictures, copied):
+    for other in set(ADAPTERS) - {"alpha", "gamma"}:
+        shutil.rmtree(copied / other)
+    data = opened(Bundle.open(constant), copied)
+    assert {int(feed["adapter_ids"][0]) for feed in data} == {1, 2}
+    assert all(set(feed) == {"images", "adapter_ids"} for feed in data)
+
+
+def test_a_folded_bundle_takes_its_adapters_part_of_the_folder(folded, pictures):
+    bundle = Bundle.open(folded)
+    data = opened(bundle, pictures)
+    assert len(data) == 6
+    assert data.digest == opened(bundle, pictures / "alpha").digest
+    assert all(set(feed) == {"images"} for feed in data)
+
+
+def test_passes_are_repeatable_and_seeds_matter(bundle, pictures):
+    data = opened(bundle, pictures, images=12)
+    for first, second in zip(data, data, strict=True):
+        assert_array_equal(first["images"], second["images"])
+    assert opened(bundle, pictures, images=12).digest == data.digest
+    assert opened(bundle, pictures, images=12, seed=1).digest != data.digest
+
+
+def test_the_digest_sees_the_content(bundle, copied):
+    before = opened(bundle, copied).digest
+    path = next((copied / "beta").rglob("*.png"))
+    path.unlink()
+    write_pictures(path.parent / "new", 1, seed=99)
+    (path.parent / "new" / "0.png").rename(path)
+    assert opened(bundle, copied).digest != before
+
+
+def test_images_are_decoded_when_they_are_asked_for(bundle, copied):
+    (copied / "alpha" / "a" / "0.png").write_bytes(b"no picture")
+    data = opened(bundle, copied)
+    with pytest.raises(DataError, match=r"alpha/a/0\.png cannot be decoded"):
+        list(data)
+
+
+def test_an_unknown_adapter_folder_is_refused(bundle, copied):
+    (copied / "beta").rename(copied / "betta")
+    with pytest.raises(DataError, match=r"DIR/ADAPTER/CLASS/image.*alpha.*found the folders betta"):
+        opened(bundle, copied)
+
+
+def test_doubts_become_warnings(bundle, copied):
+    shutil.rmtree(copied / "rival")
+    shutil.rmtree(copied / "beta" / "b")
+    warnings = "\n".join(opened(bundle, copied).warnings)
+    assert "no calibration images for adapter 'rival'" in warnings
+    assert "adapter 'beta': images of one class only (a)" in warnings
+    assert "only 3 calibration images for adapter 'beta'" in warnings
+
+
+def test_no_or_too_few_images_are_refused(bundle, pictures, tmp_path):
+    with pytest.raises(DataError, match="at least 4 calibration images, found 3"):
+        opened(bundle, pictures, images=3)
+    with pytest.raises(DataError, match="found no folder"):
+        opened(bundle, tmp_path)
+    with pytest.raises(DataError, match="is not a directory"):
+        opened(bundle, tmp_path / "nowhere")
+
+
+# -- arrays -------------------------------------------------------------------------------------
+
+
+def test_arrays_by_name_and_by_row_are_the_same(bundle, tmp_path):
+    names = ["alpha", "beta", "backbone", "gamma", "alpha"]
+    rows = [1, 3, 0, 4, 1]
+    assert [bundle.manifest.adapter(n).row if n != "backbone" else 0 for n in names] == rows
+    images = noise(5)
+    np.savez(tmp_path / "data.npz", images=images, adapters=names)
+    from_file = opened(bundle, tmp_path / "data.npz")
+    batches = ({"images": images[i : i + 1], "adapter_ids": [rows[i]]} for i in range(5))
+    from_python = opened(bundle, batches)  # a generator can be read only once
+    assert from_file.digest == from_python.digest
+    for _ in range(2):
+        assert_array_equal(np.concatenate([f["images"] for f in from_python]), images)
+    bank = bundle.bank()
+    assert_array_equal(np.concatenate([f["adapter_bank"] for f in from_file]), bank[rows])
+
+
+def test_no_more_arrays_are_read_than_asked_for(bundle):
+    def endless():
+        while True:
+            yield {"images": noise(3), "adapters": ["alpha"] * 3}
+
+    assert len(opened(bundle, endless(), images=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"images": noise(4)}, "either adapters .* or adapter_ids"),
+        ({"pixels": noise(4)}, "expected the keys adapter_ids, adapters, images; found pixels"),
+        (
+            {"images": noise(4)[:, :, :31], "adapters": ["alpha"] * 4},
+            r"found float32 \[4, 3, 31, 32\]",
+        ),
+        ({"images": noise(4).astype(np.uint8), "adapters": ["alpha"] * 4}, "found uint8"),
+        ({"images": noise(4) * np.nan, "adapters": ["alpha"] * 4}, "NaN or infinity"),
+        ({"images": noise(4), "adapters": ["alpha"] * 3}, "expected 4 adapters, found 3"),
+        ({"images": noise(4), "adapters": ["alpha", "alpha", "x", "x"]}, "unknown adapter 'x'"),
+        ({"images": noise(4), "adapter_ids": [1, 2, 3, 9]}, "unknown adapter 9"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(bundle, batch, message):
+    with pytest.raises(DataError, match=message):
+        opened(bundle, [batch])
+
+
+def test_a_file_that_is_no_npz_is_refused(bundle, tmp_path):
+    path = tmp_path / "data.npz"
+    with pytest.raises(DataError, match="does not exist"):
+        opened(bundle, path)
+    path.write_bytes(b"no arrays")
+    with pytest.raises(DataError, match=r"cannot be read as an \.npz file"):
+        opened(bundle, path)

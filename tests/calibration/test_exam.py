@@ -1,0 +1,131 @@
+"""Images to judge on: labelled, and never those that were calibrated on."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.calibration.exam import make_exam
+from hhdeploy.preprocess import open_image
+from tests.calibration.conftest import write_pictures
+
+
+@pytest.fixture
+def bundle(small) -> Bundle:
+    """Alpha (seven classes) and gamma (three), without class names."""
+    return named(Bundle.open(small), alpha=None, gamma=None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for seed, place in enumerate(("alpha/0", "alpha/6", "gamma/1", "gamma/2")):
+        write_pictures(root / place, 5, seed)
+    return root
+
+
+def named(bundle, **names):
+    """The bundle with class names."""
+    adapters = tuple(
+        replace(a, class_names=names.get(a.name, a.class_names)) for a in bundle.manifest.adapters
+    )
+    return Bundle(bundle.path, replace(bundle.manifest, adapters=adapters))
+
+
+def exam_of(bundle, source, images=8, eval_data=None):
+    used = CalibrationData.open(bundle, source, images=images, seed=0)
+    return used, make_exam(bundle, eval_data or source, used, seed=0)
+
+
+def test_what_was_calibrated_on_is_not_judged_on(bundle, folder):
+    used, exam = exam_of(bundle, folder)
+    assert exam.held_out
+    assert len(exam.questions) == 20 - 8
+    calibrated = [sample.load().tobytes() for sample in used.samples]
+    judged = [question.load().tobytes() for question in exam.questions]
+    assert not set(calibrated) & set(judged)
+
+
+def test_copies_under_other_names_are_found_out(bundle, folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    for path in sorted(copied.rglob("*.png")):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    _, exam = exam_of(bundle, folder, eval_data=copied)
+    assert len(exam.questions) == 20 - 8
+    assert exam.source == "copy"
+
+
+def test_truths_are_the_columns_of_the_class_folders(bundle, folder):
+    _, exam = exam_of(bundle, folder)
+    assert {(q.adapter, q.truth) for q in exam.questions} == {
+        ("alpha", 0), ("alpha", 6), ("gamma", 1), ("gamma", 2),
+    }  # fmt: skip
+    assert len({q.adapter for q in exam.questions[:2]}) == 2, "tasks in turn"
+
+
+def test_class_names_decide_where_there_are_any(bundle, folder):
+    ours = named(bundle, gamma=("2", "zero", "1"))
+    _, exam = exam_of(ours, folder)
+    by_file = {(folder / "gamma" / c, t) for c, t in (("2", 0), ("1", 2))}
+    truths = {q.truth for q in exam.questions if q.adapter == "gamma"}
+    assert truths == {t for _, t in by_file}
+    transform = ours.manifest.adapter("gamma").preprocess
+    for question in (q for q in exam.questions if q.adapter == "gamma"):
+        file = folder / "gamma" / ("2" if question.truth == 0 else "1") / question.source
+        assert np.array_equal(question.load(), transform(open_image(file)))
+
+
+def test_folders_that_are_no_class(bundle, folder):
+    _, exam = exam_of(named(bundle, gamma=("1", "x", "y")), folder)
+    assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {0}
+    assert any("none of the adapter's classes" in w for w in exam.warnings)
+    _, exam = exam_of(named(bundle, gamma=("x", "y", "z")), folder)
+    assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {None}
+    assert any("(1, 2) is one of its classes (x, y, z)" in w for w in exam.warnings)
+
+
+def test_folders_that_tell_no_column(bundle, folder):
+    (folder / "gamma" / "1").rename(folder / "gamma" / "cat")
+    _, exam = exam_of(bundle, folder)
+    assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {None}
+    assert any("only agreement is reported" in w for w in exam.warnings)
+    write_pictures(folder / "gamma" / "dog", 2, 9)
+    _, exam = exam_of(bundle, folder)
+    assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {0, 1, 2}
+    assert any("alphabetical order" in w for w in exam.warnings)
+
+
+def test_too_few_left_is_said(bundle, folder):
+    _, exam = exam_of(bundle, folder, images=16)
+    assert any("judged on 2 images only: one image is 50.0 points" in w for w in exam.warnings)
+    _, exam = exam_of(bundle, folder, images=20)
+    assert not exam.held_out
+    assert len(exam.questions) == 20
+    assert any("--eval-data" in w for w in exam.warnings)
+    for path in (folder / "gamma").rglob("[1-9].png"):
+        path.unlink()
+    _, exam = exam_of(bundle, folder, images=4)
+    assert any(w == "adapter 'gamma': no image is left to judge on" for w in exam.warnings)
+
+
+def test_a_folded_bundle_takes_its_own_folder_or_a_flat_one(folded, folder):
+    bundle = named(Bundle.open(folded), alpha=None)
+    for source in (folder, folder / "alpha"):
+        _, exam = exam_of(bundle, source, images=4)
+        assert [q.adapter for q in exam.questions] == [None] * 6
+        assert {q.truth for q in exam.questions} == {0, 6}
+
+
+def test_arrays_are_held_out_too(bundle, tmp_path):
+    images = np.random.default_rng(3).standard_normal((11, 3, 32, 32)).astype(np.float32)
+    file = tmp_path / "data.npz"
+    np.savez(file, images=images, adapters=["alpha", "gamma"] * 5 + ["alpha"])
+    _, exam = exam_of(bundle, file, images=8)
+    assert [q.source for q in exam.questions] == ["image 8", "image 9", "image 10"]
+    assert not exam.labelled
+    assert np.array_equal(exam.questions[1].load(), images[9])

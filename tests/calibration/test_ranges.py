@@ -1,0 +1,82 @@
+"""Activations outside the calibrated ranges, and what one site costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hhdeploy.calibration.probe import Probe
+from hhdeploy.calibration.qdq import FORMATS
+from hhdeploy.calibration.ranges import range_excess
+from hhdeploy.calibration.sensitivity import logits_sqnr, site_sqnr
+
+SITE = "blocks.1.mlp.fc1"
+
+
+def test_calibration_images_stay_inside(side):
+    assert (
+        range_excess(
+            side.path, side.sites(), side.calibration.sites, side.feeds, tolerance=1.0 + 1e-5
+        )
+        == []
+    )
+
+
+def test_what_leaves_the_range_is_told_worst_first(side):
+    scales = dict(side.calibration.sites)
+    scales[SITE] = replace(scales[SITE], absmax=scales[SITE].absmax / 4)
+    other = "blocks.0.attn.proj"
+    scales[other] = replace(scales[other], absmax=scales[other].absmax / 2)
+    found = range_excess(side.path, side.sites(), scales, side.feeds, tolerance=1.1)
+    assert [excess.site for excess in found] == [SITE, other]
+    assert [excess.ratio for excess in found] == pytest.approx([4.0, 2.0])
+    smooth = scales[SITE].smooth
+    x = np.concatenate([i[SITE] for i in Probe(side.path, side.sites()).inputs(side.feeds)])
+    share = np.mean(np.abs(x * smooth) > scales[SITE].absmax * 127.5 / 127)
+    assert found[0].clipped == pytest.approx(share)
+    assert 0.1 < share < 0.9
+    assert found[0].to_json()["found"] == pytest.approx(side.calibration.ranges[SITE])
+
+
+def test_brighter_images_leave_the_range(side):
+    """The first site reads normalised tokens; fc2's inputs grow."""
+    feeds = [{**feed, "images": feed["images"] * 30} for feed in side.feeds[:6]]
+    found = range_excess(side.path, side.sites(), side.calibration.sites, feeds)
+    assert found
+    assert all(excess.ratio > 1 for excess in found)
+
+
+def test_q_k_and_v_read_one_value(side):
+    inputs = next(Probe(side.path, side.sites()).inputs(side.feeds))
+    assert list(inputs) == list(side.calibration.sites)
+    q, k = (inputs[f"blocks.0.attn.qkv.{part}"] for part in "qk")
+    assert q.shape == (17, 48)
+    np.testing.assert_array_equal(q, k)
+    assert inputs["blocks.0.mlp.fc2"].shape == (17, 192)
+
+
+def test_site_sqnr_falls_with_the_bits_that_are_left(side):
+    scales, feeds = dict(side.calibration.sites), side.feeds[:4]
+    fine = site_sqnr(side.path, side.sites(), scales, FORMATS["int8"], feeds)
+    weights = site_sqnr(side.path, side.sites(), scales, FORMATS["int8-weights"], feeds)
+    assert list(fine) == list(scales)
+    assert all(30 < db < 60 for db in fine.values())
+    assert weights[SITE] > fine[SITE]
+    # Two bits fewer for the input of one site.
+    scales[SITE] = replace(scales[SITE], absmax=scales[SITE].absmax * 16)
+    coarse = site_sqnr(side.path, side.sites(), scales, FORMATS["int8"], feeds)
+    assert coarse[SITE] < fine[SITE] - 6
+    del fine[SITE], coarse[SITE]
+    assert coarse == fine
+
+
+def test_logits_sqnr_finds_the_site_that_was_spoilt(side):
+    scales, feeds = dict(side.calibration.sites), side.feeds[:6]
+    scales[SITE] = replace(scales[SITE], absmax=scales[SITE].absmax / 20)
+    asked = (SITE, "blocks.0.mlp.fc1", "blocks.1.attn.qkv.v")
+    found = logits_sqnr(side.path, side.classifier, scales, FORMATS["int8"], feeds, asked)
+    assert list(found) == list(asked)
+    assert min(found, key=lambda name: found[name]) == SITE
+    assert all(np.isfinite(db) for db in found.values())

@@ -1,0 +1,206 @@
+"""`calibrate_bundle`: from images to a judged graph in the bundle, or an unchanged bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.calibrating import CalibrationOptions, CalibrationResult, calibrate_bundle
+from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.errors import BundleError, DataError, ParityError, PlanError, WriteError
+from hhdeploy.files import sha256_of
+from hhdeploy.parity import PARITY
+from hhdeploy.range_check import check_adapter
+from hhdeploy.runtime import open_session
+from tests.labelled import make_undecided, write_close_calls
+from tests.workshop import contents, copy_bundle
+
+pytest.importorskip("nncf", reason="NNCF is not installed")
+
+PER_ADAPTER, CALIBRATED = 24, 16
+SETTINGS = CalibrationSettings(images=CALIBRATED)
+
+
+@pytest.fixture(scope="module")
+def undecided(workshop, small, tmp_path_factory) -> Path:
+    """Alpha and gamma with heads that are easily swayed. Read only."""
+    return make_undecided(workshop, small, tmp_path_factory.mktemp("undecided"))
+
+
+@pytest.fixture(scope="module")
+def images(undecided, tmp_path_factory) -> Path:
+    return write_close_calls(undecided, tmp_path_factory.mktemp("close"), PER_ADAPTER)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """NNCF runs once for all tests that calibrate on the same images."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def calibrate(undecided, images, cache, tmp_path):
+    """Calibrate a copy of the undecided bundle; keywords go to the options."""
+    path = copy_bundle(undecided, tmp_path / "bundle")
+
+    def run(data=images, settings=SETTINGS, **options) -> CalibrationResult:
+        chosen = CalibrationOptions(**{"cache": cache, "threads": 1, **options})
+        return calibrate_bundle(path, data, settings, chosen)
+
+    run.path = path  # type: ignore[attr-defined]
+    return run
+
+
+def test_the_graph_and_its_story_are_in_the_bundle(calibrate, tmp_path):
+    result = calibrate(report=tmp_path / "report.html")
+    bundle = Bundle.open(result.path)
+    assert bundle.graph("int8").name == result.file == "model.int8.onnx"
+    story = json.loads(bundle.file("calibration.int8.json").read_text(encoding="utf-8"))
+    assert story["settings"]["images"] == CALIBRATED
+    assert story["data"]["images"] == CALIBRATED
+    assert story["accuracy"]["images"] == 2 * PER_ADAPTER - CALIBRATED
+    assert story["accuracy"]["held_out"] is True
+    assert story["verdict"] == result.findings.verdict()
+    assert set(story["bytes"]) == {"float32", "int8"}
+    assert story["bytes"]["int8"] < story["bytes"]["float32"]
+    assert all(site["sqnr_db"] > 10 for site in story["sites"].values())
+    stages = json.loads(bundle.file("parity.json").read_text(encoding="utf-8"))["stages"]
+    assert {s["adapter"] for s in stages if s["precision"] == "int8"} == {"alpha", "gamma"}
+    assert "int8 calibration of bundle" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not list(bundle.path.glob(".*")), "scratch files are gone"
+
+
+def test_the_accuracy_is_that_of_the_graph_in_the_bundle(calibrate, images):
+    """Counted again from the files, with the session that a user opens."""
+    result = calibrate()
+    lost = 0
+    with open_session(result.path, device="cpu", precision="int8", threads=1) as session:
+        for question in result.findings.exam.questions:
+            logits = session.run(question.load()[None], [question.adapter])
+            lost += int(np.argmax(logits) != question.truth)
+    tasks = result.findings.accuracy.tasks
+    assert sum(task.float_right for task in tasks) == result.findings.accuracy.images
+    assert sum(task.lost for task in tasks) == lost > 0, "close calls were chosen to be lost"
+    assert [c.after.label != c.before.label for c in result.findings.changed][:lost] == [
+        True
+    ] * lost
+
+
+def test_the_guard_keeps_sites_until_the_bound_holds(calibrate):
+    drop = calibrate().findings.accuracy.drop
+    findings = calibrate(max_drop=drop / 2).findings
+    guarded = findings.guarded
+    assert guarded.kept
+    assert findings.accuracy.drop <= drop / 2 < guarded.trials[0].drop == drop
+    assert set(findings.kept) == set(guarded.kept)
+    assert any("was replaced" in warning for warning in findings.warnings)
+    assert any("engines built from it are refused" in warning for warning in findings.warnings)
+    free = calibrate(max_drop=drop).findings
+    assert (free.guarded.kept, len(free.guarded.trials)) == ((), 1)
+
+
+def test_all_precisions_come_from_one_calibration(calibrate):
+    for precision in ("int8", "fp8", "int8-weights"):
+        calibrate(settings=replace(SETTINGS, precision=precision))
+    bundle = Bundle.open(calibrate.path)
+    assert set(bundle.manifest.graphs) == {"float32", "int8", "fp8", "int8-weights"}
+    for precision in bundle.manifest.graphs:
+        bundle.graph(precision)
+
+
+def test_other_images_to_judge_on(calibrate, images, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(images / "gamma", other / "gamma")
+    result = calibrate(eval_data=other)
+    assert [task.task for task in result.findings.accuracy.tasks] == ["gamma"]
+    assert result.findings.exam.source == "other"
+
+
+def test_arrays_give_agreement_and_are_read_once(calibrate):
+    noise = np.random.default_rng(0).standard_normal((10, 3, 32, 32)).astype(np.float32)
+    batches = (
+        {"images": noise[i : i + 2], "adapters": ["alpha", "gamma"]} for i in range(0, 10, 2)
+    )
+    findings = calibrate(data=batches, settings=replace(SETTINGS, images=6)).findings
+    assert findings.accuracy.images == 4
+    assert findings.accuracy.drop is None
+    assert "true classes are unknown" in findings.verdict()
+
+
+def test_a_reference_of_images_judges_the_graph(workshop, images, cache):
+    path = workshop.export(workshop.root / "seen", ("alpha", "gamma"), verify_data=images).path
+    options = CalibrationOptions(cache=cache, threads=1)
+    result = calibrate_bundle(path, images, SETTINGS, options)
+    assert {stage.comparison.images for stage in result.parity} == {2}
+    assert {stage.runtime for stage in result.parity} == {"onnxruntime CPUExecutionProvider"}
+
+
+def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkeypatch):
+    before = contents(calibrate.path)
+    unlabelled = [{"images": np.ones((9, 3, 32, 32), np.float32), "adapters": ["alpha"] * 9}]
+    everything = replace(SETTINGS, images=2 * PER_ADAPTER)
+    refused = (
+        ({"data": tmp_path / "none"}, DataError, "is not a directory"),
+        ({"data": unlabelled, "max_drop": 1.0}, PlanError, "needs true classes"),
+        ({"settings": everything, "max_drop": 1.0}, PlanError, "none is left"),
+        ({"max_drop": -1.0}, PlanError, "0 or more"),
+        ({"settings": replace(SETTINGS, exclude=("nothing.*",))}, PlanError, "fits no site"),
+        ({"report": tmp_path / "no" / "report.html"}, WriteError, "report.html"),
+    )
+    for arguments, error, message in refused:
+        with pytest.raises(error, match=message):
+            calibrate(**arguments)
+        assert contents(calibrate.path) == before, arguments
+    strict = replace(PARITY["quantised", "int8"], range_error=0.0)
+    monkeypatch.setitem(PARITY, ("quantised", "int8"), strict)  # type: ignore[arg-type]
+    with pytest.raises(ParityError, match="--max-drop POINTS or --exclude"):
+        calibrate()
+    assert contents(calibrate.path) == before
+
+
+def calibrated_files(folder: Path, used: CalibrationData, target: Path) -> Path:
+    """Copies of the files of a folder that were calibrated on."""
+    target.mkdir()
+    digests = {sample.digest for sample in used.samples}
+    for file in folder.rglob("*.png"):
+        if sha256_of(file) in digests:
+            shutil.copyfile(file, target / file.name)
+    return target
+
+
+def test_an_adapter_is_checked_against_the_ranges(calibrate, images, tmp_path):
+    def check(data, precision="int8"):
+        return check_adapter(calibrate.path, "alpha", data, precision=precision, images=48)
+
+    with pytest.raises(BundleError, match="holds no int8 calibration"):
+        check(images)
+    calibrate(settings=replace(SETTINGS, exclude=("blocks.0.attn.*",)))
+    used = CalibrationData.open(Bundle.open(calibrate.path), images, images=CALIBRATED, seed=0)
+    known = check(calibrated_files(images / "alpha", used, tmp_path / "known"))
+    own = sum(sample.adapter == "alpha" for sample in used.samples)
+    assert (known.images, known.sites) == (own, 8)
+    assert known.excess == ()
+    assert "stays inside" in known.advice()
+    bright = tmp_path / "bright"
+    bright.mkdir()
+    for index in range(3):
+        pixels = np.full((32, 32, 3), 255, np.uint8)
+        pixels[:: index + 2] = 0
+        Image.fromarray(pixels).save(bright / f"{index}.png")
+    narrow = check(bright)
+    assert narrow.excess[0].ratio == max(e.ratio for e in narrow.excess) > 1
+    assert not [e for e in narrow.excess if e.site.startswith("blocks.0.attn")]
+    assert "Calibrate again with its images" in narrow.advice()
+    calibrate(settings=replace(SETTINGS, precision="int8-weights"))
+    with pytest.raises(PlanError, match="quantises no activations"):
+        check(images, "int8-weights")
+    with pytest.raises(BundleError, match="unknown adapter 'nobody'"):
+        check_adapter(calibrate.path, "nobody", images, precision="int8", images=4)

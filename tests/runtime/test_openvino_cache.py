@@ -1,0 +1,164 @@
+"""Compiled models on disk: found again, never stale, never trusted when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+
+from hhdeploy.errors import BundleError
+from hhdeploy.files import sha256_of
+from hhdeploy.runtime import open_session, openvino_cache
+from hhdeploy.runtime.openvino_cache import blob_file, map_blob, write_blob
+from tests.support import images
+from tests.workshop import copy_bundle
+
+openvino = pytest.importorskip("openvino")
+
+started = partial(open_session, device="openvino", threads=1)
+
+
+def blobs(cache):
+    return sorted((cache / "openvino").glob("*"))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """OpenVINO loads blobs only."""
+
+    class Core:
+        def __init__(self):
+            self._core = openvino_core()
+            self.get_property = self._core.get_property
+            self.import_model = self._core.import_model
+
+        def compile_model(self, *given):
+            raise RuntimeError("compiled after all")
+
+    openvino_core = openvino.Core
+    return lambda: monkeypatch.setattr(openvino, "Core", Core)
+
+
+def answer(path, names="alpha", **options):
+    with started(path, **options) as session:
+        return session.run(images(3), names)
+
+
+def test_the_second_start_compiles_nothing(small, cache, no_compiler):
+    first = answer(small)
+    assert len(blobs(cache)) == 1
+    no_compiler()
+    assert np.array_equal(answer(small), first)
+    with pytest.raises(BundleError, match="compiled after all"):
+        answer(small, cache=None)
+    with started(small, slots=4) as session:  # the bank is the session's own
+        row = session.adapters["alpha"].row
+        session.adapters.rows[row] = session.adapters.rows[session.adapters["gamma"].row]
+        changed = session.run(images(3), "alpha")
+    assert np.array_equal(changed, answer(small, "gamma"))
+    assert not np.array_equal(changed, first)
+
+
+def test_no_cache_writes_nothing(small, cache, tmp_path):
+    answer(small, cache=None)
+    assert not cache.exists()
+    answer(small, cache=tmp_path / "mine")
+    assert len(blobs(tmp_path / "mine")) == 1
+    assert not cache.exists()
+
+
+def test_every_option_has_a_blob_of_its_own(small, cache):
+    answer(small)
+    answer(small, threads=2)
+    answer(small, threads=2, hint="throughput")
+    assert len(blobs(cache)) == 3
+
+
+def change_weights(path):
+    """Other weights that the manifest agrees with, in files of the same size and time."""
+    data = path / "model.onnx.data"
+    before = data.stat()
+    weights = np.fromfile(data, np.float32) * np.float32(0.5)
+    data.write_bytes(weights.tobytes())
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    manifest = json.loads((path / "hhdeploy.json").read_text())
+    manifest["files"][data.name] = sha256_of(data)
+    return manifest
+
+
+def test_a_changed_graph_never_meets_an_old_blob(small, cache, tmp_path):
+    path = copy_bundle(small, tmp_path / "b")
+    before = answer(path)
+    manifest = change_weights(path)
+    with pytest.raises(BundleError, match="expected sha256"):  # and a blob does not hide it
+        answer(path)
+    (path / "hhdeploy.json").write_text(json.dumps(manifest))
+    changed = answer(path)
+    assert not np.array_equal(changed, before)
+    assert np.array_equal(changed, answer(path, cache=None))
+    assert len(blobs(cache)) == 2
+
+
+def test_another_version_never_meets_an_old_blob(small, cache, monkeypatch):
+    answer(small)
+    monkeypatch.setattr(openvino, "get_version", lambda: "9999.1")
+    answer(small)
+    assert len(blobs(cache)) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "none"])
+def test_a_damaged_blob_is_compiled_again(small, cache, no_compiler, damage):
+    first = answer(small)
+    (blob,) = blobs(cache)
+    stored = blob.read_bytes()
+    middle = len(stored) // 2
+    damaged = {
+        "cut": stored[:middle],
+        "flipped": stored[:middle] + bytes([stored[middle] ^ 1]) + stored[middle + 1 :],
+        "empty": b"",
+        "none": stored[:3],
+    }[damage]
+    blob.write_bytes(damaged)
+    assert np.array_equal(answer(small), first)
+    assert len(blob.read_bytes()) == len(stored)
+    no_compiler()
+    assert np.array_equal(answer(small), first)
+
+
+def test_a_blob_that_openvino_refuses_is_compiled_again(small, cache):
+    first = answer(small)
+    (blob,) = blobs(cache)
+    write_blob(blob, memoryview(b"whole, but no model" * 99))
+    assert np.array_equal(answer(small), first)
+    assert blob.stat().st_size > 99 * 19 + 4
+
+
+def test_a_cache_that_cannot_be_written_is_left_out(small, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    assert np.array_equal(answer(small, cache=file), answer(small, cache=None))
+    assert file.read_bytes() == b""
+
+
+def test_a_blob_may_go_while_it_is_used(small, cache):
+    first = answer(small)
+    with started(small) as session:
+        shutil.rmtree(cache)
+        assert np.array_equal(session.run(images(3), "alpha"), first)
+
+
+def test_blobs_used_longest_ago_make_room(tmp_path):
+    files = [blob_file(tmp_path, str(i)) for i in range(4)]
+    for age, file in enumerate(files[:3]):
+        write_blob(file, memoryview(bytes(100)), limit=1_000)
+        os.utime(file, (age, age))
+    assert map_blob(files[0]) is not None  # used now
+    write_blob(files[3], memoryview(bytes(100)), limit=320)
+    assert [file.is_file() for file in files] == [True, False, True, True]
+    write_blob(files[1], memoryview(bytes(100)), limit=99)
+    assert not files[1].exists()
+    assert openvino_cache.LIMIT > 1e9
