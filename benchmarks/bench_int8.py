@@ -72,7 +72,11 @@ def main(model: str, pairs: int, rounds: int, batches: tuple[int, ...], only: st
                 kind, device, precision = SESSIONS[name]
                 try:
                     session = open_session(
-                        paths[kind], device=device, precision=precision, threads=THREADS
+                        paths[kind],
+                        device=device,
+                        precision=precision,
+                        threads=THREADS,
+                        cache=None,
                     )
                 except SessionError as error:  # a processor without bfloat16
                     results[name] = str(error)

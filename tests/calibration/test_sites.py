@@ -103,7 +103,7 @@ def test_a_quantised_graph_is_refused():
         find_sites(graph(text, weights, {}).graph, "head")
 
 
-@pytest.mark.parametrize("name", ["swin", "eva02 separate"])
+@pytest.mark.parametrize("name", ["swin", "beit"])
 def test_no_frozen_linear_is_missed(name):
     """All that an adapter may change, and what else the blocks have, is quantised."""
     _, base = traced(name)
