@@ -20,7 +20,7 @@ class CalibrationSettings:
         precision: ``int8`` (activations and weights), ``fp8`` (E4M3, both) or ``int8-weights``.
         exclude: sites to keep in floating point: names or shell patterns (``blocks.0.*``,
             ``*.mlp.fc2``).
-        preset: a name of `PRESETS`, whose patterns are added to ``exclude``.
+        preset: a name of `PRESETS`; what it keeps is kept besides ``exclude``.
         images: at most this many calibration images, over all adapters.
         seed: of the choice and order of the images.
         smooth_quant: SmoothQuant's alpha in [0, 1]: how much of the spread between channels moves

@@ -5,7 +5,7 @@ Linears of the backbone. Side branches (``branch/...``), attention products, con
 classifier are none, nor are position MLPs (they read constants) and mixtures of a few heads.
 
 The patch embedding (a Conv) stays in floating point: it reads the pixels, whose rounding
-every later layer sees, and costs less than 1 % of the arithmetic.
+every later layer sees (2 to 5 dB on the starter models), and is less than 1 % of the arithmetic.
 """
 
 from __future__ import annotations

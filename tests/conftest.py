@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before torch and numpy are imported: the tests share their cores with other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor do they fill the user's cache of traced graphs and compiled models.
+if "HHDEPLOY_CACHE" not in os.environ:
+    os.environ["HHDEPLOY_CACHE"] = tempfile.mkdtemp(prefix="hhdeploy-tests-")
+    atexit.register(shutil.rmtree, os.environ["HHDEPLOY_CACHE"], ignore_errors=True)
 
 from typing import TYPE_CHECKING
 

@@ -7,6 +7,7 @@ training images that was held out for it; then both are fitted again on all of t
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ SEED = 0
 BATCH = 250
 HELD_OUT = 0.2
 PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-LORA_LEARNING_RATES = (1e-3, 5e-3)
+LORA_LEARNING_RATES = (1e-3, 5e-3, 1e-2)
 # As many parameters as HTA with r = 1 on q, k, v and proj of width d: 4 * 5 d a block.
 # Rank 3 on the fused qkv is 3 * (d + 3 d), rank 4 on proj is 4 * (d + d).
 LORA: dict[str, Any] = {
@@ -101,10 +102,7 @@ def train_hta(setup: Setup, data: Path, out: Path) -> None:
 
 def train_lora(setup: Setup, data: Path, out: Path) -> dict[str, Any]:
     """Train LoRA with PEFT and import it; return the search for its learning rate."""
-    found: dict[str, float] = {}
-    for rate in LORA_LEARNING_RATES:
-        search = replace(setup.recipe(data, rate, setup.epochs // 2), val_fraction=HELD_OUT)
-        found[f"{rate:g}"] = _fit_lora(setup, search)[1] or 0.0
+    found = _search(setup, data, out.with_name(f"{out.name}.search.json"))
     best = max(LORA_LEARNING_RATES, key=lambda rate: found[f"{rate:g}"])
     model, _ = _fit_lora(setup, setup.recipe(data, best, setup.epochs))
     peft = out.with_name(f"{out.name}.peft")
@@ -113,6 +111,18 @@ def train_lora(setup: Setup, data: Path, out: Path) -> dict[str, Any]:
     names = [part for name in list_classes(data) for part in ("--class-name", name)]
     hhdeploy("adapter", "import", *setup.model_options(), *names, "--overwrite", peft, out)
     return {"learning_rate": best, "held_out_top1": found}
+
+
+def _search(setup: Setup, data: Path, file: Path) -> dict[str, float]:
+    """Held-out top-1 by learning rate, after half the epochs; kept in ``file`` as it grows."""
+    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    for rate in LORA_LEARNING_RATES:
+        if f"{rate:g}" not in found:
+            recipe = replace(setup.recipe(data, rate, setup.epochs // 2), val_fraction=HELD_OUT)
+            found[f"{rate:g}"] = _fit_lora(setup, recipe)[1] or 0.0
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found))
+    return found
 
 
 def _fit_lora(setup: Setup, recipe: TrainSettings) -> tuple[Any, float | None]:
