@@ -130,12 +130,19 @@ class Workbench:
 
     def _starter(self) -> Made:
         from hhdeploy.backbone import BackboneSpec
+        from hhdeploy.calibrating import CalibrationOptions, calibrate_bundle
+        from hhdeploy.calibration.settings import CalibrationSettings
         from hhdeploy.demo import Starter
 
         starter = Starter.read(_STARTER)
         spec = BackboneSpec(starter.model, starter.args, starter.path / "backbone.safetensors")
         adapters = {task: starter.adapter(task) for task in starter.tasks}
-        path = self._export("starter", spec, adapters, verify_data=starter.path / "images")
+        images = starter.path / "images"
+        path = self._export("starter", spec, adapters, verify_data=images)
+        # No FP8: which GPUs take it is not known before one is there.
+        calibrate_bundle(
+            path, images, CalibrationSettings(images=64), CalibrationOptions(cache=None)
+        )
         return Made(path, spec, ("digits", "fashion"))
 
     def _vit_s(self) -> Made:
