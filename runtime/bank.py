@@ -2,7 +2,7 @@
 
 A row is written only while nobody can see it: a new adapter gets a free row, and the name
 points to it once the row is complete. A removed or replaced adapter's row is freed when the
-last request that leased it is done. So a request sees the old or the new adapter, never a
+last request that holds it is done. So a request sees the old or the new adapter, never a
 mixture. A backend with a copy of the bank is told of every row that was written.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,27 @@ BACKBONE_ROW = 0
 DEFAULT_SLOTS = 64
 
 
+@dataclass(frozen=True)
+class Packed:
+    """An adapter that was read, checked and packed, and has no row yet."""
+
+    entry: AdapterEntry
+    row: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A row that a request uses: it keeps its values until `AdapterBank.release`.
+
+    Attributes:
+        row: its number.
+        entry: of its adapter; None: the bare backbone.
+    """
+
+    row: int
+    entry: AdapterEntry | None
+
+
 class AdapterBank:
     """Adapters of an open session by name; ``len``, ``in`` and iteration give the names.
 
@@ -35,25 +56,44 @@ class AdapterBank:
             never twice at a time.
     """
 
-    def __init__(self, bundle: Bundle, slots: int | None, default: int = DEFAULT_SLOTS) -> None:
-        """``slots``: rows of the bank, row 0 included; None: ``default`` or what is needed."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        slots: int | None,
+        default: int = DEFAULT_SLOTS,
+        *,
+        partial: bool = False,
+    ) -> None:
+        """Open with the bundle's adapters.
+
+        Args:
+            bundle: whose adapters.
+            slots: rows of the bank, row 0 included; None: ``default`` or what is needed.
+            default: see ``slots``.
+            partial: take the first adapters where not all have a row, instead of an error.
+        """
         self._manifest = bundle.manifest
         stored = bundle.bank()
-        used = [a.row for a in bundle.manifest.adapters if a.row is not None]
-        needed = max([BACKBONE_ROW, *used]) + 1
+        entries = bundle.manifest.adapters
+        needed = max([BACKBONE_ROW, *(a.row for a in entries if a.row is not None)]) + 1
         if slots is None:
             slots = max(default, needed)
-        if slots < needed:
+        if slots < needed and not (partial and slots > 1):
             raise SessionError(
                 f"slots={slots} is too small: the bundle's adapters take rows up to {needed - 1}. "
                 f"Open it with slots={needed} or more."
             )
         # np.zeros is lazy: rows that no adapter uses take no memory.
         self.rows: NDArray[np.float32] = np.zeros((slots, stored.shape[1]), np.float32)
-        for row in used:
-            self.rows[row] = stored[row]
-        self._entries = {a.name: a for a in bundle.manifest.adapters}
-        self._leases = dict.fromkeys(used, 0)
+        self._entries: dict[str, AdapterEntry] = {}
+        for index, entry in enumerate(entries[: slots - 1], 1):
+            # An adapter keeps its row where it can: an engine may have the rows baked in.
+            row = entry.row if slots >= needed else index
+            assert row is not None
+            self.rows[row] = stored[entry.row]
+            self._entries[entry.name] = replace(entry, row=row)
+        # Row -> requests that hold it.
+        self._holds = dict.fromkeys((a.row for a in self._entries.values()), 0)
         self._retired: set[int] = set()
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -92,24 +132,32 @@ class AdapterBank:
             AdapterError, PlanError, CapacityError: see `hhdeploy.bundle.admit`.
             SessionError: the name is taken, or no row is free.
         """
+        return self.put(self.pack(name, adapter), replace_existing=replace_existing)
+
+    def pack(self, name: str, adapter: str | Path | Adapter, *, verified: bool = False) -> Packed:
+        """The slow half of `add`: read, check and pack an adapter; the bank is not touched."""
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        packed = admit(self._manifest, name, loaded)
-        entry = entry_of(name, None, loaded, self._manifest.backbone, verified=False)
+        row = admit(self._manifest, name, loaded)
+        return Packed(entry_of(name, None, loaded, self._manifest.backbone, verified=verified), row)
+
+    def put(self, packed: Packed, *, replace_existing: bool = False) -> AdapterEntry:
+        """The quick half of `add`: give a packed adapter a free row and its name."""
+        name = packed.entry.name
         with self._lock:
             if name in self._entries and not replace_existing:
                 raise SessionError(f"an adapter {name!r} is loaded already; remove it first.")
             row = self._free_row()
-            self._leases[row] = 1  # held by this call until the row is complete
+            self._holds[row] = 1  # held by this call until the row is complete
         try:
-            self._write(row, packed)
+            self._write(row, packed.row)
         except BaseException:
             with self._lock:
-                del self._leases[row]
+                del self._holds[row]
             raise
         with self._lock:
-            self._leases[row] -= 1
+            self._holds[row] -= 1
             old = self._entries.get(name)
-            self._entries[name] = replace(entry, row=row)
+            self._entries[name] = replace(packed.entry, row=row)
             if old is not None:
                 self._retire(old)
             return self._entries[name]
@@ -124,21 +172,52 @@ class AdapterBank:
             self._retire(self._entry(name))
             del self._entries[name]
 
+    def hold(self, name: str | None) -> Hold:
+        """The row of an adapter (None: the backbone), which keeps its values until `release`.
+
+        Raises:
+            SessionError: no such adapter, or no classifier of the bare backbone.
+        """
+        with self._lock:
+            row = self._row(name)
+            self._take(row)
+            return Hold(row, None if name is None or row == BACKBONE_ROW else self._entries[name])
+
+    def release(self, hold: Hold) -> None:
+        """Give a row back. Every `hold` needs exactly one."""
+        with self._lock:
+            self._release(hold.row)
+
+    def held(self, name: str) -> bool:
+        """True while requests hold the adapter's row."""
+        with self._lock:
+            row = self._entry(name).row
+            assert row is not None
+            return self._holds[row] > 0
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that an adapter could be put into now."""
+        with self._lock:
+            return self.slots - 1 - len(self._holds)
+
     @contextmanager
     def lease(self, names: Sequence[str | None]) -> Iterator[NDArray[np.int64]]:
         """Rows of some adapters (None: the backbone), held while in the block."""
         with self._lock:
             rows = [self._row(name) for name in names]
             for row in rows:
-                if row != BACKBONE_ROW:
-                    self._leases[row] += 1
+                self._take(row)
         try:
             yield np.asarray(rows, np.int64)
         finally:
             with self._lock:
                 for row in rows:
-                    if row != BACKBONE_ROW:
-                        self._release(row)
+                    self._release(row)
+
+    def _take(self, row: int) -> None:
+        if row != BACKBONE_ROW:
+            self._holds[row] += 1
 
     def _entry(self, name: str) -> AdapterEntry:
         entry = self._entries.get(name)
@@ -161,7 +240,7 @@ class AdapterBank:
 
     def _free_row(self) -> int:
         for row in range(1, self.slots):
-            if row not in self._leases:
+            if row not in self._holds:
                 return row
         raise CapacityError(
             f"all {self.slots - 1} rows of the bank are in use. Remove an adapter, or open the "
@@ -170,19 +249,21 @@ class AdapterBank:
 
     def _retire(self, entry: AdapterEntry) -> None:
         assert entry.row is not None
-        if self._leases[entry.row]:
+        if self._holds[entry.row]:
             self._retired.add(entry.row)
         else:
             self._free(entry.row)
 
     def _release(self, row: int) -> None:
-        self._leases[row] -= 1
-        if not self._leases[row] and row in self._retired:
+        if row == BACKBONE_ROW:
+            return
+        self._holds[row] -= 1
+        if not self._holds[row] and row in self._retired:
             self._free(row)
 
     def _free(self, row: int) -> None:
         self._retired.discard(row)
-        del self._leases[row]
+        del self._holds[row]
         self._write(row, 0.0)
 
     def _write(self, row: int, values: NDArray[np.float32] | float) -> None:

@@ -113,6 +113,17 @@ class Session:
         with self._adapters.lease(names) as rows:
             return backend.run(images, rows)
 
+    def run_rows(
+        self, images: NDArray[np.float32], rows: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """`run` for a server, which holds its rows from the moment it takes a request.
+
+        Args:
+            images: float32 [batch, 3, H, W], normalised.
+            rows: int64 [batch], each held with `AdapterBank.hold`; None: a folded bundle.
+        """
+        return self._open_backend().run(self._checked(images), rows)
+
     def close(self) -> None:
         """Free the graph. Closing twice is fine."""
         if self._backend is not None:
@@ -163,6 +174,7 @@ def open_session(
     cuda_graphs: bool = False,
     hint: str = "latency",
     cache: str | Path | None = "default",
+    partial: bool = False,
 ) -> Session:
     """Open a bundle for inference. Needs NumPy, safetensors, Pillow and the device's runtime.
 
@@ -186,6 +198,8 @@ def open_session(
         cache: ``openvino``: directory where compiled models are kept for the next start, as large
             as their weights; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``; None: no
             cache. The first start takes longer, and that much more memory for a moment.
+        partial: where the bundle has more adapters than ``slots``, open with the first of them
+            instead of raising.
 
     Raises:
         BundleError: no bundle, a file that does not match its hash, no such precision, no
@@ -204,6 +218,7 @@ def open_session(
         cuda_graphs=cuda_graphs,
         hint=hint,
         cache=default_cache() if cache == "default" else cache,
+        partial=partial,
     )
 
 
@@ -218,6 +233,7 @@ def open_bundle(
     cuda_graphs: bool = False,
     hint: str = "latency",
     cache: str | Path | None = None,
+    partial: bool = False,
 ) -> Session:
     """`open_session` for a bundle whose manifest is read already; by default without a cache."""
     for option, given in (("threads", threads), ("contexts", contexts)):
@@ -233,7 +249,11 @@ def open_bundle(
     if engine is not None and engine.slots is not None:
         room = min(max(room, engine.slots[0]), engine.slots[2])
     manifest = bundle.manifest
-    adapters = AdapterBank(bundle, slots, room) if manifest.layout is not None else None
+    adapters = (
+        AdapterBank(bundle, slots, room, partial=partial and not manifest.bank_as_constant)
+        if manifest.layout is not None
+        else None
+    )
     rows = adapters.rows if adapters is not None and not manifest.bank_as_constant else None
     where = Path(cache) if cache is not None else None
     options = BackendOptions(precision, threads, contexts, cuda_graphs, hint, where)

@@ -17,6 +17,7 @@ _COMMANDS = {
     "triton": ("triton", "Write a bundle as a model of a Triton repository."),
     "verify": ("verify", "Compare a bundle with its training-time reference."),
     "predict": ("predict", "Classify images with one or several adapters of a bundle."),
+    "serve": ("serve", "Serve all adapters of a bundle over HTTP and gRPC."),
     "adapter": ("adapter", "Inspect, import, list, add and remove adapters."),
     "train": ("train", "Fine-tune an adapter on an image folder."),
     "bench": ("bench", "Measure the latency of a bundle on this machine."),

@@ -214,7 +214,7 @@ def told(own):
 def leased(bank):
     """Rows that names point to or requests hold; a row that is being written is neither."""
     named = {entry.row for entry in bank._entries.values()}
-    return {row for row in bank._leases if row in named or row in bank._retired}
+    return {row for row in bank._holds if row in named or row in bank._retired}
 
 
 def test_a_backend_is_told_of_a_row_when_it_is_complete(own, told, workshop):

@@ -1,0 +1,181 @@
+"""hhdeploy serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from hhdeploy.cli import ui
+
+
+@click.command()
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--grpc-port",
+    default=8001,
+    show_default=True,
+    type=click.IntRange(-1, 65535),
+    help="-1: no gRPC.",
+)
+@click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
+@click.option("--precision", default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@click.option(
+    "--contexts",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Batches at the same time; with openvino the threads are divided among them.",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(2),
+    help="Rows of the bank, the backbone's included.  [default: 64, or what the bundle needs]",
+)
+@click.option(
+    "--max-batch", default=32, show_default=True, type=click.IntRange(1), help="Images of one run."
+)
+@click.option(
+    "--max-wait-ms",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="How long a request waits for company while another batch runs, if --contexts lets it.",
+)
+@click.option(
+    "--max-queue",
+    default=1024,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images that may wait; more are refused (429, UNAVAILABLE).",
+)
+@click.option(
+    "--request-seconds",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Limit of one request, from its first byte to its answer.",
+)
+@click.option("--model-name", help="Of the bundle in the protocol.  [default: its directory's]")
+@click.option(
+    "--adapters-dir",
+    type=ui.DIRECTORY,
+    help="Fleet directory: further adapters, one a folder, loaded when they are asked for.",
+)
+@click.option(
+    "--watch-seconds",
+    type=click.FloatRange(0.05),
+    help="Look through --adapters-dir that often for new, changed and removed adapters.",
+)
+@click.option("--pin", "pinned", multiple=True, help="An adapter that never loses its row.")
+@click.option(
+    "--allow-adapter-loading",
+    is_flag=True,
+    help="Let the network load and unload adapters; needs --token-file.",
+)
+@click.option("--token-file", type=ui.FILE, help="The token that loading adapters needs.")
+@click.option("--log-level", default="info", show_default=True,
+              type=click.Choice(["debug", "info", "warning", "error"]))  # fmt: skip
+def command(
+    bundle: Path,
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    device: str,
+    precision: str,
+    threads: int | None,
+    contexts: int,
+    slots: int | None,
+    max_batch: int,
+    max_wait_ms: float,
+    max_queue: int,
+    request_seconds: float,
+    model_name: str | None,
+    adapters_dir: Path | None,
+    watch_seconds: float | None,
+    pinned: tuple[str, ...],
+    allow_adapter_loading: bool,
+    token_file: Path | None,
+    log_level: str,
+) -> None:
+    """Serve BUNDLE: Open Inference Protocol v2 over HTTP and gRPC, all adapters in one batch.
+
+    Any client of the protocol works, e.g. tritonclient. A request names its adapter by the
+    parameter `adapter`, by the model's name, or one for each image by the input `adapters`.
+
+    \b
+    hhdeploy serve OUT                                       then open http://127.0.0.1:8000
+    hhdeploy serve OUT --precision int8 --device openvino    the fastest on a CPU
+    hhdeploy serve OUT --adapters-dir FLEET --watch-seconds 2
+                                                             more adapters than rows
+
+    Log lines are JSON, on standard error. SIGTERM answers what was taken, then stops.
+    """
+    from hhdeploy.errors import require
+
+    require("uvicorn", "serve", "hhdeploy serve")
+    require("starlette", "serve", "hhdeploy serve")
+    from hhdeploy.runtime.serving.server import Addresses, serve
+    from hhdeploy.runtime.serving.service import Service
+    from hhdeploy.runtime.serving.settings import Limits, ServeSettings, read_token
+    from hhdeploy.runtime.session import open_session
+
+    settings = ServeSettings(
+        model_name=model_name or bundle.resolve().name,
+        max_batch=max_batch,
+        max_wait=max_wait_ms / 1e3,
+        contexts=contexts,
+        adapters_dir=adapters_dir,
+        watch_seconds=watch_seconds,
+        pinned=frozenset(pinned),
+        adapter_loading=allow_adapter_loading,
+        token=read_token(token_file) if token_file is not None else None,
+        limits=Limits(queued_images=max_queue, request_seconds=request_seconds),
+    )
+    _log_as_json(log_level)
+    session = open_session(
+        bundle,
+        device=device,
+        precision=precision,
+        slots=slots,
+        threads=threads,
+        contexts=contexts,
+        hint="throughput" if contexts > 1 and device == "openvino" else "latency",
+        partial=True,
+    )
+    service_device = session.device
+
+    def announce(where: Addresses) -> None:
+        grpc = f", gRPC {where.host}:{where.grpc_port}" if where.grpc_port is not None else ""
+        click.echo(
+            f"{bundle} on {service_device}, {precision}: http://{where.host}:{where.http_port}{grpc}"
+        )
+
+    async def run() -> None:
+        await serve(
+            Service(session, settings),
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port if grpc_port >= 0 else None,
+            announce=announce,
+        )
+
+    asyncio.run(run())
+
+
+def _log_as_json(level: str) -> None:
+    from pythonjsonlogger.json import JsonFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    names = {"asctime": "time", "levelname": "level", "name": "logger"}
+    form = "{asctime}{levelname}{name}{message}"
+    handler.setFormatter(JsonFormatter(form, style="{", rename_fields=names))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())

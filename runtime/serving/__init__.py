@@ -1,0 +1,16 @@
+"""Serve a bundle: Open Inference Protocol v2 over HTTP and gRPC, one batch for all tasks.
+
+    errors      what a request can be refused with, and the status that says so
+    settings    what the operator chose: addresses, limits, slots
+    messages    a request and a response, whatever carried them
+    images      encoded pictures to inputs, within limits
+    fleet       adapters on disk and in rows of the bank: load, replace, evict, remove
+    batcher     requests of all tasks to batches of one session
+    service     a message in, a message out; what HTTP, gRPC and Ray share
+    metrics     what Prometheus scrapes
+    http, grpc  the protocol's two wires
+    server      all of it in one process, started and stopped
+
+Everything but the session's runs, the decoding of images and the reading of adapters happens on
+one event loop, so that names, rows and queues need no locks.
+"""

@@ -1,0 +1,88 @@
+"""What a request can be refused with.
+
+    RequestError               400  INVALID_ARGUMENT     the request is wrong
+    ├── NotFoundError          404  NOT_FOUND            no such model, adapter or version
+    ├── UnauthorizedError      401  UNAUTHENTICATED      a token is missing or wrong
+    ├── ForbiddenError         403  PERMISSION_DENIED    the operator did not allow it
+    ├── TooLargeError          413  INVALID_ARGUMENT     over a limit on bytes or pixels
+    ├── BusyError              429  UNAVAILABLE          the queue is full: try again later
+    ├── StoppingError          503  UNAVAILABLE          the server is shutting down
+    ├── TimedOutError          504  DEADLINE_EXCEEDED    not answered before its deadline
+    └── FailedError            500  INTERNAL             the session failed, e.g. out of memory
+
+Each carries the HTTP status and the name of the gRPC code that say the same.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from hhdeploy.errors import HhdeployError
+
+
+class RequestError(HhdeployError):
+    """A request that is wrong; the message says what was expected and what was found."""
+
+    status: ClassVar[int] = 400
+    code: ClassVar[str] = "INVALID_ARGUMENT"
+    # What Triton's metric calls it (label `reason` of nv_inference_request_failure).
+    reason: ClassVar[str] = "OTHER"
+
+
+class NotFoundError(RequestError):
+    """No model, adapter or version of that name."""
+
+    status = 404
+    code = "NOT_FOUND"
+
+
+class UnauthorizedError(RequestError):
+    """A token is missing or wrong."""
+
+    status = 401
+    code = "UNAUTHENTICATED"
+
+
+class ForbiddenError(RequestError):
+    """Something that the operator has not allowed."""
+
+    status = 403
+    code = "PERMISSION_DENIED"
+
+
+class TooLargeError(RequestError):
+    """Over a limit on bytes, images or pixels."""
+
+    status = 413
+
+
+class BusyError(RequestError):
+    """The queue is full."""
+
+    status = 429
+    code = "UNAVAILABLE"
+    reason = "REJECTED"
+
+
+class StoppingError(RequestError):
+    """The server is shutting down and takes nothing new."""
+
+    status = 503
+    code = "UNAVAILABLE"
+    reason = "REJECTED"
+
+
+class TimedOutError(RequestError):
+    """Not answered before the request's deadline or the server's limit."""
+
+    status = 504
+    code = "DEADLINE_EXCEEDED"
+    reason = "CANCELED"
+
+
+class FailedError(RequestError):
+    """The session failed; not the request's fault."""
+
+    status = 500
+    code = "INTERNAL"
+    reason = "BACKEND"

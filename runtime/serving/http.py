@@ -1,0 +1,226 @@
+"""The HTTP side: Open Inference Protocol v2, metrics, and the page, on Starlette.
+
+    GET  /v2   /v2/health/live   /v2/health/ready
+    GET  /v2/models/M [/versions/1]            metadata        .../ready   .../config   .../stats
+    POST /v2/models/M [/versions/1] /infer     inference
+    POST /v2/repository/index                  adapters and their states
+    POST /v2/repository/models/A/load          with --allow-adapter-loading and the token only
+    POST /v2/repository/models/A/unload
+    GET  /metrics   /   /status
+
+M is the bundle's name or an adapter's, A an adapter's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving import admin
+from hhdeploy.runtime.serving.errors import (
+    FailedError,
+    RequestError,
+    TimedOutError,
+    TooLargeError,
+)
+from hhdeploy.runtime.serving.http_codec import (
+    HEADER_LENGTH,
+    decompressed,
+    json_bytes,
+    read_object,
+    read_request,
+    write_response,
+)
+from hhdeploy.runtime.serving.page import page_routes
+from hhdeploy.runtime.serving.service import Service
+
+_LOG = logging.getLogger("hhdeploy.serve.http")
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def http_app(service: Service) -> Starlette:
+    """The application; the service is started and stopped by whoever serves it."""
+
+    async def infer(request: Request) -> Response:
+        body = await _body(request, service.settings.limits.body_bytes)
+        message = read_request(
+            request.path_params["model"],
+            request.path_params.get("version", ""),
+            body,
+            request.headers.get(HEADER_LENGTH),
+        )
+        response = await _while_connected(request, service.infer(message))
+        content, json_length = write_response(response, {w.name: w for w in message.outputs})
+        headers = {}
+        if json_length is not None:
+            headers[HEADER_LENGTH] = str(json_length)
+        kind = "application/octet-stream" if json_length is not None else "application/json"
+        return Response(content, media_type=kind, headers=headers)
+
+    async def live(request: Request) -> Response:
+        return Response(status_code=200)
+
+    async def ready(request: Request) -> Response:
+        return Response(status_code=200 if service.ready else 503)
+
+    async def server(request: Request) -> Response:
+        return _json(admin.server_metadata())
+
+    async def metadata(request: Request) -> Response:
+        return _json(admin.model_metadata(service, **request.path_params))
+
+    async def model_ready(request: Request) -> Response:
+        there = admin.model_ready(service, **request.path_params)
+        return Response(status_code=200 if there else 503)
+
+    async def config(request: Request) -> Response:
+        return _json(admin.model_config(service, **request.path_params))
+
+    async def stats(request: Request) -> Response:
+        return _json(admin.model_statistics(service, **request.path_params))
+
+    async def index(request: Request) -> Response:
+        content = read_object(await _body(request, 1 << 20))
+        return _json(admin.repository_index(service, bool(content.get("ready", False))))
+
+    async def load(request: Request) -> Response:
+        admin.check_token(service, request.headers.get("authorization"))
+        limits = service.settings.limits
+        # An uploaded file travels as base64, which is a third longer.
+        content = read_object(await _body(request, limits.adapter_bytes // 3 * 4 + (1 << 20)))
+        parameters = content.get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise RequestError("parameters: expected an object.")
+        await admin.load_adapter(service, request.path_params["adapter"], parameters)
+        return Response(status_code=200)
+
+    async def unload(request: Request) -> Response:
+        admin.check_token(service, request.headers.get("authorization"))
+        await _body(request, 1 << 20)
+        await admin.unload_adapter(service, request.path_params["adapter"])
+        return Response(status_code=200)
+
+    async def metrics(request: Request) -> Response:
+        content, kind = service.metrics.exposition(service.now())
+        return Response(content, headers={"content-type": kind})
+
+    routes: list[BaseRoute] = [
+        Route("/v2", _guarded(server, service)),
+        Route("/v2/health/live", _guarded(live, service)),
+        Route("/v2/health/ready", _guarded(ready, service)),
+        Route("/v2/repository/index", _guarded(index, service), methods=["POST"]),
+        Route("/v2/repository/models/{adapter}/load", _guarded(load, service), methods=["POST"]),
+        Route(
+            "/v2/repository/models/{adapter}/unload", _guarded(unload, service), methods=["POST"]
+        ),
+        Route("/metrics", _guarded(metrics, service)),
+        *page_routes(service),
+    ]
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        routes += [
+            Route(model, _guarded(metadata, service)),
+            Route(f"{model}/ready", _guarded(model_ready, service)),
+            Route(f"{model}/config", _guarded(config, service)),
+            Route(f"{model}/stats", _guarded(stats, service)),
+            Route(f"{model}/infer", _guarded(infer, service), methods=["POST"]),
+        ]
+    return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing})
+
+
+def _guarded(handler: Handler, service: Service) -> Handler:
+    """Errors as the protocol has them, and one line in the log for each request."""
+
+    async def guarded(request: Request) -> Response:
+        begin = time.perf_counter()
+        try:
+            limit = service.settings.limits.request_seconds
+            # The body's bytes may come as slowly as the client likes: its time counts too.
+            response = await asyncio.wait_for(handler(request), limit)
+        except asyncio.TimeoutError:
+            response = error_response(TimedOutError(f"not answered within {limit:g} s."))
+        except HhdeployError as error:
+            response = error_response(error)
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody reads it; the log shows it
+        except Exception:  # noqa: BLE001 - a bug: logged, and the client is told so
+            _LOG.exception("request failed", extra={"path": request.url.path[:200]})
+            response = error_response(FailedError("internal error; the server's log has more."))
+        level = logging.INFO if request.method == "POST" else logging.DEBUG
+        if _LOG.isEnabledFor(level):
+            _LOG.log(
+                level,
+                "request",
+                extra={
+                    "method": request.method,
+                    "path": request.url.path[:200],
+                    "status": response.status_code,
+                    "ms": round(1e3 * (time.perf_counter() - begin), 3),
+                },
+            )
+        return response
+
+    return guarded
+
+
+def error_response(error: HhdeployError) -> Response:
+    """``{"error": message}`` with the status that says the same."""
+    status = error.status if isinstance(error, RequestError) else 400
+    response = _json({"error": str(error)}, status)
+    if status == 429:
+        response.headers["retry-after"] = "1"
+    return response
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    status = int(getattr(error, "status_code", 404))
+    known = "see /v2, /v2/models/M, /v2/models/M/infer, /v2/repository/index, /metrics"
+    return _json({"error": f"{request.method} {request.url.path[:200]}: {known}."}, status)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The whole body, decompressed; refused as soon as it is longer than ``limit``."""
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
+        raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise TooLargeError(f"the body is beyond {limit} bytes.")
+        chunks.append(chunk)
+    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return decompressed(body, request.headers.get("content-encoding", ""), limit)
+
+
+async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of ``work``, which is cancelled if the client leaves first."""
+    task = asyncio.ensure_future(work)
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.ensure_future(left())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if task.cancelled() and watcher.done():
+            raise ClientDisconnect from None
+        task.cancel()
+        raise
+    finally:
+        watcher.cancel()
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(json_bytes(content), status, media_type="application/json")

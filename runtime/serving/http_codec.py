@@ -1,0 +1,237 @@
+"""Open Inference Protocol v2 over HTTP: bytes to messages and back.
+
+A body is JSON, or JSON followed by the tensors' bytes (the binary tensor extension, its header
+`Inference-Header-Content-Length` tells where they start). Binary tensors are views of the body.
+JSON holds numbers as lists, BYTES as strings; encoded pictures, which are no text, as base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.messages import (
+    BYTES,
+    InferRequest,
+    InferResponse,
+    Tensor,
+    Value,
+    Wanted,
+    bytes_array,
+    raw_of,
+    tensor_from_raw,
+    tensor_from_values,
+)
+from hhdeploy.runtime.serving.service import IMAGES
+
+HEADER_LENGTH = "inference-header-content-length"
+
+
+def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+    """A body without its Content-Encoding: gzip, deflate or none.
+
+    Raises:
+        RequestError: another encoding, or damaged data.
+        TooLargeError: more than ``limit`` bytes once it is decompressed.
+    """
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise RequestError(
+            f"Content-Encoding: expected gzip, deflate or none, found {encoding[:80]!r}."
+        )
+    stream = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    try:
+        content = stream.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise RequestError(f"the body is not {encoding} data: {error}") from error
+    if len(content) > limit:
+        raise TooLargeError(f"the decompressed body is beyond {limit} bytes.")
+    if not stream.eof:
+        raise RequestError(f"the body is not {encoding} data: it ends too early.")
+    return content
+
+
+def read_object(body: bytes | memoryview) -> dict[str, Any]:
+    """A JSON object; empty for an empty body.
+
+    Raises:
+        RequestError: it is not one.
+    """
+    try:
+        content = json.loads(bytes(body) or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"the body: expected a JSON object, found {_kind(content)}.")
+    return content
+
+
+def read_request(model: str, version: str, body: bytes, header_length: str | None) -> InferRequest:
+    """An inference request.
+
+    Raises:
+        RequestError: what is wrong with it.
+    """
+    split = len(body)
+    if header_length is not None:
+        text = header_length.strip()
+        if not (text.isascii() and text.isdigit() and len(text) < 18 and int(text) <= len(body)):
+            raise RequestError(
+                f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes, "
+                f"found {header_length[:80]!r}."
+            )
+        split = int(text)
+    view = memoryview(body)
+    content = read_object(view[:split])
+    inputs: dict[str, Tensor] = {}
+    position = split
+    for item in _objects(content, "inputs"):
+        name = _text(item, "name", "inputs")
+        if name in inputs:
+            raise RequestError(f"inputs: {name[:80]!r} is given twice.")
+        size = _parameters(item, f"input {name[:80]!r}").get("binary_data_size")
+        if size is None:
+            inputs[name] = _from_json(name, item)
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise RequestError(
+                f"input {name[:80]!r}: binary_data_size: expected a number of bytes."
+            )
+        if position + size > len(body):
+            raise RequestError(
+                f"input {name[:80]!r}: binary_data_size is {size}, the body has "
+                f"{len(body) - position} bytes left."
+            )
+        raw = view[position : position + size]
+        inputs[name] = tensor_from_raw(name, item.get("datatype", ""), item.get("shape"), raw)
+        position += size
+    if position != len(body):
+        raise RequestError(f"the body has {len(body) - position} bytes that no input names.")
+    parameters = _parameters(content, "the request")
+    identity = content.get("id", "")
+    if not isinstance(identity, str):
+        raise RequestError(f"id: expected a string, found {_kind(identity)}.")
+    binary = bool(parameters.get("binary_data_output", False))
+    outputs = tuple(_wanted(item, binary) for item in _objects(content, "outputs", optional=True))
+    if not outputs and binary:
+        outputs = (Wanted("logits", binary=True),)
+    return InferRequest(model, version, identity, inputs, outputs, parameters)
+
+
+def write_response(
+    response: InferResponse, wanted: Mapping[str, Wanted]
+) -> tuple[bytes, int | None]:
+    """The body of an answer, and the length of its JSON if binary tensors follow it.
+
+    Raises:
+        RequestError: JSON cannot hold a value, e.g. -inf.
+    """
+    outputs, tail = [], []
+    for tensor in response.outputs:
+        described: dict[str, Any] = {
+            "name": tensor.name,
+            "datatype": tensor.datatype,
+            "shape": list(tensor.array.shape),
+        }
+        choice = wanted.get(tensor.name)
+        if choice is not None and choice.binary:
+            raw = raw_of(tensor)
+            described["parameters"] = {"binary_data_size": len(raw)}
+            tail.append(raw)
+        else:
+            described["data"] = _values(tensor)
+        outputs.append(described)
+    content = {"model_name": response.model, "model_version": "1", "outputs": outputs}
+    if response.id:
+        content["id"] = response.id
+    head = json_bytes(content)
+    return b"".join([head, *tail]), len(head) if tail else None
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON in ASCII: whatever a request made us quote can be written."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _values(tensor: Tensor) -> list[Any]:
+    flat = tensor.array.reshape(-1)
+    if tensor.datatype == BYTES:
+        return [item.decode("utf-8", "replace") for item in flat]
+    if not np.isfinite(flat).all():
+        raise RequestError(
+            f"output {tensor.name!r} has values that JSON cannot hold: where one request mixes "
+            "adapters with different numbers of classes, logits are padded with -inf. Ask for the "
+            "output 'probabilities', for binary data, or for one adapter at a time; NaN comes from "
+            "images that hold NaN or infinities."
+        )
+    # A float32 has an exact shortest form; its double has 17 digits.
+    return [float(str(x)) for x in flat] if tensor.array.size < 4096 else flat.tolist()
+
+
+def _from_json(name: str, item: Mapping[str, Any]) -> Tensor:
+    if "data" not in item:
+        raise RequestError(f"input {name[:80]!r}: expected data, or binary_data_size.")
+    tensor = tensor_from_values(name, item.get("datatype", ""), item.get("shape"), item["data"])
+    if name != IMAGES or tensor.datatype != BYTES:
+        return tensor
+    try:
+        pictures = [base64.b64decode(text, validate=True) for text in tensor.array.reshape(-1)]
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(
+            f"input {name!r}: expected pictures as base64 in JSON: {error}. Or send them as binary "
+            "tensors."
+        ) from error
+    return Tensor(name, BYTES, bytes_array(pictures, tensor.array.shape))
+
+
+def _wanted(item: Mapping[str, Any], binary: bool) -> Wanted:
+    name = _text(item, "name", "outputs")
+    parameters = _parameters(item, f"output {name[:80]!r}")
+    top = parameters.get("classification", 0)
+    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        raise RequestError(f"output {name[:80]!r}: classification: expected a number of classes.")
+    return Wanted(name, top, bool(parameters.get("binary_data", binary)))
+
+
+def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
+    found = item.get("parameters", {})
+    if not isinstance(found, dict):
+        raise RequestError(f"{where}: parameters: expected an object, found {_kind(found)}.")
+    for key, value in found.items():
+        if not isinstance(value, (bool, int, float, str)) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise RequestError(
+                f"{where}: parameter {key[:80]!r}: expected a number, a string or a truth value."
+            )
+    return found
+
+
+def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) -> list[Any]:
+    items = content.get(key, [] if optional else None)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise RequestError(f"{key}: expected a list of objects, found {_kind(items)}.")
+    return items
+
+
+def _text(item: Mapping[str, Any], key: str, where: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise RequestError(f"{where}: {key}: expected a string, found {_kind(value)}.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", type(None): "nothing"}.get(
+        type(value), type(value).__name__
+    )

@@ -1,0 +1,236 @@
+"""A request and a response of the Open Inference Protocol, whatever carried them.
+
+The HTTP and gRPC sides translate bytes to these and back; nothing else knows the wires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.runtime.serving.errors import RequestError
+
+# The protocol's names of the types that a model of ours takes and gives.
+FP32, BYTES = "FP32", "BYTES"
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    BYTES: np.dtype(object),
+}
+Value = bool | int | float | str
+# Largest dimension: whatever is beyond is an attack, and NumPy's products must not overflow.
+_MOST = 1 << 31
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named array; of BYTES an object array of `bytes`."""
+
+    name: str
+    datatype: str
+    array: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output that was asked for.
+
+    Attributes:
+        name: of the output.
+        top: Triton's classification extension: that many ``score:index:label`` instead; 0: none.
+        binary: HTTP only: in the binary extension, not as JSON.
+    """
+
+    name: str
+    top: int = 0
+    binary: bool = False
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """One inference request.
+
+    Attributes:
+        model: name of the bundle, or of an adapter.
+        version: as the request gave it, or "".
+        id: echoed in the response, or "".
+        inputs: by name.
+        outputs: what was asked for; empty: the default.
+        parameters: ``adapter``, ``priority``, ``timeout`` (microseconds) and what servers of the
+            protocol are told to ignore.
+    """
+
+    model: str
+    version: str
+    id: str
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[Wanted, ...] = ()
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InferResponse:
+    """The answer to one request, outputs in the order that was asked for."""
+
+    model: str
+    id: str
+    outputs: tuple[Tensor, ...]
+
+
+def check_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """A tensor's shape as the request gave it.
+
+    Raises:
+        RequestError: not a list of a few whole numbers from 0.
+    """
+    good = (
+        isinstance(shape, (list, tuple))
+        and 0 < len(shape) <= 8
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < _MOST for n in shape)
+    )
+    if not good:
+        raise RequestError(
+            f"input {_shown(name)}: shape: expected a list of 1 to 8 whole numbers, found "
+            f"{_shown(shape)}."
+        )
+    return tuple(shape)
+
+
+def tensor_from_raw(name: str, datatype: str, shape: Any, raw: memoryview) -> Tensor:
+    """A tensor of the binary form, without a copy: little-endian, C order.
+
+    BYTES are elements of a four-byte little-endian length and that many bytes each.
+
+    Raises:
+        RequestError: an unknown type, or another number of bytes than shape and type make.
+    """
+    shape = check_shape(name, shape)
+    dtype = check_datatype(name, datatype)
+    count = _count(shape)
+    if datatype == BYTES:
+        return Tensor(name, datatype, _elements(name, raw, count).reshape(shape))
+    expected = count * dtype.itemsize
+    if expected != raw.nbytes:
+        raise RequestError(
+            f"input {_shown(name)}: {datatype} {list(shape)} is {expected} bytes, found "
+            f"{raw.nbytes}."
+        )
+    return Tensor(name, datatype, np.frombuffer(raw, dtype).reshape(shape))
+
+
+def tensor_from_values(name: str, datatype: str, shape: Any, values: Any) -> Tensor:
+    """A tensor of the JSON form or of gRPC's typed contents: values flat or nested, in C order.
+
+    Raises:
+        RequestError: an unknown type, values of another type, or another number of them.
+    """
+    shape = check_shape(name, shape)
+    dtype = check_datatype(name, datatype)
+    if datatype == BYTES:
+        flat = list(_flat(name, values))
+        array = np.empty(len(flat), object)
+        for index, item in enumerate(flat):
+            if not isinstance(item, (str, bytes)):
+                raise RequestError(f"input {_shown(name)}: BYTES: expected strings.")
+            array[index] = item.encode("utf-8", "replace") if isinstance(item, str) else item
+    else:
+        try:
+            with np.errstate(over="ignore"):  # an infinity is refused with the values
+                array = np.asarray(values).astype(dtype, casting="unsafe").reshape(-1)
+        except (ValueError, TypeError, OverflowError, RecursionError, RuntimeWarning) as error:
+            raise RequestError(
+                f"input {_shown(name)}: data: expected numbers of type {datatype}: {error}"
+            ) from error
+    if array.size != _count(shape):
+        raise RequestError(
+            f"input {_shown(name)}: shape {list(shape)} holds {_count(shape)} values, data "
+            f"{array.size}."
+        )
+    return Tensor(name, datatype, array.reshape(shape))
+
+
+def check_datatype(name: str, datatype: Any) -> np.dtype[Any]:
+    """The NumPy type of a protocol type. Raises `RequestError` for one there is not."""
+    dtype = DTYPES.get(datatype) if isinstance(datatype, str) else None
+    if dtype is None:
+        raise RequestError(
+            f"input {_shown(name)}: datatype: expected one of {', '.join(DTYPES)}, found "
+            f"{_shown(datatype)}."
+        )
+    return dtype
+
+
+def bytes_array(items: list[bytes], shape: tuple[int, ...] | None = None) -> NDArray[np.object_]:
+    """An object array of byte strings; NumPy's own conversion would cut trailing zeros."""
+    array = np.empty(len(items), object)
+    array[:] = items
+    return array if shape is None else array.reshape(shape)
+
+
+def raw_of(tensor: Tensor) -> bytes:
+    """The binary form of a tensor; see `tensor_from_raw`."""
+    if tensor.datatype == BYTES:
+        return b"".join(len(item).to_bytes(4, "little") + item for item in tensor.array.reshape(-1))
+    return np.ascontiguousarray(tensor.array, DTYPES[tensor.datatype]).tobytes()
+
+
+def _elements(name: str, raw: memoryview, count: int) -> NDArray[np.object_]:
+    items: list[bytes] = []
+    position = 0
+    while position < raw.nbytes and len(items) <= count:
+        start = position + 4
+        position = start + int.from_bytes(raw[start - 4 : start], "little")
+        if position > raw.nbytes or start > raw.nbytes:
+            raise RequestError(
+                f"input {_shown(name)}: BYTES: element {len(items)} ends beyond the data. Expected "
+                "a four-byte little-endian length before each."
+            )
+        items.append(bytes(raw[start:position]))
+    if len(items) != count:
+        raise RequestError(
+            f"input {_shown(name)}: BYTES: shape holds {count} elements, data "
+            f"{'more' if len(items) > count else len(items)}."
+        )
+    return bytes_array(items)
+
+
+def _flat(name: str, values: Any) -> Any:
+    """Depth-first; a request nests tensors a few levels deep, not thousands."""
+    stack = [iter([values])]
+    while stack:
+        for item in stack[-1]:
+            if isinstance(item, (list, tuple)):
+                stack.append(iter(item))
+                break
+            yield item
+        else:
+            stack.pop()
+        if len(stack) > 10:
+            raise RequestError(f"input {_shown(name)}: data is nested too deeply.")
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _shown(value: Any) -> str:
+    """What a message quotes of a request: never long, never control characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,183 @@
+"""What Prometheus scrapes: Triton's names, and what only a bank of adapters has.
+
+Triton's counters end without `_total`, which prometheus-client's own counters cannot; so the
+numbers are kept here, and a collector hands them over when they are asked for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hhdeploy.errors import require
+
+# Seconds; an adapter of ViT-B size takes about 0.01.
+_LOAD_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
+# Triton's words for why a request failed.
+_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+# Requests answered lately, for the page's latencies.
+_RECENT = 512
+
+
+@dataclass(frozen=True)
+class Now:
+    """What is read at the moment of a scrape.
+
+    Attributes:
+        rows_used, rows: of the bank, the backbone's left out; 0, 0 of a folded bundle.
+        queued: images that wait.
+        runs: batches that were run.
+        evictions: adapters that lost their row to another one.
+        load_failures: adapters that could not be loaded.
+    """
+
+    rows_used: int
+    rows: int
+    queued: int
+    runs: int
+    evictions: int
+    load_failures: int
+
+
+class Metrics:
+    """Counts of one server; written on its event loop only."""
+
+    def __init__(self, model: str) -> None:
+        self._labels = {"model": model, "version": "1"}
+        self.success = 0
+        self.failures: dict[str, int] = defaultdict(int)
+        self.images = 0
+        self.request_us = self.queue_us = self.input_us = self.infer_us = self.output_us = 0
+        self.adapters: dict[str, int] = defaultdict(int)
+        self.recent: list[float] = []
+        self._loads = [0] * (len(_LOAD_BUCKETS) + 1)
+        self._load_seconds = 0.0
+
+    def answered(
+        self,
+        images: dict[str, int],
+        *,
+        request: float,
+        queue: float,
+        prepare: float,
+        run: float,
+        finish: float,
+    ) -> None:
+        """A request was answered.
+
+        Args:
+            images: by adapter.
+            request, queue, prepare, run, finish: seconds: all, waiting, decoding, in its batch,
+                after it.
+        """
+        self.success += 1
+        for adapter, count in images.items():
+            self.adapters[adapter] += count
+            self.images += count
+        self.request_us += round(1e6 * request)
+        self.queue_us += round(1e6 * queue)
+        self.input_us += round(1e6 * prepare)
+        self.infer_us += round(1e6 * run)
+        self.output_us += round(1e6 * finish)
+        self.recent.append(request)
+        del self.recent[:-_RECENT]
+
+    def failed(self, reason: str) -> None:
+        """A request was refused or failed, with Triton's word for why."""
+        self.failures[reason] += 1
+
+    def loaded(self, seconds: float) -> None:
+        """An adapter was loaded."""
+        self._loads[bisect_left(_LOAD_BUCKETS, seconds)] += 1
+        self._load_seconds += seconds
+
+    def exposition(self, now: Now) -> tuple[bytes, str]:
+        """The text of a scrape, and its content type."""
+        client = require("prometheus_client", "serve", "metrics")
+        registry = client.CollectorRegistry()
+        registry.register(_Collector(self, now))
+        registry.register(client.ProcessCollector(registry=None))
+        return client.generate_latest(registry), client.CONTENT_TYPE_LATEST
+
+    def families(self, now: Now) -> Iterator[Any]:
+        """The metric families, prometheus-client's."""
+        core = require("prometheus_client.core", "serve", "metrics")
+
+        def counter(name: str, text: str, *samples: tuple[dict[str, str], float]) -> Any:
+            family = core.Metric(name, text, "untyped")
+            for labels, value in samples:
+                family.add_sample(name, self._labels | labels, value)
+            return family
+
+        def gauge(name: str, text: str, value: float) -> Any:
+            family = core.GaugeMetricFamily(name, text)
+            family.add_metric([], value)
+            return family
+
+        one: dict[str, str] = {}
+        yield counter(
+            "nv_inference_request_success", "Requests that were answered", (one, self.success)
+        )
+        yield counter(
+            "nv_inference_request_failure",
+            "Requests that were not",
+            *(
+                ({"reason": r}, self.failures[r])
+                for r in ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+            ),
+        )
+        yield counter("nv_inference_count", "Images that were classified", (one, self.images))
+        yield counter("nv_inference_exec_count", "Batches that were run", (one, now.runs))
+        for name, text, value in (
+            ("request", "in all", self.request_us),
+            ("queue", "waiting", self.queue_us),
+            ("compute_input", "decoding and checking", self.input_us),
+            ("compute_infer", "in the batch", self.infer_us),
+            ("compute_output", "writing the answer", self.output_us),
+        ):
+            yield counter(
+                f"nv_inference_{name}_duration_us",
+                f"Microseconds of requests, {text}",
+                (one, value),
+            )
+        pending = core.Metric("nv_inference_pending_request_count", "Images that wait", "gauge")
+        pending.add_sample("nv_inference_pending_request_count", self._labels, now.queued)
+        yield pending
+        per_adapter = core.CounterMetricFamily(
+            "hhdeploy_adapter_images", "Images that were classified, by adapter", labels=["adapter"]
+        )
+        for adapter, count in self.adapters.items():
+            per_adapter.add_metric([adapter], count)
+        yield per_adapter
+        yield gauge("hhdeploy_bank_rows_used", "Rows of the bank that adapters take", now.rows_used)
+        yield gauge("hhdeploy_bank_rows", "Rows of the bank there are for adapters", now.rows)
+        yield core.CounterMetricFamily(
+            "hhdeploy_adapter_evictions",
+            "Adapters that lost their row to another one",
+            value=now.evictions,
+        )
+        yield core.CounterMetricFamily(
+            "hhdeploy_adapter_load_failures",
+            "Adapters that could not be loaded",
+            value=now.load_failures,
+        )
+        loads = core.HistogramMetricFamily(
+            "hhdeploy_adapter_load_seconds", "Reading, checking and packing an adapter"
+        )
+        total, buckets = 0, []
+        for bound, count in zip((*map(str, _LOAD_BUCKETS), "+Inf"), self._loads, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        loads.add_metric([], buckets, self._load_seconds)
+        yield loads
+
+
+class _Collector:
+    def __init__(self, metrics: Metrics, now: Now) -> None:
+        self._metrics, self._now = metrics, now
+
+    def collect(self) -> Iterator[Any]:
+        return self._metrics.families(self._now)

@@ -1,0 +1,114 @@
+"""One process that serves a bundle: HTTP and gRPC on one event loop, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from hhdeploy.errors import DeviceError
+from hhdeploy.runtime.serving.grpc_server import start_grpc
+from hhdeploy.runtime.serving.http import http_app
+from hhdeploy.runtime.serving.service import Service
+
+_LOG = logging.getLogger("hhdeploy.serve")
+# What is left of a request when its time is up, and a client that reads slowly.
+_GRACE_SECONDS = 5.0
+# Connections and requests at the same time; beyond them 503.
+_CONNECTIONS = 4096
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server listens; a port of 0 was replaced by the one it got."""
+
+    host: str
+    http_port: int
+    grpc_port: int | None
+
+
+async def serve(
+    service: Service,
+    *,
+    host: str,
+    http_port: int,
+    grpc_port: int | None,
+    announce: Callable[[Addresses], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what was taken, and stop.
+
+    Args:
+        service: not started yet; it is stopped at the end.
+        host: address to listen on.
+        http_port: 0 takes a free one.
+        grpc_port: 0 takes a free one; None: no gRPC.
+        announce: called once requests are answered.
+
+    Raises:
+        DeviceError: a port is taken, or may not be listened on.
+    """
+    limits = service.settings.limits
+    config = uvicorn.Config(
+        http_app(service),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=int(limits.request_seconds + _GRACE_SECONDS),
+    )
+    server = _Server(config)
+    with contextlib.closing(_listen(host, http_port)) as listening:
+        try:
+            await service.start()
+            grpc = await start_grpc(service, host, grpc_port) if grpc_port is not None else None
+            _on_signals(service, server)
+            announce(
+                Addresses(host, listening.getsockname()[1], grpc.port if grpc is not None else None)
+            )
+            _LOG.info("serving", extra={"device": service.device})
+            await server.serve(sockets=[listening])
+            if grpc is not None:
+                await grpc.stop(limits.request_seconds + _GRACE_SECONDS)
+        finally:
+            await service.stop()
+            _LOG.info("stopped")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but signals are ours: it would raise them again before we are done."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _on_signals(service: Service, server: uvicorn.Server) -> None:
+    def stop(number: signal.Signals) -> None:
+        _LOG.info("stopping", extra={"signal": number.name})
+        service.ready = False  # for load balancers; what comes all the same is answered
+        # The second one does not wait for what is under way.
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+
+
+def _listen(host: str, port: int) -> Any:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise DeviceError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with "
+            "--host and --http-port."
+        ) from error

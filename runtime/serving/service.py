@@ -1,0 +1,433 @@
+"""A message in, a message out: what the HTTP, gRPC and Ray sides share.
+
+Inputs of a request:
+
+    images     FP32 [n, 3, H, W]: normalised, as `Session.run` takes them; or
+               BYTES [n]: encoded JPEG, PNG or WebP, preprocessed as each adapter wants it
+    adapters   BYTES [n], optional: the adapter of each image; one image with several adapters
+               is answered by each of them. Else the parameter `adapter`, or the model's name.
+
+Outputs: `logits` FP32 (the default), `probabilities` FP32, `labels` BYTES. All are cut to the
+adapter's own classes; where a request mixes adapters, to the widest of them, padded with -inf
+(logits) and 0 (probabilities). Triton's classification extension gives the best classes of
+logits or probabilities as `score:index:label`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.bundle import AdapterEntry, Manifest
+from hhdeploy.plan import BACKBONE
+from hhdeploy.preprocess import Preprocess
+from hhdeploy.runtime.bank import Hold
+from hhdeploy.runtime.serving.batcher import Answer, Batcher
+from hhdeploy.runtime.serving.errors import (
+    NotFoundError,
+    RequestError,
+    TimedOutError,
+)
+from hhdeploy.runtime.serving.fleet import Fleet
+from hhdeploy.runtime.serving.images import decode_image
+from hhdeploy.runtime.serving.messages import (
+    BYTES,
+    FP32,
+    InferRequest,
+    InferResponse,
+    Tensor,
+    Wanted,
+    bytes_array,
+)
+from hhdeploy.runtime.serving.metrics import Metrics, Now
+from hhdeploy.runtime.serving.settings import ServeSettings
+from hhdeploy.runtime.session import Session
+
+IMAGES, ADAPTERS = "images", "adapters"
+LOGITS, PROBABILITIES, LABELS = "logits", "probabilities", "labels"
+OUTPUTS = (LOGITS, PROBABILITIES, LABELS)
+VERSION = "1"
+# Pillow lets go of the interpreter's lock while it decodes and resizes.
+_DECODERS = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a batch: its pixels' number in the request, and the adapter it goes to."""
+
+    image: int
+    adapter: str | None
+
+
+class Service:
+    """One open session behind a fleet and a queue. Belongs to one event loop.
+
+    Attributes:
+        settings: what the operator chose.
+        fleet: None for a folded bundle.
+        ready: False before `start` is done and once `stop` was called.
+    """
+
+    def __init__(self, session: Session, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.ready = False
+        self.metrics = Metrics(settings.model_name)
+        self._session = session
+        self._manifest: Manifest = session.bundle.manifest
+        self.fleet: Fleet | None = None
+        if self._manifest.layout is not None:
+            self.fleet = Fleet(
+                session.bundle, session.adapters, settings.adapters_dir, settings.pinned
+            )
+            self.fleet.counters.loaded = self.metrics.loaded
+        self._batcher = Batcher(
+            session.run_rows,
+            max_batch=settings.max_batch,
+            max_wait=settings.max_wait,
+            max_queued=settings.limits.queued_images,
+            contexts=settings.contexts,
+        )
+        self._decoders = ThreadPoolExecutor(_DECODERS, "hhdeploy-decode")
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle that is served."""
+        return self._manifest
+
+    @property
+    def device(self) -> str:
+        """What computes."""
+        return self._session.device
+
+    async def start(self) -> None:
+        """Find the fleet's adapters, run one image through, and be ready."""
+        if self.fleet is not None:
+            await self.fleet.start()
+            if self.settings.watch_seconds is not None:
+                self._watch = asyncio.create_task(self.fleet.watch(self.settings.watch_seconds))
+        # The first run of a session allocates: not at the first request's cost.
+        rows = None if self.fleet is None else np.zeros(1, np.int64)
+        await self._batcher.run(np.zeros((1, *self._manifest.input_size), np.float32), rows)
+        self.ready = True
+
+    async def stop(self) -> None:
+        """Take nothing new, answer what was taken, free the session."""
+        self.ready = False
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._batcher.drain()
+        self._decoders.shutdown(wait=True)
+        if self.fleet is not None:
+            self.fleet.close()
+        self._session.close()
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Answer one request. Cancelling the call gives up its place in the queue.
+
+        Raises:
+            RequestError: or one of its kinds; it is counted as a failure.
+        """
+        begin = time.perf_counter()
+        try:
+            limit = self._seconds(request)
+            try:
+                return await asyncio.wait_for(self._infer(request, begin), limit)
+            except asyncio.TimeoutError:
+                raise TimedOutError(f"not answered within {limit:g} s.") from None
+        except RequestError as error:
+            self.metrics.failed(error.reason)
+            raise
+        except asyncio.CancelledError:
+            self.metrics.failed("CANCELED")
+            raise
+
+    def alias(self, model: str, version: str = "") -> str | None:
+        """The adapter that a model's name stands for; None for the bundle's own name.
+
+        Raises:
+            NotFoundError: no such model or version.
+        """
+        if version not in ("", VERSION):
+            raise NotFoundError(f"unknown version {version[:80]!r}: expected {VERSION!r}.")
+        if model == self.settings.model_name:
+            return None
+        if self.fleet is not None:
+            return self.fleet.status(model).name
+        only = self._manifest.adapters[0].name
+        if model != only:
+            raise NotFoundError(
+                f"unknown model {model[:200]!r}. Expected {self.settings.model_name!r} or {only!r}."
+            )
+        return only
+
+    def now(self) -> Now:
+        """The numbers of this moment."""
+        fleet = self.fleet
+        used, rows = fleet.rows if fleet is not None else (0, 0)
+        return Now(
+            used,
+            rows,
+            self._batcher.queued,
+            self._batcher.runs,
+            fleet.counters.evictions if fleet is not None else 0,
+            fleet.counters.failures if fleet is not None else 0,
+        )
+
+    def entries(self) -> list[AdapterEntry]:
+        """Adapters that can answer without being loaded first, sorted."""
+        if self.fleet is None:
+            return list(self._manifest.adapters)
+        return [s.entry for s in self.fleet.statuses() if s.entry is not None]
+
+    # --- one request ----------------------------------------------------------------------------
+
+    def _seconds(self, request: InferRequest) -> float:
+        """How long the answer may take: the server's limit, or less if the request says so."""
+        most = self.settings.limits.request_seconds
+        timeout = request.parameters.get("timeout", 0)
+        if isinstance(timeout, str) and timeout.isascii() and timeout.isdigit():
+            timeout = int(timeout[:18])
+        if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+            raise RequestError(
+                f"parameter timeout: expected microseconds, found {str(timeout)[:80]!r}."
+            )
+        return min(most, timeout / 1e6) if timeout else most
+
+    async def _infer(self, request: InferRequest, begin: float) -> InferResponse:
+        alias = self.alias(request.model, request.version)
+        wanted = self._wanted(request)
+        priority = _priority(request)
+        images, rows = self._plan(request, alias)
+        held: dict[str | None, Hold] = {}
+        entries: list[AdapterEntry | None] = [self._manifest.adapters[0]] * len(rows)
+        ids = None
+        try:
+            if self.fleet is not None:
+                held = await self.fleet.hold(dict.fromkeys(row.adapter for row in rows))
+                entries = [held[row.adapter].entry for row in rows]
+                ids = np.asarray([held[row.adapter].row for row in rows], np.int64)
+            pixels = await self._pixels(images, rows, entries)
+            prepared = time.perf_counter()
+            answer = await self._batcher.run(pixels, ids, priority)
+        finally:
+            for hold in held.values():
+                self.fleet.release(hold)  # type: ignore[union-attr]
+        ran = time.perf_counter()
+        outputs = tuple(self._output(w, answer, entries) for w in wanted)
+        self._count(entries, begin, prepared, ran, answer)
+        return InferResponse(request.model, request.id, outputs)
+
+    def _count(
+        self,
+        entries: Sequence[AdapterEntry | None],
+        begin: float,
+        prepared: float,
+        ran: float,
+        answer: Answer,
+    ) -> None:
+        images: dict[str, int] = {}
+        for entry in entries:
+            name = entry.name if entry is not None else BACKBONE
+            images[name] = images.get(name, 0) + 1
+        end = time.perf_counter()
+        self.metrics.answered(
+            images,
+            request=end - begin,
+            queue=answer.queue_seconds,
+            prepare=prepared - begin,
+            run=answer.run_seconds,
+            finish=end - ran,
+        )
+
+    def _wanted(self, request: InferRequest) -> tuple[Wanted, ...]:
+        wanted = request.outputs or (Wanted(LOGITS),)
+        for output in wanted:
+            if output.name not in OUTPUTS:
+                raise RequestError(
+                    f"unknown output {output.name[:80]!r}: expected {', '.join(OUTPUTS)}."
+                )
+            if output.top and output.name == LABELS:
+                raise RequestError("output labels: classification is of logits or probabilities.")
+        return wanted
+
+    def _plan(self, request: InferRequest, alias: str | None) -> tuple[Tensor, list[Row]]:
+        """The images, and which of them goes to which adapter."""
+        unknown = set(request.inputs) - {IMAGES, ADAPTERS}
+        if unknown or IMAGES not in request.inputs:
+            found = ", ".join(sorted(repr(n[:80]) for n in request.inputs)) or "none"
+            raise RequestError(
+                f"inputs: expected {IMAGES!r} and, for several adapters, {ADAPTERS!r}; found "
+                f"{found}."
+            )
+        images = request.inputs[IMAGES]
+        shape, size = images.array.shape, self._manifest.input_size
+        if images.datatype == FP32:
+            if len(shape) != 4 or shape[1:] != size:
+                raise RequestError(
+                    f"input images: expected FP32 [n, {size[0]}, {size[1]}, {size[2]}], found "
+                    f"{list(shape)}."
+                )
+        elif images.datatype != BYTES or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+            raise RequestError(
+                f"input images: expected FP32 [n, {size[0]}, {size[1]}, {size[2]}], normalised, or "
+                f"BYTES [n], encoded pictures; found {images.datatype} {list(shape)}."
+            )
+        count = shape[0]
+        if not count:
+            raise RequestError("input images: expected at least one image, found none.")
+        names = self._names(request, alias, count)
+        if count not in (1, len(names)):
+            raise RequestError(
+                f"input adapters: expected one name per image, found {len(names)} for {count} "
+                "images."
+            )
+        rows = [Row(i if count > 1 else 0, name) for i, name in enumerate(names)]
+        if len(rows) > self.settings.max_batch:
+            raise RequestError(
+                f"{len(rows)} images in one request: expected at most {self.settings.max_batch} "
+                "(--max-batch)."
+            )
+        return images, rows
+
+    def _names(self, request: InferRequest, alias: str | None, count: int) -> list[str | None]:
+        """The adapters as they are given, or the one of all ``count`` images."""
+        parameter = request.parameters.get("adapter")
+        if parameter is not None and not isinstance(parameter, str):
+            raise RequestError("parameter adapter: expected a name.")
+        given = [("the model's name", alias), ("parameter adapter", parameter or None)]
+        tensor = request.inputs.get(ADAPTERS)
+        if tensor is not None:
+            if tensor.datatype != BYTES or tensor.array.ndim > 2 or not tensor.array.size:
+                raise RequestError(
+                    f"input adapters: expected BYTES [n], found {tensor.datatype} "
+                    f"{list(tensor.array.shape)}."
+                )
+            given.append(("input adapters", "given"))
+        said = [where for where, name in given if name is not None]
+        if len(said) > 1 and not (tensor is None and alias == parameter):
+            raise RequestError(f"the adapter is named twice: by {' and by '.join(said)}.")
+        if tensor is not None:
+            several = tensor.array.reshape(-1)
+            return [self._named(item.decode("utf-8", "replace")) for item in several]
+        return [self._named(alias or parameter)] * count
+
+    def _named(self, name: str | None) -> str | None:
+        """An adapter's name, known to exist; None for the backbone."""
+        if self.fleet is None:
+            only = self._manifest.adapters[0].name
+            if name not in (None, "", only):
+                raise NotFoundError(f"unknown adapter {name[:200]!r}. There is: {only}.")  # type: ignore[index]
+            return only
+        if name in (None, "", BACKBONE):
+            if not self._manifest.backbone_classes:
+                names = ", ".join(s.name for s in self.fleet.statuses()[:20])
+                raise RequestError(
+                    "no adapter named, and this bundle has no classifier of the bare backbone. "
+                    f"Set the parameter adapter; there are: {names}."
+                )
+            return None
+        assert name is not None
+        return self.fleet.status(name).name
+
+    async def _pixels(
+        self, images: Tensor, rows: Sequence[Row], entries: Sequence[AdapterEntry | None]
+    ) -> NDArray[np.float32]:
+        """float32 [rows, 3, H, W], each image as its adapter wants it."""
+        if images.datatype == FP32:
+            array: NDArray[np.float32] = images.array
+            if len(rows) != len(array):
+                array = np.broadcast_to(array, (len(rows), *array.shape[1:]))
+            return np.ascontiguousarray(array, np.float32)
+        encoded = images.array.reshape(-1)
+        loop = asyncio.get_running_loop()
+        ways = [e.preprocess if e is not None else self._backbone_preprocess() for e in entries]
+        jobs = [
+            loop.run_in_executor(
+                self._decoders,
+                self._decode,
+                encoded[index],
+                index,
+                list(dict.fromkeys(w for r, w in zip(rows, ways, strict=True) if r.image == index)),
+            )
+            for index in range(len(encoded))
+        ]
+        try:
+            decoded = await asyncio.gather(*jobs)
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+        return np.stack([decoded[r.image][w] for r, w in zip(rows, ways, strict=True)])
+
+    def _decode(
+        self, content: bytes, index: int, ways: list[Preprocess]
+    ) -> dict[Preprocess, NDArray[np.float32]]:
+        """One picture, preprocessed in every way that some adapter wants it."""
+        image = decode_image(
+            content, most_pixels=self.settings.limits.image_pixels, name=f"image {index}"
+        )
+        try:
+            return {way: way(image) for way in ways}
+        except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
+            raise RequestError(
+                f"image {index}: {image.width} x {image.height} pixels cannot be resized: {error}"
+            ) from error
+
+    def _backbone_preprocess(self) -> Preprocess:
+        return Preprocess.from_json(self._manifest.backbone["preprocess"])
+
+    # --- its answer -----------------------------------------------------------------------------
+
+    def _output(
+        self, wanted: Wanted, answer: Answer, entries: Sequence[AdapterEntry | None]
+    ) -> Tensor:
+        classes = [e.classes if e is not None else self._manifest.backbone_classes for e in entries]
+        logits = answer.logits[:, : max(classes)]
+        if wanted.name == LABELS:
+            best = [
+                _label(entry, int(np.argmax(row[:n])))
+                for entry, row, n in zip(entries, logits, classes, strict=True)
+            ]
+            return Tensor(
+                LABELS, BYTES, bytes_array([name.encode("utf-8", "replace") for name in best])
+            )
+        scores = logits if wanted.name == LOGITS else _softmax(logits)
+        if not wanted.top:
+            return Tensor(wanted.name, FP32, scores)
+        top = min(wanted.top, max(classes))
+        found: list[bytes] = []
+        for entry, row, n in zip(entries, scores, classes, strict=True):
+            order = np.argsort(-row[:n], kind="stable")[:top]
+            texts = [f"{row[i]:f}:{i}:{_label(entry, int(i))}" for i in order]
+            texts += [""] * (top - len(texts))
+            found += [text.encode("utf-8", "replace") for text in texts]
+        return Tensor(wanted.name, BYTES, bytes_array(found, (len(entries), top)))
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Row by row; -inf gives 0, and an image that holds NaN or infinities gives NaN."""
+    wide = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        shares = np.exp(wide - wide.max(axis=1, keepdims=True))
+    result: NDArray[np.float32] = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
+    return result
+
+
+def _label(entry: AdapterEntry | None, index: int) -> str:
+    return entry.label(index) if entry is not None else str(index)
+
+
+def _priority(request: InferRequest) -> int:
+    """Triton's: 0 is the default and goes first, then 1, 2, ..."""
+    value: Any = request.parameters.get("priority", 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+        raise RequestError(f"parameter priority: expected 0, 1, ..., found {str(value)[:80]!r}.")
+    return value
