@@ -8,8 +8,10 @@
     batcher     requests of all tasks to batches of one session
     service     a message in, a message out; what HTTP, gRPC and Ray share
     metrics     what Prometheus scrapes
-    http, grpc  the protocol's two wires
+    endpoint    what the wires ask for: inference, metadata, loading; here or on many replicas
+    http, grpc  the protocol's two wires; page: the third, for people
     server      all of it in one process, started and stopped
+    ray_app     the same on several replicas
 
 Everything but the session's runs, the decoding of images and the reading of adapters happens on
 one event loop, so that names, rows and queues need no locks.

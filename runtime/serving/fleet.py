@@ -63,6 +63,11 @@ class Status:
     pinned: bool
     entry: AdapterEntry | None
 
+    @property
+    def answers(self) -> bool:
+        """Whether requests may name it."""
+        return self.state in ("ready", "on disk")
+
 
 @dataclass
 class Counters:

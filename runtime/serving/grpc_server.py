@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hhdeploy.runtime.serving.service import Service
+from hhdeploy.runtime.serving.endpoint import Endpoint
 
 
 class GrpcServer:
@@ -11,5 +11,5 @@ class GrpcServer:
     async def stop(self, grace: float) -> None: ...
 
 
-async def start_grpc(service: Service, host: str, port: int) -> GrpcServer:
+async def start_grpc(endpoint: Endpoint, host: str, port: int) -> GrpcServer:
     return GrpcServer()

@@ -25,7 +25,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving import admin
+from hhdeploy.runtime.serving.endpoint import (
+    Endpoint,
+    check_token,
+    model_config,
+    read_upload,
+    server_metadata,
+)
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     RequestError,
@@ -41,24 +47,24 @@ from hhdeploy.runtime.serving.http_codec import (
     write_response,
 )
 from hhdeploy.runtime.serving.page import page_routes
-from hhdeploy.runtime.serving.service import Service
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def http_app(service: Service) -> Starlette:
-    """The application; the service is started and stopped by whoever serves it."""
+def http_app(endpoint: Endpoint) -> Starlette:
+    """The application; what answers is started and stopped by whoever serves it."""
+    limits = endpoint.settings.limits
 
     async def infer(request: Request) -> Response:
-        body = await _body(request, service.settings.limits.body_bytes)
+        body = await _body(request, limits.body_bytes)
         message = read_request(
             request.path_params["model"],
             request.path_params.get("version", ""),
             body,
             request.headers.get(HEADER_LENGTH),
         )
-        response = await _while_connected(request, service.infer(message))
+        response = await _while_connected(request, endpoint.infer(message))
         content, json_length = write_response(response, {w.name: w for w in message.outputs})
         headers = {}
         if json_length is not None:
@@ -70,79 +76,79 @@ def http_app(service: Service) -> Starlette:
         return Response(status_code=200)
 
     async def ready(request: Request) -> Response:
-        return Response(status_code=200 if service.ready else 503)
+        return Response(status_code=200 if await endpoint.ready() else 503)
 
     async def server(request: Request) -> Response:
-        return _json(admin.server_metadata())
+        return _json(server_metadata())
 
     async def metadata(request: Request) -> Response:
-        return _json(admin.model_metadata(service, **request.path_params))
+        return _json(await endpoint.model_metadata(**request.path_params))
 
     async def model_ready(request: Request) -> Response:
-        there = admin.model_ready(service, **request.path_params)
+        there = await endpoint.model_ready(**request.path_params)
         return Response(status_code=200 if there else 503)
 
     async def config(request: Request) -> Response:
-        return _json(admin.model_config(service, **request.path_params))
+        return _json(model_config(await endpoint.model_metadata(**request.path_params)))
 
     async def stats(request: Request) -> Response:
-        return _json(admin.model_statistics(service, **request.path_params))
+        return _json(await endpoint.model_statistics(**request.path_params))
 
     async def index(request: Request) -> Response:
         content = read_object(await _body(request, 1 << 20))
-        return _json(admin.repository_index(service, bool(content.get("ready", False))))
+        return _json(await endpoint.repository_index(bool(content.get("ready", False))))
 
     async def load(request: Request) -> Response:
-        admin.check_token(service, request.headers.get("authorization"))
-        limits = service.settings.limits
+        check_token(endpoint.settings, request.headers.get("authorization"))
         # An uploaded file travels as base64, which is a third longer.
         content = read_object(await _body(request, limits.adapter_bytes // 3 * 4 + (1 << 20)))
         parameters = content.get("parameters", {})
         if not isinstance(parameters, dict):
             raise RequestError("parameters: expected an object.")
-        await admin.load_adapter(service, request.path_params["adapter"], parameters)
+        upload = read_upload(parameters, limits.adapter_bytes)
+        await endpoint.load_adapter(request.path_params["adapter"], upload)
         return Response(status_code=200)
 
     async def unload(request: Request) -> Response:
-        admin.check_token(service, request.headers.get("authorization"))
+        check_token(endpoint.settings, request.headers.get("authorization"))
         await _body(request, 1 << 20)
-        await admin.unload_adapter(service, request.path_params["adapter"])
+        await endpoint.unload_adapter(request.path_params["adapter"])
         return Response(status_code=200)
 
     async def metrics(request: Request) -> Response:
-        content, kind = service.metrics.exposition(service.now())
+        content, kind = await endpoint.metrics()
         return Response(content, headers={"content-type": kind})
 
+    def guarded(handler: Handler) -> Handler:
+        return _guarded(handler, limits.request_seconds)
+
     routes: list[BaseRoute] = [
-        Route("/v2", _guarded(server, service)),
-        Route("/v2/health/live", _guarded(live, service)),
-        Route("/v2/health/ready", _guarded(ready, service)),
-        Route("/v2/repository/index", _guarded(index, service), methods=["POST"]),
-        Route("/v2/repository/models/{adapter}/load", _guarded(load, service), methods=["POST"]),
-        Route(
-            "/v2/repository/models/{adapter}/unload", _guarded(unload, service), methods=["POST"]
-        ),
-        Route("/metrics", _guarded(metrics, service)),
-        *page_routes(service),
+        Route("/v2", guarded(server)),
+        Route("/v2/health/live", guarded(live)),
+        Route("/v2/health/ready", guarded(ready)),
+        Route("/v2/repository/index", guarded(index), methods=["POST"]),
+        Route("/v2/repository/models/{adapter}/load", guarded(load), methods=["POST"]),
+        Route("/v2/repository/models/{adapter}/unload", guarded(unload), methods=["POST"]),
+        Route("/metrics", guarded(metrics)),
+        *page_routes(endpoint),
     ]
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
-            Route(model, _guarded(metadata, service)),
-            Route(f"{model}/ready", _guarded(model_ready, service)),
-            Route(f"{model}/config", _guarded(config, service)),
-            Route(f"{model}/stats", _guarded(stats, service)),
-            Route(f"{model}/infer", _guarded(infer, service), methods=["POST"]),
+            Route(model, guarded(metadata)),
+            Route(f"{model}/ready", guarded(model_ready)),
+            Route(f"{model}/config", guarded(config)),
+            Route(f"{model}/stats", guarded(stats)),
+            Route(f"{model}/infer", guarded(infer), methods=["POST"]),
         ]
     return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing})
 
 
-def _guarded(handler: Handler, service: Service) -> Handler:
+def _guarded(handler: Handler, limit: float) -> Handler:
     """Errors as the protocol has them, and one line in the log for each request."""
 
     async def guarded(request: Request) -> Response:
         begin = time.perf_counter()
         try:
-            limit = service.settings.limits.request_seconds
             # The body's bytes may come as slowly as the client likes: its time counts too.
             response = await asyncio.wait_for(handler(request), limit)
         except asyncio.TimeoutError:

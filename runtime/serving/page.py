@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from starlette.routing import BaseRoute
 
-from hhdeploy.runtime.serving.service import Service
+from hhdeploy.runtime.serving.endpoint import Endpoint
 
 
-def page_routes(service: Service) -> list[BaseRoute]:
+def page_routes(endpoint: Endpoint) -> list[BaseRoute]:
     """Routes of the page and of what it reads."""
     return []

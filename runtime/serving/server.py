@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from hhdeploy.errors import DeviceError
+from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.grpc_server import start_grpc
 from hhdeploy.runtime.serving.http import http_app
 from hhdeploy.runtime.serving.service import Service
@@ -54,9 +55,9 @@ async def serve(
     Raises:
         DeviceError: a port is taken, or may not be listened on.
     """
-    limits = service.settings.limits
+    limits, endpoint = service.settings.limits, LocalEndpoint(service)
     config = uvicorn.Config(
-        http_app(service),
+        http_app(endpoint),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -68,7 +69,7 @@ async def serve(
     with contextlib.closing(_listen(host, http_port)) as listening:
         try:
             await service.start()
-            grpc = await start_grpc(service, host, grpc_port) if grpc_port is not None else None
+            grpc = await start_grpc(endpoint, host, grpc_port) if grpc_port is not None else None
             _on_signals(service, server)
             announce(
                 Addresses(host, listening.getsockname()[1], grpc.port if grpc is not None else None)

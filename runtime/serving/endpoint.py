@@ -1,0 +1,319 @@
+"""What the wires ask for: inference, and what the protocol tells about models and adapters.
+
+The bundle is a model, and so is every adapter, under its own name. HTTP, gRPC and the page talk to
+an `Endpoint`: `LocalEndpoint` is one service in this process, `ray_app` has one of many replicas.
+Loading is off unless the operator allowed it, and needs the operator's token then.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final, Protocol
+
+from hhdeploy.adapter import TENSOR_FILE
+from hhdeploy.runtime.serving.errors import (
+    ForbiddenError,
+    NotFoundError,
+    RequestError,
+    TooLargeError,
+    UnauthorizedError,
+)
+from hhdeploy.runtime.serving.fleet import Fleet
+from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
+from hhdeploy.runtime.serving.service import (
+    ADAPTERS,
+    IMAGES,
+    LABELS,
+    LOGITS,
+    PROBABILITIES,
+    VERSION,
+    Service,
+)
+from hhdeploy.runtime.serving.settings import ServeSettings
+
+PLATFORM: Final = "hhdeploy"
+EXTENSIONS: Final = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "schedule_policy",
+    "statistics",
+)
+# The one file of an upload beside its configuration, as Triton's load API names files.
+_UPLOAD: Final = re.compile(rf"file:(?:[^/]*/)?{re.escape(TENSOR_FILE)}")
+_TYPES: Final = {"FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An adapter that came over the network: the bytes of its two files."""
+
+    config: bytes
+    tensors: bytes
+
+
+class Endpoint(Protocol):
+    """What answers. Methods that take a model raise `NotFoundError` if there is none such."""
+
+    @property
+    def settings(self) -> ServeSettings:
+        """What the operator chose."""
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Answer one request; cancelling the call gives up its place. See `Service.infer`."""
+
+    async def ready(self) -> bool:
+        """Whether requests are answered."""
+
+    async def model_ready(self, model: str, version: str = "") -> bool:
+        """Whether a model's are."""
+
+    async def model_metadata(self, model: str, version: str = "") -> dict[str, Any]:
+        """Inputs and outputs of a model, and the adapters there are. -1: any number."""
+
+    async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
+        """Counts and durations since the start, of all adapters together, in Triton's terms."""
+
+    async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
+        """The bundle and every adapter, with its state; `reason` says why one is not ready."""
+
+    async def load_adapter(self, name: str, upload: Upload | None) -> None:
+        """Load an adapter of the fleet directory or the bundle, or one that is uploaded.
+
+        Raises:
+            RequestError: or one of its kinds. HhdeployError: what is wrong with the adapter.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Answer no request for an adapter any more, until it is loaded again."""
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """What Prometheus scrapes, and its content type."""
+
+    async def status(self) -> dict[str, Any]:
+        """What the page at `/` shows: health, adapters, counts and latencies, as JSON."""
+
+
+class LocalEndpoint:
+    """An `Endpoint` of one started service in this process."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    @property
+    def settings(self) -> ServeSettings:
+        """See `Endpoint.settings`."""
+        return self._service.settings
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """See `Endpoint.infer`."""
+        return await self._service.infer(request)
+
+    async def ready(self) -> bool:
+        """See `Endpoint.ready`."""
+        return self._service.ready
+
+    async def model_ready(self, model: str, version: str = "") -> bool:
+        """See `Endpoint.model_ready`."""
+        alias = self._service.alias(model, version)
+        return self._service.ready and (alias is None or alias in self._adapter_names())
+
+    async def model_metadata(self, model: str, version: str = "") -> dict[str, Any]:
+        """See `Endpoint.model_metadata`."""
+        service = self._service
+        alias = service.alias(model, version)
+        classes = -1
+        for entry in service.entries():
+            if entry.name == alias or service.fleet is None:
+                classes = entry.classes
+        return {
+            "name": model,
+            "versions": [VERSION],
+            "platform": PLATFORM,
+            "inputs": [
+                {"name": IMAGES, "datatype": "FP32", "shape": [-1, *service.manifest.input_size]}
+            ],
+            "outputs": [
+                {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
+                {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
+                {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
+            ],
+            "parameters": {
+                "adapters": self._adapter_names() if alias is None else [alias],
+                "max_batch_size": service.settings.max_batch,
+                "device": service.device,
+                "optional_inputs": [
+                    {"name": IMAGES, "datatype": "BYTES", "shape": [-1]},
+                    {"name": ADAPTERS, "datatype": "BYTES", "shape": [-1]},
+                ],
+            },
+        }
+
+    async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
+        """See `Endpoint.model_statistics`."""
+        service = self._service
+        service.alias(model, version)
+        metrics = service.metrics
+
+        def duration(microseconds: int) -> dict[str, int]:
+            return {"count": metrics.success, "ns": 1000 * microseconds}
+
+        failures = sum(metrics.failures.values())
+        statistics = {
+            "name": service.settings.model_name,
+            "version": VERSION,
+            "inference_count": metrics.images,
+            "execution_count": service.now().runs,
+            "inference_stats": {
+                "success": duration(metrics.request_us),
+                "fail": {"count": failures, "ns": 0},
+                "queue": duration(metrics.queue_us),
+                "compute_input": duration(metrics.input_us),
+                "compute_infer": duration(metrics.infer_us),
+                "compute_output": duration(metrics.output_us),
+            },
+        }
+        return {"model_stats": [statistics]}
+
+    async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
+        """See `Endpoint.repository_index`."""
+        service = self._service
+        found = [
+            {
+                "name": service.settings.model_name,
+                "version": VERSION,
+                "state": "READY" if service.ready else "UNAVAILABLE",
+                "reason": "",
+            }
+        ]
+        if service.fleet is None:
+            found += [found[0] | {"name": a.name} for a in service.manifest.adapters]
+        else:
+            for status in service.fleet.statuses():
+                found.append(
+                    {
+                        "name": status.name,
+                        "version": VERSION,
+                        "state": "READY" if status.answers else "UNAVAILABLE",
+                        "reason": status.problem or ("" if status.answers else "unloaded"),
+                    }
+                )
+        return [m for m in found if m["state"] == "READY" or not ready_only]
+
+    async def load_adapter(self, name: str, upload: Upload | None) -> None:
+        """See `Endpoint.load_adapter`."""
+        fleet = self._fleet(name)
+        if upload is None:
+            await fleet.load(name)
+        else:
+            await fleet.upload(name, upload.config, upload.tensors)
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Endpoint.unload_adapter`."""
+        await self._fleet(name).unload(name)
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """See `Endpoint.metrics`."""
+        return self._service.metrics.exposition(self._service.now())
+
+    async def status(self) -> dict[str, Any]:
+        """See `Endpoint.status`."""
+        return {}
+
+    def _adapter_names(self) -> list[str]:
+        """Adapters that requests may name."""
+        if self._service.fleet is None:
+            return [a.name for a in self._service.manifest.adapters]
+        return [s.name for s in self._service.fleet.statuses() if s.answers]
+
+    def _fleet(self, name: str) -> Fleet:
+        if name == self.settings.model_name:
+            raise RequestError(
+                f"{name!r} is the bundle: it is loaded as long as the server runs. Name an adapter."
+            )
+        if self._service.fleet is None:
+            raise NotFoundError("this folded bundle holds one adapter, in its weights.")
+        return self._service.fleet
+
+
+def server_metadata() -> dict[str, Any]:
+    """Name, version and extensions of the server."""
+    return {"name": "hhdeploy", "version": version("hhdeploy"), "extensions": list(EXTENSIONS)}
+
+
+def model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """`Endpoint.model_metadata` as a configuration in Triton's terms, for tools that ask for it."""
+
+    def tensors(key: str) -> list[dict[str, Any]]:
+        return [
+            # With max_batch_size set, shapes are without the batch.
+            {"name": t["name"], "data_type": _TYPES[t["datatype"]], "dims": t["shape"][1:] or [1]}
+            for t in metadata[key]
+        ]
+
+    return {
+        "name": metadata["name"],
+        "platform": PLATFORM,
+        "backend": PLATFORM,
+        "max_batch_size": metadata["parameters"]["max_batch_size"],
+        "input": tensors("inputs"),
+        "output": tensors("outputs"),
+    }
+
+
+def check_token(settings: ServeSettings, authorization: str | None) -> None:
+    """Whether a request may load and unload adapters: ``Authorization: Bearer TOKEN``.
+
+    Raises:
+        ForbiddenError: the operator has not allowed it to anybody.
+        UnauthorizedError: the token is missing or wrong.
+    """
+    if not settings.adapter_loading or settings.token is None:
+        raise ForbiddenError(
+            "adapters cannot be loaded over the network: the server was started without "
+            "--allow-adapter-loading."
+        )
+    kind, _, given = (authorization or "").partition(" ")
+    # In constant time, so that the answer's delay tells nothing of the token.
+    same = hmac.compare_digest(given.strip().encode(), settings.token.encode())
+    if kind.lower() != "bearer" or not same:
+        raise UnauthorizedError("loading adapters needs the header Authorization: Bearer TOKEN.")
+
+
+def read_upload(parameters: Mapping[str, Any], most_bytes: int) -> Upload | None:
+    """What a request to load an adapter carries; None: it is on the server's disk already.
+
+    An upload has two parameters: ``config``, the text of adapter_config.json, and
+    ``file:adapter_model.safetensors``, the file's bytes (base64 if they are text).
+
+    Raises:
+        RequestError: other parameters. TooLargeError: more than ``most_bytes``.
+    """
+    config = parameters.get("config")
+    files = {key: value for key, value in parameters.items() if key.startswith("file:")}
+    if config is None and not files:
+        return None
+    if not isinstance(config, str) or len(files) != 1 or not _UPLOAD.fullmatch(next(iter(files))):
+        raise RequestError(
+            "an upload has two parameters: config, the text of adapter_config.json, and "
+            f"file:{TENSOR_FILE}, its bytes. Found: "
+            f"{', '.join(sorted(str(k)[:80] for k in parameters))}."
+        )
+    (content,) = files.values()
+    if isinstance(content, str):
+        try:
+            content = base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RequestError(f"file:{TENSOR_FILE}: expected base64: {error}") from error
+    if not isinstance(content, bytes):
+        raise RequestError(f"file:{TENSOR_FILE}: expected base64.")
+    if len(content) + len(config) > most_bytes:
+        raise TooLargeError(f"the adapter is beyond {most_bytes} bytes.")
+    return Upload(config.encode("utf-8", "replace"), content)

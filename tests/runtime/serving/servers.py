@@ -1,0 +1,99 @@
+"""A real server: ``hhdeploy serve`` in a process of its own, on free ports of the loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.workshop import ROOT
+
+_ANNOUNCED = re.compile(r"http://(?P<host>[^:]+):(?P<http>\d+)(, gRPC [^:]+:(?P<grpc>\d+))?")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        process: of ``hhdeploy serve``.
+        http: ``host:port``, as tritonclient.http takes it.
+        grpc: ``host:port``, as tritonclient.grpc takes it; "" without gRPC.
+        log: file of its standard error, a JSON object a line.
+    """
+
+    process: subprocess.Popen[str]
+    http: str
+    grpc: str
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.http}"
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """One request on a connection of its own: status, headers (lower case), body."""
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        connection = http.client.HTTPConnection(self.http, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, content, headers or {})
+            answer = connection.getresponse()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, found, answer.read()
+
+    def json(self, method: str, path: str, body: dict[str, Any] | None = None, **headers: str):
+        """One request whose answer is JSON: status and content."""
+        status, _, content = self.request(method, path, body, headers)
+        return status, json.loads(content) if content else None
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log so far."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask it to stop and wait: its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def running_server(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
+    """``hhdeploy serve BUNDLE OPTIONS`` until the end of the block; it must end without error."""
+    command = [
+        str(Path(sys.executable).with_name("hhdeploy")), "serve", str(bundle), "--device", "cpu",
+        "--threads", "1", "--http-port", "0", "--grpc-port", "0", *map(str, options),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = _ANNOUNCED.search(line)
+            assert found, f"no address in {line!r}; {log.read_text()}"
+            grpc = f"{found['host']}:{found['grpc']}" if found["grpc"] else ""
+            yield Server(process, f"{found['host']}:{found['http']}", grpc, log)
+            if process.poll() is None:
+                process.terminate()
+                assert process.wait(60) == 0, log.read_text()
+        finally:
+            process.kill()
