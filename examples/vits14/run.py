@@ -4,7 +4,7 @@ Fetches weights and images, fits a linear probe, LoRA and HTA adapters on every 
 HTA adapters folded and as side branches, and measures top-1 of all of them on held-out images.
 
 A stage whose result exists in DIR is skipped, so a run that was stopped goes on where it was; to
-repeat one, delete its file in ``DIR/results``. About an hour and a half on one CPU core.
+repeat one, delete its file in ``DIR/results``. About an hour on one CPU core.
 """
 
 from __future__ import annotations
