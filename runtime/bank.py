@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter, load_adapter
 from hhdeploy.bundle import AdapterEntry, Bundle, admit, entry_of
-from hhdeploy.errors import CapacityError, SessionError
+from hhdeploy.errors import CapacityError, DeviceError, SessionError
 from hhdeploy.plan import BACKBONE
 
 BACKBONE_ROW = 0
@@ -144,23 +144,24 @@ class AdapterBank:
         """The quick half of `add`: give a packed adapter a free row and its name."""
         name = packed.entry.name
         with self._lock:
-            if name in self._entries and not replace_existing:
-                raise SessionError(f"an adapter {name!r} is loaded already; remove it first.")
+            self._check_taken(name, replace_existing)
             row = self._free_row()
             self._holds[row] = 1  # held by this call until the row is complete
         try:
             self._write(row, packed.row)
+            with self._lock:
+                self._check_taken(name, replace_existing)  # another thread may have been faster
+                entry = replace(packed.entry, row=row)
+                old, self._entries[name] = self._entries.get(name), entry
+                self._holds[row] = 0
         except BaseException:
             with self._lock:
                 del self._holds[row]
             raise
-        with self._lock:
-            self._holds[row] -= 1
-            old = self._entries.get(name)
-            self._entries[name] = replace(packed.entry, row=row)
-            if old is not None:
+        if old is not None:
+            with self._lock:
                 self._retire(old)
-            return self._entries[name]
+        return entry
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its row is free once the requests that use it are done."""
@@ -169,8 +170,9 @@ class AdapterBank:
                 raise SessionError(
                     "the bank is baked into this graph or engine: adapters cannot be removed."
                 )
-            self._retire(self._entry(name))
+            entry = self._entry(name)
             del self._entries[name]
+            self._retire(entry)
 
     def hold(self, name: str | None) -> Hold:
         """The row of an adapter (None: the backbone), which keeps its values until `release`.
@@ -214,6 +216,10 @@ class AdapterBank:
             with self._lock:
                 for row in rows:
                     self._release(row)
+
+    def _check_taken(self, name: str, replace_existing: bool) -> None:
+        if name in self._entries and not replace_existing:
+            raise SessionError(f"an adapter {name!r} is loaded already; remove it first.")
 
     def _take(self, row: int) -> None:
         if row != BACKBONE_ROW:
@@ -264,7 +270,10 @@ class AdapterBank:
     def _free(self, row: int) -> None:
         self._retired.discard(row)
         del self._holds[row]
-        self._write(row, 0.0)
+        # Nobody can reach the row any more. A backend that is gone says so in the next run, to
+        # those whom it concerns, not to the request that was the last to hold the row.
+        with suppress(DeviceError):
+            self._write(row, 0.0)
 
     def _write(self, row: int, values: NDArray[np.float32] | float) -> None:
         """The one place where a row that nobody uses changes."""

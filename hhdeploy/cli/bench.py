@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from hhdeploy.cli import ui
+from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
 
 
 @click.command()
@@ -20,6 +22,7 @@ from hhdeploy.cli import ui
 @click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
 @click.option("--precision", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@serve_options
 @ui.json_option
 def command(
     bundle: Path,
@@ -30,12 +33,33 @@ def command(
     precision: str,
     threads: int | None,
     as_json: bool,
+    serve: bool,
+    **load: Any,
 ) -> None:
     """Measure the latency of BUNDLE on noise, every image of a batch with the next adapter.
 
     Medians after a warm-up. With --against the two bundles run in turn, so that a change of the
     machine's speed meets both; trust the ratio.
+
+    With --serve a server is started on the loopback and tested under load, while adapters are
+    added, replaced, removed and loaded again: every answer is compared with what that version of
+    that adapter must say. Exit code 1 if any is wrong, lost, unanswered or refused unexpectedly.
+    The fleet is BUNDLE's adapters and variants of them: same shapes, random values, made for the
+    test in a temporary directory; they never enter BUNDLE.
     """
+    context = click.get_current_context()
+    check_options(context, serve)
+    if serve:
+        context.exit(
+            bench_server(
+                bundle,
+                device=device,
+                precision=precision,
+                threads=threads,
+                as_json=as_json,
+                options=load,
+            )
+        )
     from hhdeploy.runtime import Session, open_session
     from hhdeploy.timing import latency, paired
 

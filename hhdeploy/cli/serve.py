@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from hhdeploy.cli import ui
 
@@ -80,6 +80,13 @@ from hhdeploy.cli import ui
     help="Let the network load and unload adapters; needs --token-file.",
 )
 @click.option("--token-file", type=ui.FILE, help="The token that loading adapters needs.")
+@click.option(
+    "--ray",
+    "on_ray",
+    is_flag=True,
+    help="Several replicas on Ray: on the cluster of RAY_ADDRESS, or a local one. HTTP only.",
+)
+@click.option("--replicas", type=click.IntRange(1), help="With --ray.  [default: 2]")
 @click.option("--log-level", default="info", show_default=True,
               type=click.Choice(["debug", "info", "warning", "error"]))  # fmt: skip
 def command(
@@ -102,6 +109,8 @@ def command(
     pinned: tuple[str, ...],
     allow_adapter_loading: bool,
     token_file: Path | None,
+    on_ray: bool,
+    replicas: int | None,
     log_level: str,
 ) -> None:
     """Serve BUNDLE: Open Inference Protocol v2 over HTTP and gRPC, all adapters in one batch.
@@ -114,13 +123,20 @@ def command(
     hhdeploy serve OUT --precision int8 --device openvino    the fastest on a CPU
     hhdeploy serve OUT --adapters-dir FLEET --watch-seconds 2
                                                              more adapters than rows
+    hhdeploy serve OUT --ray --replicas 4                    several replicas, on Ray
 
     Log lines are JSON, on standard error. SIGTERM answers what was taken, then stops.
     """
     from hhdeploy.errors import require
 
+    if on_ray:
+        _serve_on_ray(click.get_current_context())
+        return
+    if replicas is not None:
+        raise click.UsageError("--replicas goes with --ray; --contexts is for one process.")
     require("uvicorn", "serve", "hhdeploy serve")
     require("starlette", "serve", "hhdeploy serve")
+    from hhdeploy.runtime.serving.logs import log_as_json
     from hhdeploy.runtime.serving.server import Addresses, serve
     from hhdeploy.runtime.serving.service import Service
     from hhdeploy.runtime.serving.settings import Limits, ServeSettings, read_token
@@ -138,7 +154,7 @@ def command(
         token=read_token(token_file) if token_file is not None else None,
         limits=Limits(queued_images=max_queue, request_seconds=request_seconds),
     )
-    _log_as_json(log_level)
+    log_as_json(log_level)
     session = open_session(
         bundle,
         device=device,
@@ -169,13 +185,33 @@ def command(
     asyncio.run(run())
 
 
-def _log_as_json(level: str) -> None:
-    from pythonjsonlogger.json import JsonFormatter
+def _serve_on_ray(context: click.Context) -> None:
+    from hhdeploy.errors import require
 
-    handler = logging.StreamHandler(sys.stderr)
-    names = {"asctime": "time", "levelname": "level", "name": "logger"}
-    form = "{asctime}{levelname}{name}{message}"
-    handler.setFormatter(JsonFormatter(form, style="{", rename_fields=names))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    require("ray.serve", "ray", "hhdeploy serve --ray")
+    from hhdeploy.runtime.serving.logs import log_as_json
+    from hhdeploy.runtime.serving.ray_args import RayArgs
+    from hhdeploy.runtime.serving.ray_run import run_on_ray
+    from hhdeploy.runtime.serving.server import Addresses
+
+    options = context.params
+    told = context.get_parameter_source("grpc_port") is ParameterSource.COMMANDLINE
+    if told and options["grpc_port"] >= 0:
+        raise click.UsageError("--ray serves HTTP only: leave --grpc-port out.")
+    given = {name: options.get(name) for name in RayArgs.model_fields}
+    args = RayArgs(**{name: _whole(value) for name, value in given.items() if value is not None})
+
+    def announce(where: Addresses) -> None:
+        address = f"http://{where.host}:{where.http_port}"
+        click.echo(
+            f"{options['bundle']} on {args.replicas} replicas, {args.device}, {args.precision}: "
+            f"{address}"
+        )
+
+    log_as_json(options["log_level"])
+    run_on_ray(args, host=options["host"], http_port=options["http_port"], announce=announce)
+
+
+def _whole(value: Any) -> Any:
+    """Replicas have working directories of their own."""
+    return value.resolve() if isinstance(value, Path) else value

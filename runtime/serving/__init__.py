@@ -4,10 +4,12 @@
     settings    what the operator chose: addresses, limits, slots
     messages    a request and a response, whatever carried them
     images      encoded pictures to inputs, within limits
-    fleet       adapters on disk and in rows of the bank: load, replace, evict, remove
+    fleet       adapters in rows of the bank: load, replace, evict, remove
+    adapter_files  on disk: what the fleet reads and writes
     batcher     requests of all tasks to batches of one session
     service     a message in, a message out; what HTTP, gRPC and Ray share
     metrics     what Prometheus scrapes
+    status      what the page shows of one service
     endpoint    what the wires ask for: inference, metadata, loading; here or on many replicas
     http, grpc  the protocol's two wires; page: the third, for people
     server      all of it in one process, started and stopped

@@ -6,7 +6,9 @@
     a batch runs, and the     requests wait for company: until a batch is full, or the first of
     session takes another     them has waited `max_wait`
 
-Waiting requests go in order of priority (lower first), then of arrival, and are never split.
+Waiting requests go in order of priority (lower first), then of arrival, and are never split. A
+request's place in the queue is its own from the moment it is taken, before its pictures are
+decoded: one that will not be answered is refused before it costs anything.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,22 +49,32 @@ class Answer:
     batch: int
 
 
+@dataclass
+class Place:
+    """A request that was taken, see `Batcher.place`."""
+
+    count: int
+    waits: bool = True
+
+
 @dataclass(order=True)
 class _Job:
     priority: int
     number: int
+    place: Place = field(compare=False)
     images: Images = field(compare=False)
     rows: Rows | None = field(compare=False)
+    done: Callable[[], None] = field(compare=False)
     answer: asyncio.Future[Answer] = field(compare=False)
     since: float = field(compare=False)
-    running: bool = field(default=False, compare=False)
 
 
 class Batcher:
     """The queue before one session. Its methods belong to one event loop.
 
     Attributes:
-        queued: images that wait.
+        queued: images that wait, those included that are not ready to run yet.
+        pending: requests that wait.
         runs: batches that were run.
     """
 
@@ -78,75 +91,125 @@ class Batcher:
             contexts: calls of ``run`` at the same time.
         """
         self.queued = 0
+        self.pending = 0
         self.runs = 0
         self._run = run
         self._max_batch, self._max_wait, self._max_queued = max_batch, max_wait, max_queued
         self._contexts = contexts
         self._running: set[asyncio.Task[None]] = set()
-        self._waiting: list[_Job] = []
+        # A heap, and the images in it.
+        self._ready: list[_Job] = []
+        self._ready_images = 0
         self._numbers = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
+        self._taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._pool = ThreadPoolExecutor(contexts, "hhdeploy-run")
 
-    async def run(self, images: Images, rows: Rows | None, priority: int = 0) -> Answer:
-        """The logits of one request. Cancelling the call takes it out of the queue.
+    @contextmanager
+    def place(self, count: int) -> Iterator[Place]:
+        """A place in the queue for a request of ``count`` images, until the end of the block.
 
         Raises:
             RequestError: more images than one batch takes.
             BusyError: the queue is full.
             StoppingError: the server is shutting down.
-            FailedError: the session failed.
         """
-        count = len(images)
         if self._stopping:
             raise StoppingError("the server is shutting down.")
         if count > self._max_batch:
             raise RequestError(
                 f"{count} images in one request: expected at most {self._max_batch} (--max-batch)."
             )
-        if self._waiting and self.queued + count > self._max_queued:
+        if self.queued and self.queued + count > self._max_queued:
             raise BusyError(
                 f"{self.queued} images are waiting, at most {self._max_queued} may. Try again "
                 "later, or send less at a time."
             )
-        loop = asyncio.get_running_loop()
-        job = _Job(
-            priority, next(self._numbers), images, rows, loop.create_future(), time.perf_counter()
-        )
-        heapq.heappush(self._waiting, job)
+        place = Place(count)
         self.queued += count
+        self.pending += 1
+        self._taken += 1
         self._idle.clear()
+        try:
+            yield place
+        finally:
+            self._leave_queue(place)
+            self._taken -= 1
+            if not self._taken:
+                self._idle.set()
+
+    async def run(
+        self,
+        place: Place,
+        images: Images,
+        rows: Rows | None,
+        *,
+        priority: int = 0,
+        done: Callable[[], None] = lambda: None,
+    ) -> Answer:
+        """The logits of one request. Cancelling the call takes it out of the queue.
+
+        Args:
+            place: the request's, of as many images.
+            images: float32 [n, 3, H, W].
+            rows: int64 [n]; None if folded.
+            priority: lower goes first.
+            done: called once, when ``rows`` are read no more. After a call that was cancelled
+                that may be later: a batch that runs goes on without its client.
+
+        Raises:
+            FailedError: the session failed.
+        """
+        job = _Job(
+            priority,
+            next(self._numbers),
+            place,
+            images,
+            rows,
+            done,
+            asyncio.get_running_loop().create_future(),
+            time.perf_counter(),
+        )
+        heapq.heappush(self._ready, job)
+        self._ready_images += place.count
         self._start_what_may()
         try:
             return await job.answer
         except asyncio.CancelledError:
-            if not job.running:
-                self._waiting.remove(job)
-                heapq.heapify(self._waiting)
-                self.queued -= count
-                self._note_idle()
+            if place.waits:
+                self._ready.remove(job)
+                heapq.heapify(self._ready)
+                self._ready_images -= place.count
+                done()
             raise
 
     async def drain(self) -> None:
         """Take nothing new, and wait until everything that was taken is answered."""
         self._stopping = True
         await self._idle.wait()
+        while self._running:  # batches whose clients have left
+            await asyncio.wait(self._running)
         self._pool.shutdown(wait=True)
 
+    def _leave_queue(self, place: Place) -> None:
+        if place.waits:
+            place.waits = False
+            self.queued -= place.count
+            self.pending -= 1
+
     def _start_what_may(self) -> None:
-        while self._waiting and len(self._running) < self._contexts:
-            if self._running and self.queued < self._max_batch:
-                left = min(j.since for j in self._waiting) + self._max_wait - time.perf_counter()
+        while self._ready and len(self._running) < self._contexts:
+            if self._running and self._ready_images < self._max_batch:
+                left = min(j.since for j in self._ready) + self._max_wait - time.perf_counter()
                 if left > 0:
                     if self._timer is None:
                         loop = asyncio.get_running_loop()
                         self._timer = loop.call_later(left, self._waited)
                     return
-            batch = self._take()
-            task = asyncio.create_task(self._answer(batch))
+            task = asyncio.create_task(self._answer(self._take()))
             self._running.add(task)
             task.add_done_callback(self._ran)
 
@@ -157,22 +220,19 @@ class Batcher:
     def _take(self) -> list[_Job]:
         batch: list[_Job] = []
         room = self._max_batch
-        while self._waiting and len(self._waiting[0].images) <= room:
-            job = heapq.heappop(self._waiting)
-            job.running = True
-            room -= len(job.images)
-            self.queued -= len(job.images)
+        while self._ready and self._ready[0].place.count <= room:
+            job = heapq.heappop(self._ready)
+            room -= job.place.count
+            self._ready_images -= job.place.count
+            self._leave_queue(job.place)
             batch.append(job)
         return batch
 
     async def _answer(self, batch: list[_Job]) -> None:
-        images = batch[0].images if len(batch) == 1 else np.concatenate([j.images for j in batch])
-        rows = None if batch[0].rows is None else np.concatenate([j.rows for j in batch])  # type: ignore[arg-type]
+        loop = asyncio.get_running_loop()
         begin = time.perf_counter()
         try:
-            logits = await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._run, images, rows
-            )
+            logits = await loop.run_in_executor(self._pool, self._run_all, batch)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises, the request gets
             for job in batch:
                 if not job.answer.done():
@@ -180,21 +240,28 @@ class Batcher:
                     failure.__cause__ = error
                     job.answer.set_exception(failure)
             return
+        finally:
+            for job in batch:
+                loop.call_soon(job.done)  # one that fails keeps no other from its rows
         self.runs += 1
         seconds, start = time.perf_counter() - begin, 0
         for job in batch:
-            end = start + len(job.images)
+            end = start + job.place.count
             if not job.answer.done():  # the client may have left
                 job.answer.set_result(
-                    Answer(logits[start:end], begin - job.since, seconds, len(images))
+                    Answer(logits[start:end], begin - job.since, seconds, len(logits))
                 )
             start = end
+
+    def _run_all(self, batch: list[_Job]) -> NDArray[np.float32]:
+        """On a thread: megabytes of images are copied."""
+        if len(batch) == 1:
+            return self._run(batch[0].images, batch[0].rows)
+        rows = [job.rows for job in batch if job.rows is not None]
+        return self._run(
+            np.concatenate([job.images for job in batch]), np.concatenate(rows) if rows else None
+        )
 
     def _ran(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._start_what_may()
-        self._note_idle()
-
-    def _note_idle(self) -> None:
-        if not self._waiting and not self._running:
-            self._idle.set()

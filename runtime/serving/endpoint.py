@@ -36,6 +36,7 @@ from hhdeploy.runtime.serving.service import (
     Service,
 )
 from hhdeploy.runtime.serving.settings import ServeSettings
+from hhdeploy.runtime.serving.status import status_of
 
 PLATFORM: Final = "hhdeploy"
 EXTENSIONS: Final = (
@@ -98,7 +99,7 @@ class Endpoint(Protocol):
         """What Prometheus scrapes, and its content type."""
 
     async def status(self) -> dict[str, Any]:
-        """What the page at `/` shows: health, adapters, counts and latencies, as JSON."""
+        """What the page at `/` shows: health, adapters, counts and latencies. See `status_of`."""
 
 
 class LocalEndpoint:
@@ -225,7 +226,7 @@ class LocalEndpoint:
 
     async def status(self) -> dict[str, Any]:
         """See `Endpoint.status`."""
-        return {}
+        return status_of(self._service)
 
     def _adapter_names(self) -> list[str]:
         """Adapters that requests may name."""

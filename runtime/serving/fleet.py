@@ -1,11 +1,11 @@
 """Adapters by name: those in rows of the bank, and those on disk that can take a row.
 
-An adapter has a source, a directory: in the fleet directory (one adapter a folder) or in the
-bundle. One that is asked for and has no row is read, checked and packed on a thread, then put
-into a free row; where none is free the adapter that was not used for longest gives its own up:
-new requests for it wait until it is loaded again, those it has taken are answered first.
+One that is asked for and has no row is read, checked and packed on a thread, then put into a
+free row; where none is free the adapter that was not used for longest gives its own up: new
+requests for it wait until it is loaded again, those it has taken are answered first.
 
-All methods belong to one event loop, and only reading, checking and packing leave it.
+All methods belong to one event loop, and only `AdapterFiles` leaves it. The bank, what is known
+and who waits change between two awaits only, so that they agree with each other at every await.
 """
 
 from __future__ import annotations
@@ -13,25 +13,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.bundle import AdapterEntry, Bundle
-from hhdeploy.errors import AdapterError, HhdeployError, PlanError
-from hhdeploy.files import atomic_directory
+from hhdeploy.errors import HhdeployError, PlanError
 from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
+from hhdeploy.runtime.serving.adapter_files import AdapterFiles, Source
 from hhdeploy.runtime.serving.errors import ForbiddenError, NotFoundError, RequestError
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
-# What a change of an adapter's files cannot leave as it was.
-Stamp = tuple[tuple[int, int, int], ...]
 State = Literal["ready", "on disk", "broken", "unloaded"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,12 @@ class Known:
     """An adapter that the fleet can name.
 
     Attributes:
-        source: its directory.
-        stamp: of the files, when they were last looked at.
-        verified: from the bundle's manifest.
+        source: its folder, when it was last looked at.
         problem: why it cannot be loaded; "" if nothing is known against it.
         unloaded: taken out by `Fleet.unload`, until it is loaded again.
     """
 
-    source: Path
-    stamp: Stamp
-    verified: bool = False
+    source: Source
     problem: str = ""
     unloaded: bool = False
 
@@ -71,9 +64,8 @@ class Status:
 
 @dataclass
 class Counters:
-    """What happened since the start; ``load_seconds`` gets one value a load."""
+    """What happened since the start; ``loaded`` is called with the seconds of every load."""
 
-    loads: int = 0
     failures: int = 0
     evictions: int = 0
     loaded: Callable[[float], None] = lambda seconds: None
@@ -91,34 +83,50 @@ class Fleet:
     ) -> None:
         """``bank``: holds the bundle's adapters, or as many as it has rows for."""
         self.counters = Counters()
-        self._bundle = bundle
         self._bank = bank
-        self._directory = directory
+        self._files = AdapterFiles(bundle, bank, directory)
+        self._writable = directory is not None
         self._pinned = pinned
-        self._known: dict[str, Known] = {}
+        self._known = {name: Known(source) for name, source in self._files.bundled().items()}
+        # When the adapters in the bank were asked for last.
         self._used = dict.fromkeys(bank, 0.0)
         self._row_freed = asyncio.Event()
-        self._changing = asyncio.Lock()
+        self._making_room = asyncio.Lock()
         self._gathering = asyncio.Lock()
-        # Rows of the request that gathers several: never taken from it meanwhile.
-        self._kept: set[str] = set()
+        # Of the request that gathers several rows: they are not taken from it meanwhile.
+        self._kept: frozenset[str | None] = frozenset()
         # Loads on behalf of requests, and the requests that wait for each.
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._waiting: dict[str, list[asyncio.Future[Hold]]] = {}
+        # Loads on behalf of operators.
+        self._changes: set[asyncio.Task[AdapterEntry]] = set()
         self._reader = ThreadPoolExecutor(1, "hhdeploy-fleet")
-        for entry in bundle.manifest.adapters:
-            source = bundle.path / "adapters" / entry.name
-            self._known[entry.name] = Known(source, _stamp(source), entry.verified)
-        for name in pinned - set(self._known) - set(self._found()):
-            known = ", ".join(sorted({*self._known, *self._found()})) or "none"
-            raise PlanError(f"--pin: unknown adapter {name!r}. There are: {known}.")
 
     async def start(self) -> None:
-        """Find the fleet directory's adapters, and load the pinned ones."""
+        """Find the fleet directory's adapters, and load the pinned ones.
+
+        Raises:
+            PlanError: a pinned one is not there, or there are more of them than rows.
+            HhdeployError: what is wrong with a pinned one.
+        """
         await self.refresh()
+        for name in sorted(self._pinned - set(self._known)):
+            known = ", ".join(sorted(self._known)) or "none"
+            raise PlanError(f"--pin: unknown adapter {name!r}. There are: {known}.")
+        if len(self._pinned) > self._bank.slots - 1:
+            raise PlanError(
+                f"--pin: {len(self._pinned)} adapters, the bank has {self._bank.slots - 1} rows "
+                f"for them. Serve with --slots {len(self._pinned) + 1} or more."
+            )
         for name in sorted(self._pinned):
             if name not in self._bank:
                 await self.load(name)
+
+    async def close(self) -> None:
+        """Finish the loads that were begun, and stop the reading thread."""
+        while begun := {*self._fetching.values(), *self._changes}:
+            await asyncio.wait(begun)
+        self._reader.shutdown(wait=True)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -126,7 +134,7 @@ class Fleet:
         """The rows of one request, each to be given back with `release`. Loads what is missing.
 
         Args:
-            names: of adapters; None: the bare backbone.
+            names: of adapters, each once; None: the bare backbone.
 
         Raises:
             NotFoundError: no such adapter, or one that was unloaded.
@@ -134,41 +142,62 @@ class Fleet:
                 more than the bank has rows for.
         """
         try:
-            missing = [n for n in names if n is not None and n not in self._bank]
-            if not missing:
-                return {name: self._held(name) for name in names}
-            room = self._bank.slots - 1 - len(self._pinned - set(names))
-            if len(set(names) - {None}) > room:
-                raise RequestError(
-                    f"{len(names)} adapters in one request, the bank has room for {room} that are "
-                    "not pinned. Ask for fewer at a time."
-                )
-            # One request at a time gathers several rows: two of them, each holding what the
-            # other waits for, would wait for ever. With one name nothing is held meanwhile.
-            async with self._gathering if len(names) > 1 else nullcontext():
+            if not self._missing(names):
+                return self._hold_all(names)
+            self._check_room(names)
+            if len(names) == 1:
+                return {name: await self._come(name) for name in self._missing(names)}
+            # One request at a time gathers several rows: two of them, each keeping what the
+            # other waits for, would wait for ever.
+            async with self._gathering:
                 return await self._gather(names)
         except RequestError:
             raise
         except HhdeployError as error:
             raise RequestError(str(error)) from error
 
+    def release(self, hold: Hold) -> None:
+        """Give a row back."""
+        self._bank.release(hold)
+        self._row_freed.set()
+
+    def _missing(self, names: Collection[str | None]) -> list[str]:
+        return [name for name in names if name is not None and name not in self._bank]
+
+    def _check_room(self, names: Collection[str | None]) -> None:
+        room = self._bank.slots - 1 - len(self._pinned.difference(names))
+        if len(set(names) - {None}) > room:
+            raise RequestError(
+                f"{len(names)} adapters at a time, the bank has room for {room} that are not "
+                "pinned. Ask for fewer, or serve with more --slots."
+            )
+
     async def _gather(self, names: Collection[str | None]) -> dict[str | None, Hold]:
+        """Load one after the other, holding none meanwhile: what is replaced must drain."""
+        self._kept = frozenset(names)
+        try:
+            while missing := self._missing(names):
+                self.release(await self._come(missing[0]))
+            return self._hold_all(names)
+        finally:
+            self._kept = frozenset()
+            self._row_freed.set()
+
+    def _hold_all(self, names: Collection[str | None]) -> dict[str | None, Hold]:
         held: dict[str | None, Hold] = {}
         try:
             for name in names:
-                if name is None or name in self._bank:
-                    held[name] = self._held(name)
-                else:
-                    held[name] = await self._come(name)
-                if name is not None and len(names) > 1:
-                    self._kept.add(name)
+                held[name] = self._held(name)
         except BaseException:
             for hold in held.values():
                 self.release(hold)
             raise
-        finally:
-            self._kept.difference_update(held)
         return held
+
+    def _held(self, name: str | None) -> Hold:
+        if name is not None:
+            self._used[name] = time.monotonic()
+        return self._bank.hold(name)
 
     async def _come(self, name: str) -> Hold:
         """The row of an adapter that has none yet."""
@@ -196,72 +225,67 @@ class Fleet:
             await self._bring(name)
         except Exception as error:  # noqa: BLE001 - handed to those who wait
             failure = error
-        del self._fetching[name]
-        for coming in self._waiting.pop(name, ()):
-            if not coming.done():
-                coming.set_exception(failure)
-
-    def _held(self, name: str | None) -> Hold:
-        if name is not None:
-            self._used[name] = time.monotonic()
-        return self._bank.hold(name)
-
-    def release(self, hold: Hold) -> None:
-        """Give a row back."""
-        self._bank.release(hold)
-        self._row_freed.set()
+        finally:
+            del self._fetching[name]
+            for coming in self._waiting.pop(name, ()):
+                if not coming.done():
+                    coming.set_exception(failure)
 
     # --- the operator ---------------------------------------------------------------------------
 
     async def load(self, name: str) -> AdapterEntry:
-        """Read an adapter from its directory, also if it has a row already.
+        """Read an adapter from its folder, also if it has a row already.
 
-        Requests that were taken before get the old one; if it cannot be read, all do.
+        Requests that were taken before get the old one; if it cannot be read, all do. A call
+        that is cancelled is finished all the same.
 
         Raises:
-            NotFoundError: no such directory.
+            NotFoundError: no such folder.
             HhdeployError: what is wrong with it.
         """
-        if name not in self._known:
-            await self.refresh()
-        known = self._find(name)
-        self._known[name] = replace(known, unloaded=False, problem="", stamp=_stamp(known.source))
-        await self._bring(name)
-        return self._bank[name]
+        return await self._finish(self._load(name))
 
-    async def unload(self, name: str) -> None:
-        """Answer no request for an adapter any more, until it is loaded again.
-
-        Raises:
-            NotFoundError: no such adapter.
-            PlanError: the bank is baked into the graph.
-        """
-        known = self._find(name)
-        async with self._changing:
-            if name in self._bank:
-                self._bank.remove(name)
-            self._row_freed.set()
-            self._known[name] = replace(known, unloaded=True)
+    async def _load(self, name: str) -> AdapterEntry:
+        self._check_room({name})
+        source = await self._on_thread(self._files.find, name)
+        if source is None:
+            raise self._unknown(name)
+        self._known[name] = Known(source)
+        return await self._bring(name)
 
     async def upload(self, name: str, config: bytes, tensors: bytes) -> AdapterEntry:
         """Write an adapter into the fleet directory, checked before it is seen, and load it.
+
+        A call that is cancelled is finished all the same.
 
         Raises:
             ForbiddenError: there is no fleet directory.
             HhdeployError: the name or the adapter is not acceptable; nothing is changed.
         """
         check_name(name)
-        directory = self._directory
-        if directory is None:
+        if not self._writable:
             raise ForbiddenError(
                 "this server keeps no adapters of its own: it was started without --adapters-dir."
             )
-        await asyncio.get_running_loop().run_in_executor(
-            self._reader, self._store, directory / name, name, config, tensors
-        )
-        self._known[name] = Known(directory / name, _stamp(directory / name))
-        await self._bring(name)
-        return self._bank[name]
+        return await self._finish(self._upload(name, config, tensors))
+
+    async def _upload(self, name: str, config: bytes, tensors: bytes) -> AdapterEntry:
+        self._check_room({name})
+        begin = time.perf_counter()
+        source, packed = await self._on_thread(self._files.write, name, config, tensors)
+        self._known[name] = Known(source)
+        return await self._place(packed, begin)
+
+    async def unload(self, name: str) -> None:
+        """Answer no request for an adapter any more, until it is loaded again.
+
+        Raises:
+            NotFoundError: no such adapter.
+            SessionError: the bank is baked into the graph.
+        """
+        known = self._find(name)
+        self._remove(name)
+        self._known[name] = replace(known, unloaded=True)
 
     def statuses(self) -> list[Status]:
         """Every adapter that the fleet can name, sorted."""
@@ -272,40 +296,17 @@ class Fleet:
         self._find(name)
         return self._status(name)
 
-    async def refresh(self) -> None:
-        """Look through the fleet directory: new, changed, removed and broken adapters.
+    @property
+    def names(self) -> Collection[str]:
+        """Every adapter that the fleet can name."""
+        return self._known.keys()
 
-        A changed one is loaded again if it has a row. A broken one is logged and skipped; if it
-        replaced one that has a row, that one goes on answering.
-        """
-        found = self._found()
-        for name, source in found.items():
-            known, stamp = self._known.get(name), _stamp(source)
-            if known is not None and (known.source, known.stamp) == (source, stamp):
-                continue
-            fresh = Known(source, stamp, unloaded=known is not None and known.unloaded)
-            self._known[name] = fresh
-            try:
-                check_name(name)
-                if name in self._bank:
-                    await self._bring(name)
-                else:
-                    await self._pack(name)
-                _LOG.info("adapter found", extra={"adapter": name, "source": str(source)})
-            except HhdeployError:
-                pass  # logged, and kept as its problem
-        gone = [
-            name
-            for name, known in self._known.items()
-            if known.source.parent == self._directory and name not in found
-        ]
-        for name in gone:
-            async with self._changing:
-                del self._known[name]
-                if name in self._bank:
-                    self._bank.remove(name)
-                    self._row_freed.set()
-            _LOG.info("adapter gone", extra={"adapter": name})
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows in use, and rows there are for adapters."""
+        return self._bank.slots - 1 - self._bank.free_rows, self._bank.slots - 1
+
+    # --- the directory --------------------------------------------------------------------------
 
     async def watch(self, seconds: float) -> None:
         """`refresh` for ever."""
@@ -313,27 +314,53 @@ class Fleet:
             await asyncio.sleep(seconds)
             try:
                 await self.refresh()
-            except OSError as error:  # a network file system that is away for a moment
-                _LOG.error("fleet directory cannot be read", extra={"problem": str(error)})
+            except Exception:  # noqa: BLE001 - e.g. a network file system that is away for a moment
+                _LOG.exception("fleet directory cannot be looked through")
 
-    def close(self) -> None:
-        """Stop the reading thread."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
+    async def refresh(self) -> None:
+        """Look through the fleet directory: new, changed, removed and broken adapters.
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Rows in use, and rows there are for adapters."""
-        return self._bank.slots - 1 - self._bank.free_rows, self._bank.slots - 1
+        A changed one is loaded again if it has a row. A broken one is logged and skipped; if it
+        replaced one that has a row, that one goes on answering. Never twice at a time.
+
+        Raises:
+            OSError: the directory cannot be read; nothing is changed.
+        """
+        sources = await self._on_thread(self._files.sources)
+        for name in [name for name in self._known if name not in sources]:
+            del self._known[name]
+            self._remove(name)
+            _LOG.info("adapter gone", extra={"adapter": name})
+        for name, source in sources.items():
+            known = self._known.get(name)
+            if known is None or known.source != source:
+                await self._look_at(source, known is not None and known.unloaded)
+
+    async def _look_at(self, source: Source, unloaded: bool) -> None:
+        name = source.name
+        self._known[name] = Known(source, unloaded=unloaded)
+        try:
+            if name in self._bank:
+                await self._bring(name)
+            else:
+                await self._pack(name)
+        except HhdeployError as error:
+            _LOG.error("adapter not loaded", extra={"adapter": name, "problem": str(error)})
+        else:
+            _LOG.info("adapter found", extra={"adapter": name, "source": str(source.path)})
 
     # --- inside ---------------------------------------------------------------------------------
 
     def _find(self, name: str) -> Known:
         known = self._known.get(name)
         if known is None:
-            names = sorted(self._known)
-            shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
-            raise NotFoundError(f"unknown adapter {name[:200]!r}. There are: {shown or 'none'}.")
+            raise self._unknown(name)
         return known
+
+    def _unknown(self, name: str) -> NotFoundError:
+        names = sorted(self._known)
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
+        return NotFoundError(f"unknown adapter {name[:200]!r}. There are: {shown or 'none'}.")
 
     def _status(self, name: str) -> Status:
         known = self._known[name]
@@ -350,107 +377,87 @@ class Fleet:
         entry = self._bank[name] if there else None
         return Status(name, state, known.problem, name in self._pinned, entry)
 
-    def _found(self) -> dict[str, Path]:
-        """Adapter folders of the fleet directory; links that lead out of it are left out."""
-        if self._directory is None:
-            return {}
-        root = self._directory.resolve()
-        return {
-            path.name: path
-            for path in sorted(self._directory.iterdir())
-            if not path.name.startswith(".")
-            and path.is_dir()
-            and path.resolve().is_relative_to(root)
-        }
+    async def _on_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
+        """The result of blocking work. One thread: what is read first is put first."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work, *arguments)
 
-    async def _bring(self, name: str) -> None:
+    async def _finish(self, change: Coroutine[object, object, AdapterEntry]) -> AdapterEntry:
+        """The result of a change, which is not left half done when the caller leaves."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def _bring(self, name: str) -> AdapterEntry:
         """Read an adapter and give it a row; an older one of its name answers until then."""
         begin = time.perf_counter()
-        packed = await self._pack(name)
-        async with self._changing:
-            if name not in self._known or self._known[name].unloaded:
-                return
-            await self._make_room(name)
+        return await self._place(await self._pack(name), begin)
+
+    async def _pack(self, name: str) -> Packed:
+        source = self._find(name).source
+        try:
+            return await self._on_thread(self._files.read, source)
+        except HhdeployError as error:
+            self.counters.failures += 1
+            known = self._known.get(name)
+            if known is not None and known.source == source:  # not another one by now
+                self._known[name] = replace(known, problem=str(error))
+            raise
+
+    async def _place(self, packed: Packed, begin: float) -> AdapterEntry:
+        name = packed.entry.name
+        async with self._making_room:
+            self._check_wanted(name)
+            while not self._bank.free_rows:
+                await self._make_room(name)
+                self._check_wanted(name)
             # On the loop: a copy of a megabyte. A lookup never sees the bank in between.
-            self._bank.put(packed, replace_existing=True)
+            entry = self._bank.put(packed, replace_existing=True)
             self._used[name] = time.monotonic()
             for coming in self._waiting.pop(name, ()):
                 if not coming.done():
                     coming.set_result(self._held(name))
-            self._row_freed.set()
-        self.counters.loads += 1
-        self.counters.loaded(time.perf_counter() - begin)
-        _LOG.info(
-            "adapter loaded",
-            extra={"adapter": name, "ms": round(1e3 * (time.perf_counter() - begin), 3)},
-        )
+        seconds = time.perf_counter() - begin
+        self.counters.loaded(seconds)
+        _LOG.info("adapter loaded", extra={"adapter": name, "ms": round(1e3 * seconds, 3)})
+        return entry
 
-    async def _pack(self, name: str) -> Packed:
-        known = self._known[name]
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._reader, self._read, name, known
-            )
-        except HhdeployError as error:
-            self.counters.failures += 1
-            if name in self._known:
-                self._known[name] = replace(self._known[name], problem=str(error))
-            _LOG.error("adapter broken", extra={"adapter": name, "problem": str(error)})
-            raise
-
-    def _read(self, name: str, known: Known) -> Packed:
-        if known.source.parent == self._bundle.path / "adapters":
-            for file in (CONFIG_FILE, TENSOR_FILE):
-                self._bundle.file(f"adapters/{name}/{file}")
-        return self._bank.pack(name, known.source, verified=known.verified)
+    def _check_wanted(self, name: str) -> None:
+        known = self._known.get(name)
+        if known is None or known.unloaded:
+            raise NotFoundError(f"adapter {name!r} was unloaded or removed meanwhile.")
 
     async def _make_room(self, name: str) -> None:
-        """A free row: the least recently used adapter's, once its requests are answered."""
-        while not self._bank.free_rows:
-            self._row_freed.clear()
-            fixed = self._pinned | self._kept | {name}
-            # Those that nobody holds first: their rows are free at once.
-            victims = sorted(
-                (n for n in self._bank if n not in fixed),
-                key=lambda n: (self._bank.held(n), self._used[n]),
-            )
-            if self._bank.slots - 1 > len(self._bank):
-                pass  # a row is being given up: its requests are answered first
-            elif victims:
-                self._evict(victims[0], name)
-            elif name in self._bank and name not in self._kept:
-                self._evict(name, name)  # all others are pinned: it gives up its own row first
-            elif not self._kept:
-                raise PlanError(
-                    f"adapter {name!r}: all {self._bank.slots - 1} rows are taken by pinned "
-                    f"adapters. Serve with --slots {self._bank.slots + 1} or more."
-                )
-            if not self._bank.free_rows:
-                await self._row_freed.wait()
+        """Take a step towards a free row: evict an adapter, or wait for requests."""
+        self._row_freed.clear()
+        fixed = self._pinned | self._kept | {name}
+        # Longest unused first; last those that could not be loaded again as they are.
+        victims = sorted(
+            (n for n in self._bank if n not in fixed),
+            key=lambda n: (bool(self._known[n].problem), self._used[n]),
+        )
+        idle = [n for n in victims if not self._bank.held(n)]
+        if idle:
+            self._evict(idle[0], name)
+            return
+        if self._bank.slots - 1 > len(self._bank):
+            pass  # a row is being given up: its requests are answered first
+        elif victims:
+            self._evict(victims[0], name)
+        elif name in self._bank and name not in self._kept:
+            self._evict(name, name)  # all others are pinned: it gives up its own row first
+        # Else a request keeps the rows it gathered. It has them all, and is about to take them.
+        if not self._bank.free_rows:
+            await self._row_freed.wait()
 
     def _evict(self, victim: str, name: str) -> None:
-        self._bank.remove(victim)
+        self._remove(victim)
         self.counters.evictions += 1
         _LOG.info("adapter evicted", extra={"adapter": victim, "for": name})
 
-    def _store(self, target: Path, name: str, config: bytes, tensors: bytes) -> None:
-        with atomic_directory(target, overwrite=True) as scratch:
-            (scratch / CONFIG_FILE).write_bytes(config)
-            (scratch / TENSOR_FILE).write_bytes(tensors)
-            try:
-                self._bank.pack(name, scratch)
-            except HhdeployError as error:
-                # Not the scratch directory's name, which is gone when somebody reads it.
-                raise AdapterError(str(error).replace(str(scratch), name)) from error
-
-
-def _stamp(directory: Path) -> Stamp:
-    stamps = []
-    for file in (CONFIG_FILE, TENSOR_FILE):
-        try:
-            found = (directory / file).stat()
-        except OSError:
-            stamps.append((0, 0, 0))
-        else:
-            stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
-    return tuple(stamps)
+    def _remove(self, name: str) -> None:
+        """Take an adapter out of the bank, if it is there; its row is freed when it is unused."""
+        if name in self._bank:
+            self._bank.remove(name)
+            del self._used[name]
+            self._row_freed.set()

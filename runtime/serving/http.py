@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -46,10 +46,9 @@ from hhdeploy.runtime.serving.http_codec import (
     read_request,
     write_response,
 )
-from hhdeploy.runtime.serving.page import page_routes
+from hhdeploy.runtime.serving.page import Handler, page_routes
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def http_app(endpoint: Endpoint) -> Starlette:
@@ -130,7 +129,7 @@ def http_app(endpoint: Endpoint) -> Starlette:
         Route("/v2/repository/models/{adapter}/load", guarded(load), methods=["POST"]),
         Route("/v2/repository/models/{adapter}/unload", guarded(unload), methods=["POST"]),
         Route("/metrics", guarded(metrics)),
-        *page_routes(endpoint),
+        *page_routes(endpoint, guarded),
     ]
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [

@@ -30,7 +30,7 @@ def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
         TooLargeError: more pixels.
         RequestError: not a picture of these formats, or a damaged one.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         # Its limit on pixels is a warning below twice as much; ours is an error, and below.
@@ -48,6 +48,10 @@ def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{name}: {error}") from error
+    except UnidentifiedImageError as error:  # its text quotes an address in memory
+        raise RequestError(
+            f"{name}: expected an encoded {', '.join(FORMATS)} picture, found none."
+        ) from error
     except Exception as error:
         raise RequestError(
             f"{name}: expected an encoded {', '.join(FORMATS)} picture: {error}"

@@ -150,7 +150,9 @@ def tensor_from_values(name: str, datatype: str, shape: Any, values: Any) -> Ten
     else:
         try:
             with np.errstate(over="ignore"):  # an infinity is refused with the values
-                array = np.asarray(values).astype(dtype, casting="unsafe").reshape(-1)
+                # Integers of their own type at once: NumPy would go through float64 else.
+                found = np.asarray(values, dtype if dtype.kind in "iu" else None)
+                array = found.astype(dtype, casting="unsafe").reshape(-1)
         except (ValueError, TypeError, OverflowError, RecursionError, RuntimeWarning) as error:
             raise RequestError(
                 f"input {_shown(name)}: data: expected numbers of type {datatype}: {error}"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from hhdeploy.errors import require
 
@@ -28,18 +30,22 @@ class Now:
 
     Attributes:
         rows_used, rows: of the bank, the backbone's left out; 0, 0 of a folded bundle.
-        queued: images that wait.
+        queued, pending: images and requests that wait.
         runs: batches that were run.
         evictions: adapters that lost their row to another one.
         load_failures: adapters that could not be loaded.
+        adapters: names that there are; those of adapters that went are forgotten, so that there
+            are never more series than adapters.
     """
 
     rows_used: int
     rows: int
     queued: int
+    pending: int
     runs: int
     evictions: int
     load_failures: int
+    adapters: frozenset[str]
 
 
 class Metrics:
@@ -48,7 +54,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self._labels = {"model": model, "version": "1"}
         self.success = 0
-        self.failures: dict[str, int] = defaultdict(int)
+        self.failures = dict.fromkeys(_REASONS, 0)
         self.images = 0
         self.request_us = self.queue_us = self.input_us = self.infer_us = self.output_us = 0
         self.adapters: dict[str, int] = defaultdict(int)
@@ -124,10 +130,7 @@ class Metrics:
         yield counter(
             "nv_inference_request_failure",
             "Requests that were not",
-            *(
-                ({"reason": r}, self.failures[r])
-                for r in ("REJECTED", "CANCELED", "BACKEND", "OTHER")
-            ),
+            *(({"reason": r}, self.failures[r]) for r in _REASONS),
         )
         yield counter("nv_inference_count", "Images that were classified", (one, self.images))
         yield counter("nv_inference_exec_count", "Batches that were run", (one, now.runs))
@@ -143,15 +146,18 @@ class Metrics:
                 f"Microseconds of requests, {text}",
                 (one, value),
             )
-        pending = core.Metric("nv_inference_pending_request_count", "Images that wait", "gauge")
-        pending.add_sample("nv_inference_pending_request_count", self._labels, now.queued)
+        pending = core.Metric("nv_inference_pending_request_count", "Requests that wait", "gauge")
+        pending.add_sample("nv_inference_pending_request_count", self._labels, now.pending)
         yield pending
         per_adapter = core.CounterMetricFamily(
             "hhdeploy_adapter_images", "Images that were classified, by adapter", labels=["adapter"]
         )
+        for name in self.adapters.keys() - now.adapters:
+            del self.adapters[name]
         for adapter, count in self.adapters.items():
             per_adapter.add_metric([adapter], count)
         yield per_adapter
+        yield gauge("hhdeploy_queued_images", "Images that wait", now.queued)
         yield gauge("hhdeploy_bank_rows_used", "Rows of the bank that adapters take", now.rows_used)
         yield gauge("hhdeploy_bank_rows", "Rows of the bank there are for adapters", now.rows)
         yield core.CounterMetricFamily(
@@ -173,6 +179,17 @@ class Metrics:
             buckets.append((bound, float(total)))
         loads.add_metric([], buckets, self._load_seconds)
         yield loads
+
+
+def latency_ms(recent: Sequence[float]) -> dict[str, Any]:
+    """Percentiles ``p50``, ``p95``, ``p99`` of some milliseconds, and the ``recent`` themselves.
+
+    None for the percentiles of nothing. Several servers' are joined by joining their ``recent``.
+    """
+    shares = (50, 95, 99)
+    found = np.percentile(recent, shares).round(3).tolist() if recent else [None] * len(shares)
+    percentiles = {f"p{share}": value for share, value in zip(shares, found, strict=True)}
+    return {**percentiles, "recent": [round(value, 3) for value in recent]}
 
 
 class _Collector:

@@ -15,7 +15,7 @@ import uvicorn
 
 from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
-from hhdeploy.runtime.serving.grpc_server import start_grpc
+from hhdeploy.runtime.serving.grpc_server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http import http_app
 from hhdeploy.runtime.serving.service import Service
 
@@ -55,7 +55,7 @@ async def serve(
     Raises:
         DeviceError: a port is taken, or may not be listened on.
     """
-    limits, endpoint = service.settings.limits, LocalEndpoint(service)
+    endpoint = LocalEndpoint(service)
     config = uvicorn.Config(
         http_app(endpoint),
         log_config=None,
@@ -63,22 +63,24 @@ async def serve(
         lifespan="off",
         server_header=False,
         limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=int(limits.request_seconds + _GRACE_SECONDS),
+        timeout_graceful_shutdown=int(_grace(service)),
     )
     server = _Server(config)
+    grpc: GrpcServer | None = None
     with contextlib.closing(_listen(host, http_port)) as listening:
         try:
             await service.start()
-            grpc = await start_grpc(endpoint, host, grpc_port) if grpc_port is not None else None
-            _on_signals(service, server)
+            if grpc_port is not None:
+                grpc = await start_grpc(endpoint, host, grpc_port)
+            _on_signals(service, server, grpc)
             announce(
                 Addresses(host, listening.getsockname()[1], grpc.port if grpc is not None else None)
             )
             _LOG.info("serving", extra={"device": service.device})
             await server.serve(sockets=[listening])
-            if grpc is not None:
-                await grpc.stop(limits.request_seconds + _GRACE_SECONDS)
         finally:
+            if grpc is not None:  # a signal began this: HTTP and gRPC drain at the same time
+                await grpc.stop(_grace(service))
             await service.stop()
             _LOG.info("stopped")
 
@@ -91,16 +93,27 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _on_signals(service: Service, server: uvicorn.Server) -> None:
+def _grace(service: Service) -> float:
+    """Seconds that requests under way get once the server stops."""
+    return service.settings.limits.request_seconds + _GRACE_SECONDS
+
+
+def _on_signals(service: Service, server: uvicorn.Server, grpc: GrpcServer | None) -> None:
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    stops: list[asyncio.Task[None]] = []
+
     def stop(number: signal.Signals) -> None:
         _LOG.info("stopping", extra={"signal": number.name})
+        for each in numbers:  # the next one ends the process, whatever is under way
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
         service.ready = False  # for load balancers; what comes all the same is answered
-        # The second one does not wait for what is under way.
-        server.force_exit = server.should_exit
         server.should_exit = True
+        if grpc is not None:
+            stops.append(asyncio.create_task(grpc.stop(_grace(service))))
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         loop.add_signal_handler(number, stop, number)
 
 

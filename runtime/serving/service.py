@@ -20,12 +20,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import AdapterEntry, Manifest
+from hhdeploy.errors import PlanError
 from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.bank import Hold
@@ -96,6 +98,7 @@ class Service:
         )
         self._decoders = ThreadPoolExecutor(_DECODERS, "hhdeploy-decode")
         self._watch: asyncio.Task[None] | None = None
+        self._since = time.monotonic()
 
     @property
     def manifest(self) -> Manifest:
@@ -107,26 +110,43 @@ class Service:
         """What computes."""
         return self._session.device
 
+    @property
+    def uptime(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._since
+
     async def start(self) -> None:
-        """Find the fleet's adapters, run one image through, and be ready."""
+        """Find the fleet's adapters, run one image through, and be ready.
+
+        Raises:
+            PlanError: an adapter has the bundle's name, or see `Fleet.start`.
+        """
         if self.fleet is not None:
             await self.fleet.start()
+            if self.settings.model_name in self.fleet.names:
+                raise PlanError(
+                    f"{self.settings.model_name!r} is an adapter and the bundle's name in the "
+                    "protocol: requests could not tell them apart. Choose another --model-name."
+                )
             if self.settings.watch_seconds is not None:
                 self._watch = asyncio.create_task(self.fleet.watch(self.settings.watch_seconds))
         # The first run of a session allocates: not at the first request's cost.
         rows = None if self.fleet is None else np.zeros(1, np.int64)
-        await self._batcher.run(np.zeros((1, *self._manifest.input_size), np.float32), rows)
+        image = np.zeros((1, *self._manifest.input_size), np.float32)
+        with self._batcher.place(1) as place:
+            await self._batcher.run(place, image, rows)
         self.ready = True
 
     async def stop(self) -> None:
         """Take nothing new, answer what was taken, free the session."""
         self.ready = False
-        if self._watch is not None:
-            self._watch.cancel()
         await self._batcher.drain()
         self._decoders.shutdown(wait=True)
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
         if self.fleet is not None:
-            self.fleet.close()
+            await self.fleet.close()
         self._session.close()
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -142,11 +162,11 @@ class Service:
                 return await asyncio.wait_for(self._infer(request, begin), limit)
             except asyncio.TimeoutError:
                 raise TimedOutError(f"not answered within {limit:g} s.") from None
-        except RequestError as error:
-            self.metrics.failed(error.reason)
-            raise
         except asyncio.CancelledError:
             self.metrics.failed("CANCELED")
+            raise
+        except Exception as error:
+            self.metrics.failed(error.reason if isinstance(error, RequestError) else "OTHER")
             raise
 
     def alias(self, model: str, version: str = "") -> str | None:
@@ -172,13 +192,16 @@ class Service:
         """The numbers of this moment."""
         fleet = self.fleet
         used, rows = fleet.rows if fleet is not None else (0, 0)
+        names = fleet.names if fleet is not None else {a.name for a in self._manifest.adapters}
         return Now(
-            used,
-            rows,
-            self._batcher.queued,
-            self._batcher.runs,
-            fleet.counters.evictions if fleet is not None else 0,
-            fleet.counters.failures if fleet is not None else 0,
+            rows_used=used,
+            rows=rows,
+            queued=self._batcher.queued,
+            pending=self._batcher.pending,
+            runs=self._batcher.runs,
+            evictions=fleet.counters.evictions if fleet is not None else 0,
+            load_failures=fleet.counters.failures if fleet is not None else 0,
+            adapters=frozenset(names) | {BACKBONE},
         )
 
     def entries(self) -> list[AdapterEntry]:
@@ -206,24 +229,41 @@ class Service:
         wanted = self._wanted(request)
         priority = _priority(request)
         images, rows = self._plan(request, alias)
-        held: dict[str | None, Hold] = {}
-        entries: list[AdapterEntry | None] = [self._manifest.adapters[0]] * len(rows)
-        ids = None
-        try:
-            if self.fleet is not None:
-                held = await self.fleet.hold(dict.fromkeys(row.adapter for row in rows))
-                entries = [held[row.adapter].entry for row in rows]
-                ids = np.asarray([held[row.adapter].row for row in rows], np.int64)
-            pixels = await self._pixels(images, rows, entries)
+        with self._batcher.place(len(rows)) as place:
+            held = await self._hold(rows)
+            release = partial(self._release, held)
+            try:
+                entries, ids = self._assigned(held, rows)
+                pixels = await self._pixels(images, rows, entries)
+            except BaseException:
+                release()
+                raise
             prepared = time.perf_counter()
-            answer = await self._batcher.run(pixels, ids, priority)
-        finally:
-            for hold in held.values():
-                self.fleet.release(hold)  # type: ignore[union-attr]
+            answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
         outputs = tuple(self._output(w, answer, entries) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
         return InferResponse(request.model, request.id, outputs)
+
+    async def _hold(self, rows: Sequence[Row]) -> dict[str | None, Hold]:
+        """The bank's rows of a request by adapter; none of a folded bundle."""
+        if self.fleet is None:
+            return {}
+        return await self.fleet.hold(dict.fromkeys(row.adapter for row in rows))
+
+    def _assigned(
+        self, held: dict[str | None, Hold], rows: Sequence[Row]
+    ) -> tuple[Sequence[AdapterEntry | None], NDArray[np.int64] | None]:
+        """Of each image the adapter's entry, and its row in the bank."""
+        if self.fleet is None:
+            return [self._manifest.adapters[0]] * len(rows), None
+        holds = [held[row.adapter] for row in rows]
+        return [hold.entry for hold in holds], np.asarray([hold.row for hold in holds], np.int64)
+
+    def _release(self, held: dict[str | None, Hold]) -> None:
+        for hold in held.values():
+            assert self.fleet is not None
+            self.fleet.release(hold)
 
     def _count(
         self,
@@ -283,6 +323,13 @@ class Service:
         count = shape[0]
         if not count:
             raise RequestError("input images: expected at least one image, found none.")
+        adapters = request.inputs.get(ADAPTERS)
+        wanted = max(count, adapters.array.size if adapters is not None else 0)
+        if wanted > self.settings.max_batch:  # before they are looked at one by one
+            raise RequestError(
+                f"{wanted} images in one request: expected at most {self.settings.max_batch} "
+                "(--max-batch)."
+            )
         names = self._names(request, alias, count)
         if count not in (1, len(names)):
             raise RequestError(
@@ -290,11 +337,6 @@ class Service:
                 "images."
             )
         rows = [Row(i if count > 1 else 0, name) for i, name in enumerate(names)]
-        if len(rows) > self.settings.max_batch:
-            raise RequestError(
-                f"{len(rows)} images in one request: expected at most {self.settings.max_batch} "
-                "(--max-batch)."
-            )
         return images, rows
 
     def _names(self, request: InferRequest, alias: str | None, count: int) -> list[str | None]:
@@ -345,7 +387,8 @@ class Service:
             array: NDArray[np.float32] = images.array
             if len(rows) != len(array):
                 array = np.broadcast_to(array, (len(rows), *array.shape[1:]))
-            return np.ascontiguousarray(array, np.float32)
+            # Aligned as well, which what came in the middle of a body need not be.
+            return np.require(array, np.float32, ["C", "A"])
         encoded = images.array.reshape(-1)
         loop = asyncio.get_running_loop()
         ways = [e.preprocess if e is not None else self._backbone_preprocess() for e in entries]

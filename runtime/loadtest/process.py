@@ -1,0 +1,64 @@
+"""A server in a process of its own, on a free port of the loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hhdeploy.errors import SessionError
+
+_ANNOUNCED = re.compile(r"http://[^:\s]+:\d+")
+# Longer than the server takes to give up a request that is under way.
+_STOP_SECONDS = 60.0
+_SHOWN = 2000
+
+
+@dataclass
+class Server:
+    """A running server.
+
+    Attributes:
+        url: where it listens.
+        log: file of its standard error.
+        code: its exit code, once the block that runs it is left; None: it had to be killed.
+    """
+
+    url: str
+    log: Path
+    code: int | None = None
+
+
+@contextlib.contextmanager
+def running_server(command: Sequence[str], log: Path) -> Iterator[Server]:
+    """Start a server, give it once it has announced its address, ask it to stop at the end.
+
+    Args:
+        command: prints a line with its address, ``http://HOST:PORT``, once it answers.
+        log: file for its standard error.
+
+    Raises:
+        SessionError: it ended instead.
+    """
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    with process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = _ANNOUNCED.search(line)
+            if found is None:
+                process.kill()  # it may have printed something else, and run on
+                process.wait()
+                said = line + log.read_text(errors="replace")[-_SHOWN:]
+                raise SessionError(f"the server did not start: {said.strip()}")
+            server = Server(found.group(), log)
+            yield server
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.code = process.wait(_STOP_SECONDS)
+        finally:
+            process.kill()

@@ -1,0 +1,157 @@
+"""Adapters on disk: where they are, whether they changed, reading and writing them.
+
+An adapter is a folder with two files, in the bundle or in the fleet directory; the fleet
+directory's goes before the bundle's of the same name. Everything here blocks: the fleet calls it
+on a thread of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.bundle import Bundle
+from hhdeploy.errors import AdapterError, HhdeployError, PlanError
+from hhdeploy.files import atomic_directory
+from hhdeploy.plan import check_name
+from hhdeploy.runtime.bank import AdapterBank, Packed
+
+# What a change of an adapter's files cannot leave as it was: inode, size, time of each.
+Stamp = tuple[tuple[int, int, int], ...]
+_FILES = (CONFIG_FILE, TENSOR_FILE)
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's folder as it was when it was looked at; another one if its files changed.
+
+    Attributes:
+        name: of the adapter.
+        path: of its folder.
+        stamp: of its files.
+        bundled: it is the bundle's, so that its files have hashes to match.
+        verified: from the bundle's manifest.
+    """
+
+    name: str
+    path: Path
+    stamp: Stamp
+    bundled: bool = False
+    verified: bool = False
+
+
+class AdapterFiles:
+    """The folders that the adapters of one open bundle are read from."""
+
+    def __init__(self, bundle: Bundle, bank: AdapterBank, directory: Path | None) -> None:
+        """``directory``: the fleet directory, one adapter a folder; None: the bundle alone."""
+        self._bundle = bundle
+        self._bank = bank
+        self._directory = directory
+
+    def bundled(self) -> dict[str, Source]:
+        """The bundle's adapters by name."""
+        root = self._bundle.path / "adapters"
+        return {
+            a.name: Source(a.name, root / a.name, _stamp(root / a.name), True, a.verified)
+            for a in self._bundle.manifest.adapters
+        }
+
+    def sources(self) -> dict[str, Source]:
+        """All adapters by name. Raises `OSError` if the fleet directory cannot be read."""
+        found = self.bundled()
+        if self._directory is not None:
+            for path in sorted(self._directory.iterdir()):
+                if not path.name.startswith(".") and path.is_dir():
+                    # What cannot even be printed is no name either: refused when it is read.
+                    name = path.name if path.name.isprintable() else ascii(path.name)
+                    found[name] = Source(name, path, _stamp(path))
+        return found
+
+    def find(self, name: str) -> Source | None:
+        """One adapter as it is now; None if there is none, or the name is not acceptable."""
+        try:
+            check_name(name)
+        except PlanError:
+            return None
+        if self._directory is not None and (self._directory / name).is_dir():
+            return Source(name, self._directory / name, _stamp(self._directory / name))
+        return self.bundled().get(name)
+
+    def read(self, source: Source) -> Packed:
+        """Read, check and pack an adapter.
+
+        Files that change meanwhile may be half of the old and half of the new adapter: they are
+        read again.
+
+        Raises:
+            HhdeployError: what is wrong with its name or its files, or that they change all the
+                time.
+        """
+        for _ in range(_TRIES):
+            before = _stamp(source.path)
+            try:
+                packed = self._read(source)
+            except HhdeployError:
+                if _stamp(source.path) == before:
+                    raise
+            else:
+                if _stamp(source.path) == before:
+                    return packed
+        raise AdapterError(
+            f"{source.path} was changed while it was read, {_TRIES} times. Write an adapter "
+            "beside the fleet directory, and move its folder there when it is complete."
+        )
+
+    def _read(self, source: Source) -> Packed:
+        try:
+            if source.bundled:
+                for file in _FILES:
+                    self._bundle.file(f"adapters/{source.name}/{file}")
+            else:
+                self._check_inside(source.path)
+            return self._bank.pack(source.name, source.path, verified=source.verified)
+        except (OSError, RecursionError) as error:  # no permission; JSON nested without end
+            raise AdapterError(f"{source.path} cannot be read: {error}") from error
+
+    def write(self, name: str, config: bytes, tensors: bytes) -> tuple[Source, Packed]:
+        """Write an adapter into the fleet directory, checked before it is seen there.
+
+        Raises:
+            HhdeployError: the name or the adapter is not acceptable; nothing is changed.
+        """
+        assert self._directory is not None
+        target = self._directory / check_name(name)
+        with atomic_directory(target, overwrite=True) as scratch:
+            (scratch / CONFIG_FILE).write_bytes(config)
+            (scratch / TENSOR_FILE).write_bytes(tensors)
+            try:
+                packed = self._bank.pack(name, scratch)
+            except (HhdeployError, RecursionError) as error:
+                # Not the scratch directory's name, which is gone when somebody reads it.
+                raise AdapterError(str(error).replace(str(scratch), name)) from error
+        return Source(name, target, _stamp(target)), packed
+
+    def _check_inside(self, path: Path) -> None:
+        assert self._directory is not None
+        root = self._directory.resolve()
+        for file in (path, *(path / name for name in _FILES)):
+            if not file.resolve().is_relative_to(root):
+                raise AdapterError(
+                    f"{file} is a link that leads out of the fleet directory. Copy the adapter "
+                    "there."
+                )
+
+
+def _stamp(directory: Path) -> Stamp:
+    stamps = []
+    for file in _FILES:
+        try:
+            found = (directory / file).stat()
+        except OSError:
+            stamps.append((0, 0, 0))
+        else:
+            stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
+    return tuple(stamps)

@@ -1,0 +1,372 @@
+// The page at `/`. Numbers come from /status, answers from the protocol's own infer.
+// Names and labels are other people's text: they enter the page as textContent alone.
+
+const EVERY_MS = 2000; // between two looks at /status
+const TIMEOUT_MS = 10_000; // of one look
+const MOST = 200; // adapters shown, and asked, at a time
+const TOP = 3; // classes of an answer
+const SMALL = 128; // pictures with fewer pixels a side are shown as they are, enlarged
+const STATES = ["ready", "on disk", "broken", "unloaded"];
+const REASONS = { // why a request failed
+  REJECTED: "refused",
+  CANCELED: "cancelled",
+  BACKEND: "in the session",
+  OTHER: "wrong",
+};
+
+const $ = (id) => document.getElementById(id);
+const count = new Intl.NumberFormat("en");
+let status = null; // the last one that came
+let picture = null; // { file, base64 }
+
+// --- small things -------------------------------------------------------------------------------
+
+function element(name, className, text) {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+/** Change a text only if it is another one: a selection survives, a reader is not told twice. */
+function put(id, text) {
+  if ($(id).textContent !== text) $(id).textContent = text;
+}
+
+function plural(n, one, many = `${one}s`) {
+  return `${count.format(n)} ${n === 1 ? one : many}`;
+}
+
+function milliseconds(value) {
+  if (value === null) return "–";
+  return value < 10 ? `${value.toFixed(1)} ms` : `${count.format(Math.round(value))} ms`;
+}
+
+function duration(seconds) {
+  const units = [["day", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+  const first = units.findIndex(([, size]) => seconds >= size);
+  if (first < 0) return "0 s";
+  let left = Math.floor(seconds);
+  return units.slice(first, first + 2).map(([unit, size]) => {
+    const whole = Math.floor(left / size);
+    left -= whole * size;
+    return unit === "day" ? plural(whole, unit) : `${whole} ${unit}`;
+  }).join(" ");
+}
+
+function bytes(n) {
+  if (n < 1e3) return plural(n, "byte");
+  const [unit, size] = n < 1e6 ? ["kB", 1e3] : ["MB", 1e6];
+  return `${(n / size).toFixed(1)} ${unit}`;
+}
+
+const canAnswer = (adapter) => adapter.state === "ready" || adapter.state === "on disk";
+
+function matching() {
+  const wanted = $("filter").value.trim().toLowerCase();
+  return status.adapters.filter(
+    (a) => a.name.toLowerCase().includes(wanted) || a.state.startsWith(wanted),
+  );
+}
+
+// --- numbers ------------------------------------------------------------------------------------
+
+function show() {
+  document.title = `${status.model} – hhdeploy`;
+  put("model", status.model);
+  put("about", [status.device, status.precision, `up ${duration(status.uptime_seconds)}`]
+    .filter(Boolean).join(" · "));
+  put("version", `hhdeploy ${status.version}`);
+  put("answered", count.format(status.requests.answered));
+  put("failed", failures(status.requests.failed));
+  put("images", count.format(status.images));
+  put("batches", status.images
+    ? `${(status.images / status.batches).toFixed(1)} in a batch on average` : "");
+  put("queued", count.format(status.queued_images));
+  put("largest", `up to ${status.max_batch} go in one batch`);
+  $("bank").hidden = !status.bank;
+  if (status.bank) {
+    const { rows_used: used, rows, evictions, load_failures: failed } = status.bank;
+    put("rows", `${count.format(used)} of ${count.format(rows)}`);
+    put("evictions", [plural(evictions, "eviction"), failed && plural(failed, "failed load")]
+      .filter(Boolean).join(", "));
+  }
+  showLatency(status.latency_ms);
+  showAdapters();
+}
+
+function failures(byReason) {
+  const found = Object.entries(byReason).filter(([, n]) => n);
+  if (!found.length) return "none failed";
+  const all = found.reduce((sum, [, n]) => sum + n, 0);
+  const why = found.map(([reason, n]) => `${count.format(n)} ${REASONS[reason]}`).join(", ");
+  return `${count.format(all)} failed: ${why}`;
+}
+
+/** One line a request, the newest at the right. */
+function showLatency({ p50, p95, p99, recent }) {
+  put("p50", milliseconds(p50));
+  put("p95", milliseconds(p95));
+  put("p99", milliseconds(p99));
+  const most = Math.max(0, ...recent);
+  const top = Math.min(most, 1.5 * p99); // a single slow one would flatten all others
+  const width = Math.max(recent.length, 100);
+  const start = width - recent.length + 0.5;
+  $("strip").setAttribute("viewBox", `0 0 ${width} 100`);
+  $("strip-bars").setAttribute("d", recent.map(
+    (ms, i) => `M${start + i},100V${(100 - (100 * Math.min(ms, top)) / top).toFixed(1)}`,
+  ).join(""));
+  const note = recent.length
+    ? `Latency of the last ${plural(recent.length, "request")}` : "No request yet";
+  const longest = `longest ${milliseconds(most)}`;
+  put("strip-note", note);
+  put("strip-most", recent.length ? `0 to ${milliseconds(top)}, ${longest}` : "");
+  $("strip").setAttribute("aria-label", `${note}: median ${milliseconds(p50)}, ${longest}`);
+}
+
+let shown = ""; // what the table shows, so that it is made anew only for something new
+
+function showAdapters() {
+  const found = matching();
+  const rows = found.slice(0, MOST);
+  const states = STATES.map((state) => [
+    state, status.adapters.filter((adapter) => adapter.state === state).length,
+  ]);
+  put("shown", [
+    `${plural(status.adapters.length, "adapter")}: ` +
+      states.filter(([, n]) => n).map(([state, n]) => `${count.format(n)} ${state}`).join(", "),
+    found.length < status.adapters.length && `${count.format(found.length)} match the filter`,
+    rows.length < found.length && `the first ${rows.length} are shown`,
+  ].filter(Boolean).join("; ") + ".");
+  const text = JSON.stringify(rows);
+  if (text === shown) return;
+  shown = text;
+  $("adapters").replaceChildren(...rows.map(adapterRow));
+}
+
+function adapterRow(adapter) {
+  const row = element("tr");
+  const name = element("th", "", adapter.name);
+  name.scope = "row";
+  const state = element("td");
+  const text = adapter.pinned ? `${adapter.state}, pinned` : adapter.state;
+  state.append(element("span", `state ${adapter.state}`, text));
+  if (adapter.problem) state.append(element("div", "problem", adapter.problem));
+  const numbers = [adapter.classes, adapter.row, adapter.images];
+  row.append(name, state, ...numbers.map(
+    (n) => element("td", "number", n === null ? "–" : count.format(n)),
+  ));
+  return row;
+}
+
+// --- polling ------------------------------------------------------------------------------------
+
+function health(kind, text) {
+  $("health").className = `health ${kind}`;
+  put("health", text);
+  document.body.classList.toggle("stale", kind === "bad");
+}
+
+async function look() {
+  try {
+    const response = await fetch("status", { signal: AbortSignal.timeout(TIMEOUT_MS) });
+    if (!response.ok) throw new Error(await problemOf(response));
+    status = await response.json();
+  } catch (error) {
+    const why = error instanceof TypeError || error.name === "TimeoutError"
+      ? "The server does not answer" : error.message;
+    health("bad", why);
+    return;
+  }
+  show();
+  if (status.ready) health("good", "Ready");
+  else health("", "Not ready");
+}
+
+let timer = 0;
+
+async function poll() {
+  clearTimeout(timer);
+  if (document.hidden) return;
+  const begin = performance.now();
+  await look();
+  // A long list of adapters costs the server something: look at most a tenth of the time.
+  const spent = performance.now() - begin;
+  clearTimeout(timer);
+  timer = setTimeout(poll, Math.max(EVERY_MS, 10 * spent));
+}
+
+// --- playground ---------------------------------------------------------------------------------
+
+async function problemOf(response) {
+  try {
+    return (await response.json()).error ?? `status ${response.status}`;
+  } catch {
+    return `status ${response.status} ${response.statusText}`;
+  }
+}
+
+function take(file) {
+  if (!file) return;
+  const reader = new FileReader();
+  reader.onerror = () => refuse(`${file.name} cannot be read: ${reader.error.message}`);
+  reader.onload = () => {
+    picture = { file, base64: reader.result.slice(reader.result.indexOf(",") + 1) };
+    preview(file);
+    ask();
+  };
+  reader.readAsDataURL(file);
+}
+
+function preview(file) {
+  const image = $("preview");
+  URL.revokeObjectURL(image.src);
+  const about = `${file.name || "pasted picture"}, ${bytes(file.size)}`;
+  put("picture", about);
+  image.onload = () => {
+    image.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < SMALL);
+    put("picture", `${about}, ${image.naturalWidth} × ${image.naturalHeight} pixels`);
+  };
+  image.onerror = () => { image.hidden = true; $("invitation").hidden = false; };
+  image.alt = `The picture: ${file.name}`;
+  image.src = URL.createObjectURL(file);
+  image.hidden = false;
+  $("invitation").hidden = true;
+  $("playground").classList.remove("empty");
+}
+
+function refuse(text) {
+  $("refused").hidden = !text;
+  put("refused", text);
+}
+
+let asking = new AbortController(); // of the questions under way; a new picture ends them
+
+/** Ask the adapters that match the filter, as many at a time as one batch and the bank take. */
+async function ask() {
+  asking.abort();
+  const { signal } = (asking = new AbortController());
+  $("again").hidden = false;
+  $("answers").replaceChildren();
+  refuse("");
+  if (!status) return refuse("The server has not answered yet. Ask again.");
+  if (picture.base64.length + 100_000 > status.body_bytes) {
+    return refuse(`The picture is too large: the server takes requests of ${bytes(status.body_bytes)}.`);
+  }
+  const found = matching().filter(canAnswer);
+  const names = found.slice(0, MOST).map((a) => a.name);
+  if (!names.length) return refuse("No adapter that answers matches the filter.");
+  const begin = performance.now();
+  let requests = 0;
+  let answered = 0;
+  try {
+    for (const some of batches(names)) {
+      put("said", `Asking ${plural(names.length, "adapter")} …`);
+      const said = await inferPatiently(some, signal);
+      $("answers").append(...said.map(([name, classes]) => answerCard(name, classes)));
+      answered += said.length;
+      requests += 1;
+    }
+  } catch (error) {
+    if (signal.aborted) return;
+    refuse(error instanceof TypeError ? "The server does not answer." : error.message);
+  }
+  if (!answered) return put("said", "No adapter answered.");
+  const ms = milliseconds(performance.now() - begin);
+  put("said", [
+    `${plural(answered, "adapter")} answered in ${plural(requests, "request")}, ${ms}`,
+    names.length < found.length && `the first ${names.length} of ${count.format(found.length)} were asked: narrow the filter for others`,
+  ].filter(Boolean).join("; ") + ".");
+}
+
+/** Names in groups that fit one batch, and the rows that no pinned adapter keeps. */
+function* batches(names) {
+  let most = status.max_batch;
+  if (status.bank) {
+    const pinned = status.adapters.filter((a) => a.pinned).length;
+    const rows = status.bank.rows / (status.replicas ?? 1); // those of all replicas are added up
+    most = Math.max(1, Math.min(most, Math.floor(rows) - pinned));
+  }
+  for (let i = 0; i < names.length; i += most) yield names.slice(i, i + most);
+}
+
+/** One request. If an adapter turns out to be broken or gone, the others are asked again. */
+async function inferPatiently(names, signal) {
+  try {
+    return await infer(names, signal);
+  } catch (error) {
+    if (signal.aborted || error instanceof TypeError) throw error;
+    await look();
+    const left = new Set(status.adapters.filter(canAnswer).map((a) => a.name));
+    const some = names.filter((name) => left.has(name));
+    if (!some.length || some.length === names.length) throw error;
+    refuse(error.message);
+    return infer(some, signal);
+  }
+}
+
+/** One picture, every name: [[name, [[score, label], ...]], ...]. */
+async function infer(names, signal) {
+  const response = await fetch(`v2/models/${encodeURIComponent(status.model)}/infer`, {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    signal,
+    body: JSON.stringify({
+      inputs: [
+        { name: "images", datatype: "BYTES", shape: [1], data: [picture.base64] },
+        { name: "adapters", datatype: "BYTES", shape: [names.length], data: names },
+      ],
+      outputs: [{ name: "probabilities", parameters: { classification: TOP } }],
+    }),
+  });
+  if (!response.ok) throw new Error(await problemOf(response));
+  const [{ shape, data }] = (await response.json()).outputs;
+  return names.map((name, i) => [name, data.slice(i * shape[1], (i + 1) * shape[1])
+    .filter(Boolean).map(classOf)]);
+}
+
+/** "score:index:label", whose label may hold colons. */
+function classOf(text) {
+  const [, score, label] = /^([^:]*):\d+:(.*)$/s.exec(text);
+  return [Number(score), label];
+}
+
+function answerCard(name, classes) {
+  const card = element("li");
+  const list = element("ol");
+  for (const [score, label] of classes) {
+    const item = element("li");
+    const track = element("span", "track");
+    const bar = element("i");
+    bar.style.width = `${100 * score}%`;
+    track.append(bar);
+    item.append(element("span", "label", label), element("span", "share", percent(score)), track);
+    list.append(item);
+  }
+  card.append(element("h3", "", name), list);
+  return card;
+}
+
+function percent(score) {
+  if (Number.isNaN(score)) return "not a number";
+  return `${(100 * score).toFixed(score < 0.0995 ? 1 : 0)} %`;
+}
+
+// --- what people do -----------------------------------------------------------------------------
+
+$("file").addEventListener("change", (event) => take(event.target.files[0]));
+$("again").addEventListener("click", ask);
+$("filter").addEventListener("input", () => status && showAdapters());
+document.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+document.addEventListener("dragover", (event) => {
+  event.preventDefault(); // a picture that misses the field must not replace the page
+  $("drop").classList.add("over");
+});
+document.addEventListener("dragleave", () => $("drop").classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  take(event.dataTransfer.files[0]);
+});
+document.addEventListener("visibilitychange", poll);
+poll();

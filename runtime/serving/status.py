@@ -1,0 +1,73 @@
+"""What the page at `/` shows of one service, as JSON."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from hhdeploy.runtime.serving.fleet import Status
+from hhdeploy.runtime.serving.metrics import latency_ms
+from hhdeploy.runtime.serving.service import Service
+
+
+def status_of(service: Service) -> dict[str, Any]:
+    """The numbers of this moment.
+
+    Keys:
+        version: of hhdeploy.
+        model, device: what is served, and what computes.
+        precision: None where the bundle has graphs of several: a session does not tell its own.
+        ready, uptime_seconds: health.
+        max_batch, body_bytes: what one request may hold.
+        queued_images, batches, images: waiting; run; classified.
+        requests: how many were ``answered``, and ``failed`` by Triton's reason.
+        latency_ms: see `latency_ms`.
+        bank: rows used and rows there are for adapters, evictions, load failures; None if folded.
+        adapters: sorted by name; ``classes`` and ``row`` are None without a row.
+    """
+    metrics, now = service.metrics, service.now()
+    bank = None
+    if service.fleet is not None:
+        bank = {
+            "rows_used": now.rows_used,
+            "rows": now.rows,
+            "evictions": now.evictions,
+            "load_failures": now.load_failures,
+        }
+    graphs = list(service.manifest.graphs)
+    return {
+        "version": version("hhdeploy"),
+        "model": service.settings.model_name,
+        "device": service.device,
+        "precision": graphs[0] if len(graphs) == 1 else None,
+        "ready": service.ready,
+        "uptime_seconds": round(service.uptime, 1),
+        "max_batch": service.settings.max_batch,
+        "body_bytes": service.settings.limits.body_bytes,
+        "queued_images": now.queued,
+        "batches": now.runs,
+        "images": metrics.images,
+        "requests": {"answered": metrics.success, "failed": dict(metrics.failures)},
+        "latency_ms": latency_ms([1e3 * seconds for seconds in metrics.recent]),
+        "bank": bank,
+        "adapters": _adapters(service),
+    }
+
+
+def _adapters(service: Service) -> list[dict[str, Any]]:
+    if service.fleet is None:
+        found = [Status(a.name, "ready", "", False, a) for a in service.manifest.adapters]
+    else:
+        found = service.fleet.statuses()
+    return [
+        {
+            "name": adapter.name,
+            "state": adapter.state,
+            "problem": adapter.problem,
+            "pinned": adapter.pinned,
+            "classes": adapter.entry.classes if adapter.entry is not None else None,
+            "row": adapter.entry.row if adapter.entry is not None else None,
+            "images": service.metrics.adapters.get(adapter.name, 0),
+        }
+        for adapter in found
+    ]

@@ -1,0 +1,788 @@
+"""Adapters in rows and on disk: loading, eviction, replacement, removal, the fleet directory."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.errors import HhdeployError, PlanError, SessionError
+from hhdeploy.runtime import open_session
+from hhdeploy.runtime.serving.errors import ForbiddenError, NotFoundError, RequestError
+from hhdeploy.runtime.serving.fleet import Fleet
+from tests.runtime.serving.fleets import (
+    PATIENCE,
+    check_at_rest,
+    files_of,
+    make_adapter,
+    put_adapter,
+    settle,
+    until,
+)
+from tests.support import random_adapter
+from tests.workshop import contents, copy_bundle, flip_byte
+
+
+class Scene:
+    """A fleet over `small` (alpha and gamma), its directory, and a reader that can be held up."""
+
+    def __init__(self, session, directory, workshop, pinned=()):
+        self.bank = session.adapters
+        self.directory = directory
+        self.workshop = workshop
+        self.fleet = Fleet(session.bundle, self.bank, directory, frozenset(pinned))
+        self.reads = []
+        self._open = threading.Event()
+        self._open.set()
+        self._read = self.fleet._files.read
+        self.fleet._files.read = self.read
+
+    def read(self, source):
+        self.reads.append(source.name)
+        assert self._open.wait(PATIENCE)
+        return self._read(source)
+
+    @contextmanager
+    def reader_held_up(self):
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
+    def put(self, name, seed=0):
+        return put_adapter(make_adapter(self.workshop, seed), self.directory, name)
+
+    def row(self, seed):
+        """What the row of such an adapter holds."""
+        return self.bank.pack("any", make_adapter(self.workshop, seed)).row
+
+    async def ask(self, *names):
+        return await self.fleet.hold(dict.fromkeys(names))
+
+    async def asked(self, *names):
+        """Hold and release: a request that is answered at once."""
+        held = await self.ask(*names)
+        values = {name: self.bank.rows[hold.row].copy() for name, hold in held.items()}
+        self.release(held)
+        return values
+
+    def release(self, held):
+        for hold in held.values():
+            self.fleet.release(hold)
+
+    def state(self, name):
+        return self.fleet.status(name).state
+
+
+@pytest.fixture
+def play(small, workshop, tmp_path):
+    """Run a scene with a fleet of its own; nothing may be held or leak at its end."""
+
+    def run(scene, *, slots=4, names=("a", "b", "c"), pinned=(), bundle=small, directory=True):
+        fleet = tmp_path / "fleet"
+        fleet.mkdir(exist_ok=True)
+        for seed, name in enumerate(names):
+            put_adapter(make_adapter(workshop, seed), fleet, name)
+
+        async def body():
+            with open_session(bundle, device="cpu", threads=1, slots=slots, partial=True) as opened:
+                made = Scene(opened, fleet if directory else None, workshop, pinned)
+                try:
+                    await made.fleet.start()
+                    made.reads.clear()
+                    await asyncio.wait_for(scene(made), PATIENCE)
+                    check_at_rest(made.bank)
+                finally:
+                    await made.fleet.close()
+
+        asyncio.run(body())
+
+    return run
+
+
+# --- loading on demand --------------------------------------------------------------------------
+
+
+def test_an_adapter_on_disk_is_loaded_when_it_is_asked_for(play):
+    async def scene(s):
+        assert [x.name for x in s.fleet.statuses()] == ["a", "alpha", "b", "c", "gamma"]
+        assert (s.state("a"), s.state("alpha")) == ("on disk", "ready")
+        assert s.fleet.status("a").entry is None
+        held = await s.ask("a")
+        assert held["a"].entry.name == "a"
+        assert np.array_equal(s.bank.rows[held["a"].row], s.row(0))
+        assert s.state("a") == "ready"
+        s.release(held)
+        assert s.fleet.rows == (3, 3)
+        await s.asked("a", "alpha", "gamma")
+        assert s.reads == ["a"]
+
+    play(scene)
+
+
+def test_an_adapter_that_there_is_not(play):
+    async def scene(s):
+        with pytest.raises(
+            NotFoundError, match=r"unknown adapter 'omega'\. There are: a, alpha, b"
+        ):
+            await s.ask("omega")
+        with pytest.raises(NotFoundError, match="omega"):
+            await s.ask("a", "omega")
+
+    play(scene)
+
+
+def test_many_that_wait_for_one_adapter_cost_one_load(play):
+    async def scene(s):
+        with s.reader_held_up():
+            tasks = [asyncio.create_task(s.ask("a")) for _ in range(20)]
+            await settle()
+        held = await asyncio.gather(*tasks)
+        assert s.reads == ["a"]
+        assert len({h["a"].row for h in held}) == 1
+        for each in held:
+            s.release(each)
+
+    play(scene)
+
+
+def test_loading_one_does_not_stop_the_others(play):
+    async def scene(s):
+        with s.reader_held_up():
+            waiting = asyncio.create_task(s.ask("a"))
+            await until(lambda: s.reads == ["a"])
+            for _ in range(5):
+                await s.asked("alpha", "gamma")
+            assert not waiting.done()
+        s.release(await waiting)
+
+    play(scene)
+
+
+def test_one_that_leaves_takes_nothing_from_those_who_wait_as_well(play):
+    async def scene(s):
+        with s.reader_held_up():
+            left, stays = (asyncio.create_task(s.ask("a")) for _ in range(2))
+            await settle()
+            left.cancel()
+            await asyncio.wait([left])
+        held = await stays
+        assert np.array_equal(s.bank.rows[held["a"].row], s.row(0))
+        s.release(held)
+
+    play(scene)
+
+
+def test_one_that_leaves_at_the_moment_its_row_is_handed_over_gives_it_back(play):
+    async def scene(s):
+        left = asyncio.create_task(s.ask("a"))
+        # Called when the row was handed over and the request has not woken up yet.
+        s.fleet.counters.loaded = lambda seconds: left.cancel()
+        await asyncio.wait([left])
+        assert left.cancelled()
+        assert "a" in s.bank
+
+    play(scene)
+
+
+def test_a_request_that_fails_half_way_holds_nothing(play):
+    """The bundle has no classifier of the bare backbone."""
+
+    async def scene(s):
+        for names in (("alpha", None), ("alpha", "a", None)):
+            with pytest.raises(RequestError, match="no classifier of the bare backbone"):
+                await s.ask(*names)
+
+    play(scene)
+
+
+# --- more adapters than rows --------------------------------------------------------------------
+
+
+def test_the_least_recently_used_gives_its_row_up(play):
+    async def scene(s):
+        await s.asked("gamma")
+        await s.asked("alpha")
+        await s.asked("a")
+        assert set(s.bank) == {"alpha", "a"}
+        await s.asked("alpha")
+        await s.asked("b")
+        assert set(s.bank) == {"alpha", "b"}
+        assert s.state("a") == "on disk"
+        assert s.fleet.counters.evictions == 2
+        await s.asked("gamma")
+        assert set(s.bank) == {"b", "gamma"}
+
+    play(scene, slots=3)
+
+
+def test_many_adapters_in_turn_through_few_rows(play):
+    async def scene(s):
+        for turn in range(30):
+            name = "abc"[turn % 3]
+            values = await s.asked(name)
+            assert np.array_equal(values[name], s.row("abc".index(name)))
+        assert s.fleet.rows == (2, 2)
+
+    play(scene, slots=3)
+
+
+def test_pinned_adapters_keep_their_rows(play):
+    async def scene(s):
+        row = s.bank["gamma"].row
+        for name in "abcabc":
+            await s.asked(name)
+            assert s.bank["gamma"].row == row
+        assert s.fleet.status("gamma").pinned
+        assert s.fleet.status("a").pinned is False
+        with pytest.raises(RequestError, match=r"2 adapters at a time, .* room for 1"):
+            await s.ask("a", "b")
+        await s.asked("a", "gamma")
+
+    play(scene, slots=3, pinned=("gamma",))
+
+
+def test_pinned_adapters_are_loaded_at_the_start(play):
+    async def scene(s):
+        assert set(s.bank) == {"a", "b"}
+        with pytest.raises(RequestError, match=r"room for 0 that are not pinned.*more --slots"):
+            await s.ask("c")
+        for change in (s.fleet.load("c"), s.fleet.upload("d", b"{}", b"")):
+            with pytest.raises(RequestError, match="room for 0"):
+                await change
+        assert not (s.directory / "d").exists()
+        await s.asked("a", "b")
+
+    play(scene, slots=3, pinned=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("pinned", "message"),
+    [(("omega",), "--pin: unknown adapter 'omega'"), (("a", "b", "c"), "--slots 4 or more")],
+)
+def test_pins_that_cannot_be(play, pinned, message):
+    with pytest.raises(PlanError, match=message):
+        play(None, slots=3, pinned=pinned)
+
+
+def test_an_evicted_adapter_s_requests_are_answered_before_its_row_changes(play):
+    async def scene(s):
+        held = await s.ask("alpha", "gamma")
+        before = s.bank.rows.copy()
+        waiting = asyncio.create_task(s.ask("a"))
+        await until(lambda: s.reads == ["a"])
+        await until(lambda: len(s.bank) == 1)  # evicted: nobody new gets it
+        await settle()
+        assert not waiting.done()
+        assert np.array_equal(s.bank.rows, before)
+        s.release(held)
+        s.release(await waiting)
+
+    play(scene, slots=3)
+
+
+def test_an_idle_adapter_is_evicted_rather_than_one_in_use(play):
+    """Though it was used later."""
+
+    async def scene(s):
+        held = await s.ask("alpha")
+        await s.asked("gamma")
+        await s.asked("a")
+        assert set(s.bank) == {"alpha", "a"}
+        s.release(held)
+
+    play(scene, slots=3)
+
+
+def test_nobody_waits_for_a_row_that_drains_while_another_is_idle(play):
+    async def scene(s):
+        held = await s.ask("alpha")
+        await s.fleet.unload("alpha")
+        await s.asked("a")  # takes gamma's
+        assert set(s.bank) == {"a"}
+        s.release(held)
+
+    play(scene, slots=3)
+
+
+def test_more_adapters_in_a_request_than_rows(play):
+    async def scene(s):
+        with pytest.raises(RequestError, match="3 adapters at a time, the bank has room for 2"):
+            await s.ask("a", "b", "c")
+        values = await s.asked("a", "b")
+        assert np.array_equal(values["a"], s.row(0))
+        assert np.array_equal(values["b"], s.row(1))
+
+    play(scene, slots=3)
+
+
+def test_requests_that_need_all_rows_do_not_wait_for_each_other_for_ever(play):
+    async def scene(s):
+        pairs = [("a", "b"), ("b", "c"), ("c", "a"), ("alpha", "gamma"), ("gamma", "a")] * 4
+        found = await asyncio.gather(*(s.asked(*pair) for pair in pairs), s.asked("c"))
+        for values in found:
+            for name, row in values.items():
+                if name in "abc":
+                    assert np.array_equal(row, s.row("abc".index(name)))
+
+    play(scene, slots=3)
+
+
+def test_a_request_that_gathers_rows_does_not_hold_up_a_replacement_of_one(play):
+    """Nor itself: the old row must drain, and it would be the one to hold it."""
+
+    async def scene(s):
+        await s.asked("a")
+        s.reads.clear()
+        s.put("a", seed=7)
+        with s.reader_held_up():
+            change = asyncio.create_task(s.fleet.load("a"))
+            await until(lambda: s.reads == ["a"])
+            both = asyncio.create_task(s.asked("a", "b"))
+            await settle()
+        await change
+        values = await both
+        assert np.array_equal(values["a"], s.row(7))
+        assert np.array_equal(values["b"], s.row(1))
+
+    play(scene, slots=3)
+
+
+def test_a_single_row_serves_all(play):
+    async def scene(s):
+        found = await asyncio.gather(*(s.asked(name) for name in "abcabcabc"))
+        for values, name in zip(found, "abcabcabc", strict=True):
+            assert np.array_equal(values[name], s.row("abc".index(name)))
+
+    play(scene, slots=2)
+
+
+# --- replace, remove ----------------------------------------------------------------------------
+
+
+def test_a_replaced_adapter_answers_who_holds_it_and_the_new_one_all_later(play):
+    async def scene(s):
+        old = await s.ask("a")
+        s.put("a", seed=7)
+        await s.fleet.load("a")
+        new = await s.ask("a")
+        assert np.array_equal(s.bank.rows[old["a"].row], s.row(0))
+        assert np.array_equal(s.bank.rows[new["a"].row], s.row(7))
+        s.release(old)
+        assert np.array_equal(s.bank.rows[new["a"].row], s.row(7))
+        s.release(new)
+
+    play(scene)
+
+
+def test_a_replacement_where_all_other_rows_are_pinned(play):
+    async def scene(s):
+        old = await s.ask("a")
+        s.put("a", seed=7)
+        change = asyncio.create_task(s.fleet.load("a"))
+        await until(lambda: "a" not in s.bank)
+        later = asyncio.create_task(s.asked("a"))
+        await settle()
+        assert np.array_equal(s.bank.rows[old["a"].row], s.row(0))
+        s.release(old)
+        await change
+        assert np.array_equal((await later)["a"], s.row(7))
+
+    play(scene, slots=3, pinned=("gamma",))
+
+
+def test_a_broken_replacement_keeps_the_old_one_answering(play):
+    async def scene(s):
+        await s.asked("a")
+        (s.directory / "a" / TENSOR_FILE).write_bytes(b"no tensors")
+        with pytest.raises(HhdeployError, match="cannot be read as safetensors"):
+            await s.fleet.load("a")
+        assert s.state("a") == "ready"
+        assert "safetensors" in s.fleet.status("a").problem
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+        # Its row is the last to be given up: it could not come back.
+        await s.asked("alpha", "gamma")
+        await s.asked("b")
+        assert "a" in s.bank
+        await s.asked("alpha", "b", "gamma")
+        assert s.state("a") == "broken"
+        with pytest.raises(RequestError, match=r"'a' cannot be loaded: .*safetensors"):
+            await s.ask("a")
+
+    play(scene)
+
+
+def test_an_unloaded_adapter_drains_and_answers_no_more(play):
+    async def scene(s):
+        held = await s.ask("alpha")
+        row, values = held["alpha"].row, s.bank.rows[held["alpha"].row].copy()
+        await s.fleet.unload("alpha")
+        assert s.state("alpha") == "unloaded"
+        assert not s.fleet.status("alpha").answers
+        with pytest.raises(NotFoundError, match=r"'alpha' was unloaded\. Load it again first"):
+            await s.ask("alpha")
+        await s.fleet.refresh()
+        assert s.state("alpha") == "unloaded"
+        assert np.array_equal(s.bank.rows[row], values)
+        s.release(held)
+        assert not s.bank.rows[row].any()
+        entry = await s.fleet.load("alpha")
+        assert (entry.name, s.state("alpha")) == ("alpha", "ready")
+        assert np.array_equal((await s.asked("alpha"))["alpha"], values)
+        with pytest.raises(NotFoundError, match="omega"):
+            await s.fleet.unload("omega")
+
+    play(scene)
+
+
+def test_an_adapter_unloaded_while_it_is_loaded_is_not_put_into_a_row(play):
+    async def scene(s):
+        with s.reader_held_up():
+            waiting = asyncio.create_task(s.ask("a"))
+            await until(lambda: s.reads == ["a"])
+            await s.fleet.unload("a")
+            change = asyncio.create_task(s.fleet.load("b"))
+            await settle()
+            shutil.rmtree(s.directory / "b")
+        for task in (waiting, change):
+            with pytest.raises(HhdeployError):
+                await task
+        assert set(s.bank) == {"alpha", "gamma"}
+
+    play(scene)
+
+
+def test_an_adapter_unloaded_before_its_load_has_begun(play):
+    async def scene(s):
+        waiting = asyncio.create_task(s.ask("a"))
+        await asyncio.sleep(0)  # it waits; the load is scheduled
+        await s.fleet.unload("a")
+        with pytest.raises(NotFoundError):
+            await waiting
+
+    play(scene)
+
+
+def test_what_is_read_first_is_put_first(play):
+    async def scene(s):
+        with s.reader_held_up():
+            waiting = asyncio.create_task(s.asked("a"))
+            await until(lambda: s.reads == ["a"])
+            config, tensors = files_of(make_adapter(s.workshop, 7), s.directory.parent)
+            change = asyncio.create_task(s.fleet.upload("a", config, tensors))
+            await settle()
+        await asyncio.gather(waiting, change)
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+
+    play(scene)
+
+
+def test_a_bank_in_the_graph_is_left_alone(play, constant):
+    async def scene(s):
+        await s.asked("alpha")
+        with pytest.raises(SessionError, match="baked"):
+            await s.fleet.unload("alpha")
+        assert s.state("alpha") == "ready"
+        assert s.state("a") == "broken"
+        assert "baked" in s.fleet.status("a").problem
+
+    play(scene, bundle=constant, slots=None)
+
+
+# --- the directory ------------------------------------------------------------------------------
+
+
+def test_new_changed_and_removed_adapters_are_found(play):
+    async def scene(s):
+        await s.asked("a")
+        await s.fleet.refresh()
+        assert s.reads == ["a"]  # nothing changed, nothing is read
+        s.put("d", seed=9)
+        s.put("a", seed=7)
+        shutil.rmtree(s.directory / "b")
+        await s.fleet.refresh()
+        assert sorted(s.reads[1:]) == ["a", "d"]
+        assert set(s.fleet.names) == {"a", "alpha", "c", "d", "gamma"}
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+        assert s.state("d") == "on disk"
+        held = await s.ask("a")
+        shutil.rmtree(s.directory / "a")
+        await s.fleet.refresh()
+        with pytest.raises(NotFoundError):
+            await s.ask("a")
+        assert np.array_equal(s.bank.rows[held["a"].row], s.row(7))  # it drains
+        s.release(held)
+
+    play(scene)
+
+
+def test_a_broken_adapter_is_reported_and_skipped(play, workshop, caplog):
+    async def scene(s):
+        (s.directory / "half").mkdir()
+        (s.directory / "half" / CONFIG_FILE).write_text("{")
+        shutil.copytree(s.directory / "a", s.directory / "cut")
+        data = (s.directory / "a" / TENSOR_FILE).read_bytes()
+        (s.directory / "cut" / TENSOR_FILE).write_bytes(data[: len(data) // 2])
+        deep = s.directory / "deep"
+        deep.mkdir()
+        (deep / CONFIG_FILE).write_text("[" * 100_000)
+        (deep / TENSOR_FILE).write_bytes(data)
+        wide = random_adapter(workshop.backbone.facts, targets=("fc1",), classes=3, seed=1)
+        put_adapter(wide, s.directory, "wide")
+        s.put("zeta", seed=9)
+        await s.fleet.refresh()
+        for name in ("half", "cut", "deep", "wide"):
+            assert s.state(name) == "broken"
+            assert s.fleet.status(name).problem
+            assert name in [getattr(r, "adapter", None) for r in caplog.records]
+        assert s.fleet.counters.failures == 4
+        await s.asked("zeta")
+        with pytest.raises(RequestError, match="'cut' cannot be loaded"):
+            await s.ask("cut")
+        # Once the copy is complete it answers.
+        (s.directory / "cut" / TENSOR_FILE).write_bytes(data)
+        await s.fleet.refresh()
+        assert np.array_equal((await s.asked("cut"))["cut"], s.row(0))
+        assert s.fleet.status("cut").problem == ""
+
+    play(scene)
+
+
+@pytest.mark.parametrize("often", [1, 3])
+def test_an_adapter_that_changes_while_it_is_read_is_read_again(play, often):
+    """It may be half of the old and half of the new one; one that never rests is not taken."""
+
+    async def scene(s):
+        pack, changes = s.bank.pack, []
+
+        def slow(name, path, **options):
+            packed = pack(name, path, **options)
+            if len(changes) < often:
+                changes.append(s.put("a", seed=7 + len(changes)))
+            return packed
+
+        await s.asked("a")
+        s.bank.pack = slow
+        if often == 1:
+            await s.fleet.load("a")
+            assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+        else:
+            with pytest.raises(HhdeployError, match="was changed while it was read, 3 times"):
+                await s.fleet.load("a")
+            assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+            await s.fleet.refresh()
+            assert np.array_equal((await s.asked("a"))["a"], s.row(9))
+        del s.bank.pack
+
+    play(scene)
+
+
+def test_links_that_lead_out_of_the_directory_are_not_followed(play, tmp_path):
+    async def scene(s):
+        outside = put_adapter(make_adapter(s.workshop, 3), tmp_path, "outside")
+        (s.directory / "away").symlink_to(outside)
+        shutil.copytree(outside, s.directory / "partly")
+        (s.directory / "partly" / TENSOR_FILE).unlink()
+        (s.directory / "partly" / TENSOR_FILE).symlink_to(outside / TENSOR_FILE)
+        (s.directory / "loop").symlink_to(s.directory / "loop")
+        (s.directory / "within").symlink_to(s.directory / "a")
+        await s.fleet.refresh()
+        for name in ("away", "partly"):
+            assert s.state(name) == "broken"
+            assert "leads out" in s.fleet.status(name).problem
+            with pytest.raises(HhdeployError, match="leads out"):
+                await s.fleet.load(name)
+        assert "loop" not in s.fleet.names
+        assert np.array_equal((await s.asked("within"))["within"], s.row(0))
+
+    play(scene)
+
+
+def test_names_that_are_none(play, tmp_path):
+    async def scene(s):
+        for name in (".hidden", "lost+found", "new\nline", "backbone"):
+            shutil.copytree(s.directory / "a", s.directory / name)
+        (s.directory / "a file").write_text("")
+        await s.fleet.refresh()
+        assert set(s.fleet.names) == {
+            "a", "alpha", "b", "backbone", "c", "gamma", "lost+found", "'new\\nline'",
+        }  # fmt: skip
+        for name in ("lost+found", "'new\\nline'", "backbone"):
+            assert s.state(name) == "broken"
+        before = contents(tmp_path)
+        config, tensors = (s.directory / "a" / f for f in (CONFIG_FILE, TENSOR_FILE))
+        for name in (
+            "../b",
+            "..",
+            ".",
+            "",
+            "/etc",
+            "a/../../b",
+            "backbone",
+            ".a",
+            "a\0",
+            "x" * 129,
+        ):
+            with pytest.raises(NotFoundError):
+                await s.fleet.load(name)
+            with pytest.raises(PlanError):
+                await s.fleet.upload(name, config.read_bytes(), tensors.read_bytes())
+        assert contents(tmp_path) == before
+
+    play(scene)
+
+
+def test_a_fleet_directory_s_adapter_goes_before_the_bundle_s(play):
+    async def scene(s):
+        bundled = (await s.asked("alpha"))["alpha"]
+        s.put("alpha", seed=7)
+        await s.fleet.refresh()
+        assert np.array_equal((await s.asked("alpha"))["alpha"], s.row(7))
+        shutil.rmtree(s.directory / "alpha")
+        await s.fleet.refresh()
+        assert np.array_equal((await s.asked("alpha"))["alpha"], bundled)
+
+    play(scene)
+
+
+def test_a_bundle_s_adapter_that_was_tampered_with_is_not_loaded(play, small, tmp_path):
+    bundle = copy_bundle(small, tmp_path / "copy")
+
+    async def scene(s):
+        await s.asked("a")
+        assert set(s.bank) == {"a"}
+        flip_byte(bundle / "adapters" / "alpha" / TENSOR_FILE)
+        with pytest.raises(RequestError, match="sha256"):
+            await s.ask("alpha")
+        with pytest.raises(HhdeployError, match="sha256"):
+            await s.fleet.load("alpha")
+        assert s.state("alpha") == "broken"
+
+    play(scene, slots=2, bundle=bundle)
+
+
+def test_a_bundle_with_more_adapters_than_rows(play):
+    async def scene(s):
+        assert set(s.bank) == {"alpha"}
+        assert s.state("gamma") == "on disk"
+        values = await s.asked("gamma")
+        stored = s.bank.pack("gamma", s.workshop.adapters["gamma"]).row
+        assert np.array_equal(values["gamma"], stored)
+        assert s.bank["gamma"].verified
+
+    play(scene, slots=2, directory=False)
+
+
+def test_watching_goes_on_whatever_happens_to_the_directory(play, tmp_path):
+    async def scene(s):
+        watching = asyncio.create_task(s.fleet.watch(0.01))
+        s.put("d", seed=9)
+        await until(lambda: "d" in s.fleet.names)
+        s.directory.rename(tmp_path / "away")
+        with pytest.raises(OSError, match="fleet"):
+            await s.fleet.refresh()
+        assert "d" in s.fleet.names  # what was there is not taken for removed
+        await asyncio.sleep(0.03)
+        (tmp_path / "away").rename(s.directory)
+        s.put("e", seed=10)
+        await until(lambda: "e" in s.fleet.names)
+        shutil.rmtree(s.directory / "e")
+        await until(lambda: "e" not in s.fleet.names)
+        watching.cancel()
+        await asyncio.wait([watching])
+
+    play(scene)
+
+
+# --- uploads ------------------------------------------------------------------------------------
+
+
+def test_an_upload_is_loaded_and_stays(play, tmp_path):
+    async def scene(s):
+        config, tensors = files_of(make_adapter(s.workshop, 7), tmp_path)
+        entry = await s.fleet.upload("fresh", config, tensors)
+        assert (entry.name, entry.classes, entry.verified) == ("fresh", 7, False)
+        assert np.array_equal((await s.asked("fresh"))["fresh"], s.row(7))
+        assert (s.directory / "fresh" / TENSOR_FILE).read_bytes() == tensors
+        held = await s.ask("fresh")
+        await s.fleet.upload("fresh", *files_of(make_adapter(s.workshop, 8), tmp_path))
+        assert np.array_equal(s.bank.rows[held["fresh"].row], s.row(7))
+        s.release(held)
+        assert np.array_equal((await s.asked("fresh"))["fresh"], s.row(8))
+        reads = len(s.reads)
+        await s.fleet.refresh()
+        assert len(s.reads) == reads  # it is known as it is
+        assert sorted(p.name for p in s.directory.iterdir()) == ["a", "b", "c", "fresh"]
+
+    play(scene)
+
+
+def test_an_upload_that_is_not_acceptable_changes_nothing(play, tmp_path):
+    async def scene(s):
+        config, tensors = files_of(make_adapter(s.workshop, 7), tmp_path)
+        before = contents(s.directory)
+        await s.asked("a")
+        for bad in ((b"{", tensors), (config, tensors[:-1]), (b"[" * 100_000, tensors), (b"", b"")):
+            with pytest.raises(HhdeployError) as caught:
+                await s.fleet.upload("a", *bad)
+            assert str(s.directory) not in str(caught.value)
+        assert contents(s.directory) == before
+        assert sorted(p.name for p in s.directory.iterdir()) == ["a", "b", "c"]
+        assert s.fleet.status("a").problem == ""
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+
+    play(scene)
+
+
+def test_an_upload_without_a_directory(play, tmp_path):
+    async def scene(s):
+        with pytest.raises(ForbiddenError, match="--adapters-dir"):
+            await s.fleet.upload("a", *files_of(make_adapter(s.workshop, 7), tmp_path))
+
+    play(scene, directory=False)
+
+
+def test_an_upload_whose_client_leaves_is_finished(play, tmp_path):
+    """Else the disk would have the new adapter, and the bank the old one, until who knows when."""
+
+    async def scene(s):
+        await s.asked("a")
+        write, begun, go = s.fleet._files.write, threading.Event(), threading.Event()
+
+        def slow(*arguments):
+            begun.set()
+            assert go.wait(PATIENCE)
+            return write(*arguments)
+
+        s.fleet._files.write = slow
+        files = files_of(make_adapter(s.workshop, 7), tmp_path)
+        change = asyncio.create_task(s.fleet.upload("a", *files))
+        await until(begun.is_set)
+        change.cancel()
+        await asyncio.wait([change])
+        go.set()
+        await s.fleet.close()
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+
+    play(scene)
+
+
+def test_an_upload_during_a_refresh_is_not_taken_for_removed(play, tmp_path):
+    async def scene(s):
+        s.put("slow", seed=9)
+        with s.reader_held_up():
+            refreshing = asyncio.create_task(s.fleet.refresh())
+            await until(lambda: s.reads == ["slow"])
+            files = files_of(make_adapter(s.workshop, 7), tmp_path)
+            change = asyncio.create_task(s.fleet.upload("fresh", *files))
+            await settle()
+        await asyncio.gather(refreshing, change)
+        assert np.array_equal((await s.asked("fresh"))["fresh"], s.row(7))
+
+    play(scene)

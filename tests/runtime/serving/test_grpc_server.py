@@ -1,0 +1,360 @@
+"""The gRPC side on its own: errors, deadlines, cancellation, limits, shutdown, addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
+
+from hhdeploy.adapter import TENSOR_FILE
+from hhdeploy.errors import AdapterError, DeviceError
+from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving.grpc_server import start_grpc
+from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
+from hhdeploy.runtime.serving.server import Addresses, serve
+from hhdeploy.runtime.serving.service import Service
+from hhdeploy.runtime.serving.settings import Limits, ServeSettings
+from hhdeploy.runtime.session import open_session
+from tests.runtime.serving.grpc_requests import PATIENCE, message
+from tests.support import images
+
+TOKEN = "correct-horse-battery-staple"
+
+
+class Endpoint:
+    """An endpoint whose answers wait for `gate`, and that notes what happens to requests."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = ServeSettings("tiny", **settings)
+        self.taken, self.gate, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.failure: Exception | None = None
+        self.loaded: list[str] = []
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        self.taken.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.gone.set()
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return InferResponse(request.model, request.id, (request.inputs["images"],))
+
+    async def load_adapter(self, name: str, upload: object) -> None:
+        self.loaded.append(name)
+
+
+@contextlib.asynccontextmanager
+async def served(endpoint: Endpoint, host: str = "127.0.0.1"):
+    """A server of ``endpoint``, and a stub that is connected to it."""
+    server = await start_grpc(endpoint, host, 0)
+    address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield server, Stub(channel)
+    finally:
+        await server.stop(0)
+
+
+async def soon(awaitable: Any) -> Any:
+    """Not a measurement: a test that would hang fails instead."""
+    return await asyncio.wait_for(awaitable, PATIENCE)
+
+
+async def failing(call: Any) -> tuple[str, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        await soon(call)
+    return caught.value.code().name, caught.value.details()
+
+
+async def refused(stub: Any) -> None:
+    """Until new calls are UNAVAILABLE; one at the very moment of the stop is CANCELLED by gRPC."""
+    while True:
+        try:
+            await stub.ServerLive(pb.ServerLiveRequest(), timeout=PATIENCE)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return
+        await asyncio.sleep(0.01)
+
+
+KINDS = [errors.RequestError, *errors.RequestError.__subclasses__()]
+
+
+def test_every_kind_of_error_has_its_code():
+    async def run() -> None:
+        endpoint = Endpoint()
+        endpoint.gate.set()
+        async with served(endpoint) as (_, stub):
+            for kind in KINDS:
+                endpoint.failure = kind("what is wrong, with ü and \ud800")
+                code, said = await failing(stub.ModelInfer(message(images(1))))
+                assert code == kind.code
+                assert said == "what is wrong, with \\xfc and \\ud800"
+            endpoint.failure = AdapterError("x" * 100_000)
+            code, said = await failing(stub.ModelInfer(message(images(1))))
+            assert code == "INVALID_ARGUMENT" and set(said) == {"x"}
+
+    asyncio.run(run())
+
+
+def test_a_bug_is_logged_and_not_told(caplog):
+    async def run() -> None:
+        endpoint = Endpoint()
+        endpoint.gate.set()
+        endpoint.failure = ZeroDivisionError("a secret")
+        async with served(endpoint) as (_, stub):
+            code, said = await failing(stub.ModelInfer(message(images(1))))
+            assert code == "INTERNAL" and "secret" not in said
+            async for answer in stub.ModelStreamInfer(iter([message(images(1))])):
+                assert answer.error_message == said
+
+    asyncio.run(run())
+    logged = [r for r in caplog.records if r.message == "request failed"]
+    assert ["a secret" in str(r.exc_info[1]) for r in logged] == [True, True]
+
+
+def test_the_clients_deadline_ends_the_work():
+    async def run() -> None:
+        endpoint = Endpoint()
+        async with served(endpoint) as (_, stub):
+            call = stub.ModelInfer(message(images(1)), timeout=0.3)
+            assert (await failing(call))[0] == "DEADLINE_EXCEEDED"
+            if endpoint.taken.is_set():  # on a very slow machine it never came that far
+                await soon(endpoint.gone.wait())
+
+    asyncio.run(run())
+
+
+def test_the_servers_limit_ends_the_work():
+    async def run() -> None:
+        endpoint = Endpoint(limits=Limits(request_seconds=0.05))
+        async with served(endpoint) as (_, stub):
+            code, said = await failing(stub.ModelInfer(message(images(1))))
+            assert code == "DEADLINE_EXCEEDED" and "within 0.05 s" in said
+            await soon(endpoint.gone.wait())
+            (answer,) = [a async for a in stub.ModelStreamInfer(iter([message(images(1))]))]
+            assert "within 0.05 s" in answer.error_message
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_ends_the_work(streamed):
+    async def run() -> None:
+        endpoint = Endpoint()
+        async with served(endpoint) as (_, stub):
+            if streamed:
+                call = stub.ModelStreamInfer(iter([message(images(1))]))
+            else:
+                call = stub.ModelInfer(message(images(1)))
+            await soon(endpoint.taken.wait())
+            assert not endpoint.gone.is_set()
+            call.cancel()
+            await soon(endpoint.gone.wait())
+
+    asyncio.run(run())
+
+
+def test_stopping_answers_what_was_taken():
+    async def run() -> None:
+        endpoint = Endpoint()
+        async with served(endpoint) as (server, stub):
+            call = stub.ModelInfer(message(images(1)))
+            await soon(endpoint.taken.wait())
+            idle = stub.ModelStreamInfer()
+            endpoint.taken.clear()
+            await idle.write(message(images(1)))
+            await soon(endpoint.taken.wait())
+            stopping = asyncio.create_task(server.stop(10 * PATIENCE))
+            await soon(refused(stub))
+            assert not stopping.done()
+            endpoint.gate.set()
+            assert (await soon(call)).id == "seven"
+            # The stream is answered too, then told to end though the client keeps it open.
+            assert (await soon(idle.read())).infer_response.id == "seven"
+            assert await soon(idle.code()) is grpc.StatusCode.UNAVAILABLE
+            await soon(stopping)
+
+    asyncio.run(run())
+
+
+def test_stopping_again_waits_no_longer():
+    async def run() -> None:
+        endpoint = Endpoint()
+        async with served(endpoint) as (server, stub):
+            call = stub.ModelInfer(message(images(1)))
+            await soon(endpoint.taken.wait())
+            stopping = asyncio.create_task(server.stop(10 * PATIENCE))
+            await soon(server.stop(0))
+            await soon(stopping)
+            await soon(endpoint.gone.wait())
+            assert (await failing(call))[0] in ("CANCELLED", "UNAVAILABLE")
+
+    asyncio.run(run())
+
+
+def test_requests_are_held_to_their_limit_where_loads_may_be_longer():
+    limits = Limits(body_bytes=20_000, adapter_bytes=60_000)
+
+    def load(count: int) -> pb.RepositoryModelLoadRequest:
+        request = pb.RepositoryModelLoadRequest(model_name="new")
+        request.parameters["config"].string_param = "{}"
+        request.parameters[f"file:{TENSOR_FILE}"].bytes_param = b"0" * count
+        return request
+
+    async def run() -> None:
+        endpoint = Endpoint(limits=limits, adapter_loading=True, token=TOKEN)
+        endpoint.gate.set()
+        headers = (("authorization", f"Bearer {TOKEN}"),)
+        async with served(endpoint) as (_, stub):
+            code, said = await failing(stub.ModelInfer(message(images(2))))
+            assert code == "INVALID_ARGUMENT" and "at most 20000" in said
+            assert (await soon(stub.ModelInfer(message(images(1))))).id == "seven"
+            await soon(stub.RepositoryModelLoad(load(50_000), metadata=headers))
+            code, _ = await failing(stub.RepositoryModelLoad(load(60_000), metadata=headers))
+            assert code == "INVALID_ARGUMENT"
+            code, _ = await failing(stub.RepositoryModelLoad(load(2 << 20), metadata=headers))
+            assert code == "RESOURCE_EXHAUSTED"
+            assert endpoint.loaded == ["new"]
+
+    asyncio.run(run())
+
+
+def test_a_port_that_is_taken():
+    async def run() -> None:
+        async with served(Endpoint()) as (server, _):
+            with pytest.raises(DeviceError, match="--grpc-port"):
+                await start_grpc(Endpoint(), "127.0.0.1", server.port)
+
+    asyncio.run(run())
+
+
+def test_ipv6():
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 on this machine")
+
+    async def run() -> None:
+        async with served(Endpoint(), "::1") as (_, stub):
+            assert (await soon(stub.ServerLive(pb.ServerLiveRequest()))).live
+
+    asyncio.run(run())
+
+
+def test_a_method_name_that_is_no_text_ends_nothing():
+    """It ends the loop of grpc.aio: what was taken is answered, and the port answers again."""
+
+    def field(name: bytes, value: bytes) -> bytes:
+        return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+        head = len(content).to_bytes(3, "big") + bytes([kind, flags])
+        return head + stream.to_bytes(4, "big") + content
+
+    headers = b"".join(
+        field(*pair)
+        for pair in (
+            (b":method", b"POST"),
+            (b":scheme", b"http"),
+            (b":path", b"/\xff/\xfe"),
+            (b":authority", b"x"),
+            (b"content-type", b"application/grpc"),
+            (b"te", b"trailers"),
+        )
+    )
+    attack = (
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + frame(4, 0, 0, b"")
+        + frame(1, 4, 1, headers)
+        + frame(0, 1, 1, b"\0" * 5)
+    )
+
+    async def answered(stub: Any) -> None:
+        while True:
+            try:
+                await stub.ServerLive(pb.ServerLiveRequest(), timeout=PATIENCE)
+            except grpc.RpcError:
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+    async def run() -> None:
+        endpoint = Endpoint()
+        async with served(endpoint) as (server, stub):
+            call = stub.ModelInfer(message(images(1)))
+            await soon(endpoint.taken.wait())
+            for _ in range(2):
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                writer.write(attack)
+                await soon(reader.readuntil(b"grpc-status"))
+                writer.close()
+                await soon(answered(stub))
+            endpoint.gate.set()
+            assert (await soon(call)).id == "seven"
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    """A server in this process leaves the signals' handlers as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
+def test_http_and_grpc_drain_at_the_same_time(branches):
+    """A signal stops both at once, and both answer what they took."""
+
+    async def run() -> None:
+        settings = ServeSettings("tiny")
+        service = Service(open_session(branches, device="cpu", threads=1, partial=True), settings)
+        gate, taken, infer = asyncio.Event(), asyncio.Semaphore(0), service.infer
+
+        async def gated(request: InferRequest) -> InferResponse:
+            taken.release()
+            await gate.wait()
+            return await infer(request)
+
+        service.infer = gated
+        where: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(
+            serve(service, host="127.0.0.1", http_port=0, grpc_port=0, announce=where.set_result)
+        )
+        addresses = await soon(where)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{addresses.grpc_port}") as channel:
+            call = Stub(channel).ModelInfer(message(images(1)))
+            reader, writer = await asyncio.open_connection("127.0.0.1", addresses.http_port)
+            body = b'{"inputs":[{"name":"images","datatype":"FP32","shape":[1,3,32,32],"data":['
+            body += b",".join([b"0.5"] * (3 * 32 * 32)) + b"]}]}"
+            head = "POST /v2/models/alpha/infer HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            await soon(taken.acquire())
+            await soon(taken.acquire())
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{addresses.grpc_port}") as other:
+                # Refused while HTTP still has a request under way.
+                await soon(refused(Stub(other)))
+            assert not serving.done()
+            gate.set()
+            assert (await soon(call)).id == "seven"
+            assert (await soon(reader.read())).startswith(b"HTTP/1.1 200")
+            writer.close()
+            await soon(serving)
+
+    asyncio.run(run())

@@ -1,0 +1,352 @@
+"""The page at `/` in a real browser: what a person sees, and what never happens."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from hhdeploy.adapter import save_adapter
+from hhdeploy.preprocess import open_image
+from hhdeploy.runtime import open_session
+from tests.runtime.serving.servers import Server, running_server
+from tests.workshop import ROOT
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to show the page")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update"
+)
+# A machine under load: nothing waits that long unless it is broken.
+PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
+
+PICTURES = ROOT / "examples/starter/images"
+FLAG, BOOT = PICTURES / "emoji/flags/000.png", PICTURES / "fashion/ankle-boot/000.png"
+EVIL = "<img src=x onerror=\"console.error('boo')\"><script>alert(1)</script>"
+EVIL_LABELS = (f"{EVIL} one: a", f"{EVIL}:2:b", f"{EVIL} three")
+EVIL_FOLDER = "<img src=x onerror=alert(1)>"
+MODEL = "<i>tiny & co"
+MAX_BATCH = 4
+OURS = ("alpha", "beta", "evil", "gamma", "headless", "rival")
+
+WATCH = """
+window.violations = [];
+addEventListener("securitypolicyviolation", (event) => {
+  violations.push(`${event.violatedDirective} ${event.blockedURI}`);
+});
+"""
+
+
+@dataclass
+class Visit:
+    """A page that is watched from its first byte on."""
+
+    page: Page
+    origin: str
+    console: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def open(self) -> Page:
+        self.page.add_init_script(WATCH)
+        self.page.on("console", lambda message: self.console.append(message.text))
+        self.page.on("pageerror", lambda error: self.console.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(self.origin)
+        expect(self.page.locator("#health")).to_have_text("Ready")
+        return self.page
+
+    def check(self) -> None:
+        """Nothing in the console, nothing against the policy, nothing asked of others."""
+        assert self.console == []
+        assert self.page.evaluate("violations") == []
+        own = (f"{self.origin}/", f"blob:{self.origin}/", "data:")
+        assert [url for url in self.asked if not url.startswith(own)] == []
+
+    def count(self, end: str) -> int:
+        """Requests so far whose address ends so."""
+        return sum(url.endswith(end) for url in self.asked)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        context.set_default_timeout(PATIENCE_MS)
+        yield context.new_page()
+
+
+@pytest.fixture(scope="module")
+def hostile(workshop, tmp_path_factory) -> Path:
+    """A fleet directory: an adapter whose labels are markup, and a folder whose name is."""
+    fleet = tmp_path_factory.mktemp("hostile")
+    gamma = workshop.adapters["gamma"]
+    config = replace(gamma.config, class_names=EVIL_LABELS)
+    save_adapter(replace(gamma, config=config), fleet / "evil")
+    (fleet / EVIL_FOLDER).mkdir()
+    return fleet
+
+
+@pytest.fixture(scope="module")
+def fleet(branches, hostile, tmp_path_factory) -> Iterator[Server]:
+    """Six adapters that answer, more than go in one batch, and a broken one."""
+    log = tmp_path_factory.mktemp("fleet") / "log"
+    options = ("--model-name", MODEL, "--max-batch", MAX_BATCH, "--adapters-dir", hostile)
+    with running_server(branches, log, *options, "--pin", "alpha") as server:
+        yield server
+
+
+def texts(page: Page, selector: str) -> list[str]:
+    return page.locator(selector).all_text_contents()
+
+
+def best_labels(branches: Path, hostile: Path, picture: Path) -> list[str]:
+    """What a bare session says of a picture, by adapter."""
+    with open_session(branches, device="cpu", threads=1) as session:
+        session.adapters.add("evil", hostile / "evil")
+        found = []
+        for name in OURS:
+            entry = session.adapters[name]
+            logits = session.run(session.preprocess([open_image(picture)], name), name)
+            found.append(entry.label(int(np.argmax(logits[0, : entry.classes]))))
+        return found
+
+
+def test_every_adapter_says_what_it_sees(page, fleet, branches, hostile):
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.set_input_files("#file", FLAG)
+    expect(page.locator("#said")).to_contain_text("6 adapters answered in 2 requests")
+    assert visit.count("/infer") == 2, "four in the first batch, two in the second"
+    assert texts(page, "#answers h3") == list(OURS)
+    first = "#answers ol li:first-child .label"
+    assert texts(page, first) == best_labels(branches, hostile, FLAG)
+    bars = page.locator("#answers .track i").evaluate_all(
+        "bars => bars.map((bar) => parseFloat(bar.style.width))"
+    )
+    assert len(bars) == 3 * len(OURS)
+    assert all(0 <= share <= 100 for share in bars)
+    assert all(a >= b >= c for a, b, c in zip(bars[::3], bars[1::3], bars[2::3], strict=True))
+    assert page.locator("#preview").evaluate("image => image.naturalWidth") == 64
+    expect(page.locator("#picture")).to_contain_text("64 × 64 pixels")
+
+    drop(page, BOOT)
+    expect(page.locator("#picture")).to_contain_text("28 × 28 pixels")
+    expect(page.locator("#said")).to_contain_text("6 adapters answered")
+    assert texts(page, first) == best_labels(branches, hostile, BOOT)
+
+    page.get_by_label("Filter").fill("AL")
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.locator("#said")).to_contain_text("2 adapters answered in 1 request")
+    assert texts(page, "#answers h3") == ["alpha", "rival"]
+    visit.check()
+
+
+def drop(page: Page, picture: Path) -> None:
+    """Drop a file on the page, as a mouse does."""
+    transfer = page.evaluate_handle(
+        """(encoded) => {
+          const bytes = Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0));
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+          return transfer;
+        }""",
+        base64.b64encode(picture.read_bytes()).decode(),
+    )
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
+
+
+def test_names_and_labels_stay_text(page, fleet):
+    visit = Visit(page, fleet.url)
+    visit.open()
+    expect(page.locator("h1")).to_have_text(MODEL)
+    page.get_by_label("Filter").fill("evil")
+    page.set_input_files("#file", FLAG)
+    expect(page.locator("#said")).to_contain_text("1 adapter answered")
+    assert sorted(texts(page, "#answers .label")) == sorted(EVIL_LABELS)
+    page.get_by_label("Filter").fill("broken")
+    row = page.locator("#adapters tr")
+    expect(row).to_have_count(1)
+    expect(row.locator("th")).to_have_text(EVIL_FOLDER)
+    expect(row.locator(".problem")).to_contain_text(EVIL_FOLDER)
+    assert page.locator("main img").count() == 1, "the preview alone"
+    assert page.locator("script").count() == 1
+    visit.check()
+
+
+def test_the_policy_is_in_force(page, fleet):
+    """What the other tests rely on: markup and foreign addresses are refused, and seen here."""
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.evaluate(
+        """async () => {
+          try { document.body.innerHTML = "<b>markup</b>"; } catch { }
+          const script = document.createElement("script");
+          try { script.text = "window.ran = true"; } catch { }
+          document.body.append(script);
+          await fetch("http://192.0.2.1/").catch(() => {});
+        }"""
+    )
+    broken = {violation.split(" ")[0] for violation in page.evaluate("violations")}
+    assert {"require-trusted-types-for", "connect-src"} <= broken
+    assert page.evaluate("window.ran") is None
+    assert page.locator("h1").count() == 1
+    assert visit.console
+    with pytest.raises(AssertionError):
+        visit.check()
+
+
+def test_numbers_are_those_of_status(page, fleet):
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.set_input_files("#file", FLAG)
+    expect(page.locator("#said")).to_contain_text("answered")
+    _, status = fleet.json("GET", "/status")
+    # The next look comes within seconds.
+    expect(page.locator("#answered")).to_have_text(str(status["requests"]["answered"]))
+    expect(page.locator("#images")).to_have_text(str(status["images"]))
+    expect(page.locator("#queued")).to_have_text("0")
+    expect(page.locator("#rows")).to_have_text(
+        f"{status['bank']['rows_used']} of {status['bank']['rows']}"
+    )
+    for percentile in ("#p50", "#p95", "#p99"):
+        expect(page.locator(percentile)).to_contain_text("ms")
+    lines = page.locator("#strip-bars").get_attribute("d")
+    assert lines.count("M") == len(status["latency_ms"]["recent"])
+    cells = [
+        row.locator("th, td").all_text_contents() for row in page.locator("#adapters tr").all()
+    ]
+    assert [row[0] for row in cells] == [a["name"] for a in status["adapters"]]
+    for row, adapter in zip(cells, status["adapters"], strict=True):
+        assert row[1].startswith(adapter["state"])
+        assert ("pinned" in row[1]) == adapter["pinned"]
+        numbers = (adapter["classes"], adapter["row"], adapter["images"])
+        assert row[2:] == ["–" if n is None else str(n) for n in numbers]
+    assert "1 broken" in page.locator("#shown").text_content()
+    visit.check()
+
+
+def test_what_the_server_refuses_is_said(page, fleet):
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.set_input_files(
+        "#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture at all"}
+    )
+    expect(page.get_by_role("alert")).to_have_text(
+        "image 0: expected an encoded JPEG, PNG, WEBP picture, found none."
+    )
+    expect(page.locator("#said")).to_contain_text("No adapter answered")
+    expect(page.locator("#invitation")).to_be_visible()
+    assert all("400 (Bad Request)" in line for line in visit.console)
+    page.set_input_files("#file", FLAG)
+    expect(page.locator("#said")).to_contain_text("6 adapters answered")
+    expect(page.locator("#refused")).to_be_hidden()
+
+
+def test_thousands_of_adapters(page, fleet):
+    def many(route: Route) -> None:
+        status = route.fetch().json()
+        one = next(a for a in status["adapters"] if a["state"] == "ready")
+        status["adapters"] = [one | {"name": f"task-{i:04}", "pinned": False} for i in range(5000)]
+        route.fulfill(json=status)
+
+    def answer(route: Route) -> None:
+        names = route.request.post_data_json["inputs"][1]["data"]
+        data = [f"0.5:0:class of {name}" for name in names]
+        route.fulfill(json={"outputs": [{"shape": [len(names), 1], "data": data}]})
+
+    page.route("**/status", many)
+    page.route("**/infer", answer)
+    visit = Visit(page, fleet.url)
+    visit.open()
+    expect(page.locator("#adapters tr")).to_have_count(200)
+    expect(page.locator("#shown")).to_have_text(
+        "5,000 adapters: 5,000 ready; the first 200 are shown."
+    )
+    page.set_input_files("#file", FLAG)
+    expect(page.locator("#said")).to_contain_text("200 adapters answered in 50 requests")
+    expect(page.locator("#said")).to_contain_text("the first 200 of 5,000 were asked")
+    labels = texts(page, "#answers .label")
+    assert labels == [f"class of task-{i:04}" for i in range(200)]
+    page.get_by_label("Filter").fill("TASK-4999")
+    expect(page.locator("#adapters tr")).to_have_count(1)
+    expect(page.locator("#shown")).to_contain_text("1 match")
+    visit.check()
+
+
+def test_an_adapter_that_breaks_meanwhile_does_not_silence_the_others(page, fleet):
+    looks = []
+
+    def outdated(route: Route) -> None:
+        status = route.fetch().json()
+        looks.append(status)
+        if len(looks) == 1:
+            for adapter in status["adapters"]:
+                adapter["state"] = "ready"
+        route.fulfill(json=status)
+
+    page.route("**/status", outdated)
+    page.clock.install()  # the page looks again only when it has to
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.set_input_files("#file", FLAG)
+    expect(page.locator("#said")).to_contain_text("6 adapters answered")
+    expect(page.get_by_role("alert")).to_contain_text(EVIL_FOLDER)
+    assert texts(page, "#answers h3") == list(OURS)
+    assert len(looks) == 2
+
+
+def test_a_hidden_page_asks_nothing(page, fleet):
+    page.clock.install()
+    visit = Visit(page, fleet.url)
+    visit.open()
+
+    def turn(hidden: bool) -> None:
+        page.evaluate(
+            """(hidden) => {
+              Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+              document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            hidden,
+        )
+
+    with page.expect_response("**/status"):
+        page.clock.run_for(3000)
+    turn(hidden=True)
+    before = visit.count("/status")
+    page.clock.run_for(60_000)
+    page.evaluate("fetch('v2/health/live').then((answer) => answer.text())")
+    assert visit.count("/status") == before
+    with page.expect_response("**/status"):
+        turn(hidden=False)
+    visit.check()
+
+
+def test_a_folded_bundle_and_a_server_that_stops(page, folded, tmp_path):
+    with running_server(folded, tmp_path / "log") as server:
+        visit = Visit(page, server.url)
+        visit.open()
+        expect(page.locator("#bank")).to_be_hidden()
+        page.set_input_files("#file", BOOT)
+        expect(page.locator("#said")).to_contain_text("1 adapter answered in 1 request")
+        assert texts(page, "#answers h3") == ["alpha"]
+        visit.check()
+        assert server.stop() == 0
+        expect(page.locator("#health")).to_have_text("The server does not answer")
+        page.get_by_role("button", name="Ask again").click()
+        expect(page.get_by_role("alert")).to_have_text("The server does not answer.")
+        expect(page.locator("#said")).to_contain_text("No adapter answered")
