@@ -28,11 +28,15 @@ class Session:
 
     Attributes:
         bundle: the bundle that was opened.
+        precision: of its graph or engine.
         adapters: its adapters by name, an `AdapterBank`; of a folded bundle, None.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, adapters: AdapterBank | None) -> None:
+    def __init__(
+        self, bundle: Bundle, precision: str, backend: Backend, adapters: AdapterBank | None
+    ) -> None:
         self.bundle = bundle
+        self.precision = precision
         self._backend: Backend | None = backend
         self._adapters = adapters
 
@@ -260,4 +264,4 @@ def open_bundle(
     backend = open_backend(bundle, rows, target, options)
     if adapters is not None:
         adapters.row_changed = backend.row_changed
-    return Session(bundle, backend, adapters)
+    return Session(bundle, precision, backend, adapters)

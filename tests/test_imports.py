@@ -34,15 +34,31 @@ def modules_of(package: str) -> list[str]:
     return [package, *(m.name for m in found)]
 
 
+IMPORT_ALL = """
+    import importlib, sys
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+"""
+# These need the extra `serve` (or `ray`), which brings uvicorn, which brings click.
+SERVER = ("hhdeploy.runtime.serving", "hhdeploy.runtime.loadtest")
+
+
 def test_every_module_of_the_runtime_imports_at_the_edge():
-    names = [*modules_of("hhdeploy.runtime"), *(f"hhdeploy.{name}" for name in CORE)]
+    runtime = [m for m in modules_of("hhdeploy.runtime") if not m.startswith(SERVER)]
+    names = [*runtime, *(f"hhdeploy.{name}" for name in CORE)]
     assert {"hhdeploy.runtime.session", "hhdeploy.runtime.openvino_backend"} <= set(names)
-    code = """
-        import importlib, sys
-        for name in sys.argv[1:]:
-            importlib.import_module(name)
-    """
-    done = run_python(code, *names, blocked=EDGE)
+    done = run_python(IMPORT_ALL, *names, blocked=EDGE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("ray", [True, False])
+def test_the_server_imports_without_the_build_machine_and_without_a_runtime(ray):
+    names = [m for m in modules_of("hhdeploy.runtime") if m.startswith(SERVER)]
+    assert {"hhdeploy.runtime.serving.http", "hhdeploy.runtime.serving.ray_app"} <= set(names)
+    blocked = set(EDGE) - {"click", "rich", "PIL"}
+    if not ray:
+        names, blocked = [m for m in names if ".ray_" not in m], blocked | {"ray"}
+    done = run_python(IMPORT_ALL, *names, blocked=blocked)
     assert done.returncode == 0, done.stderr
 
 

@@ -33,6 +33,10 @@ from hhdeploy.runtime.serving.messages import (
 from hhdeploy.runtime.serving.service import IMAGES
 
 HEADER_LENGTH = "inference-header-content-length"
+# JSON is read in one go, while everything else waits, and takes 25 times its size for a moment.
+_MOST_JSON = 16 << 20
+# Inputs and outputs of a request; a model has two and three.
+_MOST_TENSORS = 16
 
 
 def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
@@ -56,8 +60,9 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         raise RequestError(f"the body is not {encoding} data: {error}") from error
     if len(content) > limit:
         raise TooLargeError(f"the decompressed body is beyond {limit} bytes.")
-    if not stream.eof:
-        raise RequestError(f"the body is not {encoding} data: it ends too early.")
+    if not stream.eof or stream.unused_data:
+        wrong = "something follows its end" if stream.eof else "it ends too early"
+        raise RequestError(f"the body is not {encoding} data: {wrong}.")
     return content
 
 
@@ -81,6 +86,7 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
 
     Raises:
         RequestError: what is wrong with it.
+        TooLargeError: the JSON is beyond 16 MiB.
     """
     split = len(body)
     if header_length is not None:
@@ -91,6 +97,10 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
                 f"found {header_length[:80]!r}."
             )
         split = int(text)
+    if split > _MOST_JSON:
+        raise TooLargeError(
+            f"the JSON is {split} bytes, at most {_MOST_JSON} are taken. Send tensors as binary data."
+        )
     view = memoryview(body)
     content = read_object(view[:split])
     inputs: dict[str, Tensor] = {}
@@ -221,6 +231,8 @@ def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) ->
     items = content.get(key, [] if optional else None)
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RequestError(f"{key}: expected a list of objects, found {_kind(items)}.")
+    if len(items) > _MOST_TENSORS:
+        raise RequestError(f"{key}: expected at most {_MOST_TENSORS}, found {len(items)}.")
     return items
 
 

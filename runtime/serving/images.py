@@ -1,12 +1,15 @@
 """Encoded pictures to Pillow images, within limits.
 
 The size is read from the header and checked before a pixel is decoded, and only three decoders
-are ever asked: a picture that says it is something else is refused.
+are ever asked: a picture that says it is something else is refused. So are the shapes and the
+codings that make few bytes cost much: a picture that is a line, since resizing its short side
+would make the long one a mile, and a JPEG of thousands of scans, each decoded over all pixels.
 """
 
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+# Longer side by shorter one. A panorama has 10.
+_MOST_RATIO = 50
+# A progressive JPEG has about 10. Inside a scan 0xFF is always followed by something else.
+_START_OF_SCAN, _MOST_SCANS = b"\xff\xda", 100
+# `warnings` keeps its filters for the process: two threads would restore each other's.
+_OPENING = threading.Lock()
 
 
 def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
@@ -27,20 +36,27 @@ def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
         name: what messages call it.
 
     Raises:
-        TooLargeError: more pixels.
+        TooLargeError: more pixels, or a shape or coding that costs more than its pixels.
         RequestError: not a picture of these formats, or a damaged one.
     """
     from PIL import Image, UnidentifiedImageError
 
+    if content.count(_START_OF_SCAN) > _MOST_SCANS and content.startswith(b"\xff\xd8"):
+        raise TooLargeError(f"{name}: a JPEG of more than {_MOST_SCANS} scans.")
     try:
         # Its limit on pixels is a warning below twice as much; ours is an error, and below.
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = opened.size
         if width * height > most_pixels:
             raise TooLargeError(
                 f"{name}: {width} x {height} pixels, at most {most_pixels} are taken."
+            )
+        if max(width, height) > _MOST_RATIO * min(width, height):
+            raise TooLargeError(
+                f"{name}: {width} x {height} pixels: expected one side at most {_MOST_RATIO} times "
+                "the other."
             )
         with opened:
             return opened.convert("RGB")

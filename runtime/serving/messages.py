@@ -5,8 +5,10 @@ The HTTP and gRPC sides translate bytes to these and back; nothing else knows th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,11 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     BYTES: np.dtype(object),
 }
 Value = bool | int | float | str
-# Largest dimension: whatever is beyond is an attack, and NumPy's products must not overflow.
+# Largest dimension, and number of values without empty dimensions: whatever is beyond is an
+# attack, and NumPy's products must not overflow.
 _MOST = 1 << 31
+# Elements of a BYTES tensor, each an object of its own; a batch has a few hundred images at most.
+_MOST_ELEMENTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -95,17 +100,18 @@ def check_shape(name: str, shape: Any) -> tuple[int, ...]:
     """A tensor's shape as the request gave it.
 
     Raises:
-        RequestError: not a list of a few whole numbers from 0.
+        RequestError: not a list of a few whole numbers from 0, or more values than there can be.
     """
     good = (
         isinstance(shape, (list, tuple))
         and 0 < len(shape) <= 8
         and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < _MOST for n in shape)
+        and math.prod(n or 1 for n in shape) < _MOST
     )
     if not good:
         raise RequestError(
-            f"input {_shown(name)}: shape: expected a list of 1 to 8 whole numbers, found "
-            f"{_shown(shape)}."
+            f"input {_shown(name)}: shape: expected a list of 1 to 8 whole numbers, with a product "
+            f"below {_MOST}, found {_shown(shape)}."
         )
     return tuple(shape)
 
@@ -120,8 +126,9 @@ def tensor_from_raw(name: str, datatype: str, shape: Any, raw: memoryview) -> Te
     """
     shape = check_shape(name, shape)
     dtype = check_datatype(name, datatype)
-    count = _count(shape)
+    count = math.prod(shape)
     if datatype == BYTES:
+        _check_elements(name, count)
         return Tensor(name, datatype, _elements(name, raw, count).reshape(shape))
     expected = count * dtype.itemsize
     if expected != raw.nbytes:
@@ -140,8 +147,10 @@ def tensor_from_values(name: str, datatype: str, shape: Any, values: Any) -> Ten
     """
     shape = check_shape(name, shape)
     dtype = check_datatype(name, datatype)
+    count = math.prod(shape)
     if datatype == BYTES:
-        flat = list(_flat(name, values))
+        _check_elements(name, count)
+        flat = list(islice(_flat(name, values), count + 1))
         array = np.empty(len(flat), object)
         for index, item in enumerate(flat):
             if not isinstance(item, (str, bytes)):
@@ -152,15 +161,17 @@ def tensor_from_values(name: str, datatype: str, shape: Any, values: Any) -> Ten
             with np.errstate(over="ignore"):  # an infinity is refused with the values
                 # Integers of their own type at once: NumPy would go through float64 else.
                 found = np.asarray(values, dtype if dtype.kind in "iu" else None)
+                if found.dtype.kind not in "biuf":  # NumPy would read numbers out of strings
+                    raise TypeError(f"found {found.dtype}")
                 array = found.astype(dtype, casting="unsafe").reshape(-1)
         except (ValueError, TypeError, OverflowError, RecursionError, RuntimeWarning) as error:
             raise RequestError(
                 f"input {_shown(name)}: data: expected numbers of type {datatype}: {error}"
             ) from error
-    if array.size != _count(shape):
+    if array.size != count:
         raise RequestError(
-            f"input {_shown(name)}: shape {list(shape)} holds {_count(shape)} values, data "
-            f"{array.size}."
+            f"input {_shown(name)}: shape {list(shape)} holds {count} values, data "
+            f"{'more' if array.size > count else array.size}."
         )
     return Tensor(name, datatype, array.reshape(shape))
 
@@ -188,6 +199,14 @@ def raw_of(tensor: Tensor) -> bytes:
     if tensor.datatype == BYTES:
         return b"".join(len(item).to_bytes(4, "little") + item for item in tensor.array.reshape(-1))
     return np.ascontiguousarray(tensor.array, DTYPES[tensor.datatype]).tobytes()
+
+
+def _check_elements(name: str, count: int) -> None:
+    if count > _MOST_ELEMENTS:
+        raise RequestError(
+            f"input {_shown(name)}: BYTES: expected at most {_MOST_ELEMENTS} elements, found "
+            f"{count}."
+        )
 
 
 def _elements(name: str, raw: memoryview, count: int) -> NDArray[np.object_]:
@@ -223,13 +242,6 @@ def _flat(name: str, values: Any) -> Any:
             stack.pop()
         if len(stack) > 10:
             raise RequestError(f"input {_shown(name)}: data is nested too deeply.")
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _shown(value: Any) -> str:

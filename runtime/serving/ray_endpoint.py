@@ -14,7 +14,7 @@ from hhdeploy.runtime.serving.errors import RequestError, StoppingError, TimedOu
 from hhdeploy.runtime.serving.messages import BYTES, InferRequest, InferResponse
 from hhdeploy.runtime.serving.ray_calls import answered, ask
 from hhdeploy.runtime.serving.ray_merge import merged_metrics, merged_status, summed
-from hhdeploy.runtime.serving.service import ADAPTERS
+from hhdeploy.runtime.serving.service import ADAPTERS, seconds_of
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 # For a replica that is busy to say that it is ready.
@@ -49,9 +49,10 @@ class RayEndpoint:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """See `Endpoint.infer`."""
+        seconds = seconds_of(request, self._settings.limits.request_seconds)
         adapter = named_adapter(request, self._settings.model_name)
         method = self._replicas.options(method_name="infer", multiplexed_model_id=adapter)
-        response: InferResponse = await self._within(ask(method, request))
+        response: InferResponse = await self._within(ask(method, request), seconds)
         return response
 
     async def ready(self) -> bool:

@@ -104,10 +104,10 @@ def _on_signals(service: Service, server: uvicorn.Server, grpc: GrpcServer | Non
     stops: list[asyncio.Task[None]] = []
 
     def stop(number: signal.Signals) -> None:
-        _LOG.info("stopping", extra={"signal": number.name})
         for each in numbers:  # the next one ends the process, whatever is under way
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
+        _LOG.info("stopping", extra={"signal": number.name})
         service.ready = False  # for load balancers; what comes all the same is answered
         server.should_exit = True
         if grpc is not None:
@@ -120,7 +120,12 @@ def _on_signals(service: Service, server: uvicorn.Server, grpc: GrpcServer | Non
 def _listen(host: str, port: int) -> Any:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+        # Its connections inherit this. asyncio sets it only where a socket names its protocol,
+        # which these do not: an answer's body would wait until the client, after 40 ms,
+        # acknowledges its head.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except OSError as error:
         raise DeviceError(
             f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with "

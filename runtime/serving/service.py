@@ -111,6 +111,11 @@ class Service:
         return self._session.device
 
     @property
+    def precision(self) -> str:
+        """Of the session."""
+        return self._session.precision
+
+    @property
     def uptime(self) -> float:
         """Seconds since it was made."""
         return time.monotonic() - self._since
@@ -157,7 +162,7 @@ class Service:
         """
         begin = time.perf_counter()
         try:
-            limit = self._seconds(request)
+            limit = seconds_of(request, self.settings.limits.request_seconds)
             try:
                 return await asyncio.wait_for(self._infer(request, begin), limit)
             except asyncio.TimeoutError:
@@ -211,18 +216,6 @@ class Service:
         return [s.entry for s in self.fleet.statuses() if s.entry is not None]
 
     # --- one request ----------------------------------------------------------------------------
-
-    def _seconds(self, request: InferRequest) -> float:
-        """How long the answer may take: the server's limit, or less if the request says so."""
-        most = self.settings.limits.request_seconds
-        timeout = request.parameters.get("timeout", 0)
-        if isinstance(timeout, str) and timeout.isascii() and timeout.isdigit():
-            timeout = int(timeout[:18])
-        if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
-            raise RequestError(
-                f"parameter timeout: expected microseconds, found {str(timeout)[:80]!r}."
-            )
-        return min(most, timeout / 1e6) if timeout else most
 
     async def _infer(self, request: InferRequest, begin: float) -> InferResponse:
         alias = self.alias(request.model, request.version)
@@ -453,6 +446,22 @@ class Service:
             texts += [""] * (top - len(texts))
             found += [text.encode("utf-8", "replace") for text in texts]
         return Tensor(wanted.name, BYTES, bytes_array(found, (len(entries), top)))
+
+
+def seconds_of(request: InferRequest, most: float) -> float:
+    """How long the answer may take: ``most``, or less if the request's ``timeout`` says so.
+
+    Raises:
+        RequestError: that is not a number of microseconds.
+    """
+    timeout = request.parameters.get("timeout", 0)
+    if isinstance(timeout, str) and timeout.isascii() and timeout.isdigit():
+        timeout = int(timeout[:18])
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+        raise RequestError(
+            f"parameter timeout: expected microseconds, found {str(timeout)[:80]!r}."
+        )
+    return min(most, timeout / 1e6) if timeout else most
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -22,6 +22,8 @@ class Limits:
         request_seconds: from the first byte to the answer.
         queued_images: images of all requests that wait; more are refused (429, UNAVAILABLE).
         adapter_bytes: of an uploaded adapter's files together.
+        bodies_bytes: HTTP bodies of all requests that are read or answered; more are refused (429).
+        connections: HTTP connections at the same time; requests on more are refused (503).
     """
 
     body_bytes: int = 64 << 20
@@ -29,6 +31,8 @@ class Limits:
     request_seconds: float = 30.0
     queued_images: int = 1024
     adapter_bytes: int = 256 << 20
+    bodies_bytes: int = 1 << 30
+    connections: int = 4096
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class ServeSettings:
         pinned: adapters that are never evicted.
         adapter_loading: whether the network may load and unload adapters; needs ``token``.
         token: what it must present then.
+        allowed_hosts: names by which HTTP requests may call the server, beside those of the
+            loopback; none: any, unless it listens on the loopback alone.
         limits: what one request may cost.
     """
 
@@ -58,6 +64,7 @@ class ServeSettings:
     pinned: frozenset[str] = frozenset()
     adapter_loading: bool = False
     token: str | None = field(default=None, repr=False)
+    allowed_hosts: frozenset[str] = frozenset()
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

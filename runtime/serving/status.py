@@ -15,8 +15,7 @@ def status_of(service: Service) -> dict[str, Any]:
 
     Keys:
         version: of hhdeploy.
-        model, device: what is served, and what computes.
-        precision: None where the bundle has graphs of several: a session does not tell its own.
+        model, device, precision: what is served, what computes, and in which precision.
         ready, uptime_seconds: health.
         max_batch, body_bytes: what one request may hold.
         queued_images, batches, images: waiting; run; classified.
@@ -34,12 +33,11 @@ def status_of(service: Service) -> dict[str, Any]:
             "evictions": now.evictions,
             "load_failures": now.load_failures,
         }
-    graphs = list(service.manifest.graphs)
     return {
         "version": version("hhdeploy"),
         "model": service.settings.model_name,
         "device": service.device,
-        "precision": graphs[0] if len(graphs) == 1 else None,
+        "precision": service.precision,
         "ready": service.ready,
         "uptime_seconds": round(service.uptime, 1),
         "max_batch": service.settings.max_batch,

@@ -195,6 +195,60 @@ def test_a_request_that_fails_gives_its_rows_back(own, monkeypatch):
     assert not own.adapters.rows[1].any()
 
 
+# --- holds, for a server ------------------------------------------------------------------------
+
+
+def test_a_held_row_keeps_its_values_until_it_is_released(own, workshop):
+    bank = own.adapters
+    old = bank.rows[1].copy()
+    holds = [bank.hold("alpha"), bank.hold("alpha")]
+    assert [(hold.row, hold.entry.name) for hold in holds] == [(1, "alpha")] * 2
+    assert bank.held("alpha")
+    assert not bank.held("gamma")
+    bank.remove("alpha")
+    bank.add("alpha", workshop.directory("rival"))
+    assert bank.free_rows == 0
+    assert bank.hold("alpha").row == 3
+    for hold in holds:
+        assert np.array_equal(bank.rows[1], old)
+        bank.release(hold)
+    assert not bank.rows[1].any()
+    assert bank.free_rows == 1
+
+
+def test_the_backbone_is_held_like_an_adapter(session, own):
+    hold = session.adapters.hold(None)
+    assert (hold.row, hold.entry) == (0, None)
+    session.adapters.release(hold)
+    with pytest.raises(SessionError, match="no classifier of the bare backbone"):
+        own.adapters.hold(None)
+
+
+def test_rows_that_are_held_can_be_run(session):
+    x, bank = images(3), session.adapters
+    holds = [bank.hold(name) for name in ("beta", None, "gamma")]
+    found = session.run_rows(x, np.asarray([hold.row for hold in holds], np.int64))
+    assert np.array_equal(found, session.run(x, ["beta", None, "gamma"]))
+    for hold in holds:
+        bank.release(hold)
+
+
+def test_opened_with_fewer_rows_than_adapters(branches, workshop):
+    with open_session(branches, device="cpu", threads=1, slots=3, partial=True) as opened:
+        assert list(opened.adapters) == ["alpha", "rival"]
+        assert opened.adapters.free_rows == 0
+        x = images(2)
+        truth = workshop.mixed_truth(["alpha", "rival"], x, 7)
+        assert_parity(truth, opened.run(x, ["alpha", "rival"])[:, :7], "branches", "float32")
+        opened.adapters.remove("alpha")
+        packed = opened.adapters.pack("gamma", workshop.directory("gamma"), verified=True)
+        assert packed.entry.row is None
+        assert list(opened.adapters) == ["rival"]
+        assert opened.adapters.put(packed).verified
+    with pytest.raises(SessionError, match="too small"):
+        open_session(branches, device="cpu", slots=1, partial=True)
+
+
 # --- backends with a copy of the bank -----------------------------------------------------------
 
 
@@ -258,6 +312,56 @@ def test_a_row_that_the_backend_does_not_take_stays_free(own, workshop):
     assert list(own.adapters) == ["alpha", "gamma"]
     own.adapters.row_changed = lambda row: None
     assert own.adapters.add("rival", workshop.directory("rival")).row == 3
+
+
+def test_a_backend_that_is_gone_fails_no_request_that_gives_its_row_back(own, workshop):
+    """Nor does it leave a name that points to a row which is not its own."""
+
+    def refuse(row):
+        raise DeviceError("the GPU is gone")
+
+    bank = own.adapters
+    hold = bank.hold("alpha")
+    bank.row_changed = refuse
+    bank.remove("alpha")
+    bank.release(hold)
+    bank.remove("gamma")
+    assert list(bank) == []
+    assert bank.free_rows == 3
+    with pytest.raises(SessionError, match="unknown adapter 'gamma'"):
+        bank.hold("gamma")
+    bank.row_changed = lambda row: None
+    assert bank.add("rival", workshop.directory("rival")).row == 1
+
+
+def test_of_two_threads_that_add_one_name_one_is_refused(own, workshop):
+    """Both found the name free; the first to be complete has it."""
+    bank, adapter, refused = own.adapters, workshop.adapters["rival"], []
+    bank.remove("alpha")
+    both = threading.Barrier(2)
+    write = bank._write
+
+    def written(row, values):
+        both.wait(5)
+        write(row, values)
+
+    def add():
+        try:
+            bank.add("one", adapter)
+        except SessionError as error:
+            refused.append(str(error))
+
+    bank._write = written
+    threads = [threading.Thread(target=add) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    del bank._write
+    assert len(refused) == 1
+    assert "'one' is loaded already" in refused[0]
+    assert set(bank) == {"gamma", "one"}
+    assert bank.free_rows == 1
 
 
 def test_a_backend_is_told_of_one_row_at_a_time(own, workshop):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -74,8 +74,7 @@ class Fleet:
         request = InferRequest(adapter, "", "", tensors)
         found = self.each("infer", request)
         return [
-            answer if isinstance(answer, Exception) else answer.outputs[0].array
-            for answer in found
+            answer if isinstance(answer, Exception) else answer.outputs[0].array for answer in found
         ]
 
     def post(self, path: str, body: dict[str, Any], token: str = TOKEN) -> tuple[int, Any]:
@@ -104,6 +103,21 @@ class Fleet:
     def names(self) -> set[str]:
         """Of the replicas that answer; a restarted one has another name."""
         return {a[0] for a in self.each("named_metrics") if not isinstance(a, Exception)}
+
+    def chosen(self, adapter: str, times: int) -> set[str]:
+        """The replicas that Ray Serve's router would send requests for an adapter to."""
+        handle = serve.get_deployment_handle("Replica", APP).options(
+            method_name="infer", multiplexed_model_id=adapter
+        )
+
+        async def choose() -> set[str]:
+            found = set()
+            for _ in range(times):
+                async with handle.choose_replica(None) as selection:
+                    found.add(selection.replica_id)
+            return found
+
+        return asyncio.run(choose())
 
     def kill_one(self, deployment: str) -> None:
         """SIGKILL to one replica of a deployment."""

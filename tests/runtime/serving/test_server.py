@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
     """In this process, so that the session can be held until the signal was seen."""
     x = images(3)
     names = ["alpha", "gamma", "alpha", "gamma", "gamma", "alpha"]
-    go, answers, listening = threading.Event(), {}, []
+    go, answers, listening, runs = threading.Event(), {}, [], []
 
     def ask(index, name):
         connection = http.client.HTTPConnection("127.0.0.1", listening[0], timeout=PATIENCE)
@@ -74,7 +73,8 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
         run = service._batcher._run
 
         def held(images, rows):
-            assert not service.ready or go.wait(PATIENCE)  # the first one is before it is ready
+            runs.append(len(images))
+            assert len(runs) == 1 or go.wait(PATIENCE)  # the first one is before it is ready
             return run(images, rows)
 
         service._batcher._run = held
@@ -98,9 +98,7 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
         await until(lambda: not service.ready)
         assert not await endpoint.ready()
         assert not await endpoint.model_ready("alpha")
-        with pytest.raises(ConnectionError):
-            await until(lambda: refused(listening[0]))
-            raise ConnectionError  # it listens no more
+        await until(lambda: refused(listening[0]))  # load balancers go elsewhere
         assert not answers
         assert not serving.done()
         go.set()
@@ -129,15 +127,15 @@ def test_a_second_signal_ends_it_at_once(small, tmp_path):
         host, port = server.http.split(":")
         with socket.create_connection((host, int(port))) as client:
             client.sendall(
-                b"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+                b"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+                b"Expect: 100-continue\r\n\r\n"
             )
-            asyncio.run(until(lambda: connections(server) > 1))
+            client.settimeout(PATIENCE)
+            assert b" 100 " in client.recv(100)  # the body is waited for
             server.process.send_signal(signal.SIGTERM)
             asyncio.run(until(lambda: "stopping" in server.log.read_text()))
             assert server.process.poll() is None
-            begin = time.monotonic()
             assert server.stop() == -signal.SIGTERM
-            assert time.monotonic() - begin < 20  # of the 35 s that the request would have had
         assert "stopped" not in [record["message"] for record in server.records()]
 
 
@@ -189,12 +187,9 @@ def test_a_port_that_is_taken(small, option):
     assert "Traceback" not in done.stderr
 
 
-def test_what_cannot_be_served_is_said_before_it_listens(small, tmp_path):
-    (tmp_path / "fleet").mkdir()
+def test_what_cannot_be_served_is_said_before_it_listens(small):
     for options, message in (
         (["--pin", "omega"], "--pin: unknown adapter 'omega'"),
-        (["--allow-adapter-loading"], "--token-file"),
-        (["--watch-seconds", "1"], "--adapters-dir"),
         (["--model-name", "alpha"], "--model-name"),
     ):
         command = [HHDEPLOY, "serve", str(small), "--device", "cpu", "--http-port", "0"]
@@ -206,12 +201,6 @@ def test_what_cannot_be_served_is_said_before_it_listens(small, tmp_path):
 
 
 # --- what it tells ------------------------------------------------------------------------------
-
-
-def connections(server):
-    """Connections that the server has open, by what the kernel says of its process."""
-    links = Path(f"/proc/{server.process.pid}/fd").iterdir()
-    return sum("socket:" in os.readlink(link) for link in links) - 4
 
 
 def test_metrics_under_the_names_that_triton_users_scrape(small, tmp_path):
@@ -255,8 +244,8 @@ def test_the_log_is_a_json_object_a_line(small, tmp_path):
         assert server.stop() == 0
     records = server.records()
     assert all({"time", "level", "logger", "message"} <= set(record) for record in records)
-    messages = [record["message"] for record in records]
-    assert [m for m in messages if m != "request"][0::1][-2:] == ["stopping", "stopped"]
+    own = [record["message"] for record in records if record["logger"] == "hhdeploy.serve"]
+    assert own == ["serving", "stopping", "stopped"]
     requests = [record for record in records if record["message"] == "request"]
     assert [record["status"] for record in requests] == [400, 200]
     assert {record["path"] for record in requests} == {"/v2/models/small/infer"}
