@@ -13,6 +13,8 @@ _ALL = (
     "bench_memory",
     "bench_int8",
     "bench_cold_start",
+    "bench_serve",
+    "bench_bank",
 )
 
 

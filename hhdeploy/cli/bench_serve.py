@@ -50,7 +50,8 @@ _OPTIONS = (
         type=click.FloatRange(0),
         help="--serve: adapters added, replaced, removed and loaded again, a second.",
     ),
-    click.option("--images-per-request", default=1, show_default=True, type=click.IntRange(1)),
+    click.option("--images-per-request", default=1, show_default=True, type=click.IntRange(1),
+                 help="--serve: all for the same adapter."),
     click.option("--slots", type=click.IntRange(2),
                  help="--serve: rows of the bank; less than --adapters to see evictions."),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(0),
@@ -180,8 +181,8 @@ def _show(report: Report, name: str, adapters: int) -> None:
         ui.verdict(
             report.passed,
             "passed: every answer was what its adapter had to say",
-            f"FAILED: {sum(report.verdicts.values())} requests, "
-            f"{report.failed_changes} changes refused, server's exit code {report.exit_code}",
+            f"FAILED: {report.faulty} of {report.requests} requests, {report.failed_changes} "
+            f"changes of adapters; the server's exit code was {report.exit_code}",
         )
     )
 

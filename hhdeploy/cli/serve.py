@@ -81,6 +81,13 @@ from hhdeploy.cli import ui
 )
 @click.option("--token-file", type=ui.FILE, help="The token that loading adapters needs.")
 @click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="A name by which requests may call the server, e.g. that of a proxy on this machine.  "
+    "[default: localhost on a loopback --host, any on others]",
+)
+@click.option(
     "--ray",
     "on_ray",
     is_flag=True,
@@ -109,6 +116,7 @@ def command(
     pinned: tuple[str, ...],
     allow_adapter_loading: bool,
     token_file: Path | None,
+    allowed_hosts: tuple[str, ...],
     on_ray: bool,
     replicas: int | None,
     log_level: str,
@@ -142,6 +150,7 @@ def command(
     from hhdeploy.runtime.serving.settings import Limits, ServeSettings, read_token
     from hhdeploy.runtime.session import open_session
 
+    log_as_json(log_level)
     settings = ServeSettings(
         model_name=model_name or bundle.resolve().name,
         max_batch=max_batch,
@@ -152,9 +161,9 @@ def command(
         pinned=frozenset(pinned),
         adapter_loading=allow_adapter_loading,
         token=read_token(token_file) if token_file is not None else None,
+        allowed_hosts=frozenset(allowed_hosts),
         limits=Limits(queued_images=max_queue, request_seconds=request_seconds),
     )
-    log_as_json(log_level)
     session = open_session(
         bundle,
         device=device,

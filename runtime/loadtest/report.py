@@ -74,10 +74,15 @@ class Report:
     exit_code: int | None
 
     @property
+    def faulty(self) -> int:
+        """Requests that were wrong, refused unexpectedly, lost or unanswered."""
+        return sum(self.verdicts[verdict] for verdict in FAULTS)
+
+    @property
     def passed(self) -> bool:
-        """Whether nothing was wrong, refused unexpectedly, lost or unanswered."""
-        faults = sum(self.verdicts[verdict] for verdict in FAULTS) + self.failed_changes
-        return not faults and self.counts is not None and self.exit_code == 0
+        """Whether there was no fault, and the server lived and ended as it should."""
+        sound = self.counts is not None and self.exit_code == 0
+        return sound and not self.faulty and not self.failed_changes
 
     @property
     def requests(self) -> int:

@@ -69,6 +69,8 @@ def make_tasks(bundle: Bundle, count: int, seed: int, fleet: Path, scratch: Path
         adapter = load_adapter(source)
         is_own = index < len(own)
         name = source.name if is_own else f"{source.name}-variant-{index // len(own)}"
+        if not is_own and name in own:
+            raise PlanError(f"{bundle.path}: {name!r} is what the test calls its own adapters.")
         versions = [source] if is_own else []
         for version in range(len(versions), VERSIONS):
             directory = scratch / name / str(version)

@@ -8,6 +8,7 @@
     adapter_files  on disk: what the fleet reads and writes
     batcher     requests of all tasks to batches of one session
     service     a message in, a message out; what HTTP, gRPC and Ray share
+    outputs     logits to what a request asks for
     metrics     what Prometheus scrapes
     status      what the page shows of one service
     endpoint    what the wires ask for: inference, metadata, loading; here or on many replicas

@@ -26,15 +26,8 @@ from hhdeploy.runtime.serving.errors import (
 )
 from hhdeploy.runtime.serving.fleet import Fleet
 from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
-from hhdeploy.runtime.serving.service import (
-    ADAPTERS,
-    IMAGES,
-    LABELS,
-    LOGITS,
-    PROBABILITIES,
-    VERSION,
-    Service,
-)
+from hhdeploy.runtime.serving.outputs import LABELS, LOGITS, PROBABILITIES
+from hhdeploy.runtime.serving.service import ADAPTERS, IMAGES, VERSION, Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.status import status_of
 

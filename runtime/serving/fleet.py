@@ -93,6 +93,7 @@ class Fleet:
         self._row_freed = asyncio.Event()
         self._making_room = asyncio.Lock()
         self._gathering = asyncio.Lock()
+        self._looking = asyncio.Lock()
         # Of the request that gathers several rows: they are not taken from it meanwhile.
         self._kept: frozenset[str | None] = frozenset()
         # Loads on behalf of requests, and the requests that wait for each.
@@ -321,20 +322,21 @@ class Fleet:
         """Look through the fleet directory: new, changed, removed and broken adapters.
 
         A changed one is loaded again if it has a row. A broken one is logged and skipped; if it
-        replaced one that has a row, that one goes on answering. Never twice at a time.
+        replaced one that has a row, that one goes on answering. One call at a time looks.
 
         Raises:
             OSError: the directory cannot be read; nothing is changed.
         """
-        sources = await self._on_thread(self._files.sources)
-        for name in [name for name in self._known if name not in sources]:
-            del self._known[name]
-            self._remove(name)
-            _LOG.info("adapter gone", extra={"adapter": name})
-        for name, source in sources.items():
-            known = self._known.get(name)
-            if known is None or known.source != source:
-                await self._look_at(source, known is not None and known.unloaded)
+        async with self._looking:
+            sources = await self._on_thread(self._files.sources)
+            for name in [name for name in self._known if name not in sources]:
+                del self._known[name]
+                self._remove(name)
+                _LOG.info("adapter gone", extra={"adapter": name})
+            for name, source in sources.items():
+                known = self._known.get(name)
+                if known is None or known.source != source:
+                    await self._look_at(source, known is not None and known.unloaded)
 
     async def _look_at(self, source: Source, unloaded: bool) -> None:
         name = source.name

@@ -24,8 +24,6 @@ from hhdeploy.runtime.serving.grpc_servicer import Context, Servicer, refuse
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-# Calls at the same time, streams included; beyond them RESOURCE_EXHAUSTED.
-_MOST_CALLS = 4096
 # Of an upload beside its two files.
 _ENVELOPE_BYTES = 1 << 20
 # How long nothing is taken where gRPC ended by itself.
@@ -74,7 +72,9 @@ class GrpcServer:
             # Else a second server could take the same port, and half of the calls.
             ("grpc.so_reuseport", 0),
         ]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MOST_CALLS)
+        # Calls at the same time, streams included; beyond them RESOURCE_EXHAUSTED.
+        calls = self._settings.limits.connections
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         handlers = {m.name: _handler(self._servicer, m, most[m.name]) for m in _SERVICE.methods}
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))

@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -34,13 +35,13 @@ from hhdeploy.runtime.serving.endpoint import (
 )
 from hhdeploy.runtime.serving.errors import (
     FailedError,
+    ForbiddenError,
     RequestError,
     TimedOutError,
-    TooLargeError,
 )
+from hhdeploy.runtime.serving.http_body import Bodies
 from hhdeploy.runtime.serving.http_codec import (
     HEADER_LENGTH,
-    decompressed,
     json_bytes,
     read_object,
     read_request,
@@ -49,21 +50,31 @@ from hhdeploy.runtime.serving.http_codec import (
 from hhdeploy.runtime.serving.page import Handler, page_routes
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
+# Of a request that says little, e.g. to unload an adapter.
+_SMALL_BYTES = 1 << 20
+# Of an error's text, which may quote an adapter's configuration.
+_MOST_TEXT = 4000
 
 
-def http_app(endpoint: Endpoint) -> Starlette:
-    """The application; what answers is started and stopped by whoever serves it."""
+def http_app(endpoint: Endpoint, hosts: Collection[str] | None = None) -> Starlette:
+    """The application; what answers is started and stopped by whoever serves it.
+
+    Args:
+        endpoint: what answers.
+        hosts: names that requests may call the server, without ports; None: any.
+    """
     limits = endpoint.settings.limits
+    bodies = Bodies(limits.bodies_bytes)
 
     async def infer(request: Request) -> Response:
-        body = await _body(request, limits.body_bytes)
-        message = read_request(
-            request.path_params["model"],
-            request.path_params.get("version", ""),
-            body,
-            request.headers.get(HEADER_LENGTH),
-        )
-        response = await _while_connected(request, endpoint.infer(message))
+        async with bodies.read(request, limits.body_bytes) as body:
+            message = read_request(
+                request.path_params["model"],
+                request.path_params.get("version", ""),
+                body,
+                request.headers.get(HEADER_LENGTH),
+            )
+            response = await _while_connected(request, endpoint.infer(message))
         content, json_length = write_response(response, {w.name: w for w in message.outputs})
         headers = {}
         if json_length is not None:
@@ -94,23 +105,26 @@ def http_app(endpoint: Endpoint) -> Starlette:
         return _json(await endpoint.model_statistics(**request.path_params))
 
     async def index(request: Request) -> Response:
-        content = read_object(await _body(request, 1 << 20))
+        async with bodies.read(request, _SMALL_BYTES) as body:
+            content = read_object(body)
         return _json(await endpoint.repository_index(bool(content.get("ready", False))))
 
     async def load(request: Request) -> Response:
         check_token(endpoint.settings, request.headers.get("authorization"))
         # An uploaded file travels as base64, which is a third longer.
-        content = read_object(await _body(request, limits.adapter_bytes // 3 * 4 + (1 << 20)))
-        parameters = content.get("parameters", {})
-        if not isinstance(parameters, dict):
-            raise RequestError("parameters: expected an object.")
-        upload = read_upload(parameters, limits.adapter_bytes)
-        await endpoint.load_adapter(request.path_params["adapter"], upload)
+        most = limits.adapter_bytes // 3 * 4 + _SMALL_BYTES
+        async with bodies.read(request, most) as body:
+            parameters = read_object(body).get("parameters", {})
+            if not isinstance(parameters, dict):
+                raise RequestError("parameters: expected an object.")
+            upload = read_upload(parameters, limits.adapter_bytes)
+            await endpoint.load_adapter(request.path_params["adapter"], upload)
         return Response(status_code=200)
 
     async def unload(request: Request) -> Response:
         check_token(endpoint.settings, request.headers.get("authorization"))
-        await _body(request, 1 << 20)
+        async with bodies.read(request, _SMALL_BYTES):
+            pass
         await endpoint.unload_adapter(request.path_params["adapter"])
         return Response(status_code=200)
 
@@ -119,7 +133,7 @@ def http_app(endpoint: Endpoint) -> Starlette:
         return Response(content, headers={"content-type": kind})
 
     def guarded(handler: Handler) -> Handler:
-        return _guarded(handler, limits.request_seconds)
+        return _guarded(handler, limits.request_seconds, hosts)
 
     routes: list[BaseRoute] = [
         Route("/v2", guarded(server)),
@@ -139,15 +153,18 @@ def http_app(endpoint: Endpoint) -> Starlette:
             Route(f"{model}/stats", guarded(stats)),
             Route(f"{model}/infer", guarded(infer), methods=["POST"]),
         ]
-    return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing})
+    app = Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing})
+    app.router.redirect_slashes = False  # a redirect would quote the request's Host
+    return app
 
 
-def _guarded(handler: Handler, limit: float) -> Handler:
+def _guarded(handler: Handler, limit: float, hosts: Collection[str] | None) -> Handler:
     """Errors as the protocol has them, and one line in the log for each request."""
 
     async def guarded(request: Request) -> Response:
         begin = time.perf_counter()
         try:
+            _check_host(request.headers.get("host", ""), hosts)
             # The body's bytes may come as slowly as the client likes: its time counts too.
             response = await asyncio.wait_for(handler(request), limit)
         except asyncio.TimeoutError:
@@ -157,7 +174,7 @@ def _guarded(handler: Handler, limit: float) -> Handler:
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; the log shows it
         except Exception:  # noqa: BLE001 - a bug: logged, and the client is told so
-            _LOG.exception("request failed", extra={"path": request.url.path[:200]})
+            _LOG.exception("request failed", extra={"path": request.scope["path"][:200]})
             response = error_response(FailedError("internal error; the server's log has more."))
         level = logging.INFO if request.method == "POST" else logging.DEBUG
         if _LOG.isEnabledFor(level):
@@ -166,7 +183,7 @@ def _guarded(handler: Handler, limit: float) -> Handler:
                 "request",
                 extra={
                     "method": request.method,
-                    "path": request.url.path[:200],
+                    "path": request.scope["path"][:200],
                     "status": response.status_code,
                     "ms": round(1e3 * (time.perf_counter() - begin), 3),
                 },
@@ -176,10 +193,28 @@ def _guarded(handler: Handler, limit: float) -> Handler:
     return guarded
 
 
+def _check_host(host: str, hosts: Collection[str] | None) -> None:
+    """Refuse a page whose name was pointed at this machine: its requests have its name."""
+    if hosts is None:
+        return
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if name not in hosts:
+        raise ForbiddenError(
+            f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
+            "can allow another with --allowed-host."
+        )
+
+
 def error_response(error: HhdeployError) -> Response:
     """``{"error": message}`` with the status that says the same."""
     status = error.status if isinstance(error, RequestError) else 400
-    response = _json({"error": str(error)}, status)
+    text = str(error)
+    if len(text) > _MOST_TEXT:
+        text = f"{text[: _MOST_TEXT - 3]}..."
+    response = _json({"error": text}, status)
     if status == 429:
         response.headers["retry-after"] = "1"
     return response
@@ -188,22 +223,10 @@ def error_response(error: HhdeployError) -> Response:
 async def _missing(request: Request, error: Exception) -> Response:
     status = int(getattr(error, "status_code", 404))
     known = "see /v2, /v2/models/M, /v2/models/M/infer, /v2/repository/index, /metrics"
-    return _json({"error": f"{request.method} {request.url.path[:200]}: {known}."}, status)
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The whole body, decompressed; refused as soon as it is longer than ``limit``."""
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
-        raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise TooLargeError(f"the body is beyond {limit} bytes.")
-        chunks.append(chunk)
-    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    return decompressed(body, request.headers.get("content-encoding", ""), limit)
+    path = request.scope["path"][:200]
+    response = _json({"error": f"{request.method} {path!r}: expected another; {known}."}, status)
+    response.headers.update(getattr(error, "headers", None) or {})  # Allow
+    return response
 
 
 async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:

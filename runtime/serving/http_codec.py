@@ -35,6 +35,8 @@ from hhdeploy.runtime.serving.service import IMAGES
 HEADER_LENGTH = "inference-header-content-length"
 # JSON is read in one go, while everything else waits, and takes 25 times its size for a moment.
 _MOST_JSON = 16 << 20
+# Of the shared memory extension, which is not served: ignored, a client would read garbage.
+_SHARED_MEMORY = "shared_memory_region"
 # Inputs and outputs of a request; a model has two and three.
 _MOST_TENSORS = 16
 
@@ -99,7 +101,8 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
         split = int(text)
     if split > _MOST_JSON:
         raise TooLargeError(
-            f"the JSON is {split} bytes, at most {_MOST_JSON} are taken. Send tensors as binary data."
+            f"the JSON is {split} bytes, at most {_MOST_JSON} are taken. Send tensors as binary "
+            "data."
         )
     view = memoryview(body)
     content = read_object(view[:split])
@@ -224,6 +227,11 @@ def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
             raise RequestError(
                 f"{where}: parameter {key[:80]!r}: expected a number, a string or a truth value."
             )
+    if _SHARED_MEMORY in found:
+        raise RequestError(
+            f"{where}: shared memory is not served: send tensors in the request and take them "
+            "from the answer."
+        )
     return found
 
 

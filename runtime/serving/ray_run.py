@@ -135,7 +135,11 @@ def _drain(seconds: float) -> None:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises `DeviceError` if it is taken: Ray would try for ever."""
+    """The port, or for 0 one that is free now.
+
+    Raises:
+        DeviceError: the port is taken, or may not be listened on; Ray would try for ever.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as listening:

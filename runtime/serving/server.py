@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -17,13 +18,18 @@ from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.grpc_server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http import http_app
+from hhdeploy.runtime.serving.http_protocol import bounded_protocol
 from hhdeploy.runtime.serving.service import Service
+from hhdeploy.runtime.serving.settings import ServeSettings
 
 _LOG = logging.getLogger("hhdeploy.serve")
 # What is left of a request when its time is up, and a client that reads slowly.
 _GRACE_SECONDS = 5.0
-# Connections and requests at the same time; beyond them 503.
-_CONNECTIONS = 4096
+# Longer than proxies keep their connections to a server: one must not send a request into a
+# connection that is being closed.
+_KEEP_ALIVE_SECONDS = 75
+# What the loopback is called.
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,16 @@ async def serve(
     """
     endpoint = LocalEndpoint(service)
     config = uvicorn.Config(
-        http_app(endpoint),
+        http_app(endpoint, hosts_of(host, service.settings)),
+        http=bounded_protocol(_grace(service)),
+        ws="none",
+        proxy_headers=False,
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        limit_concurrency=service.settings.limits.connections,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(_grace(service)),
     )
     server = _Server(config)
@@ -91,6 +101,24 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def hosts_of(host: str, settings: ServeSettings) -> frozenset[str] | None:
+    """Names that HTTP requests may call a server that listens on ``host``; None: any.
+
+    A browser's own rules keep a web page from reading the loopback's answers, but for a page whose
+    name is pointed at the loopback once it is loaded (DNS rebinding). Its requests carry that name.
+    """
+    if settings.allowed_hosts or _is_loopback(host):
+        return frozenset(map(str.lower, settings.allowed_hosts | _LOOPBACK | {host}))
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _grace(service: Service) -> float:

@@ -7,10 +7,7 @@ Inputs of a request:
     adapters   BYTES [n], optional: the adapter of each image; one image with several adapters
                is answered by each of them. Else the parameter `adapter`, or the model's name.
 
-Outputs: `logits` FP32 (the default), `probabilities` FP32, `labels` BYTES. All are cut to the
-adapter's own classes; where a request mixes adapters, to the widest of them, padded with -inf
-(logits) and 0 (probabilities). Triton's classification extension gives the best classes of
-logits or probabilities as `score:index:label`.
+Outputs: see `outputs`.
 """
 
 from __future__ import annotations
@@ -45,16 +42,13 @@ from hhdeploy.runtime.serving.messages import (
     InferRequest,
     InferResponse,
     Tensor,
-    Wanted,
-    bytes_array,
 )
 from hhdeploy.runtime.serving.metrics import Metrics, Now
+from hhdeploy.runtime.serving.outputs import check_outputs, output_of
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import Session
 
 IMAGES, ADAPTERS = "images", "adapters"
-LOGITS, PROBABILITIES, LABELS = "logits", "probabilities", "labels"
-OUTPUTS = (LOGITS, PROBABILITIES, LABELS)
 VERSION = "1"
 # Pillow lets go of the interpreter's lock while it decodes and resizes.
 _DECODERS = 2
@@ -219,7 +213,7 @@ class Service:
 
     async def _infer(self, request: InferRequest, begin: float) -> InferResponse:
         alias = self.alias(request.model, request.version)
-        wanted = self._wanted(request)
+        wanted = check_outputs(request.outputs)
         priority = _priority(request)
         images, rows = self._plan(request, alias)
         with self._batcher.place(len(rows)) as place:
@@ -234,7 +228,8 @@ class Service:
             prepared = time.perf_counter()
             answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
-        outputs = tuple(self._output(w, answer, entries) for w in wanted)
+        classes = [e.classes if e is not None else self._manifest.backbone_classes for e in entries]
+        outputs = tuple(output_of(w, answer.logits, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
         return InferResponse(request.model, request.id, outputs)
 
@@ -279,17 +274,6 @@ class Service:
             run=answer.run_seconds,
             finish=end - ran,
         )
-
-    def _wanted(self, request: InferRequest) -> tuple[Wanted, ...]:
-        wanted = request.outputs or (Wanted(LOGITS),)
-        for output in wanted:
-            if output.name not in OUTPUTS:
-                raise RequestError(
-                    f"unknown output {output.name[:80]!r}: expected {', '.join(OUTPUTS)}."
-                )
-            if output.top and output.name == LABELS:
-                raise RequestError("output labels: classification is of logits or probabilities.")
-        return wanted
 
     def _plan(self, request: InferRequest, alias: str | None) -> tuple[Tensor, list[Row]]:
         """The images, and which of them goes to which adapter."""
@@ -420,33 +404,6 @@ class Service:
     def _backbone_preprocess(self) -> Preprocess:
         return Preprocess.from_json(self._manifest.backbone["preprocess"])
 
-    # --- its answer -----------------------------------------------------------------------------
-
-    def _output(
-        self, wanted: Wanted, answer: Answer, entries: Sequence[AdapterEntry | None]
-    ) -> Tensor:
-        classes = [e.classes if e is not None else self._manifest.backbone_classes for e in entries]
-        logits = answer.logits[:, : max(classes)]
-        if wanted.name == LABELS:
-            best = [
-                _label(entry, int(np.argmax(row[:n])))
-                for entry, row, n in zip(entries, logits, classes, strict=True)
-            ]
-            return Tensor(
-                LABELS, BYTES, bytes_array([name.encode("utf-8", "replace") for name in best])
-            )
-        scores = logits if wanted.name == LOGITS else _softmax(logits)
-        if not wanted.top:
-            return Tensor(wanted.name, FP32, scores)
-        top = min(wanted.top, max(classes))
-        found: list[bytes] = []
-        for entry, row, n in zip(entries, scores, classes, strict=True):
-            order = np.argsort(-row[:n], kind="stable")[:top]
-            texts = [f"{row[i]:f}:{i}:{_label(entry, int(i))}" for i in order]
-            texts += [""] * (top - len(texts))
-            found += [text.encode("utf-8", "replace") for text in texts]
-        return Tensor(wanted.name, BYTES, bytes_array(found, (len(entries), top)))
-
 
 def seconds_of(request: InferRequest, most: float) -> float:
     """How long the answer may take: ``most``, or less if the request's ``timeout`` says so.
@@ -461,20 +418,7 @@ def seconds_of(request: InferRequest, most: float) -> float:
         raise RequestError(
             f"parameter timeout: expected microseconds, found {str(timeout)[:80]!r}."
         )
-    return min(most, timeout / 1e6) if timeout else most
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Row by row; -inf gives 0, and an image that holds NaN or infinities gives NaN."""
-    wide = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        shares = np.exp(wide - wide.max(axis=1, keepdims=True))
-    result: NDArray[np.float32] = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
-    return result
-
-
-def _label(entry: AdapterEntry | None, index: int) -> str:
-    return entry.label(index) if entry is not None else str(index)
+    return min(most, min(timeout, 1 << 62) / 1e6) if timeout else most
 
 
 def _priority(request: InferRequest) -> int:

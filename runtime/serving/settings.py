@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hhdeploy.errors import PlanError, SessionError
 
+_LOG = logging.getLogger("hhdeploy.serve")
 # What a header can carry; a token that is easy to guess is no token.
 _TOKEN = re.compile(r"[\x21-\x7e]{16,1024}")
 
@@ -87,11 +90,15 @@ class ServeSettings:
 def read_token(path: Path) -> str:
     """The token in a file: one line of 16 to 1,024 printable characters without spaces.
 
+    A file that everybody on the machine may read is warned of, not refused: secrets are mounted
+    into containers like that.
+
     Raises:
         PlanError: no such file, or not a token; the content is never shown.
     """
     try:
         token = path.read_text(encoding="utf-8").strip()
+        readable = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"--token-file: {path} cannot be read: {error}") from error
     if not _TOKEN.fullmatch(token):
@@ -99,4 +106,6 @@ def read_token(path: Path) -> str:
             f"--token-file: {path}: expected one line of 16 to 1,024 printable ASCII characters "
             "without spaces. Make one with: openssl rand -hex 32 > token"
         )
+    if readable:
+        _LOG.warning("others may read the token: chmod 600", extra={"file": str(path)})
     return token

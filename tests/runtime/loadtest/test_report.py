@@ -17,7 +17,8 @@ from hhdeploy.runtime.loadtest.report import Latencies, latencies, make_report
 from hhdeploy.runtime.loadtest.scrape import Counts, read_counts
 from hhdeploy.runtime.loadtest.traffic import Request
 from hhdeploy.runtime.loadtest.variants import Task
-from hhdeploy.runtime.serving.metrics import Metrics, Now
+from hhdeploy.runtime.serving.metrics import Metrics
+from tests.runtime.loadtest.conftest import scraped
 
 REQUEST = Request(0, (0,), None)
 COUNTS = Counts(1, 1, 1, 0, 0.0, 0, {"request": 0.1}, 1.0, 1e8)
@@ -104,8 +105,7 @@ def test_counts_are_what_the_server_s_metrics_say():
     metrics.answered({"a": 2, "b": 1}, request=0.5, queue=0.25, prepare=0.1, run=0.125, finish=0.01)
     metrics.answered({"a": 1}, request=0.5, queue=0.25, prepare=0.1, run=0.125, finish=0.01)
     metrics.loaded(0.25)
-    text = metrics.exposition(Now(3, 7, 0, 0, 2, 5, 0, frozenset()))[0].decode()
-    counts = read_counts(text)
+    counts = read_counts(scraped(metrics))
     assert (counts.requests, counts.images, counts.batches) == (2, 4, 2)
     assert (counts.loads, counts.load_seconds, counts.evictions) == (1, 0.25, 5)
     assert counts.seconds["request"] == 1.0

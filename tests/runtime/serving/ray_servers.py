@@ -19,9 +19,10 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from hhdeploy.runtime.serving.messages import FP32, InferRequest, Tensor
+from hhdeploy.runtime.serving.outputs import LOGITS
 from hhdeploy.runtime.serving.ray_app import RayArgs, application
 from hhdeploy.runtime.serving.ray_run import APP, free_port
-from hhdeploy.runtime.serving.service import IMAGES, LOGITS
+from hhdeploy.runtime.serving.service import IMAGES
 from tests.runtime.serving.servers import Server
 
 PATIENCE_SECONDS = 90

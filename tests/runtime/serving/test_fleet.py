@@ -700,6 +700,15 @@ def test_watching_goes_on_whatever_happens_to_the_directory(play, tmp_path):
     play(scene)
 
 
+def test_two_that_look_at_the_same_time_read_what_is_new_once(play):
+    async def scene(s):
+        s.put("d", seed=9)
+        await asyncio.gather(s.fleet.refresh(), s.fleet.refresh())
+        assert s.reads == ["d"]
+
+    play(scene)
+
+
 # --- uploads ------------------------------------------------------------------------------------
 
 

@@ -342,7 +342,9 @@ def test_http_and_grpc_drain_at_the_same_time(branches):
             reader, writer = await asyncio.open_connection("127.0.0.1", addresses.http_port)
             body = b'{"inputs":[{"name":"images","datatype":"FP32","shape":[1,3,32,32],"data":['
             body += b",".join([b"0.5"] * (3 * 32 * 32)) + b"]}]}"
-            head = "POST /v2/models/alpha/infer HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+            head = (
+                "POST /v2/models/alpha/infer HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+            )
             writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             await soon(taken.acquire())
             await soon(taken.acquire())

@@ -203,9 +203,10 @@ def test_probabilities_labels_and_classification(play, branches, workshop):
     x = images(2)
 
     async def scene(s):
-        outputs = ("probabilities", "labels", Wanted("probabilities", top=2), Wanted("logits", 3))
-        request = request_of(x, "alpha", "gamma", outputs=outputs)
-        shares, labels, top, best = (await s.infer(request)).outputs
+        request = request_of(x, "alpha", "gamma", outputs=("labels", "probabilities"))
+        labels, shares = (await s.infer(request)).outputs
+        tops = (Wanted("probabilities", top=2), Wanted("logits", top=5))
+        top, best = (await s.infer(request_of(x, "alpha", "gamma", outputs=tops))).outputs
         truth = workshop.mixed_truth(["alpha", "gamma"], x, 7)
         assert np.array_equal(shares.array[1, 3:], np.zeros(4))
         expected = np.exp(truth) / np.exp(truth).sum(1, keepdims=True)
@@ -213,10 +214,10 @@ def test_probabilities_labels_and_classification(play, branches, workshop):
         order = np.argsort(-truth, axis=1)
         assert [b.decode() for b in labels.array] == [f"class {row[0]}" for row in order]
         assert top.array.shape == (2, 2)
-        assert best.array.shape == (2, 3)
-        for found, count in ((top, 2), (best, 3)):
-            for row, ranks in zip(found.array, order, strict=True):
-                indices = [int(text.split(b":")[1]) for text in row]
+        assert best.array.shape == (2, 5)
+        for found, counts in ((top, (2, 2)), (best, (5, 3))):  # gamma has three classes
+            for row, ranks, count in zip(found.array, order, counts, strict=True):
+                indices = [int(text.split(b":")[1]) for text in row if text]
                 assert indices == ranks[:count].tolist()
                 assert row[0].split(b":")[2] == f"class {ranks[0]}".encode()
 

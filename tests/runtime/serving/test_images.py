@@ -1,0 +1,136 @@
+"""Encoded pictures: three formats, within limits on what they cost."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.images import decode_image
+
+MOST = 10_000
+
+
+def encoded(form: str, size: tuple[int, int] = (40, 30), **options) -> bytes:
+    random = np.random.default_rng(5)
+    pixels = random.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG that says it has that many pixels, whatever its data are."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def decode(content: bytes) -> Image.Image:
+    return decode_image(content, most_pixels=MOST, name="image 3")
+
+
+def refused(content: bytes, kind: type[RequestError] = RequestError) -> str:
+    with pytest.raises(RequestError) as caught:
+        decode(content)
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    assert message.startswith("image 3: ") and message.isprintable() and len(message) < 300
+    return message
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_formats(form):
+    content = encoded(form)
+    found = decode(content)
+    with Image.open(io.BytesIO(content)) as opened:
+        expected = opened.convert("RGB")
+    assert found.mode == "RGB" and np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "I;16"])
+def test_modes_become_rgb(mode):
+    file = io.BytesIO()
+    Image.new(mode, (4, 3)).save(file, "PNG")
+    assert decode(file.getvalue()).mode == "RGB"
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM", "ICO", "TGA"])
+def test_other_decoders_are_not_asked(form):
+    assert "expected an encoded JPEG, PNG, WEBP picture" in refused(encoded(form, (32, 32)))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_damaged_pictures_are_refused(form):
+    content = encoded(form)
+    for length in (0, 1, 8, 20, len(content) // 2):
+        refused(content[:length])
+    refused(b"\0" + content)
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (6, 5), color) for color in ("red", "blue", "lime")]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert np.array_equal(np.asarray(decode(file.getvalue())), np.asarray(frames[0]))
+
+
+def test_pixels_are_counted_before_they_are_decoded():
+    assert decode(encoded("PNG", (100, 100))).size == (100, 100)
+    message = refused(encoded("PNG", (100, 101)), TooLargeError)
+    assert message == "image 3: 100 x 101 pixels, at most 10000 are taken."
+    # Pillow itself warns of the second one and refuses the others.
+    assert "5000 x 5000" in refused(png(5000, 5000), TooLargeError)
+    assert "12000 x 12000" in refused(png(12_000, 12_000), TooLargeError)
+    for side in (60_000, 2**31 - 1):
+        assert "pixels" in refused(png(side, side), TooLargeError)
+
+
+def test_text_chunks_do_not_swell():
+    bomb = zlib.compress(bytes(80 << 20))
+    assert len(bomb) < 1 << 17
+    refused(png(10, 10, (b"zTXt", b"comment\0\0" + bomb)))
+
+
+def test_lines_are_refused():
+    """A line of 10 MB would be resized to one of 1 TB, the short side of which fits the model."""
+    assert decode(encoded("PNG", (50, 1))).size == (50, 1)
+    for size in ((51, 1), (1, 51), (2, 110)):
+        assert "at most 50 times the other" in refused(encoded("PNG", size), TooLargeError)
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused():
+    """Each scan is decoded over all pixels: 1 MB of them would take minutes."""
+    content = encoded("JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    scan, end = content[last:-2], content[-2:]
+    assert decode(content[:-2] + 20 * scan + end).size == (40, 30)
+    assert "100 scans" in refused(content[:-2] + 1000 * scan + end, TooLargeError)
+
+
+def test_threads_do_not_change_the_filters_of_warnings():
+    before = list(warnings.filters)
+    pictures = [encoded("PNG", (20 + n, 30)) for n in range(4)]
+
+    def work(content: bytes) -> None:
+        for _ in range(100):
+            decode(content)
+
+    threads = [threading.Thread(target=work, args=(content,)) for content in pictures]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == before

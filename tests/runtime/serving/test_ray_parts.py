@@ -1,0 +1,467 @@
+"""The server on several replicas, part by part, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hhdeploy.errors import AdapterError, PlanError
+from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving.messages import BYTES, InferRequest, Tensor, bytes_array
+from hhdeploy.runtime.serving.metrics import Metrics, latency_ms
+
+pytest.importorskip("ray.serve", reason="needs the package 'ray'")
+
+from pydantic import ValidationError
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from hhdeploy.runtime.serving import ray_registry
+from hhdeploy.runtime.serving.ray_args import RayArgs
+from hhdeploy.runtime.serving.ray_calls import answered, ask
+from hhdeploy.runtime.serving.ray_endpoint import RayEndpoint, named_adapter
+from hhdeploy.runtime.serving.ray_merge import merged_metrics, merged_status, summed
+from hhdeploy.runtime.serving.ray_registry import Change, Registry
+from hhdeploy.runtime.serving.ray_replica import Replica
+from hhdeploy.runtime.serving.ray_router import AdapterRouter
+from hhdeploy.runtime.serving.settings import Limits, ServeSettings
+
+PATIENCE_SECONDS = 60
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def kinds(base: type[Exception]) -> list[type[Exception]]:
+    return [base, *(kind for child in base.__subclasses__() for kind in kinds(child))]
+
+
+@pytest.mark.parametrize("kind", kinds(errors.RequestError))
+def test_errors_travel_between_processes(kind):
+    travelled = pickle.loads(pickle.dumps(kind("what was wrong")))
+    assert (type(travelled), str(travelled)) == (kind, "what was wrong")
+    assert (travelled.status, travelled.code) == (kind.status, kind.code)
+
+
+class Handle:
+    """Of a deployment: each call raises or returns the next of ``answers``."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.calls: list[tuple[Any, ...]] = []
+        self.cancelled = 0
+
+    def remote(self, *arguments: Any) -> Any:
+        self.calls.append(arguments)
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    def __getattr__(self, method: str) -> Handle:
+        return self
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    def __await__(self) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return (yield from answer.__await__()) if isinstance(answer, asyncio.Future) else answer
+
+
+def wrapped(error: Exception) -> Exception:
+    """As Ray hands it to the caller."""
+    return RayTaskError("infer", "traceback", error).as_instanceof_cause()
+
+
+def test_a_call_is_made_again_when_its_replica_dies():
+    handle = Handle(ActorDiedError(), ActorDiedError(), 7)
+    assert asyncio.run(ask(handle, "a", 1)) == 7
+    assert handle.calls == [("a", 1)] * 3
+
+
+@pytest.mark.parametrize("error", [errors.NotFoundError("no such adapter"), AdapterError("broken")])
+def test_what_a_replica_raises_is_raised_as_it_is(error):
+    handle = Handle(wrapped(error))
+    with pytest.raises(type(error), match=str(error)) as raised:
+        asyncio.run(ask(handle))
+    assert type(raised.value) is type(error)
+    with pytest.raises(type(error)):
+        answered([1, wrapped(error)])
+
+
+def test_a_bug_in_a_replica_is_an_internal_error():
+    with pytest.raises(errors.FailedError, match="internal error"):
+        asyncio.run(ask(Handle(wrapped(KeyError("secret")))))
+
+
+def test_too_many_waiting_requests_are_refused():
+    with pytest.raises(errors.BusyError):
+        asyncio.run(ask(Handle(BackPressureError(5, 5))))
+
+
+def test_the_dead_are_left_out_of_what_all_answer():
+    assert answered([1, ActorDiedError(), 2]) == [1, 2]
+    with pytest.raises(errors.StoppingError):
+        answered([ActorDiedError()])
+
+
+def endpoint(handle: Handle, seconds: float = PATIENCE_SECONDS) -> RayEndpoint:
+    settings = ServeSettings("tiny", limits=Limits(request_seconds=seconds))
+    return RayEndpoint(settings, handle, handle)
+
+
+def request(model: str = "tiny", adapters: list[bytes] | None = None, **parameters: Any):
+    inputs = {}
+    if adapters is not None:
+        inputs["adapters"] = Tensor("adapters", BYTES, bytes_array(adapters))
+    return InferRequest(model, "", "", inputs, parameters=parameters)
+
+
+def test_an_answer_that_does_not_come_is_given_up_and_cancelled():
+    async def run() -> Handle:
+        handle = Handle(asyncio.get_running_loop().create_future())
+        with pytest.raises(errors.TimedOutError):
+            await endpoint(handle).infer(request(timeout=1000))
+        return handle
+
+    assert asyncio.run(run()).cancelled == 1
+
+
+def test_replicas_that_die_for_ever_do_not_hold_a_request_for_ever():
+    handle = Handle(*[ActorDiedError()] * 1000)
+    with pytest.raises(errors.TimedOutError):
+        asyncio.run(endpoint(handle, 0.2).infer(request()))
+
+
+def test_draining_answers_what_was_taken_and_takes_nothing_new():
+    async def run() -> None:
+        answer = asyncio.get_running_loop().create_future()
+        served = endpoint(Handle(answer))
+        taken = asyncio.create_task(served.infer(request()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        drained = asyncio.create_task(served.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(errors.StoppingError):
+            await served.infer(request())
+        assert not await served.ready()
+        assert not drained.done()
+        answer.set_result("logits")
+        assert await taken == "logits"
+        await drained
+
+    asyncio.run(run())
+
+
+# --- routing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "adapter"),
+    [
+        (request("alpha"), "alpha"),
+        (request(adapter="beta"), "beta"),
+        (request(adapters=[b"beta", b"beta"]), "beta"),
+        (request(adapters=[b"beta", b"alpha"]), ""),
+        (request(adapters=[]), ""),
+        (request(adapter=7), ""),
+        (request(), ""),
+    ],
+)
+def test_the_adapter_that_a_request_names(asked, adapter):
+    assert named_adapter(asked, "tiny") == adapter
+
+
+def choose(adapter: str, rows: list[set[str]]) -> list[list[int]]:
+    router = object.__new__(AdapterRouter)
+    replicas = [
+        SimpleNamespace(number=i, routing_stats={"adapters": names} if names else {})
+        for i, names in enumerate(rows)
+    ]
+    pending = SimpleNamespace(
+        metadata=SimpleNamespace(multiplexed_model_id=adapter),
+        routing_context=SimpleNamespace(should_backoff=False),
+    )
+    ranks = asyncio.run(router.choose_replicas(replicas, pending))
+    assert pending.routing_context.should_backoff
+    return [[replica.number for replica in rank] for rank in ranks]
+
+
+def test_replicas_that_have_the_adapter_in_a_row_come_first():
+    rows = [{"alpha"}, {"beta"}, {"alpha", "beta"}, set()]
+    first, second = choose("alpha", rows)
+    assert set(first) == {0, 2}
+    assert len(set(second)) == 2
+    first, second = choose("beta", [{"alpha"}, {"beta"}])
+    assert (first, set(second)) == ([1], {0, 1})
+    assert [set(rank) for rank in choose("", [{"alpha"}, {"beta"}])] == [{0, 1}]
+    assert [set(rank) for rank in choose("gamma", [{"alpha"}, set()])] == [{0, 1}]
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def test_numbers_are_added_and_the_rest_is_the_first():
+    one = {"a": 1, "b": {"c": [{"d": 2.5, "e": "x"}]}, "f": True, "g": None}
+    other = {"a": 5, "b": {"c": [{"d": 0.5, "e": "y"}]}, "f": False, "g": None}
+    found = {"a": 6, "b": {"c": [{"d": 3.0, "e": "x"}]}, "f": True, "g": None}
+    assert summed([one, other]) == found
+
+
+def status(images: int, recent: list[float], state: str, **changes: Any) -> dict[str, Any]:
+    adapter = {"name": "alpha", "state": state, "problem": "", "classes": 7, "row": 3}
+    return {
+        "model": "tiny",
+        "ready": True,
+        "uptime_seconds": float(images),
+        "queued_images": 1,
+        "batches": 2,
+        "images": images,
+        "requests": {"answered": images, "failed": {"OTHER": 1}},
+        "latency_ms": latency_ms(recent),
+        "bank": {"rows_used": 3, "rows": 63, "evictions": 0, "load_failures": 0},
+        "adapters": [adapter | {"images": images}],
+    } | changes
+
+
+def test_status_is_that_of_all():
+    found = merged_status(
+        [status(5, [1.0, 3.0], "on disk"), status(7, [2.0], "ready", ready=False)]
+    )
+    assert (found["model"], found["ready"], found["replicas"]) == ("tiny", True, 2)
+    assert (found["images"], found["batches"], found["uptime_seconds"]) == (12, 4, 7.0)
+    assert found["requests"] == {"answered": 12, "failed": {"OTHER": 2}}
+    assert found["bank"]["rows"] == 126
+    assert found["latency_ms"] == latency_ms([1.0, 3.0, 2.0])
+    (adapter,) = found["adapters"]
+    assert (adapter["state"], adapter["images"], adapter["row"]) == ("ready", 12, None)
+    assert merged_status([status(1, [], "ready", bank=None)] * 2)["bank"] is None
+
+
+EXPOSITION = """\
+# HELP nv_inference_count Images that were classified
+# TYPE nv_inference_count untyped
+nv_inference_count{{model="tiny"}} {images}
+# HELP hhdeploy_adapter_images_total Images that were classified, by adapter
+# TYPE hhdeploy_adapter_images_total counter
+hhdeploy_adapter_images_total{{adapter="alpha"}} {images}
+# HELP hhdeploy_adapter_load_seconds Loading
+# TYPE hhdeploy_adapter_load_seconds histogram
+hhdeploy_adapter_load_seconds_bucket{{le="0.01"}} 1.0
+hhdeploy_adapter_load_seconds_bucket{{le="+Inf"}} 2.0
+hhdeploy_adapter_load_seconds_count 2.0
+hhdeploy_adapter_load_seconds_sum 0.5
+"""
+
+
+def test_metrics_keep_each_replica_apart():
+    texts = {f"r{images}": EXPOSITION.format(images=f"{images}.0") for images in (3, 4)}
+    merged = merged_metrics({name: text.encode() for name, text in texts.items()}).decode()
+    lines = merged.splitlines()
+    for line in EXPOSITION.splitlines():
+        if line.startswith("#"):
+            assert lines.count(line) == 1
+    assert 'nv_inference_count{model="tiny",replica="r3"} 3.0' in lines
+    assert 'hhdeploy_adapter_images_total{adapter="alpha",replica="r4"} 4.0' in lines
+    assert 'hhdeploy_adapter_load_seconds_bucket{le="0.01",replica="r4"} 1.0' in lines
+    assert 'hhdeploy_adapter_load_seconds_sum{replica="r3"} 0.5' in lines
+
+
+# --- the registry -------------------------------------------------------------------------------
+
+
+class Cluster:
+    """A registry, the replicas that ask it, and what Ray would say of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *alive: str) -> None:
+        self.alive = set(alive)
+        self.seen: dict[str, list[Change]] = {}
+        self.first = SimpleNamespace(load_adapter=Handle(None), unload_adapter=Handle(None))
+        self.asking: set[asyncio.Task[None]] = set()
+        monkeypatch.setattr(ray_registry, "_actors", lambda: set(self.alive))
+        monkeypatch.setattr(ray_registry.serve, "get_deployment_handle", lambda _: self.first)
+        monkeypatch.setattr(ray_registry, "_LOOK_SECONDS", 0.01)
+        self.registry = Registry()
+
+    async def join(self, member: str, *known: Change) -> None:
+        self.seen[member] = await self.registry.join(member, known)
+
+    def ask(self, member: str, problem: str = "") -> None:
+        """Do every change from now on, as a `Follower` does; ``problem``: it cannot."""
+
+        async def follow() -> None:
+            done = max((c.revision for c in self.seen[member]), default=0)
+            problems: dict[int, str] = {}
+            while True:
+                changes = await self.registry.following(member, done, problems)
+                self.seen[member] += changes
+                problems = {c.revision: problem for c in changes if problem}
+                done = max((c.revision for c in changes), default=done)
+
+        self.asking.add(asyncio.create_task(follow()))
+
+    def change(self, name: str, *, unloaded: bool) -> asyncio.Task[None]:
+        return asyncio.create_task(self.registry.change(name, None, unloaded))
+
+    async def done(self, changing: asyncio.Task[None]) -> None:
+        """It must end; then nobody asks any more."""
+        try:
+            await asyncio.wait_for(changing, PATIENCE_SECONDS)
+        finally:
+            for task in self.asking:
+                task.cancel()
+            await asyncio.gather(*self.asking, return_exceptions=True)
+
+
+async def waits(task: asyncio.Task[Any]) -> bool:
+    """Whether it still waits after everybody had a chance to run."""
+    done, _ = await asyncio.wait({task}, timeout=0.1)
+    return not done
+
+
+def test_a_change_is_done_once_every_replica_has_done_it(monkeypatch):
+    async def run() -> None:
+        cluster = Cluster(monkeypatch, "r1", "r2")
+        await cluster.join("r1")
+        await cluster.join("r2")
+        changing = cluster.change("alpha", unloaded=True)
+        cluster.ask("r1")
+        assert await waits(changing)
+        cluster.ask("r2")
+        await cluster.done(changing)
+        change = Change(1, "alpha", unloaded=True)
+        assert cluster.first.unload_adapter.calls == [("alpha",)]
+        assert cluster.seen == {"r1": [change], "r2": [change]}
+        await cluster.join("late")
+        assert cluster.seen["late"] == [change]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_is_starting_is_waited_for_once_it_has_joined(monkeypatch):
+    async def run() -> None:
+        cluster = Cluster(monkeypatch, "r1")
+        await cluster.join("r1")
+        cluster.ask("r1")
+        cluster.alive |= {"starting", "joined"}
+        await cluster.join("joined")
+        changing = cluster.change("alpha", unloaded=False)
+        assert await waits(changing)
+        cluster.ask("joined")
+        await cluster.done(changing)
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_is_gone_is_not_waited_for(monkeypatch):
+    async def run() -> None:
+        cluster = Cluster(monkeypatch, "r1", "r2")
+        await cluster.join("r1")
+        await cluster.join("r2")
+        cluster.ask("r1")
+        changing = cluster.change("alpha", unloaded=False)
+        assert await waits(changing)
+        cluster.alive = {"r1"}
+        await cluster.done(changing)
+
+    asyncio.run(run())
+
+
+def test_what_some_replicas_cannot_do_is_said(monkeypatch):
+    async def run() -> None:
+        cluster = Cluster(monkeypatch, "r1", "r2")
+        await cluster.join("r1")
+        await cluster.join("r2")
+        cluster.ask("r1")
+        cluster.ask("r2", "no such folder")
+        with pytest.raises(errors.FailedError, match=r"1 of 2 replicas .* r2: no such folder"):
+            await cluster.done(cluster.change("alpha", unloaded=False))
+
+    asyncio.run(run())
+
+
+def test_what_the_first_replica_refuses_changes_nothing(monkeypatch):
+    async def run() -> None:
+        cluster = Cluster(monkeypatch, "r1")
+        cluster.first.load_adapter = Handle(wrapped(AdapterError("no tensors")))
+        await cluster.join("r1")
+        with pytest.raises(AdapterError, match="no tensors"):
+            await cluster.done(cluster.change("alpha", unloaded=False))
+        await cluster.join("r2")
+        assert cluster.seen["r2"] == []
+
+    asyncio.run(run())
+
+
+def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(monkeypatch):
+    async def run() -> None:
+        cluster = Cluster(monkeypatch, "r1", "r2", "r3")
+        alpha, beta = Change(4, "alpha", unloaded=True), Change(6, "beta", unloaded=False)
+        await cluster.join("r1", alpha)
+        changing = cluster.change("gamma", unloaded=True)
+        await cluster.join("r2", alpha, beta)
+        assert await waits(changing)
+        assert not cluster.first.unload_adapter.calls  # nothing happens before all are there
+        cluster.alive = {"r1", "r2"}
+        cluster.ask("r1")
+        cluster.ask("r2")
+        await cluster.done(changing)
+        gamma = Change(7, "gamma", unloaded=True)
+        assert cluster.seen["r1"] == [alpha, beta, gamma]
+        assert cluster.seen["r2"] == [alpha, beta, gamma]
+
+    asyncio.run(run())
+
+
+# --- the rest -----------------------------------------------------------------------------------
+
+
+def test_arguments_are_checked(tmp_path):
+    args = RayArgs(bundle=tmp_path)
+    assert args.settings(with_token=True).model_name == tmp_path.name
+    with pytest.raises(ValidationError, match="max_bach"):
+        RayArgs.model_validate({"bundle": tmp_path, "max_bach": 3})
+    with pytest.raises(ValidationError, match="replicas"):
+        RayArgs(bundle=tmp_path, replicas=0)
+    with pytest.raises(PlanError, match="--token-file"):
+        RayArgs(bundle=tmp_path, allow_adapter_loading=True).settings(with_token=True)
+
+
+def test_only_the_ingress_reads_the_token(tmp_path):
+    file = tmp_path / "token"
+    file.write_text("a-token-of-sufficient-length")
+    args = RayArgs(bundle=tmp_path, allow_adapter_loading=True, token_file=file)
+    assert args.settings(with_token=True).token == "a-token-of-sufficient-length"
+    settings = args.settings(with_token=False)
+    assert (settings.token, settings.adapter_loading) == (None, False)
+
+
+def test_a_replica_whose_session_only_fails_is_replaced():
+    async def run() -> None:
+        metrics = Metrics("tiny")
+        following = asyncio.get_running_loop().create_future()
+        replica: Any = SimpleNamespace(
+            _service=SimpleNamespace(metrics=metrics), _judged=(0, 0), _following=following
+        )
+        await Replica.check_health(replica)
+        metrics.failed("BACKEND")
+        with pytest.raises(errors.FailedError, match="every request"):
+            await Replica.check_health(replica)
+        await Replica.check_health(replica)  # nothing was asked meanwhile
+        metrics.failed("BACKEND")
+        metrics.success += 1
+        await Replica.check_health(replica)
+        metrics.failed("OTHER")
+        await Replica.check_health(replica)
+        following.set_exception(KeyError("a bug"))
+        with pytest.raises(errors.FailedError, match="no longer followed"):
+            await Replica.check_health(replica)
+
+    asyncio.run(run())
