@@ -218,7 +218,7 @@ def _serve_on_ray(context: click.Context) -> None:
         )
 
     log_as_json(options["log_level"])
-    run_on_ray(args, host=options["host"], http_port=options["http_port"], announce=announce)
+    run_on_ray(args, http_port=options["http_port"], announce=announce)
 
 
 def _whole(value: Any) -> Any:

@@ -55,6 +55,7 @@ from hhdeploy.runtime.serving.ray_endpoint import RayEndpoint
 from hhdeploy.runtime.serving.ray_registry import INGRESS, REGISTRY, REPLICA, Registry
 from hhdeploy.runtime.serving.ray_replica import Replica
 from hhdeploy.runtime.serving.ray_router import AdapterRouter
+from hhdeploy.runtime.serving.server import hosts_of
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
 # Requests and questions at the same time of what waits rather than computes.
@@ -73,11 +74,13 @@ class Ingress:
     def __init__(self, args: RayArgs, replicas: Any, registry: Any) -> None:
         """``replicas``, ``registry``: handles of those deployments."""
         log_as_json(args.log_level, "hhdeploy")
-        self._endpoint = RayEndpoint(args.settings(with_token=True), replicas, registry)
+        settings = args.settings(with_token=True)
+        self._endpoint = RayEndpoint(settings, replicas, registry)
+        self._hosts = hosts_of(args.host, settings)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """The application that Ray Serve hands requests to."""
-        return http_app(self._endpoint)
+        return http_app(self._endpoint, self._hosts)
 
     async def drain(self) -> None:
         """Take nothing new, and wait until everything that was taken is answered."""

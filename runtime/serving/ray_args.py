@@ -17,6 +17,8 @@ class RayArgs(BaseModel):
     file must be there under the same names on all of them.
 
     Attributes:
+        host: that Ray's proxies listen on (``http_options`` tell them): what requests may call the
+            server follows from it, see `hosts_of`.
         replicas: sessions, each in a process of its own.
         ingresses: processes that take HTTP requests.
         gpus: of each replica, as Ray counts them; a replica with 0 sees none.
@@ -25,6 +27,7 @@ class RayArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bundle: Path
+    host: str = "127.0.0.1"
     device: str = "auto"
     precision: str = "float32"
     threads: int | None = Field(None, ge=1)
@@ -40,6 +43,7 @@ class RayArgs(BaseModel):
     pinned: tuple[str, ...] = ()
     allow_adapter_loading: bool = False
     token_file: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
     log_level: str = "info"
     replicas: int = Field(2, ge=1)
     ingresses: int = Field(1, ge=1)
@@ -63,6 +67,7 @@ class RayArgs(BaseModel):
             pinned=frozenset(self.pinned),
             adapter_loading=loading,
             token=token,
+            allowed_hosts=frozenset(self.allowed_hosts),
             limits=Limits(queued_images=self.max_queue, request_seconds=self.request_seconds),
         )
 

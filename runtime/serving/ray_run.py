@@ -31,16 +31,13 @@ _STORE_BYTES = 512 << 20
 _GRACE_SECONDS = 5.0
 
 
-def run_on_ray(
-    args: RayArgs, *, host: str, http_port: int, announce: Callable[[Addresses], None]
-) -> None:
+def run_on_ray(args: RayArgs, *, http_port: int, announce: Callable[[Addresses], None]) -> None:
     """Serve until SIGINT or SIGTERM, then answer what was taken, and stop.
 
     On the cluster that RAY_ADDRESS names, else on one of this machine that ends with the server.
 
     Args:
-        args: the application's.
-        host: that Ray's proxy listens on, on the cluster's head node.
+        args: the application's; Ray's proxy listens on the cluster's head node.
         http_port: 0 takes a free one of this machine.
         announce: called once requests are answered.
 
@@ -50,16 +47,15 @@ def run_on_ray(
     """
     args.settings(with_token=True)  # what does not go together is said before anything starts
     with _cluster(args), _until_signal() as stopped:
-        port = free_port(host, http_port)
-        serve.start(
-            proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port)
-        )
+        port = free_port(args.host, http_port)
+        options = HTTPOptions(host=args.host, port=port)
         try:
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
             try:
                 serve.run(application(_with_gpus(args)), name=APP)
             except (RayServeException, RuntimeError) as error:
                 raise DeviceError(f"the replicas do not start: {error}") from error
-            announce(Addresses(host, port, None))
+            announce(Addresses(args.host, port, None))
             _LOG.info("serving", extra={"replicas": args.replicas})
             stopped.wait()
             _LOG.info("stopping")

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient
 
 from hhdeploy.cli.serve import command
-from hhdeploy.runtime.serving.http import http_app
 from tests.workshop import ROOT
 
 yaml = pytest.importorskip("yaml", reason="needs the package 'pyyaml'")
@@ -82,17 +80,10 @@ def test_kserve_gets_a_runtime_and_a_model_that_go_together(tmp_path):
     assert container["securityContext"]["runAsNonRoot"]
 
 
-def test_the_server_answers_the_probes():
-    class Ready:
-        settings = type("Settings", (), {"limits": type("Limits", (), {"request_seconds": 60})})
-
-        async def ready(self) -> bool:
-            return True
-
+def test_the_server_answers_the_probes(server):
     (container,) = documents("kserve.yaml")[0]["spec"]["containers"]
-    with TestClient(http_app(Ready())) as client:
-        for probe in ("readinessProbe", "livenessProbe"):
-            assert client.get(container[probe]["httpGet"]["path"]).status_code == 200
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert server.request("GET", container[probe]["httpGet"]["path"])[0] == 200
 
 
 def test_ray_takes_the_file_and_the_application_its_arguments(tmp_path):

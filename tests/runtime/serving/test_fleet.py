@@ -97,7 +97,12 @@ def play(small, workshop, tmp_path):
                     await made.fleet.start()
                     made.reads.clear()
                     await asyncio.wait_for(scene(made), PATIENCE)
+                    await made.fleet.close()  # loads that nobody waits for any more
                     check_at_rest(made.bank)
+                    # Nothing is kept of adapters that come and go.
+                    assert set(made.fleet._used) == set(made.bank)
+                    assert not made.fleet._waiting
+                    assert not made.fleet._fetching
                 finally:
                     await made.fleet.close()
 
@@ -441,6 +446,20 @@ def test_an_unloaded_adapter_drains_and_answers_no_more(play):
     play(scene)
 
 
+def test_an_unloaded_adapter_stays_so_when_its_files_change(play):
+    async def scene(s):
+        await s.fleet.unload("a")
+        s.put("a", seed=7)
+        await s.fleet.refresh()
+        assert s.state("a") == "unloaded"
+        with pytest.raises(NotFoundError, match="unloaded"):
+            await s.ask("a")
+        await s.fleet.load("a")
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+
+    play(scene)
+
+
 def test_an_adapter_unloaded_while_it_is_loaded_is_not_put_into_a_row(play):
     async def scene(s):
         with s.reader_held_up():
@@ -456,6 +475,20 @@ def test_an_adapter_unloaded_while_it_is_loaded_is_not_put_into_a_row(play):
         assert set(s.bank) == {"alpha", "gamma"}
 
     play(scene)
+
+
+def test_an_adapter_unloaded_while_it_waits_for_a_row_gets_none(play):
+    async def scene(s):
+        held = await s.ask("alpha", "gamma")
+        waiting = asyncio.create_task(s.ask("a"))
+        await until(lambda: len(s.bank) == 1)  # one was evicted, and drains
+        await s.fleet.unload("a")
+        s.release(held)
+        with pytest.raises(NotFoundError, match="unloaded or removed meanwhile"):
+            await waiting
+        assert "a" not in s.bank
+
+    play(scene, slots=3)
 
 
 def test_an_adapter_unloaded_before_its_load_has_begun(play):

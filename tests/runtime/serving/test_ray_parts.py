@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.runtime.serving import errors
 from hhdeploy.runtime.serving.messages import BYTES, InferRequest, Tensor, bytes_array
 from hhdeploy.runtime.serving.metrics import Metrics, latency_ms
+from tests.workshop import run_command
 
 pytest.importorskip("ray.serve", reason="needs the package 'ray'")
 
@@ -465,3 +468,20 @@ def test_a_replica_whose_session_only_fails_is_replaced():
             await Replica.check_health(replica)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--replicas", "3"), "--replicas goes with --ray"),
+        (("--ray", "--grpc-port", "8001"), "HTTP only"),
+        (("--ray", "--allow-adapter-loading"), "--token-file"),
+    ],
+)
+def test_options_that_do_not_go_together_are_said_before_anything_starts(
+    tmp_path, options, problem
+):
+    program = str(Path(sys.executable).with_name("hhdeploy"))
+    done = run_command([program, "serve", str(tmp_path), *options])
+    assert done.returncode in (1, 2)
+    assert problem in done.stderr

@@ -127,8 +127,8 @@ def test_a_second_signal_ends_it_at_once(small, tmp_path):
         host, port = server.http.split(":")
         with socket.create_connection((host, int(port))) as client:
             client.sendall(
-                b"POST /v2/models/small/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
-                b"Expect: 100-continue\r\n\r\n"
+                b"POST /v2/models/small/infer HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
             )
             client.settimeout(PATIENCE)
             assert b" 100 " in client.recv(100)  # the body is waited for
