@@ -14,7 +14,8 @@
     endpoint    what the wires ask for: inference, metadata, loading; here or on many replicas
     http, grpc  the protocol's two wires; page: the third, for people
     server      all of it in one process, started and stopped
-    ray_app     the same on several replicas
+    logs        its log lines
+    ray_app     the same on several replicas, with its parts: ray_args, ray_replica, ...
 
 Everything but the session's runs, the decoding of images and the reading of adapters happens on
 one event loop, so that names, rows and queues need no locks.

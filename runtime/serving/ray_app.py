@@ -25,7 +25,7 @@ later finds it on disk, and is told what was unloaded before it is ready.
     some replicas cannot do   500 that says so: the others answer with the new adapter. Mostly the
     what the first could      directory is not shared. Load again once it is
     time is up, or the        the change may have reached some replicas, and goes on to the
-    ingress dies              others. Load again
+    ingress dies              others. Load again. (Other requests of that ingress: 500, ask again)
     the registry dies         requests are answered as before. Loading waits for the next registry,
                               which asks the replicas what it must know
     everything is stopped     what was unloaded is forgotten, as with one server
@@ -37,6 +37,11 @@ new series and not a counter that falls; `status` adds them up. The ingress' own
 
 gRPC is left out: Ray's gRPC proxy listens on all addresses whatever it is told, and takes messages
 of any size.
+
+    ray_args      what the operator chose        ray_endpoint  what an ingress asks the replicas
+    ray_replica   one session of many            ray_calls     one call, made again where need be
+    ray_registry  the state they share           ray_merge     the numbers of all of them
+    ray_router    which replica is asked         ray_run       the command
 """
 
 # No postponed annotations here: Ray reads that of `application` to check and convert its argument.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
@@ -80,14 +81,21 @@ class Registry:
         await self._note(member, max((c.revision for c in known), default=0))
         return self._after(0)
 
-    async def following(self, member: str, done: int, problems: dict[int, str]) -> list[Change]:
+    async def following(
+        self, member: str, done: int, problems: dict[int, str]
+    ) -> list[Change] | None:
         """The changes after ``done``, as soon as there are any; [] after a while.
 
         Args:
             member: as it joined.
             done: the revision up to which it has done them.
             problems: why it could not do one, by revision.
+
+        Returns:
+            None: it has not joined this registry, which may know less than it does. Join first.
         """
+        if member not in self._done:
+            return None
         if self._revision in problems:
             self._problems.append(f"{member}: {problems[self._revision]}")
         await self._note(member, done)
@@ -111,12 +119,11 @@ class Registry:
             FailedError: some replicas could do it, others could not.
         """
         async with self._changing:
-            replica = serve.get_deployment_handle(REPLICA)
             await self._wait(lambda: self._joining)
             if unloaded:
-                await ask(replica.unload_adapter, name)
+                await ask(self._replicas.unload_adapter, name)
             else:
-                await ask(replica.load_adapter, name, upload)
+                await ask(self._replicas.load_adapter, name, upload)
             revision = self._revision + 1
             self._problems = []
             self._latest[name] = Change(revision, name, unloaded)
@@ -129,6 +136,11 @@ class Registry:
                     "not do what another one could. Is the fleet directory the same on all "
                     f"machines? {self._problems[0]}"
                 )
+
+    @functools.cached_property
+    def _replicas(self) -> Any:
+        """Their handle; there is none yet when the registry is made."""
+        return serve.get_deployment_handle(REPLICA)
 
     @property
     def _revision(self) -> int:
@@ -184,9 +196,10 @@ class Follower:
         problems: dict[int, str] = {}
         while True:
             question = self._registry.following.remote(self._member, self._done, problems)
-            try:
+            changes: list[Change] | None = None
+            with contextlib.suppress(*LOST):
                 changes = await question
-            except LOST:
+            if changes is None:
                 _LOG.warning("registry lost: joining the next one")
                 await ask(self._registry.join, self._member, list(self._known.values()))
                 continue

@@ -409,6 +409,8 @@ def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(mon
         alpha, beta = Change(4, "alpha", unloaded=True), Change(6, "beta", unloaded=False)
         await cluster.join("r1", alpha)
         changing = cluster.change("gamma", unloaded=True)
+        # One that has not seen that it is another registry: it would pass for done.
+        assert await cluster.registry.following("r2", 6, {}) is None
         await cluster.join("r2", alpha, beta)
         assert await waits(changing)
         assert not cluster.first.unload_adapter.calls  # nothing happens before all are there
