@@ -110,7 +110,9 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
         core = ov.Core()
         if options.precision == _BFLOAT16:
             _check_bfloat16(core)
-        low = options.precision == _BFLOAT16 or (options.precision == "int8" and _has_bfloat16(core))
+        low = options.precision == _BFLOAT16 or (
+            options.precision == "int8" and _has_bfloat16(core)
+        )
         config = _config(options, low)
         digest = graph_digest(bundle.manifest, graph)
         model = memory = file = None

@@ -144,6 +144,7 @@ def command(
         raise click.UsageError("--replicas goes with --ray; --contexts is for one process.")
     require("uvicorn", "serve", "hhdeploy serve")
     require("starlette", "serve", "hhdeploy serve")
+    require("tritonclient.grpc", "serve", "hhdeploy serve")
     from hhdeploy.runtime.serving.logs import log_as_json
     from hhdeploy.runtime.serving.server import Addresses, serve
     from hhdeploy.runtime.serving.service import Service
@@ -177,9 +178,10 @@ def command(
     service_device = session.device
 
     def announce(where: Addresses) -> None:
-        grpc = f", gRPC {where.host}:{where.grpc_port}" if where.grpc_port is not None else ""
+        shown = f"[{where.host}]" if ":" in where.host else where.host
+        grpc = f", gRPC {shown}:{where.grpc_port}" if where.grpc_port is not None else ""
         click.echo(
-            f"{bundle} on {service_device}, {precision}: http://{where.host}:{where.http_port}{grpc}"
+            f"{bundle} on {service_device}, {precision}: http://{shown}:{where.http_port}{grpc}"
         )
 
     async def run() -> None:

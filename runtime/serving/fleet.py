@@ -20,11 +20,16 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from hhdeploy.bundle import AdapterEntry, Bundle
-from hhdeploy.errors import HhdeployError, PlanError
+from hhdeploy.errors import HhdeployError, PlanError, WriteError
 from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
 from hhdeploy.runtime.serving.adapter_files import AdapterFiles, Source
-from hhdeploy.runtime.serving.errors import ForbiddenError, NotFoundError, RequestError
+from hhdeploy.runtime.serving.errors import (
+    FailedError,
+    ForbiddenError,
+    NotFoundError,
+    RequestError,
+)
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 State = Literal["ready", "on disk", "broken", "unloaded"]
@@ -261,6 +266,7 @@ class Fleet:
 
         Raises:
             ForbiddenError: there is no fleet directory.
+            FailedError: it cannot be written, e.g. the disk is full.
             HhdeployError: the name or the adapter is not acceptable; nothing is changed.
         """
         check_name(name)
@@ -273,7 +279,10 @@ class Fleet:
     async def _upload(self, name: str, config: bytes, tensors: bytes) -> AdapterEntry:
         self._check_room({name})
         begin = time.perf_counter()
-        source, packed = await self._on_thread(self._files.write, name, config, tensors)
+        try:
+            source, packed = await self._on_thread(self._files.write, name, config, tensors)
+        except WriteError as error:  # a full disk is not the request's fault
+            raise FailedError(str(error)) from error
         self._known[name] = Known(source)
         return await self._place(packed, begin)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,12 @@ import pytest
 from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.errors import HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
-from hhdeploy.runtime.serving.errors import ForbiddenError, NotFoundError, RequestError
+from hhdeploy.runtime.serving.errors import (
+    FailedError,
+    ForbiddenError,
+    NotFoundError,
+    RequestError,
+)
 from hhdeploy.runtime.serving.fleet import Fleet
 from tests.runtime.serving.fleets import (
     PATIENCE,
@@ -777,6 +785,22 @@ def test_an_upload_that_is_not_acceptable_changes_nothing(play, tmp_path):
         assert contents(s.directory) == before
         assert sorted(p.name for p in s.directory.iterdir()) == ["a", "b", "c"]
         assert s.fleet.status("a").problem == ""
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+
+    play(scene)
+
+
+def test_an_upload_onto_a_full_disk_is_the_servers_fault(play, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def scene(s):
+        files, before = files_of(make_adapter(s.workshop, 7), tmp_path), contents(s.directory)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_bytes", full)
+            with pytest.raises(FailedError, match="disk is full"):
+                await s.fleet.upload("a", *files)
+        assert contents(s.directory) == before
         assert np.array_equal((await s.asked("a"))["a"], s.row(0))
 
     play(scene)

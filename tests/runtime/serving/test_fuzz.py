@@ -36,8 +36,12 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 32, 33, 1.5, -0.0, 1e308, float("nan"), float("inf"), 2**31,
     2**63, 2**64, -(2**63), 10**40, 10**4299, "", "\0", "\r\nX: y", "images", "adapters", "logits",
     "labels", "alpha", "backbone", "FP32", "BYTES", "INT64", "BOOL", "../x", "\ud800", "ü" * 200,
-    "9" * 400, [], [[]], {}, [None], [1, 3, 32, 32], [0], [-1], [2**31, 2**31], [0, *[2**30] * 3],
-    [1] * 9, {"binary_data_size": 5}, {"classification": 3}, {"name": "logits"},
+    "9" * 400, [], [[]], {}, [None], {"binary_data_size": 5}, {"classification": 3},
+    {"name": "logits"},
+]  # fmt: skip
+SHAPES: list[Any] = [
+    [1, 3, 32, 32], [0], [-1], [2**31] * 2, [0, *[2**30] * 3], [1] * 9, [33, 3, 32, 32],
+    [2**62] * 2,
 ]  # fmt: skip
 NAMES = [
     "tiny", "alpha", "beta", "nobody", "", "..", "%2e%2e%2f", "%00", "a%0d%0ab", "%ff%fe",
@@ -111,7 +115,11 @@ class Fuzzer:
                 return self.pick(VALUES)
             key = self.pick(list(inside) if isinstance(inside, dict) else range(len(inside)))
             below = inside[key]
-            if isinstance(below, (dict, list)) and below and self.chance(0.75):
+            if (
+                isinstance(below, (dict, list))
+                and below
+                and self.chance(0.5 if key == "shape" else 0.75)
+            ):
                 inside = below
                 continue
             way = self.random.integers(4)
@@ -120,7 +128,7 @@ class Fuzzer:
             elif way == 1 and isinstance(inside, list):
                 inside += [below] * int(self.random.integers(1, 40))
             else:
-                inside[key] = self.pick(VALUES)
+                inside[key] = self.pick(SHAPES if key == "shape" else VALUES)
             return content
 
     def spoilt_bytes(self, content: bytes) -> bytes:
