@@ -13,8 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing hhdeploy with the export and cpu extras (PyTorch is large: minutes) ..."
-	$(PIP) -e '.[export,cpu]'
+	@echo "Installing hhdeploy with the extras export, cpu and serve (PyTorch is large: minutes) ..."
+	$(PIP) -e '.[export,cpu,serve]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml

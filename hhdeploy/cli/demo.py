@@ -111,6 +111,7 @@ def _print_next(console: Console, starter: Starter, result: DemoResult) -> None:
     image = next(iter(starter.images(task).values()))[0]
     console.print("\n[bold]Try next[/]")
     for line in (
+        f"hhdeploy serve {bundle}    # then open http://127.0.0.1:8000",
         f"hhdeploy predict {bundle} {_relative(image)}",
         f"hhdeploy adapter inspect {_relative(starter.adapter(task))}",
         f"hhdeploy adapter add {bundle} again={_relative(starter.adapter(task))}",

@@ -19,7 +19,11 @@ def log_as_json(level: str, logger: str | None = None) -> None:
     handler = logging.StreamHandler(sys.stderr)
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
     form = "{asctime}{levelname}{name}{message}"
-    handler.setFormatter(formatters.JsonFormatter(form, style="{", rename_fields=names))
+    # uvicorn's messages once more, with terminal colours.
+    left_out = [*require("pythonjsonlogger.core", "serve", "a log").RESERVED_ATTRS, "color_message"]
+    handler.setFormatter(
+        formatters.JsonFormatter(form, style="{", rename_fields=names, reserved_attrs=left_out)
+    )
     chosen = logging.getLogger(logger)
     chosen.handlers[:] = [handler]
     chosen.setLevel(level.upper())
