@@ -23,7 +23,7 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.graphs import add_graph
 from hhdeploy.plan import BackboneFacts
-from hhdeploy.preprocess import Preprocess, open_image
+from hhdeploy.preprocess import open_image
 from hhdeploy.sites import select_sites
 
 TARGETS = ("q", "k", "v", "proj")
@@ -150,5 +150,5 @@ def starter_images(manifest: Manifest, count: int) -> NDArray[np.float32]:
     """
     files = sorted((STARTER / "images").rglob("*.png"))
     chosen = [files[i * len(files) // count] for i in range(count)]
-    transform = Preprocess.from_json(manifest.backbone["preprocess"])
+    transform = manifest.preprocess
     return np.stack([transform(open_image(file)) for file in chosen])

@@ -43,7 +43,7 @@ class Feeder:
         entry = self._entry(adapter)
         if entry is not None:
             return entry.preprocess
-        return Preprocess.from_json(self.manifest.backbone["preprocess"])
+        return self.manifest.preprocess
 
     def feed(self, adapter: str | None, image: NDArray[np.float32]) -> Feed:
         """Inputs for one image [3, H, W]: a batch of one.

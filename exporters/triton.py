@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 from hhdeploy.bundle import AdapterEntry, Manifest
 from hhdeploy.errors import PlanError
 from hhdeploy.plan import BACKBONE
-from hhdeploy.preprocess import Preprocess
 
 Backend = Literal["onnxruntime", "tensorrt"]
 Kind = Literal["auto", "gpu", "cpu"]
@@ -79,7 +78,7 @@ def requestable(manifest: Manifest) -> tuple[AdapterEntry, ...]:
     """All that requests may ask for: the adapters, and the backbone if its classifier was kept."""
     if not manifest.backbone_classes:
         return manifest.adapters
-    preprocess = Preprocess.from_json(manifest.backbone["preprocess"])
+    preprocess = manifest.preprocess
     backbone = AdapterEntry(BACKBONE, 0, manifest.backbone_classes, None, preprocess, True)
     return (backbone, *manifest.adapters)
 

@@ -6,6 +6,7 @@ one and replacing the manifest last; a crash in between leaves the old state rea
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -114,10 +115,16 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    # Cached: a server asks for it with every request.
+    @functools.cached_property
+    def preprocess(self) -> Preprocess:
+        """What the bare backbone's images go through."""
+        return Preprocess.from_json(self.backbone["preprocess"])
+
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(3, H, W) of the graph's images."""
-        return Preprocess.from_json(self.backbone["preprocess"]).input_size
+        return self.preprocess.input_size
 
     @property
     def backbone_classes(self) -> int:
@@ -175,7 +182,7 @@ class Manifest:
             dict(content["files"]),
             dict(content["versions"]),
         )
-        Preprocess.from_json(manifest.backbone["preprocess"])
+        _ = manifest.preprocess  # raises if it is none
         expected = "folded" if manifest.layout is None else "branches"
         if manifest.kind != expected:
             raise ValueError(f"kind {manifest.kind!r}, but its row makes it {expected!r}")

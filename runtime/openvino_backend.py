@@ -6,7 +6,7 @@ graph is bfloat16. Here the precision that was asked for decides:
     float32                     the float32 graph, in float32
     bfloat16                    the float32 graph, in bfloat16; the bundle needs no bfloat16 graph
     int8                        the Q/DQ graph: quantised products in INT8, all else in bfloat16
-                                where the processor has it (9 % faster on ViT-B), else in float32
+                                where the processor has it, else in float32
     fp8, int8-weights           the Q/DQ graph, computed in float32
     float16                     the float16 graph, its rounded weights computed in float32
 

@@ -15,7 +15,6 @@ from hhdeploy.bundle import AdapterEntry, Bundle
 from hhdeploy.errors import SessionError
 from hhdeploy.files import default_cache
 from hhdeploy.plan import BACKBONE
-from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend
 from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank
 
@@ -71,11 +70,7 @@ class Session:
     ) -> NDArray[np.float32]:
         """Images to float32 [batch, 3, H, W] as an adapter (None: the backbone) wants them."""
         entry = self.entry(adapter)
-        transform = (
-            entry.preprocess
-            if entry is not None
-            else Preprocess.from_json(self.bundle.manifest.backbone["preprocess"])
-        )
+        transform = entry.preprocess if entry is not None else self.bundle.manifest.preprocess
         if not images:
             raise SessionError("no image given: expected a sequence of at least one.")
         return np.stack([transform(image) for image in images])

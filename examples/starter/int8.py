@@ -2,7 +2,7 @@
 
 Exports the four adapters as side branches, calibrates INT8 on training images, and compares
 top-1 on every held-out image (4,748 in all) in ONNX Runtime and OpenVINO. Fetches the data as
-``make.py`` does. Writes ``OUT/int8.json``; ten minutes on one CPU thread, downloads included.
+``make.py`` does. Writes ``OUT/int8.json``; about six minutes on one CPU thread.
 """
 
 from __future__ import annotations

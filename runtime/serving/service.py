@@ -368,7 +368,7 @@ class Service:
             return np.require(array, np.float32, ["C", "A"])
         encoded = images.array.reshape(-1)
         loop = asyncio.get_running_loop()
-        ways = [e.preprocess if e is not None else self._backbone_preprocess() for e in entries]
+        ways = [e.preprocess if e is not None else self._manifest.preprocess for e in entries]
         jobs = [
             loop.run_in_executor(
                 self._decoders,
@@ -400,9 +400,6 @@ class Service:
             raise RequestError(
                 f"image {index}: {image.width} x {image.height} pixels cannot be resized: {error}"
             ) from error
-
-    def _backbone_preprocess(self) -> Preprocess:
-        return Preprocess.from_json(self._manifest.backbone["preprocess"])
 
 
 def seconds_of(request: InferRequest, most: float) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.runtime.serving.servers import Server, running_server
 
@@ -16,3 +19,15 @@ def server(branches: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     log = tmp_path_factory.mktemp("server") / "log"
     with running_server(branches, log, "--model-name", "tiny") as started:
         yield started
+
+
+@pytest.fixture(scope="package")
+def pictures() -> list[bytes]:
+    """Encoded pictures of all formats and of several sizes."""
+    random = np.random.default_rng(3)
+    found = []
+    for form, size in (("PNG", (40, 52)), ("JPEG", (70, 31)), ("WEBP", (33, 47))):
+        file = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(file, form)
+        found.append(file.getvalue())
+    return found

@@ -17,6 +17,9 @@ from typing import Any
 
 from tests.workshop import ROOT
 
+# Of servers that allow loading.
+TOKEN = "correct-horse-battery-staple"
+AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
 _ANNOUNCED = re.compile(r"http://(?P<host>[^:]+):(?P<http>\d+)(, gRPC [^:]+:(?P<grpc>\d+))?")
 
 

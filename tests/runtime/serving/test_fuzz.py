@@ -22,11 +22,10 @@ from PIL import Image
 from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import PATIENCE, files_of, make_adapter
-from tests.runtime.serving.servers import running_server
+from tests.runtime.serving.servers import TOKEN, running_server
 from tests.support import images
 from tests.workshop import CLASSES
 
-TOKEN = "correct-horse-battery-staple"
 WARM_UP, REQUESTS = 2_000, 10_000
 # What allocators keep may still grow a little, as threads meet their largest picture. A leak of the
 # requests themselves, of 15 kB each, would be 150 MB.

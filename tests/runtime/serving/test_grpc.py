@@ -19,40 +19,16 @@ from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
-from hhdeploy.runtime.session import Session, open_session
 from tests.runtime.serving.grpc_requests import INFER, PATIENCE, message, own
-from tests.runtime.serving.servers import Server, running_server
+from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
 from tests.support import assert_parity, images
 from tests.workshop import CLASSES, Workshop
-
-TOKEN = "correct-horse-battery-staple"
-AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[triton.InferenceServerClient]:
     with triton.InferenceServerClient(server.grpc) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def session(branches: Path) -> Iterator[Session]:
-    """The same bundle without a server: what the answers must be."""
-    with open_session(branches, device="cpu", threads=1) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
-    """Encoded pictures of all formats and of several sizes."""
-    random = np.random.default_rng(3)
-    found = []
-    for form, size in (("PNG", (40, 52)), ("JPEG", (70, 31)), ("WEBP", (33, 47))):
-        file = io.BytesIO()
-        pixels = random.integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(pixels).save(file, form)
-        found.append(file.getvalue())
-    return found
 
 
 def raw(name: str, array: np.ndarray) -> triton.InferInput:

@@ -25,9 +25,8 @@ from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import Limits, ServeSettings
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.grpc_requests import PATIENCE, message
+from tests.runtime.serving.servers import TOKEN
 from tests.support import images
-
-TOKEN = "correct-horse-battery-staple"
 
 
 class Endpoint:

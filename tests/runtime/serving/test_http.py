@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,12 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
-from hhdeploy.runtime.session import Session, open_session
+from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import make_adapter, put_adapter
-from tests.runtime.serving.servers import Server, running_server
+from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
 from tests.support import assert_parity, images
 from tests.workshop import BACKBONE_CLASSES, CLASSES, ROOT, run_command
 
-TOKEN = "correct-horse-battery-staple"
-AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
 ADAPTERS = {"alpha", "rival", "beta", "gamma", "headless"}
 
 
@@ -38,25 +35,6 @@ ADAPTERS = {"alpha", "rival", "beta", "gamma", "headless"}
 def client(server: Server) -> Iterator[triton.InferenceServerClient]:
     with triton.InferenceServerClient(server.http) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def session(branches: Path) -> Iterator[Session]:
-    """The same bundle without a server: what the answers must be."""
-    with open_session(branches, device="cpu", threads=1) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
-    """Encoded pictures of all formats and of several sizes."""
-    random = np.random.default_rng(3)
-    found = []
-    for form, size in (("PNG", (40, 52)), ("JPEG", (70, 31)), ("WEBP", (33, 47))):
-        file = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(file, form)
-        found.append(file.getvalue())
-    return found
 
 
 def tensor(name: str, array: np.ndarray, *, binary: bool = True) -> triton.InferInput:

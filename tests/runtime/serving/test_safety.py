@@ -35,12 +35,10 @@ from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import Limits, ServeSettings, read_token
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import PATIENCE, files_of, make_adapter, put_adapter
-from tests.runtime.serving.servers import Server, running_server
+from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
 from tests.support import images
 from tests.workshop import ROOT, contents, copy_bundle, flip_byte, run_command
 
-TOKEN = "correct-horse-battery-staple"
-AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
 HHDEPLOY = str(Path(sys.executable).with_name("hhdeploy"))
 INFER = "/v2/models/alpha/infer"
 SECRET = "the-secret-of-another-file"
