@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hhdeploy.errors import WriteError
 from hhdeploy.files import os_errors, sync_directory, sync_tree
-from hhdeploy.scratch import RETIRED, scratch_directory
+from hhdeploy.scratch import RETIRED, scratch_directory, sweep
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # A kernel or a file system that cannot exchange says one of these.
@@ -54,6 +54,7 @@ def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
         WriteError: something is there that may not be replaced.
     """
     path = Path(os.path.realpath(target))
+    sweep(path.parent, path.name)
     if not os.path.lexists(path):
         return path
     if not path.is_dir():
