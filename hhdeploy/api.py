@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from hhdeploy.files import json_bytes, sha256_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
 from hhdeploy.scratch import scratch_directory
-from hhdeploy.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit
+from hhdeploy.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
 from hhdeploy.tensorfile import tensor_bytes
 from hhdeploy.trt import BACKENDS
 
@@ -78,6 +79,7 @@ def export(
     verify_images: int = 4,
     cache: str | Path | None = "default",
     overwrite: bool = False,
+    lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
 ) -> ExportResult:
     """Export adapters of one backbone as a bundle, and verify it.
@@ -97,7 +99,9 @@ def export(
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
-        overwrite: replace an existing bundle once the new one is complete.
+        overwrite: replace an existing bundle once the new one is complete; anything else that is
+            there is refused.
+        lock_timeout: seconds to wait, then, for whoever is changing the existing bundle.
         progress: called with a few words at each step.
 
     Raises:
@@ -112,7 +116,8 @@ def export(
     from hhdeploy.reference import VerifyData
 
     _check_precisions(precisions)
-    with atomic_directory(Path(out), overwrite=overwrite, kind=BUNDLE) as scratch:
+    kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
+    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
         loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
         spec = BackboneSpec(

@@ -40,7 +40,14 @@ from hhdeploy.bundle import (
     plain_name,
 )
 from hhdeploy.directories import Replaceable
-from hhdeploy.errors import AdapterError, BundleError, ConflictError, PlanError, WriteError
+from hhdeploy.errors import (
+    AdapterError,
+    BundleError,
+    ConflictError,
+    HhdeployError,
+    PlanError,
+    WriteError,
+)
 from hhdeploy.files import (
     json_bytes,
     os_errors,
@@ -240,10 +247,7 @@ def edit(
     with locked(root, lock_timeout=lock_timeout, progress=progress):
         bundle = Bundle.open(root)
         if basis is not None and basis.graphs["float32"] != bundle.manifest.graph_digest("float32"):
-            raise ConflictError(
-                f"{path} was exported again meanwhile, and this is the result of its old graph: "
-                "nothing was written. Run the command again."
-            )
+            raise _exported_again(path)
         _heal(bundle)
         _remove_leftovers(bundle)
         change = Change(bundle)
@@ -324,11 +328,27 @@ def _acquired(path: Path, timeout: float, progress: Progress) -> FileLock:
 
 @contextlib.contextmanager
 def work_directory(bundle: Path) -> Iterator[Path]:
-    """A scratch directory inside a bundle, for files that `Change.adopt` is to take over."""
+    """A scratch directory inside a bundle, for files that `Change.adopt` is to take over.
+
+    Raises:
+        ConflictError: the bundle was replaced, and the directory with it.
+    """
     with contextlib.ExitStack() as stack:
         with os_errors(bundle):
             scratch = stack.enter_context(scratch_directory(bundle, _WORK))
-        yield scratch
+        try:
+            yield scratch
+        except (HhdeployError, OSError) as error:
+            if scratch.is_dir():
+                raise
+            raise _exported_again(bundle) from error
+
+
+def _exported_again(path: str | Path) -> ConflictError:
+    return ConflictError(
+        f"{path} was exported again meanwhile, and this is the result of its old graph: nothing "
+        "was written. Run the command again."
+    )
 
 
 def add_adapter(

@@ -68,6 +68,7 @@ _DATA = click.Path(path_type=Path)
     metavar="NAME",
     help="Calibrate nothing: does this adapter, added later, stay in the calibrated ranges?",
 )
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     bundle: Path,
@@ -85,6 +86,7 @@ def command(
     cache_dir: Path | None,
     no_cache: bool,
     check: str | None,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Quantise BUNDLE's float32 graph with images, judge it on others, add it to the bundle.
@@ -110,7 +112,7 @@ def command(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed
     )
     cache: str | Path | None = None if no_cache else (cache_dir or "default")
-    options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache)
+    options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache, lock_timeout)
     with ui.steps(as_json) as step:
         result = calibrate_bundle(bundle, data, settings, options, progress=step)
     if as_json:

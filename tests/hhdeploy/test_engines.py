@@ -19,11 +19,12 @@ from hhdeploy.engines import (
     split_batch,
 )
 from hhdeploy.errors import BundleError, SessionError
+from hhdeploy.preprocess import Preprocess
 
 FILES = {"model.float16.onnx": "graph-now", "bank.safetensors": "bank-now"}
 NOW = Manifest(
     kind="folded",
-    backbone={},
+    backbone={"preprocess": Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3).to_json()},
     classes=7,
     adapters=(),
     layout=None,
