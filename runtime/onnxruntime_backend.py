@@ -72,6 +72,11 @@ def _open_session(ort: ModuleType, graph: Path, device: str, options: BackendOpt
         # TensorRT takes the whole graph or is not what was asked for. Not so for CUDA: there
         # ONNX Runtime leaves the shapes of a dynamic batch to the CPU on purpose.
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if device == "cpu":
+        # Processors without VNNI add pairs of 8-bit products in 16 bits, which overflows in silence
+        # (8x the error of INT8 itself on such a machine). This takes other kernels there; where
+        # there is VNNI it changes nothing.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
     if device == "cuda":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if device != "cpu":
