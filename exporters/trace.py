@@ -14,17 +14,21 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from hhdeploy.backbone import Backbone, plain_attention
-from hhdeploy.errors import BackboneError, WriteError
-from hhdeploy.files import atomic_directory, sha256_of, write_json
+from hhdeploy.caches import Entry, entry_at
+from hhdeploy.errors import BackboneError
 from hhdeploy.files import default_cache as default_cache
+from hhdeploy.files import os_errors, write_json
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.sites import LinearSpec
 
@@ -37,7 +41,10 @@ LINEAR_TAG = "hhdeploy.linear"
 _TRACE_VERSION = 2
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
+# A graph in the cache; the hashes are those of the others.
+_FILES = (_GRAPH, _WEIGHTS) = ("model.onnx", "model.onnx.data")
 _HASHES = "sha256.json"
+Files = Mapping[str, NDArray[np.uint8]]
 # The tracer's note of the module path that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -67,37 +74,70 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
 
     Raises:
         BackboneError: when torch cannot trace the architecture with a dynamic batch.
+        WriteError: the cache cannot be written.
     """
     if cache is None:
         return _with_execution_order(trace(backbone), backbone.facts)
-    entry = cache / "base" / _cache_key(backbone)
-    path = entry / "model.onnx"
-    if not _intact(entry):
-        traced = trace(backbone)
-        try:
-            with atomic_directory(entry, overwrite=True) as scratch:
-                ir.save(
-                    traced,
-                    scratch / "model.onnx",
-                    external_data="model.onnx.data",
-                    size_threshold_bytes=EXTERNAL_THRESHOLD,
-                )
-                write_json(scratch / _HASHES, {f.name: sha256_of(f) for f in scratch.iterdir()})
-        except WriteError as error:
-            raise WriteError(
-                f"{error} (This is the cache of traced backbones: set HHDEPLOY_CACHE to another "
-                "directory, or pass --no-cache.)"
-            ) from error
-    return _with_execution_order(ir.load(path), backbone.facts)
-
-
-def _intact(entry: Path) -> bool:
-    """True if a cache entry is there and its files have the hashes they were stored with."""
+    entry = entry_at(cache, "base", _cache_key(backbone))
     try:
-        hashes: dict[str, str] = json.loads((entry / _HASHES).read_text(encoding="utf-8"))
-        return all(sha256_of(entry / name) == digest for name, digest in hashes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        files = entry.read(_checked)
+    except (OSError, ValueError, TypeError, KeyError):  # damaged
+        files = None
+    if files is None:
+        files = _stored(trace(backbone), entry)
+    return _with_execution_order(_graph_in(files), backbone.facts)
+
+
+def _stored(traced: ir.Model, entry: Entry) -> Files:
+    """Store a graph, and map it from there: its weights then take no memory."""
+    with entry.store() as folder:
+        with os_errors(entry.path):
+            folder.mkdir()
+            ir.save(
+                traced,
+                folder / _GRAPH,
+                external_data=_WEIGHTS,
+                size_threshold_bytes=EXTERNAL_THRESHOLD,
+            )
+        files = _mapped(folder)
+        write_json(folder / _HASHES, {n: _sha256_of(content) for n, content in files.items()})
+    return files
+
+
+def _checked(folder: Path) -> Files:
+    """The files of a cache entry.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: one is not there, or not what was stored.
+    """
+    hashes: dict[str, str] = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+    files = _mapped(folder)
+    for name, content in files.items():
+        if _sha256_of(content) != hashes[name]:
+            raise ValueError(f"{folder / name} is not what was stored")
+    return files
+
+
+def _mapped(folder: Path) -> Files:
+    """Mapped: what is hashed is what is used, also when the entry is gone by then."""
+    return {name: np.asarray(np.memmap(folder / name, np.uint8, "r")) for name in _FILES}
+
+
+def _sha256_of(content: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(content.data).hexdigest()
+
+
+def _graph_in(files: Files) -> ir.Model:
+    model = ir.from_proto(onnx.load_model_from_string(files[_GRAPH].tobytes()))
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            start = tensor.offset or 0
+            values = files[_WEIGHTS][start : start + tensor.nbytes].view(tensor.dtype.numpy())
+            value.const_value = ir.Tensor(
+                values.reshape(tensor.shape.numpy()), dtype=tensor.dtype, name=tensor.name
+            )
+    return model
 
 
 def trace(backbone: Backbone) -> ir.Model:
