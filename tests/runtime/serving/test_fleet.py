@@ -927,31 +927,28 @@ def test_at_the_start_a_folder_that_is_half_there_is_looked_at_twice(
     play(scene)
 
 
-def test_folders_that_are_replaced_all_the_time_answer_with_the_old_or_the_new(play):
-    """By two renames, by another thread, while a fleet with few rows looks and is asked."""
+def test_folders_that_are_replaced_again_and_again_answer_with_the_old_or_the_new(
+    play, monkeypatch
+):
+    """A look and a request in the middle of each replacement, the adapter in a row or not."""
+    monkeypatch.setattr(fleet, "_GAP_SECONDS", PATIENCE)
 
     async def scene(s):
-        rows = [s.row(0), s.row(7)]
-        done = threading.Event()
-
-        def replaces():
-            for turn in range(1, 61):
-                s.put("a", seed=7 * (turn % 2))
-            done.set()
-
-        watching = asyncio.create_task(s.fleet.watch(0.001))
-        replacing = asyncio.create_task(asyncio.to_thread(replaces))
-        answers = 0
-        while not done.is_set() or answers < 20:
-            values = await s.asked("a")
-            assert any(np.array_equal(values["a"], row) for row in rows)
-            await s.asked("b")  # which takes its row
-            answers += 1
-        await replacing
-        await s.looks(2)
-        assert np.array_equal((await s.asked("a"))["a"], rows[0])
-        watching.cancel()
-        await asyncio.wait([watching])
+        await s.asked("a")
+        old = 0
+        for new in range(7, 13):
+            if new % 2:
+                await s.asked("b")  # which takes its row
+            shutil.rmtree(s.away("a"))
+            await s.fleet.refresh()
+            asking = asyncio.create_task(s.asked("a"))
+            await settle()
+            s.put("a", seed=new)
+            found = (await asking)["a"]
+            assert np.array_equal(found, s.row(new if new % 2 else old))
+            await s.fleet.refresh()
+            assert np.array_equal((await s.asked("a"))["a"], s.row(new))
+            old = new
         assert s.fleet.counters.failures == 0
 
     play(scene, slots=2)
