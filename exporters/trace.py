@@ -14,10 +14,10 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -41,10 +41,9 @@ LINEAR_TAG = "hhdeploy.linear"
 _TRACE_VERSION = 2
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
-# A graph in the cache; the hashes are those of the others.
-_FILES = (_GRAPH, _WEIGHTS) = ("model.onnx", "model.onnx.data")
-_HASHES = "sha256.json"
-Files = Mapping[str, NDArray[np.uint8]]
+# A graph in the cache; the last file has the hashes of the others.
+_GRAPH, _WEIGHTS, _HASHES = "model.onnx", "model.onnx.data", "sha256.json"
+_CHUNK = 1 << 22
 # The tracer's note of the module path that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -80,16 +79,46 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
         return _with_execution_order(trace(backbone), backbone.facts)
     entry = entry_at(cache, "base", _cache_key(backbone))
     try:
-        files = entry.read(_checked)
+        stored = entry.read(_checked)
     except (OSError, ValueError, TypeError, KeyError):  # damaged
-        files = None
-    if files is None:
-        files = _stored(trace(backbone), entry)
-    return _with_execution_order(_graph_in(files), backbone.facts)
+        stored = None
+    if stored is None:
+        stored = _keep(trace(backbone), entry)
+    return _with_execution_order(_graph_of(*stored), backbone.facts)
 
 
-def _stored(traced: ir.Model, entry: Entry) -> Files:
-    """Store a graph, and map it from there: its weights then take no memory."""
+class _Weights:
+    """An open file of weights: used where they lie, also when their cache entry is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("rb")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stream"):
+            self._stream.close()
+
+    def sha256(self) -> str:
+        """Hex digest of the whole file."""
+        digest = hashlib.sha256()
+        self._stream.seek(0)
+        while chunk := self._stream.read(_CHUNK):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def tensor(self, stored: ir.ExternalTensor) -> ir.LazyTensor:
+        """A tensor of the file, mapped anew whenever it is used, so that it takes no memory."""
+
+        def mapped() -> ir.TensorProtocol:
+            values: NDArray[Any] = np.memmap(
+                self._stream, stored.dtype.numpy(), "r", stored.offset or 0, stored.shape.numpy()
+            )
+            return ir.Tensor(values, dtype=stored.dtype, name=stored.name)
+
+        return ir.LazyTensor(mapped, stored.dtype, stored.shape, name=stored.name)
+
+
+def _keep(traced: ir.Model, entry: Entry) -> tuple[bytes, _Weights]:
+    """Store a graph, and open it where it lies."""
     with entry.store() as folder:
         with os_errors(entry.path):
             folder.mkdir()
@@ -99,44 +128,34 @@ def _stored(traced: ir.Model, entry: Entry) -> Files:
                 external_data=_WEIGHTS,
                 size_threshold_bytes=EXTERNAL_THRESHOLD,
             )
-        files = _mapped(folder)
-        write_json(folder / _HASHES, {n: _sha256_of(content) for n, content in files.items()})
-    return files
+        graph, weights = _opened(folder)
+        hashes = {_GRAPH: hashlib.sha256(graph).hexdigest(), _WEIGHTS: weights.sha256()}
+        write_json(folder / _HASHES, hashes)
+    return graph, weights
 
 
-def _checked(folder: Path) -> Files:
-    """The files of a cache entry.
+def _checked(folder: Path) -> tuple[bytes, _Weights]:
+    """The graph and the weights of a cache entry; what is hashed is what is used.
 
     Raises:
         OSError, ValueError, TypeError, KeyError: one is not there, or not what was stored.
     """
     hashes: dict[str, str] = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
-    files = _mapped(folder)
-    for name, content in files.items():
-        if _sha256_of(content) != hashes[name]:
-            raise ValueError(f"{folder / name} is not what was stored")
-    return files
+    graph, weights = _opened(folder)
+    if (hashlib.sha256(graph).hexdigest(), weights.sha256()) != (hashes[_GRAPH], hashes[_WEIGHTS]):
+        raise ValueError(f"{folder} is not what was stored")
+    return graph, weights
 
 
-def _mapped(folder: Path) -> Files:
-    """Mapped: what is hashed is what is used, also when the entry is gone by then."""
-    return {name: np.asarray(np.memmap(folder / name, np.uint8, "r")) for name in _FILES}
+def _opened(folder: Path) -> tuple[bytes, _Weights]:
+    return (folder / _GRAPH).read_bytes(), _Weights(folder / _WEIGHTS)
 
 
-def _sha256_of(content: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(content.data).hexdigest()
-
-
-def _graph_in(files: Files) -> ir.Model:
-    model = ir.from_proto(onnx.load_model_from_string(files[_GRAPH].tobytes()))
+def _graph_of(graph: bytes, weights: _Weights) -> ir.Model:
+    model = ir.from_proto(onnx.load_model_from_string(graph))
     for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            start = tensor.offset or 0
-            values = files[_WEIGHTS][start : start + tensor.nbytes].view(tensor.dtype.numpy())
-            value.const_value = ir.Tensor(
-                values.reshape(tensor.shape.numpy()), dtype=tensor.dtype, name=tensor.name
-            )
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = weights.tensor(value.const_value)
     return model
 
 
