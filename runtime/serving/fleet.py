@@ -260,7 +260,7 @@ class Fleet:
         except WriteError as error:  # a full disk is not the request's fault
             raise FailedError(str(error)) from error
         self._known[name] = Known(source)
-        return await self._place(packed, begin)
+        return await self._place(packed, source, begin) or await self._bring(name)
 
     async def unload(self, name: str) -> None:
         """Answer no request for an adapter any more, until it is loaded again.
@@ -351,7 +351,7 @@ class Fleet:
             self.counters.failures += 1
         elif name in self._bank:
             try:
-                await self._place(packed, begin)
+                await self._place(packed, found, begin) or await self._bring(name)
             except HhdeployError as error:
                 problem = str(error)
         if problem:
@@ -401,19 +401,19 @@ class Fleet:
     async def _bring(self, name: str) -> AdapterEntry:
         """Read an adapter and give it a row; an older one of its name answers until then."""
         begin = time.perf_counter()
-        return await self._place(await self._pack(name), begin)
+        entry = None
+        while entry is None:
+            source, packed = await self._pack(name)
+            entry = await self._place(packed, source, begin)
+        return entry
 
-    async def _pack(self, name: str) -> Packed:
-        """Read an adapter from where it is once it has been read.
-
-        Whatever changes where it is puts the new one into its row by itself: an older one that
-        was read meanwhile would follow, and stay.
-        """
+    async def _pack(self, name: str) -> tuple[Source, Packed]:
+        """Read an adapter from where it is known to be."""
         end = time.monotonic() + _GAP_SECONDS
         while True:
             source = self._find(name).source
             try:
-                packed = await self._on_thread(self._files.read, source)
+                return source, await self._on_thread(self._files.read, source)
             except HhdeployError as error:
                 if self._find(name).source != source:
                     continue
@@ -425,16 +425,20 @@ class Fleet:
                 if not unsettled:  # else for a look to judge
                     self._known[name] = replace(self._known[name], problem=str(error))
                 raise
-            if self._find(name).source == source:
-                return packed
 
-    async def _place(self, packed: Packed, begin: float) -> AdapterEntry:
+    async def _place(self, packed: Packed, source: Source, begin: float) -> AdapterEntry | None:
+        """Give an adapter that was read from ``source`` a row, once one is free.
+
+        None: by then another source is known of it, and an older adapter would undo a change.
+        """
         name = packed.entry.name
         async with self._making_room:
             self._check_wanted(name)
             while not self._bank.free_rows:
                 await self._make_room(name)
                 self._check_wanted(name)
+            if self._known[name].source != source:
+                return None
             # On the loop: a copy of a megabyte. A lookup never sees the bank in between.
             entry = self._bank.put(packed, replace_existing=True)
             self._used[name] = time.monotonic()

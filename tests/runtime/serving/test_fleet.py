@@ -1074,6 +1074,24 @@ def test_an_upload_survives_a_request_that_reads_what_it_replaces(play, tmp_path
     play(scene, slots=2)
 
 
+@pytest.mark.parametrize("how", ["request", "load"])
+def test_one_that_a_look_finds_while_an_older_one_waits_for_a_row(play, how):
+    """It was read before, and would stay: no later look sees a change."""
+
+    async def scene(s):
+        held = await s.ask("alpha", "gamma")
+        bringing = asyncio.create_task(s.asked("a") if how == "request" else s.fleet.load("a"))
+        await until(lambda: len(s.bank) == 1)  # it was read, and one gives its row up
+        s.put("a", seed=7)
+        await s.fleet.refresh()
+        assert not bringing.done()
+        s.release(held)
+        await bringing
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+
+    play(scene, slots=3)
+
+
 def test_an_adapter_unloaded_while_a_look_reads_it_stays_unloaded(play):
     async def scene(s):
         await s.asked("a")
