@@ -13,7 +13,10 @@ import hashlib
 import io
 import json
 import logging
+import mmap
+import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,33 +91,40 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
 
 
 class _Weights:
-    """An open file of weights: used where they lie, also when their cache entry is gone."""
+    """An open file of weights: used where they lie, also when their cache entry is gone.
+
+    Attributes:
+        sha256: hex digest of the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._stream = path.open("rb")
-
-    def __del__(self) -> None:
-        if hasattr(self, "_stream"):
-            self._stream.close()
-
-    def sha256(self) -> str:
-        """Hex digest of the whole file."""
         digest = hashlib.sha256()
-        self._stream.seek(0)
-        while chunk := self._stream.read(_CHUNK):
-            digest.update(chunk)
-        return digest.hexdigest()
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+            self._file = os.dup(stream.fileno())
+        weakref.finalize(self, os.close, self._file)
+        self.sha256 = digest.hexdigest()
 
     def tensor(self, stored: ir.ExternalTensor) -> ir.LazyTensor:
         """A tensor of the file, mapped anew whenever it is used, so that it takes no memory."""
 
         def mapped() -> ir.TensorProtocol:
-            values: NDArray[Any] = np.memmap(
-                self._stream, stored.dtype.numpy(), "r", stored.offset or 0, stored.shape.numpy()
-            )
-            return ir.Tensor(values, dtype=stored.dtype, name=stored.name)
+            start = stored.offset or 0
+            first = start - start % mmap.ALLOCATIONGRANULARITY
+            size = start - first + stored.nbytes
+            page = mmap.mmap(self._file, size, access=mmap.ACCESS_READ, offset=first)
+            values = np.frombuffer(page, stored.dtype.numpy(), stored.size, start - first)
+            shaped = values.reshape(stored.shape.numpy())
+            return _MappedTensor(shaped, dtype=stored.dtype, name=stored.name)
 
         return ir.LazyTensor(mapped, stored.dtype, stored.shape, name=stored.name)
+
+
+class _MappedTensor(ir.Tensor[NDArray[Any]]):
+    def tofile(self, file: Any) -> None:
+        """As `ir.Tensor`'s, but NumPy's ``tofile`` does not tell a full disk from other errors."""
+        file.write(self.numpy().data)
 
 
 def _keep(traced: ir.Model, entry: Entry) -> tuple[bytes, _Weights]:
@@ -129,7 +139,7 @@ def _keep(traced: ir.Model, entry: Entry) -> tuple[bytes, _Weights]:
                 size_threshold_bytes=EXTERNAL_THRESHOLD,
             )
         graph, weights = _opened(folder)
-        hashes = {_GRAPH: hashlib.sha256(graph).hexdigest(), _WEIGHTS: weights.sha256()}
+        hashes = {_GRAPH: hashlib.sha256(graph).hexdigest(), _WEIGHTS: weights.sha256}
         write_json(folder / _HASHES, hashes)
     return graph, weights
 
@@ -142,7 +152,7 @@ def _checked(folder: Path) -> tuple[bytes, _Weights]:
     """
     hashes: dict[str, str] = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
     graph, weights = _opened(folder)
-    if (hashlib.sha256(graph).hexdigest(), weights.sha256()) != (hashes[_GRAPH], hashes[_WEIGHTS]):
+    if (hashlib.sha256(graph).hexdigest(), weights.sha256) != (hashes[_GRAPH], hashes[_WEIGHTS]):
         raise ValueError(f"{folder} is not what was stored")
     return graph, weights
 
