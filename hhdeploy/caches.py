@@ -1,8 +1,7 @@
 """Caches on disk: entries by key, of a limited size in all, those used longest ago go first.
 
-    ROOT/KIND/KEY           an entry: a file, or a directory of files that belong together
-    ROOT/KIND/.new.RANDOM/  what a process makes or removes right now
-    ROOT/.lock              shared by all processes that change something
+    ROOT/KIND/KEY       an entry: a file, or a directory of files that belong together
+    ROOT/KIND/.KEY.*    what a process makes or removes right now, see `hhdeploy.scratch`
 
 A cache is only speed: whatever is in it can be made again. So readers take no lock, and whoever
 uses an entry needs only to open its files once, as an open or mapped file stays when its name is
@@ -20,20 +19,14 @@ import errno
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from hhdeploy.errors import HhdeployError, PlanError, WriteError
+from hhdeploy.errors import PlanError, ReadError, WriteError
 from hhdeploy.files import os_errors
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is swept there
-    fcntl = None  # type: ignore[assignment]
+from hhdeploy.scratch import scratch_directory, sweep
 
 T = TypeVar("T")
 Kind = Literal["base", "calibration", "openvino", "kernels"]
@@ -49,11 +42,9 @@ LIMIT_VARIABLE = "HHDEPLOY_CACHE_LIMIT"
 DEFAULT_LIMIT = 10 * 1000**3
 
 _NAME = re.compile(r"[0-9a-f]{32}(\.[a-z]+)?")
-_SCRATCH = ".new."
 # In a scratch directory: what is made, and what goes.
-_MADE, _RETIRED = "new", "old"
-# Scratch of any version: earlier ones called it after the entry.
-_SCRATCH_NAME = re.compile(r"\.(new\.|[0-9a-f]{32}\.).*")
+_MADE, _OLD = "new", "old"
+_SCRATCH = re.compile(rf"\.({_NAME.pattern})\.hhdeploy-.+")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i)?)?b?", re.IGNORECASE)
 
 
@@ -125,17 +116,16 @@ class Entry:
             WriteError: the file system refused. The block's own `OSError` come as they are: those
                 of writing belong into `hhdeploy.files.os_errors`.
         """
-        folder = self.path.parent
         try:
             with contextlib.ExitStack() as stack:
                 with os_errors(self.path):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(_at_work(self.root))
-                    scratch = stack.enter_context(_scratch(folder))
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    _sweep(self.root)
+                    scratch = stack.enter_context(_scratch(self.path))
                 yield scratch / _MADE
                 if _size(scratch / _MADE) <= self.limit:
                     with os_errors(self.path):
-                        _publish(scratch / _MADE, self.path, scratch / _RETIRED)
+                        _publish(scratch / _MADE, self.path, scratch / _OLD)
                     _make_room(self.root, self.limit, keep=self.path)
         except WriteError as error:
             raise WriteError(
@@ -180,12 +170,12 @@ def stored_in(root: Path) -> list[Stored]:
     """All entries of a cache, the one used last first.
 
     Raises:
-        HhdeployError: the cache cannot be read.
+        ReadError: the cache cannot be read.
     """
     try:
         return _stored_in(root)
     except OSError as error:
-        raise HhdeployError(
+        raise ReadError(
             f"The cache {root} cannot be read: {error.strerror or error}. Set HHDEPLOY_CACHE to "
             "another directory."
         ) from error
@@ -220,21 +210,19 @@ def clear(root: Path, kinds: Collection[str] = tuple(KINDS)) -> list[Stored]:
     removed: list[Stored] = []
     if not root.is_dir():
         return removed
-    with contextlib.ExitStack() as stack:
-        with os_errors(root):
-            stack.enter_context(_at_work(root))
-        for entry in stored_in(root):
-            if entry.kind in kinds:
-                try:
-                    _remove(entry.path)
-                except FileNotFoundError:
-                    continue  # by somebody else
-                except OSError as error:
-                    raise WriteError(
-                        f"Could not remove {entry.path} from the cache: {error.strerror or error}. "
-                        "It belongs to another user, or the cache is read-only."
-                    ) from error
-                removed.append(entry)
+    for entry in stored_in(root):
+        if entry.kind in kinds:
+            try:
+                _remove(entry.path)
+            except FileNotFoundError:
+                continue  # by somebody else
+            except OSError as error:
+                raise WriteError(
+                    f"Could not remove {entry.path} from the cache: {error.strerror or error}. "
+                    "It belongs to another user, or the cache is read-only."
+                ) from error
+            removed.append(entry)
+    _sweep(root)
     return removed
 
 
@@ -250,8 +238,8 @@ def _make_room(root: Path, room: int, keep: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with _scratch(path.parent) as scratch:
-        path.rename(scratch / _RETIRED)
+    with _scratch(path) as scratch:
+        path.rename(scratch / _OLD)
 
 
 def _publish(made: Path, path: Path, old: Path) -> None:
@@ -266,49 +254,19 @@ def _publish(made: Path, path: Path, old: Path) -> None:
         # Another process has just stored the same: as good as ours.
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A directory for what is half made or half removed; only while `_at_work`."""
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _at_work(root: Path) -> Iterator[None]:
-    """Sweep what dead processes left, if nobody else is at work, and keep others from sweeping.
-
-    All at work share one lock: whoever has it alone knows that every scratch directory belongs to
-    a process that is dead. A file system without locks is not swept.
-    """
-    with (root / ".lock").open("ab") as stream:
-        if _locked(stream, "alone"):
-            _sweep(root)
-        _locked(stream, "shared")
-        yield
-
-
-def _locked(stream: IO[bytes], how: Literal["alone", "shared"]) -> bool:
-    """True if this has the lock now. ``alone`` does not wait, ``shared`` waits for a sweep."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(stream, fcntl.LOCK_SH if how == "shared" else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody is at work; or no locks here
-        return False
-    return True
+def _scratch(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """For what is half made or half removed of an entry."""
+    return scratch_directory(path.parent, path.name)
 
 
 def _sweep(root: Path) -> None:
+    """Remove what dead processes left, of whatever entry."""
     for kind in KINDS:
         with contextlib.suppress(OSError):  # another user's
-            for path in _in(root / kind, _SCRATCH_NAME):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
+            for path in _in(root / kind, _SCRATCH):
+                found = _SCRATCH.fullmatch(path.name)
+                assert found is not None
+                sweep(path.parent, found[1])
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

@@ -67,6 +67,7 @@ _DATA = click.Path(path_type=Path)
     metavar="NAME",
     help="Calibrate nothing: does this adapter, added later, stay in the calibrated ranges?",
 )
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     bundle: Path,
@@ -84,6 +85,7 @@ def command(
     cache_dir: Path | None,
     no_cache: bool,
     check: str | None,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Quantise BUNDLE's float32 graph with images, judge it on others, add it to the bundle.
@@ -109,7 +111,7 @@ def command(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed
     )
     cache = ui.chosen_cache(cache_dir, no_cache)
-    options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache)
+    options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache, lock_timeout)
     with ui.steps(as_json) as step:
         result = calibrate_bundle(bundle, data, settings, options, progress=step)
     if as_json:

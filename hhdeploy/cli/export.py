@@ -60,6 +60,7 @@ from hhdeploy.cli import ui
 )
 @ui.cache_options("traced backbones")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new bundle is complete.")
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     out: Path,
@@ -82,6 +83,7 @@ def command(
     cache_dir: Path | None,
     no_cache: bool,
     overwrite: bool,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Export adapters of one backbone to the bundle OUT, verified.
@@ -115,6 +117,7 @@ def command(
             verify_images=verify_images,
             cache=cache,
             overwrite=overwrite,
+            lock_timeout=lock_timeout,
             progress=step,
         )
     if as_json:

@@ -29,6 +29,7 @@ from hhdeploy.cli import ui
 @click.option("--seed", default=0, show_default=True, help="--against-torch, as in export.")
 @click.option("--verify-data", type=ui.DIRECTORY, help="--against-torch: images to use.")
 @click.option("--verify-images", default=4, show_default=True, type=click.IntRange(1))
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     bundle: Path,
@@ -40,6 +41,7 @@ def command(
     seed: int,
     verify_data: Path | None,
     verify_images: int,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with the training-time reference it carries; exit 1 if parity fails.
@@ -60,6 +62,8 @@ def command(
                 verify_data=verify_data,
                 verify_images=verify_images,
                 device=device,
+                lock_timeout=lock_timeout,
+                progress=step,
             )
         else:
             report = api.verify(bundle, device=device, precisions=precisions or None)
