@@ -59,7 +59,8 @@ class BackendOptions:
         cuda_graphs: replay recorded CUDA graphs; native engines only.
         hint: of `HINTS`. ``latency``: a run has all threads, further calls wait. ``throughput``:
             threads are divided among calls at the same time; OpenVINO only.
-        cache: directory of compiled models; OpenVINO only. None: neither read nor written.
+        cache: directory of what is compiled at the start: OpenVINO's models, TensorRT-RTX's
+            kernels. None: neither read nor written.
     """
 
     precision: str

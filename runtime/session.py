@@ -194,9 +194,10 @@ def open_session(
             replay it, for small batches.
         hint: ``openvino``: ``latency`` gives each run all threads, further calls wait;
             ``throughput`` divides the threads among calls at the same time.
-        cache: ``openvino``: directory where compiled models are kept for the next start, as large
-            as their weights; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``; None: no
-            cache. The first start takes longer, and that much more memory for a moment.
+        cache: directory where what is compiled at the start is kept for the next one, see
+            `hhdeploy.caches`; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``; None:
+            no cache. ``openvino``: models, as large as their weights; the first start takes
+            longer, and that much more memory for a moment. ``tensorrt-rtx``: kernels.
         partial: where the bundle has more adapters than ``slots``, open with the first of them
             instead of raising.
 

@@ -21,6 +21,7 @@ _COMMANDS = {
     "adapter": ("adapter", "Inspect, import, list, add and remove adapters."),
     "train": ("train", "Fine-tune an adapter on an image folder."),
     "bench": ("bench", "Measure the latency of a bundle on this machine."),
+    "cache": ("cache", "List and clear what is kept to be faster the next time."),
     "doctor": ("doctor", "Tell what this machine can do, and what is missing."),
 }
 

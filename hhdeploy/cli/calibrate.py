@@ -61,8 +61,7 @@ _DATA = click.Path(path_type=Path)
 @click.option("--report", type=ui.FILE, help="Write an HTML report: one file, opens anywhere.")
 @click.option("--device", type=ui.DEVICES, default="cpu", show_default=True, help="To judge on.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
-@click.option("--cache-dir", type=ui.DIRECTORY, help="Where calibrations are kept.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor store calibrations.")
+@ui.cache_options("calibrations")
 @click.option(
     "--check",
     metavar="NAME",
@@ -111,7 +110,7 @@ def command(
     settings = CalibrationSettings(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed
     )
-    cache: str | Path | None = None if no_cache else (cache_dir or "default")
+    cache = ui.chosen_cache(cache_dir, no_cache)
     options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache, lock_timeout)
     with ui.steps(as_json) as step:
         result = calibrate_bundle(bundle, data, settings, options, progress=step)

@@ -58,8 +58,7 @@ from hhdeploy.cli import ui
     type=click.IntRange(1),
     help="Images per adapter.",
 )
-@click.option("--cache-dir", type=ui.DIRECTORY, help="Where traced backbones are kept.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor store traced backbones.")
+@ui.cache_options("traced backbones")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new bundle is complete.")
 @ui.lock_timeout_option
 @ui.json_option
@@ -99,7 +98,7 @@ def command(
     from hhdeploy.plan import Reserve
 
     named = ui.named_directories(adapters)
-    cache: str | Path | None = None if no_cache else (cache_dir or "default")
+    cache = ui.chosen_cache(cache_dir, no_cache)
     with ui.steps(as_json) as step:
         result = export(
             model,

@@ -192,6 +192,27 @@ def backbone_options(command: F) -> F:
     return command
 
 
+def cache_options(what: str) -> Callable[[F], F]:
+    """--cache-dir and --no-cache, for what is kept; `chosen_cache` reads them."""
+
+    def add(command: F) -> F:
+        for option in (
+            click.option("--no-cache", is_flag=True, help=f"Neither read nor store {what}."),
+            click.option("--cache-dir", type=DIRECTORY, help=f"Where {what} are kept."),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def chosen_cache(cache_dir: Path | None, no_cache: bool) -> str | Path | None:
+    """What the options of `cache_options` mean for a function's ``cache``."""
+    if no_cache and cache_dir is not None:
+        raise click.UsageError("--no-cache does not go with --cache-dir.")
+    return None if no_cache else (cache_dir or "default")
+
+
 def parity_table(report: ParityReport) -> Group:
     """One line a stage and adapter."""
     rows = []

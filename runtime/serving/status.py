@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from hhdeploy.runtime.serving.fleet import Status
+from hhdeploy.runtime.serving.adapter_states import Status
 from hhdeploy.runtime.serving.metrics import latency_ms
 from hhdeploy.runtime.serving.service import Service
 
