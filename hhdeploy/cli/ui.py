@@ -144,12 +144,13 @@ def parse_model_args(text: str | None) -> Mapping[str, Any] | None:
 
 
 def named_directories(values: Sequence[str]) -> dict[str, Path]:
-    """``NAME=DIR`` or ``DIR`` (named after the directory); a name given twice is an error."""
+    """``NAME=DIR`` or ``DIR`` (named after the directory); a name given twice is an error.
+
+    Paths may hold ``=`` too (``runs/lr=0.1``): see `_named_directory`.
+    """
     named: dict[str, Path] = {}
     for value in values:
-        name, separator, path = value.partition("=")
-        directory = Path(path if separator else value)
-        name = name if separator else directory.resolve().name
+        name, directory = _named_directory(value)
         if name in named:
             raise PlanError(
                 f"two adapters are called {name!r} ({named[name]} and {directory}). Name them "
@@ -157,6 +158,31 @@ def named_directories(values: Sequence[str]) -> dict[str, Path]:
             )
         named[name] = directory
     return named
+
+
+def _named_directory(value: str) -> tuple[str, Path]:
+    """(name, directory): a value that is a directory as it stands is one, ``=`` or not.
+
+    Raises:
+        PlanError: it can be read both ways, or has no directory behind its ``=``.
+    """
+    whole = Path(value)
+    name, separator, path = value.partition("=")
+    if not separator:
+        return whole.resolve().name, whole
+    if not path:
+        raise PlanError(f"{value!r}: expected NAME=DIR or DIR, found no directory after '='.")
+    inside = Path(name).name != name  # the "=" of a path: no name has a separator in it
+    if not whole.is_dir():
+        # Neither is there: a path that is wrong is named whole in the message that follows.
+        missing = inside and not Path(path).is_dir()
+        return (whole.resolve().name, whole) if missing else (name, Path(path))
+    if not inside and Path(path).is_dir():
+        raise PlanError(
+            f"{value!r}: both {whole} and {path} are directories. Write {whole.resolve()} for the "
+            f"first and {name}={Path(path).resolve()} for the second."
+        )
+    return whole.resolve().name, whole
 
 
 def backbone_options(command: F) -> F:
