@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,12 @@ def command(
     options = {"device": device, "precision": precision, "threads": threads}
     rows: list[tuple[object, ...]] = []
     results: list[dict[str, object]] = []
-    with open_session(bundle, **options) as ours, ui.steps(as_json) as step:  # type: ignore[arg-type]
-        other = open_session(against, **options) if against is not None else None  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        ours = stack.enter_context(open_session(bundle, **options))  # type: ignore[arg-type]
+        other = None
+        if against is not None:
+            other = stack.enter_context(open_session(against, **options))  # type: ignore[arg-type]
+        step = stack.enter_context(ui.steps(as_json))
         for batch in batches:
             step(f"batch {batch}")
             run = runner(ours, batch)
@@ -101,8 +106,6 @@ def command(
                     )
                 )
         name = ours.device
-        if other is not None:
-            other.close()
     if as_json:
         ui.print_json({"device": name, "precision": precision, "results": results})
         return

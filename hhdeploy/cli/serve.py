@@ -193,7 +193,8 @@ def command(
             announce=announce,
         )
 
-    asyncio.run(run())
+    with session:  # also when the service does not even start
+        asyncio.run(run())
 
 
 def _serve_on_ray(context: click.Context) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 from click.testing import CliRunner
 
-from hhdeploy import doctor
+from hhdeploy import doctor, runtime
+from hhdeploy.bundle import remove_adapter
 from hhdeploy.cli import main
+from hhdeploy.errors import SessionError
+from hhdeploy.runtime import session as sessions
+from tests.workshop import copy_bundle
 
 
 def test_doctor_reports_what_is_installed():
@@ -37,6 +42,52 @@ def test_bench_alone_and_against(branches, folded):
     (result,) = json.loads(pair.stdout)["results"]
     assert result["batch"] == 3
     assert result["ratio"] > 0
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Every session that a command opens."""
+    found = []
+
+    def opening(*args, **options):
+        found.append(real(*args, **options))
+        return found[-1]
+
+    real = runtime.open_session
+    for module in (runtime, sessions):
+        monkeypatch.setattr(module, "open_session", opening)
+    return found
+
+
+def is_closed(session):
+    with pytest.raises(SessionError, match="the session is closed"):
+        _ = session.device
+    return True
+
+
+def test_bench_closes_both_sessions_whatever_happens(succeed, refuse, opened, small, tmp_path):
+    options = ("--device", "cpu", "--runs", "2", "--batch", "1")
+    succeed("bench", small, "--against", small, *options)
+    empty = copy_bundle(small, tmp_path / "empty")
+    for name in ("alpha", "gamma"):
+        remove_adapter(empty, name)
+    # Opens, and cannot answer: nothing to ask it for.
+    assert "name an adapter" in refuse("bench", small, "--against", empty, *options)
+    assert "is not a bundle" in refuse("bench", small, "--against", tmp_path, *options)
+    assert len(opened) == 2 + 2 + 1
+    assert all(map(is_closed, opened))
+
+
+def test_serve_closes_its_session_when_it_does_not_start(refuse, opened, small, monkeypatch):
+    monkeypatch.setattr("hhdeploy.runtime.serving.logs.log_as_json", lambda level: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refuse("serve", small, "--device", "cpu", "--grpc-port", -1, "--http-port", port)
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+    line = refuse("serve", small, "--device", "cpu", "--grpc-port", -1, "--pin", "nobody")
+    assert "unknown adapter 'nobody'" in line
+    assert len(opened) == 2
+    assert all(map(is_closed, opened))
 
 
 def test_demo_without_starter_models_says_where_they_are(tmp_path):
