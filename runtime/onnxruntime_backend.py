@@ -24,6 +24,7 @@ from hhdeploy.errors import (
     require,
 )
 from hhdeploy.runtime.backends import Backend, BackendOptions, Bank, Ids, Images
+from hhdeploy.runtime.cuda import driver_library
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -197,7 +198,7 @@ def cuda_available() -> bool:
         ort = require("onnxruntime", "cpu", "a session")
         if _PROVIDERS["cuda"] not in ort.get_available_providers():
             return False
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL(driver_library())
     except (MissingDependencyError, OSError):
         return False
     return True
