@@ -26,8 +26,40 @@ def test_doctor_reports_what_is_installed():
     assert result.exit_code == 0
 
 
+def test_doctor_names_every_extra(monkeypatch):
+    """Those that pyproject.toml has; rtx and tensorrt are tried under their own names."""
+    monkeypatch.setattr(doctor, "_probe", lambda what, code: doctor.Finding(what, "ok", ""))
+    monkeypatch.setattr(doctor, "_gpu_probe", lambda name: doctor.Finding(name, "ok", ""))
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    found = {finding.what: finding for finding in doctor.examine()}
+    for extra in ("export", "cpu", "gpu", "openvino", "serve", "ray", "calibrate"):
+        finding = found[f"extra {extra}"]
+        assert finding.state == "absent"
+        assert f"pip install 'hhdeploy[{extra}]'" in finding.detail
+    assert "nncf" in found["extra calibrate"].detail
+    assert "starlette" in found["extra ray"].detail
+    assert found.keys() >= {"tensorrt", "tensorrt-rtx", "cuda-bindings"}
+
+
+def test_doctor_names_packages_that_are_too_old(monkeypatch):
+    old = {"openvino": "2024.6.0", "onnx-ir": "0.1.2"}
+    monkeypatch.setattr(doctor, "_version", lambda package: old.get(package, "9999"))
+    openvino, export, calibrate = map(doctor._extra, ("openvino", "export", "calibrate"))
+    assert {f.state for f in (openvino, export, calibrate)} == {"problem"}
+    assert "openvino 2024.6.0 (expected 2025.0)" in openvino.detail
+    assert "pip install -U 'hhdeploy[openvino]'" in openvino.detail
+    assert "onnx-ir 0.1.2" in export.detail
+    assert "onnx-ir 0.1.2" in calibrate.detail  # what it brings along counts too
+
+
+def test_to_calibrate_either_wheel_of_onnx_runtime_will_do(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda p: None if p == "onnxruntime" else "9999")
+    assert doctor._extra("calibrate").state == "ok"
+    assert doctor._extra("cpu").state == "absent"
+
+
 def test_doctor_reports_the_clash_of_the_two_onnxruntime_wheels(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: "1.0")
+    monkeypatch.setattr(doctor, "_version", lambda package: "9999")
     monkeypatch.setattr(doctor, "_probe", lambda what, code: doctor.Finding(what, "ok", ""))
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1
