@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapter import Adapter, load_adapter
 from hhdeploy.errors import AdapterError, BundleError, PlanError
 from hhdeploy.files import copy_directory, os_errors, sha256_of, write_json
+from hhdeploy.parity import PARITY
 from hhdeploy.plan import check_base, check_name
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import RowLayout, check_row_range
@@ -257,8 +258,7 @@ class Bundle:
         if name is None:
             raise BundleError(
                 f"{self.path} has no {precision} graph; it has "
-                f"{', '.join(self.manifest.graphs)}. Add it with: hhdeploy export --precision "
-                f"{precision}"
+                f"{', '.join(self.manifest.graphs)}. {graph_hint(self.path, precision)}"
             )
         if f"{name}.data" in self.manifest.files:
             self.file(f"{name}.data")
@@ -304,6 +304,18 @@ class Bundle:
             raise BundleError(
                 f"{self.path / REFERENCE_FILE}: tensor {error} is missing. Export again."
             ) from error
+
+
+def graph_hint(path: Path, precision: str) -> str:
+    """What brings a graph of a precision into a bundle that lacks it, in words."""
+    typed, quantised = (
+        [p for stage, p in PARITY if stage == kind] for kind in ("twin", "quantised")
+    )
+    if precision in typed:
+        return f"Export the bundle again with --precision {precision}."
+    if precision in quantised:
+        return f"Add it with: hhdeploy calibrate {path} --data DIR --precision {precision}"
+    return f"Graphs there can be: float32, {', '.join((*typed, *quantised))}."
 
 
 def entry_of(

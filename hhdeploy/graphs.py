@@ -11,7 +11,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from hhdeploy.api import Progress, parity_error, verify_graphs
-from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, Manifest, write_manifest
+from hhdeploy.bundle import (
+    PARITY_FILE,
+    REFERENCE_FILE,
+    Bundle,
+    Manifest,
+    graph_hint,
+    write_manifest,
+)
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files import os_errors, sha256_of, write_json
 from hhdeploy.parity import ParityReport, StageResult
@@ -45,9 +52,8 @@ def add_typed_graph(
     if precision not in PRECISIONS:
         raise PlanError(
             f"{path} has no {precision} graph; it has {', '.join(bundle.manifest.graphs)}. "
-            f"{' and '.join(PRECISIONS)} are made when they are missing, others come from "
-            "calibration data: hhdeploy calibrate BUNDLE --data DIR --precision "
-            f"{precision}"
+            f"{' and '.join(PRECISIONS)} are made when they are missing, others are not. "
+            f"{graph_hint(bundle.path, precision)}"
         )
     if bundle.manifest.layout is not None:
         bank = bundle.bank()
