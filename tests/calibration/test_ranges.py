@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from hhdeploy.calibration.probe import Probe
+from hhdeploy.calibration.probe import CpuSession, Probe
 from hhdeploy.calibration.qdq import FORMATS
 from hhdeploy.calibration.ranges import range_excess
 from hhdeploy.calibration.sensitivity import logits_sqnr, site_sqnr
+from hhdeploy.errors import BundleError, DeviceError
 
 SITE = "blocks.1.mlp.fc1"
 INT8, FP8 = FORMATS["int8"], FORMATS["fp8"]
@@ -69,6 +70,15 @@ def test_the_reach_of_a_format_is_what_its_type_rounds_down(precision):
         dtype = form.dtype.numpy()
         assert within.astype(dtype) == form.largest
         assert np.isnan(beyond.astype(dtype))  # E4M3 has no infinity
+
+
+def test_what_onnx_runtime_refuses_is_an_error_of_ours(side, tmp_path):
+    with pytest.raises(DeviceError, match=r"ONNX Runtime failed in .*model\.onnx: .*images"):
+        next(Probe(side.path, side.sites()).inputs([{}]))
+    model = ir.load(side.path)
+    model.graph.opset_imports[""] = 999
+    with pytest.raises(BundleError, match=r"ONNX Runtime cannot load .*model\.onnx: .*999"):
+        CpuSession(ir.to_proto(model).SerializeToString(), side.path)
 
 
 def test_q_k_and_v_read_one_value(side):

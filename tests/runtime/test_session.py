@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.errors import BundleError, PlanError, SessionError
+from hhdeploy.errors import BundleError, DeviceError, PlanError, SessionError
 from hhdeploy.exporters.trace import base_graph
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.runtime import open_session
@@ -212,6 +212,15 @@ def test_the_backbone_is_refused_where_its_classifier_was_not_kept(own):
     for adapters in (None, ["alpha", None], "backbone"):
         with pytest.raises(SessionError, match="--keep-backbone-head"):
             own.run(images(2), adapters)
+
+
+def test_a_run_that_onnx_runtime_refuses(own):
+    """Its own exceptions, which have no base class, never reach the caller."""
+    with pytest.raises(DeviceError, match=r"CPUExecutionProvider failed: .*adapter_ids"):
+        own._backend.run(images(2), None)
+    with pytest.raises(DeviceError, match=r"CPUExecutionProvider failed: (.|\n)*Got: 31"):
+        own._backend.run(images(2, size=31), np.array([1, 2]))
+    assert own.run(images(2), "alpha").shape == (2, 7)  # the session lives on
 
 
 def test_a_closed_session(small):
