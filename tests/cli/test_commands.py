@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from hhdeploy.adapter import load_adapter, save_adapter
-from hhdeploy.bundle import Bundle
+from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.files import sha256_of
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
+from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tests.support import TINY_MODEL
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
@@ -294,6 +295,33 @@ def test_predict_with_the_bare_backbone_and_a_folded_bundle(
     assert sorted(b["index"] for b in answer["classes"]) == [0, 1, 2, 3, 4]
     (answer,) = succeed_json("predict", folded, pictures[0])
     assert answer["adapter"] == "alpha"
+
+
+def test_predict_with_nothing_but_the_backbone(succeed_json, branches, pictures, tmp_path):
+    """All adapters are gone, its classifier was kept: that is what there is to ask."""
+    only = copy_bundle(branches, tmp_path / "only")
+    for name in names_of(only):
+        remove_adapter(only, name)
+    (answer,) = succeed_json("predict", only, pictures[0], "--top", 9)
+    assert answer["adapter"] == "backbone"
+    assert sorted(b["index"] for b in answer["classes"]) == [0, 1, 2, 3, 4]
+
+
+def test_a_class_without_a_finite_logit_shifts_no_names(succeed_json, small, pictures, monkeypatch):
+    real = OnnxRuntimeBackend.run
+
+    def ruled_out(self, images, ids):
+        logits = real(self, images, ids)
+        logits[:, 0] = -np.inf
+        return logits
+
+    ask = ("predict", small, pictures[0], "--adapter", "alpha", "--top", 7, "--device", "cpu")
+    (before,) = succeed_json(*ask)
+    monkeypatch.setattr(OnnxRuntimeBackend, "run", ruled_out)
+    (after,) = succeed_json(*ask)
+    kept = [b["label"] for b in before["classes"] if b["index"]]
+    assert [a["label"] for a in after["classes"]] == [*kept, "class 0"]
+    assert after["classes"][-1] == {"label": "class 0", "index": 0, "probability": 0.0}
 
 
 def test_predict_refuses(refuse, succeed, small, bundle, pictures, tmp_path):
