@@ -23,7 +23,7 @@ from hhdeploy.bundle import (
 from hhdeploy.engines import engines_of
 from hhdeploy.errors import BundleError, ParityError, PlanError, require
 from hhdeploy.files import atomic_directory, sha256_of, write_json
-from hhdeploy.parity import ParityReport, StageResult, compare
+from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
 from hhdeploy.tensorfile import write_tensors
 from hhdeploy.trt import BACKENDS
@@ -146,7 +146,7 @@ def verify(
 
     Args:
         path: the bundle.
-        device: see ``open_session``.
+        device: see ``open_session``; ``auto`` is judged by what it means here.
         precisions: graphs to check, None: all. One that is not float32 is checked through its
             rounding twin, which needs the ``export`` extra (onnx_ir), not torch.
 
@@ -337,11 +337,12 @@ def verify_graphs(
         )
     stages: list[StageResult] = []
     for precision in precisions or _default_precisions(bundle, device):
-        stage = _stage(bundle.manifest, device, precision)
+        really = _really(bundle.manifest, device, precision)
+        stage = stage_of(bundle.manifest.kind, really, precision)
         with tempfile.TemporaryDirectory() as scratch:
             twin = _twin(bundle, precision, scratch) if stage == "twin" else None
             found, runtime = _logits(
-                twin or bundle, device, "float32" if twin else precision, images, ids, names
+                twin or bundle, really, "float32" if twin else precision, images, ids, names
             )
         for name, row in names.items():
             comparison = compare(logits[ids == row], found[ids == row])
@@ -366,16 +367,17 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
     return graphs
 
 
-def _stage(manifest: Manifest, device: str, precision: str) -> str:
-    """Key of the parity table. What a GPU computes is compared as it is; a CPU computes typed
-    graphs in float32, so it shows their rounding twin. OpenVINO's bfloat16 is its own."""
-    if device not in ("auto", "cpu", "openvino"):
-        return "engine"
-    if device == "openvino" and precision in ("float32", "bfloat16"):
-        return "openvino"
-    if precision == "float32":
-        return manifest.kind
-    return "twin" if precision in _UNCALIBRATED else "quantised"
+def _really(manifest: Manifest, device: str, precision: str) -> str:
+    """What ``auto`` means here for a precision; another device is what it says."""
+    if device != "auto":
+        return device
+    from hhdeploy.runtime.backends import find_target
+    from hhdeploy.runtime.openvino_backend import computes_bfloat16
+
+    found = find_target(manifest, device, precision).device
+    if found == "openvino" and precision == "bfloat16" and not computes_bfloat16():
+        return "cpu"  # no session computes it here; its graph is shown by its rounding twin
+    return found
 
 
 def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:

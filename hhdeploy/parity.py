@@ -109,6 +109,9 @@ PARITY: Mapping[tuple[str, str], Bound] = {
     ("engine", "fp8"): Bound(
         0.15, 0.95, 0.5, _NO_GPU, "as the quantised graph; accuracy is judged when calibrating"
     ),
+    ("engine", "int8-weights"): Bound(
+        0.1, 0.97, 0.5, _NO_GPU, "as the quantised graph; accuracy is judged when calibrating"
+    ),
     ("engine", "bfloat16"): Bound(
         1e-1, 0.999, 0.97, _NO_GPU, "as the twin; kernels may accumulate in less than float32"
     ),
@@ -160,6 +163,26 @@ class Comparison:
             k: v if isinstance(v, int) or math.isfinite(v) else str(v)
             for k, v in asdict(self).items()
         }
+
+
+def stage_of(kind: str, device: str, precision: str) -> str:
+    """Which stage of the table judges a graph that a device computed.
+
+    What a GPU computes is compared as it is; a CPU computes typed graphs in float32, so it shows
+    their rounding twin. OpenVINO's bfloat16 is its own.
+
+    Args:
+        kind: of the bundle, ``folded`` or ``branches``.
+        device: what really ran: of `hhdeploy.runtime.backends.DEVICES`, never ``auto``.
+        precision: of the graph.
+    """
+    if device not in ("cpu", "openvino"):
+        return "engine"
+    if device == "openvino" and precision in ("float32", "bfloat16"):
+        return "openvino"
+    if precision == "float32":
+        return kind
+    return "twin" if ("twin", precision) in PARITY else "quantised"
 
 
 def bound(stage: str, precision: str) -> Bound:
