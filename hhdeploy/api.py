@@ -21,7 +21,7 @@ from hhdeploy.bundle import (
     write_manifest,
 )
 from hhdeploy.engines import engines_of
-from hhdeploy.errors import BundleError, ParityError, PlanError, require
+from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError, require
 from hhdeploy.files import atomic_directory, sha256_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
@@ -108,6 +108,8 @@ def export(
     from hhdeploy.reference import VerifyData
 
     _check_precisions(precisions)
+    if fold:
+        _check_fold(len(adapters), reserve, bank_as_constant)
     with atomic_directory(Path(out), overwrite=overwrite) as scratch:
         progress("reading adapters")
         loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
@@ -174,11 +176,13 @@ def verify_against_torch(
     verify_data: str | Path | None = None,
     verify_images: int = 4,
     device: str = "cpu",
+    precisions: Sequence[str] | None = None,
 ) -> ParityReport:
     """Recompute the reference with torch, adapters added later included, and verify.
 
     On success the bundle gets the new reference and report, and all its adapters count as
-    verified; on failure it stays as it was.
+    verified; on failure it stays as it was. So it does where ``precisions`` (graphs to check,
+    None: all) leaves out float32: the other graphs' bounds are too wide to vouch for an adapter.
 
     Raises:
         BackboneError: the weights are not the ones that the bundle was exported from.
@@ -209,9 +213,11 @@ def verify_against_torch(
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = _rows(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
-    report = verify_graphs(bundle, device, None, reference, data)
+    report = verify_graphs(bundle, device, precisions, reference, data)
     if not report.passed:
         raise parity_error(report)
+    if precisions is not None and "float32" not in precisions:
+        return report
     write_tensors(bundle.path / REFERENCE_FILE, reference.tensors())
     _store_report(bundle, report)
     return report
@@ -239,10 +245,20 @@ def _check_precisions(precisions: Sequence[str]) -> None:
 
     for precision in precisions:
         if precision not in PRECISIONS:
-            raise PlanError(
+            raise OptionError(
                 f"--precision {precision}: expected one of {', '.join(PRECISIONS)}. (float32 is "
                 "always written; int8 comes from calibration data: hhdeploy calibrate.)"
             )
+
+
+def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
+    if adapters != 1:
+        raise OptionError(f"--fold takes exactly one adapter, found {adapters}.")
+    if reserve != Reserve() or bank_as_constant:
+        raise OptionError(
+            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
+            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
+        )
 
 
 def _contents(
@@ -259,13 +275,6 @@ def _contents(
         plan = plan_branches(base.facts, adapters, reserve)
         return branches_contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
-        )
-    if len(adapters) != 1:
-        raise PlanError(f"--fold takes exactly one adapter, found {len(adapters)}.")
-    if reserve != Reserve() or bank_as_constant:
-        raise PlanError(
-            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
-            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
         )
     ((name, adapter),) = adapters.items()
     check_adapter(name, adapter, base.facts)

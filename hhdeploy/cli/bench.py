@@ -48,10 +48,9 @@ def command(
     The fleet is BUNDLE's adapters and variants of them: same shapes, random values, made for the
     test in a temporary directory; they never enter BUNDLE.
     """
-    context = click.get_current_context()
-    check_options(context, serve)
+    check_options(serve)
     if serve:
-        context.exit(
+        click.get_current_context().exit(
             bench_server(
                 bundle,
                 device=device,

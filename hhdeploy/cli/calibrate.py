@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from hhdeploy.range_check import RangeCheck
 
 _SHOWN = 12
+# What --check does not use.
+_NOT_CHECKED = frozenset(
+    "seed eval_data max_drop exclude preset report device threads cache_dir no_cache".split()
+)
 _DATA = click.Path(path_type=Path)
 
 
@@ -97,6 +101,7 @@ def command(
       hhdeploy calibrate OUT --data pets/ --check pets
     """
     if check is not None:
+        ui.refuse_unused(_NOT_CHECKED, "does not go with --check, which calibrates nothing")
         from hhdeploy.range_check import check_adapter
 
         with ui.steps(as_json) as step:
@@ -109,7 +114,7 @@ def command(
     settings = CalibrationSettings(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed
     )
-    cache: str | Path | None = None if no_cache else (cache_dir or "default")
+    cache = ui.check_cache_options(cache_dir, no_cache)
     options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache)
     with ui.steps(as_json) as step:
         result = calibrate_bundle(bundle, data, settings, options, progress=step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,7 +68,7 @@ def command(
     model: str,
     adapters: tuple[str, ...],
     fold: bool,
-    model_args: str | None,
+    model_args: dict[str, Any] | None,
     checkpoint: Path | None,
     pretrained: bool,
     seed: int,
@@ -97,14 +98,18 @@ def command(
     from hhdeploy.plan import Reserve
 
     named = ui.named_directories(adapters)
-    cache: str | Path | None = None if no_cache else (cache_dir or "default")
+    cache = ui.check_cache_options(cache_dir, no_cache)
+    if not verify:
+        ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
+    noise = verify and verify_data is None
+    ui.check_backbone_options(checkpoint, pretrained, noise=noise)
     with ui.steps(as_json) as step:
         result = export(
             model,
             named,
             out,
             fold=fold,
-            model_args=ui.parse_model_args(model_args),
+            model_args=model_args,
             checkpoint=checkpoint,
             pretrained=pretrained,
             seed=seed,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from hhdeploy.errors import PlanError
 from hhdeploy.parity import ParityReport
+from hhdeploy.plan import check_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -127,20 +128,60 @@ def phased_steps(
             progress.update(current[-1], total=1, completed=1)
 
 
-def parse_model_args(text: str | None) -> Mapping[str, Any] | None:
-    """``--model-args``: a JSON object."""
+def json_object(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> dict[str, Any] | None:
+    """Callback of an option that takes a JSON object, e.g. ``'{"img_size": 384}'``."""
     if text is None:
         return None
+    expected = "expected a JSON object such as '{\"img_size\": 384}', found"
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise PlanError(
-            f"--model-args: expected a JSON object such as '{{\"img_size\": 384}}', "
-            f"found {text!r} ({error})."
-        ) from error
+        raise click.BadParameter(f"{expected} {text!r} ({error}).") from error
     if not isinstance(content, dict):
-        raise PlanError(f"--model-args: expected a JSON object, found {text!r}.")
+        raise click.BadParameter(f"{expected} {text!r}.")
     return content
+
+
+def refuse_unused(names: Container[str], why: str) -> None:
+    """Refuse options of the command that runs which would do nothing: none is ignored.
+
+    Args:
+        names: of its parameters.
+        why: what the message says behind the flag, such as ``needs --serve``.
+
+    Raises:
+        UsageError: naming the first one that was given.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in names or context.get_parameter_source(name) is ParameterSource.DEFAULT:
+            continue
+        negative = context.params[name] is False and parameter.secondary_opts
+        flag = (parameter.secondary_opts if negative else parameter.opts)[0]
+        raise click.UsageError(f"{flag} {why}.", context)
+
+
+def check_cache_options(cache_dir: Path | None, no_cache: bool) -> str | Path | None:
+    """``cache`` of the API from --cache-dir and --no-cache."""
+    if cache_dir is not None and no_cache:
+        raise click.UsageError("--cache-dir and --no-cache exclude each other: give one.")
+    return None if no_cache else (cache_dir or "default")
+
+
+def check_backbone_options(checkpoint: Path | None, pretrained: bool, *, noise: bool) -> None:
+    """--checkpoint, --no-pretrained and --seed go together.
+
+    Args:
+        checkpoint, pretrained: as given.
+        noise: the command also draws noise from --seed.
+    """
+    if checkpoint is not None and not pretrained:
+        raise click.UsageError("--checkpoint and --no-pretrained exclude each other: give one.")
+    if pretrained and not noise:
+        refuse_unused({"seed"}, "has nothing to draw: neither weights nor noise are random here")
 
 
 def named_directories(values: Sequence[str]) -> dict[str, Path]:
@@ -151,10 +192,11 @@ def named_directories(values: Sequence[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for value in values:
         name, directory = _named_directory(value)
+        check_name(name)
         if name in named:
-            raise PlanError(
+            raise click.UsageError(
                 f"two adapters are called {name!r} ({named[name]} and {directory}). Name them "
-                "with --adapter NAME=DIR."
+                "as NAME=DIR."
             )
         named[name] = directory
     return named
@@ -164,23 +206,26 @@ def _named_directory(value: str) -> tuple[str, Path]:
     """(name, directory): a value that is a directory as it stands is one, ``=`` or not.
 
     Raises:
-        PlanError: it can be read both ways, or has no directory behind its ``=``.
+        UsageError: it can be read both ways, or has no directory behind its ``=``.
     """
     whole = Path(value)
     name, separator, path = value.partition("=")
     if not separator:
         return whole.resolve().name, whole
     if not path:
-        raise PlanError(f"{value!r}: expected NAME=DIR or DIR, found no directory after '='.")
+        raise click.UsageError(
+            f"{value!r}: expected NAME=DIR or DIR, found no directory after '='."
+        )
     inside = Path(name).name != name  # the "=" of a path: no name has a separator in it
     if not whole.is_dir():
         # Neither is there: a path that is wrong is named whole in the message that follows.
         missing = inside and not Path(path).is_dir()
         return (whole.resolve().name, whole) if missing else (name, Path(path))
     if not inside and Path(path).is_dir():
-        raise PlanError(
-            f"{value!r}: both {whole} and {path} are directories. Write {whole.resolve()} for the "
-            f"first and {name}={Path(path).resolve()} for the second."
+        raise click.UsageError(
+            f"{value!r}: both {whole} and {path} are directories. Write "
+            f"NAME={whole.resolve()} for the first and {name}={Path(path).resolve()} for the "
+            "second."
         )
     return whole.resolve().name, whole
 
@@ -198,7 +243,10 @@ def backbone_options(command: F) -> F:
         ),
         click.option("--checkpoint", type=FILE, help="The backbone's weights, as timm loads them."),
         click.option(
-            "--model-args", help="JSON, further arguments of timm.create_model.", metavar="JSON"
+            "--model-args",
+            callback=json_object,
+            metavar="JSON",
+            help="Further arguments of timm.create_model.",
         ),
     ):
         command = option(command)

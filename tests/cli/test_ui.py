@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click import UsageError
 
-from hhdeploy.cli.ui import named_directories
-from hhdeploy.errors import PlanError
+from hhdeploy.cli.ui import _named_directory, named_directories
+from hhdeploy.errors import OptionError
 
 
 @pytest.fixture
@@ -36,24 +37,30 @@ def here(tmp_path, monkeypatch):
     ],
 )
 def test_a_path_may_hold_an_equals_sign(here, value, name, directory):
-    assert named_directories([value]) == {name: Path(directory)}
+    assert _named_directory(value) == (name, Path(directory))
+
+
+def test_a_name_that_is_none_says_how_to_give_one(here):
+    for value in ("runs/lr=0.1", "a/b=plain", "=plain", "backbone=plain"):
+        with pytest.raises(OptionError, match=r"NAME=DIR|reserved"):
+            named_directories([value])
+    assert named_directories(["cars=runs/lr=0.1"]) == {"cars": Path("runs/lr=0.1")}
 
 
 def test_absolute_paths_may_too(here):
     path = here / "runs" / "lr=0.1"
-    assert named_directories([str(path)]) == {"lr=0.1": path}
+    assert _named_directory(str(path)) == ("lr=0.1", path)
     assert named_directories([f"cars={path}"]) == {"cars": path}
 
 
 def test_what_can_be_read_both_ways_is_refused_with_both(here):
-    with pytest.raises(PlanError, match="both both=plain and plain are directories") as caught:
+    with pytest.raises(UsageError, match="both both=plain and plain are directories") as caught:
         named_directories(["both=plain"])
-    for advised in (f"{here}/both=plain", f"both={here}/plain"):
+    for advised in (f"NAME={here}/both=plain", f"both={here}/plain"):
         assert advised in str(caught.value)
-        (name,) = named_directories([advised])
-        assert name in ("both=plain", "both")
+        assert set(named_directories([advised])) <= {"NAME", "both"}
 
 
 def test_nothing_behind_the_equals_sign_is_refused(here):
-    with pytest.raises(PlanError, match="no directory after '='"):
+    with pytest.raises(UsageError, match="no directory after '='"):
         named_directories(["cars="])
