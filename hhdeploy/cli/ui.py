@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from hhdeploy.parity import ParityReport
+from hhdeploy.parity import ParityReport, StageResult, bound
 from hhdeploy.plan import check_name
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -266,7 +266,7 @@ def parity_table(report: ParityReport) -> Group:
                 f"{c.range_error:.1e}",
                 f"{c.cosine:.6f}",
                 "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f}",
-                f"{c.top1:.1%}",
+                f"{c.top1:.1%}{_near_ties(stage)}",
                 verdict(not stage.failures, "passed", "FAILED"),
             )
         )
@@ -277,6 +277,12 @@ def parity_table(report: ParityReport) -> Group:
         f"[dim]{runtimes}, {describe_data(report.data)}[/]"
     )
     return table(title, columns, rows)
+
+
+def _near_ties(stage: StageResult) -> str:
+    """What explains a top-1 below its bound that is no failure."""
+    count = stage.comparison.near_ties(bound(stage.stage, stage.precision))
+    return f" ({count} near {'tie' if count == 1 else 'ties'})" if count else ""
 
 
 def describe_data(data: Mapping[str, Any]) -> str:
