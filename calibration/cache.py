@@ -11,8 +11,9 @@ from pathlib import Path
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.scales_file import read_scales, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.directories import CACHE_ENTRY, atomic_directory
 from hhdeploy.errors import BundleError
-from hhdeploy.files import atomic_directory, sha256_of, write_json
+from hhdeploy.files import sha256_of, write_json
 
 # Counts changes of this package that make older entries unusable.
 _VERSION = 3
@@ -44,7 +45,7 @@ def cache_key(
 
 def write(cache: Path, key: str, scales: Mapping[str, SiteScale]) -> None:
     """Store the scales of a graph's sites. Raises `WriteError`."""
-    with atomic_directory(_entry(cache, key), overwrite=True) as scratch:
+    with atomic_directory(_entry(cache, key), overwrite=True, kind=CACHE_ENTRY) as scratch:
         write_scales(scratch / _TENSORS, scales)
         digest = sha256_of(scratch / _TENSORS)
         write_json(scratch / _INDEX, {"key": key, "sites": list(scales), "sha256": digest})

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from hhdeploy.backbone import Backbone, plain_attention
+from hhdeploy.directories import CACHE_ENTRY, atomic_directory
 from hhdeploy.errors import BackboneError, WriteError
-from hhdeploy.files import atomic_directory, sha256_of, write_json
 from hhdeploy.files import default_cache as default_cache
+from hhdeploy.files import sha256_of, write_json
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.sites import LinearSpec
 
@@ -75,7 +76,7 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
     if not _intact(entry):
         traced = trace(backbone)
         try:
-            with atomic_directory(entry, overwrite=True) as scratch:
+            with atomic_directory(entry, overwrite=True, kind=CACHE_ENTRY) as scratch:
                 ir.save(
                     traced,
                     scratch / "model.onnx",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +115,23 @@ def save_graph(model: ir.Model, path: Path) -> None:
     )
 
 
+def rename_weights(graph: Path, name: str) -> None:
+    """Rename a graph's file of weights, in the same directory, and what the graph calls it.
+
+    Raises:
+        FileNotFoundError: the graph has no weights beside it.
+    """
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    onnx.save(model, graph)
+    graph.with_name(f"{graph.name}.data").rename(graph.with_name(name))
+
+
 def write_bundle(
     path: Path,
     contents: Contents,
@@ -142,8 +159,7 @@ def write_bundle(
         copy_directory(Path(adapter.source), path / "adapters" / name)
     if reference is not None:
         write_tensors(path / REFERENCE_FILE, reference().tensors())
-    fields = {**contents.manifest.__dict__, "graphs": graphs, "files": hash_files(path)}
-    manifest = Manifest(**fields)
+    manifest = replace(contents.manifest, graphs=graphs, files=hash_files(path))
     write_manifest(path, manifest)
     return manifest
 

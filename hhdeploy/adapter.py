@@ -22,15 +22,18 @@ from hhdeploy.algebra import (
     householder_delta,
     low_rank_delta,
 )
+from hhdeploy.directories import Replaceable, atomic_directory
 from hhdeploy.errors import AdapterError
-from hhdeploy.files import atomic_directory
+from hhdeploy.files import json_bytes, write_bytes
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
-from hhdeploy.tensorfile import read_tensors, write_tensors
+from hhdeploy.tensorfile import read_tensors, tensor_bytes
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+# Of `train`: the only file of a linear probe.
+METRICS_FILE = "metrics.json"
 
 # Further arguments of timm.create_model that an adapter or a user may name: those that shape
 # the architecture. Anything else (checkpoint paths, callables) has no place in a file that
@@ -222,11 +225,27 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
         WriteError: when the directory exists (without ``overwrite``) or cannot be written.
         AdapterError: when the adapter would not pass the reader's checks.
     """
-    with atomic_directory(Path(directory), overwrite=overwrite) as scratch:
-        text = json.dumps(adapter.config.to_json(), indent=2) + "\n"
-        (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
-        write_tensors(scratch / TENSOR_FILE, _tensors_of(adapter), {"format": "pt"})
+    with atomic_directory(Path(directory), overwrite=overwrite, kind=ADAPTER) as scratch:
+        write_bytes(scratch / CONFIG_FILE, json_bytes(adapter.config.to_json()))
+        write_bytes(scratch / TENSOR_FILE, tensor_bytes(_tensors_of(adapter), {"format": "pt"}))
         load_adapter(scratch)
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a directory is neither an adapter nor a linear probe of `train`, or None."""
+    found = {entry.name for entry in path.iterdir()}
+    if found == {METRICS_FILE}:
+        return None
+    try:
+        _read_config(path / CONFIG_FILE)
+    except AdapterError:
+        return f"it has no {CONFIG_FILE} of peft_type HTA that can be read"
+    other = sorted(found - {CONFIG_FILE, TENSOR_FILE, METRICS_FILE})
+    return f"it holds {', '.join(other[:3])}, which no adapter has" if other else None
+
+
+# What `import`, `train` and `save_adapter` may replace.
+ADAPTER = Replaceable("an adapter directory", _foreign)
 
 
 def _tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:

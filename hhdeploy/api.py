@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,24 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter, load_adapter
 from hhdeploy.bundle import (
+    BANK_FILE,
     PARITY_FILE,
     REFERENCE_FILE,
     AdapterEntry,
     Bundle,
     Manifest,
+    read_bundle,
     write_manifest,
 )
+from hhdeploy.directories import atomic_directory
 from hhdeploy.engines import engines_of
 from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError, require
-from hhdeploy.files import atomic_directory, sha256_of, write_json
+from hhdeploy.files import json_bytes, sha256_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
-from hhdeploy.tensorfile import write_tensors
+from hhdeploy.scratch import scratch_directory
+from hhdeploy.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
+from hhdeploy.tensorfile import tensor_bytes
 from hhdeploy.trt import BACKENDS
 
 if TYPE_CHECKING:
@@ -74,6 +79,7 @@ def export(
     verify_images: int = 4,
     cache: str | Path | None = "default",
     overwrite: bool = False,
+    lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
 ) -> ExportResult:
     """Export adapters of one backbone as a bundle, and verify it.
@@ -93,7 +99,9 @@ def export(
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
-        overwrite: replace an existing bundle once the new one is complete.
+        overwrite: replace an existing bundle once the new one is complete; anything else that is
+            there is refused.
+        lock_timeout: seconds to wait, then, for whoever is changing the existing bundle.
         progress: called with a few words at each step.
 
     Raises:
@@ -110,7 +118,8 @@ def export(
     _check_precisions(precisions)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)
-    with atomic_directory(Path(out), overwrite=overwrite) as scratch:
+    kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
+    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
         loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
         spec = BackboneSpec(
@@ -144,7 +153,9 @@ def export(
 def verify(
     path: str | Path, *, device: str = "cpu", precisions: Sequence[str] | None = None
 ) -> ParityReport:
-    """Compare a bundle with the reference it carries. float32 needs no torch.
+    """Compare a bundle with the reference it carries, and its files with their hashes.
+
+    float32 needs no torch.
 
     Args:
         path: the bundle.
@@ -158,11 +169,15 @@ def verify(
     Raises:
         BundleError: no bundle, no reference, or a file that was changed.
     """
-    bundle = Bundle.open(path)
-    if REFERENCE_FILE not in bundle.manifest.files:
+    return read_bundle(path, lambda bundle: _verify(bundle, device, precisions))
+
+
+def _verify(bundle: Bundle, device: str, precisions: Sequence[str] | None) -> ParityReport:
+    bundle.check_files()
+    if not bundle.manifest.has(REFERENCE_FILE):
         raise BundleError(
-            f"{path} was exported without verification and carries no reference. Run: hhdeploy "
-            "verify --against-torch"
+            f"{bundle.path} was exported without verification and carries no reference. Run: "
+            "hhdeploy verify --against-torch"
         )
     return verify_graphs(bundle, device, precisions)
 
@@ -177,22 +192,27 @@ def verify_against_torch(
     verify_images: int = 4,
     device: str = "cpu",
     precisions: Sequence[str] | None = None,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
 ) -> ParityReport:
     """Recompute the reference with torch, adapters added later included, and verify.
 
     On success the bundle gets the new reference and report, and all its adapters count as
-    verified; on failure it stays as it was. So it does where ``precisions`` (graphs to check,
-    None: all) leaves out float32: the other graphs' bounds are too wide to vouch for an adapter.
+    verified but those that others added or replaced meanwhile; on failure it stays as it was. So
+    it does where ``precisions`` (graphs to check, None: all) leaves out float32: the other graphs'
+    bounds are too wide to vouch for an adapter.
 
     Raises:
         BackboneError: the weights are not the ones that the bundle was exported from.
+        BundleError: a file of the bundle is damaged.
+        ConflictError: the bundle was exported again meanwhile.
         ParityError: outputs differ by more than the table allows.
     """
     from hhdeploy.backbone import BackboneSpec, load_backbone
     from hhdeploy.errors import BackboneError
     from hhdeploy.reference import VerifyData, training_time_reference
 
-    bundle = Bundle.open(path)
+    bundle = read_bundle(path, _held)
     facts = bundle.manifest.backbone
     spec = BackboneSpec(
         facts["model"],
@@ -207,9 +227,7 @@ def verify_against_torch(
             f"{path} was exported from the weights {facts['sha256'][:12]}…, these are "
             f"{backbone.facts.sha256[:12]}…. Pass the same file with --checkpoint."
         )
-    adapters = {
-        a.name: load_adapter(bundle.path / "adapters" / a.name) for a in bundle.manifest.adapters
-    }
+    adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = _rows(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
@@ -218,9 +236,36 @@ def verify_against_torch(
         raise parity_error(report)
     if precisions is not None and "float32" not in precisions:
         return report
-    write_tensors(bundle.path / REFERENCE_FILE, reference.tensors())
-    _store_report(bundle, report)
+    basis = Basis.of(bundle.manifest)
+    with edit(path, basis, lock_timeout=lock_timeout, progress=progress) as change:
+        _store_verification(change, basis, reference, report)
     return report
+
+
+def _held(bundle: Bundle) -> Bundle:
+    bundle.check_files()
+    return bundle.hold()
+
+
+def _store_verification(
+    change: Change, basis: Basis, reference: Reference, report: ParityReport
+) -> None:
+    """What was verified and is still there: reference, report, and the adapters' marks."""
+    manifest = change.manifest
+    adapters, graphs = basis.kept_adapters(manifest), basis.kept_graphs(manifest)
+    rows = [0, *(basis.adapters[name][0] or 0 for name in adapters)]
+    change.store(REFERENCE_FILE, tensor_bytes(reference.of_rows(rows).tensors()))
+    stages = [
+        s.to_json()
+        for s in report.stages
+        if s.adapter in {*adapters, BACKBONE} and s.precision in graphs
+    ]
+    # Of graphs that others added or replaced meanwhile.
+    if manifest.has(PARITY_FILE):
+        stages += [s for s in change.bundle.parity()["stages"] if s["precision"] not in graphs]
+    change.store(PARITY_FILE, json_bytes({**report.to_json(), "stages": stages}))
+    marked = tuple(replace(a, verified=a.verified or a.name in adapters) for a in manifest.adapters)
+    change.manifest = replace(change.manifest, adapters=marked)
 
 
 def _model_args(
@@ -348,7 +393,7 @@ def verify_graphs(
     for precision in precisions or _default_precisions(bundle, device):
         really = _really(bundle.manifest, device, precision)
         stage = stage_of(bundle.manifest.kind, really, precision)
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_directory(None, "twin") as scratch:
             twin = _twin(bundle, precision, scratch) if stage == "twin" else None
             found, runtime = _logits(
                 twin or bundle, really, "float32" if twin else precision, images, ids, names
@@ -356,7 +401,7 @@ def verify_graphs(
         for name, row in names.items():
             comparison = compare(logits[ids == row], found[ids == row])
             stages.append(StageResult.of(stage, precision, runtime, name, comparison))
-    described = data.to_json() if data is not None else _stored_data(bundle)
+    described = data.to_json() if data is not None else bundle.parity()["data"]
     return ParityReport(described, stages)
 
 
@@ -371,7 +416,7 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
         from hhdeploy.runtime.openvino_backend import computes_bfloat16
 
         graphs = tuple(p for p in graphs if p != "bfloat16" or computes_bfloat16())
-    if PARITY_FILE in bundle.manifest.files and _stored_data(bundle).get("kind") == "noise":
+    if bundle.manifest.has(PARITY_FILE) and bundle.parity()["data"].get("kind") == "noise":
         return tuple(p for p in graphs if p in _UNCALIBRATED)
     return graphs
 
@@ -416,7 +461,7 @@ def _logits(
         return np.concatenate(batches), session.device
 
 
-def _twin(bundle: Bundle, precision: str, scratch: str) -> Bundle:
+def _twin(bundle: Bundle, precision: str, path: Path) -> Bundle:
     """A bundle whose float32 graph is the rounding twin of a typed graph."""
     for package in ("onnx", "onnx_ir"):
         require(package, "export", f"verifying a {precision} graph (by its rounding twin)")
@@ -426,26 +471,19 @@ def _twin(bundle: Bundle, precision: str, scratch: str) -> Bundle:
     from hhdeploy.exporters.writer import save_graph
 
     bundle.graph(precision)  # it must be there, and be what was exported
-    path = Path(scratch)
     twin = rounding_twin(ir.load(bundle.graph("float32")), precision)
     save_graph(twin, path / "twin.onnx")
     files = {name: sha256_of(path / name) for name in ("twin.onnx", "twin.onnx.data")}
+    held = {}
     if bundle.manifest.layout is not None:
-        write_tensors(path / "bank.safetensors", {"adapter_bank": bundle.bank()})
-        files["bank.safetensors"] = sha256_of(path / "bank.safetensors")
-    return Bundle(path, replace(bundle.manifest, graphs={"float32": "twin.onnx"}, files=files))
-
-
-def _stored_data(bundle: Bundle) -> Mapping[str, Any]:
-    import json
-
-    content = json.loads(bundle.file(PARITY_FILE).read_text(encoding="utf-8"))
-    data: Mapping[str, Any] = content["data"]
-    return data
+        name = bundle.manifest.named(BANK_FILE)
+        held[name], files[name] = bundle.read(name), bundle.manifest.files[name]
+    manifest = replace(bundle.manifest, graphs={"float32": "twin.onnx"}, files=files)
+    return Bundle(path, manifest, held)
 
 
 def _store_report(bundle: Bundle, report: ParityReport) -> Manifest:
-    """Write parity.json, mark the adapters verified, commit with the manifest."""
+    """Write the report of a new bundle, and mark its adapters verified."""
     write_json(bundle.path / PARITY_FILE, report.to_json())
     adapters: tuple[AdapterEntry, ...] = tuple(
         replace(a, verified=True) for a in bundle.manifest.adapters

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.api import Progress
-from hhdeploy.bundle import BANK_FILE, Bundle, write_manifest
-from hhdeploy.engines import EngineEntry, Range, engine_name, graph_digest
-from hhdeploy.errors import OptionError, PlanError, require
+from hhdeploy.bundle import BANK_FILE, Bundle, name_with_digits, plain_name
+from hhdeploy.engines import EngineEntry, Range, engine_name, stale
+from hhdeploy.errors import ConflictError, OptionError, PlanError, require
 from hhdeploy.exporters.engine import (
     ELEMENT_LIMIT,
     EngineOptions,
     check_options,
     engine_from_onnx,
 )
-from hhdeploy.files import atomic_file, sha256_of
+from hhdeploy.files import sha256_of_bytes
+from hhdeploy.scratch import scratch_directory
+from hhdeploy.store import LOCK_TIMEOUT, Basis, Change, edit
 from hhdeploy.trt import import_tensorrt
 
 # (phase, steps done, steps in all) of the compiler.
@@ -55,6 +56,7 @@ def build(
     options: BuildOptions | None = None,
     progress: Progress = lambda step: None,
     phases: Phases = lambda phase, done, steps: None,
+    lock_timeout: float = LOCK_TIMEOUT,
 ) -> EngineEntry:
     """Compile one graph of a bundle and enter the engine in the manifest.
 
@@ -68,10 +70,12 @@ def build(
         options: profile and flags.
         progress: called with a few words at each step.
         phases: called with the compiler's own progress.
+        lock_timeout: see `hhdeploy.store.edit`.
 
     Raises:
         PlanError: options that do not go together, with this graph or this backend.
         EngineError: TensorRT refused.
+        ConflictError: graph or bank of the engine were replaced meanwhile.
         BundleError, WriteError: see their docstrings; the bundle is unchanged then.
     """
     options = options or BuildOptions()
@@ -102,15 +106,14 @@ def build(
     if row is not None:
         shapes |= {"adapter_ids": ("batch",), "adapter_bank": ("slots", row)}
     progress(f"building with {backend}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_directory(None, "build") as scratch:
         if options.bank_as_constant:
-            graph = _baked(bundle, graph, Path(scratch))
+            graph = _baked(bundle, graph, scratch)
         built = engine_from_onnx(graph, shapes, engine_options, phases)
     name = engine_name(precision, backend, architectures, bank_as_constant=baked_in)
-    with atomic_file(bundle.path / name) as file:
-        file.write_bytes(built.plan)
+    plan = memoryview(built.plan)
     entry = EngineEntry(
-        file=name,
+        file=name_with_digits(name, sha256_of_bytes(plan)),
         backend=backend,
         version=built.version,
         precision=precision,
@@ -118,13 +121,14 @@ def build(
         gpu=gpu,
         batch=engine_options.batch,
         slots=engine_options.slots,
-        bank_sha256=manifest.files[BANK_FILE] if baked_in else None,
-        graph_sha256=graph_digest(manifest, precision) or "",
+        bank_sha256=manifest.files[manifest.named(BANK_FILE)] if baked_in else None,
+        graph_sha256=manifest.graph_digest(precision),
         optimization_level=options.optimization_level,
         build_seconds=round(built.seconds, 3),
-        bytes=(bundle.path / name).stat().st_size,
+        bytes=plan.nbytes,
     )
-    _enter(bundle, entry)
+    with edit(path, Basis.of(manifest), lock_timeout=lock_timeout, progress=progress) as change:
+        _enter(change, name, entry, plan)
     return entry
 
 
@@ -180,9 +184,13 @@ def _baked(bundle: Bundle, graph: Path, scratch: Path) -> Path:
     return target
 
 
-def _enter(bundle: Bundle, entry: EngineEntry) -> None:
-    """The manifest with the engine, in the place of one of the same name."""
-    others = [e for e in bundle.manifest.engines if e["file"] != entry.file]
-    files = {**bundle.manifest.files, entry.file: sha256_of(bundle.path / entry.file)}
-    manifest = replace(bundle.manifest, engines=(*others, entry.to_json()), files=files)
-    write_manifest(bundle.path, manifest)
+def _enter(change: Change, name: str, entry: EngineEntry, plan: memoryview) -> None:
+    """The engine in the place of one of the same name, if it is still the bundle's."""
+    if reason := stale(change.manifest, entry):
+        raise ConflictError(
+            f"{change.bundle.path} was changed while the engine was built: {reason}. Nothing was "
+            "written. Build it again."
+        )
+    change.store(name, plan)
+    others = [e for e in change.manifest.engines if plain_name(e["file"]) != name]
+    change.manifest = replace(change.manifest, engines=(*others, entry.to_json()))

@@ -1,31 +1,38 @@
-"""A bundle on disk: the manifest, its files, and adapters added or removed later.
+"""A bundle on disk as a reader sees it: the manifest, its files, and whether an adapter fits.
 
-Needs NumPy and safetensors alone. A bundle is changed by writing the new bank beside the old
-one and replacing the manifest last; a crash in between leaves the old state readable.
+Needs NumPy and safetensors alone. Bundles are changed by `hhdeploy.store`; nobody finds a file
+but through the manifest, and what is read is what was hashed.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter, load_adapter
-from hhdeploy.errors import AdapterError, BundleError, PlanError
-from hhdeploy.files import copy_directory, os_errors, sha256_of, write_json
+from hhdeploy.errors import AdapterError, BundleError, ConflictError, HhdeployError, PlanError
+from hhdeploy.files import sha256_of, sha256_of_bytes, write_json
 from hhdeploy.parity import PARITY
 from hhdeploy.plan import check_base, check_name
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import RowLayout, check_row_range
 from hhdeploy.sites import linear_spec, select_sites
-from hhdeploy.tensorfile import read_tensors, write_tensors
+from hhdeploy.tensorfile import tensors_of
+
+if TYPE_CHECKING:
+    from hhdeploy.store import add_adapter as add_adapter
+    from hhdeploy.store import remove_adapter as remove_adapter
 
 SCHEMA_VERSION = 1
 MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
@@ -34,9 +41,29 @@ MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
     "reference.safetensors",
     "parity.json",
 )
-# The bank before a change that has not been committed by its manifest.
-_PREVIOUS_BANK = "bank.safetensors.previous"
+# Where adapters are kept as they came, a directory each.
+ADAPTERS = "adapters"
+# Files of the state before the last change, for those who opened it.
+OLD = ".old"
+# Earlier versions: the bank before a change that has not been committed by its manifest.
+PREVIOUS_BANK = "bank.safetensors.previous"
+# A file that a change put there has eight digits of its content before its suffix.
+_DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+_SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+# How often reading starts again when the bundle is changed meanwhile.
+_TRIES = 3
 Kind = Literal["folded", "branches"]
+_T = TypeVar("_T")
+
+
+def plain_name(name: str) -> str:
+    """The name that a file has in a fresh export: its role in the bundle."""
+    return _DIGITS.sub("", name)
+
+
+def name_with_digits(name: str, digest: str) -> str:
+    """``bank.safetensors`` as ``bank.3fa9c1d2.safetensors``."""
+    return _SUFFIX.sub(f".{digest[:8]}", name, count=1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +130,7 @@ class Manifest:
         engines: entries of built engines.
         files: relative name -> sha256.
         versions: of what wrote the bundle.
+        preprocess: what the bare backbone's images go through; from ``backbone``.
     """
 
     kind: Kind
@@ -116,11 +144,11 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    # Cached: a server asks for it with every request.
-    @functools.cached_property
-    def preprocess(self) -> Preprocess:
-        """What the bare backbone's images go through."""
-        return Preprocess.from_json(self.backbone["preprocess"])
+    # Parsed once: a server asks for it with every request. Whatever is passed is replaced.
+    preprocess: Preprocess = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "preprocess", Preprocess.from_json(self.backbone["preprocess"]))
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -133,6 +161,27 @@ class Manifest:
         if self.layout is not None and self.layout.backbone_head:
             return int(self.backbone["classes"])
         return 0
+
+    def named(self, role: str) -> str:
+        """The name that a file has now, by the one it has in a fresh export."""
+        return next((n for n in self.files if "/" not in n and plain_name(n) == role), role)
+
+    def has(self, role: str) -> bool:
+        """Whether there is a file of this role, whatever its digits."""
+        return self.named(role) in self.files
+
+    def graph_digest(self, precision: str) -> str:
+        """sha256 over the hashes of a graph's file and of its weights; "" without such a graph."""
+        graph = self.graphs.get(precision)
+        if graph is None:
+            return ""
+        hashes = [self.files.get(name, "") for name in (graph, f"{graph}.data")]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+    def adapter_digest(self, name: str) -> str:
+        """sha256 over the names and hashes of an adapter's files."""
+        lines = [f"{n} {d}" for n, d in self.files.items() if n.startswith(f"{ADAPTERS}/{name}/")]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
     def adapter(self, name: str) -> AdapterEntry:
         """The entry of an adapter. Raises `BundleError` listing the names there are."""
@@ -183,7 +232,6 @@ class Manifest:
             dict(content["files"]),
             dict(content["versions"]),
         )
-        _ = manifest.preprocess  # raises if it is none
         expected = "folded" if manifest.layout is None else "branches"
         if manifest.kind != expected:
             raise ValueError(f"kind {manifest.kind!r}, but its row makes it {expected!r}")
@@ -192,10 +240,19 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle directory and its manifest."""
+    """A bundle directory and its manifest.
+
+    Attributes:
+        path: the directory.
+        manifest: as it was when the bundle was opened.
+        held: files that were read already: name -> content; see `hold`.
+    """
 
     path: Path
     manifest: Manifest
+    held: Mapping[str, bytes] = field(
+        default_factory=lambda: MappingProxyType({}), repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -234,19 +291,81 @@ class Bundle:
         """Path of one of the bundle's files, its hash checked against the manifest.
 
         Raises:
-            BundleError: the file is missing, is not in the manifest, or was changed.
+            ConflictError: the bundle was changed since it was opened, and the file is gone.
+            BundleError: the file is missing, is not in the manifest, or was damaged.
         """
-        expected = self.manifest.files.get(name)
+        expected, found = self.manifest.files.get(name), None
+        for path in self._places(name) if expected is not None else ():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                digest = sha256_of(path)
+                if digest == expected:
+                    return path
+                found = found or digest
+        raise self._damage(name, expected, found)
+
+    def read(self, name: str) -> bytes:
+        """Content of one of the bundle's files: the bytes that were hashed. Raises as `file`."""
+        if name in self.held:
+            return self.held[name]
+        expected, found = self.manifest.files.get(name), None
+        for path in self._places(name) if expected is not None else ():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                content = path.read_bytes()
+                digest = sha256_of_bytes(content)
+                if digest == expected:
+                    return content
+                found = found or digest
+        raise self._damage(name, expected, found)
+
+    def _places(self, name: str) -> tuple[Path, ...]:
+        """Where a file is, where the last change moved it, and where an interrupted change of an
+        earlier version left it."""
+        places = (self.path / name, self.path / OLD / name)
+        return (*places, self.path / PREVIOUS_BANK) if name == BANK_FILE else places
+
+    def _damage(self, name: str, expected: str | None, found: str | None) -> BundleError:
         path = self.path / name
-        if expected is None or not path.is_file():
-            raise BundleError(f"{path} is missing. Export the bundle again.")
-        found = sha256_of(path)
-        if found != expected:
-            raise BundleError(
-                f"{path}: expected sha256 {expected[:16]}…, found {found[:16]}…: the file is not "
-                "the one that was exported. Copy or export the bundle again."
+        if self.changed():
+            return ConflictError(
+                f"{self.path} was changed by another process meanwhile ({name} is no longer a part "
+                "of it). Nothing was written. Run the command again."
             )
-        return path
+        if expected is None or found is None:
+            return BundleError(f"{path} is missing. Export the bundle again.")
+        return BundleError(
+            f"{path}: expected sha256 {expected[:16]}…, found {found[:16]}…: the file is not "
+            "the one that was exported. Copy or export the bundle again."
+        )
+
+    def changed(self) -> bool:
+        """Whether the bundle on disk is another one than when this one was opened."""
+        try:
+            return Bundle.open(self.path).manifest != self.manifest
+        except BundleError:
+            return not (self.path / MANIFEST).is_file()
+
+    def hold(self) -> Bundle:
+        """The same with all that later changes might take away, but for the graphs, in memory."""
+        names = map(self.manifest.named, (BANK_FILE, REFERENCE_FILE, PARITY_FILE))
+        held = {name: self.read(name) for name in names if name in self.manifest.files}
+        return replace(self, held=MappingProxyType(held))
+
+    def check_files(self) -> None:
+        """Compare every file that the manifest names with its hash.
+
+        Raises:
+            BundleError: naming all that are missing or were damaged. ConflictError: see `file`.
+        """
+        broken = []
+        for name in self.manifest.files:
+            try:
+                self.file(name)
+            except ConflictError:
+                raise
+            except BundleError as error:
+                broken.append(str(error))
+        if broken:
+            raise BundleError("\n".join(broken))
 
     def graph(self, precision: str) -> Path:
         """Path of the graph in a precision, graph and weights checked.
@@ -265,18 +384,18 @@ class Bundle:
         return self.file(name)
 
     def bank(self) -> NDArray[np.float32]:
-        """The bank [rows, row] as stored.
+        """The bank [rows, row] as stored, not to be written to.
 
         Raises:
             BundleError: a folded bundle, or a damaged file.
         """
         if self.manifest.layout is None:
             raise BundleError(f"{self.path} is a folded bundle: it has no bank.")
-        tensors, _ = read_tensors(self._bank_path(), BundleError)
-        bank = tensors.get("adapter_bank")
+        name = self.manifest.named(BANK_FILE)
+        bank = tensors_of(self.read(name), self.path / name, BundleError).get("adapter_bank")
         if bank is None or bank.ndim != 2 or bank.shape[1] != self.manifest.layout.size:
             raise BundleError(
-                f"{self.path / BANK_FILE}: expected tensor adapter_bank [rows, "
+                f"{self.path / name}: expected tensor adapter_bank [rows, "
                 f"{self.manifest.layout.size}]. Export the bundle again."
             )
         for entry in self.manifest.adapters:
@@ -287,23 +406,85 @@ class Bundle:
                 )
         return bank.astype(np.float32, copy=False)
 
-    def _bank_path(self) -> Path:
-        """The bank that the manifest names: a change whose manifest never came leaves the
-        previous one under another name."""
-        previous = self.path / _PREVIOUS_BANK
-        if previous.is_file() and sha256_of(previous) == self.manifest.files.get(BANK_FILE):
-            return previous
-        return self.file(BANK_FILE)
-
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
         """Images, adapter rows and float64 logits of the training-time model."""
-        tensors, _ = read_tensors(self.file(REFERENCE_FILE), BundleError)
+        name = self.manifest.named(REFERENCE_FILE)
+        tensors = tensors_of(self.read(name), self.path / name, BundleError)
         try:
             return tensors["images"], tensors["adapter_ids"], tensors["logits"]
         except KeyError as error:
             raise BundleError(
-                f"{self.path / REFERENCE_FILE}: tensor {error} is missing. Export again."
+                f"{self.path / name}: tensor {error} is missing. Export again."
             ) from error
+
+    def parity(self) -> dict[str, Any]:
+        """Content of parity.json."""
+        content: dict[str, Any] = json.loads(self.read(self.manifest.named(PARITY_FILE)))
+        return content
+
+    def load_adapter(self, name: str) -> Adapter:
+        """An adapter as it came to the bundle, from files of the manifest's hashes."""
+        names = [n for n in self.manifest.files if n.startswith(f"{ADAPTERS}/{name}/")]
+        if not names:
+            raise BundleError(f"{self.path / ADAPTERS / name} is missing. Export the bundle again.")
+        for root in (self.path, self.path / OLD):
+            if self._intact(root, names):
+                adapter = load_adapter(root / ADAPTERS / name)
+                if self._intact(root, names):  # nobody put another one there meanwhile
+                    return adapter
+        for file in names:
+            self.file(file)  # says which one is damaged
+        raise self._damage(names[0], None, None)
+
+    def _intact(self, root: Path, names: Sequence[str]) -> bool:
+        try:
+            return all(sha256_of(root / n) == self.manifest.files[n] for n in names)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
+def read_bundle(
+    path: str | Path,
+    work: Callable[[Bundle], _T],
+    discard: Callable[[_T], None] = lambda made: None,
+) -> _T:
+    """``work(Bundle.open(path))``, started again when the bundle was changed meanwhile.
+
+    Args:
+        path: the bundle.
+        work: what is to be read or opened.
+        discard: given what ``work`` made from files of two bundles: the directory was replaced.
+
+    Raises:
+        ConflictError: it was changed again and again.
+        BundleError, HhdeployError: see ``work``.
+    """
+    for _ in range(_TRIES):
+        try:
+            before = os.stat(path)
+        except OSError:
+            before = None
+        bundle = Bundle.open(path)
+        try:
+            made = work(bundle)
+        except (HhdeployError, OSError):
+            if not bundle.changed():
+                raise
+            continue
+        if before is not None and _is(before, path):
+            return made
+        discard(made)
+    raise ConflictError(
+        f"{path} was changed {_TRIES} times while it was read. Try again when the changes have "
+        "ended."
+    )
+
+
+def _is(before: os.stat_result, path: str | Path) -> bool:
+    try:
+        return os.path.samestat(before, os.stat(path))
+    except OSError:
+        return False
 
 
 def graph_hint(path: Path, precision: str) -> str:
@@ -389,88 +570,24 @@ def _check_sites(layout: RowLayout, adapter: Adapter) -> None:
         )
 
 
-def add_adapter(path: str | Path, name: str, directory: str | Path) -> AdapterEntry:
-    """Add an adapter to a bundle on disk, atomically. It counts as unverified.
-
-    Raises:
-        PlanError, AdapterError, CapacityError: see `admit`; nothing is changed then.
-    """
-    bundle = Bundle.open(path)
-    manifest = bundle.manifest
-    adapter = load_adapter(directory)
-    row = admit(manifest, name, adapter)
-    if any(a.name == name for a in manifest.adapters):
-        raise PlanError(
-            f"the bundle has an adapter {name!r} already. Remove it first, or choose another name."
-        )
-    taken = {a.row for a in manifest.adapters}
-    index = next(i for i in range(1, len(taken) + 2) if i not in taken)
-    bank = bundle.bank()
-    if index >= len(bank):
-        bank = np.concatenate([bank, np.zeros((1, bank.shape[1]), np.float32)])
-    bank[index] = row
-    entry = entry_of(name, index, adapter, manifest.backbone, verified=False)
-    target = bundle.path / "adapters" / name
-    source = Path(adapter.source).resolve()
-    if source != target.resolve():  # else: left behind by a change that never committed
-        with os_errors(target):
-            shutil.rmtree(target, ignore_errors=True)
-            copy_directory(source, target)
-    _commit(bundle, bank, (*manifest.adapters, entry))
-    return entry
-
-
-def remove_adapter(path: str | Path, name: str) -> None:
-    """Remove an adapter from a bundle on disk; its row becomes zeros and free.
-
-    Raises:
-        BundleError: no such adapter. PlanError: the bundle's adapters are fixed.
-    """
-    bundle = Bundle.open(path)
-    entry = bundle.manifest.adapter(name)
-    if bundle.manifest.layout is None or bundle.manifest.bank_as_constant:
-        raise PlanError("the adapters of this bundle are in its graph: they cannot be removed.")
-    bank = bundle.bank().copy()
-    bank[entry.row] = 0.0
-    _commit(bundle, bank, tuple(a for a in bundle.manifest.adapters if a.name != name))
-    with os_errors(bundle.path):
-        shutil.rmtree(bundle.path / "adapters" / name)
-
-
-def _commit(bundle: Bundle, bank: NDArray[np.float32], adapters: Sequence[AdapterEntry]) -> None:
-    """Write the bank, then the manifest; the manifest decides which bank counts."""
-    current, previous = bundle.path / BANK_FILE, bundle.path / _PREVIOUS_BANK
-    valid = bundle._bank_path()
-    with os_errors(current):
-        if valid == current:
-            previous.unlink(missing_ok=True)
-            previous.hardlink_to(current)
-    write_tensors(current, {"adapter_bank": bank})
-    kept = {a.name for a in adapters}
-    files = {
-        name: digest
-        for name, digest in bundle.manifest.files.items()
-        if not name.startswith("adapters/") or name.split("/")[1] in kept
-    }
-    there = {a.name for a in bundle.manifest.adapters}
-    for name in kept - there:
-        for file in sorted((bundle.path / "adapters" / name).rglob("*")):
-            if file.is_file():
-                files[file.relative_to(bundle.path).as_posix()] = sha256_of(file)
-    files[BANK_FILE] = sha256_of(current)
-    write_manifest(bundle.path, replace(bundle.manifest, adapters=tuple(adapters), files=files))
-    previous.unlink(missing_ok=True)
-
-
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace a bundle's manifest in one step."""
     write_json(path / MANIFEST, manifest.to_json())
 
 
 def hash_files(path: Path) -> dict[str, str]:
-    """sha256 of every file of a bundle but the manifest."""
+    """sha256 of every file of a bundle but the manifest, and what is hidden at the top."""
     return {
         file.relative_to(path).as_posix(): sha256_of(file)
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and not file.relative_to(path).parts[0].startswith((MANIFEST, "."))
     }
+
+
+def __getattr__(name: str) -> Any:
+    # They change a bundle, which `store` does, and that is built on this module.
+    if name in ("add_adapter", "remove_adapter"):
+        from hhdeploy import store
+
+        return getattr(store, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

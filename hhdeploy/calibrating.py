@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hhdeploy.api import Progress, verify_graphs
-from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle
+from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, read_bundle
 from hhdeploy.calibration.accuracy import Logits
 from hhdeploy.calibration.data import CalibrationData, Source
 from hhdeploy.calibration.exam import Exam, make_exam
@@ -25,6 +23,7 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ParityError, PlanError, WriteError, require
 from hhdeploy.files import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
+from hhdeploy.store import LOCK_TIMEOUT
 from hhdeploy.trials import Trials
 
 _PICTURES = 12
@@ -41,6 +40,7 @@ class CalibrationOptions:
         device: of the sessions that judge; see ``open_session``.
         threads: of one run on the CPU; None leaves it to the runtime.
         cache: directory of earlier calibrations; "default": see ``default_cache``; None: none.
+        lock_timeout: see `hhdeploy.store.edit`.
     """
 
     eval_data: Source | None = None
@@ -49,6 +49,7 @@ class CalibrationOptions:
     device: str = "cpu"
     threads: int | None = None
     cache: str | Path | None = "default"
+    lock_timeout: float = LOCK_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,11 @@ def calibrate_bundle(
         BundleError, WriteError, MissingDependencyError: see their docstrings.
     """
     settings, options = settings or CalibrationSettings(), options or CalibrationOptions()
-    bundle = Bundle.open(path)
+    bundle = read_bundle(path, Bundle.hold)
     for package in ("onnx", "onnx_ir", "onnxruntime", "nncf"):
         require(package, "calibrate", "calibrating")
     from hhdeploy.calibration.calibrate import calibrate
-    from hhdeploy.exporters.writer import graph_name, save_graph
+    from hhdeploy.exporters.writer import save_graph
     from hhdeploy.graphs import add_graph
 
     if not isinstance(data, str | Path):
@@ -155,7 +156,7 @@ def calibrate_bundle(
         return stages
 
     findings_file, scales_file = calibration_files(settings.precision)
-    add_graph(
+    added = add_graph(
         bundle,
         settings.precision,
         lambda target: save_graph(quantised.model, target),
@@ -164,11 +165,14 @@ def calibrate_bundle(
             findings_file: lambda target: write_json(target, findings.to_json()),
             scales_file: lambda target: write_scales(target, found.sites),
         },
+        lock_timeout=options.lock_timeout,
+        progress=progress,
     )
     if options.report is not None:
         with atomic_file(Path(options.report)) as scratch:
             scratch.write_text(report_html(findings), encoding="utf-8")
-    return CalibrationResult(bundle.path, graph_name(settings.precision), findings, tuple(stages))
+    file = added.manifest.graphs[settings.precision]
+    return CalibrationResult(bundle.path, file, findings, tuple(stages))
 
 
 def _stages(
@@ -228,11 +232,9 @@ def _check_options(options: CalibrationOptions, exam: Exam) -> None:
 
 
 def _reference_of_images(bundle: Bundle) -> bool:
-    files = bundle.manifest.files
-    if REFERENCE_FILE not in files or PARITY_FILE not in files:
+    if not (bundle.manifest.has(REFERENCE_FILE) and bundle.manifest.has(PARITY_FILE)):
         return False
-    content: dict[str, Any] = json.loads(bundle.file(PARITY_FILE).read_text(encoding="utf-8"))
-    return bool(content["data"].get("kind") == "images")
+    return bool(bundle.parity()["data"].get("kind") == "images")
 
 
 def _machine() -> str:

@@ -5,7 +5,6 @@ Needs no TensorRT: an engine that does not fit is refused before anything deseri
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ class EngineEntry:
         batch: images of one run.
         slots: rows of the bank; None for a folded graph or a bank baked in.
         bank_sha256: of the bank that is baked in; None if the bank is an input.
-        graph_sha256: `graph_digest` of what it was built from.
+        graph_sha256: `Manifest.graph_digest` of what it was built from.
         optimization_level: of the builder; None: its default.
         build_seconds: wall-clock.
         bytes: size of the file.
@@ -113,20 +112,11 @@ def choose_engine(
     return min(fit, key=lambda e: (e.bank_sha256 is not None, len(e.architectures) or 1_000))
 
 
-def graph_digest(manifest: Manifest, precision: str) -> str | None:
-    """sha256 over the hashes of a graph's file and of its weights; None without such a graph."""
-    graph = manifest.graphs.get(precision)
-    if graph is None:
-        return None
-    hashes = [manifest.files.get(name, "") for name in (graph, f"{graph}.data")]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-
 def stale(manifest: Manifest, entry: EngineEntry) -> str | None:
     """Why an engine is not the bundle's any more, or None."""
-    if graph_digest(manifest, entry.precision) != entry.graph_sha256:
+    if manifest.graph_digest(entry.precision) != entry.graph_sha256:
         return "it was built from another graph than the bundle has now"
-    if entry.bank_sha256 not in (None, manifest.files.get(BANK_FILE)):
+    if entry.bank_sha256 not in (None, manifest.files.get(manifest.named(BANK_FILE))):
         return "the bank baked into it is not the one that the bundle has now"
     return None
 

@@ -8,11 +8,13 @@
     │   └── OptionError     an option's value, or options together, that can never be right
     ├── EngineError         TensorRT refused a graph, or to build an engine from it
     ├── BundleError         a bundle that is missing, damaged or of another version
+    │   └── ConflictError   another process changed the bundle meanwhile, or is changing it
     ├── SessionError        a call on an open session: names, shapes, slots
     ├── DeviceError         the GPU, its driver or its runtime refused
     ├── DataError           image folders and image files
     ├── ParityError         outputs that differ from the training-time model
-    ├── WriteError          the file system refused (disk full, no permission, exists)
+    ├── WriteError          the file system refused to write (disk full, no permission, exists)
+    ├── ReadError           the file system refused to read what is there
     └── MissingDependencyError   an optional package is needed for what was asked
 
 A message says what was expected, what was found, where, and what to do. The command line
@@ -58,6 +60,10 @@ class BundleError(HhdeployError):
     """A bundle that is missing, damaged or written by a newer version."""
 
 
+class ConflictError(BundleError):
+    """Another process changed a bundle meanwhile, or is changing it; nothing was written."""
+
+
 class SessionError(HhdeployError):
     """A call on a session that cannot be answered: unknown adapter, wrong shape, no free row."""
 
@@ -76,6 +82,10 @@ class ParityError(HhdeployError):
 
 class WriteError(HhdeployError):
     """The file system refused to write; what was there before is untouched."""
+
+
+class ReadError(HhdeployError):
+    """The file system refused to read a file that is there."""
 
 
 class MissingDependencyError(HhdeployError):

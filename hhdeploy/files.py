@@ -1,4 +1,8 @@
-"""Atomic writes and content hashes: nothing on disk is ever half of something."""
+"""Files written whole and kept through a power cut, and content hashes.
+
+What reaches the disk goes through `os`: `write_bytes` fsyncs the content before anything names it,
+`sync_directory` makes the names last. Directories that appear whole are in `directories`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,18 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.errors import WriteError
+from hhdeploy.errors import ReadError, WriteError
+from hhdeploy.scratch import scratch_file
 
 _CHUNK = 1 << 22
+# What only writing runs into, whatever file it names.
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# File systems that cannot fsync (a directory, or at all) say one of these.
+_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES}
 
 
 def default_cache() -> Path:
@@ -33,97 +40,158 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_bytes(content: bytes | memoryview) -> str:
+    """Hex SHA-256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 @contextlib.contextmanager
 def os_errors(target: Path) -> Iterator[None]:
-    """Turn an `OSError` while writing ``target`` into a `WriteError` that says what to do."""
+    """Around what writes ``target``: an `OSError` says what failed, where, and what to do.
+
+    Raises:
+        WriteError: the file system refused to write.
+        ReadError: it refused to read some other file that ``target`` is made from.
+    """
     try:
         yield
     except OSError as error:
-        hints = {
-            errno.ENOSPC: "The disk is full: free some space or choose another directory.",
-            errno.EDQUOT: "The disk quota is used up: free some space or choose another directory.",
-            errno.EFBIG: "The file is larger than the file system or ulimit -f allows.",
-            errno.EACCES: "Permission denied: choose a directory that you may write to.",
-            errno.EROFS: "The file system is read-only: choose another directory.",
-        }
-        hint = hints.get(error.errno or 0, "")
-        reason = error.strerror or str(error)
-        raise WriteError(
-            f"Could not write {target}: {reason}. {hint} Nothing that was there before was changed."
+        raise (_write_error if _is_of_writing(error, target) else _read_error)(
+            error, target
         ) from error
 
 
+def _is_of_writing(error: OSError, target: Path) -> bool:
+    """A path that is named tells; an error of a stream that is open already is of what is
+    written here."""
+    named = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes | Path)]
+    if error.errno in _WRITING or not named:
+        return True
+    target = Path(os.path.abspath(target))
+    return any(_belongs(Path(os.path.abspath(os.fsdecode(name))), target) for name in named)
+
+
+def _belongs(path: Path, target: Path) -> bool:
+    """The target, something in it or around it, or its scratch beside it."""
+    if path.is_relative_to(target) or target.is_relative_to(path):
+        return True
+    beside = path.relative_to(target.parent) if path.is_relative_to(target.parent) else None
+    return beside is not None and beside.parts[0].startswith(f".{target.name}.")
+
+
+def _write_error(error: OSError, target: Path) -> WriteError:
+    hints = {
+        errno.ENOSPC: "The disk is full: free some space or choose another directory.",
+        errno.EDQUOT: "The disk quota is used up: free some space or choose another directory.",
+        errno.EFBIG: "The file is larger than the file system or ulimit -f allows.",
+        errno.EACCES: "Permission denied: choose a directory that you may write to.",
+        errno.EROFS: "The file system is read-only: choose another directory.",
+        errno.EBUSY: "It is in use, e.g. as a mount point: choose a directory inside it.",
+    }
+    hint = hints.get(error.errno or 0, "")
+    return WriteError(
+        f"Could not write {target}: {_reason(error)}. {hint} Nothing that was there before was "
+        "changed."
+    )
+
+
+def _read_error(error: OSError, target: Path) -> ReadError:
+    return ReadError(
+        f"Could not read {os.fsdecode(error.filename)}, which {target} is made from: "
+        f"{_reason(error)}. Nothing was written."
+    )
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
 def copy_directory(source: Path, target: Path) -> None:
-    """Copy a directory's files, links followed; the first error is raised as it is.
+    """Copy a directory's files, links followed, and fsync them; the first error is raised as is.
 
     (`shutil.copytree` collects errors in one of its own, which no longer tells a full disk.)
     """
-    for folder, _, names in os.walk(source, followlinks=True):
+    for folder, _, names in os.walk(source, followlinks=True, onerror=_raise):
         place = target / Path(folder).relative_to(source)
         place.mkdir(parents=True, exist_ok=True)
         for name in names:
-            shutil.copyfile(Path(folder) / name, place / name)
+            write_bytes(place / name, (Path(folder) / name).read_bytes())
 
 
-@contextlib.contextmanager
-def atomic_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a scratch directory beside ``target`` that becomes ``target`` on success.
+def _raise(error: OSError) -> None:
+    raise error
 
-    On any error the scratch directory is removed and an existing ``target`` stays as it was.
-    """
-    target = Path(os.path.abspath(target))
-    if target.exists() and not overwrite:
-        raise WriteError(
-            f"{target} already exists. Choose another output directory, or pass --overwrite "
-            "to replace it once the new one is complete."
-        )
-    if target.exists() and not target.is_dir():
-        raise WriteError(f"{target} is a file, not a directory. Choose another output directory.")
-    with os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file and fsync it. It is not atomic: nothing may know its name yet."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        with os_errors(target):
-            yield scratch
-            scratch.chmod(0o755)
-            _replace_directory(scratch, target)
+        rest = memoryview(content).cast("B")
+        while rest:
+            rest = rest[os.write(handle, rest[:_CHUNK]) :]
+        fsync(handle)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)
 
 
-def _replace_directory(scratch: Path, target: Path) -> None:
-    """Rename ``scratch`` to ``target``; an old ``target`` is put back if that fails."""
-    if not target.exists():
-        scratch.rename(target)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(retired / "it")
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until a directory's names are on the disk, where the file system can say so."""
+    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+
+def sync_tree(root: Path) -> None:
+    """`sync_file` and `sync_directory` of all that is below a directory, and of itself."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            sync_file(Path(folder) / name)
+        sync_directory(Path(folder))
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags | os.O_CLOEXEC)
     try:
-        scratch.rename(target)
-    except OSError:
-        (retired / "it").rename(target)
-        raise
+        fsync(handle)
     finally:
-        shutil.rmtree(retired, ignore_errors=True)
+        os.close(handle)
+
+
+def fsync(handle: int) -> None:
+    """`os.fsync`, on file systems that have it."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
 
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a scratch path beside ``target`` that replaces it, in one step, on success."""
-    with os_errors(target):
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-    scratch = Path(name)
-    try:
+    """Yield a scratch path beside ``target`` that replaces it, in one step, on success.
+
+    Raises:
+        WriteError: the file system refused; the old file is there.
+    """
+    with contextlib.ExitStack() as stack:
+        with os_errors(target):
+            scratch = stack.enter_context(scratch_file(target.parent, target.name))
         with os_errors(target):
             yield scratch
-            scratch.chmod(0o644)
-            scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+            sync_file(scratch)
+            os.replace(scratch, target)
+            sync_directory(target.parent)
 
 
 def write_json(target: Path, content: Any) -> None:
     """Write ``content`` as indented JSON, atomically."""
     with atomic_file(target) as scratch:
-        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        scratch.write_bytes(json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """``content`` as indented JSON, the way every file of hhdeploy has it."""
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from hhdeploy.api import Progress, parity_error, verify_graphs
-from hhdeploy.bundle import (
-    PARITY_FILE,
-    REFERENCE_FILE,
-    Bundle,
-    Manifest,
-    graph_hint,
-    write_manifest,
-)
+from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, graph_hint, name_with_digits
 from hhdeploy.errors import PlanError, require
-from hhdeploy.files import os_errors, sha256_of, write_json
+from hhdeploy.files import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
+from hhdeploy.plan import BACKBONE
 from hhdeploy.rows import check_row_range
+from hhdeploy.store import LOCK_TIMEOUT, Basis, Change, edit, work_directory
 
 # Writes a graph to the path given, its weights to <path>.data.
 Save = Callable[[Path], None]
@@ -31,7 +23,11 @@ Judge = Callable[[Bundle], Sequence[StageResult]]
 
 
 def add_typed_graph(
-    path: str | Path, precision: str, *, progress: Progress = lambda step: None
+    path: str | Path,
+    precision: str,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
 ) -> Bundle:
     """Add the float16 or bfloat16 graph to a bundle, verified by its rounding twin. No torch.
 
@@ -42,7 +38,7 @@ def add_typed_graph(
         ParityError: the twin differs from the reference by more than the table allows.
         MissingDependencyError: needs the ``export`` extra (onnx_ir).
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path).hold()
     purpose = f"making the {precision} graph of {path}"
     require("onnx", "export", purpose)
     ir = require("onnx_ir", "export", purpose)
@@ -55,20 +51,32 @@ def add_typed_graph(
             f"{' and '.join(PRECISIONS)} are made when they are missing, others are not. "
             f"{graph_hint(bundle.path, precision)}"
         )
-    if bundle.manifest.layout is not None:
-        bank = bundle.bank()
-        for entry in bundle.manifest.adapters:
-            check_row_range(entry.name, bank[entry.row], [precision])
+    _check_rows(bundle, precision)
     progress(f"making the {precision} graph")
     model = typed_model(ir.load(bundle.graph("float32")), precision)
 
     def judge(candidate: Bundle) -> Sequence[StageResult]:
-        if REFERENCE_FILE not in candidate.manifest.files:
+        if not candidate.manifest.has(REFERENCE_FILE):
             return []
         progress("verifying it by its rounding twin")
         return verify_graphs(candidate, "cpu", [precision]).stages
 
-    return add_graph(bundle, precision, lambda target: save_graph(model, target), judge)
+    return add_graph(
+        bundle,
+        precision,
+        lambda target: save_graph(model, target),
+        judge,
+        accept=lambda now: _check_rows(now, precision),
+        lock_timeout=lock_timeout,
+        progress=progress,
+    )
+
+
+def _check_rows(bundle: Bundle, precision: str) -> None:
+    if bundle.manifest.layout is not None:
+        bank = bundle.bank()
+        for entry in bundle.manifest.adapters:
+            check_row_range(entry.name, bank[entry.row], [precision])
 
 
 def add_graph(
@@ -77,11 +85,17 @@ def add_graph(
     save: Save,
     judge: Judge,
     extras: Mapping[str, Save] = MappingProxyType({}),
+    *,
+    accept: Callable[[Bundle], None] = lambda now: None,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
 ) -> Bundle:
     """Add a graph to a bundle, or replace the one of the same precision.
 
-    The graph is judged in a scratch directory; files move into the bundle once it has passed,
-    the manifest last. Engines of an older graph stay on disk and are refused when opened.
+    The graph is judged in a scratch directory and joins the bundle once it has passed. What
+    other processes changed meanwhile stays: the graph does not join another float32 graph, and
+    says nothing of adapters that were added or replaced. Engines of an older graph stay on disk
+    and are refused when opened.
 
     Args:
         bundle: to be added to.
@@ -89,54 +103,67 @@ def add_graph(
         save: writes it.
         judge: its parity.
         extras: further files that belong to the graph: name -> what writes it.
+        accept: raises if the bundle, as it is by then, cannot have the graph.
+        lock_timeout, progress: see `hhdeploy.store.edit`.
 
     Raises:
         ParityError: a stage failed; the bundle is unchanged.
+        ConflictError: another float32 graph is there by now.
         WriteError: the file system refused.
     """
     from hhdeploy.exporters.writer import graph_name
 
-    name = graph_name(precision)
+    name, basis = graph_name(precision), Basis.of(bundle.manifest)
     names = (name, f"{name}.data", *extras)
-    with (
-        os_errors(bundle.path),
-        tempfile.TemporaryDirectory(dir=bundle.path, prefix=".graph.") as folder,
-    ):
-        scratch = Path(folder)
-        save(scratch / name)
-        for extra, write in extras.items():
-            write(scratch / extra)
-        hashes = {n: sha256_of(scratch / n) for n in names}
+    with work_directory(bundle.path) as scratch:
+        with os_errors(scratch):
+            save(scratch / name)
+            for extra, write in extras.items():
+                write(scratch / extra)
+            hashes = {n: sha256_of(scratch / n) for n in names}
         candidate = replace(
             bundle.manifest,
             graphs={**bundle.manifest.graphs, precision: f"{scratch.name}/{name}"},
             files={**bundle.manifest.files, **{f"{scratch.name}/{n}": hashes[n] for n in names}},
         )
-        stages = judge(Bundle(bundle.path, candidate))
+        stages = judge(replace(bundle, manifest=candidate))
         report = ParityReport({}, stages)
         if stages and not report.passed:
             raise parity_error(report)
-        for moved in names:
-            os.replace(scratch / moved, bundle.path / moved)
-    manifest = replace(
-        bundle.manifest,
-        graphs={**bundle.manifest.graphs, precision: name},
-        files={**bundle.manifest.files, **hashes},
-    )
-    manifest = _with_stages(bundle, manifest, precision, stages)
-    write_manifest(bundle.path, manifest)
-    return Bundle(bundle.path, manifest)
+        with os_errors(scratch):
+            named = _name_by_content(scratch / name, hashes)
+            hashes[name] = sha256_of(scratch / named)
+            sync_tree(scratch)
+        with edit(bundle.path, basis, lock_timeout=lock_timeout, progress=progress) as change:
+            accept(change.bundle)
+            weights = f"{named}.data"
+            change.adopt(f"{name}.data", scratch / weights, hashes[f"{name}.data"], weights)
+            change.adopt(name, scratch / named, hashes[name], named)
+            for extra in extras:
+                change.adopt(extra, scratch / extra, hashes[extra])
+            graphs = {**change.manifest.graphs, precision: named}
+            change.manifest = replace(change.manifest, graphs=graphs)
+            kept = {*basis.kept_adapters(change.manifest), BACKBONE}
+            _store_stages(change, precision, [s for s in stages if s.adapter in kept])
+    return Bundle(bundle.path, change.manifest)
 
 
-def _with_stages(
-    bundle: Bundle, manifest: Manifest, precision: str, stages: Sequence[StageResult]
-) -> Manifest:
+def _name_by_content(graph: Path, hashes: Mapping[str, str]) -> str:
+    """Rename a graph and its weights: both get the digits of both, as the graph names its
+    weights, so that it has no digest that could be in its own name."""
+    from hhdeploy.exporters.writer import rename_weights
+
+    digest = sha256_of_bytes(f"{hashes[graph.name]} {hashes[f'{graph.name}.data']}".encode())
+    named = name_with_digits(graph.name, digest)
+    rename_weights(graph, f"{named}.data")
+    graph.rename(graph.with_name(named))
+    return named
+
+
+def _store_stages(change: Change, precision: str, stages: Sequence[StageResult]) -> None:
     """parity.json with the stages of one precision replaced."""
-    if PARITY_FILE not in manifest.files:
-        return manifest
-    content = json.loads(bundle.file(PARITY_FILE).read_text(encoding="utf-8"))
-    others = [s for s in content["stages"] if s["precision"] != precision]
-    content["stages"] = others + [s.to_json() for s in stages]
-    write_json(bundle.path / PARITY_FILE, content)
-    files = {**manifest.files, PARITY_FILE: sha256_of(bundle.path / PARITY_FILE)}
-    return replace(manifest, files=files)
+    if change.manifest.has(PARITY_FILE):
+        content = change.bundle.parity()
+        others = [s for s in content["stages"] if s["precision"] != precision]
+        content["stages"] = others + [s.to_json() for s in stages]
+        change.store(PARITY_FILE, json_bytes(content))

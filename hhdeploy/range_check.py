@@ -117,9 +117,13 @@ def check_adapter(
         raise PlanError(
             f"{precision} quantises no activations: there are no ranges to leave, any adapter fits."
         )
-    findings = json.loads(bundle.file(findings_file).read_text(encoding="utf-8"))
+    findings = json.loads(bundle.read(bundle.manifest.named(findings_file)))
     active = {name for name, info in findings["sites"].items() if info["quantised"]}
-    scales = {n: s for n, s in read_scales(bundle.file(scales_file)).items() if n in active}
+    scales = {
+        n: s
+        for n, s in read_scales(bundle.file(bundle.manifest.named(scales_file))).items()
+        if n in active
+    }
     graph = bundle.graph("float32")
     sites = find_sites(ir.load(graph).graph, bundle.manifest.backbone["classifier"])
     own = Path(data) / adapter

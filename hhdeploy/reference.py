@@ -80,6 +80,11 @@ class Reference:
     adapter_ids: NDArray[np.int64]
     logits: NDArray[np.float64]
 
+    def of_rows(self, rows: Sequence[int]) -> Reference:
+        """The part that is about some rows of the bank."""
+        kept = np.isin(self.adapter_ids, rows)
+        return Reference(self.images[kept], self.adapter_ids[kept], self.logits[kept])
+
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The tensors of reference.safetensors."""
         return {"images": self.images, "adapter_ids": self.adapter_ids, "logits": self.logits}

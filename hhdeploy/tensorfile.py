@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from hhdeploy.files import atomic_file
 
@@ -62,12 +62,33 @@ def write_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically."""
-    payload = save(
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(tensor_bytes(tensors, metadata))
+
+
+def tensor_bytes(
+    tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Content of a safetensors file."""
+    return save(
         {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
         dict(metadata) if metadata else None,
     )
-    with atomic_file(path) as scratch:
-        scratch.write_bytes(payload)
+
+
+def tensors_of(content: bytes, where: Path, error: type[Exception]) -> dict[str, NDArray[Any]]:
+    """All tensors of a safetensors file's content, read only; types as NumPy has them.
+
+    Raises:
+        error: it is not a safetensors file, or holds a tensor of a type that NumPy lacks.
+    """
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, TypeError, KeyError) as reason:
+        raise error(
+            f"{where} cannot be read as safetensors: {reason}. The file may be truncated or of "
+            "another format; copy or save it again."
+        ) from reason
 
 
 def _read_bfloat16(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:

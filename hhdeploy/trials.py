@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +21,7 @@ from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.files import os_errors, sha256_of
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
+from hhdeploy.store import work_directory
 from hhdeploy.timing import Paired, paired
 
 if TYPE_CHECKING:
@@ -175,10 +174,7 @@ class Trials:
         from hhdeploy.exporters.writer import graph_name, save_graph
 
         bundle, name = self._bundle, graph_name(quantised.precision)
-        with os_errors(bundle.path):
-            scratch = tempfile.TemporaryDirectory(dir=bundle.path, prefix=".trial.")
-        with scratch as folder:
-            place = Path(folder)
+        with work_directory(bundle.path) as place:
             with os_errors(place):
                 save_graph(quantised.model, place / name)
             files = {f"{place.name}/{n}": sha256_of(place / n) for n in (name, f"{name}.data")}
@@ -187,7 +183,7 @@ class Trials:
                 graphs={**bundle.manifest.graphs, quantised.precision: f"{place.name}/{name}"},
                 files={**bundle.manifest.files, **files},
             )
-            trial = Bundle(bundle.path, manifest)
+            trial = replace(bundle, manifest=manifest)
             with self._session(trial, quantised.precision) as session:
                 yield trial, session
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.bundle import MANIFEST, Bundle
+from hhdeploy.directories import Replaceable, atomic_directory
 from hhdeploy.engines import EngineEntry, engines_of, stale
 from hhdeploy.errors import BundleError, OptionError, PlanError, WriteError, require
 from hhdeploy.exporters.triton import (
@@ -27,11 +27,26 @@ from hhdeploy.exporters.triton import (
     labels_txt,
     requestable,
 )
-from hhdeploy.files import atomic_directory
+from hhdeploy.files import write_bytes
 
 Progress = Callable[[str], None]
 _VERSION = "1"
 _DEFAULT_MAX_BATCH = 32
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a directory is not a model that `write_triton_repository` wrote, or None."""
+    weights = {f"{file}.data" for file in MODEL_FILES.values()}
+    known = {CONFIG_FILE, LABELS_FILE, ADAPTERS_FILE}
+    known |= {f"{_VERSION}/{file}" for file in {*MODEL_FILES.values(), *weights}}
+    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    if not {CONFIG_FILE, ADAPTERS_FILE} <= found:
+        return f"it has no {CONFIG_FILE} with {ADAPTERS_FILE}"
+    other = sorted(found - known)
+    return f"it holds {', '.join(other[:3])}, which no such model has" if other else None
+
+
+_MODEL = Replaceable("a model", _foreign)
 
 
 @dataclass(frozen=True)
@@ -126,13 +141,13 @@ def write_triton_repository(
         raise WriteError(f"{out} is a bundle. Choose another directory for the repository.")
     # A new repository appears whole; in one that exists, the model does.
     target = out / name if out.is_dir() else out
-    with atomic_directory(target, overwrite=overwrite) as scratch:
+    with atomic_directory(target, overwrite=overwrite, kind=_MODEL) as scratch:
         root = scratch if target != out else scratch / name
         version = root / _VERSION
         version.mkdir(parents=True)
         if engine is not None:
             progress(f"copying {engine.file}")
-            shutil.copyfile(bundle.file(engine.file), version / MODEL_FILES["tensorrt"])
+            write_bytes(version / MODEL_FILES["tensorrt"], bundle.read(engine.file))
         else:
             _write_graph(bundle, options.precision, version / MODEL_FILES["onnxruntime"], progress)
         progress("writing the configuration")

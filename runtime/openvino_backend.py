@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.engines import graph_digest
 from hhdeploy.errors import (
     BundleError,
     DeviceError,
@@ -115,7 +114,7 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
             options.precision == "int8" and _has_bfloat16(core)
         )
         config = _config(options, low)
-        digest = graph_digest(bundle.manifest, graph)
+        digest = bundle.manifest.graph_digest(graph)
         model = memory = file = None
         if options.cache is not None and digest is not None:
             file = blob_file(options.cache, digest, *_facts(ov, core), json.dumps(config))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.answers import Answer, answers_of
-from hhdeploy.bundle import AdapterEntry, Bundle
+from hhdeploy.bundle import AdapterEntry, Bundle, read_bundle
 from hhdeploy.errors import SessionError
 from hhdeploy.files import default_cache
 from hhdeploy.plan import BACKBONE
@@ -272,17 +272,21 @@ def open_session(
         DeviceError: no GPU, or it refused.
         MissingDependencyError: the device's runtime is not installed.
     """
-    return open_bundle(
-        Bundle.open(path),
-        device=device,
-        precision=precision,
-        slots=slots,
-        threads=threads,
-        contexts=contexts,
-        cuda_graphs=cuda_graphs,
-        hint=hint,
-        cache=default_cache() if cache == "default" else cache,
-        partial=partial,
+    return read_bundle(
+        path,
+        lambda bundle: open_bundle(
+            bundle,
+            device=device,
+            precision=precision,
+            slots=slots,
+            threads=threads,
+            contexts=contexts,
+            cuda_graphs=cuda_graphs,
+            hint=hint,
+            cache=default_cache() if cache == "default" else cache,
+            partial=partial,
+        ),
+        Session.close,
     )
 
 

@@ -90,7 +90,7 @@ class TensorRtBackend:
         gpu = cuda.find_gpu()
         if bank is not None:
             check_slots(len(bank), engine.slots)
-        plan = bundle.file(engine.file).read_bytes()
+        plan = bundle.read(engine.file)
         self.name = f"{engine.backend} {engine.version} {gpu.name}"
         self._batch = engine.batch
         self._bank = bank

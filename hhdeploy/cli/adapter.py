@@ -94,7 +94,8 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 @command.command("add")
 @click.argument("bundle", type=ui.DIRECTORY)
 @click.argument("adapter", metavar="[NAME=]DIR")
-def add(bundle: Path, adapter: str) -> None:
+@ui.lock_timeout_option
+def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
     """Add an adapter to BUNDLE: one more row of its bank, the graph stays as it is.
 
     Needs no torch. The adapter counts as unverified until hhdeploy verify --against-torch.
@@ -102,7 +103,7 @@ def add(bundle: Path, adapter: str) -> None:
     from hhdeploy.bundle import add_adapter
 
     ((name, directory),) = ui.named_directories([adapter]).items()
-    entry = add_adapter(bundle, name, directory)
+    entry = add_adapter(bundle, name, directory, lock_timeout=lock_timeout, progress=ui.note)
     click.echo(
         f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
         f"{bundle} --against-torch)"
@@ -112,9 +113,10 @@ def add(bundle: Path, adapter: str) -> None:
 @command.command("remove")
 @click.argument("bundle", type=ui.DIRECTORY)
 @click.argument("name")
-def remove(bundle: Path, name: str) -> None:
+@ui.lock_timeout_option
+def remove(bundle: Path, name: str, lock_timeout: float) -> None:
     """Remove the adapter NAME from BUNDLE; its row becomes free."""
     from hhdeploy.bundle import remove_adapter
 
-    remove_adapter(bundle, name)
+    remove_adapter(bundle, name, lock_timeout=lock_timeout, progress=ui.note)
     click.echo(f"Removed {name}")

@@ -40,6 +40,7 @@ from hhdeploy.cli import ui
 )
 @click.option("--workspace-mib", type=click.IntRange(1), help="tensorrt: scratch memory.")
 @click.option("--tf32", is_flag=True, help="float32: faster products that round to 10 bits.")
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     bundle: Path,
@@ -55,6 +56,7 @@ def command(
     hardware_compatible: bool,
     workspace_mib: int | None,
     tf32: bool,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Compile a graph of BUNDLE to a TensorRT engine, entered in its manifest.
@@ -86,6 +88,7 @@ def command(
             options=options,
             progress=step,
             phases=phase,
+            lock_timeout=lock_timeout,
         )
     if as_json:
         ui.print_json(entry.to_json())

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _SHOWN = 12
 # What --check does not use.
 _NOT_CHECKED = frozenset(
-    "seed eval_data max_drop exclude preset report device threads cache_dir no_cache".split()
+    "seed eval_data max_drop exclude preset report device threads cache_dir no_cache "
+    "lock_timeout".split()
 )
 _DATA = click.Path(path_type=Path)
 
@@ -72,6 +73,7 @@ _DATA = click.Path(path_type=Path)
     metavar="NAME",
     help="Calibrate nothing: does this adapter, added later, stay in the calibrated ranges?",
 )
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     bundle: Path,
@@ -89,6 +91,7 @@ def command(
     cache_dir: Path | None,
     no_cache: bool,
     check: str | None,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Quantise BUNDLE's float32 graph with images, judge it on others, add it to the bundle.
@@ -115,7 +118,7 @@ def command(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed
     )
     cache = ui.check_cache_options(cache_dir, no_cache)
-    options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache)
+    options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache, lock_timeout)
     with ui.steps(as_json) as step:
         result = calibrate_bundle(bundle, data, settings, options, progress=step)
     if as_json:

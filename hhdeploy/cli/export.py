@@ -62,6 +62,7 @@ from hhdeploy.cli import ui
 @click.option("--cache-dir", type=ui.DIRECTORY, help="Where traced backbones are kept.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor store traced backbones.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new bundle is complete.")
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     out: Path,
@@ -84,6 +85,7 @@ def command(
     cache_dir: Path | None,
     no_cache: bool,
     overwrite: bool,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Export adapters of one backbone to the bundle OUT, verified.
@@ -101,6 +103,8 @@ def command(
     cache = ui.check_cache_options(cache_dir, no_cache)
     if not verify:
         ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
+    if not overwrite:
+        ui.refuse_unused({"lock_timeout"}, "needs --overwrite: nobody changes a new bundle")
     noise = verify and verify_data is None
     ui.check_backbone_options(checkpoint, pretrained, noise=noise)
     with ui.steps(as_json) as step:
@@ -121,6 +125,7 @@ def command(
             verify_images=verify_images,
             cache=cache,
             overwrite=overwrite,
+            lock_timeout=lock_timeout,
             progress=step,
         )
     if as_json:

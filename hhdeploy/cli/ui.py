@@ -37,6 +37,14 @@ DEVICES = click.Choice(
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+lock_timeout_option = click.option(
+    "--lock-timeout",
+    type=click.FloatRange(0),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for another process that is changing the bundle.",
+)
 
 
 def console() -> Console:
@@ -47,6 +55,11 @@ def console() -> Console:
 def print_json(content: Any) -> None:
     """One indented JSON document on standard output."""
     click.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
+def note(line: str) -> None:
+    """A line of progress on standard error, from a command that is quick otherwise."""
+    click.echo(line, err=True)
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Group:

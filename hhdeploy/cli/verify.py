@@ -8,7 +8,9 @@ import click
 
 from hhdeploy.cli import ui
 
-_AGAINST_TORCH = frozenset("checkpoint pretrained seed verify_data verify_images".split())
+_AGAINST_TORCH = frozenset(
+    "checkpoint pretrained seed verify_data verify_images lock_timeout".split()
+)
 
 
 @click.command()
@@ -37,6 +39,7 @@ _AGAINST_TORCH = frozenset("checkpoint pretrained seed verify_data verify_images
     type=click.IntRange(1),
     help="--against-torch: images per adapter.",
 )
+@ui.lock_timeout_option
 @ui.json_option
 def command(
     bundle: Path,
@@ -48,6 +51,7 @@ def command(
     seed: int,
     verify_data: Path | None,
     verify_images: int,
+    lock_timeout: float,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with the training-time reference it carries; exit 1 if parity fails.
@@ -73,6 +77,8 @@ def command(
                 verify_images=verify_images,
                 device=device,
                 precisions=precisions or None,
+                lock_timeout=lock_timeout,
+                progress=step,
             )
         else:
             report = api.verify(bundle, device=device, precisions=precisions or None)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hhdeploy.adapter import Adapter, AdapterConfig, save_adapter
+from hhdeploy.adapter import ADAPTER, METRICS_FILE, Adapter, AdapterConfig, save_adapter
 from hhdeploy.backbone import Backbone, BackboneSpec, load_backbone
-from hhdeploy.errors import WriteError
-from hhdeploy.files import atomic_directory, os_errors, write_json
+from hhdeploy.directories import atomic_directory, check_target
+from hhdeploy.files import os_errors, write_json
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.sites import LinearSpec, select_sites, sites_of
@@ -57,7 +57,6 @@ __all__ = [
     "train",
 ]
 
-METRICS_FILE = "metrics.json"
 _HEAD_STD = 0.02
 
 
@@ -145,13 +144,7 @@ def _check_output(settings: TrainSettings) -> StateDirectory | None:
     out = settings.out
     if out is None:
         return None
-    if out.exists() and not settings.overwrite:
-        raise WriteError(
-            f"{out} already exists. Choose another output directory, or pass --overwrite to "
-            "replace it once the new one is complete."
-        )
-    if out.exists() and not out.is_dir():
-        raise WriteError(f"{out} is a file, not a directory. Choose another output directory.")
+    check_target(out, ADAPTER, overwrite=settings.overwrite)
     state = StateDirectory.beside(out)
     state.check(resume=settings.resume)
     with os_errors(out):
@@ -327,7 +320,7 @@ def _write(task: _Task, result: TrainResult) -> None:
     overwrite = task.settings.overwrite
     record = _record(task, result)
     if result.linear_probe:
-        with atomic_directory(result.out, overwrite=overwrite) as scratch:
+        with atomic_directory(result.out, overwrite=overwrite, kind=ADAPTER) as scratch:
             write_json(scratch / METRICS_FILE, {**result.to_json(), "training": record})
     else:
         adapter = extract(task.model)

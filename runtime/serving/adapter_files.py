@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapter import ADAPTER, CONFIG_FILE, TENSOR_FILE
 from hhdeploy.bundle import Bundle
+from hhdeploy.directories import atomic_directory
 from hhdeploy.errors import AdapterError, HhdeployError, PlanError
-from hhdeploy.files import atomic_directory
 from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Packed
 
@@ -108,10 +108,9 @@ class AdapterFiles:
     def _read(self, source: Source) -> Packed:
         try:
             if source.bundled:
-                for file in _FILES:
-                    self._bundle.file(f"adapters/{source.name}/{file}")
-            else:
-                self._check_inside(source.path)
+                adapter = self._bundle.load_adapter(source.name)
+                return self._bank.pack(source.name, adapter, verified=source.verified)
+            self._check_inside(source.path)
             return self._bank.pack(source.name, source.path, verified=source.verified)
         except (OSError, RecursionError) as error:  # no permission; JSON nested without end
             raise AdapterError(f"{source.path} cannot be read: {error}") from error
@@ -124,7 +123,7 @@ class AdapterFiles:
         """
         assert self._directory is not None
         target = self._directory / check_name(name)
-        with atomic_directory(target, overwrite=True) as scratch:
+        with atomic_directory(target, overwrite=True, kind=ADAPTER) as scratch:
             (scratch / CONFIG_FILE).write_bytes(config)
             (scratch / TENSOR_FILE).write_bytes(tensors)
             try:

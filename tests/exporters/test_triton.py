@@ -30,7 +30,7 @@ from hhdeploy.bundle import (
     remove_adapter,
     write_manifest,
 )
-from hhdeploy.engines import EngineEntry, engine_name, graph_digest
+from hhdeploy.engines import EngineEntry, engine_name
 from hhdeploy.errors import BundleError, PlanError, WriteError
 from hhdeploy.exporters.triton import (
     Serving,
@@ -119,7 +119,7 @@ def add_engine(path: Path, **changes: Any) -> str:
         batch=(1, 8, 24),
         slots=None,
         bank_sha256=manifest.files[BANK_FILE] if branches else None,
-        graph_sha256=graph_digest(manifest, "float32") or "",
+        graph_sha256=manifest.graph_digest("float32"),
         optimization_level=None,
         build_seconds=1.0,
         bytes=len(GPU_ENGINE),

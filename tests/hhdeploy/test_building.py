@@ -11,7 +11,7 @@ import pytest
 
 from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import BANK_FILE, MANIFEST, Bundle, write_manifest
-from hhdeploy.engines import EngineEntry, choose_engine, engines_of, graph_digest, stale
+from hhdeploy.engines import EngineEntry, choose_engine, engines_of, stale
 from hhdeploy.errors import BundleError, ParityError, PlanError
 from hhdeploy.files import sha256_of
 from hhdeploy.graphs import add_graph, add_typed_graph
@@ -42,7 +42,7 @@ def test_the_engine_is_in_the_manifest(built, rtx):
     assert (entry.backend, entry.version, entry.precision) == (RTX, rtx.__version__, "float16")
     assert (entry.batch, entry.slots) == ((1, 8, 32), (1, len(bundle.bank()), 9))
     assert (entry.architectures, entry.gpu, entry.bank_sha256) == ((), None, None)
-    assert entry.graph_sha256 == graph_digest(bundle.manifest, "float16")
+    assert entry.graph_sha256 == bundle.manifest.graph_digest("float16")
     assert entry.build_seconds > 0
     assert EngineEntry.from_json(json.loads(json.dumps(entry.to_json()))) == entry
     assert choose_engine(

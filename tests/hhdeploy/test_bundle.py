@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from dataclasses import replace
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import hhdeploy.bundle
 from hhdeploy.adapter import save_adapter
 from hhdeploy.bundle import (
     BANK_FILE,
@@ -29,9 +27,7 @@ from hhdeploy.errors import (
     CapacityError,
     HhdeployError,
     PlanError,
-    WriteError,
 )
-from hhdeploy.files import sha256_of
 from hhdeploy.runtime import open_session
 from tests.support import assert_parity, images, random_adapter
 from tests.workshop import contents, copy_bundle, flip_byte
@@ -404,90 +400,6 @@ def test_all_adapters_removed(bundle, workshop):
     assert not Bundle.open(bundle).bank().any()
     add_adapter(bundle, "gamma", workshop.directory("gamma"))
     answer(bundle, workshop, "gamma")
-
-
-# --- crashes ------------------------------------------------------------------------------------
-
-
-class CrashError(Exception):
-    """The process ends here."""
-
-
-def crash(*arguments):
-    raise CrashError
-
-
-def test_a_crash_before_the_manifest_leaves_the_old_state(bundle, workshop, monkeypatch):
-    old = Bundle.open(bundle)
-    bank = old.bank()
-    with monkeypatch.context() as patch:
-        patch.setattr(hhdeploy.bundle, "write_manifest", crash)
-        with pytest.raises(CrashError):
-            add_adapter(bundle, "rival", workshop.directory("rival"))
-    # The new bank lies there, the manifest names the old one.
-    assert sha256_of(bundle / BANK_FILE) != old.manifest.files[BANK_FILE]
-    assert Bundle.open(bundle).manifest == old.manifest
-    assert np.array_equal(Bundle.open(bundle).bank(), bank)
-    answer(bundle, workshop, "alpha")
-    answer(bundle, workshop, "gamma")
-
-
-@pytest.mark.parametrize("crashes", [1, 2, 3])
-def test_a_change_after_crashes_works(bundle, workshop, monkeypatch, crashes):
-    with monkeypatch.context() as patch:
-        patch.setattr(hhdeploy.bundle, "write_manifest", crash)
-        for turn in range(crashes):
-            change = (add_adapter, bundle, "rival", workshop.directory("rival"))
-            if turn % 2:
-                change = (remove_adapter, bundle, "alpha")
-            with pytest.raises(CrashError):
-                change[0](*change[1:])
-    answer(bundle, workshop, "alpha")
-    assert add_adapter(bundle, "rival", workshop.directory("rival")).row == 3
-    for name in ("alpha", "gamma", "rival"):
-        answer(bundle, workshop, name)
-    # Nothing of the crashes is left.
-    assert hash_files(bundle) == dict(Bundle.open(bundle).manifest.files)
-    remove_adapter(bundle, "alpha")
-    answer(bundle, workshop, "rival")
-    assert hash_files(bundle) == dict(Bundle.open(bundle).manifest.files)
-
-
-def test_a_bank_that_cannot_be_written_leaves_the_old_state(bundle, workshop, monkeypatch):
-    def full(*arguments, **options):
-        raise WriteError("The disk is full")
-
-    before = Bundle.open(bundle).manifest
-    with monkeypatch.context() as patch:
-        patch.setattr(hhdeploy.bundle, "write_tensors", full)
-        with pytest.raises(WriteError):
-            add_adapter(bundle, "rival", workshop.directory("rival"))
-    assert Bundle.open(bundle).manifest == before
-    answer(bundle, workshop, "alpha")
-    add_adapter(bundle, "rival", workshop.directory("rival"))
-    answer(bundle, workshop, "rival")
-    assert hash_files(bundle) == dict(Bundle.open(bundle).manifest.files)
-
-
-def test_an_adapter_s_copy_that_does_not_fit_on_the_disk(bundle, workshop, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    before = contents(bundle)
-    with monkeypatch.context() as patch:
-        patch.setattr(hhdeploy.bundle, "copy_directory", full)
-        with pytest.raises(WriteError, match="The disk is full"):
-            add_adapter(bundle, "rival", workshop.directory("rival"))
-    assert contents(bundle) == before
-
-
-def test_what_a_crash_left_can_be_added_from_where_it_lies(bundle, workshop, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(hhdeploy.bundle, "write_manifest", crash)
-        with pytest.raises(CrashError):
-            add_adapter(bundle, "rival", workshop.directory("rival"))
-    add_adapter(bundle, "rival", bundle / "adapters" / "rival")
-    answer(bundle, workshop, "rival")
 
 
 def test_the_manifest_is_replaced_in_one_step(bundle, monkeypatch):

@@ -16,15 +16,15 @@ from hhdeploy.engines import (
     choose_engine,
     engine_name,
     engines_of,
-    graph_digest,
     split_batch,
 )
 from hhdeploy.errors import BundleError, SessionError
+from hhdeploy.preprocess import Preprocess
 
 FILES = {"model.float16.onnx": "graph-now", "bank.safetensors": "bank-now"}
 NOW = Manifest(
     kind="folded",
-    backbone={},
+    backbone={"preprocess": Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3).to_json()},
     classes=7,
     adapters=(),
     layout=None,
@@ -42,7 +42,7 @@ PLAIN = EngineEntry(
     batch=(1, 8, 32),
     slots=(1, 64, 1024),
     bank_sha256=None,
-    graph_sha256=graph_digest(NOW, "float16") or "",
+    graph_sha256=NOW.graph_digest("float16"),
     optimization_level=None,
     build_seconds=2.5,
     bytes=7,
@@ -114,8 +114,8 @@ def test_the_most_specific_engine_that_fits_is_taken():
 def test_the_digest_covers_the_weights_too():
     weights = replace(NOW, files={**FILES, "model.float16.onnx.data": "weights-now"})
     other = replace(NOW, files={**FILES, "model.float16.onnx.data": "weights-then"})
-    assert len({graph_digest(m, "float16") for m in (NOW, weights, other)}) == 3
-    assert graph_digest(NOW, "int8") is None
+    assert len({m.graph_digest("float16") for m in (NOW, weights, other)}) == 3
+    assert NOW.graph_digest("int8") == ""
 
 
 def test_an_engine_that_does_not_fit_is_passed_over_for_one_that_does():

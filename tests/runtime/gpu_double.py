@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from hhdeploy.bundle import Bundle, write_manifest
-from hhdeploy.engines import EngineEntry, graph_digest
+from hhdeploy.engines import EngineEntry
 from hhdeploy.files import sha256_of
 
 BATCH, SLOTS = (2, 4, 5), (2, 8, 16)
@@ -300,7 +300,7 @@ def add_engine(path, plan, **changes):
             "batch": BATCH,
             "slots": SLOTS if manifest.layout and not manifest.bank_as_constant else None,
             "bank_sha256": None,
-            "graph_sha256": graph_digest(manifest, "float32"),
+            "graph_sha256": manifest.graph_digest("float32"),
             "optimization_level": None,
             "build_seconds": 1.0,
             "bytes": len(plan),

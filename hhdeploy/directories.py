@@ -1,0 +1,156 @@
+"""Directories that appear whole, at once, and replace only what hhdeploy wrote itself.
+
+A new directory is made beside its place and renamed there: rename(2) refuses a target that is
+not an empty directory, at that very moment. With ``overwrite`` the two are exchanged in one step
+(renameat2). Where the system has no exchange, the old one is moved away first, and for that
+moment nothing is in its place; what a crash leaves of that moment the next command puts back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hhdeploy.errors import WriteError
+from hhdeploy.files import os_errors, sync_directory, sync_tree
+from hhdeploy.scratch import RETIRED, scratch_directory, sweep
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# A kernel or a file system that cannot exchange says one of these.
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}
+
+
+@dataclass(frozen=True)
+class Replaceable:
+    """What a writer of directories may replace with ``overwrite``.
+
+    Attributes:
+        what: in words, e.g. ``a bundle``.
+        foreign: why a directory is not one that hhdeploy wrote, or None if it is.
+        locked: held while it is replaced, so that nobody changes it meanwhile.
+        durable: fsync the new one, so that a power cut leaves it whole; a cache need not.
+    """
+
+    what: str
+    foreign: Callable[[Path], str | None]
+    locked: Callable[[Path], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # type: ignore[assignment]
+    durable: bool = True
+
+
+# Entries of caches: nobody but hhdeploy writes there, and every entry is checked when it is read.
+CACHE_ENTRY = Replaceable("an entry of a cache", lambda path: None, durable=False)
+
+
+def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
+    """Where a new directory goes, links followed; what can be refused before any work is.
+
+    Raises:
+        WriteError: something is there that may not be replaced.
+    """
+    path = Path(os.path.realpath(target))
+    sweep(path.parent, path.name)
+    if not os.path.lexists(path):
+        return path
+    if not path.is_dir():
+        raise WriteError(f"{target} is a file, not a directory. Choose another output directory.")
+    with os_errors(path):
+        if not os.listdir(path):
+            return path
+    if not overwrite:
+        raise _exists(target)
+    reason = kind.foreign(path)
+    if reason is not None:
+        raise WriteError(
+            f"{target} is not {kind.what} that hhdeploy wrote: {reason}. --overwrite replaces "
+            "nothing else. Choose another output directory, or remove this one yourself."
+        )
+    return path
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, overwrite: bool, kind: Replaceable) -> Iterator[Path]:
+    """Yield a scratch directory beside ``target`` that becomes ``target`` on success.
+
+    On any error the scratch directory is removed and what is at ``target`` stays as it was.
+
+    Raises:
+        WriteError: ``target`` exists (an empty directory is fine), with ``overwrite`` also one
+            that is not of this ``kind``; or the file system refused.
+    """
+    path = check_target(target, kind, overwrite=overwrite)
+    with contextlib.ExitStack() as stack:
+        with os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(scratch_directory(path.parent, path.name))
+        with os_errors(path):
+            yield scratch
+            if kind.durable:
+                sync_tree(scratch)
+            _install(scratch, path, kind, overwrite=overwrite)
+            if kind.durable:
+                sync_directory(path.parent)
+
+
+def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -> None:
+    try:
+        os.rename(scratch, path)  # onto nothing, or an empty directory
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        if not overwrite:
+            raise _exists(path) from error
+    with kind.locked(path):
+        check_target(path, kind, overwrite=True)  # as it is now
+        try:
+            _exchange(scratch, path)
+        except OSError as error:
+            if error.errno not in _NO_EXCHANGE:
+                raise
+            _replace(scratch, path)
+
+
+def _exists(path: Path) -> WriteError:
+    return WriteError(
+        f"{path} already exists. Choose another output directory, or pass --overwrite to replace "
+        "it once the new one is complete."
+    )
+
+
+def _replace(scratch: Path, path: Path) -> None:
+    """Without an exchange: away with the old one, then in with the new one."""
+    with scratch_directory(path.parent, path.name) as retired:
+        os.rename(path, retired / RETIRED)
+        try:
+            os.rename(scratch, path)
+        except OSError:
+            os.rename(retired / RETIRED, path)
+            raise
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step. Raises `OSError`, also where the system cannot."""
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one))
+    paths = (os.fsencode(one), os.fsencode(other))
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    function = getattr(libc, "renameat2", None)
+    if function is not None:
+        function.argtypes = [
+            ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
+        ]  # fmt: skip
+    return function

@@ -1,0 +1,138 @@
+"""Scratch files and directories that do not outlive their process, however it ends.
+
+Each is held with a lock of the operating system (flock) that dies with the process: what nobody
+holds any more is removed by the next one that makes a scratch place of the same name there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process leaves stays until somebody removes it
+    fcntl = None  # type: ignore[assignment]
+
+_TRIES = 100
+# What a directory under replacement is called in its scratch directory; see `directories`.
+RETIRED = "replaced"
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: Path | None, stem: str) -> Iterator[Path]:
+    """A hidden directory of this process's own in ``parent``, removed at the end of the block.
+
+    Args:
+        parent: None: the system's directory of temporary files.
+        stem: what it is for; scratch that dead processes left for the same is removed first.
+    """
+    # Where everybody may write, nobody else may look into it.
+    mode = 0o700 if parent is None else 0o777
+    place = Path(tempfile.gettempdir()) if parent is None else parent
+    sweep(place, stem)
+    path, handle = _made(place, stem, lambda path: os.mkdir(path, mode))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def scratch_file(parent: Path, stem: str) -> Iterator[Path]:
+    """The same for a single, empty file; it may have been renamed when the block ends."""
+    sweep(parent, stem)
+    path, handle = _made(parent, stem, _make_file)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def sweep(parent: Path, stem: str) -> None:
+    """Remove the scratch that dead processes left in ``parent``; what cannot be removed stays.
+
+    A directory that was on its way out when its process died is put back if nothing took its
+    place (see `directories`).
+    """
+    with contextlib.suppress(OSError):
+        found = [n for n in os.listdir(parent) if n.startswith(_prefix(stem))]
+        for name in found:
+            _remove_if_dead(parent / name, parent / stem)
+
+
+def _remove_if_dead(path: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):  # held, somebody else's, or gone by now
+        handle = _hold(path)
+        try:
+            if not path.is_dir():
+                os.unlink(path)
+                return
+            if (path / RETIRED).is_dir() and not os.path.lexists(target):
+                os.rename(path / RETIRED, target)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _prefix(stem: str) -> str:
+    return f".{stem}.hhdeploy-"
+
+
+def _make_file(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+
+
+def _made(parent: Path, stem: str, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """A new path, and the open handle that holds it."""
+    for _ in range(_TRIES):
+        path = parent / f"{_prefix(stem)}{secrets.token_hex(4)}"
+        try:
+            make(path)
+            return path, _hold(path, by_maker=True)
+        except (FileExistsError, FileNotFoundError, BlockingIOError):
+            if not parent.is_dir():
+                raise
+            # The name is taken, or a sweep came between making and holding it.
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(parent / _prefix(stem)))
+
+
+def _hold(path: Path, *, by_maker: bool = False) -> int:
+    """Lock a path for as long as the handle is open.
+
+    Where nothing can be locked the maker gets a handle all the same, and nobody sweeps.
+
+    Raises:
+        BlockingIOError: a living process holds it.
+        FileNotFoundError: it is gone, or another one by now.
+        OSError: it cannot be opened or locked.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        try:
+            _flock(handle)
+        except BlockingIOError:
+            raise
+        except OSError:
+            if not by_maker:
+                raise
+        if not os.path.samestat(os.fstat(handle), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _flock(handle: int) -> None:
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,478 @@
+"""The one way a bundle on disk is changed: lock, write beside, commit by the manifest.
+
+    with edit(path) as change:
+        change.store(BANK_FILE, content)
+        change.manifest = replace(change.manifest, adapters=...)
+
+New files are written and fsynced under names of their own, then the manifest is replaced in one
+step: whoever reads meanwhile has the old bundle or the new one. What the new manifest no longer
+names moves into ``.old``, where those who opened the old bundle find it until the next edit. A
+crash at any point leaves the old or the new bundle, and files that nobody names, which the next
+edit removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from hhdeploy.adapter import load_adapter
+from hhdeploy.bundle import (
+    ADAPTERS,
+    BANK_FILE,
+    MANIFEST,
+    OLD,
+    PREVIOUS_BANK,
+    AdapterEntry,
+    Bundle,
+    Manifest,
+    admit,
+    entry_of,
+    name_with_digits,
+    plain_name,
+)
+from hhdeploy.directories import Replaceable
+from hhdeploy.errors import (
+    AdapterError,
+    BundleError,
+    ConflictError,
+    HhdeployError,
+    PlanError,
+    WriteError,
+)
+from hhdeploy.files import (
+    json_bytes,
+    os_errors,
+    sha256_of,
+    sha256_of_bytes,
+    sync_directory,
+    write_bytes,
+)
+from hhdeploy.scratch import scratch_directory, sweep
+from hhdeploy.tensorfile import tensor_bytes
+
+LOCK = ".lock"
+# Seconds that a change waits for another one to end.
+LOCK_TIMEOUT = 600.0
+_SAY_AFTER = 1.0
+_NEW_MANIFEST = f".{MANIFEST}.new"
+# Stem of the scratch directories inside a bundle.
+_WORK = "work"
+# Names that hhdeploy gives to files at the top of a bundle, and nobody else.
+_OURS = re.compile(
+    r"(bank|reference)\.safetensors|parity\.json|bank\.safetensors\.previous"
+    r"|calibration\.[\w-]+\.(json|safetensors)"
+    r"|model(\.(float16|bfloat16|int8|int8-weights|fp8))?\.onnx(\.data)?"
+    r"|model\.[\w-]+\.tensorrt(-rtx)?\.[\w.+-]+\.engine"
+)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a long piece of work relied on, to be compared when its result is committed.
+
+    Attributes:
+        graphs: precision -> `Manifest.graph_digest`.
+        adapters: name -> (row, `Manifest.adapter_digest`).
+    """
+
+    graphs: Mapping[str, str]
+    adapters: Mapping[str, tuple[int | None, str]]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Basis:
+        """Of a bundle as it was read."""
+        return cls(
+            {precision: manifest.graph_digest(precision) for precision in manifest.graphs},
+            {a.name: (a.row, manifest.adapter_digest(a.name)) for a in manifest.adapters},
+        )
+
+    def kept_graphs(self, manifest: Manifest) -> frozenset[str]:
+        """Precisions whose graph is still the one relied on."""
+        return frozenset(
+            p for p, digest in Basis.of(manifest).graphs.items() if self.graphs.get(p) == digest
+        )
+
+    def kept_adapters(self, manifest: Manifest) -> frozenset[str]:
+        """Names of the adapters that are still in the row, and of the content, relied on."""
+        now = Basis.of(manifest).adapters
+        return frozenset(name for name, there in now.items() if self.adapters.get(name) == there)
+
+
+class Change:
+    """A change of a bundle that is not committed yet; see `edit`.
+
+    Attributes:
+        bundle: as it is on disk.
+        manifest: to be committed; assign what it is to be.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._written: list[Path] = []
+
+    def store(self, name: str, content: bytes | memoryview) -> str:
+        """Write what takes the place of ``name``; the name that it has, with its digits."""
+        digest = sha256_of_bytes(content)
+        named = name_with_digits(name, digest)
+        self._forget(name)
+        if self._begin(named, digest):
+            write_bytes(self.bundle.path / named, content)
+        return named
+
+    def adopt(self, name: str, file: Path, digest: str, named: str | None = None) -> str:
+        """Take over a file from a `work_directory` in the place of ``name``.
+
+        Args:
+            name: of a fresh export.
+            file: it is moved; sync it before, outside of the lock.
+            digest: its sha256.
+            named: the name it gets; None: with digits of its own.
+        """
+        named = named or name_with_digits(name, digest)
+        self._forget(name)
+        if self._begin(named, digest):
+            os.replace(file, self.bundle.path / named)
+        return named
+
+    def copy_adapter(self, name: str, source: Path, hashes: Mapping[str, str]) -> None:
+        """Copy an adapter directory to ``adapters/NAME``.
+
+        Args:
+            hashes: of its files when it was read.
+
+        Raises:
+            AdapterError: it was changed since.
+        """
+        for file, digest in hashes.items():
+            content = (source / file).read_bytes()
+            if sha256_of_bytes(content) != digest:
+                raise AdapterError(
+                    f"{source / file} was changed while it was read. Add the adapter again once "
+                    "it is complete."
+                )
+            named = f"{ADAPTERS}/{name}/{file}"
+            if self._begin(named, digest):
+                write_bytes(self.bundle.path / named, content)
+
+    def forget_adapter(self, name: str) -> None:
+        """Name the files of ``adapters/NAME`` no more."""
+        files = {n: d for n, d in self.manifest.files.items() if not _is_of_adapter(n, name)}
+        self.manifest = replace(self.manifest, files=files)
+
+    def _forget(self, name: str) -> None:
+        files = {n: d for n, d in self.manifest.files.items() if plain_name(n) != name}
+        self.manifest = replace(self.manifest, files=files)
+
+    def _begin(self, named: str, digest: str) -> bool:
+        """Enter a file; False if the bundle has it already, to the byte."""
+        self.manifest = replace(self.manifest, files={**self.manifest.files, named: digest})
+        if self.bundle.manifest.files.get(named) == digest:
+            return False
+        path = self.bundle.path / named
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._written.append(path)
+        return True
+
+    def commit(self) -> None:
+        """Replace the manifest, once all that it names is on the disk."""
+        if self.manifest == self.bundle.manifest:
+            return
+        root = self.bundle.path
+        folders = {f for path in self._written for f in path.parents if f.is_relative_to(root)}
+        for folder in sorted(folders, reverse=True):  # what is inside before what names it
+            sync_directory(folder)
+        write_bytes(root / _NEW_MANIFEST, json_bytes(self.manifest.to_json()))
+        os.replace(root / _NEW_MANIFEST, root / MANIFEST)
+        sync_directory(root)
+
+    def undo(self) -> None:
+        """Remove what was written, unless it is committed by now."""
+        with contextlib.suppress(BundleError):
+            _remove_leftovers(Bundle.open(self.bundle.path))
+
+    def retire(self) -> None:
+        """Move what the manifest names no more out of the way. Only tidiness: it may fail."""
+        root, gone = (
+            self.bundle.path,
+            self.bundle.manifest.files.keys() - self.manifest.files.keys(),
+        )
+        with contextlib.suppress(OSError):
+            if self.manifest != self.bundle.manifest:
+                shutil.rmtree(root / OLD, ignore_errors=True)
+            for name in sorted(gone):
+                (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(root / name, root / OLD / name)
+            _remove_leftovers(Bundle(root, self.manifest))
+
+
+@contextlib.contextmanager
+def edit(
+    path: str | Path,
+    basis: Basis | None = None,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Iterator[Change]:
+    """Change a bundle; committed when the block ends, undone when it raises.
+
+    One process at a time: the lock covers this block, so do slow work before it and say with
+    ``basis`` what that work relied on. Reading needs no lock.
+
+    Args:
+        path: the bundle.
+        basis: what the result was made from. Another float32 graph is refused; what became of
+            the adapters and the other graphs is for the block to ask (`Basis.kept_adapters`,
+            `Basis.kept_graphs`).
+        lock_timeout: seconds to wait for another change to end.
+        progress: called with a line after a second of waiting.
+
+    Raises:
+        ConflictError: another change did not end in time, or the graph was replaced.
+        BundleError: no bundle, or a damaged manifest.
+        WriteError: the file system refused; the bundle is as it was.
+    """
+    root = Path(os.path.realpath(path))
+    with locked(root, lock_timeout=lock_timeout, progress=progress):
+        bundle = Bundle.open(root)
+        if basis is not None and basis.graphs["float32"] != bundle.manifest.graph_digest("float32"):
+            raise _exported_again(path)
+        _heal(bundle)
+        _remove_leftovers(bundle)
+        change = Change(bundle)
+        try:
+            with os_errors(root):
+                yield change
+                change.commit()
+        except BaseException:
+            change.undo()
+            raise
+        change.retire()
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Iterator[None]:
+    """Hold a bundle's lock. It belongs to the directory: if that was replaced while waiting, the
+    one that is there now is locked.
+
+    Raises:
+        BundleError: no such directory. ConflictError: the lock is held for too long.
+        WriteError: it cannot be made here.
+    """
+    while True:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            Bundle.open(path)  # says what was expected; or it is there again
+            continue
+        try:
+            lock = _acquired(path, lock_timeout, progress)
+            try:
+                if _is_there(path, handle):
+                    yield
+                    return
+            finally:
+                # By the handle: the directory may have been moved.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(LOCK, dir_fd=handle)
+                lock.release()
+        finally:
+            os.close(handle)
+
+
+def _is_there(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _acquired(path: Path, timeout: float, progress: Progress) -> FileLock:
+    # A "soft" lock is a file that stays when its process dies: not what is promised here.
+    lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=min(_SAY_AFTER, timeout), poll_interval=0.01)
+        except Timeout:
+            progress(f"waiting for another change of {path} to end")
+            lock.acquire(timeout=max(0.0, timeout - _SAY_AFTER))
+    except Timeout:
+        raise ConflictError(
+            f"another process has been changing {path} for {timeout:g} seconds. Try again when it "
+            "has ended, or wait longer with --lock-timeout SECONDS."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise WriteError(
+            f"Could not lock {path / LOCK}: {error}. A bundle is changed where its directory can "
+            "be written to and its file system has locks (flock): copy it to such a place, and "
+            "change it there. Nothing was changed."
+        ) from error
+    return lock
+
+
+@contextlib.contextmanager
+def work_directory(bundle: Path) -> Iterator[Path]:
+    """A scratch directory inside a bundle, for files that `Change.adopt` is to take over.
+
+    Raises:
+        ConflictError: the bundle was replaced, and the directory with it.
+    """
+    with contextlib.ExitStack() as stack:
+        with os_errors(bundle):
+            scratch = stack.enter_context(scratch_directory(bundle, _WORK))
+        try:
+            yield scratch
+        except (HhdeployError, OSError) as error:
+            if scratch.is_dir():
+                raise
+            raise _exported_again(bundle) from error
+
+
+def _exported_again(path: str | Path) -> ConflictError:
+    return ConflictError(
+        f"{path} was exported again meanwhile, and this is the result of its old graph: nothing "
+        "was written. Run the command again."
+    )
+
+
+def add_adapter(
+    path: str | Path,
+    name: str,
+    directory: str | Path,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> AdapterEntry:
+    """Add an adapter to a bundle on disk, atomically. It counts as unverified.
+
+    Args:
+        path: the bundle.
+        name: how requests will call it.
+        directory: the adapter directory; it is copied as it is.
+        lock_timeout, progress: see `edit`.
+
+    Raises:
+        PlanError, AdapterError, CapacityError: see `hhdeploy.bundle.admit`; nothing is changed.
+        ConflictError, WriteError: see `edit`.
+    """
+    source = Path(directory)
+    hashes = _hashes(source) if source.is_dir() else {}
+    adapter = load_adapter(source)
+    with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
+        manifest = change.manifest
+        row = admit(manifest, name, adapter)
+        if any(a.name == name for a in manifest.adapters):
+            raise PlanError(
+                f"the bundle has an adapter {name!r} already. Remove it first, or choose another "
+                "name."
+            )
+        taken = {a.row for a in manifest.adapters}
+        index = next(i for i in range(1, len(taken) + 2) if i not in taken)
+        stored = change.bundle.bank()
+        bank = np.zeros((max(len(stored), index + 1), stored.shape[1]), np.float32)
+        bank[: len(stored)] = stored
+        bank[index] = row
+        entry = entry_of(name, index, adapter, manifest.backbone, verified=False)
+        change.copy_adapter(name, source, hashes)
+        change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
+        change.manifest = replace(change.manifest, adapters=(*manifest.adapters, entry))
+    return entry
+
+
+def remove_adapter(
+    path: str | Path,
+    name: str,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> None:
+    """Remove an adapter from a bundle on disk; its row becomes zeros and free.
+
+    Raises:
+        BundleError: no such adapter. PlanError: the bundle's adapters are fixed.
+        ConflictError, WriteError: see `edit`.
+    """
+    with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
+        manifest = change.manifest
+        entry = manifest.adapter(name)
+        if manifest.layout is None or manifest.bank_as_constant:
+            raise PlanError("the adapters of this bundle are in its graph: they cannot be removed.")
+        bank = change.bundle.bank().copy()
+        bank[entry.row] = 0.0
+        change.forget_adapter(name)
+        change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
+        kept = tuple(a for a in manifest.adapters if a.name != name)
+        change.manifest = replace(change.manifest, adapters=kept)
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    with os_errors(directory):
+        return {
+            file.relative_to(directory).as_posix(): sha256_of(file)
+            for file in sorted(directory.rglob("*"))
+            if file.is_file()
+        }
+
+
+def _is_of_adapter(file: str, name: str) -> bool:
+    return file.startswith(f"{ADAPTERS}/{name}/")
+
+
+def _heal(bundle: Bundle) -> None:
+    """A change that an earlier version did not finish left the valid bank under another name."""
+    previous, current = bundle.path / PREVIOUS_BANK, bundle.path / BANK_FILE
+    expected = bundle.manifest.files.get(BANK_FILE)
+    if expected is not None and previous.is_file() and sha256_of(previous) == expected:
+        with os_errors(bundle.path):
+            os.replace(previous, current)
+
+
+def _remove_leftovers(bundle: Bundle) -> None:
+    """What changes that ended half-way left: files of ours that the manifest does not name."""
+    sweep(bundle.path, _WORK)
+    named = bundle.manifest.files
+    adapters = {name.split("/")[1] for name in named if name.startswith(f"{ADAPTERS}/")}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(bundle.path):
+            ours = name == _NEW_MANIFEST or _OURS.fullmatch(plain_name(name))
+            if ours and name not in named:
+                os.unlink(bundle.path / name)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(bundle.path / ADAPTERS):
+            if name not in adapters:
+                shutil.rmtree(bundle.path / ADAPTERS / name, ignore_errors=True)
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a directory is not a bundle, or what is in it that no bundle has."""
+    try:
+        named = Bundle.open(path).manifest.files
+    except BundleError:
+        return f"it has no {MANIFEST} that can be read"
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        hidden = name.split("/")[0] in (LOCK, OLD) or name.startswith(f".{_WORK}.hhdeploy-")
+        ours = name in named or name in (MANIFEST, _NEW_MANIFEST) or hidden
+        if file.is_file() and not ours and not _OURS.fullmatch(plain_name(name)):
+            return f"it holds {name}, which no bundle has"
+    return None
+
+
+# What `export` may replace.
+BUNDLE = Replaceable("a bundle", _foreign, locked)

@@ -1,0 +1,376 @@
+"""New directories: whole, at once, exclusive, and in the place of nothing that is not ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import hhdeploy.directories
+from hhdeploy.adapter import ADAPTER
+from hhdeploy.directories import Replaceable, atomic_directory
+from hhdeploy.errors import WriteError
+from hhdeploy.store import BUNDLE, locked
+from tests.workshop import contents, copy_bundle
+
+WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+ANY = Replaceable("anything", lambda path: None)
+
+
+def names(directory):
+    return sorted(p.name for p in directory.iterdir())
+
+
+def old_directory(tmp_path):
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "old.txt").write_text("old")
+    return old
+
+
+def test_a_directory_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with atomic_directory(target, overwrite=False, kind=ANY) as scratch:
+        (scratch / "a").write_text("x")
+        assert not target.exists()
+        assert scratch.parent == target.parent, "another file system could not be renamed from"
+    assert names(target) == ["a"]
+    assert names(target.parent) == ["out"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+def test_nothing_is_left_on_failure(tmp_path):
+    with (  # noqa: PT012  (the failure is planted in the block)
+        pytest.raises(RuntimeError, match="planted"),
+        atomic_directory(tmp_path / "out", overwrite=False, kind=ANY) as scratch,
+    ):
+        (scratch / "a").write_text("x")
+        raise RuntimeError("planted")
+    assert names(tmp_path) == []
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        atomic_directory(tmp_path / "out", overwrite=False, kind=ANY),
+    ):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_an_existing_target_is_refused(tmp_path):
+    old = old_directory(tmp_path)
+    with (
+        pytest.raises(WriteError, match=r"out already exists.*--overwrite"),
+        atomic_directory(old, overwrite=False, kind=ANY),
+    ):
+        pytest.fail("the block must not run")
+    assert names(old) == ["old.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_file_is_never_replaced_by_a_directory(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with (
+        pytest.raises(WriteError, match="is a file, not a directory"),
+        atomic_directory(tmp_path / "out", overwrite=True, kind=ANY),
+    ):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_overwrite_replaces_the_whole(tmp_path):
+    old = old_directory(tmp_path)
+    with atomic_directory(old, overwrite=True, kind=ANY) as scratch:
+        (scratch / "new.txt").write_text("new")
+        assert names(old) == ["old.txt"]
+    assert names(old) == ["new.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_old_one_stays_when_the_new_one_fails(tmp_path):
+    old = old_directory(tmp_path)
+    with (  # noqa: PT012  (the failure is planted in the block)
+        pytest.raises(WriteError, match=r"Could not write .*out: .*disk is full.*was changed"),
+        atomic_directory(old, overwrite=True, kind=ANY) as scratch,
+    ):
+        (scratch / "new.txt").write_text("new")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert (old / "old.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_relative_targets_and_trailing_dots(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from pathlib import Path
+
+    with atomic_directory(Path("x/../out"), overwrite=False, kind=ANY) as scratch:
+        (scratch / "a").write_text("x")
+    assert names(tmp_path) == ["out"]
+
+
+# A file system that really refuses: files may grow to 64 KiB in the child process.
+_CHILD = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from hhdeploy.adapter import Adapter, AdapterConfig, SiteTensors, save_adapter
+from hhdeploy.errors import WriteError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+out = Path(sys.argv[1])
+big = np.ones((4, 8192), np.float32)
+site = SiteTensors(lora_A=big, lora_B=np.ones((3, 4), np.float32))
+try:
+    save_adapter(Adapter(AdapterConfig("vit_x"), {"blocks.0.attn.proj": site}, None), out,
+                 overwrite=True)
+except WriteError as error:
+    print(error)
+else:
+    sys.exit("the write succeeded")
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_write_that_the_system_cuts_short(tmp_path, there):
+    if there:
+        shutil.copytree(WITNESS / "rival", tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_CHILD), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "File too large" in done.stdout
+    assert "ulimit -f" in done.stdout
+    assert names(tmp_path) == (["out"] if there else [])
+    if there:
+        assert contents(tmp_path / "out") == contents(WITNESS / "rival")
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 64 KiB, where the system lets us mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(full_disk):
+    old = old_directory(full_disk)
+    with (
+        pytest.raises(WriteError, match="The disk is full"),
+        atomic_directory(old, overwrite=True, kind=ANY) as scratch,
+    ):
+        (scratch / "big").write_bytes(b"x" * 200_000)
+    assert names(full_disk) == ["out"]
+    assert (old / "old.txt").read_text() == "old"
+
+
+# --- what appeared meanwhile ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_what_appears_meanwhile_stays(tmp_path, kind):
+    target = tmp_path / "out"
+    with (  # noqa: PT012  (it appears in the block)
+        pytest.raises(WriteError),
+        atomic_directory(target, overwrite=False, kind=ANY) as scratch,
+    ):
+        (scratch / "a").write_text("x")
+        if kind == "directory":
+            target.mkdir()
+            (target / "thesis.txt").write_text("mine")
+        elif kind == "file":
+            target.write_text("mine")
+        else:
+            target.symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path) == ["out"]
+    if kind == "link":
+        assert target.is_symlink()
+    else:
+        assert "mine" in (target / "thesis.txt" if kind == "directory" else target).read_text()
+
+
+def test_an_empty_directory_is_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    with atomic_directory(tmp_path / "out", overwrite=False, kind=ANY) as scratch:
+        (scratch / "a").write_text("x")
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_directory(tmp_path / "link", overwrite=False, kind=ANY) as scratch:
+        (scratch / "a").write_text("x")
+    assert names(tmp_path / "real") == ["a"]
+    assert (tmp_path / "link").is_symlink()
+
+
+# --- only what hhdeploy wrote ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [BUNDLE, ADAPTER])
+def test_a_foreign_directory_is_refused_before_any_work(tmp_path, kind):
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / "src" / "paper.tex").write_text("mine")
+    with (
+        pytest.raises(WriteError, match=r"is not .* that hhdeploy wrote.*replaces nothing else"),
+        atomic_directory(project, overwrite=True, kind=kind),
+    ):
+        pytest.fail("the block must not run")
+    assert (project / "src" / "paper.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["notes.txt", "adapters/alpha/notes.txt", "deep/er/notes.txt"])
+def test_a_bundle_with_something_of_the_user_s_is_refused(tmp_path, where):
+    path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    (path / where).parent.mkdir(parents=True, exist_ok=True)
+    (path / where).write_text("mine")
+    with (
+        pytest.raises(WriteError, match=r"notes\.txt, which no bundle has"),
+        atomic_directory(path, overwrite=True, kind=BUNDLE),
+    ):
+        pytest.fail("the block must not run")
+    assert (path / where).read_text() == "mine"
+
+
+def test_an_adapter_is_no_bundle_and_a_bundle_no_adapter(tmp_path):
+    """A typo in OUT must not cost the adapter that is to be exported."""
+    for source, kind in ((WITNESS / "rival", BUNDLE), (WITNESS / "branches", ADAPTER)):
+        path = copy_bundle(source, tmp_path / source.name)
+        before = contents(path)
+        with (
+            pytest.raises(WriteError, match="that hhdeploy wrote"),
+            atomic_directory(path, overwrite=True, kind=kind),
+        ):
+            pytest.fail("the block must not run")
+        assert contents(path) == before
+
+
+def test_a_peft_directory_is_not_an_adapter_of_ours(tmp_path):
+    path = tmp_path / "peft"
+    path.mkdir()
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    with (
+        pytest.raises(WriteError, match="peft_type HTA"),
+        atomic_directory(path, overwrite=True, kind=ADAPTER),
+    ):
+        pytest.fail("the block must not run")
+
+
+def test_something_foreign_that_appears_while_the_new_one_is_made(tmp_path):
+    path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    with (  # noqa: PT012  (it appears in the block)
+        pytest.raises(WriteError, match=r"notes\.txt"),
+        atomic_directory(path, overwrite=True, kind=BUNDLE) as scratch,
+    ):
+        shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True)
+        (path / "notes.txt").write_text("mine")
+    assert (path / "notes.txt").read_text() == "mine"
+    assert names(tmp_path) == ["bundle"]
+
+
+def test_a_bundle_is_replaced_under_its_lock(tmp_path):
+    path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    script = """
+        import shutil, sys
+        from hhdeploy.directories import atomic_directory
+        from hhdeploy.store import BUNDLE
+        from pathlib import Path
+        with atomic_directory(Path(sys.argv[1]), overwrite=True, kind=BUNDLE) as scratch:
+            shutil.copytree(sys.argv[2], scratch, dirs_exist_ok=True)
+            print("made", flush=True)
+        print("replaced", flush=True)
+    """
+    with locked(path):
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), str(path), str(WITNESS / "added")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "made\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.5)
+        assert contents(path / "adapters") == contents(WITNESS / "branches" / "adapters")
+    assert child.communicate(timeout=60)[0] == "replaced\n"
+    assert contents(path) == contents(WITNESS / "added")
+    assert names(tmp_path) == ["bundle"]
+
+
+# --- systems without an exchange ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.EPERM])
+def test_without_an_exchange_the_old_one_is_moved_away_first(tmp_path, monkeypatch, number):
+    def refuse(*arguments):
+        import ctypes
+
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(hhdeploy.directories, "_renameat2", lambda: refuse)
+    old = old_directory(tmp_path)
+    with atomic_directory(old, overwrite=True, kind=ANY) as scratch:
+        (scratch / "new.txt").write_text("new")
+    assert names(old) == ["new.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_libc_without_renameat2(tmp_path, monkeypatch):
+    monkeypatch.setattr(hhdeploy.directories, "_renameat2", lambda: None)
+    test_overwrite_replaces_the_whole(tmp_path)
+
+
+def test_the_old_one_is_put_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(hhdeploy.directories, "_renameat2", lambda: None)
+    old, real = old_directory(tmp_path), os.rename
+
+    def refuse(source, target):
+        if Path(target) == old and (Path(source) / "new.txt").exists():
+            raise OSError(errno.ENOTEMPTY if old.exists() else errno.EIO, "planted", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with (
+        pytest.raises(WriteError, match="planted"),
+        atomic_directory(old, overwrite=True, kind=ANY) as scratch,
+    ):
+        (scratch / "new.txt").write_text("new")
+    assert names(old) == ["old.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_crash_between_the_two_renames_is_mended_by_the_next_command(tmp_path):
+    """For that moment nothing is in its place, and the old one is in a scratch directory."""
+    scratch = tmp_path / ".out.hhdeploy-0123abcd"
+    scratch.mkdir()
+    shutil.copytree(WITNESS / "rival", scratch / "replaced")
+    with (
+        pytest.raises(WriteError, match="already exists"),
+        atomic_directory(tmp_path / "out", overwrite=False, kind=ADAPTER),
+    ):
+        pytest.fail("the block must not run")
+    assert contents(tmp_path / "out") == contents(WITNESS / "rival")
+    assert names(tmp_path) == ["out"]

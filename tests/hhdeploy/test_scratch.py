@@ -1,0 +1,108 @@
+"""Scratch that ends with its process, however that ends, and with no other's."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from hhdeploy.scratch import scratch_directory, scratch_file, sweep
+
+_CHILD = """
+import sys, time
+from pathlib import Path
+from hhdeploy.scratch import scratch_directory, scratch_file
+with scratch_directory(Path(sys.argv[1]), "out") as folder, scratch_file(Path(sys.argv[1]), "out"):
+    (folder / "a").write_text("x")
+    print("made", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def child(tmp_path):
+    """A process that has a scratch directory and a scratch file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "made\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_it_is_gone_at_the_end(tmp_path):
+    with scratch_directory(tmp_path, "out") as folder, scratch_file(tmp_path, "out") as file:
+        (folder / "a").write_text("x")
+        assert file.read_bytes() == b""
+        assert folder.name.startswith(".out.hhdeploy-")
+        assert len(os.listdir(tmp_path)) == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_living_process_keeps_its_own(tmp_path, child):
+    before = sorted(os.listdir(tmp_path))
+    assert len(before) == 2
+    sweep(tmp_path, "out")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_process_keeps_nothing(tmp_path, child, number):
+    child.send_signal(number)
+    child.wait(60)
+    assert len(os.listdir(tmp_path)) == 2
+    with scratch_directory(tmp_path, "other"):
+        assert len(os.listdir(tmp_path)) == 3, "another's is not for this one to sweep"
+    with scratch_directory(tmp_path, "out"):
+        assert len(os.listdir(tmp_path)) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_only_looks_alike_stays(tmp_path):
+    for name in (".out.hhdeploy", ".outer.hhdeploy-1", "out.hhdeploy-1", ".out.backup-1"):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path, "out")
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_link_is_neither_followed_nor_a_crash(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (tmp_path / ".out.hhdeploy-0123abcd").symlink_to(tmp_path / "mine")
+    sweep(tmp_path, "out")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+def test_names_with_the_signs_of_patterns(tmp_path):
+    with scratch_directory(tmp_path, "a[b]*") as folder:
+        assert folder.is_dir()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_nothing_can_be_locked_nothing_is_swept(tmp_path, monkeypatch, number):
+    def refuse(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".out.hhdeploy-0123abcd").mkdir()
+    with scratch_directory(tmp_path, "out") as folder:
+        assert folder.is_dir()
+    assert os.listdir(tmp_path) == [".out.hhdeploy-0123abcd"]
+
+
+def test_in_the_directory_of_temporary_files_it_is_private(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_directory(None, "twin") as folder:
+        assert folder.parent == tmp_path
+        assert folder.stat().st_mode & 0o077 == 0

@@ -1,0 +1,442 @@
+"""Changing a bundle: one at a time, on what the work relied on, and readers that start again."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hhdeploy.store
+from hhdeploy.bundle import (
+    BANK_FILE,
+    Bundle,
+    add_adapter,
+    hash_files,
+    name_with_digits,
+    plain_name,
+    read_bundle,
+    remove_adapter,
+)
+from hhdeploy.errors import AdapterError, BundleError, ConflictError, ReadError, WriteError
+from hhdeploy.files import sha256_of
+from hhdeploy.runtime import open_session
+from hhdeploy.store import Basis, edit
+from hhdeploy.tensorfile import read_tensors, tensor_bytes
+from tests.support import assert_parity
+from tests.workshop import contents, copy_bundle, flip_byte
+
+WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+LOGITS, _ = read_tensors(WITNESS / "added.safetensors", AssertionError)
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    """Alpha (row 1) and gamma (row 2), free to be changed."""
+    return copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+
+
+def add(path, name="guest"):
+    return add_adapter(path, name, WITNESS / "rival")
+
+
+def top(path):
+    """Names at the top that are not hidden."""
+    return {p.name for p in path.iterdir() if not p.name.startswith(".")}
+
+
+def answer(path, name, known="float32/rival"):
+    with open_session(path, device="cpu", threads=1) as session:
+        found = session.run(LOGITS["images"], name)
+    assert_parity(LOGITS[known], found, "branches", "float32")
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plain", "named"),
+    [
+        ("bank.safetensors", "bank.3fa9c1d2.safetensors"),
+        ("parity.json", "parity.3fa9c1d2.json"),
+        ("model.int8.onnx", "model.int8.3fa9c1d2.onnx"),
+        ("model.int8.onnx.data", "model.int8.3fa9c1d2.onnx.data"),
+        ("model.float32.tensorrt-rtx.sm86+sm89.engine",
+         "model.float32.tensorrt-rtx.sm86+sm89.3fa9c1d2.engine"),
+    ],
+)  # fmt: skip
+def test_names_and_their_digits(plain, named):
+    assert name_with_digits(plain, "3fa9c1d2" + 56 * "0") == named
+    assert plain_name(named) == plain
+    assert plain_name(plain) == plain
+
+
+def test_a_fresh_export_has_plain_names_and_an_edit_adds_digits(bundle):
+    assert all(plain_name(n) == n for n in Bundle.open(bundle).manifest.files)
+    add(bundle)
+    manifest = Bundle.open(bundle).manifest
+    (bank,) = [n for n in manifest.files if plain_name(n) == BANK_FILE]
+    assert bank == f"bank.{sha256_of(bundle / bank)[:8]}.safetensors"
+    assert manifest.named(BANK_FILE) == bank
+    assert manifest.has(BANK_FILE)
+    assert not manifest.has("model.int8.onnx")
+    # One file a role at the top, and adapters as they came.
+    assert top(bundle) == {n.split("/")[0] for n in manifest.files} | {"hhdeploy.json"}
+    assert contents(bundle / "adapters" / "guest") == contents(WITNESS / "rival")
+    assert hash_files(bundle) == dict(manifest.files)
+
+
+def test_what_a_commit_replaces_is_there_until_the_next(bundle):
+    first = contents(bundle)
+    add(bundle)
+    assert contents(bundle / ".old") == {BANK_FILE: first[BANK_FILE]}
+    second = contents(bundle)
+    remove_adapter(bundle, "guest")
+    old = contents(bundle / ".old")
+    assert BANK_FILE not in old
+    assert old == {
+        n: c for n, c in second.items()
+        if n.startswith(("bank.", "adapters/guest/"))
+    }  # fmt: skip
+    assert "guest" not in {p.name for p in (bundle / "adapters").iterdir()}
+
+
+def test_the_same_content_again_has_the_same_name(bundle):
+    add(bundle)
+    one = Bundle.open(bundle).manifest
+    remove_adapter(bundle, "guest")
+    add(bundle)
+    assert Bundle.open(bundle).manifest == one
+    answer(bundle, "guest")
+
+
+def test_an_edit_without_a_change_writes_nothing(bundle):
+    before, stamp = contents(bundle), (bundle / "hhdeploy.json").stat().st_mtime_ns
+    with edit(bundle):
+        pass
+    assert contents(bundle) == before
+    assert (bundle / "hhdeploy.json").stat().st_mtime_ns == stamp
+
+
+def test_an_edit_that_fails_leaves_what_was_there(bundle):
+    before = contents(bundle)
+    with pytest.raises(RuntimeError, match="planted"), edit(bundle) as change:  # noqa: PT012
+        change.store(BANK_FILE, b"half")
+        change.copy_adapter("x", WITNESS / "rival", {})
+        raise RuntimeError("planted")
+    assert contents(bundle) == before
+    assert not (bundle / ".lock").exists()
+
+
+# --- the lock -------------------------------------------------------------------------------------
+
+_HOLDER = """
+import sys, time
+from hhdeploy.store import edit
+with edit(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.readline()
+print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def holder(bundle):
+    """A process that is in the middle of an edit until it reads a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(_HOLDER), str(bundle)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_one_change_at_a_time(bundle, holder):
+    said = []
+    with pytest.raises(ConflictError, match=r"changing .*bundle for 1.2 seconds"):
+        add_adapter(bundle, "guest", WITNESS / "rival", lock_timeout=1.2, progress=said.append)
+    assert said == [f"waiting for another change of {bundle} to end"]
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert add(bundle).row == 3
+    assert not (bundle / ".lock").exists()
+
+
+def test_reading_needs_no_lock(bundle, holder):
+    answer(bundle, "alpha", "float32/alpha")
+    Bundle.open(bundle).check_files()
+
+
+def test_the_lock_of_a_killed_process_is_free(bundle, holder):
+    holder.kill()
+    holder.wait(60)
+    assert (bundle / ".lock").exists()
+    add_adapter(bundle, "guest", WITNESS / "rival", lock_timeout=0)
+    assert not (bundle / ".lock").exists()
+
+
+def test_the_lock_is_of_the_directory_that_is_there_now(bundle, tmp_path, holder):
+    """While one waits, the bundle is replaced: it changes the new one, not the one that is gone."""
+    result = []
+    waiting = threading.Event()
+    thread = threading.Thread(
+        target=lambda: result.append(
+            add_adapter(bundle, "guest", WITNESS / "rival", progress=lambda step: waiting.set())
+        )
+    )
+    thread.start()
+    assert waiting.wait(60)
+    bundle.rename(tmp_path / "away")
+    shutil.copytree(WITNESS / "added", bundle)
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    thread.join(60)
+    assert [entry.row for entry in result] == [4]
+    assert [a.name for a in Bundle.open(bundle).manifest.adapters][-2:] == ["rival", "guest"]
+    assert [a.name for a in Bundle.open(tmp_path / "away").manifest.adapters] == ["alpha", "gamma"]
+    assert not (tmp_path / "away" / ".lock").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_not_worked_around(bundle, monkeypatch, number):
+    def refuse(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    before = contents(bundle)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(WriteError, match=r"Could not lock .*copy it to such a place"):
+        add(bundle)
+    assert {k: v for k, v in contents(bundle).items() if k != ".lock"} == before
+
+
+def test_no_bundle_to_change(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BundleError, match="is not a bundle"):
+            add(path)
+    assert os.listdir(tmp_path) == []
+
+
+# --- sources that change, disks that are full -----------------------------------------------------
+
+
+def test_an_adapter_that_is_replaced_while_it_is_read(bundle, tmp_path, monkeypatch):
+    """What was checked is what is stored: never the row of one, and the files of another."""
+    source = copy_bundle(WITNESS / "rival", tmp_path / "source")
+    before, real = contents(bundle), hhdeploy.store.load_adapter
+
+    def swapped(path):
+        adapter = real(path)
+        flip_byte(source / "adapter_model.safetensors")
+        return adapter
+
+    monkeypatch.setattr(hhdeploy.store, "load_adapter", swapped)
+    with pytest.raises(AdapterError, match="was changed while it was read"):
+        add_adapter(bundle, "guest", source)
+    assert contents(bundle) == before
+
+
+def test_a_source_that_cannot_be_read_is_not_called_written(bundle, monkeypatch):
+    real = Path.read_bytes
+
+    def refuse(self):
+        if "rival" in self.parts:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return real(self)
+
+    before = contents(bundle)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ReadError, match=r"^Could not read .*rival.*adapter_config\.json"):
+        add(bundle)
+    monkeypatch.undo()
+    assert contents(bundle) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """``small_disk(free)``: a file system with the bundle and so many KiB free."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+
+    def fill(free: int) -> Path:
+        shutil.copytree(WITNESS / "branches", place / "bundle")
+        rest = shutil.disk_usage(place).free - free * 1024
+        (place / "fill").write_bytes(b"\0" * rest)
+        return place / "bundle"
+
+    yield fill
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("free", [0, 4, 12, 40, 80, 92])
+def test_a_disk_that_is_full_at_every_stage(small_disk, free):
+    path = small_disk(free)
+    before = contents(path)
+    with pytest.raises(WriteError, match="The disk is full"):
+        add(path)
+    assert contents(path) == before
+    assert sorted(p.name for p in path.iterdir()) == sorted({n.split("/")[0] for n in before})
+    (path.parent / "fill").unlink()
+    add(path)
+    answer(path, "guest")
+
+
+# --- what the work relied on ----------------------------------------------------------------------
+
+
+def test_what_is_kept(bundle):
+    basis = Basis.of(Bundle.open(bundle).manifest)
+    add(bundle)
+    assert basis.kept_adapters(Bundle.open(bundle).manifest) == {"alpha", "gamma"}
+    remove_adapter(bundle, "gamma")
+    remove_adapter(bundle, "guest")
+    assert basis.kept_adapters(Bundle.open(bundle).manifest) == {"alpha"}
+    add(bundle, "gamma")  # another adapter, in the same row
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.adapter("gamma").row == 2
+    assert basis.kept_adapters(manifest) == {"alpha"}
+    assert basis.kept_graphs(manifest) == {"float32"}
+
+
+def test_another_graph_is_refused_and_nothing_is_written(bundle, tmp_path):
+    basis = Basis.of(Bundle.open(WITNESS / "folded").manifest)
+    before = contents(bundle)
+    with (
+        pytest.raises(ConflictError, match="was exported again meanwhile"),
+        edit(bundle, basis),
+    ):
+        pytest.fail("the block must not run")
+    assert contents(bundle) == before
+
+
+# --- readers --------------------------------------------------------------------------------------
+
+
+def test_who_opened_the_old_bundle_reads_it_to_its_end(bundle):
+    opened = Bundle.open(bundle)
+    bank, adapter = opened.bank(), opened.load_adapter("gamma")
+    remove_adapter(bundle, "gamma")
+    assert np.array_equal(opened.bank(), bank)
+    assert opened.load_adapter("gamma").sites.keys() == adapter.sites.keys()
+    add(bundle, "gamma")  # adapters/gamma is another one by now
+    with pytest.raises(ConflictError, match="was changed by another process"):
+        opened.load_adapter("gamma")
+    with pytest.raises(ConflictError, match="was changed by another process"):
+        opened.bank()
+
+
+def test_what_is_held_stays(bundle):
+    held = Bundle.open(bundle).hold()
+    bank, images = held.bank(), held.reference()[0]
+    for name in ("a", "b", "c"):
+        add(bundle, name)
+    assert np.array_equal(held.bank(), bank)
+    assert np.array_equal(held.reference()[0], images)
+    assert held.parity()["passed"] is True
+
+
+def test_a_reader_starts_again(bundle):
+    seen = []
+
+    def work(opened):
+        seen.append(opened)
+        if len(seen) == 1:
+            add(bundle, "a")
+            add(bundle, "b")
+        return opened.bank()
+
+    assert len(read_bundle(bundle, work)) == 5
+    assert len(seen) == 2
+
+
+def test_a_reader_gives_up_with_the_reason(bundle):
+    count = [0]
+
+    def work(opened):
+        count[0] += 1
+        add(bundle, f"a{count[0]}")
+        add(bundle, f"b{count[0]}")
+        return opened.bank()
+
+    with pytest.raises(ConflictError, match="changed 3 times while it was read"):
+        read_bundle(bundle, work)
+    assert count == [3]
+
+
+def test_damage_is_damage(bundle):
+    flip_byte(bundle / BANK_FILE)
+    with pytest.raises(BundleError, match="expected sha256") as caught:
+        read_bundle(bundle, lambda opened: opened.bank())
+    assert not isinstance(caught.value, ConflictError)
+
+
+def test_a_bundle_that_is_replaced_while_a_session_opens(bundle, tmp_path):
+    """Never the graph of one and the bank of the other: what was opened is closed."""
+    shutil.copytree(WITNESS / "added", tmp_path / "other")
+    opened, closed = [], []
+
+    def work(found):
+        opened.append(found)
+        if len(opened) == 1:
+            bundle.rename(tmp_path / "away")
+            (tmp_path / "other").rename(bundle)
+        return len(opened)
+
+    assert read_bundle(bundle, work, closed.append) == 2
+    assert closed == [1]
+    assert len(opened[1].manifest.adapters) == 3
+
+
+# --- state that others left -----------------------------------------------------------------------
+
+
+def test_an_unfinished_add_of_an_earlier_version_is_read_and_mended(bundle):
+    """It wrote the new bank in place, and kept the valid one under another name."""
+    os.link(bundle / BANK_FILE, bundle / "bank.safetensors.previous")
+    bank = Bundle.open(bundle).bank()
+    (bundle / BANK_FILE).unlink()
+    (bundle / BANK_FILE).write_bytes(tensor_bytes({"adapter_bank": bank * 2}))
+    shutil.copytree(WITNESS / "rival", bundle / "adapters" / "half")
+    answer(bundle, "alpha", "float32/alpha")
+    add(bundle)
+    answer(bundle, "alpha", "float32/alpha")
+    answer(bundle, "guest")
+    assert hash_files(bundle) == dict(Bundle.open(bundle).manifest.files)
+
+
+def test_files_of_the_user_s_are_not_swept(bundle):
+    for name in ("README.md", "model.best.onnx", "notes.json", "bank.old.safetensors"):
+        (bundle / name).write_text("mine")
+    add(bundle)
+    remove_adapter(bundle, "guest")
+    for name in ("README.md", "model.best.onnx", "notes.json", "bank.old.safetensors"):
+        assert (bundle / name).read_text() == "mine"
+
+
+def test_manifest_fields_survive_their_own_dictionary(bundle):
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.preprocess.input_size == (3, 32, 32)
+    assert type(manifest)(**manifest.__dict__) == manifest
+    assert replace(manifest, classes=3).preprocess == manifest.preprocess

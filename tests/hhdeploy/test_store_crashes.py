@@ -1,0 +1,232 @@
+"""Every writer of a bundle, killed at every file-system call and cut off from power.
+
+Whatever remains opens, its hashes hold, and it is the old bundle or the new one: never half of
+one, never another. Graph, engine and calibration are made once and handed in.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hhdeploy.api import _store_verification
+from hhdeploy.building import _enter
+from hhdeploy.bundle import Bundle, Manifest, add_adapter, remove_adapter
+from hhdeploy.directories import atomic_directory
+from hhdeploy.engines import EngineEntry, engine_name
+from hhdeploy.graphs import add_graph
+from hhdeploy.parity import ParityReport, StageResult, compare
+from hhdeploy.reference import Reference
+from hhdeploy.runtime import open_session
+from hhdeploy.store import BUNDLE, Basis, edit
+from hhdeploy.tensorfile import read_tensors
+from tests.crashing import calls_of, killed_at_every_call, power_cuts
+from tests.support import assert_parity
+
+WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+IMAGES, RIVAL = (
+    read_tensors(WITNESS / "added.safetensors", AssertionError)[0][key]
+    for key in ("images", "float32/rival")
+)
+KNOWN, _ = read_tensors(WITNESS / "branches.safetensors", AssertionError)
+
+
+def calibrated(root: Path) -> None:
+    """The INT8 graph of the witness and its files join the bundle."""
+    source = WITNESS / "int8"
+
+    def save(target: Path) -> None:
+        shutil.copy(source / "model.int8.onnx", target)
+        shutil.copy(source / "model.int8.onnx.data", f"{target}.data")
+
+    extras = {
+        name: (lambda target, name=name: shutil.copy(source / name, target))
+        for name in ("calibration.int8.json", "calibration.int8.safetensors")
+    }
+    add_graph(Bundle.open(root), "int8", save, lambda candidate: [], extras)
+
+
+def built(root: Path) -> None:
+    """An engine joins the bundle."""
+    manifest = Bundle.open(root).manifest
+    name = engine_name("float32", "tensorrt-rtx", ("sm89",))
+    plan = memoryview(bytes(range(256)) * 40)
+    entry = EngineEntry(
+        name, "tensorrt-rtx", "1", "float32", ("sm89",), None, (1, 1, 1), (1, 3, 8), None,
+        manifest.graph_digest("float32"), None, 1.0, plan.nbytes,
+    )  # fmt: skip
+    with edit(root, Basis.of(manifest)) as change:
+        _enter(change, name, entry, plan)
+
+
+def verified(root: Path) -> None:
+    """A new reference and its report join the bundle."""
+    bundle = Bundle.open(root)
+    reference = Reference(*bundle.reference())
+    moved = replace(reference, images=reference.images[::-1].copy())
+    figures = compare(reference.logits, reference.logits)
+    stages = [StageResult.of("branches", "float32", "none", "alpha", figures)]
+    report = ParityReport(bundle.parity()["data"], stages)
+    basis = Basis.of(bundle.manifest)
+    with edit(root, basis) as change:
+        _store_verification(change, basis, moved, report)
+
+
+def replaced(root: Path) -> None:
+    """`export --overwrite`: another bundle in its place."""
+    with atomic_directory(root, overwrite=True, kind=BUNDLE) as scratch:
+        shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True)
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "add": ("branches", lambda root: add_adapter(root, "guest", WITNESS / "rival")),
+    "add after an edit": ("edited", lambda root: add_adapter(root, "guest", WITNESS / "rival")),
+    "remove": ("added", lambda root: remove_adapter(root, "rival")),
+    "calibrate": ("branches", calibrated),
+    "calibrate again": ("int8", calibrated),
+    "build": ("branches", built),
+    "verify": ("added", verified),
+}
+
+
+def origin_of(name: str, tmp_path: Path) -> Path:
+    """A witness; "edited" has an old version of its bank in ``.old``."""
+    root = Path(shutil.copytree(WITNESS / ("added" if name == "edited" else name), tmp_path / "o"))
+    if name == "edited":
+        remove_adapter(root, "rival")
+    return root
+
+
+class Judge:
+    """Looks at what a crash left, and remembers what it saw.
+
+    Attributes:
+        points: how many crashes.
+        ends: the distinct bundles that they left.
+    """
+
+    def __init__(self, old: Manifest, new: Manifest) -> None:
+        self.points, self.ends = 0, []
+        self._allowed = (old, new)
+
+    def look(self, root: Path) -> None:
+        self.points += 1
+        bundle = Bundle.open(root)
+        bundle.check_files()
+        assert bundle.manifest in self._allowed, "neither the old bundle nor the new one"
+        if bundle.manifest not in self.ends:
+            self.ends.append(bundle.manifest)
+            answers(bundle)
+
+    def look_at_all(self, roots: Iterable[Path]) -> None:
+        for root in roots:
+            self.look(root)
+
+
+def answers(bundle: Bundle) -> None:
+    """In full: every graph answers, every adapter as it should."""
+    for precision in bundle.manifest.graphs:
+        with open_session(bundle.path, device="cpu", precision=precision, threads=1) as session:
+            for adapter in session.adapters:
+                stage = ("branches", "float32") if precision == "float32" else ("quantised", "int8")
+                known = KNOWN.get(f"float32/{adapter}", RIVAL)
+                assert_parity(known, session.run(IMAGES, adapter), *stage)
+
+
+def judged(name: str, write: Callable[[Path], object], tmp_path: Path) -> tuple[Path, list, Judge]:
+    origin = origin_of(name, tmp_path)
+    done = Path(shutil.copytree(origin, tmp_path / "done"))
+    calls = calls_of(write, done)
+    judge = Judge(Bundle.open(origin).manifest, Bundle.open(done).manifest)
+    assert judge._allowed[0] != judge._allowed[1]
+    return origin, calls, judge
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_killed_at_every_call(writer, tmp_path, record_property):
+    name, write = WRITERS[writer]
+    origin, calls, judge = judged(name, write, tmp_path)
+    judge.look_at_all(killed_at_every_call(write, origin, tmp_path))
+    record_property("points", judge.points)
+    assert len(judge.ends) == 2, "crashes before and after the commit"
+    assert judge.points == len(calls)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_power_cut_at_every_call(writer, tmp_path, record_property):
+    name, write = WRITERS[writer]
+    origin, calls, judge = judged(name, write, tmp_path)
+    judge.look_at_all(power_cuts(calls, origin, tmp_path))
+    record_property("points", judge.points)
+    assert len(judge.ends) == 2, "power cuts before and after the commit"
+    assert judge.points > len(calls) // 2
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_next_edit_leaves_nothing_of_a_crash(writer, tmp_path):
+    name, write = WRITERS[writer]
+    origin, _, _ = judged(name, write, tmp_path)
+    for index, root in enumerate(killed_at_every_call(write, origin, tmp_path)):
+        if index % 5 == 0:
+            add_adapter(root, "next", WITNESS / "rival")
+            there = {
+                p.relative_to(root).as_posix()
+                for p in root.rglob("*")
+                if p.is_file() and ".old" not in p.parts
+            }
+            assert there == {*Bundle.open(root).manifest.files, "hhdeploy.json"}
+
+
+def test_a_bundle_that_is_replaced_is_the_old_or_the_new_one(tmp_path):
+    """Its directory is exchanged in one call; what is left of the old one is beside it."""
+    place = tmp_path / "place"
+    shutil.copytree(WITNESS / "branches", place / "bundle")
+    old, new = (Bundle.open(WITNESS / name).manifest for name in ("branches", "added"))
+    judge = Judge(old, new)
+    for root in killed_at_every_call(lambda root: replaced(root / "bundle"), place, tmp_path):
+        judge.look(root / "bundle")
+        replaced(root / "bundle")
+        assert [p.name for p in root.iterdir()] == ["bundle"], "the next export sweeps"
+    assert len(judge.ends) == 2
+
+
+def test_the_harness_catches_a_writer_that_commits_first(tmp_path):
+    """A planted mistake: the manifest before the bank."""
+
+    def careless(root: Path) -> None:
+        with edit(root) as change:
+            bank = change.bundle.bank().copy()
+            bank[1] = 0
+            before = dict(change.bundle.manifest.files)
+            name = change.store("bank.safetensors", _bank_bytes(bank))
+            content = (root / name).read_bytes()
+            (root / name).unlink()
+            change.commit()
+            (root / name).write_bytes(content)
+            assert before
+
+    origin, _, judge = judged("branches", careless, tmp_path)
+    with pytest.raises(Exception, match="missing"):
+        judge.look_at_all(killed_at_every_call(careless, origin, tmp_path))
+
+
+def test_the_harness_catches_a_missing_fsync(tmp_path, monkeypatch):
+    """A planted mistake: the directory is not synced before the manifest is replaced."""
+    import hhdeploy.store
+
+    monkeypatch.setattr(hhdeploy.store, "sync_directory", lambda path: None)
+    name, write = WRITERS["add"]
+    origin, calls, judge = judged(name, write, tmp_path)
+    with pytest.raises(Exception, match="missing"):
+        judge.look_at_all(power_cuts(calls, origin, tmp_path))
+
+
+def _bank_bytes(bank: np.ndarray) -> bytes:
+    from hhdeploy.tensorfile import tensor_bytes
+
+    return tensor_bytes({"adapter_bank": bank})

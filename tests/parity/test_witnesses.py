@@ -1,0 +1,131 @@
+"""Bundles that earlier versions wrote are opened, verified, run, served and edited by this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hhdeploy.api import verify, verify_against_torch
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.errors import AdapterError
+from hhdeploy.runtime import open_session
+from hhdeploy.tensorfile import read_tensors
+from tests.runtime.serving.servers import running_server
+from tests.support import assert_caught, assert_parity
+from tests.workshop import contents, copy_bundle
+
+WITNESSES = Path(__file__).parents[1] / "witnesses"
+FORMATS = sorted(p.name for p in WITNESSES.iterdir() if (p / "branches").is_dir())
+NAMES = ("folded", "branches", "int8", "added")
+
+
+@pytest.fixture(params=FORMATS)
+def format_(request) -> Path:
+    """The directory of one format."""
+    return WITNESSES / request.param
+
+
+def logits(format_, name):
+    """Images, and what the version that wrote the bundle answered: PRECISION/ADAPTER -> logits."""
+    tensors, _ = read_tensors(format_ / f"{name}.safetensors", AssertionError)
+    return tensors.pop("images"), tensors
+
+
+def stage_of(name, precision):
+    if precision != "float32":
+        return "quantised", precision
+    return ("folded" if name == "folded" else "branches"), precision
+
+
+def test_there_are_witnesses():
+    assert FORMATS[0] == "v1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_and_answers_as_it_did(format_, name):
+    before = contents(format_ / name)
+    images, expected = logits(format_, name)
+    bundle = Bundle.open(format_ / name)
+    assert {key.partition("/")[0] for key in expected} == set(bundle.manifest.graphs)
+    for key, known in expected.items():
+        precision, _, adapter = key.partition("/")
+        with open_session(bundle.path, device="cpu", precision=precision, threads=1) as session:
+            found = session.run(images, None if name == "folded" else adapter)
+        assert_parity(known, found, *stage_of(name, precision))
+    assert contents(format_ / name) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_verified(format_, name):
+    report = verify(format_ / name)
+    assert report.passed, report.explain_failures()
+    verified = {a.name for a in Bundle.open(format_ / name).manifest.adapters if a.verified}
+    assert {stage.adapter for stage in report.stages} == verified
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_against_torch_it_is_verified_whole(format_, name, tmp_path):
+    path = copy_bundle(format_ / name, tmp_path / "bundle")
+    report = verify_against_torch(path, checkpoint=format_ / "backbone.safetensors")
+    assert report.passed, report.explain_failures()
+    assert all(a.verified for a in Bundle.open(path).manifest.adapters)
+    assert verify(path).passed
+
+
+@pytest.mark.parametrize("name", ["branches", "int8", "added"])
+def test_it_is_edited(format_, name, tmp_path):
+    path = copy_bundle(format_ / name, tmp_path / "bundle")
+    images, expected = logits(format_, name)
+    add_adapter(path, "guest", format_ / "rival")
+    remove_adapter(path, "gamma")
+    for precision in Bundle.open(path).manifest.graphs:
+        with open_session(path, device="cpu", precision=precision, threads=1) as session:
+            assert "gamma" not in session.adapters
+            alpha, guest = session.run(images, "alpha"), session.run(images, "guest")
+        assert_parity(expected[f"{precision}/alpha"], alpha, *stage_of(name, precision))
+        rival = logits(format_, "added")[1]["float32/rival"]
+        assert_parity(rival, guest, *stage_of(name, precision))
+        assert_caught(rival, alpha, *stage_of(name, precision))
+    assert verify(path).passed
+
+
+def test_what_is_no_adapter_of_it_is_refused_still(format_, tmp_path):
+    path = copy_bundle(format_ / "branches", tmp_path / "bundle")
+    before = contents(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterError):
+        add_adapter(path, "guest", tmp_path / "empty")
+    assert contents(path) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_served(format_, name, tmp_path):
+    images, expected = logits(format_, name)
+    path = copy_bundle(format_ / name, tmp_path / "bundle")
+    with running_server(path, tmp_path / "log", "--model-name", "old") as server:
+        for key, known in expected.items():
+            precision, _, adapter = key.partition("/")
+            if precision == "float32":
+                found = _ask(server, adapter, images)
+                own = known[:, : found.shape[1]]
+                assert_parity(own, found, *stage_of(name, precision))
+
+
+def _ask(server, adapter, images):
+    tensor = {
+        "name": "images",
+        "datatype": "FP32",
+        "shape": list(images.shape),
+        "data": images.ravel().tolist(),
+    }
+    body = {
+        "inputs": [tensor],
+        "outputs": [{"name": "logits"}],
+        "parameters": {"adapter": adapter},
+    }
+    status, content = server.json("POST", "/v2/models/old/infer", body)
+    assert status == 200, content
+    (output,) = content["outputs"]
+    return np.asarray(output["data"], np.float32).reshape(output["shape"])

@@ -1,0 +1,149 @@
+"""A server that watches a directory whose adapters are replaced by `adapter import --overwrite`.
+
+Every request must be answered, by the old or the new adapter of its name.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from hhdeploy.parity import bound, compare
+from tests.runtime.serving.servers import Server, running_server
+from tests.soak.bundle import SOURCES, WITNESS, known_logits
+from tests.soak.outcome import finish
+
+NAMES = ("one", "two", "three")
+
+
+def replace(folder: Path, until: float, told: Any) -> None:
+    """`adapter import --overwrite` of one and the other, name after name."""
+    import torch
+
+    from hhdeploy.adapter import load_adapter
+    from hhdeploy.cli.adapter_import import command
+
+    torch.set_num_threads(1)
+    done, wrong = 0, []
+    for source, directory in SOURCES.items():
+        adapter = load_adapter(directory)
+        assert adapter.head is not None
+        tensors = {f"{adapter.head.path}.weight": adapter.head.weight}
+        tensors[f"{adapter.head.path}.bias"] = adapter.head.bias
+        for site, found in adapter.sites.items():
+            for key in ("u", "v", "d", "lora_A", "lora_B"):
+                value = getattr(found, key)
+                if value is not None:
+                    tensors[f"{site}.{key}"] = value
+        torch.save({k: torch.from_numpy(v) for k, v in tensors.items()}, folder / f"{source}.pth")
+    args = load_adapter(SOURCES["rival"]).config.base_model_args
+    import json
+
+    options = [
+        "--model", "vit_tiny_patch16_224", "--model-args", json.dumps(dict(args)),
+        "--checkpoint", str(WITNESS / "backbone.safetensors"), "--overwrite",
+    ]  # fmt: skip
+    try:
+        while time.monotonic() < until or done < 2 * len(NAMES):
+            source = list(SOURCES)[done // len(NAMES) % 2]
+            out = folder / "fleet" / NAMES[done % len(NAMES)]
+            command.main([str(folder / f"{source}.pth"), str(out), *options], standalone_mode=False)
+            done += 1
+            told.put((done, []))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
+        wrong.append(f"import: {type(error).__name__}: {error}")
+    told.put((done, wrong))
+    told.put(None)
+
+
+def ask(server: Server, name: str, images: Any) -> tuple[int, Any]:
+    """Logits of one request."""
+    tensor = {
+        "name": "images",
+        "datatype": "FP32",
+        "shape": list(images.shape),
+        "data": images.ravel().tolist(),
+    }
+    body = {
+        "inputs": [tensor],
+        "outputs": [{"name": "logits"}],
+        "parameters": {"adapter": name},
+    }
+    status, content = server.json("POST", "/v2/models/soak/infer", body)
+    if status != 200:
+        return status, content
+    (output,) = content["outputs"]
+    return status, np.asarray(output["data"], np.float32).reshape(output["shape"])
+
+
+def soak(folder: Path, seconds: float) -> dict[str, Any]:
+    """A server, who replaces, and who asks."""
+    from hhdeploy.files import copy_directory
+
+    images, known = known_logits()
+    images = images[:1]
+    for name in NAMES:
+        copy_directory(SOURCES["rival"], folder / "fleet" / name)
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    options = ("--adapters-dir", folder / "fleet", "--watch-seconds", "0.1", "--model-name", "soak")
+    asked, imports, ended = 0, 0, False
+    answers: dict[str, int] = dict.fromkeys(SOURCES, 0)
+    wrong: list[str] = []
+    with running_server(WITNESS / "branches", folder / "log", *options) as server:
+        job = context.Process(
+            target=replace, args=(folder, time.monotonic() + seconds, told), daemon=True
+        )
+        job.start()
+        while not ended:
+            name = NAMES[asked % len(NAMES)]
+            status, found = ask(server, name, images)
+            asked += 1
+            if status != 200:
+                wrong.append(f"{name}: HTTP {status}: {found}")
+                continue
+            is_of = [s for s in SOURCES if _is(known[s][:1, : found.shape[1]], found)]
+            if is_of:
+                answers[is_of[0]] += 1
+            else:
+                wrong.append(f"{name} answered as neither the old nor the new adapter")
+            while not told.empty():
+                event = told.get()
+                if event is None:
+                    ended = True
+                else:
+                    imports, failed = event
+                    wrong += failed
+        job.join(60)
+    left = sorted(p.name for p in (folder / "fleet").iterdir() if p.name not in NAMES)
+    return {
+        "seconds": seconds,
+        "requests": asked,
+        "imports": imports,
+        "answers": answers,
+        "wrong": [*wrong, *(f"{name} is left" for name in left)],
+    }
+
+
+def _is(known: Any, found: Any) -> bool:
+    return not compare(known, found).failures(bound("branches", "float32"))
+
+
+@click.command(help=__doc__)
+@click.option("--seconds", default=120.0, show_default=True)
+def main(seconds: float) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory(prefix="hhdeploy-soak-") as folder:
+        finish(soak(Path(folder), seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Bundles as released formats wrote them, kept for ever: every later version must open them."""
