@@ -26,6 +26,7 @@ from hhdeploy.directories import atomic_directory
 from hhdeploy.engines import engines_of
 from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError, require
 from hhdeploy.files import json_bytes, sha256_of, write_json
+from hhdeploy.overflow import find_overflow
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
 from hhdeploy.scratch import scratch_directory
@@ -95,7 +96,8 @@ def export(
         reserve: room for adapters that come later (side branches).
         bank_as_constant: bake the bank into the graph.
         precisions: further graphs to write, e.g. ``["float16"]``.
-        verify: compare with the training-time model; a failure leaves no bundle.
+        verify: compare with the training-time model; a failure leaves no bundle, but where a
+            typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
@@ -106,7 +108,8 @@ def export(
 
     Raises:
         AdapterError, BackboneError, PlanError, WriteError: see their docstrings.
-        ParityError: outputs differ from the training-time model by more than the table allows.
+        ParityError: outputs differ from the training-time model by more than the table allows,
+            or a graph overflows and was left out.
     """
     for package in ("onnx", "onnx_ir"):
         require(package, "export", "exporting")
@@ -141,12 +144,16 @@ def export(
         reference = _reference_of(backbone, contents, data, progress) if verify else None
         progress("writing graphs")
         manifest = write_bundle(scratch, contents, precisions, reference)
-        report = None
+        report = found = None
         if verify:
             del contents, base, backbone, reference  # a session needs the memory more
             progress("verifying against the training-time model")
-            report = _verified(Bundle(scratch, manifest), data)
-            manifest = _store_report(Bundle(scratch, manifest), report)
+            found = _verified(Bundle(scratch, manifest), data)
+            report = found.without(found.overflowed)
+            kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
+            manifest = _store_report(kept, report)
+    if found is not None and found.overflowed:
+        raise _overflow_error(Path(out), found)
     return ExportResult(Path(out), manifest, report)
 
 
@@ -355,16 +362,38 @@ def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
     from hhdeploy.reference import Reference
 
     report = verify_graphs(bundle, "cpu", None, Reference(*bundle.reference()), data)
-    if not report.passed:
+    if not report.without(report.overflowed).passed:
         raise parity_error(report)
     return report
 
 
+def _without_graphs(bundle: Bundle, precisions: Sequence[str]) -> Bundle:
+    """A new bundle, some graphs of it deleted."""
+    manifest = bundle.manifest
+    gone = {f for p in precisions for f in (manifest.graphs[p], f"{manifest.graphs[p]}.data")}
+    for name in gone:
+        (bundle.path / name).unlink(missing_ok=True)
+    graphs = {p: name for p, name in manifest.graphs.items() if p not in precisions}
+    files = {name: digest for name, digest in manifest.files.items() if name not in gone}
+    return Bundle(bundle.path, replace(manifest, graphs=graphs, files=files))
+
+
+def _overflow_error(out: Path, report: ParityReport) -> ParityError:
+    kept = ", ".join(dict.fromkeys(s.precision for s in report.without(report.overflowed).stages))
+    return ParityError(
+        f"{' and '.join(report.overflowed)} cannot hold the values of this model:\n"
+        f"{report.explain_failures()}\n{out} was written without it and is good: it has {kept}, "
+        "verified."
+    )
+
+
 def parity_error(report: ParityReport) -> ParityError:
+    """What failed, in words; a type's overflow is no fault to report."""
+    known = all(s.overflow for s in report.stages if s.failures)
     return ParityError(
         "the outputs differ from the training-time model by more than the parity table allows:\n"
-        f"{report.explain_failures()}\nNo bundle was written or changed. Please report this with "
-        "the model's name."
+        f"{report.explain_failures()}\nNo bundle was written or changed."
+        f"{'' if known else ' Please report this with the name of the model.'}"
     )
 
 
@@ -398,9 +427,13 @@ def verify_graphs(
             found, runtime = _logits(
                 twin or bundle, really, "float32" if twin else precision, images, ids, names
             )
-        for name, row in names.items():
-            comparison = compare(logits[ids == row], found[ids == row])
-            stages.append(StageResult.of(stage, precision, runtime, name, comparison))
+            for name, row in names.items():
+                own = ids == row
+                comparison = compare(logits[own], found[own])
+                overflow = ""
+                if twin is not None and not np.isfinite(comparison.max_abs):
+                    overflow = find_overflow(twin, precision, images[own], ids[own])
+                stages.append(StageResult.of(stage, precision, runtime, name, comparison, overflow))
     described = data.to_json() if data is not None else bundle.parity()["data"]
     return ParityReport(described, stages)
 

@@ -8,7 +8,7 @@ swapped sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -274,6 +274,8 @@ class StageResult:
         adapter: whose images.
         comparison: the figures.
         failures: what is outside the bound.
+        overflow: where a typed graph's values left the range of its type, and what to do; empty
+            if they did not.
     """
 
     stage: str
@@ -282,14 +284,21 @@ class StageResult:
     adapter: str
     comparison: Comparison
     failures: tuple[str, ...]
+    overflow: str = ""
 
     @classmethod
     def of(
-        cls, stage: str, precision: str, runtime: str, adapter: str, comparison: Comparison
+        cls,
+        stage: str,
+        precision: str,
+        runtime: str,
+        adapter: str,
+        comparison: Comparison,
+        overflow: str = "",
     ) -> StageResult:
         """Judge a comparison by the table."""
         failures = tuple(comparison.failures(bound(stage, precision)))
-        return cls(stage, precision, runtime, adapter, comparison, failures)
+        return cls(stage, precision, runtime, adapter, comparison, failures, overflow)
 
     def to_json(self) -> dict[str, Any]:
         """The line in parity.json."""
@@ -306,6 +315,7 @@ class StageResult:
                 "top1": limits.top1,
             },
             "passed": not self.failures,
+            **({"overflow": self.overflow} if self.overflow else {}),
         }
 
 
@@ -320,6 +330,19 @@ class ParityReport:
 
     data: Mapping[str, Any]
     stages: Sequence[StageResult]
+
+    @property
+    def overflowed(self) -> tuple[str, ...]:
+        """Precisions that cannot hold the model's values: what failed in them has no other
+        cause."""
+        failed = [s for s in self.stages if s.failures]
+        other = {s.precision for s in failed if not s.overflow}
+        return tuple(dict.fromkeys(s.precision for s in failed if s.precision not in other))
+
+    def without(self, precisions: Collection[str]) -> ParityReport:
+        """The report of the other graphs."""
+        stages = [s for s in self.stages if s.precision not in precisions]
+        return ParityReport(self.data, stages)
 
     @property
     def passed(self) -> bool:
@@ -339,7 +362,8 @@ class ParityReport:
     def explain_failures(self) -> str:
         """One line a failed stage, for an error message."""
         return "\n".join(
-            f"  {s.stage} {s.precision} ({s.runtime}), adapter {s.adapter}: {'; '.join(s.failures)}"
+            f"  {s.stage} {s.precision} ({s.runtime}), adapter {s.adapter}: "
+            f"{s.overflow or '; '.join(s.failures)}"
             for s in self.stages
             if s.failures
         )

@@ -86,6 +86,8 @@ def command(
         ui.print_json(report.to_json())
     else:
         ui.console().print(ui.parity_table(report))
+        for overflow in dict.fromkeys(s.overflow for s in report.stages if s.overflow):
+            ui.console().print(overflow, style="red", markup=False, soft_wrap=True)
         for name in _unverified(bundle):
             ui.console().print(
                 f"[yellow]{name}[/] was added later and is not in the reference: run "

@@ -101,7 +101,7 @@ INPUT = [
     (f"{EXPORT} --checkpoint nowhere", "nowhere"),
     ("adapter import nowhere out --model vit_tiny_patch16_224", "nowhere does not exist"),
     ("adapter inspect nowhere", "nowhere is not a directory"),
-    ("adapter add nowhere a=nowhere", "nowhere is not a bundle"),
+    ("adapter add nowhere a=nowhere", "nowhere is not a directory"),
     ("adapter remove nowhere a", "nowhere is not a bundle"),
     ("adapter list nowhere", "nowhere is not a bundle"),
     (TRAIN, "nowhere"),
