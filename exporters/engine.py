@@ -74,11 +74,13 @@ def check_options(options: EngineOptions, *, row: int | None, precision: str) ->
             architecture that cannot compute the precision.
         PlanError: more slots than a tensor can hold.
     """
-    for flag, given in (("batch", options.batch), ("slots", options.slots)):
+    for flags, given in (
+        ("--min-batch, --opt-batch, --max-batch", options.batch),
+        ("slots of the bank", options.slots),
+    ):
         if given is not None and not 1 <= given[0] <= given[1] <= given[2]:
             raise OptionError(
-                f"--min-{flag}, --opt-{flag}, --max-{flag}: expected 1 <= min <= opt <= max, "
-                f"found {', '.join(map(str, given))}."
+                f"{flags}: expected 1 <= min <= opt <= max, found {', '.join(map(str, given))}."
             )
     if options.slots is not None and row is not None and options.slots[2] * row > ELEMENT_LIMIT:
         raise PlanError(

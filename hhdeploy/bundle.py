@@ -528,8 +528,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
         )
     if manifest.bank_as_constant:
         raise PlanError(
-            "this bundle has its bank baked into the graph (--bank-as-constant): adapters cannot "
-            "be added or removed. Export without that flag."
+            "this bundle has its bank baked into the graph: adapters cannot be added or removed. "
+            "Export without --bank-as-constant."
         )
     check_name(name)
     check_base(name, adapter, manifest.backbone["model"], manifest.backbone["sha256"])

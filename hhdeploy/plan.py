@@ -193,8 +193,8 @@ def check_base(name: str, adapter: Adapter, model: str, sha256: str) -> None:
     if config.base_sha256 is not None and config.base_sha256 != sha256:
         raise AdapterError(
             f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
-            f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Pass the "
-            "checkpoint it was trained on with --checkpoint."
+            f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Use the checkpoint "
+            "that it was trained on, also for the bundle: export with --checkpoint."
         )
 
 

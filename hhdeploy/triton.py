@@ -255,7 +255,7 @@ def _unfit(bundle: Bundle, entry: EngineEntry, gpu_arch: str | None) -> str | No
     if entry.batch[0] != 1:
         return (
             f"takes {entry.batch[0]} images at least, and Triton also runs single requests "
-            "(--min-batch 1)"
+            "(build with --min-batch 1)"
         )
     if gpu_arch is not None and entry.architectures and gpu_arch not in entry.architectures:
         return f"built for {', '.join(entry.architectures)}, not for {gpu_arch}"
