@@ -7,6 +7,7 @@ import io
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.answers import softmax
 from hhdeploy.calibration.accuracy import Logits
 from hhdeploy.calibration.exam import Exam, Question
 from hhdeploy.calibration.feeds import Feeder
@@ -28,7 +29,7 @@ def changed_images(
         found: of the quantised graph.
         count: at most this many; images whose answer did not get less probable never come.
     """
-    before, after = _probabilities(reference), _probabilities(found)
+    before, after = softmax(reference), softmax(found)
     answer, other = np.argmax(before, axis=1), np.argmax(after, axis=1)
     rows = np.arange(len(answer))
     fall = before[rows, answer] - after[rows, answer]
@@ -78,11 +79,3 @@ def png_of(image: NDArray[np.float32], preprocess: Preprocess) -> bytes:
     with io.BytesIO() as file:
         picture.save(file, "PNG", optimize=True)
         return file.getvalue()
-
-
-def _probabilities(logits: Logits) -> NDArray[np.float64]:
-    """Softmax of every row; -inf columns get 0."""
-    shifted = logits.astype(np.float64) - np.max(logits, axis=1, keepdims=True)
-    shares: NDArray[np.float64] = np.exp(shifted)
-    shares /= shares.sum(axis=1, keepdims=True)
-    return shares

@@ -28,18 +28,26 @@ class Format:
     Attributes:
         dtype: of the quantised values.
         largest: the largest magnitude that is used.
+        step: from it to the value below.
         activations: False: only the weights are stored low.
     """
 
     dtype: ir.DataType
     largest: float
+    step: float
     activations: bool = True
+
+    @property
+    def reach(self) -> float:
+        """What is rounded to the largest magnitude, as a multiple of it; more is clipped."""
+        return (self.largest + self.step / 2) / self.largest
 
 
 FORMATS: Final[Mapping[str, Format]] = {
-    "int8": Format(ir.DataType.INT8, 127.0),
-    "fp8": Format(ir.DataType.FLOAT8E4M3FN, 448.0),
-    "int8-weights": Format(ir.DataType.INT8, 127.0, activations=False),
+    "int8": Format(ir.DataType.INT8, 127.0, 1.0),
+    # 1.75 x 2^8; three bits of mantissa are steps of 32 from 256 on.
+    "fp8": Format(ir.DataType.FLOAT8E4M3FN, 448.0, 32.0),
+    "int8-weights": Format(ir.DataType.INT8, 127.0, 1.0, activations=False),
 }
 
 

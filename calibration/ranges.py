@@ -15,11 +15,9 @@ import numpy as np
 
 from hhdeploy.calibration.feeds import Feed
 from hhdeploy.calibration.probe import Probe
+from hhdeploy.calibration.qdq import Format
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.sites import Site
-
-# Values up to half a step past the largest code are rounded to it, not clipped.
-_HALF_STEP = 127.5 / 127
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class RangeExcess:
         calibrated: the range's largest magnitude (after smoothing).
         found: the largest magnitude met.
         ratio: found / calibrated.
-        clipped: share of the values that INT8 clips.
+        clipped: share of the values that are clipped.
     """
 
     site: str
@@ -50,8 +48,9 @@ def range_excess(
     sites: Mapping[str, Site],
     scales: Mapping[str, SiteScale],
     feeds: Iterable[Feed],
+    form: Format,
     *,
-    tolerance: float = 1.0,
+    tolerance: float | None = None,
 ) -> list[RangeExcess]:
     """Run the float32 graph and list the sites whose inputs leave their range, worst first.
 
@@ -60,8 +59,11 @@ def range_excess(
         sites: of that graph.
         scales: the calibration's.
         feeds: images of the adapter in question (see `CalibrationData`).
-        tolerance: list a site only if found / calibrated is more than this.
+        form: what the inputs are rounded to, one of `FORMATS`.
+        tolerance: list a site only if found / calibrated is more than this; None: what `form`
+            still rounds to its largest magnitude.
     """
+    tolerance = form.reach if tolerance is None else tolerance
     sites = {name: sites[name] for name in scales}
     largest = dict.fromkeys(sites, 0.0)
     outside = dict.fromkeys(sites, 0)
@@ -71,7 +73,7 @@ def range_excess(
             scale = scales[name]
             magnitude = np.abs(x if scale.smooth is None else x * scale.smooth)
             largest[name] = max(largest[name], float(magnitude.max()))
-            outside[name] += int(np.count_nonzero(magnitude > scale.absmax * _HALF_STEP))
+            outside[name] += int(np.count_nonzero(magnitude > scale.absmax * form.reach))
             seen[name] += magnitude.size
     found = [
         RangeExcess(

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.calibration.feeds import Feed
-from hhdeploy.calibration.probe import Probe, cpu_session
+from hhdeploy.calibration.probe import CpuSession, Probe
 from hhdeploy.calibration.qdq import Format, low_values, quantised_model, quantised_weight
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.sites import Site
@@ -77,7 +77,7 @@ def logits_sqnr(
 
     def logits(kept: frozenset[str]) -> NDArray[np.float32]:
         graph = quantised_model(model, scales, form, classifier, kept)
-        session = cpu_session(ir.to_proto(graph).SerializeToString(), graph_path)
+        session = CpuSession(ir.to_proto(graph).SerializeToString(), graph_path)
         return np.concatenate([session.run(["logits"], feed)[0] for feed in feeds])
 
     reference = logits(everything)

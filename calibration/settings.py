@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from hhdeploy.errors import PlanError
+from hhdeploy.errors import OptionError, PlanError
 
 PRECISIONS: Final = ("int8", "fp8", "int8-weights")
 
@@ -39,15 +39,15 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise PlanError(
+            raise OptionError(
                 f"precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}."
             )
         if self.preset not in PRESETS:
-            raise PlanError(f"preset {self.preset!r}: expected one of {', '.join(PRESETS)}.")
+            raise OptionError(f"preset {self.preset!r}: expected one of {', '.join(PRESETS)}.")
         if self.images < 1:
-            raise PlanError(f"images: expected 1 or more, found {self.images}.")
+            raise OptionError(f"images: expected 1 or more, found {self.images}.")
         if self.smooth_quant is not None and not 0.0 <= self.smooth_quant <= 1.0:
-            raise PlanError(
+            raise OptionError(
                 f"smooth_quant: expected a number from 0 to 1, or None, found {self.smooth_quant}."
             )
 

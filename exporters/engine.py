@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from hhdeploy.engines import Range
-from hhdeploy.errors import EngineError, PlanError
+from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
 from hhdeploy.trt import Log, import_tensorrt
 
@@ -70,14 +70,17 @@ def check_options(options: EngineOptions, *, row: int | None, precision: str) ->
         precision: of the graph.
 
     Raises:
-        PlanError: ranges out of order, a flag that the backend ignores or lacks, an
-            architecture that cannot compute the precision, more slots than a tensor can hold.
+        OptionError: ranges out of order, a flag that the backend ignores or lacks, an
+            architecture that cannot compute the precision.
+        PlanError: more slots than a tensor can hold.
     """
-    for flag, given in (("batch", options.batch), ("slots", options.slots)):
+    for flags, given in (
+        ("--min-batch, --opt-batch, --max-batch", options.batch),
+        ("slots of the bank", options.slots),
+    ):
         if given is not None and not 1 <= given[0] <= given[1] <= given[2]:
-            raise PlanError(
-                f"--min-{flag}, --opt-{flag}, --max-{flag}: expected 1 <= min <= opt <= max, "
-                f"found {', '.join(map(str, given))}."
+            raise OptionError(
+                f"{flags}: expected 1 <= min <= opt <= max, found {', '.join(map(str, given))}."
             )
     if options.slots is not None and row is not None and options.slots[2] * row > ELEMENT_LIMIT:
         raise PlanError(
@@ -86,9 +89,9 @@ def check_options(options: EngineOptions, *, row: int | None, precision: str) ->
             f"--max-slots {ELEMENT_LIMIT // row} or fewer."
         )
     if options.tf32 and precision != "float32":
-        raise PlanError(f"--tf32 is for float32 graphs; a {precision} graph says its precisions.")
+        raise OptionError(f"--tf32 is for float32 graphs; a {precision} graph says its precisions.")
     if options.backend == "tensorrt" and options.architectures:
-        raise PlanError(
+        raise OptionError(
             "--gpu-arch: TensorRT builds for the GPU of the machine that it runs on. Build there; "
             "or use --hardware-compatible, or --backend tensorrt-rtx."
         )
@@ -110,12 +113,12 @@ def check_options(options: EngineOptions, *, row: int | None, precision: str) ->
         }
         for name, (given_flag, why) in lacking.items():
             if given_flag:
-                raise PlanError(f"{name} has no effect in TensorRT-RTX: {why}. Leave it out.")
+                raise OptionError(f"{name} has no effect in TensorRT-RTX: {why}. Leave it out.")
     if precision == "fp8":
         old = [a for a in options.architectures if _number(a) < _OLDEST_FP8]
         if old or (options.backend == "tensorrt-rtx" and not options.architectures):
             found = ", ".join(old) or "a portable engine, which has to run on sm80 too"
-            raise PlanError(
+            raise OptionError(
                 f"FP8 needs sm{_OLDEST_FP8} (Ada) or newer, found {found}. Pass --gpu-arch sm89 "
                 "or newer, or build --precision int8."
             )

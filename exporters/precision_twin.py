@@ -31,7 +31,7 @@ _NUMPY: dict[ir.DataType, np.dtype[np.generic]] = {
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
 # The largest finite values.
-_LIMIT = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: (2 - 2**-7) * 2.0**127}
+LIMIT = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: (2 - 2**-7) * 2.0**127}
 
 
 @dataclass(frozen=True)
@@ -218,14 +218,14 @@ def low_array(value: ir.Value, placement: Placement) -> NDArray[np.generic]:
         other = "bfloat16" if dtype == np.float16 else "float32"
         raise PlanError(
             f"{value.name}: its largest value, {worst:.6g}, does not fit {placement.name} (largest "
-            f"finite value {_LIMIT[placement.dtype]:.6g}). Use {other}, which has the range."
+            f"finite value {LIMIT[placement.dtype]:.6g}). Use {other}, which has the range."
         )
     return _clamped(exact, placement.dtype)
 
 
 def _clamped(exact: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.generic]:
     """Rounded; finite values stay finite, infinities and NaN stay what they are."""
-    limit = np.float32(_LIMIT[dtype])
+    limit = np.float32(LIMIT[dtype])
     return np.where(np.isfinite(exact), exact.clip(-limit, limit), exact).astype(_NUMPY[dtype])
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hhdeploy.bundle import AdapterEntry, Manifest
-from hhdeploy.errors import PlanError
+from hhdeploy.errors import OptionError
 from hhdeploy.plan import BACKBONE
 
 Backend = Literal["onnxruntime", "tensorrt"]
@@ -47,9 +47,9 @@ class Serving:
 
 
 def check_model_name(name: str) -> str:
-    """A model's name, a directory's and part of an address. Raises `PlanError`."""
+    """A model's name, a directory's and part of an address. Raises `OptionError`."""
     if not _MODEL_NAME.fullmatch(name):
-        raise PlanError(
+        raise OptionError(
             f"Triton model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
             "128, first a letter or digit). Give one with --name."
         )
@@ -57,7 +57,7 @@ def check_model_name(name: str) -> str:
 
 
 def check_serving(serving: Serving) -> None:
-    """Raises `PlanError` naming the option that is out of range."""
+    """Raises `OptionError` naming the option that is out of range."""
     least = {
         "--max-batch": (serving.max_batch, 1),
         "--max-queue-delay-us": (serving.max_queue_delay_us, 0),
@@ -65,10 +65,10 @@ def check_serving(serving: Serving) -> None:
     }
     for option, (found, minimum) in least.items():
         if found < minimum:
-            raise PlanError(f"{option} {found}: expected {minimum} or more.")
+            raise OptionError(f"{option} {found}: expected {minimum} or more.")
     for size in serving.preferred_batch:
         if not 1 <= size <= serving.max_batch:
-            raise PlanError(
+            raise OptionError(
                 f"--preferred-batch {size}: expected 1 to --max-batch, which is "
                 f"{serving.max_batch}."
             )

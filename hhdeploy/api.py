@@ -24,9 +24,10 @@ from hhdeploy.bundle import (
 )
 from hhdeploy.directories import atomic_directory
 from hhdeploy.engines import engines_of
-from hhdeploy.errors import BundleError, ParityError, PlanError, require
+from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError, require
 from hhdeploy.files import json_bytes, sha256_of, write_json
-from hhdeploy.parity import ParityReport, StageResult, compare
+from hhdeploy.overflow import find_overflow
+from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
 from hhdeploy.scratch import scratch_directory
 from hhdeploy.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
@@ -95,7 +96,8 @@ def export(
         reserve: room for adapters that come later (side branches).
         bank_as_constant: bake the bank into the graph.
         precisions: further graphs to write, e.g. ``["float16"]``.
-        verify: compare with the training-time model; a failure leaves no bundle.
+        verify: compare with the training-time model; a failure leaves no bundle, but where a
+            typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
@@ -106,7 +108,8 @@ def export(
 
     Raises:
         AdapterError, BackboneError, PlanError, WriteError: see their docstrings.
-        ParityError: outputs differ from the training-time model by more than the table allows.
+        ParityError: outputs differ from the training-time model by more than the table allows,
+            or a graph overflows and was left out.
     """
     for package in ("onnx", "onnx_ir"):
         require(package, "export", "exporting")
@@ -116,6 +119,8 @@ def export(
     from hhdeploy.reference import VerifyData
 
     _check_precisions(precisions)
+    if fold:
+        _check_fold(len(adapters), reserve, bank_as_constant)
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
     with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
@@ -139,12 +144,16 @@ def export(
         reference = _reference_of(backbone, contents, data, progress) if verify else None
         progress("writing graphs")
         manifest = write_bundle(scratch, contents, precisions, reference)
-        report = None
+        report = found = None
         if verify:
             del contents, base, backbone, reference  # a session needs the memory more
             progress("verifying against the training-time model")
-            report = _verified(Bundle(scratch, manifest), data)
-            manifest = _store_report(Bundle(scratch, manifest), report)
+            found = _verified(Bundle(scratch, manifest), data)
+            report = found.without(found.overflowed)
+            kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
+            manifest = _store_report(kept, report)
+    if found is not None and found.overflowed:
+        raise _overflow_error(Path(out), found)
     return ExportResult(Path(out), manifest, report)
 
 
@@ -157,7 +166,7 @@ def verify(
 
     Args:
         path: the bundle.
-        device: see ``open_session``.
+        device: see ``open_session``; ``auto`` is judged by what it means here.
         precisions: graphs to check, None: all. One that is not float32 is checked through its
             rounding twin, which needs the ``export`` extra (onnx_ir), not torch.
 
@@ -189,13 +198,16 @@ def verify_against_torch(
     verify_data: str | Path | None = None,
     verify_images: int = 4,
     device: str = "cpu",
+    precisions: Sequence[str] | None = None,
     lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
 ) -> ParityReport:
     """Recompute the reference with torch, adapters added later included, and verify.
 
     On success the bundle gets the new reference and report, and all its adapters count as
-    verified but those that others added or replaced meanwhile; on failure it stays as it was.
+    verified but those that others added or replaced meanwhile; on failure it stays as it was. So
+    it does where ``precisions`` (graphs to check, None: all) leaves out float32: the other graphs'
+    bounds are too wide to vouch for an adapter.
 
     Raises:
         BackboneError: the weights are not the ones that the bundle was exported from.
@@ -226,9 +238,11 @@ def verify_against_torch(
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = _rows(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
-    report = verify_graphs(bundle, device, None, reference, data)
+    report = verify_graphs(bundle, device, precisions, reference, data)
     if not report.passed:
         raise parity_error(report)
+    if precisions is not None and "float32" not in precisions:
+        return report
     basis = Basis.of(bundle.manifest)
     with edit(path, basis, lock_timeout=lock_timeout, progress=progress) as change:
         _store_verification(change, basis, reference, report)
@@ -283,10 +297,20 @@ def _check_precisions(precisions: Sequence[str]) -> None:
 
     for precision in precisions:
         if precision not in PRECISIONS:
-            raise PlanError(
+            raise OptionError(
                 f"--precision {precision}: expected one of {', '.join(PRECISIONS)}. (float32 is "
                 "always written; int8 comes from calibration data: hhdeploy calibrate.)"
             )
+
+
+def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
+    if adapters != 1:
+        raise OptionError(f"--fold takes exactly one adapter, found {adapters}.")
+    if reserve != Reserve() or bank_as_constant:
+        raise OptionError(
+            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
+            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
+        )
 
 
 def _contents(
@@ -303,13 +327,6 @@ def _contents(
         plan = plan_branches(base.facts, adapters, reserve)
         return branches_contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
-        )
-    if len(adapters) != 1:
-        raise PlanError(f"--fold takes exactly one adapter, found {len(adapters)}.")
-    if reserve != Reserve() or bank_as_constant:
-        raise PlanError(
-            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
-            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
         )
     ((name, adapter),) = adapters.items()
     check_adapter(name, adapter, base.facts)
@@ -345,16 +362,38 @@ def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
     from hhdeploy.reference import Reference
 
     report = verify_graphs(bundle, "cpu", None, Reference(*bundle.reference()), data)
-    if not report.passed:
+    if not report.without(report.overflowed).passed:
         raise parity_error(report)
     return report
 
 
+def _without_graphs(bundle: Bundle, precisions: Sequence[str]) -> Bundle:
+    """A new bundle, some graphs of it deleted."""
+    manifest = bundle.manifest
+    gone = {f for p in precisions for f in (manifest.graphs[p], f"{manifest.graphs[p]}.data")}
+    for name in gone:
+        (bundle.path / name).unlink(missing_ok=True)
+    graphs = {p: name for p, name in manifest.graphs.items() if p not in precisions}
+    files = {name: digest for name, digest in manifest.files.items() if name not in gone}
+    return Bundle(bundle.path, replace(manifest, graphs=graphs, files=files))
+
+
+def _overflow_error(out: Path, report: ParityReport) -> ParityError:
+    kept = ", ".join(dict.fromkeys(s.precision for s in report.without(report.overflowed).stages))
+    return ParityError(
+        f"{' and '.join(report.overflowed)} cannot hold the values of this model:\n"
+        f"{report.explain_failures()}\n{out} was written without it and is good: it has {kept}, "
+        "verified."
+    )
+
+
 def parity_error(report: ParityReport) -> ParityError:
+    """What failed, in words; a type's overflow is no fault to report."""
+    known = all(s.overflow for s in report.stages if s.failures)
     return ParityError(
         "the outputs differ from the training-time model by more than the parity table allows:\n"
-        f"{report.explain_failures()}\nNo bundle was written or changed. Please report this with "
-        "the model's name."
+        f"{report.explain_failures()}\nNo bundle was written or changed."
+        f"{'' if known else ' Please report this with the name of the model.'}"
     )
 
 
@@ -381,15 +420,20 @@ def verify_graphs(
         )
     stages: list[StageResult] = []
     for precision in precisions or _default_precisions(bundle, device):
-        stage = _stage(bundle.manifest, device, precision)
+        really = _really(bundle.manifest, device, precision)
+        stage = stage_of(bundle.manifest.kind, really, precision)
         with scratch_directory(None, "twin") as scratch:
             twin = _twin(bundle, precision, scratch) if stage == "twin" else None
             found, runtime = _logits(
-                twin or bundle, device, "float32" if twin else precision, images, ids, names
+                twin or bundle, really, "float32" if twin else precision, images, ids, names
             )
-        for name, row in names.items():
-            comparison = compare(logits[ids == row], found[ids == row])
-            stages.append(StageResult.of(stage, precision, runtime, name, comparison))
+            for name, row in names.items():
+                own = ids == row
+                comparison = compare(logits[own], found[own])
+                overflow = ""
+                if twin is not None and not np.isfinite(comparison.max_abs):
+                    overflow = find_overflow(twin, precision, images[own], ids[own])
+                stages.append(StageResult.of(stage, precision, runtime, name, comparison, overflow))
     described = data.to_json() if data is not None else bundle.parity()["data"]
     return ParityReport(described, stages)
 
@@ -410,16 +454,17 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
     return graphs
 
 
-def _stage(manifest: Manifest, device: str, precision: str) -> str:
-    """Key of the parity table. What a GPU computes is compared as it is; a CPU computes typed
-    graphs in float32, so it shows their rounding twin. OpenVINO's bfloat16 is its own."""
-    if device not in ("auto", "cpu", "openvino"):
-        return "engine"
-    if device == "openvino" and precision in ("float32", "bfloat16"):
-        return "openvino"
-    if precision == "float32":
-        return manifest.kind
-    return "twin" if precision in _UNCALIBRATED else "quantised"
+def _really(manifest: Manifest, device: str, precision: str) -> str:
+    """What ``auto`` means here for a precision; another device is what it says."""
+    if device != "auto":
+        return device
+    from hhdeploy.runtime.backends import find_target
+    from hhdeploy.runtime.openvino_backend import computes_bfloat16
+
+    found = find_target(manifest, device, precision).device
+    if found == "openvino" and precision == "bfloat16" and not computes_bfloat16():
+        return "cpu"  # no session computes it here; its graph is shown by its rounding twin
+    return found
 
 
 def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:

@@ -177,7 +177,7 @@ def _load_strictly(
         ]
         raise BackboneError(
             f"--checkpoint {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
-            f"keys {'; '.join(problems)}. Check --model and --model-args."
+            f"keys {'; '.join(problems)}. Is it this model's, with these arguments?"
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from hhdeploy.api import Progress
 from hhdeploy.bundle import BANK_FILE, Bundle, name_with_digits, plain_name
 from hhdeploy.engines import EngineEntry, Range, engine_name, stale
-from hhdeploy.errors import ConflictError, PlanError, require
+from hhdeploy.errors import ConflictError, OptionError, PlanError, require
 from hhdeploy.exporters.engine import (
     ELEMENT_LIMIT,
     EngineOptions,
@@ -79,11 +79,13 @@ def build(
         BundleError, WriteError: see their docstrings; the bundle is unchanged then.
     """
     options = options or BuildOptions()
+    flags = _flags(backend, options)
+    check_options(flags, row=None, precision=precision)  # what no bundle could make right
     import_tensorrt(backend)  # before anything slow
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     baked_in = manifest.bank_as_constant or options.bank_as_constant
-    engine_options = _engine_options(bundle, backend, options)
+    engine_options = replace(flags, slots=_slots(bundle, options))
     row = manifest.layout.size if manifest.layout is not None else None
     check_options(engine_options, row=row, precision=precision)
     if precision not in manifest.graphs:
@@ -130,9 +132,27 @@ def build(
     return entry
 
 
-def _engine_options(bundle: Bundle, backend: str, options: BuildOptions) -> EngineOptions:
+def _flags(backend: str, options: BuildOptions) -> EngineOptions:
+    """All that the bundle has no part in: without the rows of its bank."""
+    if options.bank_as_constant and options.max_slots is not None:
+        raise OptionError(
+            "--max-slots does not go with --bank-as-constant: the engine has no bank input then."
+        )
+    return EngineOptions(
+        backend,
+        options.batch,
+        None,
+        options.architectures,
+        options.hardware_compatible,
+        options.optimization_level,
+        options.workspace_mib,
+        options.tf32,
+    )
+
+
+def _slots(bundle: Bundle, options: BuildOptions) -> Range | None:
+    """Rows of the engine's bank; None without one."""
     manifest = bundle.manifest
-    slots: Range | None = None
     if options.bank_as_constant and manifest.layout is None:
         raise PlanError("--bank-as-constant: a folded bundle has no bank. Leave it out.")
     if manifest.layout is None or manifest.bank_as_constant or options.bank_as_constant:
@@ -141,26 +161,16 @@ def _engine_options(bundle: Bundle, backend: str, options: BuildOptions) -> Engi
                 "--max-slots: this engine has no bank input (a folded graph, or a bank baked "
                 "in). Leave it out."
             )
-    else:
-        rows = len(bundle.bank())
-        most = options.max_slots or max(
-            rows, min(_DEFAULT_MAX_SLOTS, ELEMENT_LIMIT // manifest.layout.size)
-        )
-        if most < rows:
-            raise PlanError(
-                f"--max-slots {most}: the bundle's bank has {rows} rows. Use {rows} or more."
-            )
-        slots = (1, rows, most)
-    return EngineOptions(
-        backend,
-        options.batch,
-        slots,
-        options.architectures,
-        options.hardware_compatible,
-        options.optimization_level,
-        options.workspace_mib,
-        options.tf32,
+        return None
+    rows = len(bundle.bank())
+    most = options.max_slots or max(
+        rows, min(_DEFAULT_MAX_SLOTS, ELEMENT_LIMIT // manifest.layout.size)
     )
+    if most < rows:
+        raise PlanError(
+            f"--max-slots {most}: the bundle's bank has {rows} rows. Use {rows} or more."
+        )
+    return 1, rows, most
 
 
 def _baked(bundle: Bundle, graph: Path, scratch: Path) -> Path:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapter import Adapter, load_adapter
 from hhdeploy.errors import AdapterError, BundleError, ConflictError, HhdeployError, PlanError
 from hhdeploy.files import sha256_of, sha256_of_bytes, write_json
+from hhdeploy.parity import PARITY
 from hhdeploy.plan import check_base, check_name
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import RowLayout, check_row_range
@@ -376,8 +377,7 @@ class Bundle:
         if name is None:
             raise BundleError(
                 f"{self.path} has no {precision} graph; it has "
-                f"{', '.join(self.manifest.graphs)}. Add it with: hhdeploy export --precision "
-                f"{precision}"
+                f"{', '.join(self.manifest.graphs)}. {graph_hint(self.path, precision)}"
             )
         if f"{name}.data" in self.manifest.files:
             self.file(f"{name}.data")
@@ -487,6 +487,18 @@ def _is(before: os.stat_result, path: str | Path) -> bool:
         return False
 
 
+def graph_hint(path: Path, precision: str) -> str:
+    """What brings a graph of a precision into a bundle that lacks it, in words."""
+    typed, quantised = (
+        [p for stage, p in PARITY if stage == kind] for kind in ("twin", "quantised")
+    )
+    if precision in typed:
+        return f"Export the bundle again with --precision {precision}."
+    if precision in quantised:
+        return f"Add it with: hhdeploy calibrate {path} --data DIR --precision {precision}"
+    return f"Graphs there can be: float32, {', '.join((*typed, *quantised))}."
+
+
 def entry_of(
     name: str, row: int | None, adapter: Adapter, backbone: Mapping[str, Any], *, verified: bool
 ) -> AdapterEntry:
@@ -516,8 +528,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
         )
     if manifest.bank_as_constant:
         raise PlanError(
-            "this bundle has its bank baked into the graph (--bank-as-constant): adapters cannot "
-            "be added or removed. Export without that flag."
+            "this bundle has its bank baked into the graph: adapters cannot be added or removed. "
+            "Export without --bank-as-constant."
         )
     check_name(name)
     check_base(name, adapter, manifest.backbone["model"], manifest.backbone["sha256"])

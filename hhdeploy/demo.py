@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hhdeploy.api import ExportResult, export
 from hhdeploy.errors import DataError
@@ -155,18 +154,12 @@ def classify(session: Session, items: list[Sample]) -> tuple[Answer, ...]:
     answers = []
     for start in range(0, len(items), _BATCH):
         batch = items[start : start + _BATCH]
-        images = np.concatenate([session.preprocess([open_image(s.path)], s.task) for s in batch])
-        logits = session.run(images, [s.task for s in batch])
-        answers += [_answer(session, s, row) for s, row in zip(batch, logits, strict=True)]
+        found = session.classify([open_image(s.path) for s in batch], [s.task for s in batch])
+        answers += [
+            Answer(sample, best.label, best.score)
+            for sample, (best, *_) in zip(batch, found, strict=True)
+        ]
     return tuple(answers)
-
-
-def _answer(session: Session, sample: Sample, logits: NDArray[np.float32]) -> Answer:
-    entry = session.adapters[sample.task]
-    own = logits[: entry.classes].astype(np.float64)
-    shares = np.exp(own - own.max())
-    best = int(np.argmax(own))
-    return Answer(sample, entry.label(best), float(shares[best] / shares.sum()))
 
 
 def side_branch_cost(folded: Session, branches: Session, batch: int) -> Paired:

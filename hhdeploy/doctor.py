@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hhdeploy.extras import EXTRAS, INCLUDED, is_older
 from hhdeploy.probes import PROBES, State
 
 
@@ -23,13 +24,8 @@ class Finding:
     detail: str
 
 
-# Extra -> packages it needs, in the order users meet them.
-_EXTRAS: dict[str, tuple[str, ...]] = {
-    "export": ("torch", "timm", "onnx", "onnx-ir", "onnxscript"),
-    "cpu": ("onnxruntime",),
-    "gpu": ("onnxruntime-gpu",),
-    "openvino": ("openvino",),
-}
+# Tried in a process of their own, see `hhdeploy.probes`.
+_PROBED = ("rtx", "tensorrt")
 _PROVIDERS = "import onnxruntime; print(*onnxruntime.get_available_providers())"
 _CUDA = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
 _TITLES = {"driver": "NVIDIA driver"}
@@ -46,7 +42,7 @@ def examine() -> list[Finding]:
             f"Python {platform.python_version()}",
         )
     ]
-    findings += [_extra(name, packages) for name, packages in _EXTRAS.items()]
+    findings += [_extra(name) for name in EXTRAS if name not in _PROBED]
     findings.append(_clash())
     if _version("onnxruntime") or _version("onnxruntime-gpu"):
         findings.append(_probe("ONNX Runtime providers", _PROVIDERS))
@@ -63,8 +59,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _extra(name: str, packages: Sequence[str]) -> Finding:
-    versions = {package: _version(package) for package in packages}
+def _extra(name: str) -> Finding:
+    """Whether all that an extra brings is there, and new enough."""
+    bounds = dict(EXTRAS[name])
+    for included in INCLUDED.get(name, ()):
+        bounds |= EXTRAS[included]
+    versions = {package: _version(package) for package in bounds}
+    if name != "cpu" and "onnxruntime" in versions:  # to others the GPU's wheel is as good
+        versions["onnxruntime"] = versions["onnxruntime"] or _version("onnxruntime-gpu")
     missing = [package for package, version in versions.items() if version is None]
     if missing:
         return Finding(
@@ -72,7 +74,15 @@ def _extra(name: str, packages: Sequence[str]) -> Finding:
             "absent",
             f"{', '.join(missing)} not installed: pip install 'hhdeploy[{name}]'",
         )
-    return Finding(f"extra {name}", "ok", ", ".join(f"{p} {v}" for p, v in versions.items()))
+    found = {package: version for package, version in versions.items() if version is not None}
+    old = [f"{p} {v} (expected {bounds[p]})" for p, v in found.items() if is_older(v, bounds[p])]
+    if old:
+        return Finding(
+            f"extra {name}",
+            "problem",
+            f"too old: {', '.join(old)}: pip install -U 'hhdeploy[{name}]'",
+        )
+    return Finding(f"extra {name}", "ok", ", ".join(f"{p} {found[p]}" for p in EXTRAS[name]))
 
 
 def _clash() -> Finding:

@@ -4,7 +4,8 @@
     ├── AdapterError        an adapter directory that cannot be used as it is
     ├── BackboneError       the timm model or its checkpoint
     ├── PlanError           adapters, backbone and options that do not go together
-    │   └── CapacityError   an adapter that does not fit the room a bundle reserves
+    │   ├── CapacityError   an adapter that does not fit the room a bundle reserves
+    │   └── OptionError     an option's value, or options together, that can never be right
     ├── EngineError         TensorRT refused a graph, or to build an engine from it
     ├── BundleError         a bundle that is missing, damaged or of another version
     │   └── ConflictError   another process changed the bundle meanwhile, or is changing it
@@ -17,7 +18,8 @@
     └── MissingDependencyError   an optional package is needed for what was asked
 
 A message says what was expected, what was found, where, and what to do. The command line
-prints it and exits with 1; everything else is a bug and keeps its traceback.
+prints it and exits with 1, with 2 for an OptionError, which is a wrong command line; everything
+else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ class PlanError(HhdeployError):
 
 class CapacityError(PlanError):
     """An adapter that does not fit the room (rank, classes, sites, slots) that is reserved."""
+
+
+class OptionError(PlanError):
+    """An option's value, or options together, that no bundle, data or machine makes right."""
 
 
 class EngineError(HhdeployError):

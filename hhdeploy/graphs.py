@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from hhdeploy.api import Progress, parity_error, verify_graphs
-from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, name_with_digits
+from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, graph_hint, name_with_digits
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
@@ -48,9 +48,8 @@ def add_typed_graph(
     if precision not in PRECISIONS:
         raise PlanError(
             f"{path} has no {precision} graph; it has {', '.join(bundle.manifest.graphs)}. "
-            f"{' and '.join(PRECISIONS)} are made when they are missing, others come from "
-            "calibration data: hhdeploy calibrate BUNDLE --data DIR --precision "
-            f"{precision}"
+            f"{' and '.join(PRECISIONS)} are made when they are missing, others are not. "
+            f"{graph_hint(bundle.path, precision)}"
         )
     _check_rows(bundle, precision)
     progress(f"making the {precision} graph")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hhdeploy.adapter import Adapter
-from hhdeploy.errors import AdapterError, PlanError
+from hhdeploy.errors import AdapterError, OptionError, PlanError
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import Branch, RowLayout
 from hhdeploy.sites import (
@@ -82,15 +82,27 @@ class Reserve:
     sites: tuple[str, ...] = ()
     keep_backbone_head: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_rank < 0 or self.max_classes < 0:
+            raise OptionError(
+                f"--max-rank and --max-classes: expected 0 or more, found {self.max_rank} and "
+                f"{self.max_classes}."
+            )
+        for target in self.sites:
+            try:
+                split_target(target)
+            except ValueError as error:
+                raise OptionError(f"--sites: {error}") from error
+
 
 def check_name(name: str) -> str:
     """An adapter's name: letters, digits, dot, dash, underscore; ``backbone`` is reserved."""
     if name == BACKBONE:
-        raise PlanError(f"the adapter name {BACKBONE!r} is reserved for the bare model.")
+        raise OptionError(f"the adapter name {BACKBONE!r} is reserved for the bare model.")
     if not _NAME.fullmatch(name):
-        raise PlanError(
+        raise OptionError(
             f"adapter name {name!r}: expected letters, digits, '.', '-' and '_' (at most 128, "
-            "first a letter or digit). Give one with --adapter NAME=DIR."
+            "first a letter or digit). Give one: NAME=DIR."
         )
     return name
 
@@ -181,8 +193,8 @@ def check_base(name: str, adapter: Adapter, model: str, sha256: str) -> None:
     if config.base_sha256 is not None and config.base_sha256 != sha256:
         raise AdapterError(
             f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
-            f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Pass the "
-            "checkpoint it was trained on with --checkpoint."
+            f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Use the checkpoint "
+            "that it was trained on, also for the bundle: export with --checkpoint."
         )
 
 
@@ -257,10 +269,7 @@ def _branch(
 def _reserved_sites(facts: BackboneFacts, targets: Sequence[str]) -> dict[Form, set[str]]:
     reserved: dict[Form, set[str]] = {form: set() for form in FORMS}
     for target in targets:
-        try:
-            name, form = split_target(target)
-        except ValueError as error:
-            raise PlanError(f"--sites: {error}") from error
+        name, form = split_target(target)
         sites: list[Site] = select_sites(facts.linears, [name])[name]
         if not sites:
             raise PlanError(

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from hhdeploy.errors import EngineError, MissingDependencyError, require
 from hhdeploy.exporters.engine import EngineOptions, engine_from_onnx
-from hhdeploy.runtime.cuda import Gpu
+from hhdeploy.runtime.cuda import Gpu, driver_library
 from hhdeploy.trt import Log, import_tensorrt
 
 State = Literal["ok", "absent", "problem"]
@@ -64,7 +64,7 @@ class Driver:
 
 def find_driver() -> Driver:
     """Ask the driver's own library: needs no package, and no CUDA toolkit."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    name = driver_library()
     try:
         cuda = ctypes.CDLL(name)
     except OSError:

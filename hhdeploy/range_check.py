@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 # New images of calibrated adapters leave the ranges a little too, which are the largest values of
 # some images: on the starter models by at most 0.006 % of a site's values.
 NEGLIGIBLE_SHARE = 1e-4
-# What is at most half a step past INT8's largest code is rounded to it, not clipped.
-_TOLERANCE = 127.5 / 127
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,8 @@ def check_adapter(
             f"{path} holds no {precision} calibration to check against. Make one with: hhdeploy "
             f"calibrate {path} --data DIR --precision {precision}"
         )
-    if not FORMATS[precision].activations:
+    form = FORMATS[precision]
+    if not form.activations:
         raise PlanError(
             f"{precision} quantises no activations: there are no ranges to leave, any adapter fits."
         )
@@ -134,7 +133,7 @@ def check_adapter(
         {name: site for name, site in sites.items() if name in active},
         scales,
         _feeds(Feeder(bundle), adapter, files),
-        tolerance=_TOLERANCE,
+        form,
     )
     return RangeCheck(adapter, precision, len(files), len(active), tuple(excess))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from hhdeploy.bundle import MANIFEST, Bundle
 from hhdeploy.directories import Replaceable, atomic_directory
 from hhdeploy.engines import EngineEntry, engines_of, stale
-from hhdeploy.errors import BundleError, PlanError, WriteError, require
+from hhdeploy.errors import BundleError, OptionError, PlanError, WriteError, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
     BACKENDS,
@@ -126,9 +126,11 @@ def write_triton_repository(
             (onnx_ir, no torch).
         WriteError: OUT/NAME exists, or the file system refused.
     """
-    bundle, options, out = Bundle.open(path), options or TritonOptions(), Path(out)
+    options, out = options or TritonOptions(), Path(out)
+    _check(options)
+    bundle = Bundle.open(path)
     name = check_model_name(options.name or bundle.path.resolve().name)
-    engine = _engine(bundle, options) if _is_tensorrt(options) else None
+    engine = _engine(bundle, options) if options.backend == "tensorrt" else None
     serving = _serving(options, engine)
     if not requestable(bundle.manifest):
         raise BundleError(
@@ -163,17 +165,30 @@ def write_triton_repository(
     )
 
 
-def _is_tensorrt(options: TritonOptions) -> bool:
+def _check(options: TritonOptions) -> None:
+    """What no bundle could make right."""
+    if options.name is not None:
+        check_model_name(options.name)
     if options.backend not in BACKENDS:
-        raise PlanError(
+        raise OptionError(
             f"--backend {options.backend}: expected {' or '.join(BACKENDS)}. (Triton's tensorrt "
             "backend runs TensorRT's engines, not TensorRT-RTX's.)"
         )
+    cpu = options.gpu is False
     if options.backend == "tensorrt":
-        return True
+        if cpu:
+            raise OptionError(
+                "--cpu: TensorRT engines run on GPUs alone. Use --backend onnxruntime."
+            )
+        return
     if options.gpu_arch is not None:
-        raise PlanError("--gpu-arch chooses an engine: it goes with --backend tensorrt alone.")
-    return False
+        raise OptionError("--gpu-arch chooses an engine: it goes with --backend tensorrt alone.")
+    if cpu and options.precision == "bfloat16":
+        raise OptionError(
+            "--cpu: ONNX Runtime has no bfloat16 kernels on CPUs, so the model would not load. "
+            "Use --precision float32, or --gpu."
+        )
+    _serving(options, None)
 
 
 def _serving(options: TritonOptions, engine: EngineEntry | None) -> Serving:
@@ -190,11 +205,6 @@ def _serving(options: TritonOptions, engine: EngineEntry | None) -> Serving:
     )
     check_serving(serving)
     if engine is None:
-        if serving.kind == "cpu" and options.precision == "bfloat16":
-            raise PlanError(
-                "--cpu: ONNX Runtime has no bfloat16 kernels on CPUs, so the model would not load. "
-                "Use --precision float32, or --gpu."
-            )
         return serving
     assert most is not None
     if serving.max_batch > most:
@@ -202,8 +212,6 @@ def _serving(options: TritonOptions, engine: EngineEntry | None) -> Serving:
             f"--max-batch {serving.max_batch}: {engine.file} takes {most} images at most. Use "
             f"--max-batch {most} or less, or build it with --max-batch {serving.max_batch}."
         )
-    if serving.kind == "cpu":
-        raise PlanError("--cpu: TensorRT engines run on GPUs alone. Use --backend onnxruntime.")
     return replace(serving, kind="gpu")
 
 
@@ -247,7 +255,7 @@ def _unfit(bundle: Bundle, entry: EngineEntry, gpu_arch: str | None) -> str | No
     if entry.batch[0] != 1:
         return (
             f"takes {entry.batch[0]} images at least, and Triton also runs single requests "
-            "(--min-batch 1)"
+            "(build with --min-batch 1)"
         )
     if gpu_arch is not None and entry.architectures and gpu_arch not in entry.architectures:
         return f"built for {', '.join(entry.architectures)}, not for {gpu_arch}"

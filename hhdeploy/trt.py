@@ -5,21 +5,20 @@ Both offer the API that hhdeploy uses: Builder, OnnxParser, Runtime, strongly ty
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from hhdeploy.errors import MissingDependencyError, SessionError, require
+from hhdeploy.errors import SessionError, require
+from hhdeploy.extras import check_version
 
 TensorRt = Literal["tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[TensorRt, ...] = get_args(TensorRt)
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
-# Strongly typed networks with int64 inputs and the progress monitor.
-_OLDEST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 2)}
+_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 
 
 def import_tensorrt(backend: str) -> ModuleType:
@@ -32,13 +31,7 @@ def import_tensorrt(backend: str) -> ModuleType:
     if backend not in _MODULES:
         raise SessionError(f"unknown backend {backend!r}: expected {' or '.join(BACKENDS)}.")
     module = require(_MODULES[backend], _EXTRAS[backend], f"backend {backend!r}")
-    oldest = _OLDEST[backend]
-    found = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:2])
-    if found < oldest:
-        raise MissingDependencyError(
-            f"{backend}: expected version {'.'.join(map(str, oldest))} or newer, found "
-            f"{module.__version__}. Upgrade with: pip install -U 'hhdeploy[{_EXTRAS[backend]}]'"
-        )
+    check_version(_EXTRAS[backend], _PACKAGES[backend], module.__version__, title=backend)
     return module
 
 

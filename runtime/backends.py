@@ -16,7 +16,6 @@ from hhdeploy.errors import (
     DeviceError,
     MissingDependencyError,
     SessionError,
-    require,
 )
 from hhdeploy.trt import BACKENDS
 
@@ -153,11 +152,13 @@ def _fastest(manifest: Manifest, precision: str) -> Target:
 
 
 def _fastest_cpu(precision: str) -> str:
-    """OpenVINO, else ONNX Runtime, which has no bfloat16 on a CPU."""
+    """OpenVINO if it is new enough, else ONNX Runtime, which has no bfloat16 on a CPU."""
     if precision == "bfloat16":
         return "openvino"
+    from hhdeploy.runtime.openvino_backend import import_openvino
+
     try:
-        require("openvino", "openvino", "a session")
+        import_openvino("a session")
     except MissingDependencyError:
         return "cpu"
     return "openvino"

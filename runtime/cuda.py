@@ -10,6 +10,7 @@ tested against the installed bindings, results are not.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Gpu:
 
     name: str
     architecture: str
+
+
+def driver_library() -> str:
+    """Name of the NVIDIA driver's own library, which needs no package."""
+    return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 def check(result: tuple[Any, ...]) -> Any:

@@ -24,6 +24,7 @@ from hhdeploy.errors import (
     require,
 )
 from hhdeploy.runtime.backends import Backend, BackendOptions, Bank, Ids, Images
+from hhdeploy.runtime.cuda import driver_library
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -130,13 +131,16 @@ class OnnxRuntimeBackend:
         self.name = f"onnxruntime {session.get_providers()[0]}"
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
-        """See `Backend.run`."""
+        """See `Backend.run`. Raises `DeviceError` if ONNX Runtime fails, e.g. out of memory."""
         feeds: dict[str, NDArray[Any]] = {"images": images}
         if ids is not None:
             feeds["adapter_ids"] = ids
         if self._bank is not None:
             feeds["adapter_bank"] = self._bank
-        logits: NDArray[np.float32] = self._session.run(["logits"], feeds)[0]
+        try:
+            logits: NDArray[np.float32] = self._session.run(["logits"], feeds)[0]
+        except Exception as error:  # its exceptions have no base of their own
+            raise DeviceError(f"{self.name} failed: {error}") from error
         return logits
 
     def row_changed(self, row: int) -> None:
@@ -202,7 +206,7 @@ def cuda_available() -> bool:
         ort = require("onnxruntime", "cpu", "a session")
         if _PROVIDERS["cuda"] not in ort.get_available_providers():
             return False
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL(driver_library())
     except (MissingDependencyError, OSError):
         return False
     return True

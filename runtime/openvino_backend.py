@@ -35,6 +35,7 @@ from hhdeploy.errors import (
     SessionError,
     require,
 )
+from hhdeploy.extras import check_version
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 
@@ -98,14 +99,14 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     Raises:
         BundleError: no graph of the precision, one that was changed, or that does not compile.
         SessionError: this processor does not compute in the precision.
-        MissingDependencyError: OpenVINO is not installed.
+        MissingDependencyError: OpenVINO is not installed, or too old.
     """
     graph = "float32" if options.precision == _BFLOAT16 else options.precision
     # The files are hashed beside the import of OpenVINO and, as blobs are found by the same
     # hashes, beside loading one. Nothing is compiled before they are right, or answers.
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(bundle.graph, graph)
-        ov = require("openvino", "openvino", "device='openvino'")
+        ov = import_openvino("device='openvino'")
         core = ov.Core()
         if options.precision == _BFLOAT16:
             _check_bfloat16(core)
@@ -128,10 +129,21 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     return OpenVinoBackend(ov, model, bank, f"openvino CPU{' bfloat16' if low else ''}", memory)
 
 
+def import_openvino(purpose: str) -> ModuleType:
+    """OpenVINO, new enough.
+
+    Raises:
+        MissingDependencyError: it is not installed, or older than the extra's bound.
+    """
+    ov = require("openvino", "openvino", purpose)
+    check_version("openvino", "openvino", ov.__version__)
+    return ov
+
+
 def computes_bfloat16() -> bool:
     """True if OpenVINO is installed and computes in bfloat16 on this processor."""
     try:
-        ov = require("openvino", "openvino", "bfloat16 on a CPU")
+        ov = import_openvino("bfloat16 on a CPU")
         _check_bfloat16(ov.Core())
     except (MissingDependencyError, SessionError):
         return False

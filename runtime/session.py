@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.answers import Answer, answers_of
 from hhdeploy.bundle import AdapterEntry, Bundle, read_bundle
 from hhdeploy.errors import SessionError
 from hhdeploy.files import default_cache
 from hhdeploy.plan import BACKBONE
 from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend
-from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank
+from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank, Hold
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,21 +98,60 @@ class Session:
         """
         backend = self._open_backend()
         images = self._checked(images)
-        names: list[str | None] = (
-            [adapters] * len(images)
-            if adapters is None or isinstance(adapters, str)
-            else list(adapters)
-        )
-        if len(names) != len(images):
-            raise SessionError(
-                f"expected one adapter per image, found {len(names)} for {len(images)} images."
-            )
+        names = _names(adapters, len(images))
         if self._adapters is None:
             for name in set(names):
                 self.entry(name)
             return backend.run(images, None)
         with self._adapters.lease(names) as rows:
             return backend.run(images, rows)
+
+    def classify(
+        self,
+        images: Sequence[Image.Image],
+        adapters: str | Sequence[str | None] | None = None,
+    ) -> list[list[Answer]]:
+        """What an adapter says of each image: preprocessed as that adapter wants it, one batch.
+
+        Args:
+            images: decoded pictures.
+            adapters: as for `run`.
+
+        Returns:
+            For every image all classes of its own adapter, the most probable first. Images of
+            other adapters in the batch change nothing.
+
+        Raises:
+            SessionError: see `run`; no image; or logits that are no numbers.
+        """
+        if not images:
+            raise SessionError("no image given: expected a sequence of at least one.")
+        names = _names(adapters, len(images))
+        with ExitStack() as stack:
+            entries, rows = self._held(names, stack)
+            manifest = self.bundle.manifest
+            ways = [e.preprocess if e is not None else manifest.preprocess for e in entries]
+            pixels = np.stack([way(image) for way, image in zip(ways, images, strict=True)])
+            logits = self.run_rows(pixels, rows)
+        answers = []
+        for index, (entry, row) in enumerate(zip(entries, logits, strict=True)):
+            classes = entry.classes if entry is not None else manifest.backbone_classes
+            _check_numbers(row[:classes], index, names[index], self.precision)
+            answers.append(answers_of(row, entry, classes))
+        return answers
+
+    def _held(
+        self, names: Sequence[str | None], stack: ExitStack
+    ) -> tuple[list[AdapterEntry | None], NDArray[np.int64] | None]:
+        """Entry and row of each image's adapter; the stack gives the rows back."""
+        if self._adapters is None:
+            return [self.entry(name) for name in names], None
+        holds: dict[str | None, Hold] = {}
+        for name in dict.fromkeys(names):
+            holds[name] = self._adapters.hold(name)
+            stack.callback(self._adapters.release, holds[name])
+        taken = [holds[name] for name in names]
+        return [hold.entry for hold in taken], np.asarray([hold.row for hold in taken], np.int64)
 
     def run_rows(
         self, images: NDArray[np.float32], rows: NDArray[np.int64] | None
@@ -160,6 +201,30 @@ class Session:
                 "session.preprocess on decoded images."
             )
         return np.ascontiguousarray(images, np.float32)
+
+
+def _names(adapters: str | Sequence[str | None] | None, images: int) -> list[str | None]:
+    """One name per image."""
+    if adapters is None or isinstance(adapters, str):
+        return [adapters] * images
+    names = list(adapters)
+    if len(names) != images:
+        raise SessionError(
+            f"expected one adapter per image, found {len(names)} for {images} images."
+        )
+    return names
+
+
+def _check_numbers(
+    logits: NDArray[np.float32], image: int, adapter: str | None, precision: str
+) -> None:
+    """-inf is an answer (a class that is ruled out); NaN and +inf, or -inf alone, are none."""
+    if not np.isfinite(logits.max(initial=-np.inf)):
+        raise SessionError(
+            f"image {image}, adapter {adapter or BACKBONE!r}: the logits are no numbers (NaN or "
+            f"infinity) in {precision}. Open the bundle in another precision; if float32 gives "
+            "none either, compare it with its reference: hhdeploy verify BUNDLE"
+        )
 
 
 def open_session(

@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from hhdeploy.errors import HhdeployError
+from hhdeploy.errors import HhdeployError, OptionError
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {
@@ -28,7 +28,31 @@ _COMMANDS = {
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class LazyGroup(click.Group):
+class Group(click.Group):
+    """A group whose commands end with a message: exit code 1, or 2 for a wrong command line."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the subcommand.
+
+        Raises:
+            UsageError: for an OptionError, as if click had found it.
+            ClickException: for every other error of hhdeploy's.
+        """
+        try:
+            return super().invoke(ctx)
+        except OptionError as error:
+            raise click.UsageError(str(error), self._context_of(ctx)) from error
+        except HhdeployError as error:
+            raise click.ClickException(str(error)) from error
+
+    def _context_of(self, ctx: click.Context) -> click.Context:
+        """The subcommand's, which is gone by now, for the usage line."""
+        name = ctx.invoked_subcommand or ""
+        command = self.get_command(ctx, name)
+        return click.Context(command, parent=ctx, info_name=name) if command is not None else ctx
+
+
+class LazyGroup(Group):
     """A group that knows its commands by name and imports them on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -44,13 +68,6 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Run the subcommand; an expected error is one clear message and exit code 1."""
-        try:
-            return super().invoke(ctx)
-        except HhdeployError as error:
-            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=LazyGroup, context_settings=CONTEXT)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from hhdeploy.cli import CONTEXT, adapter_import, ui
+from hhdeploy.cli import CONTEXT, Group, adapter_import, ui
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 def command() -> None:
     """Inspect, import, list, add and remove adapters."""
 

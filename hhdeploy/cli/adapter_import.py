@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +16,12 @@ from hhdeploy.sites import FORMS, Form
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=ui.DIRECTORY)
 @click.option("--model", required=True, help="timm name, e.g. vit_base_patch16_224.augreg_in21k.")
-@click.option("--model-args", help="JSON, further arguments of timm.create_model.", metavar="JSON")
+@click.option(
+    "--model-args",
+    callback=ui.json_object,
+    metavar="JSON",
+    help="Further arguments of timm.create_model.",
+)
 @click.option(
     "--checkpoint",
     type=ui.FILE,
@@ -38,7 +44,7 @@ def command(
     source: Path,
     out: Path,
     model: str,
-    model_args: str | None,
+    model_args: dict[str, Any] | None,
     checkpoint: Path | None,
     form: Form | None,
     reflection: Reflection | None,
@@ -62,9 +68,7 @@ def command(
     from hhdeploy.importing import ImportOptions, import_adapter, needs_weights
 
     weights_known = checkpoint is not None or needs_weights(source)
-    spec = BackboneSpec(
-        model, ui.parse_model_args(model_args) or {}, checkpoint, pretrained=weights_known
-    )
+    spec = BackboneSpec(model, model_args or {}, checkpoint, pretrained=weights_known)
     options = ImportOptions(
         form=form,
         reflection=reflection,

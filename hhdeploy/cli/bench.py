@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,10 @@ def command(
     The fleet is BUNDLE's adapters and variants of them: same shapes, random values, made for the
     test in a temporary directory; they never enter BUNDLE.
     """
-    context = click.get_current_context()
-    check_options(context, serve)
-    cache = ui.chosen_cache(cache_dir, no_cache)
+    check_options(serve)
+    cache = ui.check_cache_options(cache_dir, no_cache)
     if serve:
-        context.exit(
+        click.get_current_context().exit(
             bench_server(
                 bundle,
                 device=device,
@@ -77,8 +77,12 @@ def command(
     options = {"device": device, "precision": precision, "threads": threads, "cache": cache}
     rows: list[tuple[object, ...]] = []
     results: list[dict[str, object]] = []
-    with open_session(bundle, **options) as ours, ui.steps(as_json) as step:  # type: ignore[arg-type]
-        other = open_session(against, **options) if against is not None else None  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        ours = stack.enter_context(open_session(bundle, **options))  # type: ignore[arg-type]
+        other = None
+        if against is not None:
+            other = stack.enter_context(open_session(against, **options))  # type: ignore[arg-type]
+        step = stack.enter_context(ui.steps(as_json))
         for batch in batches:
             step(f"batch {batch}")
             run = runner(ours, batch)
@@ -105,8 +109,6 @@ def command(
                     )
                 )
         name = ours.device
-        if other is not None:
-            other.close()
     if as_json:
         ui.print_json({"device": name, "precision": precision, "results": results})
         return

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from hhdeploy.cli import ui
 
@@ -70,20 +69,12 @@ def serve_options(command: F) -> F:
     return command
 
 
-def check_options(context: click.Context, serve: bool) -> None:
-    """Refuse options that would do nothing.
-
-    Raises:
-        UsageError: naming one.
-    """
-    meaningless = _NEVER_SERVE if serve else _ONLY_SERVE
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if name in meaningless and given:
-            raise click.UsageError(
-                f"{parameter.opts[0]} {'does not go with' if serve else 'needs'} --serve.", context
-            )
+def check_options(serve: bool) -> None:
+    """Refuse options that would do nothing, with or without ``--serve``."""
+    if serve:
+        ui.refuse_unused(_NEVER_SERVE, "does not go with --serve")
+    else:
+        ui.refuse_unused(_ONLY_SERVE, "needs --serve")
 
 
 def server_command(bundle: Path, **options: object) -> list[str]:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from hhdeploy.range_check import RangeCheck
 
 _SHOWN = 12
+# What --check does not use.
+_NOT_CHECKED = frozenset(
+    "seed eval_data max_drop exclude preset report device threads cache_dir no_cache "
+    "lock_timeout".split()
+)
 _DATA = click.Path(path_type=Path)
 
 
@@ -98,6 +103,7 @@ def command(
       hhdeploy calibrate OUT --data pets/ --check pets
     """
     if check is not None:
+        ui.refuse_unused(_NOT_CHECKED, "does not go with --check, which calibrates nothing")
         from hhdeploy.range_check import check_adapter
 
         with ui.steps(as_json) as step:
@@ -110,7 +116,7 @@ def command(
     settings = CalibrationSettings(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed
     )
-    cache = ui.chosen_cache(cache_dir, no_cache)
+    cache = ui.check_cache_options(cache_dir, no_cache)
     options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache, lock_timeout)
     with ui.steps(as_json) as step:
         result = calibrate_bundle(bundle, data, settings, options, progress=step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,7 +68,7 @@ def command(
     model: str,
     adapters: tuple[str, ...],
     fold: bool,
-    model_args: str | None,
+    model_args: dict[str, Any] | None,
     checkpoint: Path | None,
     pretrained: bool,
     seed: int,
@@ -98,14 +99,20 @@ def command(
     from hhdeploy.plan import Reserve
 
     named = ui.named_directories(adapters)
-    cache = ui.chosen_cache(cache_dir, no_cache)
+    cache = ui.check_cache_options(cache_dir, no_cache)
+    if not verify:
+        ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
+    if not overwrite:
+        ui.refuse_unused({"lock_timeout"}, "needs --overwrite: nobody changes a new bundle")
+    noise = verify and verify_data is None
+    ui.check_backbone_options(checkpoint, pretrained, noise=noise)
     with ui.steps(as_json) as step:
         result = export(
             model,
             named,
             out,
             fold=fold,
-            model_args=ui.parse_model_args(model_args),
+            model_args=model_args,
             checkpoint=checkpoint,
             pretrained=pretrained,
             seed=seed,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import numpy as np
 
 from hhdeploy.cli import ui
 from hhdeploy.errors import SessionError
+from hhdeploy.plan import BACKBONE
 
 
 @click.command()
@@ -19,7 +19,8 @@ from hhdeploy.errors import SessionError
     "adapters",
     multiple=True,
     metavar="NAME",
-    help="Repeatable: several print side by side. Default: all of the bundle.",
+    help="Repeatable: several print side by side. Default: all of the bundle; if it has none, "
+    "its backbone.",
 )
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="Classes shown.")
 @click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
@@ -48,58 +49,39 @@ def command(
     from hhdeploy.preprocess import open_image
     from hhdeploy.runtime import open_session
 
-    cache = ui.chosen_cache(cache_dir, no_cache)
+    cache = ui.check_cache_options(cache_dir, no_cache)
     with open_session(
         bundle, device=device, precision=precision, threads=threads, cache=cache
     ) as session:
-        names = adapters or tuple(a.name for a in session.bundle.manifest.adapters)
+        manifest = session.bundle.manifest
+        names = adapters or tuple(a.name for a in manifest.adapters)
+        if not names and manifest.backbone_classes:
+            names = (BACKBONE,)
         if not names:
             raise SessionError(
                 f"{bundle} has no adapter to classify with. Add one with: hhdeploy adapter add "
                 f"{bundle} NAME=DIR"
             )
         opened = [open_image(path) for path in images]
-        inputs = [session.preprocess(opened, None if n == "backbone" else n) for n in names]
-        logits = session.run(
-            np.concatenate(inputs), [name for name in names for _ in images]
-        ).reshape(len(names), len(images), -1)
-        answers = [
-            {
-                "image": str(path),
-                "adapter": name,
-                "classes": _best(logits[j, i], session.entry(name), top),
-            }
-            for i, path in enumerate(images)
-            for j, name in enumerate(names)
-        ]
+        found = session.classify(
+            [image for image in opened for _ in names], [name for _ in opened for name in names]
+        )
+    pairs = [(path, name) for path in images for name in names]
+    answers = [
+        {
+            "image": str(path),
+            "adapter": name,
+            "classes": [
+                {"label": a.label, "index": a.index, "probability": a.score} for a in best[:top]
+            ],
+        }
+        for (path, name), best in zip(pairs, found, strict=True)
+    ]
     if as_json:
         ui.print_json(answers)
         return
-    rows = []
-    for i, path in enumerate(images):
-        cells = []
-        for j in range(len(names)):
-            best = answers[i * len(names) + j]["classes"]
-            assert isinstance(best, list)
-            cells.append("\n".join(f"{b['label']} {b['probability']:.1%}" for b in best))
-        rows.append((path.name, *cells))
-    ui.console().print(ui.table(None, ("image", *names), rows))
-
-
-def _best(logits: np.ndarray, entry: object, top: int) -> list[dict[str, object]]:  # type: ignore[type-arg]
-    """The most probable classes, the -inf padding cut off first."""
-    from hhdeploy.bundle import AdapterEntry
-
-    own = logits[: entry.classes] if isinstance(entry, AdapterEntry) else logits
-    own = own[np.isfinite(own)].astype(np.float64)
-    shares = np.exp(own - own.max())
-    shares /= shares.sum()
-    order = np.argsort(-shares, kind="stable")[:top]
-    return [
-        {
-            "label": entry.label(int(c)) if isinstance(entry, AdapterEntry) else str(c),
-            "index": int(c),
-            "probability": float(shares[c]),
-        }
-        for c in order
+    cells = ["\n".join(f"{a.label} {a.score:.1%}" for a in best[:top]) for best in found]
+    rows = [
+        (path.name, *cells[i * len(names) : (i + 1) * len(names)]) for i, path in enumerate(images)
     ]
+    ui.console().print(ui.table(None, ("image", *names), rows))

@@ -140,7 +140,7 @@ def command(
     """
     from hhdeploy.errors import require
 
-    cache = ui.chosen_cache(cache_dir, no_cache)
+    cache = ui.check_cache_options(cache_dir, no_cache)
     if on_ray:
         _serve_on_ray(click.get_current_context())
         return
@@ -198,7 +198,8 @@ def command(
             announce=announce,
         )
 
-    asyncio.run(run())
+    with session:  # also when the service does not even start
+        asyncio.run(run())
 
 
 def _serve_on_ray(context: click.Context) -> None:

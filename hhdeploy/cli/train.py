@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hhdeploy.algebra import REFLECTIONS
+from hhdeploy.cli import ui
 from hhdeploy.errors import require
 from hhdeploy.sites import FORMS
 
@@ -23,37 +23,24 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 
 
-def _json_object(ctx: click.Context, parameter: click.Parameter, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise click.BadParameter(f"not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise click.BadParameter(f"expected a JSON object, found {text}")
-    return value
-
-
-_PATH = click.Path(path_type=Path)
-
-
 @click.command(context_settings={"show_default": True})
-@click.argument("out", type=_PATH, required=False)
+@click.argument("out", type=ui.DIRECTORY, required=False)
 @click.option("--model", required=True, help="timm model name, with or without .tag.")
 @click.option(
     "--model-args",
     default="{}",
-    callback=_json_object,
+    callback=ui.json_object,
     metavar="JSON",
     help="Further arguments of timm.create_model, such as '{\"img_size\": 224}'.",
 )
 @click.option(
     "--preprocess",
     default="{}",
-    callback=_json_object,
+    callback=ui.json_object,
     metavar="JSON",
     help="Differences from timm's evaluation transform, such as '{\"crop_pct\": 1.0}'.",
 )
-@click.option("--checkpoint", type=_PATH, metavar="FILE", help="Backbone weights.")
+@click.option("--checkpoint", type=ui.FILE, metavar="FILE", help="Backbone weights.")
 @click.option(
     "--no-pretrained",
     "pretrained",
@@ -63,10 +50,13 @@ _PATH = click.Path(path_type=Path)
     help="Random backbone weights from --seed, for tests.",
 )
 @click.option(
-    "--data", type=_PATH, required=True, metavar="DIR", help="Images, as DIR/CLASS/image."
+    "--data", type=ui.DIRECTORY, required=True, metavar="DIR", help="Images, as DIR/CLASS/image."
 )
 @click.option(
-    "--val-data", type=_PATH, metavar="DIR", help="Validation images with the same class names."
+    "--val-data",
+    type=ui.DIRECTORY,
+    metavar="DIR",
+    help="Validation images with the same class names.",
 )
 @click.option(
     "--val-fraction",
@@ -127,12 +117,13 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     The weights of the last epoch are written. After an interrupt, the same command with --resume
     continues at the last whole epoch (kept in OUT.training) and gives, on a CPU, the same bits.
     """
-    if options["out"] is None and not options["linear_probe"]:
-        raise click.UsageError("Missing argument 'OUT': only --linear-probe works without it.")
-    if options["out"] is None and options["resume"]:
-        raise click.UsageError("--resume needs the OUT whose training it continues.")
-    if options["checkpoint"] is not None and not options["pretrained"]:
-        raise click.UsageError("--checkpoint and --no-pretrained exclude each other: give one.")
+    if options["linear_probe"]:
+        unused = {"form", "reflection", "r", "targets"}
+        ui.refuse_unused(unused, "does not go with --linear-probe, which adapts no site")
+    if options["val_data"] is not None:
+        ui.refuse_unused({"val_fraction"}, "does not go with --val-data: nothing is held out")
+    if not options["augment"]:
+        ui.refuse_unused({"flip"}, "does not go with --no-augment, which leaves out the flip too")
     require("torch", "export", "training")
     require("timm", "export", "training")
     from rich.console import Console

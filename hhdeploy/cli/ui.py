@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from hhdeploy.errors import PlanError
-from hhdeploy.parity import ParityReport
+from hhdeploy.parity import ParityReport, StageResult, bound
+from hhdeploy.plan import check_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,36 +141,106 @@ def phased_steps(
             progress.update(current[-1], total=1, completed=1)
 
 
-def parse_model_args(text: str | None) -> Mapping[str, Any] | None:
-    """``--model-args``: a JSON object."""
+def json_object(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> dict[str, Any] | None:
+    """Callback of an option that takes a JSON object, e.g. ``'{"img_size": 384}'``."""
     if text is None:
         return None
+    expected = "expected a JSON object such as '{\"img_size\": 384}', found"
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise PlanError(
-            f"--model-args: expected a JSON object such as '{{\"img_size\": 384}}', "
-            f"found {text!r} ({error})."
-        ) from error
+        raise click.BadParameter(f"{expected} {text!r} ({error}).") from error
     if not isinstance(content, dict):
-        raise PlanError(f"--model-args: expected a JSON object, found {text!r}.")
+        raise click.BadParameter(f"{expected} {text!r}.")
     return content
 
 
+def refuse_unused(names: Container[str], why: str) -> None:
+    """Refuse options of the command that runs which would do nothing: none is ignored.
+
+    Args:
+        names: of its parameters.
+        why: what the message says behind the flag, such as ``needs --serve``.
+
+    Raises:
+        UsageError: naming the first one that was given.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in names or context.get_parameter_source(name) is ParameterSource.DEFAULT:
+            continue
+        negative = context.params[name] is False and parameter.secondary_opts
+        flag = (parameter.secondary_opts if negative else parameter.opts)[0]
+        raise click.UsageError(f"{flag} {why}.", context)
+
+
+def check_cache_options(cache_dir: Path | None, no_cache: bool) -> str | Path | None:
+    """``cache`` of the API from --cache-dir and --no-cache."""
+    if cache_dir is not None and no_cache:
+        raise click.UsageError("--cache-dir and --no-cache exclude each other: give one.")
+    return None if no_cache else (cache_dir or "default")
+
+
+def check_backbone_options(checkpoint: Path | None, pretrained: bool, *, noise: bool) -> None:
+    """--checkpoint, --no-pretrained and --seed go together.
+
+    Args:
+        checkpoint, pretrained: as given.
+        noise: the command also draws noise from --seed.
+    """
+    if checkpoint is not None and not pretrained:
+        raise click.UsageError("--checkpoint and --no-pretrained exclude each other: give one.")
+    if pretrained and not noise:
+        refuse_unused({"seed"}, "has nothing to draw: neither weights nor noise are random here")
+
+
 def named_directories(values: Sequence[str]) -> dict[str, Path]:
-    """``NAME=DIR`` or ``DIR`` (named after the directory); a name given twice is an error."""
+    """``NAME=DIR`` or ``DIR`` (named after the directory); a name given twice is an error.
+
+    Paths may hold ``=`` too (``runs/lr=0.1``): see `_named_directory`.
+    """
     named: dict[str, Path] = {}
     for value in values:
-        name, separator, path = value.partition("=")
-        directory = Path(path if separator else value)
-        name = name if separator else directory.resolve().name
+        name, directory = _named_directory(value)
+        check_name(name)
         if name in named:
-            raise PlanError(
+            raise click.UsageError(
                 f"two adapters are called {name!r} ({named[name]} and {directory}). Name them "
-                "with --adapter NAME=DIR."
+                "as NAME=DIR."
             )
         named[name] = directory
     return named
+
+
+def _named_directory(value: str) -> tuple[str, Path]:
+    """(name, directory): a value that is a directory as it stands is one, ``=`` or not.
+
+    Raises:
+        UsageError: it can be read both ways, or has no directory behind its ``=``.
+    """
+    whole = Path(value)
+    name, separator, path = value.partition("=")
+    if not separator:
+        return whole.resolve().name, whole
+    if not path:
+        raise click.UsageError(
+            f"{value!r}: expected NAME=DIR or DIR, found no directory after '='."
+        )
+    inside = Path(name).name != name  # the "=" of a path: no name has a separator in it
+    if not whole.is_dir():
+        # Neither is there: a path that is wrong is named whole in the message that follows.
+        missing = inside and not Path(path).is_dir()
+        return (whole.resolve().name, whole) if missing else (name, Path(path))
+    if not inside and Path(path).is_dir():
+        raise click.UsageError(
+            f"{value!r}: both {whole} and {path} are directories. Write "
+            f"NAME={whole.resolve()} for the first and {name}={Path(path).resolve()} for the "
+            "second."
+        )
+    return whole.resolve().name, whole
 
 
 def backbone_options(command: F) -> F:
@@ -185,7 +256,10 @@ def backbone_options(command: F) -> F:
         ),
         click.option("--checkpoint", type=FILE, help="The backbone's weights, as timm loads them."),
         click.option(
-            "--model-args", help="JSON, further arguments of timm.create_model.", metavar="JSON"
+            "--model-args",
+            callback=json_object,
+            metavar="JSON",
+            help="Further arguments of timm.create_model.",
         ),
     ):
         command = option(command)
@@ -193,7 +267,7 @@ def backbone_options(command: F) -> F:
 
 
 def cache_options(what: str) -> Callable[[F], F]:
-    """--cache-dir and --no-cache, for what is kept; `chosen_cache` reads them."""
+    """--cache-dir and --no-cache, for what is kept; `check_cache_options` reads them."""
 
     def add(command: F) -> F:
         for option in (
@@ -204,13 +278,6 @@ def cache_options(what: str) -> Callable[[F], F]:
         return command
 
     return add
-
-
-def chosen_cache(cache_dir: Path | None, no_cache: bool) -> str | Path | None:
-    """What the options of `cache_options` mean for a function's ``cache``."""
-    if no_cache and cache_dir is not None:
-        raise click.UsageError("--no-cache does not go with --cache-dir.")
-    return None if no_cache else (cache_dir or "default")
 
 
 def parity_table(report: ParityReport) -> Group:
@@ -226,7 +293,7 @@ def parity_table(report: ParityReport) -> Group:
                 f"{c.range_error:.1e}",
                 f"{c.cosine:.6f}",
                 "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f}",
-                f"{c.top1:.1%}",
+                f"{c.top1:.1%}{_near_ties(stage)}",
                 verdict(not stage.failures, "passed", "FAILED"),
             )
         )
@@ -237,6 +304,12 @@ def parity_table(report: ParityReport) -> Group:
         f"[dim]{runtimes}, {describe_data(report.data)}[/]"
     )
     return table(title, columns, rows)
+
+
+def _near_ties(stage: StageResult) -> str:
+    """What explains a top-1 below its bound that is no failure."""
+    count = stage.comparison.near_ties(bound(stage.stage, stage.precision))
+    return f" ({count} near {'tie' if count == 1 else 'ties'})" if count else ""
 
 
 def describe_data(data: Mapping[str, Any]) -> str:

@@ -8,6 +8,10 @@ import click
 
 from hhdeploy.cli import ui
 
+_AGAINST_TORCH = frozenset(
+    "checkpoint pretrained seed verify_data verify_images lock_timeout".split()
+)
+
 
 @click.command()
 @click.argument("bundle", type=ui.DIRECTORY)
@@ -28,7 +32,13 @@ from hhdeploy.cli import ui
 @click.option("--pretrained/--no-pretrained", default=True, help="--against-torch, as in export.")
 @click.option("--seed", default=0, show_default=True, help="--against-torch, as in export.")
 @click.option("--verify-data", type=ui.DIRECTORY, help="--against-torch: images to use.")
-@click.option("--verify-images", default=4, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--verify-images",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="--against-torch: images per adapter.",
+)
 @ui.lock_timeout_option
 @ui.json_option
 def command(
@@ -47,8 +57,12 @@ def command(
     """Compare BUNDLE with the training-time reference it carries; exit 1 if parity fails.
 
     Needs no torch for the float32 graph. Adapters added later are not in the reference until
-    --against-torch has been run.
+    --against-torch has been run; with --precision it stores nothing unless float32 is among them.
     """
+    if against_torch:
+        ui.check_backbone_options(checkpoint, pretrained, noise=verify_data is None)
+    else:
+        ui.refuse_unused(_AGAINST_TORCH, "needs --against-torch")
     from hhdeploy import api
 
     with ui.steps(as_json) as step:
@@ -62,6 +76,7 @@ def command(
                 verify_data=verify_data,
                 verify_images=verify_images,
                 device=device,
+                precisions=precisions or None,
                 lock_timeout=lock_timeout,
                 progress=step,
             )
@@ -71,6 +86,8 @@ def command(
         ui.print_json(report.to_json())
     else:
         ui.console().print(ui.parity_table(report))
+        for overflow in dict.fromkeys(s.overflow for s in report.stages if s.overflow):
+            ui.console().print(overflow, style="red", markup=False, soft_wrap=True)
         for name in _unverified(bundle):
             ui.console().print(
                 f"[yellow]{name}[/] was added later and is not in the reference: run "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hhdeploy.algebra import Reflection
-from hhdeploy.errors import HhdeployError
+from hhdeploy.errors import HhdeployError, OptionError
 from hhdeploy.sites import Form
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -23,6 +23,10 @@ DEFAULT_TARGETS: Mapping[Form, tuple[str, ...]] = {
 
 class TrainingError(HhdeployError):
     """A training that cannot start, cannot be continued, or diverged."""
+
+
+class SettingsError(TrainingError, OptionError):
+    """Settings of a training that make no sense, whatever the model and the data."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class TrainSettings:
         return max(1, self.epochs // 10) if self.epochs > 1 else 0
 
     def check(self) -> None:
-        """Raise `TrainingError` naming the first setting that makes no sense."""
+        """Raise `SettingsError` naming the first setting that makes no sense."""
         rules = (
             (self.epochs >= 1, "--epochs", "1 or more", self.epochs),
             (self.batch_size >= 1, "--batch-size", "1 or more", self.batch_size),
@@ -120,14 +124,14 @@ class TrainSettings:
         )
         for holds, flag, expected, found in rules:
             if not holds:
-                raise TrainingError(f"{flag}: expected {expected}, found {found}.")
+                raise SettingsError(f"{flag}: expected {expected}, found {found}.")
         if self.out is None and (self.resume or not self.linear_probe):
-            raise TrainingError(
+            raise SettingsError(
                 "no output directory was given. Only --linear-probe works without OUT, and "
                 "--resume needs the OUT whose training it continues."
             )
         if self.checkpoint is not None and not self.pretrained:
-            raise TrainingError("--checkpoint and --no-pretrained exclude each other: give one.")
+            raise SettingsError("--checkpoint and --no-pretrained exclude each other: give one.")
 
 
 @dataclass(frozen=True)

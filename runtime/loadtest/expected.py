@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.errors import PlanError
-from hhdeploy.parity import PARITY, Bound, compare
+from hhdeploy.parity import PARITY, Bound, compare, stage_of
 from hhdeploy.runtime.loadtest.variants import Task
 from hhdeploy.runtime.session import Session
 
@@ -28,14 +28,7 @@ def parity_bound(device: str, precision: str) -> Bound:
     Raises:
         PlanError: the table has no such pair.
     """
-    if device not in ("cpu", "openvino"):
-        stage = "engine"
-    elif device == "openvino" and precision in ("float32", "bfloat16"):
-        stage = "openvino"
-    elif precision == "float32":
-        stage = "branches"
-    else:
-        stage = "twin" if precision in ("float16", "bfloat16") else "quantised"
+    stage = stage_of("branches", device, precision)
     if (stage, precision) not in PARITY:
         raise PlanError(f"no bound is known for {precision} on {device}: choose another precision.")
     return PARITY[stage, precision]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.answers import label_of, softmax
 from hhdeploy.bundle import AdapterEntry
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import BYTES, FP32, Tensor, Wanted, bytes_array
@@ -57,34 +58,21 @@ def output_of(
     logits = logits[:, :widest]
     if wanted.name == LABELS:
         best = [
-            _label(entry, int(np.argmax(row[:n])))
+            label_of(entry, int(np.argmax(row[:n])))
             for entry, row, n in zip(entries, logits, classes, strict=True)
         ]
         return Tensor(LABELS, BYTES, _texts(best))
-    scores = logits if wanted.name == LOGITS else _softmax(logits)
+    scores = logits if wanted.name == LOGITS else softmax(logits).astype(np.float32)
     if not wanted.top:
         return Tensor(wanted.name, FP32, scores)
     top = min(wanted.top, widest)
     found: list[str] = []
     for entry, row, n in zip(entries, scores, classes, strict=True):
         order = np.argsort(-row[:n], kind="stable")[:top]
-        texts = [f"{row[i]:f}:{i}:{_label(entry, int(i))}" for i in order]
+        texts = [f"{row[i]:f}:{i}:{label_of(entry, int(i))}" for i in order]
         found += texts + [""] * (top - len(texts))
     return Tensor(wanted.name, BYTES, _texts(found).reshape(len(entries), top))
 
 
 def _texts(texts: Sequence[str]) -> NDArray[np.object_]:
     return bytes_array([text.encode("utf-8", "replace") for text in texts])
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Row by row; -inf gives 0, and an image that holds NaN or infinities gives NaN."""
-    wide = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        shares = np.exp(wide - wide.max(axis=1, keepdims=True))
-    result: NDArray[np.float32] = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
-    return result
-
-
-def _label(entry: AdapterEntry | None, index: int) -> str:
-    return entry.label(index) if entry is not None else str(index)

@@ -78,7 +78,9 @@ class Service:
         self._session = session
         self._manifest: Manifest = session.bundle.manifest
         self.fleet: Fleet | None = None
-        if self._manifest.layout is not None:
+        if self._manifest.layout is None:
+            _check_folded(settings)
+        else:
             self.fleet = Fleet(
                 session.bundle, session.adapters, settings.adapters_dir, settings.pinned
             )
@@ -400,6 +402,20 @@ class Service:
             raise RequestError(
                 f"image {index}: {image.width} x {image.height} pixels cannot be resized: {error}"
             ) from error
+
+
+def _check_folded(settings: ServeSettings) -> None:
+    """Raises `PlanError` for what only a bank of adapters can do."""
+    for flag, given in (
+        ("--adapters-dir", settings.adapters_dir is not None),
+        ("--pin", bool(settings.pinned)),
+        ("--allow-adapter-loading", settings.adapter_loading),
+    ):
+        if given:
+            raise PlanError(
+                f"{flag}: a folded bundle holds one adapter, in its weights. Leave it out, or "
+                "export without --fold."
+            )
 
 
 def seconds_of(request: InferRequest, most: float) -> float:

@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hhdeploy.errors import PlanError, SessionError
+from hhdeploy.errors import OptionError, PlanError, SessionError
 
 _LOG = logging.getLogger("hhdeploy.serve")
 # What a header can carry; a token that is easy to guess is no token.
@@ -72,9 +72,14 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         if self.adapter_loading and self.token is None:
-            raise PlanError(
+            raise OptionError(
                 "--allow-adapter-loading needs --token-file: whoever can reach the port could "
                 "replace adapters otherwise. Make one with: openssl rand -hex 32 > token"
+            )
+        if self.token is not None and not self.adapter_loading:
+            raise OptionError(
+                "--token-file needs --allow-adapter-loading: nothing else asks for the token, "
+                "least of all inference."
             )
         if self.max_batch < 1 or self.contexts < 1:
             raise SessionError("max_batch and contexts: expected 1 or more.")
@@ -84,7 +89,7 @@ class ServeSettings:
                 "one adapter directory a task."
             )
         if self.watch_seconds is not None and self.adapters_dir is None:
-            raise PlanError("--watch: there is nothing to watch without --adapters-dir.")
+            raise OptionError("--watch-seconds: there is nothing to watch without --adapters-dir.")
 
 
 def read_token(path: Path) -> str:

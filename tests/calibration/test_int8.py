@@ -50,7 +50,7 @@ def test_ranges_are_the_largest_values_of_all_images(mlp, feeds, smooth, tmp_pat
     sites = find_sites(ir.load(mlp).graph, "head")
     scales = calibrate_int8(mlp, sites, feeds, CalibrationSettings(smooth_quant=smooth))
     assert [scale.smooth is not None for scale in scales.values()] == [smooth is not None] * 2
-    found = range_excess(mlp, sites, scales, feeds, tolerance=0.0)
+    found = range_excess(mlp, sites, scales, feeds, FORMATS["int8"], tolerance=0.0)
     assert {excess.site for excess in found} == {"fc1", "fc2"}
     for excess in found:
         assert excess.ratio == pytest.approx(1.0)

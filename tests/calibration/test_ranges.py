@@ -5,23 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
-from hhdeploy.calibration.probe import Probe
+from hhdeploy.calibration.probe import CpuSession, Probe
 from hhdeploy.calibration.qdq import FORMATS
 from hhdeploy.calibration.ranges import range_excess
 from hhdeploy.calibration.sensitivity import logits_sqnr, site_sqnr
+from hhdeploy.errors import BundleError, DeviceError
 
 SITE = "blocks.1.mlp.fc1"
+INT8, FP8 = FORMATS["int8"], FORMATS["fp8"]
 
 
 def test_calibration_images_stay_inside(side):
-    assert (
-        range_excess(
-            side.path, side.sites(), side.calibration.sites, side.feeds, tolerance=1.0 + 1e-5
-        )
-        == []
-    )
+    given = (side.path, side.sites(), side.calibration.sites, side.feeds, INT8)
+    assert range_excess(*given, tolerance=1.0 + 1e-5) == []
 
 
 def test_what_leaves_the_range_is_told_worst_first(side):
@@ -29,12 +28,12 @@ def test_what_leaves_the_range_is_told_worst_first(side):
     scales[SITE] = replace(scales[SITE], absmax=scales[SITE].absmax / 4)
     other = "blocks.0.attn.proj"
     scales[other] = replace(scales[other], absmax=scales[other].absmax / 2)
-    found = range_excess(side.path, side.sites(), scales, side.feeds, tolerance=1.1)
+    found = range_excess(side.path, side.sites(), scales, side.feeds, INT8, tolerance=1.1)
     assert [excess.site for excess in found] == [SITE, other]
     assert [excess.ratio for excess in found] == pytest.approx([4.0, 2.0])
     smooth = scales[SITE].smooth
     x = np.concatenate([i[SITE] for i in Probe(side.path, side.sites()).inputs(side.feeds)])
-    share = np.mean(np.abs(x * smooth) > scales[SITE].absmax * 127.5 / 127)
+    share = np.mean(np.abs(x * smooth) > scales[SITE].absmax * INT8.reach)
     assert found[0].clipped == pytest.approx(share)
     assert 0.1 < share < 0.9
     assert found[0].to_json()["found"] == pytest.approx(side.calibration.ranges[SITE])
@@ -43,9 +42,43 @@ def test_what_leaves_the_range_is_told_worst_first(side):
 def test_brighter_images_leave_the_range(side):
     """The first site reads normalised tokens; fc2's inputs grow."""
     feeds = [{**feed, "images": feed["images"] * 30} for feed in side.feeds[:6]]
-    found = range_excess(side.path, side.sites(), side.calibration.sites, feeds)
+    found = range_excess(side.path, side.sites(), side.calibration.sites, feeds, INT8)
     assert found
-    assert all(excess.ratio > 1 for excess in found)
+    assert all(excess.ratio > INT8.reach for excess in found)
+
+
+def test_every_format_clips_from_half_a_step_of_its_own_on(side):
+    """1 % past the range INT8 clips; FP8, whose last step is a fourteenth of it, rounds."""
+    assert FP8.reach > 1.01 > INT8.reach
+    scales = dict(side.calibration.sites)
+    scales[SITE] = replace(scales[SITE], absmax=scales[SITE].absmax / 1.01)
+    given = (side.path, side.sites(), scales, side.feeds)
+    (found,) = range_excess(*given, INT8)
+    assert (found.site, found.clipped > 0) == (SITE, True)
+    assert range_excess(*given, FP8) == []
+    (found,) = range_excess(*given, FP8, tolerance=1.005)
+    assert (found.site, found.clipped) == (SITE, 0.0)
+
+
+@pytest.mark.parametrize("precision", FORMATS)
+def test_the_reach_of_a_format_is_what_its_type_rounds_down(precision):
+    form = FORMATS[precision]
+    within, beyond = form.largest * form.reach * np.array([0.9999, 1.0001], np.float32)
+    if form.dtype is ir.DataType.INT8:
+        assert (np.rint(within), np.rint(beyond)) == (form.largest, form.largest + 1)
+    else:
+        dtype = form.dtype.numpy()
+        assert within.astype(dtype) == form.largest
+        assert np.isnan(beyond.astype(dtype))  # E4M3 has no infinity
+
+
+def test_what_onnx_runtime_refuses_is_an_error_of_ours(side, tmp_path):
+    with pytest.raises(DeviceError, match=r"ONNX Runtime failed in .*model\.onnx: .*images"):
+        next(Probe(side.path, side.sites()).inputs([{}]))
+    model = ir.load(side.path)
+    model.graph.opset_imports[""] = 999
+    with pytest.raises(BundleError, match=r"ONNX Runtime cannot load .*model\.onnx: .*999"):
+        CpuSession(ir.to_proto(model).SerializeToString(), side.path)
 
 
 def test_q_k_and_v_read_one_value(side):

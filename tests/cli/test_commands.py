@@ -14,10 +14,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from hhdeploy.adapter import load_adapter, save_adapter
-from hhdeploy.bundle import Bundle
+from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.files import sha256_of
+from hhdeploy.graphs import add_typed_graph
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
+from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tests.support import TINY_MODEL
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
@@ -47,7 +49,7 @@ def export_options(workshop):
         workshop.checkpoint,
         "--cache-dir",
         workshop.cache,
-        "--verify-images",
+        "--verify-images",  # last: what --no-verify does not go with
         2,
     )
 
@@ -92,9 +94,8 @@ def test_export_with_room_and_without_verification(
 ):
     out = tmp_path / "out"
     flags = "--max-rank 7 --max-classes 13 --sites fc1 --sites proj:sequential --no-verify"
-    answer = succeed_json(
-        "export", out, *export_options, "--adapter", workshop.directory("alpha"), *flags.split()
-    )
+    adapter = ("--adapter", workshop.directory("alpha"))
+    answer = succeed_json("export", out, *export_options[:-2], *adapter, *flags.split())
     assert answer["parity"] is None
     layout = Bundle.open(out).manifest.layout
     assert layout.classes == 13
@@ -105,21 +106,11 @@ def test_export_with_room_and_without_verification(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("OUT --adapter ALPHA --adapter alpha=GAMMA", "two adapters are called 'alpha'"),
-        ("OUT --adapter backbone=ALPHA", "'backbone' is reserved"),
-        ("OUT --adapter =ALPHA", "letters, digits"),
-        ("OUT --adapter a/b=ALPHA", "letters, digits"),
         ("OUT --adapter NOWHERE", "is not a directory"),
-        ("OUT --adapter ALPHA --fold --adapter GAMMA", "exactly one adapter, found 2"),
-        ("OUT --adapter ALPHA --fold --max-rank 7", "--fold cannot be combined"),
-        ("OUT --adapter ALPHA --precision float8", "--precision float8: expected one of"),
-        ("OUT --adapter ALPHA --model-args {", "--model-args: expected a JSON object"),
-        ("OUT --adapter ALPHA --model-args [1]", "--model-args: expected a JSON object"),
         ('OUT --adapter ALPHA --model-args {"file":"x"}', "model arguments file are not allowed"),
         ("OUT --adapter ALPHA --checkpoint NOWHERE", "does not exist"),
         ("OUT --adapter ALPHA --verify-data NOWHERE", "is not a directory"),
         ("OUT --adapter ALPHA --sites fc9", "'fc9' matches no site"),
-        ("OUT --adapter ALPHA --sites fc1:around", "form must be one of"),
         ("OUT --adapter ALPHA --model vit_unheard_of", "unknown timm model 'vit_unheard_of'"),
         ("TAKEN --adapter ALPHA", "already exists.*--overwrite"),
     ],
@@ -138,9 +129,9 @@ def test_export_refuses(refuse, workshop, tmp_path, export_options, arguments, m
 
 def test_export_overwrites_when_told(succeed, workshop, tmp_path, export_options):
     out = tmp_path / "out"
-    alpha = workshop.directory("gamma")
-    succeed("export", out, *export_options, "--adapter", alpha, "--no-verify")
-    arguments = (*export_options, "--adapter", workshop.directory("alpha"), "--no-verify")
+    before = (*export_options[:-2], "--adapter", workshop.directory("gamma"), "--no-verify")
+    succeed("export", out, *before)
+    arguments = (*export_options[:-2], "--adapter", workshop.directory("alpha"), "--no-verify")
     text = succeed("export", out, *arguments, "--overwrite")
     assert "Not verified" in text
     assert names_of(out) == ["alpha"]
@@ -217,6 +208,25 @@ def test_verify_against_torch(succeed, refuse, bundle, workshop):
     assert "added later" not in text
     assert "was added later" not in succeed("verify", bundle)
     assert "exported from the weights" in refuse("verify", bundle, *options, "--no-pretrained")
+
+
+def test_verify_against_torch_checks_the_graphs_that_are_named(
+    succeed, succeed_json, refuse, bundle, workshop
+):
+    add_typed_graph(bundle, "float16")
+    succeed("adapter", "add", bundle, f"rival={workshop.directory('rival')}")
+    before = contents(bundle)
+    ask = ("verify", bundle, "--against-torch", "--checkpoint", workshop.checkpoint)
+    ask = (*ask, "--verify-images", 1)
+    report = succeed_json(*ask, "--precision", "float16")
+    assert {s["precision"] for s in report["stages"]} == {"float16"}
+    assert {s["adapter"] for s in report["stages"]} == {"alpha", "gamma", "rival"}
+    assert contents(bundle) == before, "float16's bounds vouch for no adapter"
+    assert "no int8 graph" in refuse(*ask, "--precision", "int8")
+    report = succeed_json(*ask, "--precision", "float32")
+    assert {s["precision"] for s in report["stages"]} == {"float32"}
+    assert Bundle.open(bundle).parity() == report
+    assert all(a.verified for a in Bundle.open(bundle).manifest.adapters)
 
 
 def test_verify_in_a_process_without_torch(small):
@@ -296,6 +306,33 @@ def test_predict_with_the_bare_backbone_and_a_folded_bundle(
     assert answer["adapter"] == "alpha"
 
 
+def test_predict_with_nothing_but_the_backbone(succeed_json, branches, pictures, tmp_path):
+    """All adapters are gone, its classifier was kept: that is what there is to ask."""
+    only = copy_bundle(branches, tmp_path / "only")
+    for name in names_of(only):
+        remove_adapter(only, name)
+    (answer,) = succeed_json("predict", only, pictures[0], "--top", 9)
+    assert answer["adapter"] == "backbone"
+    assert sorted(b["index"] for b in answer["classes"]) == [0, 1, 2, 3, 4]
+
+
+def test_a_class_without_a_finite_logit_shifts_no_names(succeed_json, small, pictures, monkeypatch):
+    real = OnnxRuntimeBackend.run
+
+    def ruled_out(self, images, ids):
+        logits = real(self, images, ids)
+        logits[:, 0] = -np.inf
+        return logits
+
+    ask = ("predict", small, pictures[0], "--adapter", "alpha", "--top", 7, "--device", "cpu")
+    (before,) = succeed_json(*ask)
+    monkeypatch.setattr(OnnxRuntimeBackend, "run", ruled_out)
+    (after,) = succeed_json(*ask)
+    kept = [b["label"] for b in before["classes"] if b["index"]]
+    assert [a["label"] for a in after["classes"]] == [*kept, "class 0"]
+    assert after["classes"][-1] == {"label": "class 0", "index": 0, "probability": 0.0}
+
+
 def test_predict_refuses(refuse, succeed, small, bundle, pictures, tmp_path):
     def line(*arguments):
         return refuse("predict", small, *arguments)
@@ -373,8 +410,6 @@ def test_adapter_refuses(refuse, bundle, folded, workshop, tmp_path):
     alpha = workshop.directory("alpha")
     assert "has an adapter 'alpha' already" in line("add", bundle, alpha)
     assert "is not a directory" in line("add", bundle, tmp_path / "nowhere")
-    assert "letters, digits" in line("add", bundle, f"../x={alpha}")
-    assert "'backbone' is reserved" in line("add", bundle, f"backbone={alpha}")
     assert "Export" in line("add", bundle, workshop.directory("beta"))
     assert "unknown adapter 'omega'" in line("remove", bundle, "omega")
     assert "Export without --fold" in line("add", folded, f"x={alpha}")

@@ -106,10 +106,7 @@ def test_an_unverified_adapter_is_named(succeed, small, workshop, tmp_path):
         ("NOWHERE OUT", "is not a bundle"),
         ("BUNDLE TAKEN", r"taken/small already exists.*--overwrite"),
         ("BUNDLE BUNDLE", r"is a bundle\. Choose another"),
-        ("BUNDLE OUT --name a/b", "Triton model name"),
         ("BUNDLE OUT --precision int8", "no int8 graph"),
-        ("BUNDLE OUT --preferred-batch 64", "--preferred-batch 64"),
-        ("BUNDLE OUT --gpu-arch sm89", "--backend tensorrt"),
     ],
 )
 def test_it_refuses(refuse, small, tmp_path, arguments, message):

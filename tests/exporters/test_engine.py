@@ -149,7 +149,7 @@ def test_architectures_are_built_for(tmp_path):
     [
         ({"batch": (4, 2, 8)}, r"1 <= min <= opt <= max, found 4, 2, 8"),
         ({"batch": (0, 2, 8)}, r"found 0, 2, 8"),
-        ({"slots": (1, 9, 8)}, r"--min-slots.*found 1, 9, 8"),
+        ({"slots": (1, 9, 8)}, r"slots of the bank.*found 1, 9, 8"),
         ({"hardware_compatible": True}, r"--hardware-compatible has no effect in TensorRT-RTX"),
         ({"workspace_mib": 64}, r"--workspace-mib has no effect"),
         ({"optimization_level": 3}, r"--builder-optimization-level has no effect"),

@@ -526,7 +526,7 @@ BUILD = r"hhdeploy build \S+ --backend tensorrt --precision float32"
             "stale: it was built from another graph than the bundle has now",
         ),
         ({"bank_sha256": "0" * 64}, "stale: the bank baked into it is not the one"),
-        ({"batch": (2, 8, 8)}, r"takes 2 images at least.*\(--min-batch 1\)"),
+        ({"batch": (2, 8, 8)}, r"takes 2 images at least.*\(build with --min-batch 1\)"),
     ],
 )
 def test_engines_that_triton_cannot_run(copy, tmp_path, changes, message):

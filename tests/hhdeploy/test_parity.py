@@ -46,6 +46,60 @@ def test_the_worst_image_and_top1():
     assert len(c.failures(TIGHT)) == 3
 
 
+# Four images of a range of 10; the reference answers class 0, class 1 is `margin` behind.
+def duel(margin):
+    reference = np.tile([5.0, 5.0 - margin, -5.0], (4, 1))
+    reference[1:, 1] = 0.0
+    return reference
+
+
+HALF = Bound(2e-2, 0.999, 0.995, "", "")
+
+
+@pytest.mark.parametrize("margin", [1e-3, 0.1, 0.199])
+def test_a_near_tie_is_no_lost_answer(margin):
+    """One image of four that one allowed error turns: a quarter of top-1, and a good export."""
+    reference = duel(margin)
+    found = reference.copy()
+    found[0, 1] = 5.0 + 1e-6
+    c = compare(reference, found)
+    assert c.top1 == 0.75
+    assert c.lost_margins == pytest.approx([margin / 10])
+    assert c.near_ties(HALF) == 1
+    assert not c.failures(HALF)
+
+
+def test_a_clear_answer_that_is_lost_counts():
+    """Two errors that the bound allows, one up and one down, turn a margin of 1.5 bounds."""
+    reference = duel(0.3)
+    found = reference.copy()
+    found[0, :2] = 4.84, 4.86
+    c = compare(reference, found)
+    assert c.range_error < HALF.range_error
+    assert (c.top1, c.near_ties(HALF)) == (0.75, 0)
+    (failure,) = c.failures(HALF)
+    assert failure.startswith("top-1 agreement 75.00% (at least 99.50%")
+
+
+def test_near_ties_and_lost_answers_are_told_apart():
+    reference = np.tile([5.0, 4.9, 2.0, -5.0], (5, 1))
+    found = reference.copy()
+    found[0, 1] = found[1, 2] = 6.0
+    c = compare(reference, found)
+    assert sorted(c.lost_margins) == pytest.approx([0.01, 0.3])
+    assert c.near_ties(HALF) == 1
+    assert c.near_ties(replace(HALF, range_error=1e-3)) == 0
+    (line,) = [f for f in c.failures(HALF) if f.startswith("top-1")]
+    assert "80.00%" in line
+
+
+def test_float32_s_near_ties_are_as_small_as_its_errors():
+    reference = duel(0.1)
+    found = reference.copy()
+    found[0, 1] = 5.1
+    assert compare(reference, found).near_ties(bound("branches", "float32")) == 0
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_the_range_error_does_not_depend_on_the_scale(scale):
     noise = 1e-4 * logits(seed=1)

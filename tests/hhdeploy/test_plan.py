@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapter import Adapter, SiteTensors
-from hhdeploy.errors import AdapterError, PlanError
+from hhdeploy.errors import AdapterError, OptionError, PlanError
 from hhdeploy.plan import (
     BackboneFacts,
     Reserve,
@@ -71,7 +71,7 @@ def test_good_names(name):
     "name", ["", ".", "..", "-x", "_x", "a/b", "a b", "a\n", "../a", "é", "x" * 129, "a=b"]
 )
 def test_bad_names(name):
-    with pytest.raises(PlanError, match=r"(?s)expected letters, digits.*--adapter NAME=DIR"):
+    with pytest.raises(PlanError, match=r"(?s)expected letters, digits.*NAME=DIR"):
         check_name(name)
 
 
@@ -255,7 +255,6 @@ def test_reserved_sites_alone():
     [
         (Reserve(), CLASSES, "nothing to export"),
         (Reserve(sites=("gate",)), CLASSES, "--sites: 'gate' matches no site"),
-        (Reserve(sites=("proj:x",)), CLASSES, "--sites: form must be one of"),
         (Reserve(sites=("q:sequential",)), CLASSES, "--sites: 'q:sequential'.*proj, fc2"),
         (Reserve(sites=("proj",), keep_backbone_head=True), 0, "--keep-backbone-head"),
         (Reserve(sites=("proj",)), 0, "no classifier.*--max-classes"),
@@ -264,6 +263,14 @@ def test_reserved_sites_alone():
 def test_plans_that_are_refused(reserve, classes, message):
     with pytest.raises(PlanError, match=message):
         plan_branches(facts_of(classes=classes), {}, reserve)
+
+
+def test_room_that_no_backbone_has_is_refused_at_once():
+    with pytest.raises(OptionError, match="--sites: form must be one of"):
+        Reserve(sites=("fc1", "proj:x"))
+    for wrong in ({"max_rank": -1}, {"max_classes": -3}):
+        with pytest.raises(OptionError, match="expected 0 or more"):
+            Reserve(**wrong)
 
 
 def test_a_backbone_without_sites():

@@ -596,11 +596,11 @@ def test_cli_interrupt_hints_at_resume(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "Missing argument 'OUT'"),
+        ([], "Only --linear-probe works without OUT"),
         (["--linear-probe", "--resume"], "--resume needs the OUT"),
         (["--checkpoint", "w.safetensors", "out"], "exclude each other"),
         (["--model-args", "[1]", "out"], "expected a JSON object"),
-        (["--model-args", "{", "out"], "not valid JSON"),
+        (["--model-args", "{", "out"], "expected a JSON object"),
     ],
 )
 def test_cli_usage_errors(images: Path, more: list[str], message: str) -> None:

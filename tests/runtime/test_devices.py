@@ -249,12 +249,14 @@ def test_the_session_says_what_auto_took(small, monkeypatch):
         assert session.device == "onnxruntime CPUExecutionProvider"
 
 
-def test_cuda_needs_the_provider_and_the_driver(monkeypatch):
+@pytest.mark.parametrize(("platform", "name"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
+def test_cuda_needs_the_provider_and_the_driver(monkeypatch, platform, name):
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     loads = []
     monkeypatch.setattr(onnxruntime.ctypes, "CDLL", loads.append)
     assert onnxruntime.cuda_available()
-    assert loads == ["libcuda.so.1"]
+    assert loads == [name]
 
     def missing(name):
         raise OSError(name)

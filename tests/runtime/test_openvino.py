@@ -14,7 +14,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.qdq import FORMATS, quantised_model
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.sites import find_sites
-from hhdeploy.errors import BundleError, DeviceError, SessionError
+from hhdeploy.errors import BundleError, DeviceError, MissingDependencyError, SessionError
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.files import sha256_of
 from hhdeploy.graphs import add_graph
@@ -119,6 +119,32 @@ def test_a_graph_that_cannot_be_read(folded, tmp_path):
     path = with_file(copy_bundle(folded, tmp_path / "b"), "model.onnx", b"not a graph")
     with pytest.raises(BundleError, match=r"OpenVINO cannot compile .*model\.onnx"):
         started(path)
+
+
+# --- versions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outdated(monkeypatch):
+    """The last version below the bound, as it names itself."""
+    monkeypatch.setattr(openvino, "__version__", "2024.6.0-17404-4c0f47d2335-releases/2024/6")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_an_openvino_below_the_bound_is_refused(small, outdated, precision):
+    """2024.6 computes INT8 side branches wrongly; no session trusts it with anything."""
+    expected = r"expected version 2025\.0 or newer, found 2024\.6\.0.*pip install -U"
+    with pytest.raises(MissingDependencyError, match=expected):
+        open_session(small, device="openvino", precision=precision)
+
+
+def test_auto_passes_over_an_openvino_below_the_bound(small, outdated, monkeypatch):
+    monkeypatch.setattr("hhdeploy.runtime.onnxruntime_backend.cuda_available", lambda: False)
+    with open_session(small, threads=1) as session:
+        assert session.device == "onnxruntime CPUExecutionProvider"
+    assert not computes_bfloat16()
+    with pytest.raises(MissingDependencyError, match="found 2024"):  # nothing else has it
+        open_session(small, precision="bfloat16")
 
 
 # --- precisions ---------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.errors import BundleError, PlanError, SessionError
+from hhdeploy.errors import BundleError, DeviceError, PlanError, SessionError
 from hhdeploy.exporters.trace import base_graph
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.backends import DEVICES
-from tests.support import assert_caught, assert_parity, images
+from tests.support import MISTAKE, assert_caught, assert_parity, images
 from tests.workshop import BACKBONE_CLASSES, CLASSES, WIDTH, copy_bundle, transform_of
 
 NAMES = ("alpha", None, "gamma", "beta", "headless", "rival")
@@ -34,6 +34,66 @@ def bare_graph(path):
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def pictures(count):
+    rng = np.random.default_rng(23)
+    return [Image.fromarray(rng.integers(0, 256, (43, 59, 3), np.uint8)) for _ in range(count)]
+
+
+def test_each_image_is_classified_as_its_own_adapter_wants_it(session):
+    """Gamma has another mean, deviation and crop than the others."""
+    names, shown = cycle(6), pictures(6)
+    found = session.classify(shown, names)
+    for name, image, answers in zip(names, shown, found, strict=True):
+        (logits,) = session.run(session.preprocess([image], name), name)
+        own = logits[: CLASSES[name] if name else BACKBONE_CLASSES]
+        assert [a.index for a in answers] == np.argsort(-own).tolist()
+        shares = np.exp(own) / np.exp(own).sum()
+        assert [a.score for a in answers] == pytest.approx(shares[np.argsort(-own)], rel=1e-4)
+        labelled = name not in (None, "headless")
+        assert answers[0].label == (f"class {np.argmax(own)}" if labelled else str(np.argmax(own)))
+    as_first = session.run(session.preprocess(shown, names[0]), names)  # all as the first wants it
+    gamma = names.index("gamma")
+    scores = {a.index: a.score for a in found[gamma]}
+    wrong = np.exp(as_first[gamma, :3]) / np.exp(as_first[gamma, :3]).sum()
+    assert max(abs(scores[i] - wrong[i]) for i in range(3)) > MISTAKE
+
+
+def test_one_name_or_none_is_for_all_images(session, folded):
+    shown = pictures(2)
+    assert session.classify(shown, "beta") == session.classify(shown, ["beta", "beta"])
+    assert session.classify(shown) == session.classify(shown, ["backbone", None])
+    with open_session(folded, device="cpu", threads=1) as plain:
+        assert plain.classify(shown) == plain.classify(shown, "alpha")
+        assert plain.classify(shown)[1][0].label.startswith("class ")
+
+
+def test_classify_refuses(own):
+    with pytest.raises(SessionError, match="no image given"):
+        own.classify([], "alpha")
+    with pytest.raises(SessionError, match="found 2 for 3 images"):
+        own.classify(pictures(3), ["alpha", "gamma"])
+    with pytest.raises(SessionError, match="unknown adapter 'omega'"):
+        own.classify(pictures(2), ["alpha", "omega"])
+    assert not own.adapters.held("alpha")  # what was held before the unknown one is given back
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_no_answer(own, monkeypatch, value):
+    real = own._backend.run
+
+    def spoilt(images, ids):
+        logits = real(images, ids)
+        logits[1, 2] = value
+        return logits
+
+    monkeypatch.setattr(own._backend, "run", spoilt)
+    with pytest.raises(SessionError, match=r"image 1, adapter 'gamma': .* no numbers .* float32"):
+        own.classify(pictures(2), ["alpha", "gamma"])
 
 
 # --- the logits ---------------------------------------------------------------------------------
@@ -212,6 +272,15 @@ def test_the_backbone_is_refused_where_its_classifier_was_not_kept(own):
     for adapters in (None, ["alpha", None], "backbone"):
         with pytest.raises(SessionError, match="--keep-backbone-head"):
             own.run(images(2), adapters)
+
+
+def test_a_run_that_onnx_runtime_refuses(own):
+    """Its own exceptions, which have no base class, never reach the caller."""
+    with pytest.raises(DeviceError, match=r"CPUExecutionProvider failed: .*adapter_ids"):
+        own._backend.run(images(2), None)
+    with pytest.raises(DeviceError, match=r"CPUExecutionProvider failed: (.|\n)*Got: 31"):
+        own._backend.run(images(2, size=31), np.array([1, 2]))
+    assert own.run(images(2), "alpha").shape == (2, 7)  # the session lives on
 
 
 def test_a_closed_session(small):

@@ -42,7 +42,7 @@ from tests.runtime.serving.fleets import (
     until,
 )
 from tests.support import assert_parity, images
-from tests.workshop import transform_of
+from tests.workshop import ROOT, transform_of
 
 
 def request_of(x, *names, model="tiny", outputs=(), encoded=False, **parameters):
@@ -238,6 +238,22 @@ def test_pictures_are_prepared_as_each_adapter_wants_them(play, branches, worksh
             assert_parity(truth, row[: truth.size], "branches", "float32")
 
     play(scene, bundle=branches, slots=None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "chosen"),
+    [
+        ("--adapters-dir", {"adapters_dir": ROOT}),
+        ("--pin", {"pinned": frozenset({"alpha"})}),
+        ("--allow-adapter-loading", {"adapter_loading": True, "token": "0123456789abcdef"}),
+    ],
+)
+def test_what_a_folded_bundle_cannot_do_is_refused(folded, flag, chosen):
+    with (
+        open_session(folded, device="cpu", threads=1) as session,
+        pytest.raises(PlanError, match=f"{flag}: a folded bundle holds one adapter"),
+    ):
+        Service(session, ServeSettings("tiny", **chosen))
 
 
 def test_a_folded_bundle(play, folded, workshop):

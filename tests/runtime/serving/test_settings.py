@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hhdeploy.errors import PlanError, SessionError
+from hhdeploy.errors import OptionError, PlanError, SessionError
 from hhdeploy.runtime.serving.settings import ServeSettings, read_token
 
 TOKEN = "0123456789abcdef"
@@ -15,6 +15,12 @@ def test_loading_over_the_network_needs_a_token():
         ServeSettings("tiny", adapter_loading=True)
     assert ServeSettings("tiny", adapter_loading=True, token=TOKEN).adapter_loading
     assert not ServeSettings("tiny").adapter_loading
+
+
+def test_a_token_that_nothing_asks_for_is_refused():
+    """Whoever gives one may believe that it protects inference."""
+    with pytest.raises(OptionError, match="--token-file needs --allow-adapter-loading"):
+        ServeSettings("tiny", token=TOKEN)
 
 
 def test_a_token_is_not_printed():

@@ -1,0 +1,66 @@
+"""What commands share: reading ``[NAME=]DIR``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click import UsageError
+
+from hhdeploy.cli.ui import _named_directory, named_directories
+from hhdeploy.errors import OptionError
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with directories whose names hold "="."""
+    for name in ("runs/lr=0.1", "plain", "both=plain", "odd=name"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "directory"),
+    [
+        ("plain", "plain", "plain"),
+        ("cars=plain", "cars", "plain"),
+        ("cars=nowhere", "cars", "nowhere"),
+        ("runs/lr=0.1", "lr=0.1", "runs/lr=0.1"),
+        ("./odd=name", "odd=name", "odd=name"),
+        ("odd=name", "odd=name", "odd=name"),
+        ("cars=runs/lr=0.1", "cars", "runs/lr=0.1"),
+        ("./both=plain", "both=plain", "both=plain"),
+        ("both=./plain", "both", "plain"),
+        ("runs/lr=0.2", "lr=0.2", "runs/lr=0.2"),  # a typing error: named whole
+        ("a/b=plain", "a/b", "plain"),  # no name, but meant as one: refused later
+    ],
+)
+def test_a_path_may_hold_an_equals_sign(here, value, name, directory):
+    assert _named_directory(value) == (name, Path(directory))
+
+
+def test_a_name_that_is_none_says_how_to_give_one(here):
+    for value in ("runs/lr=0.1", "a/b=plain", "=plain", "backbone=plain"):
+        with pytest.raises(OptionError, match=r"NAME=DIR|reserved"):
+            named_directories([value])
+    assert named_directories(["cars=runs/lr=0.1"]) == {"cars": Path("runs/lr=0.1")}
+
+
+def test_absolute_paths_may_too(here):
+    path = here / "runs" / "lr=0.1"
+    assert _named_directory(str(path)) == ("lr=0.1", path)
+    assert named_directories([f"cars={path}"]) == {"cars": path}
+
+
+def test_what_can_be_read_both_ways_is_refused_with_both(here):
+    with pytest.raises(UsageError, match="both both=plain and plain are directories") as caught:
+        named_directories(["both=plain"])
+    for advised in (f"NAME={here}/both=plain", f"both={here}/plain"):
+        assert advised in str(caught.value)
+        assert set(named_directories([advised])) <= {"NAME", "both"}
+
+
+def test_nothing_behind_the_equals_sign_is_refused(here):
+    with pytest.raises(UsageError, match="no directory after '='"):
+        named_directories(["cars="])

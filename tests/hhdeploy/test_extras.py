@@ -1,0 +1,64 @@
+"""The table of extras is pyproject.toml's, and versions compare as numbers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, for which pytest brings it under its first name
+    import tomli as tomllib
+
+from hhdeploy.errors import MissingDependencyError
+from hhdeploy.extras import EXTRAS, INCLUDED, check_version, is_older
+from tests.workshop import ROOT
+
+# name[extras]>=version
+_REQUIREMENT = re.compile(r"([\w-]+)(?:\[(.+)\])?(?:>=([\d.]+))?")
+
+
+def test_the_table_is_the_one_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds: dict[str, dict[str, str]] = {}
+    included: dict[str, tuple[str, ...]] = {}
+    for extra, requirements in project["optional-dependencies"].items():
+        for requirement in requirements:
+            name, inner, bound = re.match(
+                r"([\w-]+)(?:\[(.+)\])?(?:>=([\d.]+))?$", requirement.partition(";")[0]
+            ).groups()
+            if name == "hhdeploy":
+                included[extra] = tuple(inner.split(","))
+            else:
+                bounds.setdefault(extra, {})[name] = bound
+    del bounds["test"], included["test"]
+    assert bounds == EXTRAS
+    assert included == INCLUDED
+
+
+@pytest.mark.parametrize(
+    ("found", "bound", "older"),
+    [
+        ("2024.6.0-17404-4c0f47d2335-releases/2024/6", "2025.0", True),
+        ("2025.0.0-17942-1f68be9f594-releases/2025/0", "2025.0", False),
+        ("2025.0", "2025.0.0", False),
+        ("2026.4.1", "2025.0", False),
+        ("1.9.9", "1.10", True),
+        ("1.10", "1.9", False),
+        ("2.0.0rc1", "2.0", False),
+        ("10.2.9", "10.3", True),
+        ("unknown", "1.0", True),
+    ],
+)
+def test_versions_compare_as_numbers(found, bound, older):
+    assert is_older(found, bound) is older
+
+
+def test_what_is_too_old_names_the_upgrade():
+    with pytest.raises(
+        MissingDependencyError, match=r"nncf: expected version 3.4 .* found 3.3.9"
+    ) as e:
+        check_version("calibrate", "nncf", "3.3.9")
+    assert "pip install -U 'hhdeploy[calibrate]'" in str(e.value)
+    check_version("calibrate", "nncf", "3.4.0")

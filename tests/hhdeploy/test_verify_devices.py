@@ -1,0 +1,75 @@
+"""`verify` judges by what really ran, also where ``auto`` chose it."""
+
+from __future__ import annotations
+
+import sys
+
+import onnxruntime as ort
+import pytest
+
+from hhdeploy import verify
+from hhdeploy.parity import PARITY, bound, stage_of
+from hhdeploy.runtime import onnxruntime_backend as onnxruntime
+from hhdeploy.runtime.backends import DEVICES
+
+
+@pytest.fixture(scope="module")
+def typed(workshop, tmp_path_factory):
+    """A bundle with a float16 and a bfloat16 graph."""
+    out = tmp_path_factory.mktemp("typed") / "out"
+    return workshop.export(out, ("alpha", "gamma"), precisions=["float16", "bfloat16"]).path
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine whose CUDA provider works, as far as a CPU can stand in for it."""
+    monkeypatch.setattr(onnxruntime, "cuda_available", lambda: True)
+    monkeypatch.setitem(onnxruntime._PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(onnxruntime, "_PROVIDER_OPTIONS", {})
+    monkeypatch.setattr(onnxruntime, "_GPU_MEMORY", "cpu")
+    monkeypatch.setattr(onnxruntime, "_check_placement", lambda session: None)
+    monkeypatch.setattr(ort.SessionOptions, "add_session_config_entry", lambda *given: None)
+
+
+def stages(report):
+    return {s.precision: s.stage for s in report.stages}
+
+
+def test_auto_on_a_gpu_is_judged_by_the_gpu_s_bounds(typed, gpu):
+    """The typed graphs themselves, not their twins; the CPU's bounds are ten times narrower."""
+    report = verify(typed, device="auto", precisions=["float32", "float16"])
+    assert stages(report) == {"float32": "engine", "float16": "engine"}
+    assert report.passed
+    assert bound("engine", "float32").range_error > bound("branches", "float32").range_error
+
+
+def test_auto_on_a_cpu_is_judged_by_the_runtime_it_takes(typed, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "cuda_available", lambda: False)
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    report = verify(typed, device="auto")
+    assert stages(report) | {"bfloat16": ""} == {
+        "float32": "openvino",
+        "float16": "twin",
+        "bfloat16": "",
+    }
+    assert {s.runtime for s in report.stages if s.precision == "float32"} == {"openvino CPU"}
+    assert report.passed
+
+
+def test_auto_without_bfloat16_shows_the_twin(typed, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "cuda_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    report = verify(typed, device="auto")
+    assert stages(report) == {"float32": "branches", "float16": "twin", "bfloat16": "twin"}
+    assert report.passed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["folded", "branches"])
+def test_every_device_and_precision_has_a_bound(kind, device):
+    precisions = {precision for stage, precision in PARITY if stage != "algebra"}
+    assert {"float16", "int8-weights", "fp8"} < precisions
+    found = {precision: stage_of(kind, device, precision) for precision in precisions}
+    assert all((stage, precision) in PARITY for precision, stage in found.items())
+    on_cpu = device in ("cpu", "openvino")
+    assert ("engine" not in found.values()) is on_cpu
