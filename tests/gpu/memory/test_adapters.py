@@ -16,10 +16,9 @@ from tests.leash import leashed
 @pytest.mark.parametrize("count", SCALE.adapters)
 def test_memory(ort_cuda, workbench, count, record):
     made = workbench.model(SCALE.model)
-    adapter = made.adapter(made.pair[0])
     command = [
-        sys.executable, "-m", "tests.gpu.memory.opened", str(made.path), str(adapter), str(count),
-        ort_cuda, "float32",
+        sys.executable, "-m", "tests.gpu.memory.opened", str(workbench.single(SCALE.model)),
+        str(made.adapter(made.pair[0])), str(count), ort_cuda, "float32",
     ]  # fmt: skip
     ran = subprocess.run(leashed(command), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
