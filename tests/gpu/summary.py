@@ -106,9 +106,7 @@ def _heads(parts: dict[str, Any]) -> list[str]:
             ]
         )
         heads.setdefault(head, []).append(f"{name} ({part['date']})")
-    return [
-        f"{head}\n{_filled('parts     ', ', '.join(names))}" for head, names in heads.items()
-    ]
+    return [f"{head}\n{_filled('parts     ', ', '.join(names))}" for head, names in heads.items()]
 
 
 def _filled(label: str, text: str) -> str:

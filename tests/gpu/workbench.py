@@ -197,7 +197,9 @@ class Workbench:
         from tests.gpu.int8 import add_int8
 
         path = self._root / name
-        if (path / MANIFEST).is_file() and set(PRECISIONS) <= set(Bundle.open(path).manifest.graphs):
+        if (path / MANIFEST).is_file() and set(PRECISIONS) <= set(
+            Bundle.open(path).manifest.graphs
+        ):
             return path
         shutil.rmtree(path, ignore_errors=True)
         if not options.get("fold"):

@@ -32,7 +32,7 @@ def need_graph(made, precision):
         lacks("graph", f"the bundle has none in {precision}")
 
 
-@pytest.mark.parametrize("precision", (*PRECISIONS, "fp8"))
+@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
 @pytest.mark.parametrize("model", SCALE.models)
 def test_build(builder, workbench, model, precision, record):
     made = workbench.model(model)
@@ -44,7 +44,7 @@ def test_build(builder, workbench, model, precision, record):
     assert Bundle.open(path).file(entry.file).stat().st_size == entry.bytes
 
 
-@pytest.mark.parametrize("precision", (*PRECISIONS, "fp8"))
+@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
 @pytest.mark.parametrize("model", SCALE.models)
 def test_parity(runner, workbench, model, precision, record):
     """Every adapter and the bare backbone, mixed batches, against the float64 reference."""

@@ -34,7 +34,7 @@ def test_parity(provider, workbench, model, graph, precision, record):
         cosine=min(c.cosine for c in found),
         top1=min(c.top1 for c in found),
     )
-    check_device(runtime, provider)
+    check_device(runtime, provider, path, precision)
     assert {stage.stage for stage in report.stages} == {"engine"}
     assert report.passed, report.explain_failures()
 

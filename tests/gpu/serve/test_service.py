@@ -59,7 +59,10 @@ def test_requests_of_all_adapters(ort_cuda, workbench, served, record):
             index = (index + 1) % len(truth.names)
             name = truth.names[index]
             request = InferRequest(
-                name or NAME, "", "", {IMAGES: Tensor(IMAGES, FP32, truth.images[index : index + 1])}
+                name or NAME,
+                "",
+                "",
+                {IMAGES: Tensor(IMAGES, FP32, truth.images[index : index + 1])},
             )
             start = time.perf_counter()
             answer = await service.infer(request)
