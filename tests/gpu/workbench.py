@@ -40,6 +40,8 @@ _RANDOM: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
     "tiny": (TINY_MODEL, TINY_ARGS, 0.2),
 }
 _CLASSES = 17
+# Two of one shape, and one of the other form.
+_ADAPTERS = ("alpha", "rival", "after")
 _IMAGES = 8
 
 T = TypeVar("T")
@@ -153,33 +155,15 @@ class Workbench:
         return Made(path, spec, ("digits", "fashion"))
 
     def _random(self, name: str) -> Made:
-        from safetensors.torch import save_file
-
-        from hhdeploy.adapter import save_adapter
         from hhdeploy.backbone import BackboneSpec
-        from tests.support import random_adapter, tiny_backbone
 
         model, args, scale = _RANDOM[name]
-        backbone = tiny_backbone(model, num_classes=_CLASSES)
-        checkpoint = self._root / f"{name}.safetensors"
-        state = {key: t.contiguous() for key, t in backbone.model.state_dict().items()}
-        save_file(state, checkpoint)
-        facts = backbone.facts
-        adapters = {
-            "alpha": random_adapter(facts, classes=11, seed=1, scale=scale),
-            "rival": random_adapter(
-                facts, reflection="orthogonal", r=2, classes=11, seed=2, scale=scale
-            ),
-            "after": random_adapter(
-                facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=3, scale=scale
-            ),
-        }
-        folder = self._root / f"{name}-adapters"
-        for key, adapter in adapters.items():
-            save_adapter(adapter, folder / key, overwrite=True)
+        checkpoint, folder = self._root / f"{name}.safetensors", self._root / f"{name}-adapters"
+        if not self._made(name):
+            _write_random(model, scale, checkpoint, folder)
         spec = BackboneSpec(model, {**args, "num_classes": _CLASSES}, checkpoint)
-        path = self._bundle(name, spec, {key: folder / key for key in adapters})
-        return Made(path, spec, ("alpha", "rival"))
+        path = self._bundle(name, spec, {key: folder / key for key in _ADAPTERS})
+        return Made(path, spec, _ADAPTERS[:2])
 
     def _one(self, name: str, kind: str, **options: Any) -> Path:
         made = self.model(name)
@@ -217,3 +201,31 @@ class Workbench:
         )
         add_int8(path)
         return path
+
+    def _made(self, name: str) -> bool:
+        path = self._root / name
+        return (path / MANIFEST).is_file() and set(PRECISIONS) <= set(
+            Bundle.open(path).manifest.graphs
+        )
+
+
+def _write_random(model: str, scale: float, checkpoint: Path, folder: Path) -> None:
+    """Weights of a random model, and `_ADAPTERS` of it."""
+    from safetensors.torch import save_file
+
+    from hhdeploy.adapter import save_adapter
+    from tests.support import random_adapter, tiny_backbone
+
+    backbone = tiny_backbone(model, num_classes=_CLASSES)
+    facts = backbone.facts
+    state = {key: t.contiguous() for key, t in backbone.model.state_dict().items()}
+    save_file(state, checkpoint)
+    made = (
+        random_adapter(facts, classes=11, seed=1, scale=scale),
+        random_adapter(facts, reflection="orthogonal", r=2, classes=11, seed=2, scale=scale),
+        random_adapter(
+            facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=3, scale=scale
+        ),
+    )
+    for key, adapter in zip(_ADAPTERS, made, strict=True):
+        save_adapter(adapter, folder / key, overwrite=True)

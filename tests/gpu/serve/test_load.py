@@ -19,9 +19,9 @@ from tests.leash import leashed
 
 PACKAGES = ("aiohttp", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn")
 # A fleet of more adapters than the bank has rows for.
-ADAPTERS, SLOTS = (6, 5) if DRY else (64, 48)
+ADAPTERS, SLOTS = (5, 4) if DRY else (64, 48)
 # From it follows how many requests the time has.
-TRIAL = Load(requests=100 if DRY else 2000, clients=4 if DRY else 32, churn=5.0)
+TRIAL = Load(requests=40 if DRY else 2000, clients=4 if DRY else 32, churn=5.0)
 
 
 @pytest.fixture
