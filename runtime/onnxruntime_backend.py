@@ -33,7 +33,7 @@ _PROVIDERS = {
 _PROVIDER_OPTIONS = {"cuda": {"use_tf32": "0"}}
 _RECORDING = {"cuda": {"enable_cuda_graph": "1"}}
 # What must not be left to the CPU; see `_placed`.
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def open_onnxruntime(
@@ -118,7 +118,7 @@ def _placed(session: Any, provider: str, version: str) -> str:
     left = Counter(kind for where, kind in nodes if where != provider)
     if not left:
         return ""
-    products = {kind: n for kind, n in left.items() if any(name in kind for name in _PRODUCTS)}
+    products = {kind: n for kind, n in left.items() if any(name in kind for name in PRODUCTS)}
     if products:
         raise DeviceError(
             f"{provider} leaves {sum(products.values())} of the graph's products to the CPU "

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -172,6 +171,8 @@ class _Reporter:
 
 def main(arguments: Sequence[str]) -> int:
     """The child: pytest, with room for a core file."""
+    import resource  # not on Windows, where no test needs a child
+
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (most, most))
     reporter = _Reporter(Path.cwd() / _REPORT)

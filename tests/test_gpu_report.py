@@ -11,6 +11,7 @@ import pytest
 
 from hhdeploy.bundle import Bundle
 from tests.gpu import opening
+from tests.gpu.memory import opened
 from tests.gpu.part import PartReport, plain
 from tests.gpu.scale import SCALE
 from tests.gpu.summary import Files, merge, table
@@ -111,6 +112,38 @@ def test_a_rehearsal_and_a_check_do_not_mix(files, dry):
     assert merge(files, dry=dry)["parts"]["parity"]["state"] == "finished"
     other = merge(files, dry=not dry)["parts"]["parity"]
     assert "another kind" in other["state"] and not other["tests"]
+
+
+# --- the GPU's memory, as far as the driver's library can be played --------------------------------
+
+
+class Driver:
+    """The calls of libcuda that are made, in order; ``broken`` fails."""
+
+    def __init__(self, broken=None):
+        self.called, self.broken = [], broken
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.called.append(name)
+            if name == "cuMemGetInfo_v2":
+                for argument, value in zip(arguments, (5 << 30, 80 << 30), strict=True):
+                    argument._obj.value = value
+            return 999 if name == self.broken else 0
+
+        return call
+
+
+def test_the_memory_in_use_is_what_is_not_free(monkeypatch):
+    monkeypatch.setattr(opened, "DRY", False)
+    driver = Driver()
+    monkeypatch.setattr(opened.ctypes, "CDLL", lambda name: driver)
+    assert opened.gpu_used() == 75 << 30
+    assert driver.called[0] == "cuInit"
+    assert driver.called.index("cuCtxPushCurrent_v2") < driver.called.index("cuMemGetInfo_v2")
+    monkeypatch.setattr(opened.ctypes, "CDLL", lambda name: Driver("cuDevicePrimaryCtxRetain"))
+    with pytest.raises(RuntimeError, match="status 999"):
+        opened.gpu_used()
 
 
 # --- a provider that fell back is a failure -------------------------------------------------------

@@ -74,8 +74,8 @@ def run_part(part: str, files: Files, workbench: Path, *, dry: bool, seconds: fl
         # The suite's one thread is for a machine that it shares.
         environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     command = [
-        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(_ROOT),
-        f"tests/gpu/{part}",
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default",
+        "--rootdir", str(_ROOT), f"tests/gpu/{part}",
     ]  # fmt: skip
     with subprocess.Popen(leashed(command), cwd=_ROOT, env=environment) as process:
         try:

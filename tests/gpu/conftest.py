@@ -6,6 +6,9 @@ before a test knows that it will run.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -31,6 +34,7 @@ _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 _REPORT: pytest.StashKey[PartReport] = pytest.StashKey()
 # The oldest architecture with bfloat16 products.
 _BFLOAT16 = 80
+_TENSORRT_MAJORS = (10, 11)
 
 
 # -- the report: of a run that `python -m tests.gpu` started ------------------------------------
@@ -204,7 +208,21 @@ def _provider(device: str) -> str:
             f"onnxruntime-gpu: onnxruntime {ort.__version__} has no {SCALE.providers[device]} "
             "(pip uninstall onnxruntime, then pip install 'hhdeploy[gpu]')",
         )
+    if device == "ort-tensorrt" and not _libnvinfer():
+        lacks("package", "TensorRT's libnvinfer, which onnxruntime-gpu does not bring")
     return device
+
+
+def _libnvinfer() -> bool:
+    """Whether TensorRT's library can be loaded, from its package if that is there."""
+    with contextlib.suppress(ImportError, OSError):
+        importlib.import_module("tensorrt")
+        return True
+    for major in _TENSORRT_MAJORS:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(f"libnvinfer.so.{major}")
+            return True
+    return False
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.calibrate import _graph, quantise
+from hhdeploy.calibration.calibrate import float32_graph, quantise
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.probe import Probe
 from hhdeploy.calibration.scales import Calibration, SiteScale
@@ -29,7 +29,7 @@ def add_int8(path: Path) -> None:
         arrays["adapter_ids"] = ids
     settings = CalibrationSettings(images=len(images), smooth_quant=None, bias_correction=False)
     data = CalibrationData.open(bundle, [arrays], images=settings.images, seed=settings.seed)
-    graph, sites, digest = _graph(bundle)
+    graph, sites, digest = float32_graph(bundle)
     largest = dict.fromkeys(sites, 0.0)
     for inputs in Probe(graph, sites).inputs(data):
         for name, values in inputs.items():

@@ -12,9 +12,8 @@ import numpy as np
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.runtime import Session, open_session
+from hhdeploy.runtime.onnxruntime_backend import PRODUCTS
 from tests.gpu.scale import SCALE
-
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def open_on(path: Path, device: str, **options: Any) -> Session:
@@ -34,7 +33,7 @@ def check_device(said: str, device: str, path: Path, precision: str) -> None:
     assert said.startswith(f"onnxruntime {provider}"), said
     if "does not tell" in said:
         left = ran_elsewhere(Bundle.open(path).graph(precision), provider)
-        assert not [kind for kind in left if any(name in kind for name in _PRODUCTS)], left
+        assert not [kind for kind in left if any(name in kind for name in PRODUCTS)], left
 
 
 @functools.cache
