@@ -189,6 +189,20 @@ def test_a_part_that_ends_early_keeps_what_it_had(part, monkeypatch, shell, stat
     assert not check._passed({"parts": {"speed": found}}, ["speed"])
 
 
+def test_a_check_that_is_interrupted_by_hand_shows_what_there_is(tmp_path, monkeypatch, capsys):
+    def run_part(part, files, workbench, **options):
+        files.part(part).write_text(json.dumps(HALF))
+        if part == "speed":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "run_part", run_part)
+    monkeypatch.setattr(sys, "argv", ["check", "--report", str(tmp_path / "report")])
+    assert check.main() == 1
+    assert "ratio 1.5" in capsys.readouterr().out
+    parts = report_of(tmp_path / "report")["parts"]
+    assert [parts[name]["state"] for name in PARTS] == ["running"] * 2 + ["not run"] * 2
+
+
 def test_a_part_that_does_not_start_leaves_no_old_report(part, tmp_path):
     Files(tmp_path / "report").part("speed").write_text(json.dumps({**HALF, "state": "finished"}))
     found, text = part("exit 4")

@@ -114,7 +114,7 @@ def test_a_rehearsal_and_a_check_do_not_mix(files, dry):
     assert "another kind" in other["state"] and not other["tests"]
 
 
-# --- the GPU's memory, as far as the driver's library can be played --------------------------------
+# --- the GPU's memory, as far as the driver's library can be played ------------------------------
 
 
 class Driver:

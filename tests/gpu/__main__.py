@@ -8,6 +8,7 @@ not there is named. Needs pytest and this checkout.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -32,7 +33,11 @@ def main() -> int:
         sys.exit(f"{sys.executable} has no pytest, which runs the check.")
     files = Files(Path(chosen.report or _ROOT / ("gpu-dry" if chosen.dry else "gpu-report")))
     files.stem.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="hhdeploy-gpu-") as workbench:
+    # Interrupted by hand, it still shows what there is.
+    with (
+        tempfile.TemporaryDirectory(prefix="hhdeploy-gpu-") as workbench,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         for part in chosen.part or PARTS:
             run_part(part, files, Path(workbench), dry=chosen.dry, seconds=chosen.seconds)
     content = merge(files, dry=chosen.dry)
@@ -83,7 +88,7 @@ def run_part(part: str, files: Files, workbench: Path, *, dry: bool, seconds: fl
         except subprocess.TimeoutExpired:
             files.amend(part, f"stopped after {seconds:g} s", stop(process))
         except KeyboardInterrupt:
-            stop(process)
+            files.amend(part, "interrupted by hand", stop(process))
             raise
         else:
             if code not in (0, 1):
