@@ -34,7 +34,8 @@ def preload_libraries(ort: ModuleType) -> None:
     another directory of the path. What is loaded it finds by name; what it misses it prints, here
     to stderr.
     """
-    if "torch" not in sys.modules:  # else they are loaded, and must not be a second time
+    wanted = getattr(ort, "cuda_version", "")  # "": built without CUDA
+    if wanted and "torch" not in sys.modules:  # torch has loaded them; never twice
         for file in _packaged_libraries():
             with contextlib.suppress(OSError):  # then it is among those that are missed
                 ctypes.CDLL(str(file))

@@ -241,6 +241,8 @@ _PRELOAD = """
     ctypes.CDLL = loaded.append
 
     class Ort:
+        cuda_version = "" if sys.argv[1] == "no CUDA" else "13.0"
+
         def preload_dlls():
             print("cannot find libnone")
             loaded.append("onnxruntime's own")
@@ -281,7 +283,8 @@ def test_what_onnx_runtime_says_does_not_go_to_stdout(site):
     assert "cannot find libnone" in ran.stderr and "cannot find" not in ran.stdout
 
 
-def test_libraries_that_torch_has_loaded_are_not_loaded_again(site):
-    ran = preload(site, "torch")
+@pytest.mark.parametrize("why", ["torch", "no CUDA"])
+def test_libraries_that_torch_has_loaded_or_nobody_needs_are_left_alone(site, why):
+    ran = preload(site, why)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("\n")[0] == "onnxruntime's own"
