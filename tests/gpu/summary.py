@@ -162,7 +162,7 @@ def short(value: object) -> str:
             f"{value['ratio']:.3f} (quartiles {low:.3f} to {high:.3f})"
         )
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} {short(v)}" for k, v in value.items()) + "}"
+        return "in the JSON"
     return str(value)
 
 
