@@ -100,6 +100,17 @@ def test_make_uses_the_interpreter_that_is_given_and_installs_nothing(given, arg
     ]  # fmt: skip
 
 
+def test_exported_models_are_kept_where_the_user_says(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(check, "run_part", lambda part, files, bench, **_: seen.append(bench))
+    for given in ([], ["--workbench", str(tmp_path / "bench")]):
+        arguments = ["check", "--report", str(tmp_path / "report"), *given]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert check.main() == 1  # nothing ran
+    assert len(seen) == 2 * len(PARTS) and len(set(seen)) == 2
+    assert seen[-1] == tmp_path / "bench" and seen[-1].is_dir() and not seen[0].exists()
+
+
 @pytest.mark.parametrize("name", ["pytest", "torch"])
 def test_without_a_package_it_says_so(name, tmp_path):
     """pytest is what runs it; without torch nothing can be exported, and nothing passes."""

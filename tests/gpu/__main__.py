@@ -35,11 +35,13 @@ def main() -> int:
     files.stem.parent.mkdir(parents=True, exist_ok=True)
     # Interrupted by hand, it still shows what there is.
     with (
-        tempfile.TemporaryDirectory(prefix="hhdeploy-gpu-") as workbench,
+        tempfile.TemporaryDirectory(prefix="hhdeploy-gpu-") as scratch,
         contextlib.suppress(KeyboardInterrupt),
     ):
+        workbench = Path(chosen.workbench or scratch).resolve()
+        workbench.mkdir(parents=True, exist_ok=True)
         for part in chosen.part or PARTS:
-            run_part(part, files, Path(workbench), dry=chosen.dry, seconds=chosen.seconds)
+            run_part(part, files, workbench, dry=chosen.dry, seconds=chosen.seconds)
     content = merge(files, dry=chosen.dry)
     text = table(content)
     files.write(content, text)
@@ -58,6 +60,11 @@ def _arguments() -> argparse.Namespace:
         "--report",
         default=os.environ.get("HHDEPLOY_GPU_REPORT"),
         help="where, without .json  [default: gpu-report in the checkout, dry: gpu-dry]",
+    )
+    parser.add_argument(
+        "--workbench",
+        default=os.environ.get("GPU_WORKBENCH"),
+        help="directory that keeps the exported bundles for later runs of this checkout",
     )
     return parser.parse_args()
 
