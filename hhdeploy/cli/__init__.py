@@ -7,6 +7,7 @@ import importlib
 import click
 
 from hhdeploy.errors import HhdeployError, OptionError
+from hhdeploy.version import own_version
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {
@@ -71,7 +72,7 @@ class LazyGroup(Group):
 
 
 @click.group(cls=LazyGroup, context_settings=CONTEXT)
-@click.version_option(package_name="hhdeploy")
+@click.version_option(own_version())
 def main() -> None:
     """Deploy Householder (HTA) and LoRA adapters of Vision Transformers.
 
