@@ -21,7 +21,7 @@ from hhdeploy.backbone import BackboneSpec, load_backbone
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import base_graph, trace
 from hhdeploy.exporters.writer import save_graph
-from hhdeploy.files import sha256_of
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.timing import paired
 
 

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from hhdeploy.caches import Entry, entry_at
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.scales_file import read_scales, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError
-from hhdeploy.files import os_errors, sha256_of, write_json
+from hhdeploy.files.caches import Entry, entry_at
+from hhdeploy.files.writing import os_errors, sha256_of, write_json
 
 # Counts changes of this package that make older entries unusable.
 _VERSION = 3

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.errors import BundleError
-from hhdeploy.tensorfile import read_tensors, write_tensors
+from hhdeploy.files.tensors import read_tensors, write_tensors
 
 
 def write_scales(path: Path, scales: Mapping[str, SiteScale]) -> None:

@@ -28,10 +28,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.backbone import Backbone, plain_attention
-from hhdeploy.caches import Entry, entry_at
 from hhdeploy.errors import BackboneError
-from hhdeploy.files import default_cache as default_cache
-from hhdeploy.files import os_errors, write_json
+from hhdeploy.files.caches import Entry, entry_at
+from hhdeploy.files.writing import default_cache as default_cache
+from hhdeploy.files.writing import os_errors, write_json
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.sites import LinearSpec
 

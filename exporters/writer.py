@@ -26,11 +26,11 @@ from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.precision import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
-from hhdeploy.files import copy_directory
+from hhdeploy.files.tensors import write_tensors
+from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
 from hhdeploy.reference import Reference
 from hhdeploy.rows import check_row_range
-from hhdeploy.tensorfile import write_tensors
 
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 
@@ -141,7 +141,7 @@ def write_bundle(
     """Write everything into an existing, empty directory; the manifest last.
 
     Args:
-        path: the directory (a scratch one: see `hhdeploy.files.atomic_directory`).
+        path: the directory (a scratch one: see `hhdeploy.files.directories.atomic_directory`).
         contents: graph, bank, adapters.
         precisions: of further graphs; float32 is always written.
         reference: computes the training-time reference; called once the graphs are written and

@@ -22,12 +22,12 @@ from hhdeploy.algebra import (
     householder_delta,
     low_rank_delta,
 )
-from hhdeploy.directories import Replaceable, atomic_directory
 from hhdeploy.errors import AdapterError
-from hhdeploy.files import json_bytes, write_bytes
+from hhdeploy.files.directories import Replaceable, atomic_directory
+from hhdeploy.files.tensors import read_tensors, tensor_bytes
+from hhdeploy.files.writing import json_bytes, write_bytes
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
-from hhdeploy.tensorfile import read_tensors, tensor_bytes
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "adapter_config.json"

@@ -22,16 +22,16 @@ from hhdeploy.bundle import (
     read_bundle,
     write_manifest,
 )
-from hhdeploy.directories import atomic_directory
 from hhdeploy.engines import engines_of
 from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError, require
-from hhdeploy.files import json_bytes, sha256_of, write_json
+from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.scratch import scratch_directory
+from hhdeploy.files.tensors import tensor_bytes
+from hhdeploy.files.writing import json_bytes, sha256_of, write_json
 from hhdeploy.overflow import find_overflow
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
-from hhdeploy.scratch import scratch_directory
 from hhdeploy.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
-from hhdeploy.tensorfile import tensor_bytes
 from hhdeploy.trt import BACKENDS
 
 if TYPE_CHECKING:

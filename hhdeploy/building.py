@@ -16,8 +16,8 @@ from hhdeploy.exporters.engine import (
     check_options,
     engine_from_onnx,
 )
-from hhdeploy.files import sha256_of_bytes
-from hhdeploy.scratch import scratch_directory
+from hhdeploy.files.scratch import scratch_directory
+from hhdeploy.files.writing import sha256_of_bytes
 from hhdeploy.store import LOCK_TIMEOUT, Basis, Change, edit
 from hhdeploy.trt import import_tensorrt
 

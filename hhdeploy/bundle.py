@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapter import Adapter, load_adapter
 from hhdeploy.errors import AdapterError, BundleError, ConflictError, HhdeployError, PlanError
-from hhdeploy.files import sha256_of, sha256_of_bytes, write_json
+from hhdeploy.files.tensors import tensors_of
+from hhdeploy.files.writing import sha256_of, sha256_of_bytes, write_json
 from hhdeploy.parity import PARITY
 from hhdeploy.plan import check_base, check_name
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import RowLayout, check_row_range
 from hhdeploy.sites import linear_spec, select_sites
-from hhdeploy.tensorfile import tensors_of
 
 if TYPE_CHECKING:
     from hhdeploy.store import add_adapter as add_adapter

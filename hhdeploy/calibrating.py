@@ -21,7 +21,7 @@ from hhdeploy.calibration.report import report_html
 from hhdeploy.calibration.scales_file import write_scales
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ParityError, PlanError, WriteError, require
-from hhdeploy.files import atomic_file, default_cache, write_json
+from hhdeploy.files.writing import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.store import LOCK_TIMEOUT
 from hhdeploy.trials import Trials

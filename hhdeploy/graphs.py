@@ -10,7 +10,7 @@ from types import MappingProxyType
 from hhdeploy.api import Progress, parity_error, verify_graphs
 from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, graph_hint, name_with_digits
 from hhdeploy.errors import PlanError, require
-from hhdeploy.files import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
+from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
 from hhdeploy.plan import BACKBONE
 from hhdeploy.rows import check_row_range

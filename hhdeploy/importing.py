@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE, Adapter, AdapterConfig, assemble_adapter
 from hhdeploy.algebra import Reflection
 from hhdeploy.errors import AdapterError, require
-from hhdeploy.files import sha256_of
+from hhdeploy.files.tensors import read_tensors
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.importing_peft import (
     HRA,
     LORA,
@@ -33,7 +34,6 @@ from hhdeploy.importing_peft import (
 from hhdeploy.plan import check_adapter
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.sites import KINDS, Form, LinearSpec, select_sites, sites_of
-from hhdeploy.tensorfile import read_tensors
 
 if TYPE_CHECKING:
     from hhdeploy.backbone import Backbone

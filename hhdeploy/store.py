@@ -39,7 +39,6 @@ from hhdeploy.bundle import (
     name_with_digits,
     plain_name,
 )
-from hhdeploy.directories import Replaceable
 from hhdeploy.errors import (
     AdapterError,
     BundleError,
@@ -48,7 +47,10 @@ from hhdeploy.errors import (
     PlanError,
     WriteError,
 )
-from hhdeploy.files import (
+from hhdeploy.files.directories import Replaceable
+from hhdeploy.files.scratch import scratch_directory, sweep
+from hhdeploy.files.tensors import tensor_bytes
+from hhdeploy.files.writing import (
     json_bytes,
     os_errors,
     sha256_of,
@@ -56,8 +58,6 @@ from hhdeploy.files import (
     sync_directory,
     write_bytes,
 )
-from hhdeploy.scratch import scratch_directory, sweep
-from hhdeploy.tensorfile import tensor_bytes
 
 LOCK = ".lock"
 # Seconds that a change waits for another one to end.

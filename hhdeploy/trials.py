@@ -18,7 +18,7 @@ from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.exam import Exam
 from hhdeploy.calibration.guard import most_sensitive_first
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
-from hhdeploy.files import os_errors, sha256_of
+from hhdeploy.files.writing import os_errors, sha256_of
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
 from hhdeploy.store import work_directory

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.bundle import MANIFEST, Bundle
-from hhdeploy.directories import Replaceable, atomic_directory
 from hhdeploy.engines import EngineEntry, engines_of, stale
 from hhdeploy.errors import BundleError, OptionError, PlanError, WriteError, require
 from hhdeploy.exporters.triton import (
@@ -26,7 +25,8 @@ from hhdeploy.exporters.triton import (
     labels_txt,
     requestable,
 )
-from hhdeploy.files import write_bytes
+from hhdeploy.files.directories import Replaceable, atomic_directory
+from hhdeploy.files.writing import write_bytes
 from hhdeploy.version import own_version
 
 Progress = Callable[[str], None]

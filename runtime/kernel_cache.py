@@ -10,9 +10,9 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
-from hhdeploy.caches import Entry, entry_at, key_of
 from hhdeploy.errors import WriteError
-from hhdeploy.files import os_errors
+from hhdeploy.files.caches import Entry, entry_at, key_of
+from hhdeploy.files.writing import os_errors
 
 _DIGEST = hashlib.sha256().digest_size
 

@@ -3,7 +3,7 @@
 A cache is only speed: a blob that is damaged is compiled again, one that cannot be written is
 left out. The key holds the hashes of graph and weights and all that compiling depends on, so a
 changed graph, another version or another processor never meets an old blob. Where blobs are, and
-which of them go when there are many: `hhdeploy.caches`.
+which of them go when there are many: `hhdeploy.files.caches`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.caches import Entry, entry_at, key_of
 from hhdeploy.errors import WriteError
-from hhdeploy.files import os_errors
+from hhdeploy.files.caches import Entry, entry_at, key_of
+from hhdeploy.files.writing import os_errors
 
 # The checksum is behind the blob, which stays aligned in memory. CRC-32, not SHA-256: it is
 # against torn files, and half the time of opening would go into hashing the weights again.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hhdeploy.answers import Answer, answers_of
 from hhdeploy.bundle import AdapterEntry, Bundle, read_bundle
 from hhdeploy.errors import SessionError
-from hhdeploy.files import default_cache
+from hhdeploy.files.writing import default_cache
 from hhdeploy.plan import BACKBONE
 from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend
 from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank, Hold
@@ -262,8 +262,8 @@ def open_session(
         hint: ``openvino``: ``latency`` gives each run all threads, further calls wait;
             ``throughput`` divides the threads among calls at the same time.
         cache: directory where what is compiled at the start is kept for the next one, see
-            `hhdeploy.caches`; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``; None:
-            no cache. ``openvino``: models, as large as their weights; the first start takes
+            `hhdeploy.files.caches`; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``;
+            None: no cache. ``openvino``: models, as large as their weights; the first start takes
             longer, and that much more memory for a moment. ``tensorrt-rtx``: kernels.
         partial: where the bundle has more adapters than ``slots``, open with the first of them
             instead of raising.

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hhdeploy.caches import Entry
 from hhdeploy.engines import EngineEntry
 from hhdeploy.errors import BundleError, DeviceError
+from hhdeploy.files.caches import Entry
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.kernel_cache import read_kernels, write_kernels
 from hhdeploy.trt import Log, import_tensorrt

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from hhdeploy.caches import KINDS, LIMIT_VARIABLE, Stored, clear, size_limit, stored_in
 from hhdeploy.cli import CONTEXT, ui
-from hhdeploy.files import default_cache
+from hhdeploy.files.caches import KINDS, LIMIT_VARIABLE, Stored, clear, size_limit, stored_in
+from hhdeploy.files.writing import default_cache
 
 _HELP = f"""List and clear what is kept on disk to be faster the next time.
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from hhdeploy.adapter import ADAPTER, METRICS_FILE, Adapter, AdapterConfig, save_adapter
 from hhdeploy.backbone import Backbone, BackboneSpec, load_backbone
-from hhdeploy.directories import atomic_directory, check_target
-from hhdeploy.files import os_errors, write_json
+from hhdeploy.files.directories import atomic_directory, check_target
+from hhdeploy.files.writing import os_errors, write_json
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.sites import LinearSpec, select_sites, sites_of

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.files import os_errors, sha256_of, write_json
-from hhdeploy.tensorfile import read_tensors, write_tensors
+from hhdeploy.files.tensors import read_tensors, write_tensors
+from hhdeploy.files.writing import os_errors, sha256_of, write_json
 from hhdeploy.training.settings import EpochReport, TrainingError
 
 STATE_VERSION = 1

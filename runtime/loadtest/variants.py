@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapter import Adapter, Head, SiteTensors, load_adapter, save_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import PlanError
-from hhdeploy.files import copy_directory
+from hhdeploy.files.writing import copy_directory
 
 # Of each adapter: an answer of the version before last must be told from that of the last.
 VERSIONS = 3

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from hhdeploy.adapter import ADAPTER, CONFIG_FILE, TENSOR_FILE
 from hhdeploy.bundle import Bundle
-from hhdeploy.directories import atomic_directory
 from hhdeploy.errors import AdapterError, HhdeployError, PlanError
+from hhdeploy.files.directories import atomic_directory
 from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Packed
 from hhdeploy.runtime.serving.errors import FailedError

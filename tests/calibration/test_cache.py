@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.caches import clear, stored_in
 from hhdeploy.calibration import cache as stored
 from hhdeploy.calibration import calibrate as module
 from hhdeploy.calibration.cache import CalibrationCacheWarning, cache_key, read, write
@@ -18,6 +17,7 @@ from hhdeploy.calibration.calibrate import calibrate
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import WriteError
+from hhdeploy.files.caches import clear, stored_in
 from tests.workshop import flip_byte
 
 SETTINGS = CalibrationSettings()

@@ -9,8 +9,8 @@ from datetime import datetime
 import pytest
 from PIL import Image
 
-from hhdeploy.caches import KINDS, entry_at, key_of
 from hhdeploy.errors import SessionError
+from hhdeploy.files.caches import KINDS, entry_at, key_of
 from hhdeploy.runtime import session
 from hhdeploy.runtime.loadtest import run
 from hhdeploy.runtime.serving.ray_args import RayArgs

@@ -39,7 +39,7 @@ from hhdeploy.exporters.triton import (
     labels_txt,
     quoted,
 )
-from hhdeploy.files import sha256_of
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
 from hhdeploy.triton import TritonOptions, write_triton_repository

@@ -23,8 +23,8 @@ from hhdeploy.adapter import (
     save_adapter,
 )
 from hhdeploy.errors import AdapterError, WriteError
+from hhdeploy.files.tensors import read_tensors, write_tensors
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.tensorfile import read_tensors, write_tensors
 
 OUT, IN, R, CLASSES, DIM = 7, 13, 2, 5, 11
 SITE = "blocks.0.attn.proj"

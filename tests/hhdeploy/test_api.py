@@ -32,13 +32,13 @@ from hhdeploy.errors import (
     PlanError,
     WriteError,
 )
-from hhdeploy.files import sha256_of
+from hhdeploy.files.tensors import tensor_bytes
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import bound
 from hhdeploy.reference import VerifyData, training_time_reference
 from hhdeploy.rows import RowLayout
 from hhdeploy.runtime import open_session
 from hhdeploy.store import edit
-from hhdeploy.tensorfile import tensor_bytes
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import CLASSES, contents, copy_bundle, flip_byte
 

@@ -13,7 +13,7 @@ from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import BANK_FILE, MANIFEST, Bundle, plain_name, write_manifest
 from hhdeploy.engines import EngineEntry, choose_engine, engines_of, stale
 from hhdeploy.errors import BundleError, ParityError, PlanError
-from hhdeploy.files import sha256_of
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.graphs import add_graph, add_typed_graph
 from hhdeploy.parity import PARITY
 from tests.workshop import copy_bundle, run_python

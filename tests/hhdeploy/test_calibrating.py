@@ -16,7 +16,7 @@ from hhdeploy.calibrating import _PICTURES, CalibrationOptions, CalibrationResul
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError, DataError, ParityError, PlanError, WriteError
-from hhdeploy.files import sha256_of
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
 from hhdeploy.range_check import check_adapter
 from hhdeploy.runtime import open_session

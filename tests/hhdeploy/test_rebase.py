@@ -14,12 +14,12 @@ from hhdeploy.api import verify, verify_against_torch
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.calibrating import CalibrationOptions, calibrate_bundle
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.directories import atomic_directory
 from hhdeploy.errors import ConflictError
+from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.tensors import read_tensors
 from hhdeploy.graphs import add_typed_graph
 from hhdeploy.runtime import open_session
 from hhdeploy.store import BUNDLE
-from hhdeploy.tensorfile import read_tensors
 from tests.calibration.conftest import write_pictures
 from tests.support import assert_parity
 from tests.workshop import contents, copy_bundle

@@ -28,10 +28,10 @@ from hhdeploy.bundle import (
     remove_adapter,
 )
 from hhdeploy.errors import AdapterError, BundleError, ConflictError, ReadError, WriteError
-from hhdeploy.files import sha256_of
+from hhdeploy.files.tensors import read_tensors, tensor_bytes
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
 from hhdeploy.store import Basis, edit
-from hhdeploy.tensorfile import read_tensors, tensor_bytes
 from tests.support import assert_parity
 from tests.workshop import contents, copy_bundle, flip_byte
 

@@ -17,14 +17,14 @@ import pytest
 from hhdeploy.api import _store_verification
 from hhdeploy.building import _enter
 from hhdeploy.bundle import Bundle, Manifest, add_adapter, remove_adapter
-from hhdeploy.directories import atomic_directory
 from hhdeploy.engines import EngineEntry, engine_name
+from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.tensors import read_tensors
 from hhdeploy.graphs import add_graph
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.reference import Reference
 from hhdeploy.runtime import open_session
 from hhdeploy.store import BUNDLE, Basis, edit
-from hhdeploy.tensorfile import read_tensors
 from tests.crashing import calls_of, killed_at_every_call, power_cuts
 from tests.support import assert_parity
 
@@ -227,6 +227,6 @@ def test_the_harness_catches_a_missing_fsync(tmp_path, monkeypatch):
 
 
 def _bank_bytes(bank: np.ndarray) -> bytes:
-    from hhdeploy.tensorfile import tensor_bytes
+    from hhdeploy.files.tensors import tensor_bytes
 
     return tensor_bytes({"adapter_bank": bank})

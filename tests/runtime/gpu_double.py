@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from hhdeploy.bundle import Bundle, write_manifest
 from hhdeploy.engines import EngineEntry
-from hhdeploy.files import sha256_of
+from hhdeploy.files.writing import sha256_of
 
 BATCH, SLOTS = (2, 4, 5), (2, 8, 16)
 

@@ -586,7 +586,7 @@ def test_a_bundle_whose_rows_have_gaps_opens(small, tmp_path, workshop):
 
 def test_a_bank_of_another_width_is_refused(small, tmp_path):
     from hhdeploy.errors import BundleError
-    from hhdeploy.files import sha256_of
+    from hhdeploy.files.writing import sha256_of
     from tests.workshop import copy_bundle
 
     copy = copy_bundle(small, tmp_path / "narrow")

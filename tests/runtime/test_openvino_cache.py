@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from hhdeploy.caches import entry_at
 from hhdeploy.errors import BundleError, PlanError
-from hhdeploy.files import sha256_of
+from hhdeploy.files.caches import entry_at
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 from tests.support import images

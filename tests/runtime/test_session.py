@@ -418,7 +418,7 @@ def test_row_numbers_are_not_the_api(small, tmp_path, workshop):
     """Rows swapped in bank and manifest together: names give the same logits."""
     from safetensors.numpy import load_file, save_file
 
-    from hhdeploy.files import sha256_of
+    from hhdeploy.files.writing import sha256_of
 
     copy = copy_bundle(small, tmp_path / "swapped")
     bank = load_file(copy / "bank.safetensors")["adapter_bank"]

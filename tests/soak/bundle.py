@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.files.tensors import read_tensors
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
-from hhdeploy.tensorfile import read_tensors
 from tests.soak.outcome import finish
 
 WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"

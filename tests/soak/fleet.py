@@ -86,7 +86,7 @@ def ask(server: Server, name: str, images: Any) -> tuple[int, Any]:
 
 def soak(folder: Path, seconds: float) -> dict[str, Any]:
     """A server, who replaces, and who asks."""
-    from hhdeploy.files import copy_directory
+    from hhdeploy.files.writing import copy_directory
 
     images, known = known_logits()
     images = images[:1]

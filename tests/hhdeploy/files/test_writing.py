@@ -11,7 +11,7 @@ import stat
 import pytest
 
 from hhdeploy.errors import HhdeployError, ReadError, WriteError
-from hhdeploy.files import atomic_file, copy_directory, os_errors, sha256_of, write_json
+from hhdeploy.files.writing import atomic_file, copy_directory, os_errors, sha256_of, write_json
 
 
 def names(directory):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import ReadError, WriteError
-from hhdeploy.scratch import scratch_file
+from hhdeploy.files.scratch import scratch_file
 
 _CHUNK = 1 << 22
 # What only writing runs into, whatever file it names.

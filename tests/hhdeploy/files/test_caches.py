@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from hhdeploy import scratch
-from hhdeploy.caches import DEFAULT_LIMIT, clear, entry_at, key_of, size_limit, stored_in
 from hhdeploy.errors import PlanError, ReadError, WriteError
-from hhdeploy.files import os_errors
+from hhdeploy.files import scratch
+from hhdeploy.files.caches import DEFAULT_LIMIT, clear, entry_at, key_of, size_limit, stored_in
+from hhdeploy.files.writing import os_errors
 from tests.workshop import ROOT, contents
 
 LIMIT = "HHDEPLOY_CACHE_LIMIT"
@@ -339,7 +339,7 @@ def test_a_cache_that_cannot_be_read_is_told(root, monkeypatch):
 _STORING = """
 import sys
 from pathlib import Path
-from hhdeploy.caches import entry_at
+from hhdeploy.files.caches import entry_at
 
 with entry_at(Path(sys.argv[1]), "base", sys.argv[2]).store() as made:
     made.mkdir()
@@ -403,7 +403,7 @@ def test_without_locks_nothing_is_swept(root, monkeypatch, how):
 _BUSY = """
 import os, random, sys
 from pathlib import Path
-from hhdeploy.caches import entry_at, key_of
+from hhdeploy.files.caches import entry_at, key_of
 
 root, seed = Path(sys.argv[1]), int(sys.argv[2])
 random.seed(seed)

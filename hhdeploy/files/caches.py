@@ -1,7 +1,7 @@
 """Caches on disk: entries by key, of a limited size in all, those used longest ago go first.
 
     ROOT/KIND/KEY       an entry: a file, or a directory of files that belong together
-    ROOT/KIND/.KEY.*    what a process makes or removes right now, see `hhdeploy.scratch`
+    ROOT/KIND/.KEY.*    what a process makes or removes right now, see `hhdeploy.files.scratch`
 
 A cache is only speed: whatever is in it can be made again. So readers take no lock, and whoever
 uses an entry needs only to open its files once, as an open or mapped file stays when its name is
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from hhdeploy.errors import PlanError, ReadError, WriteError
-from hhdeploy.files import os_errors
-from hhdeploy.scratch import scratch_directory, sweep
+from hhdeploy.files.scratch import scratch_directory, sweep
+from hhdeploy.files.writing import os_errors
 
 T = TypeVar("T")
 Kind = Literal["base", "calibration", "openvino", "kernels"]
@@ -114,7 +114,7 @@ class Entry:
 
         Raises:
             WriteError: the file system refused. The block's own `OSError` come as they are: those
-                of writing belong into `hhdeploy.files.os_errors`.
+                of writing belong into `hhdeploy.files.writing.os_errors`.
         """
         try:
             with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from hhdeploy.files import atomic_file
+from hhdeploy.files.writing import atomic_file
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

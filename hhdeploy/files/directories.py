@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hhdeploy.errors import WriteError
-from hhdeploy.files import os_errors, sync_directory, sync_tree
-from hhdeploy.scratch import RETIRED, scratch_directory, sweep
+from hhdeploy.files.scratch import RETIRED, scratch_directory, sweep
+from hhdeploy.files.writing import os_errors, sync_directory, sync_tree
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # A kernel or a file system that cannot exchange says one of these.

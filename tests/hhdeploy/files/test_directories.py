@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-import hhdeploy.directories
+import hhdeploy.files.directories
 from hhdeploy.adapter import ADAPTER
-from hhdeploy.directories import Replaceable, atomic_directory
 from hhdeploy.errors import WriteError
+from hhdeploy.files.directories import Replaceable, atomic_directory
 from hhdeploy.store import BUNDLE, locked
 from tests.workshop import contents, copy_bundle
 
-WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 ANY = Replaceable("anything", lambda path: None)
 
 
@@ -295,7 +295,7 @@ def test_a_bundle_is_replaced_under_its_lock(tmp_path):
     path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
     script = """
         import shutil, sys
-        from hhdeploy.directories import atomic_directory
+        from hhdeploy.files.directories import atomic_directory
         from hhdeploy.store import BUNDLE
         from pathlib import Path
         with atomic_directory(Path(sys.argv[1]), overwrite=True, kind=BUNDLE) as scratch:
@@ -330,7 +330,7 @@ def test_without_an_exchange_the_old_one_is_moved_away_first(tmp_path, monkeypat
         ctypes.set_errno(number)
         return -1
 
-    monkeypatch.setattr(hhdeploy.directories, "_renameat2", lambda: refuse)
+    monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: refuse)
     old = old_directory(tmp_path)
     with atomic_directory(old, overwrite=True, kind=ANY) as scratch:
         (scratch / "new.txt").write_text("new")
@@ -339,12 +339,12 @@ def test_without_an_exchange_the_old_one_is_moved_away_first(tmp_path, monkeypat
 
 
 def test_a_libc_without_renameat2(tmp_path, monkeypatch):
-    monkeypatch.setattr(hhdeploy.directories, "_renameat2", lambda: None)
+    monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: None)
     test_overwrite_replaces_the_whole(tmp_path)
 
 
 def test_the_old_one_is_put_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(hhdeploy.directories, "_renameat2", lambda: None)
+    monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: None)
     old, real = old_directory(tmp_path), os.rename
 
     def refuse(source, target):

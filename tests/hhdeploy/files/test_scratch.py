@@ -12,12 +12,12 @@ import tempfile
 
 import pytest
 
-from hhdeploy.scratch import scratch_directory, scratch_file, sweep
+from hhdeploy.files.scratch import scratch_directory, scratch_file, sweep
 
 _CHILD = """
 import sys, time
 from pathlib import Path
-from hhdeploy.scratch import scratch_directory, scratch_file
+from hhdeploy.files.scratch import scratch_directory, scratch_file
 with scratch_directory(Path(sys.argv[1]), "out") as folder, scratch_file(Path(sys.argv[1]), "out"):
     (folder / "a").write_text("x")
     print("made", flush=True)

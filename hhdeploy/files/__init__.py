@@ -1,0 +1,1 @@
+"""What reaches the disk: files and directories that appear whole, scratch, tensors, caches."""
