@@ -3,6 +3,9 @@
 # make lint   ruff, mypy strict, import-linter
 # make bench  the benchmarks, alone on the machine
 # make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
+#   GPU_PYTHON=python3  with this interpreter and what it has: installs nothing
+#   GPU_PART=speed      parity, speed, serve or memory alone
+#   GPU_DRY=1           the same code on the CPU, with a tiny model
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,9 +41,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
 
-# The plugin in tests/gpu/conftest.py writes and prints the report.
-gpu-check: $(VENV)/.test
-	$(BIN)/python -m pytest tests/gpu
+# An interpreter that is given is used as it is.
+gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.test)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu $(if $(GPU_PART),--part $(GPU_PART)) \
+		$(if $(filter-out 0,$(GPU_DRY)),--dry)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from hhdeploy.caches import Entry, entry_at
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.scales_file import read_scales, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.directories import CACHE_ENTRY, atomic_directory
 from hhdeploy.errors import BundleError
-from hhdeploy.files import sha256_of, write_json
+from hhdeploy.files import os_errors, sha256_of, write_json
 
 # Counts changes of this package that make older entries unusable.
 _VERSION = 3
@@ -45,10 +45,13 @@ def cache_key(
 
 def write(cache: Path, key: str, scales: Mapping[str, SiteScale]) -> None:
     """Store the scales of a graph's sites. Raises `WriteError`."""
-    with atomic_directory(_entry(cache, key), overwrite=True, kind=CACHE_ENTRY) as scratch:
-        write_scales(scratch / _TENSORS, scales)
-        digest = sha256_of(scratch / _TENSORS)
-        write_json(scratch / _INDEX, {"key": key, "sites": list(scales), "sha256": digest})
+    entry = _entry(cache, key)
+    with entry.store() as folder:
+        with os_errors(entry.path):
+            folder.mkdir()
+        write_scales(folder / _TENSORS, scales)
+        digest = sha256_of(folder / _TENSORS)
+        write_json(folder / _INDEX, {"key": key, "sites": list(scales), "sha256": digest})
 
 
 def read(cache: Path, key: str) -> dict[str, SiteScale] | None:
@@ -58,22 +61,24 @@ def read(cache: Path, key: str) -> dict[str, SiteScale] | None:
     None.
     """
     entry = _entry(cache, key)
-    if not entry.exists():
-        return None
     try:
-        index = json.loads((entry / _INDEX).read_text(encoding="utf-8"))
-        if index["key"] != key or index["sha256"] != sha256_of(entry / _TENSORS):
-            raise ValueError("its files are not the ones that were stored")
-        found = read_scales(entry / _TENSORS)
-        return {name: found[name] for name in index["sites"]}
+        return entry.read(lambda folder: _checked(folder, key))
     except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
         warnings.warn(
-            f"the calibration cached in {entry} is damaged ({error}); calibrating again",
+            f"the calibration cached in {entry.path} is damaged ({error}); calibrating again",
             CalibrationCacheWarning,
             stacklevel=2,
         )
         return None
 
 
-def _entry(cache: Path, key: str) -> Path:
-    return cache / "calibration" / key
+def _checked(folder: Path, key: str) -> dict[str, SiteScale]:
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    if index["key"] != key or index["sha256"] != sha256_of(folder / _TENSORS):
+        raise ValueError("its files are not the ones that were stored")
+    found = read_scales(folder / _TENSORS)
+    return {name: found[name] for name in index["sites"]}
+
+
+def _entry(cache: Path, key: str) -> Entry:
+    return entry_at(cache, "calibration", key)

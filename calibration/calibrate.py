@@ -113,7 +113,7 @@ def calibrate(
         PlanError: NNCF could not quantise it.
         MissingDependencyError: NNCF is not installed.
     """
-    path, sites, digest = _graph(bundle)
+    path, sites, digest = float32_graph(bundle)
     versions = {"nncf": nncf_version()}
     key = stored.cache_key(digest, data.digest, settings, versions)
     scales = stored.read(cache, key) if cache is not None else None
@@ -151,7 +151,7 @@ def quantise(
         PlanError: another graph than the calibrated one, an exclude pattern that fits nothing,
             or nothing left to quantise.
     """
-    path, sites, digest = _graph(bundle)
+    path, sites, digest = float32_graph(bundle)
     if digest != calibration.graph_sha256:
         raise PlanError(
             f"{path} is not the graph that was calibrated (sha256 {digest[:12]}… instead of "
@@ -188,7 +188,7 @@ def quantise(
     )
 
 
-def _graph(bundle: Bundle) -> tuple[Path, dict[str, Site], str]:
+def float32_graph(bundle: Bundle) -> tuple[Path, dict[str, Site], str]:
     """Path, sites and digest of a bundle's float32 graph."""
     path = bundle.graph("float32")
     files = bundle.manifest.files

@@ -13,19 +13,25 @@ import hashlib
 import io
 import json
 import logging
+import mmap
+import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from hhdeploy.backbone import Backbone, plain_attention
-from hhdeploy.directories import CACHE_ENTRY, atomic_directory
-from hhdeploy.errors import BackboneError, WriteError
+from hhdeploy.caches import Entry, entry_at
+from hhdeploy.errors import BackboneError
 from hhdeploy.files import default_cache as default_cache
-from hhdeploy.files import sha256_of, write_json
+from hhdeploy.files import os_errors, write_json
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.sites import LinearSpec
 
@@ -38,7 +44,9 @@ LINEAR_TAG = "hhdeploy.linear"
 _TRACE_VERSION = 2
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
-_HASHES = "sha256.json"
+# A graph in the cache; the last file has the hashes of the others.
+_GRAPH, _WEIGHTS, _HASHES = "model.onnx", "model.onnx.data", "sha256.json"
+_CHUNK = 1 << 22
 # The tracer's note of the module path that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -68,37 +76,97 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
 
     Raises:
         BackboneError: when torch cannot trace the architecture with a dynamic batch.
+        WriteError: the cache cannot be written.
     """
     if cache is None:
         return _with_execution_order(trace(backbone), backbone.facts)
-    entry = cache / "base" / _cache_key(backbone)
-    path = entry / "model.onnx"
-    if not _intact(entry):
-        traced = trace(backbone)
-        try:
-            with atomic_directory(entry, overwrite=True, kind=CACHE_ENTRY) as scratch:
-                ir.save(
-                    traced,
-                    scratch / "model.onnx",
-                    external_data="model.onnx.data",
-                    size_threshold_bytes=EXTERNAL_THRESHOLD,
-                )
-                write_json(scratch / _HASHES, {f.name: sha256_of(f) for f in scratch.iterdir()})
-        except WriteError as error:
-            raise WriteError(
-                f"{error} (This is the cache of traced backbones: set HHDEPLOY_CACHE to another "
-                "directory, or pass --no-cache.)"
-            ) from error
-    return _with_execution_order(ir.load(path), backbone.facts)
-
-
-def _intact(entry: Path) -> bool:
-    """True if a cache entry is there and its files have the hashes they were stored with."""
+    entry = entry_at(cache, "base", _cache_key(backbone))
     try:
-        hashes: dict[str, str] = json.loads((entry / _HASHES).read_text(encoding="utf-8"))
-        return all(sha256_of(entry / name) == digest for name, digest in hashes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        stored = entry.read(_checked)
+    except (OSError, ValueError, TypeError, KeyError):  # damaged
+        stored = None
+    if stored is None:
+        stored = _keep(trace(backbone), entry)
+    return _with_execution_order(_graph_of(*stored), backbone.facts)
+
+
+class _Weights:
+    """An open file of weights: used where they lie, also when their cache entry is gone.
+
+    Attributes:
+        sha256: hex digest of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+            self._file = os.dup(stream.fileno())
+        weakref.finalize(self, os.close, self._file)
+        self.sha256 = digest.hexdigest()
+
+    def tensor(self, stored: ir.ExternalTensor) -> ir.LazyTensor:
+        """A tensor of the file, mapped anew whenever it is used, so that it takes no memory."""
+
+        def mapped() -> ir.TensorProtocol:
+            start = stored.offset or 0
+            first = start - start % mmap.ALLOCATIONGRANULARITY
+            size = start - first + stored.nbytes
+            page = mmap.mmap(self._file, size, access=mmap.ACCESS_READ, offset=first)
+            values = np.frombuffer(page, stored.dtype.numpy(), stored.size, start - first)
+            shaped = values.reshape(stored.shape.numpy())
+            return _MappedTensor(shaped, dtype=stored.dtype, name=stored.name)
+
+        return ir.LazyTensor(mapped, stored.dtype, stored.shape, name=stored.name)
+
+
+class _MappedTensor(ir.Tensor[NDArray[Any]]):
+    def tofile(self, file: Any) -> None:
+        """As `ir.Tensor`'s, but NumPy's ``tofile`` does not tell a full disk from other errors."""
+        file.write(self.numpy().data)
+
+
+def _keep(traced: ir.Model, entry: Entry) -> tuple[bytes, _Weights]:
+    """Store a graph, and open it where it lies."""
+    with entry.store() as folder:
+        with os_errors(entry.path):
+            folder.mkdir()
+            ir.save(
+                traced,
+                folder / _GRAPH,
+                external_data=_WEIGHTS,
+                size_threshold_bytes=EXTERNAL_THRESHOLD,
+            )
+        graph, weights = _opened(folder)
+        hashes = {_GRAPH: hashlib.sha256(graph).hexdigest(), _WEIGHTS: weights.sha256}
+        write_json(folder / _HASHES, hashes)
+    return graph, weights
+
+
+def _checked(folder: Path) -> tuple[bytes, _Weights]:
+    """The graph and the weights of a cache entry; what is hashed is what is used.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: one is not there, or not what was stored.
+    """
+    hashes: dict[str, str] = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+    graph, weights = _opened(folder)
+    if (hashlib.sha256(graph).hexdigest(), weights.sha256) != (hashes[_GRAPH], hashes[_WEIGHTS]):
+        raise ValueError(f"{folder} is not what was stored")
+    return graph, weights
+
+
+def _opened(folder: Path) -> tuple[bytes, _Weights]:
+    return (folder / _GRAPH).read_bytes(), _Weights(folder / _WEIGHTS)
+
+
+def _graph_of(graph: bytes, weights: _Weights) -> ir.Model:
+    model = ir.from_proto(onnx.load_model_from_string(graph))
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = weights.tensor(value.const_value)
+    return model
 
 
 def trace(backbone: Backbone) -> ir.Model:

@@ -34,17 +34,11 @@ class Replaceable:
         what: in words, e.g. ``a bundle``.
         foreign: why a directory is not one that hhdeploy wrote, or None if it is.
         locked: held while it is replaced, so that nobody changes it meanwhile.
-        durable: fsync the new one, so that a power cut leaves it whole; a cache need not.
     """
 
     what: str
     foreign: Callable[[Path], str | None]
     locked: Callable[[Path], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # type: ignore[assignment]
-    durable: bool = True
-
-
-# Entries of caches: nobody but hhdeploy writes there, and every entry is checked when it is read.
-CACHE_ENTRY = Replaceable("an entry of a cache", lambda path: None, durable=False)
 
 
 def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
@@ -90,11 +84,9 @@ def atomic_directory(target: Path, *, overwrite: bool, kind: Replaceable) -> Ite
             scratch = stack.enter_context(scratch_directory(path.parent, path.name))
         with os_errors(path):
             yield scratch
-            if kind.durable:
-                sync_tree(scratch)
+            sync_tree(scratch)
             _install(scratch, path, kind, overwrite=overwrite)
-            if kind.durable:
-                sync_directory(path.parent)
+            sync_directory(path.parent)
 
 
 def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -> None:

@@ -107,7 +107,7 @@ def check_adapter(
     from hhdeploy.calibration.sites import find_sites
 
     findings_file, scales_file = calibration_files(precision)
-    if scales_file not in bundle.manifest.files:
+    if not bundle.manifest.has(scales_file):
         raise BundleError(
             f"{path} holds no {precision} calibration to check against. Make one with: hhdeploy "
             f"calibrate {path} --data DIR --precision {precision}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from hhdeploy.exporters.triton import (
     requestable,
 )
 from hhdeploy.files import write_bytes
+from hhdeploy.version import own_version
 
 Progress = Callable[[str], None]
 _VERSION = "1"
@@ -289,7 +289,7 @@ def _write_texts(
     manifest = bundle.manifest
     facts = {
         "adapters": json.dumps({entry.name: entry.row for entry in requestable(manifest)}),
-        "hhdeploy_version": importlib.metadata.version("hhdeploy"),
+        "hhdeploy_version": own_version(),
         "precision": options.precision,
     }
     if engine is not None:

@@ -25,6 +25,8 @@ Bank = NDArray[np.float32]
 
 # The first four are ONNX Runtime's execution providers, the last two run a bundle's engines.
 DEVICES = ("cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", *BACKENDS)
+# Those whose runs can be recorded as CUDA graphs.
+RECORDING_DEVICES = ("cuda", *BACKENDS)
 # What a CPU may be tuned for: one answer at a time, or many.
 HINTS = ("latency", "throughput")
 
@@ -55,10 +57,11 @@ class BackendOptions:
         threads: of one run on the CPU; None leaves it to the runtime.
         contexts: runs at the same time on a native engine, each with buffers of its own. Other
             runtimes run calls at the same time as they come.
-        cuda_graphs: replay recorded CUDA graphs; native engines only.
+        cuda_graphs: replay recorded CUDA graphs; devices of `RECORDING_DEVICES` only.
         hint: of `HINTS`. ``latency``: a run has all threads, further calls wait. ``throughput``:
             threads are divided among calls at the same time; OpenVINO only.
-        cache: directory of compiled models; OpenVINO only. None: neither read nor written.
+        cache: directory of what is compiled at the start: OpenVINO's models, TensorRT-RTX's
+            kernels. None: neither read nor written.
     """
 
     precision: str
@@ -117,14 +120,15 @@ def open_backend(
         raise SessionError(
             f"hint={options.hint!r}: device={target.device!r} has none; expected openvino."
         )
+    if options.cuda_graphs and target.device not in RECORDING_DEVICES:
+        raise SessionError(
+            f"cuda_graphs: device={target.device!r} has none; expected one of "
+            f"{', '.join(RECORDING_DEVICES)}."
+        )
     if target.engine is not None:
         from hhdeploy.runtime.tensorrt_backend import TensorRtBackend
 
         return TensorRtBackend(bundle, bank, target.engine, options)
-    if options.cuda_graphs:
-        raise SessionError(
-            f"cuda_graphs: device={target.device!r} has none; expected {' or '.join(BACKENDS)}."
-        )
     if target.device == "openvino":
         from hhdeploy.runtime.openvino_backend import open_openvino
 

@@ -1,9 +1,10 @@
 """The bank of an open session: names to rows, changed while requests are in flight.
 
 A row is written only while nobody can see it: a new adapter gets a free row, and the name
-points to it once the row is complete. A removed or replaced adapter's row is freed when the
-last request that holds it is done. So a request sees the old or the new adapter, never a
-mixture. A backend with a copy of the bank is told of every row that was written.
+points to it once the row is complete. A removed or replaced adapter's row is cleared when the
+last request that holds it is done, and free once it is zeros. So a request sees the old or the
+new adapter, never a mixture. A backend with a copy of the bank is told of every row that was
+written. Whoever writes holds the row meanwhile, and not the lock: requests do not wait for it.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ class AdapterBank:
             raise
         if old is not None:
             with self._lock:
-                self._retire(old)
+                idle = self._retire(old)
+            self._clear(idle)
         return entry
 
     def remove(self, name: str) -> None:
@@ -172,7 +174,8 @@ class AdapterBank:
                 )
             entry = self._entry(name)
             del self._entries[name]
-            self._retire(entry)
+            idle = self._retire(entry)
+        self._clear(idle)
 
     def hold(self, name: str | None) -> Hold:
         """The row of an adapter (None: the backbone), which keeps its values until `release`.
@@ -188,7 +191,8 @@ class AdapterBank:
     def release(self, hold: Hold) -> None:
         """Give a row back. Every `hold` needs exactly one."""
         with self._lock:
-            self._release(hold.row)
+            idle = self._release([hold.row])
+        self._clear(idle)
 
     def held(self, name: str) -> bool:
         """True while requests hold the adapter's row."""
@@ -214,8 +218,8 @@ class AdapterBank:
             yield np.asarray(rows, np.int64)
         finally:
             with self._lock:
-                for row in rows:
-                    self._release(row)
+                idle = self._release(rows)
+            self._clear(idle)
 
     def _check_taken(self, name: str, replace_existing: bool) -> None:
         if name in self._entries and not replace_existing:
@@ -253,27 +257,38 @@ class AdapterBank:
             f"session with slots={2 * self.slots}."
         )
 
-    def _retire(self, entry: AdapterEntry) -> None:
+    def _retire(self, entry: AdapterEntry) -> list[int]:
+        """Its row, if nobody holds it, for `_clear`; else the last `_release` gives it."""
         assert entry.row is not None
-        if self._holds[entry.row]:
-            self._retired.add(entry.row)
-        else:
-            self._free(entry.row)
+        self._retired.add(entry.row)
+        return self._idle([entry.row])
 
-    def _release(self, row: int) -> None:
-        if row == BACKBONE_ROW:
-            return
-        self._holds[row] -= 1
-        if not self._holds[row] and row in self._retired:
-            self._free(row)
+    def _release(self, rows: Sequence[int]) -> list[int]:
+        """Give rows back; those that nobody can reach any more are for `_clear`."""
+        held = [row for row in rows if row != BACKBONE_ROW]
+        for row in held:
+            self._holds[row] -= 1
+        return self._idle(held)
 
-    def _free(self, row: int) -> None:
-        self._retired.discard(row)
-        del self._holds[row]
-        # Nobody can reach the row any more. A backend that is gone says so in the next run, to
-        # those whom it concerns, not to the request that was the last to hold the row.
-        with suppress(DeviceError):
-            self._write(row, 0.0)
+    def _idle(self, rows: Sequence[int]) -> list[int]:
+        """Retired rows that nobody holds: from now on whoever clears them does."""
+        idle = [row for row in dict.fromkeys(rows) if row in self._retired and not self._holds[row]]
+        for row in idle:
+            self._retired.remove(row)
+            self._holds[row] = 1
+        return idle
+
+    def _clear(self, rows: Sequence[int]) -> None:
+        """Zero rows of `_idle`, then they are free. Without the lock, as it may take a while."""
+        for row in rows:
+            try:
+                # A backend that is gone says so in the next run, to those whom it concerns, not
+                # to the request that was the last to hold the row.
+                with suppress(DeviceError):
+                    self._write(row, 0.0)
+            finally:
+                with self._lock:
+                    del self._holds[row]
 
     def _write(self, row: int, values: NDArray[np.float32] | float) -> None:
         """The one place where a row that nobody uses changes."""

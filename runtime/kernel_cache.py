@@ -10,34 +10,38 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
+from hhdeploy.caches import Entry, entry_at, key_of
 from hhdeploy.errors import WriteError
-from hhdeploy.files import atomic_file, default_cache, os_errors
+from hhdeploy.files import os_errors
 
 _DIGEST = hashlib.sha256().digest_size
 
 
-def cache_file(engine_sha256: str, version: str, gpu: str) -> Path:
-    """Where the kernels of one engine are, for one version of TensorRT-RTX and one GPU."""
-    key = hashlib.sha256("\n".join((engine_sha256, version, gpu)).encode()).hexdigest()
-    return default_cache() / "kernels" / f"{key[:32]}.bin"
+def kernels_entry(root: Path, engine_sha256: str, version: str, gpu: str) -> Entry:
+    """The place of one engine's kernels, for one version of TensorRT-RTX and one GPU."""
+    return entry_at(root, "kernels", f"{key_of(engine_sha256, version, gpu)}.bin")
 
 
-def read_cache(file: Path) -> bytes | None:
-    """What `write_cache` stored, None if that is not there to the byte.
+def read_kernels(entry: Entry) -> bytes | None:
+    """What `write_kernels` stored, None if that is not there to the byte.
 
     TensorRT-RTX checks versions and the GPU itself; the digest keeps torn files from it.
     """
     try:
-        stored = file.read_bytes()
-    except OSError:
+        return entry.read(_checked)
+    except (OSError, ValueError):
         return None
+
+
+def write_kernels(entry: Entry, blob: bytes) -> None:
+    """Store kernels; processes that share them see the old or the new ones, whole."""
+    with suppress(WriteError), entry.store() as file, os_errors(entry.path):
+        file.write_bytes(hashlib.sha256(blob).digest() + blob)
+
+
+def _checked(file: Path) -> bytes:
+    stored = file.read_bytes()
     digest, blob = stored[:_DIGEST], stored[_DIGEST:]
-    return blob if hashlib.sha256(blob).digest() == digest else None
-
-
-def write_cache(file: Path, blob: bytes) -> None:
-    """Store kernels, atomically: processes that share the file see one or the other whole."""
-    with suppress(WriteError), os_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as scratch:
-            scratch.write_bytes(hashlib.sha256(blob).digest() + blob)
+    if hashlib.sha256(blob).digest() != digest:
+        raise ValueError(f"{file} is not what was stored")
+    return blob

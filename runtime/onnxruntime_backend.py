@@ -1,14 +1,12 @@
-"""ONNX Runtime behind the `Backend` protocol, on the CPU and on NVIDIA GPUs.
+"""ONNX Runtime behind the `Backend` protocol: opening a graph, on the CPU and on NVIDIA GPUs.
 
-No GPU has run the GPU half yet; its binding of inputs and of the bank is tested on the CPU.
+No GPU has run the GPU half yet; see `onnxruntime_gpu` for its other part.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import sys
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +32,9 @@ _PROVIDERS = {
 }
 # CUDA's float32 products would be rounded to TensorFloat-32, which is another precision.
 _PROVIDER_OPTIONS = {"cuda": {"use_tf32": "0"}}
-# Where a GPU's bank is allocated, in ONNX Runtime's words.
-_GPU_MEMORY = "cuda"
-# What must not be left to the CPU; see `_check_placement`.
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_RECORDING = {"cuda": {"enable_cuda_graph": "1"}}
+# What must not be left to the CPU; see `_placed`.
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def open_onnxruntime(
@@ -52,9 +49,15 @@ def open_onnxruntime(
     """
     ort = require("onnxruntime", "cpu" if device == "cpu" else "gpu", f"device={device!r}")
     session = _open_session(ort, graph, device, options)
+    name = f"onnxruntime {_PROVIDERS[device]}"
     if device == "cpu":
-        return OnnxRuntimeBackend(session, bank)
-    return OnnxRuntimeGpuBackend(ort, session, bank)
+        return OnnxRuntimeBackend(session, bank, name)
+    from hhdeploy.runtime.onnxruntime_gpu import OnnxRuntimeGpuBackend, OnnxRuntimeGraphBackend
+
+    if device == "cuda":
+        name += _placed(session, _PROVIDERS[device], ort.__version__)
+    kind = OnnxRuntimeGraphBackend if options.cuda_graphs else OnnxRuntimeGpuBackend
+    return kind(ort, session, bank, name)
 
 
 def _open_session(ort: ModuleType, graph: Path, device: str, options: BackendOptions) -> Any:
@@ -73,17 +76,25 @@ def _open_session(ort: ModuleType, graph: Path, device: str, options: BackendOpt
         # TensorRT takes the whole graph or is not what was asked for. Not so for CUDA: there
         # ONNX Runtime leaves the shapes of a dynamic batch to the CPU on purpose.
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if device == "cpu":
+        # Processors without VNNI add pairs of 8-bit products in 16 bits, which overflows in silence
+        # (8x the error of INT8 itself on such a machine). This takes other kernels there; where
+        # there is VNNI it changes nothing.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
     if device == "cuda":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if device != "cpu":
-        # CUDA's libraries out of their pip packages; it prints what it does not find.
-        with contextlib.redirect_stdout(sys.stderr):
-            ort.preload_dlls()
+        from hhdeploy.runtime.onnxruntime_gpu import preload_libraries
+
+        preload_libraries(ort)
+    chosen = dict(_PROVIDER_OPTIONS.get(device, {}))
+    if options.cuda_graphs:
+        chosen |= _RECORDING[device]
     try:
         session = ort.InferenceSession(
             str(graph),
             settings,
-            providers=[(provider, _PROVIDER_OPTIONS.get(device, {}))],
+            providers=[(provider, chosen)],
             enable_fallback=0,  # else a failing GPU is replaced by the CPU, and a line printed
         )
     except Exception as error:
@@ -94,36 +105,42 @@ def _open_session(ort: ModuleType, graph: Path, device: str, options: BackendOpt
             f"ONNX Runtime could not start {provider} on this machine and would have used "
             f"{session.get_providers()[0]}. Check the driver with: hhdeploy doctor"
         )
-    if device == "cuda":
-        _check_placement(session)
     return session
 
 
-def _check_placement(session: Any) -> None:
-    """No matrix product is left to the CPU, e.g. for a type that the GPU's kernels lack."""
-    # Older versions of ONNX Runtime do not tell.
-    tell: Callable[[], Any] = getattr(session, "get_provider_graph_assignment_info", tuple)
-    left = [
-        node.op_type
-        for part in tell()
-        if part.ep_name == _PROVIDERS["cpu"]
+def _placed(session: Any, provider: str, version: str) -> str:
+    """What of a graph its provider leaves to another one, in words; "" if nothing.
+
+    ONNX Runtime leaves shapes to the CPU on purpose. A matrix product there, e.g. of a type that
+    the GPU's kernels lack, is an error.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return f" (onnxruntime {version} does not tell which nodes run there)"
+    nodes = [
+        (part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
-        if any(name in node.op_type for name in _PRODUCTS)
     ]
-    if left:
+    left = Counter(kind for where, kind in nodes if where != provider)
+    if not left:
+        return ""
+    products = {kind: n for kind, n in left.items() if any(name in kind for name in PRODUCTS)}
+    if products:
         raise DeviceError(
-            f"{_PROVIDERS['cuda']} leaves {len(left)} of the graph's products to the CPU "
-            f"({', '.join(sorted(set(left)))}). Use another precision, or device='cpu'."
+            f"{provider} leaves {sum(products.values())} of the graph's products to the CPU "
+            f"({', '.join(sorted(products))}). Use another precision, or device='cpu'."
         )
+    kinds = ", ".join(sorted(left))
+    return f" ({left.total()} of {len(nodes)} nodes on the CPU: {kinds})"
 
 
 class OnnxRuntimeBackend:
     """One InferenceSession on the CPU; the bank is handed over by reference, never copied."""
 
-    def __init__(self, session: Any, bank: Bank | None) -> None:
+    def __init__(self, session: Any, bank: Bank | None, name: str) -> None:
         self._session = session
         self._bank = bank
-        self.name = f"onnxruntime {session.get_providers()[0]}"
+        self.name = name
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
         """See `Backend.run`. Raises `DeviceError` if ONNX Runtime fails, e.g. out of memory."""
@@ -143,55 +160,6 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._session = None
-
-
-class OnnxRuntimeGpuBackend:
-    """One InferenceSession on a GPU; the bank stays there, bound to every run."""
-
-    def __init__(self, ort: ModuleType, session: Any, bank: Bank | None) -> None:
-        self._session = session
-        self._bank = bank
-        self._bound: Any = None
-        if bank is not None:
-            make = ort.OrtValue.ortvalue_from_shape_and_type
-            try:
-                self._bound = make(bank.shape, bank.dtype, _GPU_MEMORY, 0)
-                self._bound.update_inplace(bank)
-            except Exception as error:
-                raise DeviceError(
-                    f"ONNX Runtime cannot put a bank of {bank.nbytes / 1e6:.0f} MB on the GPU: "
-                    f"{error}. Open the session with fewer slots."
-                ) from error
-        self.name = f"onnxruntime {session.get_providers()[0]}"
-
-    def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
-        """See `Backend.run`."""
-        binding = self._session.io_binding()
-        try:
-            binding.bind_cpu_input("images", images)
-            if ids is not None:
-                binding.bind_cpu_input("adapter_ids", ids)
-            if self._bound is not None:
-                binding.bind_ortvalue_input("adapter_bank", self._bound)
-            binding.bind_output("logits")
-            self._session.run_with_iobinding(binding)
-            logits: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
-        except Exception as error:
-            raise DeviceError(f"{self.name} failed: {error}") from error
-        return logits
-
-    def row_changed(self, row: int) -> None:
-        """See `Backend.row_changed`: copies the whole bank, ONNX Runtime copies no part.
-
-        The other rows, which requests may be reading, are overwritten with what they hold.
-        """
-        if self._bound is not None:
-            self._bound.update_inplace(self._bank)
-
-    def close(self) -> None:
-        """See `Backend.close`."""
-        self._bound = None
         self._session = None
 
 

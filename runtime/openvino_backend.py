@@ -37,7 +37,7 @@ from hhdeploy.errors import (
 )
 from hhdeploy.extras import check_version
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
-from hhdeploy.runtime.openvino_cache import blob_file, map_blob, write_blob
+from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 
 _CPU: Final = "CPU"
 _NAME: Final = "FULL_DEVICE_NAME"
@@ -115,17 +115,17 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
         )
         config = _config(options, low)
         digest = bundle.manifest.graph_digest(graph)
-        model = memory = file = None
+        model = memory = entry = None
         if options.cache is not None and digest is not None:
-            file = blob_file(options.cache, digest, *_facts(ov, core), json.dumps(config))
-            memory = map_blob(file)
+            entry = blob_entry(options.cache, digest, *_facts(ov, core), json.dumps(config))
+            memory = map_blob(entry)
         if memory is not None:
             model = _loaded(ov, core, memory, config)
         path = checked.result()
     if model is None:
         model = _compiled(core, path, config)
-        if file is not None:
-            write_blob(file, model.export_model().getbuffer())
+        if entry is not None:
+            write_blob(entry, model.export_model().getbuffer())
     return OpenVinoBackend(ov, model, bank, f"openvino CPU{' bfloat16' if low else ''}", memory)
 
 

@@ -255,13 +255,16 @@ def open_session(
             to the runtime.
         contexts: runs at the same time on ``tensorrt`` and ``tensorrt-rtx``, each with buffers
             of its own; further calls wait. Other runtimes take calls as they come.
-        cuda_graphs: ``tensorrt`` and ``tensorrt-rtx``: record a run of each batch size and
-            replay it, for small batches.
+        cuda_graphs: ``cuda``, ``tensorrt`` and ``tensorrt-rtx``: record a run of each batch size
+            and replay it, for small batches. On ``cuda`` every size keeps memory of its own, runs
+            go one after the other, and no other session of the process may work while a size
+            runs for the first time.
         hint: ``openvino``: ``latency`` gives each run all threads, further calls wait;
             ``throughput`` divides the threads among calls at the same time.
-        cache: ``openvino``: directory where compiled models are kept for the next start, as large
-            as their weights; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``; None: no
-            cache. The first start takes longer, and that much more memory for a moment.
+        cache: directory where what is compiled at the start is kept for the next one, see
+            `hhdeploy.caches`; "default": ``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``; None:
+            no cache. ``openvino``: models, as large as their weights; the first start takes
+            longer, and that much more memory for a moment. ``tensorrt-rtx``: kernels.
         partial: where the bundle has more adapters than ``slots``, open with the first of them
             instead of raising.
 

@@ -21,7 +21,7 @@ from hhdeploy.engines import EngineEntry, check_slots, choose_engine, split_batc
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
-from hhdeploy.runtime.kernel_cache import cache_file
+from hhdeploy.runtime.kernel_cache import kernels_entry
 from hhdeploy.runtime.tensorrt_engine import Tensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import DeviceBank, Lane, open_lane
 from hhdeploy.trt import import_tensorrt
@@ -98,12 +98,13 @@ class TensorRtBackend:
         self._free: queue.LifoQueue[Lane | None] = queue.LifoQueue()
         self._lanes = options.contexts
         self._bank_lock = threading.Lock()
-        cache = None
-        if engine.backend == "tensorrt-rtx":
-            cache = cache_file(bundle.manifest.files[engine.file], engine.version, gpu.name)
+        kept = None
+        if options.cache is not None and engine.backend == "tensorrt-rtx":
+            digest = bundle.manifest.files[engine.file]
+            kept = kernels_entry(options.cache, digest, engine.version, gpu.name)
         with ExitStack() as stack:
             loaded = stack.enter_context(
-                open_engine(plan, engine, cache, cuda_graphs=options.cuda_graphs)
+                open_engine(plan, engine, kept, cuda_graphs=options.cuda_graphs)
             )
             check_tensors(loaded.tensors, bundle.manifest, engine)
             self._stream = stack.enter_context(cuda.open_stream())

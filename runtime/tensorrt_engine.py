@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from hhdeploy.caches import Entry
 from hhdeploy.engines import EngineEntry
 from hhdeploy.errors import BundleError, DeviceError
 from hhdeploy.runtime import cuda
-from hhdeploy.runtime.kernel_cache import read_cache, write_cache
+from hhdeploy.runtime.kernel_cache import read_kernels, write_kernels
 from hhdeploy.trt import Log, import_tensorrt
 
 
@@ -40,6 +40,7 @@ class Engine:
 
     def __init__(self, plan: bytes, entry: EngineEntry) -> None:
         self._trt = trt = import_tensorrt(entry.backend)
+        self._compiles = entry.backend == "tensorrt-rtx"
         self._title = f"{entry.backend} {entry.version}"
         self._log = Log()
         # The bindings keep no reference to a logger that Python made.
@@ -69,22 +70,22 @@ class Engine:
         return DeviceError(f"{self._title} {what}: {self._log.text() or 'it gives no reason.'}")
 
     @contextmanager
-    def configured(self, cache: Path | None, *, cuda_graphs: bool) -> Iterator[None]:
-        """TensorRT-RTX compiles kernels while it runs: keep them in ``cache``.
+    def configured(self, kept: Entry | None, *, cuda_graphs: bool) -> Iterator[None]:
+        """TensorRT-RTX compiles kernels while it runs: keep them in ``kept``; None: in memory.
 
         For the same reason it records CUDA graphs itself, once a shape's own kernels are there;
         recorded from outside, a graph would replay the slower ones of the first run for ever.
-        Plain TensorRT compiles when it builds, has nothing to cache (``cache`` is None), and its
-        graphs are recorded by the `Lane`.
+        Plain TensorRT compiles when it builds, has nothing to keep, and its graphs are recorded
+        by the `Lane`.
         """
-        if cache is None:
+        if not self._compiles:
             yield
             return
         config = self._engine.create_runtime_config()
         if cuda_graphs:
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         kernels = config.create_runtime_cache()
-        if blob := read_cache(cache):
+        if kept is not None and (blob := read_kernels(kept)):
             # False: of another driver, and so on. They are compiled again, which is no error.
             kernels.deserialize(blob)
             self._log.errors.clear()
@@ -94,7 +95,8 @@ class Engine:
             yield
         finally:
             self._config = None
-            write_cache(cache, bytes(kernels.serialize()))
+            if kept is not None:
+                write_kernels(kept, bytes(kernels.serialize()))
 
     @property
     def records_graphs(self) -> bool:
@@ -133,13 +135,19 @@ class Engine:
 
 @contextmanager
 def open_engine(
-    plan: bytes, entry: EngineEntry, cache: Path | None, *, cuda_graphs: bool
+    plan: bytes, entry: EngineEntry, kept: Entry | None, *, cuda_graphs: bool
 ) -> Iterator[Engine]:
-    """Deserialise an engine. ``cache``: of compiled kernels; None for plain TensorRT.
+    """Deserialise an engine.
+
+    Args:
+        plan: its file's content.
+        entry: of the manifest.
+        kept: where TensorRT-RTX's compiled kernels are kept; None: nowhere.
+        cuda_graphs: let TensorRT-RTX record CUDA graphs.
 
     Raises:
         BundleError: TensorRT refused it; the message has all that it said.
     """
     opened = Engine(plan, entry)
-    with opened.configured(cache, cuda_graphs=cuda_graphs):
+    with opened.configured(kept, cuda_graphs=cuda_graphs):
         yield opened

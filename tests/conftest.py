@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.alone import pytest_pyfunc_call, shared
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hhdeploy.backbone import Backbone
     from tests.workshop import Workshop
+
+__all__ = ["pytest_pyfunc_call"]
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +54,14 @@ def workshop(tmp_path_factory) -> Workshop:
 
 
 @pytest.fixture(scope="session")
-def branches(workshop) -> Path:
+def branches(request) -> Path:
     """Five adapters of all kinds, one without a head, beside a backbone with its classifier.
 
     Read only: `tests.workshop.copy_bundle` gives a copy to change.
     """
+    if (made := shared("branches")) is not None:
+        return made
+    workshop = request.getfixturevalue("workshop")
     names = ("alpha", "rival", "beta", "gamma", "headless")
     return workshop.export(workshop.root / "branches", names).path
 

@@ -25,7 +25,8 @@ EDGE = (
     "rich",
     "PIL",
 )
-CORE = "adapter algebra bundle errors files parity plan preprocess rows sites tensorfile".split()
+CORE = "adapter algebra bundle caches errors files parity plan preprocess rows sites".split()
+CORE.append("tensorfile")
 
 
 def modules_of(package: str) -> list[str]:
@@ -133,6 +134,7 @@ def test_the_contracts_hold(checkout):
         ("exporters/writer.py", "import hhdeploy.runtime", "do not know each other"),
         ("plan.py", "import hhdeploy.exporters.trace", "the core does not know"),
         ("bundle.py", "import hhdeploy.runtime", "the core does not know"),
+        ("caches.py", "import hhdeploy.calibration.cache", "the core does not know"),
         ("training/attach.py", "import hhdeploy.api", "the core does not know"),
         ("runtime/session.py", "import hhdeploy.building", "know nothing that composes them"),
         ("calibration/data.py", "import hhdeploy.runtime.session", "do not know each other"),

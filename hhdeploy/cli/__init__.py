@@ -7,6 +7,7 @@ import importlib
 import click
 
 from hhdeploy.errors import HhdeployError, OptionError
+from hhdeploy.version import own_version
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {
@@ -21,6 +22,7 @@ _COMMANDS = {
     "adapter": ("adapter", "Inspect, import, list, add and remove adapters."),
     "train": ("train", "Fine-tune an adapter on an image folder."),
     "bench": ("bench", "Measure the latency of a bundle on this machine."),
+    "cache": ("cache", "List and clear what is kept to be faster the next time."),
     "doctor": ("doctor", "Tell what this machine can do, and what is missing."),
 }
 
@@ -70,7 +72,7 @@ class LazyGroup(Group):
 
 
 @click.group(cls=LazyGroup, context_settings=CONTEXT)
-@click.version_option(package_name="hhdeploy")
+@click.version_option(own_version())
 def main() -> None:
     """Deploy Householder (HTA) and LoRA adapters of Vision Transformers.
 

@@ -23,6 +23,7 @@ from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
 @click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
 @click.option("--precision", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@ui.cache_options("compiled models")
 @serve_options
 @ui.json_option
 def command(
@@ -33,6 +34,8 @@ def command(
     device: str,
     precision: str,
     threads: int | None,
+    cache_dir: Path | None,
+    no_cache: bool,
     as_json: bool,
     serve: bool,
     **load: Any,
@@ -49,6 +52,7 @@ def command(
     test in a temporary directory; they never enter BUNDLE.
     """
     check_options(serve)
+    cache = ui.check_cache_options(cache_dir, no_cache)
     if serve:
         click.get_current_context().exit(
             bench_server(
@@ -57,7 +61,7 @@ def command(
                 precision=precision,
                 threads=threads,
                 as_json=as_json,
-                options=load,
+                options={**load, "cache_dir": cache_dir, "no_cache": no_cache},
             )
         )
     from hhdeploy.runtime import Session, open_session
@@ -70,7 +74,7 @@ def command(
         names = [entries[i % len(entries)].name for i in range(batch)] if entries else None
         return lambda: session.run(images, names)
 
-    options = {"device": device, "precision": precision, "threads": threads}
+    options = {"device": device, "precision": precision, "threads": threads, "cache": cache}
     rows: list[tuple[object, ...]] = []
     results: list[dict[str, object]] = []
     with ExitStack() as stack:

@@ -127,6 +127,8 @@ def bench_server(
             precision=precision,
             threads=threads,
             slots=options["slots"],
+            cache_dir=options["cache_dir"],
+            no_cache=options["no_cache"] or None,
             model_name=start.model,
             adapters_dir=start.fleet,
             token_file=start.token_file,

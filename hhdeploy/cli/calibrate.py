@@ -66,8 +66,7 @@ _DATA = click.Path(path_type=Path)
 @click.option("--report", type=ui.FILE, help="Write an HTML report: one file, opens anywhere.")
 @click.option("--device", type=ui.DEVICES, default="cpu", show_default=True, help="To judge on.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
-@click.option("--cache-dir", type=ui.DIRECTORY, help="Where calibrations are kept.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor store calibrations.")
+@ui.cache_options("calibrations")
 @click.option(
     "--check",
     metavar="NAME",

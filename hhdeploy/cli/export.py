@@ -59,8 +59,7 @@ from hhdeploy.cli import ui
     type=click.IntRange(1),
     help="Images per adapter.",
 )
-@click.option("--cache-dir", type=ui.DIRECTORY, help="Where traced backbones are kept.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor store traced backbones.")
+@ui.cache_options("traced backbones")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new bundle is complete.")
 @ui.lock_timeout_option
 @ui.json_option

@@ -26,6 +26,7 @@ from hhdeploy.plan import BACKBONE
 @click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
 @click.option("--precision", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@ui.cache_options("compiled models")
 @ui.json_option
 def command(
     bundle: Path,
@@ -35,6 +36,8 @@ def command(
     device: str,
     precision: str,
     threads: int | None,
+    cache_dir: Path | None,
+    no_cache: bool,
     as_json: bool,
 ) -> None:
     """Classify IMAGES with adapters of BUNDLE, all in one batch.
@@ -46,7 +49,10 @@ def command(
     from hhdeploy.preprocess import open_image
     from hhdeploy.runtime import open_session
 
-    with open_session(bundle, device=device, precision=precision, threads=threads) as session:
+    cache = ui.check_cache_options(cache_dir, no_cache)
+    with open_session(
+        bundle, device=device, precision=precision, threads=threads, cache=cache
+    ) as session:
         manifest = session.bundle.manifest
         names = adapters or tuple(a.name for a in manifest.adapters)
         if not names and manifest.backbone_classes:

@@ -26,6 +26,7 @@ from hhdeploy.cli import ui
 @click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
 @click.option("--precision", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@ui.cache_options("compiled models")
 @click.option(
     "--contexts",
     default=1,
@@ -104,6 +105,8 @@ def command(
     device: str,
     precision: str,
     threads: int | None,
+    cache_dir: Path | None,
+    no_cache: bool,
     contexts: int,
     slots: int | None,
     max_batch: int,
@@ -137,6 +140,7 @@ def command(
     """
     from hhdeploy.errors import require
 
+    cache = ui.check_cache_options(cache_dir, no_cache)
     if on_ray:
         _serve_on_ray(click.get_current_context())
         return
@@ -173,6 +177,7 @@ def command(
         threads=threads,
         contexts=contexts,
         hint="throughput" if contexts > 1 and device == "openvino" else "latency",
+        cache=cache,
         partial=True,
     )
     service_device = session.device

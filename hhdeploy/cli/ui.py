@@ -266,6 +266,20 @@ def backbone_options(command: F) -> F:
     return command
 
 
+def cache_options(what: str) -> Callable[[F], F]:
+    """--cache-dir and --no-cache, for what is kept; `check_cache_options` reads them."""
+
+    def add(command: F) -> F:
+        for option in (
+            click.option("--no-cache", is_flag=True, help=f"Neither read nor store {what}."),
+            click.option("--cache-dir", type=DIRECTORY, help=f"Where {what} are kept."),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
 def parity_table(report: ParityReport) -> Group:
     """One line a stage and adapter."""
     rows = []

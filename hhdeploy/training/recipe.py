@@ -46,6 +46,7 @@ from hhdeploy.training.settings import (
     TrainSettings,
 )
 from hhdeploy.training.state import SavedTraining, StateDirectory
+from hhdeploy.version import own_version
 
 __all__ = [
     "EpochReport",
@@ -360,7 +361,7 @@ def _record(task: _Task, result: TrainResult) -> dict[str, Any]:
         "best_epoch": best.epoch if best else None,
         "device": result.device,
         "versions": {
-            "hhdeploy": version("hhdeploy"),
+            "hhdeploy": own_version(),
             "torch": torch.__version__,
             "timm": version("timm"),
             "python": platform.python_version(),

@@ -16,11 +16,18 @@ from hhdeploy.directories import atomic_directory
 from hhdeploy.errors import AdapterError, HhdeployError, PlanError
 from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Packed
+from hhdeploy.runtime.serving.errors import FailedError
 
 # What a change of an adapter's files cannot leave as it was: inode, size, time of each.
 Stamp = tuple[tuple[int, int, int], ...]
 _FILES = (CONFIG_FILE, TENSOR_FILE)
+_ABSENT = (0, 0, 0)
 _TRIES = 3
+
+
+class UnsettledError(AdapterError):
+    """An adapter whose files are not all there, or change all the time: it may be half way
+    through a replacement, and whole in a moment."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,11 @@ class Source:
     stamp: Stamp
     bundled: bool = False
     verified: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """True if all its files are there."""
+        return _ABSENT not in self.stamp
 
 
 class AdapterFiles:
@@ -87,20 +99,22 @@ class AdapterFiles:
         read again.
 
         Raises:
-            HhdeployError: what is wrong with its name or its files, or that they change all the
-                time.
+            UnsettledError: a file is not there, or they change all the time.
+            HhdeployError: what is wrong with its name or its files.
         """
         for _ in range(_TRIES):
             before = _stamp(source.path)
             try:
                 packed = self._read(source)
-            except HhdeployError:
+            except HhdeployError as error:
                 if _stamp(source.path) == before:
+                    if _ABSENT in before:
+                        raise UnsettledError(str(error)) from error
                     raise
             else:
                 if _stamp(source.path) == before:
                     return packed
-        raise AdapterError(
+        raise UnsettledError(
             f"{source.path} was changed while it was read, {_TRIES} times. Write an adapter "
             "beside the fleet directory, and move its folder there when it is complete."
         )
@@ -119,6 +133,8 @@ class AdapterFiles:
         """Write an adapter into the fleet directory, checked before it is seen there.
 
         Raises:
+            WriteError: the file system refused.
+            FailedError: it cannot be read back.
             HhdeployError: the name or the adapter is not acceptable; nothing is changed.
         """
         assert self._directory is not None
@@ -131,6 +147,8 @@ class AdapterFiles:
             except (HhdeployError, RecursionError) as error:
                 # Not the scratch directory's name, which is gone when somebody reads it.
                 raise AdapterError(str(error).replace(str(scratch), name)) from error
+            except OSError as error:  # which is no failure to write
+                raise FailedError(f"{name} cannot be read back from the disk: {error}") from error
         return Source(name, target, _stamp(target)), packed
 
     def _check_inside(self, path: Path) -> None:
@@ -150,7 +168,7 @@ def _stamp(directory: Path) -> Stamp:
         try:
             found = (directory / file).stat()
         except OSError:
-            stamps.append((0, 0, 0))
+            stamps.append(_ABSENT)
         else:
             stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
     return tuple(stamps)

@@ -13,7 +13,6 @@ import hmac
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Final, Protocol
 
 from hhdeploy.adapter import TENSOR_FILE
@@ -30,6 +29,7 @@ from hhdeploy.runtime.serving.outputs import LABELS, LOGITS, PROBABILITIES
 from hhdeploy.runtime.serving.service import ADAPTERS, IMAGES, VERSION, Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.status import status_of
+from hhdeploy.version import own_version
 
 PLATFORM: Final = "hhdeploy"
 EXTENSIONS: Final = (
@@ -239,7 +239,7 @@ class LocalEndpoint:
 
 def server_metadata() -> dict[str, Any]:
     """Name, version and extensions of the server."""
-    return {"name": "hhdeploy", "version": version("hhdeploy"), "extensions": list(EXTENSIONS)}
+    return {"name": "hhdeploy", "version": own_version(), "extensions": list(EXTENSIONS)}
 
 
 def model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,15 +15,16 @@ import logging
 import time
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from hhdeploy.bundle import AdapterEntry, Bundle
 from hhdeploy.errors import HhdeployError, PlanError, WriteError
 from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
-from hhdeploy.runtime.serving.adapter_files import AdapterFiles, Source
+from hhdeploy.runtime.serving.adapter_files import AdapterFiles, Source, UnsettledError
+from hhdeploy.runtime.serving.adapter_states import Counters, Known, State, Status, in_doubt
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     ForbiddenError,
@@ -32,48 +33,10 @@ from hhdeploy.runtime.serving.errors import (
 )
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
-State = Literal["ready", "on disk", "broken", "unloaded"]
+# A folder that is replaced by two renames is away for less than a millisecond in between.
+_GAP_SECONDS = 0.5
+_GAP_STEP_SECONDS = 0.02
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Known:
-    """An adapter that the fleet can name.
-
-    Attributes:
-        source: its folder, when it was last looked at.
-        problem: why it cannot be loaded; "" if nothing is known against it.
-        unloaded: taken out by `Fleet.unload`, until it is loaded again.
-    """
-
-    source: Source
-    problem: str = ""
-    unloaded: bool = False
-
-
-@dataclass(frozen=True)
-class Status:
-    """What an operator wants to know of one adapter."""
-
-    name: str
-    state: State
-    problem: str
-    pinned: bool
-    entry: AdapterEntry | None
-
-    @property
-    def answers(self) -> bool:
-        """Whether requests may name it."""
-        return self.state in ("ready", "on disk")
-
-
-@dataclass
-class Counters:
-    """What happened since the start; ``loaded`` is called with the seconds of every load."""
-
-    failures: int = 0
-    evictions: int = 0
-    loaded: Callable[[float], None] = lambda seconds: None
 
 
 class Fleet:
@@ -92,7 +55,10 @@ class Fleet:
         self._files = AdapterFiles(bundle, bank, directory)
         self._writable = directory is not None
         self._pinned = pinned
+        # An entry is replaced whenever something happens to its adapter, never changed.
         self._known = {name: Known(source) for name, source in self._files.bundled().items()}
+        # What the last look could make nothing of: the next one may.
+        self._doubts: dict[str, Source | None] = {}
         # When the adapters in the bank were asked for last.
         self._used = dict.fromkeys(bank, 0.0)
         self._row_freed = asyncio.Event()
@@ -116,6 +82,9 @@ class Fleet:
             HhdeployError: what is wrong with a pinned one.
         """
         await self.refresh()
+        if self._doubts:
+            await asyncio.sleep(_GAP_SECONDS)
+            await self.refresh()
         for name in sorted(self._pinned - set(self._known)):
             known = ", ".join(sorted(self._known)) or "none"
             raise PlanError(f"--pin: unknown adapter {name!r}. There are: {known}.")
@@ -253,7 +222,14 @@ class Fleet:
 
     async def _load(self, name: str) -> AdapterEntry:
         self._check_room({name})
-        source = await self._on_thread(self._files.find, name)
+        end = time.monotonic() + _GAP_SECONDS
+        while True:
+            source = await self._on_thread(self._files.find, name)
+            known = self._known.get(name)
+            away = known is not None and not known.source.bundled and in_doubt(known, source)
+            if not away or time.monotonic() > end:
+                break
+            await asyncio.sleep(_GAP_STEP_SECONDS)
         if source is None:
             raise self._unknown(name)
         self._known[name] = Known(source)
@@ -284,7 +260,7 @@ class Fleet:
         except WriteError as error:  # a full disk is not the request's fault
             raise FailedError(str(error)) from error
         self._known[name] = Known(source)
-        return await self._place(packed, begin)
+        return await self._place(packed, source, begin) or await self._bring(name)
 
     async def unload(self, name: str) -> None:
         """Answer no request for an adapter any more, until it is loaded again.
@@ -331,34 +307,57 @@ class Fleet:
         """Look through the fleet directory: new, changed, removed and broken adapters.
 
         A changed one is loaded again if it has a row. A broken one is logged and skipped; if it
-        replaced one that has a row, that one goes on answering. One call at a time looks.
+        replaced one that has a row, that one goes on answering. One whose folder or files are not
+        there may be half way through a replacement: it stays what it was, and only when the next
+        look finds the same it is gone or broken. What an operator changes while this looks is
+        newer than what this found, and stays. One call at a time looks.
 
         Raises:
             OSError: the directory cannot be read; nothing is changed.
         """
         async with self._looking:
+            before = dict(self._known)
             sources = await self._on_thread(self._files.sources)
-            for name in [name for name in self._known if name not in sources]:
-                del self._known[name]
-                self._remove(name)
-                _LOG.info("adapter gone", extra={"adapter": name})
-            for name, source in sources.items():
-                known = self._known.get(name)
-                if known is None or known.source != source:
-                    await self._look_at(source, known is not None and known.unloaded)
+            doubts, self._doubts = self._doubts, {}
+            for name in sorted({*before, *sources}):
+                known, found = before.get(name), sources.get(name)
+                if self._known.get(name) is not known or (known and known.source == found):
+                    continue
+                sure = name in doubts and doubts[name] == found
+                if not sure and in_doubt(known, found):
+                    self._doubts[name] = found
+                elif found is None:
+                    del self._known[name]
+                    self._remove(name)
+                    _LOG.info("adapter gone", extra={"adapter": name})
+                else:
+                    await self._look_at(found, known, sure=sure)
 
-    async def _look_at(self, source: Source, unloaded: bool) -> None:
-        name = source.name
-        self._known[name] = Known(source, unloaded=unloaded)
+    async def _look_at(self, found: Source, known: Known | None, *, sure: bool) -> None:
+        """Take a source that a look found. ``sure``: the last look found it as well."""
+        name, begin, problem = found.name, time.perf_counter(), ""
+        packed = None
         try:
-            if name in self._bank:
-                await self._bring(name)
-            else:
-                await self._pack(name)
+            packed = await self._on_thread(self._files.read, found)
         except HhdeployError as error:
-            _LOG.error("adapter not loaded", extra={"adapter": name, "problem": str(error)})
+            if isinstance(error, UnsettledError) and not sure:
+                self._doubts[name] = found
+                return
+            problem = str(error)
+        if self._known.get(name) is not known:
+            return  # changed while it was read
+        self._known[name] = Known(found, problem, known is not None and known.unloaded)
+        if packed is None:
+            self.counters.failures += 1
+        elif name in self._bank:
+            try:
+                await self._place(packed, found, begin) or await self._bring(name)
+            except HhdeployError as error:
+                problem = str(error)
+        if problem:
+            _LOG.error("adapter not loaded", extra={"adapter": name, "problem": problem})
         else:
-            _LOG.info("adapter found", extra={"adapter": name, "source": str(source.path)})
+            _LOG.info("adapter found", extra={"adapter": name, "source": str(found.path)})
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -402,26 +401,44 @@ class Fleet:
     async def _bring(self, name: str) -> AdapterEntry:
         """Read an adapter and give it a row; an older one of its name answers until then."""
         begin = time.perf_counter()
-        return await self._place(await self._pack(name), begin)
+        entry = None
+        while entry is None:
+            source, packed = await self._pack(name)
+            entry = await self._place(packed, source, begin)
+        return entry
 
-    async def _pack(self, name: str) -> Packed:
-        source = self._find(name).source
-        try:
-            return await self._on_thread(self._files.read, source)
-        except HhdeployError as error:
-            self.counters.failures += 1
-            known = self._known.get(name)
-            if known is not None and known.source == source:  # not another one by now
-                self._known[name] = replace(known, problem=str(error))
-            raise
+    async def _pack(self, name: str) -> tuple[Source, Packed]:
+        """Read an adapter from where it is known to be."""
+        end = time.monotonic() + _GAP_SECONDS
+        while True:
+            source = self._find(name).source
+            try:
+                return source, await self._on_thread(self._files.read, source)
+            except HhdeployError as error:
+                if self._find(name).source != source:
+                    continue
+                unsettled = isinstance(error, UnsettledError)
+                if unsettled and time.monotonic() < end:
+                    await asyncio.sleep(_GAP_STEP_SECONDS)
+                    continue
+                self.counters.failures += 1
+                if not unsettled:  # else for a look to judge
+                    self._known[name] = replace(self._known[name], problem=str(error))
+                raise
 
-    async def _place(self, packed: Packed, begin: float) -> AdapterEntry:
+    async def _place(self, packed: Packed, source: Source, begin: float) -> AdapterEntry | None:
+        """Give an adapter that was read from ``source`` a row, once one is free.
+
+        None: by then another source is known of it, and an older adapter would undo a change.
+        """
         name = packed.entry.name
         async with self._making_room:
             self._check_wanted(name)
             while not self._bank.free_rows:
                 await self._make_room(name)
                 self._check_wanted(name)
+            if self._known[name].source != source:
+                return None
             # On the loop: a copy of a megabyte. A lookup never sees the bank in between.
             entry = self._bank.put(packed, replace_existing=True)
             self._used[name] = time.monotonic()

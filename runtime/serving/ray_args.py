@@ -20,6 +20,9 @@ class RayArgs(BaseModel):
         host: that Ray's proxies listen on (``http_options`` tell them): what requests may call the
             server follows from it, see `hosts_of`.
         replicas: sessions, each in a process of its own.
+        cache_dir: where each machine keeps compiled models; None: ``$HHDEPLOY_CACHE``, else
+            ``~/.cache/hhdeploy``.
+        no_cache: keep none.
         ingresses: processes that take HTTP requests.
         gpus: of each replica, as Ray counts them; a replica with 0 sees none.
     """
@@ -31,6 +34,8 @@ class RayArgs(BaseModel):
     device: str = "auto"
     precision: str = "float32"
     threads: int | None = Field(None, ge=1)
+    cache_dir: Path | None = None
+    no_cache: bool = False
     contexts: int = Field(1, ge=1)
     slots: int | None = Field(None, ge=2)
     max_batch: int = Field(32, ge=1)
@@ -81,5 +86,6 @@ class RayArgs(BaseModel):
             "threads": self.threads,
             "contexts": self.contexts,
             "hint": "throughput" if throughput else "latency",
+            "cache": None if self.no_cache else self.cache_dir or "default",
             "partial": True,
         }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
-from hhdeploy.runtime.serving.fleet import Status
+from hhdeploy.runtime.serving.adapter_states import Status
 from hhdeploy.runtime.serving.metrics import latency_ms
 from hhdeploy.runtime.serving.service import Service
+from hhdeploy.version import own_version
 
 
 def status_of(service: Service) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def status_of(service: Service) -> dict[str, Any]:
             "load_failures": now.load_failures,
         }
     return {
-        "version": version("hhdeploy"),
+        "version": own_version(),
         "model": service.settings.model_name,
         "device": service.device,
         "precision": service.precision,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hhdeploy.caches import clear, stored_in
+from hhdeploy.calibration import cache as stored
 from hhdeploy.calibration import calibrate as module
 from hhdeploy.calibration.cache import CalibrationCacheWarning, cache_key, read, write
 from hhdeploy.calibration.calibrate import calibrate
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.errors import WriteError
 from tests.workshop import flip_byte
 
 SETTINGS = CalibrationSettings()
+KEY = "c0ffee" + 26 * "0"
 SCALES = {
     "b": SiteScale(1.5, np.asarray([1, 2], np.float32), np.asarray([3], np.float32)),
     "a": SiteScale(0.1),
@@ -28,9 +34,9 @@ def entry(cache: Path) -> Path:
 
 
 def test_scales_come_back_in_order_and_to_the_bit(tmp_path):
-    assert read(tmp_path, "key") is None
-    write(tmp_path, "key", SCALES)
-    found = read(tmp_path, "key")
+    assert read(tmp_path, KEY) is None
+    write(tmp_path, KEY, SCALES)
+    found = read(tmp_path, KEY)
     assert found is not None
     assert list(found) == ["b", "a"]
     assert (found["b"].absmax, found["a"].absmax) == (1.5, 0.1)
@@ -42,7 +48,7 @@ def test_scales_come_back_in_order_and_to_the_bit(tmp_path):
 @pytest.mark.parametrize("name", ["scales.safetensors", "scales.json"])
 @pytest.mark.parametrize("damage", ["flipped", "gone", "cut"])
 def test_damage_is_told_and_not_used(tmp_path, name, damage):
-    write(tmp_path, "key", SCALES)
+    write(tmp_path, KEY, SCALES)
     path = entry(tmp_path) / name
     if damage == "flipped":
         flip_byte(path, len(path.read_bytes()) // 2)
@@ -51,14 +57,44 @@ def test_damage_is_told_and_not_used(tmp_path, name, damage):
     else:
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.warns(CalibrationCacheWarning, match="is damaged .* calibrating again"):
-        assert read(tmp_path, "key") is None
+        assert read(tmp_path, KEY) is None
 
 
 def test_an_entry_under_another_key_is_not_used(tmp_path):
-    write(tmp_path, "key", SCALES)
-    entry(tmp_path).rename(tmp_path / "calibration" / "other")
+    write(tmp_path, KEY, SCALES)
+    other = KEY[::-1]
+    entry(tmp_path).rename(tmp_path / "calibration" / other)
     with pytest.warns(CalibrationCacheWarning, match="not the ones that were stored"):
-        assert read(tmp_path, "other") is None
+        assert read(tmp_path, other) is None
+
+
+def test_one_that_vanishes_while_it_is_read_is_none_and_no_damage(tmp_path, monkeypatch):
+    write(tmp_path, KEY, SCALES)
+    monkeypatch.setattr(stored, "sha256_of", lambda path: clear(tmp_path) and "gone")
+    assert read(tmp_path, KEY) is None
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(WriteError, match=r"disk is full.*HHDEPLOY_CACHE"):
+        write(tmp_path, KEY, SCALES)
+    assert list((tmp_path / "calibration").iterdir()) == []
+
+
+def test_calibrations_used_longest_ago_make_room(tmp_path, monkeypatch):
+    keys = [character + KEY[1:] for character in "abc"]
+    write(tmp_path, keys[0], SCALES)
+    (first,) = stored_in(tmp_path)
+    monkeypatch.setenv("HHDEPLOY_CACHE_LIMIT", str(2 * first.size))
+    write(tmp_path, keys[1], SCALES)
+    for age, key in enumerate(keys[:2]):
+        os.utime(tmp_path / "calibration" / key, (age, age))
+    assert read(tmp_path, keys[0]) is not None  # used now
+    write(tmp_path, keys[2], SCALES)
+    assert {e.path.name for e in stored_in(tmp_path)} == {keys[0], keys[2]}
 
 
 def test_the_key_sees_what_matters_and_nothing_else():

@@ -40,7 +40,7 @@ def test_a_table_a_verdict_and_a_report(succeed, bundle, common, tmp_path):
         assert any(line.startswith(f"{task} ") for line in lines), shown
     assert any(line.startswith("INT8 costs") for line in lines)
     assert any(line.startswith("Warning: adapter 'alpha': judged on 8 images") for line in lines)
-    assert "Added model.int8.onnx" in shown
+    assert f"Added {Bundle.open(bundle).manifest.graphs['int8']}" in shown
     assert report.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "int8" in Bundle.open(bundle).manifest.graphs
 
@@ -48,11 +48,11 @@ def test_a_table_a_verdict_and_a_report(succeed, bundle, common, tmp_path):
 def test_json_is_what_the_bundle_keeps(succeed_json, bundle, common):
     arguments = ("--precision", "int8-weights", "--exclude", "blocks.0.*", "--max-drop", 100)
     found = succeed_json("calibrate", bundle, *common, *arguments)
-    stored = Bundle.open(bundle).file("calibration.int8-weights.json")
-    kept = json.loads(stored.read_text(encoding="utf-8"))
+    opened = Bundle.open(bundle)
+    kept = json.loads(opened.read(opened.manifest.named("calibration.int8-weights.json")))
     assert {key: found[key] for key in kept} == kept
     assert found["guard"]["kept"] == []
-    assert found["file"] == "model.int8-weights.onnx"
+    assert found["file"] == opened.manifest.graphs["int8-weights"]
     excluded = [name for name, site in found["sites"].items() if not site["quantised"]]
     assert excluded
     assert all(name.startswith("blocks.0.") for name in excluded)

@@ -117,6 +117,7 @@ def test_export_with_room_and_without_verification(
 )
 def test_export_refuses(refuse, workshop, tmp_path, export_options, arguments, message):
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
     names = {"OUT": tmp_path / "out", "TAKEN": tmp_path / "taken", "NOWHERE": tmp_path / "nowhere"}
     names |= {"ALPHA": workshop.directory("alpha"), "GAMMA": workshop.directory("gamma")}
     for name, path in names.items():
@@ -128,13 +129,12 @@ def test_export_refuses(refuse, workshop, tmp_path, export_options, arguments, m
 
 def test_export_overwrites_when_told(succeed, workshop, tmp_path, export_options):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "stray").write_text("x")
+    before = (*export_options[:-2], "--adapter", workshop.directory("gamma"), "--no-verify")
+    succeed("export", out, *before)
     arguments = (*export_options[:-2], "--adapter", workshop.directory("alpha"), "--no-verify")
     text = succeed("export", out, *arguments, "--overwrite")
     assert "Not verified" in text
     assert names_of(out) == ["alpha"]
-    assert not (out / "stray").exists()
 
 
 # --- verify -------------------------------------------------------------------------------------

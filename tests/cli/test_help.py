@@ -13,7 +13,13 @@ from tests.workshop import HEAVY, ROOT, blocker, run_command, run_python
 
 BLOCKED = (*HEAVY, "onnxruntime", "nncf", "tensorrt", "peft")
 ADAPTER = ("inspect", "import", "list", "add", "remove")
-PATHS = [(), *((name,) for name in _COMMANDS), *(("adapter", name) for name in ADAPTER)]
+CACHE = ("list", "clear")
+PATHS = [
+    (),
+    *((name,) for name in _COMMANDS),
+    *(("adapter", name) for name in ADAPTER),
+    *(("cache", name) for name in CACHE),
+]
 
 _ALL = """
 import json, sys
@@ -57,10 +63,11 @@ def test_the_group_s_help_names_every_command(helped):
         assert re.search(rf"^  {name}  +{re.escape(line)}", text, re.MULTILINE)
 
 
-def test_the_adapter_group_s_commands_are_the_ones_tested():
-    from hhdeploy.cli.adapter import command
+def test_the_groups_commands_are_the_ones_tested():
+    from hhdeploy.cli import adapter, cache
 
-    assert sorted(command.commands) == sorted(ADAPTER)
+    assert sorted(adapter.command.commands) == sorted(ADAPTER)
+    assert sorted(cache.command.commands) == sorted(CACHE)
 
 
 @pytest.mark.parametrize("path", [(), ("export",), ("adapter", "add"), ("verify",)])

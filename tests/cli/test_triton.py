@@ -111,12 +111,13 @@ def test_an_unverified_adapter_is_named(succeed, small, workshop, tmp_path):
 )
 def test_it_refuses(refuse, small, tmp_path, arguments, message):
     (tmp_path / "taken" / "small").mkdir(parents=True)
+    (tmp_path / "taken" / "small" / "mine").touch()
     names = {"BUNDLE": small, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "nowhere"}
     names["TAKEN"] = tmp_path / "taken"
     line = refuse("triton", *(names.get(word, word) for word in arguments.split()))
     assert re.search(message, line), line
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
-    assert not contents(tmp_path)
+    assert contents(tmp_path) == {"taken/small/mine": b""}
 
 
 def test_no_engine(call, small, tmp_path):

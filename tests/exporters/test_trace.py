@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from hhdeploy.backbone import find_linears, load_backbone
+from hhdeploy.caches import clear, stored_in
 from hhdeploy.errors import BackboneError, WriteError
 from hhdeploy.exporters import trace as trace_module
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.linears import linears_by_path
 from hhdeploy.exporters.trace import LINEAR_TAG, base_graph, default_cache, trace
+from hhdeploy.exporters.writer import save_graph
 from hhdeploy.plan import BackboneFacts
 from hhdeploy.sites import linear_spec
 from tests.parity.architectures import traced
@@ -297,3 +300,82 @@ def test_a_cache_that_cannot_be_written(tmp_path):
         pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*--no-cache"),
     ):
         base_graph(backbone, tmp_path / "file")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """(backbone, cache with its graph, the entry); tracing again is an error."""
+    backbone, base = traced("vit")
+    with mock.patch.object(trace_module, "trace", return_value=base.model):
+        base_graph(backbone, tmp_path)
+    with mock.patch.object(trace_module, "trace", no_tracing):
+        yield backbone, tmp_path, next((tmp_path / "base").iterdir())
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_graph_outlives_its_entry(tmp_path, stored, found):
+    """Another process evicts it between its opening and its use."""
+    backbone, cache, _ = stored
+    base = traced("vit")[1]
+    if found:
+        graph = base_graph(backbone, cache)
+    else:
+        clear(cache)
+        with mock.patch.object(trace_module, "trace", return_value=base.model):
+            graph = base_graph(backbone, cache)
+    assert len(clear(cache)) == 1
+    save_graph(graph.model, tmp_path / "model.onnx")
+    original = {n: v.const_value.numpy() for n, v in base.model.graph.initializers.items()}
+    written = ir.load(tmp_path / "model.onnx").graph.initializers
+    assert set(written) == set(original)
+    for name, value in written.items():
+        assert np.array_equal(value.const_value.numpy(), original[name]), name
+
+
+def test_a_graph_that_vanishes_while_it_is_read_is_traced_again(stored):
+    backbone, cache, entry = stored
+    base, loads = traced("vit")[1], json.loads
+
+    def gone(text):
+        clear(cache)
+        return loads(text)
+
+    with (
+        mock.patch.object(trace_module.json, "loads", gone),
+        mock.patch.object(trace_module, "trace", return_value=base.model) as tracing,
+    ):
+        base_graph(backbone, cache)
+    tracing.assert_called_once()
+    assert entry.is_dir()
+
+
+@pytest.mark.parametrize("hashes", ["{}", "[]", "null", "{", '{"model.onnx": 1}'])
+def test_a_graph_whose_hashes_are_not_all_there_is_not_used(stored, hashes):
+    backbone, cache, entry = stored
+    (entry / "sha256.json").write_text(hashes)
+    with pytest.raises(AssertionError, match="traced again"):
+        base_graph(backbone, cache)
+
+
+def test_a_graph_larger_than_the_limit_is_used_and_not_kept(stored, monkeypatch):
+    backbone, cache, _ = stored
+    monkeypatch.setenv("HHDEPLOY_CACHE_LIMIT", "1kB")
+    clear(cache)
+    base = traced("vit")[1]
+    with mock.patch.object(trace_module, "trace", return_value=base.model):
+        graph = base_graph(backbone, cache)
+    assert list((cache / "base").iterdir()) == []
+    with session(base.model) as ours, session(graph.model) as theirs:
+        assert np.array_equal(run(ours, images(2)), run(theirs, images(2)))
+
+
+def test_graphs_used_longest_ago_make_room(stored, monkeypatch):
+    backbone, cache, entry = stored
+    (only,) = stored_in(cache)
+    monkeypatch.setenv("HHDEPLOY_CACHE_LIMIT", str(int(1.5 * only.size)))
+    other = replace(backbone, facts=replace(backbone.facts, model="vit_tiny_patch16_224.other"))
+    base = traced("vit")[1]
+    with mock.patch.object(trace_module, "trace", return_value=base.model):
+        base_graph(other, cache)
+    assert not entry.exists()
+    assert len(stored_in(cache)) == 1

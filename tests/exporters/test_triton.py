@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import resource
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 from tritonclient.utils import triton_to_np_dtype
 
 import hhdeploy.exporters.writer
+import hhdeploy.triton
 from hhdeploy.bundle import (
     BANK_FILE,
     MANIFEST,
@@ -650,6 +650,10 @@ def test_a_second_model_leaves_the_first_alone(small, folded, tmp_path):
     with pytest.raises(WriteError, match=r"models/small already exists.*--overwrite"):
         write(small, out)
     assert contents(out) == after
+    with pytest.raises(WriteError, match=r"holds notes\.txt, which no such model has"):
+        write(small, out, overwrite=True)
+    assert contents(out) == after
+    (out / "small" / "notes.txt").unlink()
     write(small, out, overwrite=True)
     assert set(contents(out)) == set(after) - {"small/notes.txt"}
 
@@ -674,7 +678,7 @@ def full_after(monkeypatch, what):
     if what == "graph":
         monkeypatch.setattr(hhdeploy.exporters.writer, "save_graph", fail)
     elif what == "engine":
-        monkeypatch.setattr(shutil, "copyfile", fail)
+        monkeypatch.setattr(hhdeploy.triton, "write_bytes", fail)
     else:
         original = Path.write_text
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""One adapter folded into a timm model's own weights, run by torch on the GPU."""
+"""One adapter folded into a timm model's own weights, run by torch."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def _fold(module: nn.Module, linear: LinearSpec, adapter: Adapter) -> None:
                 bias[...] = folded
 
 
-def logits_on_gpu(
-    model: nn.Module, images: NDArray[np.float32], precision: str
+def logits_in_torch(
+    model: nn.Module, images: NDArray[np.float32], precision: str, device: str
 ) -> NDArray[np.float32]:
-    """Images to the GPU, logits back; the model moves there in the precision."""
+    """Images to torch's device, logits back; the model moves there in the precision."""
     import torch
 
     dtype = getattr(torch, precision)
     with torch.inference_mode():
-        there = torch.from_numpy(images).to("cuda", dtype)
-        found: NDArray[np.float32] = model.to("cuda", dtype)(there).float().cpu().numpy()
+        there = torch.from_numpy(images).to(device, dtype)
+        found: NDArray[np.float32] = model.to(device, dtype)(there).float().cpu().numpy()
     return found

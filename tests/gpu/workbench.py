@@ -1,12 +1,14 @@
 """Bundles and engines that the GPU tests share, each made when a test first needs it.
 
-Two models: the starter ViT with its four real adapters on real images, and a ViT-S/16 with
-random adapters of both forms on noise.
+Three models: the starter ViT with its four real adapters on real images; a ViT-S/16, and for dry
+runs a tiny ViT, with random adapters of both forms on noise. Bundles stay in the directory for
+the parts that come later; engines are each part's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,26 +16,32 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle import Bundle
+from hhdeploy.bundle import MANIFEST, Bundle
 from hhdeploy.engines import EngineEntry, Range
 from hhdeploy.errors import HhdeployError
+from tests.support import TINY_ARGS, TINY_MODEL
 from tests.workshop import ROOT, copy_bundle
 
 if TYPE_CHECKING:
     from hhdeploy.backbone import BackboneSpec
 
-MODELS = ("starter", "vit-s")
-# Graphs that every bundle of the workbench has; others come from calibration.
+# Graphs that export writes, and those that every bundle of the workbench has.
 TYPED = ("float32", "float16", "bfloat16")
-PRECISIONS = (*TYPED, "int8", "fp8")
+PRECISIONS = (*TYPED, "int8")
 # Smaller and larger batches than the profile's must work.
 PROFILE: Range = (2, 4, 8)
 LATENCY_PROFILE: Range = (1, 8, 32)
 
 _STARTER = ROOT / "examples" / "starter"
-_VIT_S = "vit_small_patch16_224"
-# ‖u‖² of about 2.5 with 384 features.
-_SCALE = 0.08
+# Random models: timm's name and arguments, and the size of the adapters' values: ‖u‖² of about
+# 2.5 with 384 features.
+_RANDOM: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
+    "vit-s": ("vit_small_patch16_224", {}, 0.08),
+    "tiny": (TINY_MODEL, TINY_ARGS, 0.2),
+}
+_CLASSES = 17
+# Two of one shape, and one of the other form.
+_ADAPTERS = ("alpha", "rival", "after")
 _IMAGES = 8
 
 T = TypeVar("T")
@@ -50,7 +58,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Made:
-    """A bundle with float32, float16 and bfloat16 graphs, verified when it was exported.
+    """A bundle with a graph of each of `PRECISIONS`, verified when it was exported.
 
     Attributes:
         path: the bundle; read only.
@@ -89,13 +97,21 @@ class Workbench:
         self._kept: dict[tuple[object, ...], object] = {}
 
     def model(self, name: str) -> Made:
-        """One of `MODELS`, exported."""
-        make = {"starter": self._starter, "vit-s": self._vit_s}[name]
+        """The starter ViT, or one of the random models; adapters as side branches."""
+        make = self._starter if name == "starter" else lambda: self._random(name)
         return self._once((name,), make)
 
     def folded(self, name: str) -> Path:
         """The first adapter of a model in its weights."""
-        return self._once((name, "folded"), lambda: self._folded(self.model(name)))
+        return self._once((name, "folded"), lambda: self._one(name, "folded", fold=True))
+
+    def single(self, name: str) -> Path:
+        """The first adapter of a model as the only side branch."""
+        return self._once((name, "single"), lambda: self._one(name, "single"))
+
+    def bundle(self, name: str, graph: str) -> Path:
+        """``folded`` or ``side branches``, by name."""
+        return self.folded(name) if graph == "folded" else self.model(name).path
 
     def build(
         self, path: Path, backend: str, precision: str, batch: Range = PROFILE
@@ -130,79 +146,86 @@ class Workbench:
 
     def _starter(self) -> Made:
         from hhdeploy.backbone import BackboneSpec
-        from hhdeploy.calibrating import CalibrationOptions, calibrate_bundle
-        from hhdeploy.calibration.settings import CalibrationSettings
         from hhdeploy.demo import Starter
 
         starter = Starter.read(_STARTER)
         spec = BackboneSpec(starter.model, starter.args, starter.path / "backbone.safetensors")
         adapters = {task: starter.adapter(task) for task in starter.tasks}
-        images = starter.path / "images"
-        path = self._export("starter", spec, adapters, verify_data=images)
-        # No FP8: which GPUs take it is not known before one is there.
-        calibrate_bundle(
-            path, images, CalibrationSettings(images=64), CalibrationOptions(cache=None)
-        )
+        path = self._bundle("starter", spec, adapters, verify_data=starter.path / "images")
         return Made(path, spec, ("digits", "fashion"))
 
-    def _vit_s(self) -> Made:
-        from safetensors.torch import save_file
-
-        from hhdeploy.adapter import save_adapter
+    def _random(self, name: str) -> Made:
         from hhdeploy.backbone import BackboneSpec
-        from tests.support import random_adapter, tiny_backbone
 
-        backbone = tiny_backbone(_VIT_S, num_classes=17)
-        checkpoint = self._root / "vit-s.safetensors"
-        state = {name: t.contiguous() for name, t in backbone.model.state_dict().items()}
-        save_file(state, checkpoint)
-        facts = backbone.facts
-        adapters = {
-            "alpha": random_adapter(facts, classes=11, seed=1, scale=_SCALE),
-            "rival": random_adapter(
-                facts, reflection="orthogonal", r=2, classes=11, seed=2, scale=_SCALE
-            ),
-            "after": random_adapter(
-                facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=3, scale=_SCALE
-            ),
-        }
-        folder = self._root / "vit-s-adapters"
-        for name, adapter in adapters.items():
-            save_adapter(adapter, folder / name)
-        spec = BackboneSpec(_VIT_S, {"num_classes": 17}, checkpoint)
-        path = self._export("vit-s", spec, {name: folder / name for name in adapters})
-        return Made(path, spec, ("alpha", "rival"))
+        model, args, scale = _RANDOM[name]
+        checkpoint, folder = self._root / f"{name}.safetensors", self._root / f"{name}-adapters"
+        if not self._made(name):
+            _write_random(model, scale, checkpoint, folder)
+        spec = BackboneSpec(model, {**args, "num_classes": _CLASSES}, checkpoint)
+        path = self._bundle(name, spec, {key: folder / key for key in _ADAPTERS})
+        return Made(path, spec, _ADAPTERS[:2])
 
-    def _export(
-        self, name: str, spec: BackboneSpec, adapters: dict[str, Path], **options: Any
+    def _one(self, name: str, kind: str, **options: Any) -> Path:
+        made = self.model(name)
+        adapter = made.pair[0]
+        return self._bundle(
+            f"{name}-{kind}", made.spec, {adapter: made.adapter(adapter)}, **options
+        )
+
+    def _bundle(
+        self, name: str, spec: BackboneSpec, adapters: Mapping[str, Path], **options: Any
     ) -> Path:
+        """A bundle with all `PRECISIONS`, unless a part before this one has made it."""
         from hhdeploy.api import export
         from hhdeploy.plan import Reserve
+        from tests.gpu.int8 import add_int8
 
-        return export(
+        path = self._root / name
+        if (path / MANIFEST).is_file() and set(PRECISIONS) <= set(
+            Bundle.open(path).manifest.graphs
+        ):
+            return path
+        shutil.rmtree(path, ignore_errors=True)
+        if not options.get("fold"):
+            options["reserve"] = Reserve(keep_backbone_head=True)
+        export(
             spec.model,
             adapters,
-            self._root / name,
+            path,
             model_args=spec.args,
             checkpoint=spec.checkpoint,
-            reserve=Reserve(keep_backbone_head=True),
             precisions=TYPED[1:],
             verify_images=_IMAGES,
             cache=self._root / "cache",
             **options,
-        ).path
+        )
+        add_int8(path)
+        return path
 
-    def _folded(self, made: Made) -> Path:
-        from hhdeploy.api import export
+    def _made(self, name: str) -> bool:
+        path = self._root / name
+        return (path / MANIFEST).is_file() and set(PRECISIONS) <= set(
+            Bundle.open(path).manifest.graphs
+        )
 
-        name, _ = made.pair
-        return export(
-            made.spec.model,
-            {name: made.adapter(name)},
-            self._root / f"{made.path.name}-folded",
-            fold=True,
-            model_args=made.spec.args,
-            checkpoint=made.spec.checkpoint,
-            precisions=TYPED[1:],
-            cache=self._root / "cache",
-        ).path
+
+def _write_random(model: str, scale: float, checkpoint: Path, folder: Path) -> None:
+    """Weights of a random model, and `_ADAPTERS` of it."""
+    from safetensors.torch import save_file
+
+    from hhdeploy.adapter import save_adapter
+    from tests.support import random_adapter, tiny_backbone
+
+    backbone = tiny_backbone(model, num_classes=_CLASSES)
+    facts = backbone.facts
+    state = {key: t.contiguous() for key, t in backbone.model.state_dict().items()}
+    save_file(state, checkpoint)
+    made = (
+        random_adapter(facts, classes=11, seed=1, scale=scale),
+        random_adapter(facts, reflection="orthogonal", r=2, classes=11, seed=2, scale=scale),
+        random_adapter(
+            facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=3, scale=scale
+        ),
+    )
+    for key, adapter in zip(_ADAPTERS, made, strict=True):
+        save_adapter(adapter, folder / key, overwrite=True)

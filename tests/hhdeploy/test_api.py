@@ -22,7 +22,7 @@ import hhdeploy.exporters.trace
 from hhdeploy import Reserve, verify
 from hhdeploy.adapter import save_adapter
 from hhdeploy.api import verify_against_torch
-from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle import BANK_FILE, Bundle, add_adapter, remove_adapter
 from hhdeploy.errors import (
     AdapterError,
     BackboneError,
@@ -37,6 +37,8 @@ from hhdeploy.parity import bound
 from hhdeploy.reference import VerifyData, training_time_reference
 from hhdeploy.rows import RowLayout
 from hhdeploy.runtime import open_session
+from hhdeploy.store import edit
+from hhdeploy.tensorfile import tensor_bytes
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import CLASSES, contents, copy_bundle, flip_byte
 
@@ -52,11 +54,11 @@ def check_logits(path, workshop, names, count=None):
 
 
 def reference_of(path):
-    return load_file(path / "reference.safetensors")
+    return load_file(path / Bundle.open(path).manifest.named("reference.safetensors"))
 
 
 def parity_of(path):
-    return json.loads((path / "parity.json").read_text())
+    return Bundle.open(path).parity()
 
 
 @pytest.fixture
@@ -243,11 +245,14 @@ def test_an_existing_bundle_is_refused_before_any_work(workshop, existing):
 
 def test_overwrite_replaces_the_whole(workshop, existing):
     path, _ = existing
-    (path / "stray.txt").write_text("of the old bundle")
+    (path / "stray.txt").write_text("mine")
+    with pytest.raises(WriteError, match=r"holds stray\.txt, which no bundle has"):
+        workshop.export(path, ("alpha", "beta"), overwrite=True)
+    assert (path / "stray.txt").read_text() == "mine"
+    (path / "stray.txt").unlink()
     workshop.export(path, ("alpha", "beta"), overwrite=True)
     manifest = Bundle.open(path).manifest
     assert [a.name for a in manifest.adapters] == ["alpha", "beta"]
-    assert not (path / "stray.txt").exists()
     assert [p.name for p in path.parent.iterdir()] == ["out"]
 
 
@@ -645,9 +650,12 @@ def test_against_other_weights(bundle, workshop, tmp_path):
 
 
 def test_against_torch_finds_a_wrong_bank_and_changes_nothing(bundle, workshop):
-    """Rival's adapter in the folder of alpha: bank and training-time model disagree."""
-    source = workshop.directory("rival") / "adapter_model.safetensors"
-    (bundle / "adapters" / "alpha" / "adapter_model.safetensors").write_bytes(source.read_bytes())
+    """Alpha's row is rival's, with every hash right: bank and training-time model disagree."""
+    wrong = Bundle.open(bundle).bank().copy()
+    row = Bundle.open(bundle).manifest.adapter("alpha").row
+    wrong[row] = Bundle.open(bundle).manifest.layout.pack("alpha", workshop.adapters["rival"])
+    with edit(bundle) as change:
+        change.store(BANK_FILE, tensor_bytes({"adapter_bank": wrong}))
     before = contents(bundle)
     with pytest.raises(ParityError, match="adapter alpha"):
         verify_against_torch(bundle, checkpoint=workshop.checkpoint)

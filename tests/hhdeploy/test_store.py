@@ -267,42 +267,6 @@ def test_a_source_that_cannot_be_read_is_not_called_written(bundle, monkeypatch)
     assert contents(bundle) == before
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """``small_disk(free)``: a file system with the bundle and so many KiB free."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-
-    def fill(free: int) -> Path:
-        shutil.copytree(WITNESS / "branches", place / "bundle")
-        rest = shutil.disk_usage(place).free - free * 1024
-        (place / "fill").write_bytes(b"\0" * rest)
-        return place / "bundle"
-
-    yield fill
-    subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.parametrize("free", [0, 4, 12, 40, 80, 92])
-def test_a_disk_that_is_full_at_every_stage(small_disk, free):
-    path = small_disk(free)
-    before = contents(path)
-    with pytest.raises(WriteError, match="The disk is full"):
-        add(path)
-    assert contents(path) == before
-    assert sorted(p.name for p in path.iterdir()) == sorted({n.split("/")[0] for n in before})
-    (path.parent / "fill").unlink()
-    add(path)
-    answer(path, "guest")
-
-
 # --- what the work relied on ----------------------------------------------------------------------
 
 

@@ -384,8 +384,11 @@ def test_unwritable_output_is_refused_first(base_settings: TrainSettings, tmp_pa
     with pytest.raises(WriteError, match="is a file, not a directory"):
         train(replace(settings, out=tmp_path / "file", overwrite=True))
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.txt").write_text("mine")
     with pytest.raises(WriteError, match=r"already exists.*--overwrite"):
         train(replace(settings, out=tmp_path / "there"))
+    with pytest.raises(WriteError, match="is not an adapter directory that hhdeploy wrote"):
+        train(replace(settings, out=tmp_path / "there", overwrite=True))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ from hhdeploy.runtime import AdapterBank, open_session
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import HEAVY, TOO_WIDE, contents, run_python
 
+# For a machine that is busy; nothing here is about time.
+PATIENCE = 30.0
+
 # --- add, remove, replace -----------------------------------------------------------------------
 
 
@@ -392,6 +395,68 @@ def test_a_backend_is_told_of_one_row_at_a_time(own, workshop):
         thread.join()
     assert most == [1, 1]
     assert set(bank) == {"gamma", "a", "b"}
+
+
+@pytest.mark.parametrize("how", ["remove", "replace", "release", "lease"])
+def test_requests_do_not_wait_for_a_row_that_is_zeroed(own, workshop, how):
+    """The thread that clears alpha's row is held in the backend's callback."""
+    bank, inside, go, timely = own.adapters, threading.Event(), threading.Event(), []
+    hold = bank.hold("alpha")
+    lease = bank.lease(["alpha", "gamma", "alpha"])
+    lease.__enter__()
+
+    def row_changed(row):
+        if row == 1:
+            inside.set()
+            timely.append(go.wait(PATIENCE))
+
+    def end():
+        if how == "replace":
+            bank.add("alpha", workshop.directory("rival"), replace_existing=True)
+        else:
+            bank.remove("alpha")
+
+    last = {
+        "release": lambda: bank.release(hold),
+        "lease": lambda: lease.__exit__(None, None, None),
+    }
+    for other in last.keys() - {how}:
+        last[other]()
+    if how in last:
+        end()
+    bank.row_changed = row_changed
+    clearing = threading.Thread(target=last.get(how, end))
+    clearing.start()
+    try:
+        assert inside.wait(PATIENCE)
+        used = bank.hold("gamma")
+        with bank.lease(["gamma"]):
+            assert bank.held("gamma")
+            assert bank["gamma"].row == used.row == 2
+        bank.release(used)
+        # The row is nobody's yet: only those that were free before can be had.
+        assert bank.free_rows == (0 if how == "replace" else 1)
+    finally:
+        go.set()
+        clearing.join()
+    assert timely == [True], "a request waited for the row until the backend gave up"
+    assert not bank.rows[1].any()
+    assert bank.free_rows == (1 if how == "replace" else 2)
+    assert bank.add("one", workshop.directory("alpha")).row == 1
+
+
+def test_a_row_that_cannot_be_zeroed_is_free_all_the_same(own, workshop):
+    """The bug of a backend is the caller's to see; it takes no row with it."""
+
+    def fail(row):
+        raise RuntimeError("a bug")
+
+    bank = own.adapters
+    bank.row_changed = fail
+    with pytest.raises(RuntimeError, match="a bug"):
+        bank.remove("alpha")
+    bank.row_changed = lambda row: None
+    assert bank.add("rival", workshop.directory("rival")).row == 1
 
 
 # --- threads ------------------------------------------------------------------------------------

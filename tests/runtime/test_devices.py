@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -18,8 +19,9 @@ from hhdeploy.errors import (
 from hhdeploy.runtime import backends, open_session
 from hhdeploy.runtime import onnxruntime_backend as onnxruntime
 from hhdeploy.runtime.backends import DEVICES, Target, find_target
+from tests.onnxruntime_double import stand_in
 from tests.runtime.gpu_double import add_engine
-from tests.support import assert_caught, assert_parity, images
+from tests.support import images
 from tests.workshop import copy_bundle
 
 PROVIDERS = {
@@ -59,13 +61,6 @@ def test_a_provider_that_does_not_start_is_an_error(small, monkeypatch, device):
         open_session(small, device=device)
 
 
-def stand_in(monkeypatch, device, provider):
-    """Let a device's name mean another provider of this build."""
-    monkeypatch.setitem(onnxruntime._PROVIDERS, device, provider)
-    monkeypatch.setattr(onnxruntime, "_PROVIDER_OPTIONS", {})
-    monkeypatch.setattr(onnxruntime, "_GPU_MEMORY", "cpu")
-
-
 needs_azure = pytest.mark.skipif(
     "AzureExecutionProvider" not in ort.get_available_providers(),
     reason="a provider that takes no nodes is needed; this build has no AzureExecutionProvider",
@@ -90,6 +85,36 @@ def test_products_that_cuda_leaves_to_the_cpu_are_an_error(small, monkeypatch):
         open_session(small, device="cuda")
 
 
+class Assigned:
+    """A session that tells where its nodes went, as ONNX Runtime does."""
+
+    class Part:
+        def __init__(self, provider, kinds):
+            self.ep_name, self.kinds = provider, kinds
+
+        def get_nodes(self):
+            return [SimpleNamespace(op_type=kind) for kind in self.kinds]
+
+    def __init__(self, **kinds):
+        self.parts = [
+            self.Part(f"{name}ExecutionProvider", found.split()) for name, found in kinds.items()
+        ]
+
+    def get_provider_graph_assignment_info(self):
+        return self.parts
+
+
+def test_the_name_says_what_is_left_to_the_cpu():
+    placed, provider = onnxruntime._placed, PROVIDERS["cuda"]
+    assert placed(Assigned(CUDA="MatMul Add Shape"), provider, "1.31") == ""
+    left = Assigned(CUDA="MatMul Add Add", CPU="Shape Gather Shape")
+    assert placed(left, provider, "1.31") == " (3 of 6 nodes on the CPU: Gather, Shape)"
+    with pytest.raises(DeviceError, match=r"leaves 2 of .* to the CPU \(FusedMatMul, Gemm\)"):
+        placed(Assigned(CUDA="Add", CPU="Shape Gemm FusedMatMul"), provider, "1.31")
+    # Older versions: what is not known is not claimed.
+    assert "1.22 does not tell" in placed(object(), provider, "1.22")
+
+
 def test_a_graph_that_a_gpu_cannot_load(small, monkeypatch):
     def refuse(*args, **options):
         raise RuntimeError("no kernel image")
@@ -98,62 +123,6 @@ def test_a_graph_that_a_gpu_cannot_load(small, monkeypatch):
     monkeypatch.setattr(ort, "InferenceSession", refuse)
     with pytest.raises(DeviceError, match=r"model\.onnx with CUDA.*: no kernel image"):
         open_session(small, device="cuda")
-
-
-# --- the bank on the device: the same calls with memory of the CPU ------------------------------
-
-
-@pytest.fixture
-def bound(small, monkeypatch):
-    """A session that binds its bank as on a GPU."""
-    stand_in(monkeypatch, "ort-tensorrt", "CPUExecutionProvider")
-    monkeypatch.setattr(ort.SessionOptions, "add_session_config_entry", lambda *given: None)
-    with open_session(small, device="ort-tensorrt", threads=1, slots=4) as session:
-        assert isinstance(session._backend, onnxruntime.OnnxRuntimeGpuBackend)
-        yield session
-
-
-def test_a_bound_bank_gives_the_same_logits(bound, own):
-    names, x = ["alpha", "gamma", "gamma", "alpha", "gamma"], images(5)
-    assert_parity(own.run(x, names), bound.run(x, names), "branches", "float32")
-    assert_caught(own.run(x, "gamma")[:, :3], bound.run(x, "alpha")[:, :3], "branches", "float32")
-
-
-def test_a_bound_bank_is_a_copy_that_follows_every_change(bound, own, workshop):
-    x = images(3)
-    alpha = bound.run(x, "alpha")
-    bound.adapters.rows[1] = 0  # the copy is not told: what a forgotten row_changed would do
-    assert np.array_equal(bound.run(x, "alpha"), alpha)
-    for session in (bound, own):
-        session.adapters.add("rival", workshop.directory("rival"))
-    assert_parity(own.run(x, "rival"), bound.run(x, "rival"), "branches", "float32")
-    bound.adapters.remove("gamma")
-    assert not bound._backend._bound.numpy()[2].any()
-    assert bound._backend._bound.numpy()[3].any()
-
-
-def test_a_folded_graph_needs_no_bank(folded, workshop, monkeypatch):
-    stand_in(monkeypatch, "ort-tensorrt", "CPUExecutionProvider")
-    monkeypatch.setattr(ort.SessionOptions, "add_session_config_entry", lambda *given: None)
-    x = images(3)
-    with open_session(folded, device="ort-tensorrt", threads=1) as session:
-        assert_parity(workshop.truth("alpha", x), session.run(x), "branches", "float32")
-
-
-def test_a_run_that_the_gpu_refuses(bound):
-    with pytest.raises(DeviceError, match=r"CPUExecutionProvider failed: .*adapter_ids"):
-        bound._backend.run(images(2), None)
-
-
-@pytest.mark.skipif(
-    "CUDAExecutionProvider" in ort.get_available_providers(), reason="this build has CUDA"
-)
-def test_a_bank_that_the_gpu_does_not_take(small, monkeypatch):
-    stand_in(monkeypatch, "ort-tensorrt", "CPUExecutionProvider")
-    monkeypatch.setattr(onnxruntime, "_GPU_MEMORY", "cuda")
-    monkeypatch.setattr(ort.SessionOptions, "add_session_config_entry", lambda *given: None)
-    with pytest.raises(DeviceError, match=r"MB on the GPU: .* fewer slots"):
-        open_session(small, device="ort-tensorrt")
 
 
 # --- auto ---------------------------------------------------------------------------------------
@@ -273,9 +242,9 @@ def test_cuda_needs_the_provider_and_the_driver(monkeypatch, platform, name):
 # --- options ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu", "openvino"])
+@pytest.mark.parametrize("device", ["auto", "cpu", "openvino", "ort-tensorrt"])
 def test_cuda_graphs_are_refused_where_there_are_none(small, device):
-    with pytest.raises(SessionError, match=r"cuda_graphs: .*expected tensorrt or tensorrt-rtx"):
+    with pytest.raises(SessionError, match=r"cuda_graphs: .*expected one of cuda, tensorrt"):
         open_session(small, device=device, cuda_graphs=True)
 
 

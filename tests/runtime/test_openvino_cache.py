@@ -10,10 +10,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from hhdeploy.errors import BundleError
+from hhdeploy.caches import entry_at
+from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files import sha256_of
-from hhdeploy.runtime import open_session, openvino_cache
-from hhdeploy.runtime.openvino_cache import blob_file, map_blob, write_blob
+from hhdeploy.runtime import open_session
+from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 from tests.support import images
 from tests.workshop import copy_bundle
 
@@ -132,7 +133,9 @@ def test_a_damaged_blob_is_compiled_again(small, cache, no_compiler, damage):
 def test_a_blob_that_openvino_refuses_is_compiled_again(small, cache):
     first = answer(small)
     (blob,) = blobs(cache)
-    write_blob(blob, memoryview(b"whole, but no model" * 99))
+    entry = entry_at(cache, "openvino", blob.name)
+    write_blob(entry, memoryview(b"whole, but no model" * 99))
+    assert map_blob(entry) is not None
     assert np.array_equal(answer(small), first)
     assert blob.stat().st_size > 99 * 19 + 4
 
@@ -151,14 +154,50 @@ def test_a_blob_may_go_while_it_is_used(small, cache):
         assert np.array_equal(session.run(images(3), "alpha"), first)
 
 
-def test_blobs_used_longest_ago_make_room(tmp_path):
-    files = [blob_file(tmp_path, str(i)) for i in range(4)]
-    for age, file in enumerate(files[:3]):
-        write_blob(file, memoryview(bytes(100)), limit=1_000)
-        os.utime(file, (age, age))
-    assert map_blob(files[0]) is not None  # used now
-    write_blob(files[3], memoryview(bytes(100)), limit=320)
-    assert [file.is_file() for file in files] == [True, False, True, True]
-    write_blob(files[1], memoryview(bytes(100)), limit=99)
-    assert not files[1].exists()
-    assert openvino_cache.LIMIT > 1e9
+def test_models_used_longest_ago_make_room(small, cache, no_compiler, monkeypatch):
+    answer(small)
+    (blob,) = blobs(cache)
+    monkeypatch.setenv("HHDEPLOY_CACHE_LIMIT", str(int(2.5 * blob.stat().st_size)))
+    answer(small, threads=2)
+    os.utime(blob, (1, 1))
+    answer(small, threads=2)  # used, not stored
+    answer(small, threads=3)
+    assert len(blobs(cache)) == 2
+    assert blob not in blobs(cache)
+    monkeypatch.setenv("HHDEPLOY_CACHE_LIMIT", "1kB")
+    answer(small)  # larger than the limit: not kept
+    assert len(blobs(cache)) == 2
+    no_compiler()
+    answer(small, threads=3)
+    with pytest.raises(BundleError, match="compiled after all"):
+        answer(small)
+
+
+def test_a_blob_that_goes_while_it_is_read_is_compiled_again(small, cache, monkeypatch):
+    first = answer(small)
+    (blob,) = blobs(cache)
+    memmap = np.memmap
+
+    def gone(file, *arguments, **options):
+        blob.unlink(missing_ok=True)
+        return memmap(file, *arguments, **options)
+
+    monkeypatch.setattr(np, "memmap", gone)
+    assert np.array_equal(answer(small), first)
+    assert blob.is_file()
+
+
+def test_what_is_mapped_stays_when_the_entry_goes(tmp_path):
+    entry = blob_entry(tmp_path, "a")
+    write_blob(entry, memoryview(b"some" * 5000))
+    mapped = map_blob(entry)
+    entry.path.unlink()
+    assert mapped.tobytes() == b"some" * 5000
+    assert map_blob(entry) is None
+
+
+def test_a_limit_that_is_no_size(small, cache, monkeypatch):
+    monkeypatch.setenv("HHDEPLOY_CACHE_LIMIT", "plenty")
+    with pytest.raises(PlanError, match="HHDEPLOY_CACHE_LIMIT"):
+        answer(small)
+    assert not cache.exists()

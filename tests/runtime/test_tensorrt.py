@@ -505,8 +505,8 @@ def test_tensorrt_rtx_records_its_graphs_itself(built, machine, wanted):
 # --- compiled kernels ---------------------------------------------------------------------------
 
 
-def loaded_kernels(machine, path):
-    with open_session(path, device="tensorrt-rtx"):
+def loaded_kernels(machine, path, **options):
+    with open_session(path, device="tensorrt-rtx", **options):
         return machine["tensorrt-rtx"].configs[-1].cache.loaded
 
 
@@ -521,12 +521,30 @@ def test_kernels_are_kept_for_the_next_session(built, machine, cache):
     assert loaded_kernels(machine, built) is None
 
 
-def test_kernels_belong_to_an_engine_a_version_and_a_gpu():
+def test_kernels_are_kept_where_the_session_says_or_nowhere(built, machine, cache, tmp_path):
+    assert loaded_kernels(machine, built, cache=None) is None
+    assert loaded_kernels(machine, built, cache=tmp_path / "mine") is None
+    assert loaded_kernels(machine, built, cache=tmp_path / "mine") == b"kernels"
+    assert not cache.exists()
+    loaded_kernels(machine, built)
+    assert loaded_kernels(machine, built, cache=None) is None  # nor are they read
+
+
+def test_without_a_cache_tensorrt_rtx_records_its_graphs_itself_all_the_same(built, machine):
+    with open_session(built, device="tensorrt-rtx", cuda_graphs=True, cache=None) as session:
+        session.run(images(2), "alpha")
+        (config,) = machine["tensorrt-rtx"].configs
+        assert config.cuda_graph_strategy == "WHOLE_GRAPH_CAPTURE"
+        assert not machine["cudart"].graphs
+
+
+def test_kernels_belong_to_an_engine_a_version_and_a_gpu(tmp_path):
     given = ("e" * 64, "1.7.1", "Stand-in GPU")
-    files = {kernel_cache.cache_file(*given)}
+    places = {kernel_cache.kernels_entry(tmp_path, *given).path}
     for index in range(3):
-        files.add(kernel_cache.cache_file(*(x + "2" * (i == index) for i, x in enumerate(given))))
-    assert len(files) == 4
+        other = (x + "2" * (i == index) for i, x in enumerate(given))
+        places.add(kernel_cache.kernels_entry(tmp_path, *other).path)
+    assert len(places) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(built, machine, cache):

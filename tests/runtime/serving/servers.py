@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.leash import leashed
 from tests.workshop import ROOT
 
 # Of servers that allow loading.
@@ -77,10 +78,11 @@ class Server:
 @contextlib.contextmanager
 def running_server(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
     """``hhdeploy serve BUNDLE OPTIONS`` until the end of the block; it must end without error."""
-    command = [
-        str(Path(sys.executable).with_name("hhdeploy")), "serve", str(bundle), "--device", "cpu",
-        "--threads", "1", "--http-port", "0", "--grpc-port", "0", *map(str, options),
-    ]  # fmt: skip
+    program = [str(Path(sys.executable).with_name("hhdeploy")), "serve", str(bundle)]
+    command = leashed([
+        *program, "--device", "cpu", "--threads", "1", "--http-port", "0", "--grpc-port", "0",
+        *map(str, options),
+    ])  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (
         log.open("w") as stderr,

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.errors import HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
+from hhdeploy.runtime.serving import fleet
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     ForbiddenError,
@@ -86,6 +88,14 @@ class Scene:
 
     def state(self, name):
         return self.fleet.status(name).state
+
+    async def looks(self, times):
+        for _ in range(times):
+            await self.fleet.refresh()
+
+    def away(self, name):
+        """Take a folder out of the directory, as the first half of a replacement does."""
+        return (self.directory / name).rename(self.directory.parent / f"{name} is away")
 
 
 @pytest.fixture
@@ -547,14 +557,14 @@ def test_new_changed_and_removed_adapters_are_found(play):
         s.put("d", seed=9)
         s.put("a", seed=7)
         shutil.rmtree(s.directory / "b")
-        await s.fleet.refresh()
+        await s.looks(2)
         assert sorted(s.reads[1:]) == ["a", "d"]
         assert set(s.fleet.names) == {"a", "alpha", "c", "d", "gamma"}
         assert np.array_equal((await s.asked("a"))["a"], s.row(7))
         assert s.state("d") == "on disk"
         held = await s.ask("a")
         shutil.rmtree(s.directory / "a")
-        await s.fleet.refresh()
+        await s.looks(2)
         with pytest.raises(NotFoundError):
             await s.ask("a")
         assert np.array_equal(s.bank.rows[held["a"].row], s.row(7))  # it drains
@@ -577,7 +587,7 @@ def test_a_broken_adapter_is_reported_and_skipped(play, workshop, caplog):
         wide = random_adapter(workshop.backbone.facts, targets=("fc1",), classes=3, seed=1)
         put_adapter(wide, s.directory, "wide")
         s.put("zeta", seed=9)
-        await s.fleet.refresh()
+        await s.looks(2)
         for name in ("half", "cut", "deep", "wide"):
             assert s.state(name) == "broken"
             assert s.fleet.status(name).problem
@@ -595,8 +605,8 @@ def test_a_broken_adapter_is_reported_and_skipped(play, workshop, caplog):
     play(scene)
 
 
-@pytest.mark.parametrize("often", [1, 3])
-def test_an_adapter_that_changes_while_it_is_read_is_read_again(play, often):
+@pytest.mark.parametrize("often", [1, 1000])
+def test_an_adapter_that_changes_while_it_is_read_is_read_again(play, often, monkeypatch):
     """It may be half of the old and half of the new one; one that never rests is not taken."""
 
     async def scene(s):
@@ -614,11 +624,17 @@ def test_an_adapter_that_changes_while_it_is_read_is_read_again(play, often):
             await s.fleet.load("a")
             assert np.array_equal((await s.asked("a"))["a"], s.row(7))
         else:
+            monkeypatch.setattr(fleet, "_GAP_SECONDS", 0.0)
             with pytest.raises(HhdeployError, match="was changed while it was read, 3 times"):
                 await s.fleet.load("a")
+            await s.looks(2)  # other files at each: it may be whole at the next
+            assert s.state("a") == "ready"
             assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+            often_enough = len(changes)
+            del s.bank.pack
             await s.fleet.refresh()
-            assert np.array_equal((await s.asked("a"))["a"], s.row(9))
+            assert np.array_equal((await s.asked("a"))["a"], s.row(6 + often_enough))
+            return
         del s.bank.pack
 
     play(scene)
@@ -686,7 +702,7 @@ def test_a_fleet_directory_s_adapter_goes_before_the_bundle_s(play):
         await s.fleet.refresh()
         assert np.array_equal((await s.asked("alpha"))["alpha"], s.row(7))
         shutil.rmtree(s.directory / "alpha")
-        await s.fleet.refresh()
+        await s.looks(2)
         assert np.array_equal((await s.asked("alpha"))["alpha"], bundled)
 
     play(scene)
@@ -746,6 +762,351 @@ def test_two_that_look_at_the_same_time_read_what_is_new_once(play):
         s.put("d", seed=9)
         await asyncio.gather(s.fleet.refresh(), s.fleet.refresh())
         assert s.reads == ["d"]
+
+    play(scene)
+
+
+# --- half way through a replacement --------------------------------------------------------------
+
+
+def errors(caplog):
+    return [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+def test_a_folder_that_is_away_for_one_look_is_not_gone(play, caplog):
+    async def scene(s):
+        await s.asked("a")
+        for name in ("a", "b"):
+            s.away(name)
+        await s.fleet.refresh()
+        assert {"a", "b"} <= set(s.fleet.names)
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+        s.put("a", seed=7)
+        s.put("b", seed=8)
+        await s.fleet.refresh()
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+        assert np.array_equal((await s.asked("b"))["b"], s.row(8))
+        # It was not found missing twice in a row: the first time is forgotten.
+        shutil.rmtree(s.directory / "b")
+        await s.fleet.refresh()
+        assert "b" in s.fleet.names
+        await s.fleet.refresh()
+        assert "b" not in s.fleet.names
+
+    play(scene)
+    assert not errors(caplog)
+
+
+def test_the_bundle_s_adapter_does_not_answer_for_one_that_is_away_for_a_moment(play):
+    async def scene(s):
+        s.put("alpha", seed=7)
+        await s.fleet.refresh()
+        folder = s.away("alpha")
+        await s.fleet.refresh()
+        assert np.array_equal((await s.asked("alpha"))["alpha"], s.row(7))
+        folder.rename(s.directory / "alpha")
+        await s.looks(2)
+        assert np.array_equal((await s.asked("alpha"))["alpha"], s.row(7))
+
+    play(scene)
+
+
+@pytest.mark.parametrize("name", ["a", "new"])
+def test_a_folder_that_is_half_there_is_broken_at_the_second_look_alone(play, caplog, name):
+    async def scene(s):
+        await s.asked("a")
+        known = set(s.fleet.names)
+        tensors = s.put(name, seed=7) / TENSOR_FILE
+        written = tensors.rename(s.directory.parent / "tensors are late")
+        await s.fleet.refresh()
+        assert set(s.fleet.names) == known
+        assert s.fleet.status("a").problem == ""
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+        assert s.fleet.counters.failures == 0
+        assert not errors(caplog)
+        written.rename(tensors)
+        await s.fleet.refresh()
+        assert np.array_equal((await s.asked(name))[name], s.row(7))
+        tensors.unlink()
+        await s.fleet.refresh()
+        assert not errors(caplog)
+        await s.fleet.refresh()
+        assert s.fleet.counters.failures == 1
+        assert [r.adapter for r in errors(caplog)] == [name]
+        assert TENSOR_FILE in s.fleet.status(name).problem
+        # The one in its row goes on answering.
+        assert np.array_equal((await s.asked(name))[name], s.row(7))
+        await s.looks(2)
+        assert len(errors(caplog)) == 1  # told once
+
+    play(scene)
+
+
+def test_a_folder_that_goes_while_it_is_read_is_not_broken(play, caplog):
+    async def scene(s):
+        await s.asked("a")
+        s.put("a", seed=7)
+        with s.reader_held_up():
+            looking = asyncio.create_task(s.fleet.refresh())
+            await until(lambda: s.reads[-1:] == ["a"] and len(s.reads) == 2)
+            s.away("a")
+        await looking
+        assert (s.state("a"), s.fleet.status("a").problem) == ("ready", "")
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+        s.put("a", seed=8)
+        await s.fleet.refresh()
+        assert np.array_equal((await s.asked("a"))["a"], s.row(8))
+        assert s.fleet.counters.failures == 0
+
+    play(scene)
+    assert not errors(caplog)
+
+
+@pytest.mark.parametrize("how", ["request", "load"])
+def test_one_that_is_asked_for_while_it_is_away_is_waited_for(play, monkeypatch, how):
+    monkeypatch.setattr(fleet, "_GAP_SECONDS", PATIENCE)
+
+    async def scene(s):
+        s.put("alpha", seed=6)
+        await s.fleet.refresh()
+        looked = []
+        for called in ("find", "read"):
+            work = getattr(s.fleet._files, called)
+            monkeypatch.setattr(
+                s.fleet._files,
+                called,
+                lambda *given, work=work: (looked.append(1), work(*given))[1],
+            )
+        for name in ("a", "alpha"):  # one is the bundle's as well, whose is the wrong one
+            if how == "request" and name in s.bank:
+                s.fleet._remove(name)
+            s.away(name)
+            begun = len(looked)
+            ask = s.asked(name) if how == "request" else s.fleet.load(name)
+            asked = asyncio.create_task(ask)
+            await until(lambda begun=begun: len(looked) >= begun + 2)
+            assert not asked.done()
+            s.put(name, seed=7)
+            await asked
+            assert np.array_equal((await s.asked(name))[name], s.row(7))
+
+    play(scene)
+
+
+def test_one_that_stays_away_is_refused_and_not_for_ever(play, monkeypatch):
+    monkeypatch.setattr(fleet, "_GAP_SECONDS", 0.0)
+
+    async def scene(s):
+        folder = s.away("a")
+        for _ in range(2):
+            with pytest.raises(RequestError, match=r"a is not a directory|does not exist"):
+                await s.ask("a")
+        with pytest.raises(NotFoundError):
+            await s.fleet.load("a")
+        assert s.state("a") == "on disk"
+        folder.rename(s.directory / "a")  # the same files: no look would see a change
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+
+    play(scene)
+
+
+def test_at_the_start_a_folder_that_is_half_there_is_looked_at_twice(
+    play, workshop, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fleet, "_GAP_SECONDS", 0.0)
+    put_adapter(make_adapter(workshop, 5), tmp_path, "fleet")  # makes tmp_path/fleet: an adapter
+    shutil.move(tmp_path / "fleet", tmp_path / "half")
+    (tmp_path / "fleet").mkdir()
+    (tmp_path / "half" / TENSOR_FILE).unlink()
+    shutil.move(tmp_path / "half", tmp_path / "fleet" / "half")
+
+    async def scene(s):
+        assert s.state("half") == "broken"
+        assert TENSOR_FILE in s.fleet.status("half").problem
+
+    play(scene)
+
+
+def test_folders_that_are_replaced_again_and_again_answer_with_the_old_or_the_new(
+    play, monkeypatch
+):
+    """A look and a request in the middle of each replacement, the adapter in a row or not."""
+    monkeypatch.setattr(fleet, "_GAP_SECONDS", PATIENCE)
+
+    async def scene(s):
+        await s.asked("a")
+        old = 0
+        for new in range(7, 13):
+            if new % 2:
+                await s.asked("b")  # which takes its row
+            shutil.rmtree(s.away("a"))
+            await s.fleet.refresh()
+            asking = asyncio.create_task(s.asked("a"))
+            await settle()
+            s.put("a", seed=new)
+            found = (await asking)["a"]
+            assert np.array_equal(found, s.row(new if new % 2 else old))
+            await s.fleet.refresh()
+            assert np.array_equal((await s.asked("a"))["a"], s.row(new))
+            old = new
+        assert s.fleet.counters.failures == 0
+
+    play(scene, slots=2)
+
+
+# --- changes while a look is under way ------------------------------------------------------------
+
+
+@contextmanager
+def list_held_up(s):
+    """The look has its list of the directory, and does not get it yet; gives an event of that.
+
+    A second thread reads, so that the fleet's other work goes on meanwhile.
+    """
+    listed, go, sources = threading.Event(), threading.Event(), s.fleet._files.sources
+
+    def slow():
+        found = sources()
+        listed.set()
+        assert go.wait(PATIENCE)
+        return found
+
+    s.fleet._files.sources = slow
+    s.fleet._reader.shutdown()
+    s.fleet._reader = ThreadPoolExecutor(2)
+    try:
+        yield listed
+    finally:
+        go.set()
+        s.fleet._files.sources = sources
+
+
+@pytest.mark.parametrize("name", ["fresh", "a", "alpha"])
+@pytest.mark.parametrize("how", ["upload", "load", "unload", "unload and load"])
+def test_what_is_changed_while_a_look_is_under_way_is_newer(play, tmp_path, name, how):
+    """New, replaced and in place of the bundle's; the look's list was made before."""
+
+    async def scene(s):
+        if name == "fresh" and how.startswith("unload"):
+            s.put("fresh", seed=5)
+            await s.fleet.refresh()
+        files = files_of(make_adapter(s.workshop, 7), tmp_path)
+        if how == "unload" and name == "alpha":
+            s.put("alpha", seed=5)  # else the list has nothing to say of it
+        with list_held_up(s) as listed:
+            looking = asyncio.create_task(s.fleet.refresh())
+            await until(listed.is_set)
+            if how == "upload":
+                await s.fleet.upload(name, *files)
+            elif how == "unload":
+                await s.fleet.unload(name)
+            else:
+                if how == "unload and load":
+                    await s.fleet.unload(name)
+                s.put(name, seed=7)
+                await s.fleet.load(name)
+            known = s.fleet._known[name]
+        await looking
+        assert s.fleet._known[name] is known
+        if how == "unload":
+            assert s.state(name) == "unloaded"
+            with pytest.raises(NotFoundError, match="unloaded"):
+                await s.ask(name)
+            return
+        assert np.array_equal((await s.asked(name))[name], s.row(7))
+        reads = len(s.reads)
+        await s.looks(2)
+        assert len(s.reads) == reads  # it is known as it is
+        assert np.array_equal((await s.asked(name))[name], s.row(7))
+
+    play(scene, slots=6)
+
+
+def test_an_upload_survives_a_look_that_reads_what_it_replaces(play, tmp_path):
+    """The look reads the bundle's alpha, which answers again, after the upload was written."""
+
+    async def scene(s):
+        s.put("alpha", seed=5)
+        await s.fleet.refresh()
+        s.away("alpha")
+        await s.fleet.refresh()
+        s.put("a", seed=9)  # looked at before alpha is
+        reads = len(s.reads)
+        with s.reader_held_up():
+            looking = asyncio.create_task(s.fleet.refresh())
+            await until(lambda: s.reads[reads:] == ["a"])
+            files = files_of(make_adapter(s.workshop, 7), tmp_path)
+            uploading = asyncio.create_task(s.fleet.upload("alpha", *files))
+            await settle()
+        await asyncio.gather(looking, uploading)
+        assert s.reads[reads:] == ["a", "alpha"]
+        assert np.array_equal((await s.asked("alpha"))["alpha"], s.row(7))
+
+    play(scene)
+
+
+def test_an_upload_survives_a_request_that_reads_what_it_replaces(play, tmp_path):
+    """It was on its way to the bundle's adapter, and reads it after the upload was written."""
+
+    async def scene(s):
+        await s.asked("a")
+        assert "alpha" not in s.bank
+        write, begun, go = s.fleet._files.write, threading.Event(), threading.Event()
+
+        def slow(*arguments):
+            begun.set()
+            assert go.wait(PATIENCE)
+            return write(*arguments)
+
+        s.fleet._files.write = slow
+        files = files_of(make_adapter(s.workshop, 7), tmp_path)
+        uploading = asyncio.create_task(s.fleet.upload("alpha", *files))
+        await until(begun.is_set)
+        asking = asyncio.create_task(s.asked("alpha"))
+        await settle()
+        go.set()
+        values, _ = await asyncio.gather(asking, uploading)
+        await s.fleet.close()
+        assert "alpha" in s.reads
+        for found in (values, await s.asked("alpha")):
+            assert np.array_equal(found["alpha"], s.row(7))
+
+    play(scene, slots=2)
+
+
+@pytest.mark.parametrize("how", ["request", "load"])
+def test_one_that_a_look_finds_while_an_older_one_waits_for_a_row(play, how):
+    """It was read before, and would stay: no later look sees a change."""
+
+    async def scene(s):
+        held = await s.ask("alpha", "gamma")
+        bringing = asyncio.create_task(s.asked("a") if how == "request" else s.fleet.load("a"))
+        await until(lambda: len(s.bank) == 1)  # it was read, and one gives its row up
+        s.put("a", seed=7)
+        await s.fleet.refresh()
+        assert not bringing.done()
+        s.release(held)
+        await bringing
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+
+    play(scene, slots=3)
+
+
+def test_an_adapter_unloaded_while_a_look_reads_it_stays_unloaded(play):
+    async def scene(s):
+        await s.asked("a")
+        s.put("a", seed=7)
+        with s.reader_held_up():
+            looking = asyncio.create_task(s.fleet.refresh())
+            await until(lambda: len(s.reads) == 2)
+            await s.fleet.unload("a")
+        await looking
+        assert s.state("a") == "unloaded"
+        assert "a" not in s.bank
+        await s.fleet.refresh()
+        assert s.state("a") == "unloaded"
+        await s.fleet.load("a")
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
 
     play(scene)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from PIL import Image
 from tritonclient.grpc import service_pb2 as pb
@@ -14,6 +15,8 @@ from tritonclient.grpc import service_pb2 as pb
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.grpc_requests import INFER, PATIENCE, message, own
 from tests.support import images
+
+pytestmark = pytest.mark.own_process
 
 TEXTS = ["", "alpha", "images", "adapters", "logits", "labels", "FP32", "BYTES", "\0", "ü" * 300,
          "classification", "timeout", "priority", "../alpha", "9" * 40]  # fmt: skip

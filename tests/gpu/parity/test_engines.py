@@ -16,12 +16,11 @@ from hhdeploy.engines import engines_of
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.parity import PARITY
 from hhdeploy.runtime import open_session
-from tests.gpu.workbench import MODELS, PRECISIONS, PROFILE, TYPED
+from tests.gpu.scale import SCALE
+from tests.gpu.wants import lacks
+from tests.gpu.workbench import PRECISIONS, PROFILE, TYPED
 from tests.support import assert_caught, assert_parity
 from tests.workshop import copy_bundle
-
-# Versions that nobody has tried yet: what they warn of is shown, and is not a failure.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 # Below the profile's minimum, within it, above its maximum, and no multiple of it.
 BATCHES = (1, 2, 3, 7, 8, 13, 29)
@@ -30,13 +29,11 @@ BATCHES = (1, 2, 3, 7, 8, 13, 29)
 def need_graph(made, precision):
     graphs = Bundle.open(made.path).manifest.graphs
     if precision not in graphs:
-        pytest.skip(
-            f"the bundle has no {precision} graph: hhdeploy calibrate makes it, from images"
-        )
+        lacks("graph", f"the bundle has none in {precision}")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
+@pytest.mark.parametrize("model", SCALE.models)
 def test_build(builder, workbench, model, precision, record):
     made = workbench.model(model)
     need_graph(made, precision)
@@ -47,14 +44,14 @@ def test_build(builder, workbench, model, precision, record):
     assert Bundle.open(path).file(entry.file).stat().st_size == entry.bytes
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
+@pytest.mark.parametrize("model", SCALE.models)
 def test_parity(runner, workbench, model, precision, record):
     """Every adapter and the bare backbone, mixed batches, against the float64 reference."""
     made = workbench.model(model)
     need_graph(made, precision)
     if ("engine", precision) not in PARITY:
-        pytest.skip(f"the parity table has no bound of a {precision} engine yet")
+        lacks("graph", f"the parity table has no bound of a {precision} engine yet")
     report = verify(
         workbench.engine(model, runner, precision), device=runner, precisions=[precision]
     )
@@ -200,7 +197,7 @@ def test_tensorrt_rtx_keeps_the_kernels_it_compiled(
     runner, workbench, tmp_path, monkeypatch, record
 ):
     if runner != "tensorrt-rtx":
-        pytest.skip("TensorRT compiles when it builds and has nothing to keep")
+        lacks("package", "tensorrt_rtx: TensorRT compiles when it builds, and keeps nothing")
     monkeypatch.setenv("HHDEPLOY_CACHE", str(tmp_path))
     made = workbench.model("starter")
     path = workbench.engine("starter", runner, "float32")

@@ -10,14 +10,12 @@ import pytest
 from hhdeploy.adapter import load_adapter
 from hhdeploy.runtime import open_session
 from hhdeploy.timing import paired
-from tests.gpu.folding import folded_in_torch, logits_on_gpu
+from tests.gpu.folding import folded_in_torch, logits_in_torch
+from tests.gpu.opening import open_on
+from tests.gpu.scale import SCALE
 from tests.gpu.workbench import LATENCY_PROFILE
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
-
-MODEL = "vit-s"
-BATCHES = (1, 8, 32)
-PAIRS = 50
+MODEL = SCALE.model
 
 
 @pytest.fixture(params=["float32", "float16"])
@@ -35,34 +33,37 @@ def engine(runner, workbench, precision):
 
 def compare_with(other, engine, made, record):
     """``other(images, names)`` against the engine; the ratio is engine / other."""
-    for batch in BATCHES:
+    for batch in SCALE.batches:
         truth = made.truth(batch)
         found = paired(
             lambda t=truth: engine.run(t.images, t.names),
             lambda t=truth: other(t.images, t.names),
-            pairs=PAIRS,
+            pairs=SCALE.pairs,
             warmup=10,
         )
-        record(**{f"batch_{batch}": str(found)})
+        record(**{f"batch {batch}": found})
 
 
 def test_engine_against_onnxruntime_cuda(engine, ort_cuda, workbench, precision, record):
     made = workbench.model(MODEL)
-    with open_session(made.path, device=ort_cuda, precision=precision) as other:
+    with open_on(made.path, ort_cuda, precision=precision) as other:
         compare_with(other.run, engine, made, record)
 
 
-def test_engine_against_torch(engine, torch_cuda, workbench, precision, record):
+def test_engine_against_torch(engine, torch_device, workbench, precision, record):
     """torch runs one adapter, folded: the fastest it can do, and less than the engine does."""
     made = workbench.model(MODEL)
     name, _ = made.pair
     network = folded_in_torch(made.spec, load_adapter(made.adapter(name)))
     compare_with(
-        lambda images, names: logits_on_gpu(network, images, precision), engine, made, record
+        lambda images, names: logits_in_torch(network, images, precision, torch_device),
+        engine,
+        made,
+        record,
     )
 
 
-def test_side_branches_against_the_folded_engine(engine, runner, workbench, precision, record):
+def test_engine_against_the_folded_engine(engine, runner, workbench, precision, record):
     made = workbench.model(MODEL)
     path, _ = workbench.build(workbench.folded(MODEL), runner, precision, LATENCY_PROFILE)
     options = {"device": runner, "precision": precision, "cuda_graphs": True}
@@ -70,7 +71,7 @@ def test_side_branches_against_the_folded_engine(engine, runner, workbench, prec
         compare_with(lambda images, names: other.run(images), engine, made, record)
 
 
-def test_cuda_graphs_against_none(engine, runner, workbench, precision, record):
+def test_engine_with_cuda_graphs_against_none(engine, runner, workbench, precision, record):
     made = workbench.model(MODEL)
     path = workbench.engine(MODEL, runner, precision, LATENCY_PROFILE)
     with open_session(path, device=runner, precision=precision) as other:
