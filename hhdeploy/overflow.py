@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.errors import MissingDependencyError
 
 # What helps: the type of the same size with float32's range, else float32 itself.
 _WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
@@ -16,7 +17,9 @@ _WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
 def find_overflow(
     twin: Bundle, precision: str, images: NDArray[np.float32], ids: NDArray[np.int64]
 ) -> str:
-    """What is too large for a precision, where, and what to do, in words; "" if nothing is.
+    """What is too large for a precision, where, and what to do, in words.
+
+    "" if nothing is, or where ONNX Runtime is not there to look for it.
 
     Args:
         twin: a bundle whose float32 graph is the rounding twin.
@@ -31,7 +34,10 @@ def find_overflow(
 
     path = twin.graph("float32")
     model, peaks = watched(ir.load(path))
-    session = CpuSession(ir.to_proto(model).SerializeToString(), path)
+    try:
+        session = CpuSession(ir.to_proto(model).SerializeToString(), path)
+    except MissingDependencyError:
+        return ""  # the failure was seen in OpenVINO and is told without its place
     for image, row in zip(images, ids, strict=True):
         found = session.run([peak.name for peak in peaks], _feed(twin, image, row))
         for peak, largest in zip(peaks, found, strict=True):
