@@ -16,8 +16,8 @@ import click
 
 from benchmarks.harness import report
 from benchmarks.models import adapter_directories
-from hhdeploy.adapter import load_adapter
-from hhdeploy.backbone import BackboneSpec, load_backbone
+from hhdeploy.adapters.format import load_adapter
+from hhdeploy.backbones.timm import BackboneSpec, load_backbone
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import base_graph, trace
 from hhdeploy.exporters.writer import save_graph

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, AdapterConfig, Head, SiteTensors, save_adapter
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import Adapter, Head, SiteTensors, save_adapter
 from hhdeploy.api import export
-from hhdeploy.backbone import BackboneSpec, load_backbone
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import select_sites
+from hhdeploy.backbones.timm import BackboneSpec, load_backbone
 from hhdeploy.bundle import Bundle, Manifest
 from hhdeploy.calibration.calibrate import calibrate, quantise
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.graphs import add_graph
-from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import open_image
-from hhdeploy.sites import select_sites
 
 TARGETS = ("q", "k", "v", "proj")
 STARTER = Path(__file__).resolve().parents[1] / "examples" / "starter"

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData, Source
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.calibration.folder import Picked, choose_images
-from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import open_image
 
 _ALL = sys.maxsize

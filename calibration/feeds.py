@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle import AdapterEntry, Bundle
 from hhdeploy.errors import DataError
-from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import Preprocess
 
 Feed = dict[str, NDArray[Any]]

@@ -6,12 +6,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, Head
+from hhdeploy.adapters.format import Adapter, Head
 from hhdeploy.algebra import fold_additive, fold_sequential
+from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.linears import GraphLinear, linears_at, linears_by_path
 from hhdeploy.exporters.trace import BaseGraph
-from hhdeploy.sites import LinearSpec
 
 
 def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
@@ -22,7 +22,7 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
        edited in place: the tracer shares equal initializers between layers.
     3. The adapter's head, if it has one, replaces the classifier.
 
-    Requires that `hhdeploy.plan.check_adapter` has passed. Folded in float64, cast once.
+    Requires that `hhdeploy.adapters.checks.check_adapter` has passed. Folded in float64, cast once.
 
     Raises:
         PlanError: a folded weight is not finite in float32.

@@ -27,13 +27,13 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from hhdeploy.backbone import Backbone, plain_attention
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.backbones.timm import Backbone, plain_attention
 from hhdeploy.errors import BackboneError
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.plan import BackboneFacts
-from hhdeploy.sites import LinearSpec
 
 if TYPE_CHECKING:
     import torch

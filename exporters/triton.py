@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle import AdapterEntry, Manifest
 from hhdeploy.errors import OptionError
-from hhdeploy.plan import BACKBONE
 
 Backend = Literal["onnxruntime", "tensorrt"]
 Kind = Literal["auto", "gpu", "cpu"]

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter
+from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import (
     BANK_FILE,
     REFERENCE_FILE,

@@ -11,19 +11,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hhdeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
+    from hhdeploy.adapters.config import AdapterConfig
+    from hhdeploy.adapters.format import Adapter, load_adapter, save_adapter
     from hhdeploy.api import export, verify
     from hhdeploy.errors import HhdeployError
     from hhdeploy.plan import Reserve
 
 _HOMES = {
-    "Adapter": "hhdeploy.adapter",
-    "AdapterConfig": "hhdeploy.adapter",
+    "Adapter": "hhdeploy.adapters.format",
+    "AdapterConfig": "hhdeploy.adapters.format",
     "HhdeployError": "hhdeploy.errors",
     "Reserve": "hhdeploy.plan",
     "export": "hhdeploy.api",
-    "load_adapter": "hhdeploy.adapter",
-    "save_adapter": "hhdeploy.adapter",
+    "load_adapter": "hhdeploy.adapters.format",
+    "save_adapter": "hhdeploy.adapters.format",
     "verify": "hhdeploy.api",
 }
 

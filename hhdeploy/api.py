@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, load_adapter
+from hhdeploy.adapters.checks import BACKBONE, check_adapter, check_name, check_sites
+from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.bundle import (
     BANK_FILE,
     PARITY_FILE,
@@ -30,12 +31,12 @@ from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of, write_json
 from hhdeploy.overflow import find_overflow
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
-from hhdeploy.plan import BACKBONE, Reserve, check_adapter, check_name, check_sites, plan_branches
+from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
 from hhdeploy.trt import BACKENDS
 
 if TYPE_CHECKING:
-    from hhdeploy.backbone import Backbone
+    from hhdeploy.backbones.timm import Backbone
     from hhdeploy.exporters.trace import BaseGraph
     from hhdeploy.exporters.writer import Contents
     from hhdeploy.reference import Reference, VerifyData
@@ -113,7 +114,7 @@ def export(
     """
     for package in ("onnx", "onnx_ir"):
         require(package, "export", "exporting")
-    from hhdeploy.backbone import BackboneSpec, load_backbone
+    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
     from hhdeploy.exporters.trace import base_graph, default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.reference import VerifyData
@@ -215,7 +216,7 @@ def verify_against_torch(
         ConflictError: the bundle was exported again meanwhile.
         ParityError: outputs differ by more than the table allows.
     """
-    from hhdeploy.backbone import BackboneSpec, load_backbone
+    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
     from hhdeploy.errors import BackboneError
     from hhdeploy.reference import VerifyData, training_time_reference
 

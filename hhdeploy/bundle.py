@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, load_adapter
+from hhdeploy.adapters.checks import check_base, check_name
+from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.backbones.sites import linear_spec, select_sites
 from hhdeploy.errors import AdapterError, BundleError, ConflictError, HhdeployError, PlanError
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes, write_json
 from hhdeploy.parity import PARITY
-from hhdeploy.plan import check_base, check_name
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.rows import RowLayout, check_row_range
-from hhdeploy.sites import linear_spec, select_sites
 
 if TYPE_CHECKING:
     from hhdeploy.store import add_adapter as add_adapter

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.api import Progress, parity_error, verify_graphs
 from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, graph_hint, name_with_digits
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
-from hhdeploy.plan import BACKBONE
 from hhdeploy.rows import check_row_range
 from hhdeploy.store import LOCK_TIMEOUT, Basis, Change, edit, work_directory
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter
-from hhdeploy.backbone import Backbone
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.timm import Backbone
 from hhdeploy.errors import PlanError
-from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import list_images, open_image, spread
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import CapacityError
-from hhdeploy.sites import Form
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 

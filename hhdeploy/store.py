@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from hhdeploy.adapter import load_adapter
+from hhdeploy.adapters.format import load_adapter
 from hhdeploy.bundle import (
     ADAPTERS,
     BANK_FILE,

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, load_adapter
+from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.bundle import AdapterEntry, Bundle, admit, entry_of
 from hhdeploy.errors import CapacityError, DeviceError, SessionError
-from hhdeploy.plan import BACKBONE
 
 BACKBONE_ROW = 0
 DEFAULT_SLOTS = 64

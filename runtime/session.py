@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.answers import Answer, answers_of
 from hhdeploy.bundle import AdapterEntry, Bundle, read_bundle
 from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import default_cache
-from hhdeploy.plan import BACKBONE
 from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend
 from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank, Hold
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hhdeploy.adapter import save_adapter
+from hhdeploy.adapters.format import save_adapter
 from hhdeploy.bundle import add_adapter, remove_adapter
 from hhdeploy.runtime import Session, open_session
 from tests.workshop import Workshop, copy_bundle

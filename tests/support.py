@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, AdapterConfig, Head, SiteTensors
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import Adapter, Head, SiteTensors
 from hhdeploy.algebra import Reflection
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import Form, select_sites
 from hhdeploy.parity import bound, compare
-from hhdeploy.plan import BackboneFacts
-from hhdeploy.sites import Form, select_sites
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from hhdeploy.backbone import Backbone, BackboneSpec
+    from hhdeploy.backbones.timm import Backbone, BackboneSpec
 
 TINY_MODEL = "vit_tiny_patch16_224"
 TINY_ARGS: dict[str, Any] = {
@@ -58,7 +59,7 @@ def _rows(values: NDArray[Any]) -> NDArray[Any]:
 
 def tiny_spec(model: str = TINY_MODEL, **args: Any) -> BackboneSpec:
     """The spec of a random tiny backbone; ``args`` replace or extend `TINY_ARGS`."""
-    from hhdeploy.backbone import BackboneSpec
+    from hhdeploy.backbones.timm import BackboneSpec
 
     chosen = {**TINY_ARGS, **args} if model == TINY_MODEL else args
     return BackboneSpec(model, chosen, pretrained=False, seed=5)
@@ -66,7 +67,7 @@ def tiny_spec(model: str = TINY_MODEL, **args: Any) -> BackboneSpec:
 
 def tiny_backbone(model: str = TINY_MODEL, **args: Any) -> Backbone:
     """A tiny random backbone, perturbed, with the digest of what it is now."""
-    from hhdeploy.backbone import base_sha256, load_backbone
+    from hhdeploy.backbones.timm import base_sha256, load_backbone
 
     backbone = load_backbone(tiny_spec(model, **args))
     perturb(backbone.model)

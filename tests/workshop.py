@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, SiteTensors, save_adapter
-from hhdeploy.plan import BackboneFacts
+from hhdeploy.adapters.format import Adapter, SiteTensors, save_adapter
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.preprocess import Preprocess
 from tests.support import TINY_MODEL, random_adapter
 
 if TYPE_CHECKING:
     from hhdeploy.api import ExportResult
-    from hhdeploy.backbone import Backbone
+    from hhdeploy.backbones.timm import Backbone
 
 BACKBONE_CLASSES = 5
 # Own classes of every adapter; `headless` answers with the backbone's classifier.

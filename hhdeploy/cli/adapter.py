@@ -27,7 +27,7 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     The effective rank is exp of the entropy of a delta's normalised singular values: near 1 if
     one direction does it all, near min(out, in) if all matter alike.
     """
-    from hhdeploy.adapter import load_adapter
+    from hhdeploy.adapters.format import load_adapter
     from hhdeploy.algebra import effective_rank
 
     adapter = load_adapter(directory)

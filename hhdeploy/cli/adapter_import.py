@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
+from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.cli import CONTEXT, ui
-from hhdeploy.sites import FORMS, Form
 
 
 @click.command("import", context_settings=CONTEXT)
@@ -63,9 +63,9 @@ def command(
       hhdeploy adapter import lora/ OUT --model vit_base_patch16_224
       hhdeploy adapter import hta.pth OUT --model vit_base_patch16_224 --reflection orthogonal
     """
-    from hhdeploy.adapter import save_adapter
-    from hhdeploy.backbone import BackboneSpec, load_backbone
-    from hhdeploy.importing import ImportOptions, import_adapter, needs_weights
+    from hhdeploy.adapters.format import save_adapter
+    from hhdeploy.adapters.importers import ImportOptions, import_adapter, needs_weights
+    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
 
     weights_known = checkpoint is not None or needs_weights(source)
     spec = BackboneSpec(model, model_args or {}, checkpoint, pretrained=weights_known)

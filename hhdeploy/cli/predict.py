@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.cli import ui
 from hhdeploy.errors import SessionError
-from hhdeploy.plan import BACKBONE
 
 
 @click.command()

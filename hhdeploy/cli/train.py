@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hhdeploy.algebra import REFLECTIONS
+from hhdeploy.backbones.sites import FORMS
 from hhdeploy.cli import ui
 from hhdeploy.errors import require
-from hhdeploy.sites import FORMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,8 +16,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from hhdeploy.adapters.checks import check_name
 from hhdeploy.parity import ParityReport, StageResult, bound
-from hhdeploy.plan import check_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hhdeploy.adapter import Adapter, AdapterConfig, Head, SiteTensors, save_adapter
-from hhdeploy.backbone import classifier_path, find_linears
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import Adapter, Head, SiteTensors, save_adapter
+from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, LinearSpec, select_sites, sites_of
+from hhdeploy.backbones.timm import classifier_path, find_linears
 from hhdeploy.errors import AdapterError
-from hhdeploy.sites import SEQUENTIAL_KINDS, LinearSpec, select_sites, sites_of
 from hhdeploy.training.householder import (
     AdditiveDelta,
     HouseholderMatrix,

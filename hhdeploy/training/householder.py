@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hhdeploy.algebra import Reflection
-from hhdeploy.sites import Form
+from hhdeploy.backbones.sites import Form
 
 _INIT_STD = 0.02
 

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hhdeploy.adapter import ADAPTER, METRICS_FILE, Adapter, AdapterConfig, save_adapter
-from hhdeploy.backbone import Backbone, BackboneSpec, load_backbone
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapter
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import LinearSpec, select_sites, sites_of
+from hhdeploy.backbones.timm import Backbone, BackboneSpec, load_backbone
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.sites import LinearSpec, select_sites, sites_of
 from hhdeploy.training.attach import attach, extract
 from hhdeploy.training.data import (
     CROP_AREA,

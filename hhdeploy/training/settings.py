@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hhdeploy.algebra import Reflection
+from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import HhdeployError, OptionError
-from hhdeploy.sites import Form
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -44,7 +44,7 @@ class TrainSettings:
         pretrained: False gives a random backbone (``seed``).
         val_data: image folder with the same class names; None: part of ``data`` is held out.
         val_fraction: share of every class that is held out, in [0, 1); 0: no validation.
-        form, reflection, r, targets: see `hhdeploy.adapter.AdapterConfig`; ``targets`` None
+        form, reflection, r, targets: see `hhdeploy.adapters.config.AdapterConfig`; ``targets`` None
             stands for `DEFAULT_TARGETS`.
         epochs, batch_size: passes over the data, images a step.
         lr, weight_decay: of AdamW; ``lr`` is the peak of the schedule.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter, Head, SiteTensors, load_adapter, save_adapter
+from hhdeploy.adapters.format import Adapter, Head, SiteTensors, load_adapter, save_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import PlanError
 from hhdeploy.files.writing import copy_directory

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hhdeploy.adapter import ADAPTER, CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.checks import check_name
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError, HhdeployError, PlanError
 from hhdeploy.files.directories import atomic_directory
-from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Packed
 from hhdeploy.runtime.serving.errors import FailedError
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from hhdeploy.adapter import TENSOR_FILE
+from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.runtime.serving.errors import (
     ForbiddenError,
     NotFoundError,

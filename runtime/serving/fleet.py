@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from hhdeploy.adapters.checks import check_name
 from hhdeploy.bundle import AdapterEntry, Bundle
 from hhdeploy.errors import HhdeployError, PlanError, WriteError
-from hhdeploy.plan import check_name
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
 from hhdeploy.runtime.serving.adapter_files import AdapterFiles, Source, UnsettledError
 from hhdeploy.runtime.serving.adapter_states import Counters, Known, State, Status, in_doubt

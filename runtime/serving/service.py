@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle import AdapterEntry, Manifest
 from hhdeploy.errors import PlanError
-from hhdeploy.plan import BACKBONE
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.bank import Hold
 from hhdeploy.runtime.serving.batcher import Answer, Batcher

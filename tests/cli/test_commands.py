@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from hhdeploy.adapter import load_adapter, save_adapter
+from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.graphs import add_typed_graph

@@ -7,11 +7,11 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.exporters.linears import GraphLinear, linears_by_path
 from hhdeploy.exporters.trace import LINEAR_TAG, BaseGraph
-from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.sites import linear_spec
 
 
 def random(*shape: int, seed: int = 4) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from hhdeploy.adapter import Adapter
+from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked

@@ -10,7 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from hhdeploy.adapter import Adapter
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.backbones.sites import sites_of
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
@@ -18,7 +19,6 @@ from hhdeploy.exporters.linears import linears_by_path
 from hhdeploy.exporters.qkv import qkv_views
 from hhdeploy.exporters.trace import LINEAR_TAG, BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
-from hhdeploy.sites import sites_of
 from tests.exporters.synthetic import base_of, graph, random, shared_twice
 from tests.parity.architectures import traced
 from tests.parity.ladder import Floats, folded_model, run, session

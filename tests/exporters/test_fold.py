@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from hhdeploy.adapter import SiteTensors
+from hhdeploy.adapters.format import SiteTensors
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.linears import linears_by_path

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter
+from hhdeploy.adapters.format import Adapter
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model

@@ -13,7 +13,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from hhdeploy.backbone import find_linears, load_backbone
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import linear_spec
+from hhdeploy.backbones.timm import find_linears, load_backbone
 from hhdeploy.errors import BackboneError, WriteError
 from hhdeploy.exporters import trace as trace_module
 from hhdeploy.exporters.fold import folded_model
@@ -21,8 +23,6 @@ from hhdeploy.exporters.linears import linears_by_path
 from hhdeploy.exporters.trace import LINEAR_TAG, base_graph, default_cache, trace
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.files.caches import clear, stored_in
-from hhdeploy.plan import BackboneFacts
-from hhdeploy.sites import linear_spec
 from tests.parity.architectures import traced
 from tests.parity.ladder import run, session
 from tests.support import (

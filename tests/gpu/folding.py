@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter
+from hhdeploy.adapters.format import Adapter
 from hhdeploy.algebra import fold_additive, fold_sequential
-from hhdeploy.backbone import BackboneSpec, load_backbone
-from hhdeploy.sites import LinearSpec
+from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.backbones.timm import BackboneSpec, load_backbone
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,7 @@ import hhdeploy.api
 import hhdeploy.exporters.fold
 import hhdeploy.exporters.trace
 from hhdeploy import Reserve, verify
-from hhdeploy.adapter import save_adapter
+from hhdeploy.adapters.format import save_adapter
 from hhdeploy.api import verify_against_torch
 from hhdeploy.bundle import BANK_FILE, Bundle, add_adapter, remove_adapter
 from hhdeploy.errors import (
@@ -421,22 +421,22 @@ def swap_rows(monkeypatch):
 
 def forget_tau(monkeypatch):
     """Every reflection is unnormalized, whatever the adapter says."""
-    original = hhdeploy.adapter.householder_delta
+    original = hhdeploy.adapters.format.householder_delta
 
     def wrong(*arguments):
         return original(*arguments[:-1], "unnormalized")
 
-    monkeypatch.setattr(hhdeploy.adapter, "householder_delta", wrong)
+    monkeypatch.setattr(hhdeploy.adapters.format, "householder_delta", wrong)
 
 
 def swap_sides(monkeypatch):
     """u and v change places."""
-    original = hhdeploy.adapter.householder_delta
+    original = hhdeploy.adapters.format.householder_delta
 
     def wrong(u, v, *rest):
         return original(v, u, *rest) if u.shape == v.shape else original(u, v, *rest)
 
-    monkeypatch.setattr(hhdeploy.adapter, "householder_delta", wrong)
+    monkeypatch.setattr(hhdeploy.adapters.format, "householder_delta", wrong)
 
 
 def forget_the_bias(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hhdeploy.adapter import save_adapter
+from hhdeploy.adapters.format import save_adapter
 from hhdeploy.bundle import (
     BANK_FILE,
     MANIFEST,

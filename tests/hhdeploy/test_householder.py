@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hhdeploy.adapter import AdapterConfig, Head, SiteTensors, load_adapter
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import Head, SiteTensors, load_adapter
 from hhdeploy.algebra import fold_additive, fold_sequential
 from hhdeploy.errors import AdapterError
 from hhdeploy.training import attach, detach, extract, save

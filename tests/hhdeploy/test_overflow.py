@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from hhdeploy import reference, verify
-from hhdeploy.adapter import save_adapter
-from hhdeploy.backbone import base_sha256
+from hhdeploy.adapters.format import save_adapter
+from hhdeploy.backbones.timm import base_sha256
 from hhdeploy.bundle import Bundle
 from hhdeploy.cli import main
 from hhdeploy.errors import ParityError

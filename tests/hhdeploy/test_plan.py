@@ -8,18 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hhdeploy.adapter import Adapter, SiteTensors
+from hhdeploy.adapters.checks import check_adapter, check_base, check_name
+from hhdeploy.adapters.format import Adapter, SiteTensors
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.errors import AdapterError, OptionError, PlanError
-from hhdeploy.plan import (
-    BackboneFacts,
-    Reserve,
-    check_adapter,
-    check_base,
-    check_name,
-    plan_branches,
-)
+from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.sites import linear_spec
 from tests.support import random_adapter
 
 # Unequal primes, no torch: the facts of a model that does not exist.

@@ -16,7 +16,8 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image, ImageDraw
 
-from hhdeploy.adapter import TENSOR_FILE, load_adapter
+from hhdeploy.adapters.config import TENSOR_FILE
+from hhdeploy.adapters.format import load_adapter
 from hhdeploy.cli import main
 from hhdeploy.errors import AdapterError, DataError, WriteError
 from hhdeploy.preprocess import Preprocess, open_image
@@ -167,7 +168,7 @@ def test_the_adapter_gives_the_reported_accuracy(
     trained: tuple[TrainSettings, TrainResult],
 ) -> None:
     """Read back, on a fresh backbone, with inference's own preprocessing."""
-    from hhdeploy.backbone import BackboneSpec, load_backbone
+    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
 
     settings, result = trained
     assert settings.out is not None
@@ -189,7 +190,7 @@ def test_every_tensor_of_the_adapter_is_trained(trained: tuple[TrainSettings, Tr
     """All tensors left their start; u and v too, which a zero start would forbid."""
     settings, _ = trained
     assert settings.out is not None
-    from hhdeploy.backbone import load_backbone
+    from hhdeploy.backbones.timm import load_backbone
     from hhdeploy.training import extract
     from hhdeploy.training.data import derived_seed
 

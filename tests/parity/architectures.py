@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
-from hhdeploy.backbone import Backbone
+from hhdeploy.backbones.timm import Backbone
 from hhdeploy.exporters.trace import BaseGraph, base_graph
 from tests.support import TINY_ARGS, TINY_MODEL, tiny_backbone
 
@@ -31,7 +31,7 @@ class Architecture:
 def small(architecture: Architecture) -> Backbone:
     """The perturbed backbone. Raises `BackboneError` as `load_backbone` does."""
     allowed = frozenset(architecture.args)
-    with mock.patch("hhdeploy.backbone.BASE_MODEL_ARGS", allowed):
+    with mock.patch("hhdeploy.backbones.timm.BASE_MODEL_ARGS", allowed):
         backbone = tiny_backbone(architecture.model, **architecture.args)
     if architecture.size is None:
         return backbone

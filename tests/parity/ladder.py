@@ -19,15 +19,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import Adapter
-from hhdeploy.backbone import Backbone
+from hhdeploy.adapters.checks import BACKBONE, check_adapter
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.backbones.sites import sites_of
+from hhdeploy.backbones.timm import Backbone
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.linears import GraphLinear
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
-from hhdeploy.plan import BACKBONE, Plan, Reserve, check_adapter, plan_branches
+from hhdeploy.plan import Plan, Reserve, plan_branches
 from hhdeploy.reference import Reference, VerifyData, training_time_reference
-from hhdeploy.sites import sites_of
 from tests.support import random_adapter
 
 Floats = NDArray[np.float32]

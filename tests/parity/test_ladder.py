@@ -15,11 +15,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.errors import HhdeployError
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import base_graph
 from hhdeploy.parity import Comparison, bound, compare
-from hhdeploy.plan import BACKBONE, Reserve, plan_branches
+from hhdeploy.plan import Reserve, plan_branches
 from tests.parity.architectures import (
     FAST,
     REAL,

@@ -148,7 +148,7 @@ def missing(path: Path, told: list[Told]) -> list[str]:
 
 
 def _head(source: str) -> NDArray[Any]:
-    from hhdeploy.adapter import load_adapter
+    from hhdeploy.adapters.format import load_adapter
 
     head = load_adapter(SOURCES[source]).head
     assert head is not None

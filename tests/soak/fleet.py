@@ -28,7 +28,7 @@ def replace(folder: Path, until: float, told: Any) -> None:
     """`adapter import --overwrite` of one and the other, name after name."""
     import torch
 
-    from hhdeploy.adapter import load_adapter
+    from hhdeploy.adapters.format import load_adapter
     from hhdeploy.cli.adapter_import import command
 
     torch.set_num_threads(1)

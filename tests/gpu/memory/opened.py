@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hhdeploy.adapter import load_adapter
+from hhdeploy.adapters.format import load_adapter
 from hhdeploy.runtime import Session
 from tests.gpu.opening import open_on
 from tests.gpu.scale import DRY, SCALE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hhdeploy.adapter import load_adapter
+from hhdeploy.adapters.format import load_adapter
 from hhdeploy.parity import compare
 from tests.gpu.folding import folded_in_torch, logits_in_torch
 from tests.gpu.scale import SCALE

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from hhdeploy.adapter import load_adapter
+from hhdeploy.adapters.format import load_adapter
 from hhdeploy.runtime import open_session
 from hhdeploy.timing import paired
 from tests.gpu.folding import folded_in_torch, logits_in_torch

@@ -13,7 +13,7 @@ from threading import Event
 import numpy as np
 import pytest
 
-from hhdeploy.adapter import load_adapter
+from hhdeploy.adapters.format import load_adapter
 from hhdeploy.timing import paired
 from tests.gpu.folding import folded_in_torch, logits_in_torch
 from tests.gpu.opening import open_on

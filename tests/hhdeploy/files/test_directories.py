@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import hhdeploy.files.directories
-from hhdeploy.adapter import ADAPTER
+from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.errors import WriteError
 from hhdeploy.files.directories import Replaceable, atomic_directory
 from hhdeploy.store import BUNDLE, locked
@@ -121,7 +121,7 @@ _CHILD = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from hhdeploy.adapter import Adapter, AdapterConfig, SiteTensors, save_adapter
+from hhdeploy.adapters.format import Adapter, AdapterConfig, SiteTensors, save_adapter
 from hhdeploy.errors import WriteError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.runtime.loadtest.churn import Churn
 from hhdeploy.runtime.loadtest.judge import Answer
 from hhdeploy.runtime.loadtest.variants import Task

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from hhdeploy.adapter import CONFIG_FILE
+from hhdeploy.adapters.config import CONFIG_FILE
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime import open_session

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hhdeploy.adapter import Adapter, save_adapter
+from hhdeploy.adapters.format import Adapter, save_adapter
 from hhdeploy.runtime.bank import AdapterBank
 from tests.support import random_adapter
 

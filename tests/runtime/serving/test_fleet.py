@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.errors import HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving import fleet

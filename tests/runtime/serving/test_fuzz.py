@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import PATIENCE, files_of, make_adapter
 from tests.runtime.serving.servers import TOKEN, running_server

@@ -18,7 +18,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from tests.runtime.serving.grpc_requests import INFER, PATIENCE, message, own
 from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
 from tests.support import assert_parity, images

@@ -15,7 +15,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
 
-from hhdeploy.adapter import TENSOR_FILE
+from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.errors import AdapterError, DeviceError
 from hhdeploy.runtime.serving import errors
 from hhdeploy.runtime.serving.grpc_server import start_grpc

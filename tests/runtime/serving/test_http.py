@@ -21,7 +21,7 @@ import tritonclient.http.aio as triton_aio
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import make_adapter, put_adapter
 from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from hhdeploy.adapter import save_adapter
+from hhdeploy.adapters.format import save_adapter
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from tests.runtime.serving.servers import Server, running_server

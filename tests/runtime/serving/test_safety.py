@@ -24,7 +24,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.serving import endpoint as endpoint_module
 from hhdeploy.runtime.serving import server as server_module

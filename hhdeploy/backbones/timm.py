@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapter import BASE_MODEL_ARGS
+from hhdeploy.backbones.facts import BASE_MODEL_ARGS, BackboneFacts
+from hhdeploy.backbones.sites import LinearSpec, linear_spec
 from hhdeploy.errors import BackboneError, require
-from hhdeploy.plan import BackboneFacts
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.sites import LinearSpec, linear_spec
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hhdeploy.backbone import (
+from hhdeploy.backbones.sites import sites_of
+from hhdeploy.backbones.timm import (
     BackboneSpec,
     base_sha256,
     classifier_path,
@@ -19,7 +20,6 @@ from hhdeploy.backbone import (
 )
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.sites import sites_of
 from tests.support import (
     TINY_ARGS,
     TINY_MODEL,
@@ -178,7 +178,7 @@ def test_a_convolutional_network_has_zero_sites(tiny_facts):
 )
 def test_the_paper_s_parameter_counts(name, count):
     """HTA with r = 1 on q, k, v and proj: 0.18 M and 0.49 M before the heads (NeurIPS 2024)."""
-    from hhdeploy.adapter import AdapterConfig
+    from hhdeploy.adapters.config import AdapterConfig
     from hhdeploy.training import attach
 
     with torch.device("meta"):

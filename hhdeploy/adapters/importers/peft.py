@@ -1,7 +1,7 @@
 """What PEFT's LoRA, rsLoRA and HRA files mean: configuration, tensor keys, scale, reflections.
 
-Read without PEFT. An option that is not known to leave the weights at W + scale B A (LoRA) or
-W R (HRA) is refused, also one that a later version of PEFT invents.
+PEFT itself is not needed. An option that is not known to leave the weights at W + scale B A
+(LoRA) or W R (HRA) is refused, also one that a later version of PEFT invents.
 """
 
 from __future__ import annotations
@@ -11,13 +11,29 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.importers.pth import read_pth
+from hhdeploy.adapters.importers.template import (
+    ImportOptions,
+    Tensors,
+    finish,
+    head_keys,
+    linear_of,
+    low_rank_pair,
+    split_thirds,
+)
+from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.tensors import read_tensors
+
+if TYPE_CHECKING:
+    from hhdeploy.backbones.timm import Backbone
 
 LORA, HRA = "LORA", "HRA"
 _PREFIX = "base_model.model."
@@ -134,17 +150,6 @@ def group_tensors(
     return groups, head
 
 
-def low_rank_pair(
-    group: Mapping[str, NDArray[Any]], name: str, file: Path
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """lora_A and lora_B of one module. Raises `AdapterError` unless there are these two."""
-    if set(group) != {"lora_A", "lora_B"}:
-        raise AdapterError(
-            f"{file}: {name}: expected lora_A and lora_B, found {', '.join(sorted(group))}."
-        )
-    return group["lora_A"], group["lora_B"]
-
-
 def lora_scale(config: Mapping[str, Any], module: str, rank: int, where: Path) -> float:
     """PEFT's factor of lora_B lora_A: alpha / r, or alpha / sqrt(r) for rsLoRA.
 
@@ -204,3 +209,68 @@ def hra_low_rank(
         # Orthonormal columns make the product over j vanish: that is I - 2 Q Qᵀ.
         c[:, k] = -2.0 * (unit[:, k] + c[:, :k] @ (unit[:, :k].T @ unit[:, k]))
     return unit.T, c
+
+
+_OLD_TENSOR_FILE = "adapter_model.bin"
+
+
+def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
+    if options.form is not None or options.reflection is not None or options.lora_scale != 1.0:
+        raise AdapterError(
+            f"{path}: form, reflection and lora scale are for .pth files; {CONFIG_FILE} says all "
+            "that an adapter of PEFT needs."
+        )
+    config = read_peft_config(path)
+    where = path / CONFIG_FILE
+    check_config(config, where)
+    kind = config["peft_type"]
+    if kind == HRA and not options.weights_known:
+        raise AdapterError(
+            f"{where}: HRA multiplies the backbone's weights and cannot be converted without "
+            "them. Pass them with --checkpoint FILE."
+        )
+    file = path / TENSOR_FILE
+    if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():
+        tensors, _ = read_tensors(file, AdapterError)
+    else:
+        file = path / _OLD_TENSOR_FILE
+        tensors = read_pth(file)
+    groups, head = group_tensors(tensors, file, head_keys(backbone), options.prefix)
+    linears = {linear.path: linear for linear in backbone.facts.linears}
+    result: Tensors = dict(head)
+    for name, group in groups.items():
+        linear = linear_of(linears, name, file, backbone)
+        if kind == LORA:
+            a, b = low_rank_pair(group, name, file)
+            # A wrong shape is no rank: it is refused just below.
+            scale = lora_scale(config, name, a.shape[0], where) if a.ndim == 2 else 1.0
+            b = b.astype(np.float64) * scale
+        else:
+            a, b = _hra_pair(group, linear, file, backbone, bool(config.get("apply_GS")))
+        result |= split_thirds(linear, a, b, file)
+    rank = config.get("r")
+    described = AdapterConfig(
+        backbone.facts.model,
+        r=rank if isinstance(rank, int) else 1,
+        extra={"imported_from": facts_of(config)},
+    )
+    return finish(result, described, file, backbone, options)
+
+
+def _hra_pair(
+    group: Tensors, linear: LinearSpec, file: Path, backbone: Backbone, gram_schmidt: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """lora_A, lora_B with W R = W + lora_B lora_A; the thirds of a fused qkv share R."""
+    u = group.get("hra_u")
+    if u is None or len(group) != 1 or u.ndim != 2 or u.shape[0] != linear.in_:
+        found = ", ".join(f"{name} {list(t.shape)}" for name, t in sorted(group.items()))
+        raise AdapterError(
+            f"{file}: {linear.path}: expected hra_u of shape [{linear.in_}, r], found {found}."
+        )
+    try:
+        a, c = hra_low_rank(u.astype(np.float64), gram_schmidt=gram_schmidt)
+    except ValueError as error:
+        raise AdapterError(f"{file}: {linear.path}.hra_u: {error}") from error
+    parameter = backbone.model.get_submodule(linear.path).get_parameter("weight")
+    weight: NDArray[np.float64] = parameter.detach().double().cpu().numpy()
+    return a, weight @ c

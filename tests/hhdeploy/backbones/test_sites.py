@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hhdeploy.sites import KINDS, linear_spec, select_sites, sites_of, split_target
+from hhdeploy.backbones.sites import KINDS, linear_spec, select_sites, sites_of, split_target
 
 LINEARS = tuple(
     spec

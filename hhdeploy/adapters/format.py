@@ -1,126 +1,38 @@
 """Adapter directories: ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's layout).
 
 Everything that can be checked without the backbone is checked here, loudly; what needs the
-backbone (site names, sizes, digest) is checked by `hhdeploy.plan` and by the bundle.
+backbone (site names, sizes, digest) is checked by `hhdeploy.adapters.checks` and by the bundle.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig, read_config
 from hhdeploy.algebra import (
-    REFLECTIONS,
-    Reflection,
     SiteDelta,
     householder_delta,
     low_rank_delta,
 )
+from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.directories import Replaceable, atomic_directory
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.files.writing import json_bytes, write_bytes
-from hhdeploy.preprocess import Preprocess
-from hhdeploy.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
 
-SCHEMA_VERSION = 1
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 # Of `train`: the only file of a linear probe.
 METRICS_FILE = "metrics.json"
 
-# Further arguments of timm.create_model that an adapter or a user may name: those that shape
-# the architecture. Anything else (checkpoint paths, callables) has no place in a file that
-# comes from elsewhere.
-BASE_MODEL_ARGS = frozenset(
-    {
-        "img_size",
-        "patch_size",
-        "in_chans",
-        "num_classes",
-        "global_pool",
-        "class_token",
-        "no_embed_class",
-        "reg_tokens",
-        "embed_dim",
-        "depth",
-        "depths",
-        "num_heads",
-        "mlp_ratio",
-        "qkv_bias",
-        "init_values",
-        "pre_norm",
-        "final_norm",
-        "fc_norm",
-        "window_size",
-        "swiglu_mlp",
-        "scale_mlp",
-        "use_rot_pos_emb",
-        "use_abs_pos_emb",
-        "dynamic_img_size",
-        "dynamic_img_pad",
-        "num_reg_tokens",
-    }
-)
 
 _HTA_TENSORS = ("u", "v", "d")
 _LORA_TENSORS = ("lora_A", "lora_B")
 _HEAD_TENSORS = ("weight", "bias")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What ``adapter_config.json`` says; see `load_adapter` for the checks.
-
-    Attributes:
-        base_model: timm name, with or without ``.tag``.
-        form: ``additive`` or ``sequential``.
-        reflection: ``unnormalized`` or ``orthogonal``.
-        r: default rank of the low-rank term; the tensors' shapes decide.
-        target_modules: kinds (q, k, v, proj, fc1, fc2) or full site names.
-        base_model_args: further arguments of ``timm.create_model``.
-        base_sha256: digest of the frozen weights, None if unknown.
-        num_classes: classes of the adapter's head, None without one.
-        class_names: one per class, or None.
-        preprocess: how images become inputs, None if unknown.
-        extra: JSON keys that this version does not know, kept as they are.
-    """
-
-    base_model: str
-    form: Form = "additive"
-    reflection: Reflection = "unnormalized"
-    r: int = 1
-    target_modules: tuple[str, ...] = ("q", "k", "v", "proj")
-    base_model_args: Mapping[str, Any] = field(default_factory=dict)
-    base_sha256: str | None = None
-    num_classes: int | None = None
-    class_names: tuple[str, ...] | None = None
-    preprocess: Preprocess | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON form, in the order of the format's description."""
-        return {
-            "peft_type": "HTA",
-            "schema_version": SCHEMA_VERSION,
-            "base_model_name_or_path": self.base_model,
-            "base_model_args": dict(self.base_model_args),
-            "base_sha256": self.base_sha256,
-            "form": self.form,
-            "reflection": self.reflection,
-            "r": self.r,
-            "target_modules": list(self.target_modules),
-            "num_classes": self.num_classes,
-            "class_names": list(self.class_names) if self.class_names is not None else None,
-            "preprocess": self.preprocess.to_json() if self.preprocess else None,
-            **self.extra,
-        }
 
 
 @dataclass(frozen=True)
@@ -213,7 +125,7 @@ def load_adapter(directory: str | Path) -> Adapter:
             f"{path} is not a directory. Expected an adapter directory with {CONFIG_FILE} and "
             f"{TENSOR_FILE}."
         )
-    config = _read_config(path / CONFIG_FILE)
+    config = read_config(path / CONFIG_FILE)
     tensors, _ = read_tensors(path / TENSOR_FILE, AdapterError)
     return assemble_adapter(config, tensors, path / TENSOR_FILE, str(path))
 
@@ -237,7 +149,7 @@ def _foreign(path: Path) -> str | None:
     if found == {METRICS_FILE}:
         return None
     try:
-        _read_config(path / CONFIG_FILE)
+        read_config(path / CONFIG_FILE)
     except AdapterError:
         return f"it has no {CONFIG_FILE} of peft_type HTA that can be read"
     other = sorted(found - {CONFIG_FILE, TENSOR_FILE, METRICS_FILE})
@@ -259,116 +171,6 @@ def _tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:
         tensors[f"{adapter.head.path}.weight"] = adapter.head.weight
         tensors[f"{adapter.head.path}.bias"] = adapter.head.bias
     return tensors
-
-
-def _read_config(path: Path) -> AdapterConfig:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{path} does not exist. An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return parse_config(content, str(path))
-
-
-def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
-    """Check the JSON form of a configuration. Raises `AdapterError` naming ``where`` and key."""
-
-    def fail(key: str, expected: str) -> AdapterError:
-        return AdapterError(f"{where}: {key}: expected {expected}, found {content.get(key)!r}.")
-
-    known = set(AdapterConfig("x").to_json())
-    if content.get("peft_type") != "HTA":
-        raise AdapterError(
-            f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
-            "PEFT (LoRA, HRA) are converted with: hhdeploy adapter import"
-        )
-    version = content.get("schema_version")
-    if not isinstance(version, int) or not _is_count(version):
-        raise fail("schema_version", f"an integer up to {SCHEMA_VERSION}")
-    if version > SCHEMA_VERSION:
-        raise AdapterError(
-            f"{where}: schema_version: expected at most {SCHEMA_VERSION}, found {version}. The "
-            "adapter was written by a newer hhdeploy: upgrade with pip install -U hhdeploy."
-        )
-    base_model = content.get("base_model_name_or_path")
-    if not isinstance(base_model, str) or not base_model:
-        raise fail("base_model_name_or_path", "the name of a timm model")
-    args = content.get("base_model_args") or {}
-    if not isinstance(args, dict) or (unknown := set(args) - BASE_MODEL_ARGS):
-        detail = f" (not allowed: {', '.join(sorted(unknown))})" if isinstance(args, dict) else ""
-        raise fail(
-            "base_model_args", f"arguments among {', '.join(sorted(BASE_MODEL_ARGS))}{detail}"
-        )
-    form = content.get("form", "additive")
-    if form not in FORMS:
-        raise fail("form", f"one of {', '.join(FORMS)}")
-    if content.get("reflection", "unnormalized") not in REFLECTIONS:
-        raise fail("reflection", f"one of {', '.join(REFLECTIONS)}")
-    if not _is_count(content.get("r", 1)):
-        raise fail("r", "a rank of 0 or more")
-    targets = content.get("target_modules", ["q", "k", "v", "proj"])
-    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
-        raise fail("target_modules", f"a list of {', '.join(KINDS)} or site names")
-    allowed = SEQUENTIAL_KINDS if form == "sequential" else KINDS
-    for target in targets:
-        if "." not in target and target not in allowed:
-            raise fail("target_modules", f"{', '.join(allowed)} or site names (form {form})")
-    num_classes, class_names = content.get("num_classes"), content.get("class_names")
-    if num_classes is not None and (not _is_count(num_classes) or num_classes == 0):
-        raise fail("num_classes", "a positive integer or null")
-    if class_names is not None:
-        if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
-            raise fail("class_names", "a list of strings or null")
-        if num_classes is not None and len(class_names) != num_classes:
-            raise AdapterError(
-                f"{where}: class_names: expected {num_classes} names (num_classes), "
-                f"found {len(class_names)}."
-            )
-    base_sha256 = content.get("base_sha256")
-    if base_sha256 is not None and not isinstance(base_sha256, str):
-        raise fail("base_sha256", "64 hex digits or null")
-    return AdapterConfig(
-        base_model=base_model,
-        form=form,
-        reflection=content.get("reflection", "unnormalized"),
-        r=content.get("r", 1),
-        target_modules=tuple(targets),
-        base_model_args=args,
-        base_sha256=base_sha256,
-        num_classes=num_classes,
-        class_names=tuple(class_names) if class_names is not None else None,
-        preprocess=_parse_preprocess(content, where, args),
-        extra={key: value for key, value in content.items() if key not in known},
-    )
-
-
-def _parse_preprocess(
-    content: Mapping[str, Any], where: str, args: Mapping[str, Any]
-) -> Preprocess | None:
-    if content.get("preprocess") is None:
-        return None
-    try:
-        preprocess = Preprocess.from_json(content["preprocess"])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{where}: {error}") from error
-    img_size = args.get("img_size")
-    if img_size is not None:
-        expected = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if preprocess.input_size[1:] != expected:
-            raise AdapterError(
-                f"{where}: the image sizes disagree: base_model_args.img_size is {img_size}, "
-                f"preprocess.input_size is {list(preprocess.input_size)}."
-            )
-    return preprocess
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def assemble_adapter(

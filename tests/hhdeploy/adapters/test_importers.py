@@ -14,11 +14,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from hhdeploy.adapter import CONFIG_FILE, TENSOR_FILE, load_adapter, save_adapter
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.adapters.importers import ImportOptions, import_adapter, needs_weights
+from hhdeploy.adapters.importers.peft import hra_low_rank, lora_scale
 from hhdeploy.cli.adapter_import import command
 from hhdeploy.errors import AdapterError
-from hhdeploy.importing import ImportOptions, import_adapter, needs_weights
-from hhdeploy.importing_peft import hra_low_rank, lora_scale
 from hhdeploy.training import attach
 from tests.support import (
     TINY_ARGS,
@@ -550,7 +551,7 @@ def test_help_needs_neither_torch_nor_timm_nor_peft():
 import sys
 for name in ("torch", "timm", "peft"):
     sys.modules[name] = None
-import hhdeploy.importing
+import hhdeploy.adapters.importers
 from hhdeploy.cli.adapter_import import command
 command(["-h"])
 """

@@ -11,17 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hhdeploy.adapter import (
-    CONFIG_FILE,
-    TENSOR_FILE,
-    Adapter,
-    AdapterConfig,
-    Head,
-    SiteTensors,
-    load_adapter,
-    parse_config,
-    save_adapter,
-)
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig, parse_config
+from hhdeploy.adapters.format import Adapter, Head, SiteTensors, load_adapter, save_adapter
 from hhdeploy.errors import AdapterError, WriteError
 from hhdeploy.files.tensors import read_tensors, write_tensors
 from hhdeploy.preprocess import Preprocess
