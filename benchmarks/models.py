@@ -19,7 +19,8 @@ from hhdeploy.api import export
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import select_sites
 from hhdeploy.backbones.timm import BackboneSpec, load_backbone
-from hhdeploy.bundle import Bundle, Manifest
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.calibration.calibrate import calibrate, quantise
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.settings import CalibrationSettings

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.bundle import AdapterEntry, Bundle
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.errors import DataError
 from hhdeploy.preprocess import Preprocess
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.answers import softmax
+from hhdeploy.bundle.answers import softmax
 from hhdeploy.calibration.accuracy import Logits
 from hhdeploy.calibration.exam import Exam, Question
 from hhdeploy.calibration.feeds import Feeder

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.bundle import AdapterEntry, Manifest
+from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import OptionError
 
 Backend = Literal["onnxruntime", "tensorrt"]

@@ -13,14 +13,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.bundle import (
-    BANK_FILE,
-    REFERENCE_FILE,
-    Manifest,
-    entry_of,
-    hash_files,
-    write_manifest,
-)
+from hhdeploy.bundle.layout import check_row_range
+from hhdeploy.bundle.manifest import BANK_FILE, REFERENCE_FILE, Manifest, hash_files, write_manifest
+from hhdeploy.bundle.membership import entry_of
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
@@ -30,7 +25,6 @@ from hhdeploy.files.tensors import write_tensors
 from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
 from hhdeploy.reference import Reference
-from hhdeploy.rows import check_row_range
 
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 

@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE, check_adapter, check_name, check_sites
 from hhdeploy.adapters.format import Adapter, load_adapter
-from hhdeploy.bundle import (
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import engines_of
+from hhdeploy.bundle.manifest import (
     BANK_FILE,
     PARITY_FILE,
     REFERENCE_FILE,
     AdapterEntry,
-    Bundle,
     Manifest,
-    read_bundle,
     write_manifest,
 )
-from hhdeploy.engines import engines_of
+from hhdeploy.bundle.reading import read_bundle
+from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
 from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError, require
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.scratch import scratch_directory
@@ -32,7 +33,6 @@ from hhdeploy.files.writing import json_bytes, sha256_of, write_json
 from hhdeploy.overflow import find_overflow
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
 from hhdeploy.trt import BACKENDS
 
 if TYPE_CHECKING:

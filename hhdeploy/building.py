@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.api import Progress
-from hhdeploy.bundle import BANK_FILE, Bundle, name_with_digits, plain_name
-from hhdeploy.engines import EngineEntry, Range, engine_name, stale
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry, Range, engine_name, stale
+from hhdeploy.bundle.manifest import BANK_FILE, name_with_digits, plain_name
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
 from hhdeploy.errors import ConflictError, OptionError, PlanError, require
 from hhdeploy.exporters.engine import (
     ELEMENT_LIMIT,
@@ -18,7 +20,6 @@ from hhdeploy.exporters.engine import (
 )
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import sha256_of_bytes
-from hhdeploy.store import LOCK_TIMEOUT, Basis, Change, edit
 from hhdeploy.trt import import_tensorrt
 
 # (phase, steps done, steps in all) of the compiler.
@@ -70,7 +71,7 @@ def build(
         options: profile and flags.
         progress: called with a few words at each step.
         phases: called with the compiler's own progress.
-        lock_timeout: see `hhdeploy.store.edit`.
+        lock_timeout: see `hhdeploy.bundle.store.edit`.
 
     Raises:
         PlanError: options that do not go together, with this graph or this backend.

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hhdeploy.api import Progress, verify_graphs
-from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, read_bundle
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE
+from hhdeploy.bundle.reading import read_bundle
+from hhdeploy.bundle.store import LOCK_TIMEOUT
 from hhdeploy.calibration.accuracy import Logits
 from hhdeploy.calibration.data import CalibrationData, Source
 from hhdeploy.calibration.exam import Exam, make_exam
@@ -23,7 +26,6 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ParityError, PlanError, WriteError, require
 from hhdeploy.files.writing import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
-from hhdeploy.store import LOCK_TIMEOUT
 from hhdeploy.trials import Trials
 
 _PICTURES = 12
@@ -40,7 +42,7 @@ class CalibrationOptions:
         device: of the sessions that judge; see ``open_session``.
         threads: of one run on the CPU; None leaves it to the runtime.
         cache: directory of earlier calibrations; "default": see ``default_cache``; None: none.
-        lock_timeout: see `hhdeploy.store.edit`.
+        lock_timeout: see `hhdeploy.bundle.store.edit`.
     """
 
     eval_data: Source | None = None

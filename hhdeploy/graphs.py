@@ -9,12 +9,14 @@ from types import MappingProxyType
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.api import Progress, parity_error, verify_graphs
-from hhdeploy.bundle import PARITY_FILE, REFERENCE_FILE, Bundle, graph_hint, name_with_digits
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.layout import check_row_range
+from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, name_with_digits
+from hhdeploy.bundle.reading import graph_hint
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit, work_directory
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
-from hhdeploy.rows import check_row_range
-from hhdeploy.store import LOCK_TIMEOUT, Basis, Change, edit, work_directory
 
 # Writes a graph to the path given, its weights to <path>.data.
 Save = Callable[[Path], None]
@@ -104,7 +106,7 @@ def add_graph(
         judge: its parity.
         extras: further files that belong to the graph: name -> what writes it.
         accept: raises if the bundle, as it is by then, cannot have the graph.
-        lock_timeout, progress: see `hhdeploy.store.edit`.
+        lock_timeout, progress: see `hhdeploy.bundle.store.edit`.
 
     Raises:
         ParityError: a stage failed; the bundle is unchanged.

@@ -22,8 +22,8 @@ from hhdeploy.backbones.sites import (
     sites_of,
     split_target,
 )
+from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.errors import OptionError, PlanError
-from hhdeploy.rows import Branch, RowLayout
 
 
 @dataclass(frozen=True)

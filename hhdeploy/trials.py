@@ -13,6 +13,7 @@ import numpy as np
 
 from hhdeploy.api import Progress
 from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.store import work_directory
 from hhdeploy.calibration.accuracy import Accuracy, Logits, answers, judge
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.exam import Exam
@@ -21,7 +22,6 @@ from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.files.writing import os_errors, sha256_of
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
-from hhdeploy.store import work_directory
 from hhdeploy.timing import Paired, paired
 
 if TYPE_CHECKING:

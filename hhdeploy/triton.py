@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hhdeploy.bundle import MANIFEST, Bundle
-from hhdeploy.engines import EngineEntry, engines_of, stale
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry, engines_of, stale
+from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.errors import BundleError, OptionError, PlanError, WriteError, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,

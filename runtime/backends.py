@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle import Bundle, Manifest
-from hhdeploy.engines import EngineEntry, engines_of
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry, engines_of
+from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.errors import (
     BundleError,
     DeviceError,

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.format import Adapter, load_adapter
-from hhdeploy.bundle import AdapterEntry, Bundle, admit, entry_of
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import AdapterEntry
+from hhdeploy.bundle.membership import admit, entry_of
 from hhdeploy.errors import CapacityError, DeviceError, SessionError
 
 BACKBONE_ROW = 0
@@ -130,7 +132,7 @@ class AdapterBank:
             replace_existing: allow a name that is in use; requests in flight keep the old one.
 
         Raises:
-            AdapterError, PlanError, CapacityError: see `hhdeploy.bundle.admit`.
+            AdapterError, PlanError, CapacityError: see `hhdeploy.bundle.membership.admit`.
             SessionError: the name is taken, or no row is free.
         """
         return self.put(self.pack(name, adapter), replace_existing=replace_existing)

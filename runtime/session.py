@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.answers import Answer, answers_of
-from hhdeploy.bundle import AdapterEntry, Bundle, read_bundle
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.answers import Answer, answers_of
+from hhdeploy.bundle.manifest import AdapterEntry
+from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import default_cache
 from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend

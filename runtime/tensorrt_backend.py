@@ -16,8 +16,9 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle import Bundle, Manifest
-from hhdeploy.engines import EngineEntry, check_slots, choose_engine, split_batch
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry, check_slots, choose_engine, split_batch
+from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from hhdeploy.bundle import AdapterEntry
+from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.runtime.serving.adapter_files import Source
 
 State = Literal["ready", "on disk", "broken", "unloaded"]

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from hhdeploy.adapters.checks import check_name
-from hhdeploy.bundle import AdapterEntry, Bundle
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.errors import HhdeployError, PlanError, WriteError
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
 from hhdeploy.runtime.serving.adapter_files import AdapterFiles, Source, UnsettledError

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.answers import label_of, softmax
-from hhdeploy.bundle import AdapterEntry
+from hhdeploy.bundle.answers import label_of, softmax
+from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import BYTES, FP32, Tensor, Wanted, bytes_array
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.bundle import AdapterEntry, Manifest
+from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import PlanError
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.bank import Hold

@@ -12,7 +12,8 @@ import click
 import pytest
 
 from hhdeploy.api import _check_precisions
-from hhdeploy.bundle import Bundle, graph_hint
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.reading import graph_hint
 from hhdeploy.cli import main
 from hhdeploy.errors import BundleError
 from hhdeploy.parity import PARITY

@@ -20,17 +20,9 @@ from tritonclient.utils import triton_to_np_dtype
 
 import hhdeploy.exporters.writer
 import hhdeploy.triton
-from hhdeploy.bundle import (
-    BANK_FILE,
-    MANIFEST,
-    AdapterEntry,
-    Bundle,
-    Manifest,
-    add_adapter,
-    remove_adapter,
-    write_manifest,
-)
-from hhdeploy.engines import EngineEntry, engine_name
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.engines import EngineEntry, engine_name
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, AdapterEntry, Manifest, write_manifest
 from hhdeploy.errors import BundleError, PlanError, WriteError
 from hhdeploy.exporters.triton import (
     Serving,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle import MANIFEST, Bundle
-from hhdeploy.engines import EngineEntry, Range
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry, Range
+from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.errors import HhdeployError
 from tests.support import TINY_ARGS, TINY_MODEL
 from tests.workshop import ROOT, copy_bundle

@@ -22,7 +22,10 @@ import hhdeploy.exporters.trace
 from hhdeploy import Reserve, verify
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.api import verify_against_torch
-from hhdeploy.bundle import BANK_FILE, Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.layout import RowLayout
+from hhdeploy.bundle.manifest import BANK_FILE
+from hhdeploy.bundle.store import edit
 from hhdeploy.errors import (
     AdapterError,
     BackboneError,
@@ -36,9 +39,7 @@ from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import bound
 from hhdeploy.reference import VerifyData, training_time_reference
-from hhdeploy.rows import RowLayout
 from hhdeploy.runtime import open_session
-from hhdeploy.store import edit
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import CLASSES, contents, copy_bundle, flip_byte
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from hhdeploy.building import BuildOptions, build
-from hhdeploy.bundle import BANK_FILE, MANIFEST, Bundle, plain_name, write_manifest
-from hhdeploy.engines import EngineEntry, choose_engine, engines_of, stale
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry, choose_engine, engines_of, stale
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, plain_name, write_manifest
 from hhdeploy.errors import BundleError, ParityError, PlanError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.graphs import add_graph, add_typed_graph

@@ -18,8 +18,9 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 
-from hhdeploy.bundle import Bundle, write_manifest
-from hhdeploy.engines import EngineEntry
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry
+from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.files.writing import sha256_of
 
 BATCH, SLOTS = (2, 4, 5), (2, 8, 16)

@@ -14,8 +14,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hhdeploy.bundle import Bundle, write_manifest
-from hhdeploy.engines import EngineEntry
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import EngineEntry
+from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import (
     BundleError,
     DeviceError,

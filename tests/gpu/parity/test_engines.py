@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from hhdeploy.api import verify
-from hhdeploy.bundle import Bundle, write_manifest
-from hhdeploy.engines import engines_of
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.engines import engines_of
+from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.parity import PARITY
 from hhdeploy.runtime import open_session

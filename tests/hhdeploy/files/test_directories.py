@@ -15,9 +15,9 @@ import pytest
 
 import hhdeploy.files.directories
 from hhdeploy.adapters.format import ADAPTER
+from hhdeploy.bundle.store import BUNDLE, locked
 from hhdeploy.errors import WriteError
 from hhdeploy.files.directories import Replaceable, atomic_directory
-from hhdeploy.store import BUNDLE, locked
 from tests.workshop import contents, copy_bundle
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
@@ -296,7 +296,7 @@ def test_a_bundle_is_replaced_under_its_lock(tmp_path):
     script = """
         import shutil, sys
         from hhdeploy.files.directories import atomic_directory
-        from hhdeploy.store import BUNDLE
+        from hhdeploy.bundle.store import BUNDLE
         from pathlib import Path
         with atomic_directory(Path(sys.argv[1]), overwrite=True, kind=BUNDLE) as scratch:
             shutil.copytree(sys.argv[2], scratch, dirs_exist_ok=True)

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from hhdeploy import engines
-from hhdeploy.bundle import Manifest
-from hhdeploy.engines import (
+from hhdeploy.bundle import engines
+from hhdeploy.bundle.engines import (
     EngineEntry,
     check_slots,
     choose_engine,
@@ -18,6 +17,7 @@ from hhdeploy.engines import (
     engines_of,
     split_batch,
 )
+from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.preprocess import Preprocess
 

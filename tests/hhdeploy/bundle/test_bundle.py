@@ -11,16 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hhdeploy.adapters.format import save_adapter
-from hhdeploy.bundle import (
-    BANK_FILE,
-    MANIFEST,
-    Bundle,
-    Manifest,
-    add_adapter,
-    hash_files,
-    remove_adapter,
-    write_manifest,
-)
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, Manifest, hash_files, write_manifest
 from hhdeploy.errors import (
     AdapterError,
     BundleError,

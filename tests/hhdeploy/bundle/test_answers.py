@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hhdeploy.answers import Answer, answers_of, softmax
 from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.answers import Answer, answers_of, softmax
 
 LOGITS = np.array([0.5, -np.inf, 2.0, 1.0, -np.inf, -np.inf], np.float32)
 

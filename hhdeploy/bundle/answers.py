@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle import AdapterEntry
+from hhdeploy.bundle.manifest import AdapterEntry
 
 
 @dataclass(frozen=True)

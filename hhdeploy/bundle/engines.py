@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hhdeploy.bundle import BANK_FILE, Manifest
+from hhdeploy.bundle.manifest import BANK_FILE, Manifest
 from hhdeploy.errors import BundleError, SessionError
 
 # Fewest, most common and most; TensorRT's min, opt and max of one dimension.

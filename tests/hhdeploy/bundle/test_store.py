@@ -16,26 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import hhdeploy.store
-from hhdeploy.bundle import (
-    BANK_FILE,
-    Bundle,
-    add_adapter,
-    hash_files,
-    name_with_digits,
-    plain_name,
-    read_bundle,
-    remove_adapter,
-)
+import hhdeploy.bundle.membership
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.manifest import BANK_FILE, hash_files, name_with_digits, plain_name
+from hhdeploy.bundle.reading import read_bundle
+from hhdeploy.bundle.store import Basis, edit
 from hhdeploy.errors import AdapterError, BundleError, ConflictError, ReadError, WriteError
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
-from hhdeploy.store import Basis, edit
 from tests.support import assert_parity
 from tests.workshop import contents, copy_bundle, flip_byte
 
-WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 LOGITS, _ = read_tensors(WITNESS / "added.safetensors", AssertionError)
 
 
@@ -141,7 +134,7 @@ def test_an_edit_that_fails_leaves_what_was_there(bundle):
 
 _HOLDER = """
 import sys, time
-from hhdeploy.store import edit
+from hhdeploy.bundle.store import edit
 with edit(sys.argv[1]):
     print("locked", flush=True)
     sys.stdin.readline()
@@ -238,14 +231,14 @@ def test_no_bundle_to_change(tmp_path):
 def test_an_adapter_that_is_replaced_while_it_is_read(bundle, tmp_path, monkeypatch):
     """What was checked is what is stored: never the row of one, and the files of another."""
     source = copy_bundle(WITNESS / "rival", tmp_path / "source")
-    before, real = contents(bundle), hhdeploy.store.load_adapter
+    before, real = contents(bundle), hhdeploy.bundle.membership.load_adapter
 
     def swapped(path):
         adapter = real(path)
         flip_byte(source / "adapter_model.safetensors")
         return adapter
 
-    monkeypatch.setattr(hhdeploy.store, "load_adapter", swapped)
+    monkeypatch.setattr(hhdeploy.bundle.membership, "load_adapter", swapped)
     with pytest.raises(AdapterError, match="was changed while it was read"):
         add_adapter(bundle, "guest", source)
     assert contents(bundle) == before

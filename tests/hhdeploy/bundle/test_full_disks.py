@@ -11,7 +11,7 @@ import pytest
 
 from hhdeploy.bundle import add_adapter
 from hhdeploy.errors import WriteError
-from tests.hhdeploy.test_store_crashes import WITNESS, WRITERS
+from tests.hhdeploy.bundle.test_crashes import WITNESS, WRITERS
 from tests.workshop import contents
 
 

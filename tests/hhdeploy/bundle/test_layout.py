@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from hhdeploy.algebra import SiteDelta
+from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.errors import CapacityError
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.rows import Branch, RowLayout
 from tests.hhdeploy.test_plan import DIM, FACTS, HIDDEN
 from tests.support import assert_caught, assert_parity, random_adapter
 

@@ -12,6 +12,7 @@ import hhdeploy.api
 import hhdeploy.calibrating
 from hhdeploy.api import verify, verify_against_torch
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.store import BUNDLE
 from hhdeploy.calibrating import CalibrationOptions, calibrate_bundle
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ConflictError
@@ -19,12 +20,11 @@ from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors
 from hhdeploy.graphs import add_typed_graph
 from hhdeploy.runtime import open_session
-from hhdeploy.store import BUNDLE
 from tests.calibration.conftest import write_pictures
 from tests.support import assert_parity
 from tests.workshop import contents, copy_bundle
 
-WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 LOGITS, _ = read_tensors(WITNESS / "added.safetensors", AssertionError)
 
 

@@ -21,35 +21,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from hhdeploy.adapters.format import load_adapter
-from hhdeploy.bundle import (
+from hhdeploy.bundle.manifest import (
     ADAPTERS,
     BANK_FILE,
     MANIFEST,
     OLD,
     PREVIOUS_BANK,
-    AdapterEntry,
-    Bundle,
     Manifest,
-    admit,
-    entry_of,
     name_with_digits,
     plain_name,
 )
+from hhdeploy.bundle.reading import Bundle
 from hhdeploy.errors import (
     AdapterError,
     BundleError,
     ConflictError,
     HhdeployError,
-    PlanError,
     WriteError,
 )
 from hhdeploy.files.directories import Replaceable
 from hhdeploy.files.scratch import scratch_directory, sweep
-from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import (
     json_bytes,
     os_errors,
@@ -349,85 +342,6 @@ def _exported_again(path: str | Path) -> ConflictError:
         f"{path} was exported again meanwhile, and this is the result of its old graph: nothing "
         "was written. Run the command again."
     )
-
-
-def add_adapter(
-    path: str | Path,
-    name: str,
-    directory: str | Path,
-    *,
-    lock_timeout: float = LOCK_TIMEOUT,
-    progress: Progress = lambda step: None,
-) -> AdapterEntry:
-    """Add an adapter to a bundle on disk, atomically. It counts as unverified.
-
-    Args:
-        path: the bundle.
-        name: how requests will call it.
-        directory: the adapter directory; it is copied as it is.
-        lock_timeout, progress: see `edit`.
-
-    Raises:
-        PlanError, AdapterError, CapacityError: see `hhdeploy.bundle.admit`; nothing is changed.
-        ConflictError, WriteError: see `edit`.
-    """
-    source = Path(directory)
-    hashes = _hashes(source) if source.is_dir() else {}
-    adapter = load_adapter(source)
-    with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
-        manifest = change.manifest
-        row = admit(manifest, name, adapter)
-        if any(a.name == name for a in manifest.adapters):
-            raise PlanError(
-                f"the bundle has an adapter {name!r} already. Remove it first, or choose another "
-                "name."
-            )
-        taken = {a.row for a in manifest.adapters}
-        index = next(i for i in range(1, len(taken) + 2) if i not in taken)
-        stored = change.bundle.bank()
-        bank = np.zeros((max(len(stored), index + 1), stored.shape[1]), np.float32)
-        bank[: len(stored)] = stored
-        bank[index] = row
-        entry = entry_of(name, index, adapter, manifest.backbone, verified=False)
-        change.copy_adapter(name, source, hashes)
-        change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
-        change.manifest = replace(change.manifest, adapters=(*manifest.adapters, entry))
-    return entry
-
-
-def remove_adapter(
-    path: str | Path,
-    name: str,
-    *,
-    lock_timeout: float = LOCK_TIMEOUT,
-    progress: Progress = lambda step: None,
-) -> None:
-    """Remove an adapter from a bundle on disk; its row becomes zeros and free.
-
-    Raises:
-        BundleError: no such adapter. PlanError: the bundle's adapters are fixed.
-        ConflictError, WriteError: see `edit`.
-    """
-    with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
-        manifest = change.manifest
-        entry = manifest.adapter(name)
-        if manifest.layout is None or manifest.bank_as_constant:
-            raise PlanError("the adapters of this bundle are in its graph: they cannot be removed.")
-        bank = change.bundle.bank().copy()
-        bank[entry.row] = 0.0
-        change.forget_adapter(name)
-        change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
-        kept = tuple(a for a in manifest.adapters if a.name != name)
-        change.manifest = replace(change.manifest, adapters=kept)
-
-
-def _hashes(directory: Path) -> dict[str, str]:
-    with os_errors(directory):
-        return {
-            file.relative_to(directory).as_posix(): sha256_of(file)
-            for file in sorted(directory.rglob("*"))
-            if file.is_file()
-        }
 
 
 def _is_of_adapter(file: str, name: str) -> bool:

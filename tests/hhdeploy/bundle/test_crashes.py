@@ -16,19 +16,20 @@ import pytest
 
 from hhdeploy.api import _store_verification
 from hhdeploy.building import _enter
-from hhdeploy.bundle import Bundle, Manifest, add_adapter, remove_adapter
-from hhdeploy.engines import EngineEntry, engine_name
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.engines import EngineEntry, engine_name
+from hhdeploy.bundle.manifest import Manifest
+from hhdeploy.bundle.store import BUNDLE, Basis, edit
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors
 from hhdeploy.graphs import add_graph
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.reference import Reference
 from hhdeploy.runtime import open_session
-from hhdeploy.store import BUNDLE, Basis, edit
 from tests.crashing import calls_of, killed_at_every_call, power_cuts
 from tests.support import assert_parity
 
-WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 IMAGES, RIVAL = (
     read_tensors(WITNESS / "added.safetensors", AssertionError)[0][key]
     for key in ("images", "float32/rival")
@@ -217,9 +218,9 @@ def test_the_harness_catches_a_writer_that_commits_first(tmp_path):
 
 def test_the_harness_catches_a_missing_fsync(tmp_path, monkeypatch):
     """A planted mistake: the directory is not synced before the manifest is replaced."""
-    import hhdeploy.store
+    import hhdeploy.bundle.store
 
-    monkeypatch.setattr(hhdeploy.store, "sync_directory", lambda path: None)
+    monkeypatch.setattr(hhdeploy.bundle.store, "sync_directory", lambda path: None)
     name, write = WRITERS["add"]
     origin, calls, judge = judged(name, write, tmp_path)
     with pytest.raises(Exception, match="missing"):

@@ -1,0 +1,232 @@
+"""hhdeploy.json: what a bundle is, which adapters and files it has, and what they are called.
+
+Nobody finds a file but through the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hhdeploy.bundle.layout import RowLayout
+from hhdeploy.errors import BundleError
+from hhdeploy.files.writing import sha256_of, write_json
+from hhdeploy.preprocess import Preprocess
+
+SCHEMA_VERSION = 1
+MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
+    "hhdeploy.json",
+    "bank.safetensors",
+    "reference.safetensors",
+    "parity.json",
+)
+# Where adapters are kept as they came, a directory each.
+ADAPTERS = "adapters"
+# Files of the state before the last change, for those who opened it.
+OLD = ".old"
+# Earlier versions: the bank before a change that has not been committed by its manifest.
+PREVIOUS_BANK = "bank.safetensors.previous"
+# A file that a change put there has eight digits of its content before its suffix.
+_DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+_SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+Kind = Literal["folded", "branches"]
+
+
+def plain_name(name: str) -> str:
+    """The name that a file has in a fresh export: its role in the bundle."""
+    return _DIGITS.sub("", name)
+
+
+def name_with_digits(name: str, digest: str) -> str:
+    """``bank.safetensors`` as ``bank.3fa9c1d2.safetensors``."""
+    return _SUFFIX.sub(f".{digest[:8]}", name, count=1)
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapter of a bundle.
+
+    Attributes:
+        name: how requests call it.
+        row: its row in the bank; None in a folded bundle.
+        classes: columns of its logits that are its own.
+        class_names: one per class, or None.
+        preprocess: how its images become inputs.
+        verified: False for an adapter added later, until ``verify --against-torch``.
+    """
+
+    name: str
+    row: int | None
+    classes: int
+    class_names: tuple[str, ...] | None
+    preprocess: Preprocess
+    verified: bool
+
+    def label(self, index: int) -> str:
+        """Name of a class, its number if it has none."""
+        return self.class_names[index] if self.class_names else str(index)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return {
+            "name": self.name,
+            "row": self.row,
+            "classes": self.classes,
+            "class_names": list(self.class_names) if self.class_names else None,
+            "preprocess": self.preprocess.to_json(),
+            "verified": self.verified,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> AdapterEntry:
+        """Read the manifest's entry."""
+        names = content["class_names"]
+        return cls(
+            content["name"],
+            content["row"],
+            content["classes"],
+            tuple(names) if names else None,
+            Preprocess.from_json(content["preprocess"]),
+            content["verified"],
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """hhdeploy.json.
+
+    Attributes:
+        kind: ``folded`` (one adapter in the weights) or ``branches``.
+        backbone: model, args, sha256, classes, classifier, preprocess (see `BackboneFacts`).
+        classes: columns of the graph's logits.
+        adapters: in the order they came.
+        layout: the row's layout; None in a folded bundle.
+        bank_as_constant: True if the graph has the bank baked in.
+        graphs: precision -> file names of the graph.
+        engines: entries of built engines.
+        files: relative name -> sha256.
+        versions: of what wrote the bundle.
+        preprocess: what the bare backbone's images go through; from ``backbone``.
+    """
+
+    kind: Kind
+    backbone: Mapping[str, Any]
+    classes: int
+    adapters: tuple[AdapterEntry, ...]
+    layout: RowLayout | None
+    bank_as_constant: bool
+    graphs: Mapping[str, str]
+    engines: tuple[Mapping[str, Any], ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    # Parsed once: a server asks for it with every request. Whatever is passed is replaced.
+    preprocess: Preprocess = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "preprocess", Preprocess.from_json(self.backbone["preprocess"]))
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(3, H, W) of the graph's images."""
+        return self.preprocess.input_size
+
+    @property
+    def backbone_classes(self) -> int:
+        """Classes of the backbone's own classifier if requests may use it, else 0."""
+        if self.layout is not None and self.layout.backbone_head:
+            return int(self.backbone["classes"])
+        return 0
+
+    def named(self, role: str) -> str:
+        """The name that a file has now, by the one it has in a fresh export."""
+        return next((n for n in self.files if "/" not in n and plain_name(n) == role), role)
+
+    def has(self, role: str) -> bool:
+        """Whether there is a file of this role, whatever its digits."""
+        return self.named(role) in self.files
+
+    def graph_digest(self, precision: str) -> str:
+        """sha256 over the hashes of a graph's file and of its weights; "" without such a graph."""
+        graph = self.graphs.get(precision)
+        if graph is None:
+            return ""
+        hashes = [self.files.get(name, "") for name in (graph, f"{graph}.data")]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+    def adapter_digest(self, name: str) -> str:
+        """sha256 over the names and hashes of an adapter's files."""
+        lines = [f"{n} {d}" for n, d in self.files.items() if n.startswith(f"{ADAPTERS}/{name}/")]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def adapter(self, name: str) -> AdapterEntry:
+        """The entry of an adapter. Raises `BundleError` listing the names there are."""
+        for entry in self.adapters:
+            if entry.name == name:
+                return entry
+        known = ", ".join(a.name for a in self.adapters) or "none"
+        raise BundleError(f"unknown adapter {name!r}. The bundle has: {known}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "backbone": dict(self.backbone),
+            "classes": self.classes,
+            "adapters": [a.to_json() for a in self.adapters],
+            "row": self.layout.to_json() if self.layout else None,
+            "tensors": {
+                "images": ["batch", *self.input_size],
+                **({"adapter_ids": ["batch"]} if self.layout else {}),
+                **(
+                    {"adapter_bank": ["slots", self.layout.size]}
+                    if self.layout and not self.bank_as_constant
+                    else {}
+                ),
+                "logits": ["batch", self.classes],
+            },
+            "bank_as_constant": self.bank_as_constant,
+            "graphs": dict(self.graphs),
+            "engines": [dict(e) for e in self.engines],
+            "files": dict(sorted(self.files.items())),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        """Read the file's content. Raises KeyError, TypeError or ValueError if it is damaged."""
+        manifest = cls(
+            content["kind"],
+            dict(content["backbone"]),
+            content["classes"],
+            tuple(AdapterEntry.from_json(a) for a in content["adapters"]),
+            RowLayout.from_json(content["row"]) if content["row"] is not None else None,
+            content["bank_as_constant"],
+            dict(content["graphs"]),
+            tuple(content["engines"]),
+            dict(content["files"]),
+            dict(content["versions"]),
+        )
+        expected = "folded" if manifest.layout is None else "branches"
+        if manifest.kind != expected:
+            raise ValueError(f"kind {manifest.kind!r}, but its row makes it {expected!r}")
+        return manifest
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace a bundle's manifest in one step."""
+    write_json(path / MANIFEST, manifest.to_json())
+
+
+def hash_files(path: Path) -> dict[str, str]:
+    """sha256 of every file of a bundle but the manifest, and what is hidden at the top."""
+    return {
+        file.relative_to(path).as_posix(): sha256_of(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not file.relative_to(path).parts[0].startswith((MANIFEST, "."))
+    }

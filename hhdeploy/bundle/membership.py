@@ -1,0 +1,172 @@
+"""Which adapters a bundle has: whether one fits, adding it, removing it. No torch, no timm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.checks import check_base, check_name
+from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.backbones.sites import linear_spec, select_sites
+from hhdeploy.bundle.layout import RowLayout, check_row_range
+from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
+from hhdeploy.errors import AdapterError, PlanError
+from hhdeploy.files.tensors import tensor_bytes
+from hhdeploy.files.writing import os_errors, sha256_of
+from hhdeploy.preprocess import Preprocess
+
+
+def entry_of(
+    name: str, row: int | None, adapter: Adapter, backbone: Mapping[str, Any], *, verified: bool
+) -> AdapterEntry:
+    """The manifest's entry for an adapter read from a directory."""
+    config = adapter.config
+    return AdapterEntry(
+        name,
+        row,
+        adapter.head.weight.shape[0] if adapter.head is not None else int(backbone["classes"]),
+        config.class_names,
+        config.preprocess or Preprocess.from_json(backbone["preprocess"]),
+        verified,
+    )
+
+
+def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32]:
+    """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
+
+    Raises:
+        PlanError: folded bundle, bank baked in, or a name that is taken.
+        AdapterError: another backbone or another input size.
+        CapacityError: it does not fit; the message names the flag to export with.
+    """
+    if manifest.layout is None:
+        raise PlanError(
+            "a folded bundle holds exactly one adapter. Export without --fold to add more."
+        )
+    if manifest.bank_as_constant:
+        raise PlanError(
+            "this bundle has its bank baked into the graph: adapters cannot be added or removed. "
+            "Export without --bank-as-constant."
+        )
+    check_name(name)
+    check_base(name, adapter, manifest.backbone["model"], manifest.backbone["sha256"])
+    if adapter.head is not None and adapter.head.path != manifest.backbone["classifier"]:
+        raise AdapterError(
+            f"{adapter.source}: classifier {adapter.head.path}.weight: expected "
+            f"{manifest.backbone['classifier']}.weight."
+        )
+    preprocess = adapter.config.preprocess
+    if preprocess is not None and preprocess.input_size != manifest.input_size:
+        raise AdapterError(
+            f"{adapter.source}: the image sizes disagree: preprocess.input_size is "
+            f"{list(preprocess.input_size)}, the bundle takes {list(manifest.input_size)}."
+        )
+    classes = manifest.backbone["classes"]
+    if adapter.head is None and adapter.config.num_classes not in (None, classes):
+        raise AdapterError(
+            f"{adapter.source}: num_classes: expected {classes} (the backbone's classifier; the "
+            f"adapter brings none), found {adapter.config.num_classes}."
+        )
+    _check_sites(manifest.layout, adapter)
+    row = manifest.layout.pack(name, adapter)
+    check_row_range(name, row, manifest.graphs)
+    return row
+
+
+def _check_sites(layout: RowLayout, adapter: Adapter) -> None:
+    """No site is missing of those that target_modules name, as far as the bundle knows them."""
+    branches = [b for b in layout.branches if b.form == adapter.form]
+    linears = [linear_spec(b.linear, b.out * len(b.sites), b.in_) for b in branches]
+    selected = select_sites([x for x in linears if x], adapter.config.target_modules)
+    missing = [s.name for sites in selected.values() for s in sites if s.name not in adapter.sites]
+    if missing:
+        raise AdapterError(
+            f"{adapter.source}: missing tensor keys for {', '.join(missing)}: target_modules "
+            f"{list(adapter.config.target_modules)} name these sites. Save the adapter whole, or "
+            "list the sites it has by their full names in target_modules."
+        )
+
+
+def add_adapter(
+    path: str | Path,
+    name: str,
+    directory: str | Path,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> AdapterEntry:
+    """Add an adapter to a bundle on disk, atomically. It counts as unverified.
+
+    Args:
+        path: the bundle.
+        name: how requests will call it.
+        directory: the adapter directory; it is copied as it is.
+        lock_timeout, progress: see `edit`.
+
+    Raises:
+        PlanError, AdapterError, CapacityError: see `hhdeploy.bundle.membership.admit`; nothing is changed.
+        ConflictError, WriteError: see `edit`.
+    """
+    source = Path(directory)
+    hashes = _hashes(source) if source.is_dir() else {}
+    adapter = load_adapter(source)
+    with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
+        manifest = change.manifest
+        row = admit(manifest, name, adapter)
+        if any(a.name == name for a in manifest.adapters):
+            raise PlanError(
+                f"the bundle has an adapter {name!r} already. Remove it first, or choose another "
+                "name."
+            )
+        taken = {a.row for a in manifest.adapters}
+        index = next(i for i in range(1, len(taken) + 2) if i not in taken)
+        stored = change.bundle.bank()
+        bank = np.zeros((max(len(stored), index + 1), stored.shape[1]), np.float32)
+        bank[: len(stored)] = stored
+        bank[index] = row
+        entry = entry_of(name, index, adapter, manifest.backbone, verified=False)
+        change.copy_adapter(name, source, hashes)
+        change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
+        change.manifest = replace(change.manifest, adapters=(*manifest.adapters, entry))
+    return entry
+
+
+def remove_adapter(
+    path: str | Path,
+    name: str,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> None:
+    """Remove an adapter from a bundle on disk; its row becomes zeros and free.
+
+    Raises:
+        BundleError: no such adapter. PlanError: the bundle's adapters are fixed.
+        ConflictError, WriteError: see `edit`.
+    """
+    with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
+        manifest = change.manifest
+        entry = manifest.adapter(name)
+        if manifest.layout is None or manifest.bank_as_constant:
+            raise PlanError("the adapters of this bundle are in its graph: they cannot be removed.")
+        bank = change.bundle.bank().copy()
+        bank[entry.row] = 0.0
+        change.forget_adapter(name)
+        change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
+        kept = tuple(a for a in manifest.adapters if a.name != name)
+        change.manifest = replace(change.manifest, adapters=kept)
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    with os_errors(directory):
+        return {
+            file.relative_to(directory).as_posix(): sha256_of(file)
+            for file in sorted(directory.rglob("*"))
+            if file.is_file()
+        }

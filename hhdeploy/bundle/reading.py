@@ -1,0 +1,303 @@
+"""A bundle on disk as a reader sees it: what is read is what was hashed.
+
+Reading takes no lock. A file that is gone or another one by now means that the bundle was changed
+meanwhile, or is damaged: the manifest on disk tells which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.bundle.manifest import (
+    ADAPTERS,
+    BANK_FILE,
+    MANIFEST,
+    OLD,
+    PARITY_FILE,
+    PREVIOUS_BANK,
+    REFERENCE_FILE,
+    SCHEMA_VERSION,
+    Manifest,
+)
+from hhdeploy.errors import BundleError, ConflictError, HhdeployError
+from hhdeploy.files.tensors import tensors_of
+from hhdeploy.files.writing import sha256_of, sha256_of_bytes
+from hhdeploy.parity import PARITY
+
+# How often reading starts again when the bundle is changed meanwhile.
+_TRIES = 3
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle directory and its manifest.
+
+    Attributes:
+        path: the directory.
+        manifest: as it was when the bundle was opened.
+        held: files that were read already: name -> content; see `hold`.
+    """
+
+    path: Path
+    manifest: Manifest
+    held: Mapping[str, bytes] = field(
+        default_factory=lambda: MappingProxyType({}), repr=False, compare=False
+    )
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read a bundle's manifest. Files are checked against it when they are used.
+
+        Raises:
+            BundleError: no bundle there, a damaged manifest, or one of a newer version.
+        """
+        path = Path(path)
+        file = path / MANIFEST
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"{path} is not a bundle: {MANIFEST} was expected in it. "
+                "Make one with: hhdeploy export"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise BundleError(
+                f"{file} cannot be read: {error}. Export the bundle again."
+            ) from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{file}: schema_version: expected at most {SCHEMA_VERSION}, found {version!r}. "
+                "Upgrade with pip install -U hhdeploy, or export the bundle again."
+            )
+        try:
+            return cls(path, Manifest.from_json(content))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"{file} is damaged ({type(error).__name__}: {error}). Export the bundle again."
+            ) from error
+
+    def file(self, name: str) -> Path:
+        """Path of one of the bundle's files, its hash checked against the manifest.
+
+        Raises:
+            ConflictError: the bundle was changed since it was opened, and the file is gone.
+            BundleError: the file is missing, is not in the manifest, or was damaged.
+        """
+        expected, found = self.manifest.files.get(name), None
+        for path in self._places(name) if expected is not None else ():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                digest = sha256_of(path)
+                if digest == expected:
+                    return path
+                found = found or digest
+        raise self._damage(name, expected, found)
+
+    def read(self, name: str) -> bytes:
+        """Content of one of the bundle's files: the bytes that were hashed. Raises as `file`."""
+        if name in self.held:
+            return self.held[name]
+        expected, found = self.manifest.files.get(name), None
+        for path in self._places(name) if expected is not None else ():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                content = path.read_bytes()
+                digest = sha256_of_bytes(content)
+                if digest == expected:
+                    return content
+                found = found or digest
+        raise self._damage(name, expected, found)
+
+    def _places(self, name: str) -> tuple[Path, ...]:
+        """Where a file is, where the last change moved it, and where an interrupted change of an
+        earlier version left it."""
+        places = (self.path / name, self.path / OLD / name)
+        return (*places, self.path / PREVIOUS_BANK) if name == BANK_FILE else places
+
+    def _damage(self, name: str, expected: str | None, found: str | None) -> BundleError:
+        path = self.path / name
+        if self.changed():
+            return ConflictError(
+                f"{self.path} was changed by another process meanwhile ({name} is no longer a part "
+                "of it). Nothing was written. Run the command again."
+            )
+        if expected is None or found is None:
+            return BundleError(f"{path} is missing. Export the bundle again.")
+        return BundleError(
+            f"{path}: expected sha256 {expected[:16]}…, found {found[:16]}…: the file is not "
+            "the one that was exported. Copy or export the bundle again."
+        )
+
+    def changed(self) -> bool:
+        """Whether the bundle on disk is another one than when this one was opened."""
+        try:
+            return Bundle.open(self.path).manifest != self.manifest
+        except BundleError:
+            return not (self.path / MANIFEST).is_file()
+
+    def hold(self) -> Bundle:
+        """The same with all that later changes might take away, but for the graphs, in memory."""
+        names = map(self.manifest.named, (BANK_FILE, REFERENCE_FILE, PARITY_FILE))
+        held = {name: self.read(name) for name in names if name in self.manifest.files}
+        return replace(self, held=MappingProxyType(held))
+
+    def check_files(self) -> None:
+        """Compare every file that the manifest names with its hash.
+
+        Raises:
+            BundleError: naming all that are missing or were damaged. ConflictError: see `file`.
+        """
+        broken = []
+        for name in self.manifest.files:
+            try:
+                self.file(name)
+            except ConflictError:
+                raise
+            except BundleError as error:
+                broken.append(str(error))
+        if broken:
+            raise BundleError("\n".join(broken))
+
+    def graph(self, precision: str) -> Path:
+        """Path of the graph in a precision, graph and weights checked.
+
+        Raises:
+            BundleError: the bundle has no graph of this precision.
+        """
+        name = self.manifest.graphs.get(precision)
+        if name is None:
+            raise BundleError(
+                f"{self.path} has no {precision} graph; it has "
+                f"{', '.join(self.manifest.graphs)}. {graph_hint(self.path, precision)}"
+            )
+        if f"{name}.data" in self.manifest.files:
+            self.file(f"{name}.data")
+        return self.file(name)
+
+    def bank(self) -> NDArray[np.float32]:
+        """The bank [rows, row] as stored, not to be written to.
+
+        Raises:
+            BundleError: a folded bundle, or a damaged file.
+        """
+        if self.manifest.layout is None:
+            raise BundleError(f"{self.path} is a folded bundle: it has no bank.")
+        name = self.manifest.named(BANK_FILE)
+        bank = tensors_of(self.read(name), self.path / name, BundleError).get("adapter_bank")
+        if bank is None or bank.ndim != 2 or bank.shape[1] != self.manifest.layout.size:
+            raise BundleError(
+                f"{self.path / name}: expected tensor adapter_bank [rows, "
+                f"{self.manifest.layout.size}]. Export the bundle again."
+            )
+        for entry in self.manifest.adapters:
+            if not isinstance(entry.row, int) or not 0 < entry.row < len(bank):
+                raise BundleError(
+                    f"{self.path / MANIFEST}: adapter {entry.name!r}: expected a row from 1 to "
+                    f"{len(bank) - 1}, found {entry.row!r}. Export the bundle again."
+                )
+        return bank.astype(np.float32, copy=False)
+
+    def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
+        """Images, adapter rows and float64 logits of the training-time model."""
+        name = self.manifest.named(REFERENCE_FILE)
+        tensors = tensors_of(self.read(name), self.path / name, BundleError)
+        try:
+            return tensors["images"], tensors["adapter_ids"], tensors["logits"]
+        except KeyError as error:
+            raise BundleError(
+                f"{self.path / name}: tensor {error} is missing. Export again."
+            ) from error
+
+    def parity(self) -> dict[str, Any]:
+        """Content of parity.json."""
+        content: dict[str, Any] = json.loads(self.read(self.manifest.named(PARITY_FILE)))
+        return content
+
+    def load_adapter(self, name: str) -> Adapter:
+        """An adapter as it came to the bundle, from files of the manifest's hashes."""
+        names = [n for n in self.manifest.files if n.startswith(f"{ADAPTERS}/{name}/")]
+        if not names:
+            raise BundleError(f"{self.path / ADAPTERS / name} is missing. Export the bundle again.")
+        for root in (self.path, self.path / OLD):
+            if self._intact(root, names):
+                adapter = load_adapter(root / ADAPTERS / name)
+                if self._intact(root, names):  # nobody put another one there meanwhile
+                    return adapter
+        for file in names:
+            self.file(file)  # says which one is damaged
+        raise self._damage(names[0], None, None)
+
+    def _intact(self, root: Path, names: Sequence[str]) -> bool:
+        try:
+            return all(sha256_of(root / n) == self.manifest.files[n] for n in names)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
+def read_bundle(
+    path: str | Path,
+    work: Callable[[Bundle], _T],
+    discard: Callable[[_T], None] = lambda made: None,
+) -> _T:
+    """``work(Bundle.open(path))``, started again when the bundle was changed meanwhile.
+
+    Args:
+        path: the bundle.
+        work: what is to be read or opened.
+        discard: given what ``work`` made from files of two bundles: the directory was replaced.
+
+    Raises:
+        ConflictError: it was changed again and again.
+        BundleError, HhdeployError: see ``work``.
+    """
+    for _ in range(_TRIES):
+        try:
+            before = os.stat(path)
+        except OSError:
+            before = None
+        bundle = Bundle.open(path)
+        try:
+            made = work(bundle)
+        except (HhdeployError, OSError):
+            if not bundle.changed():
+                raise
+            continue
+        if before is not None and _is(before, path):
+            return made
+        discard(made)
+    raise ConflictError(
+        f"{path} was changed {_TRIES} times while it was read. Try again when the changes have "
+        "ended."
+    )
+
+
+def _is(before: os.stat_result, path: str | Path) -> bool:
+    try:
+        return os.path.samestat(before, os.stat(path))
+    except OSError:
+        return False
+
+
+def graph_hint(path: Path, precision: str) -> str:
+    """What brings a graph of a precision into a bundle that lacks it, in words."""
+    typed, quantised = (
+        [p for stage, p in PARITY if stage == kind] for kind in ("twin", "quantised")
+    )
+    if precision in typed:
+        return f"Export the bundle again with --precision {precision}."
+    if precision in quantised:
+        return f"Add it with: hhdeploy calibrate {path} --data DIR --precision {precision}"
+    return f"Graphs there can be: float32, {', '.join((*typed, *quantised))}."
