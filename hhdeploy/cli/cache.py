@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hhdeploy.caches import KINDS, LIMIT_VARIABLE, Stored, clear, size_limit, stored_in
-from hhdeploy.cli import CONTEXT, ui
+from hhdeploy.cli import CONTEXT, Group, ui
 from hhdeploy.files import default_cache
 
 _HELP = f"""List and clear what is kept on disk to be faster the next time.
@@ -25,7 +25,7 @@ _directory = click.option(
 )
 
 
-@click.group(context_settings=CONTEXT, help=_HELP)
+@click.group(cls=Group, context_settings=CONTEXT, help=_HELP)
 def command() -> None:
     """See `_HELP`."""
 
