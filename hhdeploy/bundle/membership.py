@@ -110,7 +110,7 @@ def add_adapter(
         lock_timeout, progress: see `edit`.
 
     Raises:
-        PlanError, AdapterError, CapacityError: see `hhdeploy.bundle.membership.admit`; nothing is changed.
+        PlanError, AdapterError, CapacityError: see `admit`; nothing is changed.
         ConflictError, WriteError: see `edit`.
     """
     source = Path(directory)

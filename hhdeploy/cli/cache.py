@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hhdeploy.cli import CONTEXT, ui
+from hhdeploy.cli import CONTEXT, Group, ui
 from hhdeploy.files.caches import KINDS, LIMIT_VARIABLE, Stored, clear, size_limit, stored_in
 from hhdeploy.files.writing import default_cache
 
@@ -25,7 +25,7 @@ _directory = click.option(
 )
 
 
-@click.group(context_settings=CONTEXT, help=_HELP)
+@click.group(cls=Group, context_settings=CONTEXT, help=_HELP)
 def command() -> None:
     """See `_HELP`."""
 

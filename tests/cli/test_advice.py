@@ -68,11 +68,13 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/api.py::verify_against_torch": ("verify",),
     "hhdeploy/backbone.py": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
+    "hhdeploy/caches.py": (ANY,),
     "hhdeploy/calibrating.py": ("calibrate",),
     "hhdeploy/cli/__init__.py": (ANY,),
     "hhdeploy/cli/adapter.py::inspect": ("adapter inspect",),
     "hhdeploy/cli/adapter_import.py": ("adapter import",),
     "hhdeploy/cli/bench_serve.py": ("bench",),
+    "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/demo.py": ("demo",),
     "hhdeploy/directories.py": ("export", "train", "triton", "adapter import"),
@@ -97,7 +99,7 @@ NO_MESSAGES = ("calibration/style.py",)
 # Of this program; a placeholder in a flag is a flag that nobody can check.
 _FLAG = re.compile(r"(?<![\w-])(?<!tritonserver )--[a-z][a-z0-9-]*(?:\{\})?")
 _WORD = re.compile(r"(?<![\w-])[a-z]+")
-_COMMAND = re.compile(r"hhdeploy ((?:adapter )?[a-z]+)")
+_COMMAND = re.compile(r"hhdeploy ((?:adapter |cache )?[a-z]+)")
 _VERBS = {"export": "export", "exported": "export", "build": "build", "serve": "serve",
           "calibrate": "calibrate", "verify": "verify", "train": "train"}  # fmt: skip
 _SENTENCE = re.compile(r"(?<=[.;\n])\s")
@@ -242,7 +244,7 @@ def test_owners_are_commands_and_their_files_exist():
         assert list(ROOT.glob(f"{file}*")), f"{file} has moved"
 
 
-_SHOWN = re.compile(r"hhdeploy ((?:adapter )?[a-z]+)([^`#\n]*)")
+_SHOWN = re.compile(r"hhdeploy ((?:adapter |cache )?[a-z]+)([^`#\n]*)")
 
 
 def test_the_documents_show_no_flag_that_its_command_lacks():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-import onnxruntime as ort
 import pytest
 
 from hhdeploy import verify
 from hhdeploy.parity import PARITY, bound, stage_of
 from hhdeploy.runtime import onnxruntime_backend as onnxruntime
 from hhdeploy.runtime.backends import DEVICES
+from tests.onnxruntime_double import stand_in
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,7 @@ def typed(workshop, tmp_path_factory):
 def gpu(monkeypatch):
     """A machine whose CUDA provider works, as far as a CPU can stand in for it."""
     monkeypatch.setattr(onnxruntime, "cuda_available", lambda: True)
-    monkeypatch.setitem(onnxruntime._PROVIDERS, "cuda", "CPUExecutionProvider")
-    monkeypatch.setattr(onnxruntime, "_PROVIDER_OPTIONS", {})
-    monkeypatch.setattr(onnxruntime, "_GPU_MEMORY", "cpu")
-    monkeypatch.setattr(onnxruntime, "_check_placement", lambda session: None)
-    monkeypatch.setattr(ort.SessionOptions, "add_session_config_entry", lambda *given: None)
+    stand_in(monkeypatch, "cuda", "CPUExecutionProvider")
 
 
 def stages(report):
