@@ -25,7 +25,7 @@ for line in open('/proc/self/status'):
 """
 _EXPORT = """
 import shutil, sys
-from hhdeploy.api import export
+from hhdeploy.exporting.bundles import export
 out, model, cache, *adapters = sys.argv[1:]
 shutil.rmtree(out, ignore_errors=True)
 named = {str(i): path for i, path in enumerate(adapters)}

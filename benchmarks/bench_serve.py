@@ -31,9 +31,9 @@ import numpy as np
 
 from benchmarks.harness import THREADS, report
 from benchmarks.models import STARTER, bundle, work_directory
-from hhdeploy.api import export
 from hhdeploy.cli.bench_serve import server_command
 from hhdeploy.demo import Starter
+from hhdeploy.exporting.bundles import export
 from hhdeploy.runtime import Session, open_session
 from hhdeploy.runtime.loadtest.client import Client, Requests
 from hhdeploy.runtime.loadtest.drive import Record, drive

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors, save_adapter
-from hhdeploy.api import export
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import select_sites
 from hhdeploy.backbones.timm import BackboneSpec, load_backbone
@@ -25,7 +24,8 @@ from hhdeploy.calibration.calibrate import calibrate, quantise
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.writer import save_graph
-from hhdeploy.graphs import add_graph
+from hhdeploy.exporting.bundles import export
+from hhdeploy.exporting.graphs import add_graph
 from hhdeploy.preprocess import open_image
 
 TARGETS = ("q", "k", "v", "proj")

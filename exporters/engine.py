@@ -17,7 +17,7 @@ from typing import Any
 from hhdeploy.bundle.engines import Range
 from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
-from hhdeploy.trt import Log, import_tensorrt
+from hhdeploy.packages.trt import Log, import_tensorrt
 
 # (phase, steps done, steps in all); a phase that is over has done == all.
 Progress = Callable[[str, int, int], None]

@@ -24,7 +24,7 @@ from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
 from hhdeploy.files.tensors import write_tensors
 from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
-from hhdeploy.reference import Reference
+from hhdeploy.verifying.reference import Reference
 
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hhdeploy.adapters.config import AdapterConfig
     from hhdeploy.adapters.format import Adapter, load_adapter, save_adapter
-    from hhdeploy.api import export, verify
     from hhdeploy.errors import HhdeployError
+    from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
+    from hhdeploy.verifying.bundles import verify
 
 _HOMES = {
     "Adapter": "hhdeploy.adapters.format",
-    "AdapterConfig": "hhdeploy.adapters.format",
+    "AdapterConfig": "hhdeploy.adapters.config",
     "HhdeployError": "hhdeploy.errors",
     "Reserve": "hhdeploy.plan",
-    "export": "hhdeploy.api",
+    "export": "hhdeploy.exporting.bundles",
     "load_adapter": "hhdeploy.adapters.format",
     "save_adapter": "hhdeploy.adapters.format",
-    "verify": "hhdeploy.api",
+    "verify": "hhdeploy.verifying.bundles",
 }
 
 __all__ = [

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hhdeploy.api import Progress
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import EngineEntry, Range, engine_name, stale
 from hhdeploy.bundle.manifest import BANK_FILE, name_with_digits, plain_name
@@ -20,7 +19,8 @@ from hhdeploy.exporters.engine import (
 )
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import sha256_of_bytes
-from hhdeploy.trt import import_tensorrt
+from hhdeploy.packages.trt import import_tensorrt
+from hhdeploy.verifying.bundles import Progress
 
 # (phase, steps done, steps in all) of the compiler.
 Phases = Callable[[str, int, int], None]
@@ -90,7 +90,7 @@ def build(
     row = manifest.layout.size if manifest.layout is not None else None
     check_options(engine_options, row=row, precision=precision)
     if precision not in manifest.graphs:
-        from hhdeploy.graphs import add_typed_graph
+        from hhdeploy.exporting.graphs import add_typed_graph
 
         bundle = add_typed_graph(path, precision, progress=progress)
         manifest = bundle.manifest

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hhdeploy.api import ExportResult, export
 from hhdeploy.errors import DataError
+from hhdeploy.exporting.bundles import ExportResult, export
 from hhdeploy.plan import Reserve
 from hhdeploy.preprocess import list_classes, open_image
 from hhdeploy.runtime import Session, open_session

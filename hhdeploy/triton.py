@@ -28,7 +28,7 @@ from hhdeploy.exporters.triton import (
 )
 from hhdeploy.files.directories import Replaceable, atomic_directory
 from hhdeploy.files.writing import write_bytes
-from hhdeploy.version import own_version
+from hhdeploy.packages.version import own_version
 
 Progress = Callable[[str], None]
 _VERSION = "1"

@@ -18,7 +18,7 @@ from hhdeploy.errors import (
     MissingDependencyError,
     SessionError,
 )
-from hhdeploy.trt import BACKENDS
+from hhdeploy.packages.trt import BACKENDS
 
 Images = NDArray[np.float32]
 Ids = NDArray[np.int64]

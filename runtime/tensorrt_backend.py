@@ -20,12 +20,12 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import EngineEntry, check_slots, choose_engine, split_batch
 from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.errors import BundleError, SessionError
+from hhdeploy.packages.trt import import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
 from hhdeploy.runtime.kernel_cache import kernels_entry
 from hhdeploy.runtime.tensorrt_engine import Tensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import DeviceBank, Lane, open_lane
-from hhdeploy.trt import import_tensorrt
 
 
 def find_engine(manifest: Manifest, backend: str, precision: str) -> EngineEntry:

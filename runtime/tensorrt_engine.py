@@ -13,9 +13,9 @@ from typing import Any
 from hhdeploy.bundle.engines import EngineEntry
 from hhdeploy.errors import BundleError, DeviceError
 from hhdeploy.files.caches import Entry
+from hhdeploy.packages.trt import Log, import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.kernel_cache import read_kernels, write_kernels
-from hhdeploy.trt import Log, import_tensorrt
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from hhdeploy.preprocess import Preprocess
 from tests.support import TINY_MODEL, random_adapter
 
 if TYPE_CHECKING:
-    from hhdeploy.api import ExportResult
     from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.exporting.bundles import ExportResult
 
 BACKBONE_CLASSES = 5
 # Own classes of every adapter; `headless` answers with the backbone's classifier.
@@ -99,8 +99,8 @@ class Workshop:
         return {name: self.directory(name) for name in names}
 
     def export(self, out: Path, names: Iterable[str], **options: Any) -> ExportResult:
-        """`hhdeploy.api.export` of some adapters, by default two images each."""
-        from hhdeploy.api import export
+        """`hhdeploy.exporting.bundles.export` of some adapters, by default two images each."""
+        from hhdeploy.exporting.bundles import export
 
         chosen = {"checkpoint": self.checkpoint, "cache": self.cache, "verify_images": 2, **options}
         return export(TINY_MODEL, self.directories(*names), out, **chosen)

@@ -46,6 +46,11 @@ def name_with_digits(name: str, digest: str) -> str:
     return _SUFFIX.sub(f".{digest[:8]}", name, count=1)
 
 
+def calibration_files(precision: str) -> tuple[str, str]:
+    """Names of a calibration's findings and scales in its bundle."""
+    return f"calibration.{precision}.json", f"calibration.{precision}.safetensors"
+
+
 @dataclass(frozen=True)
 class AdapterEntry:
     """One adapter of a bundle.

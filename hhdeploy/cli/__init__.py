@@ -7,7 +7,7 @@ import importlib
 import click
 
 from hhdeploy.errors import HhdeployError, OptionError
-from hhdeploy.version import own_version
+from hhdeploy.packages.version import own_version
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {

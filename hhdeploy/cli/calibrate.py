@@ -13,8 +13,8 @@ from hhdeploy.cli import ui
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hhdeploy.calibrating import CalibrationResult
-    from hhdeploy.range_check import RangeCheck
+    from hhdeploy.calibration.range_check import RangeCheck
+    from hhdeploy.quantising.calibrating import CalibrationResult
 
 _SHOWN = 12
 # What --check does not use.
@@ -104,14 +104,14 @@ def command(
     """
     if check is not None:
         ui.refuse_unused(_NOT_CHECKED, "does not go with --check, which calibrates nothing")
-        from hhdeploy.range_check import check_adapter
+        from hhdeploy.calibration.range_check import check_adapter
 
         with ui.steps(as_json) as step:
             step(f"running images of {check} in float32")
             checked = check_adapter(bundle, check, data, precision=precision, images=images)
         _print_check(checked, as_json)
         return
-    from hhdeploy.calibrating import CalibrationOptions, calibrate_bundle
+    from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
 
     settings = CalibrationSettings(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed

@@ -15,7 +15,7 @@ _COLOURS = {"ok": "green", "absent": "yellow", "problem": "red"}
 @ui.json_option
 def command(as_json: bool) -> None:
     """Tell what this machine can do, what is missing and what clashes; exit 1 on a problem."""
-    from hhdeploy.doctor import examine
+    from hhdeploy.doctor.examining import examine
 
     findings = examine()
     if as_json:

@@ -95,7 +95,7 @@ def command(
     Many adapters, one graph, another one for every image:
       hhdeploy export --model vit_base_patch16_224 --adapter digits/ --adapter cars/ OUT
     """
-    from hhdeploy.api import export
+    from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
 
     named = ui.named_directories(adapters)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from hhdeploy.adapters.config import TENSOR_FILE
+from hhdeploy.packages.version import own_version
 from hhdeploy.runtime.serving.errors import (
     ForbiddenError,
     NotFoundError,
@@ -29,7 +30,6 @@ from hhdeploy.runtime.serving.outputs import LABELS, LOGITS, PROBABILITIES
 from hhdeploy.runtime.serving.service import ADAPTERS, IMAGES, VERSION, Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.status import status_of
-from hhdeploy.version import own_version
 
 PLATFORM: Final = "hhdeploy"
 EXTENSIONS: Final = (

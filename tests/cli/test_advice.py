@@ -11,11 +11,11 @@ from pathlib import Path
 import click
 import pytest
 
-from hhdeploy.api import _check_precisions
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.reading import graph_hint
 from hhdeploy.cli import main
 from hhdeploy.errors import BundleError
+from hhdeploy.exporting.bundles import _check_precisions
 from hhdeploy.parity import PARITY
 from tests.workshop import ROOT
 
@@ -64,12 +64,12 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "exporters/engine": ("build",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
-    "hhdeploy/api.py": ("export",),
-    "hhdeploy/api.py::verify_against_torch": ("verify",),
-    "hhdeploy/backbone.py": ("export", "verify", "train", "adapter import"),
+    "hhdeploy/exporting/": ("export",),
+    "hhdeploy/verifying/bundles.py::verify_against_torch": ("verify",),
+    "hhdeploy/backbones/timm.py": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
-    "hhdeploy/caches.py": (ANY,),
-    "hhdeploy/calibrating.py": ("calibrate",),
+    "hhdeploy/files/caches.py": (ANY,),
+    "hhdeploy/quantising/": ("calibrate",),
     "hhdeploy/cli/__init__.py": (ANY,),
     "hhdeploy/cli/adapter.py::inspect": ("adapter inspect",),
     "hhdeploy/cli/adapter_import.py": ("adapter import",),
@@ -77,11 +77,12 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/demo.py": ("demo",),
-    "hhdeploy/directories.py": ("export", "train", "triton", "adapter import"),
-    "hhdeploy/importing.py": ("adapter import",),
+    "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
+    "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/plan.py": ("export",),
-    "hhdeploy/plan.py::check_base": ("export", "adapter add", "adapter import", "serve"),
-    "hhdeploy/store.py": (
+    "hhdeploy/verifying/": ("export", "verify"),
+    "hhdeploy/adapters/checks.py::check_base": ("export", "adapter add", "adapter import", "serve"),
+    "hhdeploy/bundle/store.py": (
         "adapter add",
         "adapter remove",
         "build",
@@ -225,7 +226,7 @@ def test_the_check_sees_what_is_wrong():
         ("hhdeploy/x.py::f", "Add it with: hhdeploy predict OUT --against-torch"),
         ("hhdeploy/x.py::f", "Export the bundle again with --max-slots 9."),
         ("hhdeploy/backbone.py::f", "Check --model and --model-args."),
-        ("hhdeploy/plan.py::check_base", "Pass the checkpoint with --checkpoint."),
+        ("hhdeploy/adapters/checks.py::check_base", "Pass the checkpoint with --checkpoint."),
         ("exporters/engine.py::f", "--min-{}: expected 1 or more."),
         ("hhdeploy/nobody.py::f", "Use --overwrite."),
     ]

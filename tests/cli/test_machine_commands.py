@@ -8,9 +8,10 @@ import socket
 import pytest
 from click.testing import CliRunner
 
-from hhdeploy import doctor, runtime
+from hhdeploy import runtime
 from hhdeploy.bundle import remove_adapter
 from hhdeploy.cli import main
+from hhdeploy.doctor import examining as doctor
 from hhdeploy.errors import SessionError
 from hhdeploy.runtime import session as sessions
 from tests.workshop import copy_bundle

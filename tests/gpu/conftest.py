@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from hhdeploy.probes import Driver, find_driver
+from hhdeploy.doctor.probes import Driver, find_driver
+from hhdeploy.packages.trt import BACKENDS, import_tensorrt
 from hhdeploy.runtime.cuda import Gpu
-from hhdeploy.trt import BACKENDS, import_tensorrt
 from tests.gpu.part import PartReport
 from tests.gpu.scale import DRY, SCALE
 from tests.gpu.wants import lacks, need

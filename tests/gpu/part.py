@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from hhdeploy.probes import find_driver
-from hhdeploy.version import own_version
+from hhdeploy.doctor.probes import find_driver
+from hhdeploy.packages.version import own_version
 from tests.gpu.summary import write_whole
 
 _PACKAGES = (

@@ -177,7 +177,7 @@ class Workbench:
         self, name: str, spec: BackboneSpec, adapters: Mapping[str, Path], **options: Any
     ) -> Path:
         """A bundle with all `PRECISIONS`, unless a part before this one has made it."""
-        from hhdeploy.api import export
+        from hhdeploy.exporting.bundles import export
         from hhdeploy.plan import Reserve
         from tests.gpu.int8 import add_int8
 

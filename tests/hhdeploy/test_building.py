@@ -14,8 +14,8 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import EngineEntry, choose_engine, engines_of, stale
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, plain_name, write_manifest
 from hhdeploy.errors import BundleError, ParityError, PlanError
+from hhdeploy.exporting.graphs import add_graph, add_typed_graph
 from hhdeploy.files.writing import sha256_of
-from hhdeploy.graphs import add_graph, add_typed_graph
 from hhdeploy.parity import PARITY
 from tests.workshop import copy_bundle, run_python
 

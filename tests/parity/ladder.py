@@ -28,7 +28,7 @@ from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.linears import GraphLinear
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
-from hhdeploy.reference import Reference, VerifyData, training_time_reference
+from hhdeploy.verifying.reference import Reference, VerifyData, training_time_reference
 from tests.support import random_adapter
 
 Floats = NDArray[np.float32]

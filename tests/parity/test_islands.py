@@ -15,11 +15,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from hhdeploy.api import export
 from hhdeploy.bundle import Bundle
 from hhdeploy.demo import Starter
 from hhdeploy.exporters.precision import ISLANDS, rounding_twin
 from hhdeploy.exporters.writer import save_graph
+from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import Comparison, bound, compare
 
 STARTER = Path(__file__).resolve().parents[2] / "examples" / "starter"

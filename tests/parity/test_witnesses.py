@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.api import verify, verify_against_torch
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.tensors import read_tensors
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.bundles import verify, verify_against_torch
 from tests.runtime.serving.servers import running_server
 from tests.support import assert_caught, assert_parity
 from tests.workshop import contents, copy_bundle

@@ -16,8 +16,8 @@ from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.sites import find_sites
 from hhdeploy.errors import BundleError, DeviceError, MissingDependencyError, SessionError
 from hhdeploy.exporters.writer import save_graph
+from hhdeploy.exporting.graphs import add_graph
 from hhdeploy.files.writing import sha256_of
-from hhdeploy.graphs import add_graph
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.openvino_backend import OpenVinoBackend, computes_bfloat16

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from hhdeploy.bundle import Bundle, add_adapter
-from hhdeploy.calibrating import CalibrationOptions, calibrate_bundle
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.files.tensors import write_tensors
+from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
 from tests.support import images
 from tests.workshop import Workshop, copy_bundle, make_workshop

@@ -10,13 +10,13 @@ from threading import Event
 import numpy as np
 import pytest
 
-from hhdeploy.api import verify
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import engines_of
 from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.parity import PARITY
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.bundles import verify
 from tests.gpu.scale import SCALE
 from tests.gpu.wants import lacks
 from tests.gpu.workbench import PRECISIONS, PROFILE, TYPED

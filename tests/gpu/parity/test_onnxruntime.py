@@ -8,8 +8,8 @@ from threading import Event
 import numpy as np
 import pytest
 
-from hhdeploy.api import verify
 from hhdeploy.errors import SessionError
+from hhdeploy.verifying.bundles import verify
 from tests.gpu.opening import check_device, open_on
 from tests.gpu.scale import SCALE
 from tests.gpu.wants import lacks

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 
-import hhdeploy.api
-import hhdeploy.calibrating
-from hhdeploy.api import verify, verify_against_torch
+import hhdeploy.quantising.calibrating
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.store import BUNDLE
-from hhdeploy.calibrating import CalibrationOptions, calibrate_bundle
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ConflictError
+from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors
-from hhdeploy.graphs import add_typed_graph
+from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.bundles import verify, verify_against_torch
 from tests.calibration.conftest import write_pictures
 from tests.support import assert_parity
 from tests.workshop import contents, copy_bundle
@@ -134,9 +133,9 @@ def answers(path, precision="float32"):
 
 
 def test_verification(bundle, other, monkeypatch):
-    import hhdeploy.reference
+    import hhdeploy.verifying.reference
 
-    meanwhile(monkeypatch, hhdeploy.reference, "training_time_reference", other, bundle)
+    meanwhile(monkeypatch, hhdeploy.verifying.reference, "training_time_reference", other, bundle)
     report = verify_against_torch(bundle, checkpoint=WITNESS / "backbone.safetensors")
     assert report.passed
     assert unverified(bundle) == OTHERS[other]
@@ -148,9 +147,11 @@ def test_verification(bundle, other, monkeypatch):
 
 
 def test_verification_of_a_bundle_that_was_exported_again(bundle, monkeypatch):
-    import hhdeploy.reference
+    import hhdeploy.verifying.reference
 
-    meanwhile(monkeypatch, hhdeploy.reference, "training_time_reference", exported, bundle)
+    meanwhile(
+        monkeypatch, hhdeploy.verifying.reference, "training_time_reference", exported, bundle
+    )
     with pytest.raises(ConflictError):
         verify_against_torch(bundle, checkpoint=WITNESS / "backbone.safetensors")
     assert contents(bundle) == contents(WITNESS / "folded")
@@ -158,12 +159,12 @@ def test_verification_of_a_bundle_that_was_exported_again(bundle, monkeypatch):
 
 def test_verification_while_a_graph_is_added(bundle, monkeypatch):
     """Its stages stay those that the graph brought; the others are the new ones."""
-    import hhdeploy.reference
+    import hhdeploy.verifying.reference
 
     def typed(path):
         add_typed_graph(path, "float16")
 
-    meanwhile(monkeypatch, hhdeploy.reference, "training_time_reference", typed, bundle)
+    meanwhile(monkeypatch, hhdeploy.verifying.reference, "training_time_reference", typed, bundle)
     verify_against_torch(bundle, checkpoint=WITNESS / "backbone.safetensors")
     assert stages(bundle, "float32") == {"alpha", "gamma", "rival"}
     assert stages(bundle, "float16") == {"alpha", "gamma"}
@@ -181,7 +182,7 @@ def calibrate(path, pictures, cache):
 
 
 def test_calibration(bundle, other, monkeypatch, pictures, cache):
-    meanwhile(monkeypatch, hhdeploy.calibrating, "make_exam", other, bundle)
+    meanwhile(monkeypatch, hhdeploy.quantising.calibrating, "make_exam", other, bundle)
     result = calibrate(bundle, pictures, cache)
     assert result.file == Bundle.open(bundle).manifest.graphs["int8"]
     kept = {"alpha", "gamma", "rival"} & names(bundle) - OTHERS[other]
@@ -195,7 +196,7 @@ def test_calibration(bundle, other, monkeypatch, pictures, cache):
 
 
 def test_calibration_of_a_bundle_that_was_exported_again(bundle, monkeypatch, pictures, cache):
-    meanwhile(monkeypatch, hhdeploy.calibrating, "make_exam", exported, bundle)
+    meanwhile(monkeypatch, hhdeploy.quantising.calibrating, "make_exam", exported, bundle)
     with pytest.raises(ConflictError):
         calibrate(bundle, pictures, cache)
     assert contents(bundle) == contents(WITNESS / "folded")
@@ -204,7 +205,7 @@ def test_calibration_of_a_bundle_that_was_exported_again(bundle, monkeypatch, pi
 def test_calibration_of_a_bundle_that_was_exported_again_at_the_last_moment(
     bundle, monkeypatch, pictures, cache
 ):
-    meanwhile(monkeypatch, hhdeploy.calibrating, "_stages", exported, bundle)
+    meanwhile(monkeypatch, hhdeploy.quantising.calibrating, "_stages", exported, bundle)
     with pytest.raises(ConflictError, match="exported again meanwhile"):
         calibrate(bundle, pictures, cache)
     assert contents(bundle) == contents(WITNESS / "folded")

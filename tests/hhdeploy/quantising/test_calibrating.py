@@ -12,13 +12,18 @@ import pytest
 from PIL import Image
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibrating import _PICTURES, CalibrationOptions, CalibrationResult, calibrate_bundle
 from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.calibration.range_check import check_adapter
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError, DataError, ParityError, PlanError, WriteError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
-from hhdeploy.range_check import check_adapter
+from hhdeploy.quantising.calibrating import (
+    _PICTURES,
+    CalibrationOptions,
+    CalibrationResult,
+    calibrate_bundle,
+)
 from hhdeploy.runtime import open_session
 from tests.labelled import make_undecided, write_close_calls
 from tests.workshop import contents, copy_bundle

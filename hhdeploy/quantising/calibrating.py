@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hhdeploy.api import Progress, verify_graphs
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE
+from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, calibration_files
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT
 from hhdeploy.calibration.accuracy import Logits
@@ -26,7 +25,8 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ParityError, PlanError, WriteError, require
 from hhdeploy.files.writing import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
-from hhdeploy.trials import Trials
+from hhdeploy.quantising.trials import Trials
+from hhdeploy.verifying.bundles import Progress, verify_graphs
 
 _PICTURES = 12
 
@@ -71,11 +71,6 @@ class CalibrationResult:
     parity: tuple[StageResult, ...]
 
 
-def calibration_files(precision: str) -> tuple[str, str]:
-    """Names of a calibration's findings and scales in its bundle."""
-    return f"calibration.{precision}.json", f"calibration.{precision}.safetensors"
-
-
 def calibrate_bundle(
     path: str | Path,
     data: Source,
@@ -108,7 +103,7 @@ def calibrate_bundle(
         require(package, "calibrate", "calibrating")
     from hhdeploy.calibration.calibrate import calibrate
     from hhdeploy.exporters.writer import save_graph
-    from hhdeploy.graphs import add_graph
+    from hhdeploy.exporting.graphs import add_graph
 
     if not isinstance(data, str | Path):
         data = list(data)  # it is read twice: to calibrate, and for what is left over

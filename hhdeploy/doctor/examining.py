@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hhdeploy.extras import EXTRAS, INCLUDED, is_older
-from hhdeploy.probes import PROBES, State
+from hhdeploy.doctor.probes import PROBES, State
+from hhdeploy.packages.extras import EXTRAS, INCLUDED, is_older
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Finding:
     detail: str
 
 
-# Tried in a process of their own, see `hhdeploy.probes`.
+# Tried in a process of their own, see `hhdeploy.doctor.probes`.
 _PROBED = ("rtx", "tensorrt")
 _PROVIDERS = "import onnxruntime; print(*onnxruntime.get_available_providers())"
 _CUDA = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
@@ -102,9 +102,9 @@ def _probe(what: str, code: str) -> Finding:
 
 
 def _gpu_probe(name: str) -> Finding:
-    """One of `hhdeploy.probes`."""
+    """One of `hhdeploy.doctor.probes`."""
     what = _TITLES.get(name, name)
-    command = ["-m", "hhdeploy.probes", name]
+    command = ["-m", "hhdeploy.doctor.probes", name]
     return _run(what, command, lambda printed: Finding(what, **json.loads(printed)))
 
 

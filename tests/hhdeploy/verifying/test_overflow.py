@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from hhdeploy import reference, verify
+from hhdeploy import verify
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.backbones.timm import base_sha256
 from hhdeploy.bundle import Bundle
@@ -19,8 +19,9 @@ from hhdeploy.cli import main
 from hhdeploy.errors import ParityError
 from hhdeploy.exporters.overflow import Peak, watched
 from hhdeploy.exporters.precision import rounding_twin
-from hhdeploy.graphs import add_typed_graph
+from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying import reference
 from tests.support import TINY_MODEL, images, random_adapter, tiny_backbone
 from tests.workshop import Workshop, contents
 

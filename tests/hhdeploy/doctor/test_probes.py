@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
-from hhdeploy import doctor, probes
-from hhdeploy.probes import Driver, Probed
+from hhdeploy.doctor import examining as doctor
+from hhdeploy.doctor import probes
+from hhdeploy.doctor.probes import Driver, Probed
 from tests.workshop import ROOT, run_command
 
 CUDA_12 = Driver("ok", "driver for CUDA 12.4", (12, 4))
@@ -20,7 +21,7 @@ CUDA_12 = Driver("ok", "driver for CUDA 12.4", (12, 4))
 
 def probe(name, *paths):
     """The probe in a process of its own, ``paths`` before everything installed."""
-    done = run_command([sys.executable, "-m", "hhdeploy.probes", name], path=(*paths, ROOT))
+    done = run_command([sys.executable, "-m", "hhdeploy.doctor.probes", name], path=(*paths, ROOT))
     assert done.returncode == 0, done.stderr
     return Probed(**json.loads(done.stdout))
 

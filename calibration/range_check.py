@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibrating import calibration_files
+from hhdeploy.bundle.manifest import calibration_files
 from hhdeploy.calibration.feeds import Feed, Feeder
 from hhdeploy.calibration.scales_file import read_scales
 from hhdeploy.errors import BundleError, PlanError, require

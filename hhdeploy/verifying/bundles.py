@@ -1,161 +1,42 @@
-"""What the command line does, from Python: export = plan, build, write, verify."""
+"""Verify a bundle: its files with their hashes, its graphs with the training-time model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import BACKBONE, check_adapter, check_name, check_sites
-from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import engines_of
-from hhdeploy.bundle.manifest import (
-    BANK_FILE,
-    PARITY_FILE,
-    REFERENCE_FILE,
-    AdapterEntry,
-    Manifest,
-    write_manifest,
-)
+from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Basis, Change, edit, locked
-from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError, require
-from hhdeploy.files.directories import atomic_directory
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
+from hhdeploy.errors import BundleError, ParityError, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
-from hhdeploy.files.writing import json_bytes, sha256_of, write_json
-from hhdeploy.overflow import find_overflow
+from hhdeploy.files.writing import json_bytes, sha256_of
+from hhdeploy.packages.trt import BACKENDS
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
-from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.trt import BACKENDS
+from hhdeploy.verifying.overflow import find_overflow
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
-    from hhdeploy.exporters.trace import BaseGraph
-    from hhdeploy.exporters.writer import Contents
-    from hhdeploy.reference import Reference, VerifyData
+    from hhdeploy.verifying.reference import Reference, VerifyData
+
 
 Progress = Callable[[str], None]
+
+
 _VERIFY_BATCH = 8
+
+
 # Graphs that need no calibration data.
 _UNCALIBRATED = ("float32", "float16", "bfloat16")
-_NO_RESERVE = Reserve()
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export made.
-
-    Attributes:
-        path: the bundle.
-        manifest: its manifest.
-        parity: the verification, None with ``verify=False``.
-    """
-
-    path: Path
-    manifest: Manifest
-    parity: ParityReport | None
-
-
-def export(
-    model: str,
-    adapters: Mapping[str, str | Path],
-    out: str | Path,
-    *,
-    fold: bool = False,
-    model_args: Mapping[str, Any] | None = None,
-    checkpoint: str | Path | None = None,
-    pretrained: bool = True,
-    seed: int = 0,
-    reserve: Reserve = _NO_RESERVE,
-    bank_as_constant: bool = False,
-    precisions: Sequence[str] = (),
-    verify: bool = True,
-    verify_data: str | Path | None = None,
-    verify_images: int = 4,
-    cache: str | Path | None = "default",
-    overwrite: bool = False,
-    lock_timeout: float = LOCK_TIMEOUT,
-    progress: Progress = lambda step: None,
-) -> ExportResult:
-    """Export adapters of one backbone as a bundle, and verify it.
-
-    Args:
-        model: timm name, with or without ``.tag``.
-        adapters: name -> adapter directory.
-        out: the bundle's directory; written whole or not at all.
-        fold: put the one adapter into the weights; else all become side branches.
-        model_args: further arguments of ``timm.create_model``; None takes the adapters'.
-        checkpoint: the backbone's weights; None takes timm's pretrained ones.
-        pretrained: False uses random weights (``seed``): for benchmarks.
-        reserve: room for adapters that come later (side branches).
-        bank_as_constant: bake the bank into the graph.
-        precisions: further graphs to write, e.g. ``["float16"]``.
-        verify: compare with the training-time model; a failure leaves no bundle, but where a
-            typed graph's values leave the range of its type: the bundle is written without it.
-        verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
-        verify_images: images per adapter.
-        cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
-        overwrite: replace an existing bundle once the new one is complete; anything else that is
-            there is refused.
-        lock_timeout: seconds to wait, then, for whoever is changing the existing bundle.
-        progress: called with a few words at each step.
-
-    Raises:
-        AdapterError, BackboneError, PlanError, WriteError: see their docstrings.
-        ParityError: outputs differ from the training-time model by more than the table allows,
-            or a graph overflows and was left out.
-    """
-    for package in ("onnx", "onnx_ir"):
-        require(package, "export", "exporting")
-    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
-    from hhdeploy.exporters.trace import base_graph, default_cache
-    from hhdeploy.exporters.writer import write_bundle
-    from hhdeploy.reference import VerifyData
-
-    _check_precisions(precisions)
-    if fold:
-        _check_fold(len(adapters), reserve, bank_as_constant)
-    kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
-    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
-        progress("reading adapters")
-        loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
-        spec = BackboneSpec(
-            model,
-            _model_args(model_args, loaded),
-            Path(checkpoint) if checkpoint else None,
-            pretrained,
-            seed,
-        )
-        progress(f"loading {model}")
-        backbone = load_backbone(spec)
-        check_sites(backbone.facts)
-        progress("tracing the backbone (cached for the next export)")
-        where = default_cache() if cache == "default" else cache
-        base = base_graph(backbone, Path(where) if where else None)
-        progress("folding" if fold else "adding side branches")
-        contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
-        data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
-        reference = _reference_of(backbone, contents, data, progress) if verify else None
-        progress("writing graphs")
-        manifest = write_bundle(scratch, contents, precisions, reference)
-        report = found = None
-        if verify:
-            del contents, base, backbone, reference  # a session needs the memory more
-            progress("verifying against the training-time model")
-            found = _verified(Bundle(scratch, manifest), data)
-            report = found.without(found.overflowed)
-            kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
-            manifest = _store_report(kept, report)
-    if found is not None and found.overflowed:
-        raise _overflow_error(Path(out), found)
-    return ExportResult(Path(out), manifest, report)
 
 
 def verify(
@@ -218,7 +99,7 @@ def verify_against_torch(
     """
     from hhdeploy.backbones.timm import BackboneSpec, load_backbone
     from hhdeploy.errors import BackboneError
-    from hhdeploy.reference import VerifyData, training_time_reference
+    from hhdeploy.verifying.reference import VerifyData, training_time_reference
 
     bundle = read_bundle(path, _held)
     facts = bundle.manifest.backbone
@@ -237,7 +118,7 @@ def verify_against_torch(
         )
     adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
-    rows = _rows(bundle.manifest, adapters)
+    rows = rows_of(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
     report = verify_graphs(bundle, device, precisions, reference, data)
     if not report.passed:
@@ -276,65 +157,7 @@ def _store_verification(
     change.manifest = replace(change.manifest, adapters=marked)
 
 
-def _model_args(
-    given: Mapping[str, Any] | None, adapters: Mapping[str, Adapter]
-) -> Mapping[str, Any]:
-    """The arguments given, else the ones that all adapters agree on."""
-    if given is not None:
-        return given
-    named = {name: dict(a.config.base_model_args) for name, a in adapters.items()}
-    distinct = list({str(sorted(args.items())): args for args in named.values()}.values())
-    if len(distinct) > 1:
-        raise PlanError(
-            "the adapters disagree on base_model_args: "
-            + "; ".join(f"{name}: {args}" for name, args in named.items())
-            + ". Adapters of one bundle share the backbone; to overrule, pass --model-args."
-        )
-    return distinct[0] if distinct else {}
-
-
-def _check_precisions(precisions: Sequence[str]) -> None:
-    from hhdeploy.exporters.precision import PRECISIONS
-
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise OptionError(
-                f"--precision {precision}: expected one of {', '.join(PRECISIONS)}. (float32 is "
-                "always written; int8 comes from calibration data: hhdeploy calibrate.)"
-            )
-
-
-def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
-    if adapters != 1:
-        raise OptionError(f"--fold takes exactly one adapter, found {adapters}.")
-    if reserve != Reserve() or bank_as_constant:
-        raise OptionError(
-            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
-            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
-        )
-
-
-def _contents(
-    base: BaseGraph,
-    adapters: Mapping[str, Adapter],
-    fold: bool,
-    reserve: Reserve,
-    bank_as_constant: bool,
-    precisions: Sequence[str],
-) -> Contents:
-    from hhdeploy.exporters.writer import branches_contents, folded_contents
-
-    if not fold:
-        plan = plan_branches(base.facts, adapters, reserve)
-        return branches_contents(
-            base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
-        )
-    ((name, adapter),) = adapters.items()
-    check_adapter(name, adapter, base.facts)
-    return folded_contents(base, name, adapter)
-
-
-def _rows(
+def rows_of(
     manifest: Manifest, adapters: Mapping[str, Adapter]
 ) -> dict[str, tuple[int, Adapter | None]]:
     """Name -> (row, adapter) of everything a request can ask for, the backbone included."""
@@ -344,48 +167,6 @@ def _rows(
     for entry in manifest.adapters:
         rows[entry.name] = (entry.row or 0, adapters[entry.name])
     return rows
-
-
-def _reference_of(
-    backbone: Backbone, contents: Contents, data: VerifyData, progress: Progress
-) -> Callable[[], Reference]:
-    from hhdeploy.reference import training_time_reference
-
-    def compute() -> Reference:
-        progress("running the training-time model in float64")
-        rows = _rows(contents.manifest, contents.adapters)
-        return training_time_reference(backbone, rows, data, contents.manifest.classes)
-
-    return compute
-
-
-def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
-    from hhdeploy.reference import Reference
-
-    report = verify_graphs(bundle, "cpu", None, Reference(*bundle.reference()), data)
-    if not report.without(report.overflowed).passed:
-        raise parity_error(report)
-    return report
-
-
-def _without_graphs(bundle: Bundle, precisions: Sequence[str]) -> Bundle:
-    """A new bundle, some graphs of it deleted."""
-    manifest = bundle.manifest
-    gone = {f for p in precisions for f in (manifest.graphs[p], f"{manifest.graphs[p]}.data")}
-    for name in gone:
-        (bundle.path / name).unlink(missing_ok=True)
-    graphs = {p: name for p, name in manifest.graphs.items() if p not in precisions}
-    files = {name: digest for name, digest in manifest.files.items() if name not in gone}
-    return Bundle(bundle.path, replace(manifest, graphs=graphs, files=files))
-
-
-def _overflow_error(out: Path, report: ParityReport) -> ParityError:
-    kept = ", ".join(dict.fromkeys(s.precision for s in report.without(report.overflowed).stages))
-    return ParityError(
-        f"{' and '.join(report.overflowed)} cannot hold the values of this model:\n"
-        f"{report.explain_failures()}\n{out} was written without it and is good: it has {kept}, "
-        "verified."
-    )
 
 
 def parity_error(report: ParityReport) -> ParityError:
@@ -514,17 +295,3 @@ def _twin(bundle: Bundle, precision: str, path: Path) -> Bundle:
         held[name], files[name] = bundle.read(name), bundle.manifest.files[name]
     manifest = replace(bundle.manifest, graphs={"float32": "twin.onnx"}, files=files)
     return Bundle(path, manifest, held)
-
-
-def _store_report(bundle: Bundle, report: ParityReport) -> Manifest:
-    """Write the report of a new bundle, and mark its adapters verified."""
-    write_json(bundle.path / PARITY_FILE, report.to_json())
-    adapters: tuple[AdapterEntry, ...] = tuple(
-        replace(a, verified=True) for a in bundle.manifest.adapters
-    )
-    files = dict(bundle.manifest.files)
-    for name in (PARITY_FILE, REFERENCE_FILE):
-        files[name] = sha256_of(bundle.path / name)
-    manifest = replace(bundle.manifest, adapters=adapters, files=files)
-    write_manifest(bundle.path, manifest)
-    return manifest

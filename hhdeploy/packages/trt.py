@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from hhdeploy.errors import SessionError, require
-from hhdeploy.extras import check_version
+from hhdeploy.packages.extras import check_version
 
 TensorRt = Literal["tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[TensorRt, ...] = get_args(TensorRt)

@@ -1,7 +1,7 @@
 """What `hhdeploy doctor` tries in a process of its own: driver, cuda-bindings, TensorRT.
 
-``python -m hhdeploy.probes NAME`` prints one finding as JSON; a library that crashes takes only
-that process with it. Nothing here is needed to be there.
+``python -m hhdeploy.doctor.probes NAME`` prints one finding as JSON; a library that crashes takes
+only that process with it. Nothing here is needed to be there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from hhdeploy.errors import EngineError, MissingDependencyError, require
 from hhdeploy.exporters.engine import EngineOptions, engine_from_onnx
+from hhdeploy.packages.trt import Log, import_tensorrt
 from hhdeploy.runtime.cuda import Gpu, driver_library
-from hhdeploy.trt import Log, import_tensorrt
 
 State = Literal["ok", "absent", "problem"]
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hhdeploy.api import Progress
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.store import work_directory
 from hhdeploy.calibration.accuracy import Accuracy, Logits, answers, judge
@@ -23,6 +22,7 @@ from hhdeploy.files.writing import os_errors, sha256_of
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
 from hhdeploy.timing import Paired, paired
+from hhdeploy.verifying.bundles import Progress
 
 if TYPE_CHECKING:
     from hhdeploy.calibration.calibrate import Quantised

@@ -16,12 +16,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import hhdeploy.algebra
-import hhdeploy.api
 import hhdeploy.exporters.fold
 import hhdeploy.exporters.trace
+import hhdeploy.exporting.bundles
 from hhdeploy import Reserve, verify
 from hhdeploy.adapters.format import save_adapter
-from hhdeploy.api import verify_against_torch
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.bundle.manifest import BANK_FILE
@@ -38,8 +37,9 @@ from hhdeploy.errors import (
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import bound
-from hhdeploy.reference import VerifyData, training_time_reference
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.bundles import verify_against_torch
+from hhdeploy.verifying.reference import VerifyData, training_time_reference
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import CLASSES, contents, copy_bundle, flip_byte
 
@@ -142,7 +142,7 @@ def test_random_weights_need_no_checkpoint(workshop, tmp_path, traces):
     adapter = workshop.adapters["alpha"]
     unknown = replace(adapter, config=replace(adapter.config, base_sha256=None))
     save_adapter(unknown, tmp_path / "unknown")
-    from hhdeploy.api import export
+    from hhdeploy.exporting.bundles import export
 
     options = {"pretrained": False, "cache": None, "verify": False, "overwrite": True}
     model = adapter.config.base_model
@@ -267,7 +267,7 @@ def test_a_failing_export_leaves_things_as_they_were(workshop, tmp_path, overwri
     def fail(*arguments, **options):
         raise RuntimeError("in the middle of it")
 
-    monkeypatch.setattr(hhdeploy.api, "_store_report", fail)
+    monkeypatch.setattr(hhdeploy.exporting.bundles, "_store_report", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         workshop.export(target, ("alpha",), overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if overwrite else [])
@@ -302,7 +302,7 @@ def test_options_that_do_not_go_together(workshop, tmp_path, names, options, mes
 
 
 def test_names_and_adapters_that_are_refused(workshop, tmp_path):
-    from hhdeploy.api import export
+    from hhdeploy.exporting.bundles import export
 
     model = workshop.adapters["alpha"].config.base_model
     options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache}
@@ -321,7 +321,7 @@ def test_adapters_that_disagree_on_the_model_s_arguments(workshop, tmp_path):
     args = {**adapter.config.base_model_args, "depth": 3}
     other = replace(adapter, config=replace(adapter.config, base_model_args=args))
     save_adapter(other, tmp_path / "other")
-    from hhdeploy.api import export
+    from hhdeploy.exporting.bundles import export
 
     with pytest.raises(PlanError, match=r"disagree on base_model_args: a: .*; b: .*--model-args"):
         export(

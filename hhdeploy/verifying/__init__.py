@@ -1,0 +1,1 @@
+"""Bundles compared with their hashes and with the training-time model."""
