@@ -27,14 +27,14 @@ from benchmarks.harness import THREADS, report
 from benchmarks.models import adapter_directories, bundle
 from hhdeploy.bundle import Bundle
 from hhdeploy.cli.bench_serve import server_command
+from hhdeploy.loadtest.client import Client
+from hhdeploy.loadtest.drive import Record, drive
+from hhdeploy.loadtest.expected import image_pool
+from hhdeploy.loadtest.process import running_server
+from hhdeploy.loadtest.report import Latencies
+from hhdeploy.loadtest.traffic import Load
+from hhdeploy.loadtest.variants import Task, make_tasks
 from hhdeploy.runtime import open_session
-from hhdeploy.runtime.loadtest.client import Client
-from hhdeploy.runtime.loadtest.drive import Record, drive
-from hhdeploy.runtime.loadtest.expected import image_pool
-from hhdeploy.runtime.loadtest.process import running_server
-from hhdeploy.runtime.loadtest.report import Latencies
-from hhdeploy.runtime.loadtest.traffic import Load
-from hhdeploy.runtime.loadtest.variants import Task, make_tasks
 from hhdeploy.timing import latency
 
 SLOTS, FLEET = 128, 16

@@ -34,14 +34,14 @@ from benchmarks.models import STARTER, bundle, work_directory
 from hhdeploy.cli.bench_serve import server_command
 from hhdeploy.demo import Starter
 from hhdeploy.exporting.bundles import export
+from hhdeploy.loadtest.client import Client, Requests
+from hhdeploy.loadtest.drive import Record, drive
+from hhdeploy.loadtest.expected import image_pool
+from hhdeploy.loadtest.process import running_server
+from hhdeploy.loadtest.traffic import Load
+from hhdeploy.loadtest.variants import Task
 from hhdeploy.runtime import Session, open_session
-from hhdeploy.runtime.loadtest.client import Client, Requests
-from hhdeploy.runtime.loadtest.drive import Record, drive
-from hhdeploy.runtime.loadtest.expected import image_pool
-from hhdeploy.runtime.loadtest.process import running_server
-from hhdeploy.runtime.loadtest.traffic import Load
-from hhdeploy.runtime.loadtest.variants import Task
-from hhdeploy.runtime.serving.http_codec import read_request
+from hhdeploy.runtime.serving.http.codec import read_request
 from hhdeploy.timing import latency
 
 BATCH, CLIENTS, POOL = 8, 24, 16

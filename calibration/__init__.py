@@ -1,0 +1,1 @@
+"""Graphs in low precision from images: data, ranges, Q/DQ graphs, judging, the report."""

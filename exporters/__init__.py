@@ -1,0 +1,1 @@
+"""The build machine: trace, fold, side branches, precision, engines, writing."""

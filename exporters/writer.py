@@ -19,7 +19,7 @@ from hhdeploy.bundle.membership import entry_of
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
-from hhdeploy.exporters.precision import typed_model
+from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
 from hhdeploy.files.tensors import write_tensors
 from hhdeploy.files.writing import copy_directory

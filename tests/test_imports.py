@@ -42,7 +42,7 @@ IMPORT_ALL = """
         importlib.import_module(name)
 """
 # These need the extra `serve` (or `ray`), which brings uvicorn, which brings click.
-SERVER = ("hhdeploy.runtime.serving", "hhdeploy.runtime.loadtest")
+SERVER = ("hhdeploy.runtime.serving", "hhdeploy.loadtest")
 
 
 def test_every_module_of_the_runtime_imports_at_the_edge():
@@ -56,11 +56,11 @@ def test_every_module_of_the_runtime_imports_at_the_edge():
 
 @pytest.mark.parametrize("ray", [True, False])
 def test_the_server_imports_without_the_build_machine_and_without_a_runtime(ray):
-    names = [m for m in modules_of("hhdeploy.runtime") if m.startswith(SERVER)]
-    assert {"hhdeploy.runtime.serving.http", "hhdeploy.runtime.serving.ray_app"} <= set(names)
+    names = [m for package in SERVER for m in modules_of(package)]
+    assert {"hhdeploy.runtime.serving.http.app", "hhdeploy.runtime.serving.ray.app"} <= set(names)
     blocked = set(EDGE) - {"click", "rich", "PIL"}
     if not ray:
-        names, blocked = [m for m in names if ".ray_" not in m], blocked | {"ray"}
+        names, blocked = [m for m in names if ".ray" not in m], blocked | {"ray"}
     done = run_python(IMPORT_ALL, *names, blocked=blocked)
     assert done.returncode == 0, done.stderr
 

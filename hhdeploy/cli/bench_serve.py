@@ -12,8 +12,8 @@ import click
 from hhdeploy.cli import ui
 
 if TYPE_CHECKING:
-    from hhdeploy.runtime.loadtest.report import Latencies, Report
-    from hhdeploy.runtime.loadtest.run import Start
+    from hhdeploy.loadtest.report import Latencies, Report
+    from hhdeploy.loadtest.run import Start
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,8 +106,8 @@ def bench_server(
 
     for module in ("uvicorn", "starlette", "prometheus_client", "aiohttp"):
         require(module, "serve", "hhdeploy bench --serve")
-    from hhdeploy.runtime.loadtest.run import Subject, run_load_test
-    from hhdeploy.runtime.loadtest.traffic import Load
+    from hhdeploy.loadtest.run import Subject, run_load_test
+    from hhdeploy.loadtest.traffic import Load
 
     load = Load(
         requests=options["requests"],

@@ -13,7 +13,7 @@ from hhdeploy.cli import ui
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hhdeploy.calibration.range_check import RangeCheck
+    from hhdeploy.calibration.judging.range_check import RangeCheck
     from hhdeploy.quantising.calibrating import CalibrationResult
 
 _SHOWN = 12
@@ -104,7 +104,7 @@ def command(
     """
     if check is not None:
         ui.refuse_unused(_NOT_CHECKED, "does not go with --check, which calibrates nothing")
-        from hhdeploy.calibration.range_check import check_adapter
+        from hhdeploy.calibration.judging.range_check import check_adapter
 
         with ui.steps(as_json) as step:
             step(f"running images of {check} in float32")

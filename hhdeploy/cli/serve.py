@@ -207,8 +207,8 @@ def _serve_on_ray(context: click.Context) -> None:
 
     require("ray.serve", "ray", "hhdeploy serve --ray")
     from hhdeploy.runtime.serving.logs import log_as_json
-    from hhdeploy.runtime.serving.ray_args import RayArgs
-    from hhdeploy.runtime.serving.ray_run import run_on_ray
+    from hhdeploy.runtime.serving.ray.args import RayArgs
+    from hhdeploy.runtime.serving.ray.run import run_on_ray
     from hhdeploy.runtime.serving.server import Addresses
 
     options = context.params

@@ -163,7 +163,7 @@ def _model_args(
 
 
 def _check_precisions(precisions: Sequence[str]) -> None:
-    from hhdeploy.exporters.precision import PRECISIONS
+    from hhdeploy.exporters.precision.typed import PRECISIONS
 
     for precision in precisions:
         if precision not in PRECISIONS:

@@ -44,7 +44,7 @@ def add_typed_graph(
     purpose = f"making the {precision} graph of {path}"
     require("onnx", "export", purpose)
     ir = require("onnx_ir", "export", purpose)
-    from hhdeploy.exporters.precision import PRECISIONS, typed_model
+    from hhdeploy.exporters.precision.typed import PRECISIONS, typed_model
     from hhdeploy.exporters.writer import save_graph
 
     if precision not in PRECISIONS:

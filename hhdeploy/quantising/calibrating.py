@@ -12,14 +12,14 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, calibration_files
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT
-from hhdeploy.calibration.accuracy import Logits
 from hhdeploy.calibration.data import CalibrationData, Source
-from hhdeploy.calibration.exam import Exam, make_exam
 from hhdeploy.calibration.feeds import Feeder
-from hhdeploy.calibration.findings import Findings
-from hhdeploy.calibration.guard import guard
-from hhdeploy.calibration.pictures import changed_images
-from hhdeploy.calibration.report import report_html
+from hhdeploy.calibration.judging.accuracy import Logits
+from hhdeploy.calibration.judging.exam import Exam, make_exam
+from hhdeploy.calibration.judging.findings import Findings
+from hhdeploy.calibration.judging.guard import guard
+from hhdeploy.calibration.report.page import report_html
+from hhdeploy.calibration.report.pictures import changed_images
 from hhdeploy.calibration.scales_file import write_scales
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ParityError, PlanError, WriteError, require

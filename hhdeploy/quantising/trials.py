@@ -13,10 +13,10 @@ import numpy as np
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.store import work_directory
-from hhdeploy.calibration.accuracy import Accuracy, Logits, answers, judge
 from hhdeploy.calibration.data import CalibrationData
-from hhdeploy.calibration.exam import Exam
-from hhdeploy.calibration.guard import most_sensitive_first
+from hhdeploy.calibration.judging.accuracy import Accuracy, Logits, answers, judge
+from hhdeploy.calibration.judging.exam import Exam
+from hhdeploy.calibration.judging.guard import most_sensitive_first
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.files.writing import os_errors, sha256_of
 from hhdeploy.runtime import Session
@@ -122,8 +122,8 @@ class Trials:
         """Of every site's product, in dB; one that only ever gives zeros has none."""
         import onnx_ir as ir
 
+        from hhdeploy.calibration.judging.sensitivity import site_sqnr
         from hhdeploy.calibration.qdq import FORMATS
-        from hhdeploy.calibration.sensitivity import site_sqnr
         from hhdeploy.calibration.sites import find_sites
 
         self._progress("measuring the signal to noise of every site")
@@ -136,8 +136,8 @@ class Trials:
 
     def most_sensitive_first(self) -> tuple[str, ...]:
         """The sites that are quantised, by what each alone does to the logits."""
+        from hhdeploy.calibration.judging.sensitivity import logits_sqnr
         from hhdeploy.calibration.qdq import FORMATS
-        from hhdeploy.calibration.sensitivity import logits_sqnr
 
         self._progress("measuring what every site alone does to the logits")
         names = tuple(self._found.sites)

@@ -282,7 +282,7 @@ def _twin(bundle: Bundle, precision: str, path: Path) -> Bundle:
         require(package, "export", f"verifying a {precision} graph (by its rounding twin)")
     import onnx_ir as ir
 
-    from hhdeploy.exporters.precision import rounding_twin
+    from hhdeploy.exporters.precision.typed import rounding_twin
     from hhdeploy.exporters.writer import save_graph
 
     bundle.graph(precision)  # it must be there, and be what was exported

@@ -30,7 +30,7 @@ def find_overflow(
     import onnx_ir as ir
 
     from hhdeploy.calibration.probe import CpuSession
-    from hhdeploy.exporters.overflow import watched
+    from hhdeploy.exporters.precision.overflow import watched
 
     path = twin.graph("float32")
     model, peaks = watched(ir.load(path))

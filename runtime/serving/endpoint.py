@@ -24,7 +24,7 @@ from hhdeploy.runtime.serving.errors import (
     TooLargeError,
     UnauthorizedError,
 )
-from hhdeploy.runtime.serving.fleet import Fleet
+from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
 from hhdeploy.runtime.serving.outputs import LABELS, LOGITS, PROBABILITIES
 from hhdeploy.runtime.serving.service import ADAPTERS, IMAGES, VERSION, Service

@@ -16,9 +16,9 @@ import uvicorn
 
 from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
-from hhdeploy.runtime.serving.grpc_server import GrpcServer, start_grpc
-from hhdeploy.runtime.serving.http import http_app
-from hhdeploy.runtime.serving.http_protocol import bounded_protocol
+from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
+from hhdeploy.runtime.serving.http.app import http_app
+from hhdeploy.runtime.serving.http.protocol import bounded_protocol
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 

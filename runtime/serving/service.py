@@ -34,7 +34,7 @@ from hhdeploy.runtime.serving.errors import (
     RequestError,
     TimedOutError,
 )
-from hhdeploy.runtime.serving.fleet import Fleet
+from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.images import decode_image
 from hhdeploy.runtime.serving.messages import (
     BYTES,

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from hhdeploy.calibration.accuracy import Accuracy, TaskAccuracy, answers, judge
-from hhdeploy.calibration.exam import Question
+from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy, answers, judge
+from hhdeploy.calibration.judging.exam import Question
 
 
 def question(adapter, truth, value=0.0):

@@ -10,7 +10,7 @@ import pytest
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData
-from hhdeploy.calibration.exam import make_exam
+from hhdeploy.calibration.judging.exam import make_exam
 from hhdeploy.preprocess import open_image
 from tests.calibration.conftest import write_pictures
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hhdeploy.calibration.guard import guard, most_sensitive_first
+from hhdeploy.calibration.judging.guard import guard, most_sensitive_first
 from hhdeploy.errors import ParityError
 
 SITES = tuple(f"blocks.{i}.mlp.fc1" for i in range(37))

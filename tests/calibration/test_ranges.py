@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from hhdeploy.calibration.judging.sensitivity import logits_sqnr, site_sqnr
 from hhdeploy.calibration.probe import CpuSession, Probe
 from hhdeploy.calibration.qdq import FORMATS
 from hhdeploy.calibration.ranges import range_excess
-from hhdeploy.calibration.sensitivity import logits_sqnr, site_sqnr
 from hhdeploy.errors import BundleError, DeviceError
 
 SITE = "blocks.1.mlp.fc1"

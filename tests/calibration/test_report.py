@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.calibration.accuracy import Accuracy, TaskAccuracy
 from hhdeploy.calibration.calibrate import Quantised, SiteInfo
-from hhdeploy.calibration.exam import Exam
-from hhdeploy.calibration.findings import Answer, Changed, Findings
-from hhdeploy.calibration.guard import Guarded, Trial
-from hhdeploy.calibration.markup import tag
-from hhdeploy.calibration.pictures import png_of
-from hhdeploy.calibration.plots import split_site
-from hhdeploy.calibration.report import report_html
+from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy
+from hhdeploy.calibration.judging.exam import Exam
+from hhdeploy.calibration.judging.findings import Answer, Changed, Findings
+from hhdeploy.calibration.judging.guard import Guarded, Trial
+from hhdeploy.calibration.report.markup import tag
+from hhdeploy.calibration.report.page import report_html
+from hhdeploy.calibration.report.pictures import png_of
+from hhdeploy.calibration.report.plots import split_site
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.timing import Latency, Paired

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from hhdeploy.runtime.loadtest import process, run
+from hhdeploy.loadtest import process, run
 from tests.workshop import contents
 
 SMALL = (

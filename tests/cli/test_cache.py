@@ -11,9 +11,9 @@ from PIL import Image
 
 from hhdeploy.errors import SessionError
 from hhdeploy.files.caches import KINDS, entry_at, key_of
+from hhdeploy.loadtest import run
 from hhdeploy.runtime import session
-from hhdeploy.runtime.loadtest import run
-from hhdeploy.runtime.serving.ray_args import RayArgs
+from hhdeploy.runtime.serving.ray.args import RayArgs
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.inserter import Inserter
-from hhdeploy.exporters.precision import PRECISIONS, typed_model
+from hhdeploy.exporters.precision.typed import PRECISIONS, typed_model
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from tests.exporters.synthetic import random

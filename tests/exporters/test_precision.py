@@ -16,7 +16,7 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
-from hhdeploy.exporters.precision import (
+from hhdeploy.exporters.precision.typed import (
     ISLANDS,
     PRECISION_TAG,
     PRECISIONS,

@@ -17,7 +17,7 @@ import pytest
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.demo import Starter
-from hhdeploy.exporters.precision import ISLANDS, rounding_twin
+from hhdeploy.exporters.precision.typed import ISLANDS, rounding_twin
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import Comparison, bound, compare

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hhdeploy.cli.bench_serve import server_command
-from hhdeploy.runtime.loadtest.report import Report
-from hhdeploy.runtime.loadtest.run import Start, Subject, run_load_test
-from hhdeploy.runtime.loadtest.traffic import Load
+from hhdeploy.loadtest.report import Report
+from hhdeploy.loadtest.run import Start, Subject, run_load_test
+from hhdeploy.loadtest.traffic import Load
 from tests.gpu.opening import open_on
 from tests.gpu.scale import DRY, SCALE
 from tests.gpu.wants import need

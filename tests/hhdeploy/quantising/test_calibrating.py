@@ -13,7 +13,7 @@ from PIL import Image
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData
-from hhdeploy.calibration.range_check import check_adapter
+from hhdeploy.calibration.judging.range_check import check_adapter
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError, DataError, ParityError, PlanError, WriteError
 from hhdeploy.files.writing import sha256_of

@@ -17,8 +17,8 @@ from hhdeploy.backbones.timm import base_sha256
 from hhdeploy.bundle import Bundle
 from hhdeploy.cli import main
 from hhdeploy.errors import ParityError
-from hhdeploy.exporters.overflow import Peak, watched
-from hhdeploy.exporters.precision import rounding_twin
+from hhdeploy.exporters.precision.overflow import Peak, watched
+from hhdeploy.exporters.precision.typed import rounding_twin
 from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying import reference

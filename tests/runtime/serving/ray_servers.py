@@ -20,8 +20,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from hhdeploy.runtime.serving.messages import FP32, InferRequest, Tensor
 from hhdeploy.runtime.serving.outputs import LOGITS
-from hhdeploy.runtime.serving.ray_app import RayArgs, application
-from hhdeploy.runtime.serving.ray_run import APP, free_port
+from hhdeploy.runtime.serving.ray.app import RayArgs, application
+from hhdeploy.runtime.serving.ray.run import APP, free_port
 from hhdeploy.runtime.serving.service import IMAGES
 from tests.runtime.serving.servers import Server
 

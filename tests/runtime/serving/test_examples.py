@@ -90,7 +90,7 @@ def test_ray_takes_the_file_and_the_application_its_arguments(tmp_path):
     pytest.importorskip("ray.serve", reason="needs the package 'ray'")
     from ray.serve.schema import ServeDeploySchema
 
-    from hhdeploy.runtime.serving.ray_app import RayArgs, application
+    from hhdeploy.runtime.serving.ray.app import RayArgs, application
 
     (content,) = documents("ray.yaml")
     schema = ServeDeploySchema.model_validate(content)

@@ -17,14 +17,13 @@ import pytest
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.errors import HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
-from hhdeploy.runtime.serving import fleet
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     ForbiddenError,
     NotFoundError,
     RequestError,
 )
-from hhdeploy.runtime.serving.fleet import Fleet
+from hhdeploy.runtime.serving.fleet.fleet import Fleet, fleet
 from tests.runtime.serving.fleets import (
     PATIENCE,
     check_at_rest,

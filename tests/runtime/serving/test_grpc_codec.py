@@ -8,7 +8,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import serialize_byte_tensor
 
 from hhdeploy.runtime.serving.errors import RequestError
-from hhdeploy.runtime.serving.grpc_codec import read_request, write_response
+from hhdeploy.runtime.serving.grpc.codec import read_request, write_response
 from hhdeploy.runtime.serving.messages import DTYPES, InferResponse, Tensor, Wanted, bytes_array
 
 TYPED = {

@@ -18,7 +18,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
 from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.errors import AdapterError, DeviceError
 from hhdeploy.runtime.serving import errors
-from hhdeploy.runtime.serving.grpc_server import start_grpc
+from hhdeploy.runtime.serving.grpc.server import start_grpc
 from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
 from hhdeploy.runtime.serving.server import Addresses, serve
 from hhdeploy.runtime.serving.service import Service

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
-from hhdeploy.runtime.serving.http_codec import (
+from hhdeploy.runtime.serving.http.codec import (
     decompressed,
     json_bytes,
     read_object,

@@ -16,7 +16,7 @@ import pytest
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.errors import RequestError
-from hhdeploy.runtime.serving.http_codec import read_request
+from hhdeploy.runtime.serving.http.codec import read_request
 from hhdeploy.runtime.serving.metrics import latency_ms
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -230,7 +230,7 @@ def test_the_files_are_installed_with_the_package(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     code = """
-import hhdeploy.runtime.serving.page as page
+import hhdeploy.runtime.serving.http.page as page
 from importlib.resources import files
 print(page.__file__)
 for name, _ in page._FILES.values():

@@ -23,14 +23,14 @@ from pydantic import ValidationError
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from hhdeploy.runtime.serving import ray_registry
-from hhdeploy.runtime.serving.ray_args import RayArgs
-from hhdeploy.runtime.serving.ray_calls import answered, ask
-from hhdeploy.runtime.serving.ray_endpoint import RayEndpoint, named_adapter
-from hhdeploy.runtime.serving.ray_merge import merged_metrics, merged_status, summed
-from hhdeploy.runtime.serving.ray_registry import Change, Registry
-from hhdeploy.runtime.serving.ray_replica import Replica
-from hhdeploy.runtime.serving.ray_router import AdapterRouter
+from hhdeploy.runtime.serving.ray import registry as ray_registry
+from hhdeploy.runtime.serving.ray.args import RayArgs
+from hhdeploy.runtime.serving.ray.calls import answered, ask
+from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint, named_adapter
+from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
+from hhdeploy.runtime.serving.ray.registry import Change, Registry
+from hhdeploy.runtime.serving.ray.replica import Replica
+from hhdeploy.runtime.serving.ray.router import AdapterRouter
 from hhdeploy.runtime.serving.settings import Limits, ServeSettings
 
 PATIENCE_SECONDS = 60

@@ -1,0 +1,1 @@
+"""The HTML report of a calibration: one file that opens anywhere."""

@@ -1,0 +1,1 @@
+"""Graphs of lower precision: typed, their rounding twins, and what overflows."""

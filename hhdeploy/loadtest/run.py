@@ -1,0 +1,134 @@
+"""A load test, from a bundle to a report."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.loadtest.client import Client
+from hhdeploy.loadtest.drive import Record, drive
+from hhdeploy.loadtest.expected import expect, image_pool, parity_bound
+from hhdeploy.loadtest.process import running_server
+from hhdeploy.loadtest.report import Report, make_report
+from hhdeploy.loadtest.traffic import Load, zipf_shares
+from hhdeploy.loadtest.variants import make_tasks
+from hhdeploy.runtime.backends import find_target
+from hhdeploy.runtime.session import open_bundle
+
+# Images that requests choose from.
+_POOL = 16
+# The server gives a request up earlier.
+_CLIENT_SECONDS = 60.0
+_MODEL = "bundle"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tested.
+
+    Attributes:
+        bundle: only read.
+        adapters: of the fleet.
+        device, precision, threads: see `open_session`.
+    """
+
+    bundle: Path
+    adapters: int
+    device: str = "auto"
+    precision: str = "float32"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a command that starts a server needs to know.
+
+    Attributes:
+        fleet: its directory of adapters.
+        token_file: what loading adapters needs.
+        model: name of the bundle in the protocol.
+        device: the one that gave the expected logits.
+    """
+
+    fleet: Path
+    token_file: Path
+    model: str
+    device: str
+
+
+def run_load_test(
+    subject: Subject,
+    load: Load,
+    command: Callable[[Start], Sequence[str]],
+    step: Callable[[str], None],
+    phase: Callable[[str, int, int], None],
+) -> Report:
+    """Make a fleet, compute what it must say, start a server, ask it, stop it, judge.
+
+    Args:
+        subject: what is tested.
+        load: how much is asked of it.
+        command: the command line of the server.
+        step: told what is being done.
+        phase: told how far it is: what, done, of all.
+
+    Raises:
+        HhdeployError: the bundle cannot be tested, or the server does not start.
+    """
+    bundle = Bundle.open(subject.bundle)
+    device = find_target(bundle.manifest, subject.device, subject.precision).device
+    bound = parity_bound(device, subject.precision)
+    with tempfile.TemporaryDirectory(prefix="hhdeploy-load-") as scratch:
+        root = Path(scratch)
+        start = Start(root / "fleet", root / "token", _MODEL, device)
+        start.fleet.mkdir()
+        token = _write_token(start.token_file)
+        step(f"a fleet of {subject.adapters} adapters: the bundle's own, and variants of them")
+        tasks = make_tasks(bundle, subject.adapters, load.seed, start.fleet, root / "versions")
+        pool = image_pool(_POOL, bundle.manifest.input_size, load.seed)
+        step("what each version of each must say, from a session without a server")
+        with open_bundle(
+            bundle,
+            device=device,
+            precision=subject.precision,
+            threads=subject.threads,
+            partial=True,
+        ) as session:
+            expected = expect(session, tasks, pool, bound, _phase(phase, "adapters"))
+        step("starting the server")
+        with running_server(command(start), root / "log") as server:
+            step(f"{load.requests} requests to {server.url}")
+            shares = zipf_shares(len(tasks), load.skew, load.seed)
+
+            async def ask() -> Record:
+                async with Client(
+                    server.url,
+                    _MODEL,
+                    token,
+                    # Changes do not wait for the requests' connections.
+                    connections=load.clients + len(tasks),
+                    seconds=_CLIENT_SECONDS,
+                ) as client:
+                    progress = _phase(phase, "requests")
+                    return await drive(client, load, tasks, pool, shares, progress)
+
+            record = asyncio.run(ask())
+        step("comparing the answers")
+        return make_report(record, expected, server.code, _phase(phase, "answers"))
+
+
+def _phase(phase: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:
+    return lambda done, total: phase(name, done, total)
+
+
+def _write_token(path: Path) -> str:
+    token = secrets.token_hex(32)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
+        stream.write(token)
+    return token

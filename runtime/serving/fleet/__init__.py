@@ -1,0 +1,1 @@
+"""Adapters by name: rows, folders, and what is known of each."""

@@ -1,0 +1,63 @@
+"""What a fleet knows of its adapters, and what it tells of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from hhdeploy.bundle.manifest import AdapterEntry
+from hhdeploy.runtime.serving.fleet.folders import Source
+
+State = Literal["ready", "on disk", "broken", "unloaded"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """An adapter that the fleet can name.
+
+    Attributes:
+        source: its folder, when it was last looked at.
+        problem: why it cannot be loaded; "" if nothing is known against it.
+        unloaded: taken out by `Fleet.unload`, until it is loaded again.
+    """
+
+    source: Source
+    problem: str = ""
+    unloaded: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an operator wants to know of one adapter."""
+
+    name: str
+    state: State
+    problem: str
+    pinned: bool
+    entry: AdapterEntry | None
+
+    @property
+    def answers(self) -> bool:
+        """Whether requests may name it."""
+        return self.state in ("ready", "on disk")
+
+
+@dataclass
+class Counters:
+    """What happened since the start; ``loaded`` is called with the seconds of every load."""
+
+    failures: int = 0
+    evictions: int = 0
+    loaded: Callable[[float], None] = lambda seconds: None
+
+
+def in_doubt(known: Known | None, found: Source | None) -> bool:
+    """True if what a look found may be half of a replacement: a folder or a file is not there.
+
+    A folder that is replaced by two renames, or written file by file, looks like that for a
+    moment. ``found`` None: no folder; one of the bundle: none in the fleet directory any more.
+    """
+    if found is None or not found.whole:
+        return True
+    return found.bundled and known is not None and not known.source.bundled

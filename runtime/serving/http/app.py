@@ -1,0 +1,254 @@
+"""The HTTP side: Open Inference Protocol v2, metrics, and the page, on Starlette.
+
+    GET  /v2   /v2/health/live   /v2/health/ready
+    GET  /v2/models/M [/versions/1]            metadata        .../ready   .../config   .../stats
+    POST /v2/models/M [/versions/1] /infer     inference
+    POST /v2/repository/index                  adapters and their states
+    POST /v2/repository/models/A/load          with --allow-adapter-loading and the token only
+    POST /v2/repository/models/A/unload
+    GET  /metrics   /   /status
+
+M is the bundle's name or an adapter's, A an adapter's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.endpoint import (
+    Endpoint,
+    check_token,
+    model_config,
+    read_upload,
+    server_metadata,
+)
+from hhdeploy.runtime.serving.errors import (
+    FailedError,
+    ForbiddenError,
+    RequestError,
+    TimedOutError,
+)
+from hhdeploy.runtime.serving.http.body import Bodies
+from hhdeploy.runtime.serving.http.codec import (
+    HEADER_LENGTH,
+    json_bytes,
+    read_object,
+    read_request,
+    write_response,
+)
+from hhdeploy.runtime.serving.http.page import Handler, page_routes
+
+_LOG = logging.getLogger("hhdeploy.serve.http")
+# Of a request that says little, e.g. to unload an adapter.
+_SMALL_BYTES = 1 << 20
+# Of an error's text, which may quote an adapter's configuration.
+_MOST_TEXT = 4000
+
+
+def http_app(endpoint: Endpoint, hosts: Collection[str] | None = None) -> Starlette:
+    """The application; what answers is started and stopped by whoever serves it.
+
+    Args:
+        endpoint: what answers.
+        hosts: names that requests may call the server, without ports; None: any.
+    """
+    limits = endpoint.settings.limits
+    bodies = Bodies(limits.bodies_bytes)
+
+    async def infer(request: Request) -> Response:
+        async with bodies.read(request, limits.body_bytes) as body:
+            message = read_request(
+                request.path_params["model"],
+                request.path_params.get("version", ""),
+                body,
+                request.headers.get(HEADER_LENGTH),
+            )
+            response = await _while_connected(request, endpoint.infer(message))
+        content, json_length = write_response(response, {w.name: w for w in message.outputs})
+        headers = {}
+        if json_length is not None:
+            headers[HEADER_LENGTH] = str(json_length)
+        kind = "application/octet-stream" if json_length is not None else "application/json"
+        return Response(content, media_type=kind, headers=headers)
+
+    async def live(request: Request) -> Response:
+        return Response(status_code=200)
+
+    async def ready(request: Request) -> Response:
+        return Response(status_code=200 if await endpoint.ready() else 503)
+
+    async def server(request: Request) -> Response:
+        return _json(server_metadata())
+
+    async def metadata(request: Request) -> Response:
+        return _json(await endpoint.model_metadata(**request.path_params))
+
+    async def model_ready(request: Request) -> Response:
+        there = await endpoint.model_ready(**request.path_params)
+        return Response(status_code=200 if there else 503)
+
+    async def config(request: Request) -> Response:
+        return _json(model_config(await endpoint.model_metadata(**request.path_params)))
+
+    async def stats(request: Request) -> Response:
+        return _json(await endpoint.model_statistics(**request.path_params))
+
+    async def index(request: Request) -> Response:
+        async with bodies.read(request, _SMALL_BYTES) as body:
+            content = read_object(body)
+        return _json(await endpoint.repository_index(bool(content.get("ready", False))))
+
+    async def load(request: Request) -> Response:
+        check_token(endpoint.settings, request.headers.get("authorization"))
+        # An uploaded file travels as base64, which is a third longer.
+        most = limits.adapter_bytes // 3 * 4 + _SMALL_BYTES
+        async with bodies.read(request, most) as body:
+            parameters = read_object(body).get("parameters", {})
+            if not isinstance(parameters, dict):
+                raise RequestError("parameters: expected an object.")
+            upload = read_upload(parameters, limits.adapter_bytes)
+            await endpoint.load_adapter(request.path_params["adapter"], upload)
+        return Response(status_code=200)
+
+    async def unload(request: Request) -> Response:
+        check_token(endpoint.settings, request.headers.get("authorization"))
+        async with bodies.read(request, _SMALL_BYTES):
+            pass
+        await endpoint.unload_adapter(request.path_params["adapter"])
+        return Response(status_code=200)
+
+    async def metrics(request: Request) -> Response:
+        content, kind = await endpoint.metrics()
+        return Response(content, headers={"content-type": kind})
+
+    def guarded(handler: Handler) -> Handler:
+        return _guarded(handler, limits.request_seconds, hosts)
+
+    routes: list[BaseRoute] = [
+        Route("/v2", guarded(server)),
+        Route("/v2/health/live", guarded(live)),
+        Route("/v2/health/ready", guarded(ready)),
+        Route("/v2/repository/index", guarded(index), methods=["POST"]),
+        Route("/v2/repository/models/{adapter}/load", guarded(load), methods=["POST"]),
+        Route("/v2/repository/models/{adapter}/unload", guarded(unload), methods=["POST"]),
+        Route("/metrics", guarded(metrics)),
+        *page_routes(endpoint, guarded),
+    ]
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        routes += [
+            Route(model, guarded(metadata)),
+            Route(f"{model}/ready", guarded(model_ready)),
+            Route(f"{model}/config", guarded(config)),
+            Route(f"{model}/stats", guarded(stats)),
+            Route(f"{model}/infer", guarded(infer), methods=["POST"]),
+        ]
+    app = Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing})
+    app.router.redirect_slashes = False  # a redirect would quote the request's Host
+    return app
+
+
+def _guarded(handler: Handler, limit: float, hosts: Collection[str] | None) -> Handler:
+    """Errors as the protocol has them, and one line in the log for each request."""
+
+    async def guarded(request: Request) -> Response:
+        begin = time.perf_counter()
+        try:
+            _check_host(request.headers.get("host", ""), hosts)
+            # The body's bytes may come as slowly as the client likes: its time counts too.
+            response = await asyncio.wait_for(handler(request), limit)
+        except asyncio.TimeoutError:
+            response = error_response(TimedOutError(f"not answered within {limit:g} s."))
+        except HhdeployError as error:
+            response = error_response(error)
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody reads it; the log shows it
+        except Exception:  # noqa: BLE001 - a bug: logged, and the client is told so
+            _LOG.exception("request failed", extra={"path": request.scope["path"][:200]})
+            response = error_response(FailedError("internal error; the server's log has more."))
+        level = logging.INFO if request.method == "POST" else logging.DEBUG
+        if _LOG.isEnabledFor(level):
+            _LOG.log(
+                level,
+                "request",
+                extra={
+                    "method": request.method,
+                    "path": request.scope["path"][:200],
+                    "status": response.status_code,
+                    "ms": round(1e3 * (time.perf_counter() - begin), 3),
+                },
+            )
+        return response
+
+    return guarded
+
+
+def _check_host(host: str, hosts: Collection[str] | None) -> None:
+    """Refuse a page whose name was pointed at this machine: its requests have its name."""
+    if hosts is None:
+        return
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if name not in hosts:
+        raise ForbiddenError(
+            f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
+            "can allow another with --allowed-host."
+        )
+
+
+def error_response(error: HhdeployError) -> Response:
+    """``{"error": message}`` with the status that says the same."""
+    status = error.status if isinstance(error, RequestError) else 400
+    text = str(error)
+    if len(text) > _MOST_TEXT:
+        text = f"{text[: _MOST_TEXT - 3]}..."
+    response = _json({"error": text}, status)
+    if status == 429:
+        response.headers["retry-after"] = "1"
+    return response
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    status = int(getattr(error, "status_code", 404))
+    known = "see /v2, /v2/models/M, /v2/models/M/infer, /v2/repository/index, /metrics"
+    path = request.scope["path"][:200]
+    response = _json({"error": f"{request.method} {path!r}: expected another; {known}."}, status)
+    response.headers.update(getattr(error, "headers", None) or {})  # Allow
+    return response
+
+
+async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of ``work``, which is cancelled if the client leaves first."""
+    task = asyncio.ensure_future(work)
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.ensure_future(left())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if task.cancelled() and watcher.done():
+            raise ClientDisconnect from None
+        task.cancel()
+        raise
+    finally:
+        watcher.cancel()
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(json_bytes(content), status, media_type="application/json")

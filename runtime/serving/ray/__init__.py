@@ -1,0 +1,1 @@
+"""The same service in replicas of Ray Serve."""

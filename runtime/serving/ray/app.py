@@ -1,0 +1,145 @@
+"""The server on several replicas: an application of Ray Serve.
+
+    client ── HTTP ── Ray's proxy ── Ingress ──┬── Replica    a session, a fleet, a queue each
+                                               ├── Replica
+                                     Registry ─┘              what was loaded and unloaded
+
+An ingress is the HTTP side (`http_app`, with all its limits) of an endpoint that calls replicas.
+There may be several; they keep nothing. `application` is what ``serve deploy`` and
+``hhdeploy serve --ray`` run.
+
+Routing. `AdapterRouter` prefers replicas that have a request's adapter in a row. Every replica
+can answer for every adapter.
+
+Dying replicas. Requests of a replica that dies are asked again on another one until the request's
+time is up: inference changes nothing. Ray Serve starts a replica in its place.
+
+Adapters. The fleet directory is one directory for all replicas: on several machines, a file system
+that they share, in which a finished write is seen at once. An upload is written there by one
+replica, which checks it first; then `Registry.change` has every replica read it. Load and unload go
+the same way. "Loaded" means that every replica that answers has the new adapter; one that starts
+later finds it on disk, and is told what was unloaded before it is ready.
+
+    an adapter is wrong       the first replica refuses it; nothing has changed
+    a replica dies            the others are waited for; the one in its place starts as above
+    some replicas cannot do   500 that says so: the others answer with the new adapter. Mostly the
+    what the first could      directory is not shared. Load again once it is
+    time is up, or the        the change may have reached some replicas, and goes on to the
+    ingress dies              others. Load again. (Other requests of that ingress: 500, ask again)
+    the registry dies         requests are answered as before. Loading waits for the next registry,
+                              which asks the replicas what it must know
+    everything is stopped     what was unloaded is forgotten, as with one server
+    a file is changed on      each replica sees it when it looks (--watch-seconds), at its own time
+    disk
+
+Numbers. ``/metrics`` has each replica's samples, labelled with its name, so that a restart is a
+new series and not a counter that falls; `status` adds them up. The ingress' own are Ray Serve's.
+
+gRPC is left out: Ray's gRPC proxy listens on all addresses whatever it is told, and takes messages
+of any size.
+
+    ray_args      what the operator chose        ray_endpoint  what an ingress asks the replicas
+    ray_replica   one session of many            ray_calls     one call, made again where need be
+    ray_registry  the state they share           ray_merge     the numbers of all of them
+    ray_router    which replica is asked         ray_run       the command
+"""
+
+# No postponed annotations here: Ray reads that of `application` to check and convert its argument.
+
+import logging
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from starlette.applications import Starlette
+
+from hhdeploy.runtime.serving.http.app import http_app
+from hhdeploy.runtime.serving.logs import log_as_json
+from hhdeploy.runtime.serving.ray.args import RayArgs
+from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint
+from hhdeploy.runtime.serving.ray.registry import INGRESS, REGISTRY, REPLICA, Registry
+from hhdeploy.runtime.serving.ray.replica import Replica
+from hhdeploy.runtime.serving.ray.router import AdapterRouter
+from hhdeploy.runtime.serving.server import hosts_of
+
+_LOG = logging.getLogger("hhdeploy.serve.ray")
+# Requests and questions at the same time of what waits rather than computes.
+_MANY = 4096
+# A replica that died is found within this time.
+_LOOK_SECONDS = 2.0
+# What is in its rows is told that often.
+_ROWS_SECONDS = 2.0
+# A bundle that cannot be opened will not open the tenth time.
+_TRIES = 3
+
+
+class Ingress:
+    """The HTTP side over an endpoint of replicas. A deployment of Ray Serve."""
+
+    def __init__(self, args: RayArgs, replicas: Any, registry: Any) -> None:
+        """``replicas``, ``registry``: handles of those deployments."""
+        log_as_json(args.log_level, "hhdeploy")
+        settings = args.settings(with_token=True)
+        self._endpoint = RayEndpoint(settings, replicas, registry)
+        self._hosts = hosts_of(args.host, settings)
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """The application that Ray Serve hands requests to."""
+        return http_app(self._endpoint, self._hosts)
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait until everything that was taken is answered."""
+        await self._endpoint.drain()
+
+
+def application(args: RayArgs) -> Application:
+    """The application, as ``import_path: hhdeploy.runtime.serving.ray.app:application`` names it.
+
+    Raises:
+        PlanError: options that do not go together, or no token in the file.
+    """
+    drain_seconds = args.settings(with_token=True).limits.request_seconds
+    registry = _bound(
+        Registry,
+        REGISTRY,
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=0.0,  # it keeps nothing that is lost
+    )
+    replicas = _bound(
+        Replica,
+        REPLICA,
+        args,
+        registry,
+        num_replicas=args.replicas,
+        ray_actor_options={"num_cpus": 1, "num_gpus": args.gpus},
+        # One batch that runs and one that waits for each context; the rest waits in the ingress,
+        # from where it can still go to any replica.
+        max_ongoing_requests=(args.contexts + 1) * args.max_batch,
+        max_queued_requests=args.max_queue,
+        graceful_shutdown_timeout_s=drain_seconds,
+        request_router_config={
+            "request_router_class": AdapterRouter,
+            "request_routing_stats_period_s": _ROWS_SECONDS,
+        },
+    )
+    app: Application = _bound(
+        serve.ingress()(Ingress),
+        INGRESS,
+        args,
+        replicas,
+        registry,
+        num_replicas=args.ingresses,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MANY,
+        graceful_shutdown_timeout_s=drain_seconds,
+    )
+    return app
+
+
+def _bound(what: type, name: str, *arguments: object, **options: Any) -> Any:
+    """A class as a deployment, with what its constructor gets."""
+    deployment: Any = serve.deployment(
+        name=name, health_check_period_s=_LOOK_SECONDS, max_constructor_retry_count=_TRIES
+    )
+    return deployment(what).options(**options).bind(*arguments)

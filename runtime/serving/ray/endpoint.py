@@ -1,0 +1,136 @@
+"""An endpoint of many replicas: what the ingress asks them, and makes of their answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from hhdeploy.runtime.serving.endpoint import Upload
+from hhdeploy.runtime.serving.errors import RequestError, StoppingError, TimedOutError
+from hhdeploy.runtime.serving.messages import BYTES, InferRequest, InferResponse
+from hhdeploy.runtime.serving.ray.calls import answered, ask
+from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
+from hhdeploy.runtime.serving.service import ADAPTERS, seconds_of
+from hhdeploy.runtime.serving.settings import ServeSettings
+
+# For a replica that is busy to say that it is ready.
+_READY_SECONDS = 5.0
+
+
+class RayEndpoint:
+    """An `Endpoint` that calls replicas through Ray Serve's handles.
+
+    A call on a replica that dies is made again on another one, within the request's time limit:
+    inference changes nothing, and loading twice is loading.
+    """
+
+    def __init__(self, settings: ServeSettings, replicas: Any, registry: Any) -> None:
+        """``replicas``, ``registry``: handles of the deployments of that name."""
+        self._settings = settings
+        self._replicas = replicas
+        self._registry = registry
+        self._stopping = False
+        self._taken: set[asyncio.Future[Any]] = set()
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait until everything that was taken is answered."""
+        self._stopping = True
+        if self._taken:
+            await asyncio.wait(self._taken)
+
+    @property
+    def settings(self) -> ServeSettings:
+        """See `Endpoint.settings`."""
+        return self._settings
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """See `Endpoint.infer`."""
+        seconds = seconds_of(request, self._settings.limits.request_seconds)
+        adapter = named_adapter(request, self._settings.model_name)
+        method = self._replicas.options(method_name="infer", multiplexed_model_id=adapter)
+        response: InferResponse = await self._within(ask(method, request), seconds)
+        return response
+
+    async def ready(self) -> bool:
+        """See `Endpoint.ready`."""
+        try:
+            return bool(await self._within(ask(self._replicas.ready), _READY_SECONDS))
+        except RequestError:
+            return False
+
+    async def model_ready(self, model: str, version: str = "") -> bool:
+        """See `Endpoint.model_ready`."""
+        return bool(await self._one("model_ready", model, version))
+
+    async def model_metadata(self, model: str, version: str = "") -> dict[str, Any]:
+        """See `Endpoint.model_metadata`."""
+        found: dict[str, Any] = await self._one("model_metadata", model, version)
+        return found
+
+    async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
+        """See `Endpoint.model_statistics`: of all replicas together."""
+        found: dict[str, Any] = summed(await self._all("model_statistics", model, version))
+        return found
+
+    async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
+        """See `Endpoint.repository_index`."""
+        found: list[dict[str, str]] = await self._one("repository_index", ready_only)
+        return found
+
+    async def load_adapter(self, name: str, upload: Upload | None) -> None:
+        """See `Endpoint.load_adapter`: every replica answers with it afterwards."""
+        await self._within(ask(self._registry.change, name, upload, False))
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Endpoint.unload_adapter`: no replica answers for it afterwards."""
+        await self._within(ask(self._registry.change, name, None, True))
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """See `Endpoint.metrics`: each replica's, with a label of its name."""
+        return merged_metrics(dict(await self._all("named_metrics"))), CONTENT_TYPE_LATEST
+
+    async def status(self) -> dict[str, Any]:
+        """See `Endpoint.status`: see `merged_status`."""
+        return merged_status(await self._all("status"))
+
+    async def _one(self, method: str, *arguments: object) -> Any:
+        return await self._within(ask(getattr(self._replicas, method), *arguments))
+
+    async def _all(self, method: str, *arguments: object) -> list[Any]:
+        """What each replica answers; one that dies meanwhile is left out."""
+        try:
+            call = self._replicas.broadcast(method, *arguments)
+            answers = await self._within(call.results_async(return_exceptions=True))
+        except DeploymentUnavailableError:
+            answers = []
+        return answered(answers)
+
+    async def _within(self, work: Awaitable[Any], seconds: float | None = None) -> Any:
+        """``work``, within the request's time limit, whatever happens to replicas."""
+        seconds = self._settings.limits.request_seconds if seconds is None else seconds
+        task = asyncio.ensure_future(work)
+        if self._stopping:
+            task.cancel()
+            raise StoppingError("the server is shutting down.")
+        self._taken.add(task)
+        task.add_done_callback(self._taken.discard)
+        try:
+            return await asyncio.wait_for(task, seconds)
+        except asyncio.TimeoutError:
+            raise TimedOutError(f"not answered within {seconds:g} s.") from None
+
+
+def named_adapter(request: InferRequest, bundle: str) -> str:
+    """The one adapter that a request names, however it does; "" for none or several."""
+    if request.model != bundle:
+        return request.model
+    tensor = request.inputs.get(ADAPTERS)
+    if tensor is not None and tensor.datatype == BYTES:
+        several = set(tensor.array.reshape(-1))
+        return several.pop().decode("utf-8", "replace") if len(several) == 1 else ""
+    name = request.parameters.get("adapter", "")
+    return name if isinstance(name, str) else ""

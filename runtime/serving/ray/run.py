@@ -1,0 +1,147 @@
+"""`hhdeploy serve --ray`: the application on a cluster, until a signal stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
+
+from hhdeploy.errors import DeviceError, PlanError
+from hhdeploy.runtime.serving.ray.app import application
+from hhdeploy.runtime.serving.ray.args import RayArgs
+from hhdeploy.runtime.serving.ray.registry import INGRESS
+from hhdeploy.runtime.serving.server import Addresses
+
+_LOG = logging.getLogger("hhdeploy.serve.ray")
+APP: Final = "hhdeploy"
+_NO_GPU: Final = ("cpu", "openvino")
+# What requests and uploads travel through, of a cluster that is started here.
+_STORE_BYTES = 512 << 20
+# For Ray Serve beyond the requests that are answered.
+_GRACE_SECONDS = 5.0
+
+
+def run_on_ray(args: RayArgs, *, http_port: int, announce: Callable[[Addresses], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what was taken, and stop.
+
+    On the cluster that RAY_ADDRESS names, else on one of this machine that ends with the server.
+
+    Args:
+        args: the application's; Ray's proxy listens on the cluster's head node.
+        http_port: 0 takes a free one of this machine.
+        announce: called once requests are answered.
+
+    Raises:
+        PlanError: the cluster has Ray Serve running already.
+        DeviceError: the port is taken, or the replicas do not start.
+    """
+    args.settings(with_token=True)  # what does not go together is said before anything starts
+    with _cluster(args), _until_signal() as stopped:
+        port = free_port(args.host, http_port)
+        options = HTTPOptions(host=args.host, port=port)
+        try:
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+            try:
+                serve.run(application(_with_gpus(args)), name=APP)
+            except (RayServeException, RuntimeError) as error:
+                raise DeviceError(f"the replicas do not start: {error}") from error
+            announce(Addresses(args.host, port, None))
+            _LOG.info("serving", extra={"replicas": args.replicas})
+            stopped.wait()
+            _LOG.info("stopping")
+            _drain(args.request_seconds + _GRACE_SECONDS)
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            _LOG.info("stopped")
+
+
+@contextlib.contextmanager
+def _cluster(args: RayArgs) -> Iterator[None]:
+    address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address:
+        ray.init(address, **quiet)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            "local",
+            include_dashboard=False,
+            # A replica is one of Ray's CPUs, whatever it takes: they share this machine's.
+            num_cpus=args.replicas,
+            object_store_memory=_STORE_BYTES,
+            **quiet,
+        )
+    try:
+        if serve.status().proxies:
+            raise PlanError(
+                f"Ray Serve runs already on the cluster {address}. Deploy to it with "
+                "`serve deploy`, or stop it first with `serve shutdown`."
+            )
+        yield
+    finally:
+        ray.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _with_gpus(args: RayArgs) -> RayArgs:
+    """A GPU for each replica that computes on one; auto: where the cluster has that many."""
+    there = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    wanted = there >= args.replicas if args.device == "auto" else args.device not in _NO_GPU
+    return args.model_copy(update={"gpus": float(wanted)})
+
+
+@contextlib.contextmanager
+def _until_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal does what it did before."""
+    stopped = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number: int, frame: object) -> None:
+        stopped.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        restore()
+
+
+def _drain(seconds: float) -> None:
+    handle = serve.get_deployment_handle(INGRESS, APP)
+    try:
+        handle.broadcast("drain").results(timeout_s=seconds)
+    except (TimeoutError, RayServeException) as error:
+        _LOG.warning("not everything was answered", extra={"problem": str(error)})
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or for 0 one that is free now.
+
+    Raises:
+        DeviceError: the port is taken, or may not be listened on; Ray would try for ever.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as listening:
+            return int(listening.getsockname()[1])
+    except OSError as error:
+        raise DeviceError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with "
+            "--host and --http-port."
+        ) from error

@@ -1,0 +1,122 @@
+"""What makes a test fail, and how latencies are grouped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hhdeploy.errors import SessionError
+from hhdeploy.loadtest.churn import Change, Churn
+from hhdeploy.loadtest.drive import Record
+from hhdeploy.loadtest.expected import Expectations
+from hhdeploy.loadtest.judge import Answer, Exchange, Verdict
+from hhdeploy.loadtest.report import Latencies, latencies, make_report
+from hhdeploy.loadtest.scrape import Counts, read_counts
+from hhdeploy.loadtest.traffic import Request
+from hhdeploy.loadtest.variants import Task
+from hhdeploy.parity import bound
+from hhdeploy.runtime.serving.metrics import Metrics
+from tests.hhdeploy.loadtest.conftest import scraped
+
+REQUEST = Request(0, (0,), None)
+COUNTS = Counts(1, 1, 1, 0, 0.0, 0, {"request": 0.1}, 1.0, 1e8)
+EXPECTED = Expectations(["alpha"], [[np.ones((1, 2), np.float32)]], bound("branches", "float32"))
+
+
+def record_of(
+    *answers: Answer, counts: Counts | None = COUNTS, changes=(), at_start=True
+) -> Record:
+    churn = Churn([Task("alpha", (), at_start)], np.ones(1), seed=0)
+    churn.changes.extend(changes)
+    exchanges = [Exchange(REQUEST, 1.0, 1.0, 2.0, answer) for answer in answers]
+    return Record(exchanges, churn, 2.0, 0.5, counts, 1e8)
+
+
+def report_of(record, exit_code=0):
+    return make_report(record, EXPECTED, exit_code, lambda done, total: None)
+
+
+def test_expected_refusals_pass():
+    report = report_of(record_of(Answer(404), Answer(404), at_start=False))
+    assert report.passed
+    assert report.verdicts[Verdict.REFUSED] == report.requests == 2
+    assert report.to_json()["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        (Answer(200, b"?"), Verdict.WRONG),
+        (Answer(429, b"busy"), Verdict.UNEXPECTED),
+        (Answer(0, b"reset"), Verdict.LOST),
+        (Answer(None), Verdict.UNANSWERED),
+    ],
+)
+def test_one_fault_among_many_fails(answer, verdict):
+    report = report_of(record_of(*[Answer(404)] * 50, answer, at_start=False))
+    assert not report.passed
+    assert report.verdicts[verdict] == 1
+    (fault,) = report.faults
+    assert fault.startswith(f"{verdict.value}: alpha")
+    assert report.statuses == ({429: 1} if verdict is Verdict.UNEXPECTED else {})
+
+
+def test_a_change_that_was_refused_fails():
+    change = Change("alpha", "replace", 1.0, 2.0, Answer(500, b"no room"))
+    report = report_of(record_of(changes=[change]))
+    assert not report.passed
+    assert report.statuses == {500: 1}
+    assert report.faults == ["replace alpha: status 500: no room"]
+
+
+def test_a_server_that_died_fails():
+    assert not report_of(record_of(counts=None)).passed
+    assert not report_of(record_of(), exit_code=-11).passed
+    assert not report_of(record_of(), exit_code=None).passed
+    assert report_of(record_of()).passed
+
+
+def test_latency_counts_from_when_a_request_was_due():
+    late = Exchange(REQUEST, 1.0, 3.0, 3.5, Answer(200))
+    assert latencies([late], [])["all"] == Latencies(1, 2500.0, 2500.0, 2500.0, 2500.0)
+
+
+def test_requests_during_a_change_are_apart():
+    def exchange(sent, answered):
+        return Exchange(REQUEST, sent, sent, answered, Answer(200))
+
+    during = [exchange(9, 10.5), exchange(10.2, 10.4), exchange(11, 15), exchange(5, 20)]
+    others = [exchange(1, 9), exchange(12.5, 13)]
+    change = Change("beta", "replace", 10.0, 12.0, Answer(200))
+    found = latencies(during + others, [change])
+    assert found["while adapters changed"].count == 4
+    assert found["otherwise"] == Latencies.of([8.0, 0.5])
+    assert found["all"].count == 6
+
+
+def test_no_latencies_of_nothing():
+    assert Latencies.of([]) == Latencies(0, None, None, None, None)
+
+
+def test_counts_are_what_the_server_s_metrics_say():
+    metrics = Metrics("bundle")
+    metrics.answered({"a": 2, "b": 1}, request=0.5, queue=0.25, prepare=0.1, run=0.125, finish=0.01)
+    metrics.answered({"a": 1}, request=0.5, queue=0.25, prepare=0.1, run=0.125, finish=0.01)
+    metrics.loaded(0.25)
+    counts = read_counts(scraped(metrics))
+    assert (counts.requests, counts.images, counts.batches) == (2, 4, 2)
+    assert (counts.loads, counts.load_seconds, counts.evictions) == (1, 0.25, 5)
+    assert counts.seconds["request"] == 1.0
+    assert counts.seconds["queue"] == 0.5
+
+    later = replace(counts, images=10, cpu_seconds=None, rss_bytes=7.0)
+    assert later.since(counts).images == 6
+    assert later.since(counts).cpu_seconds is None
+    assert later.since(counts).rss_bytes == 7.0
+
+
+def test_another_server_s_metrics_are_refused():
+    with pytest.raises(SessionError, match="nv_inference_request_success"):
+        read_counts("# TYPE up gauge\nup 1\n")
