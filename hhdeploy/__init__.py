@@ -1,6 +1,6 @@
 """hhdeploy: deploy Householder (HTA) and LoRA adapters of Vision Transformers.
 
-    from hhdeploy import load_adapter, save_adapter, export, verify
+    from hhdeploy import export, open_session
 
 Names are imported on first use: ``import hhdeploy`` imports no torch.
 """
@@ -11,41 +11,76 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hhdeploy import errors
     from hhdeploy.adapters.config import AdapterConfig
     from hhdeploy.adapters.format import Adapter, load_adapter, save_adapter
+    from hhdeploy.adapters.importers import import_adapter
+    from hhdeploy.building import build
+    from hhdeploy.bundle import Bundle, add_adapter, edit, remove_adapter
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
+    from hhdeploy.quantising.calibrating import calibrate_bundle as calibrate
+    from hhdeploy.runtime import open_session
+    from hhdeploy.training import attach
+    from hhdeploy.training.recipe import train
+    from hhdeploy.triton import write_triton_repository as write_triton
     from hhdeploy.verifying.bundles import verify
 
+# Public name -> module and name there; "" is the module itself.
 _HOMES = {
-    "Adapter": "hhdeploy.adapters.format",
-    "AdapterConfig": "hhdeploy.adapters.config",
-    "HhdeployError": "hhdeploy.errors",
-    "Reserve": "hhdeploy.plan",
-    "export": "hhdeploy.exporting.bundles",
-    "load_adapter": "hhdeploy.adapters.format",
-    "save_adapter": "hhdeploy.adapters.format",
-    "verify": "hhdeploy.verifying.bundles",
+    "Adapter": ("hhdeploy.adapters.format", "Adapter"),
+    "AdapterConfig": ("hhdeploy.adapters.config", "AdapterConfig"),
+    "Bundle": ("hhdeploy.bundle", "Bundle"),
+    "HhdeployError": ("hhdeploy.errors", "HhdeployError"),
+    "Reserve": ("hhdeploy.plan", "Reserve"),
+    "add_adapter": ("hhdeploy.bundle", "add_adapter"),
+    "attach": ("hhdeploy.training", "attach"),
+    "build": ("hhdeploy.building", "build"),
+    "calibrate": ("hhdeploy.quantising.calibrating", "calibrate_bundle"),
+    "edit": ("hhdeploy.bundle", "edit"),
+    "errors": ("hhdeploy.errors", ""),
+    "export": ("hhdeploy.exporting.bundles", "export"),
+    "import_adapter": ("hhdeploy.adapters.importers", "import_adapter"),
+    "load_adapter": ("hhdeploy.adapters.format", "load_adapter"),
+    "open_session": ("hhdeploy.runtime", "open_session"),
+    "remove_adapter": ("hhdeploy.bundle", "remove_adapter"),
+    "save_adapter": ("hhdeploy.adapters.format", "save_adapter"),
+    "train": ("hhdeploy.training.recipe", "train"),
+    "verify": ("hhdeploy.verifying.bundles", "verify"),
+    "write_triton": ("hhdeploy.triton", "write_triton_repository"),
 }
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Bundle",
     "HhdeployError",
     "Reserve",
+    "add_adapter",
+    "attach",
+    "build",
+    "calibrate",
+    "edit",
+    "errors",
     "export",
+    "import_adapter",
     "load_adapter",
+    "open_session",
+    "remove_adapter",
     "save_adapter",
+    "train",
     "verify",
+    "write_triton",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module 'hhdeploy' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    module, attribute = _HOMES[name]
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

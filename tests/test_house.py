@@ -61,7 +61,8 @@ def test_no_module_bears_the_name_of_a_public_function():
     """After its first use ``hhdeploy.export`` would be the module, and the second call fail."""
     import hhdeploy
 
-    assert not rooms() & set(hhdeploy.__all__)
+    functions = {n for n in hhdeploy.__all__ if callable(getattr(hhdeploy, n))}
+    assert not rooms() & functions
 
 
 def test_public_names_stay_what_they_are():

@@ -81,8 +81,11 @@ def test_importing_hhdeploy_imports_nothing_heavy():
 
 
 def test_every_public_name_is_there():
+    assert set(hhdeploy.__all__) == set(hhdeploy._HOMES)
     for name in hhdeploy.__all__:
-        assert getattr(hhdeploy, name).__name__ == name
+        found = getattr(hhdeploy, name)
+        assert found.__doc__
+        assert found is getattr(hhdeploy, name), "the same the second time"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = hhdeploy.nonsense
 

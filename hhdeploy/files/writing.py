@@ -88,11 +88,16 @@ def _write_error(error: OSError, target: Path) -> WriteError:
         errno.EROFS: "The file system is read-only: choose another directory.",
         errno.EBUSY: "It is in use, e.g. as a mount point: choose a directory inside it.",
     }
-    hint = hints.get(error.errno or 0, "")
+    hint = hints.get(error.errno or _cut_short(error), "")
     return WriteError(
         f"Could not write {target}: {_reason(error)}. {hint} Nothing that was there before was "
         "changed."
     )
+
+
+def _cut_short(error: OSError) -> int:
+    """NumPy's ``tofile`` says how much it wrote, not why it stopped: the disk took no more."""
+    return errno.ENOSPC if "requested and" in str(error) else 0
 
 
 def _read_error(error: OSError, target: Path) -> ReadError:

@@ -64,17 +64,17 @@ def test_at_every_stage_of_an_edit(writer, disk):
     assert refused, "the disk was never full"
 
 
-@pytest.mark.parametrize("kib", [0, 40, 200, 340])
-@pytest.mark.parametrize("there", [False, True])
-def test_an_export(disk, workshop, kib, there):
+@pytest.mark.parametrize("kib", [0, 40, 200, 280])
+@pytest.mark.parametrize(("there", "fold"), [(False, False), (True, False), (False, True)])
+def test_an_export(disk, workshop, kib, there, fold):
     path = disk / "bundle"
     if there:
         shutil.copytree(WITNESS / "folded", path)
     before = contents(disk)
     leave_free(disk, kib)
     with pytest.raises(WriteError, match="The disk is full"):
-        workshop.export(path, ("alpha", "gamma"), overwrite=True)
+        workshop.export(path, ("alpha",), overwrite=True, fold=fold)
     (disk / "fill").unlink()
     assert contents(disk) == before
     assert {p.name for p in disk.iterdir()} == ({"bundle"} if there else set())
-    workshop.export(path, ("alpha", "gamma"), overwrite=True)
+    workshop.export(path, ("alpha",), overwrite=True, fold=fold)
