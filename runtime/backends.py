@@ -156,11 +156,14 @@ def _fastest(manifest: Manifest, precision: str) -> Target:
 
 
 def _fastest_cpu(precision: str) -> str:
-    """OpenVINO if it is new enough, else ONNX Runtime, which has no bfloat16 on a CPU."""
+    """OpenVINO if it is new enough and computes the precision exactly, else ONNX Runtime, which
+    has no bfloat16 on a CPU."""
     if precision == "bfloat16":
         return "openvino"
-    from hhdeploy.runtime.openvino_backend import import_openvino
+    from hhdeploy.runtime.openvino_backend import adds_int8_exactly, import_openvino
 
+    if precision == "int8" and not adds_int8_exactly():
+        return "cpu"
     try:
         import_openvino("a session")
     except MissingDependencyError:

@@ -42,6 +42,8 @@ from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 _CPU: Final = "CPU"
 _NAME: Final = "FULL_DEVICE_NAME"
 _BFLOAT16: Final = "bfloat16"
+# Flags of x86 processors whose 8-bit products are added in 32 bits.
+_EXACT_INT8: Final = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
 
 
 class OpenVinoBackend:
@@ -116,7 +118,7 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
         config = _config(options, low)
         digest = bundle.manifest.graph_digest(graph)
         model = memory = entry = None
-        if options.cache is not None and digest is not None:
+        if options.cache is not None and digest:
             entry = blob_entry(options.cache, digest, *_facts(ov, core), json.dumps(config))
             memory = map_blob(entry)
         if memory is not None:
@@ -126,7 +128,10 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
         model = _compiled(core, path, config)
         if entry is not None:
             write_blob(entry, model.export_model().getbuffer())
-    return OpenVinoBackend(ov, model, bank, f"openvino CPU{' bfloat16' if low else ''}", memory)
+    name = f"openvino CPU{' bfloat16' if low else ''}"
+    if options.precision == "int8" and not adds_int8_exactly():
+        name += " without VNNI: sums of INT8 products may overflow"
+    return OpenVinoBackend(ov, model, bank, name, memory)
 
 
 def import_openvino(purpose: str) -> ModuleType:
@@ -138,6 +143,21 @@ def import_openvino(purpose: str) -> ModuleType:
     ov = require("openvino", "openvino", purpose)
     check_version("openvino", "openvino", ov.__version__)
     return ov
+
+
+def adds_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """False on x86 processors that add pairs of 8-bit products in 16 bits, which overflows.
+
+    OpenVINO has no other kernels for them. What cannot be read counts as exact.
+    """
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return True
+    flags = {
+        word for line in text.splitlines() if line.startswith("flags") for word in line.split()
+    }
+    return not flags or not flags.isdisjoint(_EXACT_INT8)
 
 
 def computes_bfloat16() -> bool:

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import hhdeploy.runtime.onnxruntime_backend
+import hhdeploy.runtime.openvino_backend
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.qdq import FORMATS, quantised_model
 from hhdeploy.calibration.scales import SiteScale
@@ -20,7 +22,12 @@ from hhdeploy.exporting.graphs import add_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
-from hhdeploy.runtime.openvino_backend import OpenVinoBackend, computes_bfloat16
+from hhdeploy.runtime.backends import find_target
+from hhdeploy.runtime.openvino_backend import (
+    OpenVinoBackend,
+    adds_int8_exactly,
+    computes_bfloat16,
+)
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle
 
@@ -198,7 +205,27 @@ def test_quantised_graphs(small, tmp_path, precision):
         assert compare(float32, found).failures(bound("openvino", "float32"))
         # INT8 leaves the rest to the processor's fastest type, and says so.
         low = precision == "int8" and computes_bfloat16()
-        assert session.device == f"openvino CPU{' bfloat16' if low else ''}"
+        plain = f"openvino CPU{' bfloat16' if low else ''}"
+        exact = precision != "int8" or adds_int8_exactly()
+        assert session.device.startswith(plain)
+        assert ("overflow" in session.device) is not exact
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [("fpu avx2 avx512f", False), ("fpu avx2 avx_vnni", True), ("avx512f avx512_vnni", True)],
+)
+def test_processors_that_overflow_in_int8(tmp_path, monkeypatch, small, flags, exact):
+    (tmp_path / "x86").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    (tmp_path / "arm").write_text("processor : 0\nFeatures : asimddp\n")
+    assert adds_int8_exactly(tmp_path / "x86") is exact
+    assert adds_int8_exactly(tmp_path / "arm")
+    assert adds_int8_exactly(tmp_path / "nowhere")
+    monkeypatch.setattr(hhdeploy.runtime.openvino_backend, "adds_int8_exactly", lambda: exact)
+    monkeypatch.setattr(hhdeploy.runtime.onnxruntime_backend, "cuda_available", lambda: False)
+    manifest = Bundle.open(small).manifest
+    assert find_target(manifest, "auto", "int8").device == ("openvino" if exact else "cpu")
+    assert find_target(manifest, "auto", "float32").device == "openvino"
 
 
 # --- hints --------------------------------------------------------------------------------------
