@@ -23,7 +23,8 @@ from hhdeploy.runtime.serving.errors import (
     NotFoundError,
     RequestError,
 )
-from hhdeploy.runtime.serving.fleet.fleet import Fleet, fleet
+from hhdeploy.runtime.serving.fleet import fleet
+from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from tests.runtime.serving.fleets import (
     PATIENCE,
     check_at_rest,
