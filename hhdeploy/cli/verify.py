@@ -63,12 +63,12 @@ def command(
         ui.check_backbone_options(checkpoint, pretrained, noise=verify_data is None)
     else:
         ui.refuse_unused(_AGAINST_TORCH, "needs --against-torch")
-    from hhdeploy import api
+    from hhdeploy.verifying.bundles import verify, verify_against_torch
 
     with ui.steps(as_json) as step:
         step("verifying")
         if against_torch:
-            report = api.verify_against_torch(
+            report = verify_against_torch(
                 bundle,
                 checkpoint=checkpoint,
                 pretrained=pretrained,
@@ -81,7 +81,7 @@ def command(
                 progress=step,
             )
         else:
-            report = api.verify(bundle, device=device, precisions=precisions or None)
+            report = verify(bundle, device=device, precisions=precisions or None)
     if as_json:
         ui.print_json(report.to_json())
     else:

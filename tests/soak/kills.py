@@ -69,7 +69,8 @@ COMMANDS: dict[str, Command] = {
 
 
 def kill_often(name: str, kills: int, until: float, seed: int) -> dict[str, Any]:
-    """One command, killed ``kills`` times or until the time is over, then run once to its end."""
+    """One command, killed ``kills`` times or, after the first, until the time is over, then run
+    once to its end."""
     command, choice, wrong = COMMANDS[name], random.Random(seed), []
     with tempfile.TemporaryDirectory(prefix="hhdeploy-soak-") as place:
         folder = Path(place)
@@ -81,7 +82,7 @@ def kill_often(name: str, kills: int, until: float, seed: int) -> dict[str, Any]
         wrong += _run(command(folder, 0), folder, None)
         whole = time.monotonic() - begin
         done = 0
-        while done < kills and time.monotonic() < until:
+        while done < kills and (not done or time.monotonic() < until):
             # The beginning imports packages; the second half is where files are written.
             delay = whole * choice.uniform(0.4, 1.05)
             wrong += _run(command(folder, done + 1), folder, delay)
