@@ -42,19 +42,22 @@ class Replaceable:
 
 
 def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
-    """Where a new directory goes, links followed; what can be refused before any work is.
+    """Where a new directory goes; what can be refused before any work is.
+
+    A link is replaced itself, never what it leads to, which may be anybody's.
 
     Raises:
         WriteError: something is there that may not be replaced.
     """
-    path = Path(os.path.realpath(target))
+    absolute = Path(os.path.abspath(target))
+    path = Path(os.path.realpath(absolute.parent)) / absolute.name
     sweep(path.parent, path.name)
     if not os.path.lexists(path):
         return path
     if not path.is_dir():
         raise WriteError(f"{target} is a file, not a directory. Choose another output directory.")
     with os_errors(path):
-        if not os.listdir(path):
+        if not path.is_symlink() and not os.listdir(path):
             return path
     if not overwrite:
         raise _exists(target)

@@ -41,6 +41,8 @@ def scratch_directory(parent: Path | None, stem: str) -> Iterator[Path]:
     try:
         yield path
     finally:
+        if path.is_symlink():  # it was exchanged for one; see `directories`
+            path.unlink()
         shutil.rmtree(path, ignore_errors=True)
         os.close(handle)
 

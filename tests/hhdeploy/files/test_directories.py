@@ -216,13 +216,31 @@ def test_an_empty_directory_is_taken(tmp_path):
     assert names(tmp_path / "out") == ["a"]
 
 
-def test_a_link_is_followed(tmp_path):
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: None)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with atomic_directory(tmp_path / "link", overwrite=False, kind=ANY) as scratch:
+    with (
+        pytest.raises(WriteError, match="already exists"),
+        atomic_directory(tmp_path / "link", overwrite=False, kind=ANY),
+    ):
+        pytest.fail("the block must not run")
+    with atomic_directory(tmp_path / "link", overwrite=True, kind=ANY) as scratch:
         (scratch / "a").write_text("x")
-    assert names(tmp_path / "real") == ["a"]
-    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "real") == []
+    assert names(tmp_path / "link") == ["a"]
+    assert not (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "real"]
+
+
+def test_a_link_above_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_directory(tmp_path / "link" / "out", overwrite=False, kind=ANY) as scratch:
+        (scratch / "a").write_text("x")
+    assert names(tmp_path / "real" / "out") == ["a"]
 
 
 # --- only what hhdeploy wrote ---------------------------------------------------------------------
