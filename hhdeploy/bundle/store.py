@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import filelock
 from filelock import FileLock, Timeout
 
 from hhdeploy.bundle.manifest import (
@@ -39,6 +40,7 @@ from hhdeploy.errors import (
     BundleError,
     ConflictError,
     HhdeployError,
+    MissingDependencyError,
     WriteError,
 )
 from hhdeploy.files.directories import Replaceable
@@ -298,7 +300,13 @@ def _is_there(path: Path, handle: int) -> bool:
 
 def _acquired(path: Path, timeout: float, progress: Progress) -> FileLock:
     # A "soft" lock is a file that stays when its process dies: not what is promised here.
-    lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False)
+    try:
+        lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False)
+    except TypeError as error:
+        raise MissingDependencyError(
+            f"changing {path} needs filelock 3.30 or newer, installed is {filelock.__version__}. "
+            "Install it with: pip install -U filelock"
+        ) from error
     try:
         try:
             lock.acquire(timeout=min(_SAY_AFTER, timeout), poll_interval=0.01)

@@ -149,21 +149,21 @@ def judged(name: str, write: Callable[[Path], object], tmp_path: Path) -> tuple[
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_killed_at_every_call(writer, tmp_path, record_property):
+def test_killed_at_every_call(writer, tmp_path):
     name, write = WRITERS[writer]
     origin, calls, judge = judged(name, write, tmp_path)
     judge.look_at_all(killed_at_every_call(write, origin, tmp_path))
-    record_property("points", judge.points)
+    print(f"{writer}: {judge.points} points")
     assert len(judge.ends) == 2, "crashes before and after the commit"
     assert judge.points == len(calls)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_power_cut_at_every_call(writer, tmp_path, record_property):
+def test_power_cut_at_every_call(writer, tmp_path):
     name, write = WRITERS[writer]
     origin, calls, judge = judged(name, write, tmp_path)
     judge.look_at_all(power_cuts(calls, origin, tmp_path))
-    record_property("points", judge.points)
+    print(f"{writer}: {judge.points} points")
     assert len(judge.ends) == 2, "power cuts before and after the commit"
     assert judge.points > len(calls) // 2
 

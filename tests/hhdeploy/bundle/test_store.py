@@ -17,11 +17,19 @@ import numpy as np
 import pytest
 
 import hhdeploy.bundle.membership
+import hhdeploy.bundle.store
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.manifest import BANK_FILE, hash_files, name_with_digits, plain_name
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import Basis, edit
-from hhdeploy.errors import AdapterError, BundleError, ConflictError, ReadError, WriteError
+from hhdeploy.errors import (
+    AdapterError,
+    BundleError,
+    ConflictError,
+    MissingDependencyError,
+    ReadError,
+    WriteError,
+)
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
@@ -217,6 +225,17 @@ def test_a_file_system_without_locks_is_refused_not_worked_around(bundle, monkey
     with pytest.raises(WriteError, match=r"Could not lock .*copy it to such a place"):
         add(bundle)
     assert {k: v for k, v in contents(bundle).items() if k != ".lock"} == before
+
+
+def test_a_filelock_that_would_fall_back_in_silence_is_refused(bundle, monkeypatch):
+    def old(path, timeout=-1, thread_local=True):
+        raise AssertionError("not reached")
+
+    before = contents(bundle)
+    monkeypatch.setattr(hhdeploy.bundle.store, "FileLock", old)
+    with pytest.raises(MissingDependencyError, match=r"needs filelock 3\.30"):
+        add(bundle)
+    assert contents(bundle) == before
 
 
 def test_no_bundle_to_change(tmp_path):
