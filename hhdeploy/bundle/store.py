@@ -318,7 +318,7 @@ def _acquired(path: Path, timeout: float, progress: Progress) -> FileLock:
             f"another process has been changing {path} for {timeout:g} seconds. Try again when it "
             "has ended, or wait longer with --lock-timeout SECONDS."
         ) from None
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise WriteError(
             f"Could not lock {path / LOCK}: {error}. A bundle is changed where its directory can "
             "be written to and its file system has locks (flock): copy it to such a place, and "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
@@ -108,24 +107,7 @@ def test_it_is_served(format_, name, tmp_path):
         for key, known in expected.items():
             precision, _, adapter = key.partition("/")
             if precision == "float32":
-                found = _ask(server, adapter, images)
+                status, found = server.logits("old", adapter, images)
+                assert status == 200, found
                 own = known[:, : found.shape[1]]
                 assert_parity(own, found, *stage_of(name, precision))
-
-
-def _ask(server, adapter, images):
-    tensor = {
-        "name": "images",
-        "datatype": "FP32",
-        "shape": list(images.shape),
-        "data": images.ravel().tolist(),
-    }
-    body = {
-        "inputs": [tensor],
-        "outputs": [{"name": "logits"}],
-        "parameters": {"adapter": adapter},
-    }
-    status, content = server.json("POST", "/v2/models/old/infer", body)
-    assert status == 200, content
-    (output,) = content["outputs"]
-    return np.asarray(output["data"], np.float32).reshape(output["shape"])

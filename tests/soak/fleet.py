@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from hhdeploy.parity import bound, compare
-from tests.runtime.serving.servers import Server, running_server
+from tests.runtime.serving.servers import running_server
 from tests.soak.bundle import SOURCES, WITNESS, known_logits
 from tests.soak.outcome import finish
 
@@ -64,26 +63,6 @@ def replace(folder: Path, until: float, told: Any) -> None:
     told.put(None)
 
 
-def ask(server: Server, name: str, images: Any) -> tuple[int, Any]:
-    """Logits of one request."""
-    tensor = {
-        "name": "images",
-        "datatype": "FP32",
-        "shape": list(images.shape),
-        "data": images.ravel().tolist(),
-    }
-    body = {
-        "inputs": [tensor],
-        "outputs": [{"name": "logits"}],
-        "parameters": {"adapter": name},
-    }
-    status, content = server.json("POST", "/v2/models/soak/infer", body)
-    if status != 200:
-        return status, content
-    (output,) = content["outputs"]
-    return status, np.asarray(output["data"], np.float32).reshape(output["shape"])
-
-
 def soak(folder: Path, seconds: float) -> dict[str, Any]:
     """A server, who replaces, and who asks."""
     from hhdeploy.files.writing import copy_directory
@@ -105,7 +84,7 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
         job.start()
         while not ended:
             name = NAMES[asked % len(NAMES)]
-            status, found = ask(server, name, images)
+            status, found = server.logits("soak", name, images)
             asked += 1
             if status != 200:
                 wrong.append(f"{name}: HTTP {status}: {found}")

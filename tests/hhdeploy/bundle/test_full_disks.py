@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,23 +11,14 @@ import pytest
 from hhdeploy.bundle import add_adapter
 from hhdeploy.errors import WriteError
 from tests.hhdeploy.bundle.test_crashes import WITNESS, WRITERS
-from tests.workshop import contents
+from tests.workshop import contents, small_disk
 
 
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_disk(tmp_path / "disk", "4m") as place:
+        yield place
 
 
 def leave_free(disk: Path, kib: int) -> None:

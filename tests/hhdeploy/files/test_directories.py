@@ -18,7 +18,7 @@ from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.bundle.store import BUNDLE, locked
 from hhdeploy.errors import WriteError
 from hhdeploy.files.directories import Replaceable, atomic_directory
-from tests.workshop import contents, copy_bundle
+from tests.workshop import contents, copy_bundle, small_disk
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 ANY = Replaceable("anything", lambda path: None)
@@ -160,17 +160,8 @@ def test_a_write_that_the_system_cuts_short(tmp_path, there):
 @pytest.fixture
 def full_disk(tmp_path):
     """A file system of 64 KiB, where the system lets us mount one."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_disk(tmp_path / "small", "64k") as place:
+        yield place
 
 
 def test_a_full_disk(full_disk):

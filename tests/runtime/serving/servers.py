@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.leash import leashed
 from tests.workshop import ROOT
 
@@ -64,6 +66,25 @@ class Server:
         """One request whose answer is JSON: status and content."""
         status, _, content = self.request(method, path, body, headers)
         return status, json.loads(content) if content else None
+
+    def logits(self, model: str, adapter: str, images: Any) -> tuple[int, Any]:
+        """Status, and the logits of one request for some images; else what the server said."""
+        tensor = {
+            "name": "images",
+            "datatype": "FP32",
+            "shape": list(images.shape),
+            "data": images.ravel().tolist(),
+        }
+        body = {
+            "inputs": [tensor],
+            "outputs": [{"name": "logits"}],
+            "parameters": {"adapter": adapter},
+        }
+        status, content = self.json("POST", f"/v2/models/{model}/infer", body)
+        if status != 200:
+            return status, content
+        (output,) = content["outputs"]
+        return status, np.asarray(output["data"], np.float32).reshape(output["shape"])
 
     def records(self) -> list[dict[str, Any]]:
         """The log so far."""
