@@ -5,6 +5,7 @@ Every request must be answered, by the old or the new adapter of its name.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -21,6 +22,8 @@ from tests.soak.bundle import SOURCES, WITNESS, known_logits
 from tests.soak.outcome import finish
 
 NAMES = ("one", "two", "three")
+# Seconds, on a busy machine.
+_FOLLOWS_WITHIN = 120.0
 
 
 def replace(folder: Path, until: float, told: Any) -> None:
@@ -56,10 +59,10 @@ def replace(folder: Path, until: float, told: Any) -> None:
             out = folder / "fleet" / NAMES[done % len(NAMES)]
             command.main([str(folder / f"{source}.pth"), str(out), *options], standalone_mode=False)
             done += 1
-            told.put((done, []))
+            told.put((done, (out.name, source), []))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
         wrong.append(f"import: {type(error).__name__}: {error}")
-    told.put((done, wrong))
+    told.put((done, None, wrong))
     told.put(None)
 
 
@@ -74,7 +77,10 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     options = ("--adapters-dir", folder / "fleet", "--watch-seconds", "0.1", "--model-name", "soak")
-    asked, imports, ended = 0, 0, False
+    asked, imports = 0, 0
+    # What every name is by now, and the names that have not answered so since the last import.
+    current = dict.fromkeys(NAMES, "rival")
+    behind, give_up = set(NAMES), math.inf
     answers: dict[str, int] = dict.fromkeys(SOURCES, 0)
     wrong: list[str] = []
     with running_server(WITNESS / "branches", folder / "log", *options) as server:
@@ -82,7 +88,7 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
             target=replace, args=(folder, time.monotonic() + seconds, told), daemon=True
         )
         job.start()
-        while not ended:
+        while (give_up == math.inf or behind) and time.monotonic() < give_up:
             name = NAMES[asked % len(NAMES)]
             status, found = server.logits("soak", name, images)
             asked += 1
@@ -92,16 +98,20 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
             is_of = [s for s in SOURCES if _is(known[s][:1, : found.shape[1]], found)]
             if is_of:
                 answers[is_of[0]] += 1
+                if is_of[0] == current[name]:
+                    behind.discard(name)
             else:
                 wrong.append(f"{name} answered as neither the old nor the new adapter")
             while not told.empty():
                 event = told.get()
                 if event is None:
-                    ended = True
-                else:
-                    imports, failed = event
-                    wrong += failed
+                    behind, give_up = set(NAMES), time.monotonic() + _FOLLOWS_WITHIN
+                    continue
+                imports, replaced, failed = event
+                current |= [replaced] if replaced else []
+                wrong += failed
         job.join(60)
+    wrong += [f"{name} still answers as it was before the last import" for name in sorted(behind)]
     left = sorted(p.name for p in (folder / "fleet").iterdir() if p.name not in NAMES)
     return {
         "seconds": seconds,
