@@ -77,8 +77,8 @@ def _open_session(ort: ModuleType, graph: Path, device: str, options: BackendOpt
         # ONNX Runtime leaves the shapes of a dynamic batch to the CPU on purpose.
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if device == "cpu":
-        # Processors without VNNI add pairs of 8-bit products in 16 bits, which overflows in silence
-        # (8x the error of INT8 itself on such a machine). This takes other kernels there; where
+        # Processors without VNNI add pairs of 8-bit products in 16 bits, which overflows in
+        # silence. This takes other kernels there; where
         # there is VNNI it changes nothing.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     if device == "cuda":

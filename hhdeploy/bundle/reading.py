@@ -98,28 +98,29 @@ class Bundle:
             ConflictError: the bundle was changed since it was opened, and the file is gone.
             BundleError: the file is missing, is not in the manifest, or was damaged.
         """
-        expected, found = self.manifest.files.get(name), None
-        for path in self._places(name) if expected is not None else ():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                digest = sha256_of(path)
-                if digest == expected:
-                    return path
-                found = found or digest
-        raise self._damage(name, expected, found)
+        return self._found(name, lambda path: (path, sha256_of(path)))
 
     def read(self, name: str) -> bytes:
         """Content of one of the bundle's files: the bytes that were hashed. Raises as `file`."""
         if name in self.held:
             return self.held[name]
-        expected, found = self.manifest.files.get(name), None
+
+        def hashed(path: Path) -> tuple[bytes, str]:
+            content = path.read_bytes()
+            return content, sha256_of_bytes(content)
+
+        return self._found(name, hashed)
+
+    def _found(self, name: str, look: Callable[[Path], tuple[_T, str]]) -> _T:
+        """What ``look`` gives, with its digest, at the first place that has the right one."""
+        expected, wrong = self.manifest.files.get(name), None
         for path in self._places(name) if expected is not None else ():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                content = path.read_bytes()
-                digest = sha256_of_bytes(content)
+                found, digest = look(path)
                 if digest == expected:
-                    return content
-                found = found or digest
-        raise self._damage(name, expected, found)
+                    return found
+                wrong = wrong or digest
+        raise self._damage(name, expected, wrong)
 
     def _places(self, name: str) -> tuple[Path, ...]:
         """Where a file is, where the last change moved it, and where an interrupted change of an

@@ -163,7 +163,8 @@ class Change:
 
     def forget_adapter(self, name: str) -> None:
         """Name the files of ``adapters/NAME`` no more."""
-        files = {n: d for n, d in self.manifest.files.items() if not _is_of_adapter(n, name)}
+        own = f"{ADAPTERS}/{name}/"
+        files = {n: d for n, d in self.manifest.files.items() if not n.startswith(own)}
         self.manifest = replace(self.manifest, files=files)
 
     def _forget(self, name: str) -> None:
@@ -173,8 +174,11 @@ class Change:
     def _begin(self, named: str, digest: str) -> bool:
         """Enter a file; False if the bundle has it already, to the byte."""
         self.manifest = replace(self.manifest, files={**self.manifest.files, named: digest})
-        if self.bundle.manifest.files.get(named) == digest:
+        there = self.bundle.manifest.files.get(named)
+        if there == digest:
             return False
+        if there is not None:  # the same digits by chance: what is there is never written over
+            raise WriteError(f"{named} is taken by another content: export the bundle again.")
         path = self.bundle.path / named
         path.parent.mkdir(parents=True, exist_ok=True)
         self._written.append(path)
@@ -199,10 +203,8 @@ class Change:
 
     def retire(self) -> None:
         """Move what the manifest names no more out of the way. Only tidiness: it may fail."""
-        root, gone = (
-            self.bundle.path,
-            self.bundle.manifest.files.keys() - self.manifest.files.keys(),
-        )
+        root = self.bundle.path
+        gone = self.bundle.manifest.files.keys() - self.manifest.files.keys()
         with contextlib.suppress(OSError):
             if self.manifest != self.bundle.manifest:
                 shutil.rmtree(root / OLD, ignore_errors=True)
@@ -350,10 +352,6 @@ def _exported_again(path: str | Path) -> ConflictError:
         f"{path} was exported again meanwhile, and this is the result of its old graph: nothing "
         "was written. Run the command again."
     )
-
-
-def _is_of_adapter(file: str, name: str) -> bool:
-    return file.startswith(f"{ADAPTERS}/{name}/")
 
 
 def _heal(bundle: Bundle) -> None:

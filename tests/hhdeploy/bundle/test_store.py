@@ -120,6 +120,15 @@ def test_the_same_content_again_has_the_same_name(bundle):
     answer(bundle, "guest")
 
 
+def test_a_live_file_is_never_written_over(bundle):
+    """Not even where two contents had the same digits."""
+    before = contents(bundle)
+    (bundle.parent / "other").write_bytes(b"other")
+    with pytest.raises(WriteError, match="is taken by another content"), edit(bundle) as change:
+        change.adopt(BANK_FILE, bundle.parent / "other", "0" * 64, BANK_FILE)
+    assert contents(bundle) == before
+
+
 def test_an_edit_without_a_change_writes_nothing(bundle):
     before, stamp = contents(bundle), (bundle / "hhdeploy.json").stat().st_mtime_ns
     with edit(bundle):
