@@ -302,10 +302,10 @@ class Service:
         return images
 
     def _named_by_model(self, request: InferRequest) -> str | None:
-        """The adapter that the model's name stands for, if there is one; None: the bundle's own."""
+        """The adapter that the model's name stands for; None: the bundle's own."""
+        if self.fleet is None or request.model not in self.fleet.rows:
+            return self.alias(request.model, request.version)
         _check_version(request.version)
-        if request.model == self.settings.model_name:
-            return None
         return request.model
 
     def _rows(self, request: InferRequest, named: str | None, count: int) -> list[Row]:
