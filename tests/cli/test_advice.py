@@ -29,7 +29,6 @@ from hhdeploy.exporting.bundles import _check_precisions
 from hhdeploy.parity import PARITY
 from hhdeploy.quantising import calibrating
 from hhdeploy.training import recipe
-from hhdeploy.verifying.bundles import verify_against_torch
 from tests.workshop import ROOT
 
 TYPED = sorted({p for stage, p in PARITY if stage == "twin"})
@@ -277,7 +276,7 @@ def parameters_of_python() -> set[str]:
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
-    for taken in (*public, *options, demo.Starter.read, verify_against_torch):
+    for taken in (*public, *options, demo.Starter.read):
         found |= set(inspect.signature(taken).parameters)
     return found
 
