@@ -49,7 +49,7 @@ class Session:
         if self._adapters is None:
             raise SessionError(
                 "a folded bundle holds exactly one adapter, in its weights. Export without "
-                "--fold to add and remove adapters."
+                "`fold=True` to add and remove adapters."
             )
         return self._adapters
 
@@ -224,7 +224,7 @@ def _check_numbers(
         raise SessionError(
             f"image {image}, adapter {adapter or BACKBONE!r}: the logits are no numbers (NaN or "
             f"infinity) in {precision}. Open the bundle in another precision; if float32 gives "
-            "none either, compare it with its reference: hhdeploy verify BUNDLE"
+            "none either, compare it with its reference: `verify()`."
         )
 
 

@@ -16,7 +16,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
-from hhdeploy.errors import BundleError, ParityError, require
+from hhdeploy.errors import BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
@@ -62,7 +62,7 @@ def _verify(bundle: Bundle, device: str, precisions: Sequence[str] | None) -> Pa
     if not bundle.manifest.has(REFERENCE_FILE):
         raise BundleError(
             f"{bundle.path} was exported without verification and carries no reference. Run: "
-            "hhdeploy verify --against-torch"
+            f"{as_code('verify_against_torch', bundle.path)}"
         )
     return verify_graphs(bundle, device, precisions)
 
@@ -110,7 +110,7 @@ def verify_against_torch(
     if backbone.facts.sha256 != facts.sha256:
         raise BackboneError(
             f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
-            f"{backbone.facts.sha256[:12]}…. Pass the same file with --checkpoint."
+            f"{backbone.facts.sha256[:12]}…. Pass the same file with `checkpoint`."
         )
     adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
@@ -194,7 +194,7 @@ def verify_graphs(
     if not len(images):
         raise BundleError(
             f"{bundle.path}: nothing to verify: none of its adapters is in the reference. Run: "
-            "hhdeploy verify --against-torch"
+            f"{as_code('verify_against_torch', bundle.path)}"
         )
     stages: list[StageResult] = []
     for precision in precisions or _default_precisions(bundle, device):

@@ -646,7 +646,7 @@ def test_a_second_model_leaves_the_first_alone(small, folded, tmp_path):
     after = contents(out)
     assert {name for name in after if not name.startswith("folded/")} == set(before)
     assert all(after[name] == data for name, data in before.items())
-    with pytest.raises(WriteError, match=r"models/small already exists.*--overwrite"):
+    with pytest.raises(WriteError, match=r"models/small already exists.*`overwrite=True`"):
         write(small, out)
     assert contents(out) == after
     with pytest.raises(WriteError, match=r"holds notes\.txt, which no such model has"):
