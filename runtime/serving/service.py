@@ -359,7 +359,7 @@ class Service:
                 array = np.broadcast_to(array, (len(rows), *array.shape[1:]))
             # Aligned as well, which what came in the middle of a body need not be.
             return np.require(array, np.float32, ["C", "A"])
-        ways = [e.preprocess if e is not None else self._manifest.preprocess for e in entries]
+        ways = [self._manifest.preprocess_of(e) for e in entries]
         encoded: list[bytes] = images.array.reshape(-1).tolist()
         return await self._pictures.pixels(encoded, [row.image for row in rows], ways)
 
