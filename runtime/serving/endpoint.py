@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from hhdeploy.adapters.config import TENSOR_FILE
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.errors import (
     ForbiddenError,
     NotFoundError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.fleet.states import Status
 from hhdeploy.runtime.serving.metrics import latency_ms
 from hhdeploy.runtime.serving.service import Service
