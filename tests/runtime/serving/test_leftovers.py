@@ -13,6 +13,7 @@ import json
 import logging
 import threading
 from collections import defaultdict
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def test_an_http_request_that_is_refused(small, kind):
                 # A copy, as what came over a network would be.
                 assert await post(app, path, bytes(bytearray(body)), **headers) == status
 
-            return await growth(once)
+            async with app.router.lifespan_context(app):
+                return await growth(once)
 
     assert asyncio.run(scene()) < SIZE
 
@@ -134,8 +136,10 @@ def test_an_http_request_that_meets_a_server_in_trouble(small, kind):
     }.get(kind, {})
 
     async def scene() -> int:
-        async with started(small, **settings) as service:
+        async with AsyncExitStack() as stack:
+            service = await stack.enter_async_context(started(small, **settings))
             app = http_app(LocalEndpoint(service), None)
+            await stack.enter_async_context(app.router.lifespan_context(app))
             waiting = []
             if kind == "session":
                 service.gate.failing = True
@@ -144,7 +148,7 @@ def test_an_http_request_that_meets_a_server_in_trouble(small, kind):
             if kind == "busy":
                 body = json_body()
                 waiting = [asyncio.create_task(post(app, INFER, body)) for _ in range(2)]
-                while service.now().queued < 1:
+                while service.now().queued < 1 and not any(task.done() for task in waiting):
                     await asyncio.sleep(0.01)
 
             async def once() -> None:

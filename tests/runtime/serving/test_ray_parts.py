@@ -461,7 +461,11 @@ def test_a_request_that_replicas_refuse_leaves_nothing():
     async def once() -> None:
         assert await post(app, "/v2/models/alpha/infer", bytes(bytearray(body))) == 429
 
-    assert asyncio.run(growth(once)) < SIZE
+    async def scene() -> int:
+        async with app.router.lifespan_context(app):
+            return await growth(once)
+
+    assert asyncio.run(scene()) < SIZE
 
 
 def test_a_replica_whose_session_only_fails_is_replaced():
