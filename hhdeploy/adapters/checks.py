@@ -96,7 +96,7 @@ def _check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
         raise AdapterError(
             f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
             f"{config.base_sha256[:12]}…, the backbone's are {facts.sha256[:12]}…. Use the "
-            "checkpoint that it was trained on, also for the bundle: export with --checkpoint."
+            "checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
         )
 
 
