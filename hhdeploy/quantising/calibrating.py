@@ -103,7 +103,7 @@ def calibrate_bundle(
         require(package, "calibrate", "calibrating")
     from hhdeploy.calibration.calibrate import calibrate
     from hhdeploy.exporters.writer import save_graph
-    from hhdeploy.exporting.graphs import add_graph
+    from hhdeploy.verifying.graphs import add_graph
 
     if not isinstance(data, str | Path):
         data = list(data)  # it is read twice: to calibrate, and for what is left over
