@@ -29,6 +29,8 @@ MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
 ADAPTERS = "adapters"
 # Files of the state before the last change, for those who opened it.
 OLD = ".old"
+# Seconds that a change waits for another one to end.
+LOCK_TIMEOUT = 600.0
 # Earlier versions: the bank before a change that has not been committed by its manifest.
 PREVIOUS_BANK = "bank.safetensors.previous"
 # A file that a change put there has eight digits of its content before its suffix.
