@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.format import Adapter, Part
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, select_sites, sites_of
 from hhdeploy.errors import AdapterError, OptionError, PlanError
@@ -53,11 +53,22 @@ def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
         expected = (known[site].out, known[site].in_)
         if adapter.form == "sequential":
             expected = (known[site].out, known[site].out)
-        if tensors.shape != expected:
+        if tensors.shape not in (None, expected):
             raise AdapterError(
                 f"{source}: {site}: expected tensors for a {expected[0]} x {expected[1]} matrix "
-                f"({adapter.form}), found {tensors.shape[0]} x {tensors.shape[1]}."
+                f"({adapter.form}), found {' x '.join(map(str, tensors.shape or ()))}."
             )
+        sizes: dict[Part, int] = {
+            "s_in": known[site].in_,
+            "s_out": known[site].out,
+            "db": known[site].out,
+        }
+        for part, trained in tensors.parts.items():
+            if trained.size != sizes[part]:
+                raise AdapterError(
+                    f"{source}: {site}.{part}: expected {sizes[part]} values for a "
+                    f"{known[site].out} x {known[site].in_} Linear, found {trained.size}."
+                )
     expected_sites = set()
     for target, sites in select_sites(facts.linears, config.target_modules).items():
         if not sites:

@@ -36,14 +36,16 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
         step(f"singular values of {len(adapter.sites)} deltas")
         for name, tensors in adapter.sites.items():
             delta = adapter.delta(name)
+            out, into = tensors.shape or (None, None)
             sites.append(
                 {
                     "site": name,
-                    "out": delta.shape[0],
-                    "in": delta.shape[1],
-                    "k": delta.rank,
+                    "out": out,
+                    "in": into,
+                    "k": delta.rank if delta else 0,
+                    "parts": list(tensors.parts),
                     "parameters": tensors.parameters,
-                    "effective_rank": round(effective_rank(delta), 2) if rank else None,
+                    "effective_rank": round(effective_rank(delta), 2) if delta and rank else None,
                 }
             )
     config = adapter.config.to_json()
@@ -64,10 +66,20 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     for key in adapter.config.extra:
         console.print(f"{key:24} [dim](unknown key, kept)[/]")
     rows = [
-        (s["site"], f"{s['out']} x {s['in']}", s["k"], s["parameters"], s["effective_rank"] or "-")
+        (
+            s["site"],
+            f"{s['out']} x {s['in']}" if s["out"] else "-",
+            s["k"],
+            " ".join(s["parts"]) or "-",
+            s["parameters"],
+            s["effective_rank"] or "-",
+        )
         for s in sites
     ]
-    console.print(ui.table(None, ("site", "out x in", "k", "parameters", "effective rank"), rows))
+    columns = ("site", "out x in", "k", "parts", "parameters", "effective rank")
+    console.print(ui.table(None, columns, rows))
+    for path, value in adapter.values.items():
+        console.print(f"{path}.value {list(value.shape)}: fold only")
     console.print(f"{adapter.parameters:,} parameters in {len(sites)} sites, {head:,} in the head")
 
 
