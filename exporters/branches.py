@@ -19,7 +19,6 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from hhdeploy.bundle.layout import Branch
 from hhdeploy.exporters.heads import insert_head
 from hhdeploy.exporters.inserter import BANK, IDS, Inserter, Rows, as_tokens, like, per_image
-from hhdeploy.exporters.linears import GraphLinear, linears_at, linears_by_path
 from hhdeploy.exporters.parts import (
     add_scaled,
     bias_row,
@@ -32,6 +31,7 @@ from hhdeploy.exporters.parts import (
 )
 from hhdeploy.exporters.qkv import insert_qkv_branches, qkv_views
 from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.graph import GraphLinear, linears_at, linears_by_path
 from hhdeploy.plan import Plan
 
 # Marks the sum of a Linear's product and one of its branches.

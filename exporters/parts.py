@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from hhdeploy.bundle.layout import Branch
 from hhdeploy.exporters.inserter import Inserter, Rows, as_tokens, like
-from hhdeploy.exporters.linears import GraphLinear
+from hhdeploy.graph import GraphLinear
 
 
 def low_rank_input(insert: Inserter, branch: Branch, rows: Rows, tokens: ir.Value) -> ir.Value:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle.layout import Branch
 from hhdeploy.exporters.inserter import Inserter, Rows, as_tokens, like, per_image
-from hhdeploy.exporters.linears import GraphLinear
 from hhdeploy.exporters.parts import add_scaled, diagonal_times, scale_input
+from hhdeploy.graph import GraphLinear
 
 _PARTS_FIRST = (2, 0, 3, 1, 4)
 HEADS_SECOND = (0, 2, 1, 3)

@@ -4,7 +4,8 @@ Layout, C order, per adapted Linear in execution order (additive before sequenti
 ``diag`` [n, min(out, in)], ``right`` [n, k, in], ``left_t`` [n, k, out] with n = 3 for q, k, v
 of a fused qkv, else 1, and in an additive branch that has room for them ``s_in`` [1, in],
 ``s_out`` [n, out] (both less one) and ``db`` [n, out]; then ``head.weight`` [classes, dim],
-``head.bias`` [classes] and ``head.own`` [1]. A sequential part holds M - I, so a row of zeros is the bare backbone.
+``head.bias`` [classes] and ``head.own`` [1]. A sequential part holds M - I, so a row of zeros is
+the bare backbone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,7 +32,7 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     from hhdeploy.algebra import effective_rank
 
     adapter = load_adapter(directory)
-    sites = []
+    sites: list[dict[str, Any]] = []
     with ui.steps(as_json or not rank) as step:
         step(f"singular values of {len(adapter.sites)} deltas")
         for name, tensors in adapter.sites.items():
@@ -70,7 +71,7 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
             s["site"],
             f"{s['out']} x {s['in']}" if s["out"] else "-",
             s["k"],
-            " ".join(s["parts"]) or "-",
+            " ".join(adapter.sites[s["site"]].parts) or "-",
             s["parameters"],
             s["effective_rank"] or "-",
         )
