@@ -112,6 +112,17 @@ def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
         )
 
 
+def check_live(name: str, adapter: Adapter) -> None:
+    """Raise `PlanError` for an adapter that no side branch can compute."""
+    if adapter.config.fold_only:
+        what = abbreviate(list(adapter.values), 3)
+        found = f"it replaces {what}" if what else "its configuration says fold_only"
+        raise PlanError(
+            f"adapter {name!r} can only be folded: {found}, and a row holds changes of Linears "
+            "alone. Export it with --fold to a bundle of its own."
+        )
+
+
 def check_base(name: str, adapter: Adapter, model: str, sha256: str) -> None:
     """The adapter was trained on this backbone, as far as both sides say."""
     config = adapter.config

@@ -106,6 +106,11 @@ class RowLayout:
         return offsets
 
     @property
+    def has_extras(self) -> bool:
+        """Whether a row has room for s_in, s_out or db anywhere."""
+        return any(branch.extras for branch in self.branches)
+
+    @property
     def size(self) -> int:
         """Floats in a row."""
         return sum(math.prod(shape) for shape in self.parts.values())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check_base, check_name
+from hhdeploy.adapters.checks import check_base, check_live, check_name
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.backbones.sites import linear_spec, select_sites
 from hhdeploy.bundle.layout import RowLayout, check_row_range
@@ -41,7 +41,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
     """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
 
     Raises:
-        PlanError: folded bundle, bank baked in, or a name that is taken.
+        PlanError: folded bundle, bank baked in, a name that is taken, or an adapter that can
+            only be folded.
         AdapterError: another backbone or another input size.
         CapacityError: it does not fit; the message names the flag to export with.
     """
@@ -55,6 +56,7 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
             "Export without --bank-as-constant."
         )
     check_name(name)
+    check_live(name, adapter)
     check_base(name, adapter, manifest.backbone["model"], manifest.backbone["sha256"])
     if adapter.head is not None and adapter.head.path != manifest.backbone["classifier"]:
         raise AdapterError(
