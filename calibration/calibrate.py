@@ -160,7 +160,7 @@ def quantise(
         )
     form = FORMATS[settings.precision]
     excluded = excluded_sites(settings, tuple(calibration.sites))
-    classifier = bundle.manifest.backbone["classifier"]
+    classifier = bundle.manifest.backbone.classifier
     model = ir.load(path)
     infos = {}
     for name, site in sites.items():
@@ -196,4 +196,4 @@ def float32_graph(bundle: Bundle) -> tuple[Path, dict[str, GraphLinear], str]:
     files = bundle.manifest.files
     names = [name for name in (path.name, f"{path.name}.data") if name in files]
     digest = hashlib.sha256("".join(files[name] for name in names).encode()).hexdigest()
-    return path, find_sites(ir.load(path).graph, bundle.manifest.backbone["classifier"]), digest
+    return path, find_sites(ir.load(path).graph, bundle.manifest.backbone.classifier), digest

@@ -49,7 +49,7 @@ class Session:
         if self._adapters is None:
             raise SessionError(
                 "a folded bundle holds exactly one adapter, in its weights. Export without "
-                "--fold to add and remove adapters."
+                "`fold=True` to add and remove adapters."
             )
         return self._adapters
 
@@ -73,8 +73,7 @@ class Session:
         self, images: Sequence[Image.Image], adapter: str | None = None
     ) -> NDArray[np.float32]:
         """Images to float32 [batch, 3, H, W] as an adapter (None: the backbone) wants them."""
-        entry = self.entry(adapter)
-        transform = entry.preprocess if entry is not None else self.bundle.manifest.preprocess
+        transform = self.bundle.manifest.preprocess_of(self.entry(adapter))
         if not images:
             raise SessionError("no image given: expected a sequence of at least one.")
         return np.stack([transform(image) for image in images])
@@ -132,7 +131,7 @@ class Session:
         with ExitStack() as stack:
             entries, rows = self._held(names, stack)
             manifest = self.bundle.manifest
-            ways = [e.preprocess if e is not None else manifest.preprocess for e in entries]
+            ways = [manifest.preprocess_of(e) for e in entries]
             pixels = np.stack([way(image) for way, image in zip(ways, images, strict=True)])
             logits = self.run_rows(pixels, rows)
         answers = []
@@ -225,7 +224,7 @@ def _check_numbers(
         raise SessionError(
             f"image {image}, adapter {adapter or BACKBONE!r}: the logits are no numbers (NaN or "
             f"infinity) in {precision}. Open the bundle in another precision; if float32 gives "
-            "none either, compare it with its reference: hhdeploy verify BUNDLE"
+            "none either, compare it with its reference: `verify()`."
         )
 
 

@@ -119,7 +119,7 @@ def check_live(name: str, adapter: Adapter) -> None:
         found = f"it replaces {what}" if what else "its configuration says fold_only"
         raise PlanError(
             f"adapter {name!r} can only be folded: {found}, and a row holds changes of Linears "
-            "alone. Export it with --fold to a bundle of its own."
+            "alone. Export it with `fold=True` to a bundle of its own."
         )
 
 
@@ -137,7 +137,7 @@ def check_base(name: str, adapter: Adapter, model: str, sha256: str) -> None:
         raise AdapterError(
             f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
             f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Use the checkpoint "
-            "that it was trained on, also for the bundle: export with --checkpoint."
+            "that it was trained on, also for the bundle: export with `checkpoint`."
         )
 
 

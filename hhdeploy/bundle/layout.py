@@ -153,7 +153,7 @@ class RowLayout:
             if not self.backbone_head:
                 raise CapacityError(
                     f"adapter {name!r} has no classifier and the bundle did not keep the "
-                    "backbone's. Export with --keep-backbone-head."
+                    "backbone's. Export with `keep_backbone_head=True`."
                 )
             return
         classes, dim = head.weight.shape
@@ -165,7 +165,7 @@ class RowLayout:
         if classes > self.classes:
             raise CapacityError(
                 f"adapter {name!r} has {classes} classes, the bundle has room for {self.classes}. "
-                f"Export with --max-classes {classes}."
+                f"Export with `max_classes={classes}`."
             )
         parts["head.weight"][:classes] = head.weight
         parts["head.bias"][:] = -np.inf
@@ -254,7 +254,7 @@ def _place(
     if found is None:
         raise CapacityError(
             f"adapter {name!r} changes {site} ({form}), which this bundle has no "
-            f"branch for. Export again with this adapter, or reserve it with --sites."
+            "branch for. Export again with this adapter, or reserve it with `sites`."
         )
     return found
 
@@ -280,7 +280,7 @@ def _pack_delta(
     if k > branch.rank:
         raise CapacityError(
             f"adapter {name!r}: {site} needs rank {k} (2 for the reflections + its low-rank "
-            f"term), the bundle has room for {branch.rank}. Export with --max-rank {k}."
+            f"term), the bundle has room for {branch.rank}. Export with `max_rank={k}`."
         )
     with np.errstate(over="ignore"):  # an overflow is reported by `pack`, with the adapter's name
         parts[f"{branch.name}/diag"][index] = delta.diag
@@ -307,8 +307,8 @@ def _pack_parts(
         if part not in branch.extras:
             raise CapacityError(
                 f"adapter {name!r} has {site}.{part}, and the rows of this bundle have no {part} "
-                f"at {branch.linear}. Export again with this adapter, or reserve it with "
-                f"--parts {part}."
+                f"at {branch.linear}. Export again with this adapter, or reserve {part} with "
+                "`parts`."
             )
         if part == "s_in":
             _check_one_s_in(name, adapter, branch)
@@ -328,5 +328,5 @@ def _check_one_s_in(name: str, adapter: Adapter, branch: Branch) -> None:
         raise CapacityError(
             f"adapter {name!r}: s_in of {', '.join(branch.sites)}: expected the same values, found "
             f"different ones: the sites are thirds of one Linear, {branch.linear}, and a side "
-            "branch scales its input once for all. Fold the adapter into a bundle of its own."
+            "branch scales its input once for all. Export it with `fold=True` to a bundle of its own."
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.store import work_directory
+from hhdeploy.bundle.store import Progress, work_directory
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.judging.accuracy import Accuracy, Logits, answers, judge
 from hhdeploy.calibration.judging.exam import Exam
@@ -22,7 +22,6 @@ from hhdeploy.files.writing import os_errors, sha256_of
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
 from hhdeploy.timing import Paired, paired
-from hhdeploy.verifying.bundles import Progress
 
 if TYPE_CHECKING:
     from hhdeploy.calibration.calibrate import Quantised
@@ -128,7 +127,7 @@ class Trials:
 
         self._progress("measuring the signal to noise of every site")
         graph = self._bundle.graph("float32")
-        sites = find_sites(ir.load(graph).graph, self._bundle.manifest.backbone["classifier"])
+        sites = find_sites(ir.load(graph).graph, self._bundle.manifest.backbone.classifier)
         feeds = islice(self._used, _SENSITIVITY_IMAGES)
         form = FORMATS[self._settings.precision]
         figures = site_sqnr(graph, sites, self._found.sites, form, feeds)
@@ -144,7 +143,7 @@ class Trials:
         excluded = excluded_sites(self._settings, names)
         figures = logits_sqnr(
             self._bundle.graph("float32"),
-            self._bundle.manifest.backbone["classifier"],
+            self._bundle.manifest.backbone.classifier,
             self._found.sites,
             FORMATS[self._settings.precision],
             list(islice(self._used, _SENSITIVITY_IMAGES)),

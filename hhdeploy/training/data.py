@@ -107,11 +107,12 @@ def _matching(
     if missing or unexpected:
         problems = [
             f"{title}: {', '.join(some)}"
-            for title, some in (("missing", missing), ("not in --data", unexpected))
+            for title, some in (("missing", missing), ("not in `data`", unexpected))
             if some
         ]
         raise DataError(
-            f"--val-data {directory}: expected the class folders of --data ({', '.join(names)}); "
+            f"`val_data`: {directory}: expected the class folders of `data` "
+            f"({', '.join(names)}); "
             f"{'; '.join(problems)}."
         )
     return classes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import engines_of
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
-from hhdeploy.errors import BundleError, ParityError, require
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
+from hhdeploy.errors import BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
@@ -27,9 +26,6 @@ from hhdeploy.verifying.overflow import find_overflow
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
-
-
-Progress = Callable[[str], None]
 
 
 _VERIFY_BATCH = 8
@@ -66,7 +62,7 @@ def _verify(bundle: Bundle, device: str, precisions: Sequence[str] | None) -> Pa
     if not bundle.manifest.has(REFERENCE_FILE):
         raise BundleError(
             f"{bundle.path} was exported without verification and carries no reference. Run: "
-            "hhdeploy verify --against-torch"
+            f"{as_code('verify_against_torch', bundle.path)}"
         )
     return verify_graphs(bundle, device, precisions)
 
@@ -104,17 +100,17 @@ def verify_against_torch(
     bundle = read_bundle(path, _held)
     facts = bundle.manifest.backbone
     spec = BackboneSpec(
-        facts["model"],
-        facts["args"],
+        facts.model,
+        facts.args,
         Path(checkpoint) if checkpoint else None,
         pretrained,
         seed,
     )
     backbone = load_backbone(spec)
-    if backbone.facts.sha256 != facts["sha256"]:
+    if backbone.facts.sha256 != facts.sha256:
         raise BackboneError(
-            f"{path} was exported from the weights {facts['sha256'][:12]}…, these are "
-            f"{backbone.facts.sha256[:12]}…. Pass the same file with --checkpoint."
+            f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
+            f"{backbone.facts.sha256[:12]}…. Pass the same file with `checkpoint`."
         )
     adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
@@ -198,7 +194,7 @@ def verify_graphs(
     if not len(images):
         raise BundleError(
             f"{bundle.path}: nothing to verify: none of its adapters is in the reference. Run: "
-            "hhdeploy verify --against-torch"
+            f"{as_code('verify_against_torch', bundle.path)}"
         )
     stages: list[StageResult] = []
     for precision in precisions or _default_precisions(bundle, device):
@@ -224,7 +220,7 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
     """All that the device can show: graphs, or engines. Graphs that came from calibration were
     judged on real images then; on noise, far outside their ranges, they would prove nothing."""
     if device in BACKENDS:
-        engines = [e for e in engines_of(bundle.manifest) if e.backend == device]
+        engines = [e for e in bundle.manifest.engines if e.backend == device]
         return tuple(dict.fromkeys(e.precision for e in engines))
     graphs = tuple(bundle.manifest.graphs)
     if device == "openvino":

@@ -110,7 +110,7 @@ def training_time_reference(
     if not adapters:
         raise PlanError(
             "nothing to verify: there is no adapter, and the backbone's own classifier was not "
-            "kept. Export with --no-verify, or add an adapter first."
+            "kept. Export with `verify=False`, or add an adapter first."
         )
     per_adapter = []
     backbone.model.double()  # exact, and exact on the way back

@@ -56,7 +56,7 @@ class Calibrated:
 
     @property
     def classifier(self) -> str:
-        name: str = self.bundle.manifest.backbone["classifier"]
+        name: str = self.bundle.manifest.backbone.classifier
         return name
 
     @property

@@ -15,7 +15,7 @@ from tests.parity.architectures import traced
 
 def graph_of(bundle_path):
     bundle = Bundle.open(bundle_path)
-    return ir.load(bundle.graph("float32")).graph, bundle.manifest.backbone["classifier"]
+    return ir.load(bundle.graph("float32")).graph, bundle.manifest.backbone.classifier
 
 
 def test_every_linear_of_a_folded_graph(folded):

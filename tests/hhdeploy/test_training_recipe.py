@@ -304,20 +304,20 @@ def unfinished(base_settings: TrainSettings, tmp_path: Path) -> TrainSettings:
 
 
 def test_unfinished_state_needs_a_decision(unfinished: TrainSettings) -> None:
-    with pytest.raises(TrainingError, match=r"half\.training holds .* --resume, or delete"):
+    with pytest.raises(TrainingError, match=r"half\.training holds .* `resume=True`, or delete"):
         train(unfinished)
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"lr": 1e-3}, "--lr is 0.001, but .* has 0.005"),
-        ({"targets": ("q", "proj")}, "--target is"),
-        ({"epochs": 3}, "--epochs is 3"),
-        ({"flip": False}, "--flip is False"),
-        ({"linear_probe": True}, "--linear-probe is True"),
+        ({"lr": 1e-3}, "`lr` is 0.001, but .* has 0.005"),
+        ({"targets": ("q", "proj")}, "`targets` is"),
+        ({"epochs": 3}, "`epochs` is 3"),
+        ({"flip": False}, "`flip` is False"),
+        ({"linear_probe": True}, "`linear_probe` is True"),
         ({"val_fraction": 0.5}, "digest of the image names"),
-        ({"model_args": {**TINY_ARGS, "depth": 1}}, "--model-args is"),
+        ({"model_args": {**TINY_ARGS, "depth": 1}}, "`model_args` is"),
     ],
 )
 def test_resume_names_the_setting_that_differs(
@@ -340,7 +340,7 @@ def test_resume_refuses_a_damaged_state(unfinished: TrainSettings) -> None:
 
 
 def test_resume_without_a_state(base_settings: TrainSettings, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"nothing to continue\. Leave out --resume"):
+    with pytest.raises(TrainingError, match=r"nothing to continue\. Leave out `resume=True`"):
         train(replace(base_settings, out=tmp_path / "none", resume=True))
 
 
@@ -372,7 +372,7 @@ def test_empty_class_is_refused(base_settings: TrainSettings, tmp_path: Path) ->
 def test_other_validation_classes_are_refused(base_settings: TrainSettings, tmp_path: Path) -> None:
     val = draw_folder(tmp_path / "val", ["bars", "frames"], 2, seed=1)
     (val / "frames").rename(val / "wheels")
-    with pytest.raises(DataError, match="missing: discs, frames; not in --data: wheels"):
+    with pytest.raises(DataError, match="missing: discs, frames; not in `data`: wheels"):
         train(replace(base_settings, val_data=val, out=tmp_path / "o"))
 
 
@@ -386,7 +386,7 @@ def test_unwritable_output_is_refused_first(base_settings: TrainSettings, tmp_pa
         train(replace(settings, out=tmp_path / "file", overwrite=True))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "thesis.txt").write_text("mine")
-    with pytest.raises(WriteError, match=r"already exists.*--overwrite"):
+    with pytest.raises(WriteError, match=r"already exists.*`overwrite=True`"):
         train(replace(settings, out=tmp_path / "there"))
     with pytest.raises(WriteError, match="is not an adapter directory that hhdeploy wrote"):
         train(replace(settings, out=tmp_path / "there", overwrite=True))
@@ -395,12 +395,15 @@ def test_unwritable_output_is_refused_first(base_settings: TrainSettings, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": ("fc7",)}, "--target fc7: zero sites .* kinds fc1, fc2, k, proj, q, v"),
+        (
+            {"targets": ("fc7",)},
+            r"`targets=\['fc7'\]`: zero sites .* kinds fc1, fc2, k, proj, q, v",
+        ),
         ({"form": "sequential", "targets": ("q",)}, "part of a fused Linear"),
-        ({"lr": 0.0}, "--lr: expected a positive number, found 0.0"),
-        ({"warmup_epochs": EPOCHS}, "--warmup-epochs: expected less than --epochs"),
-        ({"out": None}, "Only --linear-probe works without OUT"),
-        ({"checkpoint": Path("w.safetensors")}, "--checkpoint and --no-pretrained exclude"),
+        ({"lr": 0.0}, "`lr`: expected a positive number, found 0.0"),
+        ({"warmup_epochs": EPOCHS}, "`warmup_epochs`: expected less than `epochs`"),
+        ({"out": None}, "Only `linear_probe=True` works without `out`"),
+        ({"checkpoint": Path("w.safetensors")}, "`checkpoint` and `pretrained=False` exclude"),
     ],
 )
 def test_settings_that_make_no_sense(
@@ -415,7 +418,7 @@ def test_a_diverged_training_says_so_and_leaves_nothing(
     base_settings: TrainSettings, tmp_path: Path
 ) -> None:
     settings = replace(base_settings, lr=1e30, warmup_epochs=0, out=tmp_path / "o")
-    with pytest.raises(TrainingError, match=r"diverged: .*lower --lr \(it was 1e\+30\)"):
+    with pytest.raises(TrainingError, match=r"diverged: .*lower `lr` \(it was 1e\+30\)"):
         train(settings)
     assert not list(tmp_path.iterdir())
 

@@ -112,14 +112,9 @@ def without_matrix(adapter: Adapter, **parts: str) -> Adapter:
     """s_in, s_out and db alone, as IA3 has them; ``parts``: kind -> those kept there."""
     sites = {}
     for name, site in adapter.sites.items():
-        kept = parts[sites_kind(name)].split()
+        kept = parts[name.rpartition(".")[2].removesuffix("_proj")].split()
         sites[name] = SiteTensors(**{p: t for p, t in site.parts.items() if p in kept})
     return replace(adapter, sites=sites)
-
-
-def sites_kind(name: str) -> str:
-    """The last component of a site's name."""
-    return name.rpartition(".")[2].removesuffix("_proj")
 
 
 def scaled_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
@@ -131,16 +126,14 @@ def scaled_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
         return [kind for kind in targets.split() if kind in kinds]
 
     headless = 13 if facts.classes == 0 else None
-    all_ = random_adapter(facts, targets=present("q k v proj fc1 fc2"), seed=21, scale=scale,
-                          parts=("s_in", "s_out", "db"))  # fmt: skip
-    few = random_adapter(facts, targets=present("k proj fc2"), seed=22, classes=headless, scale=scale,
-                         parts=("s_in", "s_out", "db"))  # fmt: skip
-    after = random_adapter(facts, targets=present("proj fc2"), form="sequential", seed=23,
-                           classes=3, scale=scale, parts=("s_in", "s_out", "db"))  # fmt: skip
+    common: dict[str, Any] = {"scale": scale, "parts": ("s_in", "s_out", "db")}
+    few = random_adapter(facts, targets=present("k proj fc2"), seed=22, classes=headless, **common)
     adapters = {
-        "scaled": all_,
+        "scaled": random_adapter(facts, targets=present("q k v proj fc1 fc2"), seed=21, **common),
         "alone": without_matrix(few, k="s_out db", proj="s_out", fc2="s_in db"),
-        "after": after,
+        "after": random_adapter(
+            facts, targets=present("proj fc2"), form="sequential", seed=23, classes=3, **common
+        ),
     }
     for name, adapter in adapters.items():
         check_adapter(name, adapter, facts)

@@ -130,8 +130,8 @@ def test_adapters_that_do_not_belong(own, workshop):
     refused = [
         ("omega", elsewhere, AdapterError, "base_sha256"),
         ("omega", other, AdapterError, "base_model_name_or_path"),
-        ("omega", workshop.adapters[TOO_WIDE], CapacityError, "--sites|--max-rank|--max-classes"),
-        ("omega", workshop.adapters["headless"], CapacityError, "--sites|--keep-backbone-head"),
+        ("omega", workshop.adapters[TOO_WIDE], CapacityError, "sites|max_rank|max_classes"),
+        ("omega", workshop.adapters["headless"], CapacityError, "sites|keep_backbone_head"),
         ("backbone", workshop.adapters["rival"], PlanError, "reserved"),
         ("../omega", workshop.adapters["rival"], PlanError, "letters, digits"),
     ]

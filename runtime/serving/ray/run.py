@@ -85,7 +85,7 @@ def _cluster(args: RayArgs) -> Iterator[None]:
         if serve.status().proxies:
             raise PlanError(
                 f"Ray Serve runs already on the cluster {address}. Deploy to it with "
-                "`serve deploy`, or stop it first with `serve shutdown`."
+                "Ray's own command: serve deploy. Or stop it first: serve shutdown."
             )
         yield
     finally:
