@@ -16,8 +16,11 @@ from hhdeploy.errors import AdapterError
 
 def put_values(
     model: nn.Module, values: Mapping[str, NDArray[np.float32]], source: str
-) -> dict[str, Tensor]:
-    """Replace parameters of a model, in place.
+) -> dict[str, nn.Parameter]:
+    """Replace parameters of a model, in place, by new frozen ones.
+
+    The old ones are kept, not written over: a graph traced before or after shares the memory of
+    the parameters it was traced with.
 
     Args:
         model: any module.
@@ -25,7 +28,7 @@ def put_values(
         source: the adapter that they come from, for messages.
 
     Returns:
-        Path -> the old value, for `restore_values`.
+        Path -> the old parameter, for `restore_values`.
 
     Raises:
         AdapterError: no such parameter, or one of another shape; the model is as it was.
@@ -42,16 +45,27 @@ def put_values(
                 f"{source}: {path}.value: expected shape {list(known[path].shape)}, found "
                 f"{list(value.shape)}."
             )
-    old = {path: known[path].detach().clone() for path in values}
-    restore_values(model, {path: torch.from_numpy(value) for path, value in values.items()})
+    old = {path: known[path] for path in values}
+    for path, value in values.items():
+        new = torch.from_numpy(value).to(old[path].device, old[path].dtype)
+        _exchange(model, old[path], nn.Parameter(new, requires_grad=False))
     return old
 
 
-def restore_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters, in place; they are frozen afterwards."""
-    with torch.no_grad():
-        for path, value in values.items():
-            model.get_parameter(path).copy_(value).requires_grad_(False)
+def restore_values(model: nn.Module, old: Mapping[str, nn.Parameter]) -> None:
+    """Put the parameters back that `put_values` replaced, in the type that the model has now."""
+    for path, parameter in old.items():
+        new = model.get_parameter(path)
+        parameter.data = parameter.data.to(new.device, new.dtype)
+        _exchange(model, new, parameter)
+
+
+def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Wherever a model has a parameter: modules may share one."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter is old:
+                setattr(module, name, new)
 
 
 @contextmanager

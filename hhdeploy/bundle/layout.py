@@ -328,5 +328,6 @@ def _check_one_s_in(name: str, adapter: Adapter, branch: Branch) -> None:
         raise CapacityError(
             f"adapter {name!r}: s_in of {', '.join(branch.sites)}: expected the same values, found "
             f"different ones: the sites are thirds of one Linear, {branch.linear}, and a side "
-            "branch scales its input once for all. Export it with `fold=True` to a bundle of its own."
+            "branch scales its input once for all. Export it with `fold=True`, in a bundle of its "
+            "own."
         )

@@ -56,6 +56,7 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
             {
                 "config": config,
                 "sites": sites,
+                "values": {path: list(value.shape) for path, value in adapter.values.items()},
                 "parameters": adapter.parameters,
                 "head_parameters": head,
             }
@@ -80,7 +81,7 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     columns = ("site", "out x in", "k", "parts", "parameters", "effective rank")
     console.print(ui.table(None, columns, rows))
     for path, value in adapter.values.items():
-        console.print(f"{path}.value {list(value.shape)}: fold only")
+        console.print(f"{path} {list(value.shape)}: replaced, so fold only", markup=False)
     console.print(f"{adapter.parameters:,} parameters in {len(sites)} sites, {head:,} in the head")
 
 

@@ -39,7 +39,7 @@ class _Attached:
         config: of the adapter.
         classifier: module path of the classifier.
         old_head: the backbone's own, None if it is still there.
-        old_values: parameter path -> what it was before the adapter replaced it.
+        old_values: parameter path -> the parameter before the adapter replaced it.
         parametrized: (module, name of its tensor), each once.
         new_biases: Linears that had no bias.
     """
@@ -47,7 +47,7 @@ class _Attached:
     config: AdapterConfig
     classifier: str
     old_head: nn.Module | None = None
-    old_values: dict[str, Tensor] = field(default_factory=dict)
+    old_values: dict[str, nn.Parameter] = field(default_factory=dict)
     parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
     new_biases: list[nn.Module] = field(default_factory=list)
 
