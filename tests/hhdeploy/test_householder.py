@@ -302,14 +302,14 @@ def test_a_site_the_model_does_not_have_leaves_the_model_alone(tiny):
     adapter = random_adapter(tiny.facts)
     site = adapter.sites["blocks.0.attn.proj"]
     wrong = replace(adapter, sites={**adapter.sites, "blocks.9.attn.proj": site})
-    with pytest.raises(AdapterError, match=r"no site blocks\.9\.attn\.proj"):
+    with pytest.raises(AdapterError, match=r"blocks\.9\.attn\.proj.*no such site"):
         attach(tiny.model, wrong)
     assert unchanged(tiny.model, before)
     attach(tiny.model, adapter)
 
 
 def test_a_target_the_model_does_not_have(tiny):
-    with pytest.raises(AdapterError, match="'gate' matches no Linear"):
+    with pytest.raises(AdapterError, match="'gate' matches no site"):
         attach(tiny.model, AdapterConfig("x", target_modules=("gate",)))
 
 
@@ -326,7 +326,7 @@ def test_sizes_of_another_model_leave_the_model_alone(tiny):
 def test_the_sequential_form_acts_on_a_linear_of_its_own(tiny):
     adapter = random_adapter(tiny.facts, form="sequential", targets=("blocks.0.attn.qkv.q",))
     for asked in (adapter, adapter.config):
-        with pytest.raises(AdapterError, match=r"proj, fc2 only, not at blocks\.0\.attn\.qkv\.q"):
+        with pytest.raises(AdapterError, match=r"blocks\.0\.attn\.qkv\.q: .* proj, fc2 only"):
             attach(tiny.model, asked)
 
 
@@ -437,8 +437,10 @@ def test_what_does_not_fit_the_model_leaves_it_alone():
     (name, *_) = adapter.sites
     wide = replace(adapter.sites[name], s_in=np.ones(49, np.float32))
     wrong = {
-        r"fc1\.s_in: expected 48 values, found 49": {"sites": {name: wide}},
-        r"no site blocks\.7": {"sites": {"blocks.7.mlp.fc1": adapter.sites[name]}},
+        r"fc1\.s_in: expected 48 values .*found 49": {"sites": {name: wide}},
+        r"blocks\.7\.mlp\.fc1\.\*: .*no such site": {
+            "sites": {"blocks.7.mlp.fc1": adapter.sites[name]}
+        },
         r"norm9\.weight\.value: .*no parameter": {"values": {"norm9.weight": np.ones(3)}},
     }
     for message, changes in wrong.items():
