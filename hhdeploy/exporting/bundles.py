@@ -18,13 +18,13 @@ from hhdeploy.bundle.manifest import (
     Manifest,
     write_manifest,
 )
-from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, locked
+from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.verifying.bundles import Progress, parity_error, rows_of, verify_graphs
+from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.timm import Backbone

@@ -41,7 +41,7 @@ from hhdeploy.training.data import (
 from hhdeploy.training.loop import Trainer
 from hhdeploy.training.settings import (
     EpochReport,
-    Progress,
+    OnReport,
     StepReport,
     TrainingError,
     TrainResult,
@@ -51,7 +51,7 @@ from hhdeploy.training.state import SavedTraining, StateDirectory
 
 __all__ = [
     "EpochReport",
-    "Progress",
+    "OnReport",
     "StepReport",
     "TrainResult",
     "TrainSettings",
@@ -98,7 +98,7 @@ class _Task:
         }
 
 
-def train(settings: TrainSettings, progress: Progress | None = None) -> TrainResult:
+def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainResult:
     """Train an adapter (or a linear probe) on an image folder and write it.
 
     Args:
@@ -265,7 +265,7 @@ def _check_targets(linears: tuple[LinearSpec, ...], settings: TrainSettings) -> 
             )
 
 
-def _run(task: _Task, trainer: Trainer, progress: Progress) -> tuple[EpochReport, ...]:
+def _run(task: _Task, trainer: Trainer, progress: OnReport) -> tuple[EpochReport, ...]:
     """All epochs that are left; the state on disk follows every one of them."""
     history: tuple[EpochReport, ...] = ()
     if task.state is not None and task.settings.resume:

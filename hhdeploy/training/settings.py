@@ -164,7 +164,7 @@ class EpochReport:
     val_loss: float | None
 
 
-Progress = Callable[[StepReport | EpochReport], None]
+OnReport = Callable[[StepReport | EpochReport], None]
 
 
 @dataclass(frozen=True)

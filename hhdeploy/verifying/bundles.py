@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
 from hhdeploy.errors import BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
@@ -26,9 +26,6 @@ from hhdeploy.verifying.overflow import find_overflow
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
-
-
-Progress = Callable[[str], None]
 
 
 _VERIFY_BATCH = 8
