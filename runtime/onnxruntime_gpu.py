@@ -148,7 +148,7 @@ class OnnxRuntimeGraphBackend:
         except Exception as error:
             raise DeviceError(
                 f"{self.name} failed with CUDA graphs: {error}. Without them: open the session "
-                "without cuda_graphs."
+                "without `cuda_graphs`."
             ) from error
         self._sizes[len(images)] = recorded
         return logits

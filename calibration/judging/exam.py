@@ -95,8 +95,8 @@ def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: in
     else:
         warnings.append(
             "no image is left that calibration did not use: the figures are of the calibration "
-            "images themselves, which flatters the quantised graph. Pass --eval-data DIR or a "
-            "smaller --images."
+            "images themselves, which flatters the quantised graph. Pass `eval_data` or "
+            "fewer `images`."
         )
     questions = fresh or [question for _, question in pairs]
     warnings += [

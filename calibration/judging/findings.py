@@ -159,7 +159,7 @@ class Findings:
                 doubts.append(
                     f"{self.accuracy.images} images cannot resolve a bound of "
                     f"{self.guarded.max_drop:g} points: the standard error is {error:.2f}. Pass "
-                    "more with --eval-data"
+                    "more as `eval_data`"
                 )
             if self.guarded.kept:
                 doubts.append(
@@ -169,7 +169,7 @@ class Findings:
         if self.replaced:
             doubts.append(
                 f"the bundle's earlier {self.precision} graph was replaced: engines built from it "
-                "are refused. Build them again with: hhdeploy build"
+                "are refused. Build them again with `build()`"
             )
         return doubts
 

@@ -12,7 +12,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import calibration_files
 from hhdeploy.calibration.feeds import Feed, Feeder
 from hhdeploy.calibration.scales_file import read_scales
-from hhdeploy.errors import BundleError, PlanError, require
+from hhdeploy.errors import BundleError, PlanError, as_code, require
 from hhdeploy.preprocess import list_images, open_image, spread
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class RangeCheck:
             f"{self.adapter} leaves the range at {len(self.excess)} of {self.sites} sites; at "
             f"{len(self.clipped)} of them {NEGLIGIBLE_SHARE:.2%} of the values or more are "
             "clipped. Calibrate again with its images among the data, keep these sites in "
-            "floating point (--exclude), or serve this adapter from the float32 or float16 graph."
+            "floating point (`exclude`), or serve this adapter from the float32 or float16 graph."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -109,8 +109,13 @@ def check_adapter(
     findings_file, scales_file = calibration_files(precision)
     if not bundle.manifest.has(scales_file):
         raise BundleError(
-            f"{path} holds no {precision} calibration to check against. Make one with: hhdeploy "
-            f"calibrate {path} --data DIR --precision {precision}"
+            f"{path} holds no {precision} calibration to check against. Make one with: "
+            + as_code(
+                "calibrate",
+                path,
+                data="DIR",
+                settings=as_code("CalibrationSettings", precision=precision),
+            )
         )
     form = FORMATS[precision]
     if not form.activations:

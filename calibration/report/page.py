@@ -196,7 +196,7 @@ def _cost(findings: Findings) -> Markup:
         _note(
             f"Latency on {findings.machine}, {findings.device}: medians of runs in turn, and the "
             "ratio float32 / quantised with its quartiles; above 1 the quantised graph is faster. "
-            "Other machines and engines differ: measure there with hhdeploy bench."
+            "Other machines and engines differ: measure there."
         ),
         _table(
             ("batch", "float32, ms", f"{findings.precision}, ms", "speed-up (quartiles)"), times

@@ -196,7 +196,7 @@ def _stages(
         raise ParityError(
             f"the {precision} graph is further from the reference than the parity table "
             f"allows:\n{report.explain_failures()}\nThe bundle is unchanged. Keep the most "
-            "sensitive sites in floating point with --max-drop POINTS or --exclude PATTERN, "
+            "sensitive sites in floating point with `max_drop` or `exclude`, "
             "or calibrate on more images of every adapter."
         )
     return stages
@@ -207,24 +207,24 @@ def _check_options(options: CalibrationOptions, exam: Exam) -> None:
     is true classes of images that were not calibrated on."""
     if options.report is not None and not Path(options.report).resolve().parent.is_dir():
         raise WriteError(
-            f"--report {options.report}: {Path(options.report).parent} is not a directory. Make "
+            f"`report`: {options.report}: {Path(options.report).parent} is not a directory. Make "
             "it first, or choose another."
         )
     max_drop = options.max_drop
     if max_drop is None:
         return
     if not max_drop >= 0:
-        raise PlanError(f"--max-drop: expected points of top-1, 0 or more, found {max_drop}.")
+        raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop}.")
     if not exam.labelled:
         raise PlanError(
-            f"--max-drop {max_drop:g} needs true classes, which {exam.source} does not tell. Pass "
-            "a folder with --eval-data DIR: DIR/CLASS/image, for side branches "
+            f"`max_drop={max_drop:g}` needs true classes, which {exam.source} does not tell. Pass "
+            "a folder as `eval_data`, DIR: DIR/CLASS/image, for side branches "
             "DIR/ADAPTER/CLASS/image."
         )
     if not exam.held_out:
         raise PlanError(
-            f"--max-drop {max_drop:g} needs images that calibration does not use; of {exam.source} "
-            "none is left. Pass others with --eval-data DIR, or a smaller --images."
+            f"`max_drop={max_drop:g}` needs images that calibration does not use; of "
+            f"{exam.source} none is left. Pass others as `eval_data`, or fewer `images`."
         )
 
 

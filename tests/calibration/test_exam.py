@@ -106,7 +106,7 @@ def test_too_few_left_is_said(bundle, folder):
     _, exam = exam_of(bundle, folder, images=20)
     assert not exam.held_out
     assert len(exam.questions) == 20
-    assert any("--eval-data" in w for w in exam.warnings)
+    assert any("`eval_data`" in w for w in exam.warnings)
     for path in (folder / "gamma").rglob("[1-9].png"):
         path.unlink()
     _, exam = exam_of(bundle, folder, images=4)

@@ -53,7 +53,9 @@ def test_a_preset_and_patterns_add_up():
 
 
 def test_a_pattern_that_fits_nothing_is_refused():
-    with pytest.raises(PlanError, match=r"exclude 'blocks.1.fc2' fits no site.*blocks.0.attn.qkv"):
+    with pytest.raises(
+        PlanError, match=r"`exclude=\['blocks.1.fc2'\]` fits no site.*blocks.0.attn.qkv"
+    ):
         excluded_sites(CalibrationSettings(exclude=("*.fc2", "blocks.1.fc2")), SITES)
 
 

@@ -242,7 +242,7 @@ def test_a_hint_divides_the_threads(small, own, hint, streams):
 def test_an_unknown_hint_and_a_device_without_any(small):
     with pytest.raises(SessionError, match="expected latency or throughput, found 'fast'"):
         started(small, hint="fast")
-    with pytest.raises(SessionError, match=r"hint='throughput': device='cpu' has none"):
+    with pytest.raises(SessionError, match=r"`hint='throughput'`: `device='cpu'` has none"):
         open_session(small, device="cpu", hint="throughput")
 
 

@@ -166,7 +166,7 @@ def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkey
         assert contents(calibrate.path) == before, arguments
     strict = replace(PARITY["quantised", "int8"], range_error=0.0)
     monkeypatch.setitem(PARITY, ("quantised", "int8"), strict)  # type: ignore[arg-type]
-    with pytest.raises(ParityError, match="--max-drop POINTS or --exclude"):
+    with pytest.raises(ParityError, match="`max_drop` or `exclude`"):
         calibrate()
     assert contents(calibrate.path) == before
 
