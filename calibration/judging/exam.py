@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.calibration.data import CalibrationData, Picked, Source, choose_images
+from hhdeploy.calibration.data import CalibrationData, Source, choose_images
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.preprocess import open_image
 
@@ -107,16 +107,16 @@ def make_exam(source: Source, used: CalibrationData, *, seed: int) -> Exam:
 def _from_folder(
     feeder: Feeder, folder: Path, seed: int, warnings: list[str]
 ) -> list[tuple[str, Question]]:
-    chosen = choose_images(feeder, folder, _ALL, seed)
+    chosen = choose_images(feeder, folder, _ALL, seed, judging=True)
     warnings += chosen.warnings
     classes: dict[str | None, set[str]] = {}
     for picked in chosen.images:
-        classes.setdefault(picked.adapter, set()).add(_class(feeder, folder, picked))
+        classes.setdefault(picked.adapter, set()).add(picked.label)
     columns = {a: _columns(feeder, a, sorted(names), warnings) for a, names in classes.items()}
     pairs = []
     for picked in chosen.images:
         known = columns[picked.adapter]
-        column = known.get(_class(feeder, folder, picked)) if known is not None else None
+        column = known.get(picked.label) if known is not None else None
         if known is not None and column is None:
             continue  # a folder that is no class of the adapter: a warning says so
         question = Question(
@@ -132,13 +132,6 @@ def _from_arrays(feeder: Feeder, source: Source, seed: int) -> list[tuple[str, Q
         (sample.digest, Question(sample.adapter, None, f"image {index}", sample.load))
         for index, sample in enumerate(data.samples)
     ]
-
-
-def _class(feeder: Feeder, folder: Path, picked: Picked) -> str:
-    """Name of the class folder: DIR/ADAPTER/CLASS/..., for a folded bundle also DIR/CLASS/..."""
-    parts = picked.path.relative_to(folder).parts
-    own = picked.adapter is not None or (parts[0] == feeder.names[0] and len(parts) > 2)
-    return parts[1] if own else parts[0]
 
 
 def _columns(

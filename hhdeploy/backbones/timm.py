@@ -256,7 +256,7 @@ def _preprocess(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
     if "img_size" in args:
         img = args["img_size"]
         size = (3, img, img) if isinstance(img, int) else (3, *img)
-    return Preprocess.from_json({**config, "input_size": size})
+    return Preprocess.from_json({**config, "input_size": size, "exif": True})
 
 
 def base_sha256(model: nn.Module, classifier: str) -> str:

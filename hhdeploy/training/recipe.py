@@ -272,9 +272,6 @@ def _run(task: _Task, trainer: Trainer, progress: OnReport) -> tuple[EpochReport
         saved = task.state.read(task.identity)
         trainer.load_state_tensors(saved.tensors, saved.epoch)
         history = saved.history
-    elif task.state is not None:
-        # An interrupt in the first epoch also leaves something to resume.
-        task.state.write(SavedTraining(0, trainer.state_tensors(), ()), task.identity)
     for epoch in range(len(history) + 1, task.settings.epochs + 1):
         report = _epoch(task, trainer, epoch, progress)
         history = (*history, report)
@@ -308,6 +305,9 @@ def _result(task: _Task, trainer: Trainer, history: tuple[EpochReport, ...]) -> 
         class_names=task.folder.class_names,
         train_images=len(task.folder.train),
         val_images=len(task.folder.val),
+        train_data=task.folder.sources[0],
+        val_data=task.folder.sources[1],
+        skipped=task.folder.skipped,
         sites=0 if probe else len(extract(task.model).sites),
         parameters=total - head,
         head_parameters=head,

@@ -41,7 +41,7 @@ def status_of(service: Service) -> dict[str, Any]:
         "ready": service.ready,
         "uptime_seconds": round(service.uptime, 1),
         "max_batch": service.settings.max_batch,
-        "body_bytes": service.settings.limits.body_bytes,
+        "body_bytes": service.settings.body_bytes,
         "queued_images": now.queued,
         "batches": now.runs,
         "images": metrics.images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -272,7 +273,7 @@ def test_same_seed_same_bits_whatever_the_cache_and_workers(
     assert tensors[0] != tensors[1]
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 0), (3, 3), (EPOCHS, 0)])
+@pytest.mark.parametrize(("epoch", "step"), [(2, 0), (3, 3), (EPOCHS, 0)])
 def test_resume_equals_uninterrupted_to_the_bit(
     trained: tuple[TrainSettings, TrainResult], tmp_path: Path, epoch: int, step: int
 ) -> None:
@@ -289,6 +290,24 @@ def test_resume_equals_uninterrupted_to_the_bit(
     assert contents(tmp_path / "cut") == contents(settings.out)
     assert resumed.history == result.history
     assert not state.exists()
+
+
+def test_what_fails_before_its_first_epoch_leaves_nothing(
+    trained: tuple[TrainSettings, TrainResult], images: Path, tmp_path: Path
+) -> None:
+    settings, _ = trained
+    assert settings.out is not None
+    cut = replace(settings, out=tmp_path / "cut")
+    with pytest.raises(StopError):
+        train(cut, interrupt_at(1, 2))
+    assert not list(tmp_path.iterdir())
+    data = shutil.copytree(images, tmp_path / "data")
+    (data / "discs" / "zz.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"zz\.png cannot be decoded"):
+        train(replace(cut, data=data))
+    (data / "discs" / "zz.png").unlink()
+    train(replace(cut, data=data))
+    assert contents(tmp_path / "cut") == contents(settings.out)
 
 
 # --- resume refuses ---------------------------------------------------------------------------
@@ -469,6 +488,42 @@ def test_evaluation_batches_are_what_inference_sees(
     assert np.array_equal(found, expected)
 
 
+def test_splits_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    for part, count, seed in (("train", 5, 1), ("val", 3, 2), ("test", 2, 3)):
+        draw_folder(tmp_path / "d" / part, list(CLASSES), count, seed)
+    folder = read_image_folder(tmp_path / "d", None, 0.5, seed=4)
+    assert folder.class_names == tuple(sorted(CLASSES))
+    assert folder.sources == (tmp_path / "d" / "train", tmp_path / "d" / "val")
+    assert (len(folder.train), len(folder.val)) == (15, 9)
+    other = draw_folder(tmp_path / "other", list(CLASSES), 1, 5)
+    folder = read_image_folder(tmp_path / "d", other, 0.5, seed=4)
+    assert folder.sources == (tmp_path / "d" / "train", other)
+    shutil.rmtree(tmp_path / "d" / "val")
+    folder = read_image_folder(tmp_path / "d", None, 0.4, seed=4)
+    assert (len(folder.train), len(folder.val)) == (9, 6)  # test is left alone
+
+
+def test_pictures_on_their_side_are_trained_on_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name in ("bars", "discs"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "u" / name).mkdir(parents=True)
+        image = _draw(name, np.random.default_rng(3))
+        image.save(tmp_path / "u" / name / "0.png")
+        turned = image.transpose(Image.Transpose.ROTATE_90)
+        turned.save(tmp_path / "d" / name / "0.png", exif=exif)
+    seen = []
+    for place in ("d", "u"):
+        samples = read_image_folder(tmp_path / place, None, 0.0, 0).train
+        with BatchSource(VIEW, batch_size=2, cache=PixelCache(0)) as source:
+            options = {"seed": 0, "epoch": 1, "flip": False}
+            batches = [*source.evaluation(samples)]
+            batches += source.training(samples, augment=True, **options)
+        seen.append(torch.cat([x for x, _ in batches]))
+    assert torch.equal(*seen)
+
+
 def test_split_is_stratified_seeded_and_never_takes_the_only_image(tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "d", ["bars", "discs"], 11, seed=2)
     (data / "frames").mkdir()
@@ -564,6 +619,21 @@ def test_cli_trains_and_prints_json(images: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "already exists" in refused.stderr
     assert "Traceback" not in refused.output
+
+
+def test_cli_names_splits_and_what_it_left_out(tmp_path: Path) -> None:
+    for part, count in (("train", 3), ("val", 1)):
+        draw_folder(tmp_path / "d" / part, list(CLASSES), count, 1)
+    (tmp_path / "d" / "train" / "bars" / "x.heic").write_bytes(b"")
+    (tmp_path / "d" / "val" / "loose.png").write_bytes(b"")
+    data = tmp_path / "d"
+    result = cli(*cli_arguments(data, "--linear-probe"))
+    assert result.exit_code == 0, result.output
+    assert f"trained on {data / 'train'}, validated on {data / 'val'}" in result.stdout
+    assert "1 .heic, 1 pictures outside of a class folder" in result.stdout
+    refused = cli(*cli_arguments(data, "--linear-probe", "--val-fraction", "0.3"))
+    assert refused.exit_code == 2
+    assert "--val-fraction does not go with" in refused.stderr
 
 
 def test_cli_says_last_and_best(images: Path, tmp_path: Path) -> None:
