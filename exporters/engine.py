@@ -17,7 +17,7 @@ from typing import Any
 from hhdeploy.bundle.manifest import Range
 from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 
 # (phase, steps done, steps in all); a phase that is over has done == all.
 Phases = Callable[[str, int, int], None]

@@ -19,7 +19,7 @@ from hhdeploy.exporters.engine import (
 )
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import sha256_of_bytes
-from hhdeploy.packages.trt import import_tensorrt
+from hhdeploy.packages import import_tensorrt
 
 __all__ = ["BuildOptions", "build"]
 

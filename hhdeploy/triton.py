@@ -27,7 +27,7 @@ from hhdeploy.exporters.triton import (
 )
 from hhdeploy.files.directories import Replaceable, atomic_directory
 from hhdeploy.files.writing import write_bytes
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 
 __all__ = ["TritonModel", "TritonOptions", "write_triton_repository"]
 

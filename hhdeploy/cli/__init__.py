@@ -8,7 +8,7 @@ import click
 
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import HhdeployError, OptionError
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {

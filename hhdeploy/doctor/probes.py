@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from hhdeploy.errors import EngineError, MissingDependencyError, require
 from hhdeploy.exporters.engine import BuildOptions, engine_from_onnx
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 from hhdeploy.runtime.cuda import Gpu, driver_library
 
 State = Literal["ok", "absent", "problem"]

@@ -26,7 +26,7 @@ from hhdeploy.backbones.sites import LinearSpec, select_sites, sites_of
 from hhdeploy.backbones.timm import Backbone, BackboneSpec, load_backbone
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.attach import attach, extract
 from hhdeploy.training.data import (

@@ -20,7 +20,7 @@ from hhdeploy.errors import BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
-from hhdeploy.packages.trt import BACKENDS
+from hhdeploy.packages import BACKENDS
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.verifying.overflow import find_overflow
 

@@ -290,7 +290,7 @@ def problems(where: str, text: str) -> list[str]:
     found = []
     for owner in owners_of(where) or ("",):
         said = as_command_line(text, COMMANDS.get(owner))
-        if set(MARK.findall(said)) - PYTHON_ONLY:
+        if set(HhdeployError(said).parameters) - PYTHON_ONLY:
             found.append(f"{where}: no flag for what is marked: {said!r}")
         owners = (owner,) if owner else ()
         found += [p for advice in advice_in(where, said) if (p := wrong(advice, owners))]
