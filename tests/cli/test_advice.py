@@ -112,12 +112,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "runtime/serving/": ("serve",),
 }
 # Still to be translated.
-NOT_YET: tuple[str, ...] = (
-    "exporters/",
-    "runtime/serving/",
-    "hhdeploy/building.py",
-    "hhdeploy/triton.py",
-)
+NOT_YET: tuple[str, ...] = ("runtime/serving/",)
 # Where a word is a parameter's and means something else: a key of a file, a column.
 OTHER_MEANING = {
     ("hhdeploy/adapters/config.py", "class_names"),
