@@ -111,12 +111,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "runtime/serving/": ("serve",),
 }
 # Still to be translated.
-NOT_YET: tuple[str, ...] = (
-    "exporters/",
-    "runtime/serving/",
-    "hhdeploy/building.py",
-    "hhdeploy/triton.py",
-)
+NOT_YET: tuple[str, ...] = ("runtime/serving/",)
 # Where a word is a parameter's and means something else: a key of a file, a column.
 OTHER_MEANING = {
     ("hhdeploy/adapters/config.py", "class_names"),
@@ -289,7 +284,7 @@ def problems(where: str, text: str) -> list[str]:
     found = []
     for owner in owners_of(where) or ("",):
         said = as_command_line(text, COMMANDS.get(owner))
-        if set(MARK.findall(said)) - PYTHON_ONLY:
+        if set(HhdeployError(said).parameters) - PYTHON_ONLY:
             found.append(f"{where}: no flag for what is marked: {said!r}")
         owners = (owner,) if owner else ()
         found += [p for advice in advice_in(where, said) if (p := wrong(advice, owners))]

@@ -447,7 +447,7 @@ def test_a_run_that_fails_quotes_tensorrt_and_gives_its_context_back(built, mach
 @both
 def test_a_gpu_that_is_full(built, machine, backend):
     machine["cudart"].left = 4096
-    with pytest.raises(DeviceError, match=r"out of memory .* fewer slots or contexts"):
+    with pytest.raises(DeviceError, match=r"out of memory .* fewer `slots` or `contexts`"):
         open_session(built, device=backend)
     assert machine["cudart"].clean
 
