@@ -96,7 +96,12 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/plan.py": ("export",),
     "hhdeploy/verifying/": ("export", "verify"),
-    "hhdeploy/adapters/checks.py::check_base": ("export", "adapter add", "adapter import", "serve"),
+    "hhdeploy/adapters/checks.py::_check_base": (
+        "export",
+        "adapter add",
+        "adapter import",
+        "serve",
+    ),
     "hhdeploy/bundle/store.py": (
         "adapter add",
         "adapter remove",
@@ -371,7 +376,7 @@ def test_the_check_sees_what_is_wrong():
         ("hhdeploy/x.py::f", "Add it with: hhdeploy predict OUT --against-torch"),
         ("hhdeploy/x.py::f", "Export the bundle again with --max-slots 9."),
         ("hhdeploy/backbone.py::f", "Check --model and --model-args."),
-        ("hhdeploy/adapters/checks.py::check_base", "Pass the checkpoint with --checkpoint."),
+        ("hhdeploy/adapters/checks.py::_check_base", "Pass the checkpoint with --checkpoint."),
         ("exporters/engine.py::f", "--min-{}: expected 1 or more."),
         ("hhdeploy/nobody.py::f", "Use --overwrite."),
     ]
