@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check, check_name
+from hhdeploy.adapters.checks import check, check_live, check_name
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import Form, linear_spec
@@ -39,7 +39,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
     """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
 
     Raises:
-        PlanError: folded bundle, bank baked in, or a name that is taken.
+        PlanError: folded bundle, bank baked in, a name that is taken, or an adapter that can
+            only be folded.
         AdapterError: see `check`.
         CapacityError: it does not fit; the message names the flag to export with.
     """
@@ -53,6 +54,7 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
             "Export without `bank_as_constant=True`."
         )
     check_name(name)
+    check_live(name, adapter)
     check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)
