@@ -27,14 +27,15 @@ from hhdeploy.bundle.manifest import (
     OLD,
     PARITY_FILE,
     PREVIOUS_BANK,
+    QUANTISED,
     REFERENCE_FILE,
     SCHEMA_VERSION,
+    TYPED,
     Manifest,
 )
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
-from hhdeploy.parity import PARITY
 
 if TYPE_CHECKING:
     from hhdeploy.bundle.store import Change, Progress
@@ -364,16 +365,13 @@ def _is(before: os.stat_result, path: str | Path) -> bool:
 
 def graph_hint(path: Path, precision: str) -> str:
     """What brings a graph of a precision into a bundle that lacks it, in words."""
-    typed, quantised = (
-        [p for stage, p in PARITY if stage == kind] for kind in ("twin", "quantised")
-    )
-    if precision in typed:
+    if precision in TYPED:
         return f"Export the bundle again with `precisions=[{precision!r}]`."
-    if precision in quantised:
+    if precision in QUANTISED:
         return "Add it with: " + as_code(
             "calibrate",
             path,
             data="DIR",
             settings=as_code("CalibrationSettings", precision=precision),
         )
-    return f"Graphs there can be: float32, {', '.join((*typed, *quantised))}."
+    return f"Graphs there can be: float32, {', '.join((*TYPED, *QUANTISED))}."
