@@ -82,8 +82,8 @@ def check_options(backend: str, precision: str, options: BuildOptions) -> None:
         raise OptionError(f"`tf32` is for float32 graphs; a {precision} graph says its precisions.")
     if backend == "tensorrt" and options.architectures:
         raise OptionError(
-            "`architectures`: TensorRT builds for the GPU of the machine that it runs on. Build there; "
-            "or use `hardware_compatible=True`, or `backend='tensorrt-rtx'`."
+            "`architectures`: TensorRT builds for the GPU of the machine that it runs on. Build "
+            "there; or use `hardware_compatible=True`, or `backend='tensorrt-rtx'`."
         )
     if backend == "tensorrt-rtx":
         lacking = {
