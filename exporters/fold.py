@@ -22,7 +22,7 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
        edited in place: the tracer shares equal initializers between layers.
     3. The adapter's head, if it has one, replaces the classifier.
 
-    Requires that `hhdeploy.adapters.checks.check_adapter` has passed. Folded in float64, cast once.
+    Requires that `hhdeploy.adapters.checks.check` has passed. Folded in float64, cast once.
 
     Raises:
         PlanError: a folded weight is not finite in float32.

@@ -12,8 +12,9 @@ import numpy as np
 
 from hhdeploy.errors import DataError
 from hhdeploy.exporting.bundles import ExportResult, export
+from hhdeploy.files.folders import list_classes
 from hhdeploy.plan import Reserve
-from hhdeploy.preprocess import list_classes, open_image
+from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import Session, open_session
 from hhdeploy.timing import Paired, paired
 
@@ -53,9 +54,9 @@ class Starter:
         """An adapter's directory."""
         return self.path / "adapters" / task
 
-    def images(self, task: str) -> dict[str, list[Path]]:
+    def images(self, task: str) -> Mapping[str, tuple[Path, ...]]:
         """Class -> held-out test images that ship with the repository."""
-        return list_classes(self.path / "images" / task)
+        return list_classes(self.path / "images" / task).paths
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hhdeploy.adapters.checks import abbreviate, check_adapter, check_name, check_sites
+from hhdeploy.adapters.checks import abbreviate, check, check_name, check_sites
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import (
@@ -75,12 +75,12 @@ def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve
 
     Raises:
         PlanError: no adapter and nothing reserved, or a head is needed that does not exist.
-        AdapterError: see `check_adapter`.
+        AdapterError: see `check`.
     """
     check_sites(facts)
     for name, adapter in adapters.items():
         check_name(name)
-        check_adapter(name, adapter, facts)
+        check(name, adapter, facts)
     reserved = _reserved_sites(facts, reserve.sites)
     needs_backbone_head = any(a.head is None for a in adapters.values())
     if reserve.keep_backbone_head and facts.classes == 0:

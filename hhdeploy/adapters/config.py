@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     if class_names is not None:
         if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
             raise fail("class_names", "a list of strings or null")
-        if num_classes is not None and len(class_names) != num_classes:
-            raise AdapterError(
-                f"{where}: class_names: expected {num_classes} names (num_classes), "
-                f"found {len(class_names)}."
-            )
+        check_class_names(where, class_names, num_classes)
     base_sha256 = content.get("base_sha256")
     if base_sha256 is not None and not isinstance(base_sha256, str):
         raise fail("base_sha256", "64 hex digits or null")
@@ -156,6 +152,14 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         preprocess=_parse_preprocess(content, where, args),
         extra={key: value for key, value in content.items() if key not in known},
     )
+
+
+def check_class_names(where: str, names: Sequence[str] | None, classes: int | None) -> None:
+    """There is a name for each class, where both are known. Raises `AdapterError`."""
+    if names is not None and classes is not None and len(names) != classes:
+        raise AdapterError(
+            f"{where}: class_names: expected {classes} names, one per class, found {len(names)}."
+        )
 
 
 def _parse_preprocess(

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig, read_config
+from hhdeploy.adapters.config import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    AdapterConfig,
+    check_class_names,
+    read_config,
+)
 from hhdeploy.algebra import (
     SiteDelta,
     householder_delta,
@@ -281,9 +287,5 @@ def _with_classes(config: AdapterConfig, head: Head | None, source: str) -> Adap
     if head is None or config.num_classes is not None:
         return config
     classes = head.weight.shape[0]
-    if config.class_names is not None and len(config.class_names) != classes:
-        raise AdapterError(
-            f"{source}: class_names: expected {classes} names (rows of the head), "
-            f"found {len(config.class_names)}."
-        )
+    check_class_names(source, config.class_names, classes)
     return replace(config, num_classes=classes)

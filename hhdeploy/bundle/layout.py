@@ -114,6 +114,8 @@ class RowLayout:
     def pack(self, name: str, adapter: Adapter) -> NDArray[np.float32]:
         """One adapter as a row: canonical deltas in float64, cast once to float32.
 
+        Requires that `hhdeploy.adapters.checks.check` has passed.
+
         Raises:
             CapacityError: naming the flag of ``hhdeploy export`` that would have made room.
         """
@@ -148,12 +150,7 @@ class RowLayout:
                     "backbone's. Export with `keep_backbone_head=True`."
                 )
             return
-        classes, dim = head.weight.shape
-        if dim != self.dim:
-            raise CapacityError(
-                f"adapter {name!r}: its classifier takes {dim} features, the backbone "
-                f"gives {self.dim}."
-            )
+        classes = head.weight.shape[0]
         if classes > self.classes:
             raise CapacityError(
                 f"adapter {name!r} has {classes} classes, the bundle has room for {self.classes}. "
@@ -226,11 +223,6 @@ def _pack_site(
 ) -> None:
     branch, index = place
     delta = adapter.delta(site)
-    if delta.shape != (branch.out, branch.in_):
-        raise CapacityError(
-            f"adapter {name!r}: {site} is {delta.shape[0]} x {delta.shape[1]}, the backbone's is "
-            f"{branch.out} x {branch.in_}. The adapter belongs to another model."
-        )
     if adapter.form == "sequential":
         delta = delta.minus_identity()
     k = delta.rank

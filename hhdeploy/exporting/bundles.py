@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.checks import check_adapter, check_name, check_sites
+from hhdeploy.adapters.checks import check, check_name, check_sites
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
@@ -199,7 +199,7 @@ def _contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
     ((name, adapter),) = adapters.items()
-    check_adapter(name, adapter, base.facts)
+    check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
 
 

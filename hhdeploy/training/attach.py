@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hhdeploy.adapters.checks import check, check_targets
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors, save_adapter
-from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, LinearSpec, select_sites, sites_of
-from hhdeploy.backbones.timm import classifier_path, find_linears
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.sites import LinearSpec, select_sites
+from hhdeploy.backbones.timm import (
+    base_sha256,
+    classifier_path,
+    find_linears,
+    preprocess_of,
+    resolved_name,
+)
 from hhdeploy.errors import AdapterError
 from hhdeploy.training.householder import (
     AdditiveDelta,
@@ -50,21 +57,21 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         ``model``.
 
     Raises:
-        AdapterError: a target or a site that the model does not have, a matrix of another
-            size, the sequential form elsewhere than after proj and fc2, or an adapter is
-            attached already. The model is then as it was.
+        AdapterError: the adapter does not belong to the model (see `check`), or one is attached
+            already. The model is then as it was.
     """
     if hasattr(model, _STATE):
         raise AdapterError("an adapter is attached to this model already; call detach first.")
     config = adapter.config if isinstance(adapter, Adapter) else adapter
     generator = torch.Generator().manual_seed(seed)
-    linears = find_linears(model)
-    matrices = (
-        _trained_matrices(adapter)
-        if isinstance(adapter, Adapter)
-        else _new_matrices(adapter, linears, generator)
-    )
-    _check_sites(matrices, linears, config)
+    facts = _facts_of(model, config)
+    linears = facts.linears
+    if isinstance(adapter, Adapter):
+        check(Path(adapter.source).name, adapter, facts)
+        matrices = _trained_matrices(adapter)
+    else:
+        check_targets(adapter, facts, "the new adapter")
+        matrices = _new_matrices(adapter, linears, generator)
     reference = next(model.parameters())
     model.requires_grad_(False)
     for linear in linears:
@@ -73,8 +80,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
             for matrix in own.values():
                 matrix.to(reference.device, reference.dtype)
             _parametrize(model.get_submodule(linear.path), linear, own, config)
-    path = classifier_path(model)
-    old_head = None
+    path, old_head = facts.classifier, None
     if isinstance(adapter, Adapter) and adapter.head is not None:
         old_head = _set_head(
             model, path, torch.from_numpy(adapter.head.weight), torch.from_numpy(adapter.head.bias)
@@ -131,29 +137,28 @@ def _state(model: nn.Module) -> _Attached:
     return state
 
 
-def _check_sites(
-    matrices: Mapping[str, HouseholderMatrix],
-    linears: tuple[LinearSpec, ...],
-    config: AdapterConfig,
-) -> None:
-    known = sites_of(linears)
-    if unknown := sorted(set(matrices) - set(known)):
-        raise AdapterError(
-            f"the model has no site {', '.join(unknown[:5])}: the adapter belongs to "
-            "another architecture."
-        )
-    for name, matrix in matrices.items():
-        site = known[name]
-        if config.form == "sequential" and site.kind not in SEQUENTIAL_KINDS:
-            raise AdapterError(
-                f"the sequential form acts after {', '.join(SEQUENTIAL_KINDS)} only, not at {name}."
-            )
-        expected = (site.out, site.out if config.form == "sequential" else site.in_)
-        if matrix.shape != expected:
-            raise AdapterError(
-                f"{name}: expected tensors for a {expected[0]} x {expected[1]} matrix "
-                f"({config.form}), found {matrix.shape[0]} x {matrix.shape[1]}."
-            )
+def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
+    """What a model in hand says of itself; what it does not say is taken from the adapter.
+
+    Its digest is that of float32 weights, and asked only where the adapter has one to compare. It
+    does not say which image size it was made for.
+    """
+    path = classifier_path(model)
+    classifier: Any = model.get_submodule(path)
+    digest = config.base_sha256
+    if digest is not None and next(model.parameters()).dtype == torch.float32:
+        digest = base_sha256(model, path)
+    name = getattr(model, "pretrained_cfg", {}).get("architecture")
+    return BackboneFacts(
+        model=resolved_name(model, name) if name else config.base_model,
+        args=config.base_model_args,
+        sha256=digest or "",
+        linears=find_linears(model),
+        classifier=path,
+        dim=int(classifier.in_features),
+        classes=int(classifier.out_features),
+        preprocess=config.preprocess or preprocess_of(model, config.base_model_args),
+    )
 
 
 def _parametrize(
@@ -190,10 +195,7 @@ def _new_matrices(
     config: AdapterConfig, linears: tuple[LinearSpec, ...], generator: torch.Generator
 ) -> dict[str, HouseholderMatrix]:
     matrices = {}
-    selected = select_sites(linears, config.target_modules)
-    for target, sites in selected.items():
-        if not sites:
-            raise AdapterError(f"target_modules: {target!r} matches no Linear of the model.")
+    for sites in select_sites(linears, config.target_modules).values():
         for site in sites:
             in_ = site.out if config.form == "sequential" else site.in_
             matrices[site.name] = new_site(

@@ -176,6 +176,8 @@ class TrainResult:
         linear_probe: True when only the classifier was trained.
         class_names: in the order of the logits.
         train_images, val_images: sizes of the data.
+        train_data, val_data: the folders that they are from, the same one if a part was held out.
+        skipped: files of these folders that were left out: what they are -> how many.
         sites: adapted sites; 0 for a linear probe.
         parameters: trained values before the classifier.
         head_parameters: trained values of the classifier.
@@ -188,6 +190,9 @@ class TrainResult:
     class_names: tuple[str, ...]
     train_images: int
     val_images: int
+    train_data: Path
+    val_data: Path
+    skipped: Mapping[str, int]
     sites: int
     parameters: int
     head_parameters: int
@@ -214,6 +219,9 @@ class TrainResult:
             "class_names": list(self.class_names),
             "train_images": self.train_images,
             "val_images": self.val_images,
+            "train_data": str(self.train_data),
+            "val_data": str(self.val_data),
+            "skipped": dict(self.skipped),
             "sites": self.sites,
             "parameters": self.parameters,
             "head_parameters": self.head_parameters,

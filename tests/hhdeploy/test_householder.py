@@ -302,14 +302,14 @@ def test_a_site_the_model_does_not_have_leaves_the_model_alone(tiny):
     adapter = random_adapter(tiny.facts)
     site = adapter.sites["blocks.0.attn.proj"]
     wrong = replace(adapter, sites={**adapter.sites, "blocks.9.attn.proj": site})
-    with pytest.raises(AdapterError, match=r"no site blocks\.9\.attn\.proj"):
+    with pytest.raises(AdapterError, match=r"blocks\.9\.attn\.proj.*no such site"):
         attach(tiny.model, wrong)
     assert unchanged(tiny.model, before)
     attach(tiny.model, adapter)
 
 
 def test_a_target_the_model_does_not_have(tiny):
-    with pytest.raises(AdapterError, match="'gate' matches no Linear"):
+    with pytest.raises(AdapterError, match="'gate' matches no site"):
         attach(tiny.model, AdapterConfig("x", target_modules=("gate",)))
 
 
@@ -326,7 +326,7 @@ def test_sizes_of_another_model_leave_the_model_alone(tiny):
 def test_the_sequential_form_acts_on_a_linear_of_its_own(tiny):
     adapter = random_adapter(tiny.facts, form="sequential", targets=("blocks.0.attn.qkv.q",))
     for asked in (adapter, adapter.config):
-        with pytest.raises(AdapterError, match=r"proj, fc2 only, not at blocks\.0\.attn\.qkv\.q"):
+        with pytest.raises(AdapterError, match=r"blocks\.0\.attn\.qkv\.q: .* proj, fc2 only"):
             attach(tiny.model, asked)
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import BACKBONE, check_adapter
+from hhdeploy.adapters.checks import BACKBONE, check
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.sites import sites_of
 from hhdeploy.backbones.timm import Backbone
@@ -104,7 +104,7 @@ def ladder_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
     if "lora" in adapters:
         adapters["lora"] = without_householder(adapters["lora"])
     for name, adapter in adapters.items():
-        check_adapter(name, adapter, facts)
+        check(name, adapter, facts)
     return adapters
 
 

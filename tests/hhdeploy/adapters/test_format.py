@@ -430,13 +430,13 @@ def test_class_names_count(tmp_path):
     refused_config(
         tmp_path / "a",
         {"class_names": ["a", "b"]},
-        f"class_names: expected {CLASSES} names (num_classes), found 2",
+        f"class_names: expected {CLASSES} names, one per class, found 2",
     )
     write(tmp_path / "b", content() | {"class_names": ["a", "b"], "num_classes": None})
     refused(
         tmp_path / "b",
         tmp_path / "b",
-        f"class_names: expected {CLASSES} names (rows of the head), found 2",
+        f"class_names: expected {CLASSES} names, one per class, found 2",
     )
 
 
