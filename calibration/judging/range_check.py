@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import calibration_files
 from hhdeploy.calibration.feeds import Feed, Feeder
-from hhdeploy.calibration.scales_file import read_scales
+from hhdeploy.calibration.scales import read_scales
 from hhdeploy.errors import BundleError, PlanError, as_code, require
 from hhdeploy.files.folders import list_images, spread
 from hhdeploy.preprocess import open_image
 
 if TYPE_CHECKING:
-    from hhdeploy.calibration.ranges import RangeExcess
+    from hhdeploy.calibration.probe import RangeExcess
 
 # New images of calibrated adapters leave the ranges a little too, which are the largest values of
 # some images: on the starter models by at most 0.006 % of a site's values.
@@ -103,9 +103,8 @@ def check_adapter(
         require(package, "calibrate", "checking ranges")
     import onnx_ir as ir
 
-    from hhdeploy.calibration.qdq import FORMATS
-    from hhdeploy.calibration.ranges import range_excess
-    from hhdeploy.calibration.sites import find_sites
+    from hhdeploy.calibration.probe import range_excess
+    from hhdeploy.calibration.qdq import FORMATS, find_sites
 
     findings_file, scales_file = calibration_files(precision)
     if not bundle.manifest.has(scales_file):

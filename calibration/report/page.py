@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from hhdeploy.calibration.judging.accuracy import TaskAccuracy
 from hhdeploy.calibration.judging.findings import Changed, Findings
 from hhdeploy.calibration.report.markup import Markup, join, tag
+from hhdeploy.calibration.report.pictures import png_of
 from hhdeploy.calibration.report.plots import drop_intervals, site_bars
 from hhdeploy.calibration.report.style import STYLE
 
@@ -161,7 +162,7 @@ def _changed(findings: Findings) -> Markup | None:
 
 
 def _figure(findings: Findings, image: Changed) -> Markup:
-    data = base64.b64encode(image.png).decode("ascii")
+    data = base64.b64encode(png_of(image.pixels)).decode("ascii")
     lines = [
         tag("b", image.task) if image.task else None,
         None if image.truth is None else tag("span", f"is {image.truth}"),

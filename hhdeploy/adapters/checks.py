@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from hhdeploy.adapters.config import AdapterConfig, check_class_names
-from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.format import Adapter, Part
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, Form, Site, select_sites, sites_of
 from hhdeploy.errors import AdapterError, OptionError, PlanError
@@ -49,6 +49,8 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
     for site in adapter.sites:
         if site in known:
             _check_site(adapter, known[site])
+            if whole:
+                _check_parts(adapter, known[site])
         elif whole:
             raise AdapterError(
                 f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site. Its "
@@ -105,11 +107,22 @@ def _check_site(adapter: Adapter, site: Site) -> None:
     _check_form(adapter.form, site, adapter.source)
     expected = (site.out, site.out if adapter.form == "sequential" else site.in_)
     found = adapter.sites[site.name].shape
-    if found != expected:
+    if found is not None and found != expected:
         raise AdapterError(
             f"{adapter.source}: {site.name}: expected tensors for a {expected[0]} x {expected[1]} "
             f"matrix ({adapter.form}), found {found[0]} x {found[1]}."
         )
+
+
+def _check_parts(adapter: Adapter, site: Site) -> None:
+    """s_in, s_out and db have the sizes of the Linear, whatever the form."""
+    sizes: dict[Part, int] = {"s_in": site.in_, "s_out": site.out, "db": site.out}
+    for part, trained in adapter.sites[site.name].parts.items():
+        if trained.size != sizes[part]:
+            raise AdapterError(
+                f"{adapter.source}: {site.name}.{part}: expected {sizes[part]} values for a "
+                f"{site.out} x {site.in_} Linear, found {trained.size}."
+            )
 
 
 def _check_form(form: Form, site: Site, source: str) -> None:
@@ -161,6 +174,17 @@ def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:
         )
     classes = facts.classes if head is None else head.weight.shape[0]
     check_class_names(source, config.class_names, classes)
+
+
+def check_live(name: str, adapter: Adapter) -> None:
+    """Raise `PlanError` for an adapter that no side branch can compute."""
+    if adapter.config.fold_only:
+        what = abbreviate(list(adapter.values), 3)
+        found = f"it replaces {what}" if what else "its configuration says fold_only"
+        raise PlanError(
+            f"adapter {name!r} can only be folded: {found}, and a row holds changes of Linears "
+            "alone. Export it with `fold=True` to a bundle of its own."
+        )
 
 
 def check_sites(facts: BackboneFacts) -> None:

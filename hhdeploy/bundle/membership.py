@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check, check_name
+from hhdeploy.adapters.checks import check, check_live, check_name
+from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import Form, linear_spec
@@ -25,13 +26,15 @@ def entry_of(
 ) -> AdapterEntry:
     """The manifest's entry for an adapter read from a directory."""
     config = adapter.config
+    classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
         name,
         row,
-        adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes,
+        classes,
         config.class_names,
         config.preprocess or backbone.preprocess,
         verified,
+        problem_type_of(config.problem_type, classes),
     )
 
 
@@ -39,7 +42,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
     """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
 
     Raises:
-        PlanError: folded bundle, bank baked in, or a name that is taken.
+        PlanError: folded bundle, bank baked in, a name that is taken, or an adapter that can
+            only be folded.
         AdapterError: see `check`.
         CapacityError: it does not fit; the message names the flag to export with.
     """
@@ -53,6 +57,7 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
             "Export without `bank_as_constant=True`."
         )
     check_name(name)
+    check_live(name, adapter)
     check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)

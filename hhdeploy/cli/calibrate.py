@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hhdeploy.calibration.judging.range_check import RangeCheck
-    from hhdeploy.quantising.calibrating import CalibrationResult
+    from hhdeploy.quantising import CalibrationResult
 
 _SHOWN = 12
 # What --check does not use.
@@ -112,7 +112,7 @@ def command(
             checked = check_adapter(bundle, check, data, precision=precision, images=images)
         _print_check(checked, as_json)
         return
-    from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
+    from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 
     settings = CalibrationSettings(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed

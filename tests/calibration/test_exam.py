@@ -39,7 +39,7 @@ def named(bundle, **names):
 
 def exam_of(bundle, source, images=8, eval_data=None):
     used = CalibrationData.open(bundle, source, images=images, seed=0)
-    return used, make_exam(bundle, eval_data or source, used, seed=0)
+    return used, make_exam(eval_data or source, used, seed=0)
 
 
 def test_what_was_calibrated_on_is_not_judged_on(bundle, folder):

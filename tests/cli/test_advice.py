@@ -17,7 +17,7 @@ import click
 import pytest
 
 import hhdeploy
-from hhdeploy import building, demo, triton
+from hhdeploy import building, demo, quantising, triton
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.reading import graph_hint
@@ -27,7 +27,6 @@ from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
 from hhdeploy.parity import PARITY
-from hhdeploy.quantising import calibrating
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
@@ -84,7 +83,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/backbones/timm.py": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
     "hhdeploy/files/caches.py": (ANY,),
-    "hhdeploy/quantising/": ("calibrate",),
+    "hhdeploy/quantising.py": ("calibrate",),
     "hhdeploy/cli/__init__.py": (ANY,),
     "hhdeploy/cli/adapter.py::inspect": ("adapter inspect",),
     "hhdeploy/cli/adapter_import.py": ("adapter import",),
@@ -266,8 +265,8 @@ def parameters_of_python() -> set[str]:
     options = (
         hhdeploy.Reserve,
         building.BuildOptions,
-        calibrating.CalibrationOptions,
-        calibrating.CalibrationSettings,
+        quantising.CalibrationOptions,
+        quantising.CalibrationSettings,
         importers.ImportOptions,
         recipe.TrainSettings,
         settings.ServeSettings,

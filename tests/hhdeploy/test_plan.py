@@ -244,6 +244,52 @@ def test_reserved_room():
     assert (fc2.out, fc2.in_) == (DIM, DIM)
 
 
+def test_parts_are_where_an_adapter_or_a_reserve_asks():
+    def listed(adapters, reserve):
+        plan = plan_branches(FACTS, adapters, reserve)
+        branches = [b for b in plan.layout.branches if b.linear.startswith("blocks.0.")]
+        return [(b.name.removeprefix("blocks.0."), b.rank, b.extras) for b in branches]
+
+    after = random_adapter(FACTS, form="sequential", targets=("proj",), r=2, parts=("db", "s_out"))
+    plain = random_adapter(FACTS, targets=("fc1",), r=1, classes=3)
+    adapters = {"after": after, "plain": plain}
+    assert listed(adapters, Reserve()) == [
+        ("attn.proj/additive", 1, ("s_out", "db")),
+        ("attn.proj/sequential", 4, ()),
+        ("mlp.fc1/additive", 3, ()),
+    ]
+    assert listed(adapters, Reserve(max_rank=5, parts=("s_in",))) == [
+        ("attn.proj/additive", 5, ("s_in", "s_out", "db")),
+        ("attn.proj/sequential", 5, ()),
+        ("mlp.fc1/additive", 5, ("s_in",)),
+    ]
+    assert listed({}, Reserve(sites=("fc2:sequential",), parts=("db", "s_in"))) == [
+        ("mlp.fc2/additive", 1, ("s_in", "db")),
+        ("mlp.fc2/sequential", 3, ()),
+    ]
+
+
+def test_what_can_only_be_folded_is_no_side_branch():
+    adapter = random_adapter(FACTS)
+    config = replace(adapter.config, fold_only=True)
+    values = {"blocks.0.norm1.weight": np.ones(DIM, np.float32)}
+    for wrong in (
+        replace(adapter, config=config),
+        replace(adapter, config=config, values=values, sites={}),
+    ):
+        with pytest.raises(PlanError, match=r"'a' can only be folded.*`fold=True`"):
+            plan_branches(FACTS, {"a": wrong}, Reserve())
+
+
+@pytest.mark.parametrize("part", ["s_in", "s_out", "db"])
+def test_parts_of_another_size(part):
+    adapter = random_adapter(FACTS, targets=("fc1",))
+    (name, *_) = adapter.sites
+    wrong = replace(adapter.sites[name], **{part: np.ones(DIM + HIDDEN, np.float32)})
+    with pytest.raises(AdapterError, match=rf"fc1\.{part}: expected .*found {DIM + HIDDEN}"):
+        plan_branches(FACTS, {"a": replace(adapter, sites={name: wrong})}, Reserve())
+
+
 def test_reserved_sites_alone():
     plan = plan_branches(FACTS, {}, Reserve(sites=("proj",)))
     assert [b.rank for b in plan.layout.branches] == [3, 3]
@@ -269,6 +315,8 @@ def test_plans_that_are_refused(reserve, classes, message):
 def test_room_that_no_backbone_has_is_refused_at_once():
     with pytest.raises(OptionError, match="`sites`: form must be one of"):
         Reserve(sites=("fc1", "proj:x"))
+    with pytest.raises(OptionError, match="`parts`: expected some of s_in, s_out, db, found gate"):
+        Reserve(parts=("gate", "db"))
     for wrong in ({"max_rank": -1}, {"max_classes": -3}):
         with pytest.raises(OptionError, match="expected 0 or more"):
             Reserve(**wrong)

@@ -13,9 +13,8 @@ import pytest
 import hhdeploy.runtime.onnxruntime_backend
 import hhdeploy.runtime.openvino_backend
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.qdq import FORMATS, quantised_model
+from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
 from hhdeploy.calibration.scales import SiteScale
-from hhdeploy.calibration.sites import find_sites
 from hhdeploy.errors import BundleError, DeviceError, MissingDependencyError, SessionError
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.graphs import add_graph

@@ -18,7 +18,7 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError, DataError, ParityError, PlanError, WriteError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
-from hhdeploy.quantising.calibrating import (
+from hhdeploy.quantising import (
     _PICTURES,
     CalibrationOptions,
     CalibrationResult,
