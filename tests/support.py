@@ -22,7 +22,7 @@ from hhdeploy.parity import bound, compare
 if TYPE_CHECKING:
     from torch import nn
 
-    from hhdeploy.backbones.timm import Backbone, BackboneSpec
+    from hhdeploy.backbones.spec import Backbone, BackboneSpec
 
 TINY_MODEL = "vit_tiny_patch16_224"
 TINY_ARGS: dict[str, Any] = {
@@ -59,7 +59,7 @@ def _rows(values: NDArray[Any]) -> NDArray[Any]:
 
 def tiny_spec(model: str = TINY_MODEL, **args: Any) -> BackboneSpec:
     """The spec of a random tiny backbone; ``args`` replace or extend `TINY_ARGS`."""
-    from hhdeploy.backbones.timm import BackboneSpec
+    from hhdeploy.backbones.spec import BackboneSpec
 
     chosen = {**TINY_ARGS, **args} if model == TINY_MODEL else args
     return BackboneSpec(model, chosen, pretrained=False, seed=5)
@@ -67,7 +67,8 @@ def tiny_spec(model: str = TINY_MODEL, **args: Any) -> BackboneSpec:
 
 def tiny_backbone(model: str = TINY_MODEL, **args: Any) -> Backbone:
     """A tiny random backbone, perturbed, with the digest of what it is now."""
-    from hhdeploy.backbones.timm import base_sha256, load_backbone
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.structure import base_sha256
 
     backbone = load_backbone(tiny_spec(model, **args))
     perturb(backbone.model)

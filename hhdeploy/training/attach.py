@@ -1,8 +1,9 @@
-"""Attach an adapter to a timm model, take it off again, and save it."""
+"""Attach an adapter to a model, take it off again, and save it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from torch.nn.utils import parametrize
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors, save_adapter
 from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, LinearSpec, select_sites, sites_of
-from hhdeploy.backbones.timm import classifier_path, find_linears
+from hhdeploy.backbones.structure import (
+    base_sha256,
+    classifier_path,
+    find_linears,
+    parameters_of,
+)
 from hhdeploy.errors import AdapterError
 from hhdeploy.training.householder import (
     AdditiveDelta,
@@ -35,13 +41,13 @@ class _Attached:
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0) -> nn.Module:
-    """Turn a timm model, in place, into the training-time model of one adapter.
+    """Turn a model, in place, into the training-time model of one adapter.
 
     The backbone is frozen; the adapter's tensors and its new classifier are the only parameters
     that require gradients.
 
     Args:
-        model: a timm model whose Linears are named as timm's ViTs name them.
+        model: any module with Linears: of timm, transformers, torchvision, or your own.
         adapter: an `Adapter` (its trained tensors are loaded) or an `AdapterConfig` (a new,
             untrained adapter for ``config.target_modules``).
         seed: of the initial values of a new adapter.
@@ -58,13 +64,20 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         raise AdapterError("an adapter is attached to this model already; call detach first.")
     config = adapter.config if isinstance(adapter, Adapter) else adapter
     generator = torch.Generator().manual_seed(seed)
-    linears = find_linears(model)
+    path = classifier_path(model)
+    linears = find_linears(model, path)
     matrices = (
         _trained_matrices(adapter)
         if isinstance(adapter, Adapter)
         else _new_matrices(adapter, linears, generator)
     )
     _check_sites(matrices, linears, config)
+    if not path and (config.num_classes is not None):
+        raise AdapterError(
+            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
+            "adapter without classes (num_classes None) needs none."
+        )
+    config = _bound(model, path, config)
     reference = next(model.parameters())
     model.requires_grad_(False)
     for linear in linears:
@@ -72,8 +85,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         if own:
             for matrix in own.values():
                 matrix.to(reference.device, reference.dtype)
-            _parametrize(model.get_submodule(linear.path), linear, own, config)
-    path = classifier_path(model)
+            _parametrize(model, linear, own, config)
     old_head = None
     if isinstance(adapter, Adapter) and adapter.head is not None:
         old_head = _set_head(
@@ -87,12 +99,24 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     return model
 
 
+def _bound(model: nn.Module, classifier: str, config: AdapterConfig) -> AdapterConfig:
+    """The configuration with the digest of the weights that it is attached to.
+
+    Weights of another type than float32 are not those that a bundle has: no digest then.
+    """
+    whole = {p.dtype for p in model.parameters()} == {torch.float32}
+    real = not any(p.is_meta for p in model.parameters())
+    if config.base_sha256 is not None or not whole or not real:
+        return config
+    return replace(config, base_sha256=base_sha256(model, classifier))
+
+
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapter off, in place: the backbone's weights and classifier are as before."""
     state = _state(model)
-    for linear in find_linears(model):
-        module = model.get_submodule(linear.path)
-        for name in ("weight", "bias"):
+    for linear in find_linears(model, state.classifier):
+        module, *names = parameters_of(model, linear.path)
+        for name in names:
             if parametrize.is_parametrized(module, name):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     if state.old_head is not None:
@@ -105,10 +129,10 @@ def extract(model: nn.Module) -> Adapter:
     """The attached adapter's tensors and head as they are now, float32 on the CPU."""
     state = _state(model)
     sites: dict[str, SiteTensors] = {}
-    for linear in find_linears(model):
-        module = model.get_submodule(linear.path)
-        if parametrize.is_parametrized(module, "weight"):
-            parametrization: Any = module.parametrizations["weight"][0]  # type: ignore[index]
+    for linear in find_linears(model, state.classifier):
+        module, weight, _ = parameters_of(model, linear.path)
+        if parametrize.is_parametrized(module, weight):
+            parametrization: Any = module.parametrizations[weight][0]  # type: ignore[index]
             for name, matrix in zip(parametrization.names, parametrization.matrices, strict=True):
                 sites[name] = SiteTensors(**{k: _numpy(t) for k, t in matrix.tensors().items()})
     head = None
@@ -157,21 +181,22 @@ def _check_sites(
 
 
 def _parametrize(
-    module: nn.Module,
+    model: nn.Module,
     linear: LinearSpec,
     matrices: dict[str, HouseholderMatrix],
     config: AdapterConfig,
 ) -> None:
+    module, weight, bias = parameters_of(model, linear.path)
     if config.form == "additive":
         starts = {site.name: i * site.out for i, site in enumerate(linear.sites)}
         delta = AdditiveDelta({name: (starts[name], m) for name, m in matrices.items()})
-        parametrize.register_parametrization(module, "weight", delta)
+        parametrize.register_parametrization(module, weight, delta)
         return
     ((name, matrix),) = matrices.items()
     transform = SequentialTransform(name, matrix)
-    parametrize.register_parametrization(module, "weight", transform)
-    if module.bias is not None:
-        parametrize.register_parametrization(module, "bias", transform)
+    parametrize.register_parametrization(module, weight, transform)
+    if getattr(module, bias) is not None:
+        parametrize.register_parametrization(module, bias, transform)
 
 
 def _trained_matrices(adapter: Adapter) -> dict[str, HouseholderMatrix]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.timm import Backbone
+from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import PlanError
 from hhdeploy.preprocess import list_images, open_image, spread
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import linear_spec
-from hhdeploy.backbones.timm import find_linears, load_backbone
+from hhdeploy.backbones.structure import find_linears
 from hhdeploy.errors import BackboneError, WriteError
 from hhdeploy.exporters import trace as trace_module
 from hhdeploy.exporters.fold import folded_model

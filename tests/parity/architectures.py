@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
-from hhdeploy.backbones.timm import Backbone
+from hhdeploy.backbones.spec import Backbone
 from hhdeploy.exporters.trace import BaseGraph, base_graph
 from tests.support import TINY_ARGS, TINY_MODEL, tiny_backbone
 

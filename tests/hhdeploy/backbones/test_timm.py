@@ -9,15 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hhdeploy.backbones.attention import plain_attention
+from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import sites_of
-from hhdeploy.backbones.timm import (
-    BackboneSpec,
-    base_sha256,
-    classifier_path,
-    find_linears,
-    load_backbone,
-    plain_attention,
-)
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.backbones.structure import base_sha256, classifier_path, find_linears
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.plan import Reserve, plan_branches
 from tests.support import (
