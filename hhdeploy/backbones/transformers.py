@@ -145,7 +145,7 @@ def _image_processor(where: str) -> dict[str, Any] | None:
     """The content of preprocessor_config.json, of a directory or of the hub; None without."""
     path = Path(where) / "preprocessor_config.json"
     if not Path(where).is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         found = cached_file(
             where,
