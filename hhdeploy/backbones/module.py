@@ -114,7 +114,7 @@ def _preprocess(
     stated = getattr(model, "pretrained_cfg", None)
     if isinstance(stated, Mapping) and "mean" in stated:
         size = spec.input_size or stated.get("input_size")
-        return Preprocess.from_json({**stated, "input_size": size}), ()
+        return Preprocess.from_json({**stated, "input_size": size, "exif": True}), ()
     size = spec.input_size or _stated_size(model)
     if size is None:
         raise BackboneError(
@@ -122,7 +122,7 @@ def _preprocess(
             "width; or give the module an attribute input_size = (channels, height, width)."
         )
     channels = size[0]
-    assumed = Preprocess(size, (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0)
+    assumed = Preprocess(size, (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0, exif=True)
     return assumed, (f"image transform assumed: {assumed.described()}",)
 
 

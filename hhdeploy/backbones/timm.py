@@ -72,7 +72,7 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
         if pretrained:
             raise BackboneError(
                 f"timm could not load {spec.model} with pretrained weights: {error}. Without a "
-                "connection to timm's hub, pass the weights with --checkpoint FILE."
+                "connection to timm's hub, pass the weights with `checkpoint`."
             ) from error
         raise BackboneError(
             f"timm could not create {spec.model} with {dict(spec.args)}: {error}"
@@ -118,4 +118,4 @@ def _preprocess(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
     if "img_size" in args:
         img = args["img_size"]
         size = (3, img, img) if isinstance(img, int) else (3, *img)
-    return Preprocess.from_json({**config, "input_size": size})
+    return Preprocess.from_json({**config, "input_size": size, "exif": True})
