@@ -118,8 +118,8 @@ def _preprocess(
     size = spec.input_size or _stated_size(model)
     if size is None:
         raise BackboneError(
-            f"python:{name}: the size of its images is not known. Say it, as channels, height and "
-            "width; or give the module an attribute input_size = (channels, height, width)."
+            f"python:{name}: the size of its images is not known. Pass `input_size`, (channels, "
+            "height, width), or give the module an attribute of that name."
         )
     channels = size[0]
     assumed = Preprocess(size, (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0, exif=True)

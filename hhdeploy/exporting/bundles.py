@@ -168,7 +168,7 @@ def _model_args(
     if model.startswith("python:") and any(named.values()):
         raise PlanError(
             f"the adapters were made with the arguments {named}, and {model} gets none that only a "
-            "file names. Pass them yourself, as model_args."
+            "file names. Pass them as `model_args`."
         )
     distinct = list({str(sorted(args.items())): args for args in named.values()}.values())
     if len(distinct) > 1:

@@ -155,7 +155,7 @@ def _check_named(bundle: Bundle) -> None:
         raise BackboneError(
             f"{bundle.path} was exported from {name}: "
             f"{'a directory' if folder else 'a function, and what a file names is never run'}. "
-            "Say which model, as in export."
+            "Pass `model`, as in export."
         )
 
 
