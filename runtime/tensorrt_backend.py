@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import check_slots, choose_engine, split_batch
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
-from hhdeploy.errors import BundleError, SessionError
+from hhdeploy.errors import BundleError, SessionError, as_code
 from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
@@ -63,7 +63,7 @@ def check_tensors(found: list[Tensor], manifest: Manifest, engine: EngineEntry) 
     raise BundleError(
         f"{engine.file} is not an engine of this bundle. Expected: "
         f"{'; '.join(map(str, expected.values()))}. Found: {'; '.join(map(str, found))}. "
-        f"Build it again with: hhdeploy build --backend {engine.backend}"
+        f"Build it again with: {as_code('build', 'BUNDLE', backend=engine.backend)}"
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hhdeploy.bundle.manifest import EngineEntry
-from hhdeploy.errors import BundleError, DeviceError
+from hhdeploy.errors import BundleError, DeviceError, as_code
 from hhdeploy.files.caches import Entry
 from hhdeploy.packages import Log, import_tensorrt
 from hhdeploy.runtime import cuda
@@ -50,7 +50,7 @@ class Engine:
         if engine is None:
             raise BundleError(
                 f"{self._title} cannot load {entry.file}: {self._log.text()}\n"
-                f"Build it again with: hhdeploy build --backend {entry.backend}"
+                f"Build it again with: {as_code('build', 'BUNDLE', backend=entry.backend)}"
             )
         self._engine: Any = engine
         self._config: Any = None

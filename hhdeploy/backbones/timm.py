@@ -36,7 +36,7 @@ def load_timm(spec: BackboneSpec) -> Loaded:
         resolved_name(model, spec.model),
         classifier_path(model),
         classes,
-        _preprocess(model, spec.args),
+        preprocess_of(model, spec.args),
         traced_with=(f"timm {_timm().__version__}",),
     )
 
@@ -112,7 +112,8 @@ def resolved_name(model: nn.Module, name: str) -> str:
     return name if "." in name or not tag else f"{name}.{tag}"
 
 
-def _preprocess(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
+def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
+    """timm's evaluation transform of a model, its image size as ``args`` made it."""
     config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
     size = config["input_size"]
     if "img_size" in args:

@@ -18,7 +18,8 @@ from hhdeploy.errors import BundleError
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
-SCHEMA_VERSION = 1
+# 2 has rows with s_in, s_out or db; written only for a bundle that has them.
+SCHEMA_VERSION = 2
 MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
     "hhdeploy.json",
     "bank.safetensors",
@@ -228,7 +229,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": 2 if self.layout is not None and self.layout.has_extras else 1,
             "kind": self.kind,
             "backbone": self.backbone.to_json(),
             "classes": self.classes,

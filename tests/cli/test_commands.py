@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.adapters.format import SiteTensors, load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from tests.support import TINY_MODEL
+from tests.support import TINY_MODEL, random_adapter
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
 
@@ -379,6 +379,38 @@ def test_adapter_inspect(succeed, succeed_json, workshop):
     assert "blocks.1.mlp.fc1" in text
     assert "192 x 48" in text
     assert f"{adapter.parameters:,} parameters in {len(adapter.sites)} sites" in text
+
+
+def test_adapter_inspect_shows_parts_and_values(succeed, succeed_json, workshop, tmp_path):
+    adapter = random_adapter(workshop.backbone.facts, targets=("fc1",), parts=("s_out", "db"))
+    (first, second) = adapter.sites
+    alone = SiteTensors(s_out=adapter.sites[second].s_out)
+    changed = replace(
+        adapter,
+        config=replace(adapter.config, fold_only=True),
+        sites={first: adapter.sites[first], second: alone},
+        values={"blocks.0.norm1.bias": np.ones(48, np.float32)},
+    )
+    save_adapter(changed, tmp_path / "a")
+    answer = succeed_json("adapter", "inspect", tmp_path / "a")
+    described = [(s["out"], s["k"], s["parts"]) for s in answer["sites"]]
+    assert described == [(192, 3, ["s_out", "db"]), (None, 0, ["s_out"])]
+    assert answer["config"]["fold_only"] is True
+    assert answer["values"] == {"blocks.0.norm1.bias": [48]}
+    text = succeed("adapter", "inspect", tmp_path / "a")
+    assert "s_out db" in text
+    assert "blocks.0.norm1.bias [48]" in text
+
+
+def test_export_reserves_parts(succeed, call, workshop, tmp_path):
+    options = ["--checkpoint", workshop.checkpoint, "--no-verify", "--cache-dir", workshop.cache]
+    given = ["--adapter", workshop.directory("alpha"), "--model", TINY_MODEL, *options]
+    succeed("export", tmp_path / "out", *given, "--parts", "db,s_out")
+    rows = json.loads((tmp_path / "out" / "hhdeploy.json").read_text())["row"]["branches"]
+    assert {tuple(b["parts"]) for b in rows} == {("s_out", "db")}
+    refused = call("export", tmp_path / "other", *given, "--parts", "gate")
+    assert refused.exit_code == 2
+    assert "--parts: expected some of s_in, s_out, db, found gate" in refused.stderr
 
 
 def test_adapter_list(succeed, succeed_json, branches, folded):

@@ -314,7 +314,7 @@ def test_an_unknown_device_lists_the_devices(small):
     "CUDAExecutionProvider" in ort.get_available_providers(), reason="this build has CUDA"
 )
 def test_a_missing_gpu_is_an_error_and_not_a_fallback(small):
-    with pytest.raises(SessionError, match=r"device='cuda' needs.*CUDAExecutionProvider"):
+    with pytest.raises(SessionError, match=r"`device='cuda'` needs.*CUDAExecutionProvider"):
         open_session(small, device="cuda")
 
 
