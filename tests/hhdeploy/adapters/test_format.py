@@ -419,10 +419,16 @@ def test_newer_schema_version(tmp_path):
         ({"class_names": "abcde"}, "class_names", "'abcde'"),
         ({"class_names": [1, 2, 3, 4, 5]}, "class_names", "[1, 2"),
         ({"base_sha256": 5}, "base_sha256", "5"),
+        ({"problem_type": "ranking"}, "problem_type", "'ranking'"),
     ],
 )
 def test_wrong_values(tmp_path, changes, key, found):
     refused_config(tmp_path / "a", changes, f"{key}: expected", found)
+
+
+def test_a_single_class_is_no_classification(tmp_path):
+    changes = {"problem_type": "single_label_classification", "num_classes": 1, "class_names": None}
+    refused_config(tmp_path / "a", changes, "needs 2 classes or more", "regression")
 
 
 def test_class_names_count(tmp_path):
@@ -488,7 +494,10 @@ def test_counts_and_forms_of_an_adapter_in_memory():
 
 def test_the_configuration_survives_json():
     preprocess = Preprocess((3, 32, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "lanczos", 0.9, "border")
-    config = AdapterConfig("vit_x", preprocess=preprocess, extra={"kept": 1})
+    assert "problem_type" not in AdapterConfig("vit_x").to_json()
+    config = AdapterConfig(
+        "vit_x", preprocess=preprocess, problem_type="regression", extra={"kept": 1}
+    )
     assert parse_config(json.loads(json.dumps(config.to_json())), "here") == config
 
 
