@@ -80,7 +80,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "exporters/triton.py": ("triton",),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/verifying/bundles.py::verify_against_torch": ("verify",),
-    "hhdeploy/backbones/timm.py": ("export", "verify", "train", "adapter import"),
+    "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
     "hhdeploy/files/caches.py": (ANY,),
     "hhdeploy/quantising.py": ("calibrate",),
@@ -120,6 +120,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
 OTHER_MEANING = {
     ("hhdeploy/adapters/config.py", "class_names"),
     ("hhdeploy/adapters/format.py", "class_names"),
+    ("hhdeploy/adapters/checks.py", "input_size"),
+    ("hhdeploy/adapters/config.py", "input_size"),
+    ("hhdeploy/bundle/membership.py", "input_size"),
+    ("hhdeploy/preprocess.py", "input_size"),
+    ("hhdeploy/training/recipe.py", "input_size"),
 }
 # No messages: a style sheet, whose variables look like flags; the marks themselves.
 NO_MESSAGES = ("calibration/report/style.py", "hhdeploy/errors.py")
