@@ -23,7 +23,7 @@ from tests.alone import pytest_pyfunc_call, shared
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop
 
 __all__ = ["pytest_pyfunc_call"]
