@@ -34,12 +34,12 @@ from hhdeploy.errors import BackboneError
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
+from hhdeploy.graph import LINEAR_TAG
 
 if TYPE_CHECKING:
     import torch
 
 OPSET = 20
-LINEAR_TAG = "hhdeploy.linear"
 # Counts changes of this module that make older cached graphs unusable.
 _TRACE_VERSION = 2
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.

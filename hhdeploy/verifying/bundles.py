@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import engines_of
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
@@ -104,16 +103,16 @@ def verify_against_torch(
     bundle = read_bundle(path, _held)
     facts = bundle.manifest.backbone
     spec = BackboneSpec(
-        facts["model"],
-        facts["args"],
+        facts.model,
+        facts.args,
         Path(checkpoint) if checkpoint else None,
         pretrained,
         seed,
     )
     backbone = load_backbone(spec)
-    if backbone.facts.sha256 != facts["sha256"]:
+    if backbone.facts.sha256 != facts.sha256:
         raise BackboneError(
-            f"{path} was exported from the weights {facts['sha256'][:12]}…, these are "
+            f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
             f"{backbone.facts.sha256[:12]}…. Pass the same file with --checkpoint."
         )
     adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
@@ -224,7 +223,7 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
     """All that the device can show: graphs, or engines. Graphs that came from calibration were
     judged on real images then; on noise, far outside their ranges, they would prove nothing."""
     if device in BACKENDS:
-        engines = [e for e in engines_of(bundle.manifest) if e.backend == device]
+        engines = [e for e in bundle.manifest.engines if e.backend == device]
         return tuple(dict.fromkeys(e.precision for e in engines))
     graphs = tuple(bundle.manifest.graphs)
     if device == "openvino":

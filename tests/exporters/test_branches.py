@@ -15,9 +15,9 @@ from hhdeploy.backbones.sites import sites_of
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
-from hhdeploy.exporters.linears import linears_by_path
 from hhdeploy.exporters.qkv import qkv_views
-from hhdeploy.exporters.trace import LINEAR_TAG, BaseGraph
+from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.graph import LINEAR_TAG, linears_by_path
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from tests.exporters.synthetic import base_of, graph, random, shared_twice
 from tests.parity.architectures import traced

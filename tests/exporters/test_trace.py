@@ -19,10 +19,10 @@ from hhdeploy.backbones.timm import find_linears, load_backbone
 from hhdeploy.errors import BackboneError, WriteError
 from hhdeploy.exporters import trace as trace_module
 from hhdeploy.exporters.fold import folded_model
-from hhdeploy.exporters.linears import linears_by_path
-from hhdeploy.exporters.trace import LINEAR_TAG, base_graph, default_cache, trace
+from hhdeploy.exporters.trace import base_graph, default_cache, trace
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.files.caches import clear, stored_in
+from hhdeploy.graph import LINEAR_TAG, linears_by_path
 from tests.parity.architectures import traced
 from tests.parity.ladder import run, session
 from tests.support import (
