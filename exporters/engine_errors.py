@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hhdeploy.packages.trt import Log
+from hhdeploy.packages import Log
 
 # Words of TensorRT's message -> what to do.
 _HINTS: tuple[tuple[str, str], ...] = (

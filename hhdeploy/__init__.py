@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hhdeploy.training import attach
     from hhdeploy.training.recipe import train
     from hhdeploy.triton import write_triton_repository as write_triton
-    from hhdeploy.verifying.bundles import verify
+    from hhdeploy.verifying.bundles import verify, verify_against_torch
 
 # Public name -> module and name there; "" is the module itself.
 _HOMES = {
@@ -48,6 +48,7 @@ _HOMES = {
     "save_adapter": ("hhdeploy.adapters.format", "save_adapter"),
     "train": ("hhdeploy.training.recipe", "train"),
     "verify": ("hhdeploy.verifying.bundles", "verify"),
+    "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
     "write_triton": ("hhdeploy.triton", "write_triton_repository"),
 }
 
@@ -71,6 +72,7 @@ __all__ = [
     "save_adapter",
     "train",
     "verify",
+    "verify_against_torch",
     "write_triton",
 ]
 

@@ -45,14 +45,14 @@ class Reserve:
     def __post_init__(self) -> None:
         if self.max_rank < 0 or self.max_classes < 0:
             raise OptionError(
-                f"--max-rank and --max-classes: expected 0 or more, found {self.max_rank} and "
+                f"`max_rank` and `max_classes`: expected 0 or more, found {self.max_rank} and "
                 f"{self.max_classes}."
             )
         for target in self.sites:
             try:
                 split_target(target)
             except ValueError as error:
-                raise OptionError(f"--sites: {error}") from error
+                raise OptionError(f"`sites`: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve
     needs_backbone_head = any(a.head is None for a in adapters.values())
     if reserve.keep_backbone_head and facts.classes == 0:
         raise PlanError(
-            f"--keep-backbone-head: {facts.model} as loaded has no classifier of its own."
+            f"`keep_backbone_head`: {facts.model} as loaded has no classifier of its own."
         )
     branches = []
     for linear in facts.linears:
@@ -94,14 +94,14 @@ def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve
             if branch is not None:
                 branches.append(branch)
     if not branches:
-        raise PlanError("nothing to export: no adapter given and no --sites reserved.")
+        raise PlanError("nothing to export: no adapter given and no `sites` reserved.")
     heads = [a.head.weight.shape[0] for a in adapters.values() if a.head is not None]
     classes = max([reserve.max_classes, *heads])
     keep = needs_backbone_head or reserve.keep_backbone_head or (classes == 0)
     if keep and facts.classes == 0:
         raise PlanError(
             f"{facts.model} as loaded has no classifier: give adapters that have one, or reserve "
-            "room with --max-classes."
+            "room with `max_classes`."
         )
     return Plan(facts, tuple(adapters), RowLayout(tuple(branches), classes, facts.dim, keep))
 
@@ -130,12 +130,12 @@ def _reserved_sites(facts: BackboneFacts, targets: Sequence[str]) -> dict[Form, 
         sites: list[Site] = select_sites(facts.linears, [name])[name]
         if not sites:
             raise PlanError(
-                f"--sites: {name!r} matches no site of {facts.model}. Its sites are "
+                f"`sites`: {name!r} matches no site of {facts.model}. Its sites are "
                 f"{abbreviate(list(sites_of(facts.linears)))}."
             )
         if form == "sequential" and any(s.kind not in SEQUENTIAL_KINDS for s in sites):
             raise PlanError(
-                f"--sites: {target!r}: the sequential form acts after "
+                f"`sites`: {target!r}: the sequential form acts after "
                 f"{', '.join(SEQUENTIAL_KINDS)} only."
             )
         reserved[form] |= {site.name for site in sites}

@@ -17,7 +17,7 @@ from hhdeploy.errors import (
     MissingDependencyError,
     SessionError,
 )
-from hhdeploy.packages.trt import BACKENDS
+from hhdeploy.packages import BACKENDS
 
 Images = NDArray[np.float32]
 Ids = NDArray[np.int64]

@@ -243,7 +243,7 @@ class AdapterBank:
             if not self._manifest.backbone_classes:
                 raise SessionError(
                     "this bundle has no classifier of the bare backbone: name an adapter for "
-                    "every image, or export with --keep-backbone-head."
+                    "every image, or export with `keep_backbone_head=True`."
                 )
             return BACKBONE_ROW
         row = self._entry(name).row

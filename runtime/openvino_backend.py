@@ -35,7 +35,7 @@ from hhdeploy.errors import (
     SessionError,
     require,
 )
-from hhdeploy.packages.extras import check_version
+from hhdeploy.packages import check_version
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank, Hold
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Run = Callable[[NDArray[np.float32], NDArray[np.int64] | None], NDArray[np.float32]]
 
 
 class Session:
@@ -49,7 +51,7 @@ class Session:
         if self._adapters is None:
             raise SessionError(
                 "a folded bundle holds exactly one adapter, in its weights. Export without "
-                "--fold to add and remove adapters."
+                "`fold=True` to add and remove adapters."
             )
         return self._adapters
 
@@ -133,7 +135,7 @@ class Session:
             manifest = self.bundle.manifest
             ways = [manifest.preprocess_of(e) for e in entries]
             pixels = np.stack([way(image) for way, image in zip(ways, images, strict=True)])
-            logits = self.run_rows(pixels, rows)
+            logits = self._open_backend().run(self._checked(pixels), rows)
         answers = []
         for index, (entry, row) in enumerate(zip(entries, logits, strict=True)):
             classes = entry.classes if entry is not None else manifest.backbone_classes
@@ -154,16 +156,13 @@ class Session:
         taken = [holds[name] for name in names]
         return [hold.entry for hold in taken], np.asarray([hold.row for hold in taken], np.int64)
 
-    def run_rows(
-        self, images: NDArray[np.float32], rows: NDArray[np.int64] | None
-    ) -> NDArray[np.float32]:
-        """`run` for a server, which holds its rows from the moment it takes a request.
+    def unchecked(self) -> Run:
+        """The graph itself, for a server that checks a request where it comes in.
 
-        Args:
-            images: float32 [batch, 3, H, W], normalised.
-            rows: int64 [batch], each held with `AdapterBank.hold`; None: a folded bundle.
+        Called with images, float32 [batch, 3, H, W] in C order, and rows, int64 [batch], each held
+        with `AdapterBank.hold`; None of a folded bundle. It gives the logits as `run` does.
         """
-        return self._open_backend().run(self._checked(images), rows)
+        return self._open_backend().run
 
     def close(self) -> None:
         """Free the graph. Closing twice is fine."""
@@ -224,7 +223,7 @@ def _check_numbers(
         raise SessionError(
             f"image {image}, adapter {adapter or BACKBONE!r}: the logits are no numbers (NaN or "
             f"infinity) in {precision}. Open the bundle in another precision; if float32 gives "
-            "none either, compare it with its reference: hhdeploy verify BUNDLE"
+            "none either, compare it with its reference: `verify()`."
         )
 
 

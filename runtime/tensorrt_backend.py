@@ -20,7 +20,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import check_slots, choose_engine, split_batch
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.errors import BundleError, SessionError
-from hhdeploy.packages.trt import import_tensorrt
+from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
 from hhdeploy.runtime.kernel_cache import kernels_entry

@@ -13,7 +13,7 @@ from typing import Any
 from hhdeploy.bundle.manifest import EngineEntry
 from hhdeploy.errors import BundleError, DeviceError
 from hhdeploy.files.caches import Entry
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.kernel_cache import read_kernels, write_kernels
 

@@ -19,7 +19,7 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData, Source
 from hhdeploy.calibration.feeds import Feeder
-from hhdeploy.calibration.folder import Picked, choose_images
+from hhdeploy.calibration.folder import choose_images
 from hhdeploy.preprocess import open_image
 
 _ALL = sys.maxsize
@@ -110,16 +110,16 @@ def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: in
 def _from_folder(
     feeder: Feeder, folder: Path, seed: int, warnings: list[str]
 ) -> list[tuple[str, Question]]:
-    chosen = choose_images(feeder, folder, _ALL, seed)
+    chosen = choose_images(feeder, folder, _ALL, seed, judging=True)
     warnings += chosen.warnings
     classes: dict[str | None, set[str]] = {}
     for picked in chosen.images:
-        classes.setdefault(picked.adapter, set()).add(_class(feeder, folder, picked))
+        classes.setdefault(picked.adapter, set()).add(picked.label)
     columns = {a: _columns(feeder, a, sorted(names), warnings) for a, names in classes.items()}
     pairs = []
     for picked in chosen.images:
         known = columns[picked.adapter]
-        column = known.get(_class(feeder, folder, picked)) if known is not None else None
+        column = known.get(picked.label) if known is not None else None
         if known is not None and column is None:
             continue  # a folder that is no class of the adapter: a warning says so
         question = Question(
@@ -135,13 +135,6 @@ def _from_arrays(bundle: Bundle, source: Source, seed: int) -> list[tuple[str, Q
         (sample.digest, Question(sample.adapter, None, f"image {index}", sample.load))
         for index, sample in enumerate(data.samples)
     ]
-
-
-def _class(feeder: Feeder, folder: Path, picked: Picked) -> str:
-    """Name of the class folder: DIR/ADAPTER/CLASS/..., for a folded bundle also DIR/CLASS/..."""
-    parts = picked.path.relative_to(folder).parts
-    own = picked.adapter is not None or (parts[0] == feeder.names[0] and len(parts) > 2)
-    return parts[1] if own else parts[0]
 
 
 def _columns(

@@ -13,7 +13,8 @@ from hhdeploy.bundle.manifest import calibration_files
 from hhdeploy.calibration.feeds import Feed, Feeder
 from hhdeploy.calibration.scales_file import read_scales
 from hhdeploy.errors import BundleError, PlanError, require
-from hhdeploy.preprocess import list_images, open_image, spread
+from hhdeploy.files.folders import list_images, spread
+from hhdeploy.preprocess import open_image
 
 if TYPE_CHECKING:
     from hhdeploy.calibration.ranges import RangeExcess
@@ -127,7 +128,7 @@ def check_adapter(
     graph = bundle.graph("float32")
     sites = find_sites(ir.load(graph).graph, bundle.manifest.backbone.classifier)
     own = Path(data) / adapter
-    files = spread(list_images(own if own.is_dir() else Path(data)), images)
+    files = spread(list_images(own if own.is_dir() else Path(data)).paths, images)
     excess = range_excess(
         graph,
         {name: site for name, site in sites.items() if name in active},

@@ -115,7 +115,7 @@ def check_base(name: str, adapter: Adapter, model: str, sha256: str) -> None:
         raise AdapterError(
             f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
             f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Use the checkpoint "
-            "that it was trained on, also for the bundle: export with --checkpoint."
+            "that it was trained on, also for the bundle: export with `checkpoint`."
         )
 
 

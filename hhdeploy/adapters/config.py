@@ -96,7 +96,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
-            "PEFT (LoRA, HRA) are converted with: hhdeploy adapter import"
+            "PEFT (LoRA, HRA) are converted with `import_adapter()`."
         )
     version = content.get("schema_version")
     if not isinstance(version, int) or not _is_count(version):

@@ -106,7 +106,7 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
         if pretrained:
             raise BackboneError(
                 f"timm could not load {spec.model} with pretrained weights: {error}. Without a "
-                "connection to timm's hub, pass the weights with --checkpoint FILE."
+                "connection to timm's hub, pass the weights with `checkpoint`."
             ) from error
         raise BackboneError(
             f"timm could not create {spec.model} with {dict(spec.args)}: {error}"
@@ -129,13 +129,13 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int]:
     timm = _timm()
     assert spec.checkpoint is not None
     if not spec.checkpoint.is_file():
-        raise BackboneError(f"--checkpoint {spec.checkpoint} does not exist.")
+        raise BackboneError(f"`checkpoint`: {spec.checkpoint} does not exist.")
     try:
         state = timm.models.load_state_dict(str(spec.checkpoint), use_ema=True)
     except Exception as error:
         raise BackboneError(
-            f"--checkpoint {spec.checkpoint} cannot be read: {error}. Expected a safetensors file "
-            "or a PyTorch state dict without other pickled objects."
+            f"`checkpoint`: {spec.checkpoint} cannot be read: {error}. Expected a safetensors "
+            "file or a PyTorch state dict without other pickled objects."
         ) from error
     template = _create(spec, pretrained=False, num_classes=1)
     classifier = classifier_path(template)
@@ -175,7 +175,7 @@ def _load_strictly(
             if names
         ]
         raise BackboneError(
-            f"--checkpoint {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
+            f"`checkpoint`: {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
             f"keys {'; '.join(problems)}. Is it this model's, with these arguments?"
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
@@ -256,7 +256,7 @@ def _preprocess(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
     if "img_size" in args:
         img = args["img_size"]
         size = (3, img, img) if isinstance(img, int) else (3, *img)
-    return Preprocess.from_json({**config, "input_size": size})
+    return Preprocess.from_json({**config, "input_size": size, "exif": True})
 
 
 def base_sha256(model: nn.Module, classifier: str) -> str:

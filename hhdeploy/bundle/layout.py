@@ -125,7 +125,7 @@ class RowLayout:
             if found is None:
                 raise CapacityError(
                     f"adapter {name!r} changes {site} ({adapter.form}), which this bundle has no "
-                    f"branch for. Export again with this adapter, or reserve it with --sites."
+                    "branch for. Export again with this adapter, or reserve it with `sites`."
                 )
             _pack_site(name, adapter, site, found, parts)
         bad = row.size - int(np.count_nonzero(np.isfinite(row)))
@@ -145,7 +145,7 @@ class RowLayout:
             if not self.backbone_head:
                 raise CapacityError(
                     f"adapter {name!r} has no classifier and the bundle did not keep the "
-                    "backbone's. Export with --keep-backbone-head."
+                    "backbone's. Export with `keep_backbone_head=True`."
                 )
             return
         classes, dim = head.weight.shape
@@ -157,7 +157,7 @@ class RowLayout:
         if classes > self.classes:
             raise CapacityError(
                 f"adapter {name!r} has {classes} classes, the bundle has room for {self.classes}. "
-                f"Export with --max-classes {classes}."
+                f"Export with `max_classes={classes}`."
             )
         parts["head.weight"][:classes] = head.weight
         parts["head.bias"][:] = -np.inf
@@ -237,7 +237,7 @@ def _pack_site(
     if k > branch.rank:
         raise CapacityError(
             f"adapter {name!r}: {site} needs rank {k} (2 for the reflections + its low-rank "
-            f"term), the bundle has room for {branch.rank}. Export with --max-rank {k}."
+            f"term), the bundle has room for {branch.rank}. Export with `max_rank={k}`."
         )
     with np.errstate(over="ignore"):  # an overflow is reported by `pack`, with the adapter's name
         parts[f"{branch.name}/diag"][index] = delta.diag

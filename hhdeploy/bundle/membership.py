@@ -45,12 +45,12 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
     """
     if manifest.layout is None:
         raise PlanError(
-            "a folded bundle holds exactly one adapter. Export without --fold to add more."
+            "a folded bundle holds exactly one adapter. Export without `fold=True` to add more."
         )
     if manifest.bank_as_constant:
         raise PlanError(
             "this bundle has its bank baked into the graph: adapters cannot be added or removed. "
-            "Export without --bank-as-constant."
+            "Export without `bank_as_constant=True`."
         )
     check_name(name)
     check_base(name, adapter, manifest.backbone.model, manifest.backbone.sha256)

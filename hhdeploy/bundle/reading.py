@@ -30,7 +30,7 @@ from hhdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     Manifest,
 )
-from hhdeploy.errors import BundleError, ConflictError, HhdeployError
+from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 from hhdeploy.parity import PARITY
@@ -71,8 +71,7 @@ class Bundle:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
-                f"{path} is not a bundle: {MANIFEST} was expected in it. "
-                "Make one with: hhdeploy export"
+                f"{path} is not a bundle: {MANIFEST} was expected in it. Make one with `export()`."
             ) from None
         except (OSError, ValueError) as error:
             raise BundleError(
@@ -298,7 +297,12 @@ def graph_hint(path: Path, precision: str) -> str:
         [p for stage, p in PARITY if stage == kind] for kind in ("twin", "quantised")
     )
     if precision in typed:
-        return f"Export the bundle again with --precision {precision}."
+        return f"Export the bundle again with `precisions=[{precision!r}]`."
     if precision in quantised:
-        return f"Add it with: hhdeploy calibrate {path} --data DIR --precision {precision}"
+        return "Add it with: " + as_code(
+            "calibrate",
+            path,
+            data="DIR",
+            settings=as_code("CalibrationSettings", precision=precision),
+        )
     return f"Graphs there can be: float32, {', '.join((*typed, *quantised))}."

@@ -18,13 +18,13 @@ from hhdeploy.bundle.manifest import (
     Manifest,
     write_manifest,
 )
-from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, locked
+from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.verifying.bundles import Progress, parity_error, rows_of, verify_graphs
+from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.timm import Backbone
@@ -157,7 +157,7 @@ def _model_args(
         raise PlanError(
             "the adapters disagree on base_model_args: "
             + "; ".join(f"{name}: {args}" for name, args in named.items())
-            + ". Adapters of one bundle share the backbone; to overrule, pass --model-args."
+            + ". Adapters of one bundle share the backbone; to overrule, pass `model_args`."
         )
     return distinct[0] if distinct else {}
 
@@ -168,18 +168,18 @@ def _check_precisions(precisions: Sequence[str]) -> None:
     for precision in precisions:
         if precision not in PRECISIONS:
             raise OptionError(
-                f"--precision {precision}: expected one of {', '.join(PRECISIONS)}. (float32 is "
-                "always written; int8 comes from calibration data: hhdeploy calibrate.)"
+                f"`precisions=[{precision!r}]`: expected one of {', '.join(PRECISIONS)}. (float32 "
+                "is always written; int8 comes from calibration data: `calibrate()`.)"
             )
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
     if adapters != 1:
-        raise OptionError(f"--fold takes exactly one adapter, found {adapters}.")
+        raise OptionError(f"`fold=True` takes exactly one adapter, found {adapters}.")
     if reserve != Reserve() or bank_as_constant:
         raise OptionError(
-            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
-            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
+            "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, "
+            "`keep_backbone_head` or `bank_as_constant`: a folded graph has no bank."
         )
 
 

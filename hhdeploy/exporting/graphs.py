@@ -12,11 +12,11 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, name_with_digits
 from hhdeploy.bundle.reading import graph_hint
-from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit, work_directory
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit, work_directory
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
-from hhdeploy.verifying.bundles import Progress, parity_error, verify_graphs
+from hhdeploy.verifying.bundles import parity_error, verify_graphs
 
 # Writes a graph to the path given, its weights to <path>.data.
 Save = Callable[[Path], None]

@@ -11,7 +11,7 @@ from pathlib import Path
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, calibration_files
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.bundle.store import LOCK_TIMEOUT
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress
 from hhdeploy.calibration.data import CalibrationData, Source
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.calibration.judging.accuracy import Logits
@@ -26,7 +26,7 @@ from hhdeploy.errors import ParityError, PlanError, WriteError, require
 from hhdeploy.files.writing import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.quantising.trials import Trials
-from hhdeploy.verifying.bundles import Progress, verify_graphs
+from hhdeploy.verifying.bundles import verify_graphs
 
 _PICTURES = 12
 

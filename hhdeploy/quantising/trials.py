@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.store import work_directory
+from hhdeploy.bundle.store import Progress, work_directory
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.judging.accuracy import Accuracy, Logits, answers, judge
 from hhdeploy.calibration.judging.exam import Exam
@@ -22,7 +22,6 @@ from hhdeploy.files.writing import os_errors, sha256_of
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
 from hhdeploy.timing import Paired, paired
-from hhdeploy.verifying.bundles import Progress
 
 if TYPE_CHECKING:
     from hhdeploy.calibration.calibrate import Quantised

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from hhdeploy.adapters.config import TENSOR_FILE
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.errors import (
     ForbiddenError,
     NotFoundError,
@@ -100,15 +100,13 @@ class LocalEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        # See `Endpoint.infer`. The service's own: the way of a request has no step in between.
+        self.infer = service.infer
 
     @property
     def settings(self) -> ServeSettings:
         """See `Endpoint.settings`."""
         return self._service.settings
-
-    async def infer(self, request: InferRequest) -> InferResponse:
-        """See `Endpoint.infer`."""
-        return await self._service.infer(request)
 
     async def ready(self) -> bool:
         """See `Endpoint.ready`."""
@@ -262,21 +260,25 @@ def model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_token(settings: ServeSettings, authorization: str | None) -> None:
+def check_token(token: str | None, authorization: str | None) -> None:
     """Whether a request may load and unload adapters: ``Authorization: Bearer TOKEN``.
+
+    Args:
+        token: the operator's; None: nobody may.
+        authorization: that header of the request.
 
     Raises:
         ForbiddenError: the operator has not allowed it to anybody.
         UnauthorizedError: the token is missing or wrong.
     """
-    if not settings.adapter_loading or settings.token is None:
+    if token is None:
         raise ForbiddenError(
             "adapters cannot be loaded over the network: the server was started without "
             "--allow-adapter-loading."
         )
     kind, _, given = (authorization or "").partition(" ")
     # In constant time, so that the answer's delay tells nothing of the token.
-    same = hmac.compare_digest(given.strip().encode(), settings.token.encode())
+    same = hmac.compare_digest(given.strip().encode(), token.encode())
     if kind.lower() != "bearer" or not same:
         raise UnauthorizedError("loading adapters needs the header Authorization: Bearer TOKEN.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.fleet.states import Status
 from hhdeploy.runtime.serving.metrics import latency_ms
 from hhdeploy.runtime.serving.service import Service
@@ -41,7 +41,7 @@ def status_of(service: Service) -> dict[str, Any]:
         "ready": service.ready,
         "uptime_seconds": round(service.uptime, 1),
         "max_batch": service.settings.max_batch,
-        "body_bytes": service.settings.limits.body_bytes,
+        "body_bytes": service.settings.body_bytes,
         "queued_images": now.queued,
         "batches": now.runs,
         "images": metrics.images,

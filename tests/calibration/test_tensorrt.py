@@ -10,7 +10,7 @@ import pytest
 from hhdeploy.calibration.calibrate import quantise
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.precision.typed import typed_model
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 from tests.calibration.conftest import Calibrated, saved
 
 

@@ -32,7 +32,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.errors import BundleError, PlanError, WriteError
 from hhdeploy.exporters.triton import (
-    Serving,
+    TritonOptions,
     adapters_json,
     config_pbtxt,
     labels_txt,
@@ -41,7 +41,7 @@ from hhdeploy.exporters.triton import (
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
-from hhdeploy.triton import TritonOptions, write_triton_repository
+from hhdeploy.triton import write_triton_repository
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
@@ -202,7 +202,7 @@ def test_the_comparison_of_configurations_can_fail(small, version):
     manifest = Bundle.open(small).manifest
     expected = expected_config(manifest, name="m", version=version)
     facts = {key: value.string_value for key, value in expected.parameters.items()}
-    text = config_pbtxt("m", manifest, "onnxruntime", Serving(32), facts)
+    text = config_pbtxt("m", manifest, TritonOptions(), facts)
     assert text_format.Parse(text, ModelConfig()) == expected
     for mistake in ("reshape { shape: [ ] }", "TYPE_INT64", "[ 3, 32, 32 ]", "label_filename"):
         assert mistake in text
@@ -259,7 +259,7 @@ def test_names_that_would_break_out_of_the_text(small):
     facts = {"adapters": json.dumps({evil: 1}), evil: NASTY[2]}
     manifest = replace(manifest, adapters=(entry,))
     config = text_format.Parse(
-        config_pbtxt(evil, manifest, "onnxruntime", Serving(1), facts), ModelConfig()
+        config_pbtxt(evil, manifest, TritonOptions(max_batch=1), facts), ModelConfig()
     )
     assert config.name == evil
     assert json.loads(config.parameters["adapters"].string_value) == {evil: 1}
@@ -646,7 +646,7 @@ def test_a_second_model_leaves_the_first_alone(small, folded, tmp_path):
     after = contents(out)
     assert {name for name in after if not name.startswith("folded/")} == set(before)
     assert all(after[name] == data for name, data in before.items())
-    with pytest.raises(WriteError, match=r"models/small already exists.*--overwrite"):
+    with pytest.raises(WriteError, match=r"models/small already exists.*`overwrite=True`"):
         write(small, out)
     assert contents(out) == after
     with pytest.raises(WriteError, match=r"holds notes\.txt, which no such model has"):

@@ -105,7 +105,7 @@ def test_another_base_sha256():
         "base_sha256",
         "cdcdcdcdcdcd…",
         "abababababab…",
-        "--checkpoint",
+        "`checkpoint`",
     )
     with pytest.raises(AdapterError, match="base_sha256"):
         check_base("mine", adapter_of(base_sha256="cd" * 32), "vit_x.tag", "ab" * 32)
@@ -249,10 +249,10 @@ def test_reserved_sites_alone():
     ("reserve", "classes", "message"),
     [
         (Reserve(), CLASSES, "nothing to export"),
-        (Reserve(sites=("gate",)), CLASSES, "--sites: 'gate' matches no site"),
-        (Reserve(sites=("q:sequential",)), CLASSES, "--sites: 'q:sequential'.*proj, fc2"),
-        (Reserve(sites=("proj",), keep_backbone_head=True), 0, "--keep-backbone-head"),
-        (Reserve(sites=("proj",)), 0, "no classifier.*--max-classes"),
+        (Reserve(sites=("gate",)), CLASSES, "`sites`: 'gate' matches no site"),
+        (Reserve(sites=("q:sequential",)), CLASSES, "`sites`: 'q:sequential'.*proj, fc2"),
+        (Reserve(sites=("proj",), keep_backbone_head=True), 0, "`keep_backbone_head`"),
+        (Reserve(sites=("proj",)), 0, "no classifier.*`max_classes`"),
     ],
 )
 def test_plans_that_are_refused(reserve, classes, message):
@@ -261,7 +261,7 @@ def test_plans_that_are_refused(reserve, classes, message):
 
 
 def test_room_that_no_backbone_has_is_refused_at_once():
-    with pytest.raises(OptionError, match="--sites: form must be one of"):
+    with pytest.raises(OptionError, match="`sites`: form must be one of"):
         Reserve(sites=("fc1", "proj:x"))
     for wrong in ({"max_rank": -1}, {"max_classes": -3}):
         with pytest.raises(OptionError, match="expected 0 or more"):

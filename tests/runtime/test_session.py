@@ -270,7 +270,7 @@ def test_an_unknown_adapter_of_a_folded_bundle(folded):
 
 def test_the_backbone_is_refused_where_its_classifier_was_not_kept(own):
     for adapters in (None, ["alpha", None], "backbone"):
-        with pytest.raises(SessionError, match="--keep-backbone-head"):
+        with pytest.raises(SessionError, match="`keep_backbone_head=True`"):
             own.run(images(2), adapters)
 
 

@@ -227,7 +227,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     if kind == HRA and not options.weights_known:
         raise AdapterError(
             f"{where}: HRA multiplies the backbone's weights and cannot be converted without "
-            "them. Pass them with --checkpoint FILE."
+            "them. Pass them with `checkpoint`."
         )
     file = path / TENSOR_FILE
     if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():

@@ -44,7 +44,7 @@ def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapte
             raise AdapterError(
                 f"{path}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
                 f".lora_B, and the classifier's ({', '.join(head_keys(backbone))}). Save the "
-                "trained tensors alone, without the backbone's; a common start is --prefix."
+                "trained tensors alone, without the backbone's; a common start is `prefix`."
             )
         if last == "lora_B":
             tensor = tensor.astype(np.float64) * options.lora_scale

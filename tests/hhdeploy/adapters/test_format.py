@@ -384,7 +384,7 @@ def test_peft_type(tmp_path, kind):
         tmp_path / "a",
         {"peft_type": kind},
         f"peft_type: expected 'HTA', found {kind!r}",
-        "hhdeploy adapter import",
+        "import_adapter()",
     )
 
 

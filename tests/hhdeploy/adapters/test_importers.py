@@ -197,7 +197,7 @@ def test_without_known_weights(tmp_path):
     adapter = import_adapter(tmp_path / "a", tiny_backbone(num_classes=CLASSES), options)
     assert adapter.config.base_sha256 is None
     peft_directory(tmp_path / "h", hra())
-    with pytest.raises(AdapterError, match=r"HRA multiplies the backbone's weights.*--checkpoint"):
+    with pytest.raises(AdapterError, match=r"HRA multiplies the backbone's weights.*`checkpoint`"):
         import_adapter(tmp_path / "h", tiny_backbone(num_classes=CLASSES), options)
     assert [needs_weights(tmp_path / name) for name in "ah"] == [False, True]
 
@@ -489,7 +489,7 @@ def test_pth_files_that_are_refused(tmp_path, tiny):
     pth(file, adapter, note="hello")
     refuse("note: expected a tensor, found str")
     pth(file, adapter, prefix="module.")
-    refuse("unknown tensor key 'module.head.weight'", "--prefix")
+    refuse("unknown tensor key 'module.head.weight'", "`prefix`")
     pth(file, random_adapter(tiny.facts, targets=("proj",), classes=None), prefix="module.")
     refuse("no such site", "module.blocks.0.attn.proj")
     refuse("expected keys that start with 'net.'", options=ImportOptions(prefix="net."))

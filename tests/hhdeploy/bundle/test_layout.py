@@ -161,12 +161,12 @@ def refused(layout, adapter, *parts):
 def test_capacity(layout):
     targets = ("proj", "fc1")
     layout.pack("late", random_adapter(FACTS, targets=("proj",), seed=3))
-    refused(layout, random_adapter(FACTS, targets=("q",)), "blocks.0.attn.qkv.q", "--sites")
+    refused(layout, random_adapter(FACTS, targets=("q",)), "blocks.0.attn.qkv.q", "`sites`")
     sequential = random_adapter(FACTS, targets=("proj",), form="sequential")
-    refused(layout, sequential, "blocks.0.attn.proj (sequential)", "--sites")
-    refused(layout, random_adapter(FACTS, targets=targets, r=2), "needs rank 4", "--max-rank 4")
-    refused(layout, random_adapter(FACTS, targets=targets, classes=8), "8", "--max-classes 8")
-    refused(layout, random_adapter(FACTS, classes=None, targets=targets), "--keep-backbone-head")
+    refused(layout, sequential, "blocks.0.attn.proj (sequential)", "`sites`")
+    refused(layout, random_adapter(FACTS, targets=targets, r=2), "needs rank 4", "max_rank=4")
+    refused(layout, random_adapter(FACTS, targets=targets, classes=8), "8", "max_classes=8")
+    refused(layout, random_adapter(FACTS, classes=None, targets=targets), "keep_backbone_head=True")
 
 
 def test_another_model_s_adapter(layout):

@@ -24,14 +24,14 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from hhdeploy.runtime.serving.ray import registry as ray_registry
-from hhdeploy.runtime.serving.ray.args import RayArgs
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint, named_adapter
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
 from hhdeploy.runtime.serving.ray.registry import Change, Registry
 from hhdeploy.runtime.serving.ray.replica import Replica
 from hhdeploy.runtime.serving.ray.router import AdapterRouter
-from hhdeploy.runtime.serving.settings import Limits, ServeSettings
+from hhdeploy.runtime.serving.ray.settings import read_settings
+from hhdeploy.runtime.serving.settings import ServeSettings
 
 PATIENCE_SECONDS = 60
 
@@ -115,9 +115,8 @@ def test_the_dead_are_left_out_of_what_all_answer():
         answered([ActorDiedError()])
 
 
-def endpoint(handle: Handle, seconds: float = PATIENCE_SECONDS) -> RayEndpoint:
-    settings = ServeSettings("tiny", limits=Limits(request_seconds=seconds))
-    return RayEndpoint(settings, handle, handle)
+def endpoint(handle: Handle) -> RayEndpoint:
+    return RayEndpoint(ServeSettings(Path("tiny")), handle, handle)
 
 
 def request(model: str = "tiny", adapters: list[bytes] | None = None, **parameters: Any):
@@ -140,7 +139,7 @@ def test_an_answer_that_does_not_come_is_given_up_and_cancelled():
 def test_replicas_that_die_for_ever_do_not_hold_a_request_for_ever():
     handle = Handle(*[ActorDiedError()] * 1000)
     with pytest.raises(errors.TimedOutError):
-        asyncio.run(endpoint(handle, 0.2).infer(request()))
+        asyncio.run(endpoint(handle).infer(request(timeout=200_000)))
 
 
 def test_draining_answers_what_was_taken_and_takes_nothing_new():
@@ -429,23 +428,17 @@ def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(mon
 
 
 def test_arguments_are_checked(tmp_path):
-    args = RayArgs(bundle=tmp_path)
-    assert args.settings(with_token=True).model_name == tmp_path.name
+    settings = read_settings({"bundle": str(tmp_path), "pinned": ["a"], "threads": 2})
+    assert settings.model_name == tmp_path.name
+    assert (settings.bundle, settings.pinned, settings.replicas) == (tmp_path, {"a"}, 2)
     with pytest.raises(ValidationError, match="max_bach"):
-        RayArgs.model_validate({"bundle": tmp_path, "max_bach": 3})
-    with pytest.raises(ValidationError, match="replicas"):
-        RayArgs(bundle=tmp_path, replicas=0)
+        read_settings({"bundle": tmp_path, "max_bach": 3})
+    with pytest.raises(ValidationError, match="threads"):
+        read_settings({"bundle": tmp_path, "threads": "many"})
+    with pytest.raises(PlanError, match="replicas: expected 1 or more"):
+        read_settings({"bundle": tmp_path, "replicas": 0})
     with pytest.raises(PlanError, match="--token-file"):
-        RayArgs(bundle=tmp_path, allow_adapter_loading=True).settings(with_token=True)
-
-
-def test_only_the_ingress_reads_the_token(tmp_path):
-    file = tmp_path / "token"
-    file.write_text("a-token-of-sufficient-length")
-    args = RayArgs(bundle=tmp_path, allow_adapter_loading=True, token_file=file)
-    assert args.settings(with_token=True).token == "a-token-of-sufficient-length"
-    settings = args.settings(with_token=False)
-    assert (settings.token, settings.adapter_loading) == (None, False)
+        read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
 
 
 def test_a_replica_whose_session_only_fails_is_replaced():
