@@ -1,10 +1,11 @@
-"""The table of skipped tests counts every skip once, under its reason."""
+"""What a run leaves out: the table of skips, and the files of tests that take long."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+from tests.slow import FILES
 from tests.workshop import ROOT
 
 SUITE = '''
@@ -40,3 +41,7 @@ def test_reasons_are_counted(tmp_path):
         "1  written over two lines",
         "5  skipped in all",
     ]
+
+
+def test_files_that_are_slow_are_there():
+    assert not [file for file in FILES if not file.is_file()]
