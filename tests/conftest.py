@@ -75,6 +75,14 @@ def small(workshop) -> Path:
 
 
 @pytest.fixture(scope="session")
+def heads(workshop) -> Path:
+    """Alpha's classes, independent labels and one value. Read only."""
+    from tests.workshop import AGE, TAGS
+
+    return workshop.export(workshop.root / "heads", ("alpha", TAGS, AGE)).path
+
+
+@pytest.fixture(scope="session")
 def folded(workshop) -> Path:
     """Alpha in the weights. Read only."""
     return workshop.export(workshop.root / "folded", ("alpha",), fold=True).path

@@ -240,7 +240,7 @@ def _facts(model: nn.Module, spec: BackboneSpec, classes: int) -> BackboneFacts:
         classifier=path,
         dim=int(classifier.in_features),  # type: ignore[arg-type]
         classes=classes,
-        preprocess=_preprocess(model, spec.args),
+        preprocess=preprocess_of(model, spec.args),
     )
 
 
@@ -250,7 +250,8 @@ def resolved_name(model: nn.Module, name: str) -> str:
     return name if "." in name or not tag else f"{name}.{tag}"
 
 
-def _preprocess(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
+def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
+    """timm's evaluation transform of a model, its image size as ``args`` made it."""
     config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
     size = config["input_size"]
     if "img_size" in args:

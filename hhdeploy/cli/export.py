@@ -39,6 +39,12 @@ from hhdeploy.cli import ui
     help="Reserve branches, e.g. fc1, proj:sequential or a site's name. Repeatable.",
 )
 @click.option(
+    "--parts",
+    default="",
+    metavar="PARTS",
+    help="Reserve, at every branch, of s_in,s_out,db: multipliers and a bias (IA3, DoRA).",
+)
+@click.option(
     "--keep-backbone-head", is_flag=True, help="Keep the backbone's own classifier selectable."
 )
 @click.option(
@@ -76,6 +82,7 @@ def command(
     max_rank: int,
     max_classes: int,
     sites: tuple[str, ...],
+    parts: str,
     keep_backbone_head: bool,
     bank_as_constant: bool,
     verify: bool,
@@ -116,7 +123,13 @@ def command(
             checkpoint=checkpoint,
             pretrained=pretrained,
             seed=seed,
-            reserve=Reserve(max_rank, max_classes, sites, keep_backbone_head),
+            reserve=Reserve(
+                max_rank,
+                max_classes,
+                sites,
+                keep_backbone_head,
+                tuple(filter(None, parts.split(","))),
+            ),
             bank_as_constant=bank_as_constant,
             precisions=precisions,
             verify=verify,

@@ -291,9 +291,9 @@ def parity_table(report: ParityReport) -> Group:
                 f"{stage.stage} {stage.precision}",
                 f"{c.max_abs:.1e}",
                 f"{c.range_error:.1e}",
-                f"{c.cosine:.6f}",
+                "–" if c.cosine is None else f"{c.cosine:.6f}",
                 "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f}",
-                f"{c.top1:.1%}{_near_ties(stage)}",
+                "–" if c.top1 is None else f"{c.top1:.1%}{_near_ties(stage)}",
                 verdict(not stage.failures, "passed", "FAILED"),
             )
         )

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.checks import check_adapter, check_name, check_sites
+from hhdeploy.adapters.checks import check, check_name, check_sites
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
@@ -102,7 +102,7 @@ def export(
     for package in ("onnx", "onnx_ir"):
         require(package, "export", "exporting")
     from hhdeploy.backbones.timm import BackboneSpec, load_backbone
-    from hhdeploy.exporters.trace import base_graph, default_cache
+    from hhdeploy.exporters.trace import default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
 
@@ -125,7 +125,8 @@ def export(
         check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
-        base = base_graph(backbone, Path(where) if where else None)
+        alone = next(iter(loaded.values())) if fold else None
+        base = _base(backbone, alone, Path(where) if where else None)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
@@ -178,9 +179,21 @@ def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None
         raise OptionError(f"`fold=True` takes exactly one adapter, found {adapters}.")
     if reserve != Reserve() or bank_as_constant:
         raise OptionError(
-            "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, "
+            "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, `parts`, "
             "`keep_backbone_head` or `bank_as_constant`: a folded graph has no bank."
         )
+
+
+def _base(backbone: Backbone, folded: Adapter | None, cache: Path | None) -> BaseGraph:
+    """The backbone's graph; with the parameters that the adapter to be folded replaces, if any:
+    such a graph serves nobody else and is not cached."""
+    from hhdeploy.backbones.parameters import values_in
+    from hhdeploy.exporters.trace import base_graph
+
+    if folded is None or not folded.values:
+        return base_graph(backbone, cache)
+    with values_in(backbone.model, folded.values, folded.source):
+        return base_graph(backbone, None)
 
 
 def _contents(
@@ -199,7 +212,7 @@ def _contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
     ((name, adapter),) = adapters.items()
-    check_adapter(name, adapter, base.facts)
+    check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
 
 

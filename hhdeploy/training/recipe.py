@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hhdeploy.adapters.checks import check_sites
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.sites import LinearSpec, select_sites, sites_of
 from hhdeploy.backbones.timm import Backbone, BackboneSpec, load_backbone
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
@@ -114,7 +114,8 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
             state of other settings, a diverged loss, a device that is not there.
         DataError: the image folders or an image.
         BackboneError: the model or its checkpoint.
-        AdapterError: targets that the model does not have.
+        AdapterError: targets that the model does not have, or where the form cannot act.
+        PlanError: a model without a single Linear that adapters can change.
         WriteError: ``out`` cannot be written; checked before the training starts.
     """
     settings.check()
@@ -207,7 +208,7 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
     facts, classes = backbone.facts, len(folder.class_names)
     if settings.linear_probe:
         return replace_classifier(backbone.model, facts.classifier, classes, seed=seed)
-    _check_targets(facts.linears, settings)
+    check_sites(facts)
     config = AdapterConfig(
         base_model=facts.model,
         form=settings.form,
@@ -239,30 +240,6 @@ def replace_classifier(model: nn.Module, path: str, classes: int, *, seed: int) 
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, head.to(old.weight.device, old.weight.dtype))
     return model
-
-
-def _check_targets(linears: tuple[LinearSpec, ...], settings: TrainSettings) -> None:
-    """Every target stands for a site, and a sequential one for a whole Linear."""
-    sites = sites_of(linears)
-    if not sites:
-        raise TrainingError(
-            f"{settings.model} has no Linear that adapters can change (attn.qkv, attn.q_proj, "
-            "attn.proj, mlp.fc1, mlp.fc2): zero sites. Choose another `model`."
-        )
-    kinds = sorted({site.kind for site in sites.values()})
-    whole = {linear.path for linear in linears if len(linear.sites) == 1}
-    for target, selected in select_sites(linears, settings.target_modules).items():
-        if not selected:
-            raise TrainingError(
-                f"`targets=[{target!r}]`: zero sites of {settings.model} match. It has sites of "
-                f"the kinds {', '.join(kinds)}; a full name such as {next(iter(sites))} also works."
-            )
-        if settings.form == "sequential" and any(site.name not in whole for site in selected):
-            raise TrainingError(
-                f"`targets=[{target!r}]`: {selected[0].name} is a part of a fused Linear; "
-                "`form='sequential'` acts on a whole Linear's output. Use "
-                "`targets=['proj', 'fc2']`."
-            )
 
 
 def _run(task: _Task, trainer: Trainer, progress: OnReport) -> tuple[EpochReport, ...]:

@@ -207,7 +207,8 @@ def verify_graphs(
             )
             for name, row in names.items():
                 own = ids == row
-                comparison = compare(logits[own], found[own])
+                kind = bundle.manifest.problem_type(name)
+                comparison = compare(logits[own], found[own], kind)
                 overflow = ""
                 if twin is not None and not np.isfinite(comparison.max_abs):
                     overflow = find_overflow(twin, precision, images[own], ids[own])

@@ -25,7 +25,7 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.bank import Hold
-from hhdeploy.runtime.serving.batcher import Answer, Batcher
+from hhdeploy.runtime.serving.batcher import Batcher, Computed
 from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.images import Pictures
@@ -259,7 +259,7 @@ class Service:
         begin: float,
         prepared: float,
         ran: float,
-        answer: Answer,
+        answer: Computed,
     ) -> None:
         images: dict[str, int] = {}
         for entry in entries:

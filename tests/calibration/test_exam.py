@@ -39,7 +39,7 @@ def named(bundle, **names):
 
 def exam_of(bundle, source, images=8, eval_data=None):
     used = CalibrationData.open(bundle, source, images=images, seed=0)
-    return used, make_exam(bundle, eval_data or source, used, seed=0)
+    return used, make_exam(eval_data or source, used, seed=0)
 
 
 def test_what_was_calibrated_on_is_not_judged_on(bundle, folder):
@@ -106,7 +106,7 @@ def test_too_few_left_is_said(bundle, folder):
     _, exam = exam_of(bundle, folder, images=20)
     assert not exam.held_out
     assert len(exam.questions) == 20
-    assert any("--eval-data" in w for w in exam.warnings)
+    assert any("`eval_data`" in w for w in exam.warnings)
     for path in (folder / "gamma").rglob("[1-9].png"):
         path.unlink()
     _, exam = exam_of(bundle, folder, images=4)

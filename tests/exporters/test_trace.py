@@ -225,7 +225,8 @@ def test_folding_one_layer_leaves_its_twins_alone():
         found = run(runner, inputs)
     from hhdeploy.training import attach, detach
 
-    attach(backbone.model, adapter)
+    # The weights were changed after their digest was taken.
+    attach(backbone.model, replace(adapter, config=replace(adapter.config, base_sha256=None)))
     reference = logits_of(backbone.model, inputs)
     detach(backbone.model.float())
     assert_parity(reference, found, "folded", "float32")

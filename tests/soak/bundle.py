@@ -85,7 +85,7 @@ def write(path: Path, number: int, until: float, told: Any) -> None:
 def calibrate(path: Path, pictures: Path, until: float, told: Any) -> None:
     """Replace the INT8 graph, on other images every time."""
     from hhdeploy.calibration.settings import CalibrationSettings
-    from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
+    from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 
     own = Told("calibrate")
     try:

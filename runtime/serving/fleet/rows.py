@@ -20,7 +20,7 @@ from hhdeploy.runtime.serving.errors import RequestError
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 
 
-class Rows:
+class FleetRows:
     """The rows of one bank. All methods belong to one event loop.
 
     Attributes:

@@ -168,7 +168,7 @@ def test_no_bundle(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "expected at most 1, found 2.*pip install -U"),
+        ({"schema_version": 3}, "expected at most 2, found 3.*pip install -U"),
         ({"schema_version": None}, "found None"),
         ({"schema_version": "1"}, "found '1'"),
         ({"row": {}}, "is damaged"),
