@@ -8,7 +8,7 @@ import sys
 from tests.slow import FILES
 from tests.workshop import ROOT
 
-SUITE = '''
+SUITE = """
 import pytest
 
 @pytest.mark.parametrize("number", range(3))
@@ -25,7 +25,7 @@ def test_condition():
 
 def test_that_runs():
     pass
-'''
+"""
 
 
 def test_reasons_are_counted(tmp_path):
