@@ -25,7 +25,7 @@ from tests.slow import pytest_collection_modifyitems
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop
 
 __all__ = ["pytest_collection_modifyitems", "pytest_pyfunc_call", "pytest_terminal_summary"]
