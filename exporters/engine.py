@@ -72,32 +72,31 @@ def check_options(backend: str, precision: str, options: BuildOptions) -> None:
     least, common, most = options.batch
     if not 1 <= least <= common <= most:
         raise OptionError(
-            "--min-batch, --opt-batch, --max-batch: expected 1 <= min <= opt <= max, found "
-            f"{least}, {common}, {most}."
+            f"`batch`: expected 1 <= min <= opt <= max, found {least}, {common}, {most}."
         )
     if options.bank_as_constant and options.max_slots is not None:
         raise OptionError(
-            "--max-slots does not go with --bank-as-constant: the engine has no bank input then."
+            "`max_slots` does not go with `bank_as_constant`: the engine has no bank input then."
         )
     if options.tf32 and precision != "float32":
-        raise OptionError(f"--tf32 is for float32 graphs; a {precision} graph says its precisions.")
+        raise OptionError(f"`tf32` is for float32 graphs; a {precision} graph says its precisions.")
     if backend == "tensorrt" and options.architectures:
         raise OptionError(
-            "--gpu-arch: TensorRT builds for the GPU of the machine that it runs on. Build there; "
-            "or use --hardware-compatible, or --backend tensorrt-rtx."
+            "`architectures`: TensorRT builds for the GPU of the machine that it runs on. Build "
+            "there; or use `hardware_compatible=True`, or `backend='tensorrt-rtx'`."
         )
     if backend == "tensorrt-rtx":
         lacking = {
-            "--hardware-compatible": (
+            "`hardware_compatible`": (
                 options.hardware_compatible,
-                "without --gpu-arch its engines are portable over Ampere and newer already",
+                "without `architectures` its engines are portable over Ampere and newer already",
             ),
-            "--workspace-mib": (
+            "`workspace_mib`": (
                 options.workspace_mib is not None,
                 "it sizes its scratch memory itself",
             ),
             # Accepted by its API; the engines of levels 0, 3 and 5 are the same to the byte (1.7).
-            "--builder-optimization-level": (
+            "`optimization_level`": (
                 options.optimization_level is not None,
                 "it always builds the same engine, and tunes it on the GPU that runs it",
             ),
@@ -110,8 +109,8 @@ def check_options(backend: str, precision: str, options: BuildOptions) -> None:
         if old or (backend == "tensorrt-rtx" and not options.architectures):
             found = ", ".join(old) or "a portable engine, which has to run on sm80 too"
             raise OptionError(
-                f"FP8 needs sm{_OLDEST_FP8} (Ada) or newer, found {found}. Pass --gpu-arch sm89 "
-                "or newer, or build --precision int8."
+                f"FP8 needs sm{_OLDEST_FP8} (Ada) or newer, found {found}. Pass "
+                "`architectures=['sm89']` or newer, or build with `precision='int8'`."
             )
 
 
@@ -166,7 +165,7 @@ def _builder(trt: ModuleType, logger: Any, log: Log) -> Any:
         raise EngineError(
             f"{trt.__name__} {trt.__version__} cannot start on this machine: {error}\n"
             f"{explain(log.text())}\nSee what is there with hhdeploy doctor. TensorRT needs a GPU "
-            "and its driver to build, TensorRT-RTX (--backend tensorrt-rtx) does not."
+            "and its driver to build, TensorRT-RTX (`backend='tensorrt-rtx'`) does not."
         ) from error
 
 
@@ -206,7 +205,7 @@ def _configure(trt: ModuleType, config: Any, options: BuildOptions, backend: str
         if capability is None:
             known = [n.lower() for n in dir(trt.ComputeCapability) if n.startswith("SM")]
             raise PlanError(
-                f"--gpu-arch {name}: {backend} {trt.__version__} builds for "
+                f"`architectures=[{name!r}]`: {backend} {trt.__version__} builds for "
                 f"{', '.join(sorted(known, key=_number))}."
             )
         config.set_compute_capability(capability, index)

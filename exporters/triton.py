@@ -15,13 +15,16 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import OptionError
 
-Backend = Literal["onnxruntime", "tensorrt"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TritonBackend = Literal["onnxruntime", "tensorrt"]
+BACKENDS: tuple[TritonBackend, ...] = get_args(TritonBackend)
 LABELS_FILE, ADAPTERS_FILE, CONFIG_FILE = "labels.txt", "adapters.json", "config.pbtxt"
 # The names that the backends look for in a version's directory.
-MODEL_FILES: dict[Backend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+MODEL_FILES: dict[TritonBackend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
-_PLATFORMS: dict[Backend, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+_PLATFORMS: dict[TritonBackend, str] = {
+    "onnxruntime": "onnxruntime_onnx",
+    "tensorrt": "tensorrt_plan",
+}
 _KINDS = {None: "AUTO", True: "GPU", False: "CPU"}
 _DEFAULT_MAX_BATCH = 32
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -46,7 +49,7 @@ class TritonOptions:
 
     name: str | None = None
     precision: str = "float32"
-    backend: Backend = "onnxruntime"
+    backend: TritonBackend = "onnxruntime"
     gpu_arch: str | None = None
     max_batch: int | None = None
     preferred_batch: tuple[int, ...] = ()
@@ -65,7 +68,7 @@ def check_model_name(name: str) -> str:
     if not _MODEL_NAME.fullmatch(name):
         raise OptionError(
             f"Triton model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
-            "128, first a letter or digit). Give one with --name."
+            "128, first a letter or digit). Give one as `name`."
         )
     return name
 
@@ -76,18 +79,20 @@ def check_options(options: TritonOptions) -> None:
         check_model_name(options.name)
     if options.backend not in BACKENDS:
         raise OptionError(
-            f"--backend {options.backend}: expected {' or '.join(BACKENDS)}. (Triton's tensorrt "
+            f"`backend={options.backend!r}`: expected {' or '.join(BACKENDS)}. (Triton's tensorrt "
             "backend runs TensorRT's engines, not TensorRT-RTX's.)"
         )
     cpu, engine = options.gpu is False, options.backend == "tensorrt"
     if cpu and engine:
-        raise OptionError("--cpu: TensorRT engines run on GPUs alone. Use --backend onnxruntime.")
+        raise OptionError(
+            "`gpu=False`: TensorRT engines run on GPUs alone. Use `backend='onnxruntime'`."
+        )
     if options.gpu_arch is not None and not engine:
-        raise OptionError("--gpu-arch chooses an engine: it goes with --backend tensorrt alone.")
+        raise OptionError("`gpu_arch` chooses an engine: it goes with `backend='tensorrt'` alone.")
     if cpu and options.precision == "bfloat16":
         raise OptionError(
-            "--cpu: ONNX Runtime has no bfloat16 kernels on CPUs, so the model would not load. "
-            "Use --precision float32, or --gpu."
+            "`gpu=False`: ONNX Runtime has no bfloat16 kernels on CPUs, so the model would not "
+            "load. Use `precision='float32'`, or `gpu=True`."
         )
     if not engine:  # else the engine says how large a batch may be
         check_numbers(options)
@@ -96,17 +101,17 @@ def check_options(options: TritonOptions) -> None:
 def check_numbers(options: TritonOptions) -> None:
     """Batches, waiting and instances are in range. Raises `OptionError` naming the option."""
     least = {
-        "--max-batch": (options.batch, 1),
-        "--max-queue-delay-us": (options.max_queue_delay_us, 0),
-        "--instances": (options.instances, 1),
+        "`max_batch`": (options.batch, 1),
+        "`max_queue_delay_us`": (options.max_queue_delay_us, 0),
+        "`instances`": (options.instances, 1),
     }
     for option, (found, minimum) in least.items():
         if found < minimum:
-            raise OptionError(f"{option} {found}: expected {minimum} or more.")
+            raise OptionError(f"{option}: expected {minimum} or more, found {found}.")
     for size in options.preferred_batch:
         if not 1 <= size <= options.batch:
             raise OptionError(
-                f"--preferred-batch {size}: expected 1 to --max-batch, which is {options.batch}."
+                f"`preferred_batch=[{size}]`: expected 1 to `max_batch`, which is {options.batch}."
             )
 
 

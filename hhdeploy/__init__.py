@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
-    from hhdeploy.quantising.calibrating import calibrate_bundle as calibrate
+    from hhdeploy.quantising import calibrate_bundle as calibrate
     from hhdeploy.runtime import open_session
     from hhdeploy.training import attach
     from hhdeploy.training.recipe import train
@@ -37,7 +37,7 @@ _HOMES = {
     "add_adapter": ("hhdeploy.bundle", "add_adapter"),
     "attach": ("hhdeploy.training", "attach"),
     "build": ("hhdeploy.building", "build"),
-    "calibrate": ("hhdeploy.quantising.calibrating", "calibrate_bundle"),
+    "calibrate": ("hhdeploy.quantising", "calibrate_bundle"),
     "edit": ("hhdeploy.bundle", "edit"),
     "errors": ("hhdeploy.errors", ""),
     "export": ("hhdeploy.exporting.bundles", "export"),

@@ -66,7 +66,7 @@ def build(
     baked_in = manifest.bank_as_constant or options.bank_as_constant
     slots = _slots(bundle, options)
     if precision not in manifest.graphs:
-        from hhdeploy.exporting.graphs import add_typed_graph
+        from hhdeploy.verifying.graphs import add_typed_graph
 
         bundle = add_typed_graph(path, precision, progress=progress)
         manifest = bundle.manifest
@@ -115,11 +115,11 @@ def _slots(bundle: Bundle, options: BuildOptions) -> Range | None:
     """Rows of the engine's bank; None without one."""
     manifest = bundle.manifest
     if options.bank_as_constant and manifest.layout is None:
-        raise PlanError("--bank-as-constant: a folded bundle has no bank. Leave it out.")
+        raise PlanError("`bank_as_constant`: a folded bundle has no bank. Leave it out.")
     if manifest.layout is None or manifest.bank_as_constant or options.bank_as_constant:
         if options.max_slots is not None:
             raise PlanError(
-                "--max-slots: this engine has no bank input (a folded graph, or a bank baked "
+                "`max_slots`: this engine has no bank input (a folded graph, or a bank baked "
                 "in). Leave it out."
             )
         return None
@@ -130,13 +130,13 @@ def _slots(bundle: Bundle, options: BuildOptions) -> Range | None:
         most = max(rows, min(_DEFAULT_MAX_SLOTS, limit))
     if most > limit:
         raise PlanError(
-            f"--max-slots {most}: a bank of that many rows of {row:,} floats has {most * row:,} "
-            f"elements, TensorRT takes {_ELEMENT_LIMIT:,} a tensor. Use --max-slots {limit} or "
+            f"`max_slots={most}`: a bank of that many rows of {row:,} floats has {most * row:,} "
+            f"elements, TensorRT takes {_ELEMENT_LIMIT:,} a tensor. Use `max_slots={limit}` or "
             "fewer."
         )
     if most < rows:
         raise PlanError(
-            f"--max-slots {most}: the bundle's bank has {rows} rows. Use {rows} or more."
+            f"`max_slots={most}`: the bundle's bank has {rows} rows. Use {rows} or more."
         )
     return 1, rows, most
 

@@ -10,7 +10,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import stale
 from hhdeploy.bundle.manifest import MANIFEST, EngineEntry
 from hhdeploy.bundle.store import Progress
-from hhdeploy.errors import BundleError, PlanError, WriteError, require
+from hhdeploy.errors import BundleError, PlanError, WriteError, as_code, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
     CONFIG_FILE,
@@ -110,8 +110,8 @@ def write_triton_repository(
         options = _for_engine(options, engine)
     if not requestable(bundle.manifest):
         raise BundleError(
-            f"{bundle.path} has no adapter to serve. Add one with: hhdeploy adapter add "
-            f"{bundle.path} NAME=DIR"
+            f"{bundle.path} has no adapter to serve. Add one with: "
+            f"{as_code('add_adapter', bundle.path, 'NAME', 'DIR')}"
         )
     if (out / MANIFEST).is_file():
         raise WriteError(f"{out} is a bundle. Choose another directory for the repository.")
@@ -149,8 +149,8 @@ def _for_engine(options: TritonOptions, engine: EngineEntry) -> TritonOptions:
     check_numbers(fit)
     if fit.batch > most:
         raise PlanError(
-            f"--max-batch {fit.batch}: {engine.file} takes {most} images at most. Use "
-            f"--max-batch {most} or less, or build it with --max-batch {fit.batch}."
+            f"`max_batch={fit.batch}`: {engine.file} takes {most} images at most. Use "
+            f"`max_batch={most}` or less, or build it with a `batch[2]` of {fit.batch}."
         )
     return fit
 
@@ -159,10 +159,15 @@ def _engine(bundle: Bundle, options: TritonOptions) -> EngineEntry:
     """The engine that Triton's tensorrt backend can run, its file not read yet."""
     manifest, precision = bundle.manifest, options.precision
     constant = manifest.layout is not None and not manifest.bank_as_constant
-    command = (
-        f"hhdeploy build {bundle.path} --backend tensorrt --precision {precision}"
-        f"{' --bank-as-constant' if constant else ''}"
+    plain = as_code("build", bundle.path, backend="tensorrt", precision=precision)
+    with_bank = as_code(
+        "build",
+        bundle.path,
+        backend="tensorrt",
+        precision=precision,
+        options=as_code("BuildOptions", bank_as_constant=True),
     )
+    command = with_bank if constant else plain
     entries = [e for e in manifest.engines if e.precision == precision]
     reasons = {e.file: _unfit(bundle, e, options.gpu_arch) for e in entries}
     fit = [e for e in entries if reasons[e.file] is None]
@@ -178,7 +183,7 @@ def _engine(bundle: Bundle, options: TritonOptions) -> EngineEntry:
         )
         raise PlanError(
             f"{bundle.path} has several {precision} engines that Triton can run; choose one with "
-            f"--gpu-arch:{listed}"
+            f"`gpu_arch`:{listed}"
         )
     return fit[0]
 
@@ -195,7 +200,7 @@ def _unfit(bundle: Bundle, entry: EngineEntry, gpu_arch: str | None) -> str | No
     if entry.batch[0] != 1:
         return (
             f"takes {entry.batch[0]} images at least, and Triton also runs single requests "
-            "(build with --min-batch 1)"
+            "(build with a `batch[0]` of 1)"
         )
     if gpu_arch is not None and entry.architectures and gpu_arch not in entry.architectures:
         return f"built for {', '.join(entry.architectures)}, not for {gpu_arch}"

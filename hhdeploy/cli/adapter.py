@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,19 +32,21 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     from hhdeploy.algebra import effective_rank
 
     adapter = load_adapter(directory)
-    sites = []
+    sites: list[dict[str, Any]] = []
     with ui.steps(as_json or not rank) as step:
         step(f"singular values of {len(adapter.sites)} deltas")
         for name, tensors in adapter.sites.items():
             delta = adapter.delta(name)
+            out, into = tensors.shape or (None, None)
             sites.append(
                 {
                     "site": name,
-                    "out": delta.shape[0],
-                    "in": delta.shape[1],
-                    "k": delta.rank,
+                    "out": out,
+                    "in": into,
+                    "k": delta.rank if delta else 0,
+                    "parts": list(tensors.parts),
                     "parameters": tensors.parameters,
-                    "effective_rank": round(effective_rank(delta), 2) if rank else None,
+                    "effective_rank": round(effective_rank(delta), 2) if delta and rank else None,
                 }
             )
     config = adapter.config.to_json()
@@ -53,6 +56,7 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
             {
                 "config": config,
                 "sites": sites,
+                "values": {path: list(value.shape) for path, value in adapter.values.items()},
                 "parameters": adapter.parameters,
                 "head_parameters": head,
             }
@@ -64,10 +68,20 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     for key in adapter.config.extra:
         console.print(f"{key:24} [dim](unknown key, kept)[/]")
     rows = [
-        (s["site"], f"{s['out']} x {s['in']}", s["k"], s["parameters"], s["effective_rank"] or "-")
+        (
+            s["site"],
+            f"{s['out']} x {s['in']}" if s["out"] else "-",
+            s["k"],
+            " ".join(adapter.sites[s["site"]].parts) or "-",
+            s["parameters"],
+            s["effective_rank"] or "-",
+        )
         for s in sites
     ]
-    console.print(ui.table(None, ("site", "out x in", "k", "parameters", "effective rank"), rows))
+    columns = ("site", "out x in", "k", "parts", "parameters", "effective rank")
+    console.print(ui.table(None, columns, rows))
+    for path, value in adapter.values.items():
+        console.print(f"{path} {list(value.shape)}: replaced, so fold only", markup=False)
     console.print(f"{adapter.parameters:,} parameters in {len(sites)} sites, {head:,} in the head")
 
 

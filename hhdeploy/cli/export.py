@@ -12,7 +12,7 @@ from hhdeploy.cli import ui
 
 @click.command()
 @click.argument("out", type=ui.DIRECTORY)
-@click.option("--model", required=True, help="timm name, e.g. vit_base_patch16_224.augreg_in21k.")
+@ui.model_option
 @click.option(
     "--adapter",
     "adapters",
@@ -37,6 +37,12 @@ from hhdeploy.cli import ui
     multiple=True,
     metavar="TARGET",
     help="Reserve branches, e.g. fc1, proj:sequential or a site's name. Repeatable.",
+)
+@click.option(
+    "--parts",
+    default="",
+    metavar="PARTS",
+    help="Reserve, at every branch, of s_in,s_out,db: multipliers and a bias (IA3, DoRA).",
 )
 @click.option(
     "--keep-backbone-head", is_flag=True, help="Keep the backbone's own classifier selectable."
@@ -72,10 +78,12 @@ def command(
     checkpoint: Path | None,
     pretrained: bool,
     seed: int,
+    input_size: tuple[int, int, int] | None,
     precisions: tuple[str, ...],
     max_rank: int,
     max_classes: int,
     sites: tuple[str, ...],
+    parts: str,
     keep_backbone_head: bool,
     bank_as_constant: bool,
     verify: bool,
@@ -116,7 +124,14 @@ def command(
             checkpoint=checkpoint,
             pretrained=pretrained,
             seed=seed,
-            reserve=Reserve(max_rank, max_classes, sites, keep_backbone_head),
+            input_size=input_size,
+            reserve=Reserve(
+                max_rank,
+                max_classes,
+                sites,
+                keep_backbone_head,
+                tuple(filter(None, parts.split(","))),
+            ),
             bank_as_constant=bank_as_constant,
             precisions=precisions,
             verify=verify,

@@ -11,6 +11,7 @@ from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
 from hhdeploy.cli import ui
 from hhdeploy.errors import require
+from hhdeploy.files.folders import find_splits, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,20 +26,21 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=ui.DIRECTORY, required=False)
-@click.option("--model", required=True, help="timm model name, with or without .tag.")
+@ui.model_option
 @click.option(
     "--model-args",
     default="{}",
     callback=ui.json_object,
     metavar="JSON",
-    help="Further arguments of timm.create_model, such as '{\"img_size\": 224}'.",
+    help=f"{ui.MODEL_ARGS_HELP} Such as '{{\"img_size\": 224}}'.",
 )
+@ui.input_size_option
 @click.option(
     "--preprocess",
     default="{}",
     callback=ui.json_object,
     metavar="JSON",
-    help="Differences from timm's evaluation transform, such as '{\"crop_pct\": 1.0}'.",
+    help="Differences from the model's own image transform, such as '{\"crop_pct\": 1.0}'.",
 )
 @click.option("--checkpoint", type=ui.FILE, metavar="FILE", help="Backbone weights.")
 @click.option(
@@ -50,7 +52,11 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
     help="Random backbone weights from --seed, for tests.",
 )
 @click.option(
-    "--data", type=ui.DIRECTORY, required=True, metavar="DIR", help="Images, as DIR/CLASS/image."
+    "--data",
+    type=ui.DIRECTORY,
+    required=True,
+    metavar="DIR",
+    help="Images, as DIR/CLASS/image, or DIR/train and DIR/val of such.",
 )
 @click.option(
     "--val-data",
@@ -122,10 +128,11 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
         ui.refuse_unused(unused, "does not go with --linear-probe, which adapts no site")
     if options["val_data"] is not None:
         ui.refuse_unused({"val_fraction"}, "does not go with --val-data: nothing is held out")
+    elif (val := find_splits(options["data"]).val) is not None:
+        ui.refuse_unused({"val_fraction"}, f"does not go with {val}, which validates")
     if not options["augment"]:
         ui.refuse_unused({"flip"}, "does not go with --no-augment, which leaves out the flip too")
     require("torch", "export", "training")
-    require("timm", "export", "training")
     from rich.console import Console
 
     from hhdeploy.training.recipe import TrainSettings, train
@@ -204,12 +211,17 @@ def _percent(share: float | None) -> str:
 
 def _summary(result: TrainResult) -> Iterator[str]:
     """Lines for people: what was trained, last and best accuracy, what was written."""
+    yield from result.notes
     kind = "linear probe" if result.linear_probe else f"adapter on {result.sites} sites"
     yield (
         f"{kind}: {result.parameters:,} values and a classifier of {result.head_parameters:,}, "
         f"{len(result.class_names)} classes, {result.train_images} training and "
         f"{result.val_images} validation images, on {result.device}"
     )
+    if result.train_data != result.val_data:
+        yield f"trained on {result.train_data}, validated on {result.val_data}"
+    if result.skipped:
+        yield f"left out, for they are no pictures of a class: {in_words(result.skipped)}"
     last, best = result.last, result.best
     if best is None:
         yield f"last epoch {last.epoch}: no validation images"

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from hhdeploy.adapters.checks import check_sites
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.sites import LinearSpec, select_sites, sites_of
-from hhdeploy.backbones.timm import Backbone, BackboneSpec, load_backbone
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
 from hhdeploy.packages import own_version
@@ -114,7 +115,8 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
             state of other settings, a diverged loss, a device that is not there.
         DataError: the image folders or an image.
         BackboneError: the model or its checkpoint.
-        AdapterError: targets that the model does not have.
+        AdapterError: targets that the model does not have, or where the form cannot act.
+        PlanError: a model without a single Linear that adapters can change.
         WriteError: ``out`` cannot be written; checked before the training starts.
     """
     settings.check()
@@ -136,7 +138,7 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
         ) as batches:
             trainer = Trainer(model, settings, folder, batches, device)
             history = _run(task, trainer, progress or (lambda report: None))
-        result = _result(task, trainer, history)
+        result = replace(_result(task, trainer, history), notes=backbone.notes)
         _write(task, result)
     return result
 
@@ -179,6 +181,7 @@ def _backbone_spec(settings: TrainSettings) -> BackboneSpec:
         settings.checkpoint,
         pretrained=settings.pretrained,
         seed=settings.seed,
+        input_size=settings.input_size,
     )
 
 
@@ -207,7 +210,7 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
     facts, classes = backbone.facts, len(folder.class_names)
     if settings.linear_probe:
         return replace_classifier(backbone.model, facts.classifier, classes, seed=seed)
-    _check_targets(facts.linears, settings)
+    check_sites(facts)
     config = AdapterConfig(
         base_model=facts.model,
         form=settings.form,
@@ -241,30 +244,6 @@ def replace_classifier(model: nn.Module, path: str, classes: int, *, seed: int) 
     return model
 
 
-def _check_targets(linears: tuple[LinearSpec, ...], settings: TrainSettings) -> None:
-    """Every target stands for a site, and a sequential one for a whole Linear."""
-    sites = sites_of(linears)
-    if not sites:
-        raise TrainingError(
-            f"{settings.model} has no Linear that adapters can change (attn.qkv, attn.q_proj, "
-            "attn.proj, mlp.fc1, mlp.fc2): zero sites. Choose another `model`."
-        )
-    kinds = sorted({site.kind for site in sites.values()})
-    whole = {linear.path for linear in linears if len(linear.sites) == 1}
-    for target, selected in select_sites(linears, settings.target_modules).items():
-        if not selected:
-            raise TrainingError(
-                f"`targets=[{target!r}]`: zero sites of {settings.model} match. It has sites of "
-                f"the kinds {', '.join(kinds)}; a full name such as {next(iter(sites))} also works."
-            )
-        if settings.form == "sequential" and any(site.name not in whole for site in selected):
-            raise TrainingError(
-                f"`targets=[{target!r}]`: {selected[0].name} is a part of a fused Linear; "
-                "`form='sequential'` acts on a whole Linear's output. Use "
-                "`targets=['proj', 'fc2']`."
-            )
-
-
 def _run(task: _Task, trainer: Trainer, progress: OnReport) -> tuple[EpochReport, ...]:
     """All epochs that are left; the state on disk follows every one of them."""
     history: tuple[EpochReport, ...] = ()
@@ -272,9 +251,6 @@ def _run(task: _Task, trainer: Trainer, progress: OnReport) -> tuple[EpochReport
         saved = task.state.read(task.identity)
         trainer.load_state_tensors(saved.tensors, saved.epoch)
         history = saved.history
-    elif task.state is not None:
-        # An interrupt in the first epoch also leaves something to resume.
-        task.state.write(SavedTraining(0, trainer.state_tensors(), ()), task.identity)
     for epoch in range(len(history) + 1, task.settings.epochs + 1):
         report = _epoch(task, trainer, epoch, progress)
         history = (*history, report)
@@ -308,6 +284,9 @@ def _result(task: _Task, trainer: Trainer, history: tuple[EpochReport, ...]) -> 
         class_names=task.folder.class_names,
         train_images=len(task.folder.train),
         val_images=len(task.folder.val),
+        train_data=task.folder.sources[0],
+        val_data=task.folder.sources[1],
+        skipped=task.folder.skipped,
         sites=0 if probe else len(extract(task.model).sites),
         parameters=total - head,
         head_parameters=head,

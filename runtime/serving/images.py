@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.preprocess import Preprocess
+from hhdeploy.errors import DataError
+from hhdeploy.preprocess import Preprocess, as_rgb
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 
 if TYPE_CHECKING:
@@ -121,9 +122,11 @@ def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
                 "the other."
             )
         with opened:
-            return opened.convert("RGB")
+            return as_rgb(opened)  # which keeps the EXIF orientation
     except RequestError:
         raise
+    except DataError as error:
+        raise RequestError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:  # its text quotes an address in memory

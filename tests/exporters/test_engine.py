@@ -97,14 +97,14 @@ def test_symmetric_int8_builds_and_asymmetric_is_explained(tmp_path):
     text = str(error.value)
     assert f"'{SITE}/images' (QuantizeLinear) at {SITE}" in text
     assert "zero point" in text
-    assert "hhdeploy calibrate" in text
+    assert "calibrate('BUNDLE', data='DIR'" in text
 
 
 def test_fp8_builds_for_ada_and_is_explained_for_ampere(tmp_path):
     path = quantised(tmp_path, fp8_zero())
     ada, ampere = (replace(OPTIONS, architectures=(a,)) for a in ("sm89", "sm80"))
     assert engine_from_onnx(path, RTX, SHAPES, ada).plan
-    with pytest.raises(EngineError, match=r"sm80[\s\S]*--gpu-arch sm89"):
+    with pytest.raises(EngineError, match=r"sm80[\s\S]*`architectures=\['sm89'\]`"):
         engine_from_onnx(path, RTX, SHAPES, ampere)
 
 
@@ -127,7 +127,7 @@ def test_an_input_outside_the_contract_is_refused(tmp_path):
 
 def test_an_unknown_architecture_lists_what_there_is(tmp_path):
     path = saved(tmp_path, [matmul("images", "w")], [])
-    with pytest.raises(PlanError, match=r"--gpu-arch sm90: .*sm89, sm120"):
+    with pytest.raises(PlanError, match=r"`architectures=\['sm90'\]`: .*sm89, sm120"):
         engine_from_onnx(path, RTX, SHAPES, replace(OPTIONS, architectures=("sm90",)))
 
 
@@ -145,10 +145,10 @@ def test_architectures_are_built_for(tmp_path):
     [
         ({"batch": (4, 2, 8)}, r"1 <= min <= opt <= max, found 4, 2, 8"),
         ({"batch": (0, 2, 8)}, r"found 0, 2, 8"),
-        ({"bank_as_constant": True, "max_slots": 9}, r"--max-slots does not go with"),
-        ({"hardware_compatible": True}, r"--hardware-compatible has no effect in TensorRT-RTX"),
-        ({"workspace_mib": 64}, r"--workspace-mib has no effect"),
-        ({"optimization_level": 3}, r"--builder-optimization-level has no effect"),
+        ({"bank_as_constant": True, "max_slots": 9}, r"`max_slots` does not go with"),
+        ({"hardware_compatible": True}, r"`hardware_compatible` has no effect in TensorRT-RTX"),
+        ({"workspace_mib": 64}, r"`workspace_mib` has no effect"),
+        ({"optimization_level": 3}, r"`optimization_level` has no effect"),
     ],
 )
 def test_options_that_cannot_work_are_refused(change, message):
@@ -173,7 +173,7 @@ def test_optimization_levels_really_make_no_difference(tmp_path, rtx):
 
 def test_tf32_is_for_float32_alone():
     check_options(RTX, "float32", replace(OPTIONS, tf32=True))
-    with pytest.raises(PlanError, match="--tf32 is for float32"):
+    with pytest.raises(PlanError, match="`tf32` is for float32"):
         check_options(RTX, "float16", replace(OPTIONS, tf32=True))
 
 
@@ -204,4 +204,4 @@ def test_a_builder_message_is_kept_whole_and_explained():
     found = explain(text)
     assert found.startswith(text)
     assert "blocks.2.attn.proj" in found.removeprefix(text)
-    assert "--max-batch" in found
+    assert "`batch[2]`" in found

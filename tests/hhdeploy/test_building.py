@@ -14,9 +14,9 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import choose_engine, stale
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, EngineEntry, plain_name, write_manifest
 from hhdeploy.errors import BundleError, ParityError, PlanError
-from hhdeploy.exporting.graphs import add_graph, add_typed_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
+from hhdeploy.verifying.graphs import add_graph, add_typed_graph
 from tests.workshop import copy_bundle, run_python
 
 RTX = "tensorrt-rtx"
@@ -140,7 +140,7 @@ def test_refusals_leave_the_bundle_as_it_was(rtx, small, tmp_path):
     path = copy_bundle(small, tmp_path / "bundle")
     before = {f: sha256_of(f) for f in sorted(path.rglob("*")) if f.is_file()}
     refused = (
-        ({"precision": "int8"}, "hhdeploy calibrate"),
+        ({"precision": "int8"}, r"calibrate\("),
         ({"precision": "float31"}, "has no float31 graph"),
         ({"options": BuildOptions(max_slots=1)}, "the bundle's bank has 3 rows"),
         ({"options": BuildOptions(max_slots=2**31)}, r"TensorRT takes 2,147,483,647 a tensor"),

@@ -105,14 +105,14 @@ def test_an_adapter_with_fewer_classes_and_its_own_preprocessing(own, workshop):
 def test_no_free_row(own, workshop):
     own.adapters.add("rival", workshop.directory("rival"))
     before = own.adapters.rows.copy()
-    with pytest.raises(CapacityError, match=r"all 3 rows .* slots=8"):
+    with pytest.raises(CapacityError, match=r"all 3 rows .* `slots=8`"):
         own.adapters.add("one", workshop.directory("alpha"))
     assert list(own.adapters) == ["alpha", "gamma", "rival"]
     assert np.array_equal(own.adapters.rows, before)
 
 
 def test_too_few_slots_say_how_many(small):
-    with pytest.raises(SessionError, match=r"slots=2 is too small.*slots=3 or more"):
+    with pytest.raises(SessionError, match=r"`slots=2` is too small.*`slots=3` or more"):
         open_session(small, device="cpu", slots=2)
     with open_session(small, device="cpu", slots=3) as exact:
         assert exact.adapters.slots == 3

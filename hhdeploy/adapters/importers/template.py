@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check_adapter
+from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, assemble_adapter
 from hhdeploy.algebra import Reflection
@@ -24,7 +24,7 @@ from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
 
 
 Tensors = dict[str, NDArray[Any]]
@@ -108,7 +108,7 @@ def finish(
         extra={"imported_from": origin},
     )
     adapter = assemble_adapter(completed, tensors, file, str(file))
-    check_adapter(file.name, adapter, facts)
+    check(file.name, adapter, facts)
     return adapter
 
 
