@@ -27,7 +27,7 @@ from hhdeploy.preprocess import Preprocess
 from tests.support import TINY_MODEL, random_adapter
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
     from hhdeploy.exporting.bundles import ExportResult
 
 BACKBONE_CLASSES = 5

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
-from hhdeploy.backbones.facts import BASE_MODEL_ARGS
 from hhdeploy.backbones.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
 from hhdeploy.errors import AdapterError
 from hhdeploy.preprocess import Preprocess
@@ -36,12 +36,13 @@ class AdapterConfig:
     """What ``adapter_config.json`` says; see `load_adapter` for the checks.
 
     Attributes:
-        base_model: timm name, with or without ``.tag``.
+        base_model: timm name, with or without ``.tag``, or the name of another source's model.
         form: ``additive`` or ``sequential``.
         reflection: ``unnormalized`` or ``orthogonal``.
         r: default rank of the low-rank term; the tensors' shapes decide.
-        target_modules: kinds (q, k, v, proj, fc1, fc2) or full site names.
-        base_model_args: further arguments of ``timm.create_model``.
+        target_modules: kinds (q, k, v, proj, fc1, fc2), names of sites or Linears, their ends, or
+            regular expressions that match whole names.
+        base_model_args: further arguments that the model was made with.
         base_sha256: digest of the frozen weights, None if unknown.
         num_classes: classes of the adapter's head, None without one.
         class_names: one per class, or None.
@@ -134,13 +135,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         )
     base_model = content.get("base_model_name_or_path")
     if not isinstance(base_model, str) or not base_model:
-        raise fail("base_model_name_or_path", "the name of a timm model")
+        raise fail("base_model_name_or_path", "the name of a model")
     args = content.get("base_model_args") or {}
-    if not isinstance(args, dict) or (unknown := set(args) - BASE_MODEL_ARGS):
-        detail = f" (not allowed: {', '.join(sorted(unknown))})" if isinstance(args, dict) else ""
-        raise fail(
-            "base_model_args", f"arguments among {', '.join(sorted(BASE_MODEL_ARGS))}{detail}"
-        )
+    if not isinstance(args, dict):
+        raise fail("base_model_args", "an object")
     form = content.get("form", "additive")
     if form not in FORMS:
         raise fail("form", f"one of {', '.join(FORMS)}")
@@ -149,15 +147,15 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     if not _is_count(content.get("r", 1)):
         raise fail("r", "a rank of 0 or more")
     targets = content.get("target_modules", ["q", "k", "v", "proj"])
+    if isinstance(targets, str):
+        targets = [targets]
     fold_only = content.get("fold_only", False)
     if not isinstance(fold_only, bool):
         raise fail("fold_only", "true or false")
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise fail("target_modules", f"a list of {', '.join(KINDS)} or site names")
-    allowed = SEQUENTIAL_KINDS if form == "sequential" else KINDS
-    for target in targets:
-        if "." not in target and target not in allowed:
-            raise fail("target_modules", f"{', '.join(allowed)} or site names (form {form})")
+    if not isinstance(targets, list) or not all(_is_target(t) for t in targets):
+        raise fail("target_modules", f"a list of {', '.join(KINDS)}, site names or expressions")
+    if form == "sequential" and not set(targets).isdisjoint(set(KINDS) - set(SEQUENTIAL_KINDS)):
+        raise fail("target_modules", f"{', '.join(SEQUENTIAL_KINDS)} or site names (form {form})")
     num_classes, class_names = content.get("num_classes"), content.get("class_names")
     if num_classes is not None and (not _is_count(num_classes) or num_classes == 0):
         raise fail("num_classes", "a positive integer or null")
@@ -224,6 +222,16 @@ def _parse_preprocess(
                 f"preprocess.input_size is {list(preprocess.input_size)}."
             )
     return preprocess
+
+
+def _is_target(value: object) -> bool:
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def _is_count(value: object) -> bool:

@@ -15,7 +15,8 @@ from PIL import Image
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.adapters.format import Head, load_adapter
 from hhdeploy.adapters.labels import mean_absolute_error, mean_average_precision
-from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.cli import main
 from hhdeploy.preprocess import open_image
 from hhdeploy.training import attach
