@@ -197,7 +197,7 @@ def _columns(line: _Line, columns: Mapping[str, int], kind: ProblemType) -> list
     if kind == CLASSES and len(labels) != 1:
         raise DataError(
             f"{line.where}: expected one class, found {_SEPARATOR.join(labels) or 'none'}. Where "
-            f"several or none may be true, say `problem_type={LABELS!r}`."
+            f"several or none may be true, the problem type is {LABELS}."
         )
     if unknown := [name for name in labels if name not in columns]:
         raise DataError(
