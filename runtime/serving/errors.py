@@ -6,9 +6,10 @@
     ├── ForbiddenError         403  PERMISSION_DENIED    the operator did not allow it
     ├── TooLargeError          413  INVALID_ARGUMENT     over a limit on bytes or pixels
     ├── BusyError              429  UNAVAILABLE          the queue is full: try again later
-    ├── StoppingError          503  UNAVAILABLE          the server is shutting down
+    ├── StoppingError          503  UNAVAILABLE          the server is starting or shutting down
     ├── TimedOutError          504  DEADLINE_EXCEEDED    not answered before its deadline
     └── FailedError            500  INTERNAL             the session failed, e.g. out of memory
+        └── LoadFailedError    503  UNAVAILABLE          the device failed while it loaded
 
 Each carries the HTTP status and the name of the gRPC code that say the same.
 """
@@ -65,7 +66,7 @@ class BusyError(RequestError):
 
 
 class StoppingError(RequestError):
-    """The server is shutting down and takes nothing new."""
+    """The server is shutting down and takes nothing new, or is not ready yet."""
 
     status = 503
     code = "UNAVAILABLE"
@@ -86,3 +87,10 @@ class FailedError(RequestError):
     status = 500
     code = "INTERNAL"
     reason = "BACKEND"
+
+
+class LoadFailedError(FailedError):
+    """The device failed while an adapter was loaded; not the adapter's fault, nor the request's."""
+
+    status = 503
+    code = "UNAVAILABLE"

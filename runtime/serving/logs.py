@@ -1,11 +1,104 @@
-"""Log lines as JSON, one object a line, on standard error."""
+"""Log lines as JSON, one object a line, on standard error, which nobody waits for.
+
+Whoever reads them may be slow, or have stopped: lines wait in a queue that a thread writes, and
+what it has no room for is dropped and counted. Warnings and errors that repeat without end, e.g.
+where no connection can be taken for want of file descriptors, are written a few times a second.
+"""
 
 from __future__ import annotations
 
 import logging
+import queue
 import sys
+import threading
+import time
+from typing import Any, TextIO
 
 from hhdeploy.errors import require
+
+# Lines that wait to be written.
+_MOST_LINES = 10_000
+# How long the end of the process waits for them.
+_FLUSH_SECONDS = 2.0
+# Of one message: so many lines in so many seconds.
+_MOST_REPEATED, _PERIOD_SECONDS = 5, 1.0
+
+
+class WaitlessHandler(logging.Handler):
+    """Hands lines to a thread that writes them.
+
+    Attributes:
+        dropped: lines that there was no room for.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.dropped = 0
+        self._told = 0
+        self._lines: queue.Queue[str] = queue.Queue(_MOST_LINES)
+        self._stream = stream
+        self._thread = threading.Thread(target=self._write, name="hhdeploy-log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line, or drop it. The first line after some that were dropped says how many."""
+        try:
+            if self.dropped > self._told:
+                record.dropped = self.dropped - self._told
+            line = self.format(record) + "\n"
+        except Exception:  # noqa: BLE001 - as logging has it: a line never fails a request
+            self.handleError(record)
+            return
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+        else:
+            self._told = self.dropped
+
+    def close(self) -> None:
+        """Wait a moment until everything is written."""
+        end = time.monotonic() + _FLUSH_SECONDS
+        while self._lines.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.005)
+        super().close()
+
+    def _write(self) -> None:
+        while True:
+            line = self._lines.get()
+            try:
+                self._stream.write(line)
+                self._stream.flush()
+            except (OSError, ValueError):  # nobody reads any more
+                self.dropped += 1
+            finally:
+                self._lines.task_done()
+
+
+class Repeats(logging.Filter):
+    """Lets a warning or error through a few times a second; the next line says how many were not.
+
+    Two are the same if their place in the code is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[str, int], list[float]] = {}
+        self._left_out: dict[tuple[str, int], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is written."""
+        if record.levelno < logging.WARNING:
+            return True
+        place, now = (record.pathname, record.lineno), time.monotonic()
+        recent = [t for t in self._seen.get(place, ()) if t > now - _PERIOD_SECONDS]
+        if len(recent) >= _MOST_REPEATED:
+            self._left_out[place] = self._left_out.get(place, 0) + 1
+            return False
+        self._seen[place] = [*recent, now]
+        if left_out := self._left_out.pop(place, 0):
+            record.repeated = left_out
+        return True
 
 
 def log_as_json(level: str, logger: str | None = None) -> None:
@@ -15,8 +108,8 @@ def log_as_json(level: str, logger: str | None = None) -> None:
         level: debug, info, warning or error.
         logger: the one whose lines they are; None: all of the process.
     """
-    formatters = require("pythonjsonlogger.json", "serve", "serving")
-    handler = logging.StreamHandler(sys.stderr)
+    formatters: Any = require("pythonjsonlogger.json", "serve", "serving")
+    handler = WaitlessHandler(sys.stderr)
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
     form = "{asctime}{levelname}{name}{message}"
     # uvicorn's messages once more, with terminal colours.
@@ -24,6 +117,7 @@ def log_as_json(level: str, logger: str | None = None) -> None:
     handler.setFormatter(
         formatters.JsonFormatter(form, style="{", rename_fields=names, reserved_attrs=left_out)
     )
+    handler.addFilter(Repeats())
     chosen = logging.getLogger(logger)
     chosen.handlers[:] = [handler]
     chosen.setLevel(level.upper())

@@ -75,6 +75,9 @@ async def serve(
     server = _Server(config)
     grpc: GrpcServer | None = None
     with contextlib.closing(_listen(host, http_port)) as listening:
+        # First of all, so that it is seen to live while it reads adapters. A task of its own:
+        # uvicorn's clock wakes that one alone.
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:
             await service.start()
             if grpc_port is not None:
@@ -84,9 +87,10 @@ async def serve(
                 Addresses(host, listening.getsockname()[1], grpc.port if grpc is not None else None)
             )
             _LOG.info("serving", extra={"device": service.device})
-            # A task of its own: uvicorn's clock wakes that one alone.
-            await asyncio.create_task(server.serve(sockets=[listening]))
+            await serving
         finally:
+            server.should_exit = True
+            await asyncio.wait([serving])
             if grpc is not None:  # a signal began this: HTTP and gRPC drain at the same time
                 await grpc.stop(_grace(service))
             await service.stop()

@@ -26,7 +26,7 @@ from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.bank import Hold
 from hhdeploy.runtime.serving.batcher import Batcher, Computed
-from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
+from hhdeploy.runtime.serving.errors import NotFoundError, RequestError, StoppingError
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.images import Pictures
 from hhdeploy.runtime.serving.messages import (
@@ -41,7 +41,7 @@ from hhdeploy.runtime.serving.messages import (
     Tensor,
 )
 from hhdeploy.runtime.serving.metrics import Metrics, Now
-from hhdeploy.runtime.serving.outputs import check_outputs, output_of
+from hhdeploy.runtime.serving.outputs import LOGITS, check_outputs, output_of
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import Session
 
@@ -65,7 +65,7 @@ class Service:
 
     def __init__(self, session: Session, settings: ServeSettings) -> None:
         self.settings = settings
-        self.ready = False
+        self.ready = self._started = False
         self.metrics = Metrics(settings.model_name)
         self._session = session
         self._manifest: Manifest = session.bundle.manifest
@@ -80,6 +80,7 @@ class Service:
             self.fleet = Fleet(
                 session.bundle, session.adapters, settings.adapters_dir, settings.pinned
             )
+            self.fleet.reserve(settings.model_name)
             self.fleet.counters.loaded = self.metrics.loaded
         self._batcher = Batcher(
             session.unchecked(),
@@ -116,15 +117,10 @@ class Service:
         """Find the fleet's adapters, run one image through, and be ready.
 
         Raises:
-            PlanError: an adapter has the bundle's name, or see `Fleet.start`.
+            PlanError: see `Fleet.start`.
         """
         if self.fleet is not None:
             await self.fleet.start()
-            if self.settings.model_name in self.fleet.names:
-                raise PlanError(
-                    f"{self.settings.model_name!r} is an adapter and the bundle's name in the "
-                    "protocol: requests could not tell them apart. Choose another `model_name`."
-                )
             if self.settings.watch_seconds is not None:
                 self._watch = asyncio.create_task(self.fleet.watch(self.settings.watch_seconds))
         # The first run of a session allocates: not at the first request's cost.
@@ -132,7 +128,7 @@ class Service:
         image = np.zeros((1, *self._size), np.float32)
         with self._batcher.place(1) as place:
             await self._batcher.run(place, image, rows)
-        self.ready = True
+        self.ready = self._started = True
 
     async def stop(self) -> None:
         """Take nothing new, answer what was taken, free the session."""
@@ -205,6 +201,8 @@ class Service:
 
     async def _infer(self, request: InferRequest) -> InferResponse:
         begin = time.perf_counter()
+        if not self._started:
+            raise StoppingError("the server is starting. Try again later.")
         named = self._named_by_model(request)
         wanted = check_outputs(request.outputs)
         priority = request.priority()
@@ -224,6 +222,8 @@ class Service:
             answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
+        if any(w.name != LOGITS or w.top for w in wanted):
+            _check_finite(pixels, answer.logits, classes)
         outputs = tuple(output_of(w, answer.logits, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
         return InferResponse(request.model, request.id, outputs)
@@ -375,6 +375,22 @@ def _check_folded(settings: ServeSettings) -> None:
             raise PlanError(
                 f"{name}: a folded bundle holds one adapter, in its weights. Leave it out, or "
                 "export without `fold=True`."
+            )
+
+
+def _check_finite(
+    pixels: NDArray[np.float32], logits: NDArray[np.float32], classes: Sequence[int]
+) -> None:
+    """Refuses images whose NaN or infinities left no numbers: their best class would be one.
+
+    Raises:
+        RequestError: naming the first such image.
+    """
+    for index, (image, row, own) in enumerate(zip(pixels, logits, classes, strict=True)):
+        if not np.isfinite(row[:own].max()) and not np.isfinite(image).all():
+            raise RequestError(
+                f"input images: image {index} holds NaN or infinities, or numbers beyond float32: "
+                "its answer is no number either. Ask for logits to see them."
             )
 
 

@@ -73,6 +73,19 @@ class Fleet:
         self._changes: set[asyncio.Task[AdapterEntry]] = set()
         self._reader = ThreadPoolExecutor(1, "hhdeploy-fleet")
 
+    def reserve(self, name: str) -> None:
+        """Take no folder of this name: it is the bundle's in the protocol.
+
+        Raises:
+            PlanError: an adapter of the bundle's own has it.
+        """
+        if name in self._known:
+            raise PlanError(
+                f"{name!r} is an adapter and the bundle's name in the protocol: requests could not "
+                "tell them apart. Choose another `model_name`."
+            )
+        self._files.reserved = name
+
     async def start(self) -> None:
         """Find the fleet directory's adapters, and load the pinned ones.
 

@@ -7,6 +7,8 @@ on a thread of its own.
 
 from __future__ import annotations
 
+import logging
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +21,14 @@ from hhdeploy.files.directories import atomic_directory
 from hhdeploy.runtime.bank import AdapterBank, Packed
 from hhdeploy.runtime.serving.errors import FailedError
 
+_LOG = logging.getLogger("hhdeploy.serve.fleet")
 # What a change of an adapter's files cannot leave as it was: inode, size, time of each.
 Stamp = tuple[tuple[int, int, int], ...]
 _FILES = (CONFIG_FILE, TENSOR_FILE)
 _ABSENT = (0, 0, 0)
 _TRIES = 3
+# Of a configuration: thousands of class names; and of tensors beside those of a row.
+_MOST_CONFIG, _SPARE_BYTES = 4 << 20, 4 << 20
 
 
 class UnsettledError(AdapterError):
@@ -63,6 +68,10 @@ class AdapterFiles:
         self._bundle = bundle
         self._bank = bank
         self._directory = directory
+        self._most = {CONFIG_FILE: _MOST_CONFIG, TENSOR_FILE: _most_bytes(bank)}
+        # The name that no folder may have, and whether it was said that one has.
+        self.reserved: str | None = None
+        self._said = False
 
     def bundled(self) -> dict[str, Source]:
         """The bundle's adapters by name."""
@@ -77,7 +86,9 @@ class AdapterFiles:
         found = self.bundled()
         if self._directory is not None:
             for path in sorted(self._directory.iterdir()):
-                if not path.name.startswith(".") and path.is_dir():
+                if path.name == self.reserved:
+                    self._refuse_reserved(path)
+                elif not path.name.startswith(".") and path.is_dir():
                     # What cannot even be printed is no name either: refused when it is read.
                     name = path.name if path.name.isprintable() else ascii(path.name)
                     found[name] = Source(name, path, _stamp(path))
@@ -88,6 +99,8 @@ class AdapterFiles:
         try:
             check_name(name)
         except PlanError:
+            return None
+        if name == self.reserved:
             return None
         if self._directory is not None and (self._directory / name).is_dir():
             return Source(name, self._directory / name, _stamp(self._directory / name))
@@ -126,6 +139,7 @@ class AdapterFiles:
                 adapter = self._bundle.load_adapter(source.name)
                 return self._bank.pack(source.name, adapter, verified=source.verified)
             self._check_inside(source.path)
+            self._check_files(source.path)
             return self._bank.pack(source.name, source.path, verified=source.verified)
         except (OSError, RecursionError) as error:  # no permission; JSON nested without end
             raise AdapterError(f"{source.path} cannot be read: {error}") from error
@@ -152,6 +166,33 @@ class AdapterFiles:
                 raise FailedError(f"{name} cannot be read back from the disk: {error}") from error
         return Source(name, target, _stamp(target)), packed
 
+    def _refuse_reserved(self, path: Path) -> None:
+        if not self._said:
+            self._said = True
+            _LOG.error(
+                "adapter not loaded",
+                extra={"adapter": path.name, "problem": "its name is the bundle's in the protocol"},
+            )
+
+    def _check_files(self, path: Path) -> None:
+        """Refuses what is no file, e.g. a pipe that would never end, and what is too large.
+
+        Raises:
+            AdapterError: naming it.
+        """
+        for name, most in self._most.items():
+            try:
+                found = (path / name).stat()
+            except FileNotFoundError:
+                continue  # whoever reads says so
+            if not stat.S_ISREG(found.st_mode):
+                raise AdapterError(f"{path / name}: expected a file, found something else.")
+            if found.st_size > most:
+                raise AdapterError(
+                    f"{path / name}: {found.st_size} bytes, an adapter of this bundle has at most "
+                    f"{most} there."
+                )
+
     def _check_inside(self, path: Path) -> None:
         assert self._directory is not None
         root = self._directory.resolve()
@@ -161,6 +202,11 @@ class AdapterFiles:
                     f"{file} is a link that leads out of the fleet directory. Copy the adapter "
                     "there."
                 )
+
+
+def _most_bytes(bank: AdapterBank) -> int:
+    """Of an adapter's tensors: those of a row, in float64, and as much again for their form."""
+    return int(4 * bank.rows[0].nbytes + _SPARE_BYTES)
 
 
 def _stamp(directory: Path) -> Stamp:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 
 from hhdeploy.bundle.manifest import AdapterEntry
-from hhdeploy.errors import HhdeployError
+from hhdeploy.errors import DeviceError, HhdeployError
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
-from hhdeploy.runtime.serving.errors import RequestError
+from hhdeploy.runtime.serving.errors import LoadFailedError, RequestError
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 
@@ -82,6 +82,7 @@ class FleetRows:
 
         Raises:
             NotFoundError: no such adapter, or one that was unloaded.
+            LoadFailedError: the device failed meanwhile.
             RequestError: one cannot be loaded; the backbone alone cannot answer; or there are
                 more than the bank has rows for.
         """
@@ -89,6 +90,8 @@ class FleetRows:
             return await self._fetch(names) if self.missing(names) else self.hold_all(names)
         except RequestError:
             raise
+        except DeviceError as error:
+            raise LoadFailedError(f"an adapter could not be loaded: {error}") from error
         except HhdeployError as error:
             raise RequestError(str(error)) from error
 

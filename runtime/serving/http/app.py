@@ -43,10 +43,12 @@ from hhdeploy.runtime.serving.http.arrival import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     json_bytes,
+    json_length,
+    read_request,
     write_response,
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
-from hhdeploy.runtime.serving.http.parsing import Parser
+from hhdeploy.runtime.serving.http.parsing import SMALL, Parser
 from hhdeploy.runtime.serving.messages import Deadline
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
@@ -65,31 +67,32 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
     """
     settings = endpoint.settings
     bodies = Bodies(settings.bodies_bytes)
-    parser = Parser(endpoint.most_json)
+    parser, most_json = Parser(), endpoint.most_json
 
     async def infer(request: Request) -> Response:
         length = request.headers.get(HEADER_LENGTH)
-        most = settings.body_bytes  # without binary tensors it is all JSON
-        if length is None:
-            most = min(most, endpoint.most_json)
+        # Without binary tensors all of it is JSON.
+        most = settings.body_bytes if length is not None else min(settings.body_bytes, most_json)
         async with bodies.read(request, most) as body:
-            path = request.path_params
-            version = path.get("version", "")
-            message = await parser.request(path["model"], version, body, length)
+            model = request.path_params["model"]
+            version = request.path_params.get("version", "")
+            if json_length(body, length, most_json) <= SMALL:
+                message = read_request(model, version, body, length)
+            else:
+                message = await parser.request(model, version, body, length)
             async with _while_connected(request):
                 response = await endpoint.infer(message)
-        content, json_length = write_response(response, {w.name: w for w in message.outputs})
-        headers = {}
-        if json_length is not None:
-            headers[HEADER_LENGTH] = str(json_length)
-        kind = "application/octet-stream" if json_length is not None else "application/json"
+        content, head = write_response(response, {w.name: w for w in message.outputs})
+        headers = {HEADER_LENGTH: str(head)} if head is not None else {}
+        kind = "application/octet-stream" if head is not None else "application/json"
         return Response(content, media_type=kind, headers=headers)
 
     async def live(request: Request) -> Response:
-        return Response(status_code=200)
+        return _json({"live": True})
 
     async def ready(request: Request) -> Response:
-        return Response(status_code=200 if await endpoint.ready() else 503)
+        there = await endpoint.ready()
+        return _json({"ready": there}, 200 if there else 503)
 
     async def server(request: Request) -> Response:
         return _json(server_metadata())
@@ -99,7 +102,8 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
 
     async def model_ready(request: Request) -> Response:
         there = await endpoint.model_ready(**request.path_params)
-        return Response(status_code=200 if there else 503)
+        name = request.path_params["model"]
+        return _json({"name": name, "ready": there}, 200 if there else 503)
 
     async def config(request: Request) -> Response:
         return _json(model_config(await endpoint.model_metadata(**request.path_params)))

@@ -33,6 +33,8 @@ from hhdeploy.runtime.serving.messages import (
 )
 
 HEADER_LENGTH = "inference-header-content-length"
+# Of compressed bodies: bytes at a time, and members of gzip.
+_PIECE, _MOST_MEMBERS = 1 << 16, 1024
 # Levels of JSON: a tensor of eight dimensions in a request has eleven.
 _DEEPEST = 32
 # Of the shared memory extension, which is not served: ignored, a client would read garbage.
@@ -57,17 +59,34 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         raise RequestError(
             f"Content-Encoding: expected gzip, deflate or none, found {encoding[:80]!r}."
         )
-    stream = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
-    try:
-        content = stream.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise RequestError(f"the body is not {encoding} data: {error}") from error
-    if len(content) > limit:
-        raise TooLargeError(f"the decompressed body is beyond {limit} bytes.")
-    if not stream.eof or stream.unused_data:
-        wrong = "something follows its end" if stream.eof else "it ends too early"
-        raise RequestError(f"the body is not {encoding} data: {wrong}.")
-    return content
+    # "deflate" is zlib's format by its standard, and the bare stream by many clients' habit.
+    bits = 31 if encoding == "gzip" else 15 if _has_zlib_head(body) else -15
+    content, position, members = bytearray(), 0, 0
+    stream = zlib.decompressobj(wbits=bits)
+    while position < len(body):
+        if stream.eof:  # gzip has one member or several
+            members += 1
+            if encoding != "gzip" or members == _MOST_MEMBERS:
+                raise RequestError(f"the body is not {encoding} data: something follows its end.")
+            stream = zlib.decompressobj(wbits=bits)
+        piece = body[position : position + _PIECE]
+        try:
+            content += stream.decompress(piece, limit + 1 - len(content))
+        except zlib.error as error:
+            what = "something follows its end" if members else str(error)
+            raise RequestError(f"the body is not {encoding} data: {what}.") from error
+        if len(content) > limit:
+            raise TooLargeError(f"the decompressed body is beyond {limit} bytes.")
+        position += len(piece) - len(stream.unused_data)
+    if not stream.eof:
+        end = "something follows its end" if members else "it ends too early"
+        raise RequestError(f"the body is not {encoding} data: {end}.")
+    return bytes(content)
+
+
+def _has_zlib_head(body: bytes) -> bool:
+    """Method 8, a window of at most 32 KiB, and a checksum over both bytes."""
+    return len(body) > 1 and body[0] & 143 == 8 and (body[0] << 8 | body[1]) % 31 == 0
 
 
 def read_object(body: bytes | memoryview) -> dict[str, Any]:
@@ -100,14 +119,22 @@ def _check_depth(text: bytes) -> None:
         raise RequestError(f"the body is not JSON of at most {_DEEPEST} levels.")
 
 
-def json_length(body: bytes, header_length: str | None) -> int:
+def json_length(body: bytes, header_length: str | None, most: int | None = None) -> int:
     """Bytes of JSON in a body: all of it, or those before the binary tensors.
 
     Raises:
         RequestError: ``header_length``, the header that says so, does not.
+        TooLargeError: they are more than ``most``.
     """
-    if header_length is None:
-        return len(body)
+    size = len(body) if header_length is None else _header_bytes(body, header_length)
+    if most is not None and size > most:
+        raise TooLargeError(
+            f"the JSON is {size} bytes, at most {most} are taken. Send tensors as binary data."
+        )
+    return size
+
+
+def _header_bytes(body: bytes, header_length: str) -> int:
     text = header_length.strip()
     if not (text.isascii() and text.isdigit() and len(text) < 18 and int(text) <= len(body)):
         raise RequestError(
@@ -151,10 +178,11 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
     if position != len(body):
         raise RequestError(f"the body has {len(body) - position} bytes that no input names.")
     parameters = _parameters(content, "the request")
-    identity = content.get("id", "")
+    identity = content.get("id")
+    identity = "" if identity is None else identity  # null is the same as absent, everywhere
     if not isinstance(identity, str):
         raise RequestError(f"id: expected a string, found {_kind(identity)}.")
-    binary = bool(parameters.get("binary_data_output", False))
+    binary = _truth(parameters, "binary_data_output", False, "the request")
     outputs = tuple(_wanted(item, binary) for item in _objects(content, "outputs", optional=True))
     if not outputs and binary:
         outputs = (Wanted("logits", binary=True),)
@@ -212,7 +240,7 @@ def _values(tensor: Tensor) -> list[Any]:
 
 
 def _from_json(name: str, item: Mapping[str, Any]) -> Tensor:
-    if "data" not in item:
+    if item.get("data") is None:
         raise RequestError(f"input {name[:80]!r}: expected data, or binary_data_size.")
     tensor = tensor_from_values(name, item.get("datatype", ""), item.get("shape"), item["data"])
     if name != IMAGES or tensor.datatype != BYTES:
@@ -233,17 +261,28 @@ def _wanted(item: Mapping[str, Any], binary: bool) -> Wanted:
     top = parameters.get("classification", 0)
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise RequestError(f"output {name[:80]!r}: classification: expected a number of classes.")
-    return Wanted(name, top, bool(parameters.get("binary_data", binary)))
+    where = f"output {name[:80]!r}"
+    return Wanted(name, top, _truth(parameters, "binary_data", binary, where))
+
+
+def _truth(parameters: Mapping[str, Value], key: str, default: bool, where: str) -> bool:
+    """A truth value: a client that says ``"false"`` must not get true."""
+    value = parameters.get(key, default)
+    if not isinstance(value, bool):
+        raise RequestError(f"{where}: {key}: expected true or false, found {str(value)[:80]!r}.")
+    return value
 
 
 def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
-    found = item.get("parameters", {})
+    found = item.get("parameters")
+    found = {} if found is None else found
     if not isinstance(found, dict):
         raise RequestError(f"{where}: parameters: expected an object, found {_kind(found)}.")
     if len(found) > _MOST_PARAMETERS:
         raise RequestError(
             f"{where}: parameters: expected at most {_MOST_PARAMETERS}, found {len(found)}."
         )
+    found = {key: value for key, value in found.items() if value is not None}
     for key, value in found.items():
         if not isinstance(value, (bool, int, float, str)) or (
             isinstance(value, float) and not math.isfinite(value)
@@ -260,7 +299,9 @@ def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
 
 
 def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) -> list[Any]:
-    items = content.get(key, [] if optional else None)
+    items = content.get(key)
+    if items is None and optional:
+        return []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RequestError(f"{key}: expected a list of objects, found {_kind(items)}.")
     if len(items) > _MOST_TENSORS:

@@ -1,4 +1,4 @@
-"""Bodies to messages: small JSON at once, large JSON in a process of its own.
+"""Large JSON to messages, in a process of its own.
 
 A JSON parser holds the interpreter's lock from its first byte to its last: seconds for the largest
 bodies, and on a thread as well as on the event loop nobody else would be answered meanwhile. The
@@ -21,14 +21,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
-from hhdeploy.runtime.serving.http.codec import json_length, read_object, read_request
+from hhdeploy.runtime.serving.http.codec import read_object, read_request
 from hhdeploy.runtime.serving.messages import InferRequest
 
-# Parsed at once: a few milliseconds.
-_SMALL = 256 << 10
+# Read at once: a few milliseconds.
+SMALL: Final = 256 << 10
 # More would wait for longer than they may.
 _MOST_WAITING = 32 << 20
 # Objects of JSON take up to 30 times their text.
@@ -43,9 +43,7 @@ _NICE = 5
 class Parser:
     """Reads the bodies of one server. `close` ends what was started."""
 
-    def __init__(self, most_json: int) -> None:
-        """``most_json``: bytes of JSON that an inference may have, decompressed."""
-        self._most = most_json
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "hhdeploy-json")
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,22 +56,14 @@ class Parser:
         self, model: str, version: str, body: bytes, header_length: str | None
     ) -> InferRequest:
         """See `read_request`."""
-        size = json_length(body, header_length)
-        if size > self._most:
-            raise TooLargeError(
-                f"the JSON is {size} bytes, at most {self._most} are taken. Send tensors as "
-                "binary data."
-            )
-        if size <= _SMALL:
-            return read_request(model, version, body, header_length)
         message: InferRequest = await self._elsewhere(
-            size, read_request, model, version, body, header_length
+            len(body), read_request, model, version, body, header_length
         )
         return message
 
     async def content(self, body: bytes) -> dict[str, Any]:
         """See `read_object`."""
-        if len(body) <= _SMALL:
+        if len(body) <= SMALL:
             return read_object(body)
         content: dict[str, Any] = await self._elsewhere(len(body), read_object, body)
         return content

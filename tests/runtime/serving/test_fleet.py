@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
-from hhdeploy.errors import HhdeployError, PlanError, SessionError
+from hhdeploy.errors import DeviceError, HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     ForbiddenError,
+    LoadFailedError,
     NotFoundError,
     RequestError,
 )
@@ -1211,5 +1212,68 @@ def test_an_upload_during_a_refresh_is_not_taken_for_removed(play, tmp_path):
             await settle()
         await asyncio.gather(refreshing, change)
         assert np.array_equal((await s.asked("fresh"))["fresh"], s.row(7))
+
+    play(scene)
+
+
+# --- what is no adapter ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "directory", "huge"])
+def test_files_that_are_none_or_too_large_are_refused_unread(play, file, kind):
+    """A pipe would hold the reading thread for ever, a sparse file take its size in memory."""
+
+    async def scene(s):
+        path = s.put("odd") / file
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "directory":
+            path.mkdir()
+        else:
+            with path.open("wb") as stream:
+                stream.truncate(8 << 30)
+        await s.looks(2)
+        assert s.state("odd") == "broken"
+        said = s.fleet.status("odd").problem
+        assert file in said and ("at most" if kind == "huge" else "expected a file") in said
+        with pytest.raises(RequestError, match="cannot be loaded"):
+            await s.ask("odd")
+        await s.asked("b")  # the thread reads on
+
+    play(scene)
+
+
+def test_the_bundle_s_name_is_no_adapter_s(play, caplog):
+    async def scene(s):
+        s.fleet.reserve("served")
+        s.put("served")
+        await s.looks(3)
+        assert "served" not in s.fleet.names
+        with pytest.raises(NotFoundError):
+            await s.fleet.load("served")
+        said = [r for r in caplog.records if getattr(r, "adapter", "") == "served"]
+        assert [(r.message, "bundle's in the protocol" in r.problem) for r in said] == [
+            ("adapter not loaded", True)
+        ]
+        with pytest.raises(PlanError, match="could not tell them apart"):
+            s.fleet.reserve("a")
+
+    play(scene)
+
+
+def test_a_device_that_fails_while_an_adapter_is_loaded_is_not_the_request_s_fault(play):
+    async def scene(s):
+        def fail(row):
+            raise DeviceError("lost")
+
+        s.bank.row_changed, before = fail, s.bank.row_changed
+        with pytest.raises(LoadFailedError, match="lost") as caught:
+            await s.ask("a")
+        assert (caught.value.status, caught.value.code) == (503, "UNAVAILABLE")
+        assert caught.value.reason == "BACKEND"  # which a replica's health goes by
+        s.bank.row_changed = before
+        await s.asked("a")  # and not held against the adapter
 
     play(scene)

@@ -81,6 +81,17 @@ def test_health_and_metadata(client):
     assert found["name"] == "hhdeploy" and "binary_tensor_data" in found["extensions"]
 
 
+def test_health_has_the_bodies_of_the_protocol(server):
+    """KServe's SDK reads them."""
+    for path, body in (
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+        ("/v2/models/beta/ready", {"name": "beta", "ready": True}),
+        ("/v2/models/tiny/versions/1/ready", {"name": "tiny", "ready": True}),
+    ):
+        assert server.json("GET", path) == (200, body)
+
+
 def test_metadata_and_configuration_of_models(client):
     bundle, adapter = client.get_model_metadata("tiny"), client.get_model_metadata("beta", "1")
     assert bundle["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}]

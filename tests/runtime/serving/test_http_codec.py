@@ -133,7 +133,7 @@ def test_binary_output_as_a_whole_and_of_one():
         ({"inputs": [NUMBERS, NUMBERS]}, "inputs: 'images' is given twice."),
         ({**one(), "id": 7}, "id: expected a string, found int."),
         ({**one(), "parameters": []}, "the request: parameters: expected an object, found a list."),
-        ({**one(), "parameters": {"a\n": None}}, "the request: parameter 'a\\n': expected a"),
+        ({**one(), "parameters": {"a\n": []}}, "the request: parameter 'a\\n': expected a"),
         ({**one(), "parameters": {"a": float("inf")}}, "parameter 'a': expected a number"),
         ({**one(), "outputs": 1}, "outputs: expected a list of objects, found int."),
         ({**one(), "outputs": [{"name": "l"}] * 17}, "outputs: expected at most 16, found 17."),
@@ -209,6 +209,49 @@ def test_an_empty_body_is_an_empty_object():
 def test_content_encodings(encoding):
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding.strip().lower(), bytes)
     assert decompressed(pack(PICTURE), encoding, 256) == PICTURE
+
+
+def test_what_clients_call_deflate_and_gzip_of_several_members():
+    bare = zlib.compressobj(wbits=-15)
+    assert decompressed(bare.compress(PICTURE) + bare.flush(), "deflate", 256) == PICTURE
+    members = [gzip.compress(part) for part in (PICTURE[:7], b"", PICTURE[7:])]
+    assert decompressed(b"".join(members), "gzip", 256) == PICTURE
+    large = np.random.default_rng(1).bytes(150_000)  # more than is looked at at a time
+    assert decompressed(gzip.compress(large) * 3, "gzip", 450_000) == large * 3
+    with pytest.raises(TooLargeError):
+        decompressed(gzip.compress(large) * 3, "gzip", 449_999)
+    with pytest.raises(RequestError, match="something follows"):
+        decompressed(gzip.compress(b"") * 1025, "gzip", 256)
+    with pytest.raises(RequestError, match="something follows"):
+        decompressed(zlib.compress(PICTURE) * 2, "deflate", 2560)
+
+
+def test_null_is_the_same_as_absent():
+    """As serialisers of other languages write what was not set."""
+    plain = read(one())
+    tensor = {**one()["inputs"][0], "parameters": None}
+    outputs = {"outputs": None, "parameters": {"adapter": None, "priority": None}}
+    nulls = read({"id": None, "inputs": [tensor], **outputs})
+    assert (nulls.id, nulls.outputs, nulls.parameters) == ("", (), {})
+    np.testing.assert_array_equal(nulls.inputs["images"].array, plain.inputs["images"].array)
+    asked = read({**one(), "outputs": [{"name": "labels", "parameters": None}]})
+    assert asked.outputs == (Wanted("labels"),)
+    with pytest.raises(RequestError, match="inputs: expected a list of objects, found nothing"):
+        read({"inputs": None})
+    with pytest.raises(RequestError, match="expected data, or binary_data_size"):
+        read({"inputs": [{**tensor, "data": None}]})
+
+
+@pytest.mark.parametrize("value", ["false", "true", 0, 1, 0.5])
+def test_a_truth_value_is_one(value):
+    """The word "false" is true in Python."""
+    output = {"name": "logits", "parameters": {"binary_data": value}}
+    for content in (
+        {**one(), "outputs": [output]},
+        {**one(), "parameters": {"binary_data_output": value}},
+    ):
+        with pytest.raises(RequestError, match="expected true or false"):
+            read(content)
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "x-gzip", "\r\nx"])

@@ -250,3 +250,57 @@ def test_the_log_is_a_json_object_a_line(small, tmp_path):
     assert [record["status"] for record in requests] == [400, 200]
     assert {record["path"] for record in requests} == {"/v2/models/small/infer"}
     assert all(record["ms"] > 0 for record in requests)
+
+
+@pytest.mark.usefixtures("signals")
+def test_it_is_seen_to_live_while_it_starts(small):
+    """Health answers while the fleet is read; nothing else passes for an answer."""
+    go, seen = threading.Event(), {}
+
+    async def scene():
+        session = open_session(small, device="cpu", threads=1)
+        service = Service(session, ServeSettings(Path("tiny")))
+        start = service.start
+
+        async def slow():
+            await asyncio.to_thread(go.wait, PATIENCE)
+            await start()
+
+        service.start = slow
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        announced = []
+        serving = asyncio.create_task(
+            serve(service, token=None, http_port=port, grpc_port=None, announce=announced.append)
+        )
+
+        def ask(method, path, body=None):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            found = answer.status, json.loads(answer.read())
+            connection.close()
+            return found
+
+        while not seen:
+            try:
+                seen["live"] = await asyncio.to_thread(ask, "GET", "/v2/health/live")
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.01)
+        seen["ready"] = await asyncio.to_thread(ask, "GET", "/v2/health/ready")
+        body = infer_body(images(1), "alpha")
+        seen["infer"] = await asyncio.to_thread(ask, "POST", "/v2/models/tiny/infer", body)
+        assert not announced
+        go.set()
+        await until(lambda: bool(announced) or serving.done())
+        assert await asyncio.to_thread(ask, "GET", "/v2/health/ready") == (200, {"ready": True})
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, PATIENCE)
+
+    try:
+        asyncio.run(scene())
+    finally:
+        go.set()
+    assert seen["live"] == (200, {"live": True})
+    assert seen["ready"] == (503, {"ready": False})
+    assert seen["infer"][0] == 503 and "starting" in seen["infer"][1]["error"]

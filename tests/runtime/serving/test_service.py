@@ -674,3 +674,20 @@ def test_chaos(play, truth_of, workshop, tmp_path, seed):
         (tmp_path / "fleet").mkdir(exist_ok=True)
         put_adapter(adapters[number], tmp_path / "fleet", name)
     play(scene, slots=5, pinned=frozenset({"n0"}), max_queue=16)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_get_no_label(play, value):
+    x = images(3)
+    x[1, 2, 5, 7] = value
+
+    async def scene(s):
+        for name, top in (("labels", 0), ("probabilities", 0), ("logits", 2)):
+            asked = request_of(x, adapter="alpha", outputs=[Wanted(name, top)])
+            with pytest.raises(RequestError, match="image 1 holds NaN or infinities"):
+                await s.infer(asked)
+        found = await s.infer(request_of(x, adapter="alpha"))
+        assert np.isfinite(found.outputs[0].array[[0, 2]]).all()
+        await s.infer(request_of(x[[0, 2]], adapter="alpha", outputs=[Wanted("labels")]))
+
+    play(scene)

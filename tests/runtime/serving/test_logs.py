@@ -1,0 +1,92 @@
+"""Log lines that nobody waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+
+from hhdeploy.runtime.serving import logs
+from hhdeploy.runtime.serving.logs import Repeats, WaitlessHandler
+from tests.runtime.serving.servers import running_server
+
+
+class Stuck:
+    """A stream that nobody reads until it is let go."""
+
+    def __init__(self) -> None:
+        self.go, self.written = threading.Event(), []
+
+    def write(self, text: str) -> None:
+        self.go.wait(60)
+        self.written.append(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def record(message: str = "said", level: int = logging.INFO, line: int = 1) -> logging.LogRecord:
+    return logging.LogRecord("hhdeploy.serve", level, "file.py", line, message, None, None)
+
+
+def test_a_reader_that_stopped_stops_nobody(monkeypatch):
+    monkeypatch.setattr(logs, "_MOST_LINES", 3)
+    monkeypatch.setattr(logs, "_FLUSH_SECONDS", 0.05)
+    stream = Stuck()
+    handler = WaitlessHandler(stream)
+    handler.setFormatter(logging.Formatter("{message}", style="{"))
+    for number in range(10):
+        handler.emit(record(str(number)))
+    assert handler.dropped in (6, 7)  # one may be on its way
+    handler.close()  # nor does the end of the process
+    dropped = handler.dropped
+    stream.go.set()
+    while handler._lines.unfinished_tasks:
+        time.sleep(0.001)
+    after = record("after")
+    handler.emit(after)
+    handler.close()
+    assert after.dropped == dropped
+    last = record("last")
+    handler.emit(last)
+    assert not hasattr(last, "dropped")
+    handler.close()
+    assert stream.written[:3] == ["0\n", "1\n", "2\n"] and stream.written[-2:] == [
+        "after\n",
+        "last\n",
+    ]
+
+
+def test_what_repeats_is_written_a_few_times_a_second(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    repeats = Repeats()
+    let = [repeats.filter(record(level=logging.ERROR)) for _ in range(1000)]
+    assert let == [True] * 5 + [False] * 995
+    assert repeats.filter(record(level=logging.ERROR, line=2))  # another one
+    assert all(repeats.filter(record()) for _ in range(100))  # requests are counted by nobody
+    now[0] += 1.5
+    again = record(level=logging.ERROR)
+    assert repeats.filter(again) and again.repeated == 995
+
+
+def test_a_blocked_standard_error_does_not_block_the_server(small, tmp_path):
+    """Its pipe is full and nobody reads it: requests are answered, and health is."""
+    pipe = tmp_path / "log"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with running_server(
+            small, pipe, "--model-name", "tiny", "--grpc-port", "-1", "--log-level", "debug"
+        ) as server:
+            for _ in range(600):  # of 190 bytes each: the 64 KiB of a pipe are full
+                assert server.request("GET", "/v2/health/live")[0] == 200
+            assert json.loads(server.request("GET", "/v2/health/ready")[2]) == {"ready": True}
+            with contextlib.suppress(BlockingIOError):  # its end waits for what it has to say
+                while os.read(reader, 1 << 16):
+                    pass
+    finally:
+        os.close(reader)
