@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,10 @@ class Server:
         return status, np.asarray(output["data"], np.float32).reshape(output["shape"])
 
     def records(self) -> list[dict[str, Any]]:
-        """The log so far."""
+        """The log so far: what it was told to write is written a moment later."""
+        size = -1
+        while size != (size := self.log.stat().st_size):
+            time.sleep(0.05)
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def stop(self, number: int = signal.SIGTERM) -> int:

@@ -606,7 +606,7 @@ def test_messages_and_logs_hold_no_control_characters(server):
         server.request("POST", INFER, question(datatype=long)),
         server.request("POST", INFER, question(shape=long)),
         server.request("POST", INFER, {**question(), "parameters": {"adapter": long}}),
-        server.request("POST", INFER, {**question(), "parameters": {long: None}}),
+        server.request("POST", INFER, {**question(), "parameters": {long: []}}),
         server.request("POST", INFER, {**question(), "parameters": {"timeout": long}}),
         server.request("POST", INFER, {**question(), "outputs": [{"name": long}]}),
         server.request("POST", INFER, b"{}", {"inference-header-content-length": "x" * 10_000}),
