@@ -20,7 +20,7 @@ import pytest
 
 from tests.alone import pytest_pyfunc_call, shared
 from tests.skips import pytest_terminal_summary
-from tests.slow import pytest_collection_modifyitems
+from tests.slow import pytest_addoption, pytest_collection_modifyitems
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop
 
-__all__ = ["pytest_collection_modifyitems", "pytest_pyfunc_call", "pytest_terminal_summary"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_pyfunc_call",
+    "pytest_terminal_summary",
+]
 
 
 @pytest.fixture(scope="session")
