@@ -1,4 +1,4 @@
-"""What every importer shares: its options, and how tensors become sites of an adapter.
+"""What every importer shares: its options, and how tensors become an adapter.
 
 A source's module reads its files and says what their tensors mean; `finish` completes the
 configuration and checks the adapter as any other.
@@ -18,6 +18,7 @@ from hhdeploy.adapters.checks import check_adapter
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, assemble_adapter
 from hhdeploy.algebra import Reflection
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.writing import sha256_of
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 Tensors = dict[str, NDArray[Any]]
+# Ending of the key that holds the new value of a whole parameter.
+VALUE = ".value"
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,13 @@ class ImportOptions:
     Attributes:
         form: of a .pth file; None: additive. PEFT's methods are additive.
         reflection: of a .pth file; None: unnormalized.
-        prefix: stripped from every tensor key (after PEFT's own ``base_model.model.``).
+        prefix: stripped from every tensor key, before or after PEFT's own ``base_model.model.``.
         lora_scale: of a .pth file: factor of lora_B lora_A, for files that keep alpha / r apart.
         class_names: one per class, or None.
-        preprocess: how images become inputs; None: the backbone's.
+        preprocess: how images become inputs; None: what the source says, else the backbone's.
         weights_known: False: the backbone's weights are placeholders, so ``base_sha256`` stays
-            null and methods that need the weights (HRA) are refused.
+            null and whatever needs the weights (all but plain LoRA) is refused.
+        adapter_name: which adapter of a file that holds several.
     """
 
     form: Form | None = None
@@ -52,22 +56,22 @@ class ImportOptions:
     class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
     weights_known: bool = True
+    adapter_name: str | None = None
 
 
 def head_keys(backbone: Backbone) -> tuple[str, str]:
     return f"{backbone.facts.classifier}.weight", f"{backbone.facts.classifier}.bias"
 
 
-def linear_of(
-    linears: Mapping[str, LinearSpec], name: str, file: Path, backbone: Backbone
-) -> LinearSpec:
-    if name not in linears:
-        raise AdapterError(
-            f"{file}: {name}: {backbone.facts.model} has no such site. Expected "
-            f"{', '.join(list(linears)[:4])}, …; convolutions (patch_embed), the classifier and "
-            "other layers cannot be adapted."
-        )
-    return linears[name]
+def linear_at(facts: BackboneFacts, path: str) -> LinearSpec | None:
+    """The Linear at a module path, or one third of a fused one by the name of its site."""
+    for linear in facts.linears:
+        if linear.path == path:
+            return linear
+        for site in linear.sites:
+            if site.name == path:
+                return LinearSpec(linear.path, site.out, site.in_, (site,))
+    return None
 
 
 def split_thirds(linear: LinearSpec, a: NDArray[Any], b: NDArray[Any], file: Path) -> Tensors:
@@ -84,27 +88,54 @@ def split_thirds(linear: LinearSpec, a: NDArray[Any], b: NDArray[Any], file: Pat
     return tensors
 
 
+def low_rank_pair(
+    group: Mapping[str, NDArray[Any]], name: str, file: Path
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """lora_A and lora_B of one module. Raises `AdapterError` unless there are these two."""
+    if set(group) != {"lora_A", "lora_B"}:
+        raise AdapterError(
+            f"{file}: {name}: expected lora_A and lora_B, found {', '.join(sorted(group))}."
+        )
+    return group["lora_A"], group["lora_B"]
+
+
 def finish(
-    tensors: Tensors, config: AdapterConfig, file: Path, backbone: Backbone, options: ImportOptions
+    tensors: Tensors,
+    config: AdapterConfig,
+    file: Path,
+    backbone: Backbone,
+    options: ImportOptions,
+    stated: Preprocess | None = None,
 ) -> Adapter:
-    """Complete the configuration, then check the adapter as any other."""
+    """Complete the configuration, then check the adapter as any other.
+
+    Args:
+        tensors: by the keys of an adapter's file.
+        config: what the source says, ``imported_from`` among its extra keys.
+        file: what was read.
+        backbone: what the adapter belongs to.
+        options: of the import.
+        stated: how the source says that images become inputs; ``options`` has the last word.
+    """
     facts = backbone.facts
     sites = {key.rpartition(".")[0] for key in tensors} & set(sites_of(facts.linears))
     names = options.class_names
+    preprocess = options.preprocess or stated
     origin = {
         **config.extra["imported_from"],
         "file": file.name,
         "sha256": sha256_of(file),
-        "preprocess_assumed": options.preprocess is None,
+        "preprocess_assumed": preprocess is None,
     }
     completed = replace(
         config,
-        target_modules=_targets(facts.linears, sites) or ("proj",),
+        target_modules=_targets(facts.linears, sites),
         base_model_args=dict(facts.args),
         base_sha256=facts.sha256 if options.weights_known else None,
         num_classes=len(names) if names else None,
         class_names=names,
-        preprocess=options.preprocess or facts.preprocess,
+        preprocess=preprocess or facts.preprocess,
+        fold_only=any(key.endswith(VALUE) for key in tensors),
         extra={"imported_from": origin},
     )
     adapter = assemble_adapter(completed, tensors, file, str(file))
@@ -118,15 +149,5 @@ def _targets(linears: Sequence[LinearSpec], sites: set[str]) -> tuple[str, ...]:
     for kind, members in select_sites(linears, KINDS).items():
         own = [site.name for site in members if site.name in sites]
         targets += [kind] if own and len(own) == len(members) else own
-    return tuple(targets)
-
-
-def low_rank_pair(
-    group: Mapping[str, NDArray[Any]], name: str, file: Path
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """lora_A and lora_B of one module. Raises `AdapterError` unless there are these two."""
-    if set(group) != {"lora_A", "lora_B"}:
-        raise AdapterError(
-            f"{file}: {name}: expected lora_A and lora_B, found {', '.join(sorted(group))}."
-        )
-    return group["lora_A"], group["lora_B"]
+    by_kind = {site.name for members in select_sites(linears, KINDS).values() for site in members}
+    return (*targets, *(name for name in sites_of(linears) if name in sites - by_kind))
