@@ -42,6 +42,9 @@ class Bound:
 # PEFT's merged model against its unmerged one, in float64: C3A's Fourier transform differs by 1e-9,
 # DEFT by 4e-8, the rest by 1e-15; a change that depends on the image by 1e-3 and more.
 PEFT_MERGE_BOUND = 1e-6
+# What a compressed adapter may lose of the original's logits before somebody has to accept it: less
+# than quantising to 8 bits does.
+COMPRESSION_BOUND = 1e-2
 
 # Shares of images that add up to 1 in float64.
 _ROUNDING = 1e-12

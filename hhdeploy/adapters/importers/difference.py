@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.applying import path_of_parameters
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.sites import LinearSpec
-from hhdeploy.backbones.structure import parameters_of
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -60,7 +60,7 @@ def changed_parameters(
     Args:
         backbone: the model as it was.
         after: parameter path -> its value now, of the same shape but for the classifier's.
-        hints: module path -> matrices (r, in) whose rows may span the rows of a product of low
+        hints: module path -> matrices; the rows of one that is (r, in) may span the rows of a product of low
             rank beside multiplied rows; without them such a sum is not recognised.
 
     Returns:
@@ -73,7 +73,7 @@ def changed_parameters(
     head = f"{backbone.facts.classifier}."
     tensors = _head(before, left, head)
     for linear in backbone.facts.linears:
-        weight, bias = _parameter_names(backbone, linear)
+        weight, bias = path_of_parameters(backbone, linear)
         if weight in left:
             change = Change(before[weight], left.pop(weight))
             found = _linear(linear, change, hints.get(linear.path, ()))
@@ -107,13 +107,6 @@ def low_rank(
     return root[:, None] * vt[:rank], (basis @ u[:, :rank]) * root
 
 
-def truncated(matrix: Array, rank: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A (rank, in) and B (out, rank): the closest product of that rank."""
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    root = np.sqrt(s[:rank])
-    return root[:, None] * vt[:rank], u[:, :rank] * root
-
-
 def _head(before: Mapping[str, Array], left: dict[str, Array], head: str) -> Tensors:
     """The classifier whole, if any of it changed."""
     changed = {name: left.pop(name) for name in list(left) if name.startswith(head)}
@@ -127,9 +120,10 @@ def _head(before: Mapping[str, Array], left: dict[str, Array], head: str) -> Ten
 
 def _linear(linear: LinearSpec, change: Change, hints: Sequence[Array]) -> Tensors | None:
     """The tensors of a Linear's sites; None if one of them has no live form."""
-    columns = _scaled_columns(change)
-    if columns is not None:
-        return {f"{site.name}.s_in": columns for site in linear.sites}
+    for noise in change.noises:
+        columns = _scaled_columns(change, noise)
+        if columns is not None:
+            return {f"{site.name}.s_in": columns for site in linear.sites}
     tensors: Tensors = {}
     for site, before, after in zip(
         linear.sites,
@@ -166,7 +160,7 @@ def _scaled_rows(
 ) -> Tensors | None:
     """after = diag(s_out) before + B A, with the rows of A in the span of a hint, or B A = 0."""
     into = change.before.shape[1]
-    spans = [np.zeros((0, into)), *hints]
+    spans = [np.zeros((0, into)), *(h for h in hints if h.shape[1] == into and len(h) < into)]
     for span in spans:
         basis = np.linalg.qr(span.T)[0] if len(span) else np.zeros((into, 0))
         before = change.before - (change.before @ basis) @ basis.T
@@ -185,12 +179,12 @@ def _scaled_rows(
     return None
 
 
-def _scaled_columns(change: Change) -> Array | None:
+def _scaled_columns(change: Change, noise: float) -> Array | None:
     """s_in with after = before diag(s_in), None if there is none."""
     square = np.einsum("ij,ij->j", change.before, change.before)
     product = np.einsum("ij,ij->j", change.before, change.after)
     scale = np.divide(product, square, out=np.ones_like(square), where=square > 0)
-    return scale if _rms(change.after - change.before * scale) <= change.noises[0] else None
+    return scale if _rms(change.after - change.before * scale) <= noise else None
 
 
 def _bias(linear: LinearSpec, db: Array) -> Tensors:
@@ -200,13 +194,6 @@ def _bias(linear: LinearSpec, db: Array) -> Tensors:
         for site, part in zip(linear.sites, parts, strict=True)
         if part.any()
     }
-
-
-def _parameter_names(backbone: Backbone, linear: LinearSpec) -> tuple[str, str]:
-    """Paths of a Linear's weight and bias."""
-    module, weight, bias = parameters_of(backbone.model, linear.path)
-    owner = next(path for path, other in backbone.model.named_modules() if other is module)
-    return f"{owner}.{weight}", f"{owner}.{bias}"
 
 
 def _same(before: Array | None, after: Array) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.config import CONFIG_FILE
 from hhdeploy.adapters.importers.targets import pattern_value
 from hhdeploy.adapters.importers.template import Tensors, low_rank_pair
 from hhdeploy.algebra import Array
@@ -98,8 +99,9 @@ def low_rank_of(
         return _hra_pair(group, module, weight, file, bool(config.get("apply_GS")))
     a, b = low_rank_pair(group, module, file)
     a, b = (t.reshape(t.shape[0], -1).astype(np.float64) if t.ndim > 2 else t for t in (a, b))
+    where = file.with_name(CONFIG_FILE)
     # A wrong shape is no rank: whoever adds the product refuses it.
-    scale = lora_scale(config, module, a.shape[0], file) if a.ndim == 2 else 1.0
+    scale = lora_scale(config, module, a.shape[0], where) if a.ndim == 2 else 1.0
     return a.astype(np.float64), b.astype(np.float64) * scale
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,13 @@ def _check_method(config: Mapping[str, Any], where: Path) -> None:
             "Upgrade it with pip install -U peft, or merge the adapter where it was trained "
             "(merge_and_unload) and bring the checkpoint: `extract_adapter()`."
         )
+    fields = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
+    for key, value in config.items():
+        if key not in fields and key not in _DROPPED and value not in (None, False, {}, []):
+            raise AdapterError(
+                f"{where}: {key}: expected an option of {kind} in the PEFT that is installed, found "
+                f"{value!r}. A newer PEFT wrote it: upgrade with pip install -U peft."
+            )
     init = config.get("init_lora_weights", True)
     if kind == "LORA" and init not in _REPEATABLE:
         raise AdapterError(
@@ -149,7 +157,7 @@ def _loaded(
     """PEFT's model with the file's tensors, which are compared with it both ways."""
     import torch
 
-    kept = {key: value for key, value in config.items() if key not in _DROPPED}
+    kept = _without_saved(config)
     try:
         described = peft.PeftConfig.from_peft_type(**kept)
         if described.is_prompt_learning or described.is_adaption_prompt:
@@ -163,12 +171,37 @@ def _loaded(
             "checkpoint that has it merged comes in too: `extract_adapter()`."
         ) from error
     _compare(own, tensors, config, where)
+    _check_target_parameters(model, config, where)
     state = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in tensors.items()}
     try:
         peft.set_peft_model_state_dict(tuned, state)
     except Exception as error:
         raise AdapterError(f"{where}: PEFT cannot load the tensors: {_first_line(error)}") from error
     return tuned
+
+
+def _check_target_parameters(model: nn.Module, config: Mapping[str, Any], where: Path) -> None:
+    """PEFT passes over parameters that the model does not have."""
+    known = [name for name, _ in model.named_parameters()]
+    for target in config.get("target_parameters") or ():
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            raise AdapterError(
+                f"{where}: target_parameters names {target!r}, which the model does not have."
+            )
+
+
+def _without_saved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the method alone; what was saved whole is no target of it."""
+    kept = {key: value for key, value in config.items() if key not in _DROPPED}
+    saved = config.get("modules_to_save") or ()
+    if saved and "exclude_modules" in config:
+        excluded = config["exclude_modules"] or ()
+        names = [rf"(.*\.)?({'|'.join(saved)})(\..*)?"]
+        names += [excluded] if isinstance(excluded, str) else [
+            rf"(.*\.)?{re.escape(name)}" for name in excluded
+        ]
+        kept["exclude_modules"] = "|".join(f"(?:{name})" for name in names)
+    return kept
 
 
 def _compare(

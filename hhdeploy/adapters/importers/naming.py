@@ -27,7 +27,7 @@ class Names:
 
     Attributes:
         prefix: before every path of the file, "" or ending in a dot.
-        modules: module paths of the backbone.
+        modules: paths of the backbone's modules that have parameters of their own.
         translated: path of the file -> site or Linear of the backbone; empty where the names are
             the backbone's own.
     """
@@ -57,7 +57,9 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
     Raises:
         AdapterError: they are neither the backbone's nor those of a known implementation of it.
     """
-    modules = frozenset(path for path, _ in backbone.model.named_modules() if path)
+    parameters = (name for name, _ in backbone.model.named_parameters())
+    # Modules that have parameters of their own: any name starts with that of some outer one.
+    modules = frozenset(name.rpartition(".")[0] for name in parameters) - {""}
     prefix = outer_prefix(names, modules)
     if prefix is not None:
         return Names(prefix, modules)

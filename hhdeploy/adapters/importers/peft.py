@@ -7,7 +7,8 @@ for certain, is loaded and merged by PEFT itself. Configuration and tensors are 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,44 @@ _FACTS = (
     *("peft_type", "peft_version", "base_model_name_or_path", "r", "lora_alpha", "use_rslora"),
     *("use_dora", "rank_pattern", "alpha_pattern", "apply_GS", "bias", "modules_to_save"),
 )
+
+
+def _expression(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _expressions(value: object) -> bool:
+    return isinstance(value, list) and all(map(_expression, value))
+
+
+def _patterns(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_expression, value))
+
+
+def _layers(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+
+
+_NAMES = ("a list of names, or an expression", lambda v: _expressions(v) or _expression(v))
+# Key -> what it has to be, in words and as a test; null is always right.
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "modules_to_save": ("a list of names", _expressions),
+    "target_parameters": ("a list of names", _expressions),
+    "bias": ("a word", lambda v: isinstance(v, str)),
+    "rank_pattern": ("expressions with a rank each", _patterns),
+    "alpha_pattern": ("expressions with an alpha each", _patterns),
+    "layers_to_transform": ("numbers of layers", _layers),
+}
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
@@ -118,21 +157,11 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
 
 
 def _check_values(config: Mapping[str, Any], where: Path) -> None:
-    """The keys that are read here have values of their types."""
-    expected: dict[str, tuple[type, ...]] = {
-        "modules_to_save": (list,),
-        "target_modules": (list, str),
-        "exclude_modules": (list, str),
-        "bias": (str,),
-        "rank_pattern": (dict,),
-        "alpha_pattern": (dict,),
-        "layers_to_transform": (list, int),
-        "layers_pattern": (list, str),
-    }
-    for key, types in expected.items():
-        if config.get(key) is not None and not isinstance(config[key], types):
-            wanted = " or ".join(t.__name__ for t in types)
-            raise AdapterError(f"{where}: {key}: expected a {wanted}, found {config[key]!r}.")
+    """The keys that are read here have values of their types, and expressions that are some."""
+    for key, (expected, fits) in _VALUES.items():
+        value = config.get(key)
+        if value is not None and not fits(value):
+            raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
 
 
 def _read(path: Path, prefix: str) -> tuple[Path, Tensors]:
@@ -176,6 +205,8 @@ def _read_as_it_is(
     for module, group in groups.items():
         here = names.here(module)
         linear = linear_at(backbone.facts, here)
+        if linear is None and here not in names.modules:
+            raise AdapterError(f"{file}: {module}: {backbone.facts.model} has no such module.")
         weight = None
         if linear is None or config["peft_type"] == HRA:
             _need_weights(config, here, options, file)

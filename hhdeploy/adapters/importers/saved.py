@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.importers.naming import Names
-from hhdeploy.adapters.importers.targets import saves_module
+from hhdeploy.adapters.importers.targets import in_saved_module
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.errors import AdapterError
 
@@ -63,7 +63,7 @@ def head_of_file(
         owner, _, leaf = plain_name(key).rpartition(".")
         if leaf != "weight" or tensor.ndim != 2:
             continue
-        marked = plain_name(key) != key or saves_module(config, owner)
+        marked = plain_name(key) != key or in_saved_module(config, plain_name(key))
         if owner == facts.classifier or owner.endswith(f".{facts.classifier}"):
             found.add(owner)
         elif marked and owner not in modules and tensor.shape[1] == facts.dim:
@@ -113,16 +113,18 @@ def split_saved(
             )
         whole[name], named[name] = tensor.astype(np.float64), plain
     _check_named(named, config, file)
-    _check_saved(set(named.values()), config, file)
-    _check_biases(set(whole), config, parameters, classifier, file)
-    return Split(tuned, whole)
+    own = () if names.translated else [names.prefix + n for n in parameters if not _of(n, classifier)]
+    _check_saved(set(named.values()), config, own, file)
+    split = Split(tuned, whole)
+    _check_biases(split, names, config, parameters, classifier, file)
+    return split
 
 
 def _check_named(named: Mapping[str, str], config: Mapping[str, Any], file: Path) -> None:
     """Every parameter in the file is one that the configuration names."""
     biases = config.get("bias", "none") != "none"
     for name, plain in named.items():
-        if not saves_module(config, plain) and not (biases and name.endswith(".bias")):
+        if not in_saved_module(config, plain) and not (biases and name.endswith(".bias")):
             raise AdapterError(
                 f"{file}: {plain}: the file has it, but the configuration does not name it: "
                 f"modules_to_save is {config.get('modules_to_save')}, bias "
@@ -131,45 +133,63 @@ def _check_named(named: Mapping[str, str], config: Mapping[str, Any], file: Path
             )
 
 
-def _check_saved(found: Collection[str], config: Mapping[str, Any], file: Path) -> None:
-    """Every module that the configuration says was saved is in the file."""
+def _check_saved(
+    found: Collection[str], config: Mapping[str, Any], own: Collection[str], file: Path
+) -> None:
+    """Every module that the configuration says was saved is in the file.
+
+    Args:
+        found: parameters in the file, as it calls them.
+        config: of PEFT.
+        own: parameters of the backbone, as the file would call them.
+        file: for messages.
+    """
     saved = config.get("modules_to_save") or []
     lacking = [
         name
         for name in saved
-        if not any(saves_module({"modules_to_save": [name]}, key) for key in found)
+        if not any(in_saved_module({"modules_to_save": [name]}, key) for key in found)
     ]
     added = _ADDED.get(str(config.get("task_type")), set())
     if added.intersection(saved) - set(lacking):
         lacking = [name for name in lacking if name not in added]
+    lacking += [name for name in own if in_saved_module(config, name) and name not in found]
     if lacking:
         raise AdapterError(
-            f"{file}: modules_to_save names {', '.join(map(repr, lacking))}, the file has no "
-            "tensor of it: without it the answers would be those of the backbone's own. PEFT's "
-            "conversion of PiSSA and OLoRA leaves it out: copy these tensors from the adapter as "
-            "it was saved, or take the module out of modules_to_save if it was not trained."
+            f"{file}: modules_to_save is {saved}, but the file lacks {', '.join(lacking[:4])}"
+            f"{' …' if len(lacking) > 4 else ''}: without them the answers would be those of the "
+            "backbone's own. PEFT's conversion of PiSSA and OLoRA leaves them out: copy these "
+            "tensors from the adapter as it was saved, or take the module out of modules_to_save "
+            "if it was not trained."
         )
 
 
 def _check_biases(
-    whole: Collection[str],
+    split: Split,
+    names: Names,
     config: Mapping[str, Any],
     parameters: Mapping[str, Any],
     classifier: str,
     file: Path,
 ) -> None:
+    """``all``: every bias of the backbone; ``lora_only`` and the like: of the adapted modules."""
     bias = config.get("bias", "none")
-    if bias == "all":
-        expected = [n for n in parameters if n.endswith(".bias")]
-        missing = [
-            n for n in expected if n not in whole and not n.startswith(f"{classifier}.")
-        ]
-    else:
-        missing = []
-        if bias != "none" and not any(n.endswith(".bias") for n in whole):
-            missing = ["any bias"]
+    if bias == "none":
+        return
+    owners = {names.owner(key) for key in split.tuned} - {None}
+    adapted = {f"{names.here(str(owner))}.bias" for owner in owners}
+    expected = [
+        name
+        for name in parameters
+        if name.endswith(".bias") and not _of(name, classifier) and (bias == "all" or name in adapted)
+    ]
+    missing = [name for name in expected if name not in split.whole]
     if missing:
         raise AdapterError(
             f"{file}: bias is {bias!r}, but the file lacks {', '.join(missing[:4])}"
             f"{' …' if len(missing) > 4 else ''}. Save the adapter whole."
         )
+
+
+def _of(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")

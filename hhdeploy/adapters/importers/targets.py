@@ -44,6 +44,20 @@ def saves_module(config: Mapping[str, Any], path: str) -> bool:
     )
 
 
+def in_saved_module(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a parameter belongs to a module that ``modules_to_save`` names by the end of its path.
+
+    Source: PEFT, ``utils/other.py`` (_set_trainable).
+    """
+    saved = tuple(config.get("modules_to_save") or ())
+    owner = name
+    while saved and "." in owner:
+        owner = owner.rpartition(".")[0]
+        if owner.endswith(saved):
+            return True
+    return False
+
+
 def compare_targets(
     config: Mapping[str, Any], found: Iterable[str], names: Names, backbone: Backbone, file: Path
 ) -> None:

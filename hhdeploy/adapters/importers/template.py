@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import check_adapter
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, assemble_adapter
+from hhdeploy.adapters.importers.compressing import compressed
 from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, OptionError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 
@@ -47,6 +48,9 @@ class ImportOptions:
         weights_known: False: the backbone's weights are placeholders, so ``base_sha256`` stays
             null and whatever needs the weights (all but plain LoRA) is refused.
         adapter_name: which adapter of a file that holds several.
+        compress_rank: make dense changes of Linears products of this rank, so that the adapter can
+            be a side branch; None: it is exact, and folded where it has to be.
+        accept_error: share of the logits' range that the compression may lose; None: a default.
     """
 
     form: Form | None = None
@@ -57,6 +61,8 @@ class ImportOptions:
     preprocess: Preprocess | None = None
     weights_known: bool = True
     adapter_name: str | None = None
+    compress_rank: int | None = None
+    accept_error: float | None = None
 
 
 def head_keys(backbone: Backbone) -> tuple[str, str]:
@@ -139,6 +145,10 @@ def finish(
         extra={"imported_from": origin},
     )
     adapter = assemble_adapter(completed, tensors, file, str(file))
+    if options.compress_rank is not None:
+        adapter = compressed(adapter, backbone, options.compress_rank, options.accept_error)
+    elif options.accept_error is not None:
+        raise OptionError("`accept_error` is for `compress_rank`.")
     check_adapter(file.name, adapter, facts)
     return adapter
 
