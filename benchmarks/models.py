@@ -153,5 +153,5 @@ def starter_images(manifest: Manifest, count: int) -> NDArray[np.float32]:
     """
     files = sorted((STARTER / "images").rglob("*.png"))
     chosen = [files[i * len(files) // count] for i in range(count)]
-    transform = manifest.preprocess
+    transform = manifest.backbone.preprocess
     return np.stack([transform(open_image(file)) for file in chosen])

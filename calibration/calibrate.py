@@ -24,8 +24,9 @@ from hhdeploy.calibration.int8 import calibrate_int8, nncf_version
 from hhdeploy.calibration.qdq import FORMATS, quantised_model
 from hhdeploy.calibration.scales import Calibration
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
-from hhdeploy.calibration.sites import Site, find_sites, other_products
+from hhdeploy.calibration.sites import find_sites, other_products
 from hhdeploy.errors import PlanError
+from hhdeploy.graph import GraphLinear
 
 
 @dataclass(frozen=True)
@@ -159,17 +160,18 @@ def quantise(
         )
     form = FORMATS[settings.precision]
     excluded = excluded_sites(settings, tuple(calibration.sites))
-    classifier = bundle.manifest.backbone["classifier"]
+    classifier = bundle.manifest.backbone.classifier
     model = ir.load(path)
     infos = {}
     for name, site in sites.items():
         scale = calibration.sites.get(name)
         low = scale is not None and name not in excluded
         active = scale if low and form.activations else None
+        out, in_ = site.weight.shape
         infos[name] = SiteInfo(
             quantised=low,
-            weight_shape=site.weight_shape,
-            weight_scales=site.weight_shape[1] if low else 0,
+            weight_shape=(in_, out),
+            weight_scales=out if low else 0,
             activation_scale=active.absmax / form.largest if active else None,
             smoothed=active is not None and active.smooth is not None,
             bias_corrected=active is not None and active.bias is not None,
@@ -188,10 +190,10 @@ def quantise(
     )
 
 
-def float32_graph(bundle: Bundle) -> tuple[Path, dict[str, Site], str]:
+def float32_graph(bundle: Bundle) -> tuple[Path, dict[str, GraphLinear], str]:
     """Path, sites and digest of a bundle's float32 graph."""
     path = bundle.graph("float32")
     files = bundle.manifest.files
     names = [name for name in (path.name, f"{path.name}.data") if name in files]
     digest = hashlib.sha256("".join(files[name] for name in names).encode()).hexdigest()
-    return path, find_sites(ir.load(path).graph, bundle.manifest.backbone["classifier"]), digest
+    return path, find_sites(ir.load(path).graph, bundle.manifest.backbone.classifier), digest

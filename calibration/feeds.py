@@ -41,10 +41,7 @@ class Feeder:
 
     def preprocess(self, adapter: str | None) -> Preprocess:
         """How an adapter's images become inputs."""
-        entry = self._entry(adapter)
-        if entry is not None:
-            return entry.preprocess
-        return self.manifest.preprocess
+        return self.manifest.preprocess_of(self._entry(adapter))
 
     def feed(self, adapter: str | None, image: NDArray[np.float32]) -> Feed:
         """Inputs for one image [3, H, W]: a batch of one.

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.calibration.sites import Site
 from hhdeploy.errors import HhdeployError, PlanError, require
+from hhdeploy.graph import BRANCH, GraphLinear
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +38,7 @@ _SMOOTH = "nncf_smooth_quant"
 
 def calibrate_int8(
     graph_path: Path,
-    sites: Mapping[str, Site],
+    sites: Mapping[str, GraphLinear],
     data: CalibrationData,
     settings: CalibrationSettings,
 ) -> dict[str, SiteScale]:
@@ -159,7 +159,7 @@ def _ignored(proto: onnx.ModelProto, quantised: set[str | None]) -> list[str]:
         node.name
         for node in proto.graph.node
         if node.name not in quantised
-        and (node.op_type in operators or node.name.startswith("branch/"))
+        and (node.op_type in operators or node.name.startswith(BRANCH))
     ]
 
 
@@ -183,13 +183,15 @@ class _Reader:
         return numpy_helper.to_array(tensor) if tensor is not None else None
 
 
-def _read_scales(quantised: onnx.ModelProto, sites: Mapping[str, Site]) -> dict[str, SiteScale]:
+def _read_scales(
+    quantised: onnx.ModelProto, sites: Mapping[str, GraphLinear]
+) -> dict[str, SiteScale]:
     reader = _Reader(quantised)
     found = {name: _read_site(reader, site) for name, site in sites.items()}
     return {name: scale for name, scale in found.items() if scale is not None}
 
 
-def _read_site(reader: _Reader, site: Site) -> SiteScale | None:
+def _read_site(reader: _Reader, site: GraphLinear) -> SiteScale | None:
     """The scales of one site, None if NNCF left it in floating point."""
     node = reader.nodes[site.node.name]
     dequantise = reader.producer(node.input[0])
@@ -213,14 +215,14 @@ def _read_site(reader: _Reader, site: Site) -> SiteScale | None:
     )
 
 
-def _read_smooth(reader: _Reader, value: str, site: Site) -> NDArray[np.float32] | None:
+def _read_smooth(reader: _Reader, value: str, site: GraphLinear) -> NDArray[np.float32] | None:
     """The factors of the Mul that SmoothQuant put before the quantiser."""
     multiply = reader.producer(value)
     if multiply is None or not multiply.name.endswith(_SMOOTH):
         return None
     factors = [array for name in multiply.input if (array := reader.constant(name)) is not None]
     inputs = [name for name in multiply.input if reader.constant(name) is None]
-    size = site.weight.shape[0]
+    size = site.weight.shape[1]
     if multiply.op_type != "Mul" or inputs != [site.input.name] or factors[0].size != size:
         raise PlanError(
             f"{site.name}: NNCF put {multiply.op_type} {multiply.name} between the Linear and its "
@@ -230,16 +232,13 @@ def _read_smooth(reader: _Reader, value: str, site: Site) -> NDArray[np.float32]
     return smooth
 
 
-def _read_bias(reader: _Reader, site: Site) -> NDArray[np.float32] | None:
+def _read_bias(reader: _Reader, site: GraphLinear) -> NDArray[np.float32] | None:
     """The bias in NNCF's graph if it differs from the site's own."""
-    if site.bias is None:
+    if site.bias_node is None:
         return None
-    node, index = site.bias
-    value = node.inputs[index]
-    assert node.name is not None and value is not None and value.const_value is not None
-    corrected: NDArray[np.float32] | None
-    corrected = reader.constant(reader.nodes[node.name].input[index])
-    own: NDArray[np.float32] = value.const_value.numpy()
-    if corrected is None or np.array_equal(corrected, own):
+    assert site.bias_node.name is not None and site.bias is not None
+    node = reader.nodes[site.bias_node.name]
+    corrected: NDArray[np.float32] | None = reader.constant(node.input[site.bias_index])
+    if corrected is None or np.array_equal(corrected.reshape(-1), site.bias):
         return None
     return corrected.reshape(-1)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.calibration.feeds import Feed
-from hhdeploy.calibration.sites import Site
 from hhdeploy.errors import BundleError, DeviceError, require
+from hhdeploy.graph import GraphLinear
 
 
 class Probe:
@@ -20,7 +20,7 @@ class Probe:
     Runs on the CPU in ONNX Runtime, one feed after the other.
     """
 
-    def __init__(self, graph_path: Path, sites: Mapping[str, Site]) -> None:
+    def __init__(self, graph_path: Path, sites: Mapping[str, GraphLinear]) -> None:
         onnx = require("onnx", "calibrate", "looking into a graph")
         self._inputs = {name: str(site.input.name) for name, site in sites.items()}
         proto = onnx.load(str(graph_path), load_external_data=False)

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.calibration.scales import SiteScale
-from hhdeploy.calibration.sites import Site, find_sites
+from hhdeploy.calibration.sites import find_sites
+from hhdeploy.graph import GraphLinear, add_initializer, drop_unused_initializers
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def quantised_model(
     for name, site in sites.items():
         if name in scales and name not in excluded:
             writer.quantise(site, scales[name])
-    _drop_unused(clone.graph)
+    drop_unused_initializers(clone.graph)
     return clone
 
 
@@ -108,14 +109,14 @@ class _Writer:
         self._graph, self._form = graph, form
         self._products: dict[tuple[ir.Value, bytes], ir.Value] = {}
 
-    def quantise(self, site: Site, scale: SiteScale) -> None:
+    def quantise(self, site: GraphLinear, scale: SiteScale) -> None:
         weight = self._weight(site, scale)
         if self._form.activations:
             site.node.replace_input_with(0, self._input(site, scale))
             self._correct_bias(site, scale)
         site.node.replace_input_with(1, weight)
 
-    def _input(self, site: Site, scale: SiteScale) -> ir.Value:
+    def _input(self, site: GraphLinear, scale: SiteScale) -> ir.Value:
         """DQ(Q(x ∘ smooth)), a pair for every site.
 
         ONNX Runtime multiplies in INT8 only if nobody else reads the pair. Zero points of their
@@ -125,32 +126,34 @@ class _Writer:
         x, name = self._smoothed(site, scale), f"{site.name}/input"
         step = np.asarray(scale.absmax / self._form.largest, np.float32)
         parameters = [
-            self._constant(f"{name}/scale", step),
-            self._constant(f"{name}/zero_point", self._zeros(())),
+            add_initializer(self._graph, f"{name}/scale", step),
+            add_initializer(self._graph, f"{name}/zero_point", self._zeros(())),
         ]
         low = self._node(site, "QuantizeLinear", f"{name}/quantise", [x, *parameters], x)
         low.dtype = self._form.dtype
         return self._node(site, "DequantizeLinear", f"{name}/dequantise", [low, *parameters], x)
 
-    def _smoothed(self, site: Site, scale: SiteScale) -> ir.Value:
+    def _smoothed(self, site: GraphLinear, scale: SiteScale) -> ir.Value:
         """x ∘ smooth, once for all sites that read x with the same factors."""
         if scale.smooth is None:
             return site.input
         key = (site.input, scale.smooth.tobytes())
         if key not in self._products:
-            factors = self._constant(f"{site.name}/input/smooth_factors", scale.smooth)
+            factors = add_initializer(
+                self._graph, f"{site.name}/input/smooth_factors", scale.smooth
+            )
             inputs = [site.input, factors]
             name = f"{site.name}/input/smooth"
             self._products[key] = self._node(site, "Mul", name, inputs, site.input)
         return self._products[key]
 
-    def _weight(self, site: Site, scale: SiteScale) -> ir.Value:
-        low, scales = quantised_weight(site.weight, scale, self._form)
+    def _weight(self, site: GraphLinear, scale: SiteScale) -> ir.Value:
+        low, scales = quantised_weight(site.weight.T, scale, self._form)
         name = f"{site.name}/weight"
         parameters = [
-            self._constant(f"{name}/low", low.T if site.transposed else low),
-            self._constant(f"{name}/scale", scales),
-            self._constant(f"{name}/zero_point", self._zeros(scales.shape)),
+            add_initializer(self._graph, f"{name}/low", low.T if site.transposed else low),
+            add_initializer(self._graph, f"{name}/scale", scales),
+            add_initializer(self._graph, f"{name}/zero_point", self._zeros(scales.shape)),
         ]
         weight = site.node.inputs[1]
         assert weight is not None
@@ -159,21 +162,16 @@ class _Writer:
             site, "DequantizeLinear", f"{name}/dequantise", parameters, weight, axis=axis
         )
 
-    def _correct_bias(self, site: Site, scale: SiteScale) -> None:
-        if scale.bias is None or site.bias is None:
-            return
-        node, index = site.bias
-        old = node.inputs[index]
-        assert old is not None and old.const_value is not None
-        bias = scale.bias.reshape(old.const_value.shape.numpy())
-        node.replace_input_with(index, self._constant(f"{site.name}/bias/corrected", bias))
+    def _correct_bias(self, site: GraphLinear, scale: SiteScale) -> None:
+        if scale.bias is not None and site.bias_node is not None:
+            site.set_bias(self._graph, f"{site.name}/bias/corrected", scale.bias)
 
     def _zeros(self, shape: tuple[int, ...]) -> NDArray[Any]:
         return np.zeros(shape, self._form.dtype.numpy())
 
     def _node(
         self,
-        site: Site,
+        site: GraphLinear,
         op: str,
         name: str,
         inputs: list[ir.Value],
@@ -186,23 +184,3 @@ class _Writer:
         output.name, output.shape, output.dtype = name, like.shape, ir.DataType.FLOAT
         self._graph.insert_before(site.node, node)
         return output
-
-    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        # ascontiguousarray would give a scalar one dimension.
-        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self._graph.register_initializer(value)
-        return value
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    """Remove the float weights that nothing reads any more."""
-    outputs = set(graph.outputs)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and value not in outputs and value not in graph.inputs:
-            del graph.initializers[name]

@@ -17,7 +17,7 @@ from hhdeploy.calibration.feeds import Feed
 from hhdeploy.calibration.probe import Probe
 from hhdeploy.calibration.qdq import Format
 from hhdeploy.calibration.scales import SiteScale
-from hhdeploy.calibration.sites import Site
+from hhdeploy.graph import GraphLinear
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RangeExcess:
 
 def range_excess(
     graph_path: Path,
-    sites: Mapping[str, Site],
+    sites: Mapping[str, GraphLinear],
     scales: Mapping[str, SiteScale],
     feeds: Iterable[Feed],
     form: Format,

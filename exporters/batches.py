@@ -79,8 +79,11 @@ def _inputs(
         def __torch_function__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
-            if func is torch.nn.functional.linear and len(args) > 1 and id(args[1]) in paths:
-                seen.setdefault(paths[id(args[1])], []).append(_sample(args[0]))
+            if func is torch.nn.functional.linear:
+                given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+                path = paths.get(id(given["weight"]))
+                if path is not None:
+                    seen.setdefault(path, []).append(_sample(given["input"]))
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():

@@ -22,9 +22,9 @@ from hhdeploy.bundle.layout import Branch
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.heads import insert_head
 from hhdeploy.exporters.inserter import BANK, IDS, Inserter, Rows, as_tokens, like, per_image
-from hhdeploy.exporters.linears import GraphLinear, linears_at, linears_by_path
 from hhdeploy.exporters.qkv import HEADS_SECOND, QkvViews, qkv_views
 from hhdeploy.exporters.trace import MIXED_TAG, BaseGraph
+from hhdeploy.graph import GraphLinear, linears_at, linears_by_path
 from hhdeploy.plan import Plan
 
 # Marks the sum of a Linear's product and one of its branches.

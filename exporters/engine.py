@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hhdeploy.bundle.engines import Range
+from hhdeploy.bundle.manifest import Range
 from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
 from hhdeploy.packages.trt import Log, import_tensorrt

@@ -10,8 +10,8 @@ from hhdeploy.adapters.format import Adapter, Head
 from hhdeploy.algebra import fold_additive, fold_sequential
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.errors import PlanError
-from hhdeploy.exporters.linears import GraphLinear, linears_at, linears_by_path
 from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.graph import GraphLinear, drop_unused_initializers, linears_at, linears_by_path
 
 
 def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
@@ -36,7 +36,7 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
     if adapter.head is not None:
         for linear in linears_at(by_path, base.facts.classifier):
             _replace_head(model.graph, linear, adapter.head)
-    _drop_unused_initializers(model.graph)
+    drop_unused_initializers(model.graph)
     return model
 
 
@@ -89,9 +89,3 @@ def _replace_head(graph: ir.Graph, linear: GraphLinear, head: Head) -> None:
     for value in {linear.node.outputs[0], linear.output, *graph.outputs}:
         if value.shape is not None:
             value.shape = ir.Shape([*value.shape[:-1], classes])
-
-
-def _drop_unused_initializers(graph: ir.Graph) -> None:
-    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
-        if not graph.initializers[name].is_graph_output():
-            del graph.initializers[name]

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.inserter import Inserter, Rows, become_output
-from hhdeploy.exporters.linears import GraphLinear
+from hhdeploy.graph import GraphLinear
 from hhdeploy.plan import Plan
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from hhdeploy.exporters.linears import add_initializer
+from hhdeploy.graph import add_initializer
 
 BANK, IDS = "adapter_bank", "adapter_ids"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from hhdeploy.exporters.linears import GraphLinear
+from hhdeploy.graph import GraphLinear
 
 _PARTS_FIRST = (2, 0, 3, 1, 4)
 HEADS_SECOND = (0, 2, 1, 3)

@@ -36,12 +36,12 @@ from hhdeploy.exporters.batches import images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
+from hhdeploy.graph import LINEAR_TAG
 
 if TYPE_CHECKING:
     import torch
 
 OPSET = 20
-LINEAR_TAG = "hhdeploy.linear"
 MIXED_TAG = "hhdeploy.mixed"
 # Counts changes of this module that make older cached graphs unusable.
 _TRACE_VERSION = 3

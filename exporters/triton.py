@@ -78,7 +78,7 @@ def requestable(manifest: Manifest) -> tuple[AdapterEntry, ...]:
     """All that requests may ask for: the adapters, and the backbone if its classifier was kept."""
     if not manifest.backbone_classes:
         return manifest.adapters
-    preprocess = manifest.preprocess
+    preprocess = manifest.backbone.preprocess
     backbone = AdapterEntry(BACKBONE, 0, manifest.backbone_classes, None, preprocess, True)
     return (backbone, *manifest.adapters)
 
@@ -163,7 +163,7 @@ def adapters_json(name: str, manifest: Manifest) -> dict[str, Any]:
     return {
         "model": name,
         "kind": manifest.kind,
-        "backbone": manifest.backbone["model"],
+        "backbone": manifest.backbone.model,
         "classes": manifest.classes,
         "adapters": {
             key: {field: value for field, value in entry.items() if field != "name"}

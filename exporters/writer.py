@@ -48,7 +48,7 @@ class Contents:
 
 def folded_contents(base: BaseGraph, name: str, adapter: Adapter) -> Contents:
     """One adapter in the weights of a plain graph."""
-    backbone = base.facts.to_json()
+    backbone = replace(base.facts, linears=())
     entry = entry_of(name, None, adapter, backbone, verified=False)
     manifest = Manifest(
         kind="folded",
@@ -76,7 +76,7 @@ def branches_contents(
     for row, name in enumerate(plan.names, start=1):
         bank[row] = plan.layout.pack(name, adapters[name])
         check_row_range(name, bank[row], precisions)
-    backbone = base.facts.to_json()
+    backbone = replace(base.facts, linears=())
     manifest = Manifest(
         kind="branches",
         backbone=backbone,

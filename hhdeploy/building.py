@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry, Range, engine_name, stale
-from hhdeploy.bundle.manifest import BANK_FILE, name_with_digits, plain_name
+from hhdeploy.bundle.engines import engine_name, stale
+from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Range, name_with_digits, plain_name
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
 from hhdeploy.errors import ConflictError, OptionError, PlanError, require
 from hhdeploy.exporters.engine import (
@@ -193,5 +193,5 @@ def _enter(change: Change, name: str, entry: EngineEntry, plan: memoryview) -> N
             "written. Build it again."
         )
     change.store(name, plan)
-    others = [e for e in change.manifest.engines if plain_name(e["file"]) != name]
-    change.manifest = replace(change.manifest, engines=(*others, entry.to_json()))
+    others = [e for e in change.manifest.engines if plain_name(e.file) != name]
+    change.manifest = replace(change.manifest, engines=(*others, entry))

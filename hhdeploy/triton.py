@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry, engines_of, stale
-from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.bundle.engines import stale
+from hhdeploy.bundle.manifest import MANIFEST, EngineEntry
 from hhdeploy.errors import BundleError, OptionError, PlanError, WriteError, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
@@ -224,7 +224,7 @@ def _engine(bundle: Bundle, options: TritonOptions) -> EngineEntry:
         f"hhdeploy build {bundle.path} --backend tensorrt --precision {precision}"
         f"{' --bank-as-constant' if constant else ''}"
     )
-    entries = [e for e in engines_of(manifest) if e.precision == precision]
+    entries = [e for e in manifest.engines if e.precision == precision]
     reasons = {e.file: _unfit(bundle, e, options.gpu_arch) for e in entries}
     fit = [e for e in entries if reasons[e.file] is None]
     if not fit:

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry, engines_of
-from hhdeploy.bundle.manifest import Manifest
+from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.errors import (
     BundleError,
     DeviceError,
@@ -142,7 +141,7 @@ def open_backend(
 
 def _fastest(manifest: Manifest, precision: str) -> Target:
     """An engine of the bundle, else ONNX Runtime on a GPU, else the CPU."""
-    built = {e.backend for e in engines_of(manifest) if e.precision == precision}
+    built = {e.backend for e in manifest.engines if e.precision == precision}
     for backend in BACKENDS:
         if backend not in built:
             continue

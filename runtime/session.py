@@ -73,8 +73,7 @@ class Session:
         self, images: Sequence[Image.Image], adapter: str | None = None
     ) -> NDArray[np.float32]:
         """Images to float32 [batch, 3, H, W] as an adapter (None: the backbone) wants them."""
-        entry = self.entry(adapter)
-        transform = entry.preprocess if entry is not None else self.bundle.manifest.preprocess
+        transform = self.bundle.manifest.preprocess_of(self.entry(adapter))
         if not images:
             raise SessionError("no image given: expected a sequence of at least one.")
         return np.stack([transform(image) for image in images])
@@ -132,7 +131,7 @@ class Session:
         with ExitStack() as stack:
             entries, rows = self._held(names, stack)
             manifest = self.bundle.manifest
-            ways = [e.preprocess if e is not None else manifest.preprocess for e in entries]
+            ways = [manifest.preprocess_of(e) for e in entries]
             pixels = np.stack([way(image) for way, image in zip(ways, images, strict=True)])
             logits = self.run_rows(pixels, rows)
         answers = []

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry, check_slots, choose_engine, split_batch
-from hhdeploy.bundle.manifest import Manifest
+from hhdeploy.bundle.engines import check_slots, choose_engine, split_batch
+from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.packages.trt import import_tensorrt
 from hhdeploy.runtime import cuda

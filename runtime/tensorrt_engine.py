@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hhdeploy.bundle.engines import EngineEntry
+from hhdeploy.bundle.manifest import EngineEntry
 from hhdeploy.errors import BundleError, DeviceError
 from hhdeploy.files.caches import Entry
 from hhdeploy.packages.trt import Log, import_tensorrt

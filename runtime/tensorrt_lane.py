@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle.engines import Range
+from hhdeploy.bundle.manifest import Range
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.tensorrt_engine import Engine
 

@@ -6,6 +6,8 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 from tests.workshop import ROOT
 
 PACKAGE = ROOT / "hhdeploy"
@@ -77,6 +79,64 @@ def test_public_names_stay_what_they_are():
         if not module.startswith(("hhdeploy.cli", "hhdeploy.runtime", "hhdeploy.loadtest")):
             importlib.import_module(module)
     assert {name: getattr(hhdeploy, name) for name in hhdeploy.__all__} == before
+
+
+# A manifest's own parts are attributes; the keys of graphs, files and versions are data.
+TYPED = {"manifest", "_manifest", "backbone", "engines"}
+
+
+def looked_up_by_string(tree: ast.AST) -> list[int]:
+    """Lines where a manifest, its backbone or an engine of it is asked by a string.
+
+    Also through a name: of a value (``facts = manifest.backbone``) or of a member (``for e in
+    manifest.engines``).
+    """
+
+    def last(node: ast.AST) -> str | None:
+        return getattr(node, "attr", getattr(node, "id", None))
+
+    names = set(TYPED)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and last(node.value) in TYPED:
+            names |= {name for target in node.targets if (name := last(target))}
+        if isinstance(node, (ast.For, ast.comprehension)) and last(node.iter) in TYPED:
+            names |= {name} if (name := last(node.target)) else set()
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript):
+            owner, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and last(node.func) == "get" and node.args:
+            owner, key = getattr(node.func, "value", node), node.args[0]
+        else:
+            continue
+        if isinstance(key, ast.Constant) and isinstance(key.value, str) and last(owner) in names:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_no_manifest_is_looked_up_by_string():
+    files = [*sources(), *(p for d in ("benchmarks", "examples") for p in (ROOT / d).rglob("*.py"))]
+    found = {
+        path.relative_to(ROOT).as_posix(): lines
+        for path in files
+        if (lines := looked_up_by_string(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        'bundle.manifest.backbone["model"]',
+        'self._manifest.backbone.get("classes")',
+        'facts = bundle.manifest.backbone\nfacts["args"]',
+        '[e for e in change.manifest.engines if e["file"] != name]',
+        'for entry in manifest.engines:\n    print(entry["file"])',
+    ],
+)
+def test_a_planted_look_up_is_found(planted):
+    assert looked_up_by_string(ast.parse(planted))
+    assert not looked_up_by_string(ast.parse('manifest.graphs["float32"], manifest.files["a"]'))
 
 
 def test_every_module_says_what_it_is_for():

@@ -125,7 +125,7 @@ def check_adapter(
         if n in active
     }
     graph = bundle.graph("float32")
-    sites = find_sites(ir.load(graph).graph, bundle.manifest.backbone["classifier"])
+    sites = find_sites(ir.load(graph).graph, bundle.manifest.backbone.classifier)
     own = Path(data) / adapter
     files = spread(list_images(own if own.is_dir() else Path(data)), images)
     excess = range_excess(

@@ -19,13 +19,13 @@ from hhdeploy.calibration.feeds import Feed
 from hhdeploy.calibration.probe import CpuSession, Probe
 from hhdeploy.calibration.qdq import Format, low_values, quantised_model, quantised_weight
 from hhdeploy.calibration.scales import SiteScale
-from hhdeploy.calibration.sites import Site
+from hhdeploy.graph import GraphLinear
 from hhdeploy.parity import compare
 
 
 def site_sqnr(
     graph_path: Path,
-    sites: Mapping[str, Site],
+    sites: Mapping[str, GraphLinear],
     scales: Mapping[str, SiteScale],
     form: Format,
     feeds: Iterable[Feed],
@@ -48,7 +48,7 @@ def site_sqnr(
     signal, noise = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0.0)
     for inputs in Probe(graph_path, sites).inputs(feeds):
         for name, x in inputs.items():
-            product = x @ sites[name].weight
+            product = x @ sites[name].weight.T
             error = _dequantised_input(x, scales[name], form) @ weights[name] - product
             signal[name] += float(np.sum(np.square(product, dtype=np.float64)))
             noise[name] += float(np.sum(np.square(error, dtype=np.float64)))
@@ -84,8 +84,8 @@ def logits_sqnr(
     return {site: compare(reference, logits(everything - {site})).sqnr_db for site in only}
 
 
-def _dequantised_weight(site: Site, scale: SiteScale, form: Format) -> NDArray[np.float32]:
-    low, scales = quantised_weight(site.weight, scale, form)
+def _dequantised_weight(site: GraphLinear, scale: SiteScale, form: Format) -> NDArray[np.float32]:
+    low, scales = quantised_weight(site.weight.T, scale, form)
     weight: NDArray[np.float32] = low.astype(np.float32) * scales
     return weight
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.errors import PlanError
+from hhdeploy.graph import add_initializer
 
 # Metadata of every placed node: the type in which the typed graph computes it.
 PRECISION_TAG = "hhdeploy.precision"
@@ -163,14 +164,7 @@ class _Edges:
             self._graph.initializers.pop(name)
         else:
             name = f"{name}/{self._placement.name}"
-        tensor = ir.tensor(array, name=name)
-        low = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self._graph.register_initializer(low)
+        low = add_initializer(self._graph, name, array)
         self._made[value, dtype] = low
         self._rounded.add(low)
         for user, at in uses if alone else [(node, index)]:

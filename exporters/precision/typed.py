@@ -28,6 +28,7 @@ from hhdeploy.exporters.precision.twin import (
     write_twin,
     write_typed,
 )
+from hhdeploy.graph import BRANCH
 
 __all__ = ["ISLANDS", "PRECISIONS", "PRECISION_TAG", "rounding_twin", "typed_model"]
 
@@ -56,7 +57,7 @@ ISLANDS: Final[frozenset[str]] = _REDUCTIONS | {
 _GLUE = frozenset({"Abs", "Add", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Sub"})
 # They read a value without computing with it.
 _NEUTRAL = frozenset({"Shape", "Size"})
-_BANK_GATHER = "branch/bank/"
+_BANK_GATHER = f"{BRANCH}bank/"
 _LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 

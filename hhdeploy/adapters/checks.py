@@ -42,7 +42,8 @@ def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
     for site, tensors in adapter.sites.items():
         if site not in known:
             raise AdapterError(
-                f"{source}: tensor keys {site}.*: {facts.model} has no such site. Its sites are "
+                f"{source}: tensor keys {site}.*: {facts.model} has no such site, or its forward "
+                "pass does not use it. Its sites are "
                 f"{abbreviate(list(known))}."
             )
         if adapter.form == "sequential" and known[site].kind not in SEQUENTIAL_KINDS:
@@ -76,7 +77,7 @@ def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
         if adapter.head.path != facts.classifier:
             raise AdapterError(
                 f"{source}: classifier {adapter.head.path}.weight: expected "
-                f"{facts.classifier}.weight, timm's path for {facts.model}."
+                f"{facts.classifier}.weight, the classifier of {facts.model}."
             )
         if adapter.head.weight.shape[1] != facts.dim:
             raise AdapterError(
@@ -102,16 +103,23 @@ def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
 
 
 def check_base(name: str, adapter: Adapter, model: str, sha256: str) -> None:
-    """The adapter was trained on this backbone, as far as both sides say."""
+    """The adapter was trained on this backbone, as far as both sides say.
+
+    The digest of the weights decides, whatever the model is called on either side. Without one,
+    timm's names are compared; of other sources sites and sizes alone can tell.
+    """
     config = adapter.config
+    if config.base_sha256 == sha256:
+        return
     theirs, _, their_tag = config.base_model.partition(".")
     ours, _, our_tag = model.partition(".")
-    if theirs != ours or (their_tag and our_tag and their_tag != our_tag):
+    timm = ":" not in theirs and ":" not in ours
+    if timm and (theirs != ours or (their_tag and our_tag and their_tag != our_tag)):
         raise AdapterError(
             f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
             f"{config.base_model}, the backbone is {model}."
         )
-    if config.base_sha256 is not None and config.base_sha256 != sha256:
+    if config.base_sha256 is not None:
         raise AdapterError(
             f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
             f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Use the checkpoint "
@@ -123,8 +131,8 @@ def check_sites(facts: BackboneFacts) -> None:
     """Raise `PlanError` for a backbone without a single Linear that adapters can change."""
     if not facts.linears:
         raise PlanError(
-            f"zero sites found in {facts.model}: expected Linears named attn.qkv (or q, k, v "
-            "apart), attn.proj, mlp.fc1 or mlp.fc2. This architecture is not supported."
+            f"zero sites found in {facts.model}: expected Linears before the classifier. This "
+            "architecture is not supported."
         )
 
 

@@ -111,13 +111,13 @@ def _plain_multihead(
     else:
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
-            functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+            _heads_second(functional.linear(x, w, b), heads)
             for x, w, b in zip(inputs, self.in_proj_weight.chunk(3), biases, strict=True)
         )
     scores = (q * (width // heads) ** -0.5) @ k.transpose(-2, -1)
     if attn_mask is not None:
         if attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, heads))
+            attn_mask = attn_mask.reshape(-1, heads, *attn_mask.shape[1:])
         blocked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(attn_mask, -torch.inf) if blocked else scores + attn_mask
     if key_padding_mask is not None:
@@ -131,3 +131,9 @@ def _plain_multihead(
     if not need_weights:
         return out, None
     return out, weights.mean(1) if average_attn_weights else weights
+
+
+def _heads_second(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, width] as [batch, heads, tokens, width of a head]."""
+    batch, tokens, width = x.shape
+    return x.reshape(batch, tokens, heads, width // heads).transpose(1, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hhdeploy.backbones.sites import LinearSpec
@@ -13,17 +13,19 @@ from hhdeploy.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What planning needs to know of the frozen timm model.
+    """What planning, a bundle and its manifest need to know of the frozen model.
 
     Attributes:
         model: timm name with its tag, or a name that starts with its source and a colon.
         args: further arguments that the model was made with.
         sha256: digest of the frozen weights (design of the adapter format, ``base_sha256``).
-        linears: the Linears that adapters can change, in execution order.
+        linears: the Linears that adapters can change, in execution order; none in a manifest,
+            whose row layout has those with a branch.
         classifier: module path of the classifier.
         dim: features that the classifier sees.
         classes: classes of the backbone's own classifier, 0 if it has none.
         preprocess: how the model's images become inputs.
+        extra: further keys of a manifest's entry, kept as they came.
     """
 
     model: str
@@ -34,6 +36,7 @@ class BackboneFacts:
     dim: int
     classes: int
     preprocess: Preprocess
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``backbone`` entry, without the Linears (the row layout has them)."""
@@ -45,7 +48,24 @@ class BackboneFacts:
             "dim": self.dim,
             "classes": self.classes,
             "preprocess": self.preprocess.to_json(),
+            **self.extra,
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> BackboneFacts:
+        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError if it is damaged."""
+        rest = dict(content)
+        return cls(
+            model=rest.pop("model"),
+            args=dict(rest.pop("args")),
+            sha256=rest.pop("sha256"),
+            linears=(),
+            classifier=rest.pop("classifier"),
+            dim=rest.pop("dim"),
+            classes=rest.pop("classes"),
+            preprocess=Preprocess.from_json(rest.pop("preprocess")),
+            extra=rest,
+        )
 
 
 # Arguments of timm.create_model that name files, weights or code. They have no place in a file

@@ -40,12 +40,12 @@ def load_module(spec: BackboneSpec, name: str) -> Loaded:
     from torch import nn
 
     function = _function(name)
-    state = torch.random.get_rng_state()
+    random = torch.random.get_rng_state()
     torch.manual_seed(spec.seed)
     try:
         model = function(**_arguments(function, spec.args, name))
     finally:
-        torch.random.set_rng_state(state)
+        torch.random.set_rng_state(random)
     if not isinstance(model, nn.Module):
         raise BackboneError(
             f"python:{name} returned {type(model).__name__}; expected a torch.nn.Module."

@@ -39,7 +39,7 @@ _SUFFIXES = {
 }
 _KIND_OF = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 # Fused q, k and v: a Linear, or the packed weight of a MultiheadAttention.
-_FUSED = ("attn.qkv", "attn.in_proj", "self_attn.in_proj", "self_attention.in_proj")
+_FUSED = ("attn.qkv", "attention.qkv", "in_proj")
 # What pools the tokens for the classifier is reached by its path, never by a kind.
 _POOLING = frozenset({"attn_pool", "head", "pooler"})
 
@@ -74,19 +74,18 @@ class LinearSpec:
     sites: tuple[Site, ...]
 
 
-def linear_spec(path: str, out: int, in_: int, *, thirds: bool = False) -> LinearSpec:
+def linear_spec(path: str, out: int, in_: int, *, thirds: bool = True) -> LinearSpec:
     """The `LinearSpec` of a Linear at ``path``.
 
     Args:
         path: its module path.
         out, in_: its features.
-        thirds: its rows are all of q, then all of k, then all of v.
+        thirds: of a fused qkv: its rows are all of q, then all of k, then all of v.
     """
-    if thirds:
-        fused = any(_ends_in(path, suffix) for suffix in _FUSED) and not _pools(path)
-        sites = (
-            Site(f"{path}.{part}", part if fused else "", out // 3, in_) for part in _QKV_PARTS
-        )
+    if thirds and out % 3 == 0 and any(_ends_in(path, suffix) for suffix in _FUSED):
+        kinds = ("",) * 3 if _pools(path) else _QKV_PARTS
+        parts = zip(_QKV_PARTS, kinds, strict=True)
+        sites = (Site(f"{path}.{part}", kind, out // 3, in_) for part, kind in parts)
         return LinearSpec(path, out, in_, tuple(sites))
     return LinearSpec(path, out, in_, (Site(path, kind_of(path), out, in_),))
 

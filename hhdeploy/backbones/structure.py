@@ -38,24 +38,21 @@ def find_linears(model: nn.Module, classifier: str | None = None) -> tuple[Linea
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             width = module.embed_dim
-            found.append(linear_spec(f"{path}{_PACKED}", 3 * width, width, thirds=True))
+            found.append(linear_spec(f"{path}{_PACKED}", 3 * width, width))
         elif isinstance(module, nn.Linear) and path != head and "rel_pos" not in path:
             # "rel_pos": makes a table of positions, not from the image
             out, in_ = module.out_features, module.in_features
-            found.append(linear_spec(path, out, in_, thirds=_in_thirds(model, path, out)))
+            found.append(linear_spec(path, out, in_, thirds=_in_thirds(model, path)))
     return tuple(found)
 
 
-def _in_thirds(model: nn.Module, path: str, out: int) -> bool:
+def _in_thirds(model: nn.Module, path: str) -> bool:
     """Whether the rows of a fused qkv are all of q, then all of k, then all of v.
 
     MaxViT and TinyViT keep q, k and v together head by head, and the global blocks of GCViT
     have k and v only: their thirds would not be what their names say.
     """
-    parent, _, name = path.rpartition(".")
-    if name != "qkv" or not (parent == "attn" or parent.endswith(".attn")) or out % 3:
-        return False
-    attention = model.get_submodule(parent)
+    attention = model.get_submodule(path.rpartition(".")[0])
     head_by_head = getattr(attention, "head_first", False) or hasattr(attention, "val_dim")
     return not (head_by_head or getattr(attention, "use_global", False))
 
@@ -71,7 +68,9 @@ def parameters_of(model: nn.Module, path: str) -> tuple[nn.Module, str, str]:
 
 
 def classifier_path(model: nn.Module) -> str:
-    """Path of the classifier: timm's, else the last Linear unless it is one of many; "" if none.
+    """Path of the classifier: timm's, else the last Linear unless it is one of many.
+
+    "" if there is none, as in timm's models with ``num_classes=0``.
 
     Raises:
         BackboneError: timm names several classifiers, or one that is no Linear.
@@ -102,6 +101,8 @@ def _timm_classifier(model: nn.Module) -> str:
             "with several heads (distilled or auxiliary) are not supported."
         )
     module = dict(model.named_modules()).get(path)
+    if isinstance(module, nn.Identity):
+        return ""
     if not isinstance(module, nn.Linear):
         raise BackboneError(
             f"{type(model).__name__}: the classifier {path} is {type(module).__name__}; "

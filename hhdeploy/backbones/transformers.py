@@ -7,6 +7,7 @@ is read with ``weights_only=True``.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
-from hhdeploy.backbones.weights import load_strictly, read_state
+from hhdeploy.backbones.weights import read_state
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.preprocess import Preprocess
 
@@ -41,13 +42,9 @@ def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
     transformers = require("transformers", "transformers", "loading a model of transformers")
     config = _config(transformers, spec, where)
     classifies = any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
-    model = _model(transformers, spec, where, config, classifies)
+    model, given = _model(transformers, spec, where, config, classifies)
     path = classifier_path(model) if classifies else ""
-    classes = int(config.num_labels) if classifies else 0
-    if spec.checkpoint is not None:
-        state = read_state(spec.checkpoint)
-        load_strictly(model, state, path, spec)
-        classes = classes if f"{path}.weight" in state else 0
+    classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
     preprocess, notes = _preprocess(config, spec, where)
     traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
     name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
@@ -76,44 +73,63 @@ def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:
 
 def _model(
     transformers: Any, spec: BackboneSpec, where: str, config: Any, classifies: bool
-) -> nn.Module:
+) -> tuple[nn.Module, frozenset[str]]:
+    """The model, and which of its tensors are more than random.
+
+    Weights go through transformers' own reader also from ``spec.checkpoint``: files keep the
+    names of older versions.
+    """
     import torch
 
     auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
     options = {"attn_implementation": _ATTENTION, "trust_remote_code": False}
-    state = torch.random.get_rng_state()
+    random = torch.random.get_rng_state()
     torch.manual_seed(spec.seed)
     try:
-        if spec.checkpoint is not None or not spec.pretrained:
+        if spec.checkpoint is None and not spec.pretrained:
             model: nn.Module = auto.from_config(config, **options)
-            return model
-        model, loading = auto.from_pretrained(
-            where,
-            config=config,
-            weights_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            return model, frozenset(model.state_dict())
+        common = {
+            "config": config,
+            "attn_implementation": _ATTENTION,
+            "dtype": torch.float32,
+            "output_loading_info": True,
+        }
+        if spec.checkpoint is not None:
+            with torch.device("meta"):
+                kind: Any = type(auto.from_config(config, **options))
+            state = read_state(spec.checkpoint)
+            model, loading = kind.from_pretrained(None, state_dict=state, **common)
+        else:
+            model, loading = auto.from_pretrained(
+                where, weights_only=True, trust_remote_code=False, **common
+            )
+    except (
+        OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
         raise BackboneError(
             f"transformers:{where} cannot be loaded: {_first_line(error)}"
         ) from error
     finally:
-        torch.random.set_rng_state(state)
-    _check_loading(where, loading)
-    return model
+        torch.random.set_rng_state(random)
+    head = classifier_path(model) if spec.checkpoint is not None and classifies else None
+    _check_loading(spec.checkpoint or f"transformers:{where}", loading, head)
+    return model, frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
 
 
-def _check_loading(where: str, loading: Mapping[str, Any]) -> None:
+def _check_loading(what: str | Path, loading: Mapping[str, Any], head: str | None) -> None:
+    """Nothing may be missing but the classifier at ``head``, nothing too much in a file."""
+    found = {
+        "missing": [k for k in loading["missing_keys"] if k.rpartition(".")[0] != head],
+        "of another shape": list(loading["mismatched_keys"]),
+        "unexpected": list(loading["unexpected_keys"]) if head is not None else [],
+    }
     problems = [
-        f"{title}: {', '.join(map(str, sorted(loading[key])[:5]))}"
-        for title, key in (("missing", "missing_keys"), ("of another shape", "mismatched_keys"))
-        if loading.get(key)
+        f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
     ]
     if problems:
         raise BackboneError(
-            f"transformers:{where}: its weights do not fit its configuration; keys "
+            f"{what}: the weights do not fit the model's configuration; keys "
             f"{'; '.join(problems)}. Parts of the model would stay random."
         )
 
@@ -145,7 +161,7 @@ def _image_processor(where: str) -> dict[str, Any] | None:
     """The content of preprocessor_config.json, of a directory or of the hub; None without."""
     path = Path(where) / "preprocessor_config.json"
     if not Path(where).is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         found = cached_file(
             where,

@@ -6,64 +6,10 @@ Needs no TensorRT: an engine that does not fit is refused before anything deseri
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from hhdeploy.bundle.manifest import BANK_FILE, Manifest
+from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Manifest, Range
 from hhdeploy.errors import BundleError, SessionError
-
-# Fewest, most common and most; TensorRT's min, opt and max of one dimension.
-Range = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class EngineEntry:
-    """One engine of a bundle.
-
-    Attributes:
-        file: its name in the bundle.
-        backend: ``tensorrt`` or ``tensorrt-rtx``.
-        version: of the backend that built it, as its module says it.
-        precision: of the graph it was built from.
-        architectures: ``sm89`` ...; empty: portable over Ampere and newer, as far as the backend
-            covers them.
-        gpu: name of the GPU it was tuned on; None if it was built without one.
-        batch: images of one run.
-        slots: rows of the bank; None for a folded graph or a bank baked in.
-        bank_sha256: of the bank that is baked in; None if the bank is an input.
-        graph_sha256: `Manifest.graph_digest` of what it was built from.
-        optimization_level: of the builder; None: its default.
-        build_seconds: wall-clock.
-        bytes: size of the file.
-    """
-
-    file: str
-    backend: str
-    version: str
-    precision: str
-    architectures: tuple[str, ...]
-    gpu: str | None
-    batch: Range
-    slots: Range | None
-    bank_sha256: str | None
-    graph_sha256: str
-    optimization_level: int | None
-    build_seconds: float
-    bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's entry."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> EngineEntry:
-        """Read the manifest's entry. Raises KeyError or TypeError if it is damaged."""
-        ranges = {
-            key: tuple(content[key]) if content[key] is not None else None
-            for key in ("batch", "slots", "architectures")
-        }
-        return cls(**{**content, **ranges})
 
 
 def engine_name(
@@ -73,11 +19,6 @@ def engine_name(
     where = "+".join(architectures) or "portable"
     bank = ".constant-bank" if bank_as_constant else ""
     return f"model.{precision}.{backend}.{where}{bank}.engine"
-
-
-def engines_of(manifest: Manifest) -> list[EngineEntry]:
-    """All engines of a bundle."""
-    return [EngineEntry.from_json(entry) for entry in manifest.engines]
 
 
 def choose_engine(
@@ -96,10 +37,10 @@ def choose_engine(
         BundleError: none was built for this backend and precision, or the one that was is stale
             (another graph or bank), of another version, or of another architecture.
     """
-    entries = [e for e in engines_of(manifest) if (e.backend, e.precision) == (backend, precision)]
+    entries = [e for e in manifest.engines if (e.backend, e.precision) == (backend, precision)]
     command = f"hhdeploy build BUNDLE --backend {backend} --precision {precision}"
     if not entries:
-        there = ", ".join(f"{e.backend} {e.precision}" for e in engines_of(manifest)) or "none"
+        there = ", ".join(f"{e.backend} {e.precision}" for e in manifest.engines) or "none"
         raise BundleError(
             f"the bundle has no {precision} engine for {backend}; it has: {there}. "
             f"Build it with: {command}"

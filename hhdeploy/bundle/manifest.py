@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.errors import BundleError
 from hhdeploy.files.writing import sha256_of, write_json
@@ -34,6 +35,8 @@ PREVIOUS_BANK = "bank.safetensors.previous"
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 Kind = Literal["folded", "branches"]
+# Fewest, most common and most; TensorRT's min, opt and max of one dimension.
+Range = tuple[int, int, int]
 
 
 def plain_name(name: str) -> str:
@@ -101,51 +104,97 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True)
+class EngineEntry:
+    """One engine of a bundle.
+
+    Attributes:
+        file: its name in the bundle.
+        backend: ``tensorrt`` or ``tensorrt-rtx``.
+        version: of the backend that built it, as its module says it.
+        precision: of the graph it was built from.
+        architectures: ``sm89`` ...; empty: portable over Ampere and newer, as far as the backend
+            covers them.
+        gpu: name of the GPU it was tuned on; None if it was built without one.
+        batch: images of one run.
+        slots: rows of the bank; None for a folded graph or a bank baked in.
+        bank_sha256: of the bank that is baked in; None if the bank is an input.
+        graph_sha256: `Manifest.graph_digest` of what it was built from.
+        optimization_level: of the builder; None: its default.
+        build_seconds: wall-clock.
+        bytes: size of the file.
+    """
+
+    file: str
+    backend: str
+    version: str
+    precision: str
+    architectures: tuple[str, ...]
+    gpu: str | None
+    batch: Range
+    slots: Range | None
+    bank_sha256: str | None
+    graph_sha256: str
+    optimization_level: int | None
+    build_seconds: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> EngineEntry:
+        """Read the manifest's entry. Raises KeyError or TypeError if it is damaged."""
+        ranges = {
+            key: tuple(content[key]) if content[key] is not None else None
+            for key in ("batch", "slots", "architectures")
+        }
+        return cls(**{**content, **ranges})
+
+
+@dataclass(frozen=True)
 class Manifest:
     """hhdeploy.json.
 
     Attributes:
         kind: ``folded`` (one adapter in the weights) or ``branches``.
-        backbone: model, args, sha256, classes, classifier, preprocess (see `BackboneFacts`).
+        backbone: what the adapters belong to; its Linears are for ``layout`` to say.
         classes: columns of the graph's logits.
         adapters: in the order they came.
         layout: the row's layout; None in a folded bundle.
         bank_as_constant: True if the graph has the bank baked in.
         graphs: precision -> file names of the graph.
-        engines: entries of built engines.
+        engines: in the order they were built.
         files: relative name -> sha256.
         versions: of what wrote the bundle.
-        preprocess: what the bare backbone's images go through; from ``backbone``.
     """
 
     kind: Kind
-    backbone: Mapping[str, Any]
+    backbone: BackboneFacts
     classes: int
     adapters: tuple[AdapterEntry, ...]
     layout: RowLayout | None
     bank_as_constant: bool
     graphs: Mapping[str, str]
-    engines: tuple[Mapping[str, Any], ...] = ()
+    engines: tuple[EngineEntry, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-
-    # Parsed once: a server asks for it with every request. Whatever is passed is replaced.
-    preprocess: Preprocess = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "preprocess", Preprocess.from_json(self.backbone["preprocess"]))
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(3, H, W) of the graph's images."""
-        return self.preprocess.input_size
+        return self.backbone.preprocess.input_size
 
     @property
     def backbone_classes(self) -> int:
         """Classes of the backbone's own classifier if requests may use it, else 0."""
         if self.layout is not None and self.layout.backbone_head:
-            return int(self.backbone["classes"])
+            return self.backbone.classes
         return 0
+
+    def preprocess_of(self, entry: AdapterEntry | None) -> Preprocess:
+        """What the images of an adapter (None: of the bare backbone) go through."""
+        return self.backbone.preprocess if entry is None else entry.preprocess
 
     def named(self, role: str) -> str:
         """The name that a file has now, by the one it has in a fresh export."""
@@ -181,7 +230,7 @@ class Manifest:
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
-            "backbone": dict(self.backbone),
+            "backbone": self.backbone.to_json(),
             "classes": self.classes,
             "adapters": [a.to_json() for a in self.adapters],
             "row": self.layout.to_json() if self.layout else None,
@@ -197,7 +246,7 @@ class Manifest:
             },
             "bank_as_constant": self.bank_as_constant,
             "graphs": dict(self.graphs),
-            "engines": [dict(e) for e in self.engines],
+            "engines": [e.to_json() for e in self.engines],
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
         }
@@ -207,13 +256,13 @@ class Manifest:
         """Read the file's content. Raises KeyError, TypeError or ValueError if it is damaged."""
         manifest = cls(
             content["kind"],
-            dict(content["backbone"]),
+            BackboneFacts.from_json(content["backbone"]),
             content["classes"],
             tuple(AdapterEntry.from_json(a) for a in content["adapters"]),
             RowLayout.from_json(content["row"]) if content["row"] is not None else None,
             content["bank_as_constant"],
             dict(content["graphs"]),
-            tuple(content["engines"]),
+            tuple(EngineEntry.from_json(e) for e in content["engines"]),
             dict(content["files"]),
             dict(content["versions"]),
         )

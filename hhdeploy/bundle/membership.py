@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import check_base, check_name
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import linear_spec, select_sites
 from hhdeploy.bundle.layout import RowLayout, check_row_range
 from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
@@ -19,20 +18,19 @@ from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of
-from hhdeploy.preprocess import Preprocess
 
 
 def entry_of(
-    name: str, row: int | None, adapter: Adapter, backbone: Mapping[str, Any], *, verified: bool
+    name: str, row: int | None, adapter: Adapter, backbone: BackboneFacts, *, verified: bool
 ) -> AdapterEntry:
     """The manifest's entry for an adapter read from a directory."""
     config = adapter.config
     return AdapterEntry(
         name,
         row,
-        adapter.head.weight.shape[0] if adapter.head is not None else int(backbone["classes"]),
+        adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes,
         config.class_names,
-        config.preprocess or Preprocess.from_json(backbone["preprocess"]),
+        config.preprocess or backbone.preprocess,
         verified,
     )
 
@@ -55,11 +53,11 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
             "Export without --bank-as-constant."
         )
     check_name(name)
-    check_base(name, adapter, manifest.backbone["model"], manifest.backbone["sha256"])
-    if adapter.head is not None and adapter.head.path != manifest.backbone["classifier"]:
+    check_base(name, adapter, manifest.backbone.model, manifest.backbone.sha256)
+    if adapter.head is not None and adapter.head.path != manifest.backbone.classifier:
         raise AdapterError(
             f"{adapter.source}: classifier {adapter.head.path}.weight: expected "
-            f"{manifest.backbone['classifier']}.weight."
+            f"{manifest.backbone.classifier}.weight."
         )
     preprocess = adapter.config.preprocess
     if preprocess is not None and preprocess.input_size != manifest.input_size:
@@ -67,7 +65,7 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
             f"{adapter.source}: the image sizes disagree: preprocess.input_size is "
             f"{list(preprocess.input_size)}, the bundle takes {list(manifest.input_size)}."
         )
-    classes = manifest.backbone["classes"]
+    classes = manifest.backbone.classes
     if adapter.head is None and adapter.config.num_classes not in (None, classes):
         raise AdapterError(
             f"{adapter.source}: num_classes: expected {classes} (the backbone's classifier; the "

@@ -86,7 +86,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
         (a.name, "-" if a.row is None else a.row, a.classes, "yes" if a.verified else "not yet")
         for a in manifest.adapters
     ]
-    title = f"{manifest.kind} bundle of {manifest.backbone['model']}"
+    title = f"{manifest.kind} bundle of {manifest.backbone.model}"
     click.echo(title)  # not the table's: a title wraps to the table's width
     ui.console().print(ui.table(None, ("adapter", "row", "classes", "verified"), rows))
 

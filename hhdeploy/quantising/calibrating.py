@@ -131,7 +131,7 @@ def calibrate_bundle(
     measured = trials.measure(quantised)
     findings = Findings(
         bundle=bundle.path.resolve().name,
-        model=bundle.manifest.backbone["model"],
+        model=bundle.manifest.backbone.model,
         quantised=quantised,
         exam=exam,
         accuracy=trials.accuracy(measured.logits),

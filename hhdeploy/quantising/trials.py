@@ -128,7 +128,7 @@ class Trials:
 
         self._progress("measuring the signal to noise of every site")
         graph = self._bundle.graph("float32")
-        sites = find_sites(ir.load(graph).graph, self._bundle.manifest.backbone["classifier"])
+        sites = find_sites(ir.load(graph).graph, self._bundle.manifest.backbone.classifier)
         feeds = islice(self._used, _SENSITIVITY_IMAGES)
         form = FORMATS[self._settings.precision]
         figures = site_sqnr(graph, sites, self._found.sites, form, feeds)
@@ -144,7 +144,7 @@ class Trials:
         excluded = excluded_sites(self._settings, names)
         figures = logits_sqnr(
             self._bundle.graph("float32"),
-            self._bundle.manifest.backbone["classifier"],
+            self._bundle.manifest.backbone.classifier,
             self._found.sites,
             FORMATS[self._settings.precision],
             list(islice(self._used, _SENSITIVITY_IMAGES)),

@@ -248,10 +248,10 @@ def _check_targets(linears: tuple[LinearSpec, ...], settings: TrainSettings) -> 
     sites = sites_of(linears)
     if not sites:
         raise TrainingError(
-            f"{settings.model} has no Linear that adapters can change (attn.qkv, attn.q_proj, "
-            "attn.proj, mlp.fc1, mlp.fc2): zero sites. Choose another --model."
+            f"{settings.model} has no Linear that adapters can change: zero sites. Choose another "
+            "--model."
         )
-    kinds = sorted({site.kind for site in sites.values()})
+    kinds = sorted({site.kind for site in sites.values()} - {""})
     whole = {linear.path for linear in linears if len(linear.sites) == 1}
     for target, selected in select_sites(linears, settings.target_modules).items():
         if not selected:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import engines_of
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
@@ -119,17 +118,17 @@ def verify_against_torch(
     if model is None:
         _check_named(bundle)
     spec = BackboneSpec(
-        model or facts["model"],
-        facts["args"] if model_args is None else model_args,
+        model or facts.model,
+        facts.args if model_args is None else model_args,
         Path(checkpoint) if checkpoint else None,
         pretrained,
         seed,
         input_size or bundle.manifest.input_size,
     )
     backbone = load_backbone(spec)
-    if backbone.facts.sha256 != facts["sha256"]:
+    if backbone.facts.sha256 != facts.sha256:
         raise BackboneError(
-            f"{path} was exported from the weights {facts['sha256'][:12]}…, these are "
+            f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
             f"{backbone.facts.sha256[:12]}…. Pass the same file with --checkpoint."
         )
     adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
@@ -153,7 +152,7 @@ def _check_named(bundle: Bundle) -> None:
     Raises:
         BackboneError: it does not.
     """
-    name = str(bundle.manifest.backbone["model"])
+    name = bundle.manifest.backbone.model
     folder = name.startswith("transformers:") and "/" not in name
     if folder or name.startswith("python:"):
         raise BackboneError(
@@ -256,7 +255,7 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
     """All that the device can show: graphs, or engines. Graphs that came from calibration were
     judged on real images then; on noise, far outside their ranges, they would prove nothing."""
     if device in BACKENDS:
-        engines = [e for e in engines_of(bundle.manifest) if e.backend == device]
+        engines = [e for e in bundle.manifest.engines if e.backend == device]
         return tuple(dict.fromkeys(e.precision for e in engines))
     graphs = tuple(bundle.manifest.graphs)
     if device == "openvino":

@@ -370,7 +370,7 @@ class Service:
             return np.require(array, np.float32, ["C", "A"])
         encoded = images.array.reshape(-1)
         loop = asyncio.get_running_loop()
-        ways = [e.preprocess if e is not None else self._manifest.preprocess for e in entries]
+        ways = [self._manifest.preprocess_of(e) for e in entries]
         jobs = [
             loop.run_in_executor(
                 self._decoders,

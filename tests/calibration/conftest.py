@@ -17,7 +17,8 @@ from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.feeds import Feed
 from hhdeploy.calibration.scales import Calibration
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.calibration.sites import Site, find_sites
+from hhdeploy.calibration.sites import find_sites
+from hhdeploy.graph import GraphLinear
 
 ADAPTERS = ("alpha", "rival", "beta", "gamma", "headless", "backbone")
 
@@ -55,14 +56,14 @@ class Calibrated:
 
     @property
     def classifier(self) -> str:
-        name: str = self.bundle.manifest.backbone["classifier"]
+        name: str = self.bundle.manifest.backbone.classifier
         return name
 
     @property
     def feeds(self) -> list[Feed]:
         return list(self.data)
 
-    def sites(self) -> dict[str, Site]:
+    def sites(self) -> dict[str, GraphLinear]:
         """Of a graph of the caller's own."""
         return find_sites(ir.load(self.path).graph, self.classifier)
 

@@ -68,10 +68,8 @@ def test_corrected_biases_reach_the_graph(plain):
     quantised = quantised_model(ir.load(plain.path), scales, FORMATS["int8"], plain.classifier)
     nodes = {node.name: node for node in quantised.graph}
     for name, site in plain.sites().items():
-        assert site.bias is not None
-        add, index = site.bias
-        before = add.inputs[index].const_value.numpy().reshape(-1)
-        after = nodes[add.name].inputs[index].const_value.numpy().reshape(-1)
+        before, index = site.bias, site.bias_index
+        after = nodes[site.bias_node.name].inputs[index].const_value.numpy().reshape(-1)
         corrected = scales[name].bias
         np.testing.assert_array_equal(after, before if corrected is None else corrected)
         assert np.array_equal(after, before) == (corrected is None)

@@ -159,7 +159,7 @@ def test_excluded_sites_are_as_they_were(side, tmp_path):
     site = side.sites()[kept]
     node = nodes[site.node.name]
     assert node.inputs[0].name == site.input.name
-    assert_array_equal(node.inputs[1].const_value.numpy(), site.weight)
+    assert_array_equal(node.inputs[1].const_value.numpy(), site.weight.T)
 
 
 def test_without_any_site_the_graph_is_the_float_one(side, tmp_path):

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import linear_spec
-from hhdeploy.exporters.linears import GraphLinear, linears_by_path
-from hhdeploy.exporters.trace import LINEAR_TAG, BaseGraph
+from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.graph import LINEAR_TAG, GraphLinear, linears_by_path
 from hhdeploy.preprocess import Preprocess
 
 

@@ -12,8 +12,8 @@ import pytest
 from hhdeploy.adapters.format import SiteTensors
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.fold import folded_model
-from hhdeploy.exporters.linears import linears_by_path
 from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.graph import linears_by_path
 from tests.exporters.synthetic import linear, random, shared_twice
 from tests.parity.architectures import traced
 from tests.parity.ladder import run, session, without_householder

@@ -21,8 +21,15 @@ from tritonclient.utils import triton_to_np_dtype
 import hhdeploy.exporters.writer
 import hhdeploy.triton
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
-from hhdeploy.bundle.engines import EngineEntry, engine_name
-from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, AdapterEntry, Manifest, write_manifest
+from hhdeploy.bundle.engines import engine_name
+from hhdeploy.bundle.manifest import (
+    BANK_FILE,
+    MANIFEST,
+    AdapterEntry,
+    EngineEntry,
+    Manifest,
+    write_manifest,
+)
 from hhdeploy.errors import BundleError, PlanError, WriteError
 from hhdeploy.exporters.triton import (
     Serving,
@@ -126,7 +133,7 @@ def add_engine(path: Path, **changes: Any) -> str:
     (path / name).write_bytes(GPU_ENGINE)
     entry = replace(entry, file=name)
     files = {**manifest.files, name: sha256_of(path / name)}
-    engines = (*manifest.engines, entry.to_json())
+    engines = (*manifest.engines, entry)
     write_manifest(path, replace(manifest, engines=engines, files=files))
     return name
 

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry, Range
-from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.bundle.manifest import MANIFEST, EngineEntry, Range
 from hhdeploy.errors import HhdeployError
 from tests.support import TINY_ARGS, TINY_MODEL
 from tests.workshop import ROOT, copy_bundle

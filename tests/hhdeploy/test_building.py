@@ -11,8 +11,8 @@ import pytest
 
 from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry, choose_engine, engines_of, stale
-from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, plain_name, write_manifest
+from hhdeploy.bundle.engines import choose_engine, stale
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, EngineEntry, plain_name, write_manifest
 from hhdeploy.errors import BundleError, ParityError, PlanError
 from hhdeploy.exporting.graphs import add_graph, add_typed_graph
 from hhdeploy.files.writing import sha256_of
@@ -37,7 +37,7 @@ def built(rtx, small, tmp_path_factory) -> tuple[Path, EngineEntry]:
 def test_the_engine_is_in_the_manifest(built, rtx):
     path, entry = built
     bundle = Bundle.open(path)
-    assert engines_of(bundle.manifest) == [entry]
+    assert bundle.manifest.engines == (entry,)
     assert plain_name(entry.file) == "model.float16.tensorrt-rtx.portable.engine"
     assert bundle.file(entry.file).stat().st_size == entry.bytes > 10_000
     assert (entry.backend, entry.version, entry.precision) == (RTX, rtx.__version__, "float16")
@@ -67,7 +67,7 @@ def test_a_missing_typed_graph_is_made_and_verified(built):
 def test_building_again_replaces_the_entry(built, tmp_path):
     path = copy_bundle(built[0], tmp_path / "bundle")
     again = build(path, backend=RTX, precision="float16", options=BuildOptions((1, 1, 3)))
-    assert engines_of(Bundle.open(path).manifest) == [again]
+    assert Bundle.open(path).manifest.engines == (again,)
     assert again.batch == (1, 1, 3)
     Bundle.open(path).file(again.file)
 
@@ -78,7 +78,7 @@ def test_another_architecture_is_another_engine(built, tmp_path):
     entry = build(path, backend=RTX, precision="float16", options=options)
     assert plain_name(entry.file) == "model.float16.tensorrt-rtx.sm86+sm89.engine"
     manifest = Bundle.open(path).manifest
-    assert len(engines_of(manifest)) == 2
+    assert len(manifest.engines) == 2
     chosen = choose_engine(
         manifest, RTX, "float16", version=entry.version, architecture="sm89"
     )  # fmt: skip

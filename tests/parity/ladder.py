@@ -25,8 +25,8 @@ from hhdeploy.backbones.sites import sites_of
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
-from hhdeploy.exporters.linears import GraphLinear
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
+from hhdeploy.graph import GraphLinear
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from hhdeploy.verifying.reference import Reference, VerifyData, training_time_reference
 from tests.support import random_adapter

@@ -19,8 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry
-from hhdeploy.bundle.manifest import write_manifest
+from hhdeploy.bundle.manifest import EngineEntry, write_manifest
 from hhdeploy.files.writing import sha256_of
 
 BATCH, SLOTS = (2, 4, 5), (2, 8, 16)
@@ -310,6 +309,6 @@ def add_engine(path, plan, **changes):
     )
     (path / file).write_bytes(plan)
     files = {**manifest.files, file: sha256_of(path / file)}
-    engines = (*manifest.engines, entry.to_json())
+    engines = (*manifest.engines, entry)
     write_manifest(path, replace(manifest, engines=engines, files=files))
     return entry

@@ -188,7 +188,7 @@ def test_quantised_graphs(small, tmp_path, precision):
     path = copy_bundle(small, tmp_path / "b")
     bundle = Bundle.open(path)
     model = ir.load(bundle.graph("float32"))
-    classifier = bundle.manifest.backbone["classifier"]
+    classifier = bundle.manifest.backbone.classifier
     scales = {name: SiteScale(8.0) for name in find_sites(model.graph, classifier)}
     low = quantised_model(model, scales, FORMATS[precision], classifier)
     add_graph(bundle, precision, lambda target: save_graph(low, target), lambda candidate: [])

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import EngineEntry
 from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import (
     BundleError,
@@ -211,7 +210,7 @@ def test_contexts_must_be_positive(built, machine, contexts):
 
 def contract(path):
     bundle = Bundle.open(path)
-    return bundle.manifest, EngineEntry.from_json(bundle.manifest.engines[0])
+    return bundle.manifest, bundle.manifest.engines[0]
 
 
 def test_the_contract_s_tensors(built, folded, tmp_path):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.engines import engines_of
 from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.parity import PARITY
@@ -40,7 +39,7 @@ def test_build(builder, workbench, model, precision, record):
     need_graph(made, precision)
     path, entry = workbench.build(made.path, builder, precision)
     record(version=entry.version, seconds=entry.build_seconds, megabytes=entry.bytes / 1e6)
-    assert engines_of(Bundle.open(path).manifest) == [entry]
+    assert Bundle.open(path).manifest.engines == (entry,)
     assert (entry.backend, entry.precision, entry.batch) == (builder, precision, PROFILE)
     assert Bundle.open(path).file(entry.file).stat().st_size == entry.bytes
 
@@ -218,7 +217,7 @@ def test_tensorrt_rtx_keeps_the_kernels_it_compiled(
 def test_an_engine_of_another_gpu_is_refused(runner, gpu, workbench, tmp_path):
     path = copy_bundle(workbench.engine("starter", runner, "float32"), tmp_path / "copy")
     bundle = Bundle.open(path)
-    (entry,) = engines_of(bundle.manifest)
+    (entry,) = bundle.manifest.engines
     other = "sm89" if gpu.architecture == "sm86" else "sm86"
     foreign = replace(entry, architectures=(other,)).to_json()
     write_manifest(path, replace(bundle.manifest, engines=(foreign,)))

@@ -16,8 +16,8 @@ import pytest
 
 from hhdeploy.building import _enter
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
-from hhdeploy.bundle.engines import EngineEntry, engine_name
-from hhdeploy.bundle.manifest import Manifest
+from hhdeploy.bundle.engines import engine_name
+from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.bundle.store import BUNDLE, Basis, edit
 from hhdeploy.exporting.graphs import add_graph
 from hhdeploy.files.directories import atomic_directory

@@ -8,23 +8,26 @@ from dataclasses import replace
 
 import pytest
 
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle import engines
-from hhdeploy.bundle.engines import (
-    EngineEntry,
-    check_slots,
-    choose_engine,
-    engine_name,
-    engines_of,
-    split_batch,
-)
-from hhdeploy.bundle.manifest import Manifest
+from hhdeploy.bundle.engines import check_slots, choose_engine, engine_name, split_batch
+from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.errors import BundleError, SessionError
 from hhdeploy.preprocess import Preprocess
 
 FILES = {"model.float16.onnx": "graph-now", "bank.safetensors": "bank-now"}
 NOW = Manifest(
     kind="folded",
-    backbone={"preprocess": Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3).to_json()},
+    backbone=BackboneFacts(
+        "vit_x.tag",
+        {},
+        "ab" * 32,
+        (),
+        "head",
+        13,
+        7,
+        Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3),
+    ),
     classes=7,
     adapters=(),
     layout=None,
@@ -50,7 +53,7 @@ PLAIN = EngineEntry(
 
 
 def manifest_with(*entries):
-    return replace(NOW, engines=tuple(e.to_json() for e in entries))
+    return replace(NOW, engines=entries)
 
 
 def named(file, **changes):
@@ -64,10 +67,10 @@ def choose(*entries, backend="tensorrt-rtx", precision="float16", version="1.7.1
 
 def test_an_entry_survives_the_manifest():
     entry = named("x", architectures=("sm86", "sm89"), bank_sha256="b", slots=None)
-    content = json.loads(json.dumps(manifest_with(PLAIN, entry).engines))
-    read = engines_of(replace(manifest_with(), engines=tuple(content)))
-    assert read == [PLAIN, entry]
-    assert isinstance(read[1].architectures, tuple)
+    written = manifest_with(PLAIN, entry)
+    read = Manifest.from_json(json.loads(json.dumps(written.to_json())))
+    assert read == written
+    assert isinstance(read.engines[1].architectures, tuple)
 
 
 @pytest.mark.parametrize("damage", [{"batch": 3}, {"unknown": 1}])

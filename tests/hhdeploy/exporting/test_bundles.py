@@ -149,7 +149,7 @@ def test_random_weights_need_no_checkpoint(workshop, tmp_path, traces):
     digests = set()
     for seed in (3, 4, 3):
         result = export(model, {"a": tmp_path / "unknown"}, tmp_path / "out", seed=seed, **options)
-        digests.add(result.manifest.backbone["sha256"])
+        digests.add(result.manifest.backbone.sha256)
     assert len(digests) == 2
 
 

@@ -9,7 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from hhdeploy.errors import BackboneError
-from hhdeploy.exporters.linears import add_initializer, linears_at, linears_by_path
+from hhdeploy.graph import (
+    add_initializer,
+    drop_unused_initializers,
+    linears_at,
+    linears_by_path,
+)
 from tests.exporters.synthetic import graph, linear, random, shared_twice
 from tests.parity.architectures import traced
 from tests.parity.ladder import session
@@ -191,6 +196,21 @@ def test_names_of_new_initializers_are_unique():
     model = build("gemm")
     names = [add_initializer(model.graph, "w", W).name for _ in range(3)]
     assert names == ["w_2", "w_3", "w_4"]
+
+
+def test_only_constants_that_nothing_reads_are_dropped():
+    model = build("gemm")
+    spare = add_initializer(model.graph, "spare", W)
+    answer = add_initializer(model.graph, "answer", B)
+    model.graph.outputs.append(answer)
+    drop_unused_initializers(model.graph)
+    assert spare.name not in model.graph.initializers
+    assert list(model.graph.initializers) == ["w", "b", "answer"]
+
+
+def test_further_uses_of_a_linear_have_names_of_their_own():
+    uses = linears_by_path(shared_twice().model.graph)["blocks.0.attn.proj"]
+    assert [use.name for use in uses] == ["blocks.0.attn.proj", "blocks.0.attn.proj@1"]
 
 
 def test_a_linear_that_is_not_there():

@@ -1,4 +1,8 @@
-"""A Linear as it stands in the graph: its node, weight, bias, input and output."""
+"""A Linear as it stands in a graph: its node, weight, bias, input and output.
+
+The tracer tags the node of every Linear with its module path. Folding, side branches and
+quantisation find their Linears by it, and change graphs through what is here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.errors import BackboneError
-from hhdeploy.exporters.trace import LINEAR_TAG
+
+# Metadata of a Linear's node: its module path.
+LINEAR_TAG = "hhdeploy.linear"
+# Names of the nodes of side branches start with it.
+BRANCH = "branch/"
 
 
 @dataclass(frozen=True)
@@ -18,16 +26,24 @@ class GraphLinear:
     """One use of a Linear in a graph.
 
     Attributes:
-        path: module path.
+        path: module path (``blocks.0.mlp.fc1``; ``blocks.0.attn.qkv.q`` where a graph computes
+            q, k and v apart).
+        use: 0, and 1, 2, ... for further uses of one module.
         node: the MatMul or Gemm.
         bias_node: the node that adds the bias: the Gemm itself, an Add, or None.
         bias_index: which of its inputs is the bias.
     """
 
     path: str
+    use: int
     node: ir.Node
     bias_node: ir.Node | None
     bias_index: int
+
+    @property
+    def name(self) -> str:
+        """The path; ``@1``, ``@2``, ... behind it for further uses."""
+        return f"{self.path}@{self.use}" if self.use else self.path
 
     @property
     def input(self) -> ir.Value:
@@ -44,24 +60,22 @@ class GraphLinear:
     @property
     def weight(self) -> NDArray[np.float32]:
         """The weight in torch's layout (out, in): a view, transposed where the graph's is."""
-        value = self.node.inputs[1]
-        assert value is not None and value.const_value is not None
-        weight: NDArray[np.float32] = value.const_value.numpy()
-        return weight if self._transposed_in_node else weight.T
+        weight = constant(self.node.inputs[1])
+        assert weight is not None
+        return weight if self.transposed else weight.T
 
     @property
     def bias(self) -> NDArray[np.float32] | None:
         """The bias (out,), None without one."""
         if self.bias_node is None:
             return None
-        value = self.bias_node.inputs[self.bias_index]
-        assert value is not None and value.const_value is not None
-        bias: NDArray[np.float32] = value.const_value.numpy()
+        bias = constant(self.bias_node.inputs[self.bias_index])
+        assert bias is not None
         return bias.reshape(-1)
 
     def replace_weight(self, graph: ir.Graph, name: str, weight: NDArray[np.float32]) -> None:
         """Give this node a new weight (out, in); the old initializer may be shared and stays."""
-        stored = weight if self._transposed_in_node else weight.T
+        stored = weight if self.transposed else weight.T
         self.node.replace_input_with(1, add_initializer(graph, name, stored))
 
     def set_bias(self, graph: ir.Graph, name: str, bias: NDArray[np.float32]) -> None:
@@ -90,7 +104,8 @@ class GraphLinear:
                 graph.outputs[0] = add.outputs[0]
 
     @property
-    def _transposed_in_node(self) -> bool:
+    def transposed(self) -> bool:
+        """The node stores the weight as (out, in): a Gemm with transB."""
         return self.node.op_type == "Gemm" and bool(self.node.attributes.get_int("transB", 0))
 
 
@@ -100,7 +115,8 @@ def linears_by_path(graph: ir.Graph) -> dict[str, list[GraphLinear]]:
     for node in graph:
         path = node.metadata_props.get(LINEAR_TAG)
         if path is not None:
-            found.setdefault(path, []).append(_graph_linear(path, node))
+            uses = found.setdefault(path, [])
+            uses.append(linear_of(node, path, len(uses)))
     return found
 
 
@@ -111,30 +127,28 @@ def linears_at(by_path: dict[str, list[GraphLinear]], path: str) -> list[GraphLi
     return by_path[path]
 
 
-def _graph_linear(path: str, node: ir.Node) -> GraphLinear:
+def linear_of(node: ir.Node, path: str, use: int = 0) -> GraphLinear:
+    """The Linear of a MatMul or Gemm with a constant weight, its bias found if it has one."""
     if node.op_type == "Gemm":
         has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
-        return GraphLinear(path, node, node if has_bias else None, 2)
+        return GraphLinear(path, use, node, node if has_bias else None, 2)
     consumers = list(node.outputs[0].uses())
     if len(consumers) == 1 and consumers[0].node.op_type == "Add":
-        add = consumers[0].node
-        index = 1 - consumers[0].idx
-        other = add.inputs[index]
-        if (
-            other is not None
-            and other.const_value is not None
-            and other.const_value.size == (_out_features(node))
-        ):
-            return GraphLinear(path, node, add, index)
-    return GraphLinear(path, node, None, 0)
+        add, index = consumers[0].node, 1 - consumers[0].idx
+        weight, other = node.inputs[1], add.inputs[index]
+        assert weight is not None and weight.shape is not None
+        added = None if other is None else other.const_value
+        if added is not None and added.size == weight.shape[-1]:
+            return GraphLinear(path, use, node, add, index)
+    return GraphLinear(path, use, node, None, 0)
 
 
-def _out_features(node: ir.Node) -> int:
-    weight = node.inputs[1]
-    assert weight is not None and weight.shape is not None
-    out = weight.shape[-1]
-    assert isinstance(out, int)
-    return out
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """What a constant holds; None for a value that is computed, or no value."""
+    if value is None or value.const_value is None:
+        return None
+    array: NDArray[Any] = value.const_value.numpy()
+    return array
 
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
@@ -153,3 +167,10 @@ def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value
     )
     graph.register_initializer(value)
     return value
+
+
+def drop_unused_initializers(graph: ir.Graph) -> None:
+    """Remove the constants that no node reads any more; inputs and outputs stay."""
+    for name, value in list(graph.initializers.items()):
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            del graph.initializers[name]

@@ -1,0 +1,78 @@
+"""hhdeploy.json on disk: what earlier versions wrote is written again byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import MANIFEST, Manifest, write_manifest
+from hhdeploy.errors import BundleError
+from hhdeploy.preprocess import Preprocess
+
+WITNESSES = Path(__file__).parents[2] / "witnesses"
+WRITTEN = sorted(WITNESSES.glob(f"*/*/{MANIFEST}"), key=str)
+ENGINE = {
+    "file": "model.float16.tensorrt.sm89.engine",
+    "backend": "tensorrt",
+    "version": "10.13",
+    "precision": "float16",
+    "architectures": ["sm89"],
+    "gpu": None,
+    "batch": [1, 8, 32],
+    "slots": None,
+    "bank_sha256": "ba" * 32,
+    "graph_sha256": "cd" * 32,
+    "optimization_level": None,
+    "build_seconds": 2.5,
+    "bytes": 7,
+}
+
+
+def content(name="branches", **changes):
+    """The JSON form of a witness's manifest."""
+    return {**json.loads((WITNESSES / "v1" / name / MANIFEST).read_text()), **changes}
+
+
+@pytest.mark.parametrize("file", WRITTEN, ids=lambda f: f.parent.name)
+def test_it_is_written_as_it_was_read(file, tmp_path):
+    write_manifest(tmp_path, Bundle.open(file.parent).manifest)
+    assert (tmp_path / MANIFEST).read_bytes() == file.read_bytes()
+
+
+def test_there_are_witnesses():
+    assert {f.parent.name for f in WRITTEN} >= {"branches", "folded", "int8", "added"}
+
+
+def test_engines_and_further_keys_of_the_backbone_survive():
+    written = content(engines=[ENGINE])
+    written["backbone"]["kind"] = "transformers"
+    manifest = Manifest.from_json(written)
+    assert json.dumps(manifest.to_json()) == json.dumps(written)
+
+
+def test_it_is_typed():
+    manifest = Manifest.from_json(content(engines=[ENGINE]))
+    assert (manifest.backbone.classifier, manifest.backbone.dim) == ("head", 48)
+    assert manifest.backbone.preprocess.input_size == manifest.input_size == (3, 32, 32)
+    assert isinstance(manifest.backbone.preprocess, Preprocess)
+    (engine,) = manifest.engines
+    assert (engine.batch, engine.architectures) == ((1, 8, 32), ("sm89",))
+
+
+@pytest.mark.parametrize("key", ["model", "args", "sha256", "classifier", "dim", "preprocess"])
+def test_a_backbone_that_lacks_something_is_damage(key, tmp_path):
+    damaged = content()
+    del damaged["backbone"][key]
+    (tmp_path / MANIFEST).write_text(json.dumps(damaged))
+    with pytest.raises(BundleError, match=rf"damaged .*{key}"):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [{"batch": 3}, {"unknown": 1}])
+def test_an_engine_that_cannot_be_is_damage(damage, tmp_path):
+    (tmp_path / MANIFEST).write_text(json.dumps(content(engines=[{**ENGINE, **damage}])))
+    with pytest.raises(BundleError, match="damaged"):
+        Bundle.open(tmp_path)
