@@ -1,4 +1,4 @@
-"""hhdeploy adapter inspect | import | list | add | remove."""
+"""hhdeploy adapter inspect | import | extract | merge | diff | list | add | remove."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
-from hhdeploy.cli import CONTEXT, Group, adapter_import, ui
+from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
 def command() -> None:
-    """Inspect, import, list, add and remove adapters."""
+    """Inspect, import, extract, merge, compare, list, add and remove adapters."""
 
 
-command.add_command(adapter_import.command)
+for _command in (adapter_import.command, adapter_import.extract, adapter_mix.merge, adapter_mix.diff):
+    command.add_command(_command)
 
 
 @command.command("inspect")
