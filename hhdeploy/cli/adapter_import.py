@@ -89,6 +89,11 @@ def _shared_options(checkpoint_help: str) -> Callable[[F], F]:
     "--lora-scale", default=1.0, show_default=True, help="Of a .pth file: alpha / r kept apart."
 )
 @click.option("--prefix", default="", help="Stripped from every tensor key, e.g. backbone.")
+@click.option(
+    "--key-map",
+    type=ui.FILE,
+    help="JSON: what the keys of a .pth file mean, by regular expressions; see docs/importing.md.",
+)
 @click.option("--adapter-name", metavar="NAME", help="Which one of a file that holds several.")
 def command(
     source: Path,
@@ -106,6 +111,7 @@ def command(
     reflection: Reflection | None,
     lora_scale: float,
     prefix: str,
+    key_map: Path | None,
     adapter_name: str | None,
 ) -> None:
     """Convert SOURCE, an adapter of another tool, to the adapter directory OUT.
@@ -141,6 +147,7 @@ def command(
         class_names=class_names or None,
         preprocess=_preprocess(preprocess, backbone.facts),
         weights_known=weights_known,
+        key_map=key_map,
         adapter_name=adapter_name,
         compress_rank=compress_rank,
         accept_error=accept_error,

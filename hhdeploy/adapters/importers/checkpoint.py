@@ -38,10 +38,17 @@ def extract_adapter(
         AdapterError: nothing changed, or something that is no parameter.
         BackboneError: the checkpoint does not fit the model.
     """
-    if options.prefix or options.form or options.reflection or options.lora_scale != 1.0:
+    unused = replace(
+        options,
+        class_names=None,
+        preprocess=None,
+        compress_rank=None,
+        accept_error=None,
+    )
+    if unused != _DEFAULTS:
         raise OptionError(
-            "`prefix`, `form`, `reflection` and `lora_scale` are for adapters; a checkpoint is "
-            "read as the backbone's own weights are."
+            "`prefix`, `key_map`, `form`, `reflection`, `lora_scale` and `adapter_name` are for "
+            "adapters; a checkpoint is read as the backbone's own weights are."
         )
     path = Path(checkpoint)
     backbone = load_backbone(spec)

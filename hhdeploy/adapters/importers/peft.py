@@ -122,9 +122,9 @@ def needs_weights(path: Path) -> bool:
 
 def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
     """The adapter of a PEFT directory; see `hhdeploy.adapters.importers.import_adapter`."""
-    if options.form is not None or options.reflection is not None or options.lora_scale != 1.0:
+    if options.form or options.reflection or options.lora_scale != 1.0 or options.key_map:
         raise AdapterError(
-            f"{path}: form, reflection and lora scale are for .pth files; {CONFIG_FILE} says all "
+            f"{path}: form, reflection, lora scale and key map are for .pth files; {CONFIG_FILE} says all "
             "that an adapter of PEFT needs."
         )
     config = read_peft_config(path)

@@ -14,6 +14,8 @@ import numpy as np
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.importers.authors import import_arc, import_rlrr, is_arc, is_rlrr
+from hhdeploy.adapters.importers.keymap import mapped
 from hhdeploy.adapters.importers.keys import bare_keys
 from hhdeploy.adapters.importers.naming import names_of
 from hhdeploy.adapters.importers.preprocessing import stated_preprocess
@@ -37,7 +39,13 @@ _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
 def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
     """The adapter of a state dict; see `hhdeploy.adapters.importers.import_adapter`."""
-    tensors = _site_tensors(path, backbone, options)
+    read = bare_keys(read_pth(path), options.prefix, path)
+    if options.key_map is not None:
+        read = mapped(read, options.key_map, path)
+    for belongs, import_file in ((is_rlrr, import_rlrr), (is_arc, import_arc)):
+        if belongs(read):
+            return import_file(read, path, backbone, options)
+    tensors = _site_tensors(read, path, backbone, options)
     inside = [name for name in tensors if name not in head_keys(backbone)]
     names = names_of(inside, backbone, path) if inside else None
     linears = {linear.path: linear for linear in backbone.facts.linears}
@@ -63,17 +71,19 @@ def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapte
     return finish(result, config, path, backbone, options, stated)
 
 
-def _site_tensors(path: Path, backbone: Backbone, options: ImportOptions) -> Tensors:
-    """The file's tensors without wrappers and prefix, lora_B scaled."""
+def _site_tensors(
+    read: Tensors, path: Path, backbone: Backbone, options: ImportOptions
+) -> Tensors:
+    """The tensors of an adapter's file, lora_B scaled."""
     found: Tensors = {}
-    for key, tensor in bare_keys(read_pth(path), options.prefix, path).items():
+    for key, tensor in read.items():
         last = key.rpartition(".")[2]
         if key not in head_keys(backbone) and last not in _SITE_TENSORS:
             raise AdapterError(
                 f"{path}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
                 f".lora_B, and the classifier's ({', '.join(head_keys(backbone))}). A common start "
                 "of your own is stripped with `prefix`; a checkpoint that has the backbone's "
-                "weights too comes in with `extract_adapter()`."
+                "weights too comes in with `extract_adapter()`; other keys with `key_map`."
             )
         scaled = last == "lora_B" and options.lora_scale != 1.0
         found[key] = tensor.astype(np.float64) * options.lora_scale if scaled else tensor

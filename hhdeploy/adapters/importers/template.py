@@ -47,6 +47,8 @@ class ImportOptions:
         preprocess: how images become inputs; None: what the source says, else the backbone's.
         weights_known: False: the backbone's weights are placeholders, so ``base_sha256`` stays
             null and whatever needs the weights (all but plain LoRA) is refused.
+        key_map: of a .pth file with other keys: a JSON file that says what they mean; see
+            `hhdeploy.adapters.importers.keymap`.
         adapter_name: which adapter of a file that holds several.
         compress_rank: make dense changes of Linears products of this rank, so that the adapter can
             be a side branch; None: it is exact, and folded where it has to be.
@@ -60,6 +62,7 @@ class ImportOptions:
     class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
     weights_known: bool = True
+    key_map: Path | None = None
     adapter_name: str | None = None
     compress_rank: int | None = None
     accept_error: float | None = None
