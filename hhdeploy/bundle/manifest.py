@@ -66,6 +66,7 @@ class AdapterEntry:
         class_names: one per class, or None.
         preprocess: how its images become inputs.
         verified: False for an adapter added later, until ``verify --against-torch``.
+        strength: what its change of the backbone is multiplied by.
     """
 
     name: str
@@ -74,6 +75,7 @@ class AdapterEntry:
     class_names: tuple[str, ...] | None
     preprocess: Preprocess
     verified: bool
+    strength: float = 1.0
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -88,6 +90,7 @@ class AdapterEntry:
             "class_names": list(self.class_names) if self.class_names else None,
             "preprocess": self.preprocess.to_json(),
             "verified": self.verified,
+            **({"strength": self.strength} if self.strength != 1.0 else {}),
         }
 
     @classmethod
@@ -101,6 +104,7 @@ class AdapterEntry:
             tuple(names) if names else None,
             Preprocess.from_json(content["preprocess"]),
             content["verified"],
+            float(content.get("strength", 1.0)),
         )
 
 
