@@ -21,8 +21,8 @@ from hhdeploy.backbones.sites import select_sites
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import Manifest
-from hhdeploy.calibration.calibrate import calibrate, quantise
 from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.calibration.quantised import Float32Graph, find_scales, quantise
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.bundles import export
@@ -136,8 +136,9 @@ def calibrated(path: Path, precision: str) -> Path:
         for index, feed in enumerate(feeds):
             feed["adapter_ids"] = np.asarray([rows[index % len(rows)]], np.int64)
     data = CalibrationData.open(found, feeds, images=settings.images, seed=settings.seed)
-    scales = calibrate(found, data, settings, cache=work_directory() / "calibrations")
-    model = quantise(found, scales, settings).model
+    graph = Float32Graph.open(found)
+    scales = find_scales(graph, data, settings, cache=work_directory() / "calibrations")
+    model = quantise(graph, scales, settings).model
     add_graph(found, precision, lambda target: save_graph(model, target), lambda candidate: [])
     return path
 

@@ -1,4 +1,4 @@
-"""Adapters of every method of the installed PEFT on tiny models, with random values: to import them.
+"""Adapters of every method of the installed PEFT on tiny models, with random values.
 
 `METHODS` has the arguments that a method needs on a model of width 64; methods that a later PEFT
 adds are tried with their defaults.
@@ -71,7 +71,9 @@ class Names:
     head: str
 
 
-TIMM = Names(("attn.proj",), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), "mlp.fc2", "norm1", "head")
+TIMM = Names(
+    ("attn.proj",), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), "mlp.fc2", "norm1", "head"
+)
 TRANSFORMERS = Names(
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj", "mlp.fc1", "mlp.fc2"),

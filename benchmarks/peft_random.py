@@ -61,7 +61,13 @@ def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
     share = counts["whole: came in"] / whole if whole else 1.0
     if share < LEAST_SHARE:
         wrong.append(f"only {share:.1%} of what PEFT merges came in")
-    return {"draws": count, "seed": seed, **dict(sorted(counts.items())), "share": share, "wrong": wrong}
+    return {
+        "draws": count,
+        "seed": seed,
+        **dict(sorted(counts.items())),
+        "share": share,
+        "wrong": wrong,
+    }
 
 
 def one(draw: random.Random, backbone: Backbone, names: Names, target: Path) -> tuple[str, str]:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.feeds import Feed, Feeder
-from hhdeploy.calibration.folder import choose_images
 from hhdeploy.errors import DataError
+from hhdeploy.files.folders import Classes, find_splits, in_words, list_classes, visible
 from hhdeploy.preprocess import open_image
 
 # Ranges of fewer images are accidents; with fewer than FEW a warning goes into the result.
@@ -30,7 +30,7 @@ Source = str | Path | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Sample:
+class CalibrationImage:
     """One calibration image.
 
     Attributes:
@@ -48,6 +48,7 @@ class CalibrationData:
     """A sized, repeatable sequence of feeds; every pass gives the same ones in the same order.
 
     Attributes:
+        feeder: knows the bundle's adapters.
         samples: the images, in order.
         description: what they are, JSON-able; goes into the result.
         warnings: what may make the ranges wrong, in words.
@@ -57,7 +58,7 @@ class CalibrationData:
     def __init__(
         self,
         feeder: Feeder,
-        samples: Sequence[Sample],
+        samples: Sequence[CalibrationImage],
         description: Mapping[str, Any],
         warnings: Sequence[str],
     ) -> None:
@@ -68,7 +69,7 @@ class CalibrationData:
                 f"{FEW_IMAGES} or more, of every class."
             )
         self.samples = tuple(samples)
-        self._feeder = feeder
+        self.feeder = feeder
         self.warnings = (*warnings, *self._few(), *feeder.unmet({s.adapter for s in samples}))
         self.digest = self._digest()
         self.description = {
@@ -94,7 +95,11 @@ class CalibrationData:
         Raises:
             DataError: no images, too few, an unknown adapter, or arrays that do not fit.
         """
-        feeder = Feeder(bundle)
+        return cls.of(Feeder(bundle), source, images=images, seed=seed)
+
+    @classmethod
+    def of(cls, feeder: Feeder, source: Source, *, images: int, seed: int) -> CalibrationData:
+        """As `open`, of a bundle whose adapters are known already."""
         if not isinstance(source, str | Path):
             return cls._from_arrays(feeder, "a Python iterable", source, images)
         path = Path(source)
@@ -106,7 +111,7 @@ class CalibrationData:
     def _from_folder(cls, feeder: Feeder, path: Path, images: int, seed: int) -> CalibrationData:
         chosen = choose_images(feeder, path, images, seed)
         samples = [
-            Sample(
+            CalibrationImage(
                 picked.adapter,
                 hashlib.sha256(picked.path.read_bytes()).hexdigest(),
                 _loader(picked.path, feeder.preprocess(picked.adapter)),
@@ -120,10 +125,12 @@ class CalibrationData:
     def _from_arrays(
         cls, feeder: Feeder, source: str, batches: Iterable[Mapping[str, Any]], images: int
     ) -> CalibrationData:
-        def singles() -> Iterator[Sample]:
+        def singles() -> Iterator[CalibrationImage]:
             for batch in batches:
                 for adapter, image in feeder.checked(source, batch):
-                    yield Sample(adapter, hashlib.sha256(image.data).hexdigest(), image.copy)
+                    yield CalibrationImage(
+                        adapter, hashlib.sha256(image.data).hexdigest(), image.copy
+                    )
 
         samples = list(islice(singles(), images))
         return cls(feeder, samples, {"kind": "arrays", "source": source}, ())
@@ -133,7 +140,7 @@ class CalibrationData:
 
     def __iter__(self) -> Iterator[Feed]:
         for sample in self.samples:
-            yield self._feeder.feed(sample.adapter, sample.load())
+            yield self.feeder.feed(sample.adapter, sample.load())
 
     def _few(self) -> tuple[str, ...]:
         return tuple(
@@ -148,7 +155,7 @@ class CalibrationData:
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def _digest(self) -> str:
-        digest = hashlib.sha256(self._feeder.digest().encode())
+        digest = hashlib.sha256(self.feeder.digest().encode())
         for sample in self.samples:
             digest.update(f"{sample.adapter}\0{sample.digest}\n".encode())
         return digest.hexdigest()
@@ -171,3 +178,101 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
             f"{path} cannot be read as an .npz file of plain arrays: {error}. Write it with "
             "numpy.savez(path, images=..., adapters=...)."
         ) from error
+
+
+@dataclass(frozen=True)
+class Picked:
+    """An image file, whose it is, and the folder of its class."""
+
+    adapter: str | None
+    path: Path
+    label: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The images chosen, what the folder held, and what is wrong with it."""
+
+    images: tuple[Picked, ...]
+    description: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+
+def choose_images(
+    feeder: Feeder, folder: Path, count: int, seed: int, *, judging: bool = False
+) -> Choice:
+    """At most ``count`` images, adapters and classes in turn, shuffled within a class.
+
+    Args:
+        feeder: of the bundle.
+        folder: DIR/CLASS/image, for side branches DIR/ADAPTER/CLASS/image; each may be split into
+            train and val.
+        count: over all adapters.
+        seed: of the choice and the order.
+        judging: of a folder that is split take the part that judges, else the other one.
+
+    Raises:
+        DataError: not a folder, no images, or (side branches) a subfolder that is no adapter.
+    """
+    owners = _owners(feeder, _part(folder, judging))
+    rng = np.random.default_rng(seed)
+    queues, described, warnings = [], {}, []
+    for adapter, place in owners.items():
+        place = _part(place, judging)
+        classes = list_classes(place)
+        warnings += _doubts(feeder, adapter, place, classes)
+        described[adapter or ""] = len(classes.paths)
+        shuffled = [
+            [Picked(adapter, paths[i], label) for i in rng.permutation(len(paths))]
+            for label, paths in classes.paths.items()
+        ]
+        queues.append(_in_turn(shuffled))
+    picked = _in_turn(queues)[:count]
+    return Choice(tuple(picked), {"classes_per_adapter": described}, tuple(warnings))
+
+
+def _part(folder: Path, judging: bool) -> Path:
+    splits = find_splits(folder)
+    return splits.val if judging and splits.val is not None else splits.train
+
+
+def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
+    """Adapter -> the folder of its classes."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a directory. Expected a folder of calibration images.")
+    found = {d.name: d for d in visible(folder) if d.is_dir()}
+    if feeder.folded:
+        # A folder made for side branches holds this adapter's images and others'.
+        own = found.get(feeder.names[0])
+        return {None: own if own is not None and any(d.is_dir() for d in visible(own)) else folder}
+    unknown = [name for name in found if name not in feeder.names]
+    if unknown or not found:
+        raise DataError(
+            f"{folder}: expected DIR/ADAPTER/CLASS/image with the adapters "
+            f"{', '.join(feeder.names)}; found "
+            f"{'the folders ' + ', '.join(unknown) if unknown else 'no folder'}."
+        )
+    return {name: found[name] for name in found}
+
+
+def _doubts(feeder: Feeder, adapter: str | None, place: Path, found: Classes) -> list[str]:
+    """Warnings about one adapter's folder."""
+    whose = f"adapter {adapter!r}: " if adapter else ""
+    names = feeder.class_names(adapter)
+    doubts, classes = [], found.paths
+    if found.skipped:
+        doubts.append(f"{whose}left out of {place.name}: {in_words(found.skipped)}")
+    if len(classes) == 1:
+        doubts.append(f"{whose}images of one class only ({next(iter(classes))})")
+    if names and (unknown := [c for c in classes if c not in names]):
+        doubts.append(
+            f"{whose}{place.name} has folders that are none of the adapter's classes: "
+            f"{', '.join(unknown)}"
+        )
+    return doubts
+
+
+def _in_turn(queues: Sequence[Sequence[Any]]) -> list[Any]:
+    """The first of every queue, then the second of every queue, ..."""
+    longest = max(map(len, queues), default=0)
+    return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]

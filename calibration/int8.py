@@ -147,7 +147,7 @@ def _named_proto(path: Path) -> onnx.ModelProto:
     if "" in names or len(set(names)) != len(names):
         raise PlanError(
             f"{path}: nodes without a name, or two of one name: calibration starts from the "
-            "graph that hhdeploy export wrote. Export the bundle again."
+            "graph that `export()` wrote. Export the bundle again."
         )
     return proto
 

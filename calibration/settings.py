@@ -40,15 +40,16 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise OptionError(
-                f"precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}."
+                f"`precision={self.precision!r}`: expected one of {', '.join(PRECISIONS)}."
             )
         if self.preset not in PRESETS:
-            raise OptionError(f"preset {self.preset!r}: expected one of {', '.join(PRESETS)}.")
+            raise OptionError(f"`preset={self.preset!r}`: expected one of {', '.join(PRESETS)}.")
         if self.images < 1:
-            raise OptionError(f"images: expected 1 or more, found {self.images}.")
+            raise OptionError(f"`images`: expected 1 or more, found {self.images}.")
         if self.smooth_quant is not None and not 0.0 <= self.smooth_quant <= 1.0:
             raise OptionError(
-                f"smooth_quant: expected a number from 0 to 1, or None, found {self.smooth_quant}."
+                f"`smooth_quant`: expected a number from 0 to 1, or None, "
+                f"found {self.smooth_quant}."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,13 +85,14 @@ def excluded_sites(settings: CalibrationSettings, sites: Sequence[str]) -> froze
         fitting = {site for site in sites if fnmatchcase(site, pattern)}
         if not fitting:
             raise PlanError(
-                f"exclude {pattern!r} fits no site of the graph. Its sites are: {', '.join(sites)}."
+                f"`exclude=[{pattern!r}]` fits no site of the graph. Its sites are: "
+                f"{', '.join(sites)}."
             )
         kept |= fitting
     if len(kept) == len(sites):
         raise PlanError(
             f"all {len(sites)} sites are excluded: nothing is left to quantise. Use the float32 "
-            "graph, or exclude fewer."
+            "graph, or `exclude` fewer."
         )
     return frozenset(kept)
 

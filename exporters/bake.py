@@ -58,7 +58,8 @@ def _input(graph: ir.Graph, name: str) -> ir.Value:
     found = ", ".join(str(value.name) for value in graph.inputs)
     raise PlanError(
         f"this graph has no input {name} (its inputs: {found}), so no bank can be baked into it. "
-        "Expected a side-branch graph exported without --fold and without --bank-as-constant."
+        "Expected a side-branch graph exported without `fold=True` and without "
+        "`bank_as_constant=True`."
     )
 
 

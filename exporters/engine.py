@@ -17,36 +17,36 @@ from typing import Any
 from hhdeploy.bundle.manifest import Range
 from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 
 # (phase, steps done, steps in all); a phase that is over has done == all.
-Progress = Callable[[str, int, int], None]
+Phases = Callable[[str, int, int], None]
 
-# Elements of one tensor, at most, in many layers.
-ELEMENT_LIMIT = 2**31 - 1
+# An input's dimensions; a range where they vary.
+Shape = tuple[int | Range, ...]
 _OLDEST_FP8 = 89
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """What to build.
+class BuildOptions:
+    """How an engine is to be built.
 
     Attributes:
-        backend: ``tensorrt`` or ``tensorrt-rtx``.
         batch: images of one run: fewest, the number to tune for, most.
-        slots: rows of the bank, likewise; None for a graph without ``adapter_bank``.
+        max_slots: rows of the largest bank; None: 1,024, or what a tensor can hold.
         architectures: ``sm89`` ... to build for (TensorRT-RTX only); empty: portable over Ampere
             and newer RTX GPUs, and with TensorRT the GPU of this machine.
+        bank_as_constant: bake the bundle's bank into the engine.
         hardware_compatible: TensorRT only: one engine for Ampere and newer, at some speed.
         optimization_level: 0 (fastest build) to 5 (fastest engine); None: the backend's own.
         workspace_mib: scratch memory that a layer may use; None: all there is.
         tf32: let float32 products round their inputs to 10 bits; TensorRT's own default is yes.
     """
 
-    backend: str
-    batch: Range
-    slots: Range | None
+    batch: Range = (1, 8, 32)
+    max_slots: int | None = None
     architectures: tuple[str, ...] = ()
+    bank_as_constant: bool = False
     hardware_compatible: bool = False
     optimization_level: int | None = None
     workspace_mib: int | None = None
@@ -62,51 +62,41 @@ class BuiltEngine:
     seconds: float
 
 
-def check_options(options: EngineOptions, *, row: int | None, precision: str) -> None:
-    """What can be said before building.
-
-    Args:
-        row: floats of a row of the bank; None without ``adapter_bank``.
-        precision: of the graph.
+def check_options(backend: str, precision: str, options: BuildOptions) -> None:
+    """What no bundle could make right.
 
     Raises:
-        OptionError: ranges out of order, a flag that the backend ignores or lacks, an
-            architecture that cannot compute the precision.
-        PlanError: more slots than a tensor can hold.
+        OptionError: a range out of order, options that do not go together, one that the backend
+            ignores or lacks, an architecture that cannot compute the precision.
     """
-    for flags, given in (
-        ("--min-batch, --opt-batch, --max-batch", options.batch),
-        ("slots of the bank", options.slots),
-    ):
-        if given is not None and not 1 <= given[0] <= given[1] <= given[2]:
-            raise OptionError(
-                f"{flags}: expected 1 <= min <= opt <= max, found {', '.join(map(str, given))}."
-            )
-    if options.slots is not None and row is not None and options.slots[2] * row > ELEMENT_LIMIT:
-        raise PlanError(
-            f"--max-slots {options.slots[2]}: a bank of that many rows of {row:,} floats has "
-            f"{options.slots[2] * row:,} elements, TensorRT takes {ELEMENT_LIMIT:,} a tensor. Use "
-            f"--max-slots {ELEMENT_LIMIT // row} or fewer."
+    least, common, most = options.batch
+    if not 1 <= least <= common <= most:
+        raise OptionError(
+            f"`batch`: expected 1 <= min <= opt <= max, found {least}, {common}, {most}."
+        )
+    if options.bank_as_constant and options.max_slots is not None:
+        raise OptionError(
+            "`max_slots` does not go with `bank_as_constant`: the engine has no bank input then."
         )
     if options.tf32 and precision != "float32":
-        raise OptionError(f"--tf32 is for float32 graphs; a {precision} graph says its precisions.")
-    if options.backend == "tensorrt" and options.architectures:
+        raise OptionError(f"`tf32` is for float32 graphs; a {precision} graph says its precisions.")
+    if backend == "tensorrt" and options.architectures:
         raise OptionError(
-            "--gpu-arch: TensorRT builds for the GPU of the machine that it runs on. Build there; "
-            "or use --hardware-compatible, or --backend tensorrt-rtx."
+            "`architectures`: TensorRT builds for the GPU of the machine that it runs on. Build "
+            "there; or use `hardware_compatible=True`, or `backend='tensorrt-rtx'`."
         )
-    if options.backend == "tensorrt-rtx":
+    if backend == "tensorrt-rtx":
         lacking = {
-            "--hardware-compatible": (
+            "`hardware_compatible`": (
                 options.hardware_compatible,
-                "without --gpu-arch its engines are portable over Ampere and newer already",
+                "without `architectures` its engines are portable over Ampere and newer already",
             ),
-            "--workspace-mib": (
+            "`workspace_mib`": (
                 options.workspace_mib is not None,
                 "it sizes its scratch memory itself",
             ),
             # Accepted by its API; the engines of levels 0, 3 and 5 are the same to the byte (1.7).
-            "--builder-optimization-level": (
+            "`optimization_level`": (
                 options.optimization_level is not None,
                 "it always builds the same engine, and tunes it on the GPU that runs it",
             ),
@@ -116,26 +106,28 @@ def check_options(options: EngineOptions, *, row: int | None, precision: str) ->
                 raise OptionError(f"{name} has no effect in TensorRT-RTX: {why}. Leave it out.")
     if precision == "fp8":
         old = [a for a in options.architectures if _number(a) < _OLDEST_FP8]
-        if old or (options.backend == "tensorrt-rtx" and not options.architectures):
+        if old or (backend == "tensorrt-rtx" and not options.architectures):
             found = ", ".join(old) or "a portable engine, which has to run on sm80 too"
             raise OptionError(
-                f"FP8 needs sm{_OLDEST_FP8} (Ada) or newer, found {found}. Pass --gpu-arch sm89 "
-                "or newer, or build --precision int8."
+                f"FP8 needs sm{_OLDEST_FP8} (Ada) or newer, found {found}. Pass "
+                "`architectures=['sm89']` or newer, or build with `precision='int8'`."
             )
 
 
 def engine_from_onnx(
     graph: Path,
-    shapes: Mapping[str, tuple[int | str, ...]],
-    options: EngineOptions,
-    progress: Progress = lambda phase, done, steps: None,
+    backend: str,
+    shapes: Mapping[str, Shape],
+    options: BuildOptions,
+    progress: Phases = lambda phase, done, steps: None,
 ) -> BuiltEngine:
     """Compile a graph. Weights beside it are read from disk.
 
     Args:
         graph: the ONNX file.
-        shapes: input name -> dimensions, ``batch`` and ``slots`` where they vary.
-        options: checked by `check_options`.
+        backend: ``tensorrt`` or ``tensorrt-rtx``.
+        shapes: input name -> dimensions.
+        options: checked by `check_options`; what the shapes say is not read from them.
         progress: called from TensorRT's threads.
 
     Raises:
@@ -144,7 +136,7 @@ def engine_from_onnx(
         PlanError: an architecture that this backend does not know.
         MissingDependencyError: the backend is not installed.
     """
-    trt = import_tensorrt(options.backend)
+    trt = import_tensorrt(backend)
     log = Log()
     logger = log.logger(trt)
     start = time.perf_counter()
@@ -152,19 +144,17 @@ def engine_from_onnx(
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
-        raise EngineError(f"{options.backend} cannot parse {graph}:\n{parser_errors(parser, log)}")
+        raise EngineError(f"{backend} cannot parse {graph}:\n{parser_errors(parser, log)}")
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, network, shapes, options))
-    _configure(trt, config, options)
+    config.add_optimization_profile(_profile(builder, network, shapes))
+    _configure(trt, config, options, backend)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
-        raise EngineError(
-            f"{options.backend} cannot build an engine from {graph}:\n{explain(log.text())}"
-        )
+        raise EngineError(f"{backend} cannot build an engine from {graph}:\n{explain(log.text())}")
     return BuiltEngine(plan, trt.__version__, time.perf_counter() - start)
 
 
@@ -175,7 +165,7 @@ def _builder(trt: ModuleType, logger: Any, log: Log) -> Any:
         raise EngineError(
             f"{trt.__name__} {trt.__version__} cannot start on this machine: {error}\n"
             f"{explain(log.text())}\nSee what is there with hhdeploy doctor. TensorRT needs a GPU "
-            "and its driver to build, TensorRT-RTX (--backend tensorrt-rtx) does not."
+            "and its driver to build, TensorRT-RTX (`backend='tensorrt-rtx'`) does not."
         ) from error
 
 
@@ -185,10 +175,7 @@ def _network_flags(trt: ModuleType) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _profile(
-    builder: Any, network: Any, shapes: Mapping[str, tuple[int | str, ...]], options: EngineOptions
-) -> Any:
-    ranges = {"batch": options.batch, "slots": options.slots}
+def _profile(builder: Any, network: Any, shapes: Mapping[str, Shape]) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
@@ -197,19 +184,12 @@ def _profile(
                 f"the graph has an input {name!r}; expected {', '.join(shapes)}. Export the "
                 "bundle again."
             )
-        variants = []
-        for which in range(3):
-            dims = []
-            for dim in shapes[name]:
-                given = ranges[dim] if isinstance(dim, str) else (dim, dim, dim)
-                assert given is not None
-                dims.append(given[which])
-            variants.append(tuple(dims))
-        profile.set_shape(name, *variants)
+        ranges = [dim if isinstance(dim, tuple) else (dim, dim, dim) for dim in shapes[name]]
+        profile.set_shape(name, *zip(*ranges, strict=True))
     return profile
 
 
-def _configure(trt: ModuleType, config: Any, options: EngineOptions) -> None:
+def _configure(trt: ModuleType, config: Any, options: BuildOptions, backend: str) -> None:
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if not options.tf32:
@@ -225,13 +205,13 @@ def _configure(trt: ModuleType, config: Any, options: EngineOptions) -> None:
         if capability is None:
             known = [n.lower() for n in dir(trt.ComputeCapability) if n.startswith("SM")]
             raise PlanError(
-                f"--gpu-arch {name}: {options.backend} {trt.__version__} builds for "
+                f"`architectures=[{name!r}]`: {backend} {trt.__version__} builds for "
                 f"{', '.join(sorted(known, key=_number))}."
             )
         config.set_compute_capability(capability, index)
 
 
-def _monitor(trt: ModuleType, progress: Progress) -> Any:
+def _monitor(trt: ModuleType, progress: Phases) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         """Passes steps on; an exception (Ctrl-C) in Python cancels the build."""
 

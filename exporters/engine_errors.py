@@ -5,24 +5,31 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hhdeploy.packages.trt import Log
+from hhdeploy.errors import as_code
+from hhdeploy.packages import Log
 
 # Words of TensorRT's message -> what to do.
 _HINTS: tuple[tuple[str, str], ...] = (
     (
         r"HW-specific datatypes|FP8.*not supported|fp8",
-        "FP8 needs sm89 (Ada) or newer: pass --gpu-arch sm89, or build --precision int8.",
+        "FP8 needs sm89 (Ada) or newer: pass `architectures=['sm89']`, or build with "
+        "`precision='int8'`.",
     ),
     (
         r"zero.?point",
-        "TensorRT takes symmetric INT8 only (all zero points 0). Calibrate with: hhdeploy "
-        "calibrate BUNDLE --data DIR --precision int8",
+        "TensorRT takes symmetric INT8 only (all zero points 0). Calibrate with: "
+        + as_code(
+            "calibrate",
+            "BUNDLE",
+            data="DIR",
+            settings=as_code("CalibrationSettings", precision="int8"),
+        ),
     ),
     (
         r"2\^31|volume.*exceed|exceeds.*(limit|max)|too many elements",
-        "A tensor is too large: lower --max-slots or --max-batch.",
+        "A tensor is too large: lower `max_slots` or `batch[2]`.",
     ),
-    (r"out of memory|OutOfMemory", "Lower --max-batch, or --workspace-mib."),
+    (r"out of memory|OutOfMemory", "Lower `batch[2]`, or `workspace_mib`."),
 )
 
 

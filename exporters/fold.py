@@ -1,4 +1,4 @@
-"""Fold one adapter into a base graph: W += delta, or W <- M W and b <- M b."""
+"""Fold one adapter into a base graph: W += delta, or W <- M W and b <- M b; s_in, s_out and db."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter, Head
-from hhdeploy.algebra import fold_additive, fold_sequential
+from hhdeploy.algebra import (
+    Array,
+    constant_delta,
+    fold_additive,
+    fold_sequential,
+    shifted_bias,
+)
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.trace import BaseGraph
@@ -18,11 +24,11 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
     """A new graph of the backbone with one adapter in its weights; ``base`` is not changed.
 
     1. Clone the graph (initializers are shared with the base: no weight is copied).
-    2. Each adapted Linear gets a new weight, and for the sequential form a new bias. Never
+    2. Each adapted Linear gets a new weight, and for the sequential form or db a new bias. Never
        edited in place: the tracer shares equal initializers between layers.
     3. The adapter's head, if it has one, replaces the classifier.
 
-    Requires that `hhdeploy.adapters.checks.check_adapter` has passed. Folded in float64, cast once.
+    Requires that `hhdeploy.adapters.checks.check` has passed. Folded in float64, cast once.
 
     Raises:
         PlanError: a folded weight is not finite in float32.
@@ -55,23 +61,39 @@ def _fold_sites(
     weight: NDArray[np.float32],
 ) -> None:
     folded = np.empty_like(weight)
+    shift: Array | None = None  # db of all sites of an additive adapter
     start = 0
     for site in spec.sites:
         part = slice(start, start + site.out)
+        start += site.out
         if site.name not in adapter.sites:
             folded[part] = weight[part]
-        elif adapter.form == "additive":
-            fold_additive(weight[part], adapter.delta(site.name), folded[part])
+            continue
+        change = adapter.change(site.name)
+        if adapter.form == "additive":
+            delta = change.delta or constant_delta(0, site.out, spec.in_)
+            fold_additive(weight[part], delta, folded[part], change.scales)
+            if change.db is not None:
+                shift = np.zeros(spec.out) if shift is None else shift
+                shift[part] = change.db
         else:
+            transform = change.delta or constant_delta(1, site.out, site.out)
             folded[part], bias = fold_sequential(
-                weight[part], linear.bias, adapter.delta(site.name)
+                weight[part], linear.bias, transform, change.scales, change.db
             )
             if bias is not None:
-                _check_finite(bias, f"{site.name} (bias)")
-                linear.set_bias(graph, f"{spec.path}.bias_folded", bias)
+                _set_bias(graph, linear, spec, bias)
         _check_finite(folded[part], site.name)
-        start += site.out
+    if shift is not None and (moved := shifted_bias(linear.bias, shift)) is not None:
+        _set_bias(graph, linear, spec, moved.astype(np.float32))
     linear.replace_weight(graph, f"{spec.path}.weight_folded", folded)
+
+
+def _set_bias(
+    graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, bias: NDArray[np.float32]
+) -> None:
+    _check_finite(bias, f"{spec.path} (bias)")
+    linear.set_bias(graph, f"{spec.path}.bias_folded", bias)
 
 
 def _check_finite(values: NDArray[np.float32], where: str) -> None:

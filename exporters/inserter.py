@@ -75,8 +75,8 @@ class Inserter:
         return add_initializer(self.graph, f"{self.prefix}/{what}", array)
 
 
-def as_tokens(insert: Inserter, x: ir.Value, features: int) -> ir.Value:
-    """x as [batch, tokens, features].
+def as_tokens(insert: Inserter, x: ir.Value, features: int, prefix: str = "") -> ir.Value:
+    """x as [batch, tokens, features]; ``prefix`` of the nodes' names, for a second x.
 
     Windows and other groups are folded into the batch dimension batch-major by timm's models
     ([batch·windows, tokens, features]), so unfolding the images is a reshape.
@@ -86,20 +86,19 @@ def as_tokens(insert: Inserter, x: ir.Value, features: int) -> ir.Value:
         return x
     return insert(
         "Reshape",
-        "tokens",
-        [x, _batch_shape(insert, features)],
+        f"{prefix}tokens",
+        [x, _batch_shape(insert, features, prefix)],
         shape=["batch", None, features],
     )
 
 
-def _batch_shape(insert: Inserter, features: int) -> ir.Value:
+def _batch_shape(insert: Inserter, features: int, prefix: str) -> ir.Value:
     """[batch, -1, features], with batch read from the adapter ids."""
     ids = next(v for v in insert.graph.inputs if v.name == IDS)
-    batch = insert("Shape", "batch", [ids], dtype=ir.DataType.INT64, shape=[1])
-    rest = insert.ints("rest", -1, features)
-    return insert(
-        "Concat", "tokens_shape", [batch, rest], axis=0, dtype=ir.DataType.INT64, shape=[3]
-    )
+    batch = insert("Shape", f"{prefix}batch", [ids], dtype=ir.DataType.INT64, shape=[1])
+    rest = insert.ints(f"{prefix}rest", -1, features)
+    name, dtype = f"{prefix}tokens_shape", ir.DataType.INT64
+    return insert("Concat", name, [batch, rest], axis=0, dtype=dtype, shape=[3])
 
 
 def like(insert: Inserter, delta: ir.Value, target: ir.Value) -> ir.Value:

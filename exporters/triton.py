@@ -15,35 +15,52 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import OptionError
 
-Backend = Literal["onnxruntime", "tensorrt"]
-Kind = Literal["auto", "gpu", "cpu"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TritonBackend = Literal["onnxruntime", "tensorrt"]
+BACKENDS: tuple[TritonBackend, ...] = get_args(TritonBackend)
 LABELS_FILE, ADAPTERS_FILE, CONFIG_FILE = "labels.txt", "adapters.json", "config.pbtxt"
 # The names that the backends look for in a version's directory.
-MODEL_FILES: dict[Backend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+MODEL_FILES: dict[TritonBackend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
-_PLATFORMS: dict[Backend, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+_PLATFORMS: dict[TritonBackend, str] = {
+    "onnxruntime": "onnxruntime_onnx",
+    "tensorrt": "tensorrt_plan",
+}
+_KINDS = {None: "AUTO", True: "GPU", False: "CPU"}
+_DEFAULT_MAX_BATCH = 32
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How Triton batches and places a model.
+class TritonOptions:
+    """How a bundle becomes a model of Triton, and how Triton is to run it.
 
     Attributes:
-        max_batch: images of one run at most.
+        name: of the model; None: the bundle's directory's.
+        precision: of the graph or engine.
+        backend: ``onnxruntime`` or ``tensorrt`` (an engine of the bundle).
+        gpu_arch: ``sm89`` ...: which engine, if the bundle has several that fit.
+        max_batch: images of one run at most; None: 32, or the most that the engine takes.
         preferred_batch: sizes that are run as soon as they are reached.
         max_queue_delay_us: how long a request may wait for company; 0 adds no latency: while
             an instance is busy, requests gather all the same.
         instances: that run at once, per GPU.
-        kind: ``auto`` takes the GPUs if there are any.
+        gpu: place instances on GPUs (True) or the CPU (False); None: GPUs if there are any.
     """
 
-    max_batch: int
+    name: str | None = None
+    precision: str = "float32"
+    backend: TritonBackend = "onnxruntime"
+    gpu_arch: str | None = None
+    max_batch: int | None = None
     preferred_batch: tuple[int, ...] = ()
     max_queue_delay_us: int = 0
     instances: int = 1
-    kind: Kind = "auto"
+    gpu: bool | None = None
+
+    @property
+    def batch(self) -> int:
+        """``max_batch``, or what it is when nobody says."""
+        return _DEFAULT_MAX_BATCH if self.max_batch is None else self.max_batch
 
 
 def check_model_name(name: str) -> str:
@@ -51,26 +68,50 @@ def check_model_name(name: str) -> str:
     if not _MODEL_NAME.fullmatch(name):
         raise OptionError(
             f"Triton model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
-            "128, first a letter or digit). Give one with --name."
+            "128, first a letter or digit). Give one as `name`."
         )
     return name
 
 
-def check_serving(serving: Serving) -> None:
-    """Raises `OptionError` naming the option that is out of range."""
+def check_options(options: TritonOptions) -> None:
+    """What no bundle could make right. Raises `OptionError` naming the option."""
+    if options.name is not None:
+        check_model_name(options.name)
+    if options.backend not in BACKENDS:
+        raise OptionError(
+            f"`backend={options.backend!r}`: expected {' or '.join(BACKENDS)}. (Triton's tensorrt "
+            "backend runs TensorRT's engines, not TensorRT-RTX's.)"
+        )
+    cpu, engine = options.gpu is False, options.backend == "tensorrt"
+    if cpu and engine:
+        raise OptionError(
+            "`gpu=False`: TensorRT engines run on GPUs alone. Use `backend='onnxruntime'`."
+        )
+    if options.gpu_arch is not None and not engine:
+        raise OptionError("`gpu_arch` chooses an engine: it goes with `backend='tensorrt'` alone.")
+    if cpu and options.precision == "bfloat16":
+        raise OptionError(
+            "`gpu=False`: ONNX Runtime has no bfloat16 kernels on CPUs, so the model would not "
+            "load. Use `precision='float32'`, or `gpu=True`."
+        )
+    if not engine:  # else the engine says how large a batch may be
+        check_numbers(options)
+
+
+def check_numbers(options: TritonOptions) -> None:
+    """Batches, waiting and instances are in range. Raises `OptionError` naming the option."""
     least = {
-        "--max-batch": (serving.max_batch, 1),
-        "--max-queue-delay-us": (serving.max_queue_delay_us, 0),
-        "--instances": (serving.instances, 1),
+        "`max_batch`": (options.batch, 1),
+        "`max_queue_delay_us`": (options.max_queue_delay_us, 0),
+        "`instances`": (options.instances, 1),
     }
     for option, (found, minimum) in least.items():
         if found < minimum:
-            raise OptionError(f"{option} {found}: expected {minimum} or more.")
-    for size in serving.preferred_batch:
-        if not 1 <= size <= serving.max_batch:
+            raise OptionError(f"{option}: expected {minimum} or more, found {found}.")
+    for size in options.preferred_batch:
+        if not 1 <= size <= options.batch:
             raise OptionError(
-                f"--preferred-batch {size}: expected 1 to --max-batch, which is "
-                f"{serving.max_batch}."
+                f"`preferred_batch=[{size}]`: expected 1 to `max_batch`, which is {options.batch}."
             )
 
 
@@ -84,15 +125,14 @@ def requestable(manifest: Manifest) -> tuple[AdapterEntry, ...]:
 
 
 def config_pbtxt(
-    name: str, manifest: Manifest, backend: Backend, serving: Serving, facts: Mapping[str, str]
+    name: str, manifest: Manifest, options: TritonOptions, facts: Mapping[str, str]
 ) -> str:
     """config.pbtxt.
 
     Args:
         name: of the model, its directory's too.
         manifest: of the bundle; its precision and bank are in the model's file.
-        backend: what runs the model.
-        serving: checked by `check_serving`.
+        options: checked; its name may be None.
         facts: what clients and operators can read from the server: ``parameters``.
     """
     size = ", ".join(map(str, manifest.input_size))
@@ -104,7 +144,7 @@ def config_pbtxt(
             "    reshape { shape: [ ] }\n"
         )
     listed = ",\n".join(f"  {{\n{text}  }}" for text in inputs)
-    preferred = ", ".join(map(str, sorted(set(serving.preferred_batch))))
+    preferred = ", ".join(map(str, sorted(set(options.preferred_batch))))
     batching = f"  preferred_batch_size: [ {preferred} ]\n" if preferred else ""
     parameters = "".join(
         f"parameters {{\n  key: {quoted(key)}\n  value {{ string_value: {quoted(value)} }}\n}}\n"
@@ -112,20 +152,20 @@ def config_pbtxt(
     )
     return (
         f"name: {quoted(name)}\n"
-        f"platform: {quoted(_PLATFORMS[backend])}\n"
-        f"backend: {quoted(backend)}\n"
-        f"max_batch_size: {serving.max_batch}\n"
+        f"platform: {quoted(_PLATFORMS[options.backend])}\n"
+        f"backend: {quoted(options.backend)}\n"
+        f"max_batch_size: {options.batch}\n"
         f"input [\n{listed}\n]\n"
         "output [\n"
         '  {\n    name: "logits"\n    data_type: TYPE_FP32\n'
         f"    dims: [ {manifest.classes} ]\n    label_filename: {quoted(LABELS_FILE)}\n  }}\n"
         "]\n"
         "instance_group [\n"
-        f"  {{\n    count: {serving.instances}\n    kind: KIND_{serving.kind.upper()}\n  }}\n"
+        f"  {{\n    count: {options.instances}\n    kind: KIND_{_KINDS[options.gpu]}\n  }}\n"
         "]\n"
         "dynamic_batching {\n"
         f"{batching}"
-        f"  max_queue_delay_microseconds: {serving.max_queue_delay_us}\n"
+        f"  max_queue_delay_microseconds: {options.max_queue_delay_us}\n"
         "}\n"
         f"{parameters}"
     )

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
-    from hhdeploy.quantising.calibrating import calibrate_bundle as calibrate
+    from hhdeploy.quantising import calibrate_bundle as calibrate
     from hhdeploy.runtime import open_session
     from hhdeploy.training import attach
     from hhdeploy.training.recipe import train
     from hhdeploy.triton import write_triton_repository as write_triton
-    from hhdeploy.verifying.bundles import verify
+    from hhdeploy.verifying.bundles import verify, verify_against_torch
 
 # Public name -> module and name there; "" is the module itself.
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "add_adapter": ("hhdeploy.bundle", "add_adapter"),
     "attach": ("hhdeploy.training", "attach"),
     "build": ("hhdeploy.building", "build"),
-    "calibrate": ("hhdeploy.quantising.calibrating", "calibrate_bundle"),
+    "calibrate": ("hhdeploy.quantising", "calibrate_bundle"),
     "edit": ("hhdeploy.bundle", "edit"),
     "errors": ("hhdeploy.errors", ""),
     "export": ("hhdeploy.exporting.bundles", "export"),
@@ -52,6 +52,7 @@ _HOMES = {
     "save_adapter": ("hhdeploy.adapters.format", "save_adapter"),
     "train": ("hhdeploy.training.recipe", "train"),
     "verify": ("hhdeploy.verifying.bundles", "verify"),
+    "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
     "write_triton": ("hhdeploy.triton", "write_triton_repository"),
 }
 
@@ -77,6 +78,7 @@ __all__ = [
     "save_adapter",
     "train",
     "verify",
+    "verify_against_torch",
     "write_triton",
 ]
 

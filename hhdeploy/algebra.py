@@ -6,7 +6,8 @@ H_x = I - tau_x x xᵀ and D the rectangular diagonal of d, one site adds or mul
     H_u D H_v + lora_B lora_A        (the paper's Eq. 5 to 7, transposed: it writes row vectors)
 
 Everything downstream knows only the canonical form of that matrix, a diagonal plus a thin
-product, `SiteDelta`. Only this module and the adapter reader know u, v, d and tau.
+product, `SiteDelta`, beside multipliers of the weight's rows and columns and an addition to the
+bias, `SiteChange`. Only this module and the adapter reader know u, v, d and tau.
 """
 
 from __future__ import annotations
@@ -69,11 +70,60 @@ class SiteDelta:
             raise ValueError(f"a sequential delta must be square, found {self.shape}")
         return SiteDelta(self.diag - 1.0, self.left, self.right)
 
+    def times(self, strength: float, *, around_identity: bool) -> SiteDelta:
+        """The delta times ``strength``; of a sequential M, I + strength (M - I)."""
+        if strength == 1.0:
+            return self
+        diag = strength * self.diag + ((1.0 - strength) if around_identity else 0.0)
+        return SiteDelta(diag, strength * self.left, self.right)
+
     def dense(self) -> Array:
         """The (out, in) matrix itself: for inspection and tests, never for folding."""
         matrix = self.left @ self.right
         _add_diagonal(matrix, self.diag, 0)
         return matrix
+
+
+@dataclass(frozen=True)
+class Scales:
+    """W as diag(s_out) W diag(s_in), float64; None: ones.
+
+    Attributes:
+        s_in: (in,), s_out: (out,).
+    """
+
+    s_in: Array | None = None
+    s_out: Array | None = None
+
+    @property
+    def transposed(self) -> Scales:
+        """The scales of the transposed weight."""
+        return Scales(self.s_out, self.s_in)
+
+    def of(self, weight: NDArray[np.floating], rows: slice = slice(None)) -> Array:
+        """Some rows of a weight, scaled, in float64; the weight's own values without scales."""
+        scaled: Array = weight if self.s_in is None else weight * self.s_in  # type: ignore[assignment]
+        return scaled if self.s_out is None else self.s_out[rows, None] * scaled
+
+
+UNSCALED = Scales()
+
+
+@dataclass(frozen=True)
+class SiteChange:
+    """All that an adapter does at one site: y = diag(s_out) W diag(s_in) x + ΔW x + b + db.
+
+    The sequential form then multiplies that by M.
+
+    Attributes:
+        delta: ΔW, or M; None: zero, or the identity.
+        scales: s_in and s_out.
+        db: (out,), float64; None: zeros.
+    """
+
+    delta: SiteDelta | None
+    scales: Scales = UNSCALED
+    db: Array | None = None
 
 
 def tau(x: Array, reflection: Reflection) -> float:
@@ -130,8 +180,18 @@ def low_rank_delta(lora_a: Array, lora_b: Array) -> SiteDelta:
     return SiteDelta(np.zeros(min(lora_b.shape[0], lora_a.shape[1])), lora_b, lora_a)
 
 
+def constant_delta(diagonal: float, out: int, into: int) -> SiteDelta:
+    """``diagonal`` times the rectangular identity, of rank 0: 0 changes nothing, 1 is M = I."""
+    return SiteDelta(
+        np.full(min(out, into), float(diagonal)), np.zeros((out, 0)), np.zeros((0, into))
+    )
+
+
 def fold_additive(
-    weight: NDArray[np.float32], delta: SiteDelta, out: NDArray[np.float32] | None = None
+    weight: NDArray[np.float32],
+    delta: SiteDelta,
+    out: NDArray[np.float32] | None = None,
+    scales: Scales = UNSCALED,
 ) -> NDArray[np.float32]:
     """W + delta, computed in float64 and cast once to float32 (paper Eq. 6).
 
@@ -142,13 +202,14 @@ def fold_additive(
             slice of a fused qkv is folded along its memory order.
         delta: what to add.
         out: where to put the result, same shape; None allocates.
+        scales: of W, before delta is added.
     """
     if weight.shape != delta.shape:
         raise ValueError(f"weight {weight.shape} and delta {delta.shape} differ in shape")
     if out is None:
         out = np.empty_like(weight)
     if weight.strides[0] < weight.strides[1]:
-        fold_additive(weight.T, delta.transposed, out.T)
+        fold_additive(weight.T, delta.transposed, out.T, scales.transposed)
         return out
     left, right, diag = delta.left, np.ascontiguousarray(delta.right), delta.diag
     rows = max(1, _BLOCK_BYTES // (8 * max(1, weight.shape[1])))
@@ -157,30 +218,43 @@ def fold_additive(
         block = slice(start, start + rows)
         product = np.matmul(left[block], right, out=buffer[: weight.shape[0] - start])
         _add_diagonal(product, diag[block], start)
-        product += weight[block]
+        product += scales.of(weight[block], block)
         out[block] = product
     return out
 
 
 def fold_sequential(
-    weight: NDArray[np.float32], bias: NDArray[np.float32] | None, transform: SiteDelta
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    transform: SiteDelta,
+    scales: Scales = UNSCALED,
+    db: Array | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """W, b -> M W, M b, computed in float64 and cast once (paper Eq. 7).
+    """W, b -> M W, M (b + db), computed in float64 and cast once (paper Eq. 7).
 
-    ``transform`` is M itself, not M - I. The adapter acts on the Linear's output, so the bias
-    goes through it as well; a Linear without a bias stays without one (M 0 = 0).
+    ``transform`` is M itself, not M - I; ``scales`` are those of W before it. The adapter acts on
+    the Linear's output, so the bias goes through it as well; a Linear without a bias stays
+    without one (M 0 = 0) unless ``db`` gives it one.
     """
-    wide = weight.astype(np.float64)
+    wide = scales.of(weight.astype(np.float64))
     folded = transform.diag[:, None] * wide + transform.left @ (transform.right @ wide)
     # The result keeps the memory order of ``weight``, which may be a transposed view.
     order: Literal["C", "F"] = "C" if weight.flags.c_contiguous else "F"
     new_weight = folded.astype(np.float32, order=order)
-    if bias is None:
+    b = shifted_bias(bias, db)
+    if b is None:
         return new_weight, None
-    b = bias.astype(np.float64)
     return new_weight, (transform.diag * b + transform.left @ (transform.right @ b)).astype(
         np.float32
     )
+
+
+def shifted_bias(bias: NDArray[np.float32] | None, db: Array | None) -> Array | None:
+    """b + db in float64, None where there is neither."""
+    if bias is None or db is None:
+        return db if bias is None else bias.astype(np.float64)
+    total: Array = bias.astype(np.float64) + db
+    return total
 
 
 def effective_rank(delta: SiteDelta) -> float:

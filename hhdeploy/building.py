@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import engine_name, stale
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Range, name_with_digits, plain_name
-from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
-from hhdeploy.errors import ConflictError, OptionError, PlanError, require
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
+from hhdeploy.errors import ConflictError, PlanError, require
 from hhdeploy.exporters.engine import (
-    ELEMENT_LIMIT,
-    EngineOptions,
+    BuildOptions,
+    Phases,
+    Shape,
     check_options,
     engine_from_onnx,
 )
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import sha256_of_bytes
-from hhdeploy.packages.trt import import_tensorrt
-from hhdeploy.verifying.bundles import Progress
+from hhdeploy.packages import import_tensorrt
 
-# (phase, steps done, steps in all) of the compiler.
-Phases = Callable[[str, int, int], None]
+__all__ = ["BuildOptions", "build"]
+
 _DEFAULT_MAX_SLOTS = 1024
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What `build` is asked for; see `EngineOptions` for what they mean to the backend.
-
-    Attributes:
-        batch: images of one run: fewest, the number to tune for, most.
-        max_slots: rows of the largest bank; None: 1,024, or what a tensor can hold.
-        architectures: ``sm89`` ...; empty: portable, or this machine's GPU.
-        bank_as_constant: bake the bundle's bank into the engine.
-        hardware_compatible, optimization_level, workspace_mib, tf32: see `EngineOptions`.
-    """
-
-    batch: Range = (1, 8, 32)
-    max_slots: int | None = None
-    architectures: tuple[str, ...] = ()
-    bank_as_constant: bool = False
-    hardware_compatible: bool = False
-    optimization_level: int | None = None
-    workspace_mib: int | None = None
-    tf32: bool = False
+# Elements of one tensor, at most, in many layers of TensorRT.
+_ELEMENT_LIMIT = 2**31 - 1
 
 
 def build(
@@ -80,15 +59,12 @@ def build(
         BundleError, WriteError: see their docstrings; the bundle is unchanged then.
     """
     options = options or BuildOptions()
-    flags = _flags(backend, options)
-    check_options(flags, row=None, precision=precision)  # what no bundle could make right
+    check_options(backend, precision, options)
     import_tensorrt(backend)  # before anything slow
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     baked_in = manifest.bank_as_constant or options.bank_as_constant
-    engine_options = replace(flags, slots=_slots(bundle, options))
-    row = manifest.layout.size if manifest.layout is not None else None
-    check_options(engine_options, row=row, precision=precision)
+    slots = _slots(bundle, options)
     if precision not in manifest.graphs:
         from hhdeploy.exporting.graphs import add_typed_graph
 
@@ -103,14 +79,16 @@ def build(
         here = find_gpu()
         gpu = here.name
         architectures = () if options.hardware_compatible else (here.architecture,)
-    shapes: dict[str, tuple[int | str, ...]] = {"images": ("batch", *manifest.input_size)}
-    if row is not None:
-        shapes |= {"adapter_ids": ("batch",), "adapter_bank": ("slots", row)}
+    shapes: dict[str, Shape] = {"images": (options.batch, *manifest.input_size)}
+    if manifest.layout is not None:
+        shapes["adapter_ids"] = (options.batch,)
+    if manifest.layout is not None and slots is not None:
+        shapes["adapter_bank"] = (slots, manifest.layout.size)
     progress(f"building with {backend}")
     with scratch_directory(None, "build") as scratch:
         if options.bank_as_constant:
             graph = _baked(bundle, graph, scratch)
-        built = engine_from_onnx(graph, shapes, engine_options, phases)
+        built = engine_from_onnx(graph, backend, shapes, options, phases)
     name = engine_name(precision, backend, architectures, bank_as_constant=baked_in)
     plan = memoryview(built.plan)
     entry = EngineEntry(
@@ -120,8 +98,8 @@ def build(
         precision=precision,
         architectures=architectures,
         gpu=gpu,
-        batch=engine_options.batch,
-        slots=engine_options.slots,
+        batch=options.batch,
+        slots=slots,
         bank_sha256=manifest.files[manifest.named(BANK_FILE)] if baked_in else None,
         graph_sha256=manifest.graph_digest(precision),
         optimization_level=options.optimization_level,
@@ -133,43 +111,32 @@ def build(
     return entry
 
 
-def _flags(backend: str, options: BuildOptions) -> EngineOptions:
-    """All that the bundle has no part in: without the rows of its bank."""
-    if options.bank_as_constant and options.max_slots is not None:
-        raise OptionError(
-            "--max-slots does not go with --bank-as-constant: the engine has no bank input then."
-        )
-    return EngineOptions(
-        backend,
-        options.batch,
-        None,
-        options.architectures,
-        options.hardware_compatible,
-        options.optimization_level,
-        options.workspace_mib,
-        options.tf32,
-    )
-
-
 def _slots(bundle: Bundle, options: BuildOptions) -> Range | None:
     """Rows of the engine's bank; None without one."""
     manifest = bundle.manifest
     if options.bank_as_constant and manifest.layout is None:
-        raise PlanError("--bank-as-constant: a folded bundle has no bank. Leave it out.")
+        raise PlanError("`bank_as_constant`: a folded bundle has no bank. Leave it out.")
     if manifest.layout is None or manifest.bank_as_constant or options.bank_as_constant:
         if options.max_slots is not None:
             raise PlanError(
-                "--max-slots: this engine has no bank input (a folded graph, or a bank baked "
+                "`max_slots`: this engine has no bank input (a folded graph, or a bank baked "
                 "in). Leave it out."
             )
         return None
-    rows = len(bundle.bank())
-    most = options.max_slots or max(
-        rows, min(_DEFAULT_MAX_SLOTS, ELEMENT_LIMIT // manifest.layout.size)
-    )
+    rows, row = len(bundle.bank()), manifest.layout.size
+    limit = _ELEMENT_LIMIT // row
+    most = options.max_slots
+    if most is None:
+        most = max(rows, min(_DEFAULT_MAX_SLOTS, limit))
+    if most > limit:
+        raise PlanError(
+            f"`max_slots={most}`: a bank of that many rows of {row:,} floats has {most * row:,} "
+            f"elements, TensorRT takes {_ELEMENT_LIMIT:,} a tensor. Use `max_slots={limit}` or "
+            "fewer."
+        )
     if most < rows:
         raise PlanError(
-            f"--max-slots {most}: the bundle's bank has {rows} rows. Use {rows} or more."
+            f"`max_slots={most}`: the bundle's bank has {rows} rows. Use {rows} or more."
         )
     return 1, rows, most
 

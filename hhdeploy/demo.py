@@ -12,8 +12,9 @@ import numpy as np
 
 from hhdeploy.errors import DataError
 from hhdeploy.exporting.bundles import ExportResult, export
+from hhdeploy.files.folders import list_classes
 from hhdeploy.plan import Reserve
-from hhdeploy.preprocess import list_classes, open_image
+from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import Session, open_session
 from hhdeploy.timing import Paired, paired
 
@@ -37,25 +38,25 @@ class Starter:
     tasks: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: Path) -> Starter:
+    def read(cls, examples: Path) -> Starter:
         """Read ``backbone.json``. Raises `DataError` when the directory has none."""
         try:
-            content = json.loads((path / "backbone.json").read_text(encoding="utf-8"))
+            content = json.loads((examples / "backbone.json").read_text(encoding="utf-8"))
         except OSError:
             raise DataError(
-                f"{path} has no starter models: backbone.json was expected there. They are in "
-                "examples/starter of the source repository: pass --examples DIR."
+                f"{examples} has no starter models: backbone.json was expected there. They are in "
+                "examples/starter of the source repository: pass them as `examples`."
             ) from None
-        tasks = tuple(sorted(d.name for d in (path / "adapters").iterdir() if d.is_dir()))
-        return cls(path, content["model"], content["model_args"], tasks)
+        tasks = tuple(sorted(d.name for d in (examples / "adapters").iterdir() if d.is_dir()))
+        return cls(examples, content["model"], content["model_args"], tasks)
 
     def adapter(self, task: str) -> Path:
         """An adapter's directory."""
         return self.path / "adapters" / task
 
-    def images(self, task: str) -> dict[str, list[Path]]:
+    def images(self, task: str) -> Mapping[str, tuple[Path, ...]]:
         """Class -> held-out test images that ship with the repository."""
-        return list_classes(self.path / "images" / task)
+        return list_classes(self.path / "images" / task).paths
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """A sample and what its adapter said."""
 
     sample: Sample
@@ -87,7 +88,7 @@ class DemoResult:
 
     folded: ExportResult
     branches: ExportResult
-    answers: tuple[Answer, ...]
+    answers: tuple[Prediction, ...]
     cost: Mapping[int, Paired]
 
     def accuracy(self, task: str) -> tuple[int, int]:
@@ -112,11 +113,11 @@ def run_demo(
         "overwrite": True,
     }
     first = starter.tasks[0]
-    progress(f"export --fold: {first} into the weights, verified")
+    progress(f"folding {first} into the weights, verified")
     folded = export(
         starter.model, {first: starter.adapter(first)}, out / f"{first}-folded", fold=True, **common
     )
-    progress(f"export: {', '.join(starter.tasks)} as side branches of one graph, verified")
+    progress(f"exporting {', '.join(starter.tasks)} as side branches of one graph, verified")
     branches = export(
         starter.model,
         {task: starter.adapter(task) for task in starter.tasks},
@@ -149,14 +150,14 @@ def samples(starter: Starter) -> list[Sample]:
     return [own[i] for i in range(longest) for own in per_task if i < len(own)]
 
 
-def classify(session: Session, items: list[Sample]) -> tuple[Answer, ...]:
+def classify(session: Session, items: list[Sample]) -> tuple[Prediction, ...]:
     """Each image with its own task's adapter, in mixed batches."""
     answers = []
     for start in range(0, len(items), _BATCH):
         batch = items[start : start + _BATCH]
         found = session.classify([open_image(s.path) for s in batch], [s.task for s in batch])
         answers += [
-            Answer(sample, best.label, best.score)
+            Prediction(sample, best.label, best.score)
             for sample, (best, *_) in zip(batch, found, strict=True)
         ]
     return tuple(answers)

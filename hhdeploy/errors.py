@@ -20,16 +20,38 @@
 A message says what was expected, what was found, where, and what to do. The command line
 prints it and exits with 1, with 2 for an OptionError, which is a wrong command line; everything
 else is a bug and keeps its traceback.
+
+A message speaks Python, and marks with backticks what is code: a parameter (`max_rank`), one with
+a value (`max_rank=4`, `verify=False`), a call (`build('bundle', backend='tensorrt')`, made by
+`as_code`). The command line shows the very same message with its own words in their place
+(``hhdeploy.cli.wording``), so no message names a flag and none is written twice.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
+from pathlib import PurePath
 from types import ModuleType
+
+# What a message marks as code; never over a line.
+MARK = re.compile(r"`([^`\n]+)`")
 
 
 class HhdeployError(Exception):
     """Base of all errors that are the input's or the environment's, not the program's."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The Python parameters that the message marks, each once, in its order."""
+        names = (name for mark in MARK.findall(str(self)) for name in _parameters_in(mark))
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def parameter(self) -> str | None:
+        """The first of `parameters`, e.g. ``max_rank``; None where the message names none."""
+        return next(iter(self.parameters), None)
 
 
 class AdapterError(HhdeployError):
@@ -90,6 +112,46 @@ class ReadError(HhdeployError):
 
 class MissingDependencyError(HhdeployError):
     """An optional package is not installed."""
+
+
+def marked_code(mark: str) -> ast.Call | None:
+    """The expressions and ``name=value`` of a mark, as the arguments of a call; None: no code."""
+    try:
+        parsed = ast.parse(f"_({mark})", mode="eval").body
+    except SyntaxError:
+        return None
+    return parsed if isinstance(parsed, ast.Call) else None
+
+
+def as_code(function: str, *values: object, **parameters: object) -> str:
+    """A marked call for a message: what to run in Python, with these very values.
+
+    >>> as_code("build", Path("bundle"), backend="tensorrt")
+    "`build('bundle', backend='tensorrt')`"
+
+    Args:
+        function: of ``hhdeploy``, e.g. ``build``.
+        values, parameters: of the call; a path is shown as a string.
+    """
+    shown = [_literal(value) for value in values]
+    shown += [f"{name}={_literal(value)}" for name, value in parameters.items()]
+    return f"`{function}({', '.join(shown)})`"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, str) and MARK.fullmatch(value):
+        return value[1:-1]  # of another `as_code`
+    text = repr(str(value) if isinstance(value, PurePath) else value)
+    return text.replace("`", r"\x60")  # would end the mark
+
+
+def _parameters_in(mark: str) -> list[str]:
+    code = marked_code(mark)
+    if code is None:
+        return []
+    bare = [a.value if isinstance(a, ast.Subscript) else a for a in code.args]
+    names = [a.id for a in bare if isinstance(a, ast.Name)]
+    return [*names, *(k.arg for k in code.keywords if k.arg is not None)]
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -5,11 +5,10 @@ Data flows: adapter files + `BackboneFacts` -> `Plan` -> graph -> bundle.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hhdeploy.adapters.checks import abbreviate, check_adapter, check_name, check_sites
+from hhdeploy.adapters.checks import abbreviate, check, check_live, check_name, check_sites
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import (
@@ -22,7 +21,7 @@ from hhdeploy.backbones.sites import (
     sites_of,
     split_target,
 )
-from hhdeploy.bundle.layout import Branch, RowLayout
+from hhdeploy.bundle.layout import Branch, RowLayout, in_row_order
 from hhdeploy.errors import OptionError, PlanError
 
 
@@ -35,24 +34,30 @@ class Reserve:
         max_classes: classes of a head at least this.
         sites: targets such as ``fc1`` or ``proj:sequential`` that get a branch in any case.
         keep_backbone_head: keep the backbone's own classifier in the graph.
+        parts: of s_in, s_out and db: room for these at every Linear that has a branch.
     """
 
     max_rank: int = 0
     max_classes: int = 0
     sites: tuple[str, ...] = ()
     keep_backbone_head: bool = False
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_rank < 0 or self.max_classes < 0:
             raise OptionError(
-                f"--max-rank and --max-classes: expected 0 or more, found {self.max_rank} and "
+                f"`max_rank` and `max_classes`: expected 0 or more, found {self.max_rank} and "
                 f"{self.max_classes}."
             )
         for target in self.sites:
             try:
                 split_target(target)
             except ValueError as error:
-                raise OptionError(f"--sites: {error}") from error
+                raise OptionError(f"`sites`: {error}") from error
+        try:
+            in_row_order(self.parts)
+        except ValueError as error:
+            raise OptionError(f"`parts`: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,53 +79,67 @@ def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve
     """Check the adapters against the backbone and each other, and lay out the row.
 
     Raises:
-        PlanError: no adapter and nothing reserved, or a head is needed that does not exist.
-        AdapterError: see `check_adapter`.
+        PlanError: no adapter and nothing reserved, a head is needed that does not exist, or an
+            adapter can only be folded.
+        AdapterError: see `check`.
     """
     check_sites(facts)
     for name, adapter in adapters.items():
         check_name(name)
-        check_adapter(name, adapter, facts)
+        check_live(name, adapter)
+        check(name, adapter, facts)
     reserved = _reserved_sites(facts, reserve.sites)
     needs_backbone_head = any(a.head is None for a in adapters.values())
     if reserve.keep_backbone_head and facts.classes == 0:
         raise PlanError(
-            f"--keep-backbone-head: {facts.model} as loaded has no classifier of its own."
+            f"`keep_backbone_head`: {facts.model} as loaded has no classifier of its own."
         )
-    branches = []
-    for linear in facts.linears:
-        for form in FORMS:
-            branch = _branch(linear, form, adapters.values(), reserved, reserve.max_rank)
-            if branch is not None:
-                branches.append(branch)
+    branches = [
+        branch
+        for linear in facts.linears
+        for branch in _branches(linear, tuple(adapters.values()), reserved, reserve)
+    ]
     if not branches:
-        raise PlanError("nothing to export: no adapter given and no --sites reserved.")
+        raise PlanError("nothing to export: no adapter given and no `sites` reserved.")
     heads = [a.head.weight.shape[0] for a in adapters.values() if a.head is not None]
     classes = max([reserve.max_classes, *heads])
     keep = needs_backbone_head or reserve.keep_backbone_head or (classes == 0)
     if keep and facts.classes == 0:
         raise PlanError(
             f"{facts.model} as loaded has no classifier: give adapters that have one, or reserve "
-            "room with --max-classes."
+            "room with `max_classes`."
         )
     return Plan(facts, tuple(adapters), RowLayout(tuple(branches), classes, facts.dim, keep))
 
 
-def _branch(
+def _branches(
     linear: LinearSpec,
-    form: Form,
-    adapters: Sequence[Adapter] | Any,
+    adapters: Sequence[Adapter],
     reserved: Mapping[Form, set[str]],
-    max_rank: int,
-) -> Branch | None:
-    names = tuple(site.name for site in linear.sites)
-    ranks = [a.delta(n).rank for a in adapters if a.form == form for n in names if n in a.sites]
-    if not ranks and reserved[form].isdisjoint(names):
-        return None
-    site = linear.sites[0]
-    in_ = site.out if form == "sequential" else site.in_
-    # A reserved branch without an adapter has room for HTA with r = 1 unless told otherwise.
-    return Branch(linear.path, form, names, site.out, in_, max([max_rank, *(ranks or [3])]))
+    reserve: Reserve,
+) -> Iterator[Branch]:
+    """The branches at one Linear, additive first."""
+    site, names = linear.sites[0], tuple(s.name for s in linear.sites)
+    ranks: dict[Form, list[int]] = {form: [] for form in FORMS}
+    asked: set[str] = set()
+    for adapter in adapters:
+        for name in names:
+            if name in adapter.sites:
+                delta = adapter.delta(name)
+                ranks[adapter.form] += [] if delta is None else [delta.rank]
+                asked |= set(adapter.sites[name].parts)
+    room = {form: not reserved[form].isdisjoint(names) for form in FORMS}
+    if asked or any(ranks.values()) or any(room.values()):
+        asked |= set(reserve.parts)
+    for form in FORMS:
+        extras = in_row_order(asked) if form == "additive" else ()
+        if ranks[form] or room[form] or extras:
+            # A reserved branch without an adapter has room for HTA with r = 1 unless told
+            # otherwise; one that is there for its extras alone has the least that is a product.
+            least = 3 if room[form] and not ranks[form] else 1
+            rank = max(reserve.max_rank, least, *ranks[form])
+            in_ = site.out if form == "sequential" else site.in_
+            yield Branch(linear.path, form, names, site.out, in_, rank, extras)
 
 
 def _reserved_sites(facts: BackboneFacts, targets: Sequence[str]) -> dict[Form, set[str]]:
@@ -130,12 +149,12 @@ def _reserved_sites(facts: BackboneFacts, targets: Sequence[str]) -> dict[Form, 
         sites: list[Site] = select_sites(facts.linears, [name])[name]
         if not sites:
             raise PlanError(
-                f"--sites: {name!r} matches no site of {facts.model}. Its sites are "
+                f"`sites`: {name!r} matches no site of {facts.model}. Its sites are "
                 f"{abbreviate(list(sites_of(facts.linears)))}."
             )
         if form == "sequential" and any(s.kind not in SEQUENTIAL_KINDS for s in sites):
             raise PlanError(
-                f"--sites: {target!r}: the sequential form acts after "
+                f"`sites`: {target!r}: the sequential form acts after "
                 f"{', '.join(SEQUENTIAL_KINDS)} only."
             )
         reserved[form] |= {site.name for site in sites}

@@ -6,7 +6,8 @@ Pillow is imported when an image is touched: a session that is fed arrays needs 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,11 @@ from hhdeploy.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-
 _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-# Pillow's mode for a number of channels.
-_MODES = {1: "L", 3: "RGB"}
 _CROP_MODES = ("center", "squash", "border")
+# TIFF's and EXIF's tags, with the same numbers.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
+_WHITE_IS_ZERO, _SHORT = 0, 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Preprocess:
     """timm's data config: how an image becomes float32 [channels, H, W].
 
     Pictures become 3 channels, or 1 (grey); inputs of other models are fed as arrays.
-
 
     Attributes:
         input_size: (channels, H, W).
@@ -42,6 +41,9 @@ class Preprocess:
         crop_pct: the share of the resized image that the crop keeps.
         crop_mode: center (short side resized, centre cropped), squash (aspect ratio given up)
             or border (long side resized, padded with the mean).
+        exif: turn the image as its EXIF orientation says, before anything else. In JSON it is
+            absent where it is not done: what was trained before there was this field saw images
+            as they are stored, so it goes on seeing them so.
     """
 
     input_size: tuple[int, int, int]
@@ -50,6 +52,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    exif: bool = True
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preprocess:
@@ -81,6 +84,9 @@ class Preprocess:
         crop_pct = float(content.get("crop_pct", 0.875))
         if not 0.0 < crop_pct <= 2.0:
             raise ValueError(f"preprocess.crop_pct must be in (0, 2], found {crop_pct}")
+        exif = content.get("exif", False)
+        if not isinstance(exif, bool):
+            raise ValueError(f"preprocess.exif must be true or false, found {exif!r}")
         return cls(
             (size[0], size[1], size[2]),
             mean,
@@ -88,11 +94,15 @@ class Preprocess:
             interpolation,
             crop_pct,
             crop_mode,
+            exif,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form that adapter_config.json and the manifest hold."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        content = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if not self.exif:
+            del content["exif"]  # as files have it that know no orientation
+        return content
 
     def described(self) -> str:
         """One line for people."""
@@ -107,17 +117,20 @@ class Preprocess:
         """One image to float32 [channels, H, W], normalised.
 
         Raises:
-            DataError: the model takes neither 1 nor 3 channels.
+            DataError: an image of more than 8 bits whose white is unknown (see `eight_bits`), or
+                a model that takes neither 1 nor 3 channels.
         """
         from PIL import Image
 
         channels, height, width = self.input_size
-        if channels not in _MODES:
+        if channels not in (1, 3):
             raise DataError(
                 f"the model takes {channels} channels and a picture has 1 or 3: feed arrays "
                 f"float32 [batch, {channels}, {height}, {width}], normalised."
             )
-        rgb = image.convert(_MODES[channels])
+        rgb = as_rgb(upright(image) if self.exif else image)
+        if channels == 1:
+            rgb = rgb.convert("L")
         resample = Image.Resampling[self.interpolation.upper()]
         if self.crop_mode == "squash":
             scale_h = math.floor(height / self.crop_pct)
@@ -170,46 +183,113 @@ def _center_crop(
     return image.crop((left, top, left + width, top + height))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; as it is without one.
+
+    Pillow itself turns a TIFF while it loads it. Metadata that cannot be read say nothing.
+    """
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    image.load()
+    turn = turns.get(_orientation(image.info.get("exif", b"")))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(exif: object) -> int:
+    """The orientation that a file's EXIF block tells, 1 if it tells none.
+
+    Read here, because Pillow warns of every other damage in a block that anybody may have sent.
+    """
+    block = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    try:
+        (at,) = struct.unpack_from(f"{order}I", block, 4)
+        (entries,) = struct.unpack_from(f"{order}H", block, at)
+        for entry in range(at + 2, at + 2 + 12 * entries, 12):
+            tag, kind, count, value = struct.unpack_from(f"{order}HHIH", block, entry)
+            if (tag, kind, count) == (_ORIENTATION, _SHORT, 1):
+                return int(value)
+    except struct.error:  # no block, or it ends early
+        return 1
+    return 1
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB. Raises `DataError` naming a mode that cannot be brought there."""
+    shallow = eight_bits(image)
+    try:
+        return shallow.convert("RGB")
+    except ValueError as error:
+        raise DataError(
+            f"an image of mode {image.mode} cannot be read as RGB: {error}. Convert it to RGB."
+        ) from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits scaled to 8, from black to white; any other as it is.
+
+    16-bit integers go from 0 to 65535, or to what the bits of a TIFF's samples hold; floats from
+    0 to 1.
+
+    Raises:
+        DataError: 32-bit integers, and floats outside 0 to 1: nothing says what is white.
+    """
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    image.load()
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image, np.float32)
+    low, high = float(values.min()), float(values.max())
+    # Pillow before 11.3 opens PNG's and PNM's 16 bits as 32.
+    sixteen = image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM"))
+    white = float(2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1) if sixteen else 1.0
+    if image.mode == "I" and not sixteen:
+        raise DataError(
+            f"an image of mode I (32-bit integers, here from {low:g} to {high:g}): nothing says "
+            "which number is white. Save it in 8 or 16 bits, scaled."
+        )
+    if not (low >= 0.0 and high <= white):  # NaN too
+        raise DataError(
+            f"an image of mode {image.mode} with values from {low:g} to {high:g}: expected 0 "
+            f"(black) to {white:g} (white). Scale it, or save it in 8 bits."
+        )
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = white - values
+    scaled = Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))
+    scaled.info = dict(image.info)  # its EXIF orientation
+    return scaled
+
+
 def open_image(path: Path) -> Image.Image:
-    """Read and decode one image file. Raises `DataError` naming the file."""
+    """Read and decode one image file; of more than 8 bits scaled as it means (`eight_bits`).
+
+    Its EXIF orientation is left to `Preprocess`.
+
+    Raises:
+        DataError: naming the file: not there, not an image, or of a depth that says nothing.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             image.load()
-            copied: Image.Image = image.copy()
+            shallow = eight_bits(image)
+            copied: Image.Image = image.copy() if shallow is image else shallow
         return copied
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. An image file was expected there.") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
         raise DataError(f"{path} cannot be decoded as an image: {error}") from error
-
-
-def list_images(directory: Path) -> list[Path]:
-    """All image files below ``directory``, sorted. Raises `DataError` when there are none."""
-    if not directory.is_dir():
-        raise DataError(f"{directory} is not a directory. A folder of images was expected.")
-    found = sorted(p for p in directory.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise DataError(
-            f"{directory} holds no image. Expected files ending in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}."
-        )
-    return found
-
-
-def list_classes(directory: Path) -> dict[str, list[Path]]:
-    """Class name -> image files of a ``DIR/CLASS/image`` folder, both sorted."""
-    if not directory.is_dir():
-        raise DataError(f"{directory} is not a directory. Expected DIR/CLASS/image.")
-    classes = {d.name: list_images(d) for d in sorted(directory.iterdir()) if d.is_dir()}
-    if not classes:
-        raise DataError(f"{directory} has no class folders. Expected DIR/CLASS/image.")
-    return classes
-
-
-def spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """``count`` of ``paths``, evenly spaced, so that every class of a sorted list is met."""
-    if len(paths) <= count:
-        return list(paths)
-    return [paths[(i * len(paths)) // count] for i in range(count)]

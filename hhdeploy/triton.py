@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import stale
 from hhdeploy.bundle.manifest import MANIFEST, EngineEntry
-from hhdeploy.errors import BundleError, OptionError, PlanError, WriteError, require
+from hhdeploy.bundle.store import Progress
+from hhdeploy.errors import BundleError, PlanError, WriteError, as_code, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
-    BACKENDS,
     CONFIG_FILE,
     LABELS_FILE,
     MODEL_FILES,
-    Backend,
-    Serving,
+    TritonOptions,
     adapters_json,
     check_model_name,
-    check_serving,
+    check_numbers,
+    check_options,
     config_pbtxt,
     labels_txt,
     requestable,
 )
 from hhdeploy.files.directories import Replaceable, atomic_directory
 from hhdeploy.files.writing import write_bytes
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 
-Progress = Callable[[str], None]
+__all__ = ["TritonModel", "TritonOptions", "write_triton_repository"]
+
 _VERSION = "1"
-_DEFAULT_MAX_BATCH = 32
 
 
 def _foreign(path: Path) -> str | None:
@@ -48,31 +47,6 @@ def _foreign(path: Path) -> str | None:
 
 
 _MODEL = Replaceable("a model", _foreign)
-
-
-@dataclass(frozen=True)
-class TritonOptions:
-    """What `write_triton_repository` is asked for.
-
-    Attributes:
-        name: of the model; None: the bundle's directory's.
-        precision: of the graph or engine.
-        backend: ``onnxruntime`` or ``tensorrt`` (an engine of the bundle).
-        gpu_arch: ``sm89`` ...: which engine, if the bundle has several that fit.
-        max_batch: see `Serving`; None: 32, or the most that the engine takes.
-        preferred_batch, max_queue_delay_us, instances: see `Serving`.
-        gpu: place instances on GPUs (True) or the CPU (False); None: GPUs if there are any.
-    """
-
-    name: str | None = None
-    precision: str = "float32"
-    backend: Backend = "onnxruntime"
-    gpu_arch: str | None = None
-    max_batch: int | None = None
-    preferred_batch: tuple[int, ...] = ()
-    max_queue_delay_us: int = 0
-    instances: int = 1
-    gpu: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -128,15 +102,16 @@ def write_triton_repository(
         WriteError: OUT/NAME exists, or the file system refused.
     """
     options, out = options or TritonOptions(), Path(out)
-    _check(options)
+    check_options(options)
     bundle = Bundle.open(path)
     name = check_model_name(options.name or bundle.path.resolve().name)
     engine = _engine(bundle, options) if options.backend == "tensorrt" else None
-    serving = _serving(options, engine)
+    if engine is not None:
+        options = _for_engine(options, engine)
     if not requestable(bundle.manifest):
         raise BundleError(
-            f"{bundle.path} has no adapter to serve. Add one with: hhdeploy adapter add "
-            f"{bundle.path} NAME=DIR"
+            f"{bundle.path} has no adapter to serve. Add one with: "
+            f"{as_code('add_adapter', bundle.path, 'NAME', 'DIR')}"
         )
     if (out / MANIFEST).is_file():
         raise WriteError(f"{out} is a bundle. Choose another directory for the repository.")
@@ -152,7 +127,7 @@ def write_triton_repository(
         else:
             _write_graph(bundle, options.precision, version / MODEL_FILES["onnxruntime"], progress)
         progress("writing the configuration")
-        _write_texts(bundle, root, name, options, serving, engine)
+        _write_texts(bundle, root, name, options, engine)
         files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
     manifest = bundle.manifest
     return TritonModel(
@@ -166,64 +141,33 @@ def write_triton_repository(
     )
 
 
-def _check(options: TritonOptions) -> None:
-    """What no bundle could make right."""
-    if options.name is not None:
-        check_model_name(options.name)
-    if options.backend not in BACKENDS:
-        raise OptionError(
-            f"--backend {options.backend}: expected {' or '.join(BACKENDS)}. (Triton's tensorrt "
-            "backend runs TensorRT's engines, not TensorRT-RTX's.)"
-        )
-    cpu = options.gpu is False
-    if options.backend == "tensorrt":
-        if cpu:
-            raise OptionError(
-                "--cpu: TensorRT engines run on GPUs alone. Use --backend onnxruntime."
-            )
-        return
-    if options.gpu_arch is not None:
-        raise OptionError("--gpu-arch chooses an engine: it goes with --backend tensorrt alone.")
-    if cpu and options.precision == "bfloat16":
-        raise OptionError(
-            "--cpu: ONNX Runtime has no bfloat16 kernels on CPUs, so the model would not load. "
-            "Use --precision float32, or --gpu."
-        )
-    _serving(options, None)
-
-
-def _serving(options: TritonOptions, engine: EngineEntry | None) -> Serving:
-    """How Triton is to batch, within what the engine takes."""
-    most = engine.batch[2] if engine is not None else None
-    serving = Serving(
-        max_batch=options.max_batch
-        if options.max_batch is not None
-        else most or _DEFAULT_MAX_BATCH,
-        preferred_batch=options.preferred_batch,
-        max_queue_delay_us=options.max_queue_delay_us,
-        instances=options.instances,
-        kind="auto" if options.gpu is None else "gpu" if options.gpu else "cpu",
-    )
-    check_serving(serving)
-    if engine is None:
-        return serving
-    assert most is not None
-    if serving.max_batch > most:
+def _for_engine(options: TritonOptions, engine: EngineEntry) -> TritonOptions:
+    """The options within what the engine takes."""
+    most = engine.batch[2]
+    wanted = most if options.max_batch is None else options.max_batch
+    fit = replace(options, max_batch=wanted, gpu=True)
+    check_numbers(fit)
+    if fit.batch > most:
         raise PlanError(
-            f"--max-batch {serving.max_batch}: {engine.file} takes {most} images at most. Use "
-            f"--max-batch {most} or less, or build it with --max-batch {serving.max_batch}."
+            f"`max_batch={fit.batch}`: {engine.file} takes {most} images at most. Use "
+            f"`max_batch={most}` or less, or build it with a `batch[2]` of {fit.batch}."
         )
-    return replace(serving, kind="gpu")
+    return fit
 
 
 def _engine(bundle: Bundle, options: TritonOptions) -> EngineEntry:
     """The engine that Triton's tensorrt backend can run, its file not read yet."""
     manifest, precision = bundle.manifest, options.precision
     constant = manifest.layout is not None and not manifest.bank_as_constant
-    command = (
-        f"hhdeploy build {bundle.path} --backend tensorrt --precision {precision}"
-        f"{' --bank-as-constant' if constant else ''}"
+    plain = as_code("build", bundle.path, backend="tensorrt", precision=precision)
+    with_bank = as_code(
+        "build",
+        bundle.path,
+        backend="tensorrt",
+        precision=precision,
+        options=as_code("BuildOptions", bank_as_constant=True),
     )
+    command = with_bank if constant else plain
     entries = [e for e in manifest.engines if e.precision == precision]
     reasons = {e.file: _unfit(bundle, e, options.gpu_arch) for e in entries}
     fit = [e for e in entries if reasons[e.file] is None]
@@ -239,7 +183,7 @@ def _engine(bundle: Bundle, options: TritonOptions) -> EngineEntry:
         )
         raise PlanError(
             f"{bundle.path} has several {precision} engines that Triton can run; choose one with "
-            f"--gpu-arch:{listed}"
+            f"`gpu_arch`:{listed}"
         )
     return fit[0]
 
@@ -256,7 +200,7 @@ def _unfit(bundle: Bundle, entry: EngineEntry, gpu_arch: str | None) -> str | No
     if entry.batch[0] != 1:
         return (
             f"takes {entry.batch[0]} images at least, and Triton also runs single requests "
-            "(build with --min-batch 1)"
+            "(build with a `batch[0]` of 1)"
         )
     if gpu_arch is not None and entry.architectures and gpu_arch not in entry.architectures:
         return f"built for {', '.join(entry.architectures)}, not for {gpu_arch}"
@@ -284,7 +228,6 @@ def _write_texts(
     root: Path,
     name: str,
     options: TritonOptions,
-    serving: Serving,
     engine: EngineEntry | None,
 ) -> None:
     manifest = bundle.manifest
@@ -298,7 +241,7 @@ def _write_texts(
         facts["tensorrt_version"] = engine.version
         facts["gpu_architectures"] = ",".join(engine.architectures)
     texts = {
-        CONFIG_FILE: config_pbtxt(name, manifest, options.backend, serving, facts),
+        CONFIG_FILE: config_pbtxt(name, manifest, options, facts),
         LABELS_FILE: labels_txt(manifest),
         ADAPTERS_FILE: json.dumps(adapters_json(name, manifest), indent=2) + "\n",
     }

@@ -17,7 +17,7 @@ from hhdeploy.errors import (
     MissingDependencyError,
     SessionError,
 )
-from hhdeploy.packages.trt import BACKENDS
+from hhdeploy.packages import BACKENDS
 
 Images = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -118,11 +118,11 @@ def open_backend(
     """
     if options.hint != "latency" and target.device != "openvino":
         raise SessionError(
-            f"hint={options.hint!r}: device={target.device!r} has none; expected openvino."
+            f"`hint={options.hint!r}`: `device={target.device!r}` has none; expected openvino."
         )
     if options.cuda_graphs and target.device not in RECORDING_DEVICES:
         raise SessionError(
-            f"cuda_graphs: device={target.device!r} has none; expected one of "
+            f"`cuda_graphs`: `device={target.device!r}` has none; expected one of "
             f"{', '.join(RECORDING_DEVICES)}."
         )
     if target.engine is not None:

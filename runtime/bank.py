@@ -83,8 +83,8 @@ class AdapterBank:
             slots = max(default, needed)
         if slots < needed and not (partial and slots > 1):
             raise SessionError(
-                f"slots={slots} is too small: the bundle's adapters take rows up to {needed - 1}. "
-                f"Open it with slots={needed} or more."
+                f"`slots={slots}` is too small: the bundle's adapters take rows up to "
+                f"{needed - 1}. Open it with `slots={needed}` or more."
             )
         # np.zeros is lazy: rows that no adapter uses take no memory.
         self.rows: NDArray[np.float32] = np.zeros((slots, stored.shape[1]), np.float32)
@@ -243,7 +243,7 @@ class AdapterBank:
             if not self._manifest.backbone_classes:
                 raise SessionError(
                     "this bundle has no classifier of the bare backbone: name an adapter for "
-                    "every image, or export with --keep-backbone-head."
+                    "every image, or export with `keep_backbone_head=True`."
                 )
             return BACKBONE_ROW
         row = self._entry(name).row
@@ -256,7 +256,7 @@ class AdapterBank:
                 return row
         raise CapacityError(
             f"all {self.slots - 1} rows of the bank are in use. Remove an adapter, or open the "
-            f"session with slots={2 * self.slots}."
+            f"session with `slots={2 * self.slots}`."
         )
 
     def _retire(self, entry: AdapterEntry) -> list[int]:

@@ -23,7 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 from hhdeploy.errors import DeviceError, require
 
 _DEVICE = 0
-_ELSEWHERE = "or open the session with device='cpu'"
+_ELSEWHERE = "or open the session with `device='cpu'`"
 _RESTART = "The process has lost its GPU context: restart it. nvidia-smi and dmesg may say why."
 _HINTS = {
     "cudaErrorNoDevice": f"Check nvidia-smi and CUDA_VISIBLE_DEVICES, {_ELSEWHERE}.",
@@ -32,13 +32,13 @@ _HINTS = {
         f"(nvidia-smi shows what is there), {_ELSEWHERE}."
     ),
     "cudaErrorMemoryAllocation": (
-        "Open the session with fewer slots or contexts, build the engine with a smaller "
-        "--max-batch, or stop other programs that use the GPU."
+        "Open the session with fewer `slots` or `contexts`, build the engine with a smaller "
+        "`batch[2]`, or stop other programs that use the GPU."
     ),
     "cudaErrorDevicesUnavailable": "Another process holds the GPU: nvidia-smi shows which.",
     **dict.fromkeys(
         ("cudaErrorStreamCaptureUnsupported", "cudaErrorStreamCaptureInvalidated"),
-        "This engine cannot be recorded: open the session without cuda_graphs.",
+        "This engine cannot be recorded: open the session without `cuda_graphs`.",
     ),
     "cudaErrorSystemDriverMismatch": "Driver and kernel module differ: reboot after an update.",
     **dict.fromkeys(

@@ -47,7 +47,7 @@ def open_onnxruntime(
             is left to another one in silence.
         BundleError: a graph that does not load. DeviceError: the GPU refused.
     """
-    ort = require("onnxruntime", "cpu" if device == "cpu" else "gpu", f"device={device!r}")
+    ort = require("onnxruntime", "cpu" if device == "cpu" else "gpu", f"`device={device!r}`")
     session = _open_session(ort, graph, device, options)
     name = f"onnxruntime {_PROVIDERS[device]}"
     if device == "cpu":
@@ -64,7 +64,7 @@ def _open_session(ort: ModuleType, graph: Path, device: str, options: BackendOpt
     provider, there = _PROVIDERS[device], ort.get_available_providers()
     if provider not in there:
         raise SessionError(
-            f"device={device!r} needs ONNX Runtime's {provider}, this build has "
+            f"`device={device!r}` needs ONNX Runtime's {provider}, this build has "
             f"{', '.join(there)}. Install it with: pip uninstall onnxruntime && pip install "
             "'hhdeploy[gpu]'"
         )
@@ -128,7 +128,7 @@ def _placed(session: Any, provider: str, version: str) -> str:
     if products:
         raise DeviceError(
             f"{provider} leaves {sum(products.values())} of the graph's products to the CPU "
-            f"({', '.join(sorted(products))}). Use another precision, or device='cpu'."
+            f"({', '.join(sorted(products))}). Use another precision, or `device='cpu'`."
         )
     kinds = ", ".join(sorted(left))
     return f" ({left.total()} of {len(nodes)} nodes on the CPU: {kinds})"

@@ -148,7 +148,7 @@ class OnnxRuntimeGraphBackend:
         except Exception as error:
             raise DeviceError(
                 f"{self.name} failed with CUDA graphs: {error}. Without them: open the session "
-                "without cuda_graphs."
+                "without `cuda_graphs`."
             ) from error
         self._sizes[len(images)] = recorded
         return logits
@@ -199,7 +199,7 @@ def _bank_on_gpu(ort: ModuleType, bank: Bank) -> Any:
     except Exception as error:
         raise DeviceError(
             f"ONNX Runtime cannot put a bank of {bank.nbytes / 1e6:.0f} MB on the GPU: "
-            f"{error}. Open the session with fewer slots."
+            f"{error}. Open the session with fewer `slots`."
         ) from error
     return bound
 

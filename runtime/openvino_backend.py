@@ -35,7 +35,7 @@ from hhdeploy.errors import (
     SessionError,
     require,
 )
-from hhdeploy.packages.extras import check_version
+from hhdeploy.packages import check_version
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 
@@ -179,7 +179,7 @@ def _check_bfloat16(core: Any) -> None:
         there = core.get_property(_CPU, "OPTIMIZATION_CAPABILITIES")
         raise SessionError(
             f"bfloat16: OpenVINO does not compute in it on {core.get_property(_CPU, _NAME)} "
-            f"(it has {', '.join(sorted(there))}). Open the session with precision='float32'."
+            f"(it has {', '.join(sorted(there))}). Open the session with `precision='float32'`."
         )
 
 

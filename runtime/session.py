@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.config import VALUES
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.answers import Answer, answers_of
+from hhdeploy.bundle.answers import Answer, answers_of, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.errors import SessionError
@@ -24,6 +25,8 @@ from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank, Hold
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Run = Callable[[NDArray[np.float32], NDArray[np.int64] | None], NDArray[np.float32]]
 
 
 class Session:
@@ -49,7 +52,7 @@ class Session:
         if self._adapters is None:
             raise SessionError(
                 "a folded bundle holds exactly one adapter, in its weights. Export without "
-                "--fold to add and remove adapters."
+                "`fold=True` to add and remove adapters."
             )
         return self._adapters
 
@@ -119,8 +122,9 @@ class Session:
             adapters: as for `run`.
 
         Returns:
-            For every image all classes of its own adapter, the most probable first. Images of
-            other adapters in the batch change nothing.
+            For every image all classes (or labels) of its own adapter, the most probable first,
+            or all values of a regression; see `Answer`. Images of other adapters in the batch
+            change nothing.
 
         Raises:
             SessionError: see `run`; no image; or logits that are no numbers.
@@ -133,11 +137,11 @@ class Session:
             manifest = self.bundle.manifest
             ways = [manifest.preprocess_of(e) for e in entries]
             pixels = np.stack([way(image) for way, image in zip(ways, images, strict=True)])
-            logits = self.run_rows(pixels, rows)
+            logits = self._open_backend().run(self._checked(pixels), rows)
         answers = []
         for index, (entry, row) in enumerate(zip(entries, logits, strict=True)):
             classes = entry.classes if entry is not None else manifest.backbone_classes
-            _check_numbers(row[:classes], index, names[index], self.precision)
+            _check_numbers(row[:classes], entry, index, names[index], self.precision)
             answers.append(answers_of(row, entry, classes))
         return answers
 
@@ -154,16 +158,13 @@ class Session:
         taken = [holds[name] for name in names]
         return [hold.entry for hold in taken], np.asarray([hold.row for hold in taken], np.int64)
 
-    def run_rows(
-        self, images: NDArray[np.float32], rows: NDArray[np.int64] | None
-    ) -> NDArray[np.float32]:
-        """`run` for a server, which holds its rows from the moment it takes a request.
+    def unchecked(self) -> Run:
+        """The graph itself, for a server that checks a request where it comes in.
 
-        Args:
-            images: float32 [batch, 3, H, W], normalised.
-            rows: int64 [batch], each held with `AdapterBank.hold`; None: a folded bundle.
+        Called with images, float32 [batch, 3, H, W] in C order, and rows, int64 [batch], each held
+        with `AdapterBank.hold`; None of a folded bundle. It gives the logits as `run` does.
         """
-        return self._open_backend().run(self._checked(images), rows)
+        return self._open_backend().run
 
     def close(self) -> None:
         """Free the graph. Closing twice is fine."""
@@ -217,14 +218,23 @@ def _names(adapters: str | Sequence[str | None] | None, images: int) -> list[str
 
 
 def _check_numbers(
-    logits: NDArray[np.float32], image: int, adapter: str | None, precision: str
+    logits: NDArray[np.float32],
+    entry: AdapterEntry | None,
+    image: int,
+    adapter: str | None,
+    precision: str,
 ) -> None:
-    """-inf is an answer (a class that is ruled out); NaN and +inf, or -inf alone, are none."""
-    if not np.isfinite(logits.max(initial=-np.inf)):
+    """-inf is an answer (a class that is ruled out); NaN and +inf, or -inf alone, are none.
+
+    No value of a regression is infinite.
+    """
+    values = problem_type(entry) == VALUES
+    least = logits.min(initial=np.inf) if values else logits.max(initial=-np.inf)
+    if not np.isfinite(least) or not np.isfinite(logits.max(initial=-np.inf)):
         raise SessionError(
             f"image {image}, adapter {adapter or BACKBONE!r}: the logits are no numbers (NaN or "
             f"infinity) in {precision}. Open the bundle in another precision; if float32 gives "
-            "none either, compare it with its reference: hhdeploy verify BUNDLE"
+            "none either, compare it with its reference: `verify()`."
         )
 
 

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import check_slots, choose_engine, split_batch
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
-from hhdeploy.errors import BundleError, SessionError
-from hhdeploy.packages.trt import import_tensorrt
+from hhdeploy.errors import BundleError, SessionError, as_code
+from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
 from hhdeploy.runtime.kernel_cache import kernels_entry
-from hhdeploy.runtime.tensorrt_engine import Tensor, open_engine
+from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import DeviceBank, Lane, open_lane
 
 
@@ -41,17 +41,17 @@ def find_engine(manifest: Manifest, backend: str, precision: str) -> EngineEntry
     return choose_engine(manifest, backend, precision, version=version, architecture=architecture)
 
 
-def expected_tensors(manifest: Manifest, engine: EngineEntry) -> list[Tensor]:
+def expected_tensors(manifest: Manifest, engine: EngineEntry) -> list[EngineTensor]:
     """Inputs and outputs of the graph contract, as this engine must have them."""
-    tensors = [Tensor("images", True, "FLOAT", (-1, *manifest.input_size))]
+    tensors = [EngineTensor("images", True, "FLOAT", (-1, *manifest.input_size))]
     if manifest.layout is not None:
-        tensors.append(Tensor("adapter_ids", True, "INT64", (-1,)))
+        tensors.append(EngineTensor("adapter_ids", True, "INT64", (-1,)))
         if engine.slots is not None:
-            tensors.append(Tensor("adapter_bank", True, "FLOAT", (-1, manifest.layout.size)))
-    return [*tensors, Tensor("logits", False, "FLOAT", (-1, manifest.classes))]
+            tensors.append(EngineTensor("adapter_bank", True, "FLOAT", (-1, manifest.layout.size)))
+    return [*tensors, EngineTensor("logits", False, "FLOAT", (-1, manifest.classes))]
 
 
-def check_tensors(found: list[Tensor], manifest: Manifest, engine: EngineEntry) -> None:
+def check_tensors(found: list[EngineTensor], manifest: Manifest, engine: EngineEntry) -> None:
     """The engine has the bundle's inputs and outputs; batch and slots may be fixed in it.
 
     Raises:
@@ -63,11 +63,11 @@ def check_tensors(found: list[Tensor], manifest: Manifest, engine: EngineEntry) 
     raise BundleError(
         f"{engine.file} is not an engine of this bundle. Expected: "
         f"{'; '.join(map(str, expected.values()))}. Found: {'; '.join(map(str, found))}. "
-        f"Build it again with: hhdeploy build --backend {engine.backend}"
+        f"Build it again with: {as_code('build', 'BUNDLE', backend=engine.backend)}"
     )
 
 
-def _fits(found: Tensor, expected: Tensor) -> bool:
+def _fits(found: EngineTensor, expected: EngineTensor) -> bool:
     return (
         (found.is_input, found.dtype) == (expected.is_input, expected.dtype)
         and len(found.shape) == len(expected.shape)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hhdeploy.bundle.manifest import EngineEntry
-from hhdeploy.errors import BundleError, DeviceError
+from hhdeploy.errors import BundleError, DeviceError, as_code
 from hhdeploy.files.caches import Entry
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.kernel_cache import read_kernels, write_kernels
 
 
 @dataclass(frozen=True)
-class Tensor:
+class EngineTensor:
     """An input or output of an engine, its dtype as TensorRT names it; -1 in a shape varies."""
 
     name: str
@@ -50,13 +50,13 @@ class Engine:
         if engine is None:
             raise BundleError(
                 f"{self._title} cannot load {entry.file}: {self._log.text()}\n"
-                f"Build it again with: hhdeploy build --backend {entry.backend}"
+                f"Build it again with: {as_code('build', 'BUNDLE', backend=entry.backend)}"
             )
         self._engine: Any = engine
         self._config: Any = None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.tensors = [
-            Tensor(
+            EngineTensor(
                 name,
                 engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
                 engine.get_tensor_dtype(name).name,

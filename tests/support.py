@@ -112,8 +112,13 @@ def random_adapter(
     classes: int | None = 7,
     seed: int = 0,
     scale: float = 0.3,
+    parts: Sequence[str] = (),
 ) -> Adapter:
-    """A seeded adapter of ``facts`` with values large enough that a mistake shows."""
+    """A seeded adapter of ``facts`` with values large enough that a mistake shows.
+
+    ``parts``: of s_in, s_out (between 0.2 and 3) and db, at every target; one s_in for the thirds
+    of a fused qkv, and none where not all of them are targets.
+    """
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> NDArray[np.float32]:
@@ -127,6 +132,16 @@ def random_adapter(
             sites[site.name] = SiteTensors(
                 normal(out), normal(in_), d, normal(r, in_), normal(out, r)
             )
+    for linear in facts.linears:
+        own = [site for site in linear.sites if site.name in sites]
+        s_in = random.uniform(0.2, 3.0, linear.in_).astype(np.float32) if parts else None
+        for site in own:
+            drawn = {
+                "s_in": s_in if len(own) == len(linear.sites) else None,
+                "s_out": random.uniform(0.2, 3.0, site.out).astype(np.float32),
+                "db": normal(site.out),
+            }
+            sites[site.name] = replace(sites[site.name], **{part: drawn[part] for part in parts})
     head = None
     if classes is not None:
         head = Head(facts.classifier, normal(classes, facts.dim), normal(classes))

@@ -139,7 +139,7 @@ def test_the_contracts_hold(checkout):
         ("exporters/writer.py", "import hhdeploy.runtime", "do not know each other"),
         ("plan.py", "import hhdeploy.exporters.trace", "the core does not know"),
         ("bundle/manifest.py", "import hhdeploy.runtime", "the core does not know"),
-        ("files/caches.py", "import hhdeploy.calibration.cache", "the core does not know"),
+        ("files/caches.py", "import hhdeploy.calibration.scales", "the core does not know"),
         ("training/attach.py", "import hhdeploy.exporting.bundles", "the core does not know"),
         ("runtime/session.py", "import hhdeploy.building", "know nothing that composes them"),
         ("calibration/data.py", "import hhdeploy.runtime.session", "do not know each other"),

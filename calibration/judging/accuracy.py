@@ -184,7 +184,7 @@ def answers(run: Run, questions: Sequence[Question]) -> Logits:
     return np.concatenate(batches)
 
 
-def judge(
+def compare_answers(
     questions: Sequence[Question], reference: Logits, found: Logits, *, held_out: bool
 ) -> Accuracy:
     """Compare two graphs' logits of the same images, task by task.
@@ -200,15 +200,16 @@ def judge(
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
         truths = [questions[row].truth for row in rows]
-        tasks.append(_judge_task(name or "", truths, reference[rows], found[rows]))
+        tasks.append(_compare_task(name or "", truths, reference[rows], found[rows]))
     return Accuracy(tuple(tasks), held_out)
 
 
-def _judge_task(
+def _compare_task(
     task: str, truths: Sequence[int | None], reference: Logits, found: Logits
 ) -> TaskAccuracy:
     figures = compare(reference, found)
-    result = (task, len(reference), figures.top1, figures.sqnr_db)
+    agreement = float(np.mean(np.argmax(reference, axis=1) == np.argmax(found, axis=1)))
+    result = (task, len(reference), agreement, figures.sqnr_db)
     if None in truths:
         return TaskAccuracy(*result)
     truth = np.asarray(truths)

@@ -16,10 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.data import CalibrationData, Source
+from hhdeploy.calibration.data import CalibrationData, Source, choose_images
 from hhdeploy.calibration.feeds import Feeder
-from hhdeploy.calibration.folder import Picked, choose_images
 from hhdeploy.preprocess import open_image
 
 _ALL = sys.maxsize
@@ -66,11 +64,10 @@ class Exam:
         return any(q.truth is not None for q in self.questions)
 
 
-def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: int) -> Exam:
+def make_exam(source: Source, used: CalibrationData, *, seed: int) -> Exam:
     """All images of ``source`` that calibration did not use; all of them if none is left.
 
     Args:
-        bundle: whose graph is judged.
         source: as for `CalibrationData.open`; only folders give true classes.
         used: what was calibrated on.
         seed: of the order.
@@ -78,7 +75,7 @@ def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: in
     Raises:
         DataError: no images, or not those of the bundle's adapters.
     """
-    feeder = Feeder(bundle)
+    feeder = used.feeder
     seen = {sample.digest for sample in used.samples}
     warnings: list[str] = []
     if isinstance(source, str | Path) and Path(source).suffix != ".npz":
@@ -86,7 +83,7 @@ def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: in
         pairs = _from_folder(feeder, Path(source), seed, warnings)
     else:
         name = Path(source).name if isinstance(source, str | Path) else "a Python iterable"
-        pairs = _from_arrays(bundle, source, seed)
+        pairs = _from_arrays(feeder, source, seed)
     fresh = [question for digest, question in pairs if digest not in seen]
     if fresh:
         left = _tasks(fresh)
@@ -95,8 +92,8 @@ def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: in
     else:
         warnings.append(
             "no image is left that calibration did not use: the figures are of the calibration "
-            "images themselves, which flatters the quantised graph. Pass --eval-data DIR or a "
-            "smaller --images."
+            "images themselves, which flatters the quantised graph. Pass `eval_data` or "
+            "fewer `images`."
         )
     questions = fresh or [question for _, question in pairs]
     warnings += [
@@ -110,16 +107,16 @@ def make_exam(bundle: Bundle, source: Source, used: CalibrationData, *, seed: in
 def _from_folder(
     feeder: Feeder, folder: Path, seed: int, warnings: list[str]
 ) -> list[tuple[str, Question]]:
-    chosen = choose_images(feeder, folder, _ALL, seed)
+    chosen = choose_images(feeder, folder, _ALL, seed, judging=True)
     warnings += chosen.warnings
     classes: dict[str | None, set[str]] = {}
     for picked in chosen.images:
-        classes.setdefault(picked.adapter, set()).add(_class(feeder, folder, picked))
+        classes.setdefault(picked.adapter, set()).add(picked.label)
     columns = {a: _columns(feeder, a, sorted(names), warnings) for a, names in classes.items()}
     pairs = []
     for picked in chosen.images:
         known = columns[picked.adapter]
-        column = known.get(_class(feeder, folder, picked)) if known is not None else None
+        column = known.get(picked.label) if known is not None else None
         if known is not None and column is None:
             continue  # a folder that is no class of the adapter: a warning says so
         question = Question(
@@ -129,19 +126,12 @@ def _from_folder(
     return pairs
 
 
-def _from_arrays(bundle: Bundle, source: Source, seed: int) -> list[tuple[str, Question]]:
-    data = CalibrationData.open(bundle, source, images=_ALL, seed=seed)
+def _from_arrays(feeder: Feeder, source: Source, seed: int) -> list[tuple[str, Question]]:
+    data = CalibrationData.of(feeder, source, images=_ALL, seed=seed)
     return [
         (sample.digest, Question(sample.adapter, None, f"image {index}", sample.load))
         for index, sample in enumerate(data.samples)
     ]
-
-
-def _class(feeder: Feeder, folder: Path, picked: Picked) -> str:
-    """Name of the class folder: DIR/ADAPTER/CLASS/..., for a folded bundle also DIR/CLASS/..."""
-    parts = picked.path.relative_to(folder).parts
-    own = picked.adapter is not None or (parts[0] == feeder.names[0] and len(parts) > 2)
-    return parts[1] if own else parts[0]
 
 
 def _columns(

@@ -6,17 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.calibration.judging.accuracy import NEVER_SEEN, TWO_SIDED_95, Accuracy
-from hhdeploy.calibration.judging.exam import Exam
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.bundle.answers import softmax
+from hhdeploy.calibration.feeds import Feeder
+from hhdeploy.calibration.judging.accuracy import NEVER_SEEN, TWO_SIDED_95, Accuracy, Logits
+from hhdeploy.calibration.judging.exam import Exam, Question
 from hhdeploy.calibration.judging.guard import Guarded
+from hhdeploy.preprocess import Preprocess
 from hhdeploy.timing import Paired
 
 if TYPE_CHECKING:
-    from hhdeploy.calibration.calibrate import Quantised
+    from hhdeploy.calibration.quantised import Quantised
 
 
 @dataclass(frozen=True)
-class Answer:
+class Guess:
     """A class and its probability (softmax over the adapter's own classes)."""
 
     label: str
@@ -33,15 +39,15 @@ class Changed:
         truth: true class, None if unknown.
         before: answer of the float32 graph.
         after: answer of the quantised graph.
-        png: what the model sees of the image.
+        pixels: what the model sees of the image, [H, W, 3] from 0 to 1.
     """
 
     source: str
     task: str
     truth: str | None
-    before: Answer
-    after: Answer
-    png: bytes
+    before: Guess
+    after: Guess
+    pixels: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Findings:
                 "batches": {str(batch): pair.to_json() for batch, pair in self.latency.items()},
             },
             "changed": [
-                {k: v for k, v in asdict(image).items() if k != "png"} for image in self.changed
+                {k: v for k, v in asdict(image).items() if k != "pixels"} for image in self.changed
             ],
             "warnings": list(self.warnings),
         }
@@ -159,7 +165,7 @@ class Findings:
                 doubts.append(
                     f"{self.accuracy.images} images cannot resolve a bound of "
                     f"{self.guarded.max_drop:g} points: the standard error is {error:.2f}. Pass "
-                    "more with --eval-data"
+                    "more as `eval_data`"
                 )
             if self.guarded.kept:
                 doubts.append(
@@ -169,9 +175,67 @@ class Findings:
         if self.replaced:
             doubts.append(
                 f"the bundle's earlier {self.precision} graph was replaced: engines built from it "
-                "are refused. Build them again with: hhdeploy build"
+                "are refused. Build them again with `build()`"
             )
         return doubts
+
+
+def changed_images(
+    feeder: Feeder, exam: Exam, reference: Logits, found: Logits, count: int
+) -> tuple[Changed, ...]:
+    """The ``count`` worst images: lost ones, other answers, then fallen probabilities.
+
+    Args:
+        feeder: knows labels and preprocessing.
+        exam: n images.
+        reference: of the float32 graph, [n, classes].
+        found: of the quantised graph.
+        count: at most this many; images whose answer did not get less probable never come.
+    """
+    before, after = softmax(reference), softmax(found)
+    answer, other = np.argmax(before, axis=1), np.argmax(after, axis=1)
+    rows = np.arange(len(answer))
+    fall = before[rows, answer] - after[rows, answer]
+    truth = np.asarray([-1 if q.truth is None else q.truth for q in exam.questions])
+    lost = (answer == truth) & (other != truth)
+    order = np.lexsort((-fall, -(answer != other).astype(int), -lost.astype(int)))
+    return tuple(
+        _changed(feeder, exam.questions[row], before[row], after[row])
+        for row in order[:count]
+        if fall[row] > 0
+    )
+
+
+def _changed(
+    feeder: Feeder,
+    question: Question,
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+) -> Changed:
+    adapter, names = question.adapter, feeder.class_names(question.adapter)
+
+    def label(column: int) -> str:
+        return names[column] if names else str(column)
+
+    def answer(shares: NDArray[np.float64]) -> Guess:
+        best = int(np.argmax(shares))
+        return Guess(label(best), float(shares[best]))
+
+    return Changed(
+        question.source,
+        adapter or "",
+        None if question.truth is None else label(question.truth),
+        answer(before),
+        answer(after),
+        pixels_of(question.load(), feeder.preprocess(adapter)),
+    )
+
+
+def pixels_of(image: NDArray[np.float32], preprocess: Preprocess) -> NDArray[np.float64]:
+    """What a normalised input [3, H, W] shows: [H, W, 3] from 0 to 1."""
+    mean, std = np.asarray(preprocess.mean), np.asarray(preprocess.std)
+    shown: NDArray[np.float64] = np.clip(image.transpose(1, 2, 0) * std + mean, 0, 1)
+    return shown
 
 
 def _worst(task: str, drop: float) -> str:

@@ -87,9 +87,9 @@ def guard(rank: Callable[[], Sequence[str]], drop_of: DropOf, max_drop: float) -
     while not passes(order[:kept]):
         if kept == most:
             raise ParityError(
-                f"--max-drop {max_drop:g}: with all but one of the {len(order)} sites in floating "
+                f"`max_drop={max_drop:g}`: with all but one of the {len(order)} sites in floating "
                 f"point the mean top-1 still drops by {trials[-1].drop:.2f} points. Allow a larger "
-                "drop, pass more images with --eval-data (one image may be more than the bound), "
+                "drop, pass more images as `eval_data` (one image may be more than the bound), "
                 "or use float16."
             )
         failing, kept = kept, min(2 * kept, most)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import calibration_files
 from hhdeploy.calibration.feeds import Feed, Feeder
-from hhdeploy.calibration.scales_file import read_scales
-from hhdeploy.errors import BundleError, PlanError, require
-from hhdeploy.preprocess import list_images, open_image, spread
+from hhdeploy.calibration.scales import read_scales
+from hhdeploy.errors import BundleError, PlanError, as_code, require
+from hhdeploy.files.folders import list_images, spread
+from hhdeploy.preprocess import open_image
 
 if TYPE_CHECKING:
-    from hhdeploy.calibration.ranges import RangeExcess
+    from hhdeploy.calibration.probe import RangeExcess
 
 # New images of calibrated adapters leave the ranges a little too, which are the largest values of
 # some images: on the starter models by at most 0.006 % of a site's values.
@@ -63,7 +64,7 @@ class RangeCheck:
             f"{self.adapter} leaves the range at {len(self.excess)} of {self.sites} sites; at "
             f"{len(self.clipped)} of them {NEGLIGIBLE_SHARE:.2%} of the values or more are "
             "clipped. Calibrate again with its images among the data, keep these sites in "
-            "floating point (--exclude), or serve this adapter from the float32 or float16 graph."
+            "floating point (`exclude`), or serve this adapter from the float32 or float16 graph."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -102,15 +103,19 @@ def check_adapter(
         require(package, "calibrate", "checking ranges")
     import onnx_ir as ir
 
-    from hhdeploy.calibration.qdq import FORMATS
-    from hhdeploy.calibration.ranges import range_excess
-    from hhdeploy.calibration.sites import find_sites
+    from hhdeploy.calibration.probe import range_excess
+    from hhdeploy.calibration.qdq import FORMATS, find_sites
 
     findings_file, scales_file = calibration_files(precision)
     if not bundle.manifest.has(scales_file):
         raise BundleError(
-            f"{path} holds no {precision} calibration to check against. Make one with: hhdeploy "
-            f"calibrate {path} --data DIR --precision {precision}"
+            f"{path} holds no {precision} calibration to check against. Make one with: "
+            + as_code(
+                "calibrate",
+                path,
+                data="DIR",
+                settings=as_code("CalibrationSettings", precision=precision),
+            )
         )
     form = FORMATS[precision]
     if not form.activations:
@@ -127,7 +132,7 @@ def check_adapter(
     graph = bundle.graph("float32")
     sites = find_sites(ir.load(graph).graph, bundle.manifest.backbone.classifier)
     own = Path(data) / adapter
-    files = spread(list_images(own if own.is_dir() else Path(data)), images)
+    files = spread(list_images(own if own.is_dir() else Path(data)).paths, images)
     excess = range_excess(
         graph,
         {name: site for name, site in sites.items() if name in active},

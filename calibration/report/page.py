@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from hhdeploy.calibration.judging.accuracy import TaskAccuracy
 from hhdeploy.calibration.judging.findings import Changed, Findings
 from hhdeploy.calibration.report.markup import Markup, join, tag
+from hhdeploy.calibration.report.pictures import png_of
 from hhdeploy.calibration.report.plots import drop_intervals, site_bars
 from hhdeploy.calibration.report.style import STYLE
 
@@ -161,7 +162,7 @@ def _changed(findings: Findings) -> Markup | None:
 
 
 def _figure(findings: Findings, image: Changed) -> Markup:
-    data = base64.b64encode(image.png).decode("ascii")
+    data = base64.b64encode(png_of(image.pixels)).decode("ascii")
     lines = [
         tag("b", image.task) if image.task else None,
         None if image.truth is None else tag("span", f"is {image.truth}"),
@@ -196,7 +197,7 @@ def _cost(findings: Findings) -> Markup:
         _note(
             f"Latency on {findings.machine}, {findings.device}: medians of runs in turn, and the "
             "ratio float32 / quantised with its quartiles; above 1 the quantised graph is faster. "
-            "Other machines and engines differ: measure there with hhdeploy bench."
+            "Other machines and engines differ: measure there."
         ),
         _table(
             ("batch", "float32, ms", f"{findings.precision}, ms", "speed-up (quartiles)"), times

@@ -30,6 +30,7 @@ PREPROCESS: dict[str, Any] = {
     "interpolation": "bicubic",
     "crop_pct": 1.0,
     "crop_mode": "center",
+    "exif": True,
 }
 
 

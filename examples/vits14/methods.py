@@ -23,7 +23,8 @@ from weights import MODEL
 
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
-from hhdeploy.preprocess import Preprocess, list_classes, open_image
+from hhdeploy.files.folders import list_classes
+from hhdeploy.preprocess import Preprocess, open_image
 from hhdeploy.training.data import BatchSource, PixelCache, read_image_folder
 from hhdeploy.training.loop import Trainer
 from hhdeploy.training.recipe import replace_classifier
@@ -109,7 +110,7 @@ def train_lora(setup: Setup, data: Path, out: Path) -> dict[str, Any]:
     peft = out.with_name(f"{out.name}.peft")
     shutil.rmtree(peft, ignore_errors=True)
     model.save_pretrained(str(peft))
-    names = [part for name in list_classes(data) for part in ("--class-name", name)]
+    names = [part for name in list_classes(data).paths for part in ("--class-name", name)]
     hhdeploy("adapter", "import", *setup.model_options(), *names, "--overwrite", peft, out)
     return {"learning_rate": best, "held_out_top1": found}
 
@@ -146,7 +147,7 @@ def _fit_lora(setup: Setup, recipe: TrainSettings) -> tuple[Any, float | None]:
 
 def load_folder(folder: Path, preprocess: Preprocess) -> tuple[np.ndarray, np.ndarray]:
     """Read FOLDER/CLASS/image: float32 [n, 3, H, W], normalised, and int64 [n]."""
-    classes = list_classes(folder)
+    classes = list_classes(folder).paths
     images = [preprocess(open_image(path)) for paths in classes.values() for path in paths]
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
     return np.stack(images), labels

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.config import AdapterConfig, check_class_names
+from hhdeploy.adapters.format import Adapter, Part
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, select_sites, sites_of
+from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, Form, Site, select_sites, sites_of
 from hhdeploy.errors import AdapterError, OptionError, PlanError
 
 BACKBONE = "backbone"
@@ -28,63 +29,147 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
-    """Everything about one adapter that needs the backbone to be checked.
+def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = True) -> None:
+    """Whether an adapter belongs to a backbone: all that needs both of them.
+
+    Args:
+        name: of the adapter, for messages.
+        adapter: as read, imported or in memory.
+        facts: of the backbone.
+        whole: False: ``facts.linears`` are not all there are, but those that a bundle's row tells.
+            Whether there is room for the others is for the row to say.
 
     Raises:
         AdapterError: another backbone (name or digest), sites that the model does not have,
-            sites that are missing, wrong sizes, a classifier under another path, image sizes
-            that disagree.
+            sites that are missing, wrong sizes, a classifier under another path, class names that
+            are not one per class, image sizes that disagree.
     """
-    source, config = adapter.source, adapter.config
-    check_base(name, adapter, facts.model, facts.sha256)
+    _check_base(name, adapter, facts)
     known = sites_of(facts.linears)
-    for site, tensors in adapter.sites.items():
-        if site not in known:
+    for site in adapter.sites:
+        if site in known:
+            _check_site(adapter, known[site])
+            if whole:
+                _check_parts(adapter, known[site])
+        elif whole:
             raise AdapterError(
-                f"{source}: tensor keys {site}.*: {facts.model} has no such site, or its forward "
-                "pass does not use it. Its sites are "
-                f"{abbreviate(list(known))}."
+                f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site, "
+                f"or its forward pass does not use it. Its sites are {abbreviate(list(known))}."
             )
-        if adapter.form == "sequential" and known[site].kind not in SEQUENTIAL_KINDS:
-            raise AdapterError(
-                f"{source}: {site}: the sequential form acts after {', '.join(SEQUENTIAL_KINDS)} "
-                f"only, found a site of kind {known[site].kind}."
-            )
-        expected = (known[site].out, known[site].in_)
-        if adapter.form == "sequential":
-            expected = (known[site].out, known[site].out)
-        if tensors.shape != expected:
-            raise AdapterError(
-                f"{source}: {site}: expected tensors for a {expected[0]} x {expected[1]} matrix "
-                f"({adapter.form}), found {tensors.shape[0]} x {tensors.shape[1]}."
-            )
-    expected_sites = set()
+    _check_complete(adapter, facts)
+    if whole:
+        check_targets(adapter.config, facts, adapter.source)
+    _check_classes(adapter, facts)
+    size = (adapter.config.preprocess or facts.preprocess).input_size
+    if size != facts.preprocess.input_size:
+        raise AdapterError(
+            f"{adapter.source}: the image sizes disagree: preprocess.input_size is {list(size)}, "
+            f"the backbone takes {list(facts.preprocess.input_size)}."
+        )
+
+
+def check_targets(config: AdapterConfig, facts: BackboneFacts, source: str) -> None:
+    """Every entry of ``target_modules`` stands for sites that the form can act at.
+
+    Raises:
+        AdapterError: naming ``source``, the entry, and the sites there are.
+    """
     for target, sites in select_sites(facts.linears, config.target_modules).items():
         if not sites:
             raise AdapterError(
                 f"{source}: target_modules: {target!r} matches no site of {facts.model}. Its "
-                f"sites are {abbreviate(list(known))}."
+                f"sites are {abbreviate(list(sites_of(facts.linears)))}."
             )
-        expected_sites |= {site.name for site in sites}
-    if missing := [s for s in known if s in expected_sites and s not in adapter.sites]:
+        for site in sites:
+            _check_form(config.form, site, source)
+
+
+def _check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
+    """The adapter was trained on this backbone, as far as both sides say.
+
+    The digest of the weights decides, whatever the model is called on either side. Without one,
+    timm's names are compared; of other sources sites and sizes alone can tell.
+    """
+    config = adapter.config
+    if config.base_sha256 is not None and config.base_sha256 == facts.sha256:
+        return
+    theirs, _, their_tag = config.base_model.partition(".")
+    ours, _, our_tag = facts.model.partition(".")
+    timm = ":" not in theirs and ":" not in ours
+    if timm and (theirs != ours or (their_tag and our_tag and their_tag != our_tag)):
         raise AdapterError(
-            f"{source}: missing tensor keys for {abbreviate(missing)}: target_modules "
-            f"{list(config.target_modules)} name these sites. Save the adapter whole, or list "
-            "the sites it has by their full names in target_modules."
+            f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
+            f"{config.base_model}, the backbone is {facts.model}."
         )
-    if adapter.head is not None:
-        if adapter.head.path != facts.classifier:
+    if config.base_sha256 is not None:
+        raise AdapterError(
+            f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
+            f"{config.base_sha256[:12]}…, the backbone's are {facts.sha256[:12]}…. Use the "
+            "checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
+        )
+
+
+def _check_site(adapter: Adapter, site: Site) -> None:
+    """The form acts there, and the tensors have the matrix's size."""
+    _check_form(adapter.form, site, adapter.source)
+    expected = (site.out, site.out if adapter.form == "sequential" else site.in_)
+    found = adapter.sites[site.name].shape
+    if found is not None and found != expected:
+        raise AdapterError(
+            f"{adapter.source}: {site.name}: expected tensors for a {expected[0]} x {expected[1]} "
+            f"matrix ({adapter.form}), found {found[0]} x {found[1]}."
+        )
+
+
+def _check_parts(adapter: Adapter, site: Site) -> None:
+    """s_in, s_out and db have the sizes of the Linear, whatever the form."""
+    sizes: dict[Part, int] = {"s_in": site.in_, "s_out": site.out, "db": site.out}
+    for part, trained in adapter.sites[site.name].parts.items():
+        if trained.size != sizes[part]:
             raise AdapterError(
-                f"{source}: classifier {adapter.head.path}.weight: expected "
-                f"{facts.classifier}.weight, the classifier of {facts.model}."
+                f"{adapter.source}: {site.name}.{part}: expected {sizes[part]} values for a "
+                f"{site.out} x {site.in_} Linear, found {trained.size}."
             )
-        if adapter.head.weight.shape[1] != facts.dim:
+
+
+def _check_form(form: Form, site: Site, source: str) -> None:
+    if form == "sequential" and site.kind not in SEQUENTIAL_KINDS:
+        raise AdapterError(
+            f"{source}: {site.name}: the sequential form acts after "
+            f"{', '.join(SEQUENTIAL_KINDS)} only, found a site of kind {site.kind}."
+        )
+
+
+def _check_complete(adapter: Adapter, facts: BackboneFacts) -> None:
+    """Every site that ``target_modules`` name has tensors; in full, whether it is known or not."""
+    targets = adapter.config.target_modules
+    selected = select_sites(facts.linears, targets)
+    named = {site.name for sites in selected.values() for site in sites}
+    known = [s for s in sites_of(facts.linears) if s in named]
+    others = [t for t, sites in selected.items() if "." in t and not sites]
+    if missing := [s for s in (*known, *others) if s not in adapter.sites]:
+        raise AdapterError(
+            f"{adapter.source}: missing tensor keys for {abbreviate(missing)}: target_modules "
+            f"{list(targets)} name these sites. Save the adapter whole, or list the sites it has "
+            "by their full names in target_modules."
+        )
+
+
+def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:
+    """There is a classifier, the adapter's at the backbone's place, and it is named whole."""
+    source, head, config = adapter.source, adapter.head, adapter.config
+    if head is not None:
+        if head.path != facts.classifier:
             raise AdapterError(
-                f"{source}: {adapter.head.path}.weight: expected [classes, {facts.dim}], found "
-                f"{list(adapter.head.weight.shape)}."
+                f"{source}: classifier {head.path}.weight: expected {facts.classifier}.weight, "
+                f"the classifier of {facts.model}."
             )
-    elif facts.classes == 0:
+        if head.weight.shape[1] != facts.dim:
+            raise AdapterError(
+                f"{source}: {head.path}.weight: expected [classes, {facts.dim}], found "
+                f"{list(head.weight.shape)}."
+            )
+    elif facts.classes == 0 and facts.classifier:
         raise AdapterError(
             f"{source}: the adapter has no classifier and neither has {facts.model} "
             f"as loaded. Expected {facts.classifier}.weight in one of them."
@@ -94,36 +179,18 @@ def check_adapter(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
             f"{source}: num_classes: expected {facts.classes} (the backbone's classifier; the "
             f"adapter brings none), found {config.num_classes}."
         )
-    size = config.preprocess.input_size if config.preprocess else facts.preprocess.input_size
-    if size != facts.preprocess.input_size:
-        raise AdapterError(
-            f"{source}: the image sizes disagree: preprocess.input_size is {list(size)}, the "
-            f"backbone takes {list(facts.preprocess.input_size)}."
-        )
+    classes = facts.classes if head is None else head.weight.shape[0]
+    check_class_names(source, config.class_names, classes)
 
 
-def check_base(name: str, adapter: Adapter, model: str, sha256: str) -> None:
-    """The adapter was trained on this backbone, as far as both sides say.
-
-    The digest of the weights decides, whatever the model is called on either side. Without one,
-    timm's names are compared; of other sources sites and sizes alone can tell.
-    """
-    config = adapter.config
-    if config.base_sha256 == sha256:
-        return
-    theirs, _, their_tag = config.base_model.partition(".")
-    ours, _, our_tag = model.partition(".")
-    timm = ":" not in theirs and ":" not in ours
-    if timm and (theirs != ours or (their_tag and our_tag and their_tag != our_tag)):
-        raise AdapterError(
-            f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
-            f"{config.base_model}, the backbone is {model}."
-        )
-    if config.base_sha256 is not None:
-        raise AdapterError(
-            f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
-            f"{config.base_sha256[:12]}…, the backbone's are {sha256[:12]}…. Use the checkpoint "
-            "that it was trained on, also for the bundle: export with --checkpoint."
+def check_live(name: str, adapter: Adapter) -> None:
+    """Raise `PlanError` for an adapter that no side branch can compute."""
+    if adapter.config.fold_only:
+        what = abbreviate(list(adapter.values), 3)
+        found = f"it replaces {what}" if what else "its configuration says fold_only"
+        raise PlanError(
+            f"adapter {name!r} can only be folded: {found}, and a row holds changes of Linears "
+            "alone. Export it with `fold=True` to a bundle of its own."
         )
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
 from hhdeploy.errors import AdapterError
 from hhdeploy.preprocess import Preprocess
 
-SCHEMA_VERSION = 1
+# 2 has s_in, s_out, db, values of parameters, and fold_only; written only where they are used.
+SCHEMA_VERSION = 2
+
+# What the numbers of a head mean, by transformers' names.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+CLASSES: ProblemType = "single_label_classification"
+LABELS: ProblemType = "multi_label_classification"
+VALUES: ProblemType = "regression"
+PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -39,6 +47,8 @@ class AdapterConfig:
         num_classes: classes of the adapter's head, None without one.
         class_names: one per class, or None.
         preprocess: how images become inputs, None if unknown.
+        problem_type: what the head's numbers mean; None: what `problem_type_of` makes of it.
+        fold_only: it can be folded alone, no side branch computes it.
         extra: JSON keys that this version does not know, kept as they are.
     """
 
@@ -52,13 +62,19 @@ class AdapterConfig:
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
+    problem_type: ProblemType | None = None
+    fold_only: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON form, in the order of the format's description."""
+    def to_json(self, schema_version: int = 1) -> dict[str, Any]:
+        """The JSON form, in the order of the format's description.
+
+        ``schema_version``: the least that has all that the adapter's tensors need; see
+        `hhdeploy.adapters.format.Adapter.schema_version`.
+        """
         return {
             "peft_type": "HTA",
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": max(schema_version, 2 if self.fold_only else 1),
             "base_model_name_or_path": self.base_model,
             "base_model_args": dict(self.base_model_args),
             "base_sha256": self.base_sha256,
@@ -69,8 +85,18 @@ class AdapterConfig:
             "num_classes": self.num_classes,
             "class_names": list(self.class_names) if self.class_names is not None else None,
             "preprocess": self.preprocess.to_json() if self.preprocess else None,
+            **({"problem_type": self.problem_type} if self.problem_type else {}),
+            **({"fold_only": True} if self.fold_only else {}),
             **self.extra,
         }
+
+
+def problem_type_of(given: ProblemType | None, classes: int) -> ProblemType:
+    """What a head's numbers mean: what its configuration says, else as transformers takes it.
+
+    One output is a value, several are classes of which one is right.
+    """
+    return given or (VALUES if classes == 1 else CLASSES)
 
 
 def read_config(path: Path) -> AdapterConfig:
@@ -93,11 +119,11 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     def fail(key: str, expected: str) -> AdapterError:
         return AdapterError(f"{where}: {key}: expected {expected}, found {content.get(key)!r}.")
 
-    known = set(AdapterConfig("x").to_json())
+    known = set(AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json())
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
-            "PEFT (LoRA, HRA) are converted with: hhdeploy adapter import"
+            "PEFT (LoRA, HRA) are converted with `import_adapter()`."
         )
     version = content.get("schema_version")
     if not isinstance(version, int) or not _is_count(version):
@@ -123,7 +149,11 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     targets = content.get("target_modules", ["q", "k", "v", "proj"])
     if isinstance(targets, str):
         targets = [targets]
-    if not isinstance(targets, list) or not targets or not all(_is_target(t) for t in targets):
+    fold_only = content.get("fold_only", False)
+    if not isinstance(fold_only, bool):
+        raise fail("fold_only", "true or false")
+    empty = not targets and not fold_only  # values of parameters need no site
+    if not isinstance(targets, list) or empty or not all(_is_target(t) for t in targets):
         raise fail("target_modules", f"a list of {', '.join(KINDS)}, site names or expressions")
     if form == "sequential" and not set(targets).isdisjoint(set(KINDS) - set(SEQUENTIAL_KINDS)):
         raise fail("target_modules", f"{', '.join(SEQUENTIAL_KINDS)} or site names (form {form})")
@@ -133,11 +163,11 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     if class_names is not None:
         if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
             raise fail("class_names", "a list of strings or null")
-        if num_classes is not None and len(class_names) != num_classes:
-            raise AdapterError(
-                f"{where}: class_names: expected {num_classes} names (num_classes), "
-                f"found {len(class_names)}."
-            )
+        check_class_names(where, class_names, num_classes)
+    problem_type = content.get("problem_type")
+    if problem_type is not None and problem_type not in PROBLEM_TYPES:
+        raise fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}, or null")
+    check_problem_type(where, problem_type, num_classes)
     base_sha256 = content.get("base_sha256")
     if base_sha256 is not None and not isinstance(base_sha256, str):
         raise fail("base_sha256", "64 hex digits or null")
@@ -152,8 +182,27 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         num_classes=num_classes,
         class_names=tuple(class_names) if class_names is not None else None,
         preprocess=_parse_preprocess(content, where, args),
+        problem_type=problem_type,
+        fold_only=fold_only,
         extra={key: value for key, value in content.items() if key not in known},
     )
+
+
+def check_problem_type(where: str, problem_type: ProblemType | None, classes: int | None) -> None:
+    """The softmax of one class is always 1. Raises `AdapterError` naming ``where``."""
+    if (problem_type, classes) == (CLASSES, 1):
+        raise AdapterError(
+            f"{where}: problem_type: {CLASSES} needs 2 classes or more, found 1, which would "
+            f"always be certain. Say {VALUES} (the output is a value) or {LABELS} (a yes or no)."
+        )
+
+
+def check_class_names(where: str, names: Sequence[str] | None, classes: int | None) -> None:
+    """There is a name for each class, where both are known. Raises `AdapterError`."""
+    if names is not None and classes is not None and len(names) != classes:
+        raise AdapterError(
+            f"{where}: class_names: expected {classes} names, one per class, found {len(names)}."
+        )
 
 
 def _parse_preprocess(

@@ -7,15 +7,25 @@ backbone (site names, sizes, digest) is checked by `hhdeploy.adapters.checks` an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig, read_config
+from hhdeploy.adapters.config import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    AdapterConfig,
+    check_class_names,
+    check_problem_type,
+    read_config,
+)
 from hhdeploy.algebra import (
+    Array,
+    Scales,
+    SiteChange,
     SiteDelta,
     householder_delta,
     low_rank_delta,
@@ -33,15 +43,26 @@ METRICS_FILE = "metrics.json"
 _HTA_TENSORS = ("u", "v", "d")
 _LORA_TENSORS = ("lora_A", "lora_B")
 _HEAD_TENSORS = ("weight", "bias")
+# Of a parameter of the backbone: what it becomes.
+_VALUE = "value"
+
+# What an adapter may do at a site beside a matrix: multiply the Linear's input and its product,
+# add to its bias. A row of a bank has room for it where it is asked for.
+Part = Literal["s_in", "s_out", "db"]
+PARTS: tuple[Part, ...] = get_args(Part)
+_SITE_TENSORS = (*_HTA_TENSORS, *_LORA_TENSORS, *PARTS)
 
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """The trained tensors of one site, float32; either group may be absent (None).
+    """The trained tensors of one site, float32; any group may be absent (None).
 
     Attributes:
         u: (out,), v: (in,), d: (min(out, in),): the Householder part.
         lora_A: (r, in), lora_B: (out, r): the low-rank part.
+        s_in: (in,), s_out: (out,): multipliers of the Linear's input and product, as trained.
+        db: (out,): added to the bias. These three are the Linear's own also in the sequential
+            form, whose matrix is out x out.
     """
 
     u: NDArray[np.float32] | None = None
@@ -49,20 +70,28 @@ class SiteTensors:
     d: NDArray[np.float32] | None = None
     lora_A: NDArray[np.float32] | None = None  # noqa: N815  (PEFT's tensor names)
     lora_B: NDArray[np.float32] | None = None  # noqa: N815
+    s_in: NDArray[np.float32] | None = None
+    s_out: NDArray[np.float32] | None = None
+    db: NDArray[np.float32] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the site's matrix."""
+    def shape(self) -> tuple[int, int] | None:
+        """(out, in) of the site's matrix, None without one."""
         if self.u is not None and self.v is not None:
             return self.u.size, self.v.size
-        assert self.lora_A is not None and self.lora_B is not None
+        if self.lora_A is None or self.lora_B is None:
+            return None
         return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    @property
+    def parts(self) -> dict[Part, NDArray[np.float32]]:
+        """What there is of s_in, s_out and db, in this order."""
+        return {name: t for name in PARTS if (t := getattr(self, name)) is not None}
 
     @property
     def parameters(self) -> int:
         """Number of trained values."""
-        tensors = (self.u, self.v, self.d, self.lora_A, self.lora_B)
-        return sum(t.size for t in tensors if t is not None)
+        return sum(t.size for name in _SITE_TENSORS if (t := getattr(self, name)) is not None)
 
 
 @dataclass(frozen=True)
@@ -80,33 +109,73 @@ class Head:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: its configuration, the tensors of its sites, and its head if it has one."""
+    """One adapter.
+
+    Attributes:
+        config: its configuration.
+        sites: the tensors of its sites.
+        head: its classifier, None without one.
+        source: the directory it was read from.
+        values: parameter path -> what that parameter of the backbone becomes (norms, convolutions,
+            dense weights): no row holds it, so the adapter can only be folded.
+        strength: what `change` and `delta` multiply all that the adapter does to the backbone by,
+            the classifier excepted; a bundle's entry says it, the adapter's files do not. See
+            `hhdeploy.adapters.mixing.at_strength`.
+    """
 
     config: AdapterConfig
     sites: Mapping[str, SiteTensors]
     head: Head | None
     source: str = "<memory>"
+    values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    strength: float = 1.0
 
     @property
     def parameters(self) -> int:
         """Trained values before the head, the count that the paper's tables give."""
-        return sum(site.parameters for site in self.sites.values())
+        sites = sum(site.parameters for site in self.sites.values())
+        return sites + sum(value.size for value in self.values.values())
 
     @property
     def form(self) -> Form:
         """``additive`` or ``sequential``."""
         return self.config.form
 
-    def delta(self, site: str) -> SiteDelta:
-        """Canonical float64 delta of one site: added to W (additive), or M (sequential)."""
+    @property
+    def schema_version(self) -> int:
+        """The least version of the format that has all that is in the adapter."""
+        more = self.values or self.config.fold_only or any(s.parts for s in self.sites.values())
+        return 2 if more else 1
+
+    def change(self, site: str) -> SiteChange:
+        """All that the adapter does at one site, in float64."""
+        part = self.sites[site].parts
+        wide: dict[str, Array] = {
+            name: 1.0 + self.strength * (part[name].astype(np.float64) - 1.0)
+            for name in ("s_in", "s_out")
+            if name in part
+        }
+        db = part.get("db")
+        added = None if db is None else self.strength * db.astype(np.float64)
+        return SiteChange(self.delta(site), Scales(wide.get("s_in"), wide.get("s_out")), added)
+
+    def delta(self, site: str) -> SiteDelta | None:
+        """Canonical float64 delta of one site: added to W (additive), or M (sequential).
+
+        None where the adapter has no matrix.
+        """
         t = self.sites[site]
+        if t.shape is None:
+            return None
         out, into = t.shape
         lora_a = np.zeros((0, into)) if t.lora_A is None else t.lora_A.astype(np.float64)
         lora_b = np.zeros((out, 0)) if t.lora_B is None else t.lora_B.astype(np.float64)
         if t.u is None or t.v is None or t.d is None:
-            return low_rank_delta(lora_a, lora_b)
-        u, v, d = (x.astype(np.float64) for x in (t.u, t.v, t.d))
-        return householder_delta(u, v, d, lora_a, lora_b, self.config.reflection)
+            delta = low_rank_delta(lora_a, lora_b)
+        else:
+            u, v, d = (x.astype(np.float64) for x in (t.u, t.v, t.d))
+            delta = householder_delta(u, v, d, lora_a, lora_b, self.config.reflection)
+        return delta.times(self.strength, around_identity=self.form == "sequential")
 
 
 def load_adapter(directory: str | Path) -> Adapter:
@@ -138,7 +207,9 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
         AdapterError: when the adapter would not pass the reader's checks.
     """
     with atomic_directory(Path(directory), overwrite=overwrite, kind=ADAPTER) as scratch:
-        write_bytes(scratch / CONFIG_FILE, json_bytes(adapter.config.to_json()))
+        write_bytes(
+            scratch / CONFIG_FILE, json_bytes(adapter.config.to_json(adapter.schema_version))
+        )
         write_bytes(scratch / TENSOR_FILE, tensor_bytes(_tensors_of(adapter), {"format": "pt"}))
         load_adapter(scratch)
 
@@ -163,10 +234,11 @@ ADAPTER = Replaceable("an adapter directory", _foreign)
 def _tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:
     tensors = {}
     for name, site in adapter.sites.items():
-        for key in (*_HTA_TENSORS, *_LORA_TENSORS):
+        for key in _SITE_TENSORS:
             value = getattr(site, key)
             if value is not None:
                 tensors[f"{name}.{key}"] = value
+    tensors |= {f"{path}.{_VALUE}": value for path, value in adapter.values.items()}
     if adapter.head is not None:
         tensors[f"{adapter.head.path}.weight"] = adapter.head.weight
         tensors[f"{adapter.head.path}.bias"] = adapter.head.bias
@@ -184,10 +256,11 @@ def assemble_adapter(
     groups: dict[str, dict[str, NDArray[np.float32]]] = {}
     for key, tensor in tensors.items():
         owner, _, name = key.rpartition(".")
-        if not owner or name not in (*_HTA_TENSORS, *_LORA_TENSORS, *_HEAD_TENSORS):
+        if not owner or name not in (*_SITE_TENSORS, *_HEAD_TENSORS, _VALUE):
             raise AdapterError(
-                f"{where}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
-                ".lora_B, and the classifier's .weight and .bias."
+                f"{where}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A, "
+                ".lora_B, .s_in, .s_out or .db, <parameter>.value, and the classifier's .weight "
+                "and .bias."
             )
         if not np.issubdtype(tensor.dtype, np.floating):
             raise AdapterError(f"{where}: {key}: expected a float tensor, found {tensor.dtype}.")
@@ -200,23 +273,32 @@ def assemble_adapter(
                 f"{tensor.size}. The training probably diverged."
             )
         groups.setdefault(owner, {})[name] = tensor
+    values = {o: g.pop(_VALUE) for o, g in groups.items() if _VALUE in g}
+    groups = {o: g for o, g in groups.items() if g}
+    if values and not config.fold_only:
+        raise AdapterError(
+            f"{where}: {next(iter(values))}.{_VALUE}: expected fold_only: true in the "
+            "configuration, found false: an adapter that replaces a parameter can only be folded."
+        )
     heads = {o: g for o, g in groups.items() if not set(g).isdisjoint(_HEAD_TENSORS)}
     if len(heads) > 1:
         raise AdapterError(
             f"{where}: expected one classifier, found {', '.join(sorted(heads))}. Heads of several "
             "Linears (distilled models) are not supported."
         )
-    sites = {o: _site(o, g, where) for o, g in groups.items() if o not in heads}
-    if not sites:
+    sites = {o: _site(o, g, where, config.form) for o, g in groups.items() if o not in heads}
+    if not sites and not values:
         raise AdapterError(
             f"{where}: zero sites found. Expected tensors such as "
             "blocks.0.attn.proj.u; an adapter without a single delta is refused."
         )
     head = _head(heads, config, where)
-    return Adapter(_with_classes(config, head, source), sites, head, source)
+    return Adapter(_with_classes(config, head, source), sites, head, source, values)
 
 
-def _site(name: str, group: Mapping[str, NDArray[np.float32]], where: Path) -> SiteTensors:
+def _site(
+    name: str, group: Mapping[str, NDArray[np.float32]], where: Path, form: Form
+) -> SiteTensors:
     for wanted in (_HTA_TENSORS, _LORA_TENSORS):
         present = [t for t in wanted if t in group]
         if present and len(present) < len(wanted):
@@ -232,18 +314,31 @@ def _site(name: str, group: Mapping[str, NDArray[np.float32]], where: Path) -> S
                 f"found {list(value.shape)}."
             )
     site = SiteTensors(**group)
-    out, into = site.shape
-    expected: dict[str, tuple[int, ...]] = {"u": (out,), "v": (into,), "d": (min(out, into),)}
-    if "lora_A" in group:
-        r = group["lora_A"].shape[0]
-        expected |= {"lora_A": (r, into), "lora_B": (out, r)}
+    expected = _expected_shapes(site, form)
     for tensor, value in group.items():
-        if value.shape != expected[tensor]:
+        if value.shape != expected.get(tensor, value.shape):
             raise AdapterError(
                 f"{where}: {name}.{tensor}: expected shape {list(expected[tensor])} to fit the "
                 f"site's other tensors, found {list(value.shape)}."
             )
     return site
+
+
+def _expected_shapes(site: SiteTensors, form: Form) -> dict[str, tuple[int, ...]]:
+    """What the tensors of a site must be to fit each other, as far as they say."""
+    expected: dict[str, tuple[int, ...]] = {}
+    out: int | None = next((t.size for t in (site.s_out, site.db) if t is not None), None)
+    if site.shape is not None:
+        out, into = site.shape
+        expected |= {"u": (out,), "v": (into,), "d": (min(out, into),)}
+        if form == "additive":  # the sequential form's matrix does not see the Linear's input
+            expected["s_in"] = (into,)
+        if site.lora_A is not None:
+            r = site.lora_A.shape[0]
+            expected |= {"lora_A": (r, into), "lora_B": (out, r)}
+    if out is not None:
+        expected |= {"s_out": (out,), "db": (out,)}
+    return expected
 
 
 def _head(
@@ -281,9 +376,6 @@ def _with_classes(config: AdapterConfig, head: Head | None, source: str) -> Adap
     if head is None or config.num_classes is not None:
         return config
     classes = head.weight.shape[0]
-    if config.class_names is not None and len(config.class_names) != classes:
-        raise AdapterError(
-            f"{source}: class_names: expected {classes} names (rows of the head), "
-            f"found {len(config.class_names)}."
-        )
+    check_class_names(source, config.class_names, classes)
+    check_problem_type(source, config.problem_type, classes)
     return replace(config, num_classes=classes)

@@ -8,6 +8,7 @@ scaled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -20,16 +21,22 @@ from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import AdapterError, OptionError
 
 
-def scaled(adapter: Adapter, strength: float) -> Adapter:
+def at_strength(adapter: Adapter, strength: float) -> Adapter:
     """The adapter with all that it does to the backbone times ``strength``; the head as it is.
 
+    Its tensors stay as they are; what `Adapter.change` says of them is scaled.
+
     Raises:
-        AdapterError: a site that multiplies both input and output (their product is no sum), or
-            an adapter that can only be folded.
+        AdapterError: a site that multiplies both input and output, or one of them before a matrix
+            (their product is no sum), or an adapter that can only be folded.
+        OptionError: a strength that is no finite number.
     """
+    if not math.isfinite(strength):
+        raise OptionError(f"`strength`: expected a finite number, found {strength}.")
     if strength == 1.0:
         return adapter
-    return _mixed({adapter.source: (adapter, strength)}, adapter.head, adapter.config)
+    _check_sum(adapter)
+    return replace(adapter, strength=strength)
 
 
 def merge_adapters(
@@ -98,15 +105,10 @@ def _site(name: str, form: Form, parts: Sequence[tuple[Adapter, float]]) -> Site
         if change.delta is not None:
             delta = change.delta.minus_identity() if form == "sequential" else change.delta
             deltas.append(SiteDelta(weight * delta.diag, weight * delta.left, delta.right))
-        if form == "sequential" and (scales["s_in"] is not None or scales["s_out"] is not None):
-            raise AdapterError(
-                f"{adapter.source}: {name} multiplies by a matrix after multiplying input or "
-                "output: their product at another strength is no sum. Use it whole."
-            )
     if {"s_in", "s_out"} <= set(sums):
         raise AdapterError(
-            f"{name}: one multiplies the Linear's input and the Linear's output: their product at "
-            "another strength, or beside another adapter, is no sum. Use such adapters whole."
+            f"{name}: one adapter multiplies the Linear's input, another its output: together that "
+            "is a product, no sum. Use them apart."
         )
     found = {key: value.astype(np.float32) for key, value in sums.items()}
     return SiteTensors(**found, **_matrix(deltas, form))
@@ -129,14 +131,28 @@ def _matrix(deltas: Sequence[SiteDelta], form: Form) -> dict[str, np.ndarray]:
     return {key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}
 
 
+def _check_sum(adapter: Adapter) -> None:
+    """What the adapter does can be multiplied by a number, or added to another's."""
+    if adapter.values:
+        raise AdapterError(
+            f"{adapter.source} can only be folded: it replaces parameters "
+            f"({next(iter(adapter.values))}, …), which have no strength and no sum. Import it with "
+            "`compress_rank` to make it live."
+        )
+    for name, site in adapter.sites.items():
+        factors: list[str] = [part for part in ("s_in", "s_out") if part in site.parts]
+        if adapter.form == "sequential":
+            factors += ["a matrix"] if site.shape is not None else []
+        if len(factors) > 1:
+            raise AdapterError(
+                f"{adapter.source}: {name} multiplies by {' and '.join(factors)}: at another "
+                "strength, or beside another adapter, that product is no sum. Use it whole."
+            )
+
+
 def _form_of(adapters: Mapping[str, Adapter]) -> Form:
     for adapter in adapters.values():
-        if adapter.values:
-            raise AdapterError(
-                f"{adapter.source} can only be folded: it replaces parameters "
-                f"({next(iter(adapter.values))}, …), and these have no strength. Import it with "
-                "`compress_rank` to make it live."
-            )
+        _check_sum(adapter)
     forms = {adapter.form for adapter in adapters.values()}
     if len(forms) > 1:
         raise AdapterError(

@@ -114,15 +114,15 @@ def _preprocess(
     stated = getattr(model, "pretrained_cfg", None)
     if isinstance(stated, Mapping) and "mean" in stated:
         size = spec.input_size or stated.get("input_size")
-        return Preprocess.from_json({**stated, "input_size": size}), ()
+        return Preprocess.from_json({**stated, "input_size": size, "exif": True}), ()
     size = spec.input_size or _stated_size(model)
     if size is None:
         raise BackboneError(
-            f"python:{name}: the size of its images is not known. Say it, as channels, height and "
-            "width; or give the module an attribute input_size = (channels, height, width)."
+            f"python:{name}: the size of its images is not known. Pass `input_size`, (channels, "
+            "height, width), or give the module an attribute of that name."
         )
     channels = size[0]
-    assumed = Preprocess(size, (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0)
+    assumed = Preprocess(size, (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0, exif=True)
     return assumed, (f"image transform assumed: {assumed.described()}",)
 
 

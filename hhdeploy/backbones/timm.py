@@ -36,7 +36,7 @@ def load_timm(spec: BackboneSpec) -> Loaded:
         resolved_name(model, spec.model),
         classifier_path(model),
         classes,
-        _preprocess(model, spec.args),
+        preprocess_of(model, spec.args),
         traced_with=(f"timm {_timm().__version__}",),
     )
 
@@ -72,7 +72,7 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
         if pretrained:
             raise BackboneError(
                 f"timm could not load {spec.model} with pretrained weights: {error}. Without a "
-                "connection to timm's hub, pass the weights with --checkpoint FILE."
+                "connection to timm's hub, pass the weights with `checkpoint`."
             ) from error
         raise BackboneError(
             f"timm could not create {spec.model} with {dict(spec.args)}: {error}"
@@ -112,10 +112,11 @@ def resolved_name(model: nn.Module, name: str) -> str:
     return name if "." in name or not tag else f"{name}.{tag}"
 
 
-def _preprocess(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
+def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
+    """timm's evaluation transform of a model, its image size as ``args`` made it."""
     config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
     size = config["input_size"]
     if "img_size" in args:
         img = args["img_size"]
         size = (3, img, img) if isinstance(img, int) else (3, *img)
-    return Preprocess.from_json({**config, "input_size": size})
+    return Preprocess.from_json({**config, "input_size": size, "exif": True})

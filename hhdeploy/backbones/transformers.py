@@ -147,7 +147,9 @@ def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess
     stated = _image_processor(where)
     if stated is not None:
         return from_image_processor(stated, size), ()
-    assumed = Preprocess(size, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash")
+    assumed = Preprocess(
+        size, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash", True
+    )
     return assumed, (
         f"image transform assumed, for want of preprocessor_config.json: {assumed.described()}",
     )
@@ -217,5 +219,6 @@ def from_image_processor(stated: Mapping[str, Any], input_size: tuple[int, int, 
             "interpolation": _FILTERS[int(stated.get("resample", 2))],
             "crop_pct": pct,
             "crop_mode": mode,
+            "exif": True,
         }
     )

@@ -34,7 +34,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise BackboneError(f"--checkpoint {path} does not exist.")
+        raise BackboneError(f"`checkpoint`: {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -44,12 +44,12 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError,
     ) as error:  # fmt: skip
         raise BackboneError(
-            f"--checkpoint {path} cannot be read: {error}. Expected a safetensors file "
+            f"`checkpoint`: {path} cannot be read: {error}. Expected a safetensors file "
             "or a PyTorch state dict without other pickled objects."
         ) from error
     state = unwrapped(content)
     if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
-        raise BackboneError(f"--checkpoint {path}: expected a state dict of tensors.")
+        raise BackboneError(f"`checkpoint`: {path}: expected a state dict of tensors.")
     return dict(state)
 
 
@@ -97,7 +97,7 @@ def load_strictly(
             if names
         ]
         raise BackboneError(
-            f"--checkpoint {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
+            f"`checkpoint`: {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
             f"keys {'; '.join(problems)}. Is it this model's, with these arguments?"
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}

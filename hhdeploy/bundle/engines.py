@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Manifest, Range
-from hhdeploy.errors import BundleError, SessionError
+from hhdeploy.errors import BundleError, SessionError, as_code
 
 
 def engine_name(
@@ -38,7 +38,7 @@ def choose_engine(
             (another graph or bank), of another version, or of another architecture.
     """
     entries = [e for e in manifest.engines if (e.backend, e.precision) == (backend, precision)]
-    command = f"hhdeploy build BUNDLE --backend {backend} --precision {precision}"
+    command = as_code("build", "BUNDLE", backend=backend, precision=precision)
     if not entries:
         there = ", ".join(f"{e.backend} {e.precision}" for e in manifest.engines) or "none"
         raise BundleError(
@@ -102,7 +102,7 @@ def check_slots(rows: int, slots: Range | None) -> None:
     if slots is None or slots[0] <= rows <= slots[2]:
         return
     raise SessionError(
-        f"slots={rows}: this engine takes banks of {slots[0]} to {slots[2]} rows. Open the "
-        f"session with slots={min(max(rows, slots[0]), slots[2])}, or build with --max-slots "
-        f"{rows}."
+        f"`slots={rows}`: this engine takes banks of {slots[0]} to {slots[2]} rows. Open the "
+        f"session with `slots={min(max(rows, slots[0]), slots[2])}`, or build with "
+        f"`max_slots={rows}`."
     )

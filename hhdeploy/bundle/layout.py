@@ -2,8 +2,10 @@
 
 Layout, C order, per adapted Linear in execution order (additive before sequential):
 ``diag`` [n, min(out, in)], ``right`` [n, k, in], ``left_t`` [n, k, out] with n = 3 for q, k, v
-of a fused qkv, else 1; then ``head.weight`` [classes, dim], ``head.bias`` [classes] and
-``head.own`` [1]. A sequential part holds M - I, so a row of zeros is the bare backbone.
+of a fused qkv, else 1, and in an additive branch that has room for them ``s_in`` [1, in],
+``s_out`` [n, out] (both less one) and ``db`` [n, out]; then ``head.weight`` [classes, dim],
+``head.bias`` [classes] and ``head.own`` [1]. A sequential part holds M - I, so a row of zeros is
+the bare backbone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.format import PARTS, Adapter, Part
 from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import CapacityError
 
@@ -35,6 +37,7 @@ class Branch:
         out: output features of one site.
         in_: input features of one site (equal to ``out`` for the sequential form).
         rank: k, the room for the thin product.
+        extras: which of s_in, s_out and db it has room for, in this order; additive only.
     """
 
     linear: str
@@ -43,6 +46,7 @@ class Branch:
     out: int
     in_: int
     rank: int
+    extras: tuple[Part, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,12 +55,14 @@ class Branch:
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the three parts, in row order."""
+        """Name -> shape of the parts, in row order."""
         n = len(self.sites)
+        extras = {"s_in": (1, self.in_), "s_out": (n, self.out), "db": (n, self.out)}
         return {
             f"{self.name}/diag": (n, min(self.out, self.in_)),
             f"{self.name}/right": (n, self.rank, self.in_),
             f"{self.name}/left_t": (n, self.rank, self.out),
+            **{f"{self.name}/{part}": extras[part] for part in self.extras},
         }
 
 
@@ -100,6 +106,11 @@ class RowLayout:
         return offsets
 
     @property
+    def has_extras(self) -> bool:
+        """Whether a row has room for s_in, s_out or db anywhere."""
+        return any(branch.extras for branch in self.branches)
+
+    @property
     def size(self) -> int:
         """Floats in a row."""
         return sum(math.prod(shape) for shape in self.parts.values())
@@ -114,20 +125,19 @@ class RowLayout:
     def pack(self, name: str, adapter: Adapter) -> NDArray[np.float32]:
         """One adapter as a row: canonical deltas in float64, cast once to float32.
 
+        Requires that `hhdeploy.adapters.checks.check` has passed.
+
         Raises:
             CapacityError: naming the flag of ``hhdeploy export`` that would have made room.
         """
         row = np.zeros(self.size, np.float32)
         parts = self.views(row)
         where = {(site, b.form): (b, i) for b in self.branches for i, site in enumerate(b.sites)}
-        for site in adapter.sites:
-            found = where.get((site, adapter.form))
-            if found is None:
-                raise CapacityError(
-                    f"adapter {name!r} changes {site} ({adapter.form}), which this bundle has no "
-                    f"branch for. Export again with this adapter, or reserve it with --sites."
-                )
-            _pack_site(name, adapter, site, found, parts)
+        for site, tensors in adapter.sites.items():
+            if tensors.shape is not None:
+                _pack_delta(name, adapter, site, _place(where, name, site, adapter.form), parts)
+            if tensors.parts:
+                _pack_parts(name, adapter, site, _place(where, name, site, "additive"), parts)
         bad = row.size - int(np.count_nonzero(np.isfinite(row)))
         if bad:
             raise CapacityError(
@@ -145,19 +155,14 @@ class RowLayout:
             if not self.backbone_head:
                 raise CapacityError(
                     f"adapter {name!r} has no classifier and the bundle did not keep the "
-                    "backbone's. Export with --keep-backbone-head."
+                    "backbone's. Export with `keep_backbone_head=True`."
                 )
             return
-        classes, dim = head.weight.shape
-        if dim != self.dim:
-            raise CapacityError(
-                f"adapter {name!r}: its classifier takes {dim} features, the backbone "
-                f"gives {self.dim}."
-            )
+        classes = head.weight.shape[0]
         if classes > self.classes:
             raise CapacityError(
                 f"adapter {name!r} has {classes} classes, the bundle has room for {self.classes}. "
-                f"Export with --max-classes {classes}."
+                f"Export with `max_classes={classes}`."
             )
         parts["head.weight"][:classes] = head.weight
         parts["head.bias"][:] = -np.inf
@@ -179,6 +184,7 @@ class RowLayout:
                     "out": b.out,
                     "in": b.in_,
                     "rank": b.rank,
+                    **({"parts": list(b.extras)} if b.extras else {}),
                 }
                 for b in self.branches
             ],
@@ -194,13 +200,33 @@ class RowLayout:
         branches: Sequence[Mapping[str, Any]] = content["branches"]
         return cls(
             tuple(
-                Branch(b["linear"], b["form"], tuple(b["sites"]), b["out"], b["in"], b["rank"])
+                Branch(
+                    b["linear"],
+                    b["form"],
+                    tuple(b["sites"]),
+                    b["out"],
+                    b["in"],
+                    b["rank"],
+                    in_row_order(b.get("parts", ())),
+                )
                 for b in branches
             ),
             content["classes"],
             content["dim"],
             content["backbone_head"],
         )
+
+
+def in_row_order(parts: Iterable[str]) -> tuple[Part, ...]:
+    """Some of s_in, s_out and db in the order they have in a row, each once.
+
+    Raises:
+        ValueError: naming what is none of them.
+    """
+    asked = set(parts)
+    if unknown := sorted(asked.difference(PARTS)):
+        raise ValueError(f"expected some of {', '.join(PARTS)}, found {', '.join(unknown)}")
+    return tuple(part for part in PARTS if part in asked)
 
 
 def check_row_range(name: str, row: NDArray[np.float32], precisions: Iterable[str]) -> None:
@@ -217,7 +243,20 @@ def check_row_range(name: str, row: NDArray[np.float32], precisions: Iterable[st
         )
 
 
-def _pack_site(
+def _place(
+    where: Mapping[tuple[str, Form], tuple[Branch, int]], name: str, site: str, form: Form
+) -> tuple[Branch, int]:
+    """The branch of a site and which of the branch's sites it is."""
+    found = where.get((site, form))
+    if found is None:
+        raise CapacityError(
+            f"adapter {name!r} changes {site} ({form}), which this bundle has no "
+            "branch for. Export again with this adapter, or reserve it with `sites`."
+        )
+    return found
+
+
+def _pack_delta(
     name: str,
     adapter: Adapter,
     site: str,
@@ -226,20 +265,61 @@ def _pack_site(
 ) -> None:
     branch, index = place
     delta = adapter.delta(site)
-    if delta.shape != (branch.out, branch.in_):
-        raise CapacityError(
-            f"adapter {name!r}: {site} is {delta.shape[0]} x {delta.shape[1]}, the backbone's is "
-            f"{branch.out} x {branch.in_}. The adapter belongs to another model."
-        )
+    assert delta is not None
     if adapter.form == "sequential":
         delta = delta.minus_identity()
     k = delta.rank
     if k > branch.rank:
         raise CapacityError(
             f"adapter {name!r}: {site} needs rank {k} (2 for the reflections + its low-rank "
-            f"term), the bundle has room for {branch.rank}. Export with --max-rank {k}."
+            f"term), the bundle has room for {branch.rank}. Export with `max_rank={k}`."
         )
     with np.errstate(over="ignore"):  # an overflow is reported by `pack`, with the adapter's name
         parts[f"{branch.name}/diag"][index] = delta.diag
         parts[f"{branch.name}/right"][index, :k] = delta.right
         parts[f"{branch.name}/left_t"][index, :k] = delta.left.T
+
+
+def _pack_parts(
+    name: str,
+    adapter: Adapter,
+    site: str,
+    place: tuple[Branch, int],
+    parts: Mapping[str, NDArray[np.float32]],
+) -> None:
+    """s_in - 1, s_out - 1 and db of one site."""
+    branch, index = place
+    sizes: dict[Part, int] = {"s_in": branch.in_, "s_out": branch.out, "db": branch.out}
+    for part, trained in adapter.sites[site].parts.items():
+        if trained.size != sizes[part]:
+            raise CapacityError(
+                f"adapter {name!r}: {site}.{part} has {trained.size} values, the backbone's site "
+                f"takes {sizes[part]}. The adapter belongs to another model."
+            )
+        if part not in branch.extras:
+            raise CapacityError(
+                f"adapter {name!r} has {site}.{part}, and the rows of this bundle have no {part} "
+                f"at {branch.linear}. Export again with this adapter, or reserve {part} with "
+                "`parts`."
+            )
+        if part == "s_in":
+            _check_one_s_in(name, adapter, branch)
+        neutral = 0.0 if part == "db" else 1.0
+        row = 0 if part == "s_in" else index
+        parts[f"{branch.name}/{part}"][row] = trained.astype(np.float64) - neutral
+
+
+def _check_one_s_in(name: str, adapter: Adapter, branch: Branch) -> None:
+    """q, k and v of a fused qkv read one input, so a row has one s_in for all three."""
+    ones = np.ones(branch.in_, np.float32)
+    found = [
+        ones if site not in adapter.sites or (s := adapter.sites[site].s_in) is None else s
+        for site in branch.sites
+    ]
+    if any(not np.array_equal(found[0], other) for other in found[1:]):
+        raise CapacityError(
+            f"adapter {name!r}: s_in of {', '.join(branch.sites)}: expected the same values, found "
+            f"different ones: the sites are thirds of one Linear, {branch.linear}, and a side "
+            "branch scales its input once for all. Export it with `fold=True`, in a bundle of its "
+            "own."
+        )

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType, problem_type_of
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.errors import BundleError
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
-SCHEMA_VERSION = 1
+# 2 has rows with s_in, s_out or db; written only for a bundle that has them.
+SCHEMA_VERSION = 2
 MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
     "hhdeploy.json",
     "bank.safetensors",
@@ -65,6 +67,8 @@ class AdapterEntry:
         class_names: one per class, or None.
         preprocess: how its images become inputs.
         verified: False for an adapter added later, until ``verify --against-torch``.
+        problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
+        strength: what its change of the backbone is multiplied by.
     """
 
     name: str
@@ -73,6 +77,8 @@ class AdapterEntry:
     class_names: tuple[str, ...] | None
     preprocess: Preprocess
     verified: bool
+    problem_type: ProblemType = CLASSES
+    strength: float = 1.0
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -80,6 +86,7 @@ class AdapterEntry:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's entry."""
+        absent = problem_type_of(None, self.classes)
         return {
             "name": self.name,
             "row": self.row,
@@ -87,12 +94,16 @@ class AdapterEntry:
             "class_names": list(self.class_names) if self.class_names else None,
             "preprocess": self.preprocess.to_json(),
             "verified": self.verified,
+            **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
+            **({"strength": self.strength} if self.strength != 1.0 else {}),
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> AdapterEntry:
         """Read the manifest's entry."""
-        names = content["class_names"]
+        names, problem_type = content["class_names"], content.get("problem_type")
+        if problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type {problem_type!r}")
         return cls(
             content["name"],
             content["row"],
@@ -100,6 +111,8 @@ class AdapterEntry:
             tuple(names) if names else None,
             Preprocess.from_json(content["preprocess"]),
             content["verified"],
+            problem_type_of(problem_type, content["classes"]),
+            float(content.get("strength", 1.0)),
         )
 
 
@@ -217,6 +230,10 @@ class Manifest:
         lines = [f"{n} {d}" for n, d in self.files.items() if n.startswith(f"{ADAPTERS}/{name}/")]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
+    def problem_type(self, name: str) -> ProblemType:
+        """What the logits of an adapter, or of the backbone, mean."""
+        return next((a.problem_type for a in self.adapters if a.name == name), CLASSES)
+
     def adapter(self, name: str) -> AdapterEntry:
         """The entry of an adapter. Raises `BundleError` listing the names there are."""
         for entry in self.adapters:
@@ -228,7 +245,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": 2 if self.layout is not None and self.layout.has_extras else 1,
             "kind": self.kind,
             "backbone": self.backbone.to_json(),
             "classes": self.classes,

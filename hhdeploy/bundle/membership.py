@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check_base, check_name
+from hhdeploy.adapters.checks import check, check_live, check_name
+from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.sites import linear_spec, select_sites
+from hhdeploy.backbones.sites import Form, linear_spec
 from hhdeploy.bundle.layout import RowLayout, check_row_range
 from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
-from hhdeploy.errors import AdapterError, PlanError
+from hhdeploy.errors import PlanError
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of
 
@@ -25,13 +27,16 @@ def entry_of(
 ) -> AdapterEntry:
     """The manifest's entry for an adapter read from a directory."""
     config = adapter.config
+    classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
         name,
         row,
-        adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes,
+        classes,
         config.class_names,
         config.preprocess or backbone.preprocess,
         verified,
+        problem_type_of(config.problem_type, classes),
+        adapter.strength,
     )
 
 
@@ -39,56 +44,36 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
     """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
 
     Raises:
-        PlanError: folded bundle, bank baked in, or a name that is taken.
-        AdapterError: another backbone or another input size.
+        PlanError: folded bundle, bank baked in, a name that is taken, or an adapter that can
+            only be folded.
+        AdapterError: see `check`.
         CapacityError: it does not fit; the message names the flag to export with.
     """
     if manifest.layout is None:
         raise PlanError(
-            "a folded bundle holds exactly one adapter. Export without --fold to add more."
+            "a folded bundle holds exactly one adapter. Export without `fold=True` to add more."
         )
     if manifest.bank_as_constant:
         raise PlanError(
             "this bundle has its bank baked into the graph: adapters cannot be added or removed. "
-            "Export without --bank-as-constant."
+            "Export without `bank_as_constant=True`."
         )
     check_name(name)
-    check_base(name, adapter, manifest.backbone.model, manifest.backbone.sha256)
-    if adapter.head is not None and adapter.head.path != manifest.backbone.classifier:
-        raise AdapterError(
-            f"{adapter.source}: classifier {adapter.head.path}.weight: expected "
-            f"{manifest.backbone.classifier}.weight."
-        )
-    preprocess = adapter.config.preprocess
-    if preprocess is not None and preprocess.input_size != manifest.input_size:
-        raise AdapterError(
-            f"{adapter.source}: the image sizes disagree: preprocess.input_size is "
-            f"{list(preprocess.input_size)}, the bundle takes {list(manifest.input_size)}."
-        )
-    classes = manifest.backbone.classes
-    if adapter.head is None and adapter.config.num_classes not in (None, classes):
-        raise AdapterError(
-            f"{adapter.source}: num_classes: expected {classes} (the backbone's classifier; the "
-            f"adapter brings none), found {adapter.config.num_classes}."
-        )
-    _check_sites(manifest.layout, adapter)
+    check_live(name, adapter)
+    check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)
     return row
 
 
-def _check_sites(layout: RowLayout, adapter: Adapter) -> None:
-    """No site is missing of those that target_modules name, as far as the bundle knows them."""
-    branches = [b for b in layout.branches if b.form == adapter.form]
-    linears = [linear_spec(b.linear, b.out * len(b.sites), b.in_) for b in branches]
-    selected = select_sites([x for x in linears if x], adapter.config.target_modules)
-    missing = [s.name for sites in selected.values() for s in sites if s.name not in adapter.sites]
-    if missing:
-        raise AdapterError(
-            f"{adapter.source}: missing tensor keys for {', '.join(missing)}: target_modules "
-            f"{list(adapter.config.target_modules)} name these sites. Save the adapter whole, or "
-            "list the sites it has by their full names in target_modules."
-        )
+def _facts(backbone: BackboneFacts, layout: RowLayout, form: Form) -> BackboneFacts:
+    """A bundle's backbone with the Linears whose size its row tells an adapter of this form.
+
+    The sequential form needs the outputs alone, which any branch tells.
+    """
+    branches = {b.linear: b for b in layout.branches if form in (b.form, "sequential")}
+    linears = [linear_spec(b.linear, b.out * len(b.sites), b.in_) for b in branches.values()]
+    return replace(backbone, linears=tuple(spec for spec in linears if spec is not None))
 
 
 def add_adapter(
@@ -96,6 +81,7 @@ def add_adapter(
     name: str,
     directory: str | Path,
     *,
+    strength: float = 1.0,
     lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
 ) -> AdapterEntry:
@@ -105,6 +91,7 @@ def add_adapter(
         path: the bundle.
         name: how requests will call it.
         directory: the adapter directory; it is copied as it is.
+        strength: what its change of the backbone is multiplied by.
         lock_timeout, progress: see `edit`.
 
     Raises:
@@ -113,7 +100,7 @@ def add_adapter(
     """
     source = Path(directory)
     hashes = _hashes(source) if source.is_dir() else {}
-    adapter = load_adapter(source)
+    adapter = at_strength(load_adapter(source), strength)
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
         row = admit(manifest, name, adapter)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle.manifest import (
     ADAPTERS,
     BANK_FILE,
@@ -30,7 +31,7 @@ from hhdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     Manifest,
 )
-from hhdeploy.errors import BundleError, ConflictError, HhdeployError
+from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 from hhdeploy.parity import PARITY
@@ -71,8 +72,7 @@ class Bundle:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
-                f"{path} is not a bundle: {MANIFEST} was expected in it. "
-                "Make one with: hhdeploy export"
+                f"{path} is not a bundle: {MANIFEST} was expected in it. Make one with `export()`."
             ) from None
         except (OSError, ValueError) as error:
             raise BundleError(
@@ -228,7 +228,8 @@ class Bundle:
         return content
 
     def load_adapter(self, name: str) -> Adapter:
-        """An adapter as it came to the bundle, from files of the manifest's hashes."""
+        """An adapter as it came to the bundle, from files of the manifest's hashes, at the strength
+        that it has there."""
         names = [n for n in self.manifest.files if n.startswith(f"{ADAPTERS}/{name}/")]
         if not names:
             raise BundleError(f"{self.path / ADAPTERS / name} is missing. Export the bundle again.")
@@ -236,7 +237,7 @@ class Bundle:
             if self._intact(root, names):
                 adapter = load_adapter(root / ADAPTERS / name)
                 if self._intact(root, names):  # nobody put another one there meanwhile
-                    return adapter
+                    return at_strength(adapter, self.manifest.adapter(name).strength)
         for file in names:
             self.file(file)  # says which one is damaged
         raise self._damage(names[0], None, None)
@@ -298,7 +299,12 @@ def graph_hint(path: Path, precision: str) -> str:
         [p for stage, p in PARITY if stage == kind] for kind in ("twin", "quantised")
     )
     if precision in typed:
-        return f"Export the bundle again with --precision {precision}."
+        return f"Export the bundle again with `precisions=[{precision!r}]`."
     if precision in quantised:
-        return f"Add it with: hhdeploy calibrate {path} --data DIR --precision {precision}"
+        return "Add it with: " + as_code(
+            "calibrate",
+            path,
+            data="DIR",
+            settings=as_code("CalibrationSettings", precision=precision),
+        )
     return f"Graphs there can be: float32, {', '.join((*typed, *quantised))}."

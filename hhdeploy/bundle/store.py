@@ -318,7 +318,7 @@ def _acquired(path: Path, timeout: float, progress: Progress) -> FileLock:
     except Timeout:
         raise ConflictError(
             f"another process has been changing {path} for {timeout:g} seconds. Try again when it "
-            "has ended, or wait longer with --lock-timeout SECONDS."
+            "has ended, or wait longer with `lock_timeout`."
         ) from None
     except OSError as error:
         raise WriteError(

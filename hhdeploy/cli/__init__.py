@@ -6,8 +6,9 @@ import importlib
 
 import click
 
+from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import HhdeployError, OptionError
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {
@@ -41,10 +42,12 @@ class Group(click.Group):
         """
         try:
             return super().invoke(ctx)
-        except OptionError as error:
-            raise click.UsageError(str(error), self._context_of(ctx)) from error
         except HhdeployError as error:
-            raise click.ClickException(str(error)) from error
+            context = self._context_of(ctx)
+            message = as_command_line(str(error), context.command)
+            if isinstance(error, OptionError):
+                raise click.UsageError(message, context) from error
+            raise click.ClickException(message) from error
 
     def _context_of(self, ctx: click.Context) -> click.Context:
         """The subcommand's, which is gone by now, for the usage line."""

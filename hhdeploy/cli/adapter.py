@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +15,12 @@ def command() -> None:
     """Inspect, import, extract, merge, compare, list, add and remove adapters."""
 
 
-for _command in (adapter_import.command, adapter_import.extract, adapter_mix.merge, adapter_mix.diff):
+for _command in (
+    adapter_import.command,
+    adapter_import.extract,
+    adapter_mix.merge,
+    adapter_mix.diff,
+):
     command.add_command(_command)
 
 
@@ -32,19 +38,21 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     from hhdeploy.algebra import effective_rank
 
     adapter = load_adapter(directory)
-    sites = []
+    sites: list[dict[str, Any]] = []
     with ui.steps(as_json or not rank) as step:
         step(f"singular values of {len(adapter.sites)} deltas")
         for name, tensors in adapter.sites.items():
             delta = adapter.delta(name)
+            out, into = tensors.shape or (None, None)
             sites.append(
                 {
                     "site": name,
-                    "out": delta.shape[0],
-                    "in": delta.shape[1],
-                    "k": delta.rank,
+                    "out": out,
+                    "in": into,
+                    "k": delta.rank if delta else 0,
+                    "parts": list(tensors.parts),
                     "parameters": tensors.parameters,
-                    "effective_rank": round(effective_rank(delta), 2) if rank else None,
+                    "effective_rank": round(effective_rank(delta), 2) if delta and rank else None,
                 }
             )
     config = adapter.config.to_json()
@@ -54,6 +62,7 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
             {
                 "config": config,
                 "sites": sites,
+                "values": {path: list(value.shape) for path, value in adapter.values.items()},
                 "parameters": adapter.parameters,
                 "head_parameters": head,
             }
@@ -65,10 +74,20 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     for key in adapter.config.extra:
         console.print(f"{key:24} [dim](unknown key, kept)[/]")
     rows = [
-        (s["site"], f"{s['out']} x {s['in']}", s["k"], s["parameters"], s["effective_rank"] or "-")
+        (
+            s["site"],
+            f"{s['out']} x {s['in']}" if s["out"] else "-",
+            s["k"],
+            " ".join(adapter.sites[s["site"]].parts) or "-",
+            s["parameters"],
+            s["effective_rank"] or "-",
+        )
         for s in sites
     ]
-    console.print(ui.table(None, ("site", "out x in", "k", "parameters", "effective rank"), rows))
+    columns = ("site", "out x in", "k", "parts", "parameters", "effective rank")
+    console.print(ui.table(None, columns, rows))
+    for path, value in adapter.values.items():
+        console.print(f"{path} {list(value.shape)}: replaced, so fold only", markup=False)
     console.print(f"{adapter.parameters:,} parameters in {len(sites)} sites, {head:,} in the head")
 
 
@@ -94,17 +113,26 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 
 @command.command("add")
 @click.argument("bundle", type=ui.DIRECTORY)
-@click.argument("adapter", metavar="[NAME=]DIR")
+@click.argument("adapter", metavar="[NAME=]DIR[@S]")
 @ui.lock_timeout_option
 def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
     """Add an adapter to BUNDLE: one more row of its bank, the graph stays as it is.
 
-    Needs no torch. The adapter counts as unverified until hhdeploy verify --against-torch.
+    DIR@0.7 adds it at 0.7 of its strength. Needs no torch. The adapter counts as unverified until
+    hhdeploy verify --against-torch.
     """
     from hhdeploy.bundle import add_adapter
 
-    ((name, directory),) = ui.named_directories([adapter]).items()
-    entry = add_adapter(bundle, name, directory, lock_timeout=lock_timeout, progress=ui.note)
+    named, strengths = ui.adapters_and_strengths([adapter])
+    ((name, directory),) = named.items()
+    entry = add_adapter(
+        bundle,
+        name,
+        directory,
+        strength=strengths.get(name, 1.0),
+        lock_timeout=lock_timeout,
+        progress=ui.note,
+    )
     click.echo(
         f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
         f"{bundle} --against-torch)"

@@ -9,12 +9,13 @@ import click
 
 from hhdeploy.calibration.settings import PRECISIONS, PRESETS, CalibrationSettings
 from hhdeploy.cli import ui
+from hhdeploy.cli.wording import as_command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hhdeploy.calibration.judging.range_check import RangeCheck
-    from hhdeploy.quantising.calibrating import CalibrationResult
+    from hhdeploy.quantising import CalibrationResult
 
 _SHOWN = 12
 # What --check does not use.
@@ -111,7 +112,7 @@ def command(
             checked = check_adapter(bundle, check, data, precision=precision, images=images)
         _print_check(checked, as_json)
         return
-    from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
+    from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 
     settings = CalibrationSettings(
         precision=precision, exclude=exclude, preset=preset, images=images, seed=seed
@@ -165,7 +166,9 @@ def _print_result(console: Console, result: CalibrationResult, report: Path | No
         soft_wrap=True,
     )
     for warning in findings.warnings:
-        console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        console.print(
+            f"Warning: {as_command_line(warning)}", style="yellow", markup=False, soft_wrap=True
+        )
     console.print(f"Added {result.file} to {result.path}", markup=False, soft_wrap=True)
     if report is not None:
         console.print(f"Report: {report}", markup=False, soft_wrap=True)
@@ -186,7 +189,7 @@ def _print_check(check: RangeCheck, as_json: bool) -> None:
         console.print(ui.table(title, columns, rows))
         if len(check.excess) > _SHOWN:
             console.print(f"and {len(check.excess) - _SHOWN} more sites (--json shows all)")
-    console.print(check.advice(), markup=False, soft_wrap=True)
+    console.print(as_command_line(check.advice()), markup=False, soft_wrap=True)
 
 
 def _points(value: float | None) -> str:

@@ -18,8 +18,9 @@ from hhdeploy.cli import ui
     "adapters",
     multiple=True,
     required=True,
-    metavar="[NAME=]DIR",
-    help="An adapter directory; repeat for more. Named after the directory unless given.",
+    metavar="[NAME=]DIR[@S]",
+    help="An adapter directory; repeat for more. Named after the directory unless given. S is its "
+    "strength, e.g. 0.7.",
 )
 @click.option("--fold", is_flag=True, help="Put the one adapter into the weights: no overhead.")
 @ui.backbone_options
@@ -37,6 +38,12 @@ from hhdeploy.cli import ui
     multiple=True,
     metavar="TARGET",
     help="Reserve branches, e.g. fc1, proj:sequential or a site's name. Repeatable.",
+)
+@click.option(
+    "--parts",
+    default="",
+    metavar="PARTS",
+    help="Reserve, at every branch, of s_in,s_out,db: multipliers and a bias (IA3, DoRA).",
 )
 @click.option(
     "--keep-backbone-head", is_flag=True, help="Keep the backbone's own classifier selectable."
@@ -77,6 +84,7 @@ def command(
     max_rank: int,
     max_classes: int,
     sites: tuple[str, ...],
+    parts: str,
     keep_backbone_head: bool,
     bank_as_constant: bool,
     verify: bool,
@@ -99,7 +107,7 @@ def command(
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
 
-    named = ui.named_directories(adapters)
+    named, strengths = ui.adapters_and_strengths(adapters)
     cache = ui.check_cache_options(cache_dir, no_cache)
     if not verify:
         ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
@@ -113,12 +121,19 @@ def command(
             named,
             out,
             fold=fold,
+            strengths=strengths,
             model_args=model_args,
             checkpoint=checkpoint,
             pretrained=pretrained,
             seed=seed,
             input_size=input_size,
-            reserve=Reserve(max_rank, max_classes, sites, keep_backbone_head),
+            reserve=Reserve(
+                max_rank,
+                max_classes,
+                sites,
+                keep_backbone_head,
+                tuple(filter(None, parts.split(","))),
+            ),
             bank_as_constant=bank_as_constant,
             precisions=precisions,
             verify=verify,

@@ -11,6 +11,7 @@ from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
 from hhdeploy.cli import ui
 from hhdeploy.errors import require
+from hhdeploy.files.folders import find_splits, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,11 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
     help="Random backbone weights from --seed, for tests.",
 )
 @click.option(
-    "--data", type=ui.DIRECTORY, required=True, metavar="DIR", help="Images, as DIR/CLASS/image."
+    "--data",
+    type=ui.DIRECTORY,
+    required=True,
+    metavar="DIR",
+    help="Images, as DIR/CLASS/image, or DIR/train and DIR/val of such.",
 )
 @click.option(
     "--val-data",
@@ -123,6 +128,8 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
         ui.refuse_unused(unused, "does not go with --linear-probe, which adapts no site")
     if options["val_data"] is not None:
         ui.refuse_unused({"val_fraction"}, "does not go with --val-data: nothing is held out")
+    elif (val := find_splits(options["data"]).val) is not None:
+        ui.refuse_unused({"val_fraction"}, f"does not go with {val}, which validates")
     if not options["augment"]:
         ui.refuse_unused({"flip"}, "does not go with --no-augment, which leaves out the flip too")
     require("torch", "export", "training")
@@ -211,6 +218,10 @@ def _summary(result: TrainResult) -> Iterator[str]:
         f"{len(result.class_names)} classes, {result.train_images} training and "
         f"{result.val_images} validation images, on {result.device}"
     )
+    if result.train_data != result.val_data:
+        yield f"trained on {result.train_data}, validated on {result.val_data}"
+    if result.skipped:
+        yield f"left out, for they are no pictures of a class: {in_words(result.skipped)}"
     last, best = result.last, result.best
     if best is None:
         yield f"last epoch {last.epoch}: no validation images"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hhdeploy.doctor.probes import PROBES, State
-from hhdeploy.packages.extras import EXTRAS, INCLUDED, is_older
+from hhdeploy.packages import EXTRAS, INCLUDED, is_older
 
 
 @dataclass(frozen=True)

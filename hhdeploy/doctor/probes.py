@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hhdeploy.errors import EngineError, MissingDependencyError, require
-from hhdeploy.exporters.engine import EngineOptions, engine_from_onnx
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.exporters.engine import BuildOptions, engine_from_onnx
+from hhdeploy.packages import Log, import_tensorrt
 from hhdeploy.runtime.cuda import Gpu, driver_library
 
 State = Literal["ok", "absent", "problem"]
@@ -150,8 +150,7 @@ def probe_tensorrt(backend: str) -> Probed:
         with tempfile.TemporaryDirectory() as folder:
             graph = Path(folder) / "negation.onnx"
             graph.write_bytes(NEGATION)
-            options = EngineOptions(backend, (1, 1, 1), None)
-            built = engine_from_onnx(graph, {"x": (1,)}, options)
+            built = engine_from_onnx(graph, backend, {"x": (1,)}, BuildOptions())
     except EngineError as error:
         return Probed("problem", f"{title}: {error}")
     covered = _architectures(trt) if backend == "tensorrt-rtx" else []

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.checks import check_adapter, check_name, check_sites
+from hhdeploy.adapters.checks import check, check_name, check_sites
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,
@@ -18,13 +20,13 @@ from hhdeploy.bundle.manifest import (
     Manifest,
     write_manifest,
 )
-from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, locked
+from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.verifying.bundles import Progress, parity_error, rows_of, verify_graphs
+from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -56,6 +58,7 @@ def export(
     out: str | Path,
     *,
     fold: bool = False,
+    strengths: Mapping[str, float] = MappingProxyType({}),
     model_args: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
@@ -80,6 +83,8 @@ def export(
         adapters: name -> adapter directory.
         out: the bundle's directory; written whole or not at all.
         fold: put the one adapter into the weights; else all become side branches.
+        strengths: name -> what the adapter's change of the backbone is multiplied by; 1 where none
+            is given. The classifier is never scaled.
         model_args: further arguments of ``timm.create_model``, transformers' configuration or
             the function; None takes the adapters' (never for a function).
         checkpoint: the backbone's weights; None takes those of the source.
@@ -107,7 +112,7 @@ def export(
         require(package, "export", "exporting")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
-    from hhdeploy.exporters.trace import base_graph, default_cache
+    from hhdeploy.exporters.trace import default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
 
@@ -117,7 +122,7 @@ def export(
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
     with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
-        loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
+        loaded = _loaded(adapters, strengths)
         spec = BackboneSpec(
             model,
             _model_args(model, model_args, loaded),
@@ -133,7 +138,8 @@ def export(
         check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
-        base = base_graph(backbone, Path(where) if where else None)
+        alone = next(iter(loaded.values())) if fold else None
+        base = _base(backbone, alone, Path(where) if where else None)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
@@ -153,6 +159,19 @@ def export(
     return ExportResult(Path(out), manifest, report)
 
 
+def _loaded(
+    adapters: Mapping[str, str | Path], strengths: Mapping[str, float]
+) -> dict[str, Adapter]:
+    if unknown := sorted(set(strengths) - set(adapters)):
+        raise OptionError(
+            f"`strengths`: expected names among {', '.join(adapters)}, found {', '.join(unknown)}."
+        )
+    return {
+        check_name(name): at_strength(load_adapter(path), strengths.get(name, 1.0))
+        for name, path in adapters.items()
+    }
+
+
 def _model_args(
     model: str, given: Mapping[str, Any] | None, adapters: Mapping[str, Adapter]
 ) -> Mapping[str, Any]:
@@ -168,14 +187,14 @@ def _model_args(
     if model.startswith("python:") and any(named.values()):
         raise PlanError(
             f"the adapters were made with the arguments {named}, and {model} gets none that only a "
-            "file names. Pass them yourself, as model_args."
+            "file names. Pass them as `model_args`."
         )
     distinct = list({str(sorted(args.items())): args for args in named.values()}.values())
     if len(distinct) > 1:
         raise PlanError(
             "the adapters disagree on base_model_args: "
             + "; ".join(f"{name}: {args}" for name, args in named.items())
-            + ". Adapters of one bundle share the backbone; to overrule, pass --model-args."
+            + ". Adapters of one bundle share the backbone; to overrule, pass `model_args`."
         )
     return distinct[0] if distinct else {}
 
@@ -186,19 +205,31 @@ def _check_precisions(precisions: Sequence[str]) -> None:
     for precision in precisions:
         if precision not in PRECISIONS:
             raise OptionError(
-                f"--precision {precision}: expected one of {', '.join(PRECISIONS)}. (float32 is "
-                "always written; int8 comes from calibration data: hhdeploy calibrate.)"
+                f"`precisions=[{precision!r}]`: expected one of {', '.join(PRECISIONS)}. (float32 "
+                "is always written; int8 comes from calibration data: `calibrate()`.)"
             )
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
     if adapters != 1:
-        raise OptionError(f"--fold takes exactly one adapter, found {adapters}.")
+        raise OptionError(f"`fold=True` takes exactly one adapter, found {adapters}.")
     if reserve != Reserve() or bank_as_constant:
         raise OptionError(
-            "--fold cannot be combined with --max-rank, --max-classes, --sites, "
-            "--keep-backbone-head or --bank-as-constant: a folded graph has no bank."
+            "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, `parts`, "
+            "`keep_backbone_head` or `bank_as_constant`: a folded graph has no bank."
         )
+
+
+def _base(backbone: Backbone, folded: Adapter | None, cache: Path | None) -> BaseGraph:
+    """The backbone's graph; with the parameters that the adapter to be folded replaces, if any:
+    such a graph serves nobody else and is not cached."""
+    from hhdeploy.backbones.parameters import values_in
+    from hhdeploy.exporters.trace import base_graph
+
+    if folded is None or not folded.values:
+        return base_graph(backbone, cache)
+    with values_in(backbone.model, folded.values, folded.source):
+        return base_graph(backbone, None)
 
 
 def _contents(
@@ -217,7 +248,7 @@ def _contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
     ((name, adapter),) = adapters.items()
-    check_adapter(name, adapter, base.facts)
+    check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,11 +13,11 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, name_with_digits
 from hhdeploy.bundle.reading import graph_hint
-from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit, work_directory
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit, work_directory
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
-from hhdeploy.verifying.bundles import Progress, parity_error, verify_graphs
+from hhdeploy.verifying.bundles import parity_error, verify_graphs
 
 # Writes a graph to the path given, its weights to <path>.data.
 Save = Callable[[Path], None]
@@ -94,16 +95,78 @@ def add_graph(
 ) -> Bundle:
     """Add a graph to a bundle, or replace the one of the same precision.
 
-    The graph is judged in a scratch directory and joins the bundle once it has passed. What
-    other processes changed meanwhile stays: the graph does not join another float32 graph, and
-    says nothing of adapters that were added or replaced. Engines of an older graph stay on disk
-    and are refused when opened.
-
     Args:
         bundle: to be added to.
         precision: of the graph.
         save: writes it.
         judge: its parity.
+        extras, accept, lock_timeout, progress: see `commit_graph`.
+
+    Raises: as `commit_graph`.
+    """
+    with graph_on_trial(bundle, precision, save) as trial:
+        return commit_graph(
+            bundle,
+            trial,
+            precision,
+            judge(trial),
+            extras,
+            accept=accept,
+            lock_timeout=lock_timeout,
+            progress=progress,
+        )
+
+
+@contextlib.contextmanager
+def graph_on_trial(bundle: Bundle, precision: str, save: Save) -> Iterator[Bundle]:
+    """The bundle with a graph more, in a scratch directory of it: to be judged, never committed.
+
+    Args:
+        bundle: it is not changed.
+        precision: of the graph; the bundle's own of this precision is not seen.
+        save: writes it.
+
+    Raises:
+        ConflictError: the bundle was replaced meanwhile.
+        WriteError: the file system refused.
+    """
+    from hhdeploy.exporters.writer import graph_name
+
+    name = graph_name(precision)
+    with work_directory(bundle.path) as scratch:
+        with os_errors(scratch):
+            save(scratch / name)
+            hashes = {f"{scratch.name}/{n}": sha256_of(scratch / n) for n in (name, f"{name}.data")}
+        manifest = replace(
+            bundle.manifest,
+            graphs={**bundle.manifest.graphs, precision: f"{scratch.name}/{name}"},
+            files={**bundle.manifest.files, **hashes},
+        )
+        yield replace(bundle, manifest=manifest)
+
+
+def commit_graph(
+    bundle: Bundle,
+    trial: Bundle,
+    precision: str,
+    stages: Sequence[StageResult],
+    extras: Mapping[str, Save] = MappingProxyType({}),
+    *,
+    accept: Callable[[Bundle], None] = lambda now: None,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Bundle:
+    """Move a graph from its trial into the bundle, once it has passed.
+
+    What other processes changed meanwhile stays: the graph does not join another float32 graph,
+    and says nothing of adapters that were added or replaced. Engines of an older graph stay on
+    disk and are refused when opened.
+
+    Args:
+        bundle: that the trial was made from.
+        trial: from `graph_on_trial`; its files are moved.
+        precision: of the graph.
+        stages: its parity.
         extras: further files that belong to the graph: name -> what writes it.
         accept: raises if the bundle, as it is by then, cannot have the graph.
         lock_timeout, progress: see `hhdeploy.bundle.store.edit`.
@@ -113,50 +176,39 @@ def add_graph(
         ConflictError: another float32 graph is there by now.
         WriteError: the file system refused.
     """
-    from hhdeploy.exporters.writer import graph_name
-
-    name, basis = graph_name(precision), Basis.of(bundle.manifest)
-    names = (name, f"{name}.data", *extras)
-    with work_directory(bundle.path) as scratch:
-        with os_errors(scratch):
-            save(scratch / name)
-            for extra, write in extras.items():
-                write(scratch / extra)
-            hashes = {n: sha256_of(scratch / n) for n in names}
-        candidate = replace(
-            bundle.manifest,
-            graphs={**bundle.manifest.graphs, precision: f"{scratch.name}/{name}"},
-            files={**bundle.manifest.files, **{f"{scratch.name}/{n}": hashes[n] for n in names}},
-        )
-        stages = judge(replace(bundle, manifest=candidate))
-        report = ParityReport({}, stages)
-        if stages and not report.passed:
-            raise parity_error(report)
-        with os_errors(scratch):
-            named = _name_by_content(scratch / name, hashes)
-            hashes[name] = sha256_of(scratch / named)
-            sync_tree(scratch)
-        with edit(bundle.path, basis, lock_timeout=lock_timeout, progress=progress) as change:
-            accept(change.bundle)
-            weights = f"{named}.data"
-            change.adopt(f"{name}.data", scratch / weights, hashes[f"{name}.data"], weights)
-            change.adopt(name, scratch / named, hashes[name], named)
-            for extra in extras:
-                change.adopt(extra, scratch / extra, hashes[extra])
-            graphs = {**change.manifest.graphs, precision: named}
-            change.manifest = replace(change.manifest, graphs=graphs)
-            kept = {*basis.kept_adapters(change.manifest), BACKBONE}
-            _store_stages(change, precision, [s for s in stages if s.adapter in kept])
+    report = ParityReport({}, stages)
+    if stages and not report.passed:
+        raise parity_error(report)
+    written, basis = trial.manifest.graphs[precision], Basis.of(bundle.manifest)
+    graph = trial.path / written
+    scratch, name = graph.parent, graph.name
+    weights_digest = trial.manifest.files[f"{written}.data"]
+    with os_errors(scratch):
+        for extra, write in extras.items():
+            write(scratch / extra)
+        named = _name_by_content(graph, trial.manifest.files[written], weights_digest)
+        hashes = {n: sha256_of(scratch / n) for n in (named, *extras)}
+        sync_tree(scratch)
+    with edit(bundle.path, basis, lock_timeout=lock_timeout, progress=progress) as change:
+        accept(change.bundle)
+        weights = f"{named}.data"
+        change.adopt(f"{name}.data", scratch / weights, weights_digest, weights)
+        change.adopt(name, scratch / named, hashes[named], named)
+        for extra in extras:
+            change.adopt(extra, scratch / extra, hashes[extra])
+        graphs = {**change.manifest.graphs, precision: named}
+        change.manifest = replace(change.manifest, graphs=graphs)
+        kept = {*basis.kept_adapters(change.manifest), BACKBONE}
+        _store_stages(change, precision, [s for s in stages if s.adapter in kept])
     return Bundle(bundle.path, change.manifest)
 
 
-def _name_by_content(graph: Path, hashes: Mapping[str, str]) -> str:
+def _name_by_content(graph: Path, digest: str, weights_digest: str) -> str:
     """Rename a graph and its weights: both get the digits of both, as the graph names its
     weights, so that it has no digest that could be in its own name."""
     from hhdeploy.exporters.writer import rename_weights
 
-    digest = sha256_of_bytes(f"{hashes[graph.name]} {hashes[f'{graph.name}.data']}".encode())
-    named = name_with_digits(graph.name, digest)
+    named = name_with_digits(graph.name, sha256_of_bytes(f"{digest} {weights_digest}".encode()))
     rename_weights(graph, f"{named}.data")
     graph.rename(graph.with_name(named))
     return named

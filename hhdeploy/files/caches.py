@@ -130,7 +130,7 @@ class Entry:
         except WriteError as error:
             raise WriteError(
                 f"{error} (This is a cache: set HHDEPLOY_CACHE to another directory, or do "
-                "without one, where a command takes --no-cache.)"
+                "without one: `cache=None`.)"
             ) from error
 
 

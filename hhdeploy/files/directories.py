@@ -64,7 +64,7 @@ def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
     reason = kind.foreign(path)
     if reason is not None:
         raise WriteError(
-            f"{target} is not {kind.what} that hhdeploy wrote: {reason}. --overwrite replaces "
+            f"{target} is not {kind.what} that hhdeploy wrote: {reason}. `overwrite=True` replaces "
             "nothing else. Choose another output directory, or remove this one yourself."
         )
     return path
@@ -113,8 +113,8 @@ def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -
 
 def _exists(path: Path) -> WriteError:
     return WriteError(
-        f"{path} already exists. Choose another output directory, or pass --overwrite to replace "
-        "it once the new one is complete."
+        f"{path} already exists. Choose another output directory, or pass `overwrite=True` to "
+        "replace it once the new one is complete."
     )
 
 

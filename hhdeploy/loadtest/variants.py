@@ -58,7 +58,7 @@ def make_tasks(bundle: Bundle, count: int, seed: int, fleet: Path, scratch: Path
     if manifest.layout is None or manifest.bank_as_constant:
         raise PlanError(
             f"{bundle.path}: expected a bundle whose adapters can be added and removed. Export "
-            "without --fold and without --bank-as-constant."
+            "without `fold=True` and without `bank_as_constant=True`."
         )
     own = [entry.name for entry in manifest.adapters]
     if not own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hhdeploy.adapters.checks import check, check_targets
 from hhdeploy.adapters.config import AdapterConfig
-from hhdeploy.adapters.format import Adapter, Head, SiteTensors, save_adapter
-from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, LinearSpec, select_sites, sites_of
+from hhdeploy.adapters.format import PARTS, Adapter, Head, SiteTensors, save_adapter
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.parameters import original_parameter, put_values, restore_values
+from hhdeploy.backbones.sites import LinearSpec, select_sites
 from hhdeploy.backbones.structure import (
     base_sha256,
     classifier_path,
     find_linears,
     parameters_of,
 )
+from hhdeploy.backbones.timm import preprocess_of, resolved_name
 from hhdeploy.errors import AdapterError
+from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.householder import (
     AdditiveDelta,
+    Between,
+    BiasShift,
     HouseholderMatrix,
+    Scaling,
     SequentialTransform,
     new_site,
 )
@@ -33,11 +41,25 @@ from hhdeploy.training.householder import (
 _STATE = "_hhdeploy_attached"
 
 
+@dataclass
 class _Attached:
-    """What `detach` needs to give the backbone back, kept on the model."""
+    """What `detach` needs to give the backbone back, kept on the model.
 
-    def __init__(self, config: AdapterConfig, classifier: str, old_head: nn.Module | None) -> None:
-        self.config, self.classifier, self.old_head = config, classifier, old_head
+    Attributes:
+        config: of the adapter.
+        classifier: module path of the classifier.
+        old_head: the backbone's own, None if it is still there.
+        old_values: parameter path -> the parameter before the adapter replaced it.
+        parametrized: (module, name of its tensor), each once.
+        new_biases: (module, name of its bias) of Linears that had none.
+    """
+
+    config: AdapterConfig
+    classifier: str
+    old_head: nn.Module | None = None
+    old_values: dict[str, nn.Parameter] = field(default_factory=dict)
+    parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
+    new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0) -> nn.Module:
@@ -56,69 +78,52 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         ``model``.
 
     Raises:
-        AdapterError: a target or a site that the model does not have, a matrix of another
-            size, the sequential form elsewhere than after proj and fc2, or an adapter is
-            attached already. The model is then as it was.
+        AdapterError: the adapter does not belong to the model (see `check`), or one is attached
+            already. The model is then as it was.
     """
     if hasattr(model, _STATE):
         raise AdapterError("an adapter is attached to this model already; call detach first.")
     config = adapter.config if isinstance(adapter, Adapter) else adapter
     generator = torch.Generator().manual_seed(seed)
-    path = classifier_path(model)
-    linears = find_linears(model, path)
-    matrices = (
-        _trained_matrices(adapter)
-        if isinstance(adapter, Adapter)
-        else _new_matrices(adapter, linears, generator)
-    )
-    _check_sites(matrices, linears, config)
-    if not path and (config.num_classes is not None):
-        raise AdapterError(
-            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
-            "adapter without classes (num_classes None) needs none."
-        )
-    config = _bound(model, path, config)
-    reference = next(model.parameters())
+    facts = _facts_of(model, config)
+    linears = facts.linears
+    state = _Attached(replace(config, base_sha256=facts.sha256 or None), facts.classifier)
+    if isinstance(adapter, Adapter):
+        check(Path(adapter.source).name, adapter, facts)
+        state.old_values = put_values(model, adapter.values, adapter.source)
+        matrices, parts = _trained_matrices(adapter), _trained_parts(adapter)
+    else:
+        check_targets(adapter, facts, "the new adapter")
+        _check_classifier(model, facts, config)
+        matrices, parts = _new_matrices(adapter, linears, generator), {}
     model.requires_grad_(False)
+    for name in state.old_values:
+        model.get_parameter(name).requires_grad_(True)
     for linear in linears:
-        own = {site.name: matrices.pop(site.name) for site in linear.sites if site.name in matrices}
-        if own:
-            for matrix in own.values():
-                matrix.to(reference.device, reference.dtype)
-            _parametrize(model, linear, own, config)
-    old_head = None
+        _parametrize(model, linear, matrices, parts, state)
+    if isinstance(adapter, Adapter) and adapter.strength != 1.0:
+        _weaken(state, adapter.strength)
+    path = facts.classifier
     if isinstance(adapter, Adapter) and adapter.head is not None:
-        old_head = _set_head(
+        state.old_head = _set_head(
             model, path, torch.from_numpy(adapter.head.weight), torch.from_numpy(adapter.head.bias)
         )
     elif isinstance(adapter, AdapterConfig) and config.num_classes is not None:
         dim = model.get_submodule(path).in_features
         weight = torch.randn(config.num_classes, int(dim), generator=generator) * 0.02  # type: ignore[arg-type]
-        old_head = _set_head(model, path, weight, torch.zeros(config.num_classes))
-    object.__setattr__(model, _STATE, _Attached(config, path, old_head))
+        state.old_head = _set_head(model, path, weight, torch.zeros(config.num_classes))
+    object.__setattr__(model, _STATE, state)
     return model
-
-
-def _bound(model: nn.Module, classifier: str, config: AdapterConfig) -> AdapterConfig:
-    """The configuration with the digest of the weights that it is attached to.
-
-    Weights of another type than float32 are not those that a bundle has: no digest then.
-    """
-    whole = {p.dtype for p in model.parameters()} == {torch.float32}
-    real = not any(p.is_meta for p in model.parameters())
-    if config.base_sha256 is not None or not whole or not real:
-        return config
-    return replace(config, base_sha256=base_sha256(model, classifier))
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapter off, in place: the backbone's weights and classifier are as before."""
     state = _state(model)
-    for linear in find_linears(model, state.classifier):
-        module, *names = parameters_of(model, linear.path)
-        for name in names:
-            if parametrize.is_parametrized(module, name):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for module, name in state.parametrized:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for module, name in state.new_biases:
+        module.register_parameter(name, None)
+    restore_values(model, state.old_values)
     if state.old_head is not None:
         _replace_module(model, state.classifier, state.old_head)
     object.__delattr__(model, _STATE)
@@ -128,18 +133,24 @@ def detach(model: nn.Module) -> nn.Module:
 def extract(model: nn.Module) -> Adapter:
     """The attached adapter's tensors and head as they are now, float32 on the CPU."""
     state = _state(model)
-    sites: dict[str, SiteTensors] = {}
-    for linear in find_linears(model, state.classifier):
-        module, weight, _ = parameters_of(model, linear.path)
-        if parametrize.is_parametrized(module, weight):
-            parametrization: Any = module.parametrizations[weight][0]  # type: ignore[index]
-            for name, matrix in zip(parametrization.names, parametrization.matrices, strict=True):
-                sites[name] = SiteTensors(**{k: _numpy(t) for k, t in matrix.tensors().items()})
+    found: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for module, name in state.parametrized:
+        chain: Any = module.parametrizations[name]  # type: ignore[index]
+        for parametrization in chain:
+            for site, tensors in parametrization.site_tensors():
+                found.setdefault(site, {}).update({k: _numpy(t) for k, t in tensors.items()})
+    sites = {
+        site.name: SiteTensors(**found[site.name])
+        for linear in find_linears(model, state.classifier)
+        for site in linear.sites
+        if site.name in found
+    }
+    values = {path: _numpy(original_parameter(model, path)) for path in state.old_values}
     head = None
     if state.old_head is not None:
         classifier: Any = model.get_submodule(state.classifier)
         head = Head(state.classifier, _numpy(classifier.weight), _numpy(classifier.bias))
-    return Adapter(state.config, sites, head)
+    return Adapter(state.config, sites, head, values=values)
 
 
 def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -155,48 +166,115 @@ def _state(model: nn.Module) -> _Attached:
     return state
 
 
-def _check_sites(
-    matrices: Mapping[str, HouseholderMatrix],
-    linears: tuple[LinearSpec, ...],
-    config: AdapterConfig,
-) -> None:
-    known = sites_of(linears)
-    if unknown := sorted(set(matrices) - set(known)):
+def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
+    """What a model in hand says of itself; what it does not say is taken from the adapter.
+
+    Its digest is that of float32 weights, which a bundle has; other types have none to compare. It
+    does not say which image size it was made for.
+    """
+    path = classifier_path(model)
+    classifier: Any = model.get_submodule(path) if path else None
+    digest = config.base_sha256
+    if all(p.dtype == torch.float32 and not p.is_meta for p in model.parameters()):
+        digest = base_sha256(model, path)
+    name = getattr(model, "pretrained_cfg", {}).get("architecture")
+    return BackboneFacts(
+        model=resolved_name(model, name) if name else config.base_model,
+        args=config.base_model_args,
+        sha256=digest or "",
+        linears=find_linears(model, path),
+        classifier=path,
+        dim=int(classifier.in_features) if path else 0,
+        classes=int(classifier.out_features) if path else 0,
+        preprocess=config.preprocess or _preprocess_of(model, config),
+    )
+
+
+def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
+    """timm's transform of the model; of another model one that nothing is compared with."""
+    if hasattr(model, "pretrained_cfg"):
+        return preprocess_of(model, config.base_model_args)
+    return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
+
+
+def _check_classifier(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -> None:
+    if not facts.classifier and config.num_classes is not None:
         raise AdapterError(
-            f"the model has no site {', '.join(unknown[:5])}: the adapter belongs to "
-            "another architecture."
+            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
+            "adapter without classes (num_classes None) needs none."
         )
-    for name, matrix in matrices.items():
-        site = known[name]
-        if config.form == "sequential" and site.kind not in SEQUENTIAL_KINDS:
-            raise AdapterError(
-                f"the sequential form acts after {', '.join(SEQUENTIAL_KINDS)} only, not at {name}."
-            )
-        expected = (site.out, site.out if config.form == "sequential" else site.in_)
-        if matrix.shape != expected:
-            raise AdapterError(
-                f"{name}: expected tensors for a {expected[0]} x {expected[1]} matrix "
-                f"({config.form}), found {matrix.shape[0]} x {matrix.shape[1]}."
-            )
 
 
 def _parametrize(
     model: nn.Module,
     linear: LinearSpec,
-    matrices: dict[str, HouseholderMatrix],
-    config: AdapterConfig,
+    matrices: Mapping[str, HouseholderMatrix],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    state: _Attached,
 ) -> None:
+    """Scale, then add or multiply: the order in which parametrizations of one tensor act."""
+    rows = {s.name: slice(i * s.out, (i + 1) * s.out) for i, s in enumerate(linear.sites)}
     module, weight, bias = parameters_of(model, linear.path)
-    if config.form == "additive":
-        starts = {site.name: i * site.out for i, site in enumerate(linear.sites)}
-        delta = AdditiveDelta({name: (starts[name], m) for name, m in matrices.items()})
-        parametrize.register_parametrization(module, weight, delta)
+    for name in rows:
+        tensors = parts.get(name, {})
+        s_in, s_out, db = (tensors.get(part) for part in PARTS)
+        if s_in is not None or s_out is not None:
+            _register(module, weight, Scaling(name, rows[name], s_in, s_out), state)
+        if db is not None:
+            _shift_bias(model, linear, name, rows[name], db, state)
+    own = {name: matrices[name] for name in rows if name in matrices}
+    if not own:
         return
-    ((name, matrix),) = matrices.items()
+    if state.config.form == "additive":
+        starts = {name: (rows[name].start, matrix) for name, matrix in own.items()}
+        _register(module, weight, AdditiveDelta(starts), state)
+        return
+    ((name, matrix),) = own.items()
     transform = SequentialTransform(name, matrix)
-    parametrize.register_parametrization(module, weight, transform)
+    _register(module, weight, transform, state)
     if getattr(module, bias) is not None:
-        parametrize.register_parametrization(module, bias, transform)
+        _register(module, bias, transform, state)
+
+
+def _shift_bias(
+    model: nn.Module, linear: LinearSpec, name: str, rows: slice, db: Tensor, state: _Attached
+) -> None:
+    """db on the site's part of the bias; timm keeps the biases of some fused qkv beside it."""
+    module, weight, bias = parameters_of(model, linear.path)
+    parent = model.get_submodule(linear.path.rpartition(".")[0])
+    if len(linear.sites) > 1 and isinstance(getattr(parent, "q_bias", None), Tensor):
+        own = f"{name.rpartition('.')[2]}_bias"
+        _register(parent, own, BiasShift(name, slice(0, db.numel()), db), state)
+        return
+    if getattr(module, bias) is None:
+        zeros = getattr(module, weight).detach().new_zeros(linear.out)
+        setattr(module, bias, nn.Parameter(zeros, requires_grad=False))
+        state.new_biases.append((module, bias))
+    _register(module, bias, BiasShift(name, rows, db), state)
+
+
+def _weaken(state: _Attached, strength: float) -> None:
+    """Every changed tensor between the backbone's and the adapter's, whatever was done to it."""
+    for module, name in state.parametrized:
+        chain: Any = module.parametrizations[name]  # type: ignore[index]
+        between = Between(chain.original.detach().clone(), strength)
+        parametrize.register_parametrization(module, name, between)
+
+
+def _register(module: nn.Module, name: str, added: nn.Module, state: _Attached) -> None:
+    tensor: Tensor = getattr(module, name)
+    added.to(tensor.device, tensor.dtype)
+    if (module, name) not in state.parametrized:
+        state.parametrized.append((module, name))
+    parametrize.register_parametrization(module, name, added)
+
+
+def _trained_parts(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {part: torch.from_numpy(np.ascontiguousarray(t)) for part, t in site.parts.items()}
+        for name, site in adapter.sites.items()
+        if site.parts
+    }
 
 
 def _trained_matrices(adapter: Adapter) -> dict[str, HouseholderMatrix]:
@@ -207,6 +285,8 @@ def _trained_matrices(adapter: Adapter) -> dict[str, HouseholderMatrix]:
             for key in ("u", "v", "d", "lora_A", "lora_B")
             if (value := getattr(site, key)) is not None
         }
+        if not tensors:
+            continue
         matrices[name] = HouseholderMatrix(tensors, adapter.config.reflection)
     return matrices
 
@@ -215,10 +295,7 @@ def _new_matrices(
     config: AdapterConfig, linears: tuple[LinearSpec, ...], generator: torch.Generator
 ) -> dict[str, HouseholderMatrix]:
     matrices = {}
-    selected = select_sites(linears, config.target_modules)
-    for target, sites in selected.items():
-        if not sites:
-            raise AdapterError(f"target_modules: {target!r} matches no Linear of the model.")
+    for sites in select_sites(linears, config.target_modules).values():
         for site in sites:
             in_ = site.out if config.form == "sequential" else site.in_
             matrices[site.name] = new_site(

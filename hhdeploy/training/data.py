@@ -12,8 +12,8 @@ import hashlib
 import itertools
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from hhdeploy.errors import DataError
-from hhdeploy.preprocess import Preprocess, list_classes, open_image
+from hhdeploy.files.folders import Classes, find_splits, list_classes
+from hhdeploy.preprocess import Preprocess, open_image
 
 # Mild, because an adapter sees few images: at least 60 % of the area, at most 5:4 stretched.
 CROP_AREA = (0.6, 1.0)
@@ -56,12 +57,17 @@ class ImageFolder:
         train, val: the images to train on and to validate on (may be empty).
         digest: sha256 over the relative names and file sizes of both, which tells whether a
             resumed training sees the same data.
+        sources: the folders that ``train`` and ``val`` were listed from, the same one where a part
+            was held out.
+        skipped: how many files were left out, by what they are.
     """
 
     class_names: tuple[str, ...]
     train: Samples
     val: Samples
     digest: str
+    sources: tuple[Path, Path]
+    skipped: Mapping[str, int]
 
 
 def derived_seed(seed: int, purpose: str, epoch: int = 0) -> int:
@@ -75,15 +81,19 @@ def read_image_folder(
 ) -> ImageFolder:
     """List DIR/CLASS/image and split off the validation images.
 
-    With ``val_data`` all of ``data`` is for training. Otherwise ``val_fraction`` of every class
-    is held out (seeded; at least one image unless the fraction is 0, and never a class's only
-    image).
+    A ``data`` of DIR/train/CLASS/image and DIR/val/CLASS/image is split already; a ``val_data``
+    goes before its val. All of the rest is for training then. Otherwise ``val_fraction`` of
+    every class is held out (seeded; at least one image unless the fraction is 0, and never a
+    class's only image).
 
     Raises:
         DataError: fewer than 2 classes, a class without images, or class names in ``val_data``
             that differ from those in ``data``.
     """
-    classes = list_classes(data)
+    splits = find_splits(data)
+    data, val_data = splits.train, val_data or splits.val
+    found = list_classes(data)
+    classes, skipped = found.paths, Counter(found.skipped)
     if len(classes) < 2:
         raise DataError(
             f"{data} has {len(classes)} class folder ({', '.join(classes)}); expected 2 or more, "
@@ -92,37 +102,43 @@ def read_image_folder(
     names = tuple(classes)
     if val_data is None:
         train, val = _split(classes, val_fraction, seed)
-        digest = _digest(data, train, data, val)
     else:
-        train, val = _samples(classes), _samples(_matching(list_classes(val_data), names, val_data))
-        digest = _digest(data, train, val_data, val)
-    return ImageFolder(names, train, val, digest)
+        judging = list_classes(val_data)
+        skipped.update(judging.skipped)
+        train, val = _samples(classes), _samples(_matching(judging, names, val_data))
+    sources = (data, val_data or data)
+    digest = _digest(data, train, sources[1], val)
+    return ImageFolder(names, train, val, digest, sources, dict(skipped))
 
 
 def _matching(
-    classes: dict[str, list[Path]], names: tuple[str, ...], directory: Path
-) -> dict[str, list[Path]]:
+    found: Classes, names: tuple[str, ...], directory: Path
+) -> Mapping[str, tuple[Path, ...]]:
+    classes = found.paths
     missing = [n for n in names if n not in classes]
     unexpected = [n for n in classes if n not in names]
     if missing or unexpected:
         problems = [
             f"{title}: {', '.join(some)}"
-            for title, some in (("missing", missing), ("not in --data", unexpected))
+            for title, some in (("missing", missing), ("not in `data`", unexpected))
             if some
         ]
         raise DataError(
-            f"--val-data {directory}: expected the class folders of --data ({', '.join(names)}); "
+            f"`val_data`: {directory}: expected the class folders of `data` "
+            f"({', '.join(names)}); "
             f"{'; '.join(problems)}."
         )
     return classes
 
 
-def _samples(classes: dict[str, list[Path]]) -> Samples:
+def _samples(classes: Mapping[str, Sequence[Path]]) -> Samples:
     pairs = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
     return Samples(tuple(p for p, _ in pairs), tuple(label for _, label in pairs))
 
 
-def _split(classes: dict[str, list[Path]], fraction: float, seed: int) -> tuple[Samples, Samples]:
+def _split(
+    classes: Mapping[str, Sequence[Path]], fraction: float, seed: int
+) -> tuple[Samples, Samples]:
     """Hold out the same share of every class; both parts keep the sorted order."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "split"))
     train: dict[str, list[Path]] = {}

@@ -8,7 +8,7 @@ Parametrizing the weight, not the module, also reaches models that call ``F.line
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,12 @@ class AdditiveDelta(nn.Module):
         self.starts = [start for start, _ in sites.values()]
         self.matrices = nn.ModuleList(matrix for _, matrix in sites.values())
 
+    def site_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Site -> its trained tensors, detached, as the adapter file names them."""
+        for name, matrix in zip(self.names, self.matrices, strict=True):
+            assert isinstance(matrix, HouseholderMatrix)
+            yield name, matrix.tensors()
+
     def forward(self, weight: Tensor) -> Tensor:
         """weight (out, in) -> the adapted weight."""
         rows: list[Tensor] = []
@@ -125,14 +131,81 @@ class AdditiveDelta(nn.Module):
         return torch.cat([*rows, weight[position:]])
 
 
+class Scaling(nn.Module):
+    """Parametrization W -> diag(s_out) W diag(s_in) on one site's rows of the weight.
+
+    It comes first: ΔW is added to the scaled weight, and M multiplies it.
+    """
+
+    def __init__(self, name: str, rows: slice, s_in: Tensor | None, s_out: Tensor | None) -> None:
+        """``rows``: the site's, all of them but for a fused qkv; s_in (in,), s_out (rows,)."""
+        super().__init__()
+        self.name, self.rows = name, rows
+        self.s_in = None if s_in is None else nn.Parameter(s_in.clone())
+        self.s_out = None if s_out is None else nn.Parameter(s_out.clone())
+
+    def site_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Site -> its s_in and s_out, detached."""
+        yield self.name, {key: value.detach() for key, value in self.named_parameters()}
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight (out, in) -> the scaled weight."""
+        part = weight[self.rows]
+        if self.s_out is not None:
+            part = part * self.s_out.unsqueeze(1)
+        if self.s_in is not None:
+            part = part * self.s_in.unsqueeze(0)
+        return torch.cat([weight[: self.rows.start], part, weight[self.rows.stop :]])
+
+
+class BiasShift(nn.Module):
+    """Parametrization b -> b + db on one site's elements of the bias."""
+
+    def __init__(self, name: str, rows: slice, db: Tensor) -> None:
+        """``rows``: the site's, all of them but for a fused qkv; db (rows,)."""
+        super().__init__()
+        self.name, self.rows = name, rows
+        self.db = nn.Parameter(db.clone())
+
+    def site_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Site -> its db, detached."""
+        yield self.name, {"db": self.db.detach()}
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """bias (out,) -> the shifted bias."""
+        part = bias[self.rows] + self.db
+        return torch.cat([bias[: self.rows.start], part, bias[self.rows.stop :]])
+
+
 class SequentialTransform(nn.Module):
     """Parametrization W -> M W and b -> M b (Eq. 7): the same module on weight and bias."""
 
     def __init__(self, name: str, matrix: HouseholderMatrix) -> None:
         super().__init__()
-        self.names = [name]
-        self.matrices = nn.ModuleList([matrix])
+        self.name, self.matrix = name, matrix
+
+    def site_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Site -> its trained tensors, detached, as the adapter file names them."""
+        yield self.name, self.matrix.tensors()
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Weight (out, in) or bias (out,)."""
-        return torch.as_tensor(self.matrices[0]() @ tensor)
+        return torch.as_tensor(self.matrix() @ tensor)
+
+
+class Between(nn.Module):
+    """An adapter at another strength: the frozen tensor plus a share of what was added to it."""
+
+    def __init__(self, frozen: Tensor, strength: float) -> None:
+        super().__init__()
+        self.frozen: Tensor
+        self.register_buffer("frozen", frozen)
+        self.strength = strength
+
+    def site_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Nothing: the strength is no part of the adapter's files."""
+        return iter(())
+
+    def forward(self, adapted: Tensor) -> Tensor:
+        """frozen + strength (adapted - frozen)."""
+        return self.frozen + self.strength * (adapted - self.frozen)

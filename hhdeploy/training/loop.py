@@ -137,15 +137,15 @@ class Trainer:
         if found is None or found.shape != tuple(parameter.shape):
             shape = "nothing" if found is None else list(found.shape)
             raise TrainingError(
-                f"--resume: stored tensor {key}: expected shape {list(parameter.shape)}, found "
+                f"`resume`: stored tensor {key}: expected shape {list(parameter.shape)}, found "
                 f"{shape}. Delete the directory of the unfinished training to start over."
             )
         return torch.from_numpy(as_floats(found)).to(self.device)
 
     def _diverged(self, detail: str) -> TrainingError:
         return TrainingError(
-            f"the training diverged: {detail}. Start again with a lower --lr (it was "
-            f"{self.settings.lr:g}) or more --warmup-epochs (it was {self.settings.warmup})."
+            f"the training diverged: {detail}. Start again with a lower `lr` (it was "
+            f"{self.settings.lr:g}) or more `warmup_epochs` (it was {self.settings.warmup})."
         )
 
 

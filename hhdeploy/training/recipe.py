@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from hhdeploy.adapters.checks import check_sites
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
-from hhdeploy.backbones.sites import LinearSpec, select_sites, sites_of
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.attach import attach, extract
 from hhdeploy.training.data import (
@@ -42,7 +42,7 @@ from hhdeploy.training.data import (
 from hhdeploy.training.loop import Trainer
 from hhdeploy.training.settings import (
     EpochReport,
-    Progress,
+    OnReport,
     StepReport,
     TrainingError,
     TrainResult,
@@ -52,7 +52,7 @@ from hhdeploy.training.state import SavedTraining, StateDirectory
 
 __all__ = [
     "EpochReport",
-    "Progress",
+    "OnReport",
     "StepReport",
     "TrainResult",
     "TrainSettings",
@@ -75,31 +75,31 @@ class _Task:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed training must share with the interrupted one, by its flag."""
+        """What a resumed training must share with the interrupted one, by its name."""
         s = self.settings
         return {
-            "--model": self.facts.model,
-            "--model-args": dict(self.facts.args),
-            "--preprocess": self.facts.preprocess.to_json(),
+            "`model`": self.facts.model,
+            "`model_args`": dict(self.facts.args),
+            "`preprocess`": self.facts.preprocess.to_json(),
             "the digest of the backbone's weights": self.facts.sha256,
             "the digest of the image names and sizes": self.folder.digest,
-            "--form": s.form,
-            "--reflection": s.reflection,
-            "--r": s.r,
-            "--target": s.target_modules,
-            "--epochs": s.epochs,
-            "--batch-size": s.batch_size,
-            "--lr": s.lr,
-            "--weight-decay": s.weight_decay,
-            "--warmup-epochs": s.warmup,
-            "--seed": s.seed,
-            "--augment": s.augment,
-            "--flip": s.flip,
-            "--linear-probe": s.linear_probe,
+            "`form`": s.form,
+            "`reflection`": s.reflection,
+            "`r`": s.r,
+            "`targets`": s.target_modules,
+            "`epochs`": s.epochs,
+            "`batch_size`": s.batch_size,
+            "`lr`": s.lr,
+            "`weight_decay`": s.weight_decay,
+            "`warmup_epochs`": s.warmup,
+            "`seed`": s.seed,
+            "`augment`": s.augment,
+            "`flip`": s.flip,
+            "`linear_probe`": s.linear_probe,
         }
 
 
-def train(settings: TrainSettings, progress: Progress | None = None) -> TrainResult:
+def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainResult:
     """Train an adapter (or a linear probe) on an image folder and write it.
 
     Args:
@@ -115,7 +115,8 @@ def train(settings: TrainSettings, progress: Progress | None = None) -> TrainRes
             state of other settings, a diverged loss, a device that is not there.
         DataError: the image folders or an image.
         BackboneError: the model or its checkpoint.
-        AdapterError: targets that the model does not have.
+        AdapterError: targets that the model does not have, or where the form cannot act.
+        PlanError: a model without a single Linear that adapters can change.
         WriteError: ``out`` cannot be written; checked before the training starts.
     """
     settings.check()
@@ -159,7 +160,7 @@ def _check_output(settings: TrainSettings) -> StateDirectory | None:
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise TrainingError("--device cuda: torch sees no CUDA device here. Use --device cpu.")
+        raise TrainingError("`device='cuda'`: torch sees no CUDA device here. Use `device='cpu'`.")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
@@ -188,17 +189,17 @@ def _with_preprocess(backbone: Backbone, changes: Mapping[str, Any]) -> Backbone
     """The backbone with fields of its evaluation transform replaced."""
     if unknown := set(changes) - set(backbone.facts.preprocess.to_json()):
         raise TrainingError(
-            f"--preprocess: unknown {', '.join(sorted(unknown))}; expected some of "
+            f"`preprocess`: unknown {', '.join(sorted(unknown))}; expected some of "
             f"{', '.join(backbone.facts.preprocess.to_json())}."
         )
     try:
         changed = Preprocess.from_json({**backbone.facts.preprocess.to_json(), **changes})
     except (ValueError, TypeError) as error:
-        raise TrainingError(f"--preprocess: {error}") from error
+        raise TrainingError(f"`preprocess`: {error}") from error
     if changed.input_size != backbone.facts.preprocess.input_size:
         raise TrainingError(
-            "--preprocess: input_size is the model's; change it with --model-args, for example "
-            "'{\"img_size\": 384}'."
+            "`preprocess`: input_size is the model's; change it with `model_args`, for example "
+            "`model_args={'img_size': 384}`."
         )
     return replace(backbone, facts=replace(backbone.facts, preprocess=changed))
 
@@ -209,7 +210,7 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
     facts, classes = backbone.facts, len(folder.class_names)
     if settings.linear_probe:
         return replace_classifier(backbone.model, facts.classifier, classes, seed=seed)
-    _check_targets(facts.linears, settings)
+    check_sites(facts)
     config = AdapterConfig(
         base_model=facts.model,
         form=settings.form,
@@ -243,39 +244,13 @@ def replace_classifier(model: nn.Module, path: str, classes: int, *, seed: int) 
     return model
 
 
-def _check_targets(linears: tuple[LinearSpec, ...], settings: TrainSettings) -> None:
-    """Every target stands for a site, and a sequential one for a whole Linear."""
-    sites = sites_of(linears)
-    if not sites:
-        raise TrainingError(
-            f"{settings.model} has no Linear that adapters can change: zero sites. Choose another "
-            "--model."
-        )
-    kinds = sorted({site.kind for site in sites.values()} - {""})
-    whole = {linear.path for linear in linears if len(linear.sites) == 1}
-    for target, selected in select_sites(linears, settings.target_modules).items():
-        if not selected:
-            raise TrainingError(
-                f"--target {target}: zero sites of {settings.model} match. It has sites of the "
-                f"kinds {', '.join(kinds)}; a full name such as {next(iter(sites))} also works."
-            )
-        if settings.form == "sequential" and any(site.name not in whole for site in selected):
-            raise TrainingError(
-                f"--target {target}: {selected[0].name} is a part of a fused Linear; --form "
-                "sequential acts on a whole Linear's output. Use --target proj --target fc2."
-            )
-
-
-def _run(task: _Task, trainer: Trainer, progress: Progress) -> tuple[EpochReport, ...]:
+def _run(task: _Task, trainer: Trainer, progress: OnReport) -> tuple[EpochReport, ...]:
     """All epochs that are left; the state on disk follows every one of them."""
     history: tuple[EpochReport, ...] = ()
     if task.state is not None and task.settings.resume:
         saved = task.state.read(task.identity)
         trainer.load_state_tensors(saved.tensors, saved.epoch)
         history = saved.history
-    elif task.state is not None:
-        # An interrupt in the first epoch also leaves something to resume.
-        task.state.write(SavedTraining(0, trainer.state_tensors(), ()), task.identity)
     for epoch in range(len(history) + 1, task.settings.epochs + 1):
         report = _epoch(task, trainer, epoch, progress)
         history = (*history, report)
@@ -309,6 +284,9 @@ def _result(task: _Task, trainer: Trainer, history: tuple[EpochReport, ...]) -> 
         class_names=task.folder.class_names,
         train_images=len(task.folder.train),
         val_images=len(task.folder.val),
+        train_data=task.folder.sources[0],
+        val_data=task.folder.sources[1],
+        skipped=task.folder.skipped,
         sites=0 if probe else len(extract(task.model).sites),
         parameters=total - head,
         head_parameters=head,

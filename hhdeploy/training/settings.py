@@ -109,32 +109,32 @@ class TrainSettings:
     def check(self) -> None:
         """Raise `SettingsError` naming the first setting that makes no sense."""
         rules = (
-            (self.epochs >= 1, "--epochs", "1 or more", self.epochs),
-            (self.batch_size >= 1, "--batch-size", "1 or more", self.batch_size),
-            (0 < self.lr < math.inf, "--lr", "a positive number", self.lr),
-            (0 <= self.weight_decay < math.inf, "--weight-decay", "0 or more", self.weight_decay),
-            (0 <= self.val_fraction < 1, "--val-fraction", "a share in [0, 1)", self.val_fraction),
-            (self.r >= 0, "--r", "a rank of 0 or more", self.r),
-            (self.num_workers >= 0, "--num-workers", "0 or more", self.num_workers),
-            (self.threads is None or self.threads >= 1, "--threads", "1 or more", self.threads),
-            (self.cache_mb >= 0, "--cache-mb", "0 or more", self.cache_mb),
+            (self.epochs >= 1, "`epochs`", "1 or more", self.epochs),
+            (self.batch_size >= 1, "`batch_size`", "1 or more", self.batch_size),
+            (0 < self.lr < math.inf, "`lr`", "a positive number", self.lr),
+            (0 <= self.weight_decay < math.inf, "`weight_decay`", "0 or more", self.weight_decay),
+            (0 <= self.val_fraction < 1, "`val_fraction`", "a share in [0, 1)", self.val_fraction),
+            (self.r >= 0, "`r`", "a rank of 0 or more", self.r),
+            (self.num_workers >= 0, "`num_workers`", "0 or more", self.num_workers),
+            (self.threads is None or self.threads >= 1, "`threads`", "1 or more", self.threads),
+            (self.cache_mb >= 0, "`cache_mb`", "0 or more", self.cache_mb),
             (
                 0 <= self.warmup < self.epochs,
-                "--warmup-epochs",
-                f"less than --epochs ({self.epochs})",
+                "`warmup_epochs`",
+                f"less than `epochs` ({self.epochs})",
                 self.warmup,
             ),
         )
-        for holds, flag, expected, found in rules:
+        for holds, name, expected, found in rules:
             if not holds:
-                raise SettingsError(f"{flag}: expected {expected}, found {found}.")
+                raise SettingsError(f"{name}: expected {expected}, found {found}.")
         if self.out is None and (self.resume or not self.linear_probe):
             raise SettingsError(
-                "no output directory was given. Only --linear-probe works without OUT, and "
-                "--resume needs the OUT whose training it continues."
+                "no output directory was given. Only `linear_probe=True` works without `out`, and "
+                "`resume=True` needs the `out` whose training it continues."
             )
         if self.checkpoint is not None and not self.pretrained:
-            raise SettingsError("--checkpoint and --no-pretrained exclude each other: give one.")
+            raise SettingsError("`checkpoint` and `pretrained=False` exclude each other: give one.")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class EpochReport:
     val_loss: float | None
 
 
-Progress = Callable[[StepReport | EpochReport], None]
+OnReport = Callable[[StepReport | EpochReport], None]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ class TrainResult:
         linear_probe: True when only the classifier was trained.
         class_names: in the order of the logits.
         train_images, val_images: sizes of the data.
+        train_data, val_data: the folders that they are from, the same one if a part was held out.
+        skipped: files of these folders that were left out: what they are -> how many.
         sites: adapted sites; 0 for a linear probe.
         parameters: trained values before the classifier.
         head_parameters: trained values of the classifier.
@@ -192,6 +194,9 @@ class TrainResult:
     class_names: tuple[str, ...]
     train_images: int
     val_images: int
+    train_data: Path
+    val_data: Path
+    skipped: Mapping[str, int]
     sites: int
     parameters: int
     head_parameters: int
@@ -219,6 +224,9 @@ class TrainResult:
             "class_names": list(self.class_names),
             "train_images": self.train_images,
             "val_images": self.val_images,
+            "train_data": str(self.train_data),
+            "val_data": str(self.val_data),
+            "skipped": dict(self.skipped),
             "sites": self.sites,
             "parameters": self.parameters,
             "head_parameters": self.head_parameters,

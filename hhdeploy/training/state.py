@@ -22,7 +22,7 @@ from hhdeploy.files.tensors import read_tensors, write_tensors
 from hhdeploy.files.writing import os_errors, sha256_of, write_json
 from hhdeploy.training.settings import EpochReport, TrainingError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 STATE_FILE = "state.json"
 
 
@@ -56,13 +56,13 @@ class StateDirectory:
         """Raise `TrainingError` unless there is a state exactly when ``resume`` asks for one."""
         if self.exists and not resume:
             raise TrainingError(
-                f"{self.path} holds an unfinished training. Continue it with --resume, or delete "
-                "that directory to start over."
+                f"{self.path} holds an unfinished training. Continue it with `resume=True`, or "
+                "delete that directory to start over."
             )
         if resume and not self.exists:
             raise TrainingError(
-                f"--resume: {self.path / STATE_FILE} does not exist, so there is nothing to "
-                "continue. Leave out --resume to start from the beginning."
+                f"`resume`: {self.path / STATE_FILE} does not exist, so there is nothing to "
+                "continue. Leave out `resume=True` to start from the beginning."
             )
 
     def write(self, saved: SavedTraining, settings: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ class StateDirectory:
         for name, value in wanted.items():
             if stored.get(name) != value:
                 raise TrainingError(
-                    f"--resume: {name} is {value!r}, but the unfinished training in {self.path} "
+                    f"`resume`: {name} is {value!r}, but the unfinished training in {self.path} "
                     f"has {stored.get(name)!r}. Use that value again, or delete the directory to "
                     "start over."
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,20 +15,17 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, edit
-from hhdeploy.errors import BackboneError, BundleError, ParityError, require
+from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
+from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
-from hhdeploy.packages.trt import BACKENDS
+from hhdeploy.packages import BACKENDS
 from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
 from hhdeploy.verifying.overflow import find_overflow
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
-
-
-Progress = Callable[[str], None]
 
 
 _VERIFY_BATCH = 8
@@ -65,7 +62,7 @@ def _verify(bundle: Bundle, device: str, precisions: Sequence[str] | None) -> Pa
     if not bundle.manifest.has(REFERENCE_FILE):
         raise BundleError(
             f"{bundle.path} was exported without verification and carries no reference. Run: "
-            "hhdeploy verify --against-torch"
+            f"{as_code('verify_against_torch', bundle.path)}"
         )
     return verify_graphs(bundle, device, precisions)
 
@@ -129,7 +126,7 @@ def verify_against_torch(
     if backbone.facts.sha256 != facts.sha256:
         raise BackboneError(
             f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
-            f"{backbone.facts.sha256[:12]}…. Pass the same file with --checkpoint."
+            f"{backbone.facts.sha256[:12]}…. Pass the same file with `checkpoint`."
         )
     adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
@@ -158,7 +155,7 @@ def _check_named(bundle: Bundle) -> None:
         raise BackboneError(
             f"{bundle.path} was exported from {name}: "
             f"{'a directory' if folder else 'a function, and what a file names is never run'}. "
-            "Say which model, as in export."
+            "Pass `model`, as in export."
         )
 
 
@@ -229,7 +226,7 @@ def verify_graphs(
     if not len(images):
         raise BundleError(
             f"{bundle.path}: nothing to verify: none of its adapters is in the reference. Run: "
-            "hhdeploy verify --against-torch"
+            f"{as_code('verify_against_torch', bundle.path)}"
         )
     stages: list[StageResult] = []
     for precision in precisions or _default_precisions(bundle, device):
@@ -242,7 +239,8 @@ def verify_graphs(
             )
             for name, row in names.items():
                 own = ids == row
-                comparison = compare(logits[own], found[own])
+                kind = bundle.manifest.problem_type(name)
+                comparison = compare(logits[own], found[own], kind)
                 overflow = ""
                 if twin is not None and not np.isfinite(comparison.max_abs):
                     overflow = find_overflow(twin, precision, images[own], ids[own])

@@ -14,7 +14,8 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import PlanError
-from hhdeploy.preprocess import list_images, open_image, spread
+from hhdeploy.files.folders import list_images, spread
+from hhdeploy.preprocess import open_image
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +61,7 @@ class VerifyData:
             shape = (self.images, *facts.preprocess.input_size)
             return rng.standard_normal(shape, np.float32)
         own = self.folder / name
-        paths = spread(list_images(own if own.is_dir() else self.folder), self.images)
+        paths = spread(list_images(own if own.is_dir() else self.folder).paths, self.images)
         preprocess = adapter.config.preprocess if adapter is not None else None
         transform = preprocess or facts.preprocess
         return np.stack([transform(open_image(path)) for path in paths])
@@ -110,7 +111,7 @@ def training_time_reference(
     if not adapters:
         raise PlanError(
             "nothing to verify: there is no adapter, and the backbone's own classifier was not "
-            "kept. Export with --no-verify, or add an adapter first."
+            "kept. Export with `verify=False`, or add an adapter first."
         )
     per_adapter = []
     backbone.model.double()  # exact, and exact on the way back

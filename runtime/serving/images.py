@@ -8,11 +8,19 @@ would make the long one a mile, and a JPEG of thousands of scans, each decoded o
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.errors import DataError
+from hhdeploy.preprocess import Preprocess, as_rgb
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 
 if TYPE_CHECKING:
@@ -25,6 +33,62 @@ _MOST_RATIO = 50
 _START_OF_SCAN, _MOST_SCANS = b"\xff\xda", 100
 # `warnings` keeps its filters for the process: two threads would restore each other's.
 _OPENING = threading.Lock()
+# Pillow lets go of the interpreter's lock while it decodes and resizes.
+_DECODERS = 2
+
+
+class Pictures:
+    """Decodes and preprocesses the pictures of all requests, on threads of its own."""
+
+    def __init__(self, most_pixels: int) -> None:
+        """``most_pixels``: of one picture."""
+        self._most_pixels = most_pixels
+        self._threads = ThreadPoolExecutor(_DECODERS, "hhdeploy-decode")
+
+    async def pixels(
+        self, encoded: Sequence[bytes], images: Sequence[int], ways: Sequence[Preprocess]
+    ) -> NDArray[np.float32]:
+        """float32 [n, 3, H, W] of one request.
+
+        Args:
+            encoded: its pictures; each is decoded once.
+            images: of each row the picture's number.
+            ways: of each row how its adapter wants the picture.
+        """
+        loop = asyncio.get_running_loop()
+        jobs = [
+            loop.run_in_executor(
+                self._threads,
+                self._decode,
+                content,
+                index,
+                list(dict.fromkeys(w for i, w in zip(images, ways, strict=True) if i == index)),
+            )
+            for index, content in enumerate(encoded)
+        ]
+        try:
+            decoded = await asyncio.gather(*jobs)
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+        return np.stack([decoded[i][w] for i, w in zip(images, ways, strict=True)])
+
+    def close(self) -> None:
+        """Finish what was begun, and end the threads."""
+        self._threads.shutdown(wait=True)
+
+    def _decode(
+        self, content: bytes, index: int, ways: list[Preprocess]
+    ) -> dict[Preprocess, NDArray[np.float32]]:
+        """One picture, preprocessed in every way that some adapter wants it."""
+        image = decode_image(content, most_pixels=self._most_pixels, name=f"image {index}")
+        try:
+            return {way: way(image) for way in ways}
+        except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
+            raise RequestError(
+                f"image {index}: {image.width} x {image.height} pixels cannot be resized: {error}"
+            ) from error
 
 
 def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
@@ -59,9 +123,11 @@ def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
                 "the other."
             )
         with opened:
-            return opened.convert("RGB")
+            return as_rgb(opened)  # which keeps the EXIF orientation
     except RequestError:
         raise
+    except DataError as error:
+        raise RequestError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:  # its text quotes an address in memory

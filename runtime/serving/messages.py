@@ -1,20 +1,22 @@
-"""A request and a response of the Open Inference Protocol, whatever carried them.
+"""A request, its response and its deadline in the Open Inference Protocol, whatever carried them.
 
 The HTTP and gRPC sides translate bytes to these and back; nothing else knows the wires.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.runtime.serving.errors import RequestError
+from hhdeploy.runtime.serving.errors import RequestError, TimedOutError
 
 # The protocol's names of the types that a model of ours takes and gives.
 FP32, BYTES = "FP32", "BYTES"
@@ -86,6 +88,34 @@ class InferRequest:
     outputs: tuple[Wanted, ...] = ()
     parameters: Mapping[str, Value] = field(default_factory=dict)
 
+    def seconds(self) -> float:
+        """How long its own ``timeout`` lets the answer take; infinite if it has none.
+
+        Raises:
+            RequestError: that is not a number of microseconds.
+        """
+        timeout = self.parameters.get("timeout", 0)
+        if isinstance(timeout, str) and timeout.isascii() and timeout.isdigit():
+            timeout = int(timeout[:18])
+        if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+            raise RequestError(
+                f"parameter timeout: expected microseconds, found {str(timeout)[:80]!r}."
+            )
+        return min(timeout, 1 << 62) / 1e6 if timeout else math.inf
+
+    def priority(self) -> int:
+        """Triton's: 0 is the default and goes first, then 1, 2, ...
+
+        Raises:
+            RequestError: it is something else.
+        """
+        value = self.parameters.get("priority", 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+            raise RequestError(
+                f"parameter priority: expected 0, 1, ..., found {str(value)[:80]!r}."
+            )
+        return value
+
 
 @dataclass(frozen=True)
 class InferResponse:
@@ -94,6 +124,46 @@ class InferResponse:
     model: str
     id: str
     outputs: tuple[Tensor, ...]
+
+
+class Deadline:
+    """``with Deadline(seconds):`` raises `TimedOutError` in a block that takes longer.
+
+    The task that enters it is cancelled at the await that it is at, in its own frames: no other
+    task is made, whose exception and traceback would keep the request alive in a cycle.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """``seconds``: infinite for none."""
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._late = False
+
+    def __enter__(self) -> Deadline:
+        if math.isfinite(self._seconds):
+            self._task = asyncio.current_task()
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        task, self._task = self._task, None
+        if self._late and task is not None:
+            getattr(task, "uncancel", int)()  # Python 3.10 does not count
+            if kind is not None and issubclass(kind, asyncio.CancelledError):
+                raise TimedOutError(f"not answered within {self._seconds:g} s.") from None
+
+    def _end(self) -> None:
+        self._late = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:

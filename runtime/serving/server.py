@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
@@ -18,9 +17,8 @@ from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http.app import http_app
-from hhdeploy.runtime.serving.http.protocol import bounded_protocol
+from hhdeploy.runtime.serving.http.arrival import bounded_protocol
 from hhdeploy.runtime.serving.service import Service
-from hhdeploy.runtime.serving.settings import ServeSettings
 
 _LOG = logging.getLogger("hhdeploy.serve")
 # What is left of a request when its time is up, and a client that reads slowly.
@@ -28,8 +26,6 @@ _GRACE_SECONDS = 5.0
 # Longer than proxies keep their connections to a server: one must not send a request into a
 # connection that is being closed.
 _KEEP_ALIVE_SECONDS = 75
-# What the loopback is called.
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Addresses:
 async def serve(
     service: Service,
     *,
-    host: str,
+    token: str | None,
     http_port: int,
     grpc_port: int | None,
     announce: Callable[[Addresses], None],
@@ -53,7 +49,7 @@ async def serve(
 
     Args:
         service: not started yet; it is stopped at the end.
-        host: address to listen on.
+        token: what loading adapters must present; None: nobody may.
         http_port: 0 takes a free one.
         grpc_port: 0 takes a free one; None: no gRPC.
         announce: called once requests are answered.
@@ -62,8 +58,9 @@ async def serve(
         DeviceError: a port is taken, or may not be listened on.
     """
     endpoint = LocalEndpoint(service)
+    host = service.settings.host
     config = uvicorn.Config(
-        http_app(endpoint, hosts_of(host, service.settings)),
+        http_app(endpoint, token),
         http=bounded_protocol(_grace(service)),
         ws="none",
         proxy_headers=False,
@@ -71,7 +68,7 @@ async def serve(
         access_log=False,
         lifespan="off",
         server_header=False,
-        limit_concurrency=service.settings.limits.connections,
+        limit_concurrency=service.settings.connections,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(_grace(service)),
     )
@@ -81,13 +78,14 @@ async def serve(
         try:
             await service.start()
             if grpc_port is not None:
-                grpc = await start_grpc(endpoint, host, grpc_port)
+                grpc = await start_grpc(endpoint, grpc_port, token)
             _on_signals(service, server, grpc)
             announce(
                 Addresses(host, listening.getsockname()[1], grpc.port if grpc is not None else None)
             )
             _LOG.info("serving", extra={"device": service.device})
-            await server.serve(sockets=[listening])
+            # A task of its own: uvicorn's clock wakes that one alone.
+            await asyncio.create_task(server.serve(sockets=[listening]))
         finally:
             if grpc is not None:  # a signal began this: HTTP and gRPC drain at the same time
                 await grpc.stop(_grace(service))
@@ -103,27 +101,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-def hosts_of(host: str, settings: ServeSettings) -> frozenset[str] | None:
-    """Names that HTTP requests may call a server that listens on ``host``; None: any.
-
-    A browser's own rules keep a web page from reading the loopback's answers, but for a page whose
-    name is pointed at the loopback once it is loaded (DNS rebinding). Its requests carry that name.
-    """
-    if settings.allowed_hosts or _is_loopback(host):
-        return frozenset(map(str.lower, settings.allowed_hosts | _LOOPBACK | {host}))
-    return None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _grace(service: Service) -> float:
     """Seconds that requests under way get once the server stops."""
-    return service.settings.limits.request_seconds + _GRACE_SECONDS
+    return service.settings.request_seconds + _GRACE_SECONDS
 
 
 def _on_signals(service: Service, server: uvicorn.Server, grpc: GrpcServer | None) -> None:
@@ -156,6 +136,6 @@ def _listen(host: str, port: int) -> Any:
         return listening
     except OSError as error:
         raise DeviceError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with "
-            "--host and --http-port."
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another "
+            "`host` or `http_port`."
         ) from error

@@ -15,10 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,19 +24,15 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import PlanError
-from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.bank import Hold
-from hhdeploy.runtime.serving.batcher import Answer, Batcher
-from hhdeploy.runtime.serving.errors import (
-    NotFoundError,
-    RequestError,
-    TimedOutError,
-)
+from hhdeploy.runtime.serving.batcher import Batcher, Computed
+from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
-from hhdeploy.runtime.serving.images import decode_image
+from hhdeploy.runtime.serving.images import Pictures
 from hhdeploy.runtime.serving.messages import (
     BYTES,
     FP32,
+    Deadline,
     InferRequest,
     InferResponse,
     Tensor,
@@ -50,8 +44,6 @@ from hhdeploy.runtime.session import Session
 
 IMAGES, ADAPTERS = "images", "adapters"
 VERSION = "1"
-# Pillow lets go of the interpreter's lock while it decodes and resizes.
-_DECODERS = 2
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,10 @@ class Service:
         self.metrics = Metrics(settings.model_name)
         self._session = session
         self._manifest: Manifest = session.bundle.manifest
+        self._size = self._manifest.input_size
+        self._backbone_classes = self._manifest.backbone_classes
+        # What requests call the backbone; a folded bundle has none.
+        self._bare = {None, ""} if self._manifest.layout is None else {None, "", BACKBONE}
         self.fleet: Fleet | None = None
         if self._manifest.layout is None:
             _check_folded(settings)
@@ -86,13 +82,13 @@ class Service:
             )
             self.fleet.counters.loaded = self.metrics.loaded
         self._batcher = Batcher(
-            session.run_rows,
+            session.unchecked(),
             max_batch=settings.max_batch,
-            max_wait=settings.max_wait,
-            max_queued=settings.limits.queued_images,
+            max_wait=settings.max_wait_ms / 1e3,
+            max_queued=settings.max_queue,
             contexts=settings.contexts,
         )
-        self._decoders = ThreadPoolExecutor(_DECODERS, "hhdeploy-decode")
+        self._pictures = Pictures(settings.image_pixels)
         self._watch: asyncio.Task[None] | None = None
         self._since = time.monotonic()
 
@@ -127,13 +123,13 @@ class Service:
             if self.settings.model_name in self.fleet.names:
                 raise PlanError(
                     f"{self.settings.model_name!r} is an adapter and the bundle's name in the "
-                    "protocol: requests could not tell them apart. Choose another --model-name."
+                    "protocol: requests could not tell them apart. Choose another `model_name`."
                 )
             if self.settings.watch_seconds is not None:
                 self._watch = asyncio.create_task(self.fleet.watch(self.settings.watch_seconds))
         # The first run of a session allocates: not at the first request's cost.
         rows = None if self.fleet is None else np.zeros(1, np.int64)
-        image = np.zeros((1, *self._manifest.input_size), np.float32)
+        image = np.zeros((1, *self._size), np.float32)
         with self._batcher.place(1) as place:
             await self._batcher.run(place, image, rows)
         self.ready = True
@@ -142,7 +138,7 @@ class Service:
         """Take nothing new, answer what was taken, free the session."""
         self.ready = False
         await self._batcher.drain()
-        self._decoders.shutdown(wait=True)
+        self._pictures.close()
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait([self._watch])
@@ -156,13 +152,9 @@ class Service:
         Raises:
             RequestError: or one of its kinds; it is counted as a failure.
         """
-        begin = time.perf_counter()
         try:
-            limit = seconds_of(request, self.settings.limits.request_seconds)
-            try:
-                return await asyncio.wait_for(self._infer(request, begin), limit)
-            except asyncio.TimeoutError:
-                raise TimedOutError(f"not answered within {limit:g} s.") from None
+            with Deadline(request.seconds()):
+                return await self._infer(request)
         except asyncio.CancelledError:
             self.metrics.failed("CANCELED")
             raise
@@ -176,8 +168,7 @@ class Service:
         Raises:
             NotFoundError: no such model or version.
         """
-        if version not in ("", VERSION):
-            raise NotFoundError(f"unknown version {version[:80]!r}: expected {VERSION!r}.")
+        _check_version(version)
         if model == self.settings.model_name:
             return None
         if self.fleet is not None:
@@ -192,15 +183,14 @@ class Service:
     def now(self) -> Now:
         """The numbers of this moment."""
         fleet = self.fleet
-        used, rows = fleet.rows if fleet is not None else (0, 0)
         names = fleet.names if fleet is not None else {a.name for a in self._manifest.adapters}
         return Now(
-            rows_used=used,
-            rows=rows,
+            rows_used=fleet.rows.used if fleet is not None else 0,
+            rows=fleet.rows.total if fleet is not None else 0,
             queued=self._batcher.queued,
             pending=self._batcher.pending,
             runs=self._batcher.runs,
-            evictions=fleet.counters.evictions if fleet is not None else 0,
+            evictions=fleet.rows.evictions if fleet is not None else 0,
             load_failures=fleet.counters.failures if fleet is not None else 0,
             adapters=frozenset(names) | {BACKBONE},
         )
@@ -213,12 +203,15 @@ class Service:
 
     # --- one request ----------------------------------------------------------------------------
 
-    async def _infer(self, request: InferRequest, begin: float) -> InferResponse:
-        alias = self.alias(request.model, request.version)
+    async def _infer(self, request: InferRequest) -> InferResponse:
+        begin = time.perf_counter()
+        named = self._named_by_model(request)
         wanted = check_outputs(request.outputs)
-        priority = _priority(request)
-        images, rows = self._plan(request, alias)
-        with self._batcher.place(len(rows)) as place:
+        priority = request.priority()
+        images = self._images(request)
+        count = max(len(images.array), _size(request.inputs.get(ADAPTERS)))
+        with self._batcher.place(count) as place:  # before names are looked at one by one
+            rows = self._rows(request, named, len(images.array))
             held = await self._hold(rows)
             release = partial(self._release, held)
             try:
@@ -230,16 +223,21 @@ class Service:
             prepared = time.perf_counter()
             answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
-        classes = [e.classes if e is not None else self._manifest.backbone_classes for e in entries]
+        classes = [e.classes if e is not None else self._backbone_classes for e in entries]
         outputs = tuple(output_of(w, answer.logits, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
         return InferResponse(request.model, request.id, outputs)
 
     async def _hold(self, rows: Sequence[Row]) -> dict[str | None, Hold]:
         """The bank's rows of a request by adapter; none of a folded bundle."""
-        if self.fleet is None:
-            return {}
-        return await self.fleet.hold(dict.fromkeys(row.adapter for row in rows))
+        names = dict.fromkeys(row.adapter for row in rows)
+        if self.fleet is not None:
+            return await self.fleet.rows.hold(names)
+        only = self._manifest.adapters[0].name
+        for name in names:
+            if name not in (None, only):
+                raise NotFoundError(f"unknown adapter {name[:200]!r}. There is: {only}.")
+        return {}
 
     def _assigned(
         self, held: dict[str | None, Hold], rows: Sequence[Row]
@@ -253,7 +251,7 @@ class Service:
     def _release(self, held: dict[str | None, Hold]) -> None:
         for hold in held.values():
             assert self.fleet is not None
-            self.fleet.release(hold)
+            self.fleet.rows.release(hold)
 
     def _count(
         self,
@@ -261,7 +259,7 @@ class Service:
         begin: float,
         prepared: float,
         ran: float,
-        answer: Answer,
+        answer: Computed,
     ) -> None:
         images: dict[str, int] = {}
         for entry in entries:
@@ -277,8 +275,8 @@ class Service:
             finish=end - ran,
         )
 
-    def _plan(self, request: InferRequest, alias: str | None) -> tuple[Tensor, list[Row]]:
-        """The images, and which of them goes to which adapter."""
+    def _images(self, request: InferRequest) -> Tensor:
+        """The images: FP32 of the graph's shape, or encoded pictures; at least one."""
         unknown = set(request.inputs) - {IMAGES, ADAPTERS}
         if unknown or IMAGES not in request.inputs:
             found = ", ".join(sorted(repr(n[:80]) for n in request.inputs)) or "none"
@@ -287,7 +285,7 @@ class Service:
                 f"{found}."
             )
         images = request.inputs[IMAGES]
-        shape, size = images.array.shape, self._manifest.input_size
+        shape, size = images.array.shape, self._size
         if images.datatype == FP32:
             if len(shape) != 4 or shape[1:] != size:
                 raise RequestError(
@@ -299,31 +297,39 @@ class Service:
                 f"input images: expected FP32 [n, {size[0]}, {size[1]}, {size[2]}], normalised, or "
                 f"BYTES [n], encoded pictures; found {images.datatype} {list(shape)}."
             )
-        count = shape[0]
-        if not count:
+        if not shape[0]:
             raise RequestError("input images: expected at least one image, found none.")
-        adapters = request.inputs.get(ADAPTERS)
-        wanted = max(count, adapters.array.size if adapters is not None else 0)
-        if wanted > self.settings.max_batch:  # before they are looked at one by one
-            raise RequestError(
-                f"{wanted} images in one request: expected at most {self.settings.max_batch} "
-                "(--max-batch)."
-            )
-        names = self._names(request, alias, count)
+        return images
+
+    def _named_by_model(self, request: InferRequest) -> str | None:
+        """The adapter that the model's name stands for; None: the bundle's own."""
+        if self.fleet is None or request.model not in self.fleet.rows:
+            return self.alias(request.model, request.version)
+        _check_version(request.version)
+        return request.model
+
+    def _rows(self, request: InferRequest, named: str | None, count: int) -> list[Row]:
+        """Which of ``count`` images goes to which adapter; whether it exists, its row tells."""
+        names = self._names(request, named, count)
         if count not in (1, len(names)):
             raise RequestError(
                 f"input adapters: expected one name per image, found {len(names)} for {count} "
                 "images."
             )
-        rows = [Row(i if count > 1 else 0, name) for i, name in enumerate(names)]
-        return images, rows
+        if self.fleet is not None and None in names and not self._backbone_classes:
+            there = ", ".join(s.name for s in self.fleet.statuses()[:20])
+            raise RequestError(
+                "no adapter named, and this bundle has no classifier of the bare backbone. "
+                f"Set the parameter adapter; there are: {there}."
+            )
+        return [Row(i if count > 1 else 0, name) for i, name in enumerate(names)]
 
-    def _names(self, request: InferRequest, alias: str | None, count: int) -> list[str | None]:
+    def _names(self, request: InferRequest, named: str | None, count: int) -> list[str | None]:
         """The adapters as they are given, or the one of all ``count`` images."""
         parameter = request.parameters.get("adapter")
         if parameter is not None and not isinstance(parameter, str):
             raise RequestError("parameter adapter: expected a name.")
-        given = [("the model's name", alias), ("parameter adapter", parameter or None)]
+        given = [("the model's name", named), ("parameter adapter", parameter or None)]
         tensor = request.inputs.get(ADAPTERS)
         if tensor is not None:
             if tensor.datatype != BYTES or tensor.array.ndim > 2 or not tensor.array.size:
@@ -333,30 +339,15 @@ class Service:
                 )
             given.append(("input adapters", "given"))
         said = [where for where, name in given if name is not None]
-        if len(said) > 1 and not (tensor is None and alias == parameter):
+        if len(said) > 1 and not (tensor is None and named == parameter):
             raise RequestError(f"the adapter is named twice: by {' and by '.join(said)}.")
         if tensor is not None:
             several = tensor.array.reshape(-1)
-            return [self._named(item.decode("utf-8", "replace")) for item in several]
-        return [self._named(alias or parameter)] * count
+            return [self._adapter(item.decode("utf-8", "replace")) for item in several]
+        return [self._adapter(named or parameter)] * count
 
-    def _named(self, name: str | None) -> str | None:
-        """An adapter's name, known to exist; None for the backbone."""
-        if self.fleet is None:
-            only = self._manifest.adapters[0].name
-            if name not in (None, "", only):
-                raise NotFoundError(f"unknown adapter {name[:200]!r}. There is: {only}.")  # type: ignore[index]
-            return only
-        if name in (None, "", BACKBONE):
-            if not self._manifest.backbone_classes:
-                names = ", ".join(s.name for s in self.fleet.statuses()[:20])
-                raise RequestError(
-                    "no adapter named, and this bundle has no classifier of the bare backbone. "
-                    f"Set the parameter adapter; there are: {names}."
-                )
-            return None
-        assert name is not None
-        return self.fleet.status(name).name
+    def _adapter(self, name: str | None) -> str | None:
+        return None if name in self._bare else name
 
     async def _pixels(
         self, images: Tensor, rows: Sequence[Row], entries: Sequence[AdapterEntry | None]
@@ -368,75 +359,29 @@ class Service:
                 array = np.broadcast_to(array, (len(rows), *array.shape[1:]))
             # Aligned as well, which what came in the middle of a body need not be.
             return np.require(array, np.float32, ["C", "A"])
-        encoded = images.array.reshape(-1)
-        loop = asyncio.get_running_loop()
         ways = [self._manifest.preprocess_of(e) for e in entries]
-        jobs = [
-            loop.run_in_executor(
-                self._decoders,
-                self._decode,
-                encoded[index],
-                index,
-                list(dict.fromkeys(w for r, w in zip(rows, ways, strict=True) if r.image == index)),
-            )
-            for index in range(len(encoded))
-        ]
-        try:
-            decoded = await asyncio.gather(*jobs)
-        except BaseException:
-            for job in jobs:
-                job.cancel()
-            raise
-        return np.stack([decoded[r.image][w] for r, w in zip(rows, ways, strict=True)])
-
-    def _decode(
-        self, content: bytes, index: int, ways: list[Preprocess]
-    ) -> dict[Preprocess, NDArray[np.float32]]:
-        """One picture, preprocessed in every way that some adapter wants it."""
-        image = decode_image(
-            content, most_pixels=self.settings.limits.image_pixels, name=f"image {index}"
-        )
-        try:
-            return {way: way(image) for way in ways}
-        except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
-            raise RequestError(
-                f"image {index}: {image.width} x {image.height} pixels cannot be resized: {error}"
-            ) from error
+        encoded: list[bytes] = images.array.reshape(-1).tolist()
+        return await self._pictures.pixels(encoded, [row.image for row in rows], ways)
 
 
 def _check_folded(settings: ServeSettings) -> None:
     """Raises `PlanError` for what only a bank of adapters can do."""
-    for flag, given in (
-        ("--adapters-dir", settings.adapters_dir is not None),
-        ("--pin", bool(settings.pinned)),
-        ("--allow-adapter-loading", settings.adapter_loading),
+    for name, given in (
+        ("`adapters_dir`", settings.adapters_dir is not None),
+        ("`pinned`", bool(settings.pinned)),
+        ("`allow_adapter_loading`", settings.allow_adapter_loading),
     ):
         if given:
             raise PlanError(
-                f"{flag}: a folded bundle holds one adapter, in its weights. Leave it out, or "
-                "export without --fold."
+                f"{name}: a folded bundle holds one adapter, in its weights. Leave it out, or "
+                "export without `fold=True`."
             )
 
 
-def seconds_of(request: InferRequest, most: float) -> float:
-    """How long the answer may take: ``most``, or less if the request's ``timeout`` says so.
-
-    Raises:
-        RequestError: that is not a number of microseconds.
-    """
-    timeout = request.parameters.get("timeout", 0)
-    if isinstance(timeout, str) and timeout.isascii() and timeout.isdigit():
-        timeout = int(timeout[:18])
-    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
-        raise RequestError(
-            f"parameter timeout: expected microseconds, found {str(timeout)[:80]!r}."
-        )
-    return min(most, min(timeout, 1 << 62) / 1e6) if timeout else most
+def _check_version(version: str) -> None:
+    if version not in ("", VERSION):
+        raise NotFoundError(f"unknown version {version[:80]!r}: expected {VERSION!r}.")
 
 
-def _priority(request: InferRequest) -> int:
-    """Triton's: 0 is the default and goes first, then 1, 2, ..."""
-    value: Any = request.parameters.get("priority", 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
-        raise RequestError(f"parameter priority: expected 0, 1, ..., found {str(value)[:80]!r}.")
-    return value
+def _size(tensor: Tensor | None) -> int:
+    return tensor.array.size if tensor is not None else 0

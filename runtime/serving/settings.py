@@ -1,95 +1,236 @@
-"""What the operator of a server chose."""
+"""What the operator of a server chose: the one declaration of every option and its default.
+
+`hhdeploy serve` makes its command line of these fields, the Ray application its arguments, and
+tests build the class as it is.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from hhdeploy.errors import OptionError, PlanError, SessionError
+from hhdeploy.errors import OptionError, PlanError
 
 _LOG = logging.getLogger("hhdeploy.serve")
 # What a header can carry; a token that is easy to guess is no token.
 _TOKEN = re.compile(r"[\x21-\x7e]{16,1024}")
+# What the loopback is called.
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one request may cost. Beyond them it is refused, never cut.
+class Option:
+    """How a field is asked for on the command line.
 
     Attributes:
-        body_bytes: of a request, also once it is decompressed.
-        image_pixels: of one encoded picture, read from its header before it is decoded.
-        request_seconds: from the first byte to the answer.
-        queued_images: images of all requests that wait; more are refused (429, UNAVAILABLE).
-        adapter_bytes: of an uploaded adapter's files together.
-        bodies_bytes: HTTP bodies of all requests that are read or answered; more are refused (429).
-        connections: HTTP connections at the same time; requests on more are refused (503).
+        help: what is shown.
+        least: smallest number that is taken.
+        above: every number above it is taken.
+        flag: if it is not the field's name with dashes.
     """
 
-    body_bytes: int = 64 << 20
-    image_pixels: int = 50_000_000
-    request_seconds: float = 30.0
-    queued_images: int = 1024
-    adapter_bytes: int = 256 << 20
-    bodies_bytes: int = 1 << 30
-    connections: int = 4096
+    help: str = ""
+    least: float | None = None
+    above: float | None = None
+    flag: str = ""
+
+
+def _asked(help: str = "", **told: Any) -> dict[str, Option]:
+    return {"option": Option(help, **told)}
 
 
 @dataclass(frozen=True)
 class ServeSettings:
     """How a bundle is served.
 
+    The fields without an `Option` are not on the command line.
+
     Attributes:
-        model_name: of the bundle in the protocol; adapters are models of their own beside it.
+        bundle: what is served.
+        host: address to listen on.
+        device, precision, threads, contexts, slots: see `open_session`.
+        cache_dir: where compiled models are kept; None: ``$HHDEPLOY_CACHE``, else
+            ``~/.cache/hhdeploy``.
+        no_cache: keep none.
         max_batch: images of one run, and of one request.
-        max_wait: seconds that a request may wait for company, while another batch runs and the
+        max_wait_ms: how long a request may wait for company, while another batch runs and the
             session could take a second one (``contexts``).
-        contexts: runs at the same time.
+        max_queue: images of all requests that wait; more are refused (429, UNAVAILABLE).
+        request_seconds: from the first byte to the answer.
+        model_name: of the bundle in the protocol, its directory's if it is left out; adapters are
+            models of their own beside it.
         adapters_dir: fleet directory, one adapter a folder; None: the bundle's adapters alone.
         watch_seconds: how often the fleet directory is looked through; None: once, at the start.
         pinned: adapters that are never evicted.
-        adapter_loading: whether the network may load and unload adapters; needs ``token``.
-        token: what it must present then.
-        allowed_hosts: names by which HTTP requests may call the server, beside those of the
-            loopback; none: any, unless it listens on the loopback alone.
-        limits: what one request may cost.
+        allow_adapter_loading: whether the network may load and unload adapters.
+        token_file: holds the token that it must present then.
+        allowed_hosts: names by which HTTP requests may call the server, see `hosts`.
+        log_level: debug, info, warning or error.
+        body_bytes: of a request, also once it is decompressed.
+        image_pixels: of one encoded picture, read from its header before it is decoded.
+        adapter_bytes: of an uploaded adapter's files together.
+        bodies_bytes: HTTP bodies of all requests that are read or answered; more are refused (429).
+        connections: HTTP connections at the same time; requests on more are refused (503).
     """
 
-    model_name: str
-    max_batch: int = 32
-    max_wait: float = 0.002
-    contexts: int = 1
-    adapters_dir: Path | None = None
-    watch_seconds: float | None = None
-    pinned: frozenset[str] = frozenset()
-    adapter_loading: bool = False
-    token: str | None = field(default=None, repr=False)
-    allowed_hosts: frozenset[str] = frozenset()
-    limits: Limits = Limits()
+    bundle: Path
+    host: str = field(default="127.0.0.1", metadata=_asked("Address to listen on."))
+    device: str = field(default="auto", metadata=_asked())
+    precision: str = field(default="float32", metadata=_asked())
+    threads: int | None = field(default=None, metadata=_asked("Threads of one run.", least=1))
+    cache_dir: Path | None = None
+    no_cache: bool = False
+    contexts: int = field(
+        default=1,
+        metadata=_asked(
+            "Batches at the same time; with openvino the threads are divided among them.", least=1
+        ),
+    )
+    slots: int | None = field(
+        default=None,
+        metadata=_asked(
+            "Rows of the bank, the backbone's included.  [default: 64, or what the bundle needs]",
+            least=2,
+        ),
+    )
+    max_batch: int = field(default=32, metadata=_asked("Images of one run.", least=1))
+    max_wait_ms: float = field(
+        default=2.0,
+        metadata=_asked(
+            "How long a request waits for company while another batch runs, if --contexts lets it.",
+            least=0,
+        ),
+    )
+    max_queue: int = field(
+        default=1024,
+        metadata=_asked("Images that may wait; more are refused (429, UNAVAILABLE).", least=1),
+    )
+    request_seconds: float = field(
+        default=30.0,
+        metadata=_asked("Limit of one request, from its first byte to its answer.", above=0),
+    )
+    model_name: str = field(
+        default="", metadata=_asked("Of the bundle in the protocol.  [default: its directory's]")
+    )
+    adapters_dir: Path | None = field(
+        default=None,
+        metadata=_asked(
+            "Fleet directory: further adapters, one a folder, loaded when they are asked for."
+        ),
+    )
+    watch_seconds: float | None = field(
+        default=None,
+        metadata=_asked(
+            "Look through --adapters-dir that often for new, changed and removed adapters.",
+            least=0.05,
+        ),
+    )
+    pinned: frozenset[str] = field(
+        default=frozenset(), metadata=_asked("An adapter that never loses its row.", flag="--pin")
+    )
+    allow_adapter_loading: bool = field(
+        default=False,
+        metadata=_asked("Let the network load and unload adapters; needs --token-file."),
+    )
+    token_file: Path | None = field(
+        default=None, metadata=_asked("The token that loading adapters needs.")
+    )
+    allowed_hosts: frozenset[str] = field(
+        default=frozenset(),
+        metadata=_asked(
+            "A name by which requests may call the server, e.g. that of a proxy on this machine.  "
+            "[default: localhost on a loopback --host, any on others]",
+            flag="--allowed-host",
+        ),
+    )
+    log_level: str = field(default="info", metadata=_asked())
+    body_bytes: int = 64 << 20
+    image_pixels: int = 50_000_000
+    adapter_bytes: int = 256 << 20
+    bodies_bytes: int = 1 << 30
+    connections: int = 4096
 
     def __post_init__(self) -> None:
-        if self.adapter_loading and self.token is None:
+        if not self.model_name:
+            object.__setattr__(self, "model_name", self.bundle.resolve().name)
+        for each in fields(self):
+            _check_range(each.name, getattr(self, each.name), each.metadata.get("option"))
+        if self.log_level not in LEVELS:
+            raise OptionError(f"`log_level`: expected one of {', '.join(LEVELS)}.")
+        if self.allow_adapter_loading and self.token_file is None:
             raise OptionError(
-                "--allow-adapter-loading needs --token-file: whoever can reach the port could "
+                "`allow_adapter_loading` needs `token_file`: whoever can reach the port could "
                 "replace adapters otherwise. Make one with: openssl rand -hex 32 > token"
             )
-        if self.token is not None and not self.adapter_loading:
+        if self.token_file is not None and not self.allow_adapter_loading:
             raise OptionError(
-                "--token-file needs --allow-adapter-loading: nothing else asks for the token, "
+                "`token_file` needs `allow_adapter_loading`: nothing else asks for the token, "
                 "least of all inference."
             )
-        if self.max_batch < 1 or self.contexts < 1:
-            raise SessionError("max_batch and contexts: expected 1 or more.")
         if self.adapters_dir is not None and not self.adapters_dir.is_dir():
             raise PlanError(
-                f"--adapters-dir: {self.adapters_dir} is not a directory. Expected a folder with "
+                f"`adapters_dir`: {self.adapters_dir} is not a directory. Expected a folder with "
                 "one adapter directory a task."
             )
         if self.watch_seconds is not None and self.adapters_dir is None:
-            raise OptionError("--watch-seconds: there is nothing to watch without --adapters-dir.")
+            raise OptionError("`watch_seconds`: there is nothing to watch without `adapters_dir`.")
+
+    def session_options(self) -> dict[str, Any]:
+        """Options of `open_session`."""
+        throughput = self.contexts > 1 and self.device == "openvino"
+        return {
+            "device": self.device,
+            "precision": self.precision,
+            "slots": self.slots,
+            "threads": self.threads,
+            "contexts": self.contexts,
+            "hint": "throughput" if throughput else "latency",
+            "cache": None if self.no_cache else self.cache_dir or "default",
+            "partial": True,
+        }
+
+    def hosts(self) -> frozenset[str] | None:
+        """Names that HTTP requests may call the server, in lower case; None: any.
+
+        A browser's own rules keep a web page from reading the loopback's answers, but for a page
+        whose name is pointed at the loopback once it is loaded (DNS rebinding). Its requests carry
+        that name.
+        """
+        if self.allowed_hosts or _is_loopback(self.host):
+            return frozenset(map(str.lower, self.allowed_hosts | _LOOPBACK | {self.host}))
+        return None
+
+    def token(self) -> str | None:
+        """What loading adapters must present, read from its file now; None: nobody may load.
+
+        It is no field, so that it never travels or is printed with the rest.
+
+        Raises:
+            PlanError: see `read_token`.
+        """
+        return read_token(self.token_file) if self.token_file is not None else None
+
+
+def _check_range(name: str, value: Any, option: Option | None) -> None:
+    if option is None or value is None:
+        return
+    if option.least is not None and value < option.least:
+        raise OptionError(f"`{name}`: expected {option.least:g} or more, found {value}.")
+    if option.above is not None and value <= option.above:
+        raise OptionError(f"`{name}`: expected more than {option.above:g}, found {value}.")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_token(path: Path) -> str:
@@ -105,10 +246,10 @@ def read_token(path: Path) -> str:
         token = path.read_text(encoding="utf-8").strip()
         readable = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"--token-file: {path} cannot be read: {error}") from error
+        raise PlanError(f"`token_file`: {path} cannot be read: {error}") from error
     if not _TOKEN.fullmatch(token):
         raise PlanError(
-            f"--token-file: {path}: expected one line of 16 to 1,024 printable ASCII characters "
+            f"`token_file`: {path}: expected one line of 16 to 1,024 printable ASCII characters "
             "without spaces. Make one with: openssl rand -hex 32 > token"
         )
     if readable:

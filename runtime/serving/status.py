@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.fleet.states import Status
 from hhdeploy.runtime.serving.metrics import latency_ms
 from hhdeploy.runtime.serving.service import Service
@@ -22,7 +22,8 @@ def status_of(service: Service) -> dict[str, Any]:
         requests: how many were ``answered``, and ``failed`` by Triton's reason.
         latency_ms: see `latency_ms`.
         bank: rows used and rows there are for adapters, evictions, load failures; None if folded.
-        adapters: sorted by name; ``classes`` and ``row`` are None without a row.
+        adapters: sorted by name; ``classes``, ``problem_type`` and ``row`` are None without
+            a row.
     """
     metrics, now = service.metrics, service.now()
     bank = None
@@ -41,7 +42,7 @@ def status_of(service: Service) -> dict[str, Any]:
         "ready": service.ready,
         "uptime_seconds": round(service.uptime, 1),
         "max_batch": service.settings.max_batch,
-        "body_bytes": service.settings.limits.body_bytes,
+        "body_bytes": service.settings.body_bytes,
         "queued_images": now.queued,
         "batches": now.runs,
         "images": metrics.images,
@@ -64,6 +65,7 @@ def _adapters(service: Service) -> list[dict[str, Any]]:
             "problem": adapter.problem,
             "pinned": adapter.pinned,
             "classes": adapter.entry.classes if adapter.entry is not None else None,
+            "problem_type": adapter.entry.problem_type if adapter.entry is not None else None,
             "row": adapter.entry.row if adapter.entry is not None else None,
             "images": service.metrics.adapters.get(adapter.name, 0),
         }

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.calibrate import calibrate
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.feeds import Feed
+from hhdeploy.calibration.qdq import find_sites
+from hhdeploy.calibration.quantised import Float32Graph, find_scales
 from hhdeploy.calibration.scales import Calibration
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.calibration.sites import find_sites
 from hhdeploy.graph import GraphLinear
 
 ADAPTERS = ("alpha", "rival", "beta", "gamma", "headless", "backbone")
@@ -55,6 +55,10 @@ class Calibrated:
         return self.bundle.graph("float32")
 
     @property
+    def graph(self) -> Float32Graph:
+        return Float32Graph.open(self.bundle)
+
+    @property
     def classifier(self) -> str:
         name: str = self.bundle.manifest.backbone.classifier
         return name
@@ -72,7 +76,9 @@ def calibrated(path: Path, folder: Path) -> Calibrated:
     """Calibrate a bundle with the default settings."""
     bundle = Bundle.open(path)
     data = CalibrationData.open(bundle, folder, images=36, seed=0)
-    return Calibrated(bundle, data, calibrate(bundle, data, CalibrationSettings()))
+    return Calibrated(
+        bundle, data, find_scales(Float32Graph.open(bundle), data, CalibrationSettings())
+    )
 
 
 @pytest.fixture(scope="session")

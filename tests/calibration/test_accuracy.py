@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy, answers, judge
+from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy, answers, compare_answers
 from hhdeploy.calibration.judging.exam import Question
 
 
@@ -27,7 +27,7 @@ def test_counts_of_one_task():
     before = [0, 1, 2, 3, 1, 2, 2]  # five right
     after = [0, 1, 0, 0, 0, 2, 2]  # two lost, one gained, one wrong both times
     questions = [question("digits", truth) for truth in truths]
-    accuracy = judge(questions, one_hot(before), one_hot(after), held_out=True)
+    accuracy = compare_answers(questions, one_hot(before), one_hot(after), held_out=True)
     (task,) = accuracy.tasks
     assert (task.task, task.images) == ("digits", 7)
     assert (task.float_right, task.quantised_right, task.lost, task.gained) == (5, 4, 2, 1)
@@ -58,13 +58,13 @@ def test_tasks_are_kept_apart_and_their_mean_is_over_tasks():
     questions = [question("a", 0), question("b", 1), question("a", 2), question("a", 3)]
     before = one_hot([0, 1, 2, 3])
     after = one_hot([1, 1, 2, 3])
-    accuracy = judge(questions, before, after, held_out=False)
+    accuracy = compare_answers(questions, before, after, held_out=False)
     assert [task.task for task in accuracy.tasks] == ["a", "b"]
     assert accuracy.drop == pytest.approx((100 / 3 + 0) / 2)
     assert accuracy.worst.task == "a"
     assert accuracy.images == 4
     assert accuracy.agreement == pytest.approx(3 / 4)
-    swapped = judge([question("b", 0), *questions[1:]], before, after, held_out=False)
+    swapped = compare_answers([question("b", 0), *questions[1:]], before, after, held_out=False)
     assert swapped.drop != accuracy.drop
 
 
@@ -79,20 +79,20 @@ def test_the_standard_error_of_the_mean():
 
 def test_unlabelled_tasks_have_agreement_and_noise_only():
     questions = [question("a", None), question("b", 1)]
-    accuracy = judge(questions, one_hot([0, 1]), one_hot([2, 1]), held_out=True)
+    accuracy = compare_answers(questions, one_hot([0, 1]), one_hot([2, 1]), held_out=True)
     unlabelled = accuracy.tasks[0]
     assert unlabelled.drop is None
     assert unlabelled.at_most is None
     assert unlabelled.agreement == 0.0
     assert accuracy.drop == 0.0, "the mean is of the labelled task"
-    assert judge(questions[:1], one_hot([0]), one_hot([0]), held_out=True).drop is None
+    assert compare_answers(questions[:1], one_hot([0]), one_hot([0]), held_out=True).drop is None
 
 
 def test_padding_is_no_answer_and_no_noise():
     questions = [question("a", 0), question("a", 1)]
     before = one_hot([0, 1], padded_from=2)
     after = before + np.float32(0.01)
-    (task,) = judge(questions, before, after, held_out=True).tasks
+    (task,) = compare_answers(questions, before, after, held_out=True).tasks
     assert task.drop == 0.0
     assert math.isfinite(task.sqnr_db)
 
@@ -112,5 +112,5 @@ def test_answers_come_in_order_whatever_the_batches():
 
 def test_json_holds_no_infinity():
     questions = [question("a", 0)]
-    content = judge(questions, one_hot([0]), one_hot([0]), held_out=True).to_json()
+    content = compare_answers(questions, one_hot([0]), one_hot([0]), held_out=True).to_json()
     assert content["tasks"][0]["sqnr_db"] == "inf"

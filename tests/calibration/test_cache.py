@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.calibration import cache as stored
-from hhdeploy.calibration import calibrate as module
-from hhdeploy.calibration.cache import CalibrationCacheWarning, cache_key, read, write
-from hhdeploy.calibration.calibrate import calibrate
-from hhdeploy.calibration.scales import SiteScale
+from hhdeploy.calibration import quantised as module
+from hhdeploy.calibration import scales as stored
+from hhdeploy.calibration.quantised import find_scales
+from hhdeploy.calibration.scales import (
+    CalibrationCacheWarning,
+    SiteScale,
+    cache_key,
+    read_cached,
+    write_cached,
+)
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import WriteError
 from hhdeploy.files.caches import clear, stored_in
@@ -34,9 +39,9 @@ def entry(cache: Path) -> Path:
 
 
 def test_scales_come_back_in_order_and_to_the_bit(tmp_path):
-    assert read(tmp_path, KEY) is None
-    write(tmp_path, KEY, SCALES)
-    found = read(tmp_path, KEY)
+    assert read_cached(tmp_path, KEY) is None
+    write_cached(tmp_path, KEY, SCALES)
+    found = read_cached(tmp_path, KEY)
     assert found is not None
     assert list(found) == ["b", "a"]
     assert (found["b"].absmax, found["a"].absmax) == (1.5, 0.1)
@@ -48,7 +53,7 @@ def test_scales_come_back_in_order_and_to_the_bit(tmp_path):
 @pytest.mark.parametrize("name", ["scales.safetensors", "scales.json"])
 @pytest.mark.parametrize("damage", ["flipped", "gone", "cut"])
 def test_damage_is_told_and_not_used(tmp_path, name, damage):
-    write(tmp_path, KEY, SCALES)
+    write_cached(tmp_path, KEY, SCALES)
     path = entry(tmp_path) / name
     if damage == "flipped":
         flip_byte(path, len(path.read_bytes()) // 2)
@@ -57,21 +62,21 @@ def test_damage_is_told_and_not_used(tmp_path, name, damage):
     else:
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.warns(CalibrationCacheWarning, match="is damaged .* calibrating again"):
-        assert read(tmp_path, KEY) is None
+        assert read_cached(tmp_path, KEY) is None
 
 
 def test_an_entry_under_another_key_is_not_used(tmp_path):
-    write(tmp_path, KEY, SCALES)
+    write_cached(tmp_path, KEY, SCALES)
     other = KEY[::-1]
     entry(tmp_path).rename(tmp_path / "calibration" / other)
     with pytest.warns(CalibrationCacheWarning, match="not the ones that were stored"):
-        assert read(tmp_path, other) is None
+        assert read_cached(tmp_path, other) is None
 
 
 def test_one_that_vanishes_while_it_is_read_is_none_and_no_damage(tmp_path, monkeypatch):
-    write(tmp_path, KEY, SCALES)
+    write_cached(tmp_path, KEY, SCALES)
     monkeypatch.setattr(stored, "sha256_of", lambda path: clear(tmp_path) and "gone")
-    assert read(tmp_path, KEY) is None
+    assert read_cached(tmp_path, KEY) is None
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
@@ -80,20 +85,20 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(WriteError, match=r"disk is full.*HHDEPLOY_CACHE"):
-        write(tmp_path, KEY, SCALES)
+        write_cached(tmp_path, KEY, SCALES)
     assert list((tmp_path / "calibration").iterdir()) == []
 
 
 def test_calibrations_used_longest_ago_make_room(tmp_path, monkeypatch):
     keys = [character + KEY[1:] for character in "abc"]
-    write(tmp_path, keys[0], SCALES)
+    write_cached(tmp_path, keys[0], SCALES)
     (first,) = stored_in(tmp_path)
     monkeypatch.setenv("HHDEPLOY_CACHE_LIMIT", str(2 * first.size))
-    write(tmp_path, keys[1], SCALES)
+    write_cached(tmp_path, keys[1], SCALES)
     for age, key in enumerate(keys[:2]):
         os.utime(tmp_path / "calibration" / key, (age, age))
-    assert read(tmp_path, keys[0]) is not None  # used now
-    write(tmp_path, keys[2], SCALES)
+    assert read_cached(tmp_path, keys[0]) is not None  # used now
+    write_cached(tmp_path, keys[2], SCALES)
     assert {e.path.name for e in stored_in(tmp_path)} == {keys[0], keys[2]}
 
 
@@ -121,17 +126,17 @@ def test_a_second_calibration_runs_no_image(side, tmp_path, monkeypatch):
         return dict(side.calibration.sites)
 
     monkeypatch.setattr(module, "calibrate_int8", counted)
-    first = calibrate(side.bundle, side.data, SETTINGS, cache=tmp_path)
-    second = calibrate(side.bundle, side.data, replace(SETTINGS, precision="fp8"), cache=tmp_path)
+    first = find_scales(side.graph, side.data, SETTINGS, cache=tmp_path)
+    second = find_scales(side.graph, side.data, replace(SETTINGS, precision="fp8"), cache=tmp_path)
     assert len(runs) == 1
     assert list(second.sites) == list(first.sites) == list(side.calibration.sites)
     assert second.ranges == first.ranges
     assert second.settings.precision == "fp8"
     flip_byte(entry(tmp_path) / "scales.safetensors")
     with pytest.warns(CalibrationCacheWarning):
-        calibrate(side.bundle, side.data, SETTINGS, cache=tmp_path)
+        find_scales(side.graph, side.data, SETTINGS, cache=tmp_path)
     assert len(runs) == 2
-    calibrate(side.bundle, side.data, SETTINGS)
+    find_scales(side.graph, side.data, SETTINGS)
     assert len(runs) == 3
 
 
@@ -139,9 +144,9 @@ def test_a_site_without_a_range_is_told_and_stays_float(side, monkeypatch):
     scales = dict(side.calibration.sites)
     del scales["blocks.0.mlp.fc1"]
     monkeypatch.setattr(module, "calibrate_int8", lambda *arguments: scales)
-    found = calibrate(side.bundle, side.data, SETTINGS)
+    found = find_scales(side.graph, side.data, SETTINGS)
     assert any("blocks.0.mlp.fc1: NNCF found no range" in warning for warning in found.warnings)
-    result = module.quantise(side.bundle, found, SETTINGS)
+    result = module.quantise(side.graph, found, SETTINGS)
     kept = [name for name, info in result.sites.items() if not info.quantised]
     assert kept == ["blocks.0.mlp.fc1"]
     assert result.warnings == found.warnings

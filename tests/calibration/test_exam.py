@@ -39,7 +39,7 @@ def named(bundle, **names):
 
 def exam_of(bundle, source, images=8, eval_data=None):
     used = CalibrationData.open(bundle, source, images=images, seed=0)
-    return used, make_exam(bundle, eval_data or source, used, seed=0)
+    return used, make_exam(eval_data or source, used, seed=0)
 
 
 def test_what_was_calibrated_on_is_not_judged_on(bundle, folder):
@@ -106,7 +106,7 @@ def test_too_few_left_is_said(bundle, folder):
     _, exam = exam_of(bundle, folder, images=20)
     assert not exam.held_out
     assert len(exam.questions) == 20
-    assert any("--eval-data" in w for w in exam.warnings)
+    assert any("`eval_data`" in w for w in exam.warnings)
     for path in (folder / "gamma").rglob("[1-9].png"):
         path.unlink()
     _, exam = exam_of(bundle, folder, images=4)
@@ -119,6 +119,26 @@ def test_a_folded_bundle_takes_its_own_folder_or_a_flat_one(folded, folder):
         _, exam = exam_of(bundle, source, images=4)
         assert [q.adapter for q in exam.questions] == [None] * 6
         assert {q.truth for q in exam.questions} == {0, 6}
+
+
+def test_a_split_folder_is_calibrated_on_train_and_judged_on_val(bundle, folder, tmp_path):
+    other = tmp_path / "split"
+    shutil.copytree(folder, other / "train")
+    for seed, place in enumerate(("alpha/0", "gamma/2"), start=9):
+        write_pictures(other / "val" / place, 3, seed)
+    (other / "val" / "gamma" / "2" / "x.heic").write_bytes(b"")
+    used, exam = exam_of(bundle, other, images=20)
+    assert len(used.samples) == 20
+    assert [(q.adapter, q.truth) for q in exam.questions] == [("alpha", 0), ("gamma", 2)] * 3
+    assert "adapter 'gamma': left out of gamma: 1 .heic" in exam.warnings
+    # The same with the split below each adapter.
+    for name in ("alpha", "gamma"):
+        (tmp_path / "below" / name).mkdir(parents=True)
+        for part in ("train", "val"):
+            shutil.copytree(other / part / name, tmp_path / "below" / name / part)
+    again, exam_again = exam_of(bundle, tmp_path / "below", images=20)
+    assert again.digest == used.digest
+    assert [q.source for q in exam_again.questions] == [q.source for q in exam.questions]
 
 
 def test_arrays_are_held_out_too(bundle, tmp_path):

@@ -11,10 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from hhdeploy.calibration.int8 import calibrate_int8
-from hhdeploy.calibration.qdq import FORMATS, quantised_model
-from hhdeploy.calibration.ranges import range_excess
+from hhdeploy.calibration.probe import range_excess
+from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.calibration.sites import find_sites
 from hhdeploy.errors import PlanError
 from tests.calibration.conftest import logits, saved
 from tests.exporters.synthetic import graph, random

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 from numpy.testing import assert_array_equal
 
-from hhdeploy.calibration.calibrate import Quantised, quantise
 from hhdeploy.calibration.qdq import FORMATS, low_values, quantised_model, quantised_weight
+from hhdeploy.calibration.quantised import Quantised, quantise
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import PRECISIONS, CalibrationSettings
 from hhdeploy.errors import PlanError
@@ -24,7 +24,7 @@ INT8, FP8 = FORMATS["int8"], FORMATS["fp8"]
 
 def written(made: Calibrated, precision: str = "int8", **values) -> Quantised:
     settings = CalibrationSettings(precision, **values)
-    return quantise(made.bundle, made.calibration, settings)
+    return quantise(made.graph, made.calibration, settings)
 
 
 def pairs(model: ir.Model) -> dict[str, list[ir.Node]]:
@@ -188,7 +188,7 @@ def test_noise_grows_with_wrong_scales(side, tmp_path):
 def test_the_result_is_told_in_json(side):
     figures = dict.fromkeys(side.calibration.sites, 41.5)
     settings = CalibrationSettings(exclude=("*.fc2",))
-    result = quantise(side.bundle, side.calibration, settings, sqnr_db=figures)
+    result = quantise(side.graph, side.calibration, settings, sqnr_db=figures)
     told = result.to_json()
     assert told["settings"]["exclude"] == ["*.fc2"]
     site = told["sites"]["blocks.0.attn.qkv.q"]
@@ -202,4 +202,4 @@ def test_the_result_is_told_in_json(side):
 
 def test_another_graph_than_the_calibrated_one_is_refused(side, plain):
     with pytest.raises(PlanError, match="not the graph that was calibrated"):
-        quantise(side.bundle, plain.calibration, CalibrationSettings())
+        quantise(side.graph, plain.calibration, CalibrationSettings())

@@ -8,10 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from hhdeploy.calibration.judging.sensitivity import logits_sqnr, site_sqnr
-from hhdeploy.calibration.probe import CpuSession, Probe
+from hhdeploy.calibration.probe import CpuSession, Probe, logits_sqnr, range_excess, site_sqnr
 from hhdeploy.calibration.qdq import FORMATS
-from hhdeploy.calibration.ranges import range_excess
 from hhdeploy.errors import BundleError, DeviceError
 
 SITE = "blocks.1.mlp.fc1"

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.calibration.calibrate import Quantised, SiteInfo
 from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy
 from hhdeploy.calibration.judging.exam import Exam
-from hhdeploy.calibration.judging.findings import Answer, Changed, Findings
+from hhdeploy.calibration.judging.findings import Changed, Findings, Guess, pixels_of
 from hhdeploy.calibration.judging.guard import Guarded, Trial
+from hhdeploy.calibration.quantised import Quantised, SiteInfo
 from hhdeploy.calibration.report.markup import tag
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.report.pictures import png_of
@@ -51,7 +51,7 @@ def findings() -> Findings:
         TaskAccuracy("digits", 250, 0.98, 31.25, 240, 236, lost=5, gained=1),
         TaskAccuracy(EVIL, 40, 0.9, 24.5),
     )
-    picture = png_of(np.zeros((3, 20, 30), np.float32), PREPROCESS)
+    picture = pixels_of(np.zeros((3, 20, 30), np.float32), PREPROCESS)
     latency = Latency(2.0, 2.5, 1.9, 20)
     return Findings(
         bundle="out",
@@ -61,7 +61,7 @@ def findings() -> Findings:
         accuracy=Accuracy(tasks, True),
         guarded=Guarded(2.0, ("blocks.1.mlp.fc2",), (Trial(0, 2.75, False), Trial(1, 1.6, True))),
         changed=(
-            Changed(f"{EVIL}.png", EVIL, EVIL, Answer(EVIL, 0.75), Answer("other", 0.5), picture),
+            Changed(f"{EVIL}.png", EVIL, EVIL, Guess(EVIL, 0.75), Guess("other", 0.5), picture),
         ),
         sizes={"float32": 4_000_000, "int8": 1_000_000},
         latency={1: Paired(latency, latency, 1.25, 1.125, 1.5)},
@@ -159,7 +159,7 @@ def test_pictures_show_what_the_model_sees():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
     mean, std = (np.asarray(x, np.float32) for x in (PREPROCESS.mean, PREPROCESS.std))
     image = ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)
-    found = Image.open(BytesIO(png_of(image, PREPROCESS)))
+    found = Image.open(BytesIO(png_of(pixels_of(image, PREPROCESS))))
     assert np.array_equal(np.asarray(found), pixels)
 
 

@@ -20,10 +20,10 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"precision": "int4"}, "precision 'int4': expected one of int8, fp8, int8-weights"),
-        ({"preset": "safe"}, "preset 'safe': expected one of none, robust"),
-        ({"images": 0}, "images: expected 1 or more"),
-        ({"smooth_quant": 1.5}, "smooth_quant: expected a number from 0 to 1"),
+        ({"precision": "int4"}, "`precision='int4'`: expected one of int8, fp8, int8-weights"),
+        ({"preset": "safe"}, "`preset='safe'`: expected one of none, robust"),
+        ({"images": 0}, "`images`: expected 1 or more"),
+        ({"smooth_quant": 1.5}, "`smooth_quant`: expected a number from 0 to 1"),
     ],
 )
 def test_impossible_settings_are_refused(values, message):
@@ -53,7 +53,9 @@ def test_a_preset_and_patterns_add_up():
 
 
 def test_a_pattern_that_fits_nothing_is_refused():
-    with pytest.raises(PlanError, match=r"exclude 'blocks.1.fc2' fits no site.*blocks.0.attn.qkv"):
+    with pytest.raises(
+        PlanError, match=r"`exclude=\['blocks.1.fc2'\]` fits no site.*blocks.0.attn.qkv"
+    ):
         excluded_sites(CalibrationSettings(exclude=("*.fc2", "blocks.1.fc2")), SITES)
 
 

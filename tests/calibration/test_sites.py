@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.sites import find_sites, other_products
+from hhdeploy.calibration.qdq import find_sites, other_products
 from hhdeploy.errors import BundleError
 from tests.exporters.synthetic import graph, random
 from tests.parity.architectures import traced

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from hhdeploy.calibration.calibrate import quantise
+from hhdeploy.calibration.quantised import quantise
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.precision.typed import typed_model
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 from tests.calibration.conftest import Calibrated, saved
 
 
@@ -43,7 +43,7 @@ def built(trt: Any, path: Path, architecture: str) -> tuple[bool, str]:
 
 def graph(made: Calibrated, precision: str, folder: Path, low: str | None = None) -> Path:
     """A Q/DQ graph on disk, what it leaves in floating point stored low if asked for."""
-    model = quantise(made.bundle, made.calibration, CalibrationSettings(precision)).model
+    model = quantise(made.graph, made.calibration, CalibrationSettings(precision)).model
     return saved(typed_model(model, low) if low else model, folder)
 
 

@@ -1,22 +1,34 @@
-"""What messages advise can be done: the commands take it, with these very options."""
+"""What messages advise can be done: in Python as they say it, and on the command line.
+
+The library's messages name Python's parameters, in backticks; commands show flags in their place.
+"""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import click
 import pytest
 
+import hhdeploy
+from hhdeploy import building, demo, quantising, triton
+from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.reading import graph_hint
 from hhdeploy.cli import main
-from hhdeploy.errors import BundleError
+from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
+from hhdeploy.cli.wording import as_command_line
+from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
 from hhdeploy.parity import PARITY
+from hhdeploy.runtime.serving import server, settings
+from hhdeploy.training import recipe
 from tests.workshop import ROOT
 
 TYPED = sorted({p for stage, p in PARITY if stage == "twin"})
@@ -36,15 +48,17 @@ def parsed(words: list[str]) -> click.Context:
 def test_a_missing_quantised_graph_comes_from_calibrate(small, precision):
     with pytest.raises(BundleError, match=f"no {precision} graph; it has float32") as caught:
         Bundle.open(small).graph(precision)
-    advice = str(caught.value).partition("Add it with: ")[2]
+    advice = as_command_line(str(caught.value)).partition("Add it with: ")[2]
     given = parsed(shlex.split(advice)).params
     assert (given["bundle"], given["precision"]) == (small, precision)
 
 
 @pytest.mark.parametrize("precision", TYPED)
 def test_a_missing_typed_graph_comes_from_export(small, precision):
-    with pytest.raises(BundleError, match=rf"no {precision} graph.*--precision {precision}\."):
+    with pytest.raises(BundleError, match=f"no {precision} graph") as caught:
         Bundle.open(small).graph(precision)
+    assert caught.value.parameters == ("precisions",)
+    assert f"--precision {precision}." in as_command_line(str(caught.value))
     _check_precisions([precision])
 
 
@@ -66,22 +80,28 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "exporters/triton.py": ("triton",),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/verifying/bundles.py::verify_against_torch": ("verify",),
-    "hhdeploy/backbones/timm.py": ("export", "verify", "train", "adapter import"),
+    "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
     "hhdeploy/files/caches.py": (ANY,),
-    "hhdeploy/quantising/": ("calibrate",),
+    "hhdeploy/quantising.py": ("calibrate",),
     "hhdeploy/cli/__init__.py": (ANY,),
     "hhdeploy/cli/adapter.py::inspect": ("adapter inspect",),
     "hhdeploy/cli/adapter_import.py": ("adapter import",),
     "hhdeploy/cli/bench_serve.py": ("bench",),
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/ui.py": (ANY,),
+    "hhdeploy/cli/wording.py": (ANY,),
     "hhdeploy/demo.py": ("demo",),
     "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/plan.py": ("export",),
     "hhdeploy/verifying/": ("export", "verify"),
-    "hhdeploy/adapters/checks.py::check_base": ("export", "adapter add", "adapter import", "serve"),
+    "hhdeploy/adapters/checks.py::_check_base": (
+        "export",
+        "adapter add",
+        "adapter import",
+        "serve",
+    ),
     "hhdeploy/bundle/store.py": (
         "adapter add",
         "adapter remove",
@@ -92,10 +112,22 @@ OWNERS: dict[str, tuple[str, ...]] = {
     ),
     "hhdeploy/training/": ("train",),
     "hhdeploy/triton.py": ("triton",),
+    "hhdeploy/bundle/engines.py": (ANY,),
+    "runtime/": (ANY,),
     "runtime/serving/": ("serve",),
 }
-# No messages: a style sheet, whose variables look like flags.
-NO_MESSAGES = ("calibration/report/style.py",)
+# Where a word is a parameter's and means something else: a key of a file, a column.
+OTHER_MEANING = {
+    ("hhdeploy/adapters/config.py", "class_names"),
+    ("hhdeploy/adapters/format.py", "class_names"),
+    ("hhdeploy/adapters/checks.py", "input_size"),
+    ("hhdeploy/adapters/config.py", "input_size"),
+    ("hhdeploy/bundle/membership.py", "input_size"),
+    ("hhdeploy/preprocess.py", "input_size"),
+    ("hhdeploy/training/recipe.py", "input_size"),
+}
+# No messages: a style sheet, whose variables look like flags; the marks themselves.
+NO_MESSAGES = ("calibration/report/style.py", "hhdeploy/errors.py")
 
 # Of this program; a placeholder in a flag is a flag that nobody can check.
 _FLAG = re.compile(r"(?<![\w-])(?<!tritonserver )--[a-z][a-z0-9-]*(?:\{\})?")
@@ -152,7 +184,7 @@ def advice_in(where: str, text: str) -> list[Advice]:
 
 
 def texts_in(path: Path) -> list[tuple[str, str]]:
-    """(file::function, text) of every string that is no docstring."""
+    """(file::function, text) of every string that is no docstring, and of every `as_code`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     name = path.relative_to(ROOT).as_posix()
     found: list[tuple[str, str]] = []
@@ -165,6 +197,11 @@ def texts_in(path: Path) -> list[tuple[str, str]]:
         if isinstance(node, ast.JoinedStr):
             found.append((f"{name}::{function}", "".join(map(shown, node.values))))
             return
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_asked":
+            return  # the help of an option of the command line
+        if is_marked(node):
+            found.append((f"{name}::{function}", marked_call(node)))
+            return
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append((f"{name}::{function}", node.value))
         for child in ast.iter_child_nodes(node):
@@ -176,8 +213,29 @@ def texts_in(path: Path) -> list[tuple[str, str]]:
 
 def shown(part: ast.AST) -> str:
     """A part of an f-string: text, the texts that a placeholder may become, or {}."""
+    if isinstance(part, ast.FormattedValue) and is_marked(part.value):
+        return marked_call(part.value)
     texts = [n.value for n in ast.walk(part) if isinstance(n, ast.Constant)]
     return "".join(t for t in texts if isinstance(t, str)) or "{}"
+
+
+def is_marked(node: ast.AST) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "as_code"
+
+
+def marked_call(node: ast.Call) -> str:
+    """What `as_code` makes, with {} for each value that is not known here."""
+    function, *values = node.args
+    assert isinstance(function, ast.Constant), ast.unparse(node)
+    words = [value_shown(v) for v in values]
+    words += [f"{k.arg}={value_shown(k.value)}" for k in node.keywords]
+    return f"`{function.value}({', '.join(words)})`"
+
+
+def value_shown(node: ast.expr) -> str:
+    if is_marked(node):
+        return marked_call(node).strip("`")
+    return ast.unparse(node) if isinstance(node, ast.Constant) else "{}"
 
 
 def sources() -> list[Path]:
@@ -207,16 +265,115 @@ def owners_of(where: str) -> tuple[str, ...]:
     return (command.group(1),) if command and command.group(1) in COMMANDS else ()
 
 
-def test_no_message_advises_a_flag_that_its_command_lacks():
-    found = [
-        problem
+def parameters_of_python() -> set[str]:
+    """What can be passed to a public function, or to the options that one takes."""
+    options = (
+        hhdeploy.Reserve,
+        building.BuildOptions,
+        quantising.CalibrationOptions,
+        quantising.CalibrationSettings,
+        importers.ImportOptions,
+        recipe.TrainSettings,
+        settings.ServeSettings,
+        server.serve,
+        triton.TritonOptions,
+    )
+    # An adapter's configuration is what its file holds, under the same names.
+    others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
+    public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
+    found: set[str] = set()
+    for taken in (*public, *options, demo.Starter.read):
+        found |= set(inspect.signature(taken).parameters)
+    return found
+
+
+PARAMETERS = parameters_of_python()
+
+
+def problems(where: str, text: str) -> list[str]:
+    """What is wrong with a message, for each command that may print it."""
+    if where == "runtime/serving/settings.py::_check_range":
+        text = text.replace("`{}`", "`max_batch`")  # of any field
+    unknown = [f"{where}: `{mark}` is no Python of ours" for mark in MARK.findall(text)
+               if (code := marked_code(mark)) is None or not known(code)]  # fmt: skip
+    found = []
+    for owner in owners_of(where) or ("",):
+        said = as_command_line(text, COMMANDS.get(owner))
+        if "`{}`" in said or set(HhdeployError(said).parameters) - PYTHON_ONLY:
+            found.append(f"{where}: no flag for what is marked: {said!r}")
+        owners = (owner,) if owner else ()
+        found += [p for advice in advice_in(where, said) if (p := wrong(advice, owners))]
+    return [*unknown, *found]
+
+
+def known(code: ast.Call) -> bool:
+    """All of a mark is a call, or a parameter, of the public Python."""
+    functions = {ast.unparse(n.func) for n in ast.walk(code) if isinstance(n, ast.Call)} - {"_"}
+    names = set(HhdeployError(f"`{ast.unparse(code)[2:-1]}`").parameters)
+    names |= {n.arg for n in ast.walk(code) if isinstance(n, ast.keyword) and n.arg} - OPTIONS
+    return functions <= FUNCTIONS.keys() | CONSTRUCTORS and names <= PARAMETERS
+
+
+# Parameters that no command has.
+PYTHON_ONLY = {"cuda_graphs", "hint", "smooth_quant"}
+# What holds options, and the parameters that take it.
+CONSTRUCTORS = {"BuildOptions", "CalibrationSettings", "Reserve"}
+OPTIONS = {"options", "reserve", "settings"}
+
+
+def library() -> list[tuple[str, str]]:
+    """(file::function, text) of everything outside the command line."""
+    return [
+        found
         for path in sources()
         if path.relative_to(ROOT).as_posix() not in NO_MESSAGES
-        for where, text in texts_in(path)
+        and "hhdeploy/cli/" not in path.as_posix()
+        for found in texts_in(path)
+    ]
+
+
+def test_no_message_advises_what_python_or_its_command_lacks():
+    found = [p for where, text in library() for p in problems(where, text)]
+    assert not found, "\n".join(found)
+
+
+def test_no_command_advises_a_flag_that_its_command_lacks():
+    texts = [found for path in (ROOT / "hhdeploy/cli").glob("*.py") for found in texts_in(path)]
+    found = [
+        problem
+        for where, text in texts
         for advice in advice_in(where, text)
         if (problem := wrong(advice, owners_of(where)))
     ]
     assert not found, "\n".join(found)
+    assert not [where for where, text in texts if where.endswith("::") and "`" in text]
+
+
+def test_the_library_names_no_flag_and_no_command():
+    found = [
+        f"{where}: {text!r}"
+        for where, text in library()
+        if (_FLAG.search(text) or names_a_command(text))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_library_marks_every_parameter():
+    """Unmarked, a command would show Python's word where it has a flag."""
+    found = [
+        f"{where}: {word} in {text!r}"
+        for where, text in library()
+        if " " in text
+        for word in re.findall(r"[a-z]+(?:_[a-z]+)+|\b[a-z]+(?==[\w{'])", MARK.sub("", text))
+        if word in PARAMETERS and (where.partition("::")[0], word) not in OTHER_MEANING
+    ]
+    assert not found, "\n".join(found)
+
+
+def names_a_command(text: str) -> bool:
+    """But those for a shell alone: no function does what they do."""
+    found = {name.split()[0] for name in _COMMAND.findall(text)}
+    return bool(found & COMMANDS.keys() - {"bench", "demo", "doctor"})
 
 
 def test_the_check_sees_what_is_wrong():
@@ -226,14 +383,22 @@ def test_the_check_sees_what_is_wrong():
         ("hhdeploy/x.py::f", "Add it with: hhdeploy predict OUT --against-torch"),
         ("hhdeploy/x.py::f", "Export the bundle again with --max-slots 9."),
         ("hhdeploy/backbone.py::f", "Check --model and --model-args."),
-        ("hhdeploy/adapters/checks.py::check_base", "Pass the checkpoint with --checkpoint."),
+        ("hhdeploy/adapters/checks.py::_check_base", "Pass the checkpoint with --checkpoint."),
         ("exporters/engine.py::f", "--min-{}: expected 1 or more."),
         ("hhdeploy/nobody.py::f", "Use --overwrite."),
     ]
     for where, text in planted:
-        found = advice_in(where, text)
-        assert found
-        assert any(wrong(advice, owners_of(where)) for advice in found), (where, text)
+        assert problems(where, text), text
+    marked = [
+        ("hhdeploy/plan.py::f", "`max_slots`: there are none."),
+        ("hhdeploy/plan.py::f", "`max_ranks=4`: there is no such parameter."),
+        ("hhdeploy/plan.py::f", "Build it with `bild('x')`."),
+        ("hhdeploy/plan.py::f", "`no code at all`"),
+        ("hhdeploy/bundle/x.py::f", "Add it: `build('x', options=BuildOptions(max_rank=2))`"),
+    ]
+    for where, text in marked:
+        assert problems(where, text), text
+    assert not problems("hhdeploy/plan.py::f", "Export with `max_rank={}` and `overwrite=True`.")
     (right,) = advice_in("x", "Lower it, or build with --max-batch 3.")
     assert not wrong(right, ())
 
@@ -261,3 +426,42 @@ def test_the_documents_show_no_flag_that_its_command_lacks():
                     found.append(f"{page.relative_to(ROOT)}: hhdeploy {name} {flag}")
     assert not found, "\n".join(found)
     assert seen > 20
+
+
+# --- the translation itself ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("`max_rank`: expected 0 or more", "--max-rank: expected 0 or more"),
+        ("Export with `max_rank=4`.", "Export with --max-rank 4."),
+        ("`verify=False`, `cache=None`, `gpu=False`", "--no-verify, --no-cache, --cpu"),
+        ("`precisions=['float16', 'bfloat16']`", "--precision float16 --precision bfloat16"),
+        ("`model_args={'img_size': 384}`", """--model-args '{"img_size": 384}'"""),
+        ("lower `batch[2]`", "lower --max-batch"),
+        (
+            as_code("build", Path("a b"), backend="tensorrt"),
+            "hhdeploy build 'a b' --backend tensorrt",
+        ),
+        ("`build('b', options=BuildOptions(max_slots=3))`", "hhdeploy build b --max-slots 3"),
+        ("`add_adapter('b', 'NAME', 'DIR')`", "hhdeploy adapter add b NAME=DIR"),
+        (
+            "a library's own `words`, `x = y`, `size=3`",
+            "a library's own `words`, `x = y`, `size=3`",
+        ),
+    ],
+)
+def test_python_becomes_the_command_line(message, said):
+    assert as_command_line(message) == said
+
+
+def test_a_path_cannot_end_a_mark():
+    assert MARK.findall(as_code("build", Path("a`b"))) == [r"build('a\x60b')"]
+    assert as_command_line(as_code("build", Path("a`b"))) == "hhdeploy build 'a`b'"
+
+
+def test_an_error_knows_the_parameters_that_its_message_names():
+    error = OptionError("`max_rank` and `max_classes=3`: `max_rank` is no `number of pixels`.")
+    assert (error.parameter, error.parameters) == ("max_rank", ("max_rank", "max_classes"))
+    assert HhdeployError("the disk is full").parameter is None

@@ -13,7 +13,7 @@ from hhdeploy.errors import SessionError
 from hhdeploy.files.caches import KINDS, entry_at, key_of
 from hhdeploy.loadtest import run
 from hhdeploy.runtime import session
-from hhdeploy.runtime.serving.ray.args import RayArgs
+from hhdeploy.runtime.serving.settings import ServeSettings
 
 
 @pytest.fixture
@@ -169,6 +169,6 @@ def test_the_server_that_is_tested_under_load(refuse, small, monkeypatch, flags,
 
 
 def test_the_sessions_of_replicas(tmp_path):
-    assert RayArgs(bundle=tmp_path).session()["cache"] == "default"
-    assert RayArgs(bundle=tmp_path, no_cache=True).session()["cache"] is None
-    assert RayArgs(bundle=tmp_path, cache_dir=tmp_path).session()["cache"] == tmp_path
+    assert ServeSettings(tmp_path).session_options()["cache"] == "default"
+    assert ServeSettings(tmp_path, no_cache=True).session_options()["cache"] is None
+    assert ServeSettings(tmp_path, cache_dir=tmp_path).session_options()["cache"] == tmp_path

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.cli.calibrate import command
+from hhdeploy.cli.wording import as_command_line
 from tests.labelled import make_undecided, write_close_calls
 from tests.workshop import contents
 
@@ -65,7 +66,7 @@ def test_checking_an_adapter_changes_nothing(succeed, succeed_json, bundle, comm
     found = succeed_json(*check)
     assert (found["adapter"], found["images"]) == ("gamma", 12)
     assert found["inside"] is (not found["excess"])
-    assert found["advice"] in succeed(*check)
+    assert as_command_line(found["advice"]) in succeed(*check)
     assert contents(bundle) == before
 
 
@@ -75,7 +76,7 @@ def test_checking_an_adapter_changes_nothing(succeed, succeed_json, bundle, comm
         (("--data", "nowhere"), "nowhere is not a directory"),
         (("--data", "{images}/alpha"), "expected DIR/ADAPTER/CLASS/image"),
         (("--data", "{images}", "--images", 3), "expected at least 4 calibration images"),
-        (("--data", "{images}", "--images", 999, "--max-drop", 1), "Pass others with --eval-data"),
+        (("--data", "{images}", "--images", 999, "--max-drop", 1), "Pass others as --eval-data"),
         (("--data", "{images}", "--report", "no/where.html"), "no is not a directory"),
         (("--data", "{images}", "--check", "nobody"), "unknown adapter 'nobody'"),
         (("--data", "{images}", "--check", "alpha", "--precision", "fp8"), "no fp8 calibration"),

@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
+from hhdeploy.adapters.format import SiteTensors, load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from tests.support import TINY_MODEL
-from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
+from tests.support import TINY_MODEL, random_adapter
+from tests.workshop import AGE, HEAVY, TAGS, contents, copy_bundle, flip_byte, run_python
 
 
 @pytest.fixture
@@ -283,6 +284,25 @@ def test_predict_with_several_adapters_and_images(succeed_json, branches, pictur
             ]
 
 
+def test_predict_says_values_and_labels(succeed, succeed_json, heads, pictures):
+    alpha, tags, age = succeed_json("predict", heads, pictures[0], "--top", 1)
+    assert [a["problem_type"] for a in (alpha, tags, age)] == [CLASSES, LABELS, VALUES]
+    image = open_image(pictures[0])
+    with open_session(heads, device="cpu", threads=1) as session:
+        own = {n: session.run(session.preprocess([image], n), n)[0] for n in (TAGS, AGE)}
+    (value,) = age["classes"]
+    assert value == {"label": "class 0", "index": 0, "value": pytest.approx(float(own[AGE][0]))}
+    said = {c["index"]: c for c in tags["classes"]}
+    assert {i for i in range(3) if own[TAGS][i] >= 0} <= set(said)
+    for index, one in said.items():
+        share = 1 / (1 + np.exp(-float(own[TAGS][index])))
+        assert one["probability"] == pytest.approx(share, abs=1e-4)
+        assert one["positive"] == (share >= 0.5)
+    shown = succeed("predict", heads, pictures[0], "--adapter", AGE)
+    assert f"class 0 {own[AGE][0]:.3}"[:11] in shown
+    assert "%" not in shown
+
+
 def test_predict_defaults_to_all_adapters(succeed, succeed_json, branches, small, pictures):
     answers = succeed_json("predict", small, pictures[0])
     assert [a["adapter"] for a in answers] == ["alpha", "gamma"]
@@ -379,6 +399,38 @@ def test_adapter_inspect(succeed, succeed_json, workshop):
     assert "blocks.1.mlp.fc1" in text
     assert "192 x 48" in text
     assert f"{adapter.parameters:,} parameters in {len(adapter.sites)} sites" in text
+
+
+def test_adapter_inspect_shows_parts_and_values(succeed, succeed_json, workshop, tmp_path):
+    adapter = random_adapter(workshop.backbone.facts, targets=("fc1",), parts=("s_out", "db"))
+    (first, second) = adapter.sites
+    alone = SiteTensors(s_out=adapter.sites[second].s_out)
+    changed = replace(
+        adapter,
+        config=replace(adapter.config, fold_only=True),
+        sites={first: adapter.sites[first], second: alone},
+        values={"blocks.0.norm1.bias": np.ones(48, np.float32)},
+    )
+    save_adapter(changed, tmp_path / "a")
+    answer = succeed_json("adapter", "inspect", tmp_path / "a")
+    described = [(s["out"], s["k"], s["parts"]) for s in answer["sites"]]
+    assert described == [(192, 3, ["s_out", "db"]), (None, 0, ["s_out"])]
+    assert answer["config"]["fold_only"] is True
+    assert answer["values"] == {"blocks.0.norm1.bias": [48]}
+    text = succeed("adapter", "inspect", tmp_path / "a")
+    assert "s_out db" in text
+    assert "blocks.0.norm1.bias [48]" in text
+
+
+def test_export_reserves_parts(succeed, call, workshop, tmp_path):
+    options = ["--checkpoint", workshop.checkpoint, "--no-verify", "--cache-dir", workshop.cache]
+    given = ["--adapter", workshop.directory("alpha"), "--model", TINY_MODEL, *options]
+    succeed("export", tmp_path / "out", *given, "--parts", "db,s_out")
+    rows = json.loads((tmp_path / "out" / "hhdeploy.json").read_text())["row"]["branches"]
+    assert {tuple(b["parts"]) for b in rows} == {("s_out", "db")}
+    refused = call("export", tmp_path / "other", *given, "--parts", "gate")
+    assert refused.exit_code == 2
+    assert "--parts: expected some of s_in, s_out, db, found gate" in refused.stderr
 
 
 def test_adapter_list(succeed, succeed_json, branches, folded):

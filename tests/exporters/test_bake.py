@@ -228,7 +228,9 @@ def test_a_graph_without_a_bank(vit):
     once = baked(branched_model(vit, plan), bank)
     with pytest.raises(PlanError, match=r"no input adapter_bank \(its inputs: images, adapter_ids"):
         baked(once, bank)
-    with pytest.raises(PlanError, match=r"no input adapter_bank \(its inputs: images\).*--fold"):
+    with pytest.raises(
+        PlanError, match=r"no input adapter_bank \(its inputs: images\).*`fold=True`"
+    ):
         baked(vit.model, bank)
 
 

@@ -226,7 +226,8 @@ def test_folding_one_layer_leaves_its_twins_alone():
         found = run(runner, inputs)
     from hhdeploy.training import attach, detach
 
-    attach(backbone.model, adapter)
+    # The weights were changed after their digest was taken.
+    attach(backbone.model, replace(adapter, config=replace(adapter.config, base_sha256=None)))
     reference = logits_of(backbone.model, inputs)
     detach(backbone.model.float())
     assert_parity(reference, found, "folded", "float32")
@@ -308,7 +309,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
         mock.patch.object(trace_module, "trace", return_value=base.model),
-        pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*--no-cache"),
+        pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*`cache=None`"),
     ):
         base_graph(backbone, tmp_path / "file")
 

@@ -32,7 +32,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.errors import BundleError, PlanError, WriteError
 from hhdeploy.exporters.triton import (
-    Serving,
+    TritonOptions,
     adapters_json,
     config_pbtxt,
     labels_txt,
@@ -41,7 +41,7 @@ from hhdeploy.exporters.triton import (
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
-from hhdeploy.triton import TritonOptions, write_triton_repository
+from hhdeploy.triton import write_triton_repository
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
@@ -202,7 +202,7 @@ def test_the_comparison_of_configurations_can_fail(small, version):
     manifest = Bundle.open(small).manifest
     expected = expected_config(manifest, name="m", version=version)
     facts = {key: value.string_value for key, value in expected.parameters.items()}
-    text = config_pbtxt("m", manifest, "onnxruntime", Serving(32), facts)
+    text = config_pbtxt("m", manifest, TritonOptions(), facts)
     assert text_format.Parse(text, ModelConfig()) == expected
     for mistake in ("reshape { shape: [ ] }", "TYPE_INT64", "[ 3, 32, 32 ]", "label_filename"):
         assert mistake in text
@@ -259,7 +259,7 @@ def test_names_that_would_break_out_of_the_text(small):
     facts = {"adapters": json.dumps({evil: 1}), evil: NASTY[2]}
     manifest = replace(manifest, adapters=(entry,))
     config = text_format.Parse(
-        config_pbtxt(evil, manifest, "onnxruntime", Serving(1), facts), ModelConfig()
+        config_pbtxt(evil, manifest, TritonOptions(max_batch=1), facts), ModelConfig()
     )
     assert config.name == evil
     assert json.loads(config.parameters["adapters"].string_value) == {evil: 1}
@@ -445,7 +445,7 @@ def test_adapters_that_come_and_go(copy, workshop, tmp_path):
 def test_a_bundle_without_an_adapter(copy, tmp_path):
     remove_adapter(copy, "alpha")
     remove_adapter(copy, "gamma")
-    with pytest.raises(BundleError, match=r"no adapter to serve.*hhdeploy adapter add .*NAME=DIR"):
+    with pytest.raises(BundleError, match=r"no adapter to serve.*`add_adapter\(.*'NAME', 'DIR'\)`"):
         write(copy, tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
@@ -510,22 +510,23 @@ def test_a_smaller_batch_than_the_engine_takes(copy, tmp_path):
     assert parsed(tmp_path / "models" / "m" / "config.pbtxt").max_batch_size == 5
 
 
-BUILD = r"hhdeploy build \S+ --backend tensorrt --precision float32"
+BUILD = r"`build\('\S+', backend='tensorrt', precision='float32'"
+BAKED = r"options=BuildOptions\(bank_as_constant=True\)"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (None, rf"it has: none\.\nBuild one with: {BUILD} --bank-as-constant"),
+        (None, rf"it has: none\.\nBuild one with: {BUILD}, {BAKED}"),
         ({"precision": "float16"}, rf"no float32 engine .*it has: none\.\n.*{BUILD}"),
-        ({"bank_sha256": None}, rf"takes the bank as an input.*\n.*{BUILD} --bank-as-constant"),
+        ({"bank_sha256": None}, rf"takes the bank as an input.*\n.*{BUILD}, {BAKED}"),
         ({"backend": "tensorrt-rtx"}, "built by tensorrt-rtx, which Triton's tensorrt backend"),
         (
             {"graph_sha256": "0" * 64},
             "stale: it was built from another graph than the bundle has now",
         ),
         ({"bank_sha256": "0" * 64}, "stale: the bank baked into it is not the one"),
-        ({"batch": (2, 8, 8)}, r"takes 2 images at least.*\(build with --min-batch 1\)"),
+        ({"batch": (2, 8, 8)}, r"takes 2 images at least.*\(build with a `batch\[0\]` of 1\)"),
     ],
 )
 def test_engines_that_triton_cannot_run(copy, tmp_path, changes, message):
@@ -539,7 +540,7 @@ def test_engines_that_triton_cannot_run(copy, tmp_path, changes, message):
 def test_a_bank_that_changed_since_the_engine_was_built(copy, tmp_path):
     add_engine(copy)
     remove_adapter(copy, "gamma")
-    with pytest.raises(BundleError, match=r"stale: the bank baked .*\n.*--bank-as-constant"):
+    with pytest.raises(BundleError, match=r"stale: the bank baked .*\n.*bank_as_constant=True"):
         write(copy, tmp_path / "models", backend="tensorrt")
 
 
@@ -554,7 +555,7 @@ def test_several_engines(copy, tmp_path):
     add_engine(copy)
     name = add_engine(copy, architectures=("sm90",), batch=(1, 4, 16))
     add_engine(copy, architectures=("sm80",), graph_sha256="0" * 64)
-    with pytest.raises(PlanError, match=r"--gpu-arch:\n.*sm89\n.*sm90$"):
+    with pytest.raises(PlanError, match=r"`gpu_arch`:\n.*sm89\n.*sm90$"):
         write(copy, tmp_path / "models", backend="tensorrt")
     result = write(copy, tmp_path / "models", backend="tensorrt", gpu_arch="sm90")
     assert result.engine is not None
@@ -585,20 +586,23 @@ def test_an_engine_that_was_changed(copy, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "a/b"}, r"Triton model name 'a/b': expected letters.*--name"),
+        ({"name": "a/b"}, r"Triton model name 'a/b': expected letters.*`name`"),
         ({"name": ".."}, "Triton model name"),
         ({"name": "x" * 129}, "at most 128"),
-        ({"max_batch": 0}, "--max-batch 0: expected 1 or more"),
-        ({"instances": 0}, "--instances 0: expected 1 or more"),
-        ({"max_queue_delay_us": -1}, "--max-queue-delay-us -1: expected 0 or more"),
-        ({"preferred_batch": (4, 33)}, "--preferred-batch 33: expected 1 to --max-batch.* 32"),
-        ({"preferred_batch": (0,)}, "--preferred-batch 0"),
-        ({"backend": "tensorrt-rtx"}, "--backend tensorrt-rtx: expected onnxruntime or tensorrt"),
-        ({"gpu_arch": "sm89"}, "--gpu-arch chooses an engine"),
-        ({"precision": "bfloat16", "gpu": False}, "--cpu: ONNX Runtime has no bfloat16 kernels"),
-        ({"backend": "tensorrt", "gpu": False}, "--cpu: TensorRT engines run on GPUs alone"),
-        ({"backend": "tensorrt", "max_batch": 25}, r"--max-batch 25: .*24 images at most.*build"),
-        ({"backend": "tensorrt", "preferred_batch": (25,)}, "--preferred-batch 25.* 24"),
+        ({"max_batch": 0}, "`max_batch`: expected 1 or more"),
+        ({"instances": 0}, "`instances`: expected 1 or more"),
+        ({"max_queue_delay_us": -1}, "`max_queue_delay_us`: expected 0 or more"),
+        ({"preferred_batch": (4, 33)}, r"`preferred_batch=\[33\]`: expected 1 to `max_batch`.* 32"),
+        ({"preferred_batch": (0,)}, r"`preferred_batch=\[0\]`"),
+        ({"backend": "tensorrt-rtx"}, "`backend='tensorrt-rtx'`: expected onnxruntime or tensorrt"),
+        ({"gpu_arch": "sm89"}, "`gpu_arch` chooses an engine"),
+        (
+            {"precision": "bfloat16", "gpu": False},
+            "`gpu=False`: ONNX Runtime has no bfloat16 kernels",
+        ),
+        ({"backend": "tensorrt", "gpu": False}, "`gpu=False`: TensorRT engines run on GPUs alone"),
+        ({"backend": "tensorrt", "max_batch": 25}, r"`max_batch=25`: .*24 images at most.*build"),
+        ({"backend": "tensorrt", "preferred_batch": (25,)}, r"`preferred_batch=\[25\].* 24"),
     ],
 )
 def test_options_that_do_not_go_together(copy, tmp_path, options, message):
@@ -610,7 +614,7 @@ def test_options_that_do_not_go_together(copy, tmp_path, options, message):
 
 def test_a_bundle_s_name_that_is_no_model_name(copy, tmp_path):
     odd = copy.rename(tmp_path / "my bundle")
-    with pytest.raises(PlanError, match=r"Triton model name 'my bundle'.*--name"):
+    with pytest.raises(PlanError, match=r"Triton model name 'my bundle'.*`name`"):
         write(odd, tmp_path / "models")
     assert write(odd, tmp_path / "models", name="mine").name == "mine"
 
@@ -646,7 +650,7 @@ def test_a_second_model_leaves_the_first_alone(small, folded, tmp_path):
     after = contents(out)
     assert {name for name in after if not name.startswith("folded/")} == set(before)
     assert all(after[name] == data for name, data in before.items())
-    with pytest.raises(WriteError, match=r"models/small already exists.*--overwrite"):
+    with pytest.raises(WriteError, match=r"models/small already exists.*`overwrite=True`"):
         write(small, out)
     assert contents(out) == after
     with pytest.raises(WriteError, match=r"holds notes\.txt, which no such model has"):

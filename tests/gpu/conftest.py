@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from hhdeploy.doctor.probes import Driver, find_driver
-from hhdeploy.packages.trt import BACKENDS, import_tensorrt
+from hhdeploy.packages import BACKENDS, import_tensorrt
 from hhdeploy.runtime.cuda import Gpu
 from tests.gpu.part import PartReport
 from tests.gpu.scale import DRY, SCALE

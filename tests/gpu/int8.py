@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.calibrate import float32_graph, quantise
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.probe import Probe
+from hhdeploy.calibration.quantised import Float32Graph, quantise
 from hhdeploy.calibration.scales import Calibration, SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.writer import save_graph
@@ -29,12 +29,12 @@ def add_int8(path: Path) -> None:
         arrays["adapter_ids"] = ids
     settings = CalibrationSettings(images=len(images), smooth_quant=None, bias_correction=False)
     data = CalibrationData.open(bundle, [arrays], images=settings.images, seed=settings.seed)
-    graph, sites, digest = float32_graph(bundle)
-    largest = dict.fromkeys(sites, 0.0)
-    for inputs in Probe(graph, sites).inputs(data):
+    graph = Float32Graph.open(bundle)
+    largest = dict.fromkeys(graph.sites, 0.0)
+    for inputs in Probe(graph.path, graph.sites).inputs(data):
         for name, values in inputs.items():
             largest[name] = max(largest[name], float(np.abs(values).max()))
     scales = {name: SiteScale(absmax) for name, absmax in largest.items()}
-    found = Calibration(scales, digest, settings, data.description)
-    model = quantise(bundle, found, settings).model
+    found = Calibration(scales, graph.sha256, settings, data.description)
+    model = quantise(graph, found, settings).model
     add_graph(bundle, "int8", lambda target: save_graph(model, target), lambda candidate: [])

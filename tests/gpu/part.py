@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from hhdeploy.doctor.probes import find_driver
-from hhdeploy.packages.version import own_version
+from hhdeploy.packages import own_version
 from tests.gpu.summary import write_whole
 
 _PACKAGES = (

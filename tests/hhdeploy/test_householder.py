@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hhdeploy.adapters.config import AdapterConfig
-from hhdeploy.adapters.format import Head, SiteTensors, load_adapter
+from hhdeploy.adapters.format import PARTS, Head, SiteTensors, load_adapter
 from hhdeploy.algebra import fold_additive, fold_sequential
 from hhdeploy.errors import AdapterError
 from hhdeploy.training import attach, detach, extract, save
@@ -302,14 +302,14 @@ def test_a_site_the_model_does_not_have_leaves_the_model_alone(tiny):
     adapter = random_adapter(tiny.facts)
     site = adapter.sites["blocks.0.attn.proj"]
     wrong = replace(adapter, sites={**adapter.sites, "blocks.9.attn.proj": site})
-    with pytest.raises(AdapterError, match=r"no site blocks\.9\.attn\.proj"):
+    with pytest.raises(AdapterError, match=r"blocks\.9\.attn\.proj.*no such site"):
         attach(tiny.model, wrong)
     assert unchanged(tiny.model, before)
     attach(tiny.model, adapter)
 
 
 def test_a_target_the_model_does_not_have(tiny):
-    with pytest.raises(AdapterError, match="'gate' matches no Linear"):
+    with pytest.raises(AdapterError, match="'gate' matches no site"):
         attach(tiny.model, AdapterConfig("x", target_modules=("gate",)))
 
 
@@ -326,7 +326,7 @@ def test_sizes_of_another_model_leave_the_model_alone(tiny):
 def test_the_sequential_form_acts_on_a_linear_of_its_own(tiny):
     adapter = random_adapter(tiny.facts, form="sequential", targets=("blocks.0.attn.qkv.q",))
     for asked in (adapter, adapter.config):
-        with pytest.raises(AdapterError, match=r"proj, fc2 only, not at blocks\.0\.attn\.qkv\.q"):
+        with pytest.raises(AdapterError, match=r"blocks\.0\.attn\.qkv\.q: .* proj, fc2 only"):
             attach(tiny.model, asked)
 
 
@@ -335,3 +335,115 @@ def test_a_head_of_the_adapter_s_own(tiny):
     head = Head("head", np.ones((3, 48), np.float32), np.zeros(3, np.float32))
     model = attach(tiny.model, replace(adapter, head=head))
     assert logits_of(model, images(2)).shape == (2, 3)
+
+
+# -- s_in, s_out, db and values -------------------------------------------------------------------
+
+NORM = "blocks.1.norm2.weight"
+
+
+def with_values(model, adapter):
+    known = dict(model.named_parameters())
+    values = {name: 0.5 + known[name].detach().numpy() for name in (NORM, "patch_embed.proj.bias")}
+    return replace(adapter, config=replace(adapter.config, fold_only=True), values=values)
+
+
+def scaled_by_hand(model, adapter, leave=()):
+    """s_in, s_out, db and values put into the torch weights, without the algebra."""
+    state = model.state_dict()
+    for name, value in adapter.values.items():
+        state[name].copy_(torch.from_numpy(value))
+    for name, site in adapter.sites.items():
+        path, part = name.rsplit(".", 1) if ".qkv." in name else (name, None)
+        weight, bias = state[f"{path}.weight"], state[f"{path}.bias"]
+        out = weight.shape[0] // (1 if part is None else 3)
+        start = 0 if part is None else "qkv".index(part) * out
+        rows = slice(start, start + out)
+        tensors = {p: torch.from_numpy(t) for p, t in site.parts.items() if p not in leave}
+        if "s_in" in tensors:
+            weight[rows] *= tensors["s_in"]
+        if "s_out" in tensors:
+            weight[rows] *= tensors["s_out"][:, None]
+        if "db" in tensors:
+            bias[rows] += tensors["db"]
+    return model
+
+
+@pytest.mark.parametrize(("form", "targets"), CASES)
+def test_attached_parts_and_values_come_before_the_matrix(form, targets):
+    """Scaled and shifted by hand first, then folded: M multiplies all of it."""
+    backbone = tiny_backbone()
+    adapter = random_adapter(backbone.facts, form=form, targets=targets, parts=PARTS)
+    adapter = with_values(backbone.model, adapter)
+    inputs = images(3)
+    reference = logits_of(attach(backbone.model, adapter), inputs)
+
+    def by_hand(*leave):
+        changed = scaled_by_hand(tiny_backbone().model, adapter, leave)
+        return logits_of(folded_by_hand(changed, adapter), inputs)
+
+    assert_parity(reference, by_hand(), "folded", "float32")
+    for part in PARTS:
+        assert_caught(reference, by_hand(part), "folded", "float32")
+
+
+@pytest.mark.parametrize("form", ["additive", "sequential"])
+def test_parts_and_values_come_back_and_the_backbone_too(tmp_path, form):
+    backbone = tiny_backbone(qkv_bias=False)
+    model, inputs = backbone.model, images(2)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    logits = logits_of(model, inputs)
+    model.float()
+    targets = ("q", "k", "v", "fc1") if form == "additive" else ("proj", "fc2")
+    adapter = random_adapter(backbone.facts, form=form, targets=targets, parts=PARTS)
+    adapter = with_values(model, adapter)
+    attach(model, adapter)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(n.endswith((".s_in", ".s_out", ".db")) for n in trained) >= 3 * len(targets)
+    assert NORM in trained
+    found = extract(model)
+    for name, site in adapter.sites.items():
+        for key, value in vars(site).items():
+            assert np.array_equal(getattr(found.sites[name], key), value), (name, key)
+    for name, value in adapter.values.items():
+        assert np.array_equal(found.values[name], value), name
+    save(model, tmp_path / "saved")
+    assert load_adapter(tmp_path / "saved").schema_version == 2
+    assert_caught(logits[:, :7], logits_of(model, inputs), "folded", "float32")
+    detach(model.float())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.blocks[0].attn.qkv.bias is None
+
+
+def test_gradients_reach_the_parts():
+    backbone = tiny_backbone()
+    adapter = random_adapter(backbone.facts, targets=("q", "k", "v"), parts=PARTS)
+    model = attach(backbone.model, adapter)
+    model(torch.from_numpy(images(2))).square().sum().backward()
+    found = {
+        n: p.grad for n, p in model.named_parameters() if n.endswith((".s_in", ".s_out", ".db"))
+    }
+    assert len(found) == 2 * 3 * 3
+    assert all(g is not None and g.abs().max() > 0 for g in found.values())
+
+
+def test_what_does_not_fit_the_model_leaves_it_alone():
+    backbone = tiny_backbone()
+    before = logits_of(backbone.model, images(1))
+    backbone.model.float()
+    adapter = random_adapter(backbone.facts, targets=("fc1",), parts=PARTS)
+    (name, *_) = adapter.sites
+    wide = replace(adapter.sites[name], s_in=np.ones(49, np.float32))
+    wrong = {
+        r"fc1\.s_in: expected 48 values .*found 49": {"sites": {name: wide}},
+        r"blocks\.7\.mlp\.fc1\.\*: .*no such site": {
+            "sites": {"blocks.7.mlp.fc1": adapter.sites[name]}
+        },
+        r"norm9\.weight\.value: .*no parameter": {"values": {"norm9.weight": np.ones(3)}},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(AdapterError, match=message):
+            attach(backbone.model, replace(adapter, **changes))
+    assert np.array_equal(logits_of(backbone.model, images(1)), before)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.checks import check_adapter, check_base, check_name
+from hhdeploy.adapters.checks import check, check_name
 from hhdeploy.adapters.format import Adapter, SiteTensors
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import linear_spec
@@ -49,7 +49,7 @@ def adapter_of(**changes):
 
 def refused(adapter, *parts, facts=FACTS, error=AdapterError):
     with pytest.raises(error) as caught:
-        check_adapter("mine", adapter, facts)
+        check("mine", adapter, facts)
     for part in ("somewhere", *parts):
         assert part in str(caught.value), f"{part!r} is not in {caught.value!s}"
 
@@ -82,16 +82,16 @@ def test_the_backbone_s_name_is_reserved():
 
 @pytest.mark.parametrize("base", ["vit_x", "vit_x.tag"])
 def test_good_adapters(base):
-    check_adapter("mine", adapter_of(base_model=base), FACTS)
-    check_adapter("mine", adapter_of(base_sha256=None), FACTS)
-    check_adapter("mine", adapter_of(preprocess=None), FACTS)
+    check("mine", adapter_of(base_model=base), FACTS)
+    check("mine", adapter_of(base_sha256=None), FACTS)
+    check("mine", adapter_of(preprocess=None), FACTS)
     sequential = random_adapter(FACTS, form="sequential", targets=("proj", "fc2"))
-    check_adapter("mine", sequential, FACTS)
+    check("mine", sequential, FACTS)
 
 
 def test_mean_and_std_may_differ():
     other = Preprocess((3, 32, 32), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 1.0, "squash")
-    check_adapter("mine", adapter_of(preprocess=other), FACTS)
+    check("mine", adapter_of(preprocess=other), FACTS)
 
 
 @pytest.mark.parametrize("base", ["vit_y", "vit_x.other", "vit_x_s.tag"])
@@ -99,14 +99,14 @@ def test_another_model(base):
     unbound = adapter_of(base_model=base, base_sha256=None)
     refused(unbound, "base_model_name_or_path", "'mine'", base, "vit_x.tag")
     # The digest says whose weights they are, whatever they are called.
-    check_adapter("mine", adapter_of(base_model=base), FACTS)
+    check("mine", adapter_of(base_model=base), FACTS)
 
 
 def test_a_name_that_is_not_timm_s_says_nothing():
     unbound = adapter_of(base_model="transformers:google/vit.base", base_sha256=None)
-    check_adapter("mine", unbound, FACTS)
+    check("mine", unbound, FACTS)
     named = replace(FACTS, model="python:models:vit")
-    check_adapter("mine", adapter_of(base_model="vit_y", base_sha256=None), named)
+    check("mine", adapter_of(base_model="vit_y", base_sha256=None), named)
 
 
 def test_another_base_sha256():
@@ -115,10 +115,8 @@ def test_another_base_sha256():
         "base_sha256",
         "cdcdcdcdcdcd…",
         "abababababab…",
-        "--checkpoint",
+        "`checkpoint`",
     )
-    with pytest.raises(AdapterError, match="base_sha256"):
-        check_base("mine", adapter_of(base_sha256="cd" * 32), "vit_x.tag", "ab" * 32)
 
 
 def test_an_unknown_site():
@@ -140,7 +138,7 @@ def test_a_missing_site():
     refused(replace(adapter, sites=sites), "missing tensor keys for blocks.1.attn.proj")
     names = tuple(sites)
     named = replace(adapter, sites=sites, config=replace(adapter.config, target_modules=names))
-    check_adapter("mine", named, FACTS)
+    check("mine", named, FACTS)
 
 
 def test_a_target_that_matches_nothing():
@@ -191,7 +189,15 @@ def test_no_classifier_anywhere():
     headless = replace(adapter_of(), head=None)
     refused(headless, "no classifier", "head.weight", facts=facts_of(classes=0))
     refused(headless, "num_classes: expected 5", "found 7")
-    check_adapter("mine", replace(adapter_of(num_classes=None), head=None), FACTS)
+    unnamed = adapter_of(num_classes=None, class_names=None)
+    check("mine", replace(unnamed, head=None), FACTS)
+
+
+def test_a_name_for_every_class():
+    for classes, adapter in ((7, adapter_of()), (CLASSES, replace(adapter_of(), head=None))):
+        config = replace(adapter.config, num_classes=None, class_names=("a", "b"))
+        said = f"class_names: expected {classes} names, one per class, found 2"
+        refused(replace(adapter, config=config), said)
 
 
 def test_image_sizes_that_disagree():
@@ -248,6 +254,52 @@ def test_reserved_room():
     assert (fc2.out, fc2.in_) == (DIM, DIM)
 
 
+def test_parts_are_where_an_adapter_or_a_reserve_asks():
+    def listed(adapters, reserve):
+        plan = plan_branches(FACTS, adapters, reserve)
+        branches = [b for b in plan.layout.branches if b.linear.startswith("blocks.0.")]
+        return [(b.name.removeprefix("blocks.0."), b.rank, b.extras) for b in branches]
+
+    after = random_adapter(FACTS, form="sequential", targets=("proj",), r=2, parts=("db", "s_out"))
+    plain = random_adapter(FACTS, targets=("fc1",), r=1, classes=3)
+    adapters = {"after": after, "plain": plain}
+    assert listed(adapters, Reserve()) == [
+        ("attn.proj/additive", 1, ("s_out", "db")),
+        ("attn.proj/sequential", 4, ()),
+        ("mlp.fc1/additive", 3, ()),
+    ]
+    assert listed(adapters, Reserve(max_rank=5, parts=("s_in",))) == [
+        ("attn.proj/additive", 5, ("s_in", "s_out", "db")),
+        ("attn.proj/sequential", 5, ()),
+        ("mlp.fc1/additive", 5, ("s_in",)),
+    ]
+    assert listed({}, Reserve(sites=("fc2:sequential",), parts=("db", "s_in"))) == [
+        ("mlp.fc2/additive", 1, ("s_in", "db")),
+        ("mlp.fc2/sequential", 3, ()),
+    ]
+
+
+def test_what_can_only_be_folded_is_no_side_branch():
+    adapter = random_adapter(FACTS)
+    config = replace(adapter.config, fold_only=True)
+    values = {"blocks.0.norm1.weight": np.ones(DIM, np.float32)}
+    for wrong in (
+        replace(adapter, config=config),
+        replace(adapter, config=config, values=values, sites={}),
+    ):
+        with pytest.raises(PlanError, match=r"'a' can only be folded.*`fold=True`"):
+            plan_branches(FACTS, {"a": wrong}, Reserve())
+
+
+@pytest.mark.parametrize("part", ["s_in", "s_out", "db"])
+def test_parts_of_another_size(part):
+    adapter = random_adapter(FACTS, targets=("fc1",))
+    (name, *_) = adapter.sites
+    wrong = replace(adapter.sites[name], **{part: np.ones(DIM + HIDDEN, np.float32)})
+    with pytest.raises(AdapterError, match=rf"fc1\.{part}: expected .*found {DIM + HIDDEN}"):
+        plan_branches(FACTS, {"a": replace(adapter, sites={name: wrong})}, Reserve())
+
+
 def test_reserved_sites_alone():
     plan = plan_branches(FACTS, {}, Reserve(sites=("proj",)))
     assert [b.rank for b in plan.layout.branches] == [3, 3]
@@ -259,10 +311,10 @@ def test_reserved_sites_alone():
     ("reserve", "classes", "message"),
     [
         (Reserve(), CLASSES, "nothing to export"),
-        (Reserve(sites=("gate",)), CLASSES, "--sites: 'gate' matches no site"),
-        (Reserve(sites=("q:sequential",)), CLASSES, "--sites: 'q:sequential'.*proj, fc2"),
-        (Reserve(sites=("proj",), keep_backbone_head=True), 0, "--keep-backbone-head"),
-        (Reserve(sites=("proj",)), 0, "no classifier.*--max-classes"),
+        (Reserve(sites=("gate",)), CLASSES, "`sites`: 'gate' matches no site"),
+        (Reserve(sites=("q:sequential",)), CLASSES, "`sites`: 'q:sequential'.*proj, fc2"),
+        (Reserve(sites=("proj",), keep_backbone_head=True), 0, "`keep_backbone_head`"),
+        (Reserve(sites=("proj",)), 0, "no classifier.*`max_classes`"),
     ],
 )
 def test_plans_that_are_refused(reserve, classes, message):
@@ -271,8 +323,10 @@ def test_plans_that_are_refused(reserve, classes, message):
 
 
 def test_room_that_no_backbone_has_is_refused_at_once():
-    with pytest.raises(OptionError, match="--sites: form must be one of"):
+    with pytest.raises(OptionError, match="`sites`: form must be one of"):
         Reserve(sites=("fc1", "proj:x"))
+    with pytest.raises(OptionError, match="`parts`: expected some of s_in, s_out, db, found gate"):
+        Reserve(parts=("gate", "db"))
     for wrong in ({"max_rank": -1}, {"max_classes": -3}):
         with pytest.raises(OptionError, match="expected 0 or more"):
             Reserve(**wrong)

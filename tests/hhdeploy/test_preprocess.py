@@ -10,13 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from hhdeploy.errors import DataError
-from hhdeploy.preprocess import (
-    Preprocess,
-    list_classes,
-    list_images,
-    open_image,
-    spread,
-)
+from hhdeploy.preprocess import Preprocess, eight_bits, open_image, upright
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE = Preprocess((3, 32, 32), MEAN, STD)
@@ -110,11 +104,139 @@ def test_json_round_trip_and_defaults():
     assert Preprocess.from_json(preprocess.to_json()) == preprocess
     content = {"input_size": [3, 224, 224], "mean": [0, 0, 0], "std": [1, 1, 1]}
     assert Preprocess.from_json(content) == Preprocess(
-        (3, 224, 224), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 0.875, "center"
+        (3, 224, 224), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 0.875, "center", exif=False
     )
+    before = {**preprocess.to_json()}
+    assert before.pop("exif") is True
+    assert Preprocess.from_json(before).to_json() == before  # files without it stay as they are
+    with pytest.raises(ValueError, match=r"preprocess\.exif must be true or false, found 1"):
+        Preprocess.from_json({**before, "exif": 1})
 
 
-# -- folders ------------------------------------------------------------------------------------
+# -- orientation --------------------------------------------------------------------------------
+
+TURNS = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+def stored(path, image, orientation):
+    """The picture in a file that holds it turned, and says how to turn it back."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    pixels = np.ascontiguousarray(TURNS[orientation](np.asarray(image)))
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_picture_is_seen_upright(tmp_path, orientation, suffix):
+    image, options = picture(37, 53), {"lossless": True} if suffix == "webp" else {}
+    path = stored(tmp_path / f"a.{suffix}", image, orientation)
+    if options:  # WebP's default is lossy
+        with Image.open(path) as lossy:
+            lossy.save(path, exif=lossy.getexif(), **options)
+            image = upright(lossy)
+    expected = replace(BASE, exif=False)(image)
+    assert np.array_equal(BASE(open_image(path)), expected)
+    with Image.open(path) as unopened:
+        assert np.array_equal(BASE(unopened), expected)
+
+
+def test_without_the_field_a_picture_is_seen_as_it_is_stored(tmp_path):
+    path, turned = stored(tmp_path / "a.png", picture(37, 53), 6), np.rot90(picture(37, 53), 1)
+    found = replace(BASE, exif=False)(open_image(path))
+    assert np.array_equal(found, BASE(Image.fromarray(np.ascontiguousarray(turned))))
+    assert not np.allclose(found, BASE(open_image(path)), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"", b"MM\0*\0\0\0\x08\xff"]
+)
+def test_metadata_that_cannot_be_read_say_nothing(exif):
+    image = picture(37, 53)
+    image.info["exif"] = exif
+    assert np.array_equal(BASE(image), BASE(picture(37, 53)))
+
+
+# -- more than 8 bits ---------------------------------------------------------------------------
+
+
+def ramp():
+    """All levels of 8 bits, [8, 32]."""
+    return np.arange(256, dtype=np.uint8).reshape(8, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [
+        ("a.png", ramp().astype(np.uint16) * 257),
+        ("a.tiff", ramp().astype(np.uint16) * 257),
+        ("a.tiff", ramp().astype(np.float32) / 255),
+    ],
+)
+def test_deep_pictures_are_scaled_as_they_mean(tmp_path, name, pixels):
+    Image.fromarray(pixels).save(tmp_path / name)
+    assert np.array_equal(np.asarray(open_image(tmp_path / name)), ramp())
+    expected = BASE(Image.fromarray(ramp()))
+    assert np.array_equal(BASE(open_image(tmp_path / name)), expected)
+    assert np.array_equal(BASE(Image.fromarray(pixels)), expected)  # passed by a program
+
+
+def test_rounding_is_to_the_nearest_level():
+    pixels = np.array([[0, 128, 129, 257 + 128, 257 + 129, 65535]], np.uint16)
+    assert np.asarray(eight_bits(Image.fromarray(pixels))).tolist() == [[0, 0, 1, 1, 2, 255]]
+
+
+def test_where_white_is_zero(tmp_path):
+    Image.fromarray(ramp().astype(np.uint16) * 257).save(tmp_path / "x.tiff", tiffinfo={262: 0})
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x.tiff")), 255 - ramp())
+
+
+def test_twelve_bits_of_a_tiff_are_its_range(tmp_path):
+    """Two samples in three bytes, as the header says."""
+    Image.fromarray(np.zeros((1, 2), np.uint16)).save(tmp_path / "x.tiff")
+    content = bytearray((tmp_path / "x.tiff").read_bytes())
+    with Image.open(tmp_path / "x.tiff") as image:
+        (strip,) = image.tag_v2[273]
+    content[strip : strip + 3] = bytes([0xFF, 0xF0, 0x00])  # 4095, 0
+    at = content.index(bytes([2, 1, 3, 0, 1, 0, 0, 0, 16, 0]))  # tag 258, SHORT, one value, 16
+    content[at + 8] = 12
+    (tmp_path / "x.tiff").write_bytes(content)
+    assert np.asarray(open_image(tmp_path / "x.tiff")).tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (ramp().astype(np.float32), "mode F with values from 0 to 255: expected 0"),
+        (ramp().astype(np.float32) / 255 - 0.25, "mode F"),
+        (np.full((3, 5), np.nan, np.float32), "mode F with values from nan"),
+        (ramp().astype(np.int32), r"mode I \(32-bit integers, here from 0 to 255\)"),
+    ],
+)
+def test_a_depth_that_says_nothing_is_refused_by_name(tmp_path, pixels, words):
+    Image.fromarray(pixels).save(tmp_path / "deep.tiff")
+    with pytest.raises(DataError, match=rf"deep\.tiff: an image of {words}"):
+        open_image(tmp_path / "deep.tiff")
+    with pytest.raises(DataError, match=words):
+        BASE(Image.fromarray(pixels))
+
+
+def test_a_mode_without_a_way_to_rgb_is_refused_by_name():
+    with pytest.raises(DataError, match="mode La cannot be read as RGB"):
+        BASE(Image.new("La", (5, 7)))
+
+
+# -- files --------------------------------------------------------------------------------------
 
 
 def test_open_image(tmp_path):
@@ -129,33 +251,3 @@ def test_open_image(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cut\.png cannot be decoded"):
         open_image(tmp_path / "cut.png")
-
-
-def test_folders(tmp_path):
-    with pytest.raises(DataError, match="is not a directory"):
-        list_images(tmp_path / "none")
-    with pytest.raises(DataError, match="is not a directory"):
-        list_classes(tmp_path / "none")
-    with pytest.raises(DataError, match=r"holds no image.*\.jpeg"):
-        list_images(tmp_path)
-    with pytest.raises(DataError, match="no class folders"):
-        list_classes(tmp_path)
-    for name in ("b/2.PNG", "b/1.png", "a/x.jpg", "a/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == [
-        "a/x.jpg",
-        "b/1.png",
-        "b/2.PNG",
-    ]
-    classes = list_classes(tmp_path)
-    assert {k: [p.name for p in v] for k, v in classes.items()} == {
-        "a": ["x.jpg"],
-        "b": ["1.png", "2.PNG"],
-    }
-
-
-def test_spread_meets_every_part(tmp_path):
-    paths = [tmp_path / str(i) for i in range(13)]
-    assert spread(paths, 13) == spread(paths, 20) == paths
-    assert [int(p.name) for p in spread(paths, 5)] == [0, 2, 5, 7, 10]

@@ -8,7 +8,7 @@ from tests.workshop import run_python
 
 
 def test_it_is_the_installed_one():
-    from hhdeploy.packages.version import own_version
+    from hhdeploy.packages import own_version
 
     assert own_version() == importlib.metadata.version("hhdeploy")
 

@@ -19,8 +19,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import BACKBONE, check_adapter
-from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.checks import BACKBONE, check
+from hhdeploy.adapters.format import Adapter, SiteTensors
 from hhdeploy.backbones.sites import sites_of
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.exporters.branches import branched_model
@@ -104,7 +104,39 @@ def ladder_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
     if "lora" in adapters:
         adapters["lora"] = without_householder(adapters["lora"])
     for name, adapter in adapters.items():
-        check_adapter(name, adapter, facts)
+        check(name, adapter, facts)
+    return adapters
+
+
+def without_matrix(adapter: Adapter, **parts: str) -> Adapter:
+    """s_in, s_out and db alone, as IA3 has them; ``parts``: kind -> those kept there."""
+    sites = {}
+    for name, site in adapter.sites.items():
+        kept = parts[name.rpartition(".")[2].removesuffix("_proj")].split()
+        sites[name] = SiteTensors(**{p: t for p, t in site.parts.items() if p in kept})
+    return replace(adapter, sites=sites)
+
+
+def scaled_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
+    """Adapters with s_in, s_out and db: beside a matrix of either form, and alone."""
+    facts = base.facts
+    kinds = {site.kind for site in sites_of(facts.linears).values()}
+
+    def present(targets: str) -> list[str]:
+        return [kind for kind in targets.split() if kind in kinds]
+
+    headless = 13 if facts.classes == 0 else None
+    common: dict[str, Any] = {"scale": scale, "parts": ("s_in", "s_out", "db")}
+    few = random_adapter(facts, targets=present("k proj fc2"), seed=22, classes=headless, **common)
+    adapters = {
+        "scaled": random_adapter(facts, targets=present("q k v proj fc1 fc2"), seed=21, **common),
+        "alone": without_matrix(few, k="s_out db", proj="s_out", fc2="s_in db"),
+        "after": random_adapter(
+            facts, targets=present("proj fc2"), form="sequential", seed=23, classes=3, **common
+        ),
+    }
+    for name, adapter in adapters.items():
+        check(name, adapter, facts)
     return adapters
 
 

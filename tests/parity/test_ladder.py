@@ -40,6 +40,7 @@ from tests.parity.ladder import (
     mistaken_rows,
     run,
     rungs,
+    scaled_adapters,
     session,
 )
 
@@ -55,6 +56,7 @@ class Ladder:
 
     name: str
     rungs: Rungs
+    scaled: Rungs
     bare: ort.InferenceSession
     branched: ort.InferenceSession
     measured: dict[str, float]
@@ -66,19 +68,21 @@ class Ladder:
         assert not comparison.failures(bound(stage, "float32")), (self.name, comparison)
 
 
-def build(name: str) -> tuple[Rungs, int]:
-    """The rungs, and how many threads a session may use."""
-    if name in SHARED:
-        backbone, base = traced(name)
-        return rungs(backbone, base, ladder_adapters(base), 3), 1
+def build(name: str) -> tuple[Rungs, Rungs, int]:
+    """The rungs, those of adapters with s_in, s_out and db, and the threads of a session."""
     if name in REAL:
         backbone = small(REAL[name])
         base = base_graph(backbone, None)
-        every = ladder_adapters(base, REAL_SCALE)
-        return rungs(backbone, base, {n: every[n] for n in REAL_ADAPTERS}, 4), 2
-    backbone = small({**FAST, **OTHERS, **OTHERS_SLOW, **SLOW}[name])
-    base = base_graph(backbone, None)
-    return rungs(backbone, base, ladder_adapters(base), 3), 1
+        every, scaled = ladder_adapters(base, REAL_SCALE), scaled_adapters(base, REAL_SCALE)
+        plain = rungs(backbone, base, {n: every[n] for n in REAL_ADAPTERS}, 4)
+        return plain, rungs(backbone, base, scaled, 2), 2
+    if name in SHARED:
+        backbone, base = traced(name)
+    else:
+        backbone = small({**FAST, **OTHERS, **OTHERS_SLOW, **SLOW}[name])
+        base = base_graph(backbone, None)
+    plain = rungs(backbone, base, ladder_adapters(base), 3)
+    return plain, rungs(backbone, base, scaled_adapters(base), 3), 1
 
 
 @pytest.fixture(
@@ -91,13 +95,13 @@ def build(name: str) -> tuple[Rungs, int]:
     ],
 )
 def ladder(request: pytest.FixtureRequest) -> Iterator[Ladder]:
-    made, threads = build(request.param)
+    made, scaled, threads = build(request.param)
     measured: dict[str, float] = {}
     with ExitStack() as stack:
         bare = stack.enter_context(session(made.base.model, threads))
         branched = stack.enter_context(session(made.branched(), threads))
-        yield Ladder(request.param, made, bare, branched, measured)
-    del made, bare, branched
+        yield Ladder(request.param, made, scaled, bare, branched, measured)
+    del made, scaled, bare, branched
     gc.collect()  # a model of real size must be gone before the next is loaded
     figures = ", ".join(f"{stage} {error:.1e}" for stage, error in measured.items())
     capture = request.config.pluginmanager.getplugin("capturemanager")
@@ -152,6 +156,37 @@ def test_the_adapters_matter(ladder):
         row[: layout.offsets["head.weight"]] = 0
         without = ladder.rungs.run_row(ladder.branched, name, row)
         assert compare(expected, without).failures(bound("branches", "float32")), name
+
+
+# -- s_in, s_out and db -------------------------------------------------------------------------
+
+
+def test_scaled_sites_folded(ladder):
+    for name, adapter in ladder.scaled.adapters.items():
+        images, expected = ladder.scaled.of(name)
+        with session(folded_model(ladder.scaled.base, adapter)) as folded:
+            ladder.judge("folded", compare(expected, run(folded, images)))
+
+
+def test_scaled_sites_beside_the_backbone(ladder):
+    """Mixed batches; row 0 to the bit where there is room for more; each part must be there."""
+    scaled = ladder.scaled
+    with session(scaled.branched()) as branched:
+        found = scaled.run_mixed(branched, 5)
+        ladder.judge("branches", compare(scaled.reference.logits, found))
+        images, _ = scaled.of(BACKBONE)
+        ids = np.zeros(len(images), np.int64)
+        zero = run(branched, images, adapter_ids=ids, adapter_bank=scaled.bank)
+        assert zero.tobytes() == run(ladder.bare, images).tobytes()
+        for name, adapter in scaled.adapters.items():
+            _, expected = scaled.of(name)
+            for part in sorted({p for site in adapter.sites.values() for p in site.parts}):
+                row = scaled.bank[scaled.row(name)].copy()
+                for key, view in scaled.plan.layout.views(row).items():
+                    if key.endswith(f"/{part}"):
+                        view[...] = 0
+                mistaken = compare(expected, scaled.run_row(branched, name, row))
+                assert mistaken.failures(bound("branches", "float32")), (name, part)
 
 
 # -- what must not ------------------------------------------------------------------------------

@@ -105,14 +105,14 @@ def test_an_adapter_with_fewer_classes_and_its_own_preprocessing(own, workshop):
 def test_no_free_row(own, workshop):
     own.adapters.add("rival", workshop.directory("rival"))
     before = own.adapters.rows.copy()
-    with pytest.raises(CapacityError, match=r"all 3 rows .* slots=8"):
+    with pytest.raises(CapacityError, match=r"all 3 rows .* `slots=8`"):
         own.adapters.add("one", workshop.directory("alpha"))
     assert list(own.adapters) == ["alpha", "gamma", "rival"]
     assert np.array_equal(own.adapters.rows, before)
 
 
 def test_too_few_slots_say_how_many(small):
-    with pytest.raises(SessionError, match=r"slots=2 is too small.*slots=3 or more"):
+    with pytest.raises(SessionError, match=r"`slots=2` is too small.*`slots=3` or more"):
         open_session(small, device="cpu", slots=2)
     with open_session(small, device="cpu", slots=3) as exact:
         assert exact.adapters.slots == 3
@@ -130,8 +130,8 @@ def test_adapters_that_do_not_belong(own, workshop):
     refused = [
         ("omega", elsewhere, AdapterError, "base_sha256"),
         ("omega", other, AdapterError, "base_model_name_or_path"),
-        ("omega", workshop.adapters[TOO_WIDE], CapacityError, "--sites|--max-rank|--max-classes"),
-        ("omega", workshop.adapters["headless"], CapacityError, "--sites|--keep-backbone-head"),
+        ("omega", workshop.adapters[TOO_WIDE], CapacityError, "sites|max_rank|max_classes"),
+        ("omega", workshop.adapters["headless"], CapacityError, "sites|keep_backbone_head"),
         ("backbone", workshop.adapters["rival"], PlanError, "reserved"),
         ("../omega", workshop.adapters["rival"], PlanError, "letters, digits"),
     ]
@@ -230,7 +230,7 @@ def test_the_backbone_is_held_like_an_adapter(session, own):
 def test_rows_that_are_held_can_be_run(session):
     x, bank = images(3), session.adapters
     holds = [bank.hold(name) for name in ("beta", None, "gamma")]
-    found = session.run_rows(x, np.asarray([hold.row for hold in holds], np.int64))
+    found = session.unchecked()(x, np.asarray([hold.row for hold in holds], np.int64))
     assert np.array_equal(found, session.run(x, ["beta", None, "gamma"]))
     for hold in holds:
         bank.release(hold)

@@ -88,10 +88,10 @@ def test_every_status_but_success_is_an_error_with_a_text(cudart):
     [
         ("cudaErrorNoDevice", "CUDA_VISIBLE_DEVICES"),
         ("cudaErrorInsufficientDriver", "install or update"),
-        ("cudaErrorMemoryAllocation", "fewer slots or contexts"),
+        ("cudaErrorMemoryAllocation", "fewer `slots` or `contexts`"),
         ("cudaErrorIllegalAddress", "restart it"),
         ("cudaErrorLaunchFailure", "restart it"),
-        ("cudaErrorStreamCaptureUnsupported", "without cuda_graphs"),
+        ("cudaErrorStreamCaptureUnsupported", "without `cuda_graphs`"),
         ("cudaErrorInvalidValue", "hhdeploy doctor"),
     ],
 )
@@ -184,6 +184,6 @@ def test_everything_is_freed_when_something_fails(double):
             stack.enter_context(cuda.device_memory(101))
 
     double.left = 100
-    with pytest.raises(DeviceError, match="fewer slots"):
+    with pytest.raises(DeviceError, match="fewer `slots`"):
         open_all()
     assert double.clean

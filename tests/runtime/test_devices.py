@@ -39,7 +39,7 @@ def test_a_provider_that_this_build_lacks(small, device):
     if PROVIDERS[device] in ort.get_available_providers():
         pytest.skip(f"this build has {PROVIDERS[device]}")
     there = ", ".join(ort.get_available_providers())
-    with pytest.raises(SessionError, match=f"device='{device}' needs .*{PROVIDERS[device]}, "):
+    with pytest.raises(SessionError, match=f"`device='{device}'` needs .*{PROVIDERS[device]}, "):
         open_session(small, device=device)
     with pytest.raises(SessionError, match=f"this build has {there}"):
         open_session(small, device=device)
@@ -246,7 +246,7 @@ def test_cuda_needs_the_provider_and_the_driver(monkeypatch, platform, name):
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "openvino", "ort-tensorrt"])
 def test_cuda_graphs_are_refused_where_there_are_none(small, device):
-    with pytest.raises(SessionError, match=r"cuda_graphs: .*expected one of cuda, tensorrt"):
+    with pytest.raises(SessionError, match=r"`cuda_graphs`: .*expected one of cuda, tensorrt"):
         open_session(small, device=device, cuda_graphs=True)
 
 

@@ -69,7 +69,7 @@ def test_a_bank_that_the_gpu_does_not_take(small, monkeypatch):
     stand_in(monkeypatch, "ort-tensorrt", "CPUExecutionProvider")
     monkeypatch.setattr(onnxruntime_gpu, "MEMORY", "cuda")
     monkeypatch.setattr(ort.SessionOptions, "add_session_config_entry", lambda *given: None)
-    with pytest.raises(DeviceError, match=r"MB on the GPU: .* fewer slots"):
+    with pytest.raises(DeviceError, match=r"MB on the GPU: .* fewer `slots`"):
         open_session(small, device="ort-tensorrt")
 
 
@@ -224,7 +224,7 @@ def test_a_recording_session_is_closed_with_its_thread(small, monkeypatch):
 def test_a_bank_that_does_not_fit_leaves_no_thread(small, monkeypatch):
     stand_in(monkeypatch, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(onnxruntime_gpu, "MEMORY", "cuda")
-    with pytest.raises(DeviceError, match=r"MB on the GPU: .* fewer slots"):
+    with pytest.raises(DeviceError, match=r"MB on the GPU: .* fewer `slots`"):
         open_session(small, device="cuda", cuda_graphs=True)
     assert not [t for t in threading.enumerate() if t.name.startswith("hhdeploy-cuda-graphs")]
 

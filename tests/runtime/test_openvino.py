@@ -13,9 +13,8 @@ import pytest
 import hhdeploy.runtime.onnxruntime_backend
 import hhdeploy.runtime.openvino_backend
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.qdq import FORMATS, quantised_model
+from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
 from hhdeploy.calibration.scales import SiteScale
-from hhdeploy.calibration.sites import find_sites
 from hhdeploy.errors import BundleError, DeviceError, MissingDependencyError, SessionError
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.graphs import add_graph
@@ -242,7 +241,7 @@ def test_a_hint_divides_the_threads(small, own, hint, streams):
 def test_an_unknown_hint_and_a_device_without_any(small):
     with pytest.raises(SessionError, match="expected latency or throughput, found 'fast'"):
         started(small, hint="fast")
-    with pytest.raises(SessionError, match=r"hint='throughput': device='cpu' has none"):
+    with pytest.raises(SessionError, match=r"`hint='throughput'`: `device='cpu'` has none"):
         open_session(small, device="cpu", hint="throughput")
 
 

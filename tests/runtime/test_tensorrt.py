@@ -25,7 +25,7 @@ from hhdeploy.errors import (
 )
 from hhdeploy.runtime import cuda, kernel_cache, open_session
 from hhdeploy.runtime.tensorrt_backend import check_tensors, expected_tensors
-from hhdeploy.runtime.tensorrt_engine import Tensor, open_engine
+from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import fill
 from tests.runtime.bindings import Use, problems, source, uses
 from tests.runtime.gpu_double import BATCH, SLOTS, add_engine
@@ -197,7 +197,7 @@ def test_an_engine_file_that_is_gone(built, machine):
 
 @pytest.mark.parametrize("slots", [17, 1000])
 def test_more_slots_than_the_engine_takes(built, machine, slots):
-    refuses(machine, built, f"slots={slots}: .*--max-slots {slots}", SessionError, slots=slots)
+    refuses(machine, built, f"`slots={slots}`: .*`max_slots={slots}`", SessionError, slots=slots)
 
 
 @pytest.mark.parametrize("contexts", [0, -1])
@@ -252,9 +252,9 @@ def test_an_engine_with_other_tensors(built, name, change):
         for t in expected_tensors(manifest, entry)
         if change or t.name != name
     ]
-    with pytest.raises(BundleError, match=r"(?s)Expected: input images.*Found: .*hhdeploy build"):
+    with pytest.raises(BundleError, match=r"(?s)Expected: input images.*Found: .*build\("):
         check_tensors(found, manifest, entry)
-    extra = Tensor("mask", True, "FLOAT", (-1,))
+    extra = EngineTensor("mask", True, "FLOAT", (-1,))
     with pytest.raises(BundleError, match="input mask FLOAT"):
         check_tensors([*expected_tensors(manifest, entry), extra], manifest, entry)
 
@@ -447,7 +447,7 @@ def test_a_run_that_fails_quotes_tensorrt_and_gives_its_context_back(built, mach
 @both
 def test_a_gpu_that_is_full(built, machine, backend):
     machine["cudart"].left = 4096
-    with pytest.raises(DeviceError, match=r"out of memory .* fewer slots or contexts"):
+    with pytest.raises(DeviceError, match=r"out of memory .* fewer `slots` or `contexts`"):
         open_session(built, device=backend)
     assert machine["cudart"].clean
 

@@ -19,7 +19,7 @@ from PIL import Image
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.files.tensors import write_tensors
-from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
+from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
 from tests.support import images
 from tests.workshop import Workshop, copy_bundle, make_workshop

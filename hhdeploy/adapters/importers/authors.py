@@ -42,7 +42,10 @@ _SSF = re.compile(
     r"ssf_(?P<part>scale|shift)_(?P<where>attn_norm|ffn_norm|enc_norm|patch)"
 )
 _HEADS = ("head", "head_mlp.head")
-_ARC_SHARED = {"att": ("att_down_projection", "left_u_att"), "mlp": ("mlp_down_projection", "left_u_mlp")}
+_ARC_SHARED = {
+    "att": ("att_down_projection", "left_u_att"),
+    "mlp": ("mlp_down_projection", "left_u_mlp"),
+}
 _ARC = re.compile(
     r"transformer\.layer\.(?P<block>\d+)\.(?:(?P<where>att|mlp)_adapter\.adapter_(?P<part>rescale|bias)"
     r"|(?P<short>att|mlp)_scale(?P<bias>_bias)?)"
@@ -59,7 +62,9 @@ def is_arc(tensors: Mapping[str, Any]) -> bool:
     return any(_ARC.fullmatch(key) for key in tensors)
 
 
-def import_rlrr(tensors: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
+def import_rlrr(
+    tensors: Tensors, path: Path, backbone: Backbone, options: ImportOptions
+) -> Adapter:
     """RLRR: every key belongs to a Linear, to a norm (as SSF scales it) or to the head.
 
     Raises:
@@ -72,7 +77,9 @@ def import_rlrr(tensors: Tensors, path: Path, backbone: Backbone, options: Impor
         wide = tensor.astype(np.float64)
         linear, ssf = _RLRR.fullmatch(key), _SSF.fullmatch(key)
         if linear:
-            groups.setdefault(("linear", linear["block"], linear["linear"]), {})[linear["part"]] = wide
+            groups.setdefault(("linear", linear["block"], linear["linear"]), {})[linear["part"]] = (
+                wide
+            )
         elif ssf:
             groups.setdefault(("ssf", ssf["block"] or "", ssf["where"]), {})[ssf["part"]] = wide
         elif not where.head(key, wide, after):
@@ -140,8 +147,7 @@ class _Backbone:
     def __init__(self, backbone: Backbone, file: Path) -> None:
         self.backbone, self.file = backbone, file
         self.own = {
-            name: p.detach().double().cpu().numpy()
-            for name, p in backbone.model.named_parameters()
+            name: p.detach().double().cpu().numpy() for name, p in backbone.model.named_parameters()
         }
         self.sites = {
             (int(site.name.split(".")[1]), site.kind): (linear, index)
@@ -210,7 +216,9 @@ class _Backbone:
             return
         weight, _ = path_of_parameters(self.backbone, site[0])
         expected = self.own[weight][self._rows(*site)]
-        if expected.shape != tensor.shape or not np.allclose(expected, tensor, rtol=1e-3, atol=1e-5):
+        if expected.shape != tensor.shape or not np.allclose(
+            expected, tensor, rtol=1e-3, atol=1e-5
+        ):
             raise AdapterError(
                 f"{self.file}: {key} is not the backbone's {weight}: it was trained on other "
                 "weights. Give these with `checkpoint`."
@@ -219,8 +227,9 @@ class _Backbone:
     def need(self, group: Tensors, parts: tuple[str, ...], what: str) -> None:
         """All parts of one module are there."""
         if missing := [part for part in parts if part not in group]:
-            raise AdapterError(f"{self.file}: {what}: expected {', '.join(parts)}, found no "
-                               f"{', '.join(missing)}.")
+            raise AdapterError(
+                f"{self.file}: {what}: expected {', '.join(parts)}, found no {', '.join(missing)}."
+            )
 
     def _rows(self, linear: LinearSpec, index: int) -> slice:
         out = linear.sites[index].out

@@ -10,8 +10,7 @@ import numpy as np
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
-from hhdeploy.adapters.importers.preprocessing import stated_preprocess
-from hhdeploy.adapters.importers.template import ImportOptions, finish
+from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_preprocess
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.errors import AdapterError, OptionError

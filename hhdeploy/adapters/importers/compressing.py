@@ -1,4 +1,4 @@
-"""An adapter that could only be folded as side branches: its dense changes by their closest products.
+"""What could only be folded as side branches: dense changes by their closest products.
 
 The one place where an import is not exact, so the adapter says so itself: what it lost of the
 logits' range against the original, and where most.

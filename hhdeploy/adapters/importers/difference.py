@@ -60,8 +60,8 @@ def changed_parameters(
     Args:
         backbone: the model as it was.
         after: parameter path -> its value now, of the same shape but for the classifier's.
-        hints: module path -> matrices; the rows of one that is (r, in) may span the rows of a product of low
-            rank beside multiplied rows; without them such a sum is not recognised.
+        hints: module path -> matrices; the rows of one that is (r, in) may span those of a product
+            of low rank beside multiplied rows; without them such a sum is not recognised.
 
     Returns:
         Tensors of the sites and of the head, and ``<parameter>.value`` for what has no such form.

@@ -69,9 +69,7 @@ def mapped(tensors: Tensors, file: Path, source: Path) -> Tensors:
     return found
 
 
-def _match(
-    key: str, rules: list[_Rule], file: Path, source: Path
-) -> tuple[re.Match[str], _Rule]:
+def _match(key: str, rules: list[_Rule], file: Path, source: Path) -> tuple[re.Match[str], _Rule]:
     for rule in rules:
         match = rule.key.fullmatch(key)
         if match is not None:

@@ -73,7 +73,7 @@ def merged_parameters(
             trial = copy.deepcopy(tuned) if dtype == torch.float64 else tuned
             try:
                 return _merged(trial.to(dtype).eval(), backbone, prefix, where)
-            except _Unfit as error:
+            except _UnfitError as error:
                 reason = error
         raise AdapterError(
             f"{where}: PEFT {peft.__version__} cannot merge {config['peft_type']}: {reason}. An "
@@ -82,7 +82,7 @@ def merged_parameters(
         )
 
 
-class _Unfit(Exception):
+class _UnfitError(Exception):
     """PEFT refused in this precision."""
 
 
@@ -101,8 +101,8 @@ def _check_method(config: Mapping[str, Any], where: Path) -> None:
     for key, value in config.items():
         if key not in fields and key not in _DROPPED and value not in (None, False, {}, []):
             raise AdapterError(
-                f"{where}: {key}: expected an option of {kind} in the PEFT that is installed, found "
-                f"{value!r}. A newer PEFT wrote it: upgrade with pip install -U peft."
+                f"{where}: {key}: expected an option of {kind} in the PEFT that is installed, "
+                f"found {value!r}. A newer PEFT wrote it: upgrade with pip install -U peft."
             )
     init = config.get("init_lora_weights", True)
     if kind == "LORA" and init not in _REPEATABLE:
@@ -176,7 +176,9 @@ def _loaded(
     try:
         peft.set_peft_model_state_dict(tuned, state)
     except Exception as error:
-        raise AdapterError(f"{where}: PEFT cannot load the tensors: {_first_line(error)}") from error
+        raise AdapterError(
+            f"{where}: PEFT cannot load the tensors: {_first_line(error)}"
+        ) from error
     return tuned
 
 
@@ -197,9 +199,11 @@ def _without_saved(config: Mapping[str, Any]) -> dict[str, Any]:
     if saved and "exclude_modules" in config:
         excluded = config["exclude_modules"] or ()
         names = [rf"(.*\.)?({'|'.join(saved)})(\..*)?"]
-        names += [excluded] if isinstance(excluded, str) else [
-            rf"(.*\.)?{re.escape(name)}" for name in excluded
-        ]
+        names += (
+            [excluded]
+            if isinstance(excluded, str)
+            else [rf"(.*\.)?{re.escape(name)}" for name in excluded]
+        )
         kept["exclude_modules"] = "|".join(f"(?:{name})" for name in names)
     return kept
 
@@ -268,7 +272,7 @@ def _attempt(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:
-        raise _Unfit(_first_line(error)) from error
+        raise _UnfitError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,6 @@ from hhdeploy.adapters.importers.keys import PEFT_MODEL, PEFT_ROOT, bare_keys
 from hhdeploy.adapters.importers.lora import HRA, LORA, low_rank_of, tuned_tensor, unknown_option
 from hhdeploy.adapters.importers.merging import merged_parameters
 from hhdeploy.adapters.importers.naming import Names, names_of
-from hhdeploy.adapters.importers.preprocessing import stated_preprocess
 from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.adapters.importers.saved import Split, head_of_file, plain_name, split_saved
 from hhdeploy.adapters.importers.targets import compare_targets
@@ -31,6 +30,7 @@ from hhdeploy.adapters.importers.template import (
     finish,
     linear_at,
     split_thirds,
+    stated_preprocess,
 )
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.sites import LinearSpec
@@ -124,8 +124,8 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     """The adapter of a PEFT directory; see `hhdeploy.adapters.importers.import_adapter`."""
     if options.form or options.reflection or options.lora_scale != 1.0 or options.key_map:
         raise AdapterError(
-            f"{path}: form, reflection, lora scale and key map are for .pth files; {CONFIG_FILE} says all "
-            "that an adapter of PEFT needs."
+            f"{path}: form, reflection, lora scale and key map are for .pth files; {CONFIG_FILE} "
+            "says all that an adapter of PEFT needs."
         )
     config = read_peft_config(path)
     where = path / CONFIG_FILE
@@ -151,9 +151,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
         r=rank if isinstance(rank, int) else 1,
         extra={"imported_from": _facts_of(config)},
     )
-    return finish(
-        result, described, file, backbone, options, stated_preprocess(path, backbone)
-    )
+    return finish(result, described, file, backbone, options, stated_preprocess(path, backbone))
 
 
 def _check_values(config: Mapping[str, Any], where: Path) -> None:
@@ -310,8 +308,8 @@ def _in_names_of(
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
     if thirds or patterns:
         raise AdapterError(
-            f"{where}: the names are not those of {backbone.facts.model}, and {config['peft_type']} "
-            f"adapters with {patterns[0] if patterns else 'q, k and v apart'} are converted on "
+            f"{where}: the names are not those of {backbone.facts.model}, and "
+            f"{config['peft_type']} adapters with {patterns[0] if patterns else 'q, k and v apart'} are converted on "
             "the model that they were trained on alone: give that `model`."
         )
     renamed = {names.here(key): tensor for key, tensor in tuned.items()}

@@ -18,7 +18,6 @@ from hhdeploy.adapters.importers.authors import import_arc, import_rlrr, is_arc,
 from hhdeploy.adapters.importers.keymap import mapped
 from hhdeploy.adapters.importers.keys import bare_keys
 from hhdeploy.adapters.importers.naming import names_of
-from hhdeploy.adapters.importers.preprocessing import stated_preprocess
 from hhdeploy.adapters.importers.template import (
     ImportOptions,
     Tensors,
@@ -26,6 +25,7 @@ from hhdeploy.adapters.importers.template import (
     head_keys,
     low_rank_pair,
     split_thirds,
+    stated_preprocess,
 )
 from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError, require
@@ -71,9 +71,7 @@ def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapte
     return finish(result, config, path, backbone, options, stated)
 
 
-def _site_tensors(
-    read: Tensors, path: Path, backbone: Backbone, options: ImportOptions
-) -> Tensors:
+def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Tensors:
     """The tensors of an adapter's file, lora_B scaled."""
     found: Tensors = {}
     for key, tensor in read.items():

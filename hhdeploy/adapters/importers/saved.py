@@ -64,9 +64,11 @@ def head_of_file(
         if leaf != "weight" or tensor.ndim != 2:
             continue
         marked = plain_name(key) != key or in_saved_module(config, plain_name(key))
-        if owner == facts.classifier or owner.endswith(f".{facts.classifier}"):
-            found.add(owner)
-        elif marked and owner not in modules and tensor.shape[1] == facts.dim:
+        if (
+            owner == facts.classifier
+            or owner.endswith(f".{facts.classifier}")
+            or (marked and owner not in modules and tensor.shape[1] == facts.dim)
+        ):
             found.add(owner)
     return found.pop() if len(found) == 1 else None
 
@@ -113,7 +115,9 @@ def split_saved(
             )
         whole[name], named[name] = tensor.astype(np.float64), plain
     _check_named(named, config, file)
-    own = () if names.translated else [names.prefix + n for n in parameters if not _of(n, classifier)]
+    own = (
+        () if names.translated else [names.prefix + n for n in parameters if not _of(n, classifier)]
+    )
     _check_saved(set(named.values()), config, own, file)
     split = Split(tuned, whole)
     _check_biases(split, names, config, parameters, classifier, file)
@@ -181,7 +185,9 @@ def _check_biases(
     expected = [
         name
         for name in parameters
-        if name.endswith(".bias") and not _of(name, classifier) and (bias == "all" or name in adapted)
+        if name.endswith(".bias")
+        and not _of(name, classifier)
+        and (bias == "all" or name in adapted)
     ]
     missing = [name for name in expected if name not in split.whole]
     if missing:

@@ -45,7 +45,7 @@ def saves_module(config: Mapping[str, Any], path: str) -> bool:
 
 
 def in_saved_module(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a parameter belongs to a module that ``modules_to_save`` names by the end of its path.
+    """Whether a parameter is of a module that ``modules_to_save`` names by the end of its path.
 
     Source: PEFT, ``utils/other.py`` (_set_trainable).
     """

@@ -6,6 +6,7 @@ configuration and checks the adapter as any other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check_adapter
+from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, assemble_adapter
 from hhdeploy.adapters.importers.compressing import compressed
 from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
-from hhdeploy.errors import AdapterError, OptionError
+from hhdeploy.errors import AdapterError, BackboneError, OptionError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 Tensors = dict[str, NDArray[Any]]
+PROCESSOR_FILE = "preprocessor_config.json"
 # Ending of the key that holds the new value of a whole parameter.
 VALUE = ".value"
 
@@ -108,6 +110,29 @@ def low_rank_pair(
     return group["lora_A"], group["lora_B"]
 
 
+def stated_preprocess(directory: Path, backbone: Backbone) -> Preprocess | None:
+    """The transform of transformers' image processor beside an adapter; None without its file.
+
+    Raises:
+        AdapterError: a file that cannot be read, or steps that cannot be expressed.
+    """
+    from hhdeploy.backbones.transformers import from_image_processor
+
+    file = directory / PROCESSOR_FILE
+    if not file.is_file():
+        return None
+    advice = "Say how images become inputs with `preprocess`."
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, found {type(content).__name__}")
+        return from_image_processor(content, backbone.facts.preprocess.input_size)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}. {advice}") from error
+    except BackboneError as error:
+        raise AdapterError(f"{file}: {error} {advice}") from error
+
+
 def finish(
     tensors: Tensors,
     config: AdapterConfig,
@@ -152,7 +177,7 @@ def finish(
         adapter = compressed(adapter, backbone, options.compress_rank, options.accept_error)
     elif options.accept_error is not None:
         raise OptionError("`accept_error` is for `compress_rank`.")
-    check_adapter(file.name, adapter, facts)
+    check(file.name, adapter, facts)
     return adapter
 
 

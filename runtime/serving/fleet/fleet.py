@@ -1,8 +1,7 @@
 """Adapters by name: those in rows of the bank, and those on disk that can take a row.
 
 One that is asked for and has no row is read, checked and packed on a thread, then put into a
-free row; where none is free the adapter that was not used for longest gives its own up: new
-requests for it wait until it is loaded again, those it has taken are answered first.
+row; `rows` says which.
 
 All methods belong to one event loop, and only `AdapterFiles` leaves it. The bank, what is known
 and who waits change between two awaits only, so that they agree with each other at every await.
@@ -31,6 +30,7 @@ from hhdeploy.runtime.serving.errors import (
     RequestError,
 )
 from hhdeploy.runtime.serving.fleet.folders import AdapterFiles, Source, UnsettledError
+from hhdeploy.runtime.serving.fleet.rows import FleetRows
 from hhdeploy.runtime.serving.fleet.states import Counters, Known, State, Status, in_doubt
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
@@ -41,7 +41,12 @@ _T = TypeVar("_T")
 
 
 class Fleet:
-    """The adapters of one open bundle."""
+    """The adapters of one open bundle.
+
+    Attributes:
+        rows: where requests hold them.
+        counters: what happened since the start.
+    """
 
     def __init__(
         self,
@@ -52,7 +57,7 @@ class Fleet:
     ) -> None:
         """``bank``: holds the bundle's adapters, or as many as it has rows for."""
         self.counters = Counters()
-        self._bank = bank
+        self.rows = FleetRows(bank, pinned, self._fetch_rows, self._is_broken)
         self._files = AdapterFiles(bundle, bank, directory)
         self._writable = directory is not None
         self._pinned = pinned
@@ -60,17 +65,10 @@ class Fleet:
         self._known = {name: Known(source) for name, source in self._files.bundled().items()}
         # What the last look could make nothing of: the next one may.
         self._doubts: dict[str, Source | None] = {}
-        # When the adapters in the bank were asked for last.
-        self._used = dict.fromkeys(bank, 0.0)
-        self._row_freed = asyncio.Event()
-        self._making_room = asyncio.Lock()
         self._gathering = asyncio.Lock()
         self._looking = asyncio.Lock()
-        # Of the request that gathers several rows: they are not taken from it meanwhile.
-        self._kept: frozenset[str | None] = frozenset()
-        # Loads on behalf of requests, and the requests that wait for each.
+        # Loads on behalf of requests.
         self._fetching: dict[str, asyncio.Task[None]] = {}
-        self._waiting: dict[str, list[asyncio.Future[Hold]]] = {}
         # Loads on behalf of operators.
         self._changes: set[asyncio.Task[AdapterEntry]] = set()
         self._reader = ThreadPoolExecutor(1, "hhdeploy-fleet")
@@ -88,14 +86,14 @@ class Fleet:
             await self.refresh()
         for name in sorted(self._pinned - set(self._known)):
             known = ", ".join(sorted(self._known)) or "none"
-            raise PlanError(f"--pin: unknown adapter {name!r}. There are: {known}.")
-        if len(self._pinned) > self._bank.slots - 1:
+            raise PlanError(f"`pinned`: unknown adapter {name!r}. There are: {known}.")
+        if len(self._pinned) > self.rows.total:
             raise PlanError(
-                f"--pin: {len(self._pinned)} adapters, the bank has {self._bank.slots - 1} rows "
-                f"for them. Serve with --slots {len(self._pinned) + 1} or more."
+                f"`pinned`: {len(self._pinned)} adapters, the bank has {self.rows.total} rows "
+                f"for them. Serve with `slots={len(self._pinned) + 1}` or more."
             )
         for name in sorted(self._pinned):
-            if name not in self._bank:
+            if name not in self.rows:
                 await self.load(name)
 
     async def close(self) -> None:
@@ -106,94 +104,32 @@ class Fleet:
 
     # --- requests -------------------------------------------------------------------------------
 
-    async def hold(self, names: Collection[str | None]) -> dict[str | None, Hold]:
-        """The rows of one request, each to be given back with `release`. Loads what is missing.
-
-        Args:
-            names: of adapters, each once; None: the bare backbone.
-
-        Raises:
-            NotFoundError: no such adapter, or one that was unloaded.
-            RequestError: one cannot be loaded; the backbone alone cannot answer; or there are
-                more than the bank has rows for.
-        """
-        try:
-            if not self._missing(names):
-                return self._hold_all(names)
-            self._check_room(names)
-            if len(names) == 1:
-                return {name: await self._come(name) for name in self._missing(names)}
-            # One request at a time gathers several rows: two of them, each keeping what the
-            # other waits for, would wait for ever.
-            async with self._gathering:
-                return await self._gather(names)
-        except RequestError:
-            raise
-        except HhdeployError as error:
-            raise RequestError(str(error)) from error
-
-    def release(self, hold: Hold) -> None:
-        """Give a row back."""
-        self._bank.release(hold)
-        self._row_freed.set()
-
-    def _missing(self, names: Collection[str | None]) -> list[str]:
-        return [name for name in names if name is not None and name not in self._bank]
-
-    def _check_room(self, names: Collection[str | None]) -> None:
-        room = self._bank.slots - 1 - len(self._pinned.difference(names))
-        if len(set(names) - {None}) > room:
-            raise RequestError(
-                f"{len(names)} adapters at a time, the bank has room for {room} that are not "
-                "pinned. Ask for fewer, or serve with more --slots."
-            )
-
-    async def _gather(self, names: Collection[str | None]) -> dict[str | None, Hold]:
-        """Load one after the other, holding none meanwhile: what is replaced must drain."""
-        self._kept = frozenset(names)
-        try:
-            while missing := self._missing(names):
-                self.release(await self._come(missing[0]))
-            return self._hold_all(names)
-        finally:
-            self._kept = frozenset()
-            self._row_freed.set()
-
-    def _hold_all(self, names: Collection[str | None]) -> dict[str | None, Hold]:
-        held: dict[str | None, Hold] = {}
-        try:
-            for name in names:
-                held[name] = self._held(name)
-        except BaseException:
-            for hold in held.values():
-                self.release(hold)
-            raise
-        return held
-
-    def _held(self, name: str | None) -> Hold:
-        if name is not None:
-            self._used[name] = time.monotonic()
-        return self._bank.hold(name)
+    async def _fetch_rows(self, names: Collection[str | None]) -> dict[str | None, Hold]:
+        """The rows of one request, of which some have to be loaded; see `FleetRows.hold`."""
+        missing = self.rows.missing(names)
+        for name in missing:  # before any of them takes another one's row
+            self._check_answers(name)
+        self.rows.check_room(names)
+        if len(names) == 1:
+            return {name: await self._come(name) for name in missing}
+        # One request at a time gathers several rows: two of them, each keeping what the other
+        # waits for, would wait for ever.
+        async with self._gathering:
+            return await self.rows.gather(names, self._come)
 
     async def _come(self, name: str) -> Hold:
         """The row of an adapter that has none yet."""
+        self._check_answers(name)
+        if name not in self._fetching:  # one load for all that wait, whoever of them leaves
+            self._fetching[name] = asyncio.create_task(self._fetch(name))
+        return await self.rows.wait(name)
+
+    def _check_answers(self, name: str) -> None:
         known = self._find(name)
         if known.unloaded:
             raise NotFoundError(f"adapter {name!r} was unloaded. Load it again first.")
         if known.problem:
             raise RequestError(f"adapter {name!r} cannot be loaded: {known.problem}")
-        # The row is handed over by whoever fills it: a request that only woke up to take it
-        # might find that yet another adapter has it by then, again and again.
-        coming: asyncio.Future[Hold] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(name, []).append(coming)
-        if name not in self._fetching:  # one load for all that wait, whoever of them leaves
-            self._fetching[name] = asyncio.create_task(self._fetch(name))
-        try:
-            return await coming
-        except asyncio.CancelledError:
-            if coming.done() and not coming.cancelled() and coming.exception() is None:
-                self.release(coming.result())
-            raise
 
     async def _fetch(self, name: str) -> None:
         failure: Exception = NotFoundError(f"adapter {name!r} was removed meanwhile.")
@@ -203,9 +139,7 @@ class Fleet:
             failure = error
         finally:
             del self._fetching[name]
-            for coming in self._waiting.pop(name, ()):
-                if not coming.done():
-                    coming.set_exception(failure)
+            self.rows.give_up(name, failure)
 
     # --- the operator ---------------------------------------------------------------------------
 
@@ -222,7 +156,7 @@ class Fleet:
         return await self._finish(self._load(name))
 
     async def _load(self, name: str) -> AdapterEntry:
-        self._check_room({name})
+        self.rows.check_room({name})
         end = time.monotonic() + _GAP_SECONDS
         while True:
             source = await self._on_thread(self._files.find, name)
@@ -249,12 +183,12 @@ class Fleet:
         check_name(name)
         if not self._writable:
             raise ForbiddenError(
-                "this server keeps no adapters of its own: it was started without --adapters-dir."
+                "this server keeps no adapters of its own: it was started without `adapters_dir`."
             )
         return await self._finish(self._upload(name, config, tensors))
 
     async def _upload(self, name: str, config: bytes, tensors: bytes) -> AdapterEntry:
-        self._check_room({name})
+        self.rows.check_room({name})
         begin = time.perf_counter()
         try:
             source, packed = await self._on_thread(self._files.write, name, config, tensors)
@@ -271,7 +205,7 @@ class Fleet:
             SessionError: the bank is baked into the graph.
         """
         known = self._find(name)
-        self._remove(name)
+        self.rows.remove(name)
         self._known[name] = replace(known, unloaded=True)
 
     def statuses(self) -> list[Status]:
@@ -287,11 +221,6 @@ class Fleet:
     def names(self) -> Collection[str]:
         """Every adapter that the fleet can name."""
         return self._known.keys()
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Rows in use, and rows there are for adapters."""
-        return self._bank.slots - 1 - self._bank.free_rows, self._bank.slots - 1
 
     # --- the directory --------------------------------------------------------------------------
 
@@ -329,7 +258,7 @@ class Fleet:
                     self._doubts[name] = found
                 elif found is None:
                     del self._known[name]
-                    self._remove(name)
+                    self.rows.remove(name)
                     _LOG.info("adapter gone", extra={"adapter": name})
                 else:
                     await self._look_at(found, known, sure=sure)
@@ -350,7 +279,7 @@ class Fleet:
         self._known[name] = Known(found, problem, known is not None and known.unloaded)
         if packed is None:
             self.counters.failures += 1
-        elif name in self._bank:
+        elif name in self.rows:
             try:
                 await self._place(packed, found, begin) or await self._bring(name)
             except HhdeployError as error:
@@ -375,17 +304,16 @@ class Fleet:
 
     def _status(self, name: str) -> Status:
         known = self._known[name]
-        there = name in self._bank
+        entry = self.rows.entry(name)
         state: State = (
             "unloaded"
             if known.unloaded
             else "ready"
-            if there
+            if entry is not None
             else "broken"
             if known.problem
             else "on disk"
         )
-        entry = self._bank[name] if there else None
         return Status(name, state, known.problem, name in self._pinned, entry)
 
     async def _on_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
@@ -433,60 +361,19 @@ class Fleet:
         None: by then another source is known of it, and an older adapter would undo a change.
         """
         name = packed.entry.name
-        async with self._making_room:
-            self._check_wanted(name)
-            while not self._bank.free_rows:
-                await self._make_room(name)
-                self._check_wanted(name)
-            if self._known[name].source != source:
-                return None
-            # On the loop: a copy of a megabyte. A lookup never sees the bank in between.
-            entry = self._bank.put(packed, replace_existing=True)
-            self._used[name] = time.monotonic()
-            for coming in self._waiting.pop(name, ()):
-                if not coming.done():
-                    coming.set_result(self._held(name))
-        seconds = time.perf_counter() - begin
-        self.counters.loaded(seconds)
-        _LOG.info("adapter loaded", extra={"adapter": name, "ms": round(1e3 * seconds, 3)})
+        entry = await self.rows.put(packed, lambda: self._wanted(name) == source)
+        if entry is not None:
+            seconds = time.perf_counter() - begin
+            self.counters.loaded(seconds)
+            _LOG.info("adapter loaded", extra={"adapter": name, "ms": round(1e3 * seconds, 3)})
         return entry
 
-    def _check_wanted(self, name: str) -> None:
+    def _wanted(self, name: str) -> Source:
+        """Where an adapter is to be read from; raises if it is not wanted any more."""
         known = self._known.get(name)
         if known is None or known.unloaded:
             raise NotFoundError(f"adapter {name!r} was unloaded or removed meanwhile.")
+        return known.source
 
-    async def _make_room(self, name: str) -> None:
-        """Take a step towards a free row: evict an adapter, or wait for requests."""
-        self._row_freed.clear()
-        fixed = self._pinned | self._kept | {name}
-        # Longest unused first; last those that could not be loaded again as they are.
-        victims = sorted(
-            (n for n in self._bank if n not in fixed),
-            key=lambda n: (bool(self._known[n].problem), self._used[n]),
-        )
-        idle = [n for n in victims if not self._bank.held(n)]
-        if idle:
-            self._evict(idle[0], name)
-            return
-        if self._bank.slots - 1 > len(self._bank):
-            pass  # a row is being given up: its requests are answered first
-        elif victims:
-            self._evict(victims[0], name)
-        elif name in self._bank and name not in self._kept:
-            self._evict(name, name)  # all others are pinned: it gives up its own row first
-        # Else a request keeps the rows it gathered. It has them all, and is about to take them.
-        if not self._bank.free_rows:
-            await self._row_freed.wait()
-
-    def _evict(self, victim: str, name: str) -> None:
-        self._remove(victim)
-        self.counters.evictions += 1
-        _LOG.info("adapter evicted", extra={"adapter": victim, "for": name})
-
-    def _remove(self, name: str) -> None:
-        """Take an adapter out of the bank, if it is there; its row is freed when it is unused."""
-        if name in self._bank:
-            self._bank.remove(name)
-            del self._used[name]
-            self._row_freed.set()
+    def _is_broken(self, name: str) -> bool:
+        return bool(self._known[name].problem)

@@ -48,7 +48,6 @@ class Counters:
     """What happened since the start; ``loaded`` is called with the seconds of every load."""
 
     failures: int = 0
-    evictions: int = 0
     loaded: Callable[[float], None] = lambda seconds: None
 
 

@@ -37,10 +37,10 @@ class GrpcServer:
         port: it listens on.
     """
 
-    def __init__(self, endpoint: Endpoint, host: str) -> None:
+    def __init__(self, endpoint: Endpoint, token: str | None) -> None:
         self.port = 0
-        self._host, self._settings = host, endpoint.settings
-        self._servicer = Servicer(endpoint)
+        self._settings = endpoint.settings
+        self._servicer = Servicer(endpoint, token)
         self._server: Any = None
         self._watch: asyncio.Task[None] | None = None
         # Servers that take nothing new, and what waits for their last answers.
@@ -64,27 +64,28 @@ class GrpcServer:
         await asyncio.gather(*(server.stop(grace) for server in servers))
 
     async def _listen(self, port: int) -> tuple[Any, int]:
-        most = dict.fromkeys(_SERVICE.methods_by_name, self._settings.limits.body_bytes)
-        if self._settings.adapter_loading:
-            most["RepositoryModelLoad"] = self._settings.limits.adapter_bytes + _ENVELOPE_BYTES
+        most = dict.fromkeys(_SERVICE.methods_by_name, self._settings.body_bytes)
+        if self._settings.allow_adapter_loading:
+            most["RepositoryModelLoad"] = self._settings.adapter_bytes + _ENVELOPE_BYTES
         options = [
             ("grpc.max_receive_message_length", max(most.values())),
             # Else a second server could take the same port, and half of the calls.
             ("grpc.so_reuseport", 0),
         ]
         # Calls at the same time, streams included; beyond them RESOURCE_EXHAUSTED.
-        calls = self._settings.limits.connections
+        calls = self._settings.connections
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         handlers = {m.name: _handler(self._servicer, m, most[m.name]) for m in _SERVICE.methods}
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
-        address = f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
+        host = self._settings.host
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             bound = server.add_insecure_port(address)
         except RuntimeError as error:
             raise DeviceError(
                 f"cannot listen on {address}: it is in use, or no address of this machine. Choose "
-                "another with --host and --grpc-port."
+                "another `host` or `grpc_port`."
             ) from error
         await server.start()
         return server, bound
@@ -109,18 +110,23 @@ class GrpcServer:
             await asyncio.sleep(_WATCH_SECONDS)
             return
         old, self._server = self._server, server
-        drained = asyncio.create_task(old.stop(self._settings.limits.request_seconds))
+        drained = asyncio.create_task(old.stop(self._settings.request_seconds))
         self._retired[old] = drained
         drained.add_done_callback(lambda _: self._retired.pop(old))
 
 
-async def start_grpc(endpoint: Endpoint, host: str, port: int) -> GrpcServer:
-    """Listen and answer; ``port`` 0 takes a free one.
+async def start_grpc(endpoint: Endpoint, port: int, token: str | None) -> GrpcServer:
+    """Listen and answer.
+
+    Args:
+        endpoint: what answers.
+        port: 0 takes a free one.
+        token: what loading adapters must present; None: nobody may.
 
     Raises:
         DeviceError: the port is taken, or may not be listened on.
     """
-    server = GrpcServer(endpoint, host)
+    server = GrpcServer(endpoint, token)
     await server.start(port)
     return server
 

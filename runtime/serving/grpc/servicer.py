@@ -37,9 +37,9 @@ from hhdeploy.runtime.serving.errors import (
     FailedError,
     RequestError,
     StoppingError,
-    TimedOutError,
 )
 from hhdeploy.runtime.serving.grpc.codec import read_request, write_response
+from hhdeploy.runtime.serving.messages import Deadline
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")
 # An error's text travels in a header, and clients take 8 KiB of all headers together.
@@ -101,8 +101,9 @@ class Servicer:
 
     # ruff: noqa: N802 - the service's names
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, token: str | None) -> None:
+        """``token``: what loading adapters must present; None: nobody may."""
+        self._endpoint, self._token = endpoint, token
         self._stopping = asyncio.Event()
 
     def stop_streams(self) -> None:
@@ -163,7 +164,7 @@ class Servicer:
             key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
             for key, value in request.parameters.items()
         }
-        upload = read_upload(given, self._endpoint.settings.limits.adapter_bytes)
+        upload = read_upload(given, self._endpoint.settings.adapter_bytes)
         await self._endpoint.load_adapter(request.model_name, upload)
         return pb.RepositoryModelLoadResponse()
 
@@ -210,7 +211,7 @@ class Servicer:
 
     def _check_token(self, context: Context) -> None:
         given = dict(context.invocation_metadata()).get("authorization")
-        check_token(self._endpoint.settings, given if isinstance(given, str) else None)
+        check_token(self._token, given if isinstance(given, str) else None)
 
     async def _bounded(
         self, work: Awaitable[Result], context: Context, method: str, model: str, level: int
@@ -223,15 +224,16 @@ class Servicer:
         begin, code = time.perf_counter(), "CANCELLED"
         remaining = context.time_remaining()
         limit = min(
-            self._endpoint.settings.limits.request_seconds,
+            self._endpoint.settings.request_seconds,
             math.inf if remaining is None else remaining,
         )
         try:
-            result = await asyncio.wait_for(work, limit)
+            with Deadline(limit):
+                result = await work
             code = "OK"
             return result
         except Exception as error:
-            refusal = _refusal(error, method, limit)
+            refusal = _refusal(error, method)
             code = refusal.code
             raise refusal from error
         finally:
@@ -251,14 +253,12 @@ def _details(error: RequestError) -> str:
     return str(error).encode("ascii", "backslashreplace").decode()[:_MOST_DETAILS]
 
 
-def _refusal(error: Exception, method: str, limit: float) -> RequestError:
+def _refusal(error: Exception, method: str) -> RequestError:
     """Whatever went wrong, as what the client is told."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HhdeployError):
         return RequestError(str(error))
-    if isinstance(error, asyncio.TimeoutError):
-        return TimedOutError(f"not answered within {limit:g} s.")
     _LOG.error("request failed", exc_info=error, extra={"method": method})
     return FailedError("internal error; the server's log has more.")
 

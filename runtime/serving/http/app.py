@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,9 +38,8 @@ from hhdeploy.runtime.serving.errors import (
     FailedError,
     ForbiddenError,
     RequestError,
-    TimedOutError,
 )
-from hhdeploy.runtime.serving.http.body import Bodies
+from hhdeploy.runtime.serving.http.arrival import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     json_bytes,
@@ -48,6 +48,7 @@ from hhdeploy.runtime.serving.http.codec import (
     write_response,
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
+from hhdeploy.runtime.serving.messages import Deadline
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
 # Of a request that says little, e.g. to unload an adapter.
@@ -56,25 +57,26 @@ _SMALL_BYTES = 1 << 20
 _MOST_TEXT = 4000
 
 
-def http_app(endpoint: Endpoint, hosts: Collection[str] | None = None) -> Starlette:
+def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
     """The application; what answers is started and stopped by whoever serves it.
 
     Args:
         endpoint: what answers.
-        hosts: names that requests may call the server, without ports; None: any.
+        token: what loading adapters must present; None: nobody may.
     """
-    limits = endpoint.settings.limits
-    bodies = Bodies(limits.bodies_bytes)
+    settings = endpoint.settings
+    bodies = Bodies(settings.bodies_bytes)
 
     async def infer(request: Request) -> Response:
-        async with bodies.read(request, limits.body_bytes) as body:
+        async with bodies.read(request, settings.body_bytes) as body:
             message = read_request(
                 request.path_params["model"],
                 request.path_params.get("version", ""),
                 body,
                 request.headers.get(HEADER_LENGTH),
             )
-            response = await _while_connected(request, endpoint.infer(message))
+            async with _while_connected(request):
+                response = await endpoint.infer(message)
         content, json_length = write_response(response, {w.name: w for w in message.outputs})
         headers = {}
         if json_length is not None:
@@ -110,19 +112,19 @@ def http_app(endpoint: Endpoint, hosts: Collection[str] | None = None) -> Starle
         return _json(await endpoint.repository_index(bool(content.get("ready", False))))
 
     async def load(request: Request) -> Response:
-        check_token(endpoint.settings, request.headers.get("authorization"))
+        check_token(token, request.headers.get("authorization"))
         # An uploaded file travels as base64, which is a third longer.
-        most = limits.adapter_bytes // 3 * 4 + _SMALL_BYTES
+        most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
         async with bodies.read(request, most) as body:
             parameters = read_object(body).get("parameters", {})
             if not isinstance(parameters, dict):
                 raise RequestError("parameters: expected an object.")
-            upload = read_upload(parameters, limits.adapter_bytes)
+            upload = read_upload(parameters, settings.adapter_bytes)
             await endpoint.load_adapter(request.path_params["adapter"], upload)
         return Response(status_code=200)
 
     async def unload(request: Request) -> Response:
-        check_token(endpoint.settings, request.headers.get("authorization"))
+        check_token(token, request.headers.get("authorization"))
         async with bodies.read(request, _SMALL_BYTES):
             pass
         await endpoint.unload_adapter(request.path_params["adapter"])
@@ -132,8 +134,10 @@ def http_app(endpoint: Endpoint, hosts: Collection[str] | None = None) -> Starle
         content, kind = await endpoint.metrics()
         return Response(content, headers={"content-type": kind})
 
+    hosts = settings.hosts()
+
     def guarded(handler: Handler) -> Handler:
-        return _guarded(handler, limits.request_seconds, hosts)
+        return _guarded(handler, settings.request_seconds, hosts)
 
     routes: list[BaseRoute] = [
         Route("/v2", guarded(server)),
@@ -166,9 +170,8 @@ def _guarded(handler: Handler, limit: float, hosts: Collection[str] | None) -> H
         try:
             _check_host(request.headers.get("host", ""), hosts)
             # The body's bytes may come as slowly as the client likes: its time counts too.
-            response = await asyncio.wait_for(handler(request), limit)
-        except asyncio.TimeoutError:
-            response = error_response(TimedOutError(f"not answered within {limit:g} s."))
+            with Deadline(limit):
+                response = await handler(request)
         except HhdeployError as error:
             response = error_response(error)
         except ClientDisconnect:
@@ -204,7 +207,7 @@ def _check_host(host: str, hosts: Collection[str] | None) -> None:
     if name not in hosts:
         raise ForbiddenError(
             f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
-            "can allow another with --allowed-host."
+            "can allow another among `allowed_hosts`."
         )
 
 
@@ -229,23 +232,30 @@ async def _missing(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:
-    """The result of ``work``, which is cancelled if the client leaves first."""
-    task = asyncio.ensure_future(work)
+@asynccontextmanager
+async def _while_connected(request: Request) -> AsyncIterator[None]:
+    """Ends the block with `ClientDisconnect` if the client leaves first.
+
+    The block's own task is cancelled, as `Deadline` does it, and for the same reason.
+    """
+    task, gone = asyncio.current_task(), False
 
     async def left() -> None:
+        nonlocal gone
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
+        gone = True
+        if task is not None:
+            task.cancel()
 
     watcher = asyncio.ensure_future(left())
     try:
-        return await task
+        yield
     except asyncio.CancelledError:
-        if task.cancelled() and watcher.done():
-            raise ClientDisconnect from None
-        task.cancel()
-        raise
+        if not gone:
+            raise
+        getattr(task, "uncancel", int)()
+        raise ClientDisconnect from None
     finally:
         watcher.cancel()
 

@@ -38,10 +38,10 @@ new series and not a counter that falls; `status` adds them up. The ingress' own
 gRPC is left out: Ray's gRPC proxy listens on all addresses whatever it is told, and takes messages
 of any size.
 
-    ray_args      what the operator chose        ray_endpoint  what an ingress asks the replicas
-    ray_replica   one session of many            ray_calls     one call, made again where need be
-    ray_registry  the state they share           ray_merge     the numbers of all of them
-    ray_router    which replica is asked         ray_run       the command
+    settings  what the operator chose        endpoint  what an ingress asks the replicas
+    replica   one session of many            calls     one call, made again where need be
+    registry  the state they share           merge     the numbers of all of them
+    router    which replica is asked         run       the command
 """
 
 # No postponed annotations here: Ray reads that of `application` to check and convert its argument.
@@ -55,12 +55,11 @@ from starlette.applications import Starlette
 
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.logs import log_as_json
-from hhdeploy.runtime.serving.ray.args import RayArgs
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint
 from hhdeploy.runtime.serving.ray.registry import INGRESS, REGISTRY, REPLICA, Registry
 from hhdeploy.runtime.serving.ray.replica import Replica
 from hhdeploy.runtime.serving.ray.router import AdapterRouter
-from hhdeploy.runtime.serving.server import hosts_of
+from hhdeploy.runtime.serving.ray.settings import RaySettings, read_settings
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
 # Requests and questions at the same time of what waits rather than computes.
@@ -76,29 +75,37 @@ _TRIES = 3
 class Ingress:
     """The HTTP side over an endpoint of replicas. A deployment of Ray Serve."""
 
-    def __init__(self, args: RayArgs, replicas: Any, registry: Any) -> None:
+    def __init__(self, settings: RaySettings, replicas: Any, registry: Any) -> None:
         """``replicas``, ``registry``: handles of those deployments."""
-        log_as_json(args.log_level, "hhdeploy")
-        settings = args.settings(with_token=True)
+        log_as_json(settings.log_level, "hhdeploy")
         self._endpoint = RayEndpoint(settings, replicas, registry)
-        self._hosts = hosts_of(args.host, settings)
+        self._token = settings.token()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """The application that Ray Serve hands requests to."""
-        return http_app(self._endpoint, self._hosts)
+        return http_app(self._endpoint, self._token)
 
     async def drain(self) -> None:
         """Take nothing new, and wait until everything that was taken is answered."""
         await self._endpoint.drain()
 
 
-def application(args: RayArgs) -> Application:
+def application(args: dict[str, Any]) -> Application:
     """The application, as ``import_path: hhdeploy.runtime.serving.ray.app:application`` names it.
 
+    Args:
+        args: see `read_settings`.
+
     Raises:
-        PlanError: options that do not go together, or no token in the file.
+        ValidationError, PlanError: see `read_settings`; or no token in the file.
     """
-    drain_seconds = args.settings(with_token=True).limits.request_seconds
+    return application_of(read_settings(args))
+
+
+def application_of(settings: RaySettings) -> Application:
+    """The application. Raises `PlanError` if there is no token in the file."""
+    settings.token()  # said here, not by processes that are started again and again
+    drain_seconds = settings.request_seconds
     registry = _bound(
         Registry,
         REGISTRY,
@@ -109,14 +116,14 @@ def application(args: RayArgs) -> Application:
     replicas = _bound(
         Replica,
         REPLICA,
-        args,
+        settings,
         registry,
-        num_replicas=args.replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": args.gpus},
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus},
         # One batch that runs and one that waits for each context; the rest waits in the ingress,
         # from where it can still go to any replica.
-        max_ongoing_requests=(args.contexts + 1) * args.max_batch,
-        max_queued_requests=args.max_queue,
+        max_ongoing_requests=(settings.contexts + 1) * settings.max_batch,
+        max_queued_requests=settings.max_queue,
         graceful_shutdown_timeout_s=drain_seconds,
         request_router_config={
             "request_router_class": AdapterRouter,
@@ -126,10 +133,10 @@ def application(args: RayArgs) -> Application:
     app: Application = _bound(
         serve.ingress()(Ingress),
         INGRESS,
-        args,
+        settings,
         replicas,
         registry,
-        num_replicas=args.ingresses,
+        num_replicas=settings.ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
         graceful_shutdown_timeout_s=drain_seconds,

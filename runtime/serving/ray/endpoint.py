@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from hhdeploy.runtime.serving.endpoint import Upload
-from hhdeploy.runtime.serving.errors import RequestError, StoppingError, TimedOutError
-from hhdeploy.runtime.serving.messages import BYTES, InferRequest, InferResponse
+from hhdeploy.runtime.serving.errors import RequestError, StoppingError
+from hhdeploy.runtime.serving.messages import BYTES, Deadline, InferRequest, InferResponse
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
-from hhdeploy.runtime.serving.service import ADAPTERS, seconds_of
+from hhdeploy.runtime.serving.service import ADAPTERS
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 # For a replica that is busy to say that it is ready.
@@ -49,16 +49,17 @@ class RayEndpoint:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """See `Endpoint.infer`."""
-        seconds = seconds_of(request, self._settings.limits.request_seconds)
         adapter = named_adapter(request, self._settings.model_name)
         method = self._replicas.options(method_name="infer", multiplexed_model_id=adapter)
-        response: InferResponse = await self._within(ask(method, request), seconds)
+        with Deadline(request.seconds()):
+            response: InferResponse = await self._counted(ask(method, request))
         return response
 
     async def ready(self) -> bool:
         """See `Endpoint.ready`."""
         try:
-            return bool(await self._within(ask(self._replicas.ready), _READY_SECONDS))
+            with Deadline(_READY_SECONDS):
+                return bool(await self._counted(ask(self._replicas.ready)))
         except RequestError:
             return False
 
@@ -83,11 +84,11 @@ class RayEndpoint:
 
     async def load_adapter(self, name: str, upload: Upload | None) -> None:
         """See `Endpoint.load_adapter`: every replica answers with it afterwards."""
-        await self._within(ask(self._registry.change, name, upload, False))
+        await self._counted(ask(self._registry.change, name, upload, False))
 
     async def unload_adapter(self, name: str) -> None:
         """See `Endpoint.unload_adapter`: no replica answers for it afterwards."""
-        await self._within(ask(self._registry.change, name, None, True))
+        await self._counted(ask(self._registry.change, name, None, True))
 
     async def metrics(self) -> tuple[bytes, str]:
         """See `Endpoint.metrics`: each replica's, with a label of its name."""
@@ -98,30 +99,30 @@ class RayEndpoint:
         return merged_status(await self._all("status"))
 
     async def _one(self, method: str, *arguments: object) -> Any:
-        return await self._within(ask(getattr(self._replicas, method), *arguments))
+        return await self._counted(ask(getattr(self._replicas, method), *arguments))
 
     async def _all(self, method: str, *arguments: object) -> list[Any]:
         """What each replica answers; one that dies meanwhile is left out."""
         try:
             call = self._replicas.broadcast(method, *arguments)
-            answers = await self._within(call.results_async(return_exceptions=True))
+            answers = await self._counted(call.results_async(return_exceptions=True))
         except DeploymentUnavailableError:
             answers = []
         return answered(answers)
 
-    async def _within(self, work: Awaitable[Any], seconds: float | None = None) -> Any:
-        """``work``, within the request's time limit, whatever happens to replicas."""
-        seconds = self._settings.limits.request_seconds if seconds is None else seconds
-        task = asyncio.ensure_future(work)
+    async def _counted(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """``work``, which a `drain` waits for. Whoever asks bounds its time, see `Deadline`."""
         if self._stopping:
-            task.cancel()
+            work.close()
             raise StoppingError("the server is shutting down.")
-        self._taken.add(task)
-        task.add_done_callback(self._taken.discard)
+        # Not the work as a task: its exception's traceback would hold the task, and it that.
+        done = asyncio.get_running_loop().create_future()
+        self._taken.add(done)
         try:
-            return await asyncio.wait_for(task, seconds)
-        except asyncio.TimeoutError:
-            raise TimedOutError(f"not answered within {seconds:g} s.") from None
+            return await work
+        finally:
+            self._taken.discard(done)
+            done.set_result(None)
 
 
 def named_adapter(request: InferRequest, bundle: str) -> str:

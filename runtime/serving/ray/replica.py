@@ -11,8 +11,8 @@ from ray import serve
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.errors import FailedError, NotFoundError
 from hhdeploy.runtime.serving.logs import log_as_json
-from hhdeploy.runtime.serving.ray.args import RayArgs
-from hhdeploy.runtime.serving.ray.registry import Change, Follower
+from hhdeploy.runtime.serving.ray.registry import Follower, Latest
+from hhdeploy.runtime.serving.ray.settings import RaySettings
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.session import open_session
 
@@ -24,12 +24,12 @@ class Replica(LocalEndpoint):
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, args: RayArgs, registry: Any
+        self, settings: RaySettings, registry: Any
     ) -> None:
         """Open the bundle, join the registry, catch up with the others, and be ready."""
-        log_as_json(args.log_level, "hhdeploy")
-        settings = args.settings(with_token=False)
-        super().__init__(Service(open_session(args.bundle, **args.session()), settings))
+        log_as_json(settings.log_level, "hhdeploy")
+        session = open_session(settings.bundle, **settings.session_options())
+        super().__init__(Service(session, settings))
         self._followed = Follower(registry, self._do)
         self._judged = (0, 0)
         missed = await self._followed.join()
@@ -70,7 +70,7 @@ class Replica(LocalEndpoint):
         content, _ = await self.metrics()
         return serve.get_replica_context().replica_tag, content
 
-    async def _do(self, change: Change) -> None:
+    async def _do(self, change: Latest) -> None:
         fleet = self._fleet(change.name)
         if not change.unloaded:
             await fleet.load(change.name)

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import ray
@@ -17,9 +18,9 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
 from hhdeploy.errors import DeviceError, PlanError
-from hhdeploy.runtime.serving.ray.app import application
-from hhdeploy.runtime.serving.ray.args import RayArgs
+from hhdeploy.runtime.serving.ray.app import application_of
 from hhdeploy.runtime.serving.ray.registry import INGRESS
+from hhdeploy.runtime.serving.ray.settings import RaySettings
 from hhdeploy.runtime.serving.server import Addresses
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
@@ -31,13 +32,15 @@ _STORE_BYTES = 512 << 20
 _GRACE_SECONDS = 5.0
 
 
-def run_on_ray(args: RayArgs, *, http_port: int, announce: Callable[[Addresses], None]) -> None:
+def run_on_ray(
+    settings: RaySettings, *, http_port: int, announce: Callable[[Addresses], None]
+) -> None:
     """Serve until SIGINT or SIGTERM, then answer what was taken, and stop.
 
     On the cluster that RAY_ADDRESS names, else on one of this machine that ends with the server.
 
     Args:
-        args: the application's; Ray's proxy listens on the cluster's head node.
+        settings: the application's; Ray's proxy listens on the cluster's head node.
         http_port: 0 takes a free one of this machine.
         announce: called once requests are answered.
 
@@ -45,28 +48,28 @@ def run_on_ray(args: RayArgs, *, http_port: int, announce: Callable[[Addresses],
         PlanError: the cluster has Ray Serve running already.
         DeviceError: the port is taken, or the replicas do not start.
     """
-    args.settings(with_token=True)  # what does not go together is said before anything starts
-    with _cluster(args), _until_signal() as stopped:
-        port = free_port(args.host, http_port)
-        options = HTTPOptions(host=args.host, port=port)
+    settings.token()  # that there is none is said before anything starts
+    with _cluster(settings), _until_signal() as stopped:
+        port = free_port(settings.host, http_port)
+        options = HTTPOptions(host=settings.host, port=port)
         try:
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
             try:
-                serve.run(application(_with_gpus(args)), name=APP)
+                serve.run(application_of(_with_gpus(settings)), name=APP)
             except (RayServeException, RuntimeError) as error:
                 raise DeviceError(f"the replicas do not start: {error}") from error
-            announce(Addresses(args.host, port, None))
-            _LOG.info("serving", extra={"replicas": args.replicas})
+            announce(Addresses(settings.host, port, None))
+            _LOG.info("serving", extra={"replicas": settings.replicas})
             stopped.wait()
             _LOG.info("stopping")
-            _drain(args.request_seconds + _GRACE_SECONDS)
+            _drain(settings.request_seconds + _GRACE_SECONDS)
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
             _LOG.info("stopped")
 
 
 @contextlib.contextmanager
-def _cluster(args: RayArgs) -> Iterator[None]:
+def _cluster(settings: RaySettings) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
@@ -77,7 +80,7 @@ def _cluster(args: RayArgs) -> Iterator[None]:
             "local",
             include_dashboard=False,
             # A replica is one of Ray's CPUs, whatever it takes: they share this machine's.
-            num_cpus=args.replicas,
+            num_cpus=settings.replicas,
             object_store_memory=_STORE_BYTES,
             **quiet,
         )
@@ -85,18 +88,20 @@ def _cluster(args: RayArgs) -> Iterator[None]:
         if serve.status().proxies:
             raise PlanError(
                 f"Ray Serve runs already on the cluster {address}. Deploy to it with "
-                "`serve deploy`, or stop it first with `serve shutdown`."
+                "Ray's own command: serve deploy. Or stop it first: serve shutdown."
             )
         yield
     finally:
         ray.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _with_gpus(args: RayArgs) -> RayArgs:
+def _with_gpus(settings: RaySettings) -> RaySettings:
     """A GPU for each replica that computes on one; auto: where the cluster has that many."""
     there = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-    wanted = there >= args.replicas if args.device == "auto" else args.device not in _NO_GPU
-    return args.model_copy(update={"gpus": float(wanted)})
+    wanted = (
+        there >= settings.replicas if settings.device == "auto" else settings.device not in _NO_GPU
+    )
+    return replace(settings, gpus=float(wanted))
 
 
 @contextlib.contextmanager
@@ -142,6 +147,6 @@ def free_port(host: str, port: int) -> int:
             return int(listening.getsockname()[1])
     except OSError as error:
         raise DeviceError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with "
-            "--host and --http-port."
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another "
+            "`host` or `http_port`."
         ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_requests_of_all_adapters(ort_cuda, workbench, served, record):
     bare = runs * BATCH / (time.perf_counter() - start)
 
     async def scene() -> tuple[list[float], float, float, list[tuple[int, np.ndarray]]]:
-        service = Service(session, ServeSettings(NAME, max_batch=BATCH))
+        service = Service(session, ServeSettings(Path(NAME), max_batch=BATCH))
         await service.start()
         times: list[float] = []
         answers: list[tuple[int, np.ndarray]] = []

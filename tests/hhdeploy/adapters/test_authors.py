@@ -109,7 +109,10 @@ def rlrr(tmp_path, backbone):
 
     def ssf(key, place, inner):
         made = Ssf(inner, 48, g)
-        state[f"{key}.ssf_scale_{place}"], state[f"{key}.ssf_shift_{place}"] = made.scale, made.shift
+        state[f"{key}.ssf_scale_{place}"], state[f"{key}.ssf_shift_{place}"] = (
+            made.scale,
+            made.shift,
+        )
         return made
 
     for i, block in enumerate(model.blocks):
@@ -135,9 +138,7 @@ def arc(tmp_path, backbone, second_naming):
     g = torch.Generator().manual_seed(2)
     model = copy.deepcopy(backbone.model)
     state = {}
-    shared = {
-        place: torch.randn(48, 5, generator=g) * 0.2 for place in ("att", "mlp")
-    }
+    shared = {place: torch.randn(48, 5, generator=g) * 0.2 for place in ("att", "mlp")}
     for place, u in shared.items():
         key = f"left_u_{place}" if second_naming else f"{place}_down_projection"
         state[f"transformer.{key}"] = u
@@ -172,7 +173,10 @@ def test_rlrr(tmp_path):
     assert_parity(expected, found, "algebra", "float32")
     assert adapter.config.fold_only
     assert adapter.config.preprocess.mean == (0.5, 0.5, 0.5)
-    assert (adapter.config.preprocess.crop_mode, adapter.config.preprocess.crop_pct) == ("squash", 1)
+    assert (adapter.config.preprocess.crop_mode, adapter.config.preprocess.crop_pct) == (
+        "squash",
+        1,
+    )
     state = torch.load(file, weights_only=True)
     other = {"layer.0.": "layer.1.", "layer.1.": "layer.0."}
     swapped = {
@@ -203,7 +207,9 @@ def test_a_key_map(tmp_path, tiny):
         block, kind = site.split(".")[1], site.split(".")[-1]
         for ours, theirs in names.items():
             value = torch.from_numpy(getattr(tensors, ours))
-            state[f"encoder.{block}.{kind}_{theirs}"] = (value.T if value.ndim == 2 else value).contiguous()
+            state[f"encoder.{block}.{kind}_{theirs}"] = (
+                value.T if value.ndim == 2 else value
+            ).contiguous()
     state["classifier.w"] = torch.from_numpy(adapter.head.weight).T.contiguous()
     state["classifier.b"] = torch.from_numpy(adapter.head.bias)
     torch.save(state, tmp_path / "hta.pth")
@@ -253,13 +259,26 @@ def test_what_is_refused(tmp_path):
     key = "transformer.encoder.layer.1.attn.out"
     refuse("found no scale_col", **{f"{key}.scale_col": None})
     refuse("do not fit a Linear", **{f"{key}.scale_col": torch.ones(1, 47)})
-    refuse("block 9 has a proj", **{f"{key.replace('1', '9')}.{n}": torch.ones(1) for n in (
-        "scale_col", "scale_line", "shift_bias")})
+    refuse(
+        "block 9 has a proj",
+        **{
+            f"{key.replace('1', '9')}.{n}": torch.ones(1)
+            for n in ("scale_col", "scale_line", "shift_bias")
+        },
+    )
     refuse("expected a key of RLRR", odd=torch.ones(1))
-    refuse("with 47 values", **{"transformer.encoder.ssf_scale_enc_norm": torch.ones(47),
-                                "transformer.encoder.ssf_shift_enc_norm": torch.ones(47)})
+    refuse(
+        "with 47 values",
+        **{
+            "transformer.encoder.ssf_scale_enc_norm": torch.ones(47),
+            "transformer.encoder.ssf_shift_enc_norm": torch.ones(47),
+        },
+    )
     refuse("`checkpoint`", ImportOptions(weights_known=False))
     file, _ = arc(tmp_path, backbone, False)
     whole = torch.load(file, weights_only=True)
-    refuse("trained on other weights", **{"transformer.layer.0.attention.key.weight": torch.ones(48, 48)})
+    refuse(
+        "trained on other weights",
+        **{"transformer.layer.0.attention.key.weight": torch.ones(48, 48)},
+    )
     refuse("expected transformer.mlp_down_projection", **{"transformer.mlp_down_projection": None})

@@ -384,15 +384,15 @@ def test_peft_type(tmp_path, kind):
         tmp_path / "a",
         {"peft_type": kind},
         f"peft_type: expected 'HTA', found {kind!r}",
-        "hhdeploy adapter import",
+        "import_adapter()",
     )
 
 
 def test_newer_schema_version(tmp_path):
     refused_config(
         tmp_path / "a",
-        {"schema_version": 2},
-        "schema_version: expected at most 1, found 2",
+        {"schema_version": 3},
+        "schema_version: expected at most 2, found 3",
         "newer hhdeploy",
     )
 
@@ -419,23 +419,29 @@ def test_newer_schema_version(tmp_path):
         ({"class_names": "abcde"}, "class_names", "'abcde'"),
         ({"class_names": [1, 2, 3, 4, 5]}, "class_names", "[1, 2"),
         ({"base_sha256": 5}, "base_sha256", "5"),
+        ({"problem_type": "ranking"}, "problem_type", "'ranking'"),
     ],
 )
 def test_wrong_values(tmp_path, changes, key, found):
     refused_config(tmp_path / "a", changes, f"{key}: expected", found)
 
 
+def test_a_single_class_is_no_classification(tmp_path):
+    changes = {"problem_type": "single_label_classification", "num_classes": 1, "class_names": None}
+    refused_config(tmp_path / "a", changes, "needs 2 classes or more", "regression")
+
+
 def test_class_names_count(tmp_path):
     refused_config(
         tmp_path / "a",
         {"class_names": ["a", "b"]},
-        f"class_names: expected {CLASSES} names (num_classes), found 2",
+        f"class_names: expected {CLASSES} names, one per class, found 2",
     )
     write(tmp_path / "b", content() | {"class_names": ["a", "b"], "num_classes": None})
     refused(
         tmp_path / "b",
         tmp_path / "b",
-        f"class_names: expected {CLASSES} names (rows of the head), found 2",
+        f"class_names: expected {CLASSES} names, one per class, found 2",
     )
 
 
@@ -488,7 +494,10 @@ def test_counts_and_forms_of_an_adapter_in_memory():
 
 def test_the_configuration_survives_json():
     preprocess = Preprocess((3, 32, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "lanczos", 0.9, "border")
-    config = AdapterConfig("vit_x", preprocess=preprocess, extra={"kept": 1})
+    assert "problem_type" not in AdapterConfig("vit_x").to_json()
+    config = AdapterConfig(
+        "vit_x", preprocess=preprocess, problem_type="regression", extra={"kept": 1}
+    )
     assert parse_config(json.loads(json.dumps(config.to_json())), "here") == config
 
 
@@ -499,3 +508,119 @@ def test_tensor_files_are_written_whole_or_not_at_all(tmp_path):
     assert metadata == {"key": "value"}
     assert np.array_equal(found["x"], [[0, 3], [1, 4], [2, 5]])
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+# -- s_in, s_out, db and values -------------------------------------------------------------------
+
+NORM = "blocks.1.norm1.weight"
+
+
+def scaled(**shapes):
+    """The valid tensors, and s_in, s_out and db of the site."""
+    generator = torch.Generator().manual_seed(3)
+    wanted = {"s_in": (IN,), "s_out": (OUT,), "db": (OUT,), **shapes}
+    more = {f"{SITE}.{n}": torch.randn(s, generator=generator) for n, s in wanted.items()}
+    return tensors() | more
+
+
+def test_multipliers_and_a_bias_are_read_and_written_as_trained(tmp_path):
+    arrays = scaled()
+    adapter = load_adapter(write(tmp_path / "a", content() | {"schema_version": 2}, arrays))
+    assert list(adapter.sites[SITE].parts) == ["s_in", "s_out", "db"]
+    change = adapter.change(SITE)
+    found = {"s_in": change.scales.s_in, "s_out": change.scales.s_out, "db": change.db}
+    for name, value in found.items():
+        assert np.array_equal(value, arrays[f"{SITE}.{name}"].double().numpy()), name
+    assert adapter.parameters == load_adapter(write(tmp_path / "b")).parameters + IN + 2 * OUT
+    save_adapter(adapter, tmp_path / "c")
+    written, _ = read_tensors(tmp_path / "c" / TENSOR_FILE, AssertionError)
+    assert {n: t.tobytes() for n, t in written.items()} == {
+        n: t.numpy().tobytes() for n, t in arrays.items()
+    }
+
+
+def test_a_site_may_have_nothing_but_a_multiplier(tmp_path):
+    arrays = {f"{SITE}.s_out": torch.ones(OUT)}
+    adapter = load_adapter(write(tmp_path / "a", arrays=arrays))
+    assert adapter.sites[SITE].shape is None
+    assert adapter.delta(SITE) is None
+    assert adapter.change(SITE).delta is None
+    assert adapter.parameters == OUT
+
+
+@pytest.mark.parametrize(
+    ("shapes", "key", "expected"),
+    [
+        ({"s_in": (IN + 1,)}, "s_in", [IN]),
+        ({"s_out": (OUT + 1,)}, "s_out", [OUT]),
+        ({"db": (IN,)}, "db", [OUT]),
+    ],
+)
+def test_parts_that_do_not_fit_the_site(tmp_path, shapes, key, expected):
+    arrays = scaled(**shapes)
+    found = list(arrays[f"{SITE}.{key}"].shape)
+    refused_tensors(tmp_path / "a", arrays, f"{SITE}.{key}", f"{expected}", f"{found}")
+
+
+def test_parts_that_do_not_fit_each_other(tmp_path):
+    arrays = {f"{SITE}.s_out": torch.ones(OUT), f"{SITE}.db": torch.ones(OUT + 1)}
+    refused_tensors(tmp_path / "a", arrays, f"{SITE}.db", f"[{OUT}]", f"[{OUT + 1}]")
+
+
+def test_the_sequential_matrix_does_not_see_the_input(tmp_path):
+    """M is out x out, s_in has the Linear's own inputs."""
+    config = content() | {"form": "sequential", "schema_version": 2}
+    arrays = {
+        f"{SITE}.lora_A": torch.ones(R, OUT),
+        f"{SITE}.lora_B": torch.ones(OUT, R),
+        f"{SITE}.s_in": torch.ones(IN),
+    }
+    adapter = load_adapter(write(tmp_path / "a", config, arrays))
+    assert adapter.sites[SITE].s_in.size == IN
+
+
+def test_the_schema_is_2_only_where_it_is_needed(tmp_path):
+    plain = load_adapter(write(tmp_path / "plain"))
+    more = load_adapter(write(tmp_path / "more", arrays=scaled()))
+    config = replace(plain.config, fold_only=True)
+    versions = {}
+    for name, adapter in {
+        "plain": plain,
+        "more": more,
+        "flag": replace(plain, config=config),
+        "values": replace(plain, config=config, values={NORM: np.ones(3, np.float32)}),
+    }.items():
+        save_adapter(adapter, tmp_path / "out" / name)
+        written = json.loads((tmp_path / "out" / name / CONFIG_FILE).read_text())
+        versions[name] = (written["schema_version"], written.get("fold_only"))
+    assert versions == {
+        "plain": (1, None),
+        "more": (2, None),
+        "flag": (2, True),
+        "values": (2, True),
+    }
+
+
+def test_values_of_parameters(tmp_path):
+    config = content() | {"schema_version": 2, "fold_only": True, "target_modules": []}
+    arrays = {f"{NORM}.value": torch.full((3,), 0.5), "head.weight": torch.ones(CLASSES, DIM)}
+    adapter = load_adapter(write(tmp_path / "a", config, arrays))
+    assert adapter.sites == {}
+    assert np.array_equal(adapter.values[NORM], np.full(3, 0.5, np.float32))
+    assert adapter.parameters == 3
+    save_adapter(adapter, tmp_path / "b")
+    assert np.array_equal(load_adapter(tmp_path / "b").values[NORM], adapter.values[NORM])
+
+
+def test_values_without_fold_only(tmp_path):
+    arrays = tensors() | {f"{NORM}.value": torch.ones(3)}
+    refused_tensors(tmp_path / "a", arrays, f"{NORM}.value", "fold_only: true", "found false")
+
+
+@pytest.mark.parametrize("wrong", [1, "true", None])
+def test_fold_only_is_true_or_false(tmp_path, wrong):
+    refused_config(tmp_path / "a", {"fold_only": wrong}, "fold_only", "true or false", repr(wrong))
+
+
+def test_no_target_is_for_values_alone(tmp_path):
+    refused_config(tmp_path / "a", {"target_modules": []}, "target_modules", "[]")

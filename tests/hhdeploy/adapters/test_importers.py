@@ -197,7 +197,9 @@ def test_without_known_weights(tmp_path):
     adapter = import_adapter(tmp_path / "a", tiny_backbone(num_classes=CLASSES), options)
     assert adapter.config.base_sha256 is None
     peft_directory(tmp_path / "h", hra())
-    with pytest.raises(AdapterError, match=r"HRA adapter multiplies the backbone's weights.*`checkpoint`"):
+    with pytest.raises(
+        AdapterError, match=r"HRA adapter multiplies the backbone's weights.*`checkpoint`"
+    ):
         import_adapter(tmp_path / "h", tiny_backbone(num_classes=CLASSES), options)
     assert [needs_weights(tmp_path / name) for name in "ah"] == [False, True]
 
@@ -349,7 +351,11 @@ def test_configurations_that_are_refused(copy, kind, changes, parts):
         ("lora", {f"{PROJ}.lora_A.weight": None}, ("lora_A and lora_B, found lora_B",)),
         ("lora", {f"{PROJ}.lora_B.bias": torch.ones(48)}, ("blocks.0.attn.proj.lora_B.bias",)),
         ("lora", {f"{PROJ}.lora_magnitude_vector": torch.ones(48)}, ("lora_magnitude_vector",)),
-        ("lora", {"base_model.model.norm.weight": torch.ones(48)}, ("norm.weight: the file has it",)),
+        (
+            "lora",
+            {"base_model.model.norm.weight": torch.ones(48)},
+            ("norm.weight: the file has it",),
+        ),
         ("lora", {"head.weight": torch.ones(7, 48)}, ("head.weight", "base_model.model.")),
         (
             "lora",

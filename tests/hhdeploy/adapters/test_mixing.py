@@ -1,4 +1,4 @@
-"""Strength, mixtures and differences of adapters, against dense parameters."""
+"""Strength and mixtures of adapters, against the training-time model's dense parameters."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.applying import parameters_with
-from hhdeploy.adapters.differing import difference
-from hhdeploy.adapters.format import SiteTensors, load_adapter, save_adapter
-from hhdeploy.adapters.mixing import merge_adapters, scaled
+from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.adapters.mixing import at_strength, merge_adapters
 from hhdeploy.errors import AdapterError, OptionError
+from hhdeploy.training import attach, detach
 from tests.support import MISTAKE, assert_parity, random_adapter
 
 
@@ -28,13 +27,20 @@ def with_parts(adapter, *names, seed=0):
 
 
 def dense(backbone, adapter):
-    """All parameters but the classifier, and what was added to each."""
-    own = {n: p.detach().double().numpy() for n, p in backbone.model.named_parameters()}
-    return {
-        name: value - own[name]
-        for name, value in parameters_with(backbone, adapter).items()
-        if not name.startswith("head.")
-    }
+    """What the training-time model adds to every parameter but the classifier's."""
+    model = backbone.model
+    before = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
+    attach(model, adapter)
+    try:
+        owners = {n: (n.rpartition(".")[0], n.rpartition(".")[2]) for n in before}
+        after = {
+            n: getattr(model.get_submodule(owner), leaf).detach().double().numpy()
+            for n, (owner, leaf) in owners.items()
+            if not n.startswith("head.")
+        }
+    finally:
+        detach(model)
+    return {n: value - before[n] for n, value in after.items() if (value != before[n]).any()}
 
 
 def adapters(facts):
@@ -48,16 +54,20 @@ def adapters(facts):
 
 
 @pytest.mark.parametrize("name", ["hta", "lora", "scaled", "columns", "sequential"])
-def test_strength_scales_the_change(tmp_path, tiny, name):
+def test_strength_scales_the_change(tiny, name):
+    """What is folded and packed, and the training-time model, each by itself."""
     adapter = adapters(tiny.facts)[name]
-    save_adapter(scaled(adapter, 0.7), tmp_path / "a")
-    whole, part = dense(tiny, adapter), dense(tiny, load_adapter(tmp_path / "a"))
-    assert whole.keys() == part.keys()
+    part = at_strength(adapter, 0.7)
+    whole, found = dense(tiny, adapter), dense(tiny, part)
+    assert whole.keys() == found.keys()
     for key, delta in whole.items():
-        assert_parity(0.7 * delta.ravel(), part[key].ravel(), "algebra", "float32")
-        assert not delta.any() or np.abs(part[key] - delta).max() > MISTAKE
-    assert np.array_equal(scaled(adapter, 0.7).head.weight, adapter.head.weight)
-    assert scaled(adapter, 1.0) is adapter
+        assert_parity(0.7 * delta.ravel(), found[key].ravel(), "algebra", "float32")
+        assert np.abs(found[key] - delta).max() > MISTAKE
+    mixed = dense(tiny, merge_adapters({"part": (part, 1.0)}))
+    for key, delta in found.items():
+        assert_parity(delta.ravel(), mixed[key].ravel(), "algebra", "float32")
+    assert part.head is adapter.head
+    assert at_strength(adapter, 1.0) is adapter
 
 
 @pytest.mark.parametrize(
@@ -82,9 +92,10 @@ def test_a_mixture_is_the_sum(tmp_path, tiny, names, weights):
     for key, delta in expected.items():
         assert_parity(delta.ravel(), found[key].ravel(), "algebra", "float32")
     assert np.array_equal(mixed.head.weight, parts[names[0]].head.weight)
-    assert mixed.config.extra["merged_from"] == {"0": weights[0], **{
-        str(i): w for i, w in enumerate(weights[1:], 1)
-    }}
+    assert mixed.config.extra["merged_from"] == {
+        "0": weights[0],
+        **{str(i): w for i, w in enumerate(weights[1:], 1)},
+    }
 
 
 def test_what_is_no_sum_is_refused(tiny):
@@ -97,8 +108,8 @@ def test_what_is_no_sum_is_refused(tiny):
         with pytest.raises((AdapterError, OptionError), match=message):
             merge_adapters(chosen, head)
 
-    refused("input and the Linear's output", both)
-    refused("input and the Linear's output", rows, parts["columns"])
+    refused("multiplies by s_in and s_out", both)
+    refused("another its output", rows, parts["columns"])
     refused("different forms", parts["hta"], parts["sequential"])
     refused("different classifiers", parts["hta"], parts["lora"], head=None)
     refused("expected one of 0, found 'x'", parts["hta"], head="x")
@@ -110,28 +121,4 @@ def test_what_is_no_sum_is_refused(tiny):
     refused("no sum", with_parts(parts["sequential"], "s_out"))
     refused("found none")
     with pytest.raises(AdapterError, match="no sum"):
-        scaled(both, 0.5)
-
-
-def test_differences(tiny):
-    parts = adapters(tiny.facts)
-    hta = parts["hta"]
-    assert difference(hta, hta).equal
-    half = difference(hta, scaled(hta, 0.5))
-    assert not half.equal
-    for site in half.sites:
-        if site.site != "head":
-            assert site.distance == pytest.approx(0.5, abs=1e-5)
-            assert site.cosine == pytest.approx(1.0, abs=1e-5)
-            assert site.norm_b == pytest.approx(site.norm_a / 2, rel=1e-5)
-    opposite = difference(hta, scaled(hta, -1.0))
-    assert opposite.sites[0].cosine == pytest.approx(-1.0, abs=1e-5)
-    assert opposite.sites[0].distance == pytest.approx(2.0, abs=1e-5)
-    found = {site.site: site for site in difference(hta, parts["scaled"]).sites}
-    assert found["blocks.0.attn.qkv.q"].norm_b == 0.0
-    assert found["blocks.0.attn.qkv.q"].cosine is None
-    assert difference(hta, parts["sequential"]).settings["form"] == ("additive", "sequential")
-    wider = SiteTensors(lora_A=np.ones((1, 50), np.float32), lora_B=np.ones((48, 1), np.float32))
-    foreign = replace(hta, sites={"blocks.0.attn.qkv.q": wider})
-    with pytest.raises(AdapterError, match="different backbones"):
-        difference(hta, foreign)
+        at_strength(both, 0.5)

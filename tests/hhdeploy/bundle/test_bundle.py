@@ -168,7 +168,7 @@ def test_no_bundle(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "expected at most 1, found 2.*pip install -U"),
+        ({"schema_version": 3}, "expected at most 2, found 3.*pip install -U"),
         ({"schema_version": None}, "found None"),
         ({"schema_version": "1"}, "found '1'"),
         ({"row": {}}, "is damaged"),
@@ -288,12 +288,12 @@ def make(workshop, tmp_path):
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        ({"r": 3}, "--max-rank 5"),
-        ({"classes": 11}, "--max-classes 11"),
-        ({"targets": ("fc1",)}, "--sites"),
-        ({"targets": ("fc2",)}, "--sites"),  # gamma's fc2 is sequential
-        ({"form": "sequential", "targets": ("proj", "fc2"), "r": 5}, "--max-rank 7"),
-        ({"classes": None}, "--keep-backbone-head"),
+        ({"r": 3}, "max_rank=5"),
+        ({"classes": 11}, "max_classes=11"),
+        ({"targets": ("fc1",)}, "`sites`"),
+        ({"targets": ("fc2",)}, "`sites`"),  # gamma's fc2 is sequential
+        ({"form": "sequential", "targets": ("proj", "fc2"), "r": 5}, "max_rank=7"),
+        ({"classes": None}, "keep_backbone_head=True"),
     ],
 )
 def test_an_adapter_that_does_not_fit_names_the_flag(bundle, make, options, flag):
@@ -371,7 +371,7 @@ def test_names_that_are_refused(bundle, workshop):
 def test_bundles_that_cannot_be_changed(which, request, workshop, tmp_path):
     copy = copy_bundle(request.getfixturevalue(which), tmp_path / "copy")
     before = contents(copy)
-    expected = "--fold" if which == "folded" else "--bank-as-constant"
+    expected = "fold=True" if which == "folded" else "bank_as_constant=True"
     with pytest.raises(PlanError, match=expected):
         add_adapter(copy, "rival", workshop.directory("rival"))
     with pytest.raises(PlanError, match="cannot be removed"):

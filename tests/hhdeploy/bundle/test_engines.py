@@ -137,7 +137,7 @@ def test_an_engine_that_does_not_fit_is_passed_over_for_one_that_does():
     ],
 )
 def test_a_refusal_names_the_file_the_reason_and_the_command(change, reason):
-    command = r"hhdeploy build BUNDLE --backend tensorrt-rtx --precision float16"
+    command = r"`build\('BUNDLE', backend='tensorrt-rtx', precision='float16'\)`"
     with pytest.raises(BundleError, match=rf"(?s)  it: .*{reason}.*{command}"):
         choose(named("it", **change))
 
@@ -201,7 +201,7 @@ def test_pieces_cover_every_image_once_and_fit_the_profile(images, batch):
 
 @pytest.mark.parametrize(("rows", "advice"), [(1, 2), (65, 64), (1024, 64)])
 def test_banks_outside_the_profile(rows, advice):
-    with pytest.raises(SessionError, match=rf"2 to 64 rows.*slots={advice},.*--max-slots {rows}"):
+    with pytest.raises(SessionError, match=rf"2 to 64 rows.*`slots={advice}`,.*`max_slots={rows}`"):
         check_slots(rows, (2, 8, 64))
 
 

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hhdeploy.adapters.format import PARTS, SiteTensors
 from hhdeploy.algebra import SiteDelta
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.errors import CapacityError
 from hhdeploy.plan import Reserve, plan_branches
-from tests.hhdeploy.test_plan import DIM, FACTS, HIDDEN
+from tests.hhdeploy.test_plan import DIM, FACTS
 from tests.support import assert_caught, assert_parity, random_adapter
 
 LAYOUT = RowLayout(
@@ -61,6 +62,36 @@ def test_parts_stand_one_after_another():
         assert LAYOUT.offsets[name] == position
         position += math.prod(shape)
     assert LAYOUT.size == position
+
+
+def test_extras_stand_after_left_t_of_their_branch():
+    qkv, proj, after = LAYOUT.branches
+    layout = replace(
+        LAYOUT,
+        branches=(
+            replace(qkv, extras=("s_in", "s_out", "db")),
+            replace(proj, extras=("s_out",)),
+            after,
+        ),
+    )
+    added = {
+        "b.qkv/additive/s_in": (1, 5),
+        "b.qkv/additive/s_out": (3, 7),
+        "b.qkv/additive/db": (3, 7),
+        "b.proj/additive/s_out": (1, 5),
+    }
+    assert {n: s for n, s in layout.parts.items() if n not in LAYOUT.parts} == added
+    names = list(layout.parts)
+    assert names[2:7] == ["b.qkv/additive/left_t", *list(added)[:3], "b.proj/additive/diag"]
+    assert names[8:10] == ["b.proj/additive/left_t", "b.proj/additive/s_out"]
+    assert layout.size == LAYOUT.size + 5 + 21 + 21 + 5
+    content = json.loads(json.dumps(layout.to_json()))
+    listed = [branch.get("parts") for branch in content["branches"]]
+    assert listed == [["s_in", "s_out", "db"], ["s_out"], None]
+    assert RowLayout.from_json(content) == layout
+    content["branches"][0]["parts"] = ["db", "gate"]
+    with pytest.raises(ValueError, match="found gate"):
+        RowLayout.from_json(content)
 
 
 def test_no_room_for_classes_means_no_head_parts():
@@ -161,24 +192,12 @@ def refused(layout, adapter, *parts):
 def test_capacity(layout):
     targets = ("proj", "fc1")
     layout.pack("late", random_adapter(FACTS, targets=("proj",), seed=3))
-    refused(layout, random_adapter(FACTS, targets=("q",)), "blocks.0.attn.qkv.q", "--sites")
+    refused(layout, random_adapter(FACTS, targets=("q",)), "blocks.0.attn.qkv.q", "`sites`")
     sequential = random_adapter(FACTS, targets=("proj",), form="sequential")
-    refused(layout, sequential, "blocks.0.attn.proj (sequential)", "--sites")
-    refused(layout, random_adapter(FACTS, targets=targets, r=2), "needs rank 4", "--max-rank 4")
-    refused(layout, random_adapter(FACTS, targets=targets, classes=8), "8", "--max-classes 8")
-    refused(layout, random_adapter(FACTS, classes=None, targets=targets), "--keep-backbone-head")
-
-
-def test_another_model_s_adapter(layout):
-    adapter = random_adapter(FACTS, targets=("fc1",))
-    site = adapter.sites["blocks.0.mlp.fc1"]
-    swapped = replace(
-        site, u=site.v, v=site.u, lora_A=site.lora_B.T.copy(), lora_B=site.lora_A.T.copy()
-    )
-    wrong = replace(adapter, sites={"blocks.0.mlp.fc1": swapped})
-    refused(layout, wrong, f"is {DIM} x {HIDDEN}", f"{HIDDEN} x {DIM}", "another model")
-    wide = replace(adapter.head, weight=np.zeros((7, DIM + 1), np.float32))
-    refused(layout, replace(adapter, head=wide), "14 features", "13")
+    refused(layout, sequential, "blocks.0.attn.proj (sequential)", "`sites`")
+    refused(layout, random_adapter(FACTS, targets=targets, r=2), "needs rank 4", "max_rank=4")
+    refused(layout, random_adapter(FACTS, targets=targets, classes=8), "8", "max_classes=8")
+    refused(layout, random_adapter(FACTS, classes=None, targets=targets), "keep_backbone_head=True")
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -206,3 +225,64 @@ def test_delta_and_row_agree_on_a_low_rank_site(layout):
     assert_parity(
         delta.dense(), read(layout, row, "blocks.0.attn.proj", "additive"), "algebra", "float32"
     )
+
+
+# -- s_in, s_out and db ---------------------------------------------------------------------------
+
+QKV = "blocks.0.attn.qkv"
+
+
+@pytest.mark.parametrize("form", ["additive", "sequential"])
+def test_parts_are_stored_so_that_zeros_are_the_backbone(form):
+    adapter = random_adapter(FACTS, form=form, targets=("fc2",), parts=PARTS)
+    layout = plan_branches(FACTS, {"a": adapter}, Reserve()).layout
+    views = layout.views(layout.pack("a", adapter))
+    site = adapter.sites["blocks.1.mlp.fc2"]
+    for part, neutral in (("s_in", 1.0), ("s_out", 1.0), ("db", 0.0)):
+        expected = (getattr(site, part).astype(np.float64) - neutral).astype(np.float32)
+        assert np.array_equal(views[f"blocks.1.mlp.fc2/additive/{part}"][0], expected), part
+
+
+def test_one_s_in_for_the_thirds_and_an_s_out_for_each():
+    adapter = random_adapter(FACTS, targets=("q", "k", "v"), parts=PARTS)
+    layout = plan_branches(FACTS, {"a": adapter}, Reserve()).layout
+    views = layout.views(layout.pack("a", adapter))
+    assert views[f"{QKV}/additive/s_in"].shape == (1, DIM)
+    for i, third in enumerate("qkv"):
+        site = adapter.sites[f"{QKV}.{third}"]
+        assert np.array_equal(views[f"{QKV}/additive/db"][i], site.db)
+        assert_parity(site.s_out - 1.0, views[f"{QKV}/additive/s_out"][i], "algebra", "float32")
+
+
+@pytest.mark.parametrize("which", ["another", "none", "no site"])
+def test_thirds_with_different_s_in_can_only_be_folded(which):
+    adapter = random_adapter(FACTS, targets=("q", "k", "v"), parts=PARTS)
+    layout = plan_branches(FACTS, {"a": adapter}, Reserve()).layout
+    sites = dict(adapter.sites)
+    if which == "no site":
+        del sites[f"{QKV}.k"]
+    else:
+        other = sites[f"{QKV}.k"].s_in + np.float32(0.5) if which == "another" else None
+        sites[f"{QKV}.k"] = replace(sites[f"{QKV}.k"], s_in=other)
+    message = ("s_in of", f"{QKV}.q, {QKV}.k, {QKV}.v", "expected the same", "`fold=True`")
+    refused(layout, replace(adapter, sites=sites), *message)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_the_bundle_lacks_is_named(part):
+    reserve = Reserve(sites=("proj",), max_classes=7, parts=tuple(p for p in PARTS if p != part))
+    layout = plan_branches(FACTS, {}, reserve).layout
+    adapter = random_adapter(FACTS, targets=("proj",), parts=PARTS)
+    refused(layout, adapter, f".{part}", f"no {part}", "`parts`")
+    full = plan_branches(FACTS, {}, replace(reserve, parts=PARTS)).layout
+    full.pack("late", adapter)
+
+
+def test_parts_of_another_size():
+    reserve = Reserve(sites=("proj",), max_classes=7, parts=PARTS)
+    layout = plan_branches(FACTS, {}, reserve).layout
+    adapter = random_adapter(FACTS, targets=("proj",))
+    for part in PARTS:
+        site = SiteTensors(**{part: np.ones(DIM + 1, np.float32)})
+        wrong = replace(adapter, sites={"blocks.0.attn.proj": site})
+        refused(layout, wrong, f"proj.{part} has {DIM + 1} values", f"takes {DIM}", "another model")

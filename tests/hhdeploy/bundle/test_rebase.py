@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import hhdeploy.quantising.calibrating
+import hhdeploy.quantising
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.store import BUNDLE
 from hhdeploy.calibration.settings import CalibrationSettings
@@ -16,7 +16,7 @@ from hhdeploy.errors import ConflictError
 from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors
-from hhdeploy.quantising.calibrating import CalibrationOptions, calibrate_bundle
+from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify, verify_against_torch
 from tests.calibration.conftest import write_pictures
@@ -182,7 +182,7 @@ def calibrate(path, pictures, cache):
 
 
 def test_calibration(bundle, other, monkeypatch, pictures, cache):
-    meanwhile(monkeypatch, hhdeploy.quantising.calibrating, "make_exam", other, bundle)
+    meanwhile(monkeypatch, hhdeploy.quantising, "make_exam", other, bundle)
     result = calibrate(bundle, pictures, cache)
     assert result.file == Bundle.open(bundle).manifest.graphs["int8"]
     kept = {"alpha", "gamma", "rival"} & names(bundle) - OTHERS[other]
@@ -196,7 +196,7 @@ def test_calibration(bundle, other, monkeypatch, pictures, cache):
 
 
 def test_calibration_of_a_bundle_that_was_exported_again(bundle, monkeypatch, pictures, cache):
-    meanwhile(monkeypatch, hhdeploy.quantising.calibrating, "make_exam", exported, bundle)
+    meanwhile(monkeypatch, hhdeploy.quantising, "make_exam", exported, bundle)
     with pytest.raises(ConflictError):
         calibrate(bundle, pictures, cache)
     assert contents(bundle) == contents(WITNESS / "folded")
@@ -205,7 +205,7 @@ def test_calibration_of_a_bundle_that_was_exported_again(bundle, monkeypatch, pi
 def test_calibration_of_a_bundle_that_was_exported_again_at_the_last_moment(
     bundle, monkeypatch, pictures, cache
 ):
-    meanwhile(monkeypatch, hhdeploy.quantising.calibrating, "_stages", exported, bundle)
+    meanwhile(monkeypatch, hhdeploy.quantising, "_stages", exported, bundle)
     with pytest.raises(ConflictError, match="exported again meanwhile"):
         calibrate(bundle, pictures, cache)
     assert contents(bundle) == contents(WITNESS / "folded")

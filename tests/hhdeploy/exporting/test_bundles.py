@@ -131,7 +131,7 @@ def test_an_export_without_verification(workshop, tmp_path):
     assert not (result.path / "parity.json").exists()
     assert not (result.path / "reference.safetensors").exists()
     assert not result.manifest.adapters[0].verified
-    with pytest.raises(BundleError, match=r"no reference.*--against-torch"):
+    with pytest.raises(BundleError, match=r"no reference.*verify_against_torch"):
         verify(result.path)
     assert verify_against_torch(result.path, checkpoint=workshop.checkpoint).passed
     assert verify(result.path).passed
@@ -238,7 +238,7 @@ def existing(workshop, tmp_path):
 def test_an_existing_bundle_is_refused_before_any_work(workshop, existing):
     path, before = existing
     steps = []
-    with pytest.raises(WriteError, match=r"already exists.*--overwrite"):
+    with pytest.raises(WriteError, match=r"already exists.*`overwrite=True`"):
         workshop.export(path, ("alpha",), progress=steps.append)
     assert not steps
     assert contents(path) == before
@@ -278,19 +278,27 @@ def test_a_failing_export_leaves_things_as_they_were(workshop, tmp_path, overwri
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (("alpha", "gamma"), {"fold": True}, "--fold takes exactly one adapter, found 2"),
+        (("alpha", "gamma"), {"fold": True}, "`fold=True` takes exactly one adapter, found 2"),
         ((), {"fold": True}, "exactly one adapter, found 0"),
-        (("alpha",), {"fold": True, "reserve": Reserve(max_rank=7)}, "--fold cannot be combined"),
-        (("alpha",), {"fold": True, "reserve": Reserve(max_classes=9)}, "--fold cannot"),
-        (("alpha",), {"fold": True, "reserve": Reserve(sites=("fc1",))}, "--fold cannot"),
+        (
+            ("alpha",),
+            {"fold": True, "reserve": Reserve(max_rank=7)},
+            "`fold=True` cannot be combined",
+        ),
+        (("alpha",), {"fold": True, "reserve": Reserve(max_classes=9)}, "`fold=True` cannot"),
+        (("alpha",), {"fold": True, "reserve": Reserve(sites=("fc1",))}, "`fold=True` cannot"),
         (
             ("alpha",),
             {"fold": True, "reserve": Reserve(keep_backbone_head=True)},
-            "--keep-backbone-head",
+            "`keep_backbone_head`",
         ),
-        (("alpha",), {"fold": True, "bank_as_constant": True}, "--bank-as-constant"),
-        (("alpha",), {"precisions": ["float8"]}, "--precision float8: expected one of float16"),
-        (("alpha",), {"precisions": ["int8"]}, "hhdeploy calibrate"),
+        (("alpha",), {"fold": True, "bank_as_constant": True}, "`bank_as_constant`"),
+        (
+            ("alpha",),
+            {"precisions": ["float8"]},
+            r"`precisions=\['float8'\]`: expected one of float16",
+        ),
+        (("alpha",), {"precisions": ["int8"]}, r"`calibrate\(\)`"),
         ((), {}, "nothing to export"),
         (("alpha",), {"reserve": Reserve(sites=("fc7",))}, "'fc7' matches no site"),
     ],
@@ -323,7 +331,7 @@ def test_adapters_that_disagree_on_the_model_s_arguments(workshop, tmp_path):
     save_adapter(other, tmp_path / "other")
     from hhdeploy.exporting.bundles import export
 
-    with pytest.raises(PlanError, match=r"disagree on base_model_args: a: .*; b: .*--model-args"):
+    with pytest.raises(PlanError, match=r"disagree on base_model_args: a: .*; b: .*`model_args`"):
         export(
             adapter.config.base_model,
             {"a": workshop.directory("alpha"), "b": tmp_path / "other"},
@@ -337,7 +345,7 @@ def test_adapters_that_disagree_on_the_model_s_arguments(workshop, tmp_path):
 def test_nothing_but_room_is_exported_or_refused_with_a_message(workshop, tmp_path):
     """No adapter yet, nor the backbone's classifier: there is nothing to verify."""
     reserve = Reserve(sites=("q", "k", "v", "proj"), max_classes=7)
-    with pytest.raises(PlanError, match=r"nothing to verify.*--no-verify"):
+    with pytest.raises(PlanError, match=r"nothing to verify.*`verify=False`"):
         workshop.export(tmp_path / "out", (), reserve=reserve, **args_of(workshop))
     path = workshop.export(
         tmp_path / "out", (), reserve=reserve, verify=False, **args_of(workshop)
@@ -444,8 +452,8 @@ def forget_the_bias(monkeypatch):
     """W <- M W without b <- M b."""
     original = hhdeploy.exporters.fold.fold_sequential
 
-    def wrong(weight, bias, delta):
-        return original(weight, bias, delta)[0], bias
+    def wrong(weight, bias, *rest):
+        return original(weight, bias, *rest)[0], bias
 
     monkeypatch.setattr(hhdeploy.exporters.fold, "fold_sequential", wrong)
 
@@ -607,10 +615,10 @@ def test_a_row_that_is_reused_is_not_compared_with_its_former_adapter(bundle, wo
 def test_nothing_left_to_verify_is_said(bundle, workshop):
     remove_adapter(bundle, "alpha")
     remove_adapter(bundle, "gamma")
-    with pytest.raises(BundleError, match=r"--against-torch|no adapter"):
+    with pytest.raises(BundleError, match=r"verify_against_torch|no adapter"):
         verify(bundle)
     add_adapter(bundle, "rival", workshop.directory("rival"))
-    with pytest.raises(BundleError, match="--against-torch"):
+    with pytest.raises(BundleError, match="verify_against_torch"):
         verify(bundle)
 
 
@@ -645,7 +653,7 @@ def test_against_other_weights(bundle, workshop, tmp_path):
     state["blocks.0.mlp.fc1.bias"][3] += 0.5
     save_torch(state, tmp_path / "other.safetensors")
     before = contents(bundle)
-    with pytest.raises(BackboneError, match=r"exported from the weights.*--checkpoint"):
+    with pytest.raises(BackboneError, match=r"exported from the weights.*`checkpoint`"):
         verify_against_torch(bundle, checkpoint=tmp_path / "other.safetensors")
     assert contents(bundle) == before
 
@@ -796,6 +804,6 @@ def test_the_default_cache_is_where_the_environment_says(workshop, cache, tmp_pa
 
 def test_a_cache_that_cannot_be_written_says_so(workshop, tmp_path, traces):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*--no-cache"):
+    with pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*`cache=None`"):
         workshop.export(tmp_path / "out", ("alpha",), cache=tmp_path / "cache", verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]

@@ -117,7 +117,7 @@ def test_a_read_error_is_no_write_error(root):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*--no-cache"):
+    with pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*`cache=None`"):
         put(blob(tmp_path / "file", 1))
 
 

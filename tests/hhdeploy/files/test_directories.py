@@ -68,7 +68,7 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 def test_an_existing_target_is_refused(tmp_path):
     old = old_directory(tmp_path)
     with (
-        pytest.raises(WriteError, match=r"out already exists.*--overwrite"),
+        pytest.raises(WriteError, match=r"out already exists.*`overwrite=True`"),
         atomic_directory(old, overwrite=False, kind=ANY),
     ):
         pytest.fail("the block must not run")

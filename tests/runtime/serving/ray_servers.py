@@ -20,7 +20,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from hhdeploy.runtime.serving.messages import FP32, InferRequest, Tensor
 from hhdeploy.runtime.serving.outputs import LOGITS
-from hhdeploy.runtime.serving.ray.app import RayArgs, application
+from hhdeploy.runtime.serving.ray.app import application
 from hhdeploy.runtime.serving.ray.run import APP, free_port
 from hhdeploy.runtime.serving.service import IMAGES
 from tests.runtime.serving.servers import Server
@@ -147,19 +147,17 @@ def running_fleet(bundle: Path, root: Path, **options: Any) -> Iterator[Fleet]:
     directory, token = root / "fleet", root / "token"
     directory.mkdir()
     token.write_text(TOKEN)
-    args = RayArgs.model_validate(
-        {
-            "bundle": bundle,
-            "device": "cpu",
-            "threads": 1,
-            "model_name": "tiny",
-            "adapters_dir": directory,
-            "allow_adapter_loading": True,
-            "token_file": token,
-            "log_level": "warning",
-            **options,
-        }
-    )
+    args = {
+        "bundle": bundle,
+        "device": "cpu",
+        "threads": 1,
+        "model_name": "tiny",
+        "adapters_dir": directory,
+        "allow_adapter_loading": True,
+        "token_file": token,
+        "log_level": "warning",
+        **options,
+    }
     port = free_port("127.0.0.1", 0)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,

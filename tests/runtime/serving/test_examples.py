@@ -90,7 +90,8 @@ def test_ray_takes_the_file_and_the_application_its_arguments(tmp_path):
     pytest.importorskip("ray.serve", reason="needs the package 'ray'")
     from ray.serve.schema import ServeDeploySchema
 
-    from hhdeploy.runtime.serving.ray.app import RayArgs, application
+    from hhdeploy.runtime.serving.ray.app import application
+    from hhdeploy.runtime.serving.ray.settings import read_settings
 
     (content,) = documents("ray.yaml")
     schema = ServeDeploySchema.model_validate(content)
@@ -101,8 +102,8 @@ def test_ray_takes_the_file_and_the_application_its_arguments(tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef-of-the-tests")
     there = {"bundle": tmp_path, "adapters_dir": tmp_path, "token_file": token}
-    args = RayArgs.model_validate({**app.args, **there})
-    assert schema.http_options.request_timeout_s > args.request_seconds
+    args = {**app.args, **there}
+    assert schema.http_options.request_timeout_s > read_settings(args).request_seconds
     names = {"Replica", "Registry", "Ingress"}
     assert {deployment.name for deployment in app.deployments} <= names
     assert application(args)._bound_deployment.name == "Ingress"

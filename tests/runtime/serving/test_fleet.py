@@ -73,7 +73,7 @@ class Scene:
         return self.bank.pack("any", make_adapter(self.workshop, seed)).row
 
     async def ask(self, *names):
-        return await self.fleet.hold(dict.fromkeys(names))
+        return await self.fleet.rows.hold(dict.fromkeys(names))
 
     async def asked(self, *names):
         """Hold and release: a request that is answered at once."""
@@ -84,7 +84,7 @@ class Scene:
 
     def release(self, held):
         for hold in held.values():
-            self.fleet.release(hold)
+            self.fleet.rows.release(hold)
 
     def state(self, name):
         return self.fleet.status(name).state
@@ -118,8 +118,8 @@ def play(small, workshop, tmp_path):
                     await made.fleet.close()  # loads that nobody waits for any more
                     check_at_rest(made.bank)
                     # Nothing is kept of adapters that come and go.
-                    assert set(made.fleet._used) == set(made.bank)
-                    assert not made.fleet._waiting
+                    assert set(made.fleet.rows._used) == set(made.bank)
+                    assert not made.fleet.rows._waiting
                     assert not made.fleet._fetching
                 finally:
                     await made.fleet.close()
@@ -142,7 +142,7 @@ def test_an_adapter_on_disk_is_loaded_when_it_is_asked_for(play):
         assert np.array_equal(s.bank.rows[held["a"].row], s.row(0))
         assert s.state("a") == "ready"
         s.release(held)
-        assert s.fleet.rows == (3, 3)
+        assert (s.fleet.rows.used, s.fleet.rows.total) == (3, 3)
         await s.asked("a", "alpha", "gamma")
         assert s.reads == ["a"]
 
@@ -238,7 +238,7 @@ def test_the_least_recently_used_gives_its_row_up(play):
         await s.asked("b")
         assert set(s.bank) == {"alpha", "b"}
         assert s.state("a") == "on disk"
-        assert s.fleet.counters.evictions == 2
+        assert s.fleet.rows.evictions == 2
         await s.asked("gamma")
         assert set(s.bank) == {"b", "gamma"}
 
@@ -251,7 +251,7 @@ def test_many_adapters_in_turn_through_few_rows(play):
             name = "abc"[turn % 3]
             values = await s.asked(name)
             assert np.array_equal(values[name], s.row("abc".index(name)))
-        assert s.fleet.rows == (2, 2)
+        assert (s.fleet.rows.used, s.fleet.rows.total) == (2, 2)
 
     play(scene, slots=3)
 
@@ -274,7 +274,7 @@ def test_pinned_adapters_keep_their_rows(play):
 def test_pinned_adapters_are_loaded_at_the_start(play):
     async def scene(s):
         assert set(s.bank) == {"a", "b"}
-        with pytest.raises(RequestError, match=r"room for 0 that are not pinned.*more --slots"):
+        with pytest.raises(RequestError, match=r"room for 0 that are not pinned.*more `slots`"):
             await s.ask("c")
         for change in (s.fleet.load("c"), s.fleet.upload("d", b"{}", b"")):
             with pytest.raises(RequestError, match="room for 0"):
@@ -287,7 +287,7 @@ def test_pinned_adapters_are_loaded_at_the_start(play):
 
 @pytest.mark.parametrize(
     ("pinned", "message"),
-    [(("omega",), "--pin: unknown adapter 'omega'"), (("a", "b", "c"), "--slots 4 or more")],
+    [(("omega",), "`pinned`: unknown adapter 'omega'"), (("a", "b", "c"), "`slots=4` or more")],
 )
 def test_pins_that_cannot_be(play, pinned, message):
     with pytest.raises(PlanError, match=message):
@@ -879,7 +879,7 @@ def test_one_that_is_asked_for_while_it_is_away_is_waited_for(play, monkeypatch,
             )
         for name in ("a", "alpha"):  # one is the bundle's as well, whose is the wrong one
             if how == "request" and name in s.bank:
-                s.fleet._remove(name)
+                s.fleet.rows.remove(name)
             s.away(name)
             begun = len(looked)
             ask = s.asked(name) if how == "request" else s.fleet.load(name)
@@ -1169,7 +1169,7 @@ def test_an_upload_onto_a_full_disk_is_the_servers_fault(play, tmp_path, monkeyp
 
 def test_an_upload_without_a_directory(play, tmp_path):
     async def scene(s):
-        with pytest.raises(ForbiddenError, match="--adapters-dir"):
+        with pytest.raises(ForbiddenError, match="`adapters_dir`"):
             await s.fleet.upload("a", *files_of(make_adapter(s.workshop, 7), tmp_path))
 
     play(scene, directory=False)

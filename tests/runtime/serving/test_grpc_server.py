@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from hhdeploy.runtime.serving.grpc.server import start_grpc
 from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
 from hhdeploy.runtime.serving.server import Addresses, serve
 from hhdeploy.runtime.serving.service import Service
-from hhdeploy.runtime.serving.settings import Limits, ServeSettings
+from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.grpc_requests import PATIENCE, message
 from tests.runtime.serving.servers import TOKEN
@@ -36,7 +37,7 @@ class Endpoint:
     """An endpoint whose answers wait for `gate`, and that notes what happens to requests."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = ServeSettings("tiny", **settings)
+        self.settings = ServeSettings(Path("tiny"), **settings)
         self.taken, self.gate, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.failure: Exception | None = None
         self.loaded: list[str] = []
@@ -57,9 +58,9 @@ class Endpoint:
 
 
 @contextlib.asynccontextmanager
-async def served(endpoint: Endpoint, host: str = "127.0.0.1"):
+async def served(endpoint: Endpoint, token: str | None = None):
     """A server of ``endpoint``, and a stub that is connected to it."""
-    server = await start_grpc(endpoint, host, 0)
+    server, host = await start_grpc(endpoint, 0, token), endpoint.settings.host
     address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
     try:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -140,7 +141,7 @@ def test_the_clients_deadline_ends_the_work():
 
 def test_the_servers_limit_ends_the_work():
     async def run() -> None:
-        endpoint = Endpoint(limits=Limits(request_seconds=0.05))
+        endpoint = Endpoint(request_seconds=0.05)
         async with served(endpoint) as (_, stub):
             code, said = await failing(stub.ModelInfer(message(images(1))))
             assert code == "DEADLINE_EXCEEDED" and "within 0.05 s" in said
@@ -207,7 +208,6 @@ def test_stopping_again_waits_no_longer():
 
 
 def test_requests_are_held_to_their_limit_where_loads_may_be_longer():
-    limits = Limits(body_bytes=20_000, adapter_bytes=60_000)
 
     def load(count: int) -> pb.RepositoryModelLoadRequest:
         request = pb.RepositoryModelLoadRequest(model_name="new")
@@ -216,10 +216,15 @@ def test_requests_are_held_to_their_limit_where_loads_may_be_longer():
         return request
 
     async def run() -> None:
-        endpoint = Endpoint(limits=limits, adapter_loading=True, token=TOKEN)
+        endpoint = Endpoint(
+            body_bytes=20_000,
+            adapter_bytes=60_000,
+            allow_adapter_loading=True,
+            token_file=Path("token"),
+        )
         endpoint.gate.set()
         headers = (("authorization", f"Bearer {TOKEN}"),)
-        async with served(endpoint) as (_, stub):
+        async with served(endpoint, TOKEN) as (_, stub):
             code, said = await failing(stub.ModelInfer(message(images(2))))
             assert code == "INVALID_ARGUMENT" and "at most 20000" in said
             assert (await soon(stub.ModelInfer(message(images(1))))).id == "seven"
@@ -236,8 +241,8 @@ def test_requests_are_held_to_their_limit_where_loads_may_be_longer():
 def test_a_port_that_is_taken():
     async def run() -> None:
         async with served(Endpoint()) as (server, _):
-            with pytest.raises(DeviceError, match="--grpc-port"):
-                await start_grpc(Endpoint(), "127.0.0.1", server.port)
+            with pytest.raises(DeviceError, match="`grpc_port`"):
+                await start_grpc(Endpoint(), server.port, None)
 
     asyncio.run(run())
 
@@ -250,7 +255,7 @@ def test_ipv6():
             pytest.skip("no IPv6 on this machine")
 
     async def run() -> None:
-        async with served(Endpoint(), "::1") as (_, stub):
+        async with served(Endpoint(host="::1")) as (_, stub):
             assert (await soon(stub.ServerLive(pb.ServerLiveRequest()))).live
 
     asyncio.run(run())
@@ -324,7 +329,7 @@ def test_http_and_grpc_drain_at_the_same_time(branches):
     """A signal stops both at once, and both answer what they took."""
 
     async def run() -> None:
-        settings = ServeSettings("tiny")
+        settings = ServeSettings(Path("tiny"))
         service = Service(open_session(branches, device="cpu", threads=1, partial=True), settings)
         gate, taken, infer = asyncio.Event(), asyncio.Semaphore(0), service.infer
 
@@ -336,7 +341,7 @@ def test_http_and_grpc_drain_at_the_same_time(branches):
         service.infer = gated
         where: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(
-            serve(service, host="127.0.0.1", http_port=0, grpc_port=0, announce=where.set_result)
+            serve(service, token=None, http_port=0, grpc_port=0, announce=where.set_result)
         )
         addresses = await soon(where)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{addresses.grpc_port}") as channel:

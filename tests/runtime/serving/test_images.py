@@ -7,11 +7,13 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.images import decode_image
 
@@ -49,6 +51,25 @@ def refused(content: bytes, kind: type[RequestError] = RequestError) -> str:
     message = str(caught.value)
     assert message.startswith("image 3: ") and message.isprintable() and len(message) < 300
     return message
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_on_its_side_is_preprocessed_upright(form):
+    exif = Image.Exif()
+    exif[0x112] = 8
+    way = Preprocess((3, 31, 29), (0.5,) * 3, (0.25,) * 3)
+    found = way(decode(encoded(form, exif=exif)))
+    stored = way(decode(encoded(form)))
+    assert np.array_equal(found, way(decode(encoded(form)).transpose(Image.Transpose.ROTATE_90)))
+    assert not np.allclose(found, stored, atol=0.1)
+    assert np.array_equal(replace(way, exif=False)(decode(encoded(form, exif=exif))), stored)
+
+
+def test_sixteen_bits_are_scaled():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    file = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint16) * 257).save(file, "PNG")
+    assert np.array_equal(np.asarray(decode(file.getvalue()))[..., 1], levels)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])

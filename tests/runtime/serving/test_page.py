@@ -34,7 +34,7 @@ def question(*names: str, **changes) -> dict:
             {"name": "images", "datatype": "BYTES", "shape": [1], "data": data},
             {"name": "adapters", "datatype": "BYTES", "shape": [len(names)], "data": names},
         ],
-        "outputs": [{"name": "probabilities", "parameters": {"classification": 3}}],
+        "outputs": [{"name": "answers", "parameters": {"classification": 3}}],
         **changes,
     }
 
@@ -170,7 +170,7 @@ def test_status_of_a_fleet_with_fewer_rows_than_adapters(branches, tmp_path):
     broken.mkdir()
     (broken / "adapter_config.json").write_text("{")
     session = open_session(branches, device="cpu", threads=1, slots=3, partial=True)
-    settings = ServeSettings("served", adapters_dir=tmp_path, pinned=frozenset({"alpha"}))
+    settings = ServeSettings(Path("served"), adapters_dir=tmp_path, pinned=frozenset({"alpha"}))
     start, second, third = statuses(
         Service(session, settings), question("gamma"), question("broken")
     )
@@ -202,12 +202,12 @@ def test_status_of_a_fleet_with_fewer_rows_than_adapters(branches, tmp_path):
 
 def test_status_of_a_folded_bundle(folded):
     session = open_session(folded, device="cpu", threads=1)
-    start, after = statuses(Service(session, ServeSettings("served")), question("alpha"))
+    start, after = statuses(Service(session, ServeSettings(Path("served"))), question("alpha"))
     assert start["bank"] is None
     assert after["adapters"] == [
         {
             "name": "alpha", "state": "ready", "problem": "", "pinned": False, "classes": 7,
-            "row": None, "images": 1,
+            "problem_type": "single_label_classification", "row": None, "images": 1,
         }
     ]  # fmt: skip
 

@@ -24,14 +24,14 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from hhdeploy.runtime.serving.ray import registry as ray_registry
-from hhdeploy.runtime.serving.ray.args import RayArgs
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint, named_adapter
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
-from hhdeploy.runtime.serving.ray.registry import Change, Registry
+from hhdeploy.runtime.serving.ray.registry import Latest, Registry
 from hhdeploy.runtime.serving.ray.replica import Replica
 from hhdeploy.runtime.serving.ray.router import AdapterRouter
-from hhdeploy.runtime.serving.settings import Limits, ServeSettings
+from hhdeploy.runtime.serving.ray.settings import read_settings
+from hhdeploy.runtime.serving.settings import ServeSettings
 
 PATIENCE_SECONDS = 60
 
@@ -115,9 +115,8 @@ def test_the_dead_are_left_out_of_what_all_answer():
         answered([ActorDiedError()])
 
 
-def endpoint(handle: Handle, seconds: float = PATIENCE_SECONDS) -> RayEndpoint:
-    settings = ServeSettings("tiny", limits=Limits(request_seconds=seconds))
-    return RayEndpoint(settings, handle, handle)
+def endpoint(handle: Handle) -> RayEndpoint:
+    return RayEndpoint(ServeSettings(Path("tiny")), handle, handle)
 
 
 def request(model: str = "tiny", adapters: list[bytes] | None = None, **parameters: Any):
@@ -140,7 +139,7 @@ def test_an_answer_that_does_not_come_is_given_up_and_cancelled():
 def test_replicas_that_die_for_ever_do_not_hold_a_request_for_ever():
     handle = Handle(*[ActorDiedError()] * 1000)
     with pytest.raises(errors.TimedOutError):
-        asyncio.run(endpoint(handle, 0.2).infer(request()))
+        asyncio.run(endpoint(handle).infer(request(timeout=200_000)))
 
 
 def test_draining_answers_what_was_taken_and_takes_nothing_new():
@@ -285,7 +284,7 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *alive: str) -> None:
         self.alive = set(alive)
-        self.seen: dict[str, list[Change]] = {}
+        self.seen: dict[str, list[Latest]] = {}
         self.first = SimpleNamespace(load_adapter=Handle(None), unload_adapter=Handle(None))
         self.asking: set[asyncio.Task[None]] = set()
         monkeypatch.setattr(ray_registry, "_actors", lambda: set(self.alive))
@@ -293,7 +292,7 @@ class Cluster:
         monkeypatch.setattr(ray_registry, "_LOOK_SECONDS", 0.01)
         self.registry = Registry()
 
-    async def join(self, member: str, *known: Change) -> None:
+    async def join(self, member: str, *known: Latest) -> None:
         self.seen[member] = await self.registry.join(member, known)
 
     def ask(self, member: str, problem: str = "") -> None:
@@ -339,7 +338,7 @@ def test_a_change_is_done_once_every_replica_has_done_it(monkeypatch):
         assert await waits(changing)
         cluster.ask("r2")
         await cluster.done(changing)
-        change = Change(1, "alpha", unloaded=True)
+        change = Latest(1, "alpha", unloaded=True)
         assert cluster.first.unload_adapter.calls == [("alpha",)]
         assert cluster.seen == {"r1": [change], "r2": [change]}
         await cluster.join("late")
@@ -406,7 +405,7 @@ def test_what_the_first_replica_refuses_changes_nothing(monkeypatch):
 def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(monkeypatch):
     async def run() -> None:
         cluster = Cluster(monkeypatch, "r1", "r2", "r3")
-        alpha, beta = Change(4, "alpha", unloaded=True), Change(6, "beta", unloaded=False)
+        alpha, beta = Latest(4, "alpha", unloaded=True), Latest(6, "beta", unloaded=False)
         await cluster.join("r1", alpha)
         changing = cluster.change("gamma", unloaded=True)
         # One that has not seen that it is another registry: it would pass for done.
@@ -418,7 +417,7 @@ def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(mon
         cluster.ask("r1")
         cluster.ask("r2")
         await cluster.done(changing)
-        gamma = Change(7, "gamma", unloaded=True)
+        gamma = Latest(7, "gamma", unloaded=True)
         assert cluster.seen["r1"] == [alpha, beta, gamma]
         assert cluster.seen["r2"] == [alpha, beta, gamma]
 
@@ -429,23 +428,17 @@ def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(mon
 
 
 def test_arguments_are_checked(tmp_path):
-    args = RayArgs(bundle=tmp_path)
-    assert args.settings(with_token=True).model_name == tmp_path.name
+    settings = read_settings({"bundle": str(tmp_path), "pinned": ["a"], "threads": 2})
+    assert settings.model_name == tmp_path.name
+    assert (settings.bundle, settings.pinned, settings.replicas) == (tmp_path, {"a"}, 2)
     with pytest.raises(ValidationError, match="max_bach"):
-        RayArgs.model_validate({"bundle": tmp_path, "max_bach": 3})
-    with pytest.raises(ValidationError, match="replicas"):
-        RayArgs(bundle=tmp_path, replicas=0)
-    with pytest.raises(PlanError, match="--token-file"):
-        RayArgs(bundle=tmp_path, allow_adapter_loading=True).settings(with_token=True)
-
-
-def test_only_the_ingress_reads_the_token(tmp_path):
-    file = tmp_path / "token"
-    file.write_text("a-token-of-sufficient-length")
-    args = RayArgs(bundle=tmp_path, allow_adapter_loading=True, token_file=file)
-    assert args.settings(with_token=True).token == "a-token-of-sufficient-length"
-    settings = args.settings(with_token=False)
-    assert (settings.token, settings.adapter_loading) == (None, False)
+        read_settings({"bundle": tmp_path, "max_bach": 3})
+    with pytest.raises(ValidationError, match="threads"):
+        read_settings({"bundle": tmp_path, "threads": "many"})
+    with pytest.raises(PlanError, match="replicas: expected 1 or more"):
+        read_settings({"bundle": tmp_path, "replicas": 0})
+    with pytest.raises(PlanError, match="`token_file`"):
+        read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
 
 
 def test_a_replica_whose_session_only_fails_is_replaced():

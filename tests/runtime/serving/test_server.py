@@ -69,7 +69,7 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
 
     async def scene():
         session = open_session(small, device="cpu", threads=1)
-        service = Service(session, ServeSettings("tiny", max_batch=4))
+        service = Service(session, ServeSettings(Path("tiny"), max_batch=4))
         run = service._batcher._run
 
         def held(images, rows):
@@ -82,7 +82,7 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
         serving = asyncio.create_task(
             serve(
                 service,
-                host="127.0.0.1",
+                token=None,
                 http_port=0,
                 grpc_port=None,
                 announce=lambda where: listening.append(where.http_port),

@@ -18,7 +18,7 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError, DataError, ParityError, PlanError, WriteError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
-from hhdeploy.quantising.calibrating import (
+from hhdeploy.quantising import (
     _PICTURES,
     CalibrationOptions,
     CalibrationResult,
@@ -166,7 +166,7 @@ def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkey
         assert contents(calibrate.path) == before, arguments
     strict = replace(PARITY["quantised", "int8"], range_error=0.0)
     monkeypatch.setitem(PARITY, ("quantised", "int8"), strict)  # type: ignore[arg-type]
-    with pytest.raises(ParityError, match="--max-drop POINTS or --exclude"):
+    with pytest.raises(ParityError, match="`max_drop` or `exclude`"):
         calibrate()
     assert contents(calibrate.path) == before
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from hhdeploy.errors import MissingDependencyError, SessionError
-from hhdeploy.packages.trt import Log, import_tensorrt
+from hhdeploy.packages import Log, import_tensorrt
 
 
 def fake(monkeypatch, module, version):

@@ -1,7 +1,8 @@
 """From a float32 bundle and images to a Q/DQ graph, in two steps.
 
-    found = calibrate(bundle, "images/", CalibrationSettings(), cache=...)   # runs the images
-    graph = quantise(bundle, found, settings).model                          # writes the graph
+    graph = Float32Graph.open(bundle)
+    found = find_scales(graph, data, CalibrationSettings(), cache=...)   # runs the images
+    low = quantise(graph, found, settings).model                         # writes the graph
 
 The first step is the slow one and does not depend on precision or excluded sites; the second
 is cheap and may be repeated with other settings.
@@ -18,15 +19,41 @@ from typing import Any
 import onnx_ir as ir
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration import cache as stored
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.int8 import calibrate_int8, nncf_version
-from hhdeploy.calibration.qdq import FORMATS, quantised_model
-from hhdeploy.calibration.scales import Calibration
+from hhdeploy.calibration.qdq import FORMATS, find_sites, other_products, quantised_model
+from hhdeploy.calibration.scales import Calibration, cache_key, read_cached, write_cached
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
-from hhdeploy.calibration.sites import find_sites, other_products
 from hhdeploy.errors import PlanError
 from hhdeploy.graph import GraphLinear
+
+
+@dataclass(frozen=True)
+class Float32Graph:
+    """A bundle's float32 graph, checked and read once for all that calibrates it.
+
+    Attributes:
+        path: of the file; its weights lie beside it.
+        model: never changed.
+        sites: of the model, see `find_sites`.
+        classifier: module path of the backbone's classifier.
+        sha256: over the hashes of the graph's files.
+    """
+
+    path: Path
+    model: ir.Model
+    sites: Mapping[str, GraphLinear]
+    classifier: str
+    sha256: str
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> Float32Graph:
+        """Raises `BundleError`: the graph is missing, was changed, or has nothing to quantise."""
+        path, files = bundle.graph("float32"), bundle.manifest.files
+        names = [name for name in (path.name, f"{path.name}.data") if name in files]
+        digest = hashlib.sha256("".join(files[name] for name in names).encode()).hexdigest()
+        model, classifier = ir.load(path), bundle.manifest.backbone.classifier
+        return cls(path, model, find_sites(model.graph, classifier), classifier, digest)
 
 
 @dataclass(frozen=True)
@@ -94,56 +121,54 @@ class Quantised:
         }
 
 
-def calibrate(
-    bundle: Bundle,
+def find_scales(
+    graph: Float32Graph,
     data: CalibrationData,
     settings: CalibrationSettings,
     *,
     cache: Path | None = None,
 ) -> Calibration:
-    """Find the scales of every site of a bundle's float32 graph.
+    """Find the scales of every site.
 
     Args:
-        bundle: every bundle has a float32 graph.
+        graph: of the bundle that the data feeds.
         data: see `CalibrationData.open`.
         settings: ``smooth_quant`` and ``bias_correction`` matter here.
         cache: directory of earlier calibrations; None neither reads nor writes one.
 
     Raises:
-        BundleError: the graph is missing or was changed.
         PlanError: NNCF could not quantise it.
         MissingDependencyError: NNCF is not installed.
     """
-    path, sites, digest = float32_graph(bundle)
     versions = {"nncf": nncf_version()}
-    key = stored.cache_key(digest, data.digest, settings, versions)
-    scales = stored.read(cache, key) if cache is not None else None
+    key = cache_key(graph.sha256, data.digest, settings, versions)
+    scales = read_cached(cache, key) if cache is not None else None
     if scales is None:
-        scales = calibrate_int8(path, sites, data, settings)
+        scales = calibrate_int8(graph.path, graph.sites, data, settings)
         if cache is not None:
-            stored.write(cache, key, scales)
+            write_cached(cache, key, scales)
     left = tuple(
         f"{name}: NNCF found no range for this Linear; it stays in floating point"
-        for name in sites
+        for name in graph.sites
         if name not in scales
     )
     return Calibration(
-        scales, digest, settings, data.description, (*data.warnings, *left), versions
+        scales, graph.sha256, settings, data.description, (*data.warnings, *left), versions
     )
 
 
 def quantise(
-    bundle: Bundle,
+    graph: Float32Graph,
     calibration: Calibration,
     settings: CalibrationSettings,
     *,
     sqnr_db: Mapping[str, float] | None = None,
 ) -> Quantised:
-    """Write the Q/DQ graph of a calibrated bundle.
+    """Write the Q/DQ graph of a calibrated graph.
 
     Args:
-        bundle: the one that was calibrated.
-        calibration: from `calibrate`.
+        graph: the one that was calibrated.
+        calibration: from `find_scales`.
         settings: ``precision``, ``exclude`` and ``preset`` matter here; they need not be those
             of the calibration.
         sqnr_db: per site, to be shown in the result.
@@ -152,18 +177,15 @@ def quantise(
         PlanError: another graph than the calibrated one, an exclude pattern that fits nothing,
             or nothing left to quantise.
     """
-    path, sites, digest = float32_graph(bundle)
-    if digest != calibration.graph_sha256:
+    if graph.sha256 != calibration.graph_sha256:
         raise PlanError(
-            f"{path} is not the graph that was calibrated (sha256 {digest[:12]}… instead of "
-            f"{calibration.graph_sha256[:12]}…). Calibrate again."
+            f"{graph.path} is not the graph that was calibrated (sha256 "
+            f"{graph.sha256[:12]}… instead of {calibration.graph_sha256[:12]}…). Calibrate again."
         )
     form = FORMATS[settings.precision]
     excluded = excluded_sites(settings, tuple(calibration.sites))
-    classifier = bundle.manifest.backbone.classifier
-    model = ir.load(path)
     infos = {}
-    for name, site in sites.items():
+    for name, site in graph.sites.items():
         scale = calibration.sites.get(name)
         low = scale is not None and name not in excluded
         active = scale if low and form.activations else None
@@ -178,22 +200,13 @@ def quantise(
             sqnr_db=(sqnr_db or {}).get(name),
         )
     return Quantised(
-        model=quantised_model(model, calibration.sites, form, classifier, excluded),
+        model=quantised_model(graph.model, calibration.sites, form, graph.classifier, excluded),
         precision=settings.precision,
         sites=infos,
-        kept=tuple(other_products(model.graph, sites.values())),
+        kept=tuple(other_products(graph.model.graph, graph.sites.values())),
         ranges=calibration.ranges,
         warnings=calibration.warnings,
         settings=settings,
         data=calibration.data,
         versions=calibration.versions,
     )
-
-
-def float32_graph(bundle: Bundle) -> tuple[Path, dict[str, GraphLinear], str]:
-    """Path, sites and digest of a bundle's float32 graph."""
-    path = bundle.graph("float32")
-    files = bundle.manifest.files
-    names = [name for name in (path.name, f"{path.name}.data") if name in files]
-    digest = hashlib.sha256("".join(files[name] for name in names).encode()).hexdigest()
-    return path, find_sites(ir.load(path).graph, bundle.manifest.backbone.classifier), digest

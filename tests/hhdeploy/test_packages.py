@@ -12,7 +12,7 @@ except ImportError:  # Python 3.10, for which pytest brings it under its first n
     import tomli as tomllib
 
 from hhdeploy.errors import MissingDependencyError
-from hhdeploy.packages.extras import EXTRAS, INCLUDED, check_version, is_older
+from hhdeploy.packages import EXTRAS, INCLUDED, check_version, is_older
 from tests.workshop import ROOT
 
 # name[extras]>=version

@@ -1,0 +1,90 @@
+"""Parameters of a backbone that an adapter replaces whole: norms, convolutions, dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hhdeploy.errors import AdapterError
+
+
+def put_values(
+    model: nn.Module, values: Mapping[str, NDArray[np.float32]], source: str
+) -> dict[str, nn.Parameter]:
+    """Replace parameters of a model, in place, by new frozen ones.
+
+    The old ones are kept, not written over: a graph traced before or after shares the memory of
+    the parameters it was traced with.
+
+    Args:
+        model: any module.
+        values: parameter path -> its new value.
+        source: the adapter that they come from, for messages.
+
+    Returns:
+        Path -> the old parameter, for `restore_values`.
+
+    Raises:
+        AdapterError: no such parameter, or one of another shape; the model is as it was.
+    """
+    known = dict(model.named_parameters())
+    for path, value in values.items():
+        if path not in known:
+            raise AdapterError(
+                f"{source}: {path}.value: the model has no parameter {path}. The adapter belongs "
+                "to another architecture."
+            )
+        if tuple(known[path].shape) != value.shape:
+            raise AdapterError(
+                f"{source}: {path}.value: expected shape {list(known[path].shape)}, found "
+                f"{list(value.shape)}."
+            )
+    old = {path: known[path] for path in values}
+    for path, value in values.items():
+        new = torch.from_numpy(value).to(old[path].device, old[path].dtype)
+        _exchange(model, old[path], nn.Parameter(new, requires_grad=False))
+    return old
+
+
+def restore_values(model: nn.Module, old: Mapping[str, nn.Parameter]) -> None:
+    """Put the parameters back that `put_values` replaced, in the type that the model has now."""
+    for path, parameter in old.items():
+        new = model.get_parameter(path)
+        parameter.data = parameter.data.to(new.device, new.dtype)
+        _exchange(model, new, parameter)
+
+
+def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Wherever a model has a parameter: modules may share one."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter is old:
+                setattr(module, name, new)
+
+
+@contextmanager
+def values_in(
+    model: nn.Module, values: Mapping[str, NDArray[np.float32]], source: str
+) -> Iterator[None]:
+    """The model with some parameters replaced, and as it was afterwards."""
+    old = put_values(model, values, source)
+    try:
+        yield
+    finally:
+        restore_values(model, old)
+
+
+def original_parameter(model: nn.Module, path: str) -> Tensor:
+    """A parameter itself, also where a parametrization stands in front of it."""
+    owner, _, name = path.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    if torch.nn.utils.parametrize.is_parametrized(module, name):
+        original: Tensor = module.parametrizations[name].original
+        return original
+    return model.get_parameter(path)

@@ -1,0 +1,178 @@
+"""Folders of images: DIR/CLASS/image and DIR/train with DIR/val, as lists of files.
+
+What is no part of the data never becomes one: hidden folders and files, and those that systems
+leave beside pictures. What else is left out is counted and named, and a link that leads nowhere
+is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hhdeploy.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Left by archives, file servers and file systems.
+_LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"})
+_TRAIN, _VAL = ("train", "training"), ("val", "valid", "validation", "dev")
+_SPLITS = frozenset({*_TRAIN, *_VAL, "test", "testing"})
+
+
+@dataclass(frozen=True)
+class Images:
+    """Image files below a directory.
+
+    Attributes:
+        paths: sorted.
+        skipped: how many files were left out, by what they are (a suffix, mostly).
+    """
+
+    paths: tuple[Path, ...]
+    skipped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Image files by class.
+
+    Attributes:
+        paths: class name -> its files, both sorted.
+        skipped: as of `Images`, over all classes.
+    """
+
+    paths: Mapping[str, tuple[Path, ...]]
+    skipped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts of DIR/train/CLASS/image and DIR/val/CLASS/image.
+
+    Attributes:
+        train: the folder to train on; DIR itself if it is not split.
+        val: the folder that judges; None if there is none.
+    """
+
+    train: Path
+    val: Path | None
+
+
+def list_images(directory: Path) -> Images:
+    """All image files below ``directory``, links followed.
+
+    Raises:
+        DataError: not a directory, no image in it, a directory that cannot be read, or a link of
+            an image's name that leads nowhere.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory} is not a directory. A folder of images was expected.")
+    found: list[Path] = []
+    skipped: Counter[str] = Counter()
+    for file in _files(directory):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            _check_link(file)
+            found.append(file)
+        else:
+            skipped[file.suffix.lower() or "without a suffix"] += 1
+    if not found:
+        others = f" It holds {in_words(skipped)}." if skipped else ""
+        raise DataError(
+            f"{directory} holds no image. Expected files ending in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}.{others}"
+        )
+    return Images(tuple(sorted(found)), dict(skipped))
+
+
+def list_classes(directory: Path) -> Classes:
+    """Image files of a DIR/CLASS/image folder by class.
+
+    Raises:
+        DataError: no class folders, one of them without an image, or see `list_images`.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory} is not a directory. Expected DIR/CLASS/image.")
+    classes: dict[str, tuple[Path, ...]] = {}
+    skipped: Counter[str] = Counter()
+    for child in visible(directory):
+        _check_link(child)
+        if child.is_dir():
+            images = list_images(child)
+            classes[child.name] = images.paths
+            skipped.update(images.skipped)
+        elif child.suffix.lower() in IMAGE_SUFFIXES:
+            skipped["pictures outside of a class folder"] += 1
+        else:
+            skipped[child.suffix.lower() or "without a suffix"] += 1
+    if not classes:
+        raise DataError(f"{directory} has no class folders. Expected DIR/CLASS/image.")
+    return Classes(classes, dict(skipped))
+
+
+def find_splits(directory: Path) -> Splits:
+    """The parts of a folder whose only folders are called train, val and the like.
+
+    They are classes where train has no folders in it, or where there are others beside it: a train
+    is also a vehicle.
+    """
+    whole = Splits(directory, None)
+    if not directory.is_dir():
+        return whole
+    parts = {d.name.lower(): d for d in visible(directory) if d.is_dir()}
+    train = next((parts[name] for name in _TRAIN if name in parts), None)
+    if train is None or not set(parts) <= _SPLITS:
+        return whole
+    if not any(child.is_dir() for child in visible(train)):
+        return whole
+    return Splits(train, next((parts[name] for name in _VAL if name in parts), None))
+
+
+def visible(directory: Path) -> list[Path]:
+    """What a directory holds, sorted, but for what is hidden or was left behind by a system."""
+    return sorted(p for p in directory.iterdir() if _is_visible(p.name))
+
+
+def in_words(skipped: Mapping[str, int]) -> str:
+    """``3 .heic, 1 .txt``: what was left out, the most frequent first."""
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in ordered)
+
+
+def spread(paths: Sequence[Path], count: int) -> list[Path]:
+    """``count`` of ``paths``, evenly spaced, so that every class of a sorted list is met."""
+    if len(paths) <= count:
+        return list(paths)
+    return [paths[(i * len(paths)) // count] for i in range(count)]
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in _LEFT_BEHIND
+
+
+def _files(directory: Path) -> list[Path]:
+    """Visible files below a directory; one that links lead to twice is walked once."""
+
+    def refused(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+    found, walked = [], set()
+    for root, folders, files in os.walk(directory, onerror=refused, followlinks=True):
+        here = os.stat(root)
+        if (here.st_dev, here.st_ino) in walked:
+            folders.clear()
+            continue
+        walked.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if _is_visible(name))
+        found += [Path(root, name) for name in files if _is_visible(name)]
+    return found
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist. Restore what it leads "
+            "to, or remove the link."
+        )

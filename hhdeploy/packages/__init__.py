@@ -1,1 +1,0 @@
-"""The optional packages: which extra brings them, their bounds, and TensorRT under one name."""

@@ -1,1 +1,0 @@
-"""From a float32 bundle and images to a judged Q/DQ graph in it."""

@@ -1,0 +1,125 @@
+"""What arrives on a connection, within limits: heads and time, then bodies.
+
+uvicorn's own timeout is for connections between two requests: one that never sends a request, or
+whose request never ends, would stay for ever, and headers without end would be collected in memory.
+Bodies are decompressed, and counted as long as they are held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from starlette.requests import Request
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from hhdeploy.runtime.serving.errors import BusyError, TooLargeError
+from hhdeploy.runtime.serving.http.codec import decompressed
+
+# Of everything but bodies: request line, headers, trailers, lengths of chunks.
+MOST_HEAD_BYTES: Final = 1 << 16
+
+
+def bounded_protocol(seconds: float) -> type[HttpToolsProtocol]:
+    """The protocol for `uvicorn.Config`.
+
+    Args:
+        seconds: after which a connection is closed whose request has not arrived as a whole, from
+            its first byte or, of the first request, from the beginning of the connection.
+    """
+
+    class BoundedProtocol(HttpToolsProtocol):
+        _deadline: asyncio.TimerHandle | None = None
+        # Bytes that came since the headers' end or since the body went on.
+        _beside = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._deadline = self.loop.call_later(seconds, transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._arrived()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            self._beside += len(data)
+            super().data_received(data)
+            if self._beside > MOST_HEAD_BYTES and not self.transport.is_closing():
+                message = f"Headers beyond {MOST_HEAD_BYTES} bytes."
+                self.logger.warning(message)
+                self.send_400_response(message)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(seconds, self.transport.close)
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            self._beside = 0
+
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            self._beside = 0
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._beside = 0
+            self._arrived()
+
+        def _arrived(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return BoundedProtocol
+
+
+class Bodies:
+    """The bodies that one server holds. Many small requests may be large together."""
+
+    def __init__(self, most: int) -> None:
+        """``most``: bytes of all bodies at the same time."""
+        self._most = most
+        self._held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request, limit: int) -> AsyncIterator[bytes]:
+        """The whole body, decompressed; refused as soon as it is longer than ``limit``.
+
+        Raises:
+            TooLargeError: it is.
+            BusyError: all bodies together are beyond the server's limit.
+            RequestError: see `decompressed`.
+        """
+        declared = request.headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
+            raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
+        chunks: list[bytes] = []
+        size = held = 0
+        try:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise TooLargeError(f"the body is beyond {limit} bytes.")
+                held += self._take(len(chunk))
+                chunks.append(chunk)
+            body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+            content = decompressed(body, request.headers.get("content-encoding", ""), limit)
+            if content is not body:
+                held += self._take(len(content))
+            yield content
+        finally:
+            self._held -= held
+
+    def _take(self, size: int) -> int:
+        if self._held + size > self._most:
+            raise BusyError(
+                f"the bodies of all requests are {self._held} bytes, at most {self._most} are "
+                "taken. Try again later."
+            )
+        self._held += size
+        return size

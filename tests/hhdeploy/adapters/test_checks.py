@@ -1,0 +1,213 @@
+"""One adapter that does not belong to the backbone is refused in the same words everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hhdeploy.adapters.checks import check
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
+from hhdeploy.adapters.format import Adapter, SiteTensors, _tensors_of, load_adapter
+from hhdeploy.adapters.importers import ImportOptions, import_adapter
+from hhdeploy.bundle import Bundle, add_adapter
+from hhdeploy.errors import AdapterError, CapacityError, HhdeployError
+from hhdeploy.files.tensors import tensor_bytes
+from hhdeploy.files.writing import json_bytes
+from hhdeploy.runtime.bank import AdapterBank
+from tests.support import random_adapter
+from tests.workshop import copy_bundle
+
+SITE = "blocks.0.attn.proj"
+DIM = 48
+
+
+def sites(adapter: Adapter, **changes: SiteTensors | None) -> Adapter:
+    """With other tensors at some sites (``__`` for a dot); None takes them away."""
+    named = {name.replace("__", "."): tensors for name, tensors in changes.items()}
+    merged = {**adapter.sites, **named}
+    return replace(adapter, sites={k: t for k, t in merged.items() if t is not None})
+
+
+def config(adapter: Adapter, **changes: object) -> Adapter:
+    return replace(adapter, config=replace(adapter.config, **changes))
+
+
+def low_rank(out: int, in_: int) -> SiteTensors:
+    return SiteTensors(lora_A=np.ones((2, in_), np.float32), lora_B=np.ones((out, 2), np.float32))
+
+
+def larger(adapter: Adapter) -> Adapter:
+    """Made for images of another size than the backbone takes."""
+    preprocess = replace(adapter.config.preprocess, input_size=(3, 40, 32))
+    return config(adapter, preprocess=preprocess, base_model_args={})
+
+
+def sequential_at(site: str) -> Callable[[Adapter], Adapter]:
+    return lambda adapter: config(
+        replace(adapter, sites={site: low_rank(DIM, DIM)}),
+        form="sequential",
+        target_modules=(site,),
+    )
+
+
+def headless(adapter: Adapter, **changes: object) -> Adapter:
+    return config(replace(adapter, head=None), **{"num_classes": None, **changes})
+
+
+# What is wrong -> how an adapter gets it, and what is said after the adapter's source.
+FAULTS: dict[str, tuple[Callable[[Adapter], Adapter], str]] = {
+    "another model": (
+        lambda a: config(a, base_model="vit_small_patch16_224"),
+        "base_model_name_or_path: adapter 'x' expects vit_small_patch16_224",
+    ),
+    "other weights": (
+        lambda a: config(a, base_sha256="cd" * 32),
+        "base_sha256: adapter 'x' was trained on the weights cdcdcdcdcdcd…",
+    ),
+    "wrong shape": (
+        lambda a: sites(a, blocks__0__attn__proj=low_rank(DIM, DIM + 1)),
+        f"{SITE}: expected tensors for a 48 x 48 matrix (additive), found 48 x 49.",
+    ),
+    "site missing": (
+        lambda a: sites(a, blocks__0__attn__proj=None),
+        f"missing tensor keys for {SITE}: target_modules",
+    ),
+    "sequential at a third": (
+        sequential_at("blocks.0.attn.qkv.q"),
+        "blocks.0.attn.qkv.q: the sequential form acts after proj, fc2 only",
+    ),
+    "head elsewhere": (
+        lambda a: replace(a, head=replace(a.head, path="head.fc")),
+        "classifier head.fc.weight: expected head.weight",
+    ),
+    "head of another width": (
+        lambda a: replace(a, head=replace(a.head, weight=np.ones((7, DIM + 1), np.float32))),
+        "head.weight: expected [classes, 48], found [7, 49].",
+    ),
+    "classes that nobody has": (
+        lambda a: headless(a, num_classes=3, class_names=None),
+        "num_classes: expected 5 (the backbone's classifier; the adapter brings none), found 3.",
+    ),
+    "too few class names": (
+        lambda a: headless(a, class_names=("cat", "dog")),
+        "class_names: expected 5 names, one per class, found 2.",
+    ),
+    "another image size": (
+        larger,
+        "the image sizes disagree: preprocess.input_size is [3, 40, 32], the backbone takes "
+        "[3, 32, 32].",
+    ),
+    "target without a site": (
+        lambda a: config(a, target_modules=(*a.config.target_modules, "blocks.9.attn.q")),
+        "missing tensor keys for blocks.9.attn.q: target_modules",
+    ),
+}
+ENTRANCES = ("export", "export --fold", "add", "session", "attach", "import")
+# What an entrance cannot meet: a model in hand does not say its image size; the importers make
+# the configuration themselves, from the backbone and the tensors there are, and know no head but
+# at the backbone's place.
+UNMET = {
+    "attach": {"another image size"},
+    "import": {
+        "another model",
+        "other weights",
+        "site missing",
+        "target without a site",
+        "head elsewhere",
+        "classes that nobody has",
+        "too few class names",
+    },
+}
+
+
+@pytest.fixture
+def enter(workshop, branches, tmp_path) -> Callable[[str, Adapter], str]:
+    """Take an adapter through an entrance: what it says, the adapter's own path left out."""
+    from hhdeploy.exporting.bundles import export
+    from hhdeploy.training import attach
+
+    facts = workshop.backbone.facts
+
+    def exported(adapter: Adapter, path: Path, fold: bool = False) -> None:
+        options = {"model_args": facts.args, "checkpoint": workshop.checkpoint}
+        directory = {"x": written(adapter, path)}
+        out = path / "out"
+        export(facts.model, directory, out, fold=fold, cache=workshop.cache, **options)
+
+    def added(adapter: Adapter, path: Path) -> None:
+        bundle = copy_bundle(branches, path / "bundle")
+        add_adapter(bundle, "x", written(adapter, path))
+
+    def loaded(adapter: Adapter, path: Path) -> None:
+        AdapterBank(Bundle.open(branches), None).add("x", written(adapter, path))
+
+    def imported(adapter: Adapter, path: Path) -> None:
+        torch = pytest.importorskip("torch")
+        tensors = {key: torch.from_numpy(value) for key, value in _tensors_of(adapter).items()}
+        torch.save(tensors, path / "x")
+        options = ImportOptions(form=adapter.form, preprocess=adapter.config.preprocess)
+        import_adapter(path / "x", workshop.backbone, options)
+
+    ways = {
+        "export": exported,
+        "export --fold": lambda adapter, path: exported(adapter, path, fold=True),
+        "add": added,
+        "session": loaded,
+        "attach": lambda a, path: attach(workshop.backbone.model, load_adapter(written(a, path))),
+        "import": imported,
+    }
+
+    def said(entrance: str, adapter: Adapter) -> str:
+        path = tmp_path / entrance
+        path.mkdir()
+        with pytest.raises(HhdeployError) as caught:
+            ways[entrance](adapter, path)
+        assert isinstance(caught.value, (AdapterError, CapacityError))
+        return str(caught.value).removeprefix(f"{path / 'x'}: ")
+
+    return said
+
+
+def written(adapter: Adapter, path: Path) -> Path:
+    """The adapter's directory, without the checks of `save_adapter`."""
+    (path / "x").mkdir()
+    (path / "x" / CONFIG_FILE).write_bytes(json_bytes(adapter.config.to_json()))
+    (path / "x" / TENSOR_FILE).write_bytes(tensor_bytes(_tensors_of(adapter)))
+    return path / "x"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_same_words_everywhere(enter, workshop, fault):
+    make, expected = FAULTS[fault]
+    adapter = make(random_adapter(workshop.backbone.facts, seed=31))
+    said = {e: enter(e, adapter) for e in ENTRANCES if fault not in UNMET.get(e, ())}
+    assert {"export", "add"} <= set(said)
+    assert len(set(said.values())) == 1, said
+    assert said["add"].startswith(expected)
+
+
+def test_a_bundle_knows_only_the_sites_that_it_has_branches_for(enter, workshop):
+    whole = random_adapter(workshop.backbone.facts, seed=31)
+    adapter = sites(whole, blocks__9__attn__proj=low_rank(DIM, DIM))
+    ways = ("export", "export --fold", "attach", "import")
+    (said,) = {enter(entrance, adapter) for entrance in ways}
+    assert said.startswith("tensor keys blocks.9.attn.proj.*: vit_tiny_patch16_224")
+    assert "has no such site. Its sites are blocks.0.attn.qkv.q, " in said
+    (said,) = {enter(entrance, adapter) for entrance in ("add", "session")}
+    assert "changes blocks.9.attn.proj (additive), which this bundle has no branch for" in said
+
+
+def test_a_new_adapter_s_targets(workshop, tmp_path):
+    """`attach` and `train` make adapters: the words are those for one that is there."""
+    from hhdeploy.training import attach
+
+    new = AdapterConfig(workshop.backbone.facts.model, target_modules=("gate",))
+    with pytest.raises(AdapterError, match=r"target_modules: 'gate' matches no site of vit_tiny_"):
+        attach(workshop.backbone.model, new)
+    asked = replace(random_adapter(workshop.backbone.facts), config=new, source="x")
+    with pytest.raises(AdapterError, match=r"x: target_modules: 'gate' matches no site of vit_"):
+        check("x", asked, workshop.backbone.facts)

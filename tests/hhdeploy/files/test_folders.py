@@ -1,0 +1,125 @@
+"""Folders of images: what is data, what is not, and what is said of the rest."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from hhdeploy.errors import DataError
+from hhdeploy.files.folders import find_splits, in_words, list_classes, list_images, spread
+
+
+def write(root, *names):
+    """Empty files below ``root``."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+def names(paths, root):
+    return [p.relative_to(root).as_posix() for p in paths]
+
+
+def test_what_is_expected_is_said(tmp_path):
+    with pytest.raises(DataError, match="is not a directory"):
+        list_images(tmp_path / "none")
+    with pytest.raises(DataError, match="is not a directory"):
+        list_classes(tmp_path / "none")
+    with pytest.raises(DataError, match=r"holds no image.*\.jpeg"):
+        list_images(tmp_path)
+    with pytest.raises(DataError, match="no class folders"):
+        list_classes(tmp_path)
+    write(tmp_path, "a/x.heic", "a/y.heic", "a/z")
+    with pytest.raises(DataError, match=r"a holds no image.*It holds 2 \.heic, 1 without a suffix"):
+        list_classes(tmp_path)
+
+
+def test_images_are_sorted_by_class_and_the_rest_is_counted(tmp_path):
+    write(tmp_path, "b/2.PNG", "b/1.png", "a/x.jpg", "a/more/y.jpg")
+    write(tmp_path, "a/notes.txt", "a/z.HEIC", "b/v.heic", "loose.png", "README")
+    found = list_images(tmp_path)
+    expected = ["a/more/y.jpg", "a/x.jpg", "b/1.png", "b/2.PNG"]
+    assert names(found.paths, tmp_path) == [*expected, "loose.png"]
+    assert found.skipped == {".txt": 1, ".heic": 2, "without a suffix": 1}
+    classes = list_classes(tmp_path)
+    assert {k: names(v, tmp_path) for k, v in classes.paths.items()} == {
+        "a": expected[:2],
+        "b": expected[2:],
+    }
+    outside = {"pictures outside of a class folder": 1}
+    assert classes.skipped == {**found.skipped, **outside}
+    assert in_words(found.skipped) == "2 .heic, 1 .txt, 1 without a suffix"
+
+
+def test_what_is_hidden_or_left_behind_is_no_class_and_no_image(tmp_path):
+    write(tmp_path, "a/1.png", "a/._1.png", "a/.cache/2.png", ".ipynb_checkpoints/1.png")
+    write(tmp_path, "__MACOSX/a/._1.png", "a/@eaDir/1.png/thumb.jpg", "lost+found/x.png")
+    classes = list_classes(tmp_path)
+    assert {k: names(v, tmp_path) for k, v in classes.paths.items()} == {"a": ["a/1.png"]}
+    assert not classes.skipped
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    write(tmp_path, "a/1.png")
+    (tmp_path / "a" / "notes.txt").symlink_to("gone.txt")  # no image: none is missed
+    assert list_classes(tmp_path).skipped == {".txt": 1}
+    (tmp_path / "a" / "2.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"a/2\.png is a link to gone\.png, which does not exist"):
+        list_images(tmp_path)
+    (tmp_path / "a" / "2.png").unlink()
+    (tmp_path / "b").symlink_to("elsewhere")
+    with pytest.raises(DataError, match=r"b is a link to elsewhere"):
+        list_classes(tmp_path)
+    (tmp_path / "b").unlink()
+    (tmp_path / "b").symlink_to("b")  # to itself
+    with pytest.raises(DataError, match=r"b is a link to b"):
+        list_classes(tmp_path)
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    write(tmp_path, "elsewhere/1.png", "elsewhere/2.png", "d/a/3.png")
+    (tmp_path / "d" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    classes = list_classes(tmp_path / "d").paths
+    assert {k: [p.name for p in v] for k, v in classes.items()} == {
+        "a": ["3.png", "1.png", "2.png"],
+        "b": ["1.png", "2.png"],
+    }
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    write(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(DataError, match="b cannot be read: Permission denied"):
+        list_classes(tmp_path)
+    (tmp_path / "b").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "val"),
+    [
+        (("train/a/1.png", "val/a/2.png"), "train", "val"),
+        (("Train/a/1.png", "Validation/a/2.png", "test/a/3.png"), "Train", "Validation"),
+        (("train/a/1.png", "test/a/2.png"), "train", None),
+        (("train/a/1.png", ".git/x", "readme.txt"), "train", None),
+        (("train/1.png", "val/2.png"), ".", None),  # two classes of these names
+        (("train/a/1.png", "bus/2.png"), ".", None),  # vehicles
+        (("train/a/1.png", "train/loose.png", "val/2.png", "test/3.png"), "train", "val"),
+        (("val/a/1.png", "test/a/1.png"), ".", None),
+        (("a/1.png", "b/1.png"), ".", None),
+    ],
+)
+def test_splits(tmp_path, files, train, val):
+    found = find_splits(write(tmp_path, *files))
+    assert found.train == tmp_path / train
+    assert found.val == (tmp_path / val if val else None)
+
+
+def test_spread_meets_every_part(tmp_path):
+    paths = [tmp_path / str(i) for i in range(13)]
+    assert spread(paths, 13) == spread(paths, 20) == paths
+    assert [int(p.name) for p in spread(paths, 5)] == [0, 2, 5, 7, 10]
