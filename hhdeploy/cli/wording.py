@@ -23,6 +23,8 @@ SPOKEN = {
     "batch[2]": "--max-batch",
     "batch": "--min-batch, --opt-batch, --max-batch",
     "cache=None": "--no-cache",
+    "strength": "DIR@STRENGTH",
+    "strengths": "--adapter NAME=DIR@STRENGTH",
     "optimization_level": "--builder-optimization-level",
 }
 # Public function -> its command.

@@ -34,7 +34,7 @@ _MARGIN = 8
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """A weight before and after, (out, in) and float64."""
 
     before: Array
@@ -75,7 +75,7 @@ def changed_parameters(
     for linear in backbone.facts.linears:
         weight, bias = path_of_parameters(backbone, linear)
         if weight in left:
-            change = Change(before[weight], left.pop(weight))
+            change = WeightChange(before[weight], left.pop(weight))
             found = _linear(linear, change, hints.get(linear.path, ()))
             tensors |= {f"{weight}.value": change.after} if found is None else found
         if bias in left:
@@ -118,7 +118,7 @@ def _head(before: Mapping[str, Array], left: dict[str, Array], head: str) -> Ten
     return kept | changed
 
 
-def _linear(linear: LinearSpec, change: Change, hints: Sequence[Array]) -> Tensors | None:
+def _linear(linear: LinearSpec, change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
     """The tensors of a Linear's sites; None if one of them has no live form."""
     for noise in change.noises:
         columns = _scaled_columns(change, noise)
@@ -131,7 +131,7 @@ def _linear(linear: LinearSpec, change: Change, hints: Sequence[Array]) -> Tenso
         np.split(change.after, len(linear.sites)),
         strict=True,
     ):
-        part = Change(before, after)
+        part = WeightChange(before, after)
         found = _site(part, hints)
         if found is None:
             return None
@@ -139,7 +139,7 @@ def _linear(linear: LinearSpec, change: Change, hints: Sequence[Array]) -> Tenso
     return tensors
 
 
-def _site(change: Change, hints: Sequence[Array]) -> Tensors | None:
+def _site(change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
     """lora_A and lora_B, s_out, or all three; empty without a change."""
     if not change.delta.any():
         return {}
@@ -156,7 +156,7 @@ def _site(change: Change, hints: Sequence[Array]) -> Tensors | None:
 
 
 def _scaled_rows(
-    change: Change, hints: Sequence[Array], limit: int, noise: float
+    change: WeightChange, hints: Sequence[Array], limit: int, noise: float
 ) -> Tensors | None:
     """after = diag(s_out) before + B A, with the rows of A in the span of a hint, or B A = 0."""
     into = change.before.shape[1]
@@ -179,7 +179,7 @@ def _scaled_rows(
     return None
 
 
-def _scaled_columns(change: Change, noise: float) -> Array | None:
+def _scaled_columns(change: WeightChange, noise: float) -> Array | None:
     """s_in with after = before diag(s_in), None if there is none."""
     square = np.einsum("ij,ij->j", change.before, change.before)
     product = np.einsum("ij,ij->j", change.before, change.after)

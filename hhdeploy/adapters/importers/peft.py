@@ -309,8 +309,9 @@ def _in_names_of(
     if thirds or patterns:
         raise AdapterError(
             f"{where}: the names are not those of {backbone.facts.model}, and "
-            f"{config['peft_type']} adapters with {patterns[0] if patterns else 'q, k and v apart'} are converted on "
-            "the model that they were trained on alone: give that `model`."
+            f"{config['peft_type']} adapters with "
+            f"{patterns[0] if patterns else 'q, k and v apart'} are converted on the model that "
+            "they were trained on alone: give that `model`."
         )
     renamed = {names.here(key): tensor for key, tensor in tuned.items()}
     targets = sorted(set(names.translated.values()))
