@@ -76,10 +76,10 @@ def small(workshop) -> Path:
 
 @pytest.fixture(scope="session")
 def heads(workshop) -> Path:
-    """Alpha's classes, independent labels and one value. Read only."""
-    from tests.workshop import AGE, TAGS
+    """Alpha's classes, independent labels, one value, and a head alone. Read only."""
+    from tests.workshop import AGE, PROBE, TAGS
 
-    return workshop.export(workshop.root / "heads", ("alpha", TAGS, AGE)).path
+    return workshop.export(workshop.root / "heads", ("alpha", TAGS, AGE, PROBE)).path
 
 
 @pytest.fixture(scope="session")

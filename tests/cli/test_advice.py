@@ -125,6 +125,8 @@ OTHER_MEANING = {
     ("hhdeploy/adapters/format.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),
     ("hhdeploy/adapters/config.py", "input_size"),
+    ("hhdeploy/adapters/config.py", "problem_type"),
+    ("hhdeploy/bundle/manifest.py", "problem_type"),
     ("hhdeploy/bundle/membership.py", "input_size"),
     ("hhdeploy/preprocess.py", "input_size"),
     ("hhdeploy/training/recipe.py", "input_size"),
