@@ -17,7 +17,8 @@ import click
 from benchmarks.harness import report
 from benchmarks.models import adapter_directories
 from hhdeploy.adapters.format import load_adapter
-from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import base_graph, trace
 from hhdeploy.exporters.writer import save_graph

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, Head, Part, SiteTensors, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import select_sites
-from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.calibration.data import CalibrationData

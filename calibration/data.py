@@ -30,7 +30,7 @@ Source = str | Path | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Sample:
+class CalibrationImage:
     """One calibration image.
 
     Attributes:
@@ -58,7 +58,7 @@ class CalibrationData:
     def __init__(
         self,
         feeder: Feeder,
-        samples: Sequence[Sample],
+        samples: Sequence[CalibrationImage],
         description: Mapping[str, Any],
         warnings: Sequence[str],
     ) -> None:
@@ -111,7 +111,7 @@ class CalibrationData:
     def _from_folder(cls, feeder: Feeder, path: Path, images: int, seed: int) -> CalibrationData:
         chosen = choose_images(feeder, path, images, seed)
         samples = [
-            Sample(
+            CalibrationImage(
                 picked.adapter,
                 hashlib.sha256(picked.path.read_bytes()).hexdigest(),
                 _loader(picked.path, feeder.preprocess(picked.adapter)),
@@ -125,10 +125,12 @@ class CalibrationData:
     def _from_arrays(
         cls, feeder: Feeder, source: str, batches: Iterable[Mapping[str, Any]], images: int
     ) -> CalibrationData:
-        def singles() -> Iterator[Sample]:
+        def singles() -> Iterator[CalibrationImage]:
             for batch in batches:
                 for adapter, image in feeder.checked(source, batch):
-                    yield Sample(adapter, hashlib.sha256(image.data).hexdigest(), image.copy)
+                    yield CalibrationImage(
+                        adapter, hashlib.sha256(image.data).hexdigest(), image.copy
+                    )
 
         samples = list(islice(singles(), images))
         return cls(feeder, samples, {"kind": "arrays", "source": source}, ())

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from hhdeploy.bundle.layout import Branch
+from hhdeploy.errors import PlanError
 from hhdeploy.exporters.heads import insert_head
 from hhdeploy.exporters.inserter import BANK, IDS, Inserter, Rows, as_tokens, per_image
 from hhdeploy.exporters.parts import (
@@ -30,7 +31,7 @@ from hhdeploy.exporters.parts import (
     scale_input,
 )
 from hhdeploy.exporters.qkv import insert_qkv_branches, qkv_views
-from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.exporters.trace import MIXED_TAG, BaseGraph
 from hhdeploy.graph import GraphLinear, linears_at, linears_by_path
 from hhdeploy.plan import Plan
 
@@ -50,6 +51,9 @@ def branched_model(base: BaseGraph, plan: Plan) -> ir.Model:
     Args:
         base: the traced backbone.
         plan: names, order and row layout.
+
+    Raises:
+        PlanError: a branch at a Linear whose input does not keep the images of a batch apart.
     """
     model = base.model.clone()
     graph = model.graph
@@ -58,6 +62,12 @@ def branched_model(base: BaseGraph, plan: Plan) -> ir.Model:
     sequential = {b.linear for b in plan.layout.branches if b.form == "sequential"}
     for branch in plan.layout.branches:
         for use, linear in enumerate(linears_at(by_path, branch.linear)):
+            if MIXED_TAG in linear.node.metadata_props:
+                raise PlanError(
+                    f"{base.facts.model}: {branch.linear} takes an input in which the images of a "
+                    "batch do not lie one after the other, so they cannot have an adapter each "
+                    "there. Fold the adapter, or leave out that site."
+                )
             views = qkv_views(linear) if len(branch.sites) == 3 else None
             if views is not None:
                 insert_qkv_branches(graph, linear, branch, rows, use, views)

@@ -1,7 +1,7 @@
 """The base graph: a backbone traced once, its Linears tagged, cached on disk.
 
 The tracer transposes and renames weights, so every Linear's node is tagged with its module path
-(metadata ``hhdeploy.linear``) while the names are still timm's; fold and side branches find
+(metadata ``hhdeploy.linear``) while the names are still the model's; fold and side branches find
 their place by the tag. Attention is traced in its plain form, the batch dimension is symbolic.
 """
 
@@ -17,7 +17,7 @@ import mmap
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import LinearSpec
-from hhdeploy.backbones.timm import Backbone, plain_attention
+from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
+from hhdeploy.exporters.batches import images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
@@ -40,13 +42,16 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 20
+MIXED_TAG = "hhdeploy.mixed"
 # Counts changes of this module that make older cached graphs unusable.
-_TRACE_VERSION = 2
+_TRACE_VERSION = 3
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
 # A graph in the cache; the last file has the hashes of the others.
 _GRAPH, _WEIGHTS, _HASHES = "model.onnx", "model.onnx.data", "sha256.json"
 _CHUNK = 1 << 22
+# What a Linear's weight is called in its module, and what its path then ends in.
+_WEIGHTS_OF = {"weight": "", "in_proj_weight": ".in_proj"}
 # The tracer's note of the module path that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -56,8 +61,8 @@ class BaseGraph:
     """A traced backbone.
 
     Attributes:
-        model: the ONNX graph, ``images`` [batch, 3, H, W] to ``logits``; never changed: passes
-            work on a clone.
+        model: the ONNX graph, ``images`` [batch, channels, H, W] to ``logits``; never changed:
+            passes work on a clone.
         facts: the backbone's facts, ``linears`` in the graph's execution order.
     """
 
@@ -71,14 +76,14 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
     A cached graph that is not, byte for byte, what was stored is traced again and replaced.
 
     Args:
-        backbone: the loaded timm model.
+        backbone: the loaded model.
         cache: directory of cached graphs; None traces and stores nothing.
 
     Raises:
         BackboneError: when torch cannot trace the architecture with a dynamic batch.
         WriteError: the cache cannot be written.
     """
-    if cache is None:
+    if cache is None or backbone.traced_with is None:
         return _with_execution_order(trace(backbone), backbone.facts)
     entry = entry_at(cache, "base", _cache_key(backbone))
     try:
@@ -174,11 +179,13 @@ def trace(backbone: Backbone) -> ir.Model:
     import torch
     from onnxscript import optimizer
 
-    height, width = backbone.facts.preprocess.input_size[1:]
     # Two images: a batch of one would be specialised away by torch.export.
-    example = torch.zeros(2, 3, height, width)
+    example = torch.zeros(2, *backbone.facts.preprocess.input_size)
     try:
         with plain_attention(backbone.model), _quiet(), torch.no_grad():
+            apart = images_apart(
+                backbone.model, backbone.facts.linears, backbone.facts.preprocess.input_size
+            )
             program = torch.onnx.export(
                 backbone.model,
                 (example,),
@@ -200,6 +207,7 @@ def trace(backbone: Backbone) -> ir.Model:
     assert program is not None
     model = program.model
     _tag_linears(model)
+    _tag_mixed(model, {linear.path for linear in backbone.facts.linears} - apart)
     with _quiet():
         optimizer.optimize_ir(model)
     _remove_empty_pads(model.graph)
@@ -249,8 +257,15 @@ def _tag_linears(model: ir.Model) -> None:
             weight = producer.inputs[0]
         if weight is not None and weight.is_initializer() and weight.name:
             path, _, name = weight.name.rpartition(".")
-            if name == "weight":
-                node.metadata_props[LINEAR_TAG] = path
+            if name in _WEIGHTS_OF:
+                node.metadata_props[LINEAR_TAG] = path + _WEIGHTS_OF[name]
+
+
+def _tag_mixed(model: ir.Model, mixed: Set[str]) -> None:
+    """Note which Linears do not hold the images of a batch one after the other."""
+    for node in model.graph:
+        if node.metadata_props.get(LINEAR_TAG) in mixed:
+            node.metadata_props[MIXED_TAG] = "1"
 
 
 def _remove_empty_pads(graph: ir.Graph) -> None:
@@ -318,9 +333,9 @@ def _with_execution_order(model: ir.Model, facts: BackboneFacts) -> BaseGraph:
 def _cache_key(backbone: Backbone) -> str:
     """Digest of everything that the traced graph depends on."""
     import onnxscript
-    import timm
     import torch
 
+    assert backbone.traced_with is not None
     facts = backbone.facts
     digest = hashlib.sha256()
     described = [
@@ -330,7 +345,7 @@ def _cache_key(backbone: Backbone) -> str:
         facts.preprocess.input_size,
         OPSET,
         torch.__version__,
-        timm.__version__,
+        *backbone.traced_with,
         onnxscript.__version__,
         ir.__version__,
     ]

@@ -15,13 +15,16 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import OptionError
 
-Backend = Literal["onnxruntime", "tensorrt"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TritonBackend = Literal["onnxruntime", "tensorrt"]
+BACKENDS: tuple[TritonBackend, ...] = get_args(TritonBackend)
 LABELS_FILE, ADAPTERS_FILE, CONFIG_FILE = "labels.txt", "adapters.json", "config.pbtxt"
 # The names that the backends look for in a version's directory.
-MODEL_FILES: dict[Backend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+MODEL_FILES: dict[TritonBackend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
-_PLATFORMS: dict[Backend, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+_PLATFORMS: dict[TritonBackend, str] = {
+    "onnxruntime": "onnxruntime_onnx",
+    "tensorrt": "tensorrt_plan",
+}
 _KINDS = {None: "AUTO", True: "GPU", False: "CPU"}
 _DEFAULT_MAX_BATCH = 32
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -46,7 +49,7 @@ class TritonOptions:
 
     name: str | None = None
     precision: str = "float32"
-    backend: Backend = "onnxruntime"
+    backend: TritonBackend = "onnxruntime"
     gpu_arch: str | None = None
     max_batch: int | None = None
     preferred_batch: tuple[int, ...] = ()

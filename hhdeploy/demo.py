@@ -69,7 +69,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """A sample and what its adapter said."""
 
     sample: Sample
@@ -88,7 +88,7 @@ class DemoResult:
 
     folded: ExportResult
     branches: ExportResult
-    answers: tuple[Answer, ...]
+    answers: tuple[Prediction, ...]
     cost: Mapping[int, Paired]
 
     def accuracy(self, task: str) -> tuple[int, int]:
@@ -150,14 +150,14 @@ def samples(starter: Starter) -> list[Sample]:
     return [own[i] for i in range(longest) for own in per_task if i < len(own)]
 
 
-def classify(session: Session, items: list[Sample]) -> tuple[Answer, ...]:
+def classify(session: Session, items: list[Sample]) -> tuple[Prediction, ...]:
     """Each image with its own task's adapter, in mixed batches."""
     answers = []
     for start in range(0, len(items), _BATCH):
         batch = items[start : start + _BATCH]
         found = session.classify([open_image(s.path) for s in batch], [s.task for s in batch])
         answers += [
-            Answer(sample, best.label, best.score)
+            Prediction(sample, best.label, best.score)
             for sample, (best, *_) in zip(batch, found, strict=True)
         ]
     return tuple(answers)

@@ -33,6 +33,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
         "onnx-ir": "0.1.14",
         "onnxscript": "0.5",
     },
+    "transformers": {"transformers": "5.0"},
     "cpu": {"onnxruntime": "1.22"},
     "gpu": {"onnxruntime-gpu": "1.22"},
     # 2024.6 computes INT8 side branches wrongly, without an error.
@@ -53,6 +54,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
 }
 # Extra -> extras that it brings along.
 INCLUDED: Final[Mapping[str, tuple[str, ...]]] = {
+    "transformers": ("export",),
     "ray": ("serve",),
     "calibrate": ("export", "cpu"),
 }

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.config import CLASSES, VALUES, ProblemType
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -22,9 +24,9 @@ class Bound:
 
     Attributes:
         range_error: max abs error over the range (max - min) of the reference logits.
-        cosine: least cosine of an image's logits with the reference's.
-        top1: least share of images with the same top-1, near ties not counted: where the
-            reference's own answer is ahead of the one found by at most ``range_error`` of the
+        cosine: least cosine of an image's logits with the reference's; not asked of values.
+        top1: of classes: least share of images with the same top-1, near ties not counted: where
+            the reference's own answer is ahead of the one found by at most ``range_error`` of the
             range, an error that the bound allows in one logit alone decides. With the few images
             of a verification one such image would be a share far below any bound. A clear answer
             that is lost counts however few the images are.
@@ -41,6 +43,8 @@ class Bound:
 
 # Shares of images that add up to 1 in float64.
 _ROUNDING = 1e-12
+# Of the largest value of a regression, where its values do not differ more.
+_LEAST_RANGE = 0.01
 _FLOAT32 = (
     "float32 rounding through 12 to 48 layers, summation order differs between runtimes; real "
     "backbones with outlier activations round more than random ones"
@@ -133,9 +137,9 @@ class Comparison:
         max_abs: largest absolute error.
         range_error: max_abs over the range of the reference logits.
         max_rel: largest error relative to the image's own largest logit.
-        cosine: least cosine of an image.
+        cosine: least cosine of an image; None of values: of one number it is its sign alone.
         sqnr_db: signal-to-quantisation-noise ratio over all logits, in dB.
-        top1: share of images whose arg max agrees.
+        top1: share of images whose arg max agrees; None where it is no answer (labels, values).
         worst_image: index of the image with the largest error.
         lost_margins: of every image whose arg max differs: how far the reference's answer is
             ahead of the one found in the reference's logits, over their range.
@@ -145,9 +149,9 @@ class Comparison:
     max_abs: float
     range_error: float
     max_rel: float
-    cosine: float
+    cosine: float | None
     sqnr_db: float
-    top1: float
+    top1: float | None
     worst_image: int
     lost_margins: tuple[float, ...] = ()
 
@@ -164,14 +168,15 @@ class Comparison:
                 f"max abs error {self.max_abs:.3g} is {self.range_error:.3g} of the logits' range "
                 f"(at most {bound.range_error:.3g})"
             )
-        if not self.cosine >= bound.cosine:
+        if self.cosine is not None and not self.cosine >= bound.cosine:
             found.append(f"cosine {self.cosine:.6f} (at least {bound.cosine:.6f})")
-        agreement = self.top1 + self.near_ties(bound) / self.images
-        if not agreement >= bound.top1 - _ROUNDING:
-            found.append(
-                f"top-1 agreement {agreement:.2%} (at least {bound.top1:.2%}; near ties count as "
-                "agreement)"
-            )
+        if self.top1 is not None:
+            agreement = self.top1 + self.near_ties(bound) / self.images
+            if not agreement >= bound.top1 - _ROUNDING:
+                found.append(
+                    f"top-1 agreement {agreement:.2%} (at least {bound.top1:.2%}; near ties count "
+                    "as agreement)"
+                )
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -179,7 +184,8 @@ class Comparison:
         figures = asdict(self)
         margins = list(figures.pop("lost_margins"))
         finite = {
-            k: v if isinstance(v, int) or math.isfinite(v) else str(v) for k, v in figures.items()
+            k: v if v is None or isinstance(v, int) or math.isfinite(v) else str(v)
+            for k, v in figures.items()
         }
         return {**finite, "lost_margins": margins}
 
@@ -209,8 +215,15 @@ def bound(stage: str, precision: str) -> Bound:
     return PARITY[stage, precision]
 
 
-def compare(reference: NDArray[Any], found: NDArray[Any]) -> Comparison:
+def compare(
+    reference: NDArray[Any], found: NDArray[Any], problem_type: ProblemType = CLASSES
+) -> Comparison:
     """Compare logits [N, classes] with the reference's, in float64.
+
+    Of classes the answers are compared too, of classes and labels an image's direction; values
+    (a regression, or a head of one output) only by their error over the range of all images. Where
+    they hardly differ (an age of 40 on any noise) that range is at least 1 % of the largest: their
+    own rounding would be all of it. Of a single number it is the number.
 
     Columns that are -inf in the reference (padding past an adapter's classes) must be -inf in
     ``found`` too; any other pattern, or NaN, gives infinite error.
@@ -220,18 +233,25 @@ def compare(reference: NDArray[Any], found: NDArray[Any]) -> Comparison:
     real = reference.astype(np.float64)
     ours = found.astype(np.float64)
     kept = ~np.isneginf(real)
+    single = not (kept.sum(axis=1) > 1).any()
+    classes = problem_type == CLASSES and not single
+    directed = problem_type != VALUES and not single
     if not np.array_equal(np.isneginf(ours), ~kept) or not np.isfinite(ours[kept]).all():
         bad = np.any(np.isneginf(ours) == kept, axis=1) | np.any(kept & ~np.isfinite(ours), axis=1)
         worst = int(np.argmax(bad))
-        return Comparison(len(real), math.inf, math.inf, math.inf, -1.0, -math.inf, 0.0, worst)
+        lost_all = (-1.0 if directed else None, -math.inf, 0.0 if classes else None)
+        return Comparison(len(real), math.inf, math.inf, math.inf, *lost_all, worst)
     signal, values = np.where(kept, real, 0.0), np.where(kept, ours, 0.0)
     error = np.abs(signal - values)
     spread = float(np.ptp(real[kept])) if kept.any() else 0.0
+    if not directed:
+        share = 1.0 if kept.sum() == 1 else _LEAST_RANGE
+        spread = max(spread, share * float(np.abs(real[kept]).max(initial=0.0)))
     largest = np.max(np.abs(signal), axis=1)
     max_abs = float(error.max(initial=0.0))
     noise = float(np.sum(error**2))
     answers, others = np.argmax(real, axis=1), np.argmax(ours, axis=1)
-    lost = np.flatnonzero(answers != others)
+    lost = np.flatnonzero(answers != others) if classes else np.zeros(0, np.int64)
     margins = real[lost, answers[lost]] - real[lost, others[lost]]
     return Comparison(
         images=len(real),
@@ -240,11 +260,11 @@ def compare(reference: NDArray[Any], found: NDArray[Any]) -> Comparison:
         max_rel=float(
             np.max([_ratio(e, m) for e, m in zip(error.max(axis=1), largest, strict=True)])
         ),
-        cosine=float(np.min(_cosines(signal, values))),
+        cosine=float(np.min(_cosines(signal, values))) if directed else None,
         sqnr_db=10 * math.log10(float(np.sum(signal**2)) / noise)
         if noise and signal.any()
         else math.inf,
-        top1=1 - len(lost) / len(real),
+        top1=1 - len(lost) / len(real) if classes else None,
         worst_image=int(np.argmax(error.max(axis=1))),
         lost_margins=tuple(_ratio(float(margin), spread) for margin in margins),
     )

@@ -29,10 +29,12 @@ _WHITE_IS_ZERO, _SHORT = 0, 3
 
 @dataclass(frozen=True)
 class Preprocess:
-    """timm's data config: how an image becomes float32 [3, H, W].
+    """timm's data config: how an image becomes float32 [channels, H, W].
+
+    Pictures become 3 channels, or 1 (grey); inputs of other models are fed as arrays.
 
     Attributes:
-        input_size: (3, H, W).
+        input_size: (channels, H, W).
         mean: per channel, of values in [0, 1].
         std: per channel.
         interpolation: a Pillow filter name: nearest, bilinear, bicubic, box, hamming, lanczos.
@@ -45,8 +47,8 @@ class Preprocess:
     """
 
     input_size: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
@@ -59,14 +61,14 @@ class Preprocess:
         if missing:
             raise ValueError(f"preprocess lacks {', '.join(missing)}")
         size = tuple(int(n) for n in content["input_size"])
-        if len(size) != 3 or size[0] != 3 or min(size) < 1:
-            raise ValueError(f"preprocess.input_size must be [3, H, W], found {list(size)}")
+        if len(size) != 3 or min(size) < 1:
+            raise ValueError(f"preprocess.input_size must be [channels, H, W], found {list(size)}")
         mean = tuple(float(x) for x in content["mean"])
         std = tuple(float(x) for x in content["std"])
-        if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
+        if len(mean) != size[0] or len(std) != size[0] or not all(x > 0 for x in std):
             raise ValueError(
-                "preprocess.mean and preprocess.std must be three numbers, std positive; "
-                f"found {list(mean)} and {list(std)}"
+                f"preprocess.mean and preprocess.std must be {size[0]} numbers (a channel each), "
+                f"std positive; found {list(mean)} and {list(std)}"
             )
         interpolation = str(content.get("interpolation", "bicubic"))
         if interpolation not in _FILTERS:
@@ -87,8 +89,8 @@ class Preprocess:
             raise ValueError(f"preprocess.exif must be true or false, found {exif!r}")
         return cls(
             (size[0], size[1], size[2]),
-            (mean[0], mean[1], mean[2]),
-            (std[0], std[1], std[2]),
+            mean,
+            std,
             interpolation,
             crop_pct,
             crop_mode,
@@ -102,16 +104,33 @@ class Preprocess:
             del content["exif"]  # as files have it that know no orientation
         return content
 
+    def described(self) -> str:
+        """One line for people."""
+        size = "x".join(map(str, self.input_size[1:]))
+        mean, std = (", ".join(f"{x:g}" for x in dict.fromkeys(v)) for v in (self.mean, self.std))
+        return (
+            f"{size}, {self.interpolation}, {self.crop_mode} crop {self.crop_pct:g}, mean {mean}, "
+            f"std {std}"
+        )
+
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """One image to float32 [3, H, W], normalised.
+        """One image to float32 [channels, H, W], normalised.
 
         Raises:
-            DataError: an image of more than 8 bits whose white is unknown (see `eight_bits`).
+            DataError: an image of more than 8 bits whose white is unknown (see `eight_bits`), or
+                a model that takes neither 1 nor 3 channels.
         """
         from PIL import Image
 
-        _, height, width = self.input_size
+        channels, height, width = self.input_size
+        if channels not in (1, 3):
+            raise DataError(
+                f"the model takes {channels} channels and a picture has 1 or 3: feed arrays "
+                f"float32 [batch, {channels}, {height}, {width}], normalised."
+            )
         rgb = as_rgb(upright(image) if self.exif else image)
+        if channels == 1:
+            rgb = rgb.convert("L")
         resample = Image.Resampling[self.interpolation.upper()]
         if self.crop_mode == "squash":
             scale_h = math.floor(height / self.crop_pct)
@@ -119,10 +138,10 @@ class Preprocess:
             rgb = _resize(rgb, scale_w, scale_h, resample)
         else:
             rgb = self._resize_keeping_ratio(rgb, resample)
-        red, green, blue = (round(255 * m) for m in self.mean)
-        fill = (red, green, blue) if self.crop_mode == "border" else (0, 0, 0)
-        rgb = _center_crop(rgb, width, height, fill)
-        pixels = np.asarray(rgb, np.float32) / np.float32(255)
+        border = self.crop_mode == "border"
+        fill = tuple(round(255 * m) if border else 0 for m in self.mean)
+        rgb = _center_crop(rgb, width, height, fill if channels > 1 else fill[0])
+        pixels = np.asarray(rgb, np.float32).reshape(height, width, channels) / np.float32(255)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
@@ -149,7 +168,7 @@ def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampl
 
 
 def _center_crop(
-    image: Image.Image, width: int, height: int, fill: tuple[int, int, int]
+    image: Image.Image, width: int, height: int, fill: int | tuple[int, ...]
 ) -> Image.Image:
     """The centre of ``image``; a smaller image is padded with ``fill`` first."""
     from PIL import ImageOps

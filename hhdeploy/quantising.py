@@ -338,7 +338,8 @@ def _stages(
         stages = []
         for name in dict.fromkeys(names):
             rows = [row for row, other in enumerate(names) if other == name]
-            figures = compare(reference[rows], found[rows])
+            kind = bundle.manifest.problem_type(name)
+            figures = compare(reference[rows], found[rows], kind)
             stages.append(StageResult.of("quantised", precision, "float32 graph", name, figures))
     report = ParityReport({}, stages)
     if not report.passed:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.config import VALUES
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.answers import Answer, answers_of
+from hhdeploy.bundle.answers import Answer, answers_of, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.errors import SessionError
@@ -121,8 +122,9 @@ class Session:
             adapters: as for `run`.
 
         Returns:
-            For every image all classes of its own adapter, the most probable first. Images of
-            other adapters in the batch change nothing.
+            For every image all classes (or labels) of its own adapter, the most probable first,
+            or all values of a regression; see `Answer`. Images of other adapters in the batch
+            change nothing.
 
         Raises:
             SessionError: see `run`; no image; or logits that are no numbers.
@@ -139,7 +141,7 @@ class Session:
         answers = []
         for index, (entry, row) in enumerate(zip(entries, logits, strict=True)):
             classes = entry.classes if entry is not None else manifest.backbone_classes
-            _check_numbers(row[:classes], index, names[index], self.precision)
+            _check_numbers(row[:classes], entry, index, names[index], self.precision)
             answers.append(answers_of(row, entry, classes))
         return answers
 
@@ -216,10 +218,19 @@ def _names(adapters: str | Sequence[str | None] | None, images: int) -> list[str
 
 
 def _check_numbers(
-    logits: NDArray[np.float32], image: int, adapter: str | None, precision: str
+    logits: NDArray[np.float32],
+    entry: AdapterEntry | None,
+    image: int,
+    adapter: str | None,
+    precision: str,
 ) -> None:
-    """-inf is an answer (a class that is ruled out); NaN and +inf, or -inf alone, are none."""
-    if not np.isfinite(logits.max(initial=-np.inf)):
+    """-inf is an answer (a class that is ruled out); NaN and +inf, or -inf alone, are none.
+
+    No value of a regression is infinite.
+    """
+    values = problem_type(entry) == VALUES
+    least = logits.min(initial=np.inf) if values else logits.max(initial=-np.inf)
+    if not np.isfinite(least) or not np.isfinite(logits.max(initial=-np.inf)):
         raise SessionError(
             f"image {image}, adapter {adapter or BACKBONE!r}: the logits are no numbers (NaN or "
             f"infinity) in {precision}. Open the bundle in another precision; if float32 gives "

@@ -24,7 +24,7 @@ from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime import cuda
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
 from hhdeploy.runtime.kernel_cache import kernels_entry
-from hhdeploy.runtime.tensorrt_engine import Tensor, open_engine
+from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import DeviceBank, Lane, open_lane
 
 
@@ -41,17 +41,17 @@ def find_engine(manifest: Manifest, backend: str, precision: str) -> EngineEntry
     return choose_engine(manifest, backend, precision, version=version, architecture=architecture)
 
 
-def expected_tensors(manifest: Manifest, engine: EngineEntry) -> list[Tensor]:
+def expected_tensors(manifest: Manifest, engine: EngineEntry) -> list[EngineTensor]:
     """Inputs and outputs of the graph contract, as this engine must have them."""
-    tensors = [Tensor("images", True, "FLOAT", (-1, *manifest.input_size))]
+    tensors = [EngineTensor("images", True, "FLOAT", (-1, *manifest.input_size))]
     if manifest.layout is not None:
-        tensors.append(Tensor("adapter_ids", True, "INT64", (-1,)))
+        tensors.append(EngineTensor("adapter_ids", True, "INT64", (-1,)))
         if engine.slots is not None:
-            tensors.append(Tensor("adapter_bank", True, "FLOAT", (-1, manifest.layout.size)))
-    return [*tensors, Tensor("logits", False, "FLOAT", (-1, manifest.classes))]
+            tensors.append(EngineTensor("adapter_bank", True, "FLOAT", (-1, manifest.layout.size)))
+    return [*tensors, EngineTensor("logits", False, "FLOAT", (-1, manifest.classes))]
 
 
-def check_tensors(found: list[Tensor], manifest: Manifest, engine: EngineEntry) -> None:
+def check_tensors(found: list[EngineTensor], manifest: Manifest, engine: EngineEntry) -> None:
     """The engine has the bundle's inputs and outputs; batch and slots may be fixed in it.
 
     Raises:
@@ -67,7 +67,7 @@ def check_tensors(found: list[Tensor], manifest: Manifest, engine: EngineEntry) 
     )
 
 
-def _fits(found: Tensor, expected: Tensor) -> bool:
+def _fits(found: EngineTensor, expected: EngineTensor) -> bool:
     return (
         (found.is_input, found.dtype) == (expected.is_input, expected.dtype)
         and len(found.shape) == len(expected.shape)

@@ -19,7 +19,7 @@ from hhdeploy.runtime.kernel_cache import read_kernels, write_kernels
 
 
 @dataclass(frozen=True)
-class Tensor:
+class EngineTensor:
     """An input or output of an engine, its dtype as TensorRT names it; -1 in a shape varies."""
 
     name: str
@@ -56,7 +56,7 @@ class Engine:
         self._config: Any = None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.tensors = [
-            Tensor(
+            EngineTensor(
                 name,
                 engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
                 engine.get_tensor_dtype(name).name,

@@ -23,7 +23,7 @@ from tests.alone import pytest_pyfunc_call, shared
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop
 
 __all__ = ["pytest_pyfunc_call"]
@@ -70,6 +70,14 @@ def branches(request) -> Path:
 def small(workshop) -> Path:
     """Alpha and gamma, without the backbone's classifier. Read only."""
     return workshop.export(workshop.root / "small", ("alpha", "gamma")).path
+
+
+@pytest.fixture(scope="session")
+def heads(workshop) -> Path:
+    """Alpha's classes, independent labels and one value. Read only."""
+    from tests.workshop import AGE, TAGS
+
+    return workshop.export(workshop.root / "heads", ("alpha", TAGS, AGE)).path
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from hhdeploy.parity import bound, compare
 if TYPE_CHECKING:
     from torch import nn
 
-    from hhdeploy.backbones.timm import Backbone, BackboneSpec
+    from hhdeploy.backbones.spec import Backbone, BackboneSpec
 
 TINY_MODEL = "vit_tiny_patch16_224"
 TINY_ARGS: dict[str, Any] = {
@@ -59,23 +59,27 @@ def _rows(values: NDArray[Any]) -> NDArray[Any]:
 
 def tiny_spec(model: str = TINY_MODEL, **args: Any) -> BackboneSpec:
     """The spec of a random tiny backbone; ``args`` replace or extend `TINY_ARGS`."""
-    from hhdeploy.backbones.timm import BackboneSpec
+    from hhdeploy.backbones.spec import BackboneSpec
 
     chosen = {**TINY_ARGS, **args} if model == TINY_MODEL else args
-    return BackboneSpec(model, chosen, pretrained=False, seed=5)
+    own = model.startswith("python:")
+    return BackboneSpec(
+        model, chosen, pretrained=False, seed=5, input_size=(3, 32, 32) if own else None
+    )
 
 
 def tiny_backbone(model: str = TINY_MODEL, **args: Any) -> Backbone:
     """A tiny random backbone, perturbed, with the digest of what it is now."""
-    from hhdeploy.backbones.timm import base_sha256, load_backbone
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.structure import base_sha256
 
     backbone = load_backbone(tiny_spec(model, **args))
-    perturb(backbone.model)
+    perturb(backbone.model, classifier=backbone.facts.classifier)
     digest = base_sha256(backbone.model, backbone.facts.classifier)
     return replace(backbone, facts=replace(backbone.facts, sha256=digest))
 
 
-def perturb(model: nn.Module, seed: int = 11) -> None:
+def perturb(model: nn.Module, seed: int = 11, *, classifier: str = "head") -> None:
     """Give biases, norms, LayerScale and the head values that matter, in place.
 
     Untrained timm models hide mistakes: zero biases, LayerScale 1e-5, a head of 2e-5, a class
@@ -84,7 +88,6 @@ def perturb(model: nn.Module, seed: int = 11) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    classifier = str(getattr(model, "pretrained_cfg", {}).get("classifier", "head"))
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)

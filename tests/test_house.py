@@ -144,3 +144,29 @@ def test_every_module_says_what_it_is_for():
         if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not silent
+
+
+def nouns() -> dict[str, list[str]]:
+    """Public classes by name, and where each is."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sources():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(path.relative_to(ROOT).as_posix())
+    return found
+
+
+def test_a_noun_has_one_meaning():
+    assert "Bundle" in nouns()
+    assert {name: places for name, places in nouns().items() if len(places) > 1} == {}
+
+
+def test_progress_has_one_type():
+    places = [
+        path.relative_to(ROOT).as_posix()
+        for path in sources()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(t, ast.Name) and t.id == "Progress" for t in node.targets)
+    ]
+    assert places == ["hhdeploy/bundle/store.py"]

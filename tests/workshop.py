@@ -20,18 +20,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.config import LABELS, VALUES, ProblemType
 from hhdeploy.adapters.format import PARTS, Adapter, SiteTensors, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.preprocess import Preprocess
 from tests.support import TINY_MODEL, random_adapter
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
     from hhdeploy.exporting.bundles import ExportResult
 
 BACKBONE_CLASSES = 5
 # Own classes of every adapter; `headless` answers with the backbone's classifier.
 CLASSES = {"alpha": 7, "rival": 7, "beta": 11, "gamma": 3, "lora": 2, "headless": BACKBONE_CLASSES}
+# Heads that are no classes: three independent labels, one value.
+TAGS, AGE = "tags", "age"
 WIDTH = max(CLASSES.values())
 # What fits into the rows that alpha and gamma lay out, and what does not.
 FITS, TOO_WIDE = "rival", "beta"
@@ -67,7 +70,13 @@ def make_adapters(facts: BackboneFacts) -> dict[str, Adapter]:
             },
         ),
         "headless": random_adapter(facts, targets=("k", "fc2"), r=0, classes=None, seed=5),
+        TAGS: _meaning(random_adapter(facts, targets=("v",), classes=3, seed=6), LABELS),
+        AGE: _meaning(random_adapter(facts, targets=("proj",), classes=1, seed=7), VALUES),
     }
+
+
+def _meaning(adapter: Adapter, problem_type: ProblemType) -> Adapter:
+    return replace(adapter, config=replace(adapter.config, problem_type=problem_type))
 
 
 @dataclass(frozen=True)

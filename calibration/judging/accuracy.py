@@ -208,7 +208,8 @@ def _compare_task(
     task: str, truths: Sequence[int | None], reference: Logits, found: Logits
 ) -> TaskAccuracy:
     figures = compare(reference, found)
-    result = (task, len(reference), figures.top1, figures.sqnr_db)
+    agreement = float(np.mean(np.argmax(reference, axis=1) == np.argmax(found, axis=1)))
+    result = (task, len(reference), agreement, figures.sqnr_db)
     if None in truths:
         return TaskAccuracy(*result)
     truth = np.asarray(truths)

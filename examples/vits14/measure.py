@@ -10,7 +10,7 @@ import torch
 from methods import BATCH, Setup, hhdeploy, load_folder
 
 from hhdeploy import load_adapter
-from hhdeploy.backbones.timm import load_backbone
+from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.bundle import Bundle
 from hhdeploy.runtime import open_session
 from hhdeploy.training import attach

@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 from shared import fit_linear
 from weights import MODEL
 
-from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.files.folders import list_classes
 from hhdeploy.preprocess import Preprocess, open_image
 from hhdeploy.training.data import BatchSource, PixelCache, read_image_folder

@@ -53,8 +53,8 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
                 _check_parts(adapter, known[site])
         elif whole:
             raise AdapterError(
-                f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site. Its "
-                f"sites are {abbreviate(list(known))}."
+                f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site, "
+                f"or its forward pass does not use it. Its sites are {abbreviate(list(known))}."
             )
     _check_complete(adapter, facts)
     if whole:
@@ -85,16 +85,23 @@ def check_targets(config: AdapterConfig, facts: BackboneFacts, source: str) -> N
 
 
 def _check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
-    """The adapter was trained on this backbone, as far as both sides say."""
+    """The adapter was trained on this backbone, as far as both sides say.
+
+    The digest of the weights decides, whatever the model is called on either side. Without one,
+    timm's names are compared; of other sources sites and sizes alone can tell.
+    """
     config = adapter.config
+    if config.base_sha256 is not None and config.base_sha256 == facts.sha256:
+        return
     theirs, _, their_tag = config.base_model.partition(".")
     ours, _, our_tag = facts.model.partition(".")
-    if theirs != ours or (their_tag and our_tag and their_tag != our_tag):
+    timm = ":" not in theirs and ":" not in ours
+    if timm and (theirs != ours or (their_tag and our_tag and their_tag != our_tag)):
         raise AdapterError(
             f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
             f"{config.base_model}, the backbone is {facts.model}."
         )
-    if config.base_sha256 is not None and config.base_sha256 != facts.sha256:
+    if config.base_sha256 is not None:
         raise AdapterError(
             f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
             f"{config.base_sha256[:12]}…, the backbone's are {facts.sha256[:12]}…. Use the "
@@ -136,10 +143,10 @@ def _check_form(form: Form, site: Site, source: str) -> None:
 def _check_complete(adapter: Adapter, facts: BackboneFacts) -> None:
     """Every site that ``target_modules`` name has tensors; in full, whether it is known or not."""
     targets = adapter.config.target_modules
-    selected = select_sites(facts.linears, targets).values()
-    named = {site.name for sites in selected for site in sites}
+    selected = select_sites(facts.linears, targets)
+    named = {site.name for sites in selected.values() for site in sites}
     known = [s for s in sites_of(facts.linears) if s in named]
-    others = [t for t in targets if "." in t and t not in named]
+    others = [t for t, sites in selected.items() if "." in t and not sites]
     if missing := [s for s in (*known, *others) if s not in adapter.sites]:
         raise AdapterError(
             f"{adapter.source}: missing tensor keys for {abbreviate(missing)}: target_modules "
@@ -155,14 +162,14 @@ def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:
         if head.path != facts.classifier:
             raise AdapterError(
                 f"{source}: classifier {head.path}.weight: expected {facts.classifier}.weight, "
-                f"timm's path for {facts.model}."
+                f"the classifier of {facts.model}."
             )
         if head.weight.shape[1] != facts.dim:
             raise AdapterError(
                 f"{source}: {head.path}.weight: expected [classes, {facts.dim}], found "
                 f"{list(head.weight.shape)}."
             )
-    elif facts.classes == 0:
+    elif facts.classes == 0 and facts.classifier:
         raise AdapterError(
             f"{source}: the adapter has no classifier and neither has {facts.model} "
             f"as loaded. Expected {facts.classifier}.weight in one of them."
@@ -191,8 +198,8 @@ def check_sites(facts: BackboneFacts) -> None:
     """Raise `PlanError` for a backbone without a single Linear that adapters can change."""
     if not facts.linears:
         raise PlanError(
-            f"zero sites found in {facts.model}: expected Linears named attn.qkv (or q, k, v "
-            "apart), attn.proj, mlp.fc1 or mlp.fc2. This architecture is not supported."
+            f"zero sites found in {facts.model}: expected Linears before the classifier. This "
+            "architecture is not supported."
         )
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
-from hhdeploy.backbones.facts import BASE_MODEL_ARGS
 from hhdeploy.backbones.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
 from hhdeploy.errors import AdapterError
 from hhdeploy.preprocess import Preprocess
 
 # 2 has s_in, s_out, db, values of parameters, and fold_only; written only where they are used.
 SCHEMA_VERSION = 2
+
+# What the numbers of a head mean, by transformers' names.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+CLASSES: ProblemType = "single_label_classification"
+LABELS: ProblemType = "multi_label_classification"
+VALUES: ProblemType = "regression"
+PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -29,16 +36,18 @@ class AdapterConfig:
     """What ``adapter_config.json`` says; see `load_adapter` for the checks.
 
     Attributes:
-        base_model: timm name, with or without ``.tag``.
+        base_model: timm name, with or without ``.tag``, or the name of another source's model.
         form: ``additive`` or ``sequential``.
         reflection: ``unnormalized`` or ``orthogonal``.
         r: default rank of the low-rank term; the tensors' shapes decide.
-        target_modules: kinds (q, k, v, proj, fc1, fc2) or full site names.
-        base_model_args: further arguments of ``timm.create_model``.
+        target_modules: kinds (q, k, v, proj, fc1, fc2), names of sites or Linears, their ends, or
+            regular expressions that match whole names.
+        base_model_args: further arguments that the model was made with.
         base_sha256: digest of the frozen weights, None if unknown.
         num_classes: classes of the adapter's head, None without one.
         class_names: one per class, or None.
         preprocess: how images become inputs, None if unknown.
+        problem_type: what the head's numbers mean; None: what `problem_type_of` makes of it.
         fold_only: it can be folded alone, no side branch computes it.
         extra: JSON keys that this version does not know, kept as they are.
     """
@@ -53,6 +62,7 @@ class AdapterConfig:
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
+    problem_type: ProblemType | None = None
     fold_only: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,9 +85,18 @@ class AdapterConfig:
             "num_classes": self.num_classes,
             "class_names": list(self.class_names) if self.class_names is not None else None,
             "preprocess": self.preprocess.to_json() if self.preprocess else None,
+            **({"problem_type": self.problem_type} if self.problem_type else {}),
             **({"fold_only": True} if self.fold_only else {}),
             **self.extra,
         }
+
+
+def problem_type_of(given: ProblemType | None, classes: int) -> ProblemType:
+    """What a head's numbers mean: what its configuration says, else as transformers takes it.
+
+    One output is a value, several are classes of which one is right.
+    """
+    return given or (VALUES if classes == 1 else CLASSES)
 
 
 def read_config(path: Path) -> AdapterConfig:
@@ -100,7 +119,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     def fail(key: str, expected: str) -> AdapterError:
         return AdapterError(f"{where}: {key}: expected {expected}, found {content.get(key)!r}.")
 
-    known = set(AdapterConfig("x", fold_only=True).to_json())
+    known = set(AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json())
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
@@ -116,13 +135,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         )
     base_model = content.get("base_model_name_or_path")
     if not isinstance(base_model, str) or not base_model:
-        raise fail("base_model_name_or_path", "the name of a timm model")
+        raise fail("base_model_name_or_path", "the name of a model")
     args = content.get("base_model_args") or {}
-    if not isinstance(args, dict) or (unknown := set(args) - BASE_MODEL_ARGS):
-        detail = f" (not allowed: {', '.join(sorted(unknown))})" if isinstance(args, dict) else ""
-        raise fail(
-            "base_model_args", f"arguments among {', '.join(sorted(BASE_MODEL_ARGS))}{detail}"
-        )
+    if not isinstance(args, dict):
+        raise fail("base_model_args", "an object")
     form = content.get("form", "additive")
     if form not in FORMS:
         raise fail("form", f"one of {', '.join(FORMS)}")
@@ -131,16 +147,16 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     if not _is_count(content.get("r", 1)):
         raise fail("r", "a rank of 0 or more")
     targets = content.get("target_modules", ["q", "k", "v", "proj"])
+    if isinstance(targets, str):
+        targets = [targets]
     fold_only = content.get("fold_only", False)
     if not isinstance(fold_only, bool):
         raise fail("fold_only", "true or false")
     empty = not targets and not fold_only  # values of parameters need no site
-    if not isinstance(targets, list) or empty or not all(isinstance(t, str) for t in targets):
-        raise fail("target_modules", f"a list of {', '.join(KINDS)} or site names")
-    allowed = SEQUENTIAL_KINDS if form == "sequential" else KINDS
-    for target in targets:
-        if "." not in target and target not in allowed:
-            raise fail("target_modules", f"{', '.join(allowed)} or site names (form {form})")
+    if not isinstance(targets, list) or empty or not all(_is_target(t) for t in targets):
+        raise fail("target_modules", f"a list of {', '.join(KINDS)}, site names or expressions")
+    if form == "sequential" and not set(targets).isdisjoint(set(KINDS) - set(SEQUENTIAL_KINDS)):
+        raise fail("target_modules", f"{', '.join(SEQUENTIAL_KINDS)} or site names (form {form})")
     num_classes, class_names = content.get("num_classes"), content.get("class_names")
     if num_classes is not None and (not _is_count(num_classes) or num_classes == 0):
         raise fail("num_classes", "a positive integer or null")
@@ -148,6 +164,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
             raise fail("class_names", "a list of strings or null")
         check_class_names(where, class_names, num_classes)
+    problem_type = content.get("problem_type")
+    if problem_type is not None and problem_type not in PROBLEM_TYPES:
+        raise fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}, or null")
+    check_problem_type(where, problem_type, num_classes)
     base_sha256 = content.get("base_sha256")
     if base_sha256 is not None and not isinstance(base_sha256, str):
         raise fail("base_sha256", "64 hex digits or null")
@@ -162,9 +182,19 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         num_classes=num_classes,
         class_names=tuple(class_names) if class_names is not None else None,
         preprocess=_parse_preprocess(content, where, args),
+        problem_type=problem_type,
         fold_only=fold_only,
         extra={key: value for key, value in content.items() if key not in known},
     )
+
+
+def check_problem_type(where: str, problem_type: ProblemType | None, classes: int | None) -> None:
+    """The softmax of one class is always 1. Raises `AdapterError` naming ``where``."""
+    if (problem_type, classes) == (CLASSES, 1):
+        raise AdapterError(
+            f"{where}: problem_type: {CLASSES} needs 2 classes or more, found 1, which would "
+            f"always be certain. Say {VALUES} (the output is a value) or {LABELS} (a yes or no)."
+        )
 
 
 def check_class_names(where: str, names: Sequence[str] | None, classes: int | None) -> None:
@@ -193,6 +223,16 @@ def _parse_preprocess(
                 f"preprocess.input_size is {list(preprocess.input_size)}."
             )
     return preprocess
+
+
+def _is_target(value: object) -> bool:
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def _is_count(value: object) -> bool:

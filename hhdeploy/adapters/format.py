@@ -19,6 +19,7 @@ from hhdeploy.adapters.config import (
     TENSOR_FILE,
     AdapterConfig,
     check_class_names,
+    check_problem_type,
     read_config,
 )
 from hhdeploy.algebra import (
@@ -366,4 +367,5 @@ def _with_classes(config: AdapterConfig, head: Head | None, source: str) -> Adap
         return config
     classes = head.weight.shape[0]
     check_class_names(source, config.class_names, classes)
+    check_problem_type(source, config.problem_type, classes)
     return replace(config, num_classes=classes)

@@ -7,23 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
 
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What planning, a bundle and its manifest need to know of the frozen timm model.
+    """What planning, a bundle and its manifest need to know of the frozen model.
 
     Attributes:
-        model: timm name with its tag.
-        args: further arguments of ``timm.create_model``.
+        model: timm name with its tag, or a name that starts with its source and a colon.
+        args: further arguments that the model was made with.
         sha256: digest of the frozen weights (design of the adapter format, ``base_sha256``).
         linears: the Linears that adapters can change, in execution order; none in a manifest,
             whose row layout has those with a branch.
         classifier: module path of the classifier.
         dim: features that the classifier sees.
         classes: classes of the backbone's own classifier, 0 if it has none.
-        preprocess: timm's evaluation transform of the model.
+        preprocess: how the model's images become inputs.
         extra: further keys of a manifest's entry, kept as they came.
     """
 
@@ -67,36 +68,30 @@ class BackboneFacts:
         )
 
 
-# Further arguments of timm.create_model that an adapter or a user may name: those that shape
-# the architecture. Anything else (checkpoint paths, callables) has no place in a file that
-# comes from elsewhere.
-BASE_MODEL_ARGS = frozenset(
+# Arguments of timm.create_model that name files, weights or code. They have no place in a file
+# that comes from elsewhere; all others shape the model.
+_NO_SHAPE = frozenset(
     {
-        "img_size",
-        "patch_size",
-        "in_chans",
-        "num_classes",
-        "global_pool",
-        "class_token",
-        "no_embed_class",
-        "reg_tokens",
-        "embed_dim",
-        "depth",
-        "depths",
-        "num_heads",
-        "mlp_ratio",
-        "qkv_bias",
-        "init_values",
-        "pre_norm",
-        "final_norm",
-        "fc_norm",
-        "window_size",
-        "swiglu_mlp",
-        "scale_mlp",
-        "use_rot_pos_emb",
-        "use_abs_pos_emb",
-        "dynamic_img_size",
-        "dynamic_img_pad",
-        "num_reg_tokens",
+        "cache_dir",
+        "checkpoint_path",
+        "exportable",
+        "features_only",
+        "model_name",
+        "no_jit",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_model_args",
+        "pretrained_strict",
+        "scriptable",
     }
 )
+
+
+def check_timm_args(args: Mapping[str, Any]) -> None:
+    """Raise `BackboneError` for arguments of timm.create_model that do not shape the model."""
+    if refused := sorted(_NO_SHAPE.intersection(args)):
+        raise BackboneError(
+            f"model arguments {', '.join(refused)} are not allowed: expected arguments that shape "
+            "the model (img_size, in_chans, qk_norm, …), not ones that name files, weights or code."
+        )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType, problem_type_of
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.errors import BundleError
@@ -66,6 +67,7 @@ class AdapterEntry:
         class_names: one per class, or None.
         preprocess: how its images become inputs.
         verified: False for an adapter added later, until ``verify --against-torch``.
+        problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
     """
 
     name: str
@@ -74,6 +76,7 @@ class AdapterEntry:
     class_names: tuple[str, ...] | None
     preprocess: Preprocess
     verified: bool
+    problem_type: ProblemType = CLASSES
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -81,6 +84,7 @@ class AdapterEntry:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's entry."""
+        absent = problem_type_of(None, self.classes)
         return {
             "name": self.name,
             "row": self.row,
@@ -88,12 +92,15 @@ class AdapterEntry:
             "class_names": list(self.class_names) if self.class_names else None,
             "preprocess": self.preprocess.to_json(),
             "verified": self.verified,
+            **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> AdapterEntry:
         """Read the manifest's entry."""
-        names = content["class_names"]
+        names, problem_type = content["class_names"], content.get("problem_type")
+        if problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type {problem_type!r}")
         return cls(
             content["name"],
             content["row"],
@@ -101,6 +108,7 @@ class AdapterEntry:
             tuple(names) if names else None,
             Preprocess.from_json(content["preprocess"]),
             content["verified"],
+            problem_type_of(problem_type, content["classes"]),
         )
 
 
@@ -217,6 +225,10 @@ class Manifest:
         """sha256 over the names and hashes of an adapter's files."""
         lines = [f"{n} {d}" for n, d in self.files.items() if n.startswith(f"{ADAPTERS}/{name}/")]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def problem_type(self, name: str) -> ProblemType:
+        """What the logits of an adapter, or of the backbone, mean."""
+        return next((a.problem_type for a in self.adapters if a.name == name), CLASSES)
 
     def adapter(self, name: str) -> AdapterEntry:
         """The entry of an adapter. Raises `BundleError` listing the names there are."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import check, check_live, check_name
+from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import Form, linear_spec
@@ -25,13 +26,15 @@ def entry_of(
 ) -> AdapterEntry:
     """The manifest's entry for an adapter read from a directory."""
     config = adapter.config
+    classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
         name,
         row,
-        adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes,
+        classes,
         config.class_names,
         config.preprocess or backbone.preprocess,
         verified,
+        problem_type_of(config.problem_type, classes),
     )
 
 

@@ -15,13 +15,14 @@ from hhdeploy.cli import CONTEXT, ui
 @click.command("import", context_settings=CONTEXT)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=ui.DIRECTORY)
-@click.option("--model", required=True, help="timm name, e.g. vit_base_patch16_224.augreg_in21k.")
+@ui.model_option
 @click.option(
     "--model-args",
     callback=ui.json_object,
     metavar="JSON",
-    help="Further arguments of timm.create_model.",
+    help=ui.MODEL_ARGS_HELP,
 )
+@ui.input_size_option
 @click.option(
     "--checkpoint",
     type=ui.FILE,
@@ -45,6 +46,7 @@ def command(
     out: Path,
     model: str,
     model_args: dict[str, Any] | None,
+    input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
     form: Form | None,
     reflection: Reflection | None,
@@ -65,10 +67,15 @@ def command(
     """
     from hhdeploy.adapters.format import save_adapter
     from hhdeploy.adapters.importers import ImportOptions, import_adapter, needs_weights
-    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.spec import BackboneSpec
 
-    weights_known = checkpoint is not None or needs_weights(source)
-    spec = BackboneSpec(model, model_args or {}, checkpoint, pretrained=weights_known)
+    # timm's would have to be fetched; the other sources have theirs with the model.
+    timm_name = not model.startswith(("transformers:", "python:"))
+    weights_known = checkpoint is not None or needs_weights(source) or not timm_name
+    spec = BackboneSpec(
+        model, model_args or {}, checkpoint, pretrained=weights_known, input_size=input_size
+    )
     options = ImportOptions(
         form=form,
         reflection=reflection,
@@ -77,7 +84,10 @@ def command(
         class_names=class_names or None,
         weights_known=weights_known,
     )
-    adapter = import_adapter(source, load_backbone(spec), options)
+    backbone = load_backbone(spec)
+    for line in backbone.notes:
+        ui.note(line)
+    adapter = import_adapter(source, backbone, options)
     save_adapter(adapter, out, overwrite=overwrite)
     head = f"{adapter.config.num_classes} classes" if adapter.head else "no classifier"
     click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {adapter.config.base_model}, {head}")

@@ -12,7 +12,7 @@ from hhdeploy.cli import ui
 
 @click.command()
 @click.argument("out", type=ui.DIRECTORY)
-@click.option("--model", required=True, help="timm name, e.g. vit_base_patch16_224.augreg_in21k.")
+@ui.model_option
 @click.option(
     "--adapter",
     "adapters",
@@ -78,6 +78,7 @@ def command(
     checkpoint: Path | None,
     pretrained: bool,
     seed: int,
+    input_size: tuple[int, int, int] | None,
     precisions: tuple[str, ...],
     max_rank: int,
     max_classes: int,
@@ -123,6 +124,7 @@ def command(
             checkpoint=checkpoint,
             pretrained=pretrained,
             seed=seed,
+            input_size=input_size,
             reserve=Reserve(
                 max_rank,
                 max_classes,

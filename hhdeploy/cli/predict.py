@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.config import LABELS, VALUES
 from hhdeploy.cli import ui
 from hhdeploy.errors import SessionError
+
+if TYPE_CHECKING:
+    from hhdeploy.bundle.answers import Answer
 
 
 @click.command()
@@ -46,6 +51,7 @@ def command(
       hhdeploy predict OUT cat.jpg --adapter pets
       hhdeploy predict OUT cat.jpg dog.jpg --adapter pets --adapter scenes
     """
+    from hhdeploy.bundle.answers import best
     from hhdeploy.preprocess import open_image
     from hhdeploy.runtime import open_session
 
@@ -67,21 +73,30 @@ def command(
             [image for image in opened for _ in names], [name for _ in opened for name in names]
         )
     pairs = [(path, name) for path in images for name in names]
-    answers = [
-        {
-            "image": str(path),
-            "adapter": name,
-            "classes": [
-                {"label": a.label, "index": a.index, "probability": a.score} for a in best[:top]
-            ],
-        }
-        for (path, name), best in zip(pairs, found, strict=True)
-    ]
+    shown = [best(answers, top) for answers in found]
     if as_json:
-        ui.print_json(answers)
+        ui.print_json(
+            [
+                {
+                    "image": str(path),
+                    "adapter": name,
+                    "problem_type": answers[0].problem_type,
+                    "classes": [_json(answer) for answer in answers],
+                }
+                for (path, name), answers in zip(pairs, shown, strict=True)
+            ]
+        )
         return
-    cells = ["\n".join(f"{a.label} {a.score:.1%}" for a in best[:top]) for best in found]
+    cells = ["\n".join(map(str, answers)) for answers in shown]
     rows = [
         (path.name, *cells[i * len(names) : (i + 1) * len(names)]) for i, path in enumerate(images)
     ]
     ui.console().print(ui.table(None, ("image", *names), rows))
+
+
+def _json(answer: Answer) -> dict[str, Any]:
+    """A value is called one; a label also says whether it is said."""
+    if answer.problem_type == VALUES:
+        return {"label": answer.label, "index": answer.index, "value": answer.score}
+    said = {"positive": answer.positive} if answer.problem_type == LABELS else {}
+    return {"label": answer.label, "index": answer.index, "probability": answer.score, **said}

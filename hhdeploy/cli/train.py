@@ -26,20 +26,21 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=ui.DIRECTORY, required=False)
-@click.option("--model", required=True, help="timm model name, with or without .tag.")
+@ui.model_option
 @click.option(
     "--model-args",
     default="{}",
     callback=ui.json_object,
     metavar="JSON",
-    help="Further arguments of timm.create_model, such as '{\"img_size\": 224}'.",
+    help=f"{ui.MODEL_ARGS_HELP} Such as '{{\"img_size\": 224}}'.",
 )
+@ui.input_size_option
 @click.option(
     "--preprocess",
     default="{}",
     callback=ui.json_object,
     metavar="JSON",
-    help="Differences from timm's evaluation transform, such as '{\"crop_pct\": 1.0}'.",
+    help="Differences from the model's own image transform, such as '{\"crop_pct\": 1.0}'.",
 )
 @click.option("--checkpoint", type=ui.FILE, metavar="FILE", help="Backbone weights.")
 @click.option(
@@ -132,7 +133,6 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     if not options["augment"]:
         ui.refuse_unused({"flip"}, "does not go with --no-augment, which leaves out the flip too")
     require("torch", "export", "training")
-    require("timm", "export", "training")
     from rich.console import Console
 
     from hhdeploy.training.recipe import TrainSettings, train
@@ -211,6 +211,7 @@ def _percent(share: float | None) -> str:
 
 def _summary(result: TrainResult) -> Iterator[str]:
     """Lines for people: what was trained, last and best accuracy, what was written."""
+    yield from result.notes
     kind = "linear probe" if result.linear_probe else f"adapter on {result.sites} sites"
     yield (
         f"{kind}: {result.parameters:,} values and a classifier of {result.head_parameters:,}, "

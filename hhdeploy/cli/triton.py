@@ -10,7 +10,7 @@ import click
 from hhdeploy.cli import ui
 
 if TYPE_CHECKING:
-    from hhdeploy.exporters.triton import Backend
+    from hhdeploy.exporters.triton import TritonBackend
     from hhdeploy.triton import TritonModel
 
 
@@ -54,7 +54,7 @@ def command(
     out: Path,
     name: str | None,
     precision: str,
-    backend: Backend,
+    backend: TritonBackend,
     gpu_arch: str | None,
     max_batch: int | None,
     preferred_batch: tuple[int, ...],

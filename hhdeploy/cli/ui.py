@@ -243,8 +243,40 @@ def _named_directory(value: str) -> tuple[str, Path]:
     return whole.resolve().name, whole
 
 
+def input_size(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[int, int, int] | None:
+    """``C,H,W``, ``H,W`` or one side of a square, as (channels, height, width)."""
+    if text is None:
+        return None
+    numbers = text.replace("x", ",").split(",")
+    if not all(n.strip().isdecimal() and int(n) for n in numbers) or len(numbers) > 3:
+        raise click.BadParameter(f"expected C,H,W such as 3,224,224, found {text!r}.")
+    sizes = [int(n) for n in numbers]
+    if len(sizes) == 1:
+        sizes *= 2
+    channels, height, width = sizes if len(sizes) == 3 else (3, *sizes)
+    return channels, height, width
+
+
+MODEL_HELP = (
+    "timm name, e.g. vit_base_patch16_224.augreg_in21k; transformers:DIR_OR_HUB_ID; or "
+    "python:package.module:function, which returns a torch module."
+)
+model_option = click.option("--model", required=True, help=MODEL_HELP)
+MODEL_ARGS_HELP = (
+    "Further arguments: of timm.create_model, transformers' configuration or the function."
+)
+input_size_option = click.option(
+    "--input-size",
+    callback=input_size,
+    metavar="C,H,W",
+    help="Of the images, where the model does not say.",
+)
+
+
 def backbone_options(command: F) -> F:
-    """--model-args, --checkpoint, --pretrained/--no-pretrained, --seed."""
+    """--model-args, --checkpoint, --input-size, --pretrained/--no-pretrained, --seed."""
     for option in (
         click.option(
             "--seed", default=0, show_default=True, help="Of random weights and of the noise."
@@ -252,14 +284,15 @@ def backbone_options(command: F) -> F:
         click.option(
             "--pretrained/--no-pretrained",
             default=True,
-            help="Without --checkpoint: timm's weights, or random ones for benchmarks.",
+            help="Without --checkpoint: the source's weights, or random ones for benchmarks.",
         ),
-        click.option("--checkpoint", type=FILE, help="The backbone's weights, as timm loads them."),
+        input_size_option,
+        click.option("--checkpoint", type=FILE, help="A file with the backbone's weights."),
         click.option(
             "--model-args",
             callback=json_object,
             metavar="JSON",
-            help="Further arguments of timm.create_model.",
+            help=MODEL_ARGS_HELP,
         ),
     ):
         command = option(command)
@@ -291,9 +324,9 @@ def parity_table(report: ParityReport) -> Group:
                 f"{stage.stage} {stage.precision}",
                 f"{c.max_abs:.1e}",
                 f"{c.range_error:.1e}",
-                f"{c.cosine:.6f}",
+                "–" if c.cosine is None else f"{c.cosine:.6f}",
                 "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f}",
-                f"{c.top1:.1%}{_near_ties(stage)}",
+                "–" if c.top1 is None else f"{c.top1:.1%}{_near_ties(stage)}",
                 verdict(not stage.failures, "passed", "FAILED"),
             )
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from hhdeploy.cli import ui
 
 _AGAINST_TORCH = frozenset(
-    "checkpoint pretrained seed verify_data verify_images lock_timeout".split()
+    "model model_args input_size checkpoint pretrained seed verify_data verify_images "
+    "lock_timeout".split()
 )
 
 
@@ -28,6 +30,17 @@ _AGAINST_TORCH = frozenset(
     is_flag=True,
     help="Recompute the reference with torch, adapters added later included.",
 )
+@click.option(
+    "--model",
+    help="--against-torch, as in export: needed where the bundle does not name it, or names code.",
+)
+@click.option(
+    "--model-args",
+    callback=ui.json_object,
+    metavar="JSON",
+    help="--against-torch: further arguments, with --model.",
+)
+@ui.input_size_option
 @click.option("--checkpoint", type=ui.FILE, help="--against-torch: the backbone's weights.")
 @click.option("--pretrained/--no-pretrained", default=True, help="--against-torch, as in export.")
 @click.option("--seed", default=0, show_default=True, help="--against-torch, as in export.")
@@ -46,6 +59,9 @@ def command(
     device: str,
     precisions: tuple[str, ...],
     against_torch: bool,
+    model: str | None,
+    model_args: dict[str, Any] | None,
+    input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
     pretrained: bool,
     seed: int,
@@ -70,6 +86,9 @@ def command(
         if against_torch:
             report = verify_against_torch(
                 bundle,
+                model=model,
+                model_args=model_args,
+                input_size=input_size,
                 checkpoint=checkpoint,
                 pretrained=pretrained,
                 seed=seed,

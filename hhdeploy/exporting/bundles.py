@@ -27,7 +27,7 @@ from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
     from hhdeploy.exporters.trace import BaseGraph
     from hhdeploy.exporters.writer import Contents
     from hhdeploy.verifying.reference import Reference, VerifyData
@@ -60,6 +60,7 @@ def export(
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
     seed: int = 0,
+    input_size: tuple[int, int, int] | None = None,
     reserve: Reserve = _NO_RESERVE,
     bank_as_constant: bool = False,
     precisions: Sequence[str] = (),
@@ -74,13 +75,16 @@ def export(
     """Export adapters of one backbone as a bundle, and verify it.
 
     Args:
-        model: timm name, with or without ``.tag``.
+        model: timm name, with or without ``.tag``; ``transformers:DIR_OR_HUB_ID``; or
+            ``python:package.module:function``.
         adapters: name -> adapter directory.
         out: the bundle's directory; written whole or not at all.
         fold: put the one adapter into the weights; else all become side branches.
-        model_args: further arguments of ``timm.create_model``; None takes the adapters'.
-        checkpoint: the backbone's weights; None takes timm's pretrained ones.
+        model_args: further arguments of ``timm.create_model``, transformers' configuration or
+            the function; None takes the adapters' (never for a function).
+        checkpoint: the backbone's weights; None takes those of the source.
         pretrained: False uses random weights (``seed``): for benchmarks.
+        input_size: (channels, height, width) of the images, where the model does not say.
         reserve: room for adapters that come later (side branches).
         bank_as_constant: bake the bank into the graph.
         precisions: further graphs to write, e.g. ``["float16"]``.
@@ -101,7 +105,8 @@ def export(
     """
     for package in ("onnx", "onnx_ir"):
         require(package, "export", "exporting")
-    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.exporters.trace import default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
@@ -115,13 +120,16 @@ def export(
         loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
         spec = BackboneSpec(
             model,
-            _model_args(model_args, loaded),
+            _model_args(model, model_args, loaded),
             Path(checkpoint) if checkpoint else None,
             pretrained,
             seed,
+            input_size,
         )
         progress(f"loading {model}")
         backbone = load_backbone(spec)
+        for note in backbone.notes:
+            progress(note)
         check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
@@ -147,12 +155,22 @@ def export(
 
 
 def _model_args(
-    given: Mapping[str, Any] | None, adapters: Mapping[str, Adapter]
+    model: str, given: Mapping[str, Any] | None, adapters: Mapping[str, Adapter]
 ) -> Mapping[str, Any]:
-    """The arguments given, else the ones that all adapters agree on."""
+    """The arguments given, else the ones that all adapters agree on.
+
+    Raises:
+        PlanError: the adapters disagree, or name arguments of a function: what a file says never
+            reaches code.
+    """
     if given is not None:
         return given
     named = {name: dict(a.config.base_model_args) for name, a in adapters.items()}
+    if model.startswith("python:") and any(named.values()):
+        raise PlanError(
+            f"the adapters were made with the arguments {named}, and {model} gets none that only a "
+            "file names. Pass them as `model_args`."
+        )
     distinct = list({str(sorted(args.items())): args for args in named.values()}.values())
     if len(distinct) > 1:
         raise PlanError(

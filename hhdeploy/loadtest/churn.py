@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.loadtest.client import Client, upload_body
-from hhdeploy.loadtest.judge import Answer
+from hhdeploy.loadtest.judge import Reply
 from hhdeploy.loadtest.timeline import State, Timeline
 from hhdeploy.loadtest.variants import Task
 
@@ -23,7 +23,7 @@ _AWAY = 8
 
 
 @dataclass(frozen=True)
-class Change:
+class Turnover:
     """One change; seconds of the requests' clock.
 
     Attributes:
@@ -38,7 +38,7 @@ class Change:
     kind: Kind
     sent: float
     acknowledged: float
-    answer: Answer
+    answer: Reply
 
     @property
     def done(self) -> bool:
@@ -57,7 +57,7 @@ class Churn:
     def __init__(self, tasks: Sequence[Task], shares: NDArray[np.float64], seed: int) -> None:
         """``shares``: popularity of the tasks; half of the changes meet the popular ones."""
         self.timelines = [Timeline(0 if task.at_start else None) for task in tasks]
-        self.changes: list[Change] = []
+        self.changes: list[Turnover] = []
         self._tasks, self._shares = tasks, shares
         self._rng = np.random.default_rng([seed, 5])
         # What the server has on disk, also while it is unloaded.
@@ -105,7 +105,7 @@ class Churn:
         else:
             sent = time.perf_counter()
             answer = await (client.load(name) if kind == "load" else client.unload(name))
-        change = Change(name, kind, sent, time.perf_counter(), answer)
+        change = Turnover(name, kind, sent, time.perf_counter(), answer)
         self.changes.append(change)
         # After a change that failed either state may hold: it is a fault, and the last change.
         self.timelines[task].change(after, sent, change.acknowledged if change.done else math.inf)

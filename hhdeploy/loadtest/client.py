@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.errors import SessionError, require
-from hhdeploy.loadtest.judge import Answer
+from hhdeploy.loadtest.judge import Reply
 
 _LENGTH = "Inference-Header-Content-Length"
 # Less than the server's own, after which it closes an idle connection under a request.
@@ -88,19 +88,19 @@ class Client:
     ) -> None:
         await self._session.close()
 
-    async def infer(self, body: bytes, json_length: int) -> Answer:
+    async def infer(self, body: bytes, json_length: int) -> Reply:
         """Ask; see `Requests.body`."""
         return await self._post(self._infer, body, {_LENGTH: str(json_length)})
 
-    async def upload(self, name: str, body: bytes) -> Answer:
+    async def upload(self, name: str, body: bytes) -> Reply:
         """Add or replace an adapter; see `upload_body`."""
         return await self._change(name, "load", body)
 
-    async def load(self, name: str) -> Answer:
+    async def load(self, name: str) -> Reply:
         """Load an adapter that is on the server's disk."""
         return await self._change(name, "load", b"{}")
 
-    async def unload(self, name: str) -> Answer:
+    async def unload(self, name: str) -> Reply:
         """Take an adapter out."""
         return await self._change(name, "unload", b"{}")
 
@@ -117,18 +117,18 @@ class Client:
         except (*self._broken, asyncio.TimeoutError) as error:
             raise SessionError(f"{self._url}/metrics does not answer: {error!r}") from error
 
-    async def _change(self, name: str, verb: str, body: bytes) -> Answer:
+    async def _change(self, name: str, verb: str, body: bytes) -> Reply:
         url = f"{self._url}/v2/repository/models/{name}/{verb}"
         return await self._post(url, body, {"Authorization": f"Bearer {self._token}"})
 
-    async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> Answer:
+    async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> Reply:
         try:
             # In chunks: large bodies would block the event loop in one piece.
             async with self._session.post(url, data=io.BytesIO(body), headers=headers) as response:
                 content = await response.read()
                 length = response.headers.get(_LENGTH)
-                return Answer(response.status, content, int(length) if length else None)
+                return Reply(response.status, content, int(length) if length else None)
         except asyncio.TimeoutError:
-            return Answer(None)
+            return Reply(None)
         except self._broken as error:
-            return Answer(0, repr(error).encode())
+            return Reply(0, repr(error).encode())

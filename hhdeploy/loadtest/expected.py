@@ -56,9 +56,8 @@ class Expectations:
         if found.shape != expected.shape:
             return False
         figures = compare(expected, found)
-        return (
-            figures.max_abs <= self.bound.range_error * float(np.ptp(whole))
-            and figures.cosine >= self.bound.cosine
+        return figures.max_abs <= self.bound.range_error * float(np.ptp(whole)) and (
+            figures.cosine is None or figures.cosine >= self.bound.cosine
         )
 
     def whose(self, images: Sequence[int], found: Logits) -> str:

@@ -29,7 +29,7 @@ FAULTS = (Verdict.WRONG, Verdict.UNEXPECTED, Verdict.LOST, Verdict.UNANSWERED)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What came back over HTTP.
 
     Attributes:
@@ -57,7 +57,7 @@ class Exchange:
     due: float
     sent: float
     answered: float
-    answer: Answer
+    answer: Reply
 
     @property
     def seconds(self) -> float:
@@ -103,7 +103,7 @@ def judge(exchange: Exchange, possible: Set[State], expected: Expectations) -> J
     return Judgement(Verdict.WRONG, f"{name}: {expected.whose(images, logits)}; expected {allowed}")
 
 
-def read_logits(answer: Answer) -> Logits:
+def read_logits(answer: Reply) -> Logits:
     """Logits float32 [n, classes] of an answer with one binary output.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.loadtest.churn import Change
+from hhdeploy.loadtest.churn import Turnover
 from hhdeploy.loadtest.drive import Record
 from hhdeploy.loadtest.expected import Expectations
 from hhdeploy.loadtest.judge import FAULTS, Exchange, Verdict, judge
@@ -165,7 +165,7 @@ def make_report(
     )
 
 
-def latencies(exchanges: Sequence[Exchange], changes: Sequence[Change]) -> dict[str, Latencies]:
+def latencies(exchanges: Sequence[Exchange], changes: Sequence[Turnover]) -> dict[str, Latencies]:
     """Of all, of those during which some adapter changed, and of the others."""
     seconds = np.asarray([e.seconds for e in exchanges])
     sent = np.asarray([e.sent for e in exchanges])

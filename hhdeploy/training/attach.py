@@ -1,9 +1,9 @@
-"""Attach an adapter to a timm model, take it off again, and save it."""
+"""Attach an adapter to a model, take it off again, and save it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ from hhdeploy.adapters.format import PARTS, Adapter, Head, SiteTensors, save_ada
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.parameters import original_parameter, put_values, restore_values
 from hhdeploy.backbones.sites import LinearSpec, select_sites
-from hhdeploy.backbones.timm import (
+from hhdeploy.backbones.structure import (
     base_sha256,
     classifier_path,
     find_linears,
-    preprocess_of,
-    resolved_name,
+    parameters_of,
 )
+from hhdeploy.backbones.timm import preprocess_of, resolved_name
 from hhdeploy.errors import AdapterError
+from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.householder import (
     AdditiveDelta,
     BiasShift,
@@ -49,7 +50,7 @@ class _Attached:
         old_head: the backbone's own, None if it is still there.
         old_values: parameter path -> the parameter before the adapter replaced it.
         parametrized: (module, name of its tensor), each once.
-        new_biases: Linears that had no bias.
+        new_biases: (module, name of its bias) of Linears that had none.
     """
 
     config: AdapterConfig
@@ -57,17 +58,17 @@ class _Attached:
     old_head: nn.Module | None = None
     old_values: dict[str, nn.Parameter] = field(default_factory=dict)
     parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
-    new_biases: list[nn.Module] = field(default_factory=list)
+    new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0) -> nn.Module:
-    """Turn a timm model, in place, into the training-time model of one adapter.
+    """Turn a model, in place, into the training-time model of one adapter.
 
     The backbone is frozen; the adapter's tensors and its new classifier are the only parameters
     that require gradients.
 
     Args:
-        model: a timm model whose Linears are named as timm's ViTs name them.
+        model: any module with Linears: of timm, transformers, torchvision, or your own.
         adapter: an `Adapter` (its trained tensors are loaded) or an `AdapterConfig` (a new,
             untrained adapter for ``config.target_modules``).
         seed: of the initial values of a new adapter.
@@ -85,13 +86,14 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     facts = _facts_of(model, config)
     linears = facts.linears
-    state = _Attached(config, facts.classifier)
+    state = _Attached(replace(config, base_sha256=facts.sha256 or None), facts.classifier)
     if isinstance(adapter, Adapter):
         check(Path(adapter.source).name, adapter, facts)
         state.old_values = put_values(model, adapter.values, adapter.source)
         matrices, parts = _trained_matrices(adapter), _trained_parts(adapter)
     else:
         check_targets(adapter, facts, "the new adapter")
+        _check_classifier(model, facts, config)
         matrices, parts = _new_matrices(adapter, linears, generator), {}
     model.requires_grad_(False)
     for name in state.old_values:
@@ -116,8 +118,8 @@ def detach(model: nn.Module) -> nn.Module:
     state = _state(model)
     for module, name in state.parametrized:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    for module in state.new_biases:
-        module.register_parameter("bias", None)
+    for module, name in state.new_biases:
+        module.register_parameter(name, None)
     restore_values(model, state.old_values)
     if state.old_head is not None:
         _replace_module(model, state.classifier, state.old_head)
@@ -136,7 +138,7 @@ def extract(model: nn.Module) -> Adapter:
                 found.setdefault(site, {}).update({k: _numpy(t) for k, t in tensors.items()})
     sites = {
         site.name: SiteTensors(**found[site.name])
-        for linear in find_linears(model)
+        for linear in find_linears(model, state.classifier)
         for site in linear.sites
         if site.name in found
     }
@@ -164,25 +166,40 @@ def _state(model: nn.Module) -> _Attached:
 def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
     """What a model in hand says of itself; what it does not say is taken from the adapter.
 
-    Its digest is that of float32 weights, and asked only where the adapter has one to compare. It
+    Its digest is that of float32 weights, which a bundle has; other types have none to compare. It
     does not say which image size it was made for.
     """
     path = classifier_path(model)
-    classifier: Any = model.get_submodule(path)
+    classifier: Any = model.get_submodule(path) if path else None
     digest = config.base_sha256
-    if digest is not None and next(model.parameters()).dtype == torch.float32:
+    if all(p.dtype == torch.float32 and not p.is_meta for p in model.parameters()):
         digest = base_sha256(model, path)
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
     return BackboneFacts(
         model=resolved_name(model, name) if name else config.base_model,
         args=config.base_model_args,
         sha256=digest or "",
-        linears=find_linears(model),
+        linears=find_linears(model, path),
         classifier=path,
-        dim=int(classifier.in_features),
-        classes=int(classifier.out_features),
-        preprocess=config.preprocess or preprocess_of(model, config.base_model_args),
+        dim=int(classifier.in_features) if path else 0,
+        classes=int(classifier.out_features) if path else 0,
+        preprocess=config.preprocess or _preprocess_of(model, config),
     )
+
+
+def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
+    """timm's transform of the model; of another model one that nothing is compared with."""
+    if hasattr(model, "pretrained_cfg"):
+        return preprocess_of(model, config.base_model_args)
+    return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
+
+
+def _check_classifier(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -> None:
+    if not facts.classifier and config.num_classes is not None:
+        raise AdapterError(
+            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
+            "adapter without classes (num_classes None) needs none."
+        )
 
 
 def _parametrize(
@@ -194,12 +211,12 @@ def _parametrize(
 ) -> None:
     """Scale, then add or multiply: the order in which parametrizations of one tensor act."""
     rows = {s.name: slice(i * s.out, (i + 1) * s.out) for i, s in enumerate(linear.sites)}
-    module = model.get_submodule(linear.path)
+    module, weight, bias = parameters_of(model, linear.path)
     for name in rows:
         tensors = parts.get(name, {})
         s_in, s_out, db = (tensors.get(part) for part in PARTS)
         if s_in is not None or s_out is not None:
-            _register(module, "weight", Scaling(name, rows[name], s_in, s_out), state)
+            _register(module, weight, Scaling(name, rows[name], s_in, s_out), state)
         if db is not None:
             _shift_bias(model, linear, name, rows[name], db, state)
     own = {name: matrices[name] for name in rows if name in matrices}
@@ -207,30 +224,30 @@ def _parametrize(
         return
     if state.config.form == "additive":
         starts = {name: (rows[name].start, matrix) for name, matrix in own.items()}
-        _register(module, "weight", AdditiveDelta(starts), state)
+        _register(module, weight, AdditiveDelta(starts), state)
         return
     ((name, matrix),) = own.items()
     transform = SequentialTransform(name, matrix)
-    _register(module, "weight", transform, state)
-    if module.bias is not None:
-        _register(module, "bias", transform, state)
+    _register(module, weight, transform, state)
+    if getattr(module, bias) is not None:
+        _register(module, bias, transform, state)
 
 
 def _shift_bias(
     model: nn.Module, linear: LinearSpec, name: str, rows: slice, db: Tensor, state: _Attached
 ) -> None:
     """db on the site's part of the bias; timm keeps the biases of some fused qkv beside it."""
-    module: Any = model.get_submodule(linear.path)
+    module, weight, bias = parameters_of(model, linear.path)
     parent = model.get_submodule(linear.path.rpartition(".")[0])
     if len(linear.sites) > 1 and isinstance(getattr(parent, "q_bias", None), Tensor):
         own = f"{name.rpartition('.')[2]}_bias"
         _register(parent, own, BiasShift(name, slice(0, db.numel()), db), state)
         return
-    if module.bias is None:
-        zeros = module.weight.detach().new_zeros(linear.out)
-        module.bias = nn.Parameter(zeros, requires_grad=False)
-        state.new_biases.append(module)
-    _register(module, "bias", BiasShift(name, rows, db), state)
+    if getattr(module, bias) is None:
+        zeros = getattr(module, weight).detach().new_zeros(linear.out)
+        setattr(module, bias, nn.Parameter(zeros, requires_grad=False))
+        state.new_biases.append((module, bias))
+    _register(module, bias, BiasShift(name, rows, db), state)
 
 
 def _register(module: nn.Module, name: str, added: nn.Module, state: _Attached) -> None:

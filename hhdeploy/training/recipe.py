@@ -23,7 +23,8 @@ from hhdeploy.adapters.checks import check_sites
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.timm import Backbone, BackboneSpec, load_backbone
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
 from hhdeploy.packages import own_version
@@ -137,7 +138,7 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
         ) as batches:
             trainer = Trainer(model, settings, folder, batches, device)
             history = _run(task, trainer, progress or (lambda report: None))
-        result = _result(task, trainer, history)
+        result = replace(_result(task, trainer, history), notes=backbone.notes)
         _write(task, result)
     return result
 
@@ -180,6 +181,7 @@ def _backbone_spec(settings: TrainSettings) -> BackboneSpec:
         settings.checkpoint,
         pretrained=settings.pretrained,
         seed=settings.seed,
+        input_size=settings.input_size,
     )
 
 

@@ -34,13 +34,15 @@ class TrainSettings:
     """Everything that decides what `hhdeploy.training.recipe.train` does.
 
     Attributes:
-        model: timm name, with or without ``.tag``.
+        model: timm name, with or without ``.tag``, ``transformers:DIR_OR_HUB_ID``, or
+            ``python:package.module:function``.
         data: image folder DIR/CLASS/image.
         out: adapter directory to write; may be None for a linear probe only.
-        model_args: further arguments of ``timm.create_model``.
-        preprocess: what differs from timm's evaluation transform of the model, e.g.
+        model_args: further arguments that the model is made with.
+        input_size: (channels, height, width) of the images, where the model does not say.
+        preprocess: what differs from the model's own image transform, e.g.
             ``{"crop_pct": 1.0}``; the adapter carries the result.
-        checkpoint: backbone weights; None: from timm's hub.
+        checkpoint: backbone weights; None: those of the source.
         pretrained: False gives a random backbone (``seed``).
         val_data: image folder with the same class names; None: part of ``data`` is held out.
         val_fraction: share of every class that is held out, in [0, 1); 0: no validation.
@@ -66,6 +68,7 @@ class TrainSettings:
     data: Path
     out: Path | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    input_size: tuple[int, int, int] | None = None
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     pretrained: bool = True
@@ -183,6 +186,7 @@ class TrainResult:
         head_parameters: trained values of the classifier.
         device: ``cpu`` or ``cuda``.
         history: one report an epoch, those before a resume included.
+        notes: what had to be assumed of the backbone, a line each.
     """
 
     out: Path | None
@@ -198,6 +202,7 @@ class TrainResult:
     head_parameters: int
     device: str
     history: tuple[EpochReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def last(self) -> EpochReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
-from hhdeploy.errors import BundleError, ParityError, as_code, require
+from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
@@ -70,6 +70,9 @@ def _verify(bundle: Bundle, device: str, precisions: Sequence[str] | None) -> Pa
 def verify_against_torch(
     path: str | Path,
     *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int, int] | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
     seed: int = 0,
@@ -87,24 +90,37 @@ def verify_against_torch(
     it does where ``precisions`` (graphs to check, None: all) leaves out float32: the other graphs'
     bounds are too wide to vouch for an adapter.
 
+    Args:
+        path: the bundle.
+        model, model_args, input_size, checkpoint, pretrained, seed: as in `export`; None: what
+            the manifest says. A directory and a function have to be named.
+        verify_data, verify_images: as in `export`.
+        device, precisions: as in `verify`.
+        lock_timeout: seconds to wait for another process that is changing the bundle.
+        progress: called with a few words at each step.
+
     Raises:
-        BackboneError: the weights are not the ones that the bundle was exported from.
+        BackboneError: the weights are not the ones that the bundle was exported from, or the
+            model has to be named.
         BundleError: a file of the bundle is damaged.
         ConflictError: the bundle was exported again meanwhile.
         ParityError: outputs differ by more than the table allows.
     """
-    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
-    from hhdeploy.errors import BackboneError
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.verifying.reference import VerifyData, training_time_reference
 
     bundle = read_bundle(path, _held)
     facts = bundle.manifest.backbone
+    if model is None:
+        _check_named(bundle)
     spec = BackboneSpec(
-        facts.model,
-        facts.args,
+        model or facts.model,
+        facts.args if model_args is None else model_args,
         Path(checkpoint) if checkpoint else None,
         pretrained,
         seed,
+        input_size or bundle.manifest.input_size,
     )
     backbone = load_backbone(spec)
     if backbone.facts.sha256 != facts.sha256:
@@ -125,6 +141,22 @@ def verify_against_torch(
     with edit(path, basis, lock_timeout=lock_timeout, progress=progress) as change:
         _store_verification(change, basis, reference, report)
     return report
+
+
+def _check_named(bundle: Bundle) -> None:
+    """The manifest names a model that can be had from its name, and no code to run.
+
+    Raises:
+        BackboneError: it does not.
+    """
+    name = bundle.manifest.backbone.model
+    folder = name.startswith("transformers:") and "/" not in name
+    if folder or name.startswith("python:"):
+        raise BackboneError(
+            f"{bundle.path} was exported from {name}: "
+            f"{'a directory' if folder else 'a function, and what a file names is never run'}. "
+            "Pass `model`, as in export."
+        )
 
 
 def _held(bundle: Bundle) -> Bundle:
@@ -207,7 +239,8 @@ def verify_graphs(
             )
             for name, row in names.items():
                 own = ids == row
-                comparison = compare(logits[own], found[own])
+                kind = bundle.manifest.problem_type(name)
+                comparison = compare(logits[own], found[own], kind)
                 overflow = ""
                 if twin is not None and not np.isfinite(comparison.max_abs):
                     overflow = find_overflow(twin, precision, images[own], ids[own])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.timm import Backbone
+from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import PlanError
 from hhdeploy.files.folders import list_images, spread
 from hhdeploy.preprocess import open_image

@@ -33,7 +33,7 @@ Run = Callable[[Images, Rows | None], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Computed:
     """Logits of one request, and where its time went.
 
     Attributes:
@@ -65,7 +65,7 @@ class _Job:
     images: Images = field(compare=False)
     rows: Rows | None = field(compare=False)
     done: Callable[[], None] = field(compare=False)
-    answer: asyncio.Future[Answer] = field(compare=False)
+    answer: asyncio.Future[Computed] = field(compare=False)
     since: float = field(compare=False)
 
 
@@ -121,7 +121,8 @@ class Batcher:
             raise StoppingError("the server is shutting down.")
         if count > self._max_batch:
             raise RequestError(
-                f"{count} images in one request: expected at most {self._max_batch} (--max-batch)."
+                f"{count} images in one request: expected at most {self._max_batch} "
+                "(the server's `max_batch`)."
             )
         if self.queued and self.queued + count > self._max_queued:
             raise BusyError(
@@ -149,7 +150,7 @@ class Batcher:
         *,
         priority: int = 0,
         done: Callable[[], None] = lambda: None,
-    ) -> Answer:
+    ) -> Computed:
         """The logits of one request. Cancelling the call takes it out of the queue.
 
         Args:
@@ -249,7 +250,7 @@ class Batcher:
             end = start + job.place.count
             if not job.answer.done():  # the client may have left
                 job.answer.set_result(
-                    Answer(logits[start:end], begin - job.since, seconds, len(logits))
+                    Computed(logits[start:end], begin - job.since, seconds, len(logits))
                 )
             start = end
 

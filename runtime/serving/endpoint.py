@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from hhdeploy.adapters.config import TENSOR_FILE
+from hhdeploy.adapters.config import CLASSES, TENSOR_FILE, VALUES
 from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.errors import (
     ForbiddenError,
@@ -26,7 +26,7 @@ from hhdeploy.runtime.serving.errors import (
 )
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
-from hhdeploy.runtime.serving.outputs import LABELS, LOGITS, PROBABILITIES
+from hhdeploy.runtime.serving.outputs import ANSWERS, LABELS, LOGITS, PROBABILITIES
 from hhdeploy.runtime.serving.service import ADAPTERS, IMAGES, VERSION, Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.status import status_of
@@ -121,10 +121,14 @@ class LocalEndpoint:
         """See `Endpoint.model_metadata`."""
         service = self._service
         alias = service.alias(model, version)
-        classes = -1
+        classes, kind = -1, CLASSES
         for entry in service.entries():
             if entry.name == alias or service.fleet is None:
-                classes = entry.classes
+                classes, kind = entry.classes, entry.problem_type
+        shares = [
+            {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
+            {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
+        ]
         return {
             "name": model,
             "versions": [VERSION],
@@ -134,8 +138,8 @@ class LocalEndpoint:
             ],
             "outputs": [
                 {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
-                {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
-                {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
+                *(shares if kind != VALUES else ()),
+                {"name": ANSWERS, "datatype": "BYTES", "shape": [-1]},
             ],
             "parameters": {
                 "adapters": self._adapter_names() if alias is None else [alias],
@@ -274,7 +278,7 @@ def check_token(token: str | None, authorization: str | None) -> None:
     if token is None:
         raise ForbiddenError(
             "adapters cannot be loaded over the network: the server was started without "
-            "--allow-adapter-loading."
+            "`allow_adapter_loading`."
         )
     kind, _, given = (authorization or "").partition(" ")
     # In constant time, so that the answer's delay tells nothing of the token.

@@ -1,25 +1,32 @@
 """Logits to the outputs that a request asks for.
 
-`logits` FP32 (the default), `probabilities` FP32, `labels` BYTES. All are cut to the adapter's own
-classes; where a request mixes adapters, to the widest of them, padded with -inf (logits) and 0
-(probabilities). Triton's classification extension gives the best classes of logits or
-probabilities as `score:index:label`.
+`logits` FP32 (the default), `probabilities` FP32, `labels` and `answers` BYTES. Numbers are cut to
+the adapter's own classes; where a request mixes adapters, to the widest of them, padded with -inf
+(logits) and 0 (probabilities). Triton's classification extension gives the best classes of logits
+or probabilities as `score:index:label`, and as many answers.
+
+An adapter's problem type says what its logits mean: probabilities of labels are independent, and
+`labels` are all of 0.5 or more, between `;`. A regression has neither: its values are its logits.
+`answers` suit every adapter: a JSON object an image, `{"problem_type": ..., "answers": [...]}`,
+with label, index, score and positive of each, as `Session.classify` has them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.bundle.answers import label_of, softmax
+from hhdeploy.adapters.config import VALUES
+from hhdeploy.bundle.answers import answers_of, best, label_of, probabilities, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import BYTES, FP32, Tensor, Wanted, bytes_array
 
-LOGITS, PROBABILITIES, LABELS = "logits", "probabilities", "labels"
-OUTPUTS = (LOGITS, PROBABILITIES, LABELS)
+LOGITS, PROBABILITIES, LABELS, ANSWERS = "logits", "probabilities", "labels", "answers"
+OUTPUTS = (LOGITS, PROBABILITIES, LABELS, ANSWERS)
 
 
 def check_outputs(asked: Sequence[Wanted]) -> Sequence[Wanted]:
@@ -36,7 +43,9 @@ def check_outputs(asked: Sequence[Wanted]) -> Sequence[Wanted]:
         if sum(other.name == output.name for other in asked) > 1:
             raise RequestError(f"outputs: {output.name!r} is asked for twice.")
         if output.top and output.name == LABELS:
-            raise RequestError("output labels: classification is of logits or probabilities.")
+            raise RequestError(
+                "output labels: classification is of logits, probabilities or answers."
+            )
     return asked or (Wanted(LOGITS),)
 
 
@@ -53,16 +62,24 @@ def output_of(
         logits: float32 [n, classes of the graph].
         entries: of each image's adapter; None: the backbone.
         classes: of each image's adapter.
+
+    Raises:
+        RequestError: probabilities or labels of a regression.
     """
     widest = max(classes)
     logits = logits[:, :widest]
+    rows = list(zip(entries, logits, classes, strict=True))
+    if wanted.name in (PROBABILITIES, LABELS):
+        _refuse_values(wanted.name, entries)
     if wanted.name == LABELS:
-        best = [
-            label_of(entry, int(np.argmax(row[:n])))
-            for entry, row, n in zip(entries, logits, classes, strict=True)
-        ]
-        return Tensor(LABELS, BYTES, _texts(best))
-    scores = logits if wanted.name == LOGITS else softmax(logits).astype(np.float32)
+        return Tensor(LABELS, BYTES, _texts([_said(*row) for row in rows]))
+    if wanted.name == ANSWERS:
+        return Tensor(ANSWERS, BYTES, _texts([_answers(*row, wanted.top) for row in rows]))
+    scores = logits
+    if wanted.name == PROBABILITIES:
+        scores = np.zeros(logits.shape, np.float32)
+        for shares, (entry, row, n) in zip(scores, rows, strict=True):
+            shares[:n] = probabilities(row[:n], problem_type(entry))
     if not wanted.top:
         return Tensor(wanted.name, FP32, scores)
     top = min(wanted.top, widest)
@@ -72,6 +89,37 @@ def output_of(
         texts = [f"{row[i]:f}:{i}:{label_of(entry, int(i))}" for i in order]
         found += texts + [""] * (top - len(texts))
     return Tensor(wanted.name, BYTES, _texts(found).reshape(len(entries), top))
+
+
+def _refuse_values(output: str, entries: Sequence[AdapterEntry | None]) -> None:
+    for entry in entries:
+        if entry is not None and entry.problem_type == VALUES:
+            raise RequestError(
+                f"output {output}: adapter {entry.name!r} answers with values, which have none. "
+                f"Ask for {LOGITS} or {ANSWERS}."
+            )
+
+
+def _said(entry: AdapterEntry | None, logits: NDArray[np.float32], classes: int) -> str:
+    found = answers_of(logits, entry, classes)
+    return ";".join(answer.label for answer in found if answer.positive)
+
+
+def _answers(
+    entry: AdapterEntry | None, logits: NDArray[np.float32], classes: int, top: int
+) -> str:
+    """As JSON; a number that is none (NaN) is null there."""
+    found = answers_of(logits, entry, classes)
+    said = [
+        {
+            "label": answer.label,
+            "index": answer.index,
+            "score": answer.score if np.isfinite(answer.score) else None,
+            "positive": answer.positive,
+        }
+        for answer in best(found, top or classes)
+    ]
+    return json.dumps({"problem_type": problem_type(entry), "answers": said})
 
 
 def _texts(texts: Sequence[str]) -> NDArray[np.object_]:

@@ -25,7 +25,7 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.bank import Hold
-from hhdeploy.runtime.serving.batcher import Answer, Batcher
+from hhdeploy.runtime.serving.batcher import Batcher, Computed
 from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.images import Pictures
@@ -123,7 +123,7 @@ class Service:
             if self.settings.model_name in self.fleet.names:
                 raise PlanError(
                     f"{self.settings.model_name!r} is an adapter and the bundle's name in the "
-                    "protocol: requests could not tell them apart. Choose another --model-name."
+                    "protocol: requests could not tell them apart. Choose another `model_name`."
                 )
             if self.settings.watch_seconds is not None:
                 self._watch = asyncio.create_task(self.fleet.watch(self.settings.watch_seconds))
@@ -259,7 +259,7 @@ class Service:
         begin: float,
         prepared: float,
         ran: float,
-        answer: Answer,
+        answer: Computed,
     ) -> None:
         images: dict[str, int] = {}
         for entry in entries:
@@ -366,15 +366,15 @@ class Service:
 
 def _check_folded(settings: ServeSettings) -> None:
     """Raises `PlanError` for what only a bank of adapters can do."""
-    for flag, given in (
-        ("--adapters-dir", settings.adapters_dir is not None),
-        ("--pin", bool(settings.pinned)),
-        ("--allow-adapter-loading", settings.allow_adapter_loading),
+    for name, given in (
+        ("`adapters_dir`", settings.adapters_dir is not None),
+        ("`pinned`", bool(settings.pinned)),
+        ("`allow_adapter_loading`", settings.allow_adapter_loading),
     ):
         if given:
             raise PlanError(
-                f"{flag}: a folded bundle holds one adapter, in its weights. Leave it out, or "
-                "export without --fold."
+                f"{name}: a folded bundle holds one adapter, in its weights. Leave it out, or "
+                "export without `fold=True`."
             )
 
 

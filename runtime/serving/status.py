@@ -22,7 +22,8 @@ def status_of(service: Service) -> dict[str, Any]:
         requests: how many were ``answered``, and ``failed`` by Triton's reason.
         latency_ms: see `latency_ms`.
         bank: rows used and rows there are for adapters, evictions, load failures; None if folded.
-        adapters: sorted by name; ``classes`` and ``row`` are None without a row.
+        adapters: sorted by name; ``classes``, ``problem_type`` and ``row`` are None without
+            a row.
     """
     metrics, now = service.metrics, service.now()
     bank = None
@@ -64,6 +65,7 @@ def _adapters(service: Service) -> list[dict[str, Any]]:
             "problem": adapter.problem,
             "pinned": adapter.pinned,
             "classes": adapter.entry.classes if adapter.entry is not None else None,
+            "problem_type": adapter.entry.problem_type if adapter.entry is not None else None,
             "row": adapter.entry.row if adapter.entry is not None else None,
             "images": service.metrics.adapters.get(adapter.name, 0),
         }

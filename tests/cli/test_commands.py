@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.adapters.format import SiteTensors, load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.exporting.graphs import add_typed_graph
@@ -21,7 +22,7 @@ from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tests.support import TINY_MODEL, random_adapter
-from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
+from tests.workshop import AGE, HEAVY, TAGS, contents, copy_bundle, flip_byte, run_python
 
 
 @pytest.fixture
@@ -281,6 +282,25 @@ def test_predict_with_several_adapters_and_images(succeed_json, branches, pictur
             assert [round(b["probability"], 4) for b in best] == [
                 round(float(shares[b["index"]]), 4) for b in best
             ]
+
+
+def test_predict_says_values_and_labels(succeed, succeed_json, heads, pictures):
+    alpha, tags, age = succeed_json("predict", heads, pictures[0], "--top", 1)
+    assert [a["problem_type"] for a in (alpha, tags, age)] == [CLASSES, LABELS, VALUES]
+    image = open_image(pictures[0])
+    with open_session(heads, device="cpu", threads=1) as session:
+        own = {n: session.run(session.preprocess([image], n), n)[0] for n in (TAGS, AGE)}
+    (value,) = age["classes"]
+    assert value == {"label": "class 0", "index": 0, "value": pytest.approx(float(own[AGE][0]))}
+    said = {c["index"]: c for c in tags["classes"]}
+    assert {i for i in range(3) if own[TAGS][i] >= 0} <= set(said)
+    for index, one in said.items():
+        share = 1 / (1 + np.exp(-float(own[TAGS][index])))
+        assert one["probability"] == pytest.approx(share, abs=1e-4)
+        assert one["positive"] == (share >= 0.5)
+    shown = succeed("predict", heads, pictures[0], "--adapter", AGE)
+    assert f"class 0 {own[AGE][0]:.3}"[:11] in shown
+    assert "%" not in shown
 
 
 def test_predict_defaults_to_all_adapters(succeed, succeed_json, branches, small, pictures):

@@ -12,17 +12,17 @@ import pytest
 
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.sites import sites_of
-from hhdeploy.errors import BackboneError
+from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.qkv import qkv_views
-from hhdeploy.exporters.trace import BaseGraph
+from hhdeploy.exporters.trace import BaseGraph, base_graph
 from hhdeploy.graph import LINEAR_TAG, linears_by_path
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from tests.exporters.synthetic import base_of, graph, random, shared_twice
 from tests.parity.architectures import traced
 from tests.parity.ladder import Floats, folded_model, run, session
-from tests.support import assert_caught, assert_parity, images, random_adapter
+from tests.support import assert_caught, assert_parity, images, random_adapter, tiny_backbone
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2", "proj:sequential", "fc2:sequential")
 MODELS = ("vit", "swin", "beit")
@@ -196,7 +196,8 @@ def test_a_row_of_zeros_is_the_backbone_to_the_bit(base, target):
 
 
 def test_a_row_of_zeros_with_every_branch_at_once(base):
-    reserve = Reserve(sites=TARGETS, keep_backbone_head=True)
+    kindless = [linear.path for linear in base.facts.linears if not linear.sites[0].kind]
+    reserve = Reserve(sites=(*TARGETS, *kindless), keep_backbone_head=True)
     plan = plan_branches(base.facts, {}, reserve)
     assert len(plan.layout.branches) == sum(
         2 if branch.path.endswith(("proj", "fc2")) else 1 for branch in base.facts.linears
@@ -412,3 +413,17 @@ def test_the_same_row_in_another_slot_is_the_same_to_the_bit(vit):
         few = run(branched, images(3), adapter_ids=ids(1, 2, 1), adapter_bank=bank)
         many = run(branched, images(3), adapter_ids=ids(31, 5, 31), adapter_bank=wide)
     assert few.tobytes() == many.tobytes()
+
+
+# -- images apart ---------------------------------------------------------------------------------
+
+
+def test_tokens_before_the_batch_cannot_have_a_branch():
+    """[tokens, batch, features]: a reshape to [batch, tokens, features] would mix the images."""
+    backbone = tiny_backbone("python:tests.own_models:tokens_first")
+    base = base_graph(backbone, None)
+    with pytest.raises(PlanError, match=r"encoder\.layers\.0\.linear1 .*not lie one after the"):
+        branched_model(base, plan_branches(base.facts, {}, Reserve(sites=("fc1",), max_classes=3)))
+    # Attention is traced images first, whatever the model does around it.
+    plan = plan_branches(base.facts, {}, Reserve(sites=("q", "proj"), max_classes=3))
+    assert branched_model(base, plan)

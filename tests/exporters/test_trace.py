@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import linear_spec
-from hhdeploy.backbones.timm import find_linears, load_backbone
+from hhdeploy.backbones.structure import find_linears
 from hhdeploy.errors import BackboneError, WriteError
 from hhdeploy.exporters import trace as trace_module
 from hhdeploy.exporters.fold import folded_model
@@ -273,13 +274,23 @@ def test_whatever_the_graph_depends_on_is_in_the_key(tmp_path, tiny):
         assert misses(replace(tiny, facts=replace(facts, args={**facts.args, "depth": 2.0})))
         wider = replace(facts.preprocess, input_size=(3, 32, 40))
         assert misses(replace(tiny, facts=replace(facts, preprocess=wider)))
-        with mock.patch("timm.__version__", "0.0"):
-            assert misses(tiny)
+        assert misses(replace(tiny, traced_with=("timm 0.0",)))
         with torch.no_grad():
             tiny.model.get_submodule("blocks.0.attn.proj").bias[3] += 1e-6
         assert misses(tiny)
         with mock.patch.object(trace_module, "OPSET", 21):
             assert misses(tiny)
+
+
+def test_a_model_of_a_function_is_never_cached(tmp_path):
+    """The same weights, the same name, another forward: nobody could tell."""
+    backbone, base = traced("vit")
+    unknown = replace(backbone, traced_with=None)
+    with mock.patch.object(trace_module, "trace", return_value=base.model) as tracing:
+        base_graph(unknown, tmp_path)
+        base_graph(unknown, tmp_path)
+    assert tracing.call_count == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_cache_nothing_is_stored(tmp_path, monkeypatch):

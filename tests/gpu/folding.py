@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.algebra import fold_additive, fold_sequential
+from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import LinearSpec
-from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 
 if TYPE_CHECKING:
     from torch import nn

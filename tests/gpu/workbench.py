@@ -23,7 +23,7 @@ from tests.support import TINY_ARGS, TINY_MODEL
 from tests.workshop import ROOT, copy_bundle
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import BackboneSpec
+    from hhdeploy.backbones.spec import BackboneSpec
 
 # Graphs that export writes, and those that every bundle of the workbench has.
 TYPED = ("float32", "float16", "bfloat16")
@@ -145,7 +145,7 @@ class Workbench:
         return kept
 
     def _starter(self) -> Made:
-        from hhdeploy.backbones.timm import BackboneSpec
+        from hhdeploy.backbones.spec import BackboneSpec
         from hhdeploy.demo import Starter
 
         starter = Starter.read(_STARTER)
@@ -155,7 +155,7 @@ class Workbench:
         return Made(path, spec, ("digits", "fashion"))
 
     def _random(self, name: str) -> Made:
-        from hhdeploy.backbones.timm import BackboneSpec
+        from hhdeploy.backbones.spec import BackboneSpec
 
         model, args, scale = _RANDOM[name]
         checkpoint, folder = self._root / f"{name}.safetensors", self._root / f"{name}-adapters"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hhdeploy.adapters.config import LABELS, VALUES
 from hhdeploy.parity import PARITY, Bound, ParityReport, StageResult, bound, compare
 
 INF = np.inf
@@ -79,6 +80,44 @@ def test_a_clear_answer_that_is_lost_counts():
     assert (c.top1, c.near_ties(HALF)) == (0.75, 0)
     (failure,) = c.failures(HALF)
     assert failure.startswith("top-1 agreement 75.00% (at least 99.50%")
+
+
+def test_labels_have_no_top1_and_values_no_direction_either():
+    reference, found = logits(classes=3), logits(classes=3)
+    found[2] = np.roll(found[2], 1)  # another arg max, and another direction
+    assert compare(reference, found).top1 == 0.8
+    labels, values = (compare(reference, found, kind) for kind in (LABELS, VALUES))
+    assert labels.top1 is None and values.top1 is None
+    assert labels.cosine == compare(reference, found).cosine < 0.9
+    assert values.cosine is None
+    assert (len(labels.failures(TIGHT)), len(values.failures(TIGHT))) == (2, 1)
+    assert values.range_error == labels.range_error > 0.01
+    content = json.loads(json.dumps(values.to_json()))
+    assert (content["top1"], content["cosine"]) == (None, None)
+    broken = compare(reference, np.full_like(found, np.nan), VALUES)
+    assert (broken.range_error, broken.top1, broken.cosine) == (INF, None, None)
+    assert broken.failures(TIGHT)
+
+
+def test_one_value_is_judged_by_the_range_of_all_images():
+    """Its cosine is its sign: -1 for an error of 2e-4 that goes through zero."""
+    reference = np.array([[10.0], [1e-4], [-30.0]])
+    found = reference + np.array([[0.0], [-2e-4], [0.0]])
+    padded = (np.hstack([x, np.full((3, 2), -INF)]) for x in (reference, found))
+    for c in (compare(reference, found), compare(*padded)):
+        assert (c.top1, c.cosine, c.lost_margins) == (None, None, ())
+        assert c.range_error == pytest.approx(2e-4 / 40)
+        assert not c.failures(bound("folded", "float32"))
+    assert compare(reference, reference + 1.0).failures(bound("folded", "float32"))
+
+
+def test_values_that_hardly_differ_are_not_judged_by_their_rounding():
+    reference = np.array([[40.0], [40.001]])
+    assert compare(reference, reference + 1e-5, VALUES).range_error == pytest.approx(1e-5 / 0.40001)
+    assert compare(reference[:1], reference[:1] + 0.1, VALUES).range_error == pytest.approx(
+        0.1 / 40
+    )
+    assert compare(logits(2, 1) * 0, logits(2, 1), VALUES).range_error == INF
 
 
 def test_near_ties_and_lost_answers_are_told_apart():

@@ -169,7 +169,8 @@ def test_the_adapter_gives_the_reported_accuracy(
     trained: tuple[TrainSettings, TrainResult],
 ) -> None:
     """Read back, on a fresh backbone, with inference's own preprocessing."""
-    from hhdeploy.backbones.timm import BackboneSpec, load_backbone
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.spec import BackboneSpec
 
     settings, result = trained
     assert settings.out is not None
@@ -191,7 +192,7 @@ def test_every_tensor_of_the_adapter_is_trained(trained: tuple[TrainSettings, Tr
     """All tensors left their start; u and v too, which a zero start would forbid."""
     settings, _ = trained
     assert settings.out is not None
-    from hhdeploy.backbones.timm import load_backbone
+    from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.training import extract
     from hhdeploy.training.data import derived_seed
 

@@ -1,25 +1,26 @@
-"""Small, random, perturbed variants of timm's architectures."""
+"""Small, random, perturbed models: timm's architectures, transformers', others."""
 
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from hhdeploy.backbones.timm import Backbone
+from hhdeploy.backbones.spec import Backbone
 from hhdeploy.exporters.trace import BaseGraph, base_graph
 from tests.support import TINY_ARGS, TINY_MODEL, tiny_backbone
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A timm model made small.
+    """A model made small.
 
     Attributes:
-        model: timm name.
-        args: of ``timm.create_model``, also such as no adapter may name.
+        model: timm name, ``python:...``, or ``transformers:CLASS``.
+        args: of ``timm.create_model``, the function, or the class's configuration.
         size: of the images where the architecture takes any (there is no ``img_size``).
     """
 
@@ -30,14 +31,27 @@ class Architecture:
 
 def small(architecture: Architecture) -> Backbone:
     """The perturbed backbone. Raises `BackboneError` as `load_backbone` does."""
-    allowed = frozenset(architecture.args)
-    with mock.patch("hhdeploy.backbones.timm.BASE_MODEL_ARGS", allowed):
-        backbone = tiny_backbone(architecture.model, **architecture.args)
+    model, args = architecture.model, architecture.args
+    if model.startswith("transformers:"):
+        with tempfile.TemporaryDirectory() as folder:
+            save_transformers_config(model.partition(":")[2], args, folder)
+            backbone = tiny_backbone(f"transformers:{folder}")
+    else:
+        backbone = tiny_backbone(model, **args)
     if architecture.size is None:
         return backbone
     side = architecture.size
     preprocess = replace(backbone.facts.preprocess, input_size=(3, side, side))
     return replace(backbone, facts=replace(backbone.facts, preprocess=preprocess))
+
+
+def save_transformers_config(name: str, args: Mapping[str, Any], folder: str | Path) -> None:
+    """config.json of a model class of transformers, by its name."""
+    import transformers
+
+    config = getattr(transformers, name).config_class(**args)
+    config.architectures = [name]
+    config.save_pretrained(folder)
 
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -49,6 +63,18 @@ WINDOWS = {
     "num_heads": (2, 3),
     "window_size": 4,
 }
+
+_HIDDEN = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+}
+_LABELS = {**_HIDDEN, "num_labels": 7}
+_TOWER = {"vision_config": _HIDDEN, "num_labels": 7}
+_OWN = "python:tests.own_models"
 
 # A classifier for the models that come without one: row 0 can then be compared.
 _NAMED = {"num_classes": 37}
@@ -78,6 +104,32 @@ FAST = {
             "q_pool": 2,
         },
     ),
+}
+
+# As FAST, but of other libraries than timm.
+OTHERS = {
+    "transformers vit": Architecture("transformers:ViTForImageClassification", _LABELS),
+    "torchvision vit": Architecture(f"{_OWN}:torchvision_vit", size=32),
+    "authors' vit": Architecture(f"{_OWN}:authors_vit", size=32),
+}
+
+OTHERS_SLOW = {
+    "transformers deit": Architecture("transformers:DeiTForImageClassification", _LABELS),
+    "transformers beit": Architecture("transformers:BeitForImageClassification", _LABELS),
+    "transformers dinov2": Architecture("transformers:Dinov2ForImageClassification", _LABELS),
+    "transformers dinov2 registers": Architecture(
+        "transformers:Dinov2WithRegistersForImageClassification", _LABELS
+    ),
+    "transformers swin": Architecture(
+        "transformers:SwinForImageClassification",
+        {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3]}
+        | {"window_size": 4, "num_labels": 7},
+    ),
+    "transformers clip": Architecture("transformers:CLIPForImageClassification", _TOWER),
+    "transformers siglip": Architecture("transformers:SiglipForImageClassification", _TOWER),
+    "torchvision swin": Architecture(f"{_OWN}:torchvision_swin", size=32),
+    "open_clip vit": Architecture(f"{_OWN}:open_clip_vit", size=32),
+    "torch encoder": Architecture(f"{_OWN}:encoder"),
 }
 
 SLOW = {

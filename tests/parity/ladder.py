@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE, check
 from hhdeploy.adapters.format import Adapter, SiteTensors
 from hhdeploy.backbones.sites import sites_of
-from hhdeploy.backbones.timm import Backbone
+from hhdeploy.backbones.spec import Backbone
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph

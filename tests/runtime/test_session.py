@@ -18,7 +18,7 @@ from hhdeploy.exporters.writer import save_graph
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.backends import DEVICES
 from tests.support import MISTAKE, assert_caught, assert_parity, images
-from tests.workshop import BACKBONE_CLASSES, CLASSES, WIDTH, copy_bundle, transform_of
+from tests.workshop import AGE, BACKBONE_CLASSES, CLASSES, TAGS, WIDTH, copy_bundle, transform_of
 
 NAMES = ("alpha", None, "gamma", "beta", "headless", "rival")
 
@@ -61,6 +61,35 @@ def test_each_image_is_classified_as_its_own_adapter_wants_it(session):
     scores = {a.index: a.score for a in found[gamma]}
     wrong = np.exp(as_first[gamma, :3]) / np.exp(as_first[gamma, :3]).sum()
     assert max(abs(scores[i] - wrong[i]) for i in range(3)) > MISTAKE
+
+
+def test_an_adapter_s_problem_type_says_what_its_logits_mean(heads):
+    names, shown = ["alpha", TAGS, AGE, TAGS], pictures(4)
+    with open_session(heads, device="cpu", threads=1) as session:
+        found = session.classify(shown, names)
+        for name, image, answers in zip(names, shown, found, strict=True):
+            own = session.run(session.preprocess([image], name), name)[0]
+            scores = {a.index: a.score for a in answers}
+            if name == AGE:
+                assert scores == {0: pytest.approx(float(own[0]), rel=1e-4)}
+            elif name == TAGS:
+                expected = 1 / (1 + np.exp(-own[:3].astype(float)))
+                assert [scores[i] for i in range(3)] == pytest.approx(expected, rel=1e-3)
+                assert [a.positive for a in answers] == [a.score >= 0.5 for a in answers]
+            else:
+                assert sum(scores.values()) == pytest.approx(1.0)
+            assert {a.problem_type for a in answers} == {session.entry(name).problem_type}
+
+
+def test_an_infinite_value_is_none(heads, monkeypatch):
+    with open_session(heads, device="cpu", threads=1) as session:
+        real = session._backend.run
+        monkeypatch.setattr(
+            session._backend, "run", lambda *call: np.where(np.arange(7) == 0, -np.inf, real(*call))
+        )
+        session.classify(pictures(1), TAGS)  # a label that is ruled out
+        with pytest.raises(SessionError, match=r"adapter 'age': the logits are no numbers"):
+            session.classify(pictures(1), AGE)
 
 
 def test_one_name_or_none_is_for_all_images(session, folded):

@@ -25,7 +25,7 @@ from hhdeploy.errors import (
 )
 from hhdeploy.runtime import cuda, kernel_cache, open_session
 from hhdeploy.runtime.tensorrt_backend import check_tensors, expected_tensors
-from hhdeploy.runtime.tensorrt_engine import Tensor, open_engine
+from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import fill
 from tests.runtime.bindings import Use, problems, source, uses
 from tests.runtime.gpu_double import BATCH, SLOTS, add_engine
@@ -254,7 +254,7 @@ def test_an_engine_with_other_tensors(built, name, change):
     ]
     with pytest.raises(BundleError, match=r"(?s)Expected: input images.*Found: .*build\("):
         check_tensors(found, manifest, entry)
-    extra = Tensor("mask", True, "FLOAT", (-1,))
+    extra = EngineTensor("mask", True, "FLOAT", (-1,))
     with pytest.raises(BundleError, match="input mask FLOAT"):
         check_tensors([*expected_tensors(manifest, entry), extra], manifest, entry)
 

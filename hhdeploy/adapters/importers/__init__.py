@@ -16,7 +16,7 @@ from hhdeploy.adapters.importers.template import ImportOptions as ImportOptions
 from hhdeploy.errors import AdapterError
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
 
 _DEFAULTS = ImportOptions()
 

@@ -33,7 +33,7 @@ from hhdeploy.errors import AdapterError
 from hhdeploy.files.tensors import read_tensors
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
 
 LORA, HRA = "LORA", "HRA"
 _PREFIX = "base_model.model."

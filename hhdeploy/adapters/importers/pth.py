@@ -25,7 +25,7 @@ from hhdeploy.adapters.importers.template import (
 from hhdeploy.errors import AdapterError, require
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
 
 
 _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")

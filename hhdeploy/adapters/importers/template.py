@@ -24,7 +24,7 @@ from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.timm import Backbone
+    from hhdeploy.backbones.spec import Backbone
 
 
 Tensors = dict[str, NDArray[Any]]

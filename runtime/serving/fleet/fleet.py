@@ -30,7 +30,7 @@ from hhdeploy.runtime.serving.errors import (
     RequestError,
 )
 from hhdeploy.runtime.serving.fleet.folders import AdapterFiles, Source, UnsettledError
-from hhdeploy.runtime.serving.fleet.rows import Rows
+from hhdeploy.runtime.serving.fleet.rows import FleetRows
 from hhdeploy.runtime.serving.fleet.states import Counters, Known, State, Status, in_doubt
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
@@ -57,7 +57,7 @@ class Fleet:
     ) -> None:
         """``bank``: holds the bundle's adapters, or as many as it has rows for."""
         self.counters = Counters()
-        self.rows = Rows(bank, pinned, self._fetch_rows, self._is_broken)
+        self.rows = FleetRows(bank, pinned, self._fetch_rows, self._is_broken)
         self._files = AdapterFiles(bundle, bank, directory)
         self._writable = directory is not None
         self._pinned = pinned
@@ -86,11 +86,11 @@ class Fleet:
             await self.refresh()
         for name in sorted(self._pinned - set(self._known)):
             known = ", ".join(sorted(self._known)) or "none"
-            raise PlanError(f"--pin: unknown adapter {name!r}. There are: {known}.")
+            raise PlanError(f"`pinned`: unknown adapter {name!r}. There are: {known}.")
         if len(self._pinned) > self.rows.total:
             raise PlanError(
-                f"--pin: {len(self._pinned)} adapters, the bank has {self.rows.total} rows "
-                f"for them. Serve with --slots {len(self._pinned) + 1} or more."
+                f"`pinned`: {len(self._pinned)} adapters, the bank has {self.rows.total} rows "
+                f"for them. Serve with `slots={len(self._pinned) + 1}` or more."
             )
         for name in sorted(self._pinned):
             if name not in self.rows:
@@ -105,7 +105,7 @@ class Fleet:
     # --- requests -------------------------------------------------------------------------------
 
     async def _fetch_rows(self, names: Collection[str | None]) -> dict[str | None, Hold]:
-        """The rows of one request, of which some have to be loaded; see `Rows.hold`."""
+        """The rows of one request, of which some have to be loaded; see `FleetRows.hold`."""
         missing = self.rows.missing(names)
         for name in missing:  # before any of them takes another one's row
             self._check_answers(name)
@@ -183,7 +183,7 @@ class Fleet:
         check_name(name)
         if not self._writable:
             raise ForbiddenError(
-                "this server keeps no adapters of its own: it was started without --adapters-dir."
+                "this server keeps no adapters of its own: it was started without `adapters_dir`."
             )
         return await self._finish(self._upload(name, config, tensors))
 

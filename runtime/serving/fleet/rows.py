@@ -20,7 +20,7 @@ from hhdeploy.runtime.serving.errors import RequestError
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 
 
-class Rows:
+class FleetRows:
     """The rows of one bank. All methods belong to one event loop.
 
     Attributes:
@@ -119,7 +119,7 @@ class Rows:
         if len(set(names) - {None}) > room:
             raise RequestError(
                 f"{len(names)} adapters at a time, the bank has room for {room} that are not "
-                "pinned. Ask for fewer, or serve with more --slots."
+                "pinned. Ask for fewer, or serve with more `slots`."
             )
 
     async def gather(

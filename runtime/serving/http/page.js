@@ -4,7 +4,7 @@
 const EVERY_MS = 2000; // between two looks at /status
 const TIMEOUT_MS = 10_000; // of one look
 const MOST = 200; // adapters shown, and asked, at a time
-const TOP = 3; // classes of an answer
+const TOP = 3; // classes of an answer; labels that are said and values are all shown
 const SMALL = 128; // pictures with fewer pixels a side are shown as they are, enlarged
 const STATES = ["ready", "on disk", "broken", "unloaded"];
 const REASONS = { // why a request failed
@@ -16,6 +16,8 @@ const REASONS = { // why a request failed
 
 const $ = (id) => document.getElementById(id);
 const count = new Intl.NumberFormat("en");
+const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 6 });
+const NO_NUMBER = "not a number";
 let status = null; // the last one that came
 let picture = null; // { file, base64 }
 
@@ -263,7 +265,7 @@ async function ask() {
     for (const some of batches(names)) {
       put("said", `Asking ${plural(names.length, "adapter")} …`);
       const said = await inferPatiently(some, signal);
-      $("answers").append(...said.map(([name, classes]) => answerCard(name, classes)));
+      $("answers").append(...said.map(([name, answer]) => answerCard(name, answer)));
       answered += said.length;
       requests += 1;
     }
@@ -305,7 +307,7 @@ async function inferPatiently(names, signal) {
   }
 }
 
-/** One picture, every name: [[name, [[score, label], ...]], ...]. */
+/** One picture, every name: [[name, { problem_type, answers }], ...]. */
 async function infer(names, signal) {
   const response = await fetch(`v2/models/${encodeURIComponent(status.model)}/infer`, {
     method: "POST",
@@ -316,31 +318,29 @@ async function infer(names, signal) {
         { name: "images", datatype: "BYTES", shape: [1], data: [picture.base64] },
         { name: "adapters", datatype: "BYTES", shape: [names.length], data: names },
       ],
-      outputs: [{ name: "probabilities", parameters: { classification: TOP } }],
+      outputs: [{ name: "answers", parameters: { classification: TOP } }],
     }),
   });
   if (!response.ok) throw new Error(await problemOf(response));
-  const [{ shape, data }] = (await response.json()).outputs;
-  return names.map((name, i) => [name, data.slice(i * shape[1], (i + 1) * shape[1])
-    .filter(Boolean).map(classOf)]);
+  const [{ data }] = (await response.json()).outputs;
+  return names.map((name, i) => [name, JSON.parse(data[i])]);
 }
 
-/** "score:index:label", whose label may hold colons. */
-function classOf(text) {
-  const [, score, label] = /^([^:]*):\d+:(.*)$/s.exec(text);
-  return [Number(score), label];
-}
-
-function answerCard(name, classes) {
+function answerCard(name, { problem_type: kind, answers }) {
   const card = element("li");
   const list = element("ol");
-  for (const [score, label] of classes) {
-    const item = element("li");
-    const track = element("span", "track");
-    const bar = element("i");
-    bar.style.width = `${100 * score}%`;
-    track.append(bar);
-    item.append(element("span", "label", label), element("span", "share", percent(score)), track);
+  for (const { label, score, positive } of answers) {
+    const item = element("li", positive || kind === "regression" ? "said" : "");
+    item.append(element("span", "label", label));
+    if (kind === "regression") {
+      item.append(element("span", "share", score === null ? NO_NUMBER : number.format(score)));
+    } else {
+      const track = element("span", "track");
+      const bar = element("i");
+      bar.style.width = `${100 * score}%`;
+      track.append(bar);
+      item.append(element("span", "share", percent(score)), track);
+    }
     list.append(item);
   }
   card.append(element("h3", "", name), list);
@@ -348,7 +348,7 @@ function answerCard(name, classes) {
 }
 
 function percent(score) {
-  if (Number.isNaN(score)) return "not a number";
+  if (score === null) return NO_NUMBER;
   return `${(100 * score).toFixed(score < 0.0995 ? 1 : 0)} %`;
 }
 

@@ -38,7 +38,7 @@ _LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Change:
+class Latest:
     """The latest that happened to an adapter over the network.
 
     Attributes:
@@ -59,14 +59,14 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._latest: dict[str, Change] = {}
+        self._latest: dict[str, Latest] = {}
         self._done: dict[str, int] = {}
         self._problems: list[str] = []
         self._moved = asyncio.Condition()
         self._changing = asyncio.Lock()
         self._joining = set(_actors())
 
-    async def join(self, member: str, known: Collection[Change]) -> list[Change]:
+    async def join(self, member: str, known: Collection[Latest]) -> list[Latest]:
         """Count a replica in, and tell it what happened so far.
 
         Args:
@@ -83,7 +83,7 @@ class Registry:
 
     async def following(
         self, member: str, done: int, problems: dict[int, str]
-    ) -> list[Change] | None:
+    ) -> list[Latest] | None:
         """The changes after ``done``, as soon as there are any; [] after a while.
 
         Args:
@@ -126,7 +126,7 @@ class Registry:
                 await ask(self._replicas.load_adapter, name, upload)
             revision = self._revision + 1
             self._problems = []
-            self._latest[name] = Change(revision, name, unloaded)
+            self._latest[name] = Latest(revision, name, unloaded)
             async with self._moved:
                 self._moved.notify_all()
             await self._wait(lambda: {m for m, done in self._done.items() if done < revision})
@@ -146,7 +146,7 @@ class Registry:
     def _revision(self) -> int:
         return max((c.revision for c in self._latest.values()), default=0)
 
-    def _after(self, revision: int) -> list[Change]:
+    def _after(self, revision: int) -> list[Latest]:
         found = [c for c in self._latest.values() if c.revision > revision]
         return sorted(found, key=lambda change: change.revision)
 
@@ -177,17 +177,17 @@ class Registry:
 class Follower:
     """Keeps one replica where the registry is."""
 
-    def __init__(self, registry: Any, do: Callable[[Change], Awaitable[None]]) -> None:
+    def __init__(self, registry: Any, do: Callable[[Latest], Awaitable[None]]) -> None:
         """``do``: makes the replica do a change."""
         self._registry = registry
         self._do = do
         self._member = ray.get_runtime_context().get_actor_name()
-        self._known: dict[str, Change] = {}
+        self._known: dict[str, Latest] = {}
         self._done = 0
 
-    async def join(self) -> list[Change]:
+    async def join(self) -> list[Latest]:
         """What happened before: to be done by the caller before it answers requests."""
-        changes: list[Change] = await ask(self._registry.join, self._member, [])
+        changes: list[Latest] = await ask(self._registry.join, self._member, [])
         self._note(changes)
         return changes
 
@@ -196,7 +196,7 @@ class Follower:
         problems: dict[int, str] = {}
         while True:
             question = self._registry.following.remote(self._member, self._done, problems)
-            changes: list[Change] | None = None
+            changes: list[Latest] | None = None
             with contextlib.suppress(*LOST):
                 changes = await question
             if changes is None:
@@ -211,7 +211,7 @@ class Follower:
                     problems[change.revision] = str(error)
             self._note(changes)
 
-    def _note(self, changes: Collection[Change]) -> None:
+    def _note(self, changes: Collection[Latest]) -> None:
         self._known.update({c.name: c for c in changes})
         self._done = max((c.revision for c in self._known.values()), default=0)
 

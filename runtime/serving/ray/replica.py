@@ -11,7 +11,7 @@ from ray import serve
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.errors import FailedError, NotFoundError
 from hhdeploy.runtime.serving.logs import log_as_json
-from hhdeploy.runtime.serving.ray.registry import Change, Follower
+from hhdeploy.runtime.serving.ray.registry import Follower, Latest
 from hhdeploy.runtime.serving.ray.settings import RaySettings
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.session import open_session
@@ -70,7 +70,7 @@ class Replica(LocalEndpoint):
         content, _ = await self.metrics()
         return serve.get_replica_context().replica_tag, content
 
-    async def _do(self, change: Change) -> None:
+    async def _do(self, change: Latest) -> None:
         fleet = self._fleet(change.name)
         if not change.unloaded:
             await fleet.load(change.name)

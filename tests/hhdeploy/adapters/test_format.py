@@ -406,24 +406,29 @@ def test_newer_schema_version(tmp_path):
         ({"base_model_name_or_path": ""}, "base_model_name_or_path", "''"),
         ({"base_model_name_or_path": ...}, "base_model_name_or_path", "None"),
         ({"base_model_args": [1]}, "base_model_args", "[1]"),
-        ({"base_model_args": {"checkpoint_path": "x"}}, "base_model_args", "checkpoint_path"),
         ({"form": "parallel"}, "form", "'parallel'"),
         ({"reflection": "givens"}, "reflection", "'givens'"),
         ({"r": -1}, "r", "-1"),
         ({"r": 1.5}, "r", "1.5"),
-        ({"target_modules": "proj"}, "target_modules", "'proj'"),
+        ({"target_modules": 5}, "target_modules", "5"),
         ({"target_modules": []}, "target_modules", "[]"),
-        ({"target_modules": ["qkv"]}, "target_modules", "qkv"),
+        ({"target_modules": ["blocks.["]}, "target_modules", "blocks.["),
         ({"form": "sequential", "target_modules": ["q"]}, "target_modules", "'q'"),
         ({"num_classes": 0}, "num_classes", "0"),
         ({"num_classes": "5"}, "num_classes", "'5'"),
         ({"class_names": "abcde"}, "class_names", "'abcde'"),
         ({"class_names": [1, 2, 3, 4, 5]}, "class_names", "[1, 2"),
         ({"base_sha256": 5}, "base_sha256", "5"),
+        ({"problem_type": "ranking"}, "problem_type", "'ranking'"),
     ],
 )
 def test_wrong_values(tmp_path, changes, key, found):
     refused_config(tmp_path / "a", changes, f"{key}: expected", found)
+
+
+def test_a_single_class_is_no_classification(tmp_path):
+    changes = {"problem_type": "single_label_classification", "num_classes": 1, "class_names": None}
+    refused_config(tmp_path / "a", changes, "needs 2 classes or more", "regression")
 
 
 def test_class_names_count(tmp_path):
@@ -455,7 +460,7 @@ def test_image_sizes_that_disagree(tmp_path, img_size):
     ("changes", "parts"),
     [
         ({"mean": ...}, ("preprocess lacks mean",)),
-        ({"input_size": [1, 224, 224]}, ("preprocess.input_size", "[1, 224, 224]")),
+        ({"input_size": [1, 224, 224]}, ("preprocess.mean", "1 numbers (a channel each)")),
         ({"input_size": [224, 224]}, ("preprocess.input_size", "[224, 224]")),
         ({"std": [0.5, 0.0, 0.5]}, ("preprocess.std", "[0.5, 0.0, 0.5]")),
         ({"mean": [0.5]}, ("preprocess.mean", "[0.5]")),
@@ -489,7 +494,10 @@ def test_counts_and_forms_of_an_adapter_in_memory():
 
 def test_the_configuration_survives_json():
     preprocess = Preprocess((3, 32, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "lanczos", 0.9, "border")
-    config = AdapterConfig("vit_x", preprocess=preprocess, extra={"kept": 1})
+    assert "problem_type" not in AdapterConfig("vit_x").to_json()
+    config = AdapterConfig(
+        "vit_x", preprocess=preprocess, problem_type="regression", extra={"kept": 1}
+    )
     assert parse_config(json.loads(json.dumps(config.to_json())), "here") == config
 
 

@@ -7,7 +7,7 @@ import pytest
 from hhdeploy.backbones.sites import KINDS, linear_spec, select_sites, sites_of, split_target
 
 LINEARS = tuple(
-    spec
+    linear_spec(path, out, in_)
     for path, out, in_ in (
         ("blocks.0.attn.qkv", 21, 5),
         ("blocks.0.attn.proj", 5, 7),
@@ -16,7 +16,6 @@ LINEARS = tuple(
         ("blocks.1.attn.q_proj", 7, 5),
         ("blocks.1.attn.proj", 5, 7),
     )
-    if (spec := linear_spec(path, out, in_))
 )
 
 
@@ -57,6 +56,8 @@ def test_a_linear_of_its_own_is_its_site(path, kind):
         "attn_pool.proj",
         "attn_pool.qkv",
         "attn_pool.mlp.fc1",
+        "vision_model.head.mlp.fc1",
+        "pooler.dense",
         "head",
         "head.fc",
         "proj",
@@ -67,12 +68,66 @@ def test_a_linear_of_its_own_is_its_site(path, kind):
         "",
     ],
 )
-def test_what_is_never_a_target(path):
-    assert linear_spec(path, 12, 5) is None
+def test_what_no_kind_stands_for(path):
+    assert {site.kind for site in linear_spec(path, 12, 5).sites} == {""}
 
 
-def test_a_qkv_that_is_not_three_equal_parts_is_no_target():
-    assert linear_spec("blocks.0.attn.qkv", 22, 5) is None
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("vit.layers.3.attention.q_proj", "q"),
+        ("vit.layers.3.attention.o_proj", "proj"),
+        ("vit.encoder.layer.3.attention.attention.key", "k"),
+        ("vit.encoder.layer.3.attention.output.dense", "proj"),
+        ("vit.encoder.layer.3.intermediate.dense", "fc1"),
+        ("vit.encoder.layer.3.output.dense", "fc2"),
+        ("swin.encoder.layers.0.blocks.1.attention.self.value", "v"),
+        ("vision_model.encoder.layers.3.self_attn.out_proj", "proj"),
+        ("encoder.layers.encoder_layer_3.self_attention.out_proj", "proj"),
+        ("encoder.layers.encoder_layer_3.mlp.0", "fc1"),
+        ("encoder.layers.encoder_layer_3.mlp.3", "fc2"),
+        ("visual.transformer.resblocks.3.attn.out_proj", "proj"),
+        ("visual.transformer.resblocks.3.mlp.c_fc", "fc1"),
+        ("visual.transformer.resblocks.3.mlp.c_proj", "fc2"),
+        ("transformer.encoder.layer.3.attn.query", "q"),
+        ("transformer.encoder.layer.3.attn.out", "proj"),
+        ("transformer.encoder.layer.3.ffn.fc2", "fc2"),
+        ("encoder.layers.3.linear1", "fc1"),
+    ],
+)
+def test_a_kind_is_an_alias_for_the_names_of_every_library(path, kind):
+    (site,) = linear_spec(path, 11, 5).sites
+    assert (site.name, site.kind) == (path, kind)
+
+
+@pytest.mark.parametrize(("out", "thirds"), [(22, True), (21, False)])
+def test_a_qkv_that_is_not_three_equal_parts_is_one_site(out, thirds):
+    (site,) = linear_spec("blocks.0.attn.qkv", out, 5, thirds=thirds).sites
+    assert (site.name, site.kind, site.out) == ("blocks.0.attn.qkv", "", out)
+
+
+def test_a_packed_weight_has_three_sites():
+    spec = linear_spec("encoder.layers.0.self_attn.in_proj", 21, 7)
+    assert [(s.name.rpartition(".")[2], s.kind, s.out) for s in spec.sites] == [
+        ("q", "q", 7),
+        ("k", "k", 7),
+        ("v", "v", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("blocks.0.attn.qkv", [f"blocks.0.attn.qkv.{p}" for p in "qkv"]),
+        ("q_proj", ["blocks.1.attn.q_proj"]),
+        (r"blocks\.[01]\.mlp\..*", ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]),
+        (r".*\.qkv\.[qv]", ["blocks.0.attn.qkv.q", "blocks.0.attn.qkv.v"]),
+        ("roj", []),
+        ("blocks.[", []),
+    ],
+)
+def test_targets_as_peft_has_them(target, names):
+    assert [s.name for s in select_sites(LINEARS, [target])[target]] == names
 
 
 def test_targets_are_kinds_or_full_names():

@@ -9,15 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hhdeploy.backbones.attention import plain_attention
+from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import sites_of
-from hhdeploy.backbones.timm import (
-    BackboneSpec,
-    base_sha256,
-    classifier_path,
-    find_linears,
-    load_backbone,
-    plain_attention,
-)
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.backbones.structure import base_sha256, find_linears
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.plan import Reserve, plan_branches
 from tests.support import (
@@ -93,9 +89,18 @@ def test_an_unknown_model():
         load_backbone(BackboneSpec("no_such_model", pretrained=False))
 
 
-def test_arguments_outside_the_allow_list():
-    with pytest.raises(BackboneError, match=r"arguments checkpoint_path are not allowed.*img_size"):
-        load_backbone(BackboneSpec(TINY_MODEL, {"checkpoint_path": "x"}, pretrained=False))
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir"])
+def test_arguments_that_do_not_shape_the_model(name):
+    with pytest.raises(BackboneError, match=rf"arguments {name} are not allowed.*img_size"):
+        load_backbone(BackboneSpec(TINY_MODEL, {name: "x"}, pretrained=False))
+
+
+def test_any_argument_that_timm_takes():
+    backbone = load_backbone(tiny_spec(qk_norm=True, proj_bias=False, act_layer="relu"))
+    block = backbone.model.get_submodule("blocks.0")
+    assert isinstance(block.mlp.act, nn.ReLU)
+    assert block.attn.proj.bias is None
+    assert isinstance(block.attn.q_norm, nn.LayerNorm)
 
 
 def test_arguments_that_timm_refuses():
@@ -108,8 +113,6 @@ def test_no_single_classifier():
         load_backbone(
             BackboneSpec("deit_tiny_distilled_patch16_224", {"depth": 1}, pretrained=False)
         )
-    with pytest.raises(BackboneError, match="expected one classifier, timm names None"):
-        classifier_path(nn.Linear(2, 3))
 
 
 # -- which Linears ------------------------------------------------------------------------------
@@ -124,6 +127,8 @@ def shapes_of(name, **args):
 def test_separate_projections():
     found = shapes_of("eva02_base_patch14_224", depth=1)
     assert {k: v[0] for k, v in found.items()} == {
+        "blocks.0.mlp.fc1_g": "",
+        "blocks.0.mlp.fc1_x": "",
         "blocks.0.attn.q_proj": "q",
         "blocks.0.attn.k_proj": "k",
         "blocks.0.attn.v_proj": "v",
@@ -145,9 +150,10 @@ def test_swin_changes_width_with_the_stage():
     assert found["layers.1.blocks.0.attn.proj"] == ("proj", 96, 96)
 
 
-def test_neither_patch_embedding_nor_pooling_head():
+def test_no_kind_stands_for_a_pooling_head():
     found = shapes_of("vit_base_patch16_siglip_224", depth=1)
-    assert {k: v[0] for k, v in found.items()} == {
+    assert {k for k in found if k.startswith("attn_pool.")}
+    assert {k: v[0] for k, v in found.items() if v[0]} == {
         "blocks.0.attn.qkv.q": "q",
         "blocks.0.attn.qkv.k": "k",
         "blocks.0.attn.qkv.v": "v",

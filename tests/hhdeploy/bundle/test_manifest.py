@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import MANIFEST, Manifest, write_manifest
+from hhdeploy.bundle.manifest import MANIFEST, AdapterEntry, Manifest, write_manifest
 from hhdeploy.errors import BundleError
 from hhdeploy.preprocess import Preprocess
 
@@ -76,3 +77,25 @@ def test_an_engine_that_cannot_be_is_damage(damage, tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(content(engines=[{**ENGINE, **damage}])))
     with pytest.raises(BundleError, match="damaged"):
         Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "given", "meant", "written"),
+    [
+        (7, None, CLASSES, None),
+        (7, CLASSES, CLASSES, None),
+        (1, None, VALUES, None),
+        (1, LABELS, LABELS, LABELS),
+        (3, VALUES, VALUES, VALUES),
+    ],
+)
+def test_an_entry_says_what_its_numbers_mean_where_that_is_not_clear(
+    classes, given, meant, written
+):
+    (entry, *_) = content()["adapters"]
+    found = AdapterEntry.from_json({**entry, "classes": classes, "problem_type": given})
+    assert found.problem_type == meant
+    assert found.to_json().get("problem_type") == written
+    assert AdapterEntry.from_json(found.to_json()) == found
+    with pytest.raises(ValueError, match="ranking"):
+        AdapterEntry.from_json({**entry, "problem_type": "ranking"})

@@ -11,7 +11,7 @@ import pytest
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.loadtest.churn import Churn
-from hhdeploy.loadtest.judge import Answer
+from hhdeploy.loadtest.judge import Reply
 from hhdeploy.loadtest.variants import Task
 
 
@@ -33,7 +33,7 @@ class Registry:
         mine[2] = True
         if len(self.seen) >= 200:
             self.enough.set()
-        return Answer(self.status)
+        return Reply(self.status)
 
     async def upload(self, name, body):
         version = json.loads(json.loads(body)["parameters"]["config"])["version"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.loadtest.drive import drive
-from hhdeploy.loadtest.judge import Answer
+from hhdeploy.loadtest.judge import Reply
 from hhdeploy.loadtest.traffic import Load
 from hhdeploy.loadtest.variants import Task
 
@@ -26,12 +26,12 @@ class Double:
     async def metrics(self) -> str:
         return self.scrape
 
-    async def infer(self, body: bytes, json_length: int) -> Answer:
+    async def infer(self, body: bytes, json_length: int) -> Reply:
         self.asking += 1
         self.most = max(self.most, self.asking)
         await asyncio.sleep(0)
         self.asking -= 1
-        return Answer(self.status)
+        return Reply(self.status)
 
 
 def run(client, load):

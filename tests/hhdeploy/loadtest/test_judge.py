@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.loadtest.expected import Expectations, parity_bound
-from hhdeploy.loadtest.judge import Answer, Exchange, Verdict, judge
+from hhdeploy.loadtest.judge import Exchange, Reply, Verdict, judge
 from hhdeploy.loadtest.traffic import Request
 from hhdeploy.parity import bound
 
@@ -26,11 +26,11 @@ def expected() -> Expectations:
     return Expectations(["alpha", "rival", "gamma"], logits, bound("branches", "float32"))
 
 
-def answered(logits, **changed) -> Answer:
+def answered(logits, **changed) -> Reply:
     """An answer of the protocol with one binary output."""
     output = {"name": "logits", "datatype": "FP32", "shape": list(logits.shape), **changed}
     head = json.dumps({"outputs": [output]}).encode()
-    return Answer(200, head + logits.astype("<f4").tobytes(), len(head))
+    return Reply(200, head + logits.astype("<f4").tobytes(), len(head))
 
 
 def verdict(expected, answer, possible, images=(1,), task=0):
@@ -103,9 +103,9 @@ def test_nan_and_another_number_of_classes_are_wrong(expected):
 @pytest.mark.parametrize(
     "answer",
     [
-        Answer(200, b"hello"),
-        Answer(200, b"{}", 2),
-        Answer(200, b"not json", 8),
+        Reply(200, b"hello"),
+        Reply(200, b"{}", 2),
+        Reply(200, b"not json", 8),
         answered(np.zeros((1, CLASSES)), name="probabilities"),
         answered(np.zeros((1, CLASSES)), datatype="INT32"),
         answered(np.zeros((1, CLASSES)), shape=[3, 3]),
@@ -118,7 +118,7 @@ def test_what_is_no_answer_of_the_protocol_is_wrong(expected, answer):
 
 
 def test_404_is_expected_only_while_the_adapter_may_be_away(expected):
-    missing = Answer(404, b'{"error": "unloaded"}')
+    missing = Reply(404, b'{"error": "unloaded"}')
     assert verdict(expected, missing, {None}).verdict is Verdict.REFUSED
     assert verdict(expected, missing, {1, None}).verdict is Verdict.REFUSED
     found = verdict(expected, missing, {1})
@@ -134,12 +134,12 @@ def test_an_answer_of_an_adapter_that_was_unloaded_is_wrong(expected):
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503, 504])
 def test_other_refusals_are_never_expected(expected, status):
-    assert verdict(expected, Answer(status, b"x"), {0, None}).verdict is Verdict.UNEXPECTED
+    assert verdict(expected, Reply(status, b"x"), {0, None}).verdict is Verdict.UNEXPECTED
 
 
 def test_lost_and_unanswered(expected):
-    assert verdict(expected, Answer(0, b"reset"), {0, None}).verdict is Verdict.LOST
-    assert verdict(expected, Answer(None), {0, None}).verdict is Verdict.UNANSWERED
+    assert verdict(expected, Reply(0, b"reset"), {0, None}).verdict is Verdict.LOST
+    assert verdict(expected, Reply(None), {0, None}).verdict is Verdict.UNANSWERED
 
 
 def test_told_apart_counts_what_would_be_noticed(expected):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from hhdeploy.errors import SessionError
-from hhdeploy.loadtest.churn import Change, Churn
+from hhdeploy.loadtest.churn import Churn, Turnover
 from hhdeploy.loadtest.drive import Record
 from hhdeploy.loadtest.expected import Expectations
-from hhdeploy.loadtest.judge import Answer, Exchange, Verdict
+from hhdeploy.loadtest.judge import Exchange, Reply, Verdict
 from hhdeploy.loadtest.report import Latencies, latencies, make_report
 from hhdeploy.loadtest.scrape import Counts, read_counts
 from hhdeploy.loadtest.traffic import Request
@@ -25,9 +25,7 @@ COUNTS = Counts(1, 1, 1, 0, 0.0, 0, {"request": 0.1}, 1.0, 1e8)
 EXPECTED = Expectations(["alpha"], [[np.ones((1, 2), np.float32)]], bound("branches", "float32"))
 
 
-def record_of(
-    *answers: Answer, counts: Counts | None = COUNTS, changes=(), at_start=True
-) -> Record:
+def record_of(*answers: Reply, counts: Counts | None = COUNTS, changes=(), at_start=True) -> Record:
     churn = Churn([Task("alpha", (), at_start)], np.ones(1), seed=0)
     churn.changes.extend(changes)
     exchanges = [Exchange(REQUEST, 1.0, 1.0, 2.0, answer) for answer in answers]
@@ -39,7 +37,7 @@ def report_of(record, exit_code=0):
 
 
 def test_expected_refusals_pass():
-    report = report_of(record_of(Answer(404), Answer(404), at_start=False))
+    report = report_of(record_of(Reply(404), Reply(404), at_start=False))
     assert report.passed
     assert report.verdicts[Verdict.REFUSED] == report.requests == 2
     assert report.to_json()["passed"] is True
@@ -48,14 +46,14 @@ def test_expected_refusals_pass():
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [
-        (Answer(200, b"?"), Verdict.WRONG),
-        (Answer(429, b"busy"), Verdict.UNEXPECTED),
-        (Answer(0, b"reset"), Verdict.LOST),
-        (Answer(None), Verdict.UNANSWERED),
+        (Reply(200, b"?"), Verdict.WRONG),
+        (Reply(429, b"busy"), Verdict.UNEXPECTED),
+        (Reply(0, b"reset"), Verdict.LOST),
+        (Reply(None), Verdict.UNANSWERED),
     ],
 )
 def test_one_fault_among_many_fails(answer, verdict):
-    report = report_of(record_of(*[Answer(404)] * 50, answer, at_start=False))
+    report = report_of(record_of(*[Reply(404)] * 50, answer, at_start=False))
     assert not report.passed
     assert report.verdicts[verdict] == 1
     (fault,) = report.faults
@@ -64,7 +62,7 @@ def test_one_fault_among_many_fails(answer, verdict):
 
 
 def test_a_change_that_was_refused_fails():
-    change = Change("alpha", "replace", 1.0, 2.0, Answer(500, b"no room"))
+    change = Turnover("alpha", "replace", 1.0, 2.0, Reply(500, b"no room"))
     report = report_of(record_of(changes=[change]))
     assert not report.passed
     assert report.statuses == {500: 1}
@@ -79,17 +77,17 @@ def test_a_server_that_died_fails():
 
 
 def test_latency_counts_from_when_a_request_was_due():
-    late = Exchange(REQUEST, 1.0, 3.0, 3.5, Answer(200))
+    late = Exchange(REQUEST, 1.0, 3.0, 3.5, Reply(200))
     assert latencies([late], [])["all"] == Latencies(1, 2500.0, 2500.0, 2500.0, 2500.0)
 
 
 def test_requests_during_a_change_are_apart():
     def exchange(sent, answered):
-        return Exchange(REQUEST, sent, sent, answered, Answer(200))
+        return Exchange(REQUEST, sent, sent, answered, Reply(200))
 
     during = [exchange(9, 10.5), exchange(10.2, 10.4), exchange(11, 15), exchange(5, 20)]
     others = [exchange(1, 9), exchange(12.5, 13)]
-    change = Change("beta", "replace", 10.0, 12.0, Answer(200))
+    change = Turnover("beta", "replace", 10.0, 12.0, Reply(200))
     found = latencies(during + others, [change])
     assert found["while adapters changed"].count == 4
     assert found["otherwise"] == Latencies.of([8.0, 0.5])

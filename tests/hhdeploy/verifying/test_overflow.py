@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from hhdeploy import verify
 from hhdeploy.adapters.format import save_adapter
-from hhdeploy.backbones.timm import base_sha256
+from hhdeploy.backbones.structure import base_sha256
 from hhdeploy.bundle import Bundle
 from hhdeploy.cli import main
 from hhdeploy.errors import ParityError

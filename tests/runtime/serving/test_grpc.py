@@ -76,6 +76,7 @@ def test_metadata_and_configuration_of_models(client):
         ("logits", "FP32", [-1, CLASSES["beta"]]),
         ("probabilities", "FP32", [-1, CLASSES["beta"]]),
         ("labels", "BYTES", [-1]),
+        ("answers", "BYTES", [-1]),
     ]
     config = client.get_model_config("beta").config
     assert config.max_batch_size == 32 and list(config.input[0].dims) == [3, 32, 32]

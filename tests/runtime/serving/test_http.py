@@ -90,6 +90,7 @@ def test_metadata_and_configuration_of_models(client):
         {"name": "logits", "datatype": "FP32", "shape": [-1, CLASSES["beta"]]},
         {"name": "probabilities", "datatype": "FP32", "shape": [-1, CLASSES["beta"]]},
         {"name": "labels", "datatype": "BYTES", "shape": [-1]},
+        {"name": "answers", "datatype": "BYTES", "shape": [-1]},
     ]
     config = client.get_model_config("beta")
     assert config["name"] == "beta" and config["max_batch_size"] == 32
@@ -353,7 +354,7 @@ def test_what_is_refused(client, pictures):
         (400, "named twice", infer("alpha", x, texts("adapters", ["beta"]))),
         (400, "unknown output 'scores'", infer("tiny", x, outputs=wanted("scores"))),
         (400, "asked for twice", infer("tiny", x, outputs=wanted("logits", "logits"))),
-        (400, "of logits or probabilities", infer("tiny", x, outputs=wanted("labels", top=1))),
+        (400, "probabilities or answers", infer("tiny", x, outputs=wanted("labels", top=1))),
         (400, "expected FP32 [n, 3, 32, 32]", infer("tiny", tensor("images", images(1, 31)))),
         (400, "at least one image", infer("tiny", tensor("images", images(0)))),
         (400, "at most 32", infer("tiny", tensor("images", images(33)))),

@@ -34,7 +34,7 @@ def question(*names: str, **changes) -> dict:
             {"name": "images", "datatype": "BYTES", "shape": [1], "data": data},
             {"name": "adapters", "datatype": "BYTES", "shape": [len(names)], "data": names},
         ],
-        "outputs": [{"name": "probabilities", "parameters": {"classification": 3}}],
+        "outputs": [{"name": "answers", "parameters": {"classification": 3}}],
         **changes,
     }
 
@@ -207,7 +207,7 @@ def test_status_of_a_folded_bundle(folded):
     assert after["adapters"] == [
         {
             "name": "alpha", "state": "ready", "problem": "", "pinned": False, "classes": 7,
-            "row": None, "images": 1,
+            "problem_type": "single_label_classification", "row": None, "images": 1,
         }
     ]  # fmt: skip
 

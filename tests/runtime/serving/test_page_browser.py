@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
@@ -266,8 +268,12 @@ def test_thousands_of_adapters(page, fleet):
 
     def answer(route: Route) -> None:
         names = route.request.post_data_json["inputs"][1]["data"]
-        data = [f"0.5:0:class of {name}" for name in names]
-        route.fulfill(json={"outputs": [{"shape": [len(names), 1], "data": data}]})
+        one = {"index": 0, "score": 0.5, "positive": True}
+        data = [
+            json.dumps({"problem_type": CLASSES, "answers": [one | {"label": f"class of {name}"}]})
+            for name in names
+        ]
+        route.fulfill(json={"outputs": [{"shape": [len(names)], "data": data}]})
 
     page.route("**/status", many)
     page.route("**/infer", answer)
@@ -285,6 +291,33 @@ def test_thousands_of_adapters(page, fleet):
     page.get_by_label("Filter").fill("TASK-4999")
     expect(page.locator("#adapters tr")).to_have_count(1)
     expect(page.locator("#shown")).to_contain_text("1 match")
+    visit.check()
+
+
+def test_labels_and_values_are_shown_as_what_they_are(page, fleet):
+    def answers(kind, *found):
+        keys = ("label", "score", "positive")
+        return json.dumps(
+            {"problem_type": kind, "answers": [dict(zip(keys, x, strict=True)) for x in found]}
+        )
+
+    kinds = [
+        answers(LABELS, ("cat", 0.9, True), ("indoor", 0.5, True), ("night", 0.02, False)),
+        answers(VALUES, ("age", 41.25, False), ("height", None, False)),
+    ]
+
+    def answer(route: Route) -> None:
+        route.fulfill(json={"outputs": [{"shape": [2], "data": kinds}]})
+
+    page.route("**/infer", answer)
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.get_by_label("Filter").fill("AL")  # two adapters
+    page.set_input_files("#file", FLAG)
+    expect(page.locator("#said")).to_contain_text("2 adapters answered")
+    assert texts(page, "#answers .share") == ["90 %", "50 %", "2.0 %", "41.25", "not a number"]
+    assert texts(page, "#answers .said .label") == ["cat", "indoor", "age", "height"]
+    assert page.locator("#answers .track").count() == 3
     visit.check()
 
 

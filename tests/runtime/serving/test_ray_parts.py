@@ -27,7 +27,7 @@ from hhdeploy.runtime.serving.ray import registry as ray_registry
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint, named_adapter
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
-from hhdeploy.runtime.serving.ray.registry import Change, Registry
+from hhdeploy.runtime.serving.ray.registry import Latest, Registry
 from hhdeploy.runtime.serving.ray.replica import Replica
 from hhdeploy.runtime.serving.ray.router import AdapterRouter
 from hhdeploy.runtime.serving.ray.settings import read_settings
@@ -284,7 +284,7 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *alive: str) -> None:
         self.alive = set(alive)
-        self.seen: dict[str, list[Change]] = {}
+        self.seen: dict[str, list[Latest]] = {}
         self.first = SimpleNamespace(load_adapter=Handle(None), unload_adapter=Handle(None))
         self.asking: set[asyncio.Task[None]] = set()
         monkeypatch.setattr(ray_registry, "_actors", lambda: set(self.alive))
@@ -292,7 +292,7 @@ class Cluster:
         monkeypatch.setattr(ray_registry, "_LOOK_SECONDS", 0.01)
         self.registry = Registry()
 
-    async def join(self, member: str, *known: Change) -> None:
+    async def join(self, member: str, *known: Latest) -> None:
         self.seen[member] = await self.registry.join(member, known)
 
     def ask(self, member: str, problem: str = "") -> None:
@@ -338,7 +338,7 @@ def test_a_change_is_done_once_every_replica_has_done_it(monkeypatch):
         assert await waits(changing)
         cluster.ask("r2")
         await cluster.done(changing)
-        change = Change(1, "alpha", unloaded=True)
+        change = Latest(1, "alpha", unloaded=True)
         assert cluster.first.unload_adapter.calls == [("alpha",)]
         assert cluster.seen == {"r1": [change], "r2": [change]}
         await cluster.join("late")
@@ -405,7 +405,7 @@ def test_what_the_first_replica_refuses_changes_nothing(monkeypatch):
 def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(monkeypatch):
     async def run() -> None:
         cluster = Cluster(monkeypatch, "r1", "r2", "r3")
-        alpha, beta = Change(4, "alpha", unloaded=True), Change(6, "beta", unloaded=False)
+        alpha, beta = Latest(4, "alpha", unloaded=True), Latest(6, "beta", unloaded=False)
         await cluster.join("r1", alpha)
         changing = cluster.change("gamma", unloaded=True)
         # One that has not seen that it is another registry: it would pass for done.
@@ -417,7 +417,7 @@ def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(mon
         cluster.ask("r1")
         cluster.ask("r2")
         await cluster.done(changing)
-        gamma = Change(7, "gamma", unloaded=True)
+        gamma = Latest(7, "gamma", unloaded=True)
         assert cluster.seen["r1"] == [alpha, beta, gamma]
         assert cluster.seen["r2"] == [alpha, beta, gamma]
 
@@ -437,7 +437,7 @@ def test_arguments_are_checked(tmp_path):
         read_settings({"bundle": tmp_path, "threads": "many"})
     with pytest.raises(PlanError, match="replicas: expected 1 or more"):
         read_settings({"bundle": tmp_path, "replicas": 0})
-    with pytest.raises(PlanError, match="--token-file"):
+    with pytest.raises(PlanError, match="`token_file`"):
         read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
 
 

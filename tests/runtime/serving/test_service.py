@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.errors import HhdeployError, PlanError
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
@@ -44,7 +46,7 @@ from tests.runtime.serving.fleets import (
     until,
 )
 from tests.support import assert_parity, images
-from tests.workshop import ROOT, transform_of
+from tests.workshop import AGE, ROOT, TAGS, transform_of
 
 
 def request_of(x, *names, model="tiny", outputs=(), encoded=False, **parameters):
@@ -227,6 +229,44 @@ def test_probabilities_labels_and_classification(play, branches, workshop):
     play(scene, bundle=branches, slots=None)
 
 
+def test_labels_and_values_are_answered_as_what_they_are(play, heads, workshop):
+    x = images(3)
+
+    async def scene(s):
+        named = ("alpha", TAGS, AGE)
+        truth = workshop.mixed_truth(named, x, 7)
+        shares, labels = (
+            await s.infer(request_of(x[:2], *named[:2], outputs=("probabilities", "labels")))
+        ).outputs
+        expected = 1 / (1 + np.exp(-truth[1, :3]))
+        assert_parity(expected, shares.array[1, :3].astype(float), "branches", "float32")
+        assert np.array_equal(shares.array[1, 3:], np.zeros(4))
+        order = np.argsort(-truth[1, :3])
+        said = [f"class {i}" for i in order if truth[1, i] >= 0]
+        assert labels.array[1].decode() == ";".join(said)
+        wanted = (Wanted("answers"), Wanted("logits", top=1))
+        answers, best = (await s.infer(request_of(x, *named, outputs=wanted))).outputs
+        found = [json.loads(text) for text in answers.array]
+        kinds = [CLASSES, LABELS, VALUES]
+        assert [one["problem_type"] for one in found] == kinds
+        assert [len(one["answers"]) for one in found] == [7, 3, 1]
+        (age,) = found[2]["answers"]
+        assert age["score"] == pytest.approx(truth[2, 0], rel=1e-3)
+        assert (age["label"], age["positive"]) == ("class 0", False)
+        assert [a["positive"] for a in found[1]["answers"]] == [
+            i in said for i in (a["label"] for a in found[1]["answers"])
+        ]
+        assert float(best.array[2, 0].split(b":")[0]) == pytest.approx(truth[2, 0], rel=1e-3)
+        (few,) = (await s.infer(request_of(x, *named, outputs=(Wanted("answers", top=2),)))).outputs
+        counts = [len(json.loads(text)["answers"]) for text in few.array]
+        assert counts == [2, max(2, len(said)), 1]
+        for output in ("probabilities", "labels"):
+            with pytest.raises(RequestError, match=f"output {output}: adapter 'age' answers with"):
+                await s.infer(request_of(x[:1], AGE, outputs=(output,)))
+
+    play(scene, bundle=heads, slots=None)
+
+
 def test_pictures_are_prepared_as_each_adapter_wants_them(play, branches, workshop):
     """Alpha and gamma differ in mean, deviation and crop."""
     content = picture()
@@ -244,17 +284,17 @@ def test_pictures_are_prepared_as_each_adapter_wants_them(play, branches, worksh
 
 
 @pytest.mark.parametrize(
-    ("flag", "chosen"),
+    ("name", "chosen"),
     [
-        ("--adapters-dir", {"adapters_dir": ROOT}),
-        ("--pin", {"pinned": frozenset({"alpha"})}),
-        ("--allow-adapter-loading", {"allow_adapter_loading": True, "token_file": ROOT / "token"}),
+        ("`adapters_dir`", {"adapters_dir": ROOT}),
+        ("`pinned`", {"pinned": frozenset({"alpha"})}),
+        ("`allow_adapter_loading`", {"allow_adapter_loading": True, "token_file": ROOT / "token"}),
     ],
 )
-def test_what_a_folded_bundle_cannot_do_is_refused(folded, flag, chosen):
+def test_what_a_folded_bundle_cannot_do_is_refused(folded, name, chosen):
     with (
         open_session(folded, device="cpu", threads=1) as session,
-        pytest.raises(PlanError, match=f"{flag}: a folded bundle holds one adapter"),
+        pytest.raises(PlanError, match=f"{name}: a folded bundle holds one adapter"),
     ):
         Service(session, ServeSettings(Path("tiny"), **chosen))
 
@@ -358,7 +398,7 @@ def test_millions_of_adapter_names_are_refused_before_they_are_looked_at(play):
 
 
 def test_an_adapter_may_not_have_the_bundle_s_name(play):
-    with pytest.raises(PlanError, match="Choose another --model-name"):
+    with pytest.raises(PlanError, match="Choose another `model_name`"):
         play(None, model_name="alpha")
 
 

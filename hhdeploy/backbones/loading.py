@@ -1,0 +1,58 @@
+"""``--model``: one frozen model, from timm, from transformers, or from a function of your own."""
+
+from __future__ import annotations
+
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.spec import Backbone, BackboneSpec, Loaded
+from hhdeploy.backbones.structure import base_sha256, find_linears
+from hhdeploy.errors import BackboneError, require
+
+
+def load_backbone(spec: BackboneSpec) -> Backbone:
+    """Load a model, frozen, in eval mode and float32; see `BackboneSpec` for the sources.
+
+    Raises:
+        BackboneError: the model does not exist, its weights do not fit, or its structure is none
+            that adapters can change.
+        MissingDependencyError: the source's package is not installed.
+    """
+    require("torch", "export", "loading a backbone")
+    loaded = _load(spec)
+    model = loaded.model.eval().requires_grad_(False).float()
+    return Backbone(model, _facts(loaded, spec), loaded.notes, loaded.traced_with)
+
+
+def _load(spec: BackboneSpec) -> Loaded:
+    source, separator, name = spec.model.partition(":")
+    if separator and source == "transformers":
+        from hhdeploy.backbones.transformers import load_transformers
+
+        return load_transformers(spec, name)
+    if separator and source == "python":
+        from hhdeploy.backbones.module import load_module
+
+        return load_module(spec, name)
+    from hhdeploy.backbones.timm import load_timm
+
+    return load_timm(spec)
+
+
+def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
+    from torch import nn
+
+    model, path = loaded.model, loaded.classifier
+    classifier = dict(model.named_modules()).get(path)
+    if not path or not isinstance(classifier, nn.Linear):
+        raise BackboneError(
+            f"{loaded.name}: no classifier was found: expected one Linear at the end of the model."
+        )
+    return BackboneFacts(
+        model=loaded.name,
+        args=dict(spec.args),
+        sha256=base_sha256(model, path),
+        linears=find_linears(model, path),
+        classifier=path,
+        dim=classifier.in_features,
+        classes=loaded.classes,
+        preprocess=loaded.preprocess,
+    )

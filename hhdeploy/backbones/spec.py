@@ -1,0 +1,74 @@
+"""How a frozen model is asked for, and what comes back, whatever its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """How to get the frozen model.
+
+    Attributes:
+        model: timm name, ``transformers:DIR_OR_HUB_ID`` or ``python:package.module:function``.
+        args: further arguments: of ``timm.create_model``, of transformers' configuration, of the
+            function.
+        checkpoint: a file with the weights; None: weights come from the source.
+        pretrained: False gives random weights (``seed``), for benchmarks and tests.
+        seed: of the random weights.
+        input_size: (channels, height, width) of the images, where the source does not say.
+    """
+
+    model: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    pretrained: bool = True
+    seed: int = 0
+    input_size: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source gives.
+
+    Attributes:
+        model: called with images, it returns a tensor [batch, classes or features].
+        name: what the model is called from now on: the source and a public name, never a path.
+        classifier: module path of the Linear that the output comes from; "" without one.
+        classes: of that classifier; 0 where it is a placeholder.
+        preprocess: how images become inputs.
+        notes: what had to be assumed, a line each.
+        traced_with: what the traced graph depends on beside the weights, for the cache's key;
+            None where nobody can tell, so that the graph is never cached.
+    """
+
+    model: nn.Module
+    name: str
+    classifier: str
+    classes: int
+    preprocess: Preprocess
+    notes: tuple[str, ...] = ()
+    traced_with: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded model in eval mode, float32, and what planning needs to know of it.
+
+    ``facts.classes`` is 0 when the classifier is a placeholder. ``notes`` and ``traced_with`` are
+    those of `Loaded`.
+    """
+
+    model: nn.Module
+    facts: BackboneFacts
+    notes: tuple[str, ...] = ()
+    traced_with: tuple[str, ...] | None = None

@@ -1,0 +1,129 @@
+"""The structure of a loaded model: its Linears, its classifier, the digest of its weights.
+
+The same rules for every model, so that a training that has only the module and an export that has
+its source too find the same sites.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING
+
+from hhdeploy.backbones.sites import LinearSpec, kind_of, linear_spec
+from hhdeploy.errors import BackboneError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Left out of the digest: what differs between tasks (classifier), is resampled to the image
+# size, or follows from the architecture (buffers).
+_RESAMPLED = ("pos_embed", "relative_position", "rel_pos")
+_PACKED = ".in_proj"
+
+
+def find_linears(model: nn.Module, classifier: str | None = None) -> tuple[LinearSpec, ...]:
+    """The Linears that adapters can change, in registration order: all but the classifier.
+
+    A ``nn.MultiheadAttention`` whose q, k and v share one weight has it as ``<path>.in_proj``.
+
+    Args:
+        model: the model.
+        classifier: its path; None: `classifier_path`.
+    """
+    from torch import nn
+
+    head = classifier_path(model) if classifier is None else classifier
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            width = module.embed_dim
+            found.append(linear_spec(f"{path}{_PACKED}", 3 * width, width))
+        elif isinstance(module, nn.Linear) and path != head and "rel_pos" not in path:
+            # "rel_pos": makes a table of positions, not from the image
+            out, in_ = module.out_features, module.in_features
+            found.append(linear_spec(path, out, in_, thirds=_in_thirds(model, path)))
+    return tuple(found)
+
+
+def _in_thirds(model: nn.Module, path: str) -> bool:
+    """Whether the rows of a fused qkv are all of q, then all of k, then all of v.
+
+    MaxViT and TinyViT keep q, k and v together head by head, and the global blocks of GCViT
+    have k and v only: their thirds would not be what their names say.
+    """
+    attention = model.get_submodule(path.rpartition(".")[0])
+    head_by_head = getattr(attention, "head_first", False) or hasattr(attention, "val_dim")
+    return not (head_by_head or getattr(attention, "use_global", False))
+
+
+def parameters_of(model: nn.Module, path: str) -> tuple[nn.Module, str, str]:
+    """The module that holds a Linear's parameters, and what weight and bias are called there."""
+    from torch import nn
+
+    owner = path.removesuffix(_PACKED)
+    if owner != path and isinstance(module := model.get_submodule(owner), nn.MultiheadAttention):
+        return module, "in_proj_weight", "in_proj_bias"
+    return model.get_submodule(path), "weight", "bias"
+
+
+def classifier_path(model: nn.Module) -> str:
+    """Path of the classifier: timm's, else the last Linear unless it is one of many.
+
+    "" if there is none, as in timm's models with ``num_classes=0``.
+
+    Raises:
+        BackboneError: timm names several classifiers, or one that is no Linear.
+    """
+    from torch import nn
+
+    if hasattr(model, "pretrained_cfg"):
+        return _timm_classifier(model)
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears or kind_of(linears[-1]) or "pooler" in linears[-1].split("."):
+        return ""
+    alike = [path for path in linears if _pattern(path) == _pattern(linears[-1])]
+    return linears[-1] if len(alike) == 1 else ""
+
+
+def _pattern(path: str) -> str:
+    """A path with its numbers left open: the Linears of a stack of blocks have the same one."""
+    return re.sub(r"\b\d+\b", "*", path)
+
+
+def _timm_classifier(model: nn.Module) -> str:
+    from torch import nn
+
+    path = getattr(model, "pretrained_cfg", {}).get("classifier")
+    if not isinstance(path, str):
+        raise BackboneError(
+            f"{type(model).__name__}: expected one classifier, timm names {path!r}. Models "
+            "with several heads (distilled or auxiliary) are not supported."
+        )
+    module = dict(model.named_modules()).get(path)
+    if isinstance(module, nn.Identity):
+        return ""
+    if not isinstance(module, nn.Linear):
+        raise BackboneError(
+            f"{type(model).__name__}: the classifier {path} is {type(module).__name__}; "
+            "expected a Linear."
+        )
+    return path
+
+
+def base_sha256(model: nn.Module, classifier: str) -> str:
+    """Digest of the frozen weights: what an adapter was trained on.
+
+    sha256 over the sorted (name, dtype, shape, little-endian bytes) of the state dict without
+    classifier, position embeddings, relative-position tables and buffers.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if name.startswith(f"{classifier}.") or any(part in name for part in _RESAMPLED):
+            continue
+        kind = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name}\0{kind}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,224 @@
+"""``transformers:DIR_OR_HUB_ID``: image models of transformers, traced as they are.
+
+No code of a repository is ever run (``trust_remote_code=False``), and a pickled file of weights
+is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hhdeploy.backbones.outputs import returns_tensor
+from hhdeploy.backbones.spec import BackboneSpec, Loaded
+from hhdeploy.backbones.structure import classifier_path
+from hhdeploy.backbones.weights import read_state
+from hhdeploy.errors import BackboneError, require
+from hhdeploy.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The exporter writes attention out; with the fused kernels some models do not trace.
+_ATTENTION = "eager"
+_CLASSIFIER = "ForImageClassification"
+_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
+
+
+def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
+    """A classifier (AutoModelForImageClassification), or a model of features (AutoModel).
+
+    Args:
+        spec: ``args`` replace entries of the configuration.
+        where: a directory of ``save_pretrained``, or an id of the hub.
+
+    Raises:
+        BackboneError: no such directory or id, a configuration that needs code of its own,
+            weights that do not fit.
+    """
+    transformers = require("transformers", "transformers", "loading a model of transformers")
+    config = _config(transformers, spec, where)
+    classifies = any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
+    model, given = _model(transformers, spec, where, config, classifies)
+    path = classifier_path(model) if classifies else ""
+    classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
+    preprocess, notes = _preprocess(config, spec, where)
+    traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
+    name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
+    return Loaded(returns_tensor(model), name, path, classes, preprocess, notes, traced_with)
+
+
+def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:
+    """The configuration, entries of it replaced by ``spec.args``."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(
+            f"transformers:{where} has no configuration that can be read: {_first_line(error)} "
+            "Expected a directory with config.json, or an id of the hub; code that comes with a "
+            "model is never run."
+        ) from error
+    for name, value in spec.args.items():
+        if name.startswith("_") or not hasattr(config, name):
+            raise BackboneError(
+                f"transformers:{where}: its configuration has no entry {name!r}. Expected some of "
+                f"{', '.join(sorted(k for k in config.to_dict() if not k.startswith('_')))}."
+            )
+        setattr(config, name, value)
+    return config
+
+
+def _model(
+    transformers: Any, spec: BackboneSpec, where: str, config: Any, classifies: bool
+) -> tuple[nn.Module, frozenset[str]]:
+    """The model, and which of its tensors are more than random.
+
+    Weights go through transformers' own reader also from ``spec.checkpoint``: files keep the
+    names of older versions.
+    """
+    import torch
+
+    auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+    options = {"attn_implementation": _ATTENTION, "trust_remote_code": False}
+    random = torch.random.get_rng_state()
+    torch.manual_seed(spec.seed)
+    try:
+        if spec.checkpoint is None and not spec.pretrained:
+            model: nn.Module = auto.from_config(config, **options)
+            return model, frozenset(model.state_dict())
+        common = {
+            "config": config,
+            "attn_implementation": _ATTENTION,
+            "dtype": torch.float32,
+            "output_loading_info": True,
+        }
+        if spec.checkpoint is not None:
+            with torch.device("meta"):
+                kind: Any = type(auto.from_config(config, **options))
+            state = read_state(spec.checkpoint)
+            model, loading = kind.from_pretrained(None, state_dict=state, **common)
+        else:
+            model, loading = auto.from_pretrained(
+                where, weights_only=True, trust_remote_code=False, **common
+            )
+    except (
+        OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        raise BackboneError(
+            f"transformers:{where} cannot be loaded: {_first_line(error)}"
+        ) from error
+    finally:
+        torch.random.set_rng_state(random)
+    head = classifier_path(model) if spec.checkpoint is not None and classifies else None
+    _check_loading(spec.checkpoint or f"transformers:{where}", loading, head)
+    return model, frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
+
+
+def _check_loading(what: str | Path, loading: Mapping[str, Any], head: str | None) -> None:
+    """Nothing may be missing but the classifier at ``head``, nothing too much in a file."""
+    found = {
+        "missing": [k for k in loading["missing_keys"] if k.rpartition(".")[0] != head],
+        "of another shape": list(loading["mismatched_keys"]),
+        "unexpected": list(loading["unexpected_keys"]) if head is not None else [],
+    }
+    problems = [
+        f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
+    ]
+    if problems:
+        raise BackboneError(
+            f"{what}: the weights do not fit the model's configuration; keys "
+            f"{'; '.join(problems)}. Parts of the model would stay random."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess, tuple[str, ...]]:
+    """The transform of preprocessor_config.json, else what has to be assumed."""
+    seen = getattr(config, "vision_config", config)
+    channels = getattr(seen, "num_channels", 3)
+    size = spec.input_size or (channels, *_pair(seen.image_size))
+    stated = _image_processor(where)
+    if stated is not None:
+        return from_image_processor(stated, size), ()
+    assumed = Preprocess(
+        size, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash", True
+    )
+    return assumed, (
+        f"image transform assumed, for want of preprocessor_config.json: {assumed.described()}",
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _image_processor(where: str) -> dict[str, Any] | None:
+    """The content of preprocessor_config.json, of a directory or of the hub; None without."""
+    path = Path(where) / "preprocessor_config.json"
+    if not Path(where).is_dir():
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(
+            where,
+            "preprocessor_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            return None
+        path = Path(found)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path} is not valid JSON: {error}") from error
+    return content if isinstance(content, dict) else None
+
+
+def from_image_processor(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> Preprocess:
+    """An image processor of transformers as our transform.
+
+    Its ``size`` is a height and a width (the image is squashed) or a shortest edge (its ratio is
+    kept, the centre cropped).
+
+    Raises:
+        BackboneError: steps that cannot be expressed.
+    """
+    channels, height, width = input_size
+    if stated.get("do_normalize", True):
+        mean, std = stated.get("image_mean"), stated.get("image_std")
+    else:
+        mean, std = [0.0] * channels, [1.0] * channels
+    size = stated.get("size") or {}
+    edge = size if isinstance(size, int) else size.get("shortest_edge")
+    crops = bool(stated.get("do_center_crop"))
+    rescale = float(stated.get("rescale_factor", 1 / 255)) if stated.get("do_rescale", True) else 1
+    if mean is None or std is None or abs(rescale * 255 - 1) > 1e-3:
+        raise BackboneError(
+            "preprocessor_config.json: expected image_mean, image_std and a rescale_factor of "
+            f"1/255, found {mean}, {std} and {rescale}."
+        )
+    mode, pct = "squash", 1.0
+    if edge is not None:
+        mode, pct = "center", min(height, width) / edge
+    elif crops and "height" in size:
+        pct = height / size["height"]
+    return Preprocess.from_json(
+        {
+            "input_size": input_size,
+            "mean": mean,
+            "std": std,
+            "interpolation": _FILTERS[int(stated.get("resample", 2))],
+            "crop_pct": pct,
+            "crop_mode": mode,
+            "exif": True,
+        }
+    )

@@ -1,0 +1,291 @@
+"""Models of transformers and of a user's function: loading, what is assumed, what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.backbones.transformers import from_image_processor
+from hhdeploy.errors import BackboneError
+from tests.parity.architectures import save_transformers_config
+from tests.support import images
+
+SMALL = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+    "num_labels": 7,
+}
+OWN = "python:tests.own_models"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory of save_pretrained. Read only."""
+    path = tmp_path_factory.mktemp("saved") / "vit"
+    torch.manual_seed(3)
+    config = transformers.ViTConfig(**SMALL)
+    transformers.ViTForImageClassification(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of `saved` to change."""
+    path = tmp_path / "vit"
+    path.mkdir()
+    for file in saved.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def spec(folder, **options):
+    return BackboneSpec(f"transformers:{folder}", **options)
+
+
+def change(file, **entries):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+# -- transformers -----------------------------------------------------------------------------
+
+
+def test_a_directory_of_transformers(saved):
+    backbone = load_backbone(spec(saved))
+    facts = backbone.facts
+    assert (facts.classifier, facts.dim, facts.classes) == ("classifier", 48, 7)
+    assert facts.preprocess.input_size == (3, 32, 32)
+    assert facts.linears[0].path == "vit.layers.0.attention.q_proj"
+    model = transformers.ViTForImageClassification.from_pretrained(saved).eval()
+    inputs = torch.from_numpy(images(3))
+    with torch.no_grad():
+        expected, found = model(pixel_values=inputs).logits, backbone.model(inputs)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(
+        backbone.model.state_dict()["classifier.bias"], model.state_dict()["classifier.bias"]
+    )
+
+
+def test_no_path_of_the_machine_is_in_the_facts(saved):
+    facts = load_backbone(spec(saved)).facts
+    assert facts.model == "transformers:ViTForImageClassification"
+    assert str(saved.parent) not in json.dumps(facts.to_json())
+
+
+def test_the_key_of_the_cache_holds_version_attention_and_configuration(folder):
+    before = load_backbone(spec(folder)).traced_with
+    assert before is not None
+    assert {f"transformers {transformers.__version__}", "eager"} < set(before)
+    change(folder / "config.json", layer_norm_eps=1e-6)
+    assert load_backbone(spec(folder)).traced_with != before
+
+
+def test_arguments_replace_entries_of_the_configuration(saved):
+    backbone = load_backbone(spec(saved, args={"hidden_act": "relu"}))
+    assert backbone.model.config.hidden_act == "relu"
+    assert backbone.facts.args == {"hidden_act": "relu"}
+    for name in ("no_such_entry", "_attn_implementation", "trust_remote_code"):
+        with pytest.raises(BackboneError, match=rf"no entry '{name}'.*hidden_size"):
+            load_backbone(spec(saved, args={name: True}))
+
+
+def test_weights_that_do_not_fit(folder):
+    state = load_file(folder / "model.safetensors")
+    del state["vit.layernorm.bias"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match=r"missing: vit\.layernorm\.bias.*stay random"):
+        load_backbone(spec(folder))
+
+
+def test_a_checkpoint_of_its_own(saved, tmp_path):
+    state = load_file(saved / "model.safetensors")
+    changed = {f"module._orig_mod.{k}": v + 1 for k, v in state.items()}
+    torch.save({"model": state, "model_ema": changed}, tmp_path / "c.pth")
+    model = load_backbone(spec(saved, checkpoint=tmp_path / "c.pth")).model
+    assert torch.equal(model.state_dict()["classifier.bias"], state["classifier.bias"] + 1)
+    headless = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    save_file(headless, tmp_path / "c.safetensors")
+    assert load_backbone(spec(saved, checkpoint=tmp_path / "c.safetensors")).facts.classes == 0
+    save_file({**state, "more": torch.zeros(2)}, tmp_path / "d.safetensors")
+    with pytest.raises(BackboneError, match="unexpected: more"):
+        load_backbone(spec(saved, checkpoint=tmp_path / "d.safetensors"))
+
+
+@pytest.mark.parametrize("where", ["nowhere", "no config"])
+def test_no_model_there(tmp_path, where, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "no config").mkdir()
+    with pytest.raises(BackboneError, match=r"has no configuration that can be read"):
+        load_backbone(spec(tmp_path / where))
+
+
+# -- no code of a file ------------------------------------------------------------------------
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+def test_a_pickle_in_place_of_weights_runs_nothing(folder, tmp_path):
+    mark = tmp_path / "ran"
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "w.pth"):
+        with (folder / name).open("wb") as stream:
+            pickle.dump({"vit.layernorm.bias": Hostile(mark)}, stream, protocol=2)
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_backbone(spec(folder))
+    with pytest.raises(BackboneError, match="cannot be read"):
+        load_backbone(spec(folder, checkpoint=folder / "w.pth"))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_that_a_configuration_names_never_runs(folder, tmp_path, known):
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w')\n"
+    (folder / "hostile.py").write_text(code + "class Config: pass\nclass Model: pass\n")
+    names = {
+        "AutoConfig": "hostile.Config",
+        "AutoModelForImageClassification": "hostile.Model",
+    }
+    change(folder / "config.json", auto_map=names)
+    if known:  # of a type that transformers has, its own code is taken
+        assert load_backbone(spec(folder)).facts.classes == 7
+    else:
+        change(folder / "config.json", model_type="hostile")
+        with pytest.raises(BackboneError, match="code that comes with a model is never run"):
+            load_backbone(spec(folder))
+    assert not mark.exists()
+
+
+# -- image transforms -----------------------------------------------------------------------------
+
+
+def test_the_image_transform_of_the_source(folder):
+    assumed = load_backbone(spec(folder))
+    assert assumed.notes == (
+        "image transform assumed, for want of preprocessor_config.json: 32x32, bilinear, squash "
+        "crop 1, mean 0.5, std 0.5",
+    )
+    stated = {"size": {"height": 32, "width": 32}, "image_mean": [0.1, 0.2, 0.3], "resample": 3}
+    stated |= {"image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(stated))
+    backbone = load_backbone(spec(folder))
+    assert backbone.notes == ()
+    found = backbone.facts.preprocess
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (found.interpolation, found.crop_mode, found.crop_pct) == ("bicubic", "squash", 1.0)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"size": {"height": 24, "width": 24}, "do_center_crop": False},
+        {"size": {"shortest_edge": 32}, "do_center_crop": True},
+        {
+            "size": {"height": 32, "width": 32},
+            "do_center_crop": True,
+            "crop_size": {"height": 24, "width": 24},
+        },
+    ],
+)
+def test_an_image_processor_gives_the_same_pixels(stated):
+    crop = {"crop_size": {"height": 24, "width": 24}}
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2}
+    processor = transformers.CLIPImageProcessor(**{**crop, **settings, **stated})
+    pixels = np.random.default_rng(0).integers(0, 256, (41, 59, 3), np.uint8)
+    expected = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+    found = from_image_processor({**settings, **stated}, (3, 24, 24))(Image.fromarray(pixels))
+    # torchvision and Pillow round differently, at most by two levels of 255.
+    assert np.abs(found - expected).max() < 2.1 / 255 / 0.2
+
+
+# -- functions --------------------------------------------------------------------------------
+
+
+def test_a_function_of_the_user():
+    backbone = load_backbone(BackboneSpec(f"{OWN}:authors_vit", input_size=(3, 24, 40)))
+    facts = backbone.facts
+    assert (facts.model, facts.classifier) == (f"{OWN}:authors_vit", "head")
+    assert (facts.dim, facts.classes) == (48, 7)
+    assert {s.kind for linear in facts.linears for s in linear.sites} == set(
+        "q k v proj fc1 fc2".split()
+    )
+    assert facts.preprocess.input_size == (3, 24, 40)
+    assert backbone.notes[0].startswith("image transform assumed: 24x40")
+    assert backbone.traced_with is None  # never cached
+
+
+def test_the_module_may_say_its_size_and_take_arguments():
+    facts = load_backbone(BackboneSpec(f"{OWN}:encoder", {"depth": 1})).facts
+    assert facts.preprocess.input_size == (3, 32, 32)
+    assert [linear.path.partition(".layers.")[2] for linear in facts.linears] == [
+        "0.self_attn.in_proj",
+        "0.self_attn.out_proj",
+        "0.linear1",
+        "0.linear2",
+    ]
+
+
+def test_a_module_of_the_current_directory_is_found_last(tmp_path, monkeypatch):
+    (tmp_path / "my_own_vit.py").write_text("from tests.own_models import encoder\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_own_vit", raising=False)
+    assert load_backbone(BackboneSpec("python:my_own_vit:encoder")).facts.classes == 7
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("tests.own_models", {}, "expected python:package.module:function"),
+        ("tests.nowhere:f", {}, r"No module named 'tests\.nowhere'.*PYTHONPATH"),
+        ("tests.own_models:f", {}, r"has no function 'f'. It has .*"),
+        ("tests.own_models:authors_vit", {"width": 3}, r"arguments \{'width': 3\}.*width"),
+        ("tests.own_models:authors_vit", {}, "the size of its images is not known"),
+        ("tests.own_models:no_module", {}, "returned str; expected a torch.nn.Module"),
+    ],
+)
+def test_functions_that_give_no_model(name, args, message):
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(BackboneSpec(f"python:{name}", args))
+
+
+def test_the_digest_is_of_the_weights_whatever_the_source(saved):
+    """The same weights under another name: an adapter of one belongs to the other."""
+    one = load_backbone(spec(saved)).facts
+    other = load_backbone(spec(saved, args={"layer_norm_eps": 1e-5})).facts
+    assert one.sha256 == other.sha256
+    assert replace(one, args=other.args) == other
+
+
+def test_a_configuration_alone_gives_random_weights(tmp_path):
+    save_transformers_config("ViTForImageClassification", SMALL, tmp_path)
+    one, same, other = (
+        load_backbone(spec(tmp_path, pretrained=False, seed=seed)).facts.sha256
+        for seed in (1, 1, 2)
+    )
+    assert one == same != other
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_backbone(spec(tmp_path))

@@ -1,0 +1,87 @@
+"""attach, extract and save on models that are not timm's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import load_adapter
+from hhdeploy.backbones.structure import base_sha256, classifier_path
+from hhdeploy.errors import AdapterError
+from hhdeploy.training import attach, detach, extract, save
+from tests.own_models import authors_vit, encoder, torchvision_vit
+
+EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+def shaken(model):
+    """Random values on top of what is trained."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "sites", "classifier"),
+    [(authors_vit, 12, "head"), (torchvision_vit, 12, "heads.head"), (encoder, 12, "head")],
+)
+def test_an_adapter_goes_on_and_comes_off(make, sites, classifier, tmp_path):
+    torch.manual_seed(1)
+    model = make().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    digest = base_sha256(model, classifier)
+    inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        bare = model(inputs)
+    shaken(attach(model, AdapterConfig("mine", num_classes=5, target_modules=EVERY)))
+    with torch.no_grad():
+        adapted = model(inputs)
+    assert adapted.shape == (2, 5)
+    save(model, tmp_path / "a")
+    detach(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    adapter = load_adapter(tmp_path / "a")
+    assert len(adapter.sites) == sites
+    assert adapter.head is not None
+    assert adapter.head.path == classifier
+    # Bound to the weights that it was trained on.
+    assert adapter.config.base_sha256 == digest
+    attach(model, adapter)
+    with torch.no_grad():
+        assert torch.allclose(model(inputs), adapted, atol=1e-5)
+    assert extract(model).sites.keys() == adapter.sites.keys()
+    with torch.no_grad():
+        assert torch.allclose(detach(model)(inputs), bare, atol=1e-5)
+
+
+def test_the_packed_weight_gets_its_thirds():
+    """A change of k alone moves the middle third of in_proj_weight."""
+    model = encoder(1)
+    config = AdapterConfig("mine", target_modules=("k",), r=2)
+    attention = model.get_submodule("encoder.layers.0.self_attn")
+    before = attention.in_proj_weight.detach().clone()
+    shaken(attach(model, config))
+    changed = (attention.in_proj_weight != before).any(1)
+    assert changed.tolist() == [False] * 48 + [True] * 48 + [False] * 48
+
+
+def test_weights_of_another_type_bind_nothing():
+    config = AdapterConfig("mine", num_classes=5)
+    assert extract(attach(authors_vit().half(), config)).config.base_sha256 is None
+
+
+def test_a_model_without_a_classifier():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(3)))
+    assert classifier_path(model) == ""
+    targets = (r"\d\.0",)
+    adapted = attach(model, AdapterConfig("mine", target_modules=targets))
+    assert len(extract(adapted).sites) == 3
+    detach(model)
+    with pytest.raises(AdapterError, match="Sequential has no classifier"):
+        attach(model, AdapterConfig("mine", num_classes=5, target_modules=targets))

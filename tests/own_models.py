@@ -1,0 +1,122 @@
+"""Models that are neither timm's nor loaded from transformers: what ``python:`` names in tests."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def torchvision_vit() -> nn.Module:
+    """Packed q, k and v of a MultiheadAttention, images first."""
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(32, 8, 2, 3, 48, 96, num_classes=7)
+
+
+def torchvision_swin() -> nn.Module:
+    """Windows; torchvision's names of the MLP."""
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer([2, 2], 12, [2, 1], [2, 3], [4, 4], num_classes=7)
+
+
+def open_clip_vit() -> nn.Module:
+    """open_clip's tower with a classifier behind its projection."""
+    from open_clip.transformer import VisionTransformer
+
+    tower = VisionTransformer(32, 8, 48, 2, 3, 2.0, output_dim=40)
+    return nn.Sequential(tower, nn.Linear(40, 7))
+
+
+class Encoder(nn.Module):
+    """torch's TransformerEncoder behind a patch embedding; says its input size itself."""
+
+    input_size = (3, 32, 32)
+
+    def __init__(self, *, images_first: bool, depth: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 8, 8)
+        layer = nn.TransformerEncoderLayer(
+            48, 3, 96, batch_first=images_first, norm_first=True, activation="gelu"
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(48, 7)
+        self.images_first = images_first
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        if self.images_first:
+            return self.head(self.encoder(tokens).mean(1))
+        return self.head(self.encoder(tokens.transpose(0, 1)).mean(0))
+
+
+def encoder(depth: int = 2) -> nn.Module:
+    """[batch, tokens, features] throughout."""
+    return Encoder(images_first=True, depth=depth)
+
+
+def tokens_first() -> nn.Module:
+    """[tokens, batch, features] throughout."""
+    return Encoder(images_first=False)
+
+
+class Attention(nn.Module):
+    """q, k, v and out as the authors of HTA call them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(48, 48) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Softmax attention with 3 heads."""
+        q, k, v = (f(x).unflatten(2, (3, 16)).transpose(1, 2) for f in self.projections)
+        return self.out(((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """q, k and v."""
+        return self.query, self.key, self.value
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = nn.LayerNorm(48), nn.LayerNorm(48)
+        self.attn, self.ffn = Attention(), nn.ModuleDict()
+        self.ffn["fc1"], self.ffn["fc2"] = nn.Linear(48, 80), nn.Linear(80, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, 48] to the same."""
+        x = x + self.attn(self.attention_norm(x))
+        hidden = self.ffn["fc1"](self.ffn_norm(x)).relu()
+        return x + self.ffn["fc2"](hidden)
+
+
+class AuthorsVit(nn.Module):
+    """A ViT with the module names of HTA's authors."""
+
+    def __init__(self, classes: int = 7) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict()
+        self.transformer["embeddings"] = nn.Conv2d(3, 48, 8, 8)
+        self.transformer["encoder"] = nn.ModuleDict({"layer": nn.ModuleList([Block(), Block()])})
+        self.head = nn.Linear(48, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, classes] of images [batch, 3, H, W]."""
+        x = self.transformer["embeddings"](images).flatten(2).transpose(1, 2)
+        for block in self.transformer["encoder"]["layer"]:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def authors_vit(classes: int = 7) -> nn.Module:
+    """See `AuthorsVit`."""
+    return AuthorsVit(classes)
+
+
+def no_module() -> str:
+    """What is no model."""
+    return "a model"
