@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.alone import pytest_pyfunc_call, shared
+from tests.skips import pytest_terminal_summary
+from tests.slow import pytest_addoption, pytest_collection_modifyitems
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +28,12 @@ if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop
 
-__all__ = ["pytest_pyfunc_call"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_pyfunc_call",
+    "pytest_terminal_summary",
+]
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +81,10 @@ def small(workshop) -> Path:
 
 @pytest.fixture(scope="session")
 def heads(workshop) -> Path:
-    """Alpha's classes, independent labels and one value. Read only."""
-    from tests.workshop import AGE, TAGS
+    """Alpha's classes, independent labels, one value, and a head alone. Read only."""
+    from tests.workshop import AGE, PROBE, TAGS
 
-    return workshop.export(workshop.root / "heads", ("alpha", TAGS, AGE)).path
+    return workshop.export(workshop.root / "heads", ("alpha", TAGS, AGE, PROBE)).path
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,8 @@ BACKBONE_CLASSES = 5
 CLASSES = {"alpha": 7, "rival": 7, "beta": 11, "gamma": 3, "lora": 2, "headless": BACKBONE_CLASSES}
 # Heads that are no classes: three independent labels, one value.
 TAGS, AGE = "tags", "age"
+# A head and nothing else.
+PROBE = "probe"
 WIDTH = max(CLASSES.values())
 # What fits into the rows that alpha and gamma lay out, and what does not.
 FITS, TOO_WIDE = "rival", "beta"
@@ -71,6 +73,7 @@ def make_adapters(facts: BackboneFacts) -> dict[str, Adapter]:
         ),
         "headless": random_adapter(facts, targets=("k", "fc2"), r=0, classes=None, seed=5),
         TAGS: _meaning(random_adapter(facts, targets=("v",), classes=3, seed=6), LABELS),
+        PROBE: random_adapter(facts, targets=(), classes=3, seed=8),
         AGE: _meaning(random_adapter(facts, targets=("proj",), classes=1, seed=7), VALUES),
     }
 

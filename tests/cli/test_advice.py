@@ -17,7 +17,7 @@ import click
 import pytest
 
 import hhdeploy
-from hhdeploy import building, demo, quantising, triton
+from hhdeploy import building, quantising, triton
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.reading import graph_hint
@@ -91,7 +91,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/cli/wording.py": (ANY,),
-    "hhdeploy/demo.py": ("demo",),
+    "hhdeploy/cli/starter.py": ("demo",),
     "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/plan.py": ("export",),
@@ -122,6 +122,8 @@ OTHER_MEANING = {
     ("hhdeploy/adapters/format.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),
     ("hhdeploy/adapters/config.py", "input_size"),
+    ("hhdeploy/adapters/config.py", "problem_type"),
+    ("hhdeploy/bundle/manifest.py", "problem_type"),
     ("hhdeploy/bundle/membership.py", "input_size"),
     ("hhdeploy/preprocess.py", "input_size"),
     ("hhdeploy/training/recipe.py", "input_size"),
@@ -282,7 +284,7 @@ def parameters_of_python() -> set[str]:
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
-    for taken in (*public, *options, demo.Starter.read):
+    for taken in (*public, *options):
         found |= set(inspect.signature(taken).parameters)
     return found
 
