@@ -17,7 +17,7 @@ import click
 import pytest
 
 import hhdeploy
-from hhdeploy import building, demo, quantising, triton
+from hhdeploy import building, quantising, triton
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.reading import graph_hint
@@ -284,7 +284,7 @@ def parameters_of_python() -> set[str]:
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
-    for taken in (*public, *options, demo.Starter.read):
+    for taken in (*public, *options):
         found |= set(inspect.signature(taken).parameters)
     return found
 
