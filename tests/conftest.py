@@ -98,3 +98,18 @@ def constant(workshop) -> Path:
     """Alpha and gamma, the bank baked into the graph. Read only."""
     out = workshop.root / "constant"
     return workshop.export(out, ("alpha", "gamma"), bank_as_constant=True).path
+
+
+@pytest.fixture(scope="session")
+def scaled_workshop(workshop, tmp_path_factory) -> Workshop:
+    """Adapters with s_in, s_out, db and values of parameters."""
+    from tests.workshop import make_scaled_workshop
+
+    return make_scaled_workshop(tmp_path_factory.mktemp("scaled"), workshop)
+
+
+@pytest.fixture(scope="session")
+def scaled(scaled_workshop) -> Path:
+    """All of them that can stand beside one backbone. Read only."""
+    names = ("scaled", "ia3", "after", "plain")
+    return scaled_workshop.export(scaled_workshop.root / "live", names).path
