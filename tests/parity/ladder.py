@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE, check
 from hhdeploy.adapters.format import Adapter, SiteTensors
-from hhdeploy.backbones.sites import sites_of
+from hhdeploy.backbones.sites import kind_of, sites_of
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
@@ -112,7 +112,8 @@ def without_matrix(adapter: Adapter, **parts: str) -> Adapter:
     """s_in, s_out and db alone, as IA3 has them; ``parts``: kind -> those kept there."""
     sites = {}
     for name, site in adapter.sites.items():
-        kept = parts[name.rpartition(".")[2].removesuffix("_proj")].split()
+        last = name.rpartition(".")[2]  # of a fused qkv, the third
+        kept = parts[kind_of(name) or last].split()
         sites[name] = SiteTensors(**{p: t for p, t in site.parts.items() if p in kept})
     return replace(adapter, sites=sites)
 
