@@ -121,7 +121,8 @@ class Batcher:
             raise StoppingError("the server is shutting down.")
         if count > self._max_batch:
             raise RequestError(
-                f"{count} images in one request: expected at most {self._max_batch} (--max-batch)."
+                f"{count} images in one request: expected at most {self._max_batch} "
+                "(the server's `max_batch`)."
             )
         if self.queued and self.queued + count > self._max_queued:
             raise BusyError(

@@ -278,7 +278,7 @@ def check_token(token: str | None, authorization: str | None) -> None:
     if token is None:
         raise ForbiddenError(
             "adapters cannot be loaded over the network: the server was started without "
-            "--allow-adapter-loading."
+            "`allow_adapter_loading`."
         )
     kind, _, given = (authorization or "").partition(" ")
     # In constant time, so that the answer's delay tells nothing of the token.

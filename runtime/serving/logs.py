@@ -15,7 +15,7 @@ def log_as_json(level: str, logger: str | None = None) -> None:
         level: debug, info, warning or error.
         logger: the one whose lines they are; None: all of the process.
     """
-    formatters = require("pythonjsonlogger.json", "serve", "hhdeploy serve")
+    formatters = require("pythonjsonlogger.json", "serve", "serving")
     handler = logging.StreamHandler(sys.stderr)
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
     form = "{asctime}{levelname}{name}{message}"

@@ -136,6 +136,6 @@ def _listen(host: str, port: int) -> Any:
         return listening
     except OSError as error:
         raise DeviceError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with "
-            "--host and --http-port."
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another "
+            "`host` or `http_port`."
         ) from error

@@ -123,7 +123,7 @@ class Service:
             if self.settings.model_name in self.fleet.names:
                 raise PlanError(
                     f"{self.settings.model_name!r} is an adapter and the bundle's name in the "
-                    "protocol: requests could not tell them apart. Choose another --model-name."
+                    "protocol: requests could not tell them apart. Choose another `model_name`."
                 )
             if self.settings.watch_seconds is not None:
                 self._watch = asyncio.create_task(self.fleet.watch(self.settings.watch_seconds))
@@ -366,15 +366,15 @@ class Service:
 
 def _check_folded(settings: ServeSettings) -> None:
     """Raises `PlanError` for what only a bank of adapters can do."""
-    for flag, given in (
-        ("--adapters-dir", settings.adapters_dir is not None),
-        ("--pin", bool(settings.pinned)),
-        ("--allow-adapter-loading", settings.allow_adapter_loading),
+    for name, given in (
+        ("`adapters_dir`", settings.adapters_dir is not None),
+        ("`pinned`", bool(settings.pinned)),
+        ("`allow_adapter_loading`", settings.allow_adapter_loading),
     ):
         if given:
             raise PlanError(
-                f"{flag}: a folded bundle holds one adapter, in its weights. Leave it out, or "
-                "export without --fold."
+                f"{name}: a folded bundle holds one adapter, in its weights. Leave it out, or "
+                "export without `fold=True`."
             )
 
 

@@ -162,24 +162,24 @@ class ServeSettings:
         for each in fields(self):
             _check_range(each.name, getattr(self, each.name), each.metadata.get("option"))
         if self.log_level not in LEVELS:
-            raise OptionError(f"log_level: expected one of {', '.join(LEVELS)}.")
+            raise OptionError(f"`log_level`: expected one of {', '.join(LEVELS)}.")
         if self.allow_adapter_loading and self.token_file is None:
             raise OptionError(
-                "--allow-adapter-loading needs --token-file: whoever can reach the port could "
+                "`allow_adapter_loading` needs `token_file`: whoever can reach the port could "
                 "replace adapters otherwise. Make one with: openssl rand -hex 32 > token"
             )
         if self.token_file is not None and not self.allow_adapter_loading:
             raise OptionError(
-                "--token-file needs --allow-adapter-loading: nothing else asks for the token, "
+                "`token_file` needs `allow_adapter_loading`: nothing else asks for the token, "
                 "least of all inference."
             )
         if self.adapters_dir is not None and not self.adapters_dir.is_dir():
             raise PlanError(
-                f"--adapters-dir: {self.adapters_dir} is not a directory. Expected a folder with "
+                f"`adapters_dir`: {self.adapters_dir} is not a directory. Expected a folder with "
                 "one adapter directory a task."
             )
         if self.watch_seconds is not None and self.adapters_dir is None:
-            raise OptionError("--watch-seconds: there is nothing to watch without --adapters-dir.")
+            raise OptionError("`watch_seconds`: there is nothing to watch without `adapters_dir`.")
 
     def session_options(self) -> dict[str, Any]:
         """Options of `open_session`."""
@@ -221,9 +221,9 @@ def _check_range(name: str, value: Any, option: Option | None) -> None:
     if option is None or value is None:
         return
     if option.least is not None and value < option.least:
-        raise OptionError(f"{name}: expected {option.least:g} or more, found {value}.")
+        raise OptionError(f"`{name}`: expected {option.least:g} or more, found {value}.")
     if option.above is not None and value <= option.above:
-        raise OptionError(f"{name}: expected more than {option.above:g}, found {value}.")
+        raise OptionError(f"`{name}`: expected more than {option.above:g}, found {value}.")
 
 
 def _is_loopback(host: str) -> bool:
@@ -246,10 +246,10 @@ def read_token(path: Path) -> str:
         token = path.read_text(encoding="utf-8").strip()
         readable = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"--token-file: {path} cannot be read: {error}") from error
+        raise PlanError(f"`token_file`: {path} cannot be read: {error}") from error
     if not _TOKEN.fullmatch(token):
         raise PlanError(
-            f"--token-file: {path}: expected one line of 16 to 1,024 printable ASCII characters "
+            f"`token_file`: {path}: expected one line of 16 to 1,024 printable ASCII characters "
             "without spaces. Make one with: openssl rand -hex 32 > token"
         )
     if readable:

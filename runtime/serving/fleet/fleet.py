@@ -86,11 +86,11 @@ class Fleet:
             await self.refresh()
         for name in sorted(self._pinned - set(self._known)):
             known = ", ".join(sorted(self._known)) or "none"
-            raise PlanError(f"--pin: unknown adapter {name!r}. There are: {known}.")
+            raise PlanError(f"`pinned`: unknown adapter {name!r}. There are: {known}.")
         if len(self._pinned) > self.rows.total:
             raise PlanError(
-                f"--pin: {len(self._pinned)} adapters, the bank has {self.rows.total} rows "
-                f"for them. Serve with --slots {len(self._pinned) + 1} or more."
+                f"`pinned`: {len(self._pinned)} adapters, the bank has {self.rows.total} rows "
+                f"for them. Serve with `slots={len(self._pinned) + 1}` or more."
             )
         for name in sorted(self._pinned):
             if name not in self.rows:
@@ -183,7 +183,7 @@ class Fleet:
         check_name(name)
         if not self._writable:
             raise ForbiddenError(
-                "this server keeps no adapters of its own: it was started without --adapters-dir."
+                "this server keeps no adapters of its own: it was started without `adapters_dir`."
             )
         return await self._finish(self._upload(name, config, tensors))
 

@@ -119,7 +119,7 @@ class FleetRows:
         if len(set(names) - {None}) > room:
             raise RequestError(
                 f"{len(names)} adapters at a time, the bank has room for {room} that are not "
-                "pinned. Ask for fewer, or serve with more --slots."
+                "pinned. Ask for fewer, or serve with more `slots`."
             )
 
     async def gather(

@@ -85,7 +85,7 @@ class GrpcServer:
         except RuntimeError as error:
             raise DeviceError(
                 f"cannot listen on {address}: it is in use, or no address of this machine. Choose "
-                "another with --host and --grpc-port."
+                "another `host` or `grpc_port`."
             ) from error
         await server.start()
         return server, bound

@@ -207,7 +207,7 @@ def _check_host(host: str, hosts: Collection[str] | None) -> None:
     if name not in hosts:
         raise ForbiddenError(
             f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
-            "can allow another with --allowed-host."
+            "can allow another among `allowed_hosts`."
         )
 
 

@@ -147,6 +147,6 @@ def free_port(host: str, port: int) -> int:
             return int(listening.getsockname()[1])
     except OSError as error:
         raise DeviceError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with "
-            "--host and --http-port."
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another "
+            "`host` or `http_port`."
         ) from error

@@ -274,7 +274,7 @@ def test_pinned_adapters_keep_their_rows(play):
 def test_pinned_adapters_are_loaded_at_the_start(play):
     async def scene(s):
         assert set(s.bank) == {"a", "b"}
-        with pytest.raises(RequestError, match=r"room for 0 that are not pinned.*more --slots"):
+        with pytest.raises(RequestError, match=r"room for 0 that are not pinned.*more `slots`"):
             await s.ask("c")
         for change in (s.fleet.load("c"), s.fleet.upload("d", b"{}", b"")):
             with pytest.raises(RequestError, match="room for 0"):
@@ -287,7 +287,7 @@ def test_pinned_adapters_are_loaded_at_the_start(play):
 
 @pytest.mark.parametrize(
     ("pinned", "message"),
-    [(("omega",), "--pin: unknown adapter 'omega'"), (("a", "b", "c"), "--slots 4 or more")],
+    [(("omega",), "`pinned`: unknown adapter 'omega'"), (("a", "b", "c"), "`slots=4` or more")],
 )
 def test_pins_that_cannot_be(play, pinned, message):
     with pytest.raises(PlanError, match=message):
@@ -1169,7 +1169,7 @@ def test_an_upload_onto_a_full_disk_is_the_servers_fault(play, tmp_path, monkeyp
 
 def test_an_upload_without_a_directory(play, tmp_path):
     async def scene(s):
-        with pytest.raises(ForbiddenError, match="--adapters-dir"):
+        with pytest.raises(ForbiddenError, match="`adapters_dir`"):
             await s.fleet.upload("a", *files_of(make_adapter(s.workshop, 7), tmp_path))
 
     play(scene, directory=False)

@@ -241,7 +241,7 @@ def test_requests_are_held_to_their_limit_where_loads_may_be_longer():
 def test_a_port_that_is_taken():
     async def run() -> None:
         async with served(Endpoint()) as (server, _):
-            with pytest.raises(DeviceError, match="--grpc-port"):
+            with pytest.raises(DeviceError, match="`grpc_port`"):
                 await start_grpc(Endpoint(), server.port, None)
 
     asyncio.run(run())

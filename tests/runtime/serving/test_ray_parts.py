@@ -437,7 +437,7 @@ def test_arguments_are_checked(tmp_path):
         read_settings({"bundle": tmp_path, "threads": "many"})
     with pytest.raises(PlanError, match="replicas: expected 1 or more"):
         read_settings({"bundle": tmp_path, "replicas": 0})
-    with pytest.raises(PlanError, match="--token-file"):
+    with pytest.raises(PlanError, match="`token_file`"):
         read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
 
 

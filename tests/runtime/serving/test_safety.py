@@ -183,7 +183,7 @@ def test_a_page_whose_name_points_here_reads_nothing(server):
                  "localhost@evil.example", "localhost.", "0x7f000001"):  # fmt: skip
         for path in (*paths, "/metrics"):
             status, said = message(ask(host, path))
-            assert status == 403 and "--allowed-host" in said
+            assert status == 403 and "`allowed_hosts`" in said
         assert ask(host, INFER, "POST")[0] == ask(host, "/v2/repository/index", "POST")[0] == 403
     nameless = talk(server, b"GET /v2 HTTP/1.0\r\n\r\n")
     assert status_of(nameless) == 403
@@ -210,7 +210,7 @@ def test_loading_is_off_unless_it_is_allowed(server, branches, tmp_path):
     for action in ("load", "unload"):
         path = f"/v2/repository/models/alpha/{action}"
         status, said = message(server.request("POST", path, b"{}", AUTHORISED))
-        assert status == 403 and "--allow-adapter-loading" in said
+        assert status == 403 and "`allow_adapter_loading`" in said
     command = [HHDEPLOY, "serve", str(branches), "--allow-adapter-loading"]
     ended = run_command(command)
     assert ended.returncode and "needs --token-file" in ended.stderr
@@ -273,7 +273,7 @@ def test_token_files(tmp_path, caplog):
         "ü" * 20,
     ):
         file.write_text(content)
-        with pytest.raises(PlanError, match="--token-file") as caught:
+        with pytest.raises(PlanError, match="`token_file`") as caught:
             read_token(file)
         assert not content or content not in str(caught.value)
     with pytest.raises(PlanError, match="cannot be read"):

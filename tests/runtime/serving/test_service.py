@@ -284,17 +284,17 @@ def test_pictures_are_prepared_as_each_adapter_wants_them(play, branches, worksh
 
 
 @pytest.mark.parametrize(
-    ("flag", "chosen"),
+    ("name", "chosen"),
     [
-        ("--adapters-dir", {"adapters_dir": ROOT}),
-        ("--pin", {"pinned": frozenset({"alpha"})}),
-        ("--allow-adapter-loading", {"allow_adapter_loading": True, "token_file": ROOT / "token"}),
+        ("`adapters_dir`", {"adapters_dir": ROOT}),
+        ("`pinned`", {"pinned": frozenset({"alpha"})}),
+        ("`allow_adapter_loading`", {"allow_adapter_loading": True, "token_file": ROOT / "token"}),
     ],
 )
-def test_what_a_folded_bundle_cannot_do_is_refused(folded, flag, chosen):
+def test_what_a_folded_bundle_cannot_do_is_refused(folded, name, chosen):
     with (
         open_session(folded, device="cpu", threads=1) as session,
-        pytest.raises(PlanError, match=f"{flag}: a folded bundle holds one adapter"),
+        pytest.raises(PlanError, match=f"{name}: a folded bundle holds one adapter"),
     ):
         Service(session, ServeSettings(Path("tiny"), **chosen))
 
@@ -398,7 +398,7 @@ def test_millions_of_adapter_names_are_refused_before_they_are_looked_at(play):
 
 
 def test_an_adapter_may_not_have_the_bundle_s_name(play):
-    with pytest.raises(PlanError, match="Choose another --model-name"):
+    with pytest.raises(PlanError, match="Choose another `model_name`"):
         play(None, model_name="alpha")
 
 

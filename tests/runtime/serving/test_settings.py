@@ -16,7 +16,7 @@ TOKEN = "0123456789abcdef"
 
 
 def test_loading_over_the_network_needs_a_token(tmp_path):
-    with pytest.raises(PlanError, match=r"needs --token-file.*openssl rand"):
+    with pytest.raises(PlanError, match=r"needs `token_file`.*openssl rand"):
         ServeSettings(Path("tiny"), allow_adapter_loading=True)
     assert ServeSettings(Path("tiny")).token() is None
     settings = ServeSettings(
@@ -32,18 +32,18 @@ def test_loading_over_the_network_needs_a_token(tmp_path):
 
 def test_a_token_that_nothing_asks_for_is_refused(tmp_path):
     """Whoever gives one may believe that it protects inference."""
-    with pytest.raises(OptionError, match="--token-file needs --allow-adapter-loading"):
+    with pytest.raises(OptionError, match="`token_file` needs `allow_adapter_loading`"):
         ServeSettings(Path("tiny"), token_file=tmp_path / "token")
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"max_batch": 0}, "max_batch: expected 1 or more, found 0"),
-        ({"contexts": 0}, "contexts: expected 1"),
-        ({"slots": 1}, "slots: expected 2"),
-        ({"request_seconds": 0.0}, "request_seconds: expected more than 0"),
-        ({"log_level": "loud"}, "log_level: expected one of debug"),
+        ({"max_batch": 0}, "`max_batch`: expected 1 or more, found 0"),
+        ({"contexts": 0}, "`contexts`: expected 1"),
+        ({"slots": 1}, "`slots`: expected 2"),
+        ({"request_seconds": 0.0}, "`request_seconds`: expected more than 0"),
+        ({"log_level": "loud"}, "`log_level`: expected one of debug"),
     ],
 )
 def test_numbers_in_their_range(wrong, said):
@@ -75,7 +75,7 @@ def test_the_command_line_has_every_option_with_its_default():
 def test_a_fleet_directory_that_there_is_not(tmp_path):
     with pytest.raises(PlanError, match="is not a directory"):
         ServeSettings(Path("tiny"), adapters_dir=tmp_path / "none")
-    with pytest.raises(PlanError, match="nothing to watch without --adapters-dir"):
+    with pytest.raises(PlanError, match="nothing to watch without `adapters_dir`"):
         ServeSettings(Path("tiny"), watch_seconds=1.0)
     settings = ServeSettings(Path("tiny"), adapters_dir=tmp_path, watch_seconds=1.0)
     assert settings.adapters_dir == tmp_path
@@ -95,7 +95,7 @@ def test_a_token_file(tmp_path):
 def test_a_file_that_holds_no_token(tmp_path, content):
     file = tmp_path / "token"
     file.write_bytes(content)
-    with pytest.raises(PlanError, match="--token-file") as caught:
+    with pytest.raises(PlanError, match="`token_file`") as caught:
         read_token(file)
     if len(content) > 1:
         assert content.decode("utf-8", "replace") not in str(caught.value)
