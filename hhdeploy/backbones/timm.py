@@ -31,12 +31,17 @@ def load_timm(spec: BackboneSpec) -> Loaded:
         model, classes = _from_checkpoint(spec)
     else:
         model, classes = _from_timm(spec)
+    preprocess = preprocess_of(model, spec.args)
+    notes: tuple[str, ...] = ()
+    if preprocess.input_size[0] != 3:
+        notes = (f"image transform assumed: {preprocess.described()}",)
     return Loaded(
         model,
         resolved_name(model, spec.model),
         classifier_path(model),
         classes,
-        preprocess_of(model, spec.args),
+        preprocess,
+        notes,
         traced_with=(f"timm {_timm().__version__}",),
     )
 
@@ -113,10 +118,17 @@ def resolved_name(model: nn.Module, name: str) -> str:
 
 
 def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
-    """timm's evaluation transform of a model, its image size as ``args`` made it."""
+    """timm's evaluation transform of a model, its images as ``args`` made them.
+
+    Channels that are not red, green and blue have the average of their mean and std each.
+    """
     config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
-    size = config["input_size"]
+    height, width = config["input_size"][1:]
     if "img_size" in args:
         img = args["img_size"]
-        size = (3, img, img) if isinstance(img, int) else (3, *img)
+        height, width = (img, img) if isinstance(img, int) else img
+    channels = args.get("in_chans", 3)
+    if channels != 3:
+        config |= {k: [sum(config[k]) / len(config[k])] * channels for k in ("mean", "std")}
+    size = (channels, height, width)
     return Preprocess.from_json({**config, "input_size": size, "exif": True})
