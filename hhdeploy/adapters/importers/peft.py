@@ -23,12 +23,15 @@ from hhdeploy.adapters.importers.template import (
     ImportOptions,
     Tensors,
     finish,
+    fitting_prefix,
     head_keys,
     linear_of,
     low_rank_pair,
     split_thirds,
 )
 from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.backbones.structure import parameters_of
+from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.tensors import read_tensors
 
@@ -235,7 +238,9 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     else:
         file = path / _OLD_TENSOR_FILE
         tensors = read_pth(file)
-    groups, head = group_tensors(tensors, file, head_keys(backbone), options.prefix)
+    tensors = unwrapped(tensors)
+    prefix = fitting_prefix(options.prefix, tensors, _PREFIX)
+    groups, head = group_tensors(tensors, file, head_keys(backbone), prefix)
     linears = {linear.path: linear for linear in backbone.facts.linears}
     result: Tensors = dict(head)
     for name, group in groups.items():
@@ -271,6 +276,16 @@ def _hra_pair(
         a, c = hra_low_rank(u.astype(np.float64), gram_schmidt=gram_schmidt)
     except ValueError as error:
         raise AdapterError(f"{file}: {linear.path}.hra_u: {error}") from error
-    parameter = backbone.model.get_submodule(linear.path).get_parameter("weight")
-    weight: NDArray[np.float64] = parameter.detach().double().cpu().numpy()
-    return a, weight @ c
+    return a, _weight_of(linear, backbone) @ c
+
+
+def _weight_of(linear: LinearSpec, backbone: Backbone) -> NDArray[np.float64]:
+    """The weight (out, in) of a Linear, or of one third of a fused one."""
+    for whole in backbone.facts.linears:
+        if linear.path != whole.path and linear.sites[0] not in whole.sites:
+            continue
+        module, name, _ = parameters_of(backbone.model, whole.path)
+        weight: NDArray[np.float64] = module.get_parameter(name).detach().double().cpu().numpy()
+        start = whole.sites.index(linear.sites[0]) * linear.sites[0].out
+        return weight[start : start + linear.out]
+    raise AssertionError(f"{linear.path} is no Linear of {backbone.facts.model}")

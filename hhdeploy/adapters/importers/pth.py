@@ -1,6 +1,8 @@
 """``.pth`` files: state dicts of torch.save with keys SITE.u, .v, .d, .lora_A, .lora_B.
 
-Read with ``weights_only=True``: nothing is unpickled but tensors.
+Read with ``weights_only=True``: nothing is unpickled but tensors. Averaged weights (EMA) are taken
+where a training kept some, and sites may have the names of another library, such as those of HTA's
+authors (``transformer.encoder.layer.0.attn.query``).
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from hhdeploy.adapters.importers.template import (
     ImportOptions,
     Tensors,
     finish,
+    fitting_prefix,
     head_keys,
     low_rank_pair,
     split_thirds,
 )
+from hhdeploy.backbones.sites import namesake, sites_of
+from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError, require
 
 if TYPE_CHECKING:
@@ -33,12 +38,15 @@ _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
 def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
     linears = {linear.path: linear for linear in backbone.facts.linears}
+    known = {*linears, *sites_of(backbone.facts.linears)}
     fused: dict[str, Tensors] = {}
     result: Tensors = {}
-    for key, tensor in read_pth(path).items():
-        if not key.startswith(options.prefix):
-            raise AdapterError(f"{path}: {key}: expected keys that start with {options.prefix!r}.")
-        name = key.removeprefix(options.prefix)
+    tensors = read_pth(path)
+    prefix = fitting_prefix(options.prefix, tensors)
+    for key, tensor in tensors.items():
+        if not key.startswith(prefix):
+            raise AdapterError(f"{path}: {key}: expected keys that start with {prefix!r}.")
+        name = key.removeprefix(prefix)
         owner, _, last = name.rpartition(".")
         if name not in head_keys(backbone) and last not in _SITE_TENSORS:
             raise AdapterError(
@@ -46,6 +54,9 @@ def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapte
                 f".lora_B, and the classifier's ({', '.join(head_keys(backbone))}). Save the "
                 "trained tensors alone, without the backbone's; a common start is `prefix`."
             )
+        other = namesake(linears.values(), owner) if owner not in known else None
+        if other is not None and last in _SITE_TENSORS:
+            owner, name = other.name, f"{other.name}.{last}"
         if last == "lora_B":
             tensor = tensor.astype(np.float64) * options.lora_scale
         if last in _SITE_TENSORS and owner in linears and len(linears[owner].sites) > 1:
@@ -75,9 +86,7 @@ def read_pth(path: Path) -> Tensors:
             f"{path} cannot be read: {reason} Expected a state dict of tensors written by "
             "torch.save; other pickled objects are never loaded."
         ) from error
-    for entry in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
-            content = content[entry]
+    content = unwrapped(content)
     if not isinstance(content, Mapping):
         raise AdapterError(f"{path}: expected a state dict, found {type(content).__name__}.")
     tensors: Tensors = {}

@@ -6,7 +6,7 @@ configuration and checks the adapter as any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, assemble_adapter
 from hhdeploy.algebra import Reflection
-from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
+from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, namesake, select_sites, sites_of
+from hhdeploy.backbones.weights import without_wrappers
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
@@ -58,10 +59,20 @@ def head_keys(backbone: Backbone) -> tuple[str, str]:
     return f"{backbone.facts.classifier}.weight", f"{backbone.facts.classifier}.bias"
 
 
+def fitting_prefix(prefix: str, keys: Collection[str], start: str = "") -> str:
+    """The prefix, less a wrapper's where that is gone from the keys (see `unwrapped`)."""
+    fits = all(key.startswith(start + prefix) for key in keys)
+    return prefix if fits else without_wrappers(prefix)
+
+
 def linear_of(
     linears: Mapping[str, LinearSpec], name: str, file: Path, backbone: Backbone
 ) -> LinearSpec:
+    """The Linear of a name, or of another library's name for it; then one third of a fused qkv."""
     if name not in linears:
+        other = namesake(linears.values(), name)
+        if other is not None:
+            return LinearSpec(other.name, other.out, other.in_, (other,))
         raise AdapterError(
             f"{file}: {name}: {backbone.facts.model} has no such site. Expected "
             f"{', '.join(list(linears)[:4])}, …; convolutions (patch_embed), the classifier and "

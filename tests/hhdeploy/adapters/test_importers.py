@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
@@ -21,6 +23,7 @@ from hhdeploy.adapters.importers.peft import hra_low_rank, lora_scale
 from hhdeploy.cli.adapter_import import command
 from hhdeploy.errors import AdapterError
 from hhdeploy.training import attach
+from tests.parity.architectures import Architecture, small
 from tests.support import (
     TINY_ARGS,
     TINY_MODEL,
@@ -434,6 +437,82 @@ def test_a_pth_file(tmp_path, tiny, form, targets, prefix, entry):
     assert found.config.extra["imported_from"]["file"] == "a.pth"
 
 
+def test_averaged_weights_come_first(tmp_path, tiny):
+    """As timm reads such a checkpoint, and the backbone's weights from one."""
+    adapter = random_adapter(tiny.facts, targets=("proj",))
+    pth(tmp_path / "a.pth", adapter)
+    raw = torch.load(tmp_path / "a.pth")
+    averaged = {f"module._orig_mod.{k}": v * 0.5 for k, v in raw.items()}
+    torch.save({"state_dict": raw, "state_dict_ema": averaged}, tmp_path / "a.pth")
+    options = ImportOptions(class_names=adapter.config.class_names)
+    found = import_adapter(tmp_path / "a.pth", tiny, options)
+    for name, site in adapter.sites.items():
+        assert np.array_equal(found.sites[name].u, site.u * np.float32(0.5))
+
+
+def test_names_of_hta_s_authors(tmp_path, tiny):
+    adapter = random_adapter(tiny.facts, targets=("q", "k", "v", "proj", "fc1", "fc2"))
+    theirs = {
+        "attn.qkv.q": "attn.query",
+        "attn.qkv.k": "attn.key",
+        "attn.qkv.v": "attn.value",
+        "attn.proj": "attn.out",
+        "mlp.fc1": "ffn.fc1",
+        "mlp.fc2": "ffn.fc2",
+    }
+
+    def renamed(site):
+        _, number, *rest = site.split(".")
+        return f"transformer.encoder.layer.{number}.{theirs['.'.join(rest)]}"
+
+    sites = {renamed(name): site for name, site in adapter.sites.items()}
+    file = pth(tmp_path / "a.pth", replace(adapter, sites=sites))
+    options = ImportOptions(class_names=adapter.config.class_names)
+    found = import_adapter(file, tiny, options)
+    assert found.sites.keys() == adapter.sites.keys()
+    for name, site in adapter.sites.items():
+        assert np.array_equal(found.sites[name].v, site.v), name
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_peft_model_that_was_wrapped_before_it_was_saved(saved, tmp_path, wrapper, prefix):
+    source = shutil.copytree(saved / "lora", tmp_path / "w")
+    tensors = load_file(source / "adapter_model.safetensors")
+    wrapped = {wrapper + key: value for key, value in tensors.items()}
+    save_file(wrapped, source / "adapter_model.safetensors")
+    options = ImportOptions(prefix=wrapper if prefix else "")
+    backbone = tiny_backbone(num_classes=CLASSES)
+    expected = import_adapter(saved / "lora", backbone)
+    found = import_adapter(source, backbone, options)
+    assert found.sites.keys() == expected.sites.keys()
+    assert all(np.array_equal(s.lora_B, expected.sites[n].lora_B) for n, s in found.sites.items())
+
+
+def test_names_that_a_library_had_before(tmp_path):
+    """PEFT's tensors keep the module paths of the transformers that they were trained with."""
+    args = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 1}
+    args |= {"num_attention_heads": 3, "intermediate_size": 80, "num_labels": CLASSES}
+    backbone = small(Architecture("transformers:ViTForImageClassification", args))
+    before = "base_model.model.vit.encoder.layer.0"
+    names = {"attention.attention.query": "q", "attention.output.dense": "o", "output.dense": "fc2"}
+    sizes = {"q": (48, 48), "o": (48, 48), "fc2": (48, 80)}
+    random = np.random.default_rng(0)
+    tensors = {}
+    for name, kind in names.items():
+        out, into = sizes[kind]
+        tensors[f"{before}.{name}.lora_A.weight"] = random.normal(size=(2, into)).astype("f4")
+        tensors[f"{before}.{name}.lora_B.weight"] = random.normal(size=(out, 2)).astype("f4")
+    save_arrays(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "x"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert import_adapter(tmp_path, backbone).sites.keys() == {
+        "vit.layers.0.attention.q_proj",
+        "vit.layers.0.attention.o_proj",
+        "vit.layers.0.mlp.fc2",
+    }
+
+
 def test_a_pth_file_in_half_precision_and_with_a_scale(tmp_path, tiny):
     adapter = random_adapter(tiny.facts, targets=("proj",), classes=None)
     state = {
@@ -488,10 +567,10 @@ def test_pth_files_that_are_refused(tmp_path, tiny):
     refuse("unknown tensor key 'blocks.0.norm1.weight'", ".lora_A", "head.weight")
     pth(file, adapter, note="hello")
     refuse("note: expected a tensor, found str")
-    pth(file, adapter, prefix="module.")
-    refuse("unknown tensor key 'module.head.weight'", "`prefix`")
-    pth(file, random_adapter(tiny.facts, targets=("proj",), classes=None), prefix="module.")
-    refuse("no such site", "module.blocks.0.attn.proj")
+    pth(file, adapter, prefix="model.")
+    refuse("unknown tensor key 'model.head.weight'", "`prefix`")
+    pth(file, random_adapter(tiny.facts, targets=("proj",), classes=None), prefix="model.x.7.")
+    refuse("no such site", "model.x.7.blocks.0.attn.proj")
     refuse("expected keys that start with 'net.'", options=ImportOptions(prefix="net."))
     pth(file, adapter, **{"blocks.0.attn.proj.u": torch.ones(48, dtype=torch.int64)})
     refuse("blocks.0.attn.proj.u: expected a float tensor, found int64")
