@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.harness import THREADS, report
 from benchmarks.models import STARTER, bundle, work_directory
 from hhdeploy.cli.bench_serve import server_command
-from hhdeploy.demo import Starter
+from hhdeploy.cli.starter import Starter
 from hhdeploy.exporting.bundles import export
 from hhdeploy.loadtest.client import Client, Requests
 from hhdeploy.loadtest.drive import Record, drive

@@ -26,8 +26,8 @@ from hhdeploy.calibration.quantised import Float32Graph, find_scales, quantise
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.bundles import export
-from hhdeploy.exporting.graphs import add_graph
 from hhdeploy.preprocess import open_image
+from hhdeploy.verifying.graphs import add_graph
 
 TARGETS = ("q", "k", "v", "proj")
 STARTER = Path(__file__).resolve().parents[1] / "examples" / "starter"

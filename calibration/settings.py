@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
+from hhdeploy.bundle.manifest import QUANTISED
 from hhdeploy.errors import OptionError, PlanError
 
-PRECISIONS: Final = ("int8", "fp8", "int8-weights")
+PRECISIONS: Final = QUANTISED
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from hhdeploy.demo import Starter, samples
+from hhdeploy.cli.starter import Starter, samples
 
 DOCS = Path(__file__).resolve().parent
 STARTER = DOCS.parent / "examples" / "starter"

@@ -66,7 +66,7 @@ def build(
     baked_in = manifest.bank_as_constant or options.bank_as_constant
     slots = _slots(bundle, options)
     if precision not in manifest.graphs:
-        from hhdeploy.exporting.graphs import add_typed_graph
+        from hhdeploy.verifying.graphs import add_typed_graph
 
         bundle = add_typed_graph(path, precision, progress=progress)
         manifest = bundle.manifest

@@ -25,13 +25,13 @@ from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.errors import ParityError, PlanError, WriteError, require
-from hhdeploy.exporting.graphs import commit_graph, graph_on_trial
 from hhdeploy.files.writing import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
 from hhdeploy.timing import Paired, machine, paired
 from hhdeploy.verifying.bundles import verify_graphs
+from hhdeploy.verifying.graphs import commit_graph, graph_on_trial
 
 if TYPE_CHECKING:
     from hhdeploy.calibration.quantised import Float32Graph, Quantised

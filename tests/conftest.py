@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.alone import pytest_pyfunc_call, shared
+from tests.skips import pytest_terminal_summary
+from tests.slow import pytest_collection_modifyitems
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop
 
-__all__ = ["pytest_pyfunc_call"]
+__all__ = ["pytest_collection_modifyitems", "pytest_pyfunc_call", "pytest_terminal_summary"]
 
 
 @pytest.fixture(scope="session")

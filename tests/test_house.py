@@ -13,7 +13,7 @@ from tests.workshop import ROOT
 PACKAGE = ROOT / "hhdeploy"
 # Not counted: the command line, training, and the three top-level folders behind links.
 OUTSIDE = {"cli", "training", "calibration", "exporters", "runtime"}
-ROOMS, FILES, LINES = 20, 15, 400
+ROOMS, FLOORS, FILES, LINES = 20, 7, 15, 400
 
 
 def rooms() -> set[str]:
@@ -36,6 +36,66 @@ def sources() -> list[Path]:
 
 def test_rooms():
     assert len(rooms()) <= ROOMS, sorted(rooms())
+
+
+def imported_rooms(room: str, tree: ast.AST) -> set[str]:
+    """Other rooms that a module of a room imports, at its top or in a function.
+
+    Both count, as for import-linter: an arrow that is hidden in a function is an arrow. What only
+    a type checker sees does not.
+    """
+    typing = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = [
+        f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in typing
+        for alias in node.names
+    ]
+    found = {name.split(".")[1] for name in names if name.startswith("hhdeploy.")}
+    return found & rooms() - {room}
+
+
+def longest_chain(arrows: dict[str, set[str]]) -> list[str]:
+    """The longest way along the arrows; ValueError if they go round."""
+    known: dict[str, list[str]] = {}
+
+    def below(room: str, above: tuple[str, ...] = ()) -> list[str]:
+        if room in above:
+            raise ValueError(f"rooms import each other: {' -> '.join((*above, room))}")
+        if room not in known:
+            ways = [below(other, (*above, room)) for other in arrows.get(room, ())]
+            known[room] = [room, *max(ways, key=len, default=[])]
+        return known[room]
+
+    return max(map(below, arrows), key=len)
+
+
+def test_floors():
+    """From any room down to those that import none, it is few steps."""
+    arrows: dict[str, set[str]] = {room: set() for room in rooms()}
+    for path in sources():
+        place = path.relative_to(ROOT).with_suffix("").parts
+        if place[0] == "hhdeploy" and place[1] in arrows:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            arrows[place[1]] |= imported_rooms(place[1], tree)
+    assert len(chain := longest_chain(arrows)) <= FLOORS, " -> ".join(chain)
+
+
+def test_a_planted_arrow_is_seen():
+    lazily = ast.parse("def f():\n    from hhdeploy.verifying.graphs import add_graph")
+    assert imported_rooms("building", lazily) == {"verifying"}
+    assert imported_rooms("building", ast.parse("import hhdeploy.bundle")) == {"bundle"}
+    assert imported_rooms("building", ast.parse("from hhdeploy import plan")) == {"plan"}
+    typed = ast.parse("if TYPE_CHECKING:\n    from hhdeploy.plan import Plan")
+    assert not imported_rooms("building", typed)
+    assert longest_chain({"a": {"b"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="a -> b -> a"):
+        longest_chain({"a": {"b"}, "b": {"a"}})
 
 
 def test_no_package_is_a_heap():

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from hhdeploy.bundle.manifest import TYPED
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.precision.twin import (
     MOVEMENT,
@@ -32,7 +33,7 @@ from hhdeploy.graph import BRANCH
 
 __all__ = ["ISLANDS", "PRECISIONS", "PRECISION_TAG", "rounding_twin", "typed_model"]
 
-PRECISIONS: Final = ("float16", "bfloat16")
+PRECISIONS: Final = TYPED
 
 # Sums over a row: float16 ends at 65504 (a sum of squares of 256 values of 16), and adding a
 # small value to a large sum loses it.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType, problem_type_of
 from hhdeploy.backbones.facts import BackboneFacts
@@ -31,12 +31,17 @@ MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
 ADAPTERS = "adapters"
 # Files of the state before the last change, for those who opened it.
 OLD = ".old"
+# Seconds that a change waits for another one to end.
+LOCK_TIMEOUT = 600.0
 # Earlier versions: the bank before a change that has not been committed by its manifest.
 PREVIOUS_BANK = "bank.safetensors.previous"
 # A file that a change put there has eight digits of its content before its suffix.
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 Kind = Literal["folded", "branches"]
+# Graphs beside float32: made of it alone, or of it and calibration data.
+TYPED: Final = ("float16", "bfloat16")
+QUANTISED: Final = ("int8", "fp8", "int8-weights")
 # Fewest, most common and most; TensorRT's min, opt and max of one dimension.
 Range = tuple[int, int, int]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +22,23 @@ from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.bundle.manifest import (
     ADAPTERS,
     BANK_FILE,
+    LOCK_TIMEOUT,
     MANIFEST,
     OLD,
     PARITY_FILE,
     PREVIOUS_BANK,
+    QUANTISED,
     REFERENCE_FILE,
     SCHEMA_VERSION,
+    TYPED,
     Manifest,
 )
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
-from hhdeploy.parity import PARITY
+
+if TYPE_CHECKING:
+    from hhdeploy.bundle.store import Change, Progress
 
 # How often reading starts again when the bundle is changed meanwhile.
 _TRIES = 3
@@ -44,7 +49,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle directory and its manifest.
+    """A bundle directory and its manifest, as it was when it was opened.
+
+        bundle = Bundle.open("models")
+        bundle = bundle.add("flowers", "adapters/flowers")
+        bundle = bundle.remove("digits")
 
     Attributes:
         path: the directory.
@@ -89,6 +98,69 @@ class Bundle:
             raise BundleError(
                 f"{file} is damaged ({type(error).__name__}: {error}). Export the bundle again."
             ) from error
+
+    def add(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        lock_timeout: float = LOCK_TIMEOUT,
+        progress: Progress = lambda step: None,
+    ) -> Bundle:
+        """Add an adapter on disk: `hhdeploy.bundle.add_adapter`, whose arguments these are.
+
+        This value stays what it was; sessions that are open do too.
+
+        Returns:
+            The bundle as it is now, opened again.
+
+        Raises:
+            PlanError, AdapterError, CapacityError, ConflictError, WriteError: see `add_adapter`.
+        """
+        from hhdeploy.bundle.membership import add_adapter  # which builds on this module
+
+        add_adapter(self.path, name, directory, lock_timeout=lock_timeout, progress=progress)
+        return Bundle.open(self.path)
+
+    def remove(
+        self,
+        name: str,
+        *,
+        lock_timeout: float = LOCK_TIMEOUT,
+        progress: Progress = lambda step: None,
+    ) -> Bundle:
+        """Remove an adapter on disk: `hhdeploy.bundle.remove_adapter`. Returns as `add`.
+
+        Raises:
+            BundleError, PlanError, ConflictError, WriteError: see `remove_adapter`.
+        """
+        from hhdeploy.bundle.membership import remove_adapter
+
+        remove_adapter(self.path, name, lock_timeout=lock_timeout, progress=progress)
+        return Bundle.open(self.path)
+
+    def edit(
+        self,
+        *,
+        lock_timeout: float = LOCK_TIMEOUT,
+        progress: Progress = lambda step: None,
+    ) -> contextlib.AbstractContextManager[Change]:
+        """Change the bundle on disk, whole or not at all: `hhdeploy.bundle.edit`.
+
+            with bundle.edit() as change:
+                change.manifest = replace(change.manifest, ...)
+
+        ``change.bundle`` is the bundle as it is at that moment: others may have added and removed
+        adapters since this one was opened, but its float32 graph is the same.
+
+        Raises:
+            ConflictError: another change did not end in time, or the bundle was exported again
+                since this one was opened. BundleError, WriteError: see `edit`.
+        """
+        from hhdeploy.bundle.store import Basis, edit
+
+        basis = Basis.of(self.manifest)
+        return edit(self.path, basis, lock_timeout=lock_timeout, progress=progress)
 
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files, its hash checked against the manifest.
@@ -293,16 +365,13 @@ def _is(before: os.stat_result, path: str | Path) -> bool:
 
 def graph_hint(path: Path, precision: str) -> str:
     """What brings a graph of a precision into a bundle that lacks it, in words."""
-    typed, quantised = (
-        [p for stage, p in PARITY if stage == kind] for kind in ("twin", "quantised")
-    )
-    if precision in typed:
+    if precision in TYPED:
         return f"Export the bundle again with `precisions=[{precision!r}]`."
-    if precision in quantised:
+    if precision in QUANTISED:
         return "Add it with: " + as_code(
             "calibrate",
             path,
             data="DIR",
             settings=as_code("CalibrationSettings", precision=precision),
         )
-    return f"Graphs there can be: float32, {', '.join((*typed, *quantised))}."
+    return f"Graphs there can be: float32, {', '.join((*TYPED, *QUANTISED))}."

@@ -34,6 +34,7 @@ from hhdeploy.bundle.manifest import (
     name_with_digits,
     plain_name,
 )
+from hhdeploy.bundle.manifest import LOCK_TIMEOUT as LOCK_TIMEOUT
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.errors import (
     AdapterError,
@@ -55,8 +56,6 @@ from hhdeploy.files.writing import (
 )
 
 LOCK = ".lock"
-# Seconds that a change waits for another one to end.
-LOCK_TIMEOUT = 600.0
 _SAY_AFTER = 1.0
 _NEW_MANIFEST = f".{MANIFEST}.new"
 # Stem of the scratch directories inside a bundle.

@@ -8,7 +8,6 @@ import click
 
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import HhdeployError, OptionError
-from hhdeploy.packages import own_version
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {
@@ -74,8 +73,23 @@ class LazyGroup(Group):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
 
+def _say_version(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        from hhdeploy.packages import own_version  # a search of what is installed
+
+        click.echo(f"{context.find_root().info_name}, version {own_version()}")
+        context.exit()
+
+
 @click.group(cls=LazyGroup, context_settings=CONTEXT)
-@click.version_option(own_version())
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_version,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """Deploy Householder (HTA) and LoRA adapters of Vision Transformers.
 

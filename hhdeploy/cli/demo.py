@@ -12,7 +12,7 @@ from hhdeploy.cli import ui
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hhdeploy.demo import DemoResult, Starter
+    from hhdeploy.cli.starter import DemoResult, Starter
 
 _STARTER = Path(__file__).resolve().parents[2] / "examples" / "starter"
 _SHOWN = 8
@@ -31,7 +31,7 @@ def command(examples: Path, out: Path, threads: int | None) -> None:
     training-time model, classifies batches that mix all tasks, and measures what the side
     branches cost. Takes about a minute; nothing is downloaded.
     """
-    from hhdeploy.demo import Starter, run_demo
+    from hhdeploy.cli.starter import Starter, run_demo
 
     starter = Starter.read(examples)
     with ui.steps(quiet=False) as step:

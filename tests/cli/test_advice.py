@@ -91,7 +91,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/cli/wording.py": (ANY,),
-    "hhdeploy/demo.py": ("demo",),
+    "hhdeploy/cli/starter.py": ("demo",),
     "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/plan.py": ("export",),

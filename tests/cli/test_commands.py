@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.adapters.format import SiteTensors, load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, remove_adapter
-from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from hhdeploy.verifying.graphs import add_typed_graph
 from tests.support import TINY_MODEL, random_adapter
 from tests.workshop import AGE, HEAVY, TAGS, contents, copy_bundle, flip_byte, run_python
 

@@ -17,7 +17,7 @@ from hhdeploy.calibration.quantised import Float32Graph, quantise
 from hhdeploy.calibration.scales import Calibration, SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.writer import save_graph
-from hhdeploy.exporting.graphs import add_graph
+from hhdeploy.verifying.graphs import add_graph
 
 
 def add_int8(path: Path) -> None:

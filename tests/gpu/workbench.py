@@ -146,7 +146,7 @@ class Workbench:
 
     def _starter(self) -> Made:
         from hhdeploy.backbones.spec import BackboneSpec
-        from hhdeploy.demo import Starter
+        from hhdeploy.cli.starter import Starter
 
         starter = Starter.read(_STARTER)
         spec = BackboneSpec(starter.model, starter.args, starter.path / "backbone.safetensors")

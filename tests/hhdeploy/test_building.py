@@ -14,9 +14,9 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import choose_engine, stale
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, EngineEntry, plain_name, write_manifest
 from hhdeploy.errors import BundleError, ParityError, PlanError
-from hhdeploy.exporting.graphs import add_graph, add_typed_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
+from hhdeploy.verifying.graphs import add_graph, add_typed_graph
 from tests.workshop import copy_bundle, run_python
 
 RTX = "tensorrt-rtx"

@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.demo import Starter
+from hhdeploy.cli.starter import Starter
 from hhdeploy.exporters.precision.typed import ISLANDS, rounding_twin
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.bundles import export

@@ -17,7 +17,6 @@ from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.errors import BundleError, DeviceError, MissingDependencyError, SessionError
 from hhdeploy.exporters.writer import save_graph
-from hhdeploy.exporting.graphs import add_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
@@ -27,6 +26,7 @@ from hhdeploy.runtime.openvino_backend import (
     adds_int8_exactly,
     computes_bfloat16,
 )
+from hhdeploy.verifying.graphs import add_graph
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle
 

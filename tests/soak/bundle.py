@@ -62,7 +62,7 @@ def write(path: Path, number: int, until: float, told: Any) -> None:
     """Add and remove adapters of its own names."""
     own, choice = Told(f"writer {number}"), random.Random(number)
     try:
-        while time.monotonic() < until:
+        while time.monotonic() < until or not own.done:
             removing = len(own.expected) >= _AT_MOST or (own.expected and choice.random() < 0.4)
             if removing:
                 name = choice.choice(sorted(own.expected))
@@ -103,7 +103,7 @@ def read(path: Path, until: float, told: Any) -> None:
     own = Told("reader")
     images, known = known_logits()
     try:
-        while time.monotonic() < until:
+        while time.monotonic() < until or not own.done:
             graphs = Bundle.open(path).manifest.graphs
             precision = "int8" if own.done % 4 == 3 and "int8" in graphs else "float32"
             stage = "branches" if precision == "float32" else "quantised"

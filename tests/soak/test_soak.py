@@ -1,4 +1,4 @@
-"""The soaks, for some seconds each; for minutes see the package's docstring."""
+"""That the soaks run and find nothing, a turn or two each; for minutes see the package."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def soaked(module, *options):
 @pytest.mark.skipif(sys.platform != "linux", reason="flock and renameat2 of Linux")
 def test_writers_a_calibration_and_a_reader():
     pytest.importorskip("nncf", reason="NNCF is not installed")
-    found = soaked("bundle", "--seconds", "10")
+    found = soaked("bundle", "--seconds", "3")
     assert found["wrong"] == 0
     assert min(found["edits"], found["calibrations"], found["readings"]) > 0, found
 
 
 def test_a_fleet_whose_folders_are_replaced():
-    found = soaked("fleet", "--seconds", "10")
+    found = soaked("fleet", "--seconds", "3")
     assert found["wrong"] == 0
     assert min(found["answers"].values()) > 0, "both adapters answered"
-    assert found["imports"] >= 6
+    assert found["imports"] >= 2
 
 
 def test_commands_that_are_killed():
-    found = soaked("kills", "--seconds", "10", "--only", "add", "--only", "export")
+    found = soaked("kills", "--seconds", "1", "--only", "add")
     assert found["wrong"] == 0
     assert all(one["kills"] > 0 for one in found["commands"])

@@ -17,6 +17,7 @@ from hhdeploy.errors import (
     AdapterError,
     BundleError,
     CapacityError,
+    ConflictError,
     HhdeployError,
     PlanError,
 )
@@ -383,6 +384,32 @@ def test_removing_what_is_not_there(bundle):
     before = contents(bundle)
     with pytest.raises(BundleError, match=r"unknown adapter 'omega'.*alpha, gamma"):
         remove_adapter(bundle, "omega")
+    assert contents(bundle) == before
+
+
+def test_a_bundle_is_changed_by_its_methods(bundle, workshop):
+    before = Bundle.open(bundle)
+    added = before.add("rival", workshop.directory("rival"))
+    assert rows_of(bundle) == {"alpha": 1, "gamma": 2, "rival": 3}
+    assert added == Bundle.open(bundle) != before
+    removed = added.remove("alpha")
+    assert removed == Bundle.open(bundle)
+    assert [a.name for a in removed.manifest.adapters] == ["gamma", "rival"]
+    with pytest.raises(BundleError, match="unknown adapter 'alpha'"):
+        before.remove("alpha")  # what counts is what is on disk
+    with before.edit() as change:
+        assert change.bundle == removed
+        change.manifest = replace(change.manifest, versions={"tool": "1"})
+    assert Bundle.open(bundle).manifest.versions == {"tool": "1"}
+
+
+def test_an_edit_relies_on_the_graph_that_was_opened(bundle):
+    opened = Bundle.open(bundle)
+    files = {**opened.manifest.files, "model.onnx.data": "0" * 64}
+    other = replace(opened, manifest=replace(opened.manifest, files=files))
+    before = contents(bundle)
+    with pytest.raises(ConflictError, match="exported again meanwhile"), other.edit():
+        raise AssertionError("the block must not run")
     assert contents(bundle) == before
 
 

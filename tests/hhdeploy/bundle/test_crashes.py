@@ -19,12 +19,12 @@ from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.engines import engine_name
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.bundle.store import BUNDLE, Basis, edit
-from hhdeploy.exporting.graphs import add_graph
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import _store_verification
+from hhdeploy.verifying.graphs import add_graph
 from hhdeploy.verifying.reference import Reference
 from tests.crashing import calls_of, killed_at_every_call, power_cuts
 from tests.support import assert_parity

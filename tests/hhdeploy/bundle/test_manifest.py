@@ -9,8 +9,16 @@ import pytest
 
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import MANIFEST, AdapterEntry, Manifest, write_manifest
+from hhdeploy.bundle.manifest import (
+    MANIFEST,
+    QUANTISED,
+    TYPED,
+    AdapterEntry,
+    Manifest,
+    write_manifest,
+)
 from hhdeploy.errors import BundleError
+from hhdeploy.parity import PARITY
 from hhdeploy.preprocess import Preprocess
 
 WITNESSES = Path(__file__).parents[2] / "witnesses"
@@ -99,3 +107,8 @@ def test_an_entry_says_what_its_numbers_mean_where_that_is_not_clear(
     assert AdapterEntry.from_json(found.to_json()) == found
     with pytest.raises(ValueError, match="ranking"):
         AdapterEntry.from_json({**entry, "problem_type": "ranking"})
+
+
+def test_every_precision_has_its_bounds():
+    bounds = {kind: {p for stage, p in PARITY if stage == kind} for kind in ("twin", "quantised")}
+    assert bounds == {"twin": set(TYPED), "quantised": set(QUANTISED)}

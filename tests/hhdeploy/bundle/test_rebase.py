@@ -13,12 +13,12 @@ from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.store import BUNDLE
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ConflictError
-from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors
 from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify, verify_against_torch
+from hhdeploy.verifying.graphs import add_typed_graph
 from tests.calibration.conftest import write_pictures
 from tests.support import assert_parity
 from tests.workshop import contents, copy_bundle

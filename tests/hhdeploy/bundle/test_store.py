@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -419,10 +418,3 @@ def test_files_of_the_user_s_are_not_swept(bundle):
     remove_adapter(bundle, "guest")
     for name in ("README.md", "model.best.onnx", "notes.json", "bank.old.safetensors"):
         assert (bundle / name).read_text() == "mine"
-
-
-def test_manifest_fields_survive_their_own_dictionary(bundle):
-    manifest = Bundle.open(bundle).manifest
-    assert manifest.preprocess.input_size == (3, 32, 32)
-    assert type(manifest)(**manifest.__dict__) == manifest
-    assert replace(manifest, classes=3).preprocess == manifest.preprocess

@@ -19,9 +19,9 @@ from hhdeploy.cli import main
 from hhdeploy.errors import ParityError
 from hhdeploy.exporters.precision.overflow import Peak, watched
 from hhdeploy.exporters.precision.typed import rounding_twin
-from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying import reference
+from hhdeploy.verifying.graphs import add_typed_graph
 from tests.support import TINY_MODEL, images, random_adapter, tiny_backbone
 from tests.workshop import Workshop, contents
 

@@ -1,0 +1,66 @@
+"""Which files `make test-fast` leaves out: those that start processes, train, or build engines.
+
+One list, so that it can be read and kept; a single test is marked `slow` where it stands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+FILES = frozenset(
+    TESTS / name
+    for name in (
+        "calibration/test_cache.py",
+        "calibration/test_int8.py",
+        "calibration/test_qdq.py",
+        "calibration/test_report.py",
+        "calibration/test_sites.py",
+        "calibration/test_tensorrt.py",
+        "cli/test_bench_serve.py",
+        "cli/test_calibrate.py",
+        "cli/test_commands.py",
+        "cli/test_machine_commands.py",
+        "exporters/test_bake.py",
+        "exporters/test_branches.py",
+        "exporters/test_fold.py",
+        "exporters/test_precision.py",
+        "exporters/test_trace.py",
+        "exporters/test_triton.py",
+        "hhdeploy/bundle/test_crashes.py",
+        "hhdeploy/bundle/test_rebase.py",
+        "hhdeploy/exporting/test_bundles.py",
+        "hhdeploy/quantising/test_calibrating.py",
+        "hhdeploy/test_building.py",
+        "hhdeploy/test_training_recipe.py",
+        "hhdeploy/verifying/test_overflow.py",
+        "parity/test_islands.py",
+        "parity/test_runtimes.py",
+        "parity/test_witnesses.py",
+        "runtime/serving/test_examples.py",
+        "runtime/serving/test_fleet.py",
+        "runtime/serving/test_fuzz.py",
+        "runtime/serving/test_grpc_fuzz.py",
+        "runtime/serving/test_http_codec.py",
+        "runtime/serving/test_page_browser.py",
+        "runtime/serving/test_ray_parts.py",
+        "runtime/serving/test_safety.py",
+        "runtime/serving/test_server.py",
+        "runtime/test_openvino_cache.py",
+        "runtime/test_tensorrt.py",
+        "soak/test_soak.py",
+        "test_alone.py",
+        "test_gpu_check.py",
+        "test_gpu_report.py",
+        "test_imports.py",
+    )
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of these files."""
+    for item in items:
+        if item.path in FILES:
+            item.add_marker(pytest.mark.slow)
