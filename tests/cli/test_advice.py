@@ -17,11 +17,12 @@ import click
 import pytest
 
 import hhdeploy
-from hhdeploy import building, demo, quantising, triton
+from hhdeploy import building, quantising, triton
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.reading import graph_hint
 from hhdeploy.cli import main
+from hhdeploy.cli.starter import Starter
 from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
@@ -282,7 +283,7 @@ def parameters_of_python() -> set[str]:
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
-    for taken in (*public, *options, demo.Starter.read):
+    for taken in (*public, *options, Starter.read):
         found |= set(inspect.signature(taken).parameters)
     return found
 
