@@ -99,7 +99,7 @@ def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve
         for linear in facts.linears
         for branch in _branches(linear, tuple(adapters.values()), reserved, reserve)
     ]
-    if not branches:
+    if not branches and not adapters:
         raise PlanError("nothing to export: no adapter given and no `sites` reserved.")
     heads = [a.head.weight.shape[0] for a in adapters.values() if a.head is not None]
     classes = max([reserve.max_classes, *heads])

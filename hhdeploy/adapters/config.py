@@ -152,8 +152,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     fold_only = content.get("fold_only", False)
     if not isinstance(fold_only, bool):
         raise fail("fold_only", "true or false")
-    empty = not targets and not fold_only  # values of parameters need no site
-    if not isinstance(targets, list) or empty or not all(_is_target(t) for t in targets):
+    if not isinstance(targets, list) or not all(_is_target(t) for t in targets):
         raise fail("target_modules", f"a list of {', '.join(KINDS)}, site names or expressions")
     if form == "sequential" and not set(targets).isdisjoint(set(KINDS) - set(SEQUENTIAL_KINDS)):
         raise fail("target_modules", f"{', '.join(SEQUENTIAL_KINDS)} or site names (form {form})")

@@ -277,12 +277,17 @@ def assemble_adapter(
             "Linears (distilled models) are not supported."
         )
     sites = {o: _site(o, g, where, config.form) for o, g in groups.items() if o not in heads}
-    if not sites and not values:
+    if sites and not config.target_modules:  # values of parameters and a head need no site
         raise AdapterError(
-            f"{where}: zero sites found. Expected tensors such as "
-            "blocks.0.attn.proj.u; an adapter without a single delta is refused."
+            f"{where}: {next(iter(sites))}: found tensors of sites, and the configuration's "
+            "target_modules are []: expected the kinds or names of the sites."
         )
     head = _head(heads, config, where)
+    if not sites and not values and (head is None or config.target_modules):
+        raise AdapterError(
+            f"{where}: zero sites found. Expected tensors such as blocks.0.attn.proj.u; an adapter "
+            "that is a classifier alone has the target_modules []."
+        )
     return Adapter(_with_classes(config, head, source), sites, head, source, values)
 
 

@@ -45,7 +45,7 @@ class Starter:
         except OSError:
             raise DataError(
                 f"{examples} has no starter models: backbone.json was expected there. They are in "
-                "examples/starter of the source repository: pass them as `examples`."
+                "examples/starter of the source repository: pass --examples DIR."
             ) from None
         tasks = tuple(sorted(d.name for d in (examples / "adapters").iterdir() if d.is_dir()))
         return cls(examples, content["model"], content["model_args"], tasks)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hhdeploy.adapters.config import CLASSES, LABELS, PROBLEM_TYPES, VALUES
 from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
 from hhdeploy.cli import ui
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from hhdeploy.training.settings import EpochReport, StepReport, TrainResult
 
+_KINDS = {CLASSES: "classes", LABELS: "labels", VALUES: "values"}
 _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 
 
@@ -69,6 +71,22 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
     type=click.FloatRange(0, 1, max_open=True),
     default=0.1,
     help="Share of every class held out when there is no --val-data.",
+)
+@click.option(
+    "--labels",
+    type=ui.FILE,
+    metavar="FILE.csv",
+    help="Instead of class folders: a line an image, its path below --data, then its classes "
+    "with ';' between, or its values.",
+)
+@click.option(
+    "--val-labels", type=ui.FILE, metavar="FILE.csv", help="The same of the validation images."
+)
+@click.option(
+    "--problem-type",
+    type=click.Choice(PROBLEM_TYPES),
+    help="What --labels holds. Default: numbers are values, several or no classes of an image "
+    "are labels of their own.",
 )
 @click.option("--form", type=click.Choice(FORMS), default="additive", help="The adapter's form.")
 @click.option("--reflection", type=click.Choice(REFLECTIONS), default="unnormalized")
@@ -128,7 +146,9 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
         ui.refuse_unused(unused, "does not go with --linear-probe, which adapts no site")
     if options["val_data"] is not None:
         ui.refuse_unused({"val_fraction"}, "does not go with --val-data: nothing is held out")
-    elif (val := find_splits(options["data"]).val) is not None:
+    elif options["val_labels"] is not None:
+        ui.refuse_unused({"val_fraction"}, "does not go with --val-labels: nothing is held out")
+    elif options["labels"] is None and (val := find_splits(options["data"]).val) is not None:
         ui.refuse_unused({"val_fraction"}, f"does not go with {val}, which validates")
     if not options["augment"]:
         ui.refuse_unused({"flip"}, "does not go with --no-augment, which leaves out the flip too")
@@ -197,16 +217,12 @@ class _Bar:
         if self.task is not None:
             self.progress.remove_task(self.task)
             self.task = None
-        self.accuracy = f"  val top-1 {_percent(report.val_top1)}"
+        self.accuracy = f"  val {report}"
         self.console.print(
             f"epoch {report.epoch}/{self.epochs}  loss {report.loss:.4f}  lr {report.lr:.2e}"
             f"{self.accuracy}",
             highlight=False,
         )
-
-
-def _percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f} %"
 
 
 def _summary(result: TrainResult) -> Iterator[str]:
@@ -215,20 +231,17 @@ def _summary(result: TrainResult) -> Iterator[str]:
     kind = "linear probe" if result.linear_probe else f"adapter on {result.sites} sites"
     yield (
         f"{kind}: {result.parameters:,} values and a classifier of {result.head_parameters:,}, "
-        f"{len(result.class_names)} classes, {result.train_images} training and "
-        f"{result.val_images} validation images, on {result.device}"
+        f"{len(result.class_names)} {_KINDS[result.problem_type]}, {result.train_images} training "
+        f"and {result.val_images} validation images, on {result.device}"
     )
     if result.train_data != result.val_data:
         yield f"trained on {result.train_data}, validated on {result.val_data}"
     if result.skipped:
-        yield f"left out, for they are no pictures of a class: {in_words(result.skipped)}"
+        yield f"left out: {in_words(result.skipped)}"
     last, best = result.last, result.best
     if best is None:
         yield f"last epoch {last.epoch}: no validation images"
     else:
-        yield (
-            f"last epoch {last.epoch}: val top-1 {_percent(last.val_top1)} (kept); best epoch "
-            f"{best.epoch}: {_percent(best.val_top1)}"
-        )
+        yield (f"last epoch {last.epoch}: val {last} (kept); best epoch {best.epoch}: {best}")
     if result.out is not None:
         yield f"wrote {result.out}"

@@ -1,4 +1,4 @@
-"""Image folders as seeded batches, preprocessed by the code that inference uses.
+"""Labelled images as seeded batches, preprocessed by the code that inference uses.
 
 An image is decoded once and kept as uint8 pixels while the cache has room. For evaluation the
 pixels are those that `Preprocess` makes; for training with augmentation they are the whole
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import Classes, find_splits, list_classes
 from hhdeploy.preprocess import Preprocess, open_image
@@ -39,13 +40,19 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """Image files and the class number of each."""
+    """Image files and what is true of each: the class's number, or a number for every name."""
 
     paths: tuple[Path, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int, ...] | tuple[tuple[float, ...], ...]
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def truths(self, indices: Sequence[int]) -> Tensor:
+        """int64 [n] of classes, else float32 [n, names], on the CPU."""
+        chosen = [self.labels[i] for i in indices]
+        classes = all(isinstance(label, int) for label in chosen)
+        return torch.tensor(chosen, dtype=torch.int64 if classes else torch.float32)
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,14 @@ class ImageFolder:
     """The images of one task.
 
     Attributes:
-        class_names: sorted folder names; a label is a position in it.
+        class_names: sorted folder names, of which a label is a position; or what a table names.
         train, val: the images to train on and to validate on (may be empty).
         digest: sha256 over the relative names and file sizes of both, which tells whether a
             resumed training sees the same data.
         sources: the folders that ``train`` and ``val`` were listed from, the same one where a part
             was held out.
         skipped: how many files were left out, by what they are.
+        problem_type: what is true of the images.
     """
 
     class_names: tuple[str, ...]
@@ -68,6 +76,7 @@ class ImageFolder:
     digest: str
     sources: tuple[Path, Path]
     skipped: Mapping[str, int]
+    problem_type: ProblemType = CLASSES
 
 
 def derived_seed(seed: int, purpose: str, epoch: int = 0) -> int:
@@ -101,7 +110,7 @@ def read_image_folder(
         )
     names = tuple(classes)
     if val_data is None:
-        train, val = _split(classes, val_fraction, seed)
+        train, val = split_classes(classes, val_fraction, seed)
     else:
         judging = list_classes(val_data)
         skipped.update(judging.skipped)
@@ -136,7 +145,7 @@ def _samples(classes: Mapping[str, Sequence[Path]]) -> Samples:
     return Samples(tuple(p for p, _ in pairs), tuple(label for _, label in pairs))
 
 
-def _split(
+def split_classes(
     classes: Mapping[str, Sequence[Path]], fraction: float, seed: int
 ) -> tuple[Samples, Samples]:
     """Hold out the same share of every class; both parts keep the sorted order."""
@@ -291,8 +300,7 @@ class BatchSource:
         starts = range(0, len(order), self.batch_size)
         chunks = (order[start : start + self.batch_size] for start in starts)
         for chunk, images in self._loaded(chunks, lambda index: load(samples, index)):
-            labels = torch.tensor([samples.labels[i] for i in chunk], dtype=torch.int64)
-            yield torch.from_numpy(np.stack(images)), labels
+            yield torch.from_numpy(np.stack(images)), samples.truths(chunk)
 
     def _loaded(
         self, chunks: Iterator[list[int]], load: Callable[[int], NDArray[np.float32]]

@@ -1,4 +1,4 @@
-"""The optimisation itself: AdamW, warm-up and cosine, cross-entropy, epochs and validation."""
+"""The optimisation itself: AdamW, warm-up and cosine, epochs and validation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from hhdeploy.training.data import BatchSource, ImageFolder, Samples
+from hhdeploy.training.objective import Objective, Score
 from hhdeploy.training.settings import EpochReport, StepReport, TrainingError, TrainSettings
 from hhdeploy.training.state import as_floats
 
@@ -49,6 +49,8 @@ class Trainer:
             list(self.parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.steps = batches.steps(folder.train)
+        everything = folder.train.truths(range(len(folder.train)))
+        self.objective = Objective.of(folder.problem_type, everything)
 
     def run_epoch(self, epoch: int, on_step: Callable[[StepReport], None]) -> EpochReport:
         """Train one epoch (counted from 1) and validate.
@@ -78,10 +80,10 @@ class Trainer:
             on_step(StepReport(epoch, step, self.steps, loss, lr))
         if not all(bool(torch.isfinite(p).all()) for p in self.parameters.values()):
             raise self._diverged(f"a trained value is NaN or infinite after epoch {epoch}")
-        top1, val_loss = self.evaluate(self.folder.val)
+        (top1, average, error), val_loss = self.evaluate(self.folder.val)
         if val_loss is not None and not math.isfinite(val_loss):
             raise self._diverged(f"the validation loss is {val_loss} after epoch {epoch}")
-        return EpochReport(epoch, total / seen, lr, top1, val_loss)
+        return EpochReport(epoch, total / seen, lr, top1, val_loss, average, error)
 
     def _step(self, images: Tensor, labels: Tensor, lr: float) -> float:
         for group in self.optimizer.param_groups:
@@ -89,22 +91,23 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with parametrize.cached():
             logits = self.model(images.to(self.device))
-            loss = functional.cross_entropy(logits, labels.to(self.device))
+            loss = self.objective.loss(logits, labels.to(self.device))
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return float(loss.item())
 
-    def evaluate(self, samples: Samples) -> tuple[float | None, float | None]:
-        """(top-1 share, mean cross-entropy); (None, None) without images."""
+    def evaluate(self, samples: Samples) -> tuple[tuple[Score, Score, Score], float | None]:
+        """`Objective.scores` and the mean loss; nothing but None without images."""
         if not len(samples):
-            return None, None
-        right, total = 0, 0.0
+            return (None, None, None), None
+        outputs, truths, total = [], [], 0.0
         with torch.no_grad(), parametrize.cached():
             for images, labels in self.batches.evaluation(samples):
-                logits, labels = self.model(images.to(self.device)), labels.to(self.device)
-                right += int((logits.argmax(dim=1) == labels).sum())
-                total += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        return right / len(samples), total / len(samples)
+                outputs.append(self.model(images.to(self.device)))
+                truths.append(labels.to(self.device))
+                total += float(self.objective.loss(outputs[-1], truths[-1], reduction="sum"))
+        scores = self.objective.scores(torch.cat(outputs), torch.cat(truths))
+        return scores, total / len(samples)
 
     def state_tensors(self) -> dict[str, NDArray[Any]]:
         """Trained values and AdamW's moments by name, on the CPU: ``<part>/<parameter>``."""

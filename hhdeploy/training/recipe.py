@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from hhdeploy.adapters.checks import check_sites
-from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.config import CLASSES, AdapterConfig
 from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
@@ -39,7 +39,9 @@ from hhdeploy.training.data import (
     derived_seed,
     read_image_folder,
 )
+from hhdeploy.training.labelled import read_labelled
 from hhdeploy.training.loop import Trainer
+from hhdeploy.training.objective import Objective
 from hhdeploy.training.settings import (
     EpochReport,
     OnReport,
@@ -123,9 +125,7 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
     state = _check_output(settings)
     device = _device(settings.device)
     with _torch_threads(settings.threads):
-        folder = read_image_folder(
-            settings.data, settings.val_data, settings.val_fraction, settings.seed
-        )
+        folder = _data(settings)
         backbone = _with_preprocess(load_backbone(_backbone_spec(settings)), settings.preprocess)
         backbone.model.to(device)
         model = _trainable(backbone, settings, folder)
@@ -139,8 +139,14 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
             trainer = Trainer(model, settings, folder, batches, device)
             history = _run(task, trainer, progress or (lambda report: None))
         result = replace(_result(task, trainer, history), notes=backbone.notes)
-        _write(task, result)
+        _write(task, result, trainer.objective)
     return result
+
+
+def _data(settings: TrainSettings) -> ImageFolder:
+    if settings.labels is not None:
+        return read_labelled(settings, settings.labels)
+    return read_image_folder(settings.data, settings.val_data, settings.val_fraction, settings.seed)
 
 
 def _check_output(settings: TrainSettings) -> StateDirectory | None:
@@ -222,6 +228,7 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
         num_classes=classes,
         class_names=folder.class_names,
         preprocess=facts.preprocess,
+        problem_type=None if folder.problem_type == CLASSES else folder.problem_type,
     )
     return attach(backbone.model, config, seed=seed)
 
@@ -292,20 +299,23 @@ def _result(task: _Task, trainer: Trainer, history: tuple[EpochReport, ...]) -> 
         head_parameters=head,
         device=trainer.device.type,
         history=history,
+        problem_type=task.folder.problem_type,
     )
 
 
-def _write(task: _Task, result: TrainResult) -> None:
+def _write(task: _Task, result: TrainResult, objective: Objective) -> None:
     """Write the output, then drop the state: in this order, so that nothing can be lost."""
     if result.out is None:
         return
     overwrite = task.settings.overwrite
-    record = _record(task, result)
+    record = _record(task, result, objective)
     if result.linear_probe:
         with atomic_directory(result.out, overwrite=overwrite, kind=ADAPTER) as scratch:
             write_json(scratch / METRICS_FILE, {**result.to_json(), "training": record})
     else:
         adapter = extract(task.model)
+        assert adapter.head is not None
+        adapter = replace(adapter, head=objective.restored(adapter.head))
         save_adapter(_with_record(adapter, record), result.out, overwrite=overwrite)
     if task.state is not None:
         task.state.discard()
@@ -316,7 +326,7 @@ def _with_record(adapter: Adapter, record: Mapping[str, Any]) -> Adapter:
     return replace(adapter, config=replace(adapter.config, extra=extra))
 
 
-def _record(task: _Task, result: TrainResult) -> dict[str, Any]:
+def _record(task: _Task, result: TrainResult, objective: Objective) -> dict[str, Any]:
     """The ``training`` key of adapter_config.json: how the adapter came about."""
     s, best = task.settings, result.best
     augmentation = {"crop_area": CROP_AREA, "crop_ratio": CROP_RATIO, "flip": s.flip}
@@ -329,7 +339,7 @@ def _record(task: _Task, result: TrainResult) -> dict[str, Any]:
             "warmup_epochs": s.warmup,
             "epochs": s.epochs,
             "batch_size": s.batch_size,
-            "loss": "cross-entropy",
+            "loss": objective.name,
             "augmentation": augmentation if s.augment else None,
             "weights": "last epoch",
         },
@@ -338,6 +348,7 @@ def _record(task: _Task, result: TrainResult) -> dict[str, Any]:
         "val_images": result.val_images,
         "train_loss": result.last.loss,
         "val_top1": result.last.val_top1,
+        **_other_scores(result.last),
         "best_val_top1": best.val_top1 if best else None,
         "best_epoch": best.epoch if best else None,
         "device": result.device,
@@ -348,3 +359,9 @@ def _record(task: _Task, result: TrainResult) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _other_scores(report: EpochReport) -> dict[str, float]:
+    """Those of labels and of values, where they are scored."""
+    scores = {"val_map": report.val_map, "val_mae": report.val_mae}
+    return {name: score for name, score in scores.items() if score is not None}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import HhdeployError, OptionError
@@ -36,7 +37,7 @@ class TrainSettings:
     Attributes:
         model: timm name, with or without ``.tag``, ``transformers:DIR_OR_HUB_ID``, or
             ``python:package.module:function``.
-        data: image folder DIR/CLASS/image.
+        data: image folder DIR/CLASS/image; with ``labels`` any folder of images.
         out: adapter directory to write; may be None for a linear probe only.
         model_args: further arguments that the model is made with.
         input_size: (channels, height, width) of the images, where the model does not say.
@@ -46,6 +47,10 @@ class TrainSettings:
         pretrained: False gives a random backbone (``seed``).
         val_data: image folder with the same class names; None: part of ``data`` is held out.
         val_fraction: share of every class that is held out, in [0, 1); 0: no validation.
+        labels: CSV file of a line an image, its path below ``data`` and then its classes, with
+            ``;`` between, or its values; see `hhdeploy.adapters.labels`.
+        val_labels: the same of the images to validate on, below ``val_data`` (None: ``data``).
+        problem_type: what ``labels`` holds; None: `hhdeploy.adapters.labels.read_labels` tells.
         form, reflection, r, targets: see `hhdeploy.adapters.config.AdapterConfig`; ``targets`` None
             stands for `DEFAULT_TARGETS`.
         epochs, batch_size: passes over the data, images a step.
@@ -74,6 +79,9 @@ class TrainSettings:
     pretrained: bool = True
     val_data: Path | None = None
     val_fraction: float = 0.1
+    labels: Path | None = None
+    val_labels: Path | None = None
+    problem_type: ProblemType | None = None
     form: Form = "additive"
     reflection: Reflection = "unnormalized"
     r: int = 1
@@ -133,6 +141,10 @@ class TrainSettings:
                 "no output directory was given. Only `linear_probe=True` works without `out`, and "
                 "`resume=True` needs the `out` whose training it continues."
             )
+        if self.labels is None and (self.val_labels or self.problem_type):
+            raise SettingsError("`val_labels` and `problem_type` need `labels`.")
+        if self.labels is not None and self.val_data is not None and self.val_labels is None:
+            raise SettingsError("`val_data` needs `val_labels` where `labels` are given.")
         if self.checkpoint is not None and not self.pretrained:
             raise SettingsError("`checkpoint` and `pretrained=False` exclude each other: give one.")
 
@@ -153,11 +165,13 @@ class EpochReport:
     """One epoch, counted from 1.
 
     Attributes:
-        loss: mean cross-entropy of the training images, as the weights moved.
+        loss: mean loss of the training images, as the weights moved.
         lr: of the epoch's last step.
         val_top1: share of the validation images classified right after the epoch; None
-            without validation.
-        val_loss: mean cross-entropy of the validation images; None without validation.
+            without validation, and of other truths than classes.
+        val_loss: mean loss of the validation images; None without validation.
+        val_map: the same as ``val_top1`` of labels: mean average precision, a share.
+        val_mae: and of values: mean absolute error, in their own unit.
     """
 
     epoch: int
@@ -165,6 +179,22 @@ class EpochReport:
     lr: float
     val_top1: float | None
     val_loss: float | None
+    val_map: float | None = None
+    val_mae: float | None = None
+
+    @property
+    def quality(self) -> float | None:
+        """The one of the three scores that there is, so that more is better."""
+        if self.val_mae is not None:
+            return -self.val_mae
+        return self.val_top1 if self.val_top1 is not None else self.val_map
+
+    def __str__(self) -> str:
+        """Its score in words, ``top-1 81.3 %``."""
+        if self.val_mae is not None:
+            return f"MAE {self.val_mae:.4g}"
+        kind, share = "top-1" if self.val_map is None else "mAP", self.quality
+        return f"{kind} n/a" if share is None else f"{kind} {100 * share:.1f} %"
 
 
 OnReport = Callable[[StepReport | EpochReport], None]
@@ -186,6 +216,7 @@ class TrainResult:
         head_parameters: trained values of the classifier.
         device: ``cpu`` or ``cuda``.
         history: one report an epoch, those before a resume included.
+        problem_type: what is true of the images.
         notes: what had to be assumed of the backbone, a line each.
     """
 
@@ -202,6 +233,7 @@ class TrainResult:
     head_parameters: int
     device: str
     history: tuple[EpochReport, ...]
+    problem_type: ProblemType = CLASSES
     notes: tuple[str, ...] = ()
 
     @property
@@ -211,9 +243,9 @@ class TrainResult:
 
     @property
     def best(self) -> EpochReport | None:
-        """The (first) epoch of highest validation accuracy; None without validation."""
-        known = [e for e in self.history if e.val_top1 is not None]
-        return max(known, key=lambda e: (e.val_top1, -e.epoch)) if known else None
+        """The (first) epoch of the best validation score; None without validation."""
+        known = [e for e in self.history if e.quality is not None]
+        return max(known, key=lambda e: (e.quality, -e.epoch)) if known else None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form that ``--json`` prints and a linear probe's metrics.json holds."""
@@ -232,6 +264,9 @@ class TrainResult:
             "head_parameters": self.head_parameters,
             "device": self.device,
             "val_top1": self.last.val_top1,
+            "problem_type": self.problem_type,
+            "val_map": self.last.val_map,
+            "val_mae": self.last.val_mae,
             "best_val_top1": best.val_top1 if best else None,
             "best_epoch": best.epoch if best else None,
             "history": [asdict(epoch) for epoch in self.history],

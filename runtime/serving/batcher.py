@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, StoppingError
 
+_LOG = logging.getLogger("hhdeploy.serve")
 Images = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Run = Callable[[Images, Rows | None], NDArray[np.float32]]
@@ -186,6 +188,8 @@ class Batcher:
                 self._ready_images -= place.count
                 done()
             raise
+        finally:
+            del job  # the traceback of its answer's exception holds this frame
 
     async def drain(self) -> None:
         """Take nothing new, and wait until everything that was taken is answered."""
@@ -235,11 +239,11 @@ class Batcher:
         try:
             logits = await loop.run_in_executor(self._pool, self._run_all, batch)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises, the request gets
+            _LOG.exception("the session failed")
             for job in batch:
                 if not job.answer.done():
-                    failure = FailedError(f"the session failed: {error}")
-                    failure.__cause__ = error
-                    job.answer.set_exception(failure)
+                    # Without its cause, whose traceback holds this frame and with it the batch.
+                    job.answer.set_exception(FailedError(f"the session failed: {error}"))
             return
         finally:
             for job in batch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from hhdeploy.runtime.serving.errors import (
     UnauthorizedError,
 )
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
-from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
+from hhdeploy.runtime.serving.messages import ADAPTERS, IMAGES, VERSION, InferRequest, InferResponse
 from hhdeploy.runtime.serving.outputs import ANSWERS, LABELS, LOGITS, PROBABILITIES
-from hhdeploy.runtime.serving.service import ADAPTERS, IMAGES, VERSION, Service
+from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.status import status_of
 
@@ -59,6 +60,10 @@ class Endpoint(Protocol):
     @property
     def settings(self) -> ServeSettings:
         """What the operator chose."""
+
+    @property
+    def most_json(self) -> int:
+        """Bytes of JSON that an inference may have, decompressed."""
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request; cancelling the call gives up its place. See `Service.infer`."""
@@ -107,6 +112,12 @@ class LocalEndpoint:
     def settings(self) -> ServeSettings:
         """See `Endpoint.settings`."""
         return self._service.settings
+
+    @property
+    def most_json(self) -> int:
+        """See `Endpoint.most_json`."""
+        service = self._service
+        return service.settings.json_limit(math.prod(service.manifest.input_size))
 
     async def ready(self) -> bool:
         """See `Endpoint.ready`."""

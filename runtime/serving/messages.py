@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from hhdeploy.runtime.serving.errors import RequestError, TimedOutError
 
+# The inputs of a model of ours, and its one version.
+IMAGES, ADAPTERS = "images", "adapters"
+VERSION = "1"
 # The protocol's names of the types that a model of ours takes and gives.
 FP32, BYTES = "FP32", "BYTES"
 DTYPES: Mapping[str, np.dtype[Any]] = {

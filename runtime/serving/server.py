@@ -66,7 +66,7 @@ async def serve(
         proxy_headers=False,
         log_config=None,
         access_log=False,
-        lifespan="off",
+        lifespan="on",  # its end closes what HTTP started
         server_header=False,
         limit_concurrency=service.settings.connections,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,

@@ -30,8 +30,11 @@ from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.images import Pictures
 from hhdeploy.runtime.serving.messages import (
+    ADAPTERS,
     BYTES,
     FP32,
+    IMAGES,
+    VERSION,
     Deadline,
     InferRequest,
     InferResponse,
@@ -41,9 +44,6 @@ from hhdeploy.runtime.serving.metrics import Metrics, Now
 from hhdeploy.runtime.serving.outputs import check_outputs, output_of
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import Session
-
-IMAGES, ADAPTERS = "images", "adapters"
-VERSION = "1"
 
 
 @dataclass(frozen=True)

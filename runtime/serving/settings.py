@@ -21,6 +21,8 @@ _LOG = logging.getLogger("hhdeploy.serve")
 _TOKEN = re.compile(r"[\x21-\x7e]{16,1024}")
 # What the loopback is called.
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+# A float32 as text, with its comma; and what `ServeSettings.json_limit` keeps to.
+_NUMBER_BYTES, _LEAST_JSON, _MOST_JSON = 12, 8 << 20, 32 << 20
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -72,6 +74,7 @@ class ServeSettings:
         token_file: holds the token that it must present then.
         allowed_hosts: names by which HTTP requests may call the server, see `hosts`.
         log_level: debug, info, warning or error.
+        max_json: bytes of JSON in an inference, decompressed; None: see `json_limit`.
         body_bytes: of a request, also once it is decompressed.
         image_pixels: of one encoded picture, read from its header before it is decoded.
         adapter_bytes: of an uploaded adapter's files together.
@@ -150,6 +153,14 @@ class ServeSettings:
         ),
     )
     log_level: str = field(default="info", metadata=_asked())
+    max_json: int | None = field(
+        default=None,
+        metadata=_asked(
+            "Bytes of JSON in an inference, decompressed.  [default: what a full batch of numbers "
+            "needs, from 8 to 32 MiB]",
+            least=1024,
+        ),
+    )
     body_bytes: int = 64 << 20
     image_pixels: int = 50_000_000
     adapter_bytes: int = 256 << 20
@@ -194,6 +205,19 @@ class ServeSettings:
             "cache": None if self.no_cache else self.cache_dir or "default",
             "partial": True,
         }
+
+    def json_limit(self, values: int | None) -> int:
+        """``max_json``, or what a full batch of images of so many values needs as numbers.
+
+        Not less than a few photos in base64 have, and not more than is read in some seconds.
+
+        Args:
+            values: None: not known.
+        """
+        if self.max_json is not None:
+            return self.max_json
+        batch = _MOST_JSON if values is None else self.max_batch * values * _NUMBER_BYTES
+        return min(max(batch, _LEAST_JSON), _MOST_JSON)
 
     def hosts(self) -> frozenset[str] | None:
         """Names that HTTP requests may call the server, in lower case; None: any.

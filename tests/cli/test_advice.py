@@ -22,7 +22,6 @@ from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.reading import graph_hint
 from hhdeploy.cli import main
-from hhdeploy.cli.starter import Starter
 from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
@@ -123,6 +122,8 @@ OTHER_MEANING = {
     ("hhdeploy/adapters/format.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),
     ("hhdeploy/adapters/config.py", "input_size"),
+    ("hhdeploy/adapters/config.py", "problem_type"),
+    ("hhdeploy/bundle/manifest.py", "problem_type"),
     ("hhdeploy/bundle/membership.py", "input_size"),
     ("hhdeploy/preprocess.py", "input_size"),
     ("hhdeploy/training/recipe.py", "input_size"),
@@ -283,7 +284,7 @@ def parameters_of_python() -> set[str]:
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
-    for taken in (*public, *options, Starter.read):
+    for taken in (*public, *options):
         found |= set(inspect.signature(taken).parameters)
     return found
 

@@ -285,7 +285,7 @@ def test_predict_with_several_adapters_and_images(succeed_json, branches, pictur
 
 
 def test_predict_says_values_and_labels(succeed, succeed_json, heads, pictures):
-    alpha, tags, age = succeed_json("predict", heads, pictures[0], "--top", 1)
+    alpha, tags, age, _ = succeed_json("predict", heads, pictures[0], "--top", 1)
     assert [a["problem_type"] for a in (alpha, tags, age)] == [CLASSES, LABELS, VALUES]
     image = open_image(pictures[0])
     with open_session(heads, device="cpu", threads=1) as session:

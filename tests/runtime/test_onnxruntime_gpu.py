@@ -200,7 +200,7 @@ def test_a_size_that_cannot_be_recorded_is_not_kept(recorded, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime_gpu._Recorded, "run", refuse)
-        with pytest.raises(DeviceError, match=r"CUDA graphs: capture failed\. .*without cuda_gr"):
+        with pytest.raises(DeviceError, match=r"CUDA graphs: capture failed\. .*without `cuda_gr"):
             recorded.run(images(2), "alpha")
     assert not recorded._backend._sizes
     assert recorded.run(images(2), "alpha").shape[0] == 2

@@ -132,14 +132,13 @@ class Fleet:
             raise RequestError(f"adapter {name!r} cannot be loaded: {known.problem}")
 
     async def _fetch(self, name: str) -> None:
-        failure: Exception = NotFoundError(f"adapter {name!r} was removed meanwhile.")
         try:
             await self._bring(name)
         except Exception as error:  # noqa: BLE001 - handed to those who wait
-            failure = error
+            self.rows.give_up(name, error)
         finally:
             del self._fetching[name]
-            self.rows.give_up(name, failure)
+            self.rows.give_up(name, NotFoundError(f"adapter {name!r} was removed meanwhile."))
 
     # --- the operator ---------------------------------------------------------------------------
 

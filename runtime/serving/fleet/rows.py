@@ -158,6 +158,8 @@ class FleetRows:
             if coming.done() and not coming.cancelled() and coming.exception() is None:
                 self.release(coming.result())
             raise
+        finally:
+            del coming  # the traceback of its exception holds this frame
 
     def give_up(self, name: str, failure: Exception) -> None:
         """Tell those that wait for an adapter that it does not come."""

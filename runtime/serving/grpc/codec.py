@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
+    VERSION,
     InferRequest,
     InferResponse,
     Tensor,
@@ -26,7 +27,6 @@ from hhdeploy.runtime.serving.messages import (
     tensor_from_raw,
     tensor_from_values,
 )
-from hhdeploy.runtime.serving.service import VERSION
 
 # The field of InferTensorContents that holds a type's values; FP16 has none.
 _TYPED: Mapping[str, str] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -75,7 +75,7 @@ class GrpcServer:
         # Calls at the same time, streams included; beyond them RESOURCE_EXHAUSTED.
         calls = self._settings.connections
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
-        handlers = {m.name: _handler(self._servicer, m, most[m.name]) for m in _SERVICE.methods}
+        handlers = method_handlers(self._servicer, most)
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
         host = self._settings.host
@@ -129,6 +129,16 @@ async def start_grpc(endpoint: Endpoint, port: int, token: str | None) -> GrpcSe
     server = GrpcServer(endpoint, token)
     await server.start(port)
     return server
+
+
+def method_handlers(servicer: Servicer, most: Mapping[str, int]) -> dict[str, Any]:
+    """The service's methods as gRPC registers them: bytes to bytes.
+
+    Args:
+        servicer: whose methods.
+        most: of each method the bytes that a message may have.
+    """
+    return {m.name: _handler(servicer, m, most[m.name]) for m in _SERVICE.methods}
 
 
 def _handler(servicer: Servicer, method: Any, most: int) -> Any:

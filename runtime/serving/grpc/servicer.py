@@ -232,10 +232,17 @@ class Servicer:
                 result = await work
             code = "OK"
             return result
+        except RequestError as error:
+            code = error.code
+            raise
+        except HhdeployError as error:
+            code = RequestError.code
+            raise RequestError(str(error)) from error
         except Exception as error:
-            refusal = _refusal(error, method)
-            code = refusal.code
-            raise refusal from error
+            # No name for what is raised: its traceback would hold this frame, and that the request.
+            code = FailedError.code
+            _LOG.exception("request failed", extra={"method": method})
+            raise FailedError("internal error; the server's log has more.") from error
         finally:
             seconds = time.perf_counter() - begin
             extra = {"method": method, "model": model[:200], "code": code}
@@ -251,16 +258,6 @@ def refuse(context: Context, error: RequestError) -> None:
 def _details(error: RequestError) -> str:
     """In ASCII: whatever a request or a file's name made us quote can be written."""
     return str(error).encode("ascii", "backslashreplace").decode()[:_MOST_DETAILS]
-
-
-def _refusal(error: Exception, method: str) -> RequestError:
-    """Whatever went wrong, as what the client is told."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, HhdeployError):
-        return RequestError(str(error))
-    _LOG.error("request failed", exc_info=error, extra={"method": method})
-    return FailedError("internal error; the server's log has more.")
 
 
 async def _until(stop: asyncio.Event, items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
@@ -282,3 +279,4 @@ async def _until(stop: asyncio.Event, items: AsyncIterator[Any]) -> AsyncGenerat
         stopping.cancel()
         if coming is not None:
             coming.cancel()
+        del coming  # the traceback of its exception holds this frame

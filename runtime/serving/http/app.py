@@ -43,11 +43,10 @@ from hhdeploy.runtime.serving.http.arrival import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     json_bytes,
-    read_object,
-    read_request,
     write_response,
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
+from hhdeploy.runtime.serving.http.parsing import Parser
 from hhdeploy.runtime.serving.messages import Deadline
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
@@ -66,15 +65,17 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
     """
     settings = endpoint.settings
     bodies = Bodies(settings.bodies_bytes)
+    parser = Parser(endpoint.most_json)
 
     async def infer(request: Request) -> Response:
-        async with bodies.read(request, settings.body_bytes) as body:
-            message = read_request(
-                request.path_params["model"],
-                request.path_params.get("version", ""),
-                body,
-                request.headers.get(HEADER_LENGTH),
-            )
+        length = request.headers.get(HEADER_LENGTH)
+        most = settings.body_bytes  # without binary tensors it is all JSON
+        if length is None:
+            most = min(most, endpoint.most_json)
+        async with bodies.read(request, most) as body:
+            path = request.path_params
+            version = path.get("version", "")
+            message = await parser.request(path["model"], version, body, length)
             async with _while_connected(request):
                 response = await endpoint.infer(message)
         content, json_length = write_response(response, {w.name: w for w in message.outputs})
@@ -108,7 +109,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
 
     async def index(request: Request) -> Response:
         async with bodies.read(request, _SMALL_BYTES) as body:
-            content = read_object(body)
+            content = await parser.content(body)
         return _json(await endpoint.repository_index(bool(content.get("ready", False))))
 
     async def load(request: Request) -> Response:
@@ -116,7 +117,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
         # An uploaded file travels as base64, which is a third longer.
         most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
         async with bodies.read(request, most) as body:
-            parameters = read_object(body).get("parameters", {})
+            parameters = (await parser.content(body)).get("parameters", {})
             if not isinstance(parameters, dict):
                 raise RequestError("parameters: expected an object.")
             upload = read_upload(parameters, settings.adapter_bytes)
@@ -157,7 +158,17 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
             Route(f"{model}/stats", guarded(stats)),
             Route(f"{model}/infer", guarded(infer), methods=["POST"]),
         ]
-    app = Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing})
+
+    @asynccontextmanager
+    async def running(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            parser.close()
+
+    app = Starlette(
+        routes=routes, exception_handlers={404: _missing, 405: _missing}, lifespan=running
+    )
     app.router.redirect_slashes = False  # a redirect would quote the request's Host
     return app
 

@@ -108,7 +108,10 @@ class Bodies:
                 chunks.append(chunk)
             body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             chunks.clear()
-            content = decompressed(body, request.headers.get("content-encoding", ""), limit)
+            encoding = request.headers.get("content-encoding", "")
+            content = body
+            if encoding:  # zlib lets go of the interpreter's lock
+                content = await asyncio.to_thread(decompressed, body, encoding, limit)
             if content is not body:
                 held += self._take(len(content))
             yield content

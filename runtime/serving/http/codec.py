@@ -20,6 +20,7 @@ import numpy as np
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
+    IMAGES,
     InferRequest,
     InferResponse,
     Tensor,
@@ -30,15 +31,16 @@ from hhdeploy.runtime.serving.messages import (
     tensor_from_raw,
     tensor_from_values,
 )
-from hhdeploy.runtime.serving.service import IMAGES
 
 HEADER_LENGTH = "inference-header-content-length"
-# JSON is read in one go, while everything else waits, and takes 25 times its size for a moment.
-_MOST_JSON = 16 << 20
+# Levels of JSON: a tensor of eight dimensions in a request has eleven.
+_DEEPEST = 32
 # Of the shared memory extension, which is not served: ignored, a client would read garbage.
 _SHARED_MEMORY = "shared_memory_region"
 # Inputs and outputs of a request; a model has two and three.
 _MOST_TENSORS = 16
+# Of a request, an input or an output; a handful have a meaning.
+_MOST_PARAMETERS = 64
 
 
 def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
@@ -74,8 +76,10 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
     Raises:
         RequestError: it is not one.
     """
+    text = bytes(body)
+    _check_depth(text)
     try:
-        content = json.loads(bytes(body) or b"{}")
+        content = json.loads(text or b"{}")
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(content, dict):
@@ -83,27 +87,43 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
     return content
 
 
+def _check_depth(text: bytes) -> None:
+    """Raises `RequestError` for JSON that is nested without end, before it is parsed."""
+    if text.count(b"[") + text.count(b"{") <= _DEEPEST:
+        return
+    plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes ends strings
+    found = np.frombuffer(plain, np.uint8)
+    outside = np.logical_not(np.cumsum(found == ord('"'), dtype=np.int32) & 1)
+    steps = np.isin(found, (ord("["), ord("{"))).astype(np.int8)
+    steps -= np.isin(found, (ord("]"), ord("}")))
+    if np.cumsum(steps * outside, dtype=np.int32).max(initial=0) > _DEEPEST:
+        raise RequestError(f"the body is not JSON of at most {_DEEPEST} levels.")
+
+
+def json_length(body: bytes, header_length: str | None) -> int:
+    """Bytes of JSON in a body: all of it, or those before the binary tensors.
+
+    Raises:
+        RequestError: ``header_length``, the header that says so, does not.
+    """
+    if header_length is None:
+        return len(body)
+    text = header_length.strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 18 and int(text) <= len(body)):
+        raise RequestError(
+            f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes, "
+            f"found {header_length[:80]!r}."
+        )
+    return int(text)
+
+
 def read_request(model: str, version: str, body: bytes, header_length: str | None) -> InferRequest:
     """An inference request.
 
     Raises:
         RequestError: what is wrong with it.
-        TooLargeError: the JSON is beyond 16 MiB.
     """
-    split = len(body)
-    if header_length is not None:
-        text = header_length.strip()
-        if not (text.isascii() and text.isdigit() and len(text) < 18 and int(text) <= len(body)):
-            raise RequestError(
-                f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes, "
-                f"found {header_length[:80]!r}."
-            )
-        split = int(text)
-    if split > _MOST_JSON:
-        raise TooLargeError(
-            f"the JSON is {split} bytes, at most {_MOST_JSON} are taken. Send tensors as binary "
-            "data."
-        )
+    split = json_length(body, header_length)
     view = memoryview(body)
     content = read_object(view[:split])
     inputs: dict[str, Tensor] = {}
@@ -220,6 +240,10 @@ def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
     found = item.get("parameters", {})
     if not isinstance(found, dict):
         raise RequestError(f"{where}: parameters: expected an object, found {_kind(found)}.")
+    if len(found) > _MOST_PARAMETERS:
+        raise RequestError(
+            f"{where}: parameters: expected at most {_MOST_PARAMETERS}, found {len(found)}."
+        )
     for key, value in found.items():
         if not isinstance(value, (bool, int, float, str)) or (
             isinstance(value, float) and not math.isfinite(value)

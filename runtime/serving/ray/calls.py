@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any, Final
@@ -59,7 +60,8 @@ def own_error(error: RayTaskError) -> HhdeployError:
     """What a replica raised, out of what Ray wraps it in."""
     cause = error.cause
     if isinstance(cause, HhdeployError):
-        return cause
+        # A copy: Ray's error holds its cause, and is the context in which this is raised.
+        return copy.copy(cause)
     _LOG.error("a replica failed", exc_info=error)
     return FailedError("internal error; the replica's log has more.")
 

@@ -11,10 +11,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from hhdeploy.runtime.serving.endpoint import Upload
 from hhdeploy.runtime.serving.errors import RequestError, StoppingError
-from hhdeploy.runtime.serving.messages import BYTES, Deadline, InferRequest, InferResponse
+from hhdeploy.runtime.serving.messages import ADAPTERS, BYTES, Deadline, InferRequest, InferResponse
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
-from hhdeploy.runtime.serving.service import ADAPTERS
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 # For a replica that is busy to say that it is ready.
@@ -46,6 +45,11 @@ class RayEndpoint:
     def settings(self) -> ServeSettings:
         """See `Endpoint.settings`."""
         return self._settings
+
+    @property
+    def most_json(self) -> int:
+        """See `Endpoint.most_json`; an ingress does not know the size of images."""
+        return self._settings.json_limit(None)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """See `Endpoint.infer`."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.runtime.serving.messages import FP32, InferRequest, Tensor
-from hhdeploy.runtime.serving.service import IMAGES, Service
+from hhdeploy.runtime.serving.messages import FP32, IMAGES, InferRequest, Tensor
+from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from tests.gpu.opening import open_on
 from tests.gpu.scale import DRY, SCALE

@@ -299,6 +299,13 @@ def test_tensors_of_other_types(tmp_path, dtype):
 def test_zero_sites(tmp_path):
     arrays = {k: v for k, v in tensors().items() if "head" in k}
     refused_tensors(tmp_path / "a", arrays, "zero sites found", "blocks.0.attn.proj.u")
+    write(tmp_path / "head", content() | {"target_modules": []}, arrays)
+    found = load_adapter(tmp_path / "head")
+    assert not found.sites and found.head is not None
+    save_adapter(found, tmp_path / "again")
+    assert load_adapter(tmp_path / "again").config == found.config
+    write(tmp_path / "nothing", content() | {"target_modules": [], "num_classes": None}, {})
+    refused(tmp_path / "nothing", tmp_path / "nothing", "zero sites found")
 
 
 def test_two_classifiers(tmp_path):
@@ -411,7 +418,6 @@ def test_newer_schema_version(tmp_path):
         ({"r": -1}, "r", "-1"),
         ({"r": 1.5}, "r", "1.5"),
         ({"target_modules": 5}, "target_modules", "5"),
-        ({"target_modules": []}, "target_modules", "[]"),
         ({"target_modules": ["blocks.["]}, "target_modules", "blocks.["),
         ({"form": "sequential", "target_modules": ["q"]}, "target_modules", "'q'"),
         ({"num_classes": 0}, "num_classes", "0"),
@@ -622,5 +628,6 @@ def test_fold_only_is_true_or_false(tmp_path, wrong):
     refused_config(tmp_path / "a", {"fold_only": wrong}, "fold_only", "true or false", repr(wrong))
 
 
-def test_no_target_is_for_values_alone(tmp_path):
-    refused_config(tmp_path / "a", {"target_modules": []}, "target_modules", "[]")
+def test_no_target_is_for_what_has_no_site(tmp_path):
+    write(tmp_path / "a", content() | {"target_modules": []})
+    refused(tmp_path / "a", tmp_path / "a" / TENSOR_FILE, "target_modules", "[]")

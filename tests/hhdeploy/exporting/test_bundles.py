@@ -41,7 +41,7 @@ from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify_against_torch
 from hhdeploy.verifying.reference import VerifyData, training_time_reference
 from tests.support import assert_caught, assert_parity, images, random_adapter
-from tests.workshop import CLASSES, contents, copy_bundle, flip_byte
+from tests.workshop import CLASSES, PROBE, contents, copy_bundle, flip_byte
 
 
 def check_logits(path, workshop, names, count=None):
@@ -123,6 +123,21 @@ def test_every_kind_of_adapter_is_folded(workshop, tmp_path, name):
         found = session.run(x)
     assert_parity(workshop.truth(name, x), found, "folded", "float32")
     assert_caught(workshop.truth(name, x[::-1].copy()), found, "folded", "float32")
+
+
+def test_a_head_alone_is_an_adapter(workshop, small, tmp_path):
+    """Alone and beside others, folded, baked in, and added later."""
+    x = images(3)
+    truth = workshop.truth(PROBE, x)
+    only = workshop.export(tmp_path / "only", (PROBE,), bank_as_constant=True).path
+    folded = workshop.export(tmp_path / "folded", (PROBE,), fold=True).path
+    added = copy_bundle(small, tmp_path / "added")
+    add_adapter(added, PROBE, workshop.directory(PROBE))
+    for path, stage in ((only, "branches"), (added, "branches"), (folded, "folded")):
+        with open_session(path, device="cpu", threads=1) as session:
+            found = session.run(x, PROBE)[:, :3]
+        assert_parity(truth, found, stage, "float32")
+        assert_caught(truth[::-1], found, stage, "float32")
 
 
 def test_an_export_without_verification(workshop, tmp_path):

@@ -18,11 +18,10 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
-from hhdeploy.runtime.serving.messages import FP32, InferRequest, Tensor
+from hhdeploy.runtime.serving.messages import FP32, IMAGES, InferRequest, Tensor
 from hhdeploy.runtime.serving.outputs import LOGITS
 from hhdeploy.runtime.serving.ray.app import application
 from hhdeploy.runtime.serving.ray.run import APP, free_port
-from hhdeploy.runtime.serving.service import IMAGES
 from tests.runtime.serving.servers import Server
 
 PATIENCE_SECONDS = 90

@@ -202,15 +202,6 @@ def test_an_empty_body_is_an_empty_object():
     assert read_object(b"") == {}
 
 
-def test_json_is_smaller_than_bodies():
-    """It is read in one go; with binary tensors the same numbers are a view."""
-    body = b" " * ((16 << 20) + 1)
-    with pytest.raises(TooLargeError, match="Send tensors as binary data"):
-        read_request("tiny", "", body, None)
-    with pytest.raises(RequestError, match="bytes that no input names"):
-        read_request("tiny", "", b'{"inputs": []}' + body, "14")
-
-
 # --- compression ----------------------------------------------------------------------------------
 
 

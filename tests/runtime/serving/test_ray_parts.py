@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.messages import BYTES, InferRequest, Tensor, bytes_array
 from hhdeploy.runtime.serving.metrics import Metrics, latency_ms
+from tests.runtime.serving.leftovers import SIZE, growth, post
 from tests.workshop import run_command
 
 pytest.importorskip("ray.serve", reason="needs the package 'ray'")
@@ -439,6 +442,30 @@ def test_arguments_are_checked(tmp_path):
         read_settings({"bundle": tmp_path, "replicas": 0})
     with pytest.raises(PlanError, match="`token_file`"):
         read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
+
+
+def test_a_request_that_replicas_refuse_leaves_nothing():
+    class Refusing(Handle):
+        def remote(self, *arguments: Any) -> Handle:
+            return self
+
+        def __await__(self) -> Any:
+            yield from asyncio.sleep(0).__await__()
+            raise wrapped(errors.BusyError("full"))
+
+    handle = Refusing()
+    app = http_app(RayEndpoint(ServeSettings(Path("tiny")), handle, handle), None)
+    tensor = {"name": "images", "datatype": "FP32", "shape": [1], "data": [0.5]}
+    body = json.dumps({"inputs": [tensor], "parameters": {"note": "x" * SIZE}}).encode()
+
+    async def once() -> None:
+        assert await post(app, "/v2/models/alpha/infer", bytes(bytearray(body))) == 429
+
+    async def scene() -> int:
+        async with app.router.lifespan_context(app):
+            return await growth(once)
+
+    assert asyncio.run(scene()) < SIZE
 
 
 def test_a_replica_whose_session_only_fails_is_replaced():

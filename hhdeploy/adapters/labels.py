@@ -1,0 +1,206 @@
+"""Truths of images that no folder tells: a table of labels or values, and how answers are scored.
+
+A table is a CSV file, a line an image: its path below the images' folder, then its classes with
+``;`` between, or its values, a column each. A first line that begins with ``path`` names the
+columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.config import CLASSES, LABELS, VALUES, ProblemType
+from hhdeploy.errors import DataError
+
+_SEPARATOR = ";"
+_HEADER = "path"
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Images and what is true of each.
+
+    Attributes:
+        problem_type: what the truths are.
+        names: of the classes, labels or values.
+        paths: the images, in the order of the file.
+        truths: float32 [images, names]: 1 where a class or label is true, else 0; or the values.
+    """
+
+    problem_type: ProblemType
+    names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    truths: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One image's line: where it stands, for messages, and its cells."""
+
+    where: str
+    path: Path
+    cells: tuple[str, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """The first cell's classes, without empty ones."""
+        return [name.strip() for name in self.cells[0].split(_SEPARATOR) if name.strip()]
+
+
+def read_labels(
+    file: Path,
+    root: Path,
+    problem_type: ProblemType | None = None,
+    names: Sequence[str] | None = None,
+) -> LabelTable:
+    """Read a table of labels.
+
+    Args:
+        file: the CSV file.
+        root: what its paths are relative to.
+        problem_type: None: values where all cells are numbers; independent labels where an image
+            has several or none; else classes.
+        names: what there is, in the order of the columns; None: the classes of the file, sorted,
+            or the header's names of the values.
+
+    Raises:
+        DataError: naming the file and the line: no file, no line, an image that is not there or
+            is there twice, no number, a class that is none of ``names``, several classes of one
+            image where one is right.
+    """
+    header, lines = _read(file, root)
+    kind = problem_type or _kind(lines)
+    if kind == VALUES:
+        truths = np.asarray([_values(line, len(lines[0].cells)) for line in lines], np.float32)
+        found = _value_names(file, header, truths.shape[1], names)
+    else:
+        _check_columns(lines)
+        found = tuple(names or sorted({name for line in lines for name in line.labels}))
+        columns = {name: column for column, name in enumerate(found)}
+        truths = np.zeros((len(lines), len(found)), np.float32)
+        for row, line in zip(truths, lines, strict=True):
+            row[_columns(line, columns, kind)] = 1.0
+    return LabelTable(kind, found, tuple(line.path for line in lines), truths)
+
+
+def mean_average_precision(scores: NDArray[Any], truths: NDArray[Any]) -> float | None:
+    """mAP of independent labels: the mean of the average precision of each label that occurs.
+
+    Args:
+        scores: [images, labels], of which the order alone counts; equal ones count together.
+        truths: [images, labels], 1 where the label is true.
+
+    Returns:
+        A share from 0 to 1; None if no label is true of any image.
+    """
+    found = [
+        _average_precision(scores[:, label], truths[:, label])
+        for label in range(truths.shape[1])
+        if truths[:, label].any()
+    ]
+    return float(np.mean(found)) if found else None
+
+
+def mean_absolute_error(values: NDArray[Any], truths: NDArray[Any]) -> float:
+    """MAE over all images and values, in their own unit."""
+    return float(np.mean(np.abs(values.astype(np.float64) - truths)))
+
+
+def _average_precision(scores: NDArray[Any], truths: NDArray[Any]) -> float:
+    """Sum over the thresholds of precision times what recall gains there."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # of each run of equal scores
+    right = np.cumsum(truths[order])[last]
+    taken = np.flatnonzero(last) + 1
+    return float(np.sum(np.diff(right, prepend=0.0) * right / taken) / truths.sum())
+
+
+def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
+    """Header cells behind ``path`` (empty without a header) and the images' lines."""
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = [(n, row) for n, row in enumerate(csv.reader(stream), 1) if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read as a CSV file in UTF-8: {error}") from error
+    header: tuple[str, ...] = ()
+    if rows and rows[0][1][0].strip().lower() == _HEADER:
+        header = tuple(cell.strip() for cell in rows.pop(0)[1][1:])
+    lines: dict[Path, _Line] = {}
+    for number, row in rows:
+        where, path = f"{file}, line {number}", root / row[0].strip()
+        if len(row) < 2:
+            raise DataError(f"{where}: expected a path and its label or values, found {row[0]!r}.")
+        if not path.is_file():
+            raise DataError(f"{where}: {path} does not exist. Paths are relative to {root}.")
+        if path in lines:
+            raise DataError(f"{where}: {row[0]} is there already: {lines[path].where}.")
+        lines[path] = _Line(where, path, tuple(cell.strip() for cell in row[1:]))
+    if not lines:
+        raise DataError(f"{file} names no image. Expected lines such as: images/1.jpg,cat;dog")
+    return header, list(lines.values())
+
+
+def _kind(lines: Sequence[_Line]) -> ProblemType:
+    if all(_is_number(cell) for line in lines for cell in line.cells):
+        return VALUES
+    return CLASSES if all(len(line.labels) == 1 for line in lines) else LABELS
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _values(line: _Line, count: int) -> list[float]:
+    if len(line.cells) != count or not all(map(_is_number, line.cells)):
+        raise DataError(
+            f"{line.where}: expected {count} number{'s' * (count > 1)}, as many as in the first "
+            f"line, found {', '.join(map(repr, line.cells))}."
+        )
+    return [float(cell) for cell in line.cells]
+
+
+def _value_names(
+    file: Path, header: Sequence[str], count: int, names: Sequence[str] | None
+) -> tuple[str, ...]:
+    found = tuple(names or header)
+    if not found:
+        return ("value",) if count == 1 else tuple(f"value {i}" for i in range(1, count + 1))
+    if len(found) != count:
+        raise DataError(
+            f"{file}: expected a column for each of {', '.join(found)}, found {count} of values."
+        )
+    return found
+
+
+def _check_columns(lines: Sequence[_Line]) -> None:
+    for line in lines:
+        if len(line.cells) > 1:
+            raise DataError(
+                f"{line.where}: expected one column of labels, found {len(line.cells)}. Write "
+                f"several labels of an image with {_SEPARATOR} between."
+            )
+
+
+def _columns(line: _Line, columns: Mapping[str, int], kind: ProblemType) -> list[int]:
+    labels = line.labels
+    if kind == CLASSES and len(labels) != 1:
+        raise DataError(
+            f"{line.where}: expected one class, found {_SEPARATOR.join(labels) or 'none'}. Where "
+            f"several or none may be true, the problem type is {LABELS}."
+        )
+    if unknown := [name for name in labels if name not in columns]:
+        raise DataError(
+            f"{line.where}: expected labels among {', '.join(columns)}, found {unknown[0]}."
+        )
+    return [columns[name] for name in labels]

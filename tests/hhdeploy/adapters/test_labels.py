@@ -1,0 +1,113 @@
+"""Tables of labels and values, and the scores of answers to them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
+from hhdeploy.adapters.labels import (
+    mean_absolute_error,
+    mean_average_precision,
+    read_labels,
+)
+from hhdeploy.errors import DataError
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder of four files."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "b.png", "c.png", "sub/d.png"):
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def table(root, text, *options):
+    (root / "labels.csv").write_text(text, encoding="utf-8")
+    return read_labels(root / "labels.csv", root, *options)
+
+
+def test_classes(root):
+    found = table(root, "path,label\nb.png,dog\na.png, cat \n\nsub/d.png,dog\n")
+    assert (found.problem_type, found.names) == (CLASSES, ("cat", "dog"))
+    assert [p.relative_to(root).as_posix() for p in found.paths] == ["b.png", "a.png", "sub/d.png"]
+    assert found.truths.tolist() == [[0, 1], [1, 0], [0, 1]]
+
+
+def test_labels_of_which_several_or_none_are_true(root):
+    found = table(root, '\ufeffa.png,night;cat\nb.png,\n"c.png","cat; indoor"\n')
+    assert (found.problem_type, found.names) == (LABELS, ("cat", "indoor", "night"))
+    assert found.truths.tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0]]
+    one_each = table(root, "a.png,x\nb.png,y\n", LABELS)
+    assert one_each.problem_type == LABELS
+
+
+def test_values(root):
+    found = table(root, "Path,age,height\na.png,41.5,1.8\nb.png,-3e1,0\n")
+    assert (found.problem_type, found.names) == (VALUES, ("age", "height"))
+    assert found.truths.tolist() == [[41.5, np.float32(1.8)], [-30, 0]]
+    assert table(root, "a.png,1\n").names == ("value",)
+    assert table(root, "a.png,1,2\n").names == ("value 1", "value 2")
+
+
+def test_numbers_are_classes_where_it_is_said(root):
+    found = table(root, "a.png,7\nb.png,10\n", CLASSES)
+    assert (found.problem_type, found.names) == (CLASSES, ("10", "7"))
+
+
+def test_names_that_are_known_give_the_columns(root):
+    assert table(root, "a.png,y\n", CLASSES, ("z", "y")).truths.tolist() == [[0, 1]]
+    with pytest.raises(DataError, match=r"line 1: expected labels among z, y, found x\."):
+        table(root, "a.png,x\n", CLASSES, ("z", "y"))
+    with pytest.raises(DataError, match="a column for each of age, height, found 1"):
+        table(root, "a.png,1\n", VALUES, ("age", "height"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "words"),
+    [
+        ("", None, "names no image"),
+        ("path,label\n", None, "names no image"),
+        ("a.png\n", None, r"line 1: expected a path and its label"),
+        ("a.png,x\n\ngone.png,x\n", None, r"line 3: .*gone\.png does not exist"),
+        ("a.png,x\nb.png,y\na.png,y\n", None, r"line 3: a\.png is there already: .*line 1"),
+        ("a.png,1\nb.png,old\n", VALUES, r"line 2: expected 1 number, .*found 'old'"),
+        ("a.png,1,2\nb.png,3\n", None, r"line 2: expected 2 numbers, .*found '3'"),
+        ("a.png,1\nb.png,nan\n", VALUES, "line 2: expected 1 number"),
+        ("a.png,cat\nb.png,cat;dog\n", CLASSES, "line 2: expected one class, found cat;dog"),
+        ("a.png,cat\nb.png,\n", CLASSES, "line 2: expected one class, found none"),
+        ("a.png,cat,dog\n", None, "line 1: expected one column of labels, found 2"),
+    ],
+)
+def test_lines_that_are_wrong_are_named(root, text, kind, words):
+    with pytest.raises(DataError, match=rf"labels\.csv.*{words}"):
+        table(root, text, kind)
+
+
+def test_a_table_that_is_none(root):
+    with pytest.raises(DataError, match=r"none\.csv cannot be read as a CSV file"):
+        read_labels(root / "none.csv", root)
+    (root / "labels.csv").write_bytes(b"a.png,\xff\xfe\n")
+    with pytest.raises(DataError, match="in UTF-8"):
+        read_labels(root / "labels.csv", root)
+
+
+def test_mean_average_precision_by_hand():
+    scores = np.array([[0.9, 1.0], [0.8, 3.0], [0.7, 2.0], [0.1, 0.0]])
+    truths = np.array([[1, 0], [0, 1], [1, 0], [0, 0]])
+    assert mean_average_precision(scores[:, :1], truths[:, :1]) == pytest.approx((1 + 2 / 3) / 2)
+    assert mean_average_precision(scores, truths) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    assert mean_average_precision(-scores, truths) == pytest.approx(
+        ((1 / 2 + 2 / 4) / 2 + 1 / 4) / 2
+    )
+    # Equal scores are one threshold: 2 of 4 are right, whatever their order.
+    assert mean_average_precision(np.zeros((4, 1)), truths[:, :1]) == 0.5
+    # A label that is true of no image says nothing.
+    assert mean_average_precision(scores, truths * [0, 1]) == 1.0
+    assert mean_average_precision(scores, truths * 0) is None
+
+
+def test_mean_absolute_error_by_hand():
+    found, true = np.array([[1.0, 10.0], [3.0, 20.0]]), np.array([[2.0, 10.0], [0.0, 22.0]])
+    assert mean_absolute_error(found, true) == (1 + 0 + 3 + 2) / 4

@@ -1,0 +1,185 @@
+"""Large JSON is read in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import operator
+import os
+import time
+
+import numpy as np
+import pytest
+
+from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
+from hhdeploy.runtime.serving.http.codec import read_object, read_request
+from hhdeploy.runtime.serving.http.parsing import Parser
+
+PATIENCE = 60
+
+
+def body(values: int = 40_000, **more: object) -> bytes:
+    data = np.random.default_rng(5).standard_normal(values).astype("f4").tolist()
+    tensor = {"name": "images", "datatype": "FP32", "shape": [values], "data": data}
+    return json.dumps({"inputs": [tensor], "id": "seven", **more}).encode()
+
+
+@contextlib.asynccontextmanager
+async def reading(most: int = 16 << 20):
+    parser = Parser(most)
+    try:
+        yield parser
+    finally:
+        await asyncio.to_thread(parser.close)
+
+
+def run(scene) -> None:
+    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+
+
+def test_large_json_is_read_as_small_json_is():
+    content = body()
+    assert len(content) > 1 << 18
+
+    async def scene() -> None:
+        async with reading() as parser:
+            found = await parser.request("tiny", "1", content, None)
+            expected = read_request("tiny", "1", content, None)
+            assert (found.model, found.version, found.id) == ("tiny", "1", "seven")
+            array = found.inputs["images"].array
+            assert array.dtype == np.float32
+            np.testing.assert_array_equal(array, expected.inputs["images"].array)
+            process = parser._process
+            assert await parser.content(content) == read_object(content)
+            assert parser._process is process and process.poll() is None
+        assert process.poll() is not None
+
+    run(scene)
+
+
+def test_small_json_starts_nothing():
+    async def scene() -> None:
+        async with reading() as parser:
+            await parser.request("tiny", "", body(100), None)
+            # Of a large body only the JSON counts.
+            head = b'{"inputs":[{"name":"x","datatype":"UINT8","shape":[1000000],'
+            head += b'"parameters":{"binary_data_size":1000000}}]}'
+            await parser.request("tiny", "", head + bytes(1_000_000), str(len(head)))
+            assert parser._process is None
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    "content", [body()[:-2], body(outputs=1), body(inputs={"a": [0] * 99_999})]
+)
+def test_what_is_wrong_with_it_is_said_in_the_same_words(content):
+    async def scene() -> None:
+        async with reading() as parser:
+            with pytest.raises(RequestError) as expected:
+                read_request("tiny", "", content, None)
+            with pytest.raises(RequestError) as found:
+                await parser.request("tiny", "", content, None)
+            assert (type(found.value), str(found.value)) == (
+                type(expected.value), str(expected.value),
+            )  # fmt: skip
+
+    run(scene)
+
+
+def test_json_is_smaller_than_bodies():
+    """With binary tensors the same numbers are a view."""
+
+    async def scene() -> None:
+        async with reading(100_000) as parser:
+            with pytest.raises(TooLargeError, match="Send tensors as binary data"):
+                await parser.request("tiny", "", b" " * 100_001, None)
+            with pytest.raises(RequestError, match="bytes that no input names"):
+                await parser.request("tiny", "", b'{"inputs": []}' + bytes(100_001), "14")
+
+    run(scene)
+
+
+def test_one_that_is_given_up_ends_with_its_process():
+    async def scene() -> None:
+        async with reading() as parser:
+            long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
+            next_one = asyncio.create_task(parser.request("tiny", "", body(), None))
+            left = asyncio.create_task(parser.request("tiny", "", body(), None))
+            while parser._process is None:
+                await asyncio.sleep(0.01)  # this loop goes on meanwhile
+            held = parser._process
+            left.cancel()  # one that waits takes nobody's process with it
+            await asyncio.wait([left])
+            assert held.poll() is None
+            long.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await long
+            assert held.poll() is not None
+            assert (await next_one).id == "seven"
+            assert parser._process not in (None, held)
+
+    run(scene)
+
+
+def test_more_than_may_wait_is_refused():
+    async def scene() -> None:
+        async with reading() as parser:
+            most = 32 << 20
+            long = asyncio.create_task(parser._elsewhere(most, time.sleep, 10 * PATIENCE))
+            await asyncio.sleep(0)
+            with pytest.raises(BusyError, match="wait to be read"):
+                await parser.request("tiny", "", body(), None)
+            await parser.request("tiny", "", body(100), None)
+            long.cancel()
+            await asyncio.wait([long])
+            await parser.request("tiny", "", body(), None)
+
+    run(scene)
+
+
+def test_a_process_that_dies_fails_one_request():
+    async def scene() -> None:
+        async with reading() as parser:
+            with pytest.raises(FailedError, match="has ended"):
+                await parser._elsewhere(1, os.abort)
+            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+
+    run(scene)
+
+
+def test_memory_has_an_end():
+    async def scene() -> None:
+        async with reading() as parser:
+            with pytest.raises(TooLargeError, match="too much memory"):
+                await parser._elsewhere(1, bytearray, 4 << 30)
+            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+
+    run(scene)
+
+
+def test_a_process_whose_memory_has_grown_ends():
+    """What one body took is not kept until the server ends."""
+
+    async def scene() -> None:
+        async with reading(1 << 30) as parser:
+            await parser.content(body())
+            first = parser._process
+            await parser._elsewhere(1, operator.mul, b"x", 200 << 20)
+            assert first.poll() is not None
+            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+
+    run(scene)
+
+
+@pytest.mark.parametrize("levels", [33, 100_000])
+@pytest.mark.parametrize("opened", [b"[", b'{"a":', b'["\\\\\\"[", '])
+def test_nesting_without_end(levels, opened):
+    with pytest.raises(RequestError, match="at most 32 levels"):
+        read_object(opened * levels)
+
+
+def test_brackets_in_strings_nest_nothing():
+    flat = {"a": "[{" * 50, 'b"[': ['\\"[[{' * 20, "\\"] * 9, "c": [[[1]]] * 40}
+    assert read_object(json.dumps(flat).encode()) == flat
