@@ -148,22 +148,3 @@ def _selected(linears: Sequence[LinearSpec], target: str) -> list[Site]:
             for name in (site.name, linear.path)
         )
     ]
-
-
-def namesake(linears: Iterable[LinearSpec], path: str) -> Site | None:
-    """The one site that another library's module path stands for: same kind, same numbers.
-
-    ``transformer.encoder.layer.3.attn.query`` is ``blocks.3.attn.qkv.q`` in timm. None where no
-    kind stands for the path, or the match is not the only one.
-    """
-    kind, numbers = kind_of(path), _numbers(path)
-    if not kind:
-        return None
-    found = [
-        s for s in sites_of(linears).values() if s.kind == kind and _numbers(s.name) == numbers
-    ]
-    return found[0] if len(found) == 1 else None
-
-
-def _numbers(path: str) -> list[str]:
-    return [part for part in path.split(".") if part.isdecimal()]

@@ -67,13 +67,6 @@ def unwrapped(content: Any) -> Any:
     return state
 
 
-def without_wrappers(prefix: str) -> str:
-    """A prefix less the part that `unwrapped` has cut already."""
-    while wrapper := next((w for w in _WRAPPERS if prefix.startswith(w)), None):
-        prefix = prefix.removeprefix(wrapper)
-    return prefix
-
-
 def load_strictly(
     model: nn.Module, state: Mapping[str, torch.Tensor], classifier: str, spec: BackboneSpec
 ) -> None:

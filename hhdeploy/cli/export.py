@@ -17,8 +17,9 @@ from hhdeploy.cli import ui
     "--adapter",
     "adapters",
     multiple=True,
-    metavar="[NAME=]DIR",
-    help="An adapter directory; repeat for more. Named after the directory unless given.",
+    metavar="[NAME=]DIR[@S]",
+    help="An adapter directory; repeat for more. Named after the directory unless given. S is its "
+    "strength, e.g. 0.7.",
 )
 @click.option("--fold", is_flag=True, help="Put the one adapter, if any, into the weights.")
 @ui.backbone_options
@@ -107,7 +108,7 @@ def command(
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
 
-    named = ui.named_directories(adapters)
+    named, strengths = ui.adapters_and_strengths(adapters)
     cache = ui.check_cache_options(cache_dir, no_cache)
     if not verify:
         ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
@@ -121,6 +122,7 @@ def command(
             named,
             out,
             fold=fold,
+            strengths=strengths,
             model_args=model_args,
             checkpoint=checkpoint,
             pretrained=pretrained,

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hhdeploy.exporting.graphs import add_typed_graph
 
 from hhdeploy import Reserve
 from hhdeploy.adapters.format import PARTS
@@ -19,6 +18,7 @@ from hhdeploy.exporters.branches import branched_model
 from hhdeploy.plan import plan_branches
 from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.graphs import add_typed_graph
 from tests.calibration.conftest import write_pictures
 from tests.exporters.synthetic import base_of, graph, random
 from tests.parity.ladder import folded_model, run, session
