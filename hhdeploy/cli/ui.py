@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,6 +214,27 @@ def named_directories(values: Sequence[str]) -> dict[str, Path]:
             )
         named[name] = directory
     return named
+
+
+def adapters_and_strengths(values: Sequence[str]) -> tuple[dict[str, Path], dict[str, float]]:
+    """`named_directories` whose directories may end in ``@0.7``, and the strengths by name."""
+    parts = [_strength(value) for value in values]
+    named = named_directories([value for value, _ in parts])
+    strengths = {
+        name: strength
+        for name, (_, strength) in zip(named, parts, strict=True)
+        if strength is not None
+    }
+    return named, strengths
+
+
+def _strength(value: str) -> tuple[str, float | None]:
+    """A value without ``@`` and a number after the last ``/``, unless a directory is so called."""
+    found = re.fullmatch(r"(.*[^/])@([-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", value)
+    written = (value, value.partition("=")[2])
+    if found is None or any(text and Path(text).is_dir() for text in written):
+        return value, None
+    return found[1], float(found[2])
 
 
 def _named_directory(value: str) -> tuple[str, Path]:

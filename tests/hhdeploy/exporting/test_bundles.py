@@ -467,8 +467,8 @@ def forget_the_bias(monkeypatch):
     """W <- M W without b <- M b."""
     original = hhdeploy.exporters.fold.fold_sequential
 
-    def wrong(weight, bias, delta):
-        return original(weight, bias, delta)[0], bias
+    def wrong(weight, bias, *rest):
+        return original(weight, bias, *rest)[0], bias
 
     monkeypatch.setattr(hhdeploy.exporters.fold, "fold_sequential", wrong)
 
