@@ -137,7 +137,7 @@ class RowLayout:
             if tensors.shape is not None:
                 _pack_delta(name, adapter, site, _place(where, name, site, adapter.form), parts)
             if tensors.parts:
-                # A Linear with a sequential branch alone has no room for them, which is what to say.
+                # A sequential branch alone has no room for them, which is what there is to say.
                 form: Form = "additive" if (site, "additive") in where else adapter.form
                 _pack_parts(name, adapter, site, _place(where, name, site, form), parts)
         bad = row.size - int(np.count_nonzero(np.isfinite(row)))
