@@ -110,6 +110,11 @@ def command(
 
     named, strengths = ui.adapters_and_strengths(adapters)
     cache = ui.check_cache_options(cache_dir, no_cache)
+    if not adapters and not fold and not sites:
+        raise click.UsageError(
+            "Missing option '--adapter'. Without one, --fold exports the model as it is and "
+            "--sites reserves room."
+        )
     if not verify:
         ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
     if not overwrite:
