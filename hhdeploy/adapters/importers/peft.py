@@ -215,6 +215,12 @@ _OLD_TENSOR_FILE = "adapter_model.bin"
 
 
 def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
+    """Convert a directory of PEFT (LoRA or HRA); see `import_adapter`.
+
+    Raises:
+        AdapterError: options that are for .pth files, HRA without the backbone's weights, or
+            anything in the directory that is not known for certain.
+    """
     if options.form is not None or options.reflection is not None or options.lora_scale != 1.0:
         raise AdapterError(
             f"{path}: form, reflection and lora scale are for .pth files; {CONFIG_FILE} says all "

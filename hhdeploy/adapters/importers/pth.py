@@ -32,6 +32,12 @@ _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
 
 def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
+    """Convert a file of torch.save with the trained tensors alone; see `import_adapter`.
+
+    Raises:
+        AdapterError: naming the file and the key: another start than ``options.prefix``, an
+            unknown key, a layer that is no site, or a wrong shape.
+    """
     linears = {linear.path: linear for linear in backbone.facts.linears}
     fused: dict[str, Tensors] = {}
     result: Tensors = {}

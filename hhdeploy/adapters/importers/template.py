@@ -55,12 +55,14 @@ class ImportOptions:
 
 
 def head_keys(backbone: Backbone) -> tuple[str, str]:
+    """Keys of the classifier's weight and bias in the backbone's state dict."""
     return f"{backbone.facts.classifier}.weight", f"{backbone.facts.classifier}.bias"
 
 
 def linear_of(
     linears: Mapping[str, LinearSpec], name: str, file: Path, backbone: Backbone
 ) -> LinearSpec:
+    """The Linear of that path; ``file`` is what the message names. Raises `AdapterError`."""
     if name not in linears:
         raise AdapterError(
             f"{file}: {name}: {backbone.facts.model} has no such site. Expected "
