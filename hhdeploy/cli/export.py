@@ -18,8 +18,9 @@ from hhdeploy.cli import ui
     "adapters",
     multiple=True,
     required=True,
-    metavar="[NAME=]DIR",
-    help="An adapter directory; repeat for more. Named after the directory unless given.",
+    metavar="[NAME=]DIR[@S]",
+    help="An adapter directory; repeat for more. Named after the directory unless given. S is its "
+    "strength, e.g. 0.7.",
 )
 @click.option("--fold", is_flag=True, help="Put the one adapter into the weights: no overhead.")
 @ui.backbone_options
@@ -106,7 +107,7 @@ def command(
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
 
-    named = ui.named_directories(adapters)
+    named, strengths = ui.adapters_and_strengths(adapters)
     cache = ui.check_cache_options(cache_dir, no_cache)
     if not verify:
         ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
@@ -120,6 +121,7 @@ def command(
             named,
             out,
             fold=fold,
+            strengths=strengths,
             model_args=model_args,
             checkpoint=checkpoint,
             pretrained=pretrained,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.adapters.checks import check, check_name, check_sites
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,
@@ -56,6 +58,7 @@ def export(
     out: str | Path,
     *,
     fold: bool = False,
+    strengths: Mapping[str, float] = MappingProxyType({}),
     model_args: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
@@ -80,6 +83,8 @@ def export(
         adapters: name -> adapter directory.
         out: the bundle's directory; written whole or not at all.
         fold: put the one adapter into the weights; else all become side branches.
+        strengths: name -> what the adapter's change of the backbone is multiplied by; 1 where none
+            is given. The classifier is never scaled.
         model_args: further arguments of ``timm.create_model``, transformers' configuration or
             the function; None takes the adapters' (never for a function).
         checkpoint: the backbone's weights; None takes those of the source.
@@ -117,7 +122,7 @@ def export(
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
     with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
-        loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
+        loaded = _loaded(adapters, strengths)
         spec = BackboneSpec(
             model,
             _model_args(model, model_args, loaded),
@@ -152,6 +157,19 @@ def export(
     if found is not None and found.overflowed:
         raise _overflow_error(Path(out), found)
     return ExportResult(Path(out), manifest, report)
+
+
+def _loaded(
+    adapters: Mapping[str, str | Path], strengths: Mapping[str, float]
+) -> dict[str, Adapter]:
+    if unknown := sorted(set(strengths) - set(adapters)):
+        raise OptionError(
+            f"`strengths`: expected names among {', '.join(adapters)}, found {', '.join(unknown)}."
+        )
+    return {
+        check_name(name): at_strength(load_adapter(path), strengths.get(name, 1.0))
+        for name, path in adapters.items()
+    }
 
 
 def _model_args(

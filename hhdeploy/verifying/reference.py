@@ -46,6 +46,7 @@ class VerifyData:
             "kind": "images",
             "folder": self.folder.name,
             "images_per_adapter": self.images,
+            **({"skipped": skipped} if (skipped := dict(list_images(self.folder).skipped)) else {}),
         }
 
     def batch(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import hhdeploy
 from hhdeploy.bundle import Bundle
@@ -81,6 +82,9 @@ def place(workshop, tmp_path, monkeypatch) -> Path:
     }
     trained |= {f"head.{p}": torch.from_numpy(getattr(adapter.head, p)) for p in ("weight", "bias")}
     torch.save(trained, tmp_path / "trained.pth")
+    tuned = load_file(workshop.checkpoint)
+    tuned["blocks.1.mlp.fc2.weight"] += torch.outer(torch.arange(48.0), torch.ones(192))
+    torch.save(tuned, tmp_path / "tuned.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

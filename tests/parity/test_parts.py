@@ -15,10 +15,10 @@ from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.exporters.branches import branched_model
-from hhdeploy.exporting.graphs import add_typed_graph
 from hhdeploy.plan import plan_branches
 from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.graphs import add_typed_graph
 from tests.calibration.conftest import write_pictures
 from tests.exporters.synthetic import base_of, graph, random
 from tests.parity.ladder import folded_model, run, session
