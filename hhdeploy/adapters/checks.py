@@ -12,6 +12,8 @@ from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, Form, Site, select_sites,
 from hhdeploy.errors import AdapterError, OptionError, PlanError
 
 BACKBONE = "backbone"
+# What requests call a whole model that was folded without an adapter.
+WHOLE = "model"
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -17,12 +17,11 @@ from hhdeploy.cli import ui
     "--adapter",
     "adapters",
     multiple=True,
-    required=True,
     metavar="[NAME=]DIR[@S]",
     help="An adapter directory; repeat for more. Named after the directory unless given. S is its "
     "strength, e.g. 0.7.",
 )
-@click.option("--fold", is_flag=True, help="Put the one adapter into the weights: no overhead.")
+@click.option("--fold", is_flag=True, help="Put the one adapter, if any, into the weights.")
 @ui.backbone_options
 @click.option(
     "--precision",
@@ -101,6 +100,8 @@ def command(
     \b
     One adapter in the weights:
       hhdeploy export --fold --model vit_base_patch16_224 --adapter digits/ OUT
+    A model as it is, fine-tuned or merged:
+      hhdeploy export --fold --model vit_base_patch16_224 --checkpoint FILE OUT
     Many adapters, one graph, another one for every image:
       hhdeploy export --model vit_base_patch16_224 --adapter digits/ --adapter cars/ OUT
     """
