@@ -73,6 +73,7 @@ class ImportOptions:
 
 
 def head_keys(backbone: Backbone) -> tuple[str, str]:
+    """Keys of the classifier's weight and bias in the backbone's state dict."""
     return f"{backbone.facts.classifier}.weight", f"{backbone.facts.classifier}.bias"
 
 
