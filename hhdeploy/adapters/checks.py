@@ -206,5 +206,6 @@ def check_sites(facts: BackboneFacts) -> None:
 
 
 def abbreviate(names: Sequence[str], limit: int = 8) -> str:
+    """The first ``limit`` names for a message, and how many there are if that is not all."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
