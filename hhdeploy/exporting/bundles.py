@@ -83,7 +83,8 @@ def export(
             ``python:package.module:function``.
         adapters: name -> adapter directory.
         out: the bundle's directory; written whole or not at all.
-        fold: put the one adapter into the weights; else all become side branches.
+        fold: put the one adapter into the weights, or export the model as it is where there is
+            none; else all become side branches.
         strengths: name -> what the adapter's change of the backbone is multiplied by; 1 where none
             is given. The classifier is never scaled.
         model_args: further arguments of ``timm.create_model``, transformers' configuration or
@@ -137,10 +138,11 @@ def export(
         backbone = load_backbone(spec)
         for note in backbone.notes:
             progress(note)
-        check_sites(backbone.facts)
+        if loaded or not fold:
+            check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
-        alone = next(iter(loaded.values())) if fold else None
+        alone = next(iter(loaded.values()), None) if fold else None
         base = _base(backbone, alone, Path(where) if where else None)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
@@ -217,8 +219,10 @@ def _check_precisions(precisions: Sequence[str]) -> None:
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
-    if adapters != 1:
-        raise OptionError(f"`fold=True` takes exactly one adapter, found {adapters}.")
+    if adapters > 1:
+        raise OptionError(
+            f"`fold=True` takes exactly one adapter, found {adapters}; or none, for a whole model."
+        )
     if reserve != Reserve() or bank_as_constant:
         raise OptionError(
             "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, `parts`, "
@@ -246,13 +250,15 @@ def _contents(
     bank_as_constant: bool,
     precisions: Sequence[str],
 ) -> Contents:
-    from hhdeploy.exporters.writer import branches_contents, folded_contents
+    from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
     if not fold:
         plan = plan_branches(base.facts, adapters, reserve)
         return branches_contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
+    if not adapters:
+        return whole_contents(base)
     ((name, adapter),) = adapters.items()
     check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
