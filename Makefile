@@ -1,6 +1,7 @@
 # make demo   install and run the main job on the starter models
 # make test   install the test extras and run everything
 # make test-fast  what needs no process, training or engine: about two minutes
+# make families   the parity ladder on every architecture and on models of real size
 # make lint   ruff, mypy strict, import-linter
 # make bench  the benchmarks, alone on the machine
 # make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast lint bench gpu-check clean
+.PHONY: demo test test-fast families lint bench gpu-check clean
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +36,9 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
+
+families: $(VENV)/.test
+	$(BIN)/python -m pytest tests/parity --families
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import sys
 _ALL = (
     "bench_fold",
     "bench_branches",
+    "bench_parts",
     "bench_slots",
     "bench_export",
     "bench_memory",

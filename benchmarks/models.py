@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import AdapterConfig
-from hhdeploy.adapters.format import Adapter, Head, SiteTensors, save_adapter
+from hhdeploy.adapters.format import Adapter, Head, Part, SiteTensors, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import select_sites
@@ -42,8 +42,18 @@ def work_directory() -> Path:
     return path
 
 
-def random_adapter(facts: BackboneFacts, seed: int, *, classes: int = 10, r: int = 1) -> Adapter:
-    """An additive HTA adapter on q, k, v and proj with random values of trained size."""
+def random_adapter(
+    facts: BackboneFacts,
+    seed: int,
+    *,
+    classes: int = 10,
+    r: int = 1,
+    parts: Sequence[Part] = (),
+) -> Adapter:
+    """An additive HTA adapter on q, k, v and proj with random values of trained size.
+
+    ``parts``: what it has of s_out and db beside that.
+    """
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int, std: float = 0.05) -> np.ndarray:
@@ -57,6 +67,7 @@ def random_adapter(facts: BackboneFacts, seed: int, *, classes: int = 10, r: int
             d=normal(min(site.out, site.in_)),
             lora_A=normal(r, site.in_),
             lora_B=normal(site.out, r),
+            **{part: normal(site.out) + np.float32(part == "s_out") for part in parts},
         )
     head = Head(facts.classifier, normal(classes, facts.dim), normal(classes))
     config = AdapterConfig(
@@ -71,25 +82,29 @@ def random_adapter(facts: BackboneFacts, seed: int, *, classes: int = 10, r: int
 
 
 def adapter_directories(
-    model: str, count: int, args: Mapping[str, Any] = _NO_ARGS
+    model: str,
+    count: int,
+    args: Mapping[str, Any] = _NO_ARGS,
+    parts: Sequence[Part] = (),
 ) -> dict[str, Path]:
     """``count`` adapters of a model with random weights, name -> directory."""
-    root = work_directory() / "adapters" / _label(model, args)
+    root = work_directory() / "adapters" / "-".join([_label(model, args), *parts])
     wanted = {f"task{i}": root / f"task{i}" for i in range(count)}
     missing = {name: path for name, path in wanted.items() if not path.is_dir()}
     if missing:
         facts = load_backbone(BackboneSpec(model, args, pretrained=False)).facts
         for index, (name, path) in enumerate(wanted.items()):
             if name in missing:
-                save_adapter(random_adapter(facts, index), path)
+                save_adapter(random_adapter(facts, index, parts=parts), path)
     return wanted
 
 
 def bundle(model: str, kind: str, adapters: int = 4, args: Mapping[str, Any] = _NO_ARGS) -> Path:
-    """A bundle of a model with random weights: ``folded``, ``branches`` or ``backbone``.
+    """A bundle of a model with random weights: ``folded``, ``branches``, ``parts``, ``backbone``.
 
-    ``backbone`` is the folded bundle of an adapter whose deltas are all zero: the plain graph
-    with the same head as the others.
+    ``parts`` is side branches whose adapters have s_out and db at every site. ``backbone`` is the
+    folded bundle of an adapter whose deltas are all zero: the plain graph with the same head as
+    the others.
     """
     path = work_directory() / f"{_label(model, args)}-{kind}-{adapters}"
     if (path / "hhdeploy.json").is_file():
@@ -99,20 +114,24 @@ def bundle(model: str, kind: str, adapters: int = 4, args: Mapping[str, Any] = _
         facts = load_backbone(BackboneSpec(model, args, pretrained=False)).facts
         zero = random_adapter(facts, 0)
         sites = {
-            name: SiteTensors(**{k: np.zeros_like(v) for k, v in vars(tensors).items()})
+            name: SiteTensors(
+                **{k: None if v is None else np.zeros_like(v) for k, v in vars(tensors).items()}
+            )
             for name, tensors in zero.sites.items()
         }
         source = work_directory() / "adapters" / _label(model, args) / "zero"
         save_adapter(Adapter(zero.config, sites, zero.head), source, overwrite=True)
         directories = {"zero": source}
     else:
-        directories = adapter_directories(model, 1 if kind == "folded" else adapters, args)
+        count = 1 if kind == "folded" else adapters
+        parts: tuple[Part, ...] = ("s_out", "db") if kind == "parts" else ()
+        directories = adapter_directories(model, count, args, parts)
     export(
         model,
         directories,
         path,
         model_args=args,
-        fold=kind != "branches",
+        fold=kind not in ("branches", "parts"),
         pretrained=False,
         verify=False,
         cache=work_directory() / "cache",

@@ -17,10 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.config import CLASSES
+from hhdeploy.adapters.labels import LABELS_FILE, read_labels
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.feeds import Feed, Feeder
 from hhdeploy.errors import DataError
-from hhdeploy.files.folders import Classes, find_splits, in_words, list_classes, visible
+from hhdeploy.files.folders import (
+    Classes,
+    find_splits,
+    in_words,
+    list_classes,
+    list_images,
+    visible,
+)
 from hhdeploy.preprocess import open_image
 
 # Ranges of fewer images are accidents; with fewer than FEW a warning goes into the result.
@@ -182,11 +191,12 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 @dataclass(frozen=True)
 class Picked:
-    """An image file, whose it is, and the folder of its class."""
+    """An image file and whose it is, with the folder of its class or what a table tells of it."""
 
     adapter: str | None
     path: Path
-    label: str
+    label: str = ""
+    truths: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,8 @@ def choose_images(
     Args:
         feeder: of the bundle.
         folder: DIR/CLASS/image, for side branches DIR/ADAPTER/CLASS/image; each may be split into
-            train and val.
+            train and val. Of labels and values DIR/labels.csv tells the truths, see
+            `hhdeploy.adapters.labels`; without it the images are just any.
         count: over all adapters.
         seed: of the choice and the order.
         judging: of a folder that is split take the part that judges, else the other one.
@@ -219,6 +230,11 @@ def choose_images(
     queues, described, warnings = [], {}, []
     for adapter, place in owners.items():
         place = _part(place, judging)
+        if feeder.problem_type(adapter) != CLASSES:
+            images = _labelled(feeder, adapter, place)
+            described[adapter or ""] = 1
+            queues.append([images[i] for i in rng.permutation(len(images))])
+            continue
         classes = list_classes(place)
         warnings += _doubts(feeder, adapter, place, classes)
         described[adapter or ""] = len(classes.paths)
@@ -229,6 +245,22 @@ def choose_images(
         queues.append(_in_turn(shuffled))
     picked = _in_turn(queues)[:count]
     return Choice(tuple(picked), {"classes_per_adapter": described}, tuple(warnings))
+
+
+def _labelled(feeder: Feeder, adapter: str | None, place: Path) -> list[Picked]:
+    """Images of labels or values, with their truths where there is a table of them."""
+    file = place / LABELS_FILE
+    if not file.is_file():
+        return [Picked(adapter, path) for path in list_images(place).paths]
+    kind, names = feeder.problem_type(adapter), feeder.class_names(adapter)
+    table = read_labels(file, place, kind, names)
+    if len(table.names) != (count := feeder.class_count(adapter)):
+        raise DataError(
+            f"{file}: expected {count} labels or values, as many as the adapter has, found "
+            f"{', '.join(table.names)}."
+        )
+    rows = zip(table.paths, table.truths, strict=True)
+    return [Picked(adapter, path, truths=tuple(map(float, row))) for path, row in rows]
 
 
 def _part(folder: Path, judging: bool) -> Path:
@@ -244,7 +276,10 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
     if feeder.folded:
         # A folder made for side branches holds this adapter's images and others'.
         own = found.get(feeder.names[0])
-        return {None: own if own is not None and any(d.is_dir() for d in visible(own)) else folder}
+        whole = own is None or not any(
+            d.is_dir() or feeder.problem_type(None) != CLASSES for d in visible(own)
+        )
+        return {None: folder if own is None or whole else own}
     unknown = [name for name in found if name not in feeder.names]
     if unknown or not found:
         raise DataError(

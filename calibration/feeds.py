@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.errors import DataError
@@ -38,6 +39,16 @@ class Feeder:
         """Class names of an adapter, None if it has none."""
         entry = self._entry(adapter)
         return entry.class_names if entry else None
+
+    def class_count(self, adapter: str | None) -> int:
+        """Own classes, labels or values of an adapter or the backbone."""
+        entry = self._entry(adapter)
+        return entry.classes if entry else self.manifest.backbone_classes
+
+    def problem_type(self, adapter: str | None) -> ProblemType:
+        """What an adapter's logits mean."""
+        entry = self._entry(adapter)
+        return entry.problem_type if entry else CLASSES
 
     def preprocess(self, adapter: str | None) -> Preprocess:
         """How an adapter's images become inputs."""

@@ -19,9 +19,9 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from hhdeploy.bundle.layout import Branch
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.heads import insert_head
-from hhdeploy.exporters.inserter import BANK, IDS, Inserter, Rows, as_tokens, like, per_image
+from hhdeploy.exporters.inserter import BANK, IDS, Inserter, Rows, as_tokens, per_image
 from hhdeploy.exporters.parts import (
-    add_scaled,
+    add_product,
     bias_row,
     diag_of,
     diagonal_times,
@@ -35,7 +35,7 @@ from hhdeploy.exporters.trace import MIXED_TAG, BaseGraph
 from hhdeploy.graph import GraphLinear, linears_at, linears_by_path
 from hhdeploy.plan import Plan
 
-# Marks the sum of a Linear's product and one of its branches.
+# Marks what leads from a Linear's product to its sum with one of its branches.
 _SUM = "hhdeploy.sum"
 
 
@@ -147,13 +147,9 @@ def _insert_branch(
     low_rank = insert("MatMul", "matmul_left", [low, left])
     diag = diag_of(insert, branch, rows)
     delta = insert("Add", "delta", [low_rank, diagonal_times(insert, branch, tokens, diag)])
-    if "s_out" in branch.extras:
-        scales = output_scales(insert, branch, rows)
-        delta = add_scaled(insert, delta, product, scales, len(branch.sites) * branch.out)
-    total = insert("Add", "sum", [product, like(insert, delta, product)], shape=product.shape)
-    sum_node = total.producer()
-    assert sum_node is not None
-    sum_node.metadata_props[_SUM] = linear.path
+    scale = output_scales(insert, branch, rows) if "s_out" in branch.extras else None
+    total = add_product(insert, product, delta, scale, len(branch.sites) * branch.out)
+    _mark(total, product, linear.path)
     if ride:
         assert linear.bias_node is not None
         consumers = list(linear.output.uses())  # the bias Add is left without a use
@@ -196,6 +192,18 @@ def _with_bias_row(
         assert bias is not None
         row = per_image(insert, bias, 3)
     return low, insert("Concat", "left_and_bias", [left, row], axis=1)
+
+
+def _mark(total: ir.Value, product: ir.Value, path: str) -> None:
+    """Mark the nodes from a product to its sum with a branch."""
+    value = total
+    while value is not product:
+        node = value.producer()
+        assert node is not None
+        node.metadata_props[_SUM] = path
+        (first, *_) = node.inputs
+        assert first is not None
+        value = first
 
 
 def _product(linear: GraphLinear) -> ir.Value:

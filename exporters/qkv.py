@@ -16,8 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.bundle.layout import Branch
-from hhdeploy.exporters.inserter import Inserter, Rows, as_tokens, like, per_image
-from hhdeploy.exporters.parts import add_scaled, diagonal_times, scale_input
+from hhdeploy.exporters.inserter import Inserter, Rows, as_tokens, per_image
+from hhdeploy.exporters.parts import add_product, diagonal_times, multiplier, scale_input
 from hhdeploy.graph import GraphLinear
 
 _PARTS_FIRST = (2, 0, 3, 1, 4)
@@ -121,10 +121,7 @@ def insert_qkv_branches(
         one_site = replace(branch, sites=(site,))
         scaled = diagonal_times(insert, one_site, tokens, diags[i])
         delta = insert("Add", "delta", [low_rank, scaled])
-        if scales is not None:
-            delta = add_scaled(insert, delta, product, scales[i], out)
-        delta = like(insert, delta, product)
-        total = insert("Add", "sum", [product, delta], shape=product.shape)
+        total = add_product(insert, product, delta, scales[i] if scales else None, out)
         heads = insert("Reshape", "heads", [total, insert.ints("heads_shape", *views.shape)])
         transposed = insert(
             "Transpose", "heads_second", [heads], perm=list(HEADS_SECOND),
@@ -199,10 +196,8 @@ def _third_biases(
 
 
 def _third_scales(insert: Inserter, branch: Branch, rows: Rows) -> list[ir.Value]:
-    """s_out' of q, k and v, [batch, 1, out] each."""
-    wanted = insert.ints("s_out_shape", -1, 3, branch.out)
-    part = rows.parts[f"{branch.name}/s_out"]
-    scales = insert("Reshape", "s_out", [part, wanted], shape=["batch", 3, branch.out])
+    """s_out of q, k and v, [batch, 1, out] each."""
+    scales = multiplier(insert, branch, rows, "s_out", 3, branch.out)
     return _thirds(insert, "s_out", scales, 1, ["batch", 1, branch.out])
 
 

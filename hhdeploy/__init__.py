@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hhdeploy.adapters.config import AdapterConfig
     from hhdeploy.adapters.format import Adapter, load_adapter, save_adapter
     from hhdeploy.adapters.importers import import_adapter
+    from hhdeploy.adapters.importers.checkpoint import extract_adapter
+    from hhdeploy.adapters.mixing import merge_adapters
     from hhdeploy.building import build
     from hhdeploy.bundle import Bundle, add_adapter, edit, remove_adapter
     from hhdeploy.errors import HhdeployError
@@ -41,8 +43,10 @@ _HOMES = {
     "edit": ("hhdeploy.bundle", "edit"),
     "errors": ("hhdeploy.errors", ""),
     "export": ("hhdeploy.exporting.bundles", "export"),
+    "extract_adapter": ("hhdeploy.adapters.importers.checkpoint", "extract_adapter"),
     "import_adapter": ("hhdeploy.adapters.importers", "import_adapter"),
     "load_adapter": ("hhdeploy.adapters.format", "load_adapter"),
+    "merge_adapters": ("hhdeploy.adapters.mixing", "merge_adapters"),
     "open_session": ("hhdeploy.runtime", "open_session"),
     "remove_adapter": ("hhdeploy.bundle", "remove_adapter"),
     "save_adapter": ("hhdeploy.adapters.format", "save_adapter"),
@@ -65,8 +69,10 @@ __all__ = [
     "edit",
     "errors",
     "export",
+    "extract_adapter",
     "import_adapter",
     "load_adapter",
+    "merge_adapters",
     "open_session",
     "remove_adapter",
     "save_adapter",

@@ -70,6 +70,13 @@ class SiteDelta:
             raise ValueError(f"a sequential delta must be square, found {self.shape}")
         return SiteDelta(self.diag - 1.0, self.left, self.right)
 
+    def times(self, strength: float, *, around_identity: bool) -> SiteDelta:
+        """The delta times ``strength``; of a sequential M, I + strength (M - I)."""
+        if strength == 1.0:
+            return self
+        diag = strength * self.diag + ((1.0 - strength) if around_identity else 0.0)
+        return SiteDelta(diag, strength * self.left, self.right)
+
     def dense(self) -> Array:
         """The (out, in) matrix itself: for inspection and tests, never for folding."""
         matrix = self.left @ self.right

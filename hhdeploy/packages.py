@@ -34,6 +34,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
         "onnxscript": "0.5",
     },
     "transformers": {"transformers": "5.0"},
+    "peft": {"peft": "0.17"},
     "cpu": {"onnxruntime": "1.22"},
     "gpu": {"onnxruntime-gpu": "1.22"},
     # 2024.6 computes INT8 side branches wrongly, without an error.
@@ -55,6 +56,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
 # Extra -> extras that it brings along.
 INCLUDED: Final[Mapping[str, tuple[str, ...]]] = {
     "transformers": ("export",),
+    "peft": ("export",),
     "ray": ("serve",),
     "calibrate": ("export", "cpu"),
 }

@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.config import CLASSES, VALUES, ProblemType
+# What logits mean, as transformers names it; they are compared by it.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+CLASSES: ProblemType = "single_label_classification"
+LABELS: ProblemType = "multi_label_classification"
+VALUES: ProblemType = "regression"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class Bound:
     measured: str
     reason: str
 
+
+# PEFT's merged model against its unmerged one in float64: DEFT 4e-8, the rest below 1e-9.
+PEFT_MERGE_BOUND = 1e-6
+# What a compressed adapter may lose before somebody has to accept it: less than 8 bits do.
+COMPRESSION_BOUND = 1e-2
+# Of the logits' range: what float32 rounds away is no effect.
+NO_EFFECT = 1e-8
 
 # Shares of images that add up to 1 in float64.
 _ROUNDING = 1e-12

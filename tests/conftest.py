@@ -20,7 +20,7 @@ import pytest
 
 from tests.alone import pytest_pyfunc_call, shared
 from tests.skips import pytest_terminal_summary
-from tests.slow import pytest_collection_modifyitems
+from tests.slow import pytest_addoption, pytest_collection_modifyitems
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop
 
-__all__ = ["pytest_collection_modifyitems", "pytest_pyfunc_call", "pytest_terminal_summary"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_pyfunc_call",
+    "pytest_terminal_summary",
+]
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +98,18 @@ def constant(workshop) -> Path:
     """Alpha and gamma, the bank baked into the graph. Read only."""
     out = workshop.root / "constant"
     return workshop.export(out, ("alpha", "gamma"), bank_as_constant=True).path
+
+
+@pytest.fixture(scope="session")
+def scaled_workshop(workshop, tmp_path_factory) -> Workshop:
+    """Adapters with s_in, s_out, db and values of parameters."""
+    from tests.workshop import make_scaled_workshop
+
+    return make_scaled_workshop(tmp_path_factory.mktemp("scaled"), workshop)
+
+
+@pytest.fixture(scope="session")
+def scaled(scaled_workshop) -> Path:
+    """All of them that can stand beside one backbone. Read only."""
+    names = ("scaled", "ia3", "after", "plain")
+    return scaled_workshop.export(scaled_workshop.root / "live", names).path

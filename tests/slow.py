@@ -1,6 +1,8 @@
-"""Which files `make test-fast` leaves out: those that start processes, train, or build engines.
+"""What takes long: files that `make test-fast` leaves out, families that `make test` leaves out.
 
-One list, so that it can be read and kept; a single test is marked `slow` where it stands.
+The files start processes, train, or build engines. One list, so that it can be read and kept; a
+single test is marked `slow` where it stands. Tests marked `families` climb the parity ladder on
+more architectures and on models of real size; `--families` (`make families`) runs them too.
 """
 
 from __future__ import annotations
@@ -59,8 +61,19 @@ FILES = frozenset(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of these files."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option that brings the rest of the ladder."""
+    parser.addoption(
+        "--families", action="store_true", help="every architecture of the parity ladder"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark every test of these files; leave out what was not asked for."""
     for item in items:
         if item.path in FILES:
             item.add_marker(pytest.mark.slow)
+    if not config.getoption("--families"):
+        left = [item for item in items if item.get_closest_marker("families")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]

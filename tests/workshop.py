@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import LABELS, VALUES, ProblemType
-from hhdeploy.adapters.format import Adapter, SiteTensors, save_adapter
+from hhdeploy.adapters.format import PARTS, Adapter, SiteTensors, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.preprocess import Preprocess
 from tests.support import TINY_MODEL, random_adapter
@@ -158,6 +158,57 @@ def make_workshop(root: Path) -> Workshop:
     for name, adapter in workshop.adapters.items():
         save_adapter(adapter, workshop.directory(name))
     return workshop
+
+
+def make_scaled_workshop(root: Path, workshop: Workshop) -> Workshop:
+    """The same backbone, and adapters that need more than a diagonal and a low rank.
+
+    ``norms`` can only be folded. Of the others `after` is sequential, `ia3` has no matrix, and
+    `plain` none of s_in, s_out and db.
+    """
+    facts = workshop.backbone.facts
+    few = random_adapter(facts, targets=("k", "v", "fc2"), classes=3, seed=62, parts=PARTS)
+    alone = {"k": ("s_out", "db"), "v": ("s_out", "db"), "fc2": ("s_in",)}
+    sites = {
+        name: SiteTensors(**{p: site.parts[p] for p in alone[name.rpartition(".")[2]]})
+        for name, site in few.sites.items()
+    }
+    every = ("q", "k", "v", "proj", "fc1", "fc2")
+    return other_workshop(
+        root,
+        workshop,
+        {
+            "scaled": random_adapter(facts, targets=every, classes=7, seed=61, parts=PARTS),
+            "ia3": replace(few, sites=sites),
+            "after": random_adapter(
+                facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=63, parts=PARTS
+            ),
+            "plain": random_adapter(facts, targets=every, classes=2, seed=64),
+            "norms": _with_values(workshop, random_adapter(facts, targets=("q",), classes=4)),
+        },
+    )
+
+
+def _with_values(workshop: Workshop, adapter: Adapter) -> Adapter:
+    """The adapter and, fold only, another norm, patch convolution and dense weight."""
+    random = np.random.default_rng(8)
+    known = dict(workshop.backbone.model.named_parameters())
+    values = {}
+    for name in ("blocks.1.norm2.weight", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
+        noise = 0.2 * random.standard_normal(known[name].shape)
+        values[name] = (known[name].detach().numpy() + noise).astype(np.float32)
+    return replace(adapter, config=replace(adapter.config, fold_only=True), values=values)
+
+
+def other_workshop(root: Path, workshop: Workshop, adapters: dict[str, Adapter]) -> Workshop:
+    """A workshop of other adapters with the checkpoint and the cache of this one."""
+    workshop.cache.mkdir(exist_ok=True)
+    (root / "backbone.safetensors").symlink_to(workshop.checkpoint)
+    (root / "cache").symlink_to(workshop.cache)
+    other = Workshop(root, workshop.backbone, adapters)
+    for name, adapter in adapters.items():
+        save_adapter(adapter, other.directory(name))
+    return other
 
 
 def copy_bundle(bundle: Path, target: Path) -> Path:

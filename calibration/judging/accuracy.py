@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.config import CLASSES, LABELS
+from hhdeploy.adapters.labels import mean_absolute_error, mean_average_precision
 from hhdeploy.calibration.judging.exam import Question
 from hhdeploy.parity import compare
 
@@ -25,6 +27,8 @@ from hhdeploy.parity import compare
 Run = Callable[[NDArray[np.float32], Sequence[str | None]], NDArray[np.float32]]
 Logits = NDArray[np.float32]
 _BATCH = 16
+# Of the range of all values.
+_SAME_VALUE = 0.01
 TWO_SIDED_95 = 1.96  # standard errors
 NEVER_SEEN = 3.0  # the rule of three: an event not seen in n trials is rarer than 3 / n at 95 %
 
@@ -36,10 +40,14 @@ class TaskAccuracy:
     Attributes:
         task: the adapter; empty for a folded bundle's.
         images: n.
-        agreement: share of images with the same answer.
+        agreement: share of images with the same answer: class, set of labels, or values that moved
+            by no more than a hundredth of their range.
         sqnr_db: logits of float32 over their difference, in dB; inf if they are equal.
         float_right, quantised_right: right answers; None if the true classes are unknown.
         lost: right in float32, wrong quantised; gained: the other way round; None as above.
+        score: how labels (``mAP``, a share) and values (``MAE``, in their unit) are judged; None of
+            classes, and where the truths are unknown.
+        float_score, quantised_score: by it.
     """
 
     task: str
@@ -50,6 +58,21 @@ class TaskAccuracy:
     quantised_right: int | None = None
     lost: int | None = None
     gained: int | None = None
+    score: str | None = None
+    float_score: float | None = None
+    quantised_score: float | None = None
+
+    @property
+    def scores(self) -> tuple[str, str] | None:
+        """Of labels and values in float32 and quantised, in words; None of classes."""
+        if self.float_score is None or self.quantised_score is None:
+            return None
+        both = (self.float_score, self.quantised_score)
+        if self.score == "MAE":
+            first, second = (f"MAE {x:.4g}" for x in both)
+        else:
+            first, second = (f"mAP {100 * x:.2f} %" for x in both)
+        return first, second
 
     @property
     def float_top1(self) -> float | None:
@@ -199,14 +222,40 @@ def compare_answers(
     tasks = []
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
-        truths = [questions[row].truth for row in rows]
-        tasks.append(_compare_task(name or "", truths, reference[rows], found[rows]))
+        own = [questions[row] for row in rows]
+        compare_task = _compare_classes if own[0].problem_type == CLASSES else _compare_others
+        tasks.append(compare_task(name or "", own, reference[rows], found[rows]))
     return Accuracy(tuple(tasks), held_out)
 
 
-def _compare_task(
-    task: str, truths: Sequence[int | None], reference: Logits, found: Logits
+def _compare_others(
+    task: str, questions: Sequence[Question], reference: Logits, found: Logits
 ) -> TaskAccuracy:
+    """Labels and values: mAP and MAE."""
+    kind = questions[0].problem_type
+    sqnr = compare(reference, found, kind).sqnr_db
+    own = ~np.isneginf(reference).any(axis=0)
+    before, after = reference[:, own], found[:, own]
+    if kind == LABELS:
+        agreement = ((before >= 0) == (after >= 0)).all(axis=1)
+    else:
+        agreement = (np.abs(before - after) <= _SAME_VALUE * np.ptp(before)).all(axis=1)
+    result = (task, len(reference), float(agreement.mean()), sqnr)
+    known = [q.truths for q in questions if q.truths is not None]
+    if len(known) < len(questions):
+        return TaskAccuracy(*result)
+    truths = np.asarray(known)
+    if kind == LABELS:
+        score, scores = "mAP", [mean_average_precision(x, truths) for x in (before, after)]
+    else:
+        score, scores = "MAE", [mean_absolute_error(x, truths) for x in (before, after)]
+    return TaskAccuracy(*result, score=score, float_score=scores[0], quantised_score=scores[1])
+
+
+def _compare_classes(
+    task: str, questions: Sequence[Question], reference: Logits, found: Logits
+) -> TaskAccuracy:
+    truths = [question.truth for question in questions]
     figures = compare(reference, found)
     agreement = float(np.mean(np.argmax(reference, axis=1) == np.argmax(found, axis=1)))
     result = (task, len(reference), agreement, figures.sqnr_db)

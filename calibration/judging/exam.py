@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.calibration.data import CalibrationData, Source, choose_images
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.preprocess import open_image
@@ -34,12 +34,16 @@ class Question:
         truth: column of the true class; None if unknown.
         source: name of the file, or number of the array.
         load: makes float32 [3, H, W], normalised.
+        problem_type: what the adapter's logits mean.
+        truths: of labels 1 or 0 each, or the values; None if unknown, and of classes.
     """
 
     adapter: str | None
     truth: int | None
     source: str
     load: Callable[[], NDArray[np.float32]]
+    problem_type: ProblemType = CLASSES
+    truths: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,23 @@ def _from_folder(
     warnings += chosen.warnings
     classes: dict[str | None, set[str]] = {}
     for picked in chosen.images:
+        if feeder.problem_type(picked.adapter) != CLASSES:
+            continue  # labels and values have their truths with them
         classes.setdefault(picked.adapter, set()).add(picked.label)
     columns = {a: _columns(feeder, a, sorted(names), warnings) for a, names in classes.items()}
     pairs = []
     for picked in chosen.images:
-        known = columns[picked.adapter]
+        known = columns.get(picked.adapter)
         column = known.get(picked.label) if known is not None else None
         if known is not None and column is None:
             continue  # a folder that is no class of the adapter: a warning says so
         question = Question(
-            picked.adapter, column, picked.path.name, _loader(feeder, picked.adapter, picked.path)
+            picked.adapter,
+            column,
+            picked.path.name,
+            _loader(feeder, picked.adapter, picked.path),
+            feeder.problem_type(picked.adapter),
+            picked.truths,
         )
         pairs.append((hashlib.sha256(picked.path.read_bytes()).hexdigest(), question))
     return pairs
@@ -129,7 +140,16 @@ def _from_folder(
 def _from_arrays(feeder: Feeder, source: Source, seed: int) -> list[tuple[str, Question]]:
     data = CalibrationData.of(feeder, source, images=_ALL, seed=seed)
     return [
-        (sample.digest, Question(sample.adapter, None, f"image {index}", sample.load))
+        (
+            sample.digest,
+            Question(
+                sample.adapter,
+                None,
+                f"image {index}",
+                sample.load,
+                feeder.problem_type(sample.adapter),
+            ),
+        )
         for index, sample in enumerate(data.samples)
     ]
 
@@ -147,7 +167,7 @@ def _columns(
                 f"({_some(names)}): only agreement is reported"
             )
         return found or None
-    count = _class_count(feeder, adapter)
+    count = feeder.class_count(adapter)
     if all(name.isdecimal() and int(name) < count for name in folders):
         return {name: int(name) for name in folders}
     if len(folders) == count:
@@ -161,13 +181,6 @@ def _columns(
         "is which class is unknown, so only agreement is reported"
     )
     return None
-
-
-def _class_count(feeder: Feeder, adapter: str | None) -> int:
-    manifest = feeder.manifest
-    if adapter == BACKBONE:
-        return manifest.backbone_classes
-    return manifest.adapter(adapter).classes if adapter else manifest.adapters[0].classes
 
 
 def _tasks(questions: Sequence[Question]) -> dict[str | None, int]:

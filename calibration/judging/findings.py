@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.config import CLASSES
 from hhdeploy.bundle.answers import softmax
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.calibration.judging.accuracy import NEVER_SEEN, TWO_SIDED_95, Accuracy, Logits
@@ -102,7 +103,7 @@ class Findings:
         """What quantisation costs, in one sentence."""
         name, accuracy = self.precision.upper().replace("-WEIGHTS", " weights"), self.accuracy
         images = f"{accuracy.images} {'held-out' if accuracy.held_out else 'calibration'} images"
-        tail = self._kept_in_words()
+        tail = f"{self._others_in_words()}{self._kept_in_words()}"
         drop, worst = accuracy.drop, accuracy.worst
         if drop is None or worst is None:
             return (
@@ -151,6 +152,11 @@ class Findings:
         unclear = ", not told apart from no loss" if 0 < drop <= TWO_SIDED_95 * error else ""
         return f", standard error {error:.2f}{unclear}"
 
+    def _others_in_words(self) -> str:
+        """Scores of labels and values."""
+        told = [(t.task or "all", t.scores) for t in self.accuracy.tasks if t.scores is not None]
+        return "".join(f"; {task}: {a} to {b}" for task, (a, b) in told)
+
     def _kept_in_words(self) -> str:
         kept, sites = len(self.kept), len(self.quantised.sites)
         if self.guarded is not None:
@@ -190,12 +196,14 @@ def changed_images(
         exam: n images.
         reference: of the float32 graph, [n, classes].
         found: of the quantised graph.
-        count: at most this many; images whose answer did not get less probable never come.
+        count: at most this many; images whose answer did not get less probable never come, nor
+            those of labels and values.
     """
     before, after = softmax(reference), softmax(found)
     answer, other = np.argmax(before, axis=1), np.argmax(after, axis=1)
     rows = np.arange(len(answer))
     fall = before[rows, answer] - after[rows, answer]
+    fall[[q.problem_type != CLASSES for q in exam.questions]] = 0.0  # no one class to lose
     truth = np.asarray([-1 if q.truth is None else q.truth for q in exam.questions])
     lost = (answer == truth) & (other != truth)
     order = np.lexsort((-fall, -(answer != other).astype(int), -lost.astype(int)))

@@ -90,11 +90,13 @@ def _intervals(labelled: Sequence[TaskAccuracy]) -> tuple[Markup, ...]:
 
 
 def _task_row(task: TaskAccuracy) -> tuple[object, ...]:
-    figures = (task.float_top1, task.quantised_top1, task.drop, task.standard_error)
+    tops = task.scores or (_number(task.float_top1), _number(task.quantised_top1))
     return (
         task.task or "all",
         task.images,
-        *(_number(value) for value in figures),
+        *tops,
+        _number(task.drop),
+        _number(task.standard_error),
         _NONE if task.lost is None else f"{task.lost} / {task.gained}",
         f"{100 * task.agreement:.1f}",
         f"{task.sqnr_db:.1f}",

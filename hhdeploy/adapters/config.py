@@ -7,21 +7,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
 from hhdeploy.errors import AdapterError
+from hhdeploy.parity import CLASSES as CLASSES
+from hhdeploy.parity import LABELS as LABELS
+from hhdeploy.parity import VALUES as VALUES
+from hhdeploy.parity import ProblemType as ProblemType
 from hhdeploy.preprocess import Preprocess
 
 # 2 has s_in, s_out, db, values of parameters, and fold_only; written only where they are used.
 SCHEMA_VERSION = 2
 
 # What the numbers of a head mean, by transformers' names.
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-CLASSES: ProblemType = "single_label_classification"
-LABELS: ProblemType = "multi_label_classification"
-VALUES: ProblemType = "regression"
 PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
 
 
@@ -100,6 +100,11 @@ def problem_type_of(given: ProblemType | None, classes: int) -> ProblemType:
 
 
 def read_config(path: Path) -> AdapterConfig:
+    """Read and check an ``adapter_config.json``; ``path`` is the file.
+
+    Raises:
+        AdapterError: it is missing, no JSON object, or see `parse_config`.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -118,6 +118,9 @@ class Adapter:
         source: the directory it was read from.
         values: parameter path -> what that parameter of the backbone becomes (norms, convolutions,
             dense weights): no row holds it, so the adapter can only be folded.
+        strength: what `change` and `delta` multiply all that the adapter does to the backbone by,
+            the classifier excepted; a bundle's entry says it, the adapter's files do not. See
+            `hhdeploy.adapters.mixing.at_strength`.
     """
 
     config: AdapterConfig
@@ -125,6 +128,7 @@ class Adapter:
     head: Head | None
     source: str = "<memory>"
     values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    strength: float = 1.0
 
     @property
     def parameters(self) -> int:
@@ -145,11 +149,15 @@ class Adapter:
 
     def change(self, site: str) -> SiteChange:
         """All that the adapter does at one site, in float64."""
+        part = self.sites[site].parts
         wide: dict[str, Array] = {
-            name: value.astype(np.float64) for name, value in self.sites[site].parts.items()
+            name: 1.0 + self.strength * (part[name].astype(np.float64) - 1.0)
+            for name in ("s_in", "s_out")
+            if name in part
         }
-        scales = Scales(wide.get("s_in"), wide.get("s_out"))
-        return SiteChange(self.delta(site), scales, wide.get("db"))
+        db = part.get("db")
+        added = None if db is None else self.strength * db.astype(np.float64)
+        return SiteChange(self.delta(site), Scales(wide.get("s_in"), wide.get("s_out")), added)
 
     def delta(self, site: str) -> SiteDelta | None:
         """Canonical float64 delta of one site: added to W (additive), or M (sequential).
@@ -163,9 +171,11 @@ class Adapter:
         lora_a = np.zeros((0, into)) if t.lora_A is None else t.lora_A.astype(np.float64)
         lora_b = np.zeros((out, 0)) if t.lora_B is None else t.lora_B.astype(np.float64)
         if t.u is None or t.v is None or t.d is None:
-            return low_rank_delta(lora_a, lora_b)
-        u, v, d = (x.astype(np.float64) for x in (t.u, t.v, t.d))
-        return householder_delta(u, v, d, lora_a, lora_b, self.config.reflection)
+            delta = low_rank_delta(lora_a, lora_b)
+        else:
+            u, v, d = (x.astype(np.float64) for x in (t.u, t.v, t.d))
+            delta = householder_delta(u, v, d, lora_a, lora_b, self.config.reflection)
+        return delta.times(self.strength, around_identity=self.form == "sequential")
 
 
 def load_adapter(directory: str | Path) -> Adapter:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES, ProblemType
 from hhdeploy.errors import DataError
 
+# What `calibrate` looks for in a folder of images.
+LABELS_FILE = "labels.csv"
 _SEPARATOR = ";"
 _HEADER = "path"
 

@@ -73,6 +73,7 @@ class AdapterEntry:
         preprocess: how its images become inputs.
         verified: False for an adapter added later, until ``verify --against-torch``.
         problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
+        strength: what its change of the backbone is multiplied by.
     """
 
     name: str
@@ -82,6 +83,7 @@ class AdapterEntry:
     preprocess: Preprocess
     verified: bool
     problem_type: ProblemType = CLASSES
+    strength: float = 1.0
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -98,6 +100,7 @@ class AdapterEntry:
             "preprocess": self.preprocess.to_json(),
             "verified": self.verified,
             **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
+            **({"strength": self.strength} if self.strength != 1.0 else {}),
         }
 
     @classmethod
@@ -114,6 +117,7 @@ class AdapterEntry:
             Preprocess.from_json(content["preprocess"]),
             content["verified"],
             problem_type_of(problem_type, content["classes"]),
+            float(content.get("strength", 1.0)),
         )
 
 
@@ -209,6 +213,11 @@ class Manifest:
     def preprocess_of(self, entry: AdapterEntry | None) -> Preprocess:
         """What the images of an adapter (None: of the bare backbone) go through."""
         return self.backbone.preprocess if entry is None else entry.preprocess
+
+    @property
+    def whole(self) -> bool:
+        """A model that was exported as it is: its one entry is no adapter, and has no files."""
+        return self.layout is None and not any(n.startswith(f"{ADAPTERS}/") for n in self.files)
 
     def named(self, role: str) -> str:
         """The name that a file has now, by the one it has in a fresh export."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import check, check_live, check_name
 from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import Form, linear_spec
 from hhdeploy.bundle.layout import RowLayout, check_row_range
@@ -35,6 +36,7 @@ def entry_of(
         config.preprocess or backbone.preprocess,
         verified,
         problem_type_of(config.problem_type, classes),
+        adapter.strength,
     )
 
 
@@ -79,6 +81,7 @@ def add_adapter(
     name: str,
     directory: str | Path,
     *,
+    strength: float = 1.0,
     lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
 ) -> AdapterEntry:
@@ -88,6 +91,7 @@ def add_adapter(
         path: the bundle.
         name: how requests will call it.
         directory: the adapter directory; it is copied as it is.
+        strength: what its change of the backbone is multiplied by.
         lock_timeout, progress: see `edit`.
 
     Raises:
@@ -96,7 +100,7 @@ def add_adapter(
     """
     source = Path(directory)
     hashes = _hashes(source) if source.is_dir() else {}
-    adapter = load_adapter(source)
+    adapter = at_strength(load_adapter(source), strength)
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
         row = admit(manifest, name, adapter)

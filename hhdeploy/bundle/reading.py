@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle.manifest import (
     ADAPTERS,
     BANK_FILE,
@@ -299,7 +300,8 @@ class Bundle:
         return content
 
     def load_adapter(self, name: str) -> Adapter:
-        """An adapter as it came to the bundle, from files of the manifest's hashes."""
+        """An adapter as it came to the bundle, from files of the manifest's hashes, at the strength
+        that it has there."""
         names = [n for n in self.manifest.files if n.startswith(f"{ADAPTERS}/{name}/")]
         if not names:
             raise BundleError(f"{self.path / ADAPTERS / name} is missing. Export the bundle again.")
@@ -307,7 +309,7 @@ class Bundle:
             if self._intact(root, names):
                 adapter = load_adapter(root / ADAPTERS / name)
                 if self._intact(root, names):  # nobody put another one there meanwhile
-                    return adapter
+                    return at_strength(adapter, self.manifest.adapter(name).strength)
         for file in names:
             self.file(file)  # says which one is damaged
         raise self._damage(names[0], None, None)

@@ -1,4 +1,4 @@
-"""hhdeploy adapter inspect | import | list | add | remove."""
+"""hhdeploy adapter inspect | import | extract | merge | diff | list | add | remove."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import Any
 
 import click
 
-from hhdeploy.cli import CONTEXT, Group, adapter_import, ui
+from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
 def command() -> None:
-    """Inspect, import, list, add and remove adapters."""
+    """Inspect, import, extract, merge, compare, list, add and remove adapters."""
 
 
-command.add_command(adapter_import.command)
+for _command in (
+    adapter_import.command,
+    adapter_import.extract,
+    adapter_mix.merge,
+    adapter_mix.diff,
+):
+    command.add_command(_command)
 
 
 @command.command("inspect")
@@ -107,17 +113,26 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 
 @command.command("add")
 @click.argument("bundle", type=ui.DIRECTORY)
-@click.argument("adapter", metavar="[NAME=]DIR")
+@click.argument("adapter", metavar="[NAME=]DIR[@S]")
 @ui.lock_timeout_option
 def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
     """Add an adapter to BUNDLE: one more row of its bank, the graph stays as it is.
 
-    Needs no torch. The adapter counts as unverified until hhdeploy verify --against-torch.
+    DIR@0.7 adds it at 0.7 of its strength. Needs no torch. The adapter counts as unverified until
+    hhdeploy verify --against-torch.
     """
     from hhdeploy.bundle import add_adapter
 
-    ((name, directory),) = ui.named_directories([adapter]).items()
-    entry = add_adapter(bundle, name, directory, lock_timeout=lock_timeout, progress=ui.note)
+    named, strengths = ui.adapters_and_strengths([adapter])
+    ((name, directory),) = named.items()
+    entry = add_adapter(
+        bundle,
+        name,
+        directory,
+        strength=strengths.get(name, 1.0),
+        lock_timeout=lock_timeout,
+        progress=ui.note,
+    )
     click.echo(
         f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
         f"{bundle} --against-torch)"

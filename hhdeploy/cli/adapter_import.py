@@ -1,33 +1,91 @@
-"""hhdeploy adapter import."""
+"""hhdeploy adapter import | extract."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hhdeploy.adapters.config import PROBLEM_TYPES, ProblemType
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.cli import CONTEXT, ui
+
+if TYPE_CHECKING:
+    from hhdeploy.adapters.format import Adapter
+    from hhdeploy.backbones.facts import BackboneFacts
+    from hhdeploy.preprocess import Preprocess
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _shared_options(checkpoint_help: str) -> Callable[[F], F]:
+    """The backbone, and what no source says."""
+
+    def add(command: F) -> F:
+        for option in reversed(
+            (
+                ui.model_option,
+                click.option(
+                    "--model-args",
+                    callback=ui.json_object,
+                    metavar="JSON",
+                    help=ui.MODEL_ARGS_HELP,
+                ),
+                ui.input_size_option,
+                click.option("--checkpoint", type=ui.FILE, help=checkpoint_help),
+                click.option(
+                    "--class-name",
+                    "class_names",
+                    multiple=True,
+                    metavar="NAME",
+                    help="In order; one per class.",
+                ),
+                click.option(
+                    "--problem-type",
+                    type=click.Choice(PROBLEM_TYPES),
+                    help="What the head's outputs are. [default: classes, of one output a value]",
+                ),
+                click.option(
+                    "--preprocess",
+                    callback=ui.json_object,
+                    metavar="JSON",
+                    help="How images become inputs: mean, std, interpolation, crop_pct, crop_mode; "
+                    "what it leaves out is the model's. [default: preprocessor_config.json beside "
+                    "SOURCE, else the model's]",
+                ),
+                click.option(
+                    "--compress-rank",
+                    type=int,
+                    metavar="K",
+                    help="Changes of Linears that could only be folded become products of rank K.",
+                ),
+                click.option(
+                    "--accept-error",
+                    type=float,
+                    metavar="X",
+                    help="Share of the logits' range that --compress-rank may lose. "
+                    "[default: 0.01]",
+                ),
+                click.option(
+                    "--overwrite", is_flag=True, help="Replace OUT once the adapter is complete."
+                ),
+            )
+        ):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.command("import", context_settings=CONTEXT)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=ui.DIRECTORY)
-@ui.model_option
-@click.option(
-    "--model-args",
-    callback=ui.json_object,
-    metavar="JSON",
-    help=ui.MODEL_ARGS_HELP,
-)
-@ui.input_size_option
-@click.option(
-    "--checkpoint",
-    type=ui.FILE,
-    help="The backbone's weights. HRA is converted with them (default: timm's); for the others "
-    "their digest is recorded.",
+@_shared_options(
+    "The backbone's weights [default: the model's own]. All but plain LoRA is converted with them; "
+    "of plain LoRA their digest is recorded."
 )
 @click.option("--form", type=click.Choice(FORMS), help="Of a .pth file. [default: additive]")
 @click.option(
@@ -38,9 +96,11 @@ from hhdeploy.cli import CONTEXT, ui
 )
 @click.option("--prefix", default="", help="Stripped from every tensor key, e.g. backbone.")
 @click.option(
-    "--class-name", "class_names", multiple=True, metavar="NAME", help="In order; one per class."
+    "--key-map",
+    type=ui.FILE,
+    help="JSON: what the keys of a .pth file mean, by regular expressions; see docs/importing.md.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT once the adapter is complete.")
+@click.option("--adapter-name", metavar="NAME", help="Which one of a file that holds several.")
 def command(
     source: Path,
     out: Path,
@@ -48,24 +108,31 @@ def command(
     model_args: dict[str, Any] | None,
     input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
+    class_names: tuple[str, ...],
+    problem_type: ProblemType | None,
+    preprocess: dict[str, Any] | None,
+    compress_rank: int | None,
+    accept_error: float | None,
+    overwrite: bool,
     form: Form | None,
     reflection: Reflection | None,
     lora_scale: float,
     prefix: str,
-    class_names: tuple[str, ...],
-    overwrite: bool,
+    key_map: Path | None,
+    adapter_name: str | None,
 ) -> None:
     """Convert SOURCE, an adapter of another tool, to the adapter directory OUT.
 
-    SOURCE is a directory of PEFT (LoRA, rsLoRA or HRA; PEFT itself is not needed) or a .pth
-    file with keys SITE.u, .v, .d, .lora_A or .lora_B and the classifier's. Nothing is unpickled
-    but tensors. Variants whose meaning is not known for certain are refused.
+    SOURCE is a directory of PEFT or a .pth file with keys SITE.u, .v, .d, .lora_A or .lora_B and
+    the classifier's. LoRA, rsLoRA and HRA are read as they are; PEFT itself merges its other
+    methods (pip install 'hhdeploy[peft]'). What cannot be a side branch exactly is marked: it can
+    be folded, or compressed. Nothing is unpickled but tensors, and no code runs because a file
+    names it.
 
     \b
       hhdeploy adapter import lora/ OUT --model vit_base_patch16_224
       hhdeploy adapter import hta.pth OUT --model vit_base_patch16_224 --reflection orthogonal
     """
-    from hhdeploy.adapters.format import save_adapter
     from hhdeploy.adapters.importers import ImportOptions, import_adapter, needs_weights
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
@@ -76,23 +143,113 @@ def command(
     spec = BackboneSpec(
         model, model_args or {}, checkpoint, pretrained=weights_known, input_size=input_size
     )
+    backbone = load_backbone(spec)
+    for line in backbone.notes:
+        ui.note(line)
     options = ImportOptions(
         form=form,
         reflection=reflection,
         prefix=prefix,
         lora_scale=lora_scale,
         class_names=class_names or None,
+        problem_type=problem_type,
+        preprocess=_preprocess(preprocess, backbone.facts),
         weights_known=weights_known,
+        key_map=key_map,
+        adapter_name=adapter_name,
+        compress_rank=compress_rank,
+        accept_error=accept_error,
     )
-    backbone = load_backbone(spec)
-    for line in backbone.notes:
-        ui.note(line)
-    adapter = import_adapter(source, backbone, options)
-    save_adapter(adapter, out, overwrite=overwrite)
-    head = f"{adapter.config.num_classes} classes" if adapter.head else "no classifier"
-    click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {adapter.config.base_model}, {head}")
-    if not weights_known:
-        click.echo(
-            "base_sha256 is unknown: pass --checkpoint to record which weights it belongs to.",
-            err=True,
+    _write(import_adapter(source, backbone, options), out, overwrite)
+
+
+@click.command("extract", context_settings=CONTEXT)
+@click.argument("fine_tuned", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("out", type=ui.DIRECTORY)
+@_shared_options("The backbone's weights before the fine-tuning [default: the model's own].")
+def extract(
+    fine_tuned: Path,
+    out: Path,
+    model: str,
+    model_args: dict[str, Any] | None,
+    input_size: tuple[int, int, int] | None,
+    checkpoint: Path | None,
+    class_names: tuple[str, ...],
+    problem_type: ProblemType | None,
+    preprocess: dict[str, Any] | None,
+    compress_rank: int | None,
+    accept_error: float | None,
+    overwrite: bool,
+) -> None:
+    """Write what CHECKPOINT, a fine-tuned model, changed of its backbone as the adapter OUT.
+
+    A merged LoRA is found again at its rank and can be a side branch; a change of every weight
+    can be folded, or compressed. Of a training's checkpoint the averaged weights (EMA) are taken.
+
+    \b
+      hhdeploy adapter extract tuned.pth OUT --model vit_base_patch16_224.augreg_in21k
+      hhdeploy adapter extract tuned.pth OUT --model ... --compress-rank 16
+    """
+    from hhdeploy.adapters.importers import ImportOptions
+    from hhdeploy.adapters.importers.checkpoint import extract_adapter
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.spec import BackboneSpec
+
+    spec = BackboneSpec(model, model_args or {}, checkpoint, input_size=input_size)
+    stated = None
+    if preprocess is not None:
+        stated = _preprocess(preprocess, load_backbone(spec).facts)
+    options = ImportOptions(
+        class_names=class_names or None,
+        problem_type=problem_type,
+        preprocess=stated,
+        compress_rank=compress_rank,
+        accept_error=accept_error,
+    )
+    _write(extract_adapter(fine_tuned, spec, options), out, overwrite)
+
+
+def _preprocess(stated: dict[str, Any] | None, facts: BackboneFacts) -> Preprocess | None:
+    """The model's transform with what ``--preprocess`` replaces."""
+    from hhdeploy.preprocess import Preprocess
+
+    if stated is None:
+        return None
+    known = facts.preprocess.to_json()
+    if unknown := sorted(set(stated) - set(known)):
+        raise click.UsageError(
+            f"--preprocess: expected keys among {', '.join(known)}, found {', '.join(unknown)}."
         )
+    try:
+        return Preprocess.from_json({**known, **stated})
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(f"--preprocess: {error}") from error
+
+
+def _write(adapter: Adapter, out: Path, overwrite: bool) -> None:
+    """Save it, and say what it is and what was assumed."""
+    from hhdeploy.adapters.format import save_adapter
+
+    save_adapter(adapter, out, overwrite=overwrite)
+    config = adapter.config
+    head = f"{config.num_classes} classes" if adapter.head else "no classifier"
+    click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {config.base_model}, {head}")
+    if config.fold_only:
+        names = ", ".join(list(adapter.values)[:3]) + (" …" if len(adapter.values) > 3 else "")
+        ui.note(
+            f"It can be folded (export --fold) and is no side branch: {names} changed in a way "
+            "that a row does not hold. Changes of Linears become side branches with "
+            "--compress-rank K."
+        )
+    if lost := config.extra.get("compressed"):
+        ui.note(
+            f"Compressed to rank {lost['rank']}: its logits differ from the original's by "
+            f"{lost['max_range_error']:.1e} of their range, most at {lost['worst_site']}."
+        )
+    if config.extra["imported_from"]["preprocess_assumed"] and config.preprocess is not None:
+        ui.note(
+            f"preprocessing assumed, the model's: {config.preprocess.described()}. Say how images "
+            "become inputs with --preprocess JSON."
+        )
+    if config.base_sha256 is None:
+        ui.note("base_sha256 is unknown: pass --checkpoint to record which weights it belongs to.")

@@ -136,8 +136,7 @@ def _print_result(console: Console, result: CalibrationResult, report: Path | No
         (
             task.task or "all",
             task.images,
-            _points(task.float_top1),
-            _points(task.quantised_top1),
+            *(task.scores or (_points(task.float_top1), _points(task.quantised_top1))),
             _points(task.drop),
             _points(task.standard_error),
             f"{task.agreement:.1%}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hhdeploy.adapters.checks import check_name
+from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -215,6 +217,27 @@ def named_directories(values: Sequence[str]) -> dict[str, Path]:
     return named
 
 
+def adapters_and_strengths(values: Sequence[str]) -> tuple[dict[str, Path], dict[str, float]]:
+    """`named_directories` whose directories may end in ``@0.7``, and the strengths by name."""
+    parts = [_strength(value) for value in values]
+    named = named_directories([value for value, _ in parts])
+    strengths = {
+        name: strength
+        for name, (_, strength) in zip(named, parts, strict=True)
+        if strength is not None
+    }
+    return named, strengths
+
+
+def _strength(value: str) -> tuple[str, float | None]:
+    """A value without ``@`` and a number after the last ``/``, unless a directory is so called."""
+    found = re.fullmatch(r"(.*[^/])@([-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", value)
+    written = (value, value.partition("=")[2])
+    if found is None or any(text and Path(text).is_dir() for text in written):
+        return value, None
+    return found[1], float(found[2])
+
+
 def _named_directory(value: str) -> tuple[str, Path]:
     """(name, directory): a value that is a directory as it stands is one, ``=`` or not.
 
@@ -349,4 +372,6 @@ def describe_data(data: Mapping[str, Any]) -> str:
     """The verification's images, in words."""
     if data.get("kind") == "noise":
         return "seeded noise (real images: --verify-data DIR)"
-    return f"images in {data.get('folder')}/"
+    skipped = data.get("skipped")
+    left_out = f", left out: {in_words(skipped)}" if skipped else ""
+    return f"images in {data.get('folder')}/{left_out}"

@@ -23,6 +23,8 @@ SPOKEN = {
     "batch[2]": "--max-batch",
     "batch": "--min-batch, --opt-batch, --max-batch",
     "cache=None": "--no-cache",
+    "strength": "DIR@STRENGTH",
+    "strengths": "--adapter NAME=DIR@STRENGTH",
     "optimization_level": "--builder-optimization-level",
 }
 # Public function -> its command.
@@ -31,7 +33,9 @@ COMMANDS = {
     "build": "build",
     "calibrate": "calibrate",
     "export": "export",
+    "extract_adapter": "adapter extract",
     "import_adapter": "adapter import",
+    "merge_adapters": "adapter merge",
     "remove_adapter": "adapter remove",
     "train": "train",
     "verify": "verify",

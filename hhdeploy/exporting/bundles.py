@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.adapters.checks import check, check_name, check_sites
 from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,
@@ -56,6 +58,7 @@ def export(
     out: str | Path,
     *,
     fold: bool = False,
+    strengths: Mapping[str, float] = MappingProxyType({}),
     model_args: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
@@ -67,6 +70,7 @@ def export(
     verify: bool = True,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
+    allow_no_effect: bool = False,
     cache: str | Path | None = "default",
     overwrite: bool = False,
     lock_timeout: float = LOCK_TIMEOUT,
@@ -79,7 +83,10 @@ def export(
             ``python:package.module:function``.
         adapters: name -> adapter directory.
         out: the bundle's directory; written whole or not at all.
-        fold: put the one adapter into the weights; else all become side branches.
+        fold: put the one adapter into the weights, or export the model as it is where there is
+            none; else all become side branches.
+        strengths: name -> what the adapter's change of the backbone is multiplied by; 1 where none
+            is given. The classifier is never scaled.
         model_args: further arguments of ``timm.create_model``, transformers' configuration or
             the function; None takes the adapters' (never for a function).
         checkpoint: the backbone's weights; None takes those of the source.
@@ -92,6 +99,7 @@ def export(
             typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
+        allow_no_effect: take an adapter that moves no logit on these images too.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
         overwrite: replace an existing bundle once the new one is complete; anything else that is
             there is refused.
@@ -117,7 +125,7 @@ def export(
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
     with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
-        loaded = {check_name(name): load_adapter(path) for name, path in adapters.items()}
+        loaded = _loaded(adapters, strengths)
         spec = BackboneSpec(
             model,
             _model_args(model, model_args, loaded),
@@ -130,15 +138,20 @@ def export(
         backbone = load_backbone(spec)
         for note in backbone.notes:
             progress(note)
-        check_sites(backbone.facts)
+        if loaded or not fold:
+            check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
-        alone = next(iter(loaded.values())) if fold else None
+        alone = next(iter(loaded.values()), None) if fold else None
         base = _base(backbone, alone, Path(where) if where else None)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
-        reference = _reference_of(backbone, contents, data, progress) if verify else None
+        reference = (
+            _reference_of(backbone, contents, data, not allow_no_effect, progress)
+            if verify
+            else None
+        )
         progress("writing graphs")
         manifest = write_bundle(scratch, contents, precisions, reference)
         report = found = None
@@ -152,6 +165,19 @@ def export(
     if found is not None and found.overflowed:
         raise _overflow_error(Path(out), found)
     return ExportResult(Path(out), manifest, report)
+
+
+def _loaded(
+    adapters: Mapping[str, str | Path], strengths: Mapping[str, float]
+) -> dict[str, Adapter]:
+    if unknown := sorted(set(strengths) - set(adapters)):
+        raise OptionError(
+            f"`strengths`: expected names among {', '.join(adapters)}, found {', '.join(unknown)}."
+        )
+    return {
+        check_name(name): at_strength(load_adapter(path), strengths.get(name, 1.0))
+        for name, path in adapters.items()
+    }
 
 
 def _model_args(
@@ -193,8 +219,10 @@ def _check_precisions(precisions: Sequence[str]) -> None:
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
-    if adapters != 1:
-        raise OptionError(f"`fold=True` takes exactly one adapter, found {adapters}.")
+    if adapters > 1:
+        raise OptionError(
+            f"`fold=True` takes exactly one adapter, found {adapters}; or none, for a whole model."
+        )
     if reserve != Reserve() or bank_as_constant:
         raise OptionError(
             "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, `parts`, "
@@ -222,27 +250,35 @@ def _contents(
     bank_as_constant: bool,
     precisions: Sequence[str],
 ) -> Contents:
-    from hhdeploy.exporters.writer import branches_contents, folded_contents
+    from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
     if not fold:
         plan = plan_branches(base.facts, adapters, reserve)
         return branches_contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
+    if not adapters:
+        return whole_contents(base)
     ((name, adapter),) = adapters.items()
     check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
 
 
 def _reference_of(
-    backbone: Backbone, contents: Contents, data: VerifyData, progress: Progress
+    backbone: Backbone,
+    contents: Contents,
+    data: VerifyData,
+    check_effect: bool,
+    progress: Progress,
 ) -> Callable[[], Reference]:
     from hhdeploy.verifying.reference import training_time_reference
 
     def compute() -> Reference:
         progress("running the training-time model in float64")
         rows = rows_of(contents.manifest, contents.adapters)
-        return training_time_reference(backbone, rows, data, contents.manifest.classes)
+        return training_time_reference(
+            backbone, rows, data, contents.manifest.classes, check_effect=check_effect
+        )
 
     return compute
 

@@ -30,6 +30,7 @@ from hhdeploy.errors import AdapterError
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.householder import (
     AdditiveDelta,
+    Between,
     BiasShift,
     HouseholderMatrix,
     Scaling,
@@ -100,6 +101,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         model.get_parameter(name).requires_grad_(True)
     for linear in linears:
         _parametrize(model, linear, matrices, parts, state)
+    if isinstance(adapter, Adapter) and adapter.strength != 1.0:
+        _weaken(state, adapter.strength)
     path = facts.classifier
     if isinstance(adapter, Adapter) and adapter.head is not None:
         state.old_head = _set_head(
@@ -248,6 +251,14 @@ def _shift_bias(
         setattr(module, bias, nn.Parameter(zeros, requires_grad=False))
         state.new_biases.append((module, bias))
     _register(module, bias, BiasShift(name, rows, db), state)
+
+
+def _weaken(state: _Attached, strength: float) -> None:
+    """Every changed tensor between the backbone's and the adapter's, whatever was done to it."""
+    for module, name in state.parametrized:
+        chain: Any = module.parametrizations[name]  # type: ignore[index]
+        between = Between(chain.original.detach().clone(), strength)
+        parametrize.register_parametrization(module, name, between)
 
 
 def _register(module: nn.Module, name: str, added: nn.Module, state: _Attached) -> None:

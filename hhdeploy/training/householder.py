@@ -191,3 +191,21 @@ class SequentialTransform(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         """Weight (out, in) or bias (out,)."""
         return torch.as_tensor(self.matrix() @ tensor)
+
+
+class Between(nn.Module):
+    """An adapter at another strength: the frozen tensor plus a share of what was added to it."""
+
+    def __init__(self, frozen: Tensor, strength: float) -> None:
+        super().__init__()
+        self.frozen: Tensor
+        self.register_buffer("frozen", frozen)
+        self.strength = strength
+
+    def site_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Nothing: the strength is no part of the adapter's files."""
+        return iter(())
+
+    def forward(self, adapted: Tensor) -> Tensor:
+        """frozen + strength (adapted - frozen)."""
+        return self.frozen + self.strength * (adapted - self.frozen)

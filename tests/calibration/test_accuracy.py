@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from hhdeploy.adapters.config import LABELS, VALUES
 from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy, answers, compare_answers
 from hhdeploy.calibration.judging.exam import Question
 
@@ -114,3 +115,48 @@ def test_json_holds_no_infinity():
     questions = [question("a", 0)]
     content = compare_answers(questions, one_hot([0]), one_hot([0]), held_out=True).to_json()
     assert content["tasks"][0]["sqnr_db"] == "inf"
+
+
+def judged(kind, truths, before, after):
+    """One task of labels or values; two columns of padding that belong to others."""
+    questions = [
+        Question("a", None, "x", lambda: None, kind, None if t is None else tuple(t))
+        for t in truths
+    ]
+    padded = [
+        np.hstack([np.asarray(x, np.float32), np.full((len(truths), 2), -np.inf, np.float32)])
+        for x in (before, after)
+    ]
+    (task,) = compare_answers(questions, *padded, held_out=True).tasks
+    return task
+
+
+def test_labels_are_judged_by_mean_average_precision():
+    truths = [[1, 0], [0, 1], [1, 1]]
+    before = [[2, -1], [-1, 3], [1, 0.5]]  # all right
+    after = [[2, -1], [2.5, 3], [1, -0.5]]  # the first label: 0 and 2 behind 1; 2 loses the second
+    task = judged(LABELS, truths, before, after)
+    assert task.agreement == pytest.approx(1 / 3)
+    assert (task.score, task.float_score) == ("mAP", 1.0)
+    assert task.quantised_score == pytest.approx(((1 / 2 + 2 / 3) / 2 + 1) / 2)
+    assert task.scores == ("mAP 100.00 %", "mAP 79.17 %")
+    assert (task.drop, task.float_top1) == (None, None)
+    assert math.isfinite(task.sqnr_db)
+
+
+def test_values_are_judged_by_mean_absolute_error():
+    before, truths = [[40.0], [10.0], [20.0]], [[41.0], [10.0], [18.0]]
+    task = judged(VALUES, truths, before, [[40.2], [10.0], [21.0]])
+    assert (task.score, task.float_score) == ("MAE", 1.0)
+    assert task.quantised_score == pytest.approx((0.8 + 0 + 3) / 3)
+    assert task.scores == ("MAE 1", "MAE 1.267")
+    assert task.agreement == pytest.approx(2 / 3), "a hundredth of the range of 30 is 0.3"
+    assert judged(VALUES, [None] * 3, before, before).scores is None
+    assert task.to_json()["float_score"] == 1.0
+
+
+def test_labels_and_values_are_no_part_of_the_mean_top1():
+    questions = [question("a", 0), Question("b", None, "x", lambda: None, VALUES, (1.0, 0, 0, 0))]
+    accuracy = compare_answers(questions, one_hot([0, 1]), one_hot([1, 1]), held_out=True)
+    assert accuracy.drop == 100.0
+    assert [t.task for t in accuracy.labelled] == ["a"]

@@ -11,8 +11,10 @@ import pytest
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.judging.exam import make_exam
+from hhdeploy.errors import DataError
 from hhdeploy.preprocess import open_image
 from tests.calibration.conftest import write_pictures
+from tests.workshop import AGE, PROBE, TAGS
 
 
 @pytest.fixture
@@ -149,3 +151,57 @@ def test_arrays_are_held_out_too(bundle, tmp_path):
     assert [q.source for q in exam.questions] == ["image 8", "image 9", "image 10"]
     assert not exam.labelled
     assert np.array_equal(exam.questions[1].load(), images[9])
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Classes in folders, labels and values in tables, and a head whose images are just any."""
+    root = tmp_path / "tables"
+    write_pictures(root / "alpha" / "class 3", 6, 1)
+    write_pictures(root / TAGS, 5, 2)
+    write_pictures(root / AGE / "deep", 5, 3)
+    write_pictures(root / PROBE / "class 0", 4, 4)
+    tags = [f"{i}.png,class {i % 3}" + ";class 0" * (i == 1) for i in range(5)]
+    (root / TAGS / "labels.csv").write_text("\n".join(tags))
+    (root / AGE / "labels.csv").write_text("\n".join(f"deep/{i}.png,{i * 10}" for i in range(5)))
+    return root
+
+
+def test_tables_tell_labels_and_values(heads, tables):
+    bundle = Bundle.open(heads)
+    used, exam = exam_of(bundle, tables, images=8)
+    assert {s.adapter for s in used.samples} == {"alpha", TAGS, AGE, PROBE}
+    known = {(q.adapter, q.source): q for q in exam.questions}
+    assert {q.truth for q in exam.questions if q.adapter == "alpha"} == {3}
+    for (adapter, source), found in known.items():
+        number = int(source.split(".")[0])
+        assert found.problem_type == bundle.manifest.problem_type(adapter)
+        if adapter == AGE:
+            assert found.truths == (10.0 * number,)
+        elif adapter == TAGS:
+            expected = {number % 3} | ({0} if number == 1 else set())
+            assert found.truths == tuple(float(i in expected) for i in range(3))
+        else:
+            assert found.truths is None
+    assert exam_of(bundle, tables, images=8)[0].digest == used.digest
+
+
+def test_without_a_table_labels_and_values_are_unknown(heads, tables):
+    (tables / AGE / "labels.csv").unlink()
+    _, exam = exam_of(Bundle.open(heads), tables, images=8)
+    ages = [q for q in exam.questions if q.adapter == AGE]
+    assert ages
+    assert {q.truths for q in ages} == {None}
+
+
+def test_a_table_that_does_not_fit_the_adapter(heads, tables):
+    (tables / TAGS / "labels.csv").write_text("0.png,blue\n")
+    with pytest.raises(DataError, match=r"line 1: expected labels among class 0, .* found blue"):
+        exam_of(Bundle.open(heads), tables)
+    (tables / TAGS / "labels.csv").unlink()
+    (tables / AGE / "labels.csv").write_text("deep/0.png,1,2\n")
+    with pytest.raises(DataError, match="a column for each of class 0, found 2 of values"):
+        exam_of(Bundle.open(heads), tables)
+    nameless = named(Bundle.open(heads), age=None)
+    with pytest.raises(DataError, match=r"expected 1 labels or values, .* found value 1, value 2"):
+        exam_of(nameless, tables)

@@ -87,6 +87,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/__init__.py": (ANY,),
     "hhdeploy/cli/adapter.py::inspect": ("adapter inspect",),
     "hhdeploy/cli/adapter_import.py": ("adapter import",),
+    "hhdeploy/cli/adapter_mix.py": ("adapter merge",),
     "hhdeploy/cli/bench_serve.py": ("bench",),
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/ui.py": (ANY,),
@@ -94,6 +95,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/starter.py": ("demo",),
     "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
     "hhdeploy/adapters/importers/": ("adapter import",),
+    "hhdeploy/adapters/mixing.py::_check_sum": ("adapter import",),
+    "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
     "hhdeploy/plan.py": ("export",),
     "hhdeploy/verifying/": ("export", "verify"),
     "hhdeploy/adapters/checks.py::_check_base": (

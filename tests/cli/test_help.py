@@ -12,7 +12,7 @@ from hhdeploy.cli import _COMMANDS
 from tests.workshop import HEAVY, ROOT, blocker, run_command, run_python
 
 BLOCKED = (*HEAVY, "onnxruntime", "nncf", "tensorrt", "peft")
-ADAPTER = ("inspect", "import", "list", "add", "remove")
+ADAPTER = ("inspect", "import", "extract", "merge", "diff", "list", "add", "remove")
 CACHE = ("list", "clear")
 PATHS = [
     (),

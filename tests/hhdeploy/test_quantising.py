@@ -26,7 +26,7 @@ from hhdeploy.quantising import (
 )
 from hhdeploy.runtime import open_session
 from tests.labelled import make_undecided, write_close_calls
-from tests.workshop import contents, copy_bundle
+from tests.workshop import AGE, PROBE, TAGS, contents, copy_bundle
 
 pytest.importorskip("nncf", reason="NNCF is not installed")
 
@@ -209,3 +209,26 @@ def test_an_adapter_is_checked_against_the_ranges(calibrate, images, tmp_path):
         check(images, "int8-weights")
     with pytest.raises(BundleError, match="unknown adapter 'nobody'"):
         check_adapter(calibrate.path, "nobody", images, precision="int8", images=4)
+
+
+def test_labels_and_values_are_judged_by_their_own_scores(heads, cache, tmp_path):
+    path, root = copy_bundle(heads, tmp_path / "bundle"), tmp_path / "images"
+    random = np.random.default_rng(5)
+    for name in ("alpha/class 3", TAGS, AGE, f"{PROBE}/class 0"):
+        (root / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = random.integers(0, 256, (37, 41, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    tags = "\n".join(f"{i}.png,class {i % 3}" for i in range(8))
+    (root / TAGS / "labels.csv").write_text(tags)
+    (root / AGE / "labels.csv").write_text("\n".join(f"{i}.png,{i}" for i in range(8)))
+    options = CalibrationOptions(cache=cache, threads=1, report=tmp_path / "report.html")
+    result = calibrate_bundle(path, root, CalibrationSettings(images=12), options)
+    scores = {t.task: t.score for t in result.findings.accuracy.tasks}
+    assert scores == {"alpha": None, TAGS: "mAP", AGE: "MAE", PROBE: None}
+    assert f"; {AGE}: MAE" in result.findings.verdict()
+    assert f"; {TAGS}: mAP" in result.findings.verdict()
+    assert {c.task for c in result.findings.changed} <= {"alpha", PROBE}
+    (values,) = [s for s in result.parity if s.adapter == AGE]
+    assert (values.comparison.top1, values.comparison.cosine) == (None, None)
+    assert "MAE" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -108,11 +108,12 @@ def ladder_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
     return adapters
 
 
-def without_matrix(adapter: Adapter, **parts: str) -> Adapter:
-    """s_in, s_out and db alone, as IA3 has them; ``parts``: kind -> those kept there."""
+def without_matrix(adapter: Adapter, kinds: Mapping[str, str], **parts: str) -> Adapter:
+    """s_in, s_out and db alone, as IA3 has them; ``kinds``: site -> kind, ``parts``: kind -> those
+    kept there."""
     sites = {}
     for name, site in adapter.sites.items():
-        kept = parts[name.rpartition(".")[2].removesuffix("_proj")].split()
+        kept = parts[kinds[name]].split()
         sites[name] = SiteTensors(**{p: t for p, t in site.parts.items() if p in kept})
     return replace(adapter, sites=sites)
 
@@ -120,17 +121,17 @@ def without_matrix(adapter: Adapter, **parts: str) -> Adapter:
 def scaled_adapters(base: BaseGraph, scale: float = 0.5) -> dict[str, Adapter]:
     """Adapters with s_in, s_out and db: beside a matrix of either form, and alone."""
     facts = base.facts
-    kinds = {site.kind for site in sites_of(facts.linears).values()}
+    kinds = {name: site.kind for name, site in sites_of(facts.linears).items()}
 
     def present(targets: str) -> list[str]:
-        return [kind for kind in targets.split() if kind in kinds]
+        return [kind for kind in targets.split() if kind in kinds.values()]
 
     headless = 13 if facts.classes == 0 else None
     common: dict[str, Any] = {"scale": scale, "parts": ("s_in", "s_out", "db")}
     few = random_adapter(facts, targets=present("k proj fc2"), seed=22, classes=headless, **common)
     adapters = {
         "scaled": random_adapter(facts, targets=present("q k v proj fc1 fc2"), seed=21, **common),
-        "alone": without_matrix(few, k="s_out db", proj="s_out", fc2="s_in db"),
+        "alone": without_matrix(few, kinds, k="s_out db", proj="s_out", fc2="s_in db"),
         "after": random_adapter(
             facts, targets=present("proj fc2"), form="sequential", seed=23, classes=3, **common
         ),

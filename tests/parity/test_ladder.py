@@ -91,7 +91,7 @@ def build(name: str) -> tuple[Rungs, Rungs, int]:
         *SMALL,
         *FAST,
         *OTHERS,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in (*OTHERS_SLOW, *SLOW, *REAL)),
+        *(pytest.param(name, marks=pytest.mark.families) for name in (*OTHERS_SLOW, *SLOW, *REAL)),
     ],
 )
 def ladder(request: pytest.FixtureRequest) -> Iterator[Ladder]:

@@ -11,15 +11,32 @@ import pytest
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.parity import bound, compare
 from tests.parity.architectures import traced
-from tests.parity.ladder import Floats, Rungs, ladder_adapters, mistaken_rows, rungs, save
+from tests.parity.ladder import (
+    Floats,
+    Rungs,
+    ladder_adapters,
+    mistaken_rows,
+    rungs,
+    save,
+    scaled_adapters,
+)
 
 MODELS = ("vit", "swin", "beit")
+# With a diagonal and a low rank alone; with s_in, s_out and db.
+ADAPTERS = {"plain": ladder_adapters, "scaled": scaled_adapters}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[f"{m} {a}" for m in MODELS for a in ADAPTERS])
 def made(request: pytest.FixtureRequest) -> Rungs:
-    backbone, base = traced(request.param)
-    return rungs(backbone, base, ladder_adapters(base), 3)
+    model, adapters = request.param.split()
+    backbone, base = traced(model)
+    return rungs(backbone, base, ADAPTERS[adapters](base), 3)
+
+
+@pytest.fixture
+def first(made: Rungs) -> str:
+    """The adapter of every kind of site."""
+    return next(iter(made.adapters))
 
 
 # -- OpenVINO -----------------------------------------------------------------------------------
@@ -57,18 +74,18 @@ def test_openvino_runs_mixed_batches(made, tmp_path):
         assert not comparison.failures(bound("openvino", "float32")), comparison
 
 
-def test_openvino_sees_mistakes(made, tmp_path):
+def test_openvino_sees_mistakes(made, first, tmp_path):
     model = compiled(save(made.branched(), tmp_path))
-    images, expected = made.of("every")
-    for mistake, row in mistaken_rows(made, "every").items():
+    images, expected = made.of(first)
+    for mistake, row in mistaken_rows(made, first).items():
         feeds = {"images": images, "adapter_ids": np.zeros(len(images), np.int64)}
-        found = logits(model, {**feeds, "adapter_bank": row[None]})[:, : made.classes("every")]
+        found = logits(model, {**feeds, "adapter_bank": row[None]})[:, : made.classes(first)]
         comparison = compare(expected, found)
         assert comparison.failures(bound("openvino", "float32")), mistake
 
 
-def test_openvino_runs_folded_graphs(made, tmp_path):
-    for name in ("every", "after"):
+def test_openvino_runs_folded_graphs(made, first, tmp_path):
+    for name in (first, "after"):
         folder = tmp_path / name
         folder.mkdir()
         images, expected = made.of(name)

@@ -1,68 +1,91 @@
-"""What PEFT's LoRA, rsLoRA and HRA files mean: configuration, tensor keys, scale, reflections.
+"""A directory of PEFT: adapter_config.json and adapter_model.safetensors (or the older .bin).
 
-PEFT itself is not needed. An option that is not known to leave the weights at W + scale B A
-(LoRA) or W R (HRA) is refused, also one that a later version of PEFT invents.
+LoRA, rsLoRA and HRA are read as they are; every other method, and every variant that is not known
+for certain, is loaded and merged by PEFT itself. Configuration and tensors are compared both ways.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.importers.difference import changed_parameters
+from hhdeploy.adapters.importers.keys import PEFT_MODEL, PEFT_ROOT, bare_keys
+from hhdeploy.adapters.importers.lora import HRA, LORA, low_rank_of, tuned_tensor, unknown_option
+from hhdeploy.adapters.importers.merging import merged_parameters
+from hhdeploy.adapters.importers.naming import Names, names_of
 from hhdeploy.adapters.importers.pth import read_pth
+from hhdeploy.adapters.importers.saved import Split, head_of_file, plain_name, split_saved
+from hhdeploy.adapters.importers.targets import compare_targets
 from hhdeploy.adapters.importers.template import (
     ImportOptions,
     Tensors,
     finish,
-    head_keys,
-    linear_of,
-    low_rank_pair,
+    linear_at,
     split_thirds,
+    stated_preprocess,
 )
+from hhdeploy.algebra import Array
 from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.backbones.structure import parameters_of
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.tensors import read_tensors
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
 
-LORA, HRA = "LORA", "HRA"
-_PREFIX = "base_model.model."
-
-# Keys of adapter_config.json that do not change what the tensors mean, or are read below.
-_COMMON_KEYS = frozenset(
-    """auto_mapping base_model_name_or_path bias exclude_modules inference_mode layers_pattern
-    layers_to_transform modules_to_save peft_type peft_version r revision target_modules
-    task_type""".split()
-)
-_KNOWN_KEYS = {
-    LORA: _COMMON_KEYS
-    | frozenset(
-        """alpha_pattern ensure_weight_tying eva_config init_lora_weights lora_alpha lora_dropout
-        megatron_core qalora_group_size rank_pattern runtime_config use_rslora""".split()
-    ),
-    HRA: _COMMON_KEYS | {"apply_GS", "init_weights"},
-}
-# Initialisations after which the adapter still belongs to the backbone as it was. PiSSA, OLoRA,
-# CorDA, LoftQ and LoRA-GA change the base weights first.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_OLD_TENSOR_FILE = "adapter_model.bin"
+_HTA = "HTA"
 
 _FACTS = (
     *("peft_type", "peft_version", "base_model_name_or_path", "r", "lora_alpha", "use_rslora"),
-    *("rank_pattern", "alpha_pattern", "apply_GS"),
+    *("use_dora", "rank_pattern", "alpha_pattern", "apply_GS", "bias", "modules_to_save"),
 )
-_TENSORS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "hra_u": "hra_u"}
-# What `modules_to_save` names; a raw state dict says so in the key.
-_MODULES_TO_SAVE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.(weight|bias)$)")
+
+
+def _expression(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _expressions(value: object) -> bool:
+    return isinstance(value, list) and all(map(_expression, value))
+
+
+def _patterns(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_expression, value))
+
+
+def _layers(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+
+
+_NAMES = ("a list of names, or an expression", lambda v: _expressions(v) or _expression(v))
+# Key -> what it has to be, in words and as a test; null is always right.
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "modules_to_save": ("a list of names", _expressions),
+    "target_parameters": ("a list of names", _expressions),
+    "bias": ("a word", lambda v: isinstance(v, str)),
+    "rank_pattern": ("expressions with a rank each", _patterns),
+    "alpha_pattern": ("expressions with an alpha each", _patterns),
+    "layers_to_transform": ("numbers of layers", _layers),
+}
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
@@ -73,6 +96,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise AdapterError(
             f"{file} does not exist. Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."
+            f"{_adapters_below(path)}"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise AdapterError(f"{file} is not valid JSON: {error}") from error
@@ -81,196 +105,216 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_config(config: Mapping[str, Any], where: Path) -> None:
-    """Refuse every method and variant whose meaning is not known for certain.
-
-    Raises:
-        AdapterError: naming ``where``, the key and its value.
-    """
-    kind = config.get("peft_type")
-    if kind == "HTA":
-        raise AdapterError(f"{where}: peft_type is HTA: this adapter needs no import.")
-    if kind not in _KNOWN_KEYS:
-        raise AdapterError(
-            f"{where}: peft_type: expected {LORA} or {HRA}, found {kind!r}. Other methods of PEFT "
-            "are not supported."
-        )
-    if config.get("bias", "none") != "none":
-        raise AdapterError(
-            f"{where}: bias: expected 'none', found {config['bias']!r}. Adapters that train the "
-            "backbone's biases are not supported; train again with bias='none'."
-        )
-    for key, value in config.items():
-        if key not in _KNOWN_KEYS[kind] and value not in (None, False, {}, []):
-            raise AdapterError(
-                f"{where}: {key}: expected it off, found {value!r}. This variant of {kind} is not "
-                f"a plain {'product with the weight' if kind == HRA else 'low-rank sum'} and is "
-                "not supported."
-            )
-    init = config.get("init_lora_weights", True)
-    if kind == LORA and init not in _PLAIN_INITS:
-        raise AdapterError(
-            f"{where}: init_lora_weights: expected true, found {init!r}. It changed the backbone's "
-            "weights before training; save the adapter again as plain LoRA with PEFT's "
-            "path_initial_model_for_weight_conversion."
-        )
+def _adapters_below(path: Path) -> str:
+    """PEFT saves every adapter but ``default`` in a folder of its name."""
+    found = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+    if not found:
+        return ""
+    return f" {path} holds the adapters {', '.join(found)}: give one, {path / found[0]}."
 
 
-def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the imported adapter remembers of its PEFT configuration."""
-    kept = {key: config[key] for key in _FACTS if config.get(key) is not None}
-    return {"format": "peft", **kept}
-
-
-def group_tensors(
-    tensors: Mapping[str, NDArray[Any]], file: Path, head_keys: Collection[str], prefix: str
-) -> tuple[dict[str, dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
-    """Tensors by module path and name (``lora_A``, ``lora_B``, ``hra_u``), and the classifier's.
-
-    Raises:
-        AdapterError: a key without PEFT's prefix, or one that is neither.
-    """
-    groups: dict[str, dict[str, NDArray[Any]]] = {}
-    head: dict[str, NDArray[Any]] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(_PREFIX + prefix):
-            raise AdapterError(f"{file}: {key}: expected keys that start with {_PREFIX + prefix}")
-        name = _MODULES_TO_SAVE.sub("", key.removeprefix(_PREFIX + prefix))
-        ending = next((e for e in _TENSORS if name.endswith(f".{e}")), None)
-        if name in head_keys:
-            head[name] = tensor
-        elif ending is not None:
-            groups.setdefault(name.removesuffix(f".{ending}"), {})[_TENSORS[ending]] = tensor
-        else:
-            raise AdapterError(
-                f"{file}: unknown tensor key {key}. Expected <site>.lora_A.weight, "
-                f".lora_B.weight or .hra_u, and of the modules to save the classifier alone "
-                f"({', '.join(head_keys)})."
-            )
-    return groups, head
-
-
-def lora_scale(config: Mapping[str, Any], module: str, rank: int, where: Path) -> float:
-    """PEFT's factor of lora_B lora_A: alpha / r, or alpha / sqrt(r) for rsLoRA.
-
-    Args:
-        config: the PEFT configuration; its ``rank_pattern`` and ``alpha_pattern`` map regular
-            expressions for the end of a module path to a rank or an alpha of its own.
-        module: path of the adapted module.
-        rank: rows of its lora_A; must be what the configuration says.
-        where: for messages.
-
-    Source: PEFT, ``tuners/lora/layer.py`` and ``utils.get_pattern_key``; rsLoRA, arXiv 2312.03732.
-    """
-    expected = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if rank != expected or rank < 1:
-        raise AdapterError(
-            f"{where}: {module}: expected rank {expected} (r and rank_pattern), found {rank} rows "
-            "of lora_A."
-        )
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise AdapterError(f"{where}: lora_alpha: expected a number, found {alpha!r}.")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def hra_low_rank(
-    u: NDArray[np.float64], *, gram_schmidt: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A (r, in) and C (in, r), float64, with R = I + C A for HRA's R, so that W R = W + (W C) A.
-
-    Without Gram-Schmidt R = H_1 H_2 ... H_r of the normalised columns of ``u`` (in, r), each
-    H = I - 2 u uᵀ; with it R = I - 2 Q Qᵀ of the orthonormalised columns.
-
-    Raises:
-        ValueError: columns that are not finite, zero, or linearly dependent with Gram-Schmidt.
-
-    Source: HRA, arXiv 2405.17484; PEFT, ``tuners/hra/layer.py``.
-    """
-    unit, c = np.zeros_like(u), np.zeros_like(u)
-    for k in range(u.shape[1]):
-        column = u[:, k].copy()
-        if gram_schmidt:
-            for j in range(k):
-                column -= (unit[:, j] @ column) * unit[:, j]
-        norm, whole = float(np.linalg.norm(column)), float(np.linalg.norm(u[:, k]))
-        # Below 1e-7 of the column (float32's resolution) its direction is rounding noise.
-        if not math.isfinite(whole) or not norm > 1e-7 * whole:
-            raise ValueError(f"column {k} is zero, not finite or depends on the ones before it.")
-        unit[:, k] = column / norm
-        # R_k = R_{k-1} (I - 2 u uᵀ) = R_{k-1} - 2 (R_{k-1} u) uᵀ, with R_{k-1} = I + C Aᵀ so far.
-        # Orthonormal columns make the product over j vanish: that is I - 2 Q Qᵀ.
-        c[:, k] = -2.0 * (unit[:, k] + c[:, :k] @ (unit[:, :k].T @ unit[:, k]))
-    return unit.T, c
-
-
-_OLD_TENSOR_FILE = "adapter_model.bin"
+def needs_weights(path: Path) -> bool:
+    """True if converting the directory takes the backbone's weights, not only its structure."""
+    config = read_peft_config(path)
+    plain = config.get("peft_type") == LORA and unknown_option(config) is None
+    return not plain or config.get("bias", "none") != "none"
 
 
 def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
-    if options.form is not None or options.reflection is not None or options.lora_scale != 1.0:
+    """The adapter of a PEFT directory; see `hhdeploy.adapters.importers.import_adapter`."""
+    if options.form or options.reflection or options.lora_scale != 1.0 or options.key_map:
         raise AdapterError(
-            f"{path}: form, reflection and lora scale are for .pth files; {CONFIG_FILE} says all "
-            "that an adapter of PEFT needs."
+            f"{path}: form, reflection, lora scale and key map are for .pth files; {CONFIG_FILE} "
+            "says all that an adapter of PEFT needs."
         )
     config = read_peft_config(path)
     where = path / CONFIG_FILE
-    check_config(config, where)
-    kind = config["peft_type"]
-    if kind == HRA and not options.weights_known:
-        raise AdapterError(
-            f"{where}: HRA multiplies the backbone's weights and cannot be converted without "
-            "them. Pass them with `checkpoint`."
-        )
+    if config.get("peft_type") == _HTA:
+        raise AdapterError(f"{where}: peft_type is HTA: this adapter needs no import.")
+    _check_values(config, where)
+    file, tensors = _read(path, options.prefix)
+    head = head_of_file(tensors, config, backbone)
+    inside = [
+        key
+        for key in map(plain_name, tensors)
+        if not key.startswith(PEFT_ROOT) and key.rpartition(".")[0] != head
+    ]
+    names = names_of(inside, backbone, file)
+    split = split_saved(tensors, head, names, config, backbone, file)
+    if unknown_option(config) is None:
+        result = _read_as_it_is(config, split, names, backbone, options, file)
+    else:
+        result = _merged_by_peft(config, split, names, backbone, options, where)
+    rank = config.get("r")
+    described = AdapterConfig(
+        backbone.facts.model,
+        r=rank if isinstance(rank, int) else 1,
+        extra={"imported_from": _facts_of(config)},
+    )
+    return finish(result, described, file, backbone, options, stated_preprocess(path, backbone))
+
+
+def _check_values(config: Mapping[str, Any], where: Path) -> None:
+    """The keys that are read here have values of their types, and expressions that are some."""
+    for key, (expected, fits) in _VALUES.items():
+        value = config.get(key)
+        if value is not None and not fits(value):
+            raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
+
+
+def _read(path: Path, prefix: str) -> tuple[Path, Tensors]:
+    """The tensors by `bare` key; of those inside the model without PEFT's prefix."""
     file = path / TENSOR_FILE
     if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():
         tensors, _ = read_tensors(file, AdapterError)
     else:
         file = path / _OLD_TENSOR_FILE
         tensors = read_pth(file)
-    groups, head = group_tensors(tensors, file, head_keys(backbone), options.prefix)
-    linears = {linear.path: linear for linear in backbone.facts.linears}
-    result: Tensors = dict(head)
-    for name, group in groups.items():
-        linear = linear_of(linears, name, file, backbone)
-        if kind == LORA:
-            a, b = low_rank_pair(group, name, file)
-            # A wrong shape is no rank: it is refused just below.
-            scale = lora_scale(config, name, a.shape[0], where) if a.ndim == 2 else 1.0
-            b = b.astype(np.float64) * scale
+    found: Tensors = {}
+    for key, tensor in bare_keys(tensors, prefix, file).items():
+        if not key.startswith(PEFT_ROOT):
+            raise AdapterError(f"{file}: {key}: expected keys that start with {PEFT_MODEL}")
+        inside = key.removeprefix(PEFT_MODEL)
+        found[inside.removeprefix(prefix) if inside != key else key] = tensor
+    if not found:
+        raise AdapterError(f"{file}: expected the adapter's tensors, found none.")
+    return file, found
+
+
+def _facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the imported adapter remembers of its PEFT configuration."""
+    kept = {key: config[key] for key in _FACTS if config.get(key) not in (None, False, "none")}
+    return {"format": "peft", **kept}
+
+
+def _read_as_it_is(
+    config: Mapping[str, Any],
+    split: Split,
+    names: Names,
+    backbone: Backbone,
+    options: ImportOptions,
+    file: Path,
+) -> Tensors:
+    """LoRA and HRA: products of low rank; on a convolution or the classifier, new values."""
+    groups = _groups(split.tuned, options, file)
+    compare_targets(config, groups, names, backbone, file)
+    result: Tensors = {}
+    whole = dict(split.whole)
+    for module, group in groups.items():
+        here = names.here(module)
+        linear = linear_at(backbone.facts, here)
+        if linear is None and here not in names.modules:
+            raise AdapterError(f"{file}: {module}: {backbone.facts.model} has no such module.")
+        weight = None
+        if linear is None or config["peft_type"] == HRA:
+            _need_weights(config, here, options, file)
+            weight = _weight(backbone, here, linear)
+        a, b = low_rank_of(config, module.removeprefix(names.prefix), group, weight, file)
+        if linear is not None:
+            result |= split_thirds(linear, a, b, file)
         else:
-            a, b = _hra_pair(group, linear, file, backbone, bool(config.get("apply_GS")))
-        result |= split_thirds(linear, a, b, file)
-    rank = config.get("r")
-    described = AdapterConfig(
-        backbone.facts.model,
-        r=rank if isinstance(rank, int) else 1,
-        extra={"imported_from": facts_of(config)},
-    )
-    return finish(result, described, file, backbone, options)
+            whole[f"{here}.weight"] = _added(backbone, here, b @ a, file)
+    if any(not name.startswith(f"{backbone.facts.classifier}.") for name in whole):
+        _need_weights(config, next(iter(whole)), options, file)
+    return result | changed_parameters(backbone, whole, {})
 
 
-def _hra_pair(
-    group: Tensors, linear: LinearSpec, file: Path, backbone: Backbone, gram_schmidt: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """lora_A, lora_B with W R = W + lora_B lora_A; the thirds of a fused qkv share R."""
-    u = group.get("hra_u")
-    if u is None or len(group) != 1 or u.ndim != 2 or u.shape[0] != linear.in_:
-        found = ", ".join(f"{name} {list(t.shape)}" for name, t in sorted(group.items()))
+def _groups(tuned: Tensors, options: ImportOptions, file: Path) -> dict[str, Tensors]:
+    """Tensors of LoRA or HRA by module path of the file and name, of one adapter."""
+    groups: dict[str, Tensors] = {}
+    adapters = set()
+    for key, tensor in tuned.items():
+        found = tuned_tensor(key)
+        if found is None:
+            raise AdapterError(
+                f"{file}: unknown tensor key {key}. Expected <module>.lora_A.weight, "
+                ".lora_B.weight or .hra_u, and what modules_to_save and bias name."
+            )
+        adapters.add(found.adapter)
+        if found.adapter == (options.adapter_name or found.adapter):
+            groups.setdefault(found.module, {})[found.name] = tensor
+    if len(adapters) > 1 and options.adapter_name is None:
         raise AdapterError(
-            f"{file}: {linear.path}: expected hra_u of shape [{linear.in_}, r], found {found}."
+            f"{file}: holds the adapters {', '.join(sorted(map(str, adapters)))}: say which one "
+            "with `adapter_name`."
         )
-    try:
-        a, c = hra_low_rank(u.astype(np.float64), gram_schmidt=gram_schmidt)
-    except ValueError as error:
-        raise AdapterError(f"{file}: {linear.path}.hra_u: {error}") from error
-    parameter = backbone.model.get_submodule(linear.path).get_parameter("weight")
-    weight: NDArray[np.float64] = parameter.detach().double().cpu().numpy()
-    return a, weight @ c
+    return groups
+
+
+def _need_weights(
+    config: Mapping[str, Any], module: str, options: ImportOptions, file: Path
+) -> None:
+    if not options.weights_known:
+        kind = config["peft_type"]
+        why = "multiplies the backbone's weights" if kind == HRA else f"changes {module} itself"
+        raise AdapterError(
+            f"{file}: this {kind} adapter {why} and cannot be converted without the backbone's "
+            "weights. Pass them with `checkpoint`."
+        )
+
+
+def _weight(backbone: Backbone, path: str, linear: LinearSpec | None) -> Array:
+    """The weight of a module as (out, in kh kw); of one third of a fused qkv its rows."""
+    if linear is None:
+        whole = backbone.model.get_submodule(path).get_parameter("weight")
+        return whole.detach().double().cpu().numpy().reshape(whole.shape[0], -1)
+    module, name, _ = parameters_of(backbone.model, linear.path)
+    value: Array = module.get_parameter(name).detach().double().cpu().numpy()
+    fused = next(spec for spec in backbone.facts.linears if spec.path == linear.path)
+    start = fused.sites.index(linear.sites[0]) * linear.sites[0].out
+    return value[start : start + linear.out]
+
+
+def _added(backbone: Backbone, path: str, delta: Array, file: Path) -> Array:
+    weight = backbone.model.get_submodule(path).get_parameter("weight")
+    if delta.size != weight.numel() or len(delta) != len(weight):
+        raise AdapterError(
+            f"{file}: {path}: expected a product for a weight of shape {list(weight.shape)}, "
+            f"found {list(delta.shape)}."
+        )
+    value: Array = weight.detach().double().cpu().numpy() + delta.reshape(tuple(weight.shape))
+    return value
+
+
+def _merged_by_peft(
+    config: Mapping[str, Any],
+    split: Split,
+    names: Names,
+    backbone: Backbone,
+    options: ImportOptions,
+    where: Path,
+) -> Tensors:
+    """Any other method: what PEFT makes of the parameters."""
+    _need_weights(config, "the weights", options, where)
+    described, tensors = dict(config), split.tuned
+    if names.translated:
+        described, tensors = _in_names_of(backbone, config, split.tuned, names, where)
+    keys = {k if k.startswith(PEFT_ROOT) else PEFT_MODEL + k: t for k, t in tensors.items()}
+    after = merged_parameters(backbone, described, keys, split.whole, names.prefix, where)
+    hints: dict[str, list[Array]] = {}
+    for key, tensor in tensors.items():
+        owner = names.owner(key)
+        if owner is not None and tensor.ndim == 2:
+            hints.setdefault(names.here(owner), []).append(tensor.astype(np.float64))
+    return changed_parameters(backbone, after, hints)
+
+
+def _in_names_of(
+    backbone: Backbone, config: Mapping[str, Any], tuned: Tensors, names: Names, where: Path
+) -> tuple[dict[str, Any], Tensors]:
+    """Configuration and tensors in the backbone's own names, where every module is one of it."""
+    modules = dict(backbone.model.named_modules())
+    thirds = [path for path in names.translated.values() if path not in modules]
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+    if thirds or patterns:
+        raise AdapterError(
+            f"{where}: the names are not those of {backbone.facts.model}, and "
+            f"{config['peft_type']} adapters with "
+            f"{patterns[0] if patterns else 'q, k and v apart'} are converted on the model that "
+            "they were trained on alone: give that `model`."
+        )
+    renamed = {names.here(key): tensor for key, tensor in tuned.items()}
+    targets = sorted(set(names.translated.values()))
+    dropped = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    return {**kept, "target_modules": targets}, renamed

@@ -14,6 +14,10 @@ import numpy as np
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.importers.authors import import_arc, import_rlrr, is_arc, is_rlrr
+from hhdeploy.adapters.importers.keymap import mapped
+from hhdeploy.adapters.importers.keys import bare_keys
+from hhdeploy.adapters.importers.naming import names_of
 from hhdeploy.adapters.importers.template import (
     ImportOptions,
     Tensors,
@@ -21,7 +25,9 @@ from hhdeploy.adapters.importers.template import (
     head_keys,
     low_rank_pair,
     split_thirds,
+    stated_preprocess,
 )
+from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError, require
 
 if TYPE_CHECKING:
@@ -32,22 +38,22 @@ _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
 
 def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
+    """The adapter of a state dict; see `hhdeploy.adapters.importers.import_adapter`."""
+    read = bare_keys(read_pth(path), options.prefix, path)
+    if options.key_map is not None:
+        read = mapped(read, options.key_map, path)
+    for belongs, import_file in ((is_rlrr, import_rlrr), (is_arc, import_arc)):
+        if belongs(read):
+            return import_file(read, path, backbone, options)
+    tensors = _site_tensors(read, path, backbone, options)
+    inside = [name for name in tensors if name not in head_keys(backbone)]
+    names = names_of(inside, backbone, path) if inside else None
     linears = {linear.path: linear for linear in backbone.facts.linears}
     fused: dict[str, Tensors] = {}
     result: Tensors = {}
-    for key, tensor in read_pth(path).items():
-        if not key.startswith(options.prefix):
-            raise AdapterError(f"{path}: {key}: expected keys that start with {options.prefix!r}.")
-        name = key.removeprefix(options.prefix)
+    for key, tensor in tensors.items():
+        name = key if names is None or key in head_keys(backbone) else names.here(key)
         owner, _, last = name.rpartition(".")
-        if name not in head_keys(backbone) and last not in _SITE_TENSORS:
-            raise AdapterError(
-                f"{path}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
-                f".lora_B, and the classifier's ({', '.join(head_keys(backbone))}). Save the "
-                "trained tensors alone, without the backbone's; a common start is `prefix`."
-            )
-        if last == "lora_B":
-            tensor = tensor.astype(np.float64) * options.lora_scale
         if last in _SITE_TENSORS and owner in linears and len(linears[owner].sites) > 1:
             fused.setdefault(owner, {})[last] = tensor
         else:
@@ -61,11 +67,32 @@ def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapte
         r=max((t.shape[0] for n, t in result.items() if n.endswith(".lora_A")), default=0),
         extra={"imported_from": {"format": "torch.save", "lora_scale": options.lora_scale}},
     )
-    return finish(result, config, path, backbone, options)
+    stated = stated_preprocess(path.parent, backbone)
+    return finish(result, config, path, backbone, options, stated)
+
+
+def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Tensors:
+    """The tensors of an adapter's file, lora_B scaled."""
+    found: Tensors = {}
+    for key, tensor in read.items():
+        last = key.rpartition(".")[2]
+        if key not in head_keys(backbone) and last not in _SITE_TENSORS:
+            raise AdapterError(
+                f"{path}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
+                f".lora_B, and the classifier's ({', '.join(head_keys(backbone))}). A common start "
+                "of your own is stripped with `prefix`; a checkpoint that has the backbone's "
+                "weights too comes in with `extract_adapter()`; other keys with `key_map`."
+            )
+        scaled = last == "lora_B" and options.lora_scale != 1.0
+        found[key] = tensor.astype(np.float64) * options.lora_scale if scaled else tensor
+    return found
 
 
 def read_pth(path: Path) -> Tensors:
-    """The tensors of a file of ``torch.save``, as float32 (integers as they are)."""
+    """The tensors of a file of ``torch.save``, as float32 (integers as they are).
+
+    Of a training's checkpoint the averaged weights (EMA) where there are some, as timm reads it.
+    """
     torch = require("torch", "export", f"reading {path.name}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,14 +102,13 @@ def read_pth(path: Path) -> Tensors:
             f"{path} cannot be read: {reason} Expected a state dict of tensors written by "
             "torch.save; other pickled objects are never loaded."
         ) from error
-    for entry in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
-            content = content[entry]
+    content = unwrapped(content)
     if not isinstance(content, Mapping):
         raise AdapterError(f"{path}: expected a state dict, found {type(content).__name__}.")
     tensors: Tensors = {}
     for key, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise AdapterError(f"{path}: {key}: expected a tensor, found {type(value).__name__}.")
-        tensors[str(key)] = (value.float() if value.is_floating_point() else value).numpy()
+        plain = value.detach().cpu()  # a Parameter, or a tensor that a GPU saved
+        tensors[str(key)] = (plain.float() if plain.is_floating_point() else plain).numpy()
     return tensors

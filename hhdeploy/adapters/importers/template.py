@@ -1,4 +1,4 @@
-"""What every importer shares: its options, and how tensors become sites of an adapter.
+"""What every importer shares: its options, and how tensors become an adapter.
 
 A source's module reads its files and says what their tensors mean; `finish` completes the
 configuration and checks the adapter as any other.
@@ -6,6 +6,7 @@ configuration and checks the adapter as any other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import check
-from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.config import AdapterConfig, ProblemType
 from hhdeploy.adapters.format import Adapter, assemble_adapter
+from hhdeploy.adapters.importers.compressing import compressed
 from hhdeploy.algebra import Reflection
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, BackboneError, OptionError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 
 Tensors = dict[str, NDArray[Any]]
+PROCESSOR_FILE = "preprocessor_config.json"
+# Ending of the key that holds the new value of a whole parameter.
+VALUE = ".value"
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,19 @@ class ImportOptions:
     Attributes:
         form: of a .pth file; None: additive. PEFT's methods are additive.
         reflection: of a .pth file; None: unnormalized.
-        prefix: stripped from every tensor key (after PEFT's own ``base_model.model.``).
+        prefix: stripped from every tensor key, before or after PEFT's own ``base_model.model.``.
         lora_scale: of a .pth file: factor of lora_B lora_A, for files that keep alpha / r apart.
         class_names: one per class, or None.
-        preprocess: how images become inputs; None: the backbone's.
+        problem_type: what the head's numbers mean; None: what the number of classes tells.
+        preprocess: how images become inputs; None: what the source says, else the backbone's.
         weights_known: False: the backbone's weights are placeholders, so ``base_sha256`` stays
-            null and methods that need the weights (HRA) are refused.
+            null and whatever needs the weights (all but plain LoRA) is refused.
+        key_map: of a .pth file with other keys: a JSON file that says what they mean; see
+            `hhdeploy.adapters.importers.keymap`.
+        adapter_name: which adapter of a file that holds several.
+        compress_rank: make dense changes of Linears products of this rank, so that the adapter can
+            be a side branch; None: it is exact, and folded where it has to be.
+        accept_error: share of the logits' range that the compression may lose; None: a default.
     """
 
     form: Form | None = None
@@ -50,24 +63,29 @@ class ImportOptions:
     prefix: str = ""
     lora_scale: float = 1.0
     class_names: tuple[str, ...] | None = None
+    problem_type: ProblemType | None = None
     preprocess: Preprocess | None = None
     weights_known: bool = True
+    key_map: Path | None = None
+    adapter_name: str | None = None
+    compress_rank: int | None = None
+    accept_error: float | None = None
 
 
 def head_keys(backbone: Backbone) -> tuple[str, str]:
+    """Keys of the classifier's weight and bias in the backbone's state dict."""
     return f"{backbone.facts.classifier}.weight", f"{backbone.facts.classifier}.bias"
 
 
-def linear_of(
-    linears: Mapping[str, LinearSpec], name: str, file: Path, backbone: Backbone
-) -> LinearSpec:
-    if name not in linears:
-        raise AdapterError(
-            f"{file}: {name}: {backbone.facts.model} has no such site. Expected "
-            f"{', '.join(list(linears)[:4])}, …; convolutions (patch_embed), the classifier and "
-            "other layers cannot be adapted."
-        )
-    return linears[name]
+def linear_at(facts: BackboneFacts, path: str) -> LinearSpec | None:
+    """The Linear at a module path, or one third of a fused one by the name of its site."""
+    for linear in facts.linears:
+        if linear.path == path:
+            return linear
+        for site in linear.sites:
+            if site.name == path:
+                return LinearSpec(linear.path, site.out, site.in_, (site,))
+    return None
 
 
 def split_thirds(linear: LinearSpec, a: NDArray[Any], b: NDArray[Any], file: Path) -> Tensors:
@@ -84,30 +102,85 @@ def split_thirds(linear: LinearSpec, a: NDArray[Any], b: NDArray[Any], file: Pat
     return tensors
 
 
+def low_rank_pair(
+    group: Mapping[str, NDArray[Any]], name: str, file: Path
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """lora_A and lora_B of one module. Raises `AdapterError` unless there are these two."""
+    if set(group) != {"lora_A", "lora_B"}:
+        raise AdapterError(
+            f"{file}: {name}: expected lora_A and lora_B, found {', '.join(sorted(group))}."
+        )
+    return group["lora_A"], group["lora_B"]
+
+
+def stated_preprocess(directory: Path, backbone: Backbone) -> Preprocess | None:
+    """The transform of transformers' image processor beside an adapter; None without its file.
+
+    Raises:
+        AdapterError: a file that cannot be read, or steps that cannot be expressed.
+    """
+    from hhdeploy.backbones.transformers import from_image_processor
+
+    file = directory / PROCESSOR_FILE
+    if not file.is_file():
+        return None
+    advice = "Say how images become inputs with `preprocess`."
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, found {type(content).__name__}")
+        return from_image_processor(content, backbone.facts.preprocess.input_size)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}. {advice}") from error
+    except BackboneError as error:
+        raise AdapterError(f"{file}: {error} {advice}") from error
+
+
 def finish(
-    tensors: Tensors, config: AdapterConfig, file: Path, backbone: Backbone, options: ImportOptions
+    tensors: Tensors,
+    config: AdapterConfig,
+    file: Path,
+    backbone: Backbone,
+    options: ImportOptions,
+    stated: Preprocess | None = None,
 ) -> Adapter:
-    """Complete the configuration, then check the adapter as any other."""
+    """Complete the configuration, then check the adapter as any other.
+
+    Args:
+        tensors: by the keys of an adapter's file.
+        config: what the source says, ``imported_from`` among its extra keys.
+        file: what was read.
+        backbone: what the adapter belongs to.
+        options: of the import.
+        stated: how the source says that images become inputs; ``options`` has the last word.
+    """
     facts = backbone.facts
     sites = {key.rpartition(".")[0] for key in tensors} & set(sites_of(facts.linears))
     names = options.class_names
+    preprocess = options.preprocess or stated
     origin = {
         **config.extra["imported_from"],
         "file": file.name,
         "sha256": sha256_of(file),
-        "preprocess_assumed": options.preprocess is None,
+        "preprocess_assumed": preprocess is None,
     }
     completed = replace(
         config,
-        target_modules=_targets(facts.linears, sites) or ("proj",),
+        target_modules=_targets(facts.linears, sites),
         base_model_args=dict(facts.args),
         base_sha256=facts.sha256 if options.weights_known else None,
         num_classes=len(names) if names else None,
         class_names=names,
-        preprocess=options.preprocess or facts.preprocess,
+        problem_type=options.problem_type or config.problem_type,
+        preprocess=preprocess or facts.preprocess,
+        fold_only=any(key.endswith(VALUE) for key in tensors),
         extra={"imported_from": origin},
     )
     adapter = assemble_adapter(completed, tensors, file, str(file))
+    if options.compress_rank is not None:
+        adapter = compressed(adapter, backbone, options.compress_rank, options.accept_error)
+    elif options.accept_error is not None:
+        raise OptionError("`accept_error` is for `compress_rank`.")
     check(file.name, adapter, facts)
     return adapter
 
@@ -118,15 +191,5 @@ def _targets(linears: Sequence[LinearSpec], sites: set[str]) -> tuple[str, ...]:
     for kind, members in select_sites(linears, KINDS).items():
         own = [site.name for site in members if site.name in sites]
         targets += [kind] if own and len(own) == len(members) else own
-    return tuple(targets)
-
-
-def low_rank_pair(
-    group: Mapping[str, NDArray[Any]], name: str, file: Path
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """lora_A and lora_B of one module. Raises `AdapterError` unless there are these two."""
-    if set(group) != {"lora_A", "lora_B"}:
-        raise AdapterError(
-            f"{file}: {name}: expected lora_A and lora_B, found {', '.join(sorted(group))}."
-        )
-    return group["lora_A"], group["lora_B"]
+    by_kind = {site.name for members in select_sites(linears, KINDS).values() for site in members}
+    return (*targets, *(name for name in sites_of(linears) if name in sites - by_kind))

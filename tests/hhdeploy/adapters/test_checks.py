@@ -61,7 +61,7 @@ def headless(adapter: Adapter, **changes: object) -> Adapter:
 # What is wrong -> how an adapter gets it, and what is said after the adapter's source.
 FAULTS: dict[str, tuple[Callable[[Adapter], Adapter], str]] = {
     "another model": (
-        lambda a: config(a, base_model="vit_small_patch16_224"),
+        lambda a: config(a, base_model="vit_small_patch16_224", base_sha256=None),
         "base_model_name_or_path: adapter 'x' expects vit_small_patch16_224",
     ),
     "other weights": (
@@ -193,10 +193,11 @@ def test_the_same_words_everywhere(enter, workshop, fault):
 def test_a_bundle_knows_only_the_sites_that_it_has_branches_for(enter, workshop):
     whole = random_adapter(workshop.backbone.facts, seed=31)
     adapter = sites(whole, blocks__9__attn__proj=low_rank(DIM, DIM))
-    ways = ("export", "export --fold", "attach", "import")
+    ways = ("export", "export --fold", "attach")
     (said,) = {enter(entrance, adapter) for entrance in ways}
     assert said.startswith("tensor keys blocks.9.attn.proj.*: vit_tiny_patch16_224")
-    assert "has no such site. Its sites are blocks.0.attn.qkv.q, " in said
+    assert "has no such site" in said
+    assert "Its sites are blocks.0.attn.qkv.q, " in said
     (said,) = {enter(entrance, adapter) for entrance in ("add", "session")}
     assert "changes blocks.9.attn.proj (additive), which this bundle has no branch for" in said
 

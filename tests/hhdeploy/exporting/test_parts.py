@@ -4,75 +4,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hhdeploy import Reserve, verify
-from hhdeploy.adapters.format import PARTS, SiteTensors, save_adapter
+from hhdeploy.adapters.format import PARTS, save_adapter
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.errors import AdapterError, CapacityError, PlanError
 from hhdeploy.exporting.bundles import export
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify_against_torch
-from tests.support import TINY_MODEL, assert_caught, assert_parity, images, random_adapter
-from tests.workshop import Workshop, copy_bundle
+from tests.support import TINY_MODEL, assert_caught, assert_parity, images
+from tests.workshop import Workshop, copy_bundle, other_workshop
 
 QKV = "blocks.0.attn.qkv"
-EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
 @pytest.fixture(scope="module")
-def shop(workshop, tmp_path_factory) -> Workshop:
-    """The workshop's backbone with adapters that need more than a diagonal and a low rank."""
-    facts = workshop.backbone.facts
-    few = random_adapter(facts, targets=("k", "v", "fc2"), classes=3, seed=62, parts=PARTS)
-    alone = {"k": ("s_out", "db"), "v": ("s_out", "db"), "fc2": ("s_in",)}
-    sites = {
-        name: SiteTensors(**{p: getattr(site, p) for p in alone[name.rpartition(".")[2]]})
-        for name, site in few.sites.items()
-    }
-    adapters = {
-        "scaled": random_adapter(facts, targets=EVERY, classes=7, seed=61, parts=PARTS),
-        "ia3": replace(few, sites=sites),
-        "after": random_adapter(
-            facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=63, parts=PARTS
-        ),
-        "plain": random_adapter(facts, targets=EVERY, classes=2, seed=64),
-        "norms": norms_of(workshop, random_adapter(facts, targets=("q",), classes=4, seed=65)),
-    }
-    return shop_of(tmp_path_factory.mktemp("parts"), workshop, adapters)
-
-
-def norms_of(workshop, adapter):
-    """The adapter and, as fold-only values, another norm, patch convolution and dense weight."""
-    random = np.random.default_rng(8)
-    known = dict(workshop.backbone.model.named_parameters())
-    names = ("blocks.1.norm2.weight", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-    values = {
-        name: (known[name].detach().numpy() + 0.2 * random.standard_normal(known[name].shape))
-        .astype(np.float32)
-        for name in names
-    }  # fmt: skip
-    config = replace(adapter.config, fold_only=True)
-    return replace(adapter, config=config, values=values)
-
-
-def shop_of(root, workshop, adapters):
-    """A workshop of other adapters with the checkpoint and the cache of this one."""
-    workshop.cache.mkdir(exist_ok=True)
-    (root / "backbone.safetensors").symlink_to(workshop.checkpoint)
-    (root / "cache").symlink_to(workshop.cache)
-    shop = Workshop(root, workshop.backbone, adapters)
-    for name, adapter in adapters.items():
-        save_adapter(adapter, shop.directory(name))
-    return shop
+def shop(scaled_workshop) -> Workshop:
+    return scaled_workshop
 
 
 @pytest.fixture(scope="module")
-def live(shop):
-    """All of them that can be beside one backbone. Read only."""
-    return shop.export(shop.root / "live", ("scaled", "ia3", "after", "plain")).path
+def live(scaled) -> Path:
+    return scaled
 
 
 def check(path, shop, names):
@@ -171,7 +128,7 @@ def test_thirds_with_different_s_in_are_folded_and_refused_beside_others(shop, t
     adapter = shop.adapters["scaled"]
     other = replace(adapter.sites[f"{QKV}.k"], s_in=adapter.sites[f"{QKV}.k"].s_in[::-1].copy())
     changed = replace(adapter, sites={**adapter.sites, f"{QKV}.k": other})
-    own = shop_of(tmp_path, shop, {"thirds": changed})
+    own = other_workshop(tmp_path, shop, {"thirds": changed})
     with pytest.raises(CapacityError, match=r"s_in of .*qkv\.k.*expected the same.*`fold=True`"):
         own.export(tmp_path / "out", ("thirds",))
     path = own.export(tmp_path / "out", ("thirds",), fold=True).path

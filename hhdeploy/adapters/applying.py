@@ -1,0 +1,91 @@
+"""What an adapter makes of the backbone's parameters, dense, in float64: to compare and to judge.
+
+Folding and side branches never do it this way; see `hhdeploy.algebra`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.algebra import Array, SiteChange
+from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.backbones.structure import parameters_of
+
+if TYPE_CHECKING:
+    from hhdeploy.backbones.spec import Backbone
+
+
+def parameters_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
+    """Parameter path -> its value with the adapter, of those that it changes."""
+    found: dict[str, Array] = {name: v.astype(np.float64) for name, v in adapter.values.items()}
+    for linear in backbone.facts.linears:
+        if any(site.name in adapter.sites for site in linear.sites):
+            found |= _linear(backbone, adapter, linear, found)
+    if adapter.head is not None:
+        path = adapter.head.path
+        found[f"{path}.weight"] = adapter.head.weight.astype(np.float64)
+        found[f"{path}.bias"] = adapter.head.bias.astype(np.float64)
+    return found
+
+
+def logits_with(
+    backbone: Backbone, parameters: dict[str, Array], images: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Logits in float64 of the backbone with some parameters replaced."""
+    import torch
+
+    own = {n: p.detach().double() for n, p in backbone.model.named_parameters()}
+    replaced = {name: torch.from_numpy(value) for name, value in parameters.items()}
+    buffers = {
+        n: b.double() if b.is_floating_point() else b for n, b in backbone.model.named_buffers()
+    }
+    with torch.no_grad():
+        found: NDArray[np.float64] = torch.func.functional_call(
+            backbone.model, own | replaced | buffers, (torch.from_numpy(images).double(),)
+        ).numpy()
+    return found
+
+
+def path_of_parameters(backbone: Backbone, linear: LinearSpec) -> tuple[str, str]:
+    """Paths of a Linear's weight and bias."""
+    module, weight, bias = parameters_of(backbone.model, linear.path)
+    owner = next(path for path, other in backbone.model.named_modules() if other is module)
+    return f"{owner}.{weight}", f"{owner}.{bias}"
+
+
+def _linear(
+    backbone: Backbone, adapter: Adapter, linear: LinearSpec, values: dict[str, Array]
+) -> dict[str, Array]:
+    names = path_of_parameters(backbone, linear)
+    own = dict(backbone.model.named_parameters())
+    weight, bias = (
+        values.get(n, None if n not in own else own[n].detach().double().cpu().numpy().copy())
+        for n in names
+    )
+    assert weight is not None
+    bias = np.zeros(linear.out) if bias is None else bias
+    start = 0
+    for site in linear.sites:
+        rows = slice(start, start + site.out)
+        start += site.out
+        if site.name in adapter.sites:
+            change = adapter.change(site.name)
+            weight[rows], bias[rows] = _changed(adapter, change, weight[rows], bias[rows])
+    return {name: v for name, v in zip(names, (weight, bias), strict=True) if name in own}
+
+
+def _changed(
+    adapter: Adapter, change: SiteChange, weight: Array, bias: Array
+) -> tuple[Array, Array]:
+    weight = change.scales.of(weight)
+    bias = bias if change.db is None else bias + change.db
+    if change.delta is None:
+        return weight, bias
+    matrix = change.delta.dense()
+    if adapter.form == "sequential":
+        return matrix @ weight, matrix @ bias
+    return weight + matrix, bias

@@ -1,0 +1,99 @@
+"""A whole fine-tuned checkpoint as an adapter: its difference to the backbone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.importers.difference import changed_parameters
+from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_preprocess
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import Backbone, BackboneSpec
+from hhdeploy.errors import AdapterError, OptionError
+
+_DEFAULTS = ImportOptions()
+
+
+def extract_adapter(
+    checkpoint: str | Path, spec: BackboneSpec, options: ImportOptions = _DEFAULTS
+) -> Adapter:
+    """What a fine-tuned checkpoint changed of the backbone that it started from.
+
+    Live where the change of every Linear has a low rank (a merged LoRA) or multiplies rows or
+    columns, and only Linears, their biases and the classifier changed; else to be folded, or
+    compressed (`ImportOptions.compress_rank`).
+
+    Args:
+        checkpoint: any file of weights of this model; of a training's checkpoint the averaged
+            weights (EMA) where there are some.
+        spec: the backbone as it was before.
+        options: see `ImportOptions`; what concerns keys is for adapters alone.
+
+    Raises:
+        AdapterError: nothing changed, or something that is no parameter.
+        BackboneError: the checkpoint does not fit the model.
+    """
+    unused = replace(
+        options,
+        class_names=None,
+        problem_type=None,
+        preprocess=None,
+        compress_rank=None,
+        accept_error=None,
+    )
+    if unused != _DEFAULTS:
+        raise OptionError(
+            "`prefix`, `key_map`, `form`, `reflection`, `lora_scale` and `adapter_name` are for "
+            "adapters; a checkpoint is read as the backbone's own weights are."
+        )
+    path = Path(checkpoint)
+    backbone = load_backbone(spec)
+    tuned = load_backbone(_tuned_spec(spec, path))
+    _check_buffers(backbone, tuned, path)
+    after = {n: p.detach().double().cpu().numpy() for n, p in tuned.model.named_parameters()}
+    if tuned.facts.classes == 0:  # the file has no classifier, the model's is a placeholder
+        head = f"{tuned.facts.classifier}."
+        after = {name: value for name, value in after.items() if not name.startswith(head)}
+    tensors = changed_parameters(backbone, after, {})
+    if not tensors:
+        raise AdapterError(
+            f"{path}: every parameter is the backbone's: there is no change to extract. Is it the "
+            "fine-tuned checkpoint, and `checkpoint` the one before?"
+        )
+    ranks = [len(t) for name, t in tensors.items() if name.endswith(".lora_A")]
+    config = AdapterConfig(
+        backbone.facts.model,
+        r=max(ranks, default=0),
+        extra={"imported_from": {"format": "checkpoint"}},
+    )
+    stated = stated_preprocess(path.parent, backbone)
+    return finish(tensors, config, path, backbone, options, stated)
+
+
+def _tuned_spec(spec: BackboneSpec, path: Path) -> BackboneSpec:
+    """Of transformers a whole directory may be given, of everything else a file."""
+    if path.is_dir():
+        source, _, _ = spec.model.partition(":")
+        if source != "transformers":
+            raise AdapterError(
+                f"{path} is a directory. Expected a file of weights; a directory of "
+                "save_pretrained goes with a model of transformers."
+            )
+        return replace(spec, model=f"transformers:{path}", checkpoint=None)
+    return replace(spec, checkpoint=path)
+
+
+def _check_buffers(backbone: Backbone, tuned: Backbone, path: Path) -> None:
+    """Statistics of batch norms are no parameters, and no adapter holds them."""
+    own = dict(backbone.model.named_buffers())
+    for name, buffer in tuned.model.named_buffers():
+        if name in own and not np.array_equal(own[name].cpu().numpy(), buffer.cpu().numpy()):
+            raise AdapterError(
+                f"{path}: the buffer {name} changed, which no adapter holds. Export the checkpoint "
+                "as a model of its own: `export('model', {}, 'out', fold=True, "
+                "checkpoint='FILE')`."
+            )

@@ -1,0 +1,204 @@
+"""What training made of the parameters, as the parts that an adapter has.
+
+Given a parameter before and after, in float64: a Linear's weight as multiplied rows (s_out) or
+columns (s_in) and a product of low rank, its bias as an addition (db), the classifier as a head.
+Whatever is none of these is kept as the parameter's new value, which can be folded and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.applying import path_of_parameters
+from hhdeploy.adapters.importers.template import Tensors
+from hhdeploy.algebra import Array
+from hhdeploy.backbones.sites import LinearSpec
+
+if TYPE_CHECKING:
+    from hhdeploy.backbones.spec import Backbone
+
+# What is stored is float32: a remainder within the rounding of the new weight is nothing.
+_STORED = 2.0**-23
+# The remainder of an exact form in float64, of the change and of the weight.
+_EXACT = 1e-10
+_FLOAT64 = 1e-14
+# A product may cost half of the dense one at most; beyond that a fold is the better form.
+_LIVE_SHARE = 0.5
+# Columns of the random range finder beyond the rank looked for.
+_MARGIN = 8
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """A weight before and after, (out, in) and float64."""
+
+    before: Array
+    after: Array
+
+    @property
+    def delta(self) -> Array:
+        """What was added."""
+        return self.after - self.before
+
+    @property
+    def noises(self) -> tuple[float, float]:
+        """Root mean squares below which a remainder is nothing: in float64, and as stored."""
+        weight = _rms(self.after)
+        return _EXACT * _rms(self.delta) + _FLOAT64 * weight, _STORED * weight
+
+
+def changed_parameters(
+    backbone: Backbone, after: Mapping[str, Array], hints: Mapping[str, Sequence[Array]]
+) -> Tensors:
+    """New values of parameters as tensors of an adapter, by the keys of its file.
+
+    Args:
+        backbone: the model as it was.
+        after: parameter path -> its value now, of the same shape but for the classifier's.
+        hints: module path -> matrices; the rows of one that is (r, in) may span those of a product
+            of low rank beside multiplied rows; without them such a sum is not recognised.
+
+    Returns:
+        Tensors of the sites and of the head, and ``<parameter>.value`` for what has no such form.
+    """
+    before = {
+        name: p.detach().double().cpu().numpy() for name, p in backbone.model.named_parameters()
+    }
+    left = {name: value for name, value in after.items() if not _same(before.get(name), value)}
+    head = f"{backbone.facts.classifier}."
+    tensors = _head(before, left, head)
+    for linear in backbone.facts.linears:
+        weight, bias = path_of_parameters(backbone, linear)
+        if weight in left:
+            change = WeightChange(before[weight], left.pop(weight))
+            found = _linear(linear, change, hints.get(linear.path, ()))
+            tensors |= {f"{weight}.value": change.after} if found is None else found
+        if bias in left:
+            tensors |= _bias(linear, left.pop(bias) - before[bias])
+    return tensors | {f"{name}.value": value for name, value in left.items()}
+
+
+def low_rank(
+    matrix: Array, limit: int, noise: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """A (r, in) and B (out, r) with B A = ``matrix`` but for ``noise`` (root mean square).
+
+    None if that takes a rank above ``limit``. The rank is the least one; the singular values are
+    shared between both factors.
+    """
+    out, into = matrix.shape
+    columns = min(limit + _MARGIN, out, into)
+    probe = np.random.default_rng(0).standard_normal((into, columns))
+    basis, _ = np.linalg.qr(matrix @ probe)
+    inner = basis.T @ matrix
+    if _rms(matrix - basis @ inner) > noise:
+        return None
+    u, s, vt = np.linalg.svd(inner, full_matrices=False)
+    tails = np.sqrt(np.cumsum((s**2)[::-1])[::-1] / matrix.size)
+    rank = max(1, int(np.count_nonzero(tails > noise)))
+    if rank > limit:
+        return None
+    root = np.sqrt(s[:rank])
+    return root[:, None] * vt[:rank], (basis @ u[:, :rank]) * root
+
+
+def _head(before: Mapping[str, Array], left: dict[str, Array], head: str) -> Tensors:
+    """The classifier whole, if any of it changed."""
+    changed = {name: left.pop(name) for name in list(left) if name.startswith(head)}
+    if not changed:
+        return {}
+    own = {name: value for name, value in before.items() if name.startswith(head)}
+    rows = {len(value) for value in changed.values()}
+    kept = {name: value for name, value in own.items() if {len(value)} == rows}
+    return kept | changed
+
+
+def _linear(linear: LinearSpec, change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
+    """The tensors of a Linear's sites; None if one of them has no live form."""
+    for noise in change.noises:
+        columns = _scaled_columns(change, noise)
+        if columns is not None:
+            return {f"{site.name}.s_in": columns for site in linear.sites}
+    tensors: Tensors = {}
+    for site, before, after in zip(
+        linear.sites,
+        np.split(change.before, len(linear.sites)),
+        np.split(change.after, len(linear.sites)),
+        strict=True,
+    ):
+        part = WeightChange(before, after)
+        found = _site(part, hints)
+        if found is None:
+            return None
+        tensors |= {f"{site.name}.{name}": value for name, value in found.items()}
+    return tensors
+
+
+def _site(change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
+    """lora_A and lora_B, s_out, or all three; empty without a change."""
+    if not change.delta.any():
+        return {}
+    out, into = change.before.shape
+    limit = max(1, int(_LIVE_SHARE * out * into / (out + into)))
+    for noise in change.noises:
+        product = low_rank(change.delta, limit, noise)
+        if product is not None:
+            return {"lora_A": product[0], "lora_B": product[1]}
+        found = _scaled_rows(change, hints, limit, noise)
+        if found is not None:
+            return found
+    return None
+
+
+def _scaled_rows(
+    change: WeightChange, hints: Sequence[Array], limit: int, noise: float
+) -> Tensors | None:
+    """after = diag(s_out) before + B A, with the rows of A in the span of a hint, or B A = 0."""
+    into = change.before.shape[1]
+    spans = [np.zeros((0, into)), *(h for h in hints if h.shape[1] == into and len(h) < into)]
+    for span in spans:
+        basis = np.linalg.qr(span.T)[0] if len(span) else np.zeros((into, 0))
+        before = change.before - (change.before @ basis) @ basis.T
+        after = change.after - (change.after @ basis) @ basis.T
+        square = np.einsum("ij,ij->i", before, before)
+        product = np.einsum("ij,ij->i", before, after)
+        scale = np.divide(product, square, out=np.ones_like(square), where=square > 0)
+        if _rms(after - scale[:, None] * before) > noise:
+            continue
+        rest = change.after - scale[:, None] * change.before
+        if _rms(rest) <= noise:
+            return {"s_out": scale}
+        pair = low_rank(rest, limit, noise)
+        if pair is not None:
+            return {"s_out": scale, "lora_A": pair[0], "lora_B": pair[1]}
+    return None
+
+
+def _scaled_columns(change: WeightChange, noise: float) -> Array | None:
+    """s_in with after = before diag(s_in), None if there is none."""
+    square = np.einsum("ij,ij->j", change.before, change.before)
+    product = np.einsum("ij,ij->j", change.before, change.after)
+    scale = np.divide(product, square, out=np.ones_like(square), where=square > 0)
+    return scale if _rms(change.after - change.before * scale) <= noise else None
+
+
+def _bias(linear: LinearSpec, db: Array) -> Tensors:
+    parts = np.split(db, len(linear.sites))
+    return {
+        f"{site.name}.db": part
+        for site, part in zip(linear.sites, parts, strict=True)
+        if part.any()
+    }
+
+
+def _same(before: Array | None, after: Array) -> bool:
+    return before is not None and before.shape == after.shape and np.array_equal(before, after)
+
+
+def _rms(matrix: NDArray[Any]) -> float:
+    return float(np.sqrt(np.mean(np.square(matrix)))) if matrix.size else 0.0

@@ -1,0 +1,288 @@
+"""Adapters of any method of PEFT, loaded and merged by PEFT itself. Needs the extra ``peft``.
+
+What PEFT cannot merge depends on the input (prompts, X-LoRA, Lily, Shadow) and has no weights to
+be folded into. PEFT's unmerged model is the judge of what it merged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.importers.template import Tensors
+from hhdeploy.algebra import Array
+from hhdeploy.errors import AdapterError, require
+from hhdeploy.parity import PEFT_MERGE_BOUND
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hhdeploy.backbones.spec import Backbone
+
+# Not a question of the weights, or of a network, or a name of code to import.
+_DROPPED = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "runtime_config", "peft_version"),
+    *("inference_mode", "modules_to_save", "bias"),
+)
+# Initialisations that are exact when PEFT makes them again from the same weights.
+_REPEATABLE = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
+_IMAGES = 2
+
+
+def merged_parameters(
+    backbone: Backbone,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    replaced: Mapping[str, Array],
+    prefix: str,
+    where: Path,
+) -> dict[str, Array]:
+    """All parameters of the backbone with a PEFT adapter merged in float64.
+
+    Args:
+        backbone: the model that the adapter belongs to.
+        config: of PEFT.
+        tensors: the method's own, by PEFT's keys.
+        replaced: parameters that were trained whole, by path; the classifier's may have other rows.
+        prefix: of the user's outer module, "" or ending in a dot, in the keys.
+        where: the configuration, for messages.
+
+    Raises:
+        AdapterError: PEFT cannot load or merge it, tensors and configuration do not go together,
+            or its merged model is not its unmerged one.
+        MissingDependencyError: PEFT is not installed.
+    """
+    peft = require("peft", "peft", f"reading {config.get('peft_type')} adapters")
+    _check_method(config, where)
+    import torch
+
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _with_replaced(backbone, replaced)
+        tuned = _loaded(peft, _nested(model, prefix), config, tensors, where)
+        for dtype in (torch.float64, torch.float32):
+            trial = copy.deepcopy(tuned) if dtype == torch.float64 else tuned
+            try:
+                return _merged(trial.to(dtype).eval(), backbone, prefix, where)
+            except _UnfitError as error:
+                reason = error
+        raise AdapterError(
+            f"{where}: PEFT {peft.__version__} cannot merge {config['peft_type']}: {reason}. An "
+            "adapter whose change depends on the image has no weights that it could be folded "
+            "into. Train the task with a method that merges (LoRA, DoRA, IA3, OFT and most others)."
+        )
+
+
+class _UnfitError(Exception):
+    """PEFT refused in this precision."""
+
+
+def _check_method(config: Mapping[str, Any], where: Path) -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = config.get("peft_type")
+    known = {str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING}
+    if kind not in known:
+        raise AdapterError(
+            f"{where}: peft_type: expected a method of the PEFT that is installed, found {kind!r}. "
+            "Upgrade it with pip install -U peft, or merge the adapter where it was trained "
+            "(merge_and_unload) and bring the checkpoint: `extract_adapter()`."
+        )
+    fields = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
+    for key, value in config.items():
+        if key not in fields and key not in _DROPPED and value not in (None, False, {}, []):
+            raise AdapterError(
+                f"{where}: {key}: expected an option of {kind} in the PEFT that is installed, "
+                f"found {value!r}. A newer PEFT wrote it: upgrade with pip install -U peft."
+            )
+    init = config.get("init_lora_weights", True)
+    if kind == "LORA" and init not in _REPEATABLE:
+        raise AdapterError(
+            f"{where}: init_lora_weights: expected an initialisation that PEFT makes again from "
+            f"the weights alone, found {init!r}: it changed the backbone's weights before "
+            "training. Save the adapter with PEFT's path_initial_model_for_weight_conversion, "
+            "which leaves the tensors of modules_to_save (the head) out: add them to the file. "
+            "Or merge it where it was trained and bring the checkpoint: `extract_adapter()`."
+        )
+    if config.get("megatron_config"):
+        raise AdapterError(
+            f"{where}: megatron_config: expected none: it names code to import. Merge the adapter "
+            "where it was trained and bring the checkpoint: `extract_adapter()`."
+        )
+
+
+def _with_replaced(backbone: Backbone, replaced: Mapping[str, Array]) -> nn.Module:
+    """A copy of the model in which whole parameters are those of the file."""
+    import torch
+    from torch import nn
+
+    model = copy.deepcopy(backbone.model)
+    for name, value in replaced.items():
+        owner, _, leaf = name.rpartition(".")
+        data = torch.from_numpy(np.ascontiguousarray(value, np.float32))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=False))
+    return model
+
+
+def _nested(model: nn.Module, prefix: str) -> nn.Module:
+    """The model as a member of modules named as the file's prefix; all pass the call on."""
+    from torch import nn
+
+    class Outer(nn.Module):
+        def __init__(self, name: str, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner_name = name
+            self.add_module(name, inner)
+
+        def forward(self, images: Any) -> Any:
+            return self.get_submodule(self.inner_name)(images)
+
+    for name in reversed([part for part in prefix.split(".") if part]):
+        model = Outer(name, model)
+    return model
+
+
+def _loaded(
+    peft: Any, model: nn.Module, config: Mapping[str, Any], tensors: Tensors, where: Path
+) -> Any:
+    """PEFT's model with the file's tensors, which are compared with it both ways."""
+    import torch
+
+    kept = _without_saved(config)
+    try:
+        described = peft.PeftConfig.from_peft_type(**kept)
+        if described.is_prompt_learning or described.is_adaption_prompt:
+            raise ValueError("prompts are inputs, not weights")
+        tuned = peft.get_peft_model(model, described)
+        own = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    except Exception as error:
+        raise AdapterError(
+            f"{where}: PEFT {peft.__version__} cannot put this {config['peft_type']} adapter on "
+            f"the model: {_first_line(error)}. Does it belong to this model, with these names? A "
+            "checkpoint that has it merged comes in too: `extract_adapter()`."
+        ) from error
+    _compare(own, tensors, config, where)
+    _check_target_parameters(model, config, where)
+    state = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in tensors.items()}
+    try:
+        peft.set_peft_model_state_dict(tuned, state)
+    except Exception as error:
+        raise AdapterError(
+            f"{where}: PEFT cannot load the tensors: {_first_line(error)}"
+        ) from error
+    return tuned
+
+
+def _check_target_parameters(model: nn.Module, config: Mapping[str, Any], where: Path) -> None:
+    """PEFT passes over parameters that the model does not have."""
+    known = [name for name, _ in model.named_parameters()]
+    for target in config.get("target_parameters") or ():
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            raise AdapterError(
+                f"{where}: target_parameters names {target!r}, which the model does not have."
+            )
+
+
+def _without_saved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the method alone; what was saved whole is no target of it."""
+    kept = {key: value for key, value in config.items() if key not in _DROPPED}
+    saved = config.get("modules_to_save") or ()
+    if saved and "exclude_modules" in config:
+        excluded = config["exclude_modules"] or ()
+        names = [rf"(.*\.)?({'|'.join(saved)})(\..*)?"]
+        names += (
+            [excluded]
+            if isinstance(excluded, str)
+            else [rf"(.*\.)?{re.escape(name)}" for name in excluded]
+        )
+        kept["exclude_modules"] = "|".join(f"(?:{name})" for name in names)
+    return kept
+
+
+def _compare(
+    own: Mapping[str, Any], tensors: Tensors, config: Mapping[str, Any], where: Path
+) -> None:
+    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    wrong = [
+        f"{key} (expected {list(own[key].shape)}, found {list(tensors[key].shape)})"
+        for key in own
+        if key in tensors and tuple(own[key].shape) != tensors[key].shape
+    ]
+    problems = [
+        f"{title}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        for title, names in (
+            ("the configuration names, the tensors lack", missing),
+            ("the tensors have, the configuration does not name", extra),
+            ("of another shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        raise AdapterError(
+            f"{where}: configuration and tensors of this {config['peft_type']} adapter disagree; "
+            f"{'; '.join(problems)}. Save the adapter whole, with the model that it belongs to."
+        )
+
+
+def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[str, Array]:
+    import torch
+
+    size = backbone.facts.preprocess.input_size
+    generator = torch.Generator().manual_seed(0)
+    dtype = next(tuned.parameters()).dtype
+    images = torch.randn(_IMAGES, *size, generator=generator).to(dtype)
+    with torch.no_grad():
+        unmerged = _attempt(lambda: tuned(images))
+        whole = _attempt(lambda: tuned.merge_and_unload(safe_merge=True))
+        inner = whole.get_submodule(prefix.rstrip(".")) if prefix else whole
+        merged = _attempt(lambda: inner(images))
+    found = {name: p.detach().double().cpu().numpy() for name, p in inner.named_parameters()}
+    expected = {name for name, _ in backbone.model.named_parameters()}
+    if set(found) != expected:
+        changed = sorted(set(found) ^ expected)
+        raise AdapterError(
+            f"{where}: merging changes the structure of the model ({', '.join(changed[:4])}); "
+            "only weights can be folded. Bring the merged model as a model of its own."
+        )
+    _judge(unmerged.double().numpy(), merged.double().numpy(), where)
+    return found
+
+
+def _judge(unmerged: NDArray[Any], merged: NDArray[Any], where: Path) -> None:
+    span = float(unmerged.max() - unmerged.min()) or 1.0
+    error = float(np.abs(merged - unmerged).max()) / span
+    if not error <= PEFT_MERGE_BOUND:
+        raise AdapterError(
+            f"{where}: PEFT's merged model differs from its unmerged one by {error:.1e} of the "
+            f"logits' range (at most {PEFT_MERGE_BOUND:.0e}): its change depends on the image, or "
+            "its numbers are out of range. It cannot be folded into weights."
+        )
+
+
+def _attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        raise _UnfitError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT's warnings and progress bars are about training."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,91 @@
+"""Which module of the backbone a path of a file means.
+
+Three ways that names differ: not at all; by the name of the user's outer module before them all;
+or because the file was trained on another implementation of the same architecture (transformers'
+names of either generation, those of HTA's authors, on a timm model). Then the number of the block
+and the kind of the Linear (q, k, v, proj, fc1, fc2) tell which is which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hhdeploy.adapters.importers.keys import numbers_in, outer_prefix, owner_of
+from hhdeploy.backbones.sites import kind_of, sites_of
+from hhdeploy.errors import AdapterError
+
+if TYPE_CHECKING:
+    from hhdeploy.backbones.spec import Backbone
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a file's paths are those of the backbone.
+
+    Attributes:
+        prefix: before every path of the file, "" or ending in a dot.
+        modules: paths of the backbone's modules that have parameters of their own.
+        translated: path of the file -> site or Linear of the backbone; empty where the names are
+            the backbone's own.
+    """
+
+    prefix: str
+    modules: frozenset[str]
+    translated: Mapping[str, str] = field(default_factory=dict)
+
+    def here(self, name: str) -> str:
+        """A path or tensor name of the file as the backbone has it."""
+        own = name.removeprefix(self.prefix)
+        owner = owner_of(f"{own}.", self.translated)
+        return own if owner is None else self.translated[owner] + own.removeprefix(owner)
+
+    def owner(self, name: str) -> str | None:
+        """The longest path of the file, in its own words, that a tensor's name starts with and
+        that is a module of the backbone; None without one."""
+        if self.translated:
+            return owner_of(name, self.translated)
+        found = owner_of(name.removeprefix(self.prefix), self.modules)
+        return None if found is None else self.prefix + found
+
+
+def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
+    """How the tensors ``names`` of a file (all of them inside the backbone) are to be read.
+
+    Raises:
+        AdapterError: they are neither the backbone's nor those of a known implementation of it.
+    """
+    parameters = (name for name, _ in backbone.model.named_parameters())
+    # Modules that have parameters of their own: any name starts with that of some outer one.
+    modules = frozenset(name.rpartition(".")[0] for name in parameters) - {""}
+    prefix = outer_prefix(names, modules)
+    if prefix is not None:
+        return Names(prefix, modules)
+    sites = {
+        (numbers_in(site.name), site.kind): site.name
+        for site in sites_of(backbone.facts.linears).values()
+        if site.kind
+    }
+    translated = {}
+    for name in names:
+        path = _by_kind(name)
+        target = sites.get((numbers_in(path), kind_of(path))) if path else None
+        if target is None:
+            raise AdapterError(
+                f"{file}: {name}: {backbone.facts.model} has no such module. Its own names are "
+                f"those of {', '.join(list(sites_of(backbone.facts.linears))[:4])}, …. Give the "
+                "model that the adapter was trained on; keys of an outer module of your own are "
+                "stripped with `prefix`."
+            )
+        translated[path] = target
+    return Names("", modules, translated)
+
+
+def _by_kind(name: str) -> str:
+    """The longest start of a tensor's name that is the path of a Linear of some kind, or ""."""
+    path = name
+    while path and not kind_of(path):
+        path = path.rpartition(".")[0]
+    return path

@@ -1,0 +1,201 @@
+"""Parameters that a training saved whole, beside a method's own tensors: head, biases, norms.
+
+Configuration and tensors are compared both ways: what ``modules_to_save`` and ``bias`` name must
+be in the file, and what is in the file must be named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.importers.naming import Names
+from hhdeploy.adapters.importers.targets import in_saved_module
+from hhdeploy.adapters.importers.template import Tensors
+from hhdeploy.errors import AdapterError
+
+if TYPE_CHECKING:
+    from hhdeploy.backbones.spec import Backbone
+
+# What a raw state dict says between the path of a saved or wrapped module and its parameter.
+_WRAPPED = re.compile(r"\.(modules_to_save(\.[^.]+)?|base_layer|original_module)(?=\.)")
+_ORIGINAL = re.compile(r"\.original_module\.")
+# PEFT adds both to modules_to_save for these tasks; a model has one of them.
+_ADDED = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tensors of a file: those of a method, and parameters that were trained whole.
+
+    Attributes:
+        tuned: by the key of the file.
+        whole: by the path of the backbone's parameter.
+    """
+
+    tuned: Tensors
+    whole: dict[str, NDArray[np.float64]]
+
+
+def plain_name(key: str) -> str:
+    """The parameter's own name, without what PEFT's wrappers put before its last component."""
+    return _WRAPPED.sub("", key)
+
+
+def head_of_file(
+    keys: Mapping[str, NDArray[Any]], config: Mapping[str, Any], backbone: Backbone
+) -> str | None:
+    """Path of the classifier as the file calls it; None if it has none.
+
+    Under the backbone's own name, or the one Linear of the right width that modules_to_save names
+    or the keys mark, and that the backbone does not have.
+    """
+    facts = backbone.facts
+    modules = dict(backbone.model.named_modules())
+    found = set()
+    for key, tensor in keys.items():
+        owner, _, leaf = plain_name(key).rpartition(".")
+        if leaf != "weight" or tensor.ndim != 2:
+            continue
+        marked = plain_name(key) != key or in_saved_module(config, plain_name(key))
+        if (
+            owner == facts.classifier
+            or owner.endswith(f".{facts.classifier}")
+            or (marked and owner not in modules and tensor.shape[1] == facts.dim)
+        ):
+            found.add(owner)
+    return found.pop() if len(found) == 1 else None
+
+
+def split_saved(
+    tensors: Tensors,
+    head: str | None,
+    names: Names,
+    config: Mapping[str, Any],
+    backbone: Backbone,
+    file: Path,
+) -> Split:
+    """Separate a method's tensors from parameters that were trained whole.
+
+    Args:
+        tensors: by `bare` key, without PEFT's prefix.
+        head: path of the classifier in the file.
+        names: how its other paths are to be read.
+        config: of PEFT.
+        backbone: the model.
+        file: for messages.
+
+    Raises:
+        AdapterError: modules_to_save or bias and the tensors disagree, or a shape does.
+    """
+    parameters = dict(backbone.model.named_parameters())
+    classifier = backbone.facts.classifier
+    tuned: Tensors = {}
+    whole: dict[str, NDArray[np.float64]] = {}
+    named: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        if _ORIGINAL.search(key):
+            continue  # the module as it was before training
+        plain = plain_name(key)
+        owner, _, leaf = plain.rpartition(".")
+        name = f"{classifier}.{leaf}" if owner == head else names.here(plain)
+        if name not in parameters and not (owner == head and leaf in ("weight", "bias")):
+            tuned[key] = tensor
+            continue
+        if owner != head and tensor.shape != tuple(parameters[name].shape):
+            raise AdapterError(
+                f"{file}: {key}: expected shape {list(parameters[name].shape)}, found "
+                f"{list(tensor.shape)}."
+            )
+        whole[name], named[name] = tensor.astype(np.float64), plain
+    _check_named(named, config, file)
+    own = (
+        () if names.translated else [names.prefix + n for n in parameters if not _of(n, classifier)]
+    )
+    _check_saved(set(named.values()), config, own, file)
+    split = Split(tuned, whole)
+    _check_biases(split, names, config, parameters, classifier, file)
+    return split
+
+
+def _check_named(named: Mapping[str, str], config: Mapping[str, Any], file: Path) -> None:
+    """Every parameter in the file is one that the configuration names."""
+    biases = config.get("bias", "none") != "none"
+    for name, plain in named.items():
+        if not in_saved_module(config, plain) and not (biases and name.endswith(".bias")):
+            raise AdapterError(
+                f"{file}: {plain}: the file has it, but the configuration does not name it: "
+                f"modules_to_save is {config.get('modules_to_save')}, bias "
+                f"{config.get('bias', 'none')!r}. If it was trained, add its module to "
+                "modules_to_save; else leave it out of the file."
+            )
+
+
+def _check_saved(
+    found: Collection[str], config: Mapping[str, Any], own: Collection[str], file: Path
+) -> None:
+    """Every module that the configuration says was saved is in the file.
+
+    Args:
+        found: parameters in the file, as it calls them.
+        config: of PEFT.
+        own: parameters of the backbone, as the file would call them.
+        file: for messages.
+    """
+    saved = config.get("modules_to_save") or []
+    lacking = [
+        name
+        for name in saved
+        if not any(in_saved_module({"modules_to_save": [name]}, key) for key in found)
+    ]
+    added = _ADDED.get(str(config.get("task_type")), set())
+    if added.intersection(saved) - set(lacking):
+        lacking = [name for name in lacking if name not in added]
+    lacking += [name for name in own if in_saved_module(config, name) and name not in found]
+    if lacking:
+        raise AdapterError(
+            f"{file}: modules_to_save is {saved}, but the file lacks {', '.join(lacking[:4])}"
+            f"{' …' if len(lacking) > 4 else ''}: without them the answers would be those of the "
+            "backbone's own. PEFT's conversion of PiSSA and OLoRA leaves them out: copy these "
+            "tensors from the adapter as it was saved, or take the module out of modules_to_save "
+            "if it was not trained."
+        )
+
+
+def _check_biases(
+    split: Split,
+    names: Names,
+    config: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    classifier: str,
+    file: Path,
+) -> None:
+    """``all``: every bias of the backbone; ``lora_only`` and the like: of the adapted modules."""
+    bias = config.get("bias", "none")
+    if bias == "none":
+        return
+    owners = {names.owner(key) for key in split.tuned} - {None}
+    adapted = {f"{names.here(str(owner))}.bias" for owner in owners}
+    expected = [
+        name
+        for name in parameters
+        if name.endswith(".bias")
+        and not _of(name, classifier)
+        and (bias == "all" or name in adapted)
+    ]
+    missing = [name for name in expected if name not in split.whole]
+    if missing:
+        raise AdapterError(
+            f"{file}: bias is {bias!r}, but the file lacks {', '.join(missing[:4])}"
+            f"{' …' if len(missing) > 4 else ''}. Save the adapter whole."
+        )
+
+
+def _of(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")

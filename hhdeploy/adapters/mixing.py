@@ -1,0 +1,200 @@
+"""Adapters at another strength, and several as one: exact, by concatenating their products.
+
+An additive site adds (diag(s_out) - I) W + W (diag(s_in) - I) + L R + D to its weight and db to
+its bias; all of these are sums, so a weighted sum of them is one too. A sequential site multiplies
+by M = I + (M - I), and M - I is the sum. The classifier is no change of the backbone and is never
+scaled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import Adapter, Head, SiteTensors
+from hhdeploy.algebra import Array, SiteDelta
+from hhdeploy.backbones.sites import Form
+from hhdeploy.errors import AdapterError, OptionError
+
+
+def at_strength(adapter: Adapter, strength: float) -> Adapter:
+    """The adapter with all that it does to the backbone times ``strength``; the head as it is.
+
+    Its tensors stay as they are; what `Adapter.change` says of them is scaled.
+
+    Raises:
+        AdapterError: a site that multiplies both input and output, or one of them before a matrix
+            (their product is no sum), or an adapter that can only be folded.
+        OptionError: a strength that is no finite number.
+    """
+    if not math.isfinite(strength):
+        raise OptionError(f"`strength`: expected a finite number, found {strength}.")
+    if strength == 1.0:
+        return adapter
+    _check_sum(adapter)
+    return replace(adapter, strength=strength)
+
+
+def merge_adapters(
+    adapters: Mapping[str, tuple[Adapter, float]], head: str | None = None
+) -> Adapter:
+    """One adapter whose change of the backbone is the weighted sum of several.
+
+    Args:
+        adapters: name -> adapter and its weight.
+        head: name of the adapter whose classifier, class names and preprocessing the result has;
+            None where all have the same.
+
+    Raises:
+        AdapterError: adapters of different backbones or forms, heads that differ without
+            ``head``, sites whose multipliers are no sum, adapters that can only be folded.
+    """
+    if not adapters:
+        raise OptionError("expected adapters to merge, found none.")
+    named = {name: adapter for name, (adapter, _) in adapters.items()}
+    _check_bases(named)
+    chosen = named[_head_of(named, head)]
+    config = replace(
+        chosen.config,
+        extra={
+            **{k: v for k, v in chosen.config.extra.items() if k != "imported_from"},
+            "merged_from": {name: weight for name, (_, weight) in adapters.items()},
+        },
+    )
+    return _mixed(adapters, chosen.head, config)
+
+
+def _mixed(
+    adapters: Mapping[str, tuple[Adapter, float]], head: Head | None, config: AdapterConfig
+) -> Adapter:
+    form = _form_of({name: adapter for name, (adapter, _) in adapters.items()})
+    sites = dict.fromkeys(site for adapter, _ in adapters.values() for site in adapter.sites)
+    tensors = {
+        site: _site(site, form, [(a, w) for a, w in adapters.values() if site in a.sites])
+        for site in sites
+    }
+    ranks = [t.lora_A.shape[0] for t in tensors.values() if t.lora_A is not None]
+    described = replace(
+        config,
+        form=form,
+        # Zero vectors reflect nothing, whatever the convention: what is left of u and v is d.
+        reflection="unnormalized",
+        r=max(ranks, default=0),
+        target_modules=tuple(sites) or config.target_modules,
+    )
+    source = " + ".join(f"{weight:g} x {a.source}" for a, weight in adapters.values())
+    return Adapter(described, tensors, head, source)
+
+
+def _site(name: str, form: Form, parts: Sequence[tuple[Adapter, float]]) -> SiteTensors:
+    """The weighted sum of one site of several adapters."""
+    deltas: list[SiteDelta] = []
+    sums: dict[str, Array] = {}
+    for adapter, weight in parts:
+        change = adapter.change(name)
+        scales = {"s_in": change.scales.s_in, "s_out": change.scales.s_out}
+        for part, values in scales.items():
+            if values is not None:
+                sums[part] = sums.get(part, np.ones_like(values)) + weight * (values - 1.0)
+        if change.db is not None:
+            sums["db"] = sums.get("db", np.zeros_like(change.db)) + weight * change.db
+        if change.delta is not None:
+            delta = change.delta.minus_identity() if form == "sequential" else change.delta
+            deltas.append(SiteDelta(weight * delta.diag, weight * delta.left, delta.right))
+    if {"s_in", "s_out"} <= set(sums):
+        raise AdapterError(
+            f"{name}: one adapter multiplies the Linear's input, another its output: together that "
+            "is a product, no sum. Use them apart."
+        )
+    found = {key: value.astype(np.float32) for key, value in sums.items()}
+    return SiteTensors(**found, **_matrix(deltas, form))
+
+
+def _matrix(deltas: Sequence[SiteDelta], form: Form) -> dict[str, np.ndarray]:
+    """u = v = 0 with the sum of the diagonals, and the concatenated products."""
+    if not deltas:
+        return {}
+    diag = np.sum([delta.diag for delta in deltas], axis=0)
+    if form == "sequential":
+        diag = diag + 1.0
+    out, into = deltas[0].shape
+    tensors = {
+        "lora_A": np.concatenate([delta.right for delta in deltas]),
+        "lora_B": np.concatenate([delta.left for delta in deltas], axis=1),
+    }
+    if diag.any():
+        tensors |= {"u": np.zeros(out), "v": np.zeros(into), "d": diag}
+    return {key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}
+
+
+def _check_sum(adapter: Adapter) -> None:
+    """What the adapter does can be multiplied by a number, or added to another's."""
+    if adapter.values:
+        raise AdapterError(
+            f"{adapter.source} can only be folded: it replaces parameters "
+            f"({next(iter(adapter.values))}, …), which have no strength and no sum. Import it with "
+            "`compress_rank` to make it live."
+        )
+    for name, site in adapter.sites.items():
+        factors: list[str] = [part for part in ("s_in", "s_out") if part in site.parts]
+        if adapter.form == "sequential":
+            factors += ["a matrix"] if site.shape is not None else []
+        if len(factors) > 1:
+            raise AdapterError(
+                f"{adapter.source}: {name} multiplies by {' and '.join(factors)}: at another "
+                "strength, or beside another adapter, that product is no sum. Use it whole."
+            )
+
+
+def _form_of(adapters: Mapping[str, Adapter]) -> Form:
+    for adapter in adapters.values():
+        _check_sum(adapter)
+    forms = {adapter.form for adapter in adapters.values()}
+    if len(forms) > 1:
+        raise AdapterError(
+            f"{' and '.join(adapters)} have different forms ({', '.join(sorted(forms))}): an "
+            "additive change and a product after it are no sum."
+        )
+    return forms.pop()
+
+
+def _check_bases(adapters: Mapping[str, Adapter]) -> None:
+    """All belong to one backbone, as far as they say."""
+    (first_name, first), *others = adapters.items()
+    for name, other in others:
+        for key in ("base_model", "base_sha256"):
+            mine, theirs = getattr(first.config, key), getattr(other.config, key)
+            if None not in (mine, theirs) and mine != theirs:
+                raise AdapterError(
+                    f"{first_name} and {name} belong to different backbones: {key} is {mine} and "
+                    f"{theirs}."
+                )
+
+
+def _head_of(adapters: Mapping[str, Adapter], head: str | None) -> str:
+    if head is not None:
+        if head not in adapters:
+            raise OptionError(f"`head`: expected one of {', '.join(adapters)}, found {head!r}.")
+        return head
+    names = list(adapters)
+    differ = [name for name in names[1:] if not _same_head(adapters[names[0]], adapters[name])]
+    if differ:
+        raise AdapterError(
+            f"{names[0]} and {differ[0]} have different classifiers, and a mixture has one: say "
+            "whose with `head`."
+        )
+    return names[0]
+
+
+def _same_head(one: Adapter, other: Adapter) -> bool:
+    if one.head is None or other.head is None:
+        return one.head is other.head
+    return (
+        one.head.path == other.head.path
+        and np.array_equal(one.head.weight, other.head.weight)
+        and np.array_equal(one.head.bias, other.head.bias)
+    )

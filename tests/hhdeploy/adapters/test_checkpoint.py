@@ -1,0 +1,134 @@
+"""`extract_adapter`: a fine-tuned checkpoint as the difference to its backbone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hhdeploy.adapters.applying import logits_with, parameters_with
+from hhdeploy.adapters.importers import ImportOptions
+from hhdeploy.adapters.importers.checkpoint import extract_adapter
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.errors import AdapterError, BackboneError, OptionError
+from tests.support import MISTAKE, TINY_ARGS, TINY_MODEL, assert_parity, images, tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The backbone's own checkpoint and its state."""
+    file = tmp_path_factory.mktemp("base") / "base.pth"
+    torch.save(tiny_backbone(num_classes=5).model.state_dict(), file)
+    return BackboneSpec(TINY_MODEL, {**TINY_ARGS}, checkpoint=file)
+
+
+def tuned(base, change, classes=7):
+    """A state that a fine-tuning may leave: ``change`` of it, and another classifier."""
+    state = torch.load(base.checkpoint, weights_only=True)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        change(state, generator)
+    state["head.weight"] = torch.randn(classes, 48, generator=generator) * 0.2
+    state["head.bias"] = torch.randn(classes, generator=generator)
+    return state
+
+
+def low_rank(state, generator, rank=3):
+    """What a merged LoRA leaves, in float32."""
+    for name in ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"):
+        out, into = state[name].shape
+        b = torch.randn(out, rank, generator=generator) * 0.1
+        state[name] += b @ (torch.randn(rank, into, generator=generator) * 0.1)
+
+
+def everything(state, generator):
+    for name, value in state.items():
+        state[name] = value + torch.randn(value.shape, generator=generator) * 0.01
+
+
+def logits(base, file):
+    backbone = load_backbone(replace(base, checkpoint=file))
+    return logits_with(backbone, {}, images(2))
+
+
+def check(base, file, adapter, precision="float32"):
+    backbone = load_backbone(base)
+    found = logits_with(backbone, parameters_with(backbone, adapter), images(2))
+    assert_parity(logits(base, file), found, "algebra", precision)
+    bare = parameters_with(backbone, replace(adapter, sites={}, values={}))
+    without = logits_with(backbone, bare, images(2))
+    assert np.abs(without - found).max() > MISTAKE * np.ptp(found)
+
+
+@pytest.mark.parametrize("wrapper", ["plain", "ema", "ddp", "parameters"])
+def test_a_merged_lora_is_found_again(tmp_path, base, wrapper):
+    state = tuned(base, low_rank)
+    stored = {
+        "plain": state,
+        "ema": {"state_dict": {k: v + 1 for k, v in state.items()}, "state_dict_ema": state},
+        "ddp": {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        "parameters": OrderedDict((k, torch.nn.Parameter(v)) for k, v in state.items()),
+    }[wrapper]
+    torch.save(stored, tmp_path / "tuned.pth")
+    adapter = extract_adapter(tmp_path / "tuned.pth", base)
+    assert not adapter.config.fold_only
+    sites = {"blocks.1.mlp.fc2", *(f"blocks.0.attn.qkv.{part}" for part in "qkv")}
+    assert set(adapter.sites) == sites
+    assert {t.lora_A.shape[0] for t in adapter.sites.values()} == {3}
+    assert adapter.config.num_classes == 7
+    assert adapter.config.base_sha256 == load_backbone(base).facts.sha256
+    check(base, tmp_path / "tuned.pth", adapter)
+
+
+def test_a_full_fine_tuning_is_folded_or_compressed(tmp_path, base):
+    file = tmp_path / "tuned.pth"
+    torch.save(tuned(base, everything), file)
+    adapter = extract_adapter(file, base)
+    assert adapter.config.fold_only
+    check(base, file, adapter)
+    with pytest.raises(AdapterError, match="cannot be side branches at any rank"):
+        extract_adapter(file, base, ImportOptions(compress_rank=8))
+
+
+def test_a_checkpoint_in_half_precision(tmp_path, base):
+    """Rounding changes every weight: that is not a low rank."""
+    file = tmp_path / "tuned.pth"
+    torch.save({k: v.bfloat16() for k, v in tuned(base, low_rank).items()}, file)
+    adapter = extract_adapter(file, base)
+    assert adapter.config.fold_only
+    check(base, file, adapter)
+
+
+def test_multiplied_rows_and_columns(tmp_path, base):
+    def scale(state, generator):
+        rows = 1 + 0.3 * torch.randn(144, generator=generator)
+        state["blocks.0.attn.qkv.weight"] *= rows[:, None]
+        state["blocks.0.attn.qkv.bias"] *= rows
+        columns = 1 + 0.3 * torch.randn(192, generator=generator)
+        state["blocks.1.mlp.fc2.weight"] *= columns
+
+    file = tmp_path / "tuned.pth"
+    torch.save(tuned(base, scale), file)
+    adapter = extract_adapter(file, base)
+    assert not adapter.config.fold_only
+    assert set(adapter.sites["blocks.1.mlp.fc2"].parts) == {"s_in"}
+    assert set(adapter.sites["blocks.0.attn.qkv.k"].parts) == {"s_out", "db"}
+    check(base, file, adapter)
+
+
+def test_what_is_no_fine_tuning_is_refused(tmp_path, base):
+    with pytest.raises(AdapterError, match="every parameter is the backbone's"):
+        extract_adapter(base.checkpoint, base)
+    state = tuned(base, low_rank)
+    del state["norm.weight"]
+    torch.save(state, tmp_path / "tuned.pth")
+    with pytest.raises(BackboneError, match=r"missing: norm\.weight"):
+        extract_adapter(tmp_path / "tuned.pth", base)
+    with pytest.raises(AdapterError, match="is a directory"):
+        extract_adapter(tmp_path, base)
+    with pytest.raises(OptionError, match="`prefix`"):
+        extract_adapter(base.checkpoint, base, ImportOptions(prefix="net."))

@@ -1,0 +1,124 @@
+"""Strength and mixtures of adapters, against the training-time model's dense parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.adapters.mixing import at_strength, merge_adapters
+from hhdeploy.errors import AdapterError, OptionError
+from hhdeploy.training import attach, detach
+from tests.support import MISTAKE, assert_parity, random_adapter
+
+
+def with_parts(adapter, *names, seed=0):
+    """The adapter with some of s_in, s_out and db at every site."""
+    random = np.random.default_rng(seed)
+    sites = {}
+    for name, site in adapter.sites.items():
+        out, into = site.shape
+        sizes = {"s_in": into, "s_out": out, "db": out}
+        parts = {n: 1 + 0.3 * random.standard_normal(sizes[n]) for n in names}
+        sites[name] = replace(site, **{n: p.astype(np.float32) for n, p in parts.items()})
+    return replace(adapter, sites=sites)
+
+
+def dense(backbone, adapter):
+    """What the training-time model adds to every parameter but the classifier's."""
+    model = backbone.model
+    before = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
+    attach(model, adapter)
+    try:
+        owners = {n: (n.rpartition(".")[0], n.rpartition(".")[2]) for n in before}
+        after = {
+            n: getattr(model.get_submodule(owner), leaf).detach().double().numpy()
+            for n, (owner, leaf) in owners.items()
+            if not n.startswith("head.")
+        }
+    finally:
+        detach(model)
+    return {n: value - before[n] for n, value in after.items() if (value != before[n]).any()}
+
+
+def adapters(facts):
+    return {
+        "hta": random_adapter(facts, seed=1, reflection="orthogonal"),
+        "lora": random_adapter(facts, targets=("q", "fc1"), r=3, seed=2),
+        "scaled": with_parts(random_adapter(facts, targets=("proj", "v"), seed=3), "s_out", "db"),
+        "columns": with_parts(random_adapter(facts, targets=("fc2",), seed=4), "s_in"),
+        "sequential": random_adapter(facts, form="sequential", targets=("proj", "fc2"), seed=5),
+    }
+
+
+@pytest.mark.parametrize("name", ["hta", "lora", "scaled", "columns", "sequential"])
+def test_strength_scales_the_change(tiny, name):
+    """What is folded and packed, and the training-time model, each by itself."""
+    adapter = adapters(tiny.facts)[name]
+    part = at_strength(adapter, 0.7)
+    whole, found = dense(tiny, adapter), dense(tiny, part)
+    assert whole.keys() == found.keys()
+    for key, delta in whole.items():
+        assert_parity(0.7 * delta.ravel(), found[key].ravel(), "algebra", "float32")
+        assert np.abs(found[key] - delta).max() > MISTAKE
+    mixed = dense(tiny, merge_adapters({"part": (part, 1.0)}))
+    for key, delta in found.items():
+        assert_parity(delta.ravel(), mixed[key].ravel(), "algebra", "float32")
+    assert part.head is adapter.head
+    assert at_strength(adapter, 1.0) is adapter
+
+
+@pytest.mark.parametrize(
+    ("names", "weights"),
+    [
+        (("hta", "lora", "scaled"), (0.5, 0.3, -0.4)),
+        (("hta", "columns"), (1.0, 2.0)),
+        (("sequential", "sequential"), (0.5, 0.25)),
+    ],
+)
+def test_a_mixture_is_the_sum(tmp_path, tiny, names, weights):
+    parts = adapters(tiny.facts)
+    chosen = {f"{i}": (parts[n], w) for i, (n, w) in enumerate(zip(names, weights, strict=True))}
+    mixed = merge_adapters(chosen, head="0")
+    save_adapter(mixed, tmp_path / "mixed")
+    found = dense(tiny, load_adapter(tmp_path / "mixed"))
+    expected: dict = {}
+    for adapter, weight in chosen.values():
+        for key, delta in dense(tiny, adapter).items():
+            expected[key] = expected.get(key, 0.0) + weight * delta
+    assert found.keys() == expected.keys()
+    for key, delta in expected.items():
+        assert_parity(delta.ravel(), found[key].ravel(), "algebra", "float32")
+    assert np.array_equal(mixed.head.weight, parts[names[0]].head.weight)
+    assert mixed.config.extra["merged_from"] == {
+        "0": weights[0],
+        **{str(i): w for i, w in enumerate(weights[1:], 1)},
+    }
+
+
+def test_what_is_no_sum_is_refused(tiny):
+    parts = adapters(tiny.facts)
+    both = with_parts(random_adapter(tiny.facts, targets=("fc2",)), "s_in", "s_out")
+    rows = with_parts(random_adapter(tiny.facts, targets=("fc2",)), "s_out")
+
+    def refused(message, *named, head="0"):
+        chosen = {str(i): (a, 0.5) for i, a in enumerate(named)}
+        with pytest.raises((AdapterError, OptionError), match=message):
+            merge_adapters(chosen, head)
+
+    refused("multiplies by s_in and s_out", both)
+    refused("another its output", rows, parts["columns"])
+    refused("different forms", parts["hta"], parts["sequential"])
+    refused("different classifiers", parts["hta"], parts["lora"], head=None)
+    refused("expected one of 0, found 'x'", parts["hta"], head="x")
+    other = parts["lora"]
+    foreign = replace(other, config=replace(other.config, base_sha256="0" * 64))
+    refused("different backbones: base_sha256", parts["hta"], foreign)
+    values = {"norm.weight": np.ones(48, np.float32)}
+    refused("can only be folded", replace(parts["lora"], values=values))
+    refused("no sum", with_parts(parts["sequential"], "s_out"))
+    refused("found none")
+    with pytest.raises(AdapterError, match="no sum"):
+        at_strength(both, 0.5)

@@ -1,0 +1,279 @@
+"""Every kind of PEFT adapter against PEFT's unmerged model: what comes in live, folded, refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import peft_random, peft_table
+from benchmarks.peft_methods import (
+    TIMM,
+    answers,
+    arguments_of,
+    logits_of,
+    range_error,
+    timm_vit,
+    trained,
+    transformers_vit,
+)
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.adapters.importers import ImportOptions, import_adapter
+from hhdeploy.errors import AdapterError, OptionError
+from tests.support import MISTAKE
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, about training
+
+BOUND = peft_table.BOUND
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return timm_vit()[0]
+
+
+@pytest.fixture(scope="module")
+def hf_vit(tmp_path_factory):
+    return transformers_vit(tmp_path_factory.mktemp("vit"))
+
+
+def saved(tmp_path, vit, method, names=TIMM, **changes):
+    """A trained adapter on the disk: its folder and the logits of PEFT's unmerged model."""
+    arguments = {**arguments_of(method, names), "modules_to_save": [names.head], **changes}
+    model = trained(vit, method, arguments)
+    model.save_pretrained(str(tmp_path / "peft"))
+    return tmp_path / "peft", logits_of(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "parts"),
+    [
+        ("ADALORA", {}, {"lora_A"}),
+        ("LOHA", {}, {"lora_A"}),
+        ("MISS", {}, {"lora_A"}),
+        ("VERA", {}, {"lora_A"}),
+        ("IA3", {}, {"s_out", "db"}),
+        ("IA3", {"feedforward_modules": ["mlp.fc2"]}, {"s_out", "db", "s_in"}),
+        ("BEFT", {}, {"db"}),
+        ("LORA", {"use_dora": True}, {"lora_A", "s_out"}),
+        ("LORA", {"init_lora_weights": "pissa"}, {"lora_A"}),
+        ("LORA", {"lora_bias": True}, {"lora_A", "db"}),
+        ("LORA", {"bias": "lora_only"}, {"lora_A", "db"}),
+        ("LORA", {"target_modules": "all-linear", "modules_to_save": None}, {"lora_A"}),
+    ],
+    ids=str,
+)
+def test_what_is_live(tmp_path, vit, method, changes, parts):
+    source, expected = saved(tmp_path, vit, method, **changes)
+    adapter = import_adapter(source, vit)
+    assert range_error(expected, answers(vit, adapter)) <= BOUND
+    assert not adapter.config.fold_only
+    assert not adapter.values
+    found = {
+        name
+        for site in adapter.sites.values()
+        for name in ("lora_A", "s_in", "s_out", "db")
+        if getattr(site, name) is not None
+    }
+    assert found == parts
+    save_adapter(adapter, tmp_path / "out")
+    again = load_adapter(tmp_path / "out")
+    assert np.array_equal(answers(vit, again), answers(vit, adapter))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "values"),
+    [
+        ("OFT", {}, {"weight"}),
+        ("LN_TUNING", {}, {"weight", "bias"}),
+        ("LORA", {"bias": "all"}, {"bias"}),
+        ("LORA", {"target_modules": ["qkv", "proj"]}, {"weight"}),
+        ("HRA", {"target_modules": ["qkv", "proj"]}, {"weight"}),
+        ("LORA", {"modules_to_save": ["head", "norm1"]}, {"weight", "bias"}),
+    ],
+    ids=str,
+)
+def test_what_can_only_be_folded(tmp_path, vit, method, changes, values):
+    source, expected = saved(tmp_path, vit, method, **changes)
+    adapter = import_adapter(source, vit)
+    assert range_error(expected, answers(vit, adapter)) <= BOUND
+    assert adapter.config.fold_only
+    assert {name.rpartition(".")[2] for name in adapter.values} == values
+
+
+def test_no_tensor_is_for_nothing(tmp_path, vit):
+    """Each part, left out, is seen by the comparison that the others pass."""
+    source, expected = saved(tmp_path, vit, "LORA", use_dora=True, bias="lora_only")
+    adapter = import_adapter(source, vit)
+    assert range_error(expected, answers(vit, adapter)) <= BOUND
+    for part in (("s_out",), ("db",), ("lora_A", "lora_B")):
+        less = {n: replace(t, **dict.fromkeys(part)) for n, t in adapter.sites.items()}
+        found = answers(vit, replace(adapter, sites=less))
+        assert range_error(expected, found) > MISTAKE, part
+    assert range_error(expected, answers(vit, replace(adapter, head=None))) > MISTAKE
+
+
+def test_on_a_model_of_transformers(tmp_path, hf_vit):
+    vit, names = hf_vit
+    source, expected = saved(tmp_path, vit, "LORA", names, use_dora=True)
+    adapter = import_adapter(source, vit)
+    assert range_error(expected, answers(vit, adapter)) <= BOUND
+    assert adapter.config.target_modules == ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+@pytest.mark.parametrize("method", ["LORA", "MISS"])
+def test_names_of_transformers_before_version_5(tmp_path, hf_vit, method):
+    vit, names = hf_vit
+    source, expected = saved(tmp_path, vit, method, names)
+    before = {
+        "vit.layers.": "vit.encoder.layer.",
+        "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value",
+        "attention.o_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+
+    def old(name):
+        for new, was in before.items():
+            name = name.replace(new, was)
+        return name
+
+    tensors = {old(k): v for k, v in load_file(source / TENSOR_FILE).items()}
+    save_file(tensors, source / TENSOR_FILE)
+    targets = ["query", "key", "value", "dense"]
+    edit(source, target_modules=targets)
+    adapter = import_adapter(source, vit)
+    assert range_error(expected, answers(vit, adapter)) <= BOUND
+    edit(source, target_modules=[*targets, "absent"])
+    if method == "LORA":
+        with pytest.raises(AdapterError, match="the file lacks absent"):
+            import_adapter(source, vit)
+
+
+def edit(source, **values):
+    content = json.loads((source / CONFIG_FILE).read_text())
+    (source / CONFIG_FILE).write_text(json.dumps({**content, **values}))
+
+
+def test_an_outer_module_s_name_and_another_head(tmp_path, vit):
+    """The ViT is a member of the user's module, whose classifier has a name of its own."""
+    source, expected = saved(tmp_path, vit, "ADALORA")
+    tensors = {}
+    for key, value in load_file(source / TENSOR_FILE).items():
+        inner = key.removeprefix("base_model.model.")
+        own = inner.replace("head.", "fc.") if inner.startswith("head.") else f"net.{inner}"
+        tensors[f"base_model.model.{own}"] = value
+    save_file(tensors, source / TENSOR_FILE)
+    edit(source, modules_to_save=["fc"])
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+
+
+def test_compressed(tmp_path, vit):
+    source, expected = saved(tmp_path, vit, "OFT", oft_block_size=4)
+    with pytest.raises(AdapterError, match=r"at rank 1 .*most at blocks\..*`accept_error`"):
+        import_adapter(source, vit, ImportOptions(compress_rank=1))
+    whole = import_adapter(source, vit, ImportOptions(compress_rank=64))
+    assert not whole.config.fold_only
+    assert range_error(expected, answers(vit, whole)) <= BOUND
+    options = ImportOptions(compress_rank=16, accept_error=1.0)
+    adapter = import_adapter(source, vit, options)
+    assert {t.lora_A.shape[0] for t in adapter.sites.values()} == {16}
+    stated = adapter.config.extra["compressed"]
+    assert stated["rank"] == 16
+    assert stated["worst_site"] in adapter.sites
+    assert 1e-3 < stated["max_range_error"] < 0.5
+    save_adapter(adapter, tmp_path / "out")
+    assert load_adapter(tmp_path / "out").config.extra["compressed"] == stated
+    with pytest.raises(OptionError, match="expected 1 or more"):
+        import_adapter(source, vit, ImportOptions(compress_rank=0))
+
+
+def test_norms_cannot_be_compressed(tmp_path, vit):
+    source, _ = saved(tmp_path, vit, "LN_TUNING")
+    with pytest.raises(AdapterError, match=r"norm1\.weight.*cannot be side branches at any rank"):
+        import_adapter(source, vit, ImportOptions(compress_rank=4))
+
+
+@pytest.mark.parametrize("method", ["LILY", "PREFIX_TUNING", "XLORA"])
+def test_what_depends_on_the_input_is_refused(tmp_path, vit, method):
+    said = peft_table.outcome(method, vit, TIMM, tmp_path)
+    assert said["as"] == "refused", said
+
+
+def test_several_adapters_in_one_folder(tmp_path, vit):
+    model = trained(vit, "LORA", arguments_of("LORA", TIMM))
+    model.add_adapter("second", model.peft_config["default"])
+    model.save_pretrained(str(tmp_path / "all"), selected_adapters=["second"])
+    with pytest.raises(AdapterError, match=r"holds the adapters second: give one"):
+        import_adapter(tmp_path / "all", vit)
+    assert import_adapter(tmp_path / "all" / "second", vit).sites
+
+
+def test_a_processor_beside_the_adapter(tmp_path, vit):
+    source, _ = saved(tmp_path, vit, "LORA")
+    assert import_adapter(source, vit).config.extra["imported_from"]["preprocess_assumed"]
+    stated = {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.1, 0.2, 0.3]}
+    (source / "preprocessor_config.json").write_text(
+        json.dumps({**stated, "image_std": [0.4, 0.5, 0.6], "rescale_factor": 1 / 255})
+    )
+    adapter = import_adapter(source, vit)
+    assert not adapter.config.extra["imported_from"]["preprocess_assumed"]
+    found = adapter.config.preprocess
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (found.interpolation, found.crop_mode, found.crop_pct) == ("bicubic", "squash", 1.0)
+    given = replace(found, mean=(0.5, 0.5, 0.5))
+    assert import_adapter(source, vit, ImportOptions(preprocess=given)).config.preprocess == given
+    (source / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(AdapterError, match="expected a JSON object, found list"):
+        import_adapter(source, vit)
+
+
+def test_code_named_by_a_file_does_not_run(tmp_path, vit, capsys):
+    """auto_mapping and base_model_name_or_path lead nowhere; an import by name is refused."""
+    source, expected = saved(tmp_path, vit, "MISS")
+    edit(
+        source,
+        auto_mapping={"base_model_class": "Evil", "parent_library": "antigravity"},
+        base_model_name_or_path="someone/else",
+    )
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+    torch.save({"x": _Evil()}, source / "adapter_model.bin")
+    (source / TENSOR_FILE).unlink()
+    with pytest.raises(AdapterError, match="never loaded"):
+        import_adapter(source, vit)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_random_adapters_whole_and_damaged(tmp_path, capsys):
+    found = peft_random.run(25, 3, tmp_path)
+    assert not found["wrong"], capsys.readouterr().out
+    assert Counter(found)["damaged: refused"] >= 5
+
+
+def test_an_importer_that_compares_nothing_is_seen(tmp_path, monkeypatch):
+    """The random draws find what they are for."""
+    from hhdeploy.adapters.importers import merging, peft, saved
+
+    for module, check in (
+        (peft, "compare_targets"),
+        (saved, "_check_saved"),
+        (merging, "_compare"),
+    ):
+        monkeypatch.setattr(module, check, lambda *_: None)
+    monkeypatch.setattr(peft_random, "HARMLESS", ())
+    monkeypatch.setattr(peft_random, "DAMAGES", (peft_random.lost_module,) * 9)
+    found = peft_random.run(4, 0, tmp_path)
+    assert any("wrong in silence" in line for line in found["wrong"]), found
