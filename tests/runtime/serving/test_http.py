@@ -368,8 +368,8 @@ def test_what_is_refused(client, pictures):
         (404, "nobody", error_of(lambda: client.get_model_metadata("nobody"))),
         (404, "nobody", error_of(lambda: client.get_model_config("nobody"))),
         (404, "nobody", error_of(lambda: client.get_inference_statistics("nobody"))),
-        (403, "--allow-adapter-loading", error_of(lambda: client.load_model("alpha"))),
-        (403, "--allow-adapter-loading", error_of(lambda: client.unload_model("alpha"))),
+        (403, "`allow_adapter_loading`", error_of(lambda: client.load_model("alpha"))),
+        (403, "`allow_adapter_loading`", error_of(lambda: client.unload_model("alpha"))),
     ]  # fmt: skip
     for status, said, found in wrong:
         assert (status, said in found[1]) == (found[0], True), (status, said, found)
