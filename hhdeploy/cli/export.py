@@ -65,6 +65,11 @@ from hhdeploy.cli import ui
     type=click.IntRange(1),
     help="Images per adapter.",
 )
+@click.option(
+    "--allow-no-effect",
+    is_flag=True,
+    help="Take an adapter that moves no logit on the images of the verification, too.",
+)
 @ui.cache_options("traced backbones")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new bundle is complete.")
 @ui.lock_timeout_option
@@ -89,6 +94,7 @@ def command(
     verify: bool,
     verify_data: Path | None,
     verify_images: int,
+    allow_no_effect: bool,
     cache_dir: Path | None,
     no_cache: bool,
     overwrite: bool,
@@ -116,7 +122,9 @@ def command(
             "--sites reserves room."
         )
     if not verify:
-        ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
+        ui.refuse_unused(
+            {"verify_data", "verify_images", "allow_no_effect"}, "does not go with --no-verify"
+        )
     if not overwrite:
         ui.refuse_unused({"lock_timeout"}, "needs --overwrite: nobody changes a new bundle")
     noise = verify and verify_data is None
@@ -145,6 +153,7 @@ def command(
             verify=verify,
             verify_data=verify_data,
             verify_images=verify_images,
+            allow_no_effect=allow_no_effect,
             cache=cache,
             overwrite=overwrite,
             lock_timeout=lock_timeout,

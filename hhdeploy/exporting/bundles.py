@@ -70,6 +70,7 @@ def export(
     verify: bool = True,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
+    allow_no_effect: bool = False,
     cache: str | Path | None = "default",
     overwrite: bool = False,
     lock_timeout: float = LOCK_TIMEOUT,
@@ -98,6 +99,7 @@ def export(
             typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
+        allow_no_effect: take an adapter that moves no logit on these images too.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
         overwrite: replace an existing bundle once the new one is complete; anything else that is
             there is refused.
@@ -145,7 +147,11 @@ def export(
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
-        reference = _reference_of(backbone, contents, data, progress) if verify else None
+        reference = (
+            _reference_of(backbone, contents, data, not allow_no_effect, progress)
+            if verify
+            else None
+        )
         progress("writing graphs")
         manifest = write_bundle(scratch, contents, precisions, reference)
         report = found = None
@@ -259,14 +265,20 @@ def _contents(
 
 
 def _reference_of(
-    backbone: Backbone, contents: Contents, data: VerifyData, progress: Progress
+    backbone: Backbone,
+    contents: Contents,
+    data: VerifyData,
+    check_effect: bool,
+    progress: Progress,
 ) -> Callable[[], Reference]:
     from hhdeploy.verifying.reference import training_time_reference
 
     def compute() -> Reference:
         progress("running the training-time model in float64")
         rows = rows_of(contents.manifest, contents.adapters)
-        return training_time_reference(backbone, rows, data, contents.manifest.classes)
+        return training_time_reference(
+            backbone, rows, data, contents.manifest.classes, check_effect=check_effect
+        )
 
     return compute
 
