@@ -27,8 +27,8 @@ from tests.support import images
 from tests.workshop import CLASSES
 
 WARM_UP, REQUESTS = 2_000, 10_000
-# What allocators keep still grows in steps, as each thread meets its largest picture and its largest
-# body: 65 MB were seen. A leak of the requests themselves, of 15 kB each, would be 150 MB.
+# What allocators keep still grows in steps, as each thread meets its largest picture and body: 65
+# MB were seen. A leak of the requests themselves, of 15 kB each, would be 150 MB.
 MOST_GROWTH = 100 << 20
 
 VALUES: list[Any] = [
