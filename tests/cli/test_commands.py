@@ -108,7 +108,10 @@ def test_export_with_room_and_without_verification(
     ("arguments", "message"),
     [
         ("OUT --adapter NOWHERE", "is not a directory"),
-        ('OUT --adapter ALPHA --model-args {"file":"x"}', "model arguments file are not allowed"),
+        (
+            'OUT --adapter ALPHA --model-args {"checkpoint_path":"x"}',
+            "checkpoint_path are not allowed",
+        ),
         ("OUT --adapter ALPHA --checkpoint NOWHERE", "does not exist"),
         ("OUT --adapter ALPHA --verify-data NOWHERE", "is not a directory"),
         ("OUT --adapter ALPHA --sites fc9", "'fc9' matches no site"),
