@@ -49,6 +49,27 @@ def check_outputs(asked: Sequence[Wanted]) -> Sequence[Wanted]:
     return asked or (Wanted(LOGITS),)
 
 
+def check_finite(
+    pixels: NDArray[np.float32], logits: NDArray[np.float32], classes: Sequence[int]
+) -> None:
+    """Refuses images whose NaN or infinities left no numbers: their best class would be one.
+
+    Args:
+        pixels: float32 [n, 3, H, W], as the graph got them.
+        logits: float32 [n, classes of the graph].
+        classes: of each image's adapter.
+
+    Raises:
+        RequestError: naming the first such image.
+    """
+    for index, (image, row, own) in enumerate(zip(pixels, logits, classes, strict=True)):
+        if not np.isfinite(row[:own].max()) and not np.isfinite(image).all():
+            raise RequestError(
+                f"input images: image {index} holds NaN or infinities, or numbers beyond float32: "
+                "its answer is no number either. Ask for logits to see them."
+            )
+
+
 def output_of(
     wanted: Wanted,
     logits: NDArray[np.float32],

@@ -41,7 +41,7 @@ from hhdeploy.runtime.serving.messages import (
     Tensor,
 )
 from hhdeploy.runtime.serving.metrics import Metrics, Now
-from hhdeploy.runtime.serving.outputs import LOGITS, check_outputs, output_of
+from hhdeploy.runtime.serving.outputs import LOGITS, check_finite, check_outputs, output_of
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import Session
 
@@ -223,7 +223,7 @@ class Service:
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
         if any(w.name != LOGITS or w.top for w in wanted):
-            _check_finite(pixels, answer.logits, classes)
+            check_finite(pixels, answer.logits, classes)
         outputs = tuple(output_of(w, answer.logits, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
         return InferResponse(request.model, request.id, outputs)
@@ -375,22 +375,6 @@ def _check_folded(settings: ServeSettings) -> None:
             raise PlanError(
                 f"{name}: a folded bundle holds one adapter, in its weights. Leave it out, or "
                 "export without `fold=True`."
-            )
-
-
-def _check_finite(
-    pixels: NDArray[np.float32], logits: NDArray[np.float32], classes: Sequence[int]
-) -> None:
-    """Refuses images whose NaN or infinities left no numbers: their best class would be one.
-
-    Raises:
-        RequestError: naming the first such image.
-    """
-    for index, (image, row, own) in enumerate(zip(pixels, logits, classes, strict=True)):
-        if not np.isfinite(row[:own].max()) and not np.isfinite(image).all():
-            raise RequestError(
-                f"input images: image {index} holds NaN or infinities, or numbers beyond float32: "
-                "its answer is no number either. Ask for logits to see them."
             )
 
 
