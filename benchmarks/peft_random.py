@@ -182,12 +182,13 @@ def wrapped(target: Path, draw: random.Random, names: Names) -> bool:
 
 
 def half_precision(target: Path, draw: random.Random, names: Names) -> bool:
-    _rewrite(
-        target,
-        lambda tensors: {
-            k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in tensors.items()
-        },
-    )
+    """What was trained, which `_round` has rounded; constants of a method stay as they are."""
+
+    def halved(value: torch.Tensor) -> torch.Tensor:
+        short = value.bfloat16() if value.is_floating_point() else value
+        return short if torch.equal(short.to(value.dtype), value) else value
+
+    _rewrite(target, lambda tensors: {key: halved(value) for key, value in tensors.items()})
     return True
 
 
