@@ -12,6 +12,19 @@ from hhdeploy.plan import Plan
 
 
 def insert_head(graph: ir.Graph, head: GraphLinear, plan: Plan, rows: Rows) -> None:
+    """Give each image the classifier of its own adapter, from its row of the bank; in place.
+
+    Without heads in the plan's layout the graph stays as it is. The output becomes
+    [batch, ``plan.classes``], the backbone's own classes among them where they are kept.
+
+    Args:
+        head: the backbone's classifier in the graph; its input must be [batch, features].
+        plan: says how many classes, and whether the backbone's own classifier is kept.
+        rows: each image's row, in parts.
+
+    Raises:
+        BackboneError: the classifier is not the last operation, or takes another shape.
+    """
     layout, backbone_classes = plan.layout, plan.facts.classes
     if not layout.classes:
         return  # every adapter uses the backbone's classifier as it is

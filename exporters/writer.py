@@ -12,10 +12,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import WHOLE
+from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle.layout import check_row_range
-from hhdeploy.bundle.manifest import BANK_FILE, REFERENCE_FILE, Manifest, hash_files, write_manifest
+from hhdeploy.bundle.manifest import (
+    BANK_FILE,
+    REFERENCE_FILE,
+    AdapterEntry,
+    Manifest,
+    hash_files,
+    write_manifest,
+)
 from hhdeploy.bundle.membership import entry_of
+from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
@@ -37,7 +47,8 @@ class Contents:
         model: the float32 graph.
         manifest: without files and graphs of other precisions; they are filled in.
         bank: [rows, row], None for a folded bundle.
-        adapters: name -> adapter as loaded; its directory is copied as it came.
+        adapters: name -> adapter as loaded; its directory is copied as it came. Empty for a whole
+            model without one.
     """
 
     model: ir.Model
@@ -61,6 +72,33 @@ def folded_contents(base: BaseGraph, name: str, adapter: Adapter) -> Contents:
         versions=versions(),
     )
     return Contents(folded_model(base, adapter), manifest, None, {name: adapter})
+
+
+def whole_contents(base: BaseGraph) -> Contents:
+    """The model as it is, under one name, for everything that a folded bundle is good for.
+
+    Raises:
+        PlanError: it has no classifier.
+    """
+    facts = replace(base.facts, linears=())
+    if not facts.classes:
+        raise PlanError(
+            f"{facts.model} as loaded has no classifier, so its graph has no logits. Give weights "
+            "that have one, or an adapter with a head."
+        )
+    task = problem_type_of(None, facts.classes)
+    entry = AdapterEntry(WHOLE, None, facts.classes, None, facts.preprocess, False, task)
+    manifest = Manifest(
+        kind="folded",
+        backbone=facts,
+        classes=facts.classes,
+        adapters=(entry,),
+        layout=None,
+        bank_as_constant=False,
+        graphs={},
+        versions=versions(),
+    )
+    return Contents(base.model, manifest, None, {})
 
 
 def branches_contents(

@@ -45,11 +45,12 @@ class Bound:
     reason: str
 
 
-# PEFT's merged model against its unmerged one in float64: DEFT 4e-8, C3A 1e-9, the rest 1e-15; a
-# change that depends on the image 1e-3 and more.
+# PEFT's merged model against its unmerged one in float64: DEFT 4e-8, the rest below 1e-9.
 PEFT_MERGE_BOUND = 1e-6
 # What a compressed adapter may lose before somebody has to accept it: less than 8 bits do.
 COMPRESSION_BOUND = 1e-2
+# Of the logits' range: what float32 rounds away is no effect.
+NO_EFFECT = 1e-8
 
 # Shares of images that add up to 1 in float64.
 _ROUNDING = 1e-12

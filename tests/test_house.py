@@ -206,6 +206,33 @@ def test_every_module_says_what_it_is_for():
     assert not silent
 
 
+def silent_functions(owner: ast.Module | ast.ClassDef) -> list[str]:
+    """Public functions, and public methods of public classes, without a docstring."""
+    found = []
+    for node in owner.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found += [f"{node.name}.{name}" for name in silent_functions(node)]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            public = not node.name.startswith("_")
+            found += [node.name] if public and not ast.get_docstring(node) else []
+    return found
+
+
+def test_every_public_function_says_what_it_does():
+    silent = {
+        path.relative_to(ROOT).as_posix(): names
+        for path in sources()
+        if (names := silent_functions(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert not silent
+
+
+def test_a_planted_silent_function_is_found():
+    planted = "def f(): 0\nclass C:\n    async def g(self): 0\n    def _h(self): 0\n"
+    assert silent_functions(ast.parse(planted)) == ["f", "C.g"]
+    assert not silent_functions(ast.parse('def f():\n    """Says."""\nclass _C:\n    def g(): 0'))
+
+
 def nouns() -> dict[str, list[str]]:
     """Public classes by name, and where each is."""
     found: dict[str, list[str]] = defaultdict(list)

@@ -12,6 +12,8 @@ from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, Form, Site, select_sites,
 from hhdeploy.errors import AdapterError, OptionError, PlanError
 
 BACKBONE = "backbone"
+# What requests call a whole model that was folded without an adapter.
+WHOLE = "model"
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -204,5 +206,6 @@ def check_sites(facts: BackboneFacts) -> None:
 
 
 def abbreviate(names: Sequence[str], limit: int = 8) -> str:
+    """The first ``limit`` names for a message, and how many there are if that is not all."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

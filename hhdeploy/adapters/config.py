@@ -100,6 +100,11 @@ def problem_type_of(given: ProblemType | None, classes: int) -> ProblemType:
 
 
 def read_config(path: Path) -> AdapterConfig:
+    """Read and check an ``adapter_config.json``; ``path`` is the file.
+
+    Raises:
+        AdapterError: it is missing, no JSON object, or see `parse_config`.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

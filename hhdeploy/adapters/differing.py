@@ -43,7 +43,6 @@ class AdapterDifference:
     Attributes:
         settings: key of the configuration -> both values, of those that differ.
         sites: in the order of the first adapter, then what only the second one has.
-        equal: no setting and no number differs.
     """
 
     settings: dict[str, tuple[Any, Any]]
@@ -51,6 +50,7 @@ class AdapterDifference:
 
     @property
     def equal(self) -> bool:
+        """No setting and no number differs."""
         return not self.settings and not any(site.distance for site in self.sites)
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from hhdeploy.backbones.spec import Backbone, BackboneSpec, Loaded
 from hhdeploy.backbones.structure import base_sha256, find_linears
 from hhdeploy.errors import BackboneError, require
 
+_SOURCES = ("transformers:", "python:")
+
 
 def load_backbone(spec: BackboneSpec) -> Backbone:
     """Load a model, frozen, in eval mode and float32; see `BackboneSpec` for the sources.
@@ -17,6 +19,10 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
         MissingDependencyError: the source's package is not installed.
     """
     require("torch", "export", "loading a backbone")
+    if not spec.model.startswith(_SOURCES):
+        from hhdeploy.backbones.timm import named_as_timm_does
+
+        spec = named_as_timm_does(spec)
     loaded = _load(spec)
     model = loaded.model.eval().requires_grad_(False).float()
     return Backbone(model, _facts(loaded, spec), loaded.notes, loaded.traced_with)

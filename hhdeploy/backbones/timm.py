@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hhdeploy.backbones.facts import check_timm_args
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
@@ -17,6 +22,9 @@ from hhdeploy.preprocess import Preprocess
 if TYPE_CHECKING:
     from torch import nn
 
+# What timm's folders call their weights.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
 
 def load_timm(spec: BackboneSpec) -> Loaded:
     """Create the timm model and load its weights as timm does it.
@@ -27,17 +35,64 @@ def load_timm(spec: BackboneSpec) -> Loaded:
             several classifiers.
     """
     check_timm_args(spec.args)
-    if spec.checkpoint is not None:
+    if spec.checkpoint is not None and spec.checkpoint.suffix == ".npz":
+        model, classes = _from_npz(spec, spec.checkpoint)
+    elif spec.checkpoint is not None:
         model, classes = _from_checkpoint(spec)
     else:
         model, classes = _from_timm(spec)
+    preprocess = preprocess_of(model, spec.args)
+    notes: tuple[str, ...] = ()
+    if preprocess.input_size[0] != 3:
+        notes = (f"image transform assumed: {preprocess.described()}",)
     return Loaded(
         model,
         resolved_name(model, spec.model),
         classifier_path(model),
         classes,
-        preprocess_of(model, spec.args),
+        preprocess,
+        notes,
         traced_with=(f"timm {_timm().__version__}",),
+    )
+
+
+def named_as_timm_does(spec: BackboneSpec) -> BackboneSpec:
+    """The spec with the hub's names of timm's models as timm's own, and a folder read.
+
+    ``timm/NAME`` and ``hf_hub:timm/NAME`` are ``NAME``. A folder has timm's config.json and
+    weights; its arguments join those of the spec.
+
+    Raises:
+        BackboneError: a folder that is not timm's.
+    """
+    folder = Path(spec.model)
+    if folder.is_dir():
+        return _of_folder(spec, folder)
+    name = spec.model.replace("hf_hub:", "hf-hub:", 1)
+    plain = name.removeprefix("hf-hub:")
+    return replace(spec, model=plain.removeprefix("timm/") if plain[:5] == "timm/" else name)
+
+
+def _of_folder(spec: BackboneSpec, folder: Path) -> BackboneSpec:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, architecture = config.get("model_type"), config.get("architecture")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BackboneError(f"{folder} has no config.json that can be read: {error}.") from error
+    if not isinstance(architecture, str):
+        hint = f" Is it a model of transformers? Pass transformers:{folder}." if kind else ""
+        raise BackboneError(
+            f"{folder}/config.json: expected timm's architecture, found none.{hint}"
+        )
+    found = [f for f in (folder / n for n in _WEIGHTS) if f.is_file()]
+    if spec.checkpoint is None and spec.pretrained and not found:
+        raise BackboneError(f"{folder} has no weights: expected {' or '.join(_WEIGHTS)}.")
+    args = {**config.get("model_args", {}), **spec.args}
+    if "num_classes" in config:
+        args.setdefault("num_classes", config["num_classes"])
+    weights = found[0] if found and spec.pretrained else None
+    return replace(
+        spec, model=f"local-dir:{folder}", args=args, checkpoint=spec.checkpoint or weights
     )
 
 
@@ -52,7 +107,7 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
     import torch
 
     name = spec.model.split(".")[0]
-    if not timm.is_model(name):
+    if ":" not in spec.model and not timm.is_model(name):
         close = timm.list_models(f"*{name[:12]}*")[:5]
         hint = f" Did you mean {', '.join(close)}?" if close else ""
         raise BackboneError(
@@ -106,17 +161,46 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int]:
     return model, classes
 
 
+def _from_npz(spec: BackboneSpec, path: Path) -> tuple[nn.Module, int]:
+    """A file of arrays as the JAX ViTs are published, through the architecture's own reader."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            heads = [arrays[name].shape[-1] for name in arrays.files if name.endswith("head/bias")]
+        classes = heads[0] if heads else 0
+        model = _create(spec, pretrained=False, num_classes=classes or 1)
+        reader = getattr(model, "load_pretrained", None)
+        if reader is None:
+            raise BackboneError(f"`checkpoint`: {spec.model} has no reader of .npz files.")
+        reader(str(path))
+    except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        raise BackboneError(
+            f"`checkpoint`: {path} does not fit {spec.model} with {dict(spec.args)}, or cannot be "
+            f"read: {type(error).__name__}: {error}."
+        ) from error
+    return model, classes
+
+
 def resolved_name(model: nn.Module, name: str) -> str:
     """The timm name with the tag that was used (timm's default one if none was given)."""
-    tag = getattr(model, "pretrained_cfg", {}).get("tag")
+    config = getattr(model, "pretrained_cfg", {})
+    tag = config.get("tag")
+    if name.startswith("local-dir:"):
+        name = str(config["architecture"])
     return name if "." in name or not tag else f"{name}.{tag}"
 
 
 def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
-    """timm's evaluation transform of a model, its image size as ``args`` made it."""
+    """timm's evaluation transform of a model, its images as ``args`` made them.
+
+    Channels that are not red, green and blue have the average of their mean and std each.
+    """
     config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
-    size = config["input_size"]
+    height, width = config["input_size"][1:]
     if "img_size" in args:
         img = args["img_size"]
-        size = (3, img, img) if isinstance(img, int) else (3, *img)
+        height, width = (img, img) if isinstance(img, int) else img
+    channels = args.get("in_chans", 3)
+    if channels != 3:
+        config |= {k: [sum(config[k]) / len(config[k])] * channels for k in ("mean", "std")}
+    size = (channels, height, width)
     return Preprocess.from_json({**config, "input_size": size, "exif": True})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
             weights that do not fit.
     """
     transformers = require("transformers", "transformers", "loading a model of transformers")
+    with _quiet(transformers):
+        return _loaded(transformers, spec, where)
+
+
+def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     config = _config(transformers, spec, where)
     classifies = any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
     model, given = _model(transformers, spec, where, config, classifies)
@@ -49,6 +55,21 @@ def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
     traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
     name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
     return Loaded(returns_tensor(model), name, path, classes, preprocess, notes, traced_with)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No bars and reports of its own: what is wrong with the weights is an error here."""
+    log = transformers.utils.logging
+    before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+        if bars:
+            log.enable_progress_bar()
 
 
 def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:

@@ -137,7 +137,9 @@ class RowLayout:
             if tensors.shape is not None:
                 _pack_delta(name, adapter, site, _place(where, name, site, adapter.form), parts)
             if tensors.parts:
-                _pack_parts(name, adapter, site, _place(where, name, site, "additive"), parts)
+                # A sequential branch alone has no room for them, which is what there is to say.
+                form: Form = "additive" if (site, "additive") in where else adapter.form
+                _pack_parts(name, adapter, site, _place(where, name, site, form), parts)
         bad = row.size - int(np.count_nonzero(np.isfinite(row)))
         if bad:
             raise CapacityError(
@@ -291,16 +293,16 @@ def _pack_parts(
     branch, index = place
     sizes: dict[Part, int] = {"s_in": branch.in_, "s_out": branch.out, "db": branch.out}
     for part, trained in adapter.sites[site].parts.items():
-        if trained.size != sizes[part]:
-            raise CapacityError(
-                f"adapter {name!r}: {site}.{part} has {trained.size} values, the backbone's site "
-                f"takes {sizes[part]}. The adapter belongs to another model."
-            )
         if part not in branch.extras:
             raise CapacityError(
                 f"adapter {name!r} has {site}.{part}, and the rows of this bundle have no {part} "
                 f"at {branch.linear}. Export again with this adapter, or reserve {part} with "
                 "`parts`."
+            )
+        if trained.size != sizes[part]:
+            raise CapacityError(
+                f"adapter {name!r}: {site}.{part} has {trained.size} values, the backbone's site "
+                f"takes {sizes[part]}. The adapter belongs to another model."
             )
         if part == "s_in":
             _check_one_s_in(name, adapter, branch)

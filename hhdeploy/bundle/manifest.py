@@ -214,6 +214,11 @@ class Manifest:
         """What the images of an adapter (None: of the bare backbone) go through."""
         return self.backbone.preprocess if entry is None else entry.preprocess
 
+    @property
+    def whole(self) -> bool:
+        """A model that was exported as it is: its one entry is no adapter, and has no files."""
+        return self.layout is None and not any(n.startswith(f"{ADAPTERS}/") for n in self.files)
+
     def named(self, role: str) -> str:
         """The name that a file has now, by the one it has in a fresh export."""
         return next((n for n in self.files if "/" not in n and plain_name(n) == role), role)

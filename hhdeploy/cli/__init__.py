@@ -59,9 +59,11 @@ class LazyGroup(Group):
     """A group that knows its commands by name and imports them on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, as ``--help`` lists them; imports none."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, its module imported; None if there is none."""
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"hhdeploy.cli.{_COMMANDS[cmd_name][0]}")
@@ -69,6 +71,7 @@ class LazyGroup(Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write all commands with the texts that are known without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hhdeploy.adapters.config import PROBLEM_TYPES, ProblemType
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.cli import CONTEXT, ui
@@ -41,6 +42,11 @@ def _shared_options(checkpoint_help: str) -> Callable[[F], F]:
                     multiple=True,
                     metavar="NAME",
                     help="In order; one per class.",
+                ),
+                click.option(
+                    "--problem-type",
+                    type=click.Choice(PROBLEM_TYPES),
+                    help="What the head's outputs are. [default: classes, of one output a value]",
                 ),
                 click.option(
                     "--preprocess",
@@ -103,6 +109,7 @@ def command(
     input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
     class_names: tuple[str, ...],
+    problem_type: ProblemType | None,
     preprocess: dict[str, Any] | None,
     compress_rank: int | None,
     accept_error: float | None,
@@ -145,6 +152,7 @@ def command(
         prefix=prefix,
         lora_scale=lora_scale,
         class_names=class_names or None,
+        problem_type=problem_type,
         preprocess=_preprocess(preprocess, backbone.facts),
         weights_known=weights_known,
         key_map=key_map,
@@ -167,6 +175,7 @@ def extract(
     input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
     class_names: tuple[str, ...],
+    problem_type: ProblemType | None,
     preprocess: dict[str, Any] | None,
     compress_rank: int | None,
     accept_error: float | None,
@@ -192,6 +201,7 @@ def extract(
         stated = _preprocess(preprocess, load_backbone(spec).facts)
     options = ImportOptions(
         class_names=class_names or None,
+        problem_type=problem_type,
         preprocess=stated,
         compress_rank=compress_rank,
         accept_error=accept_error,

@@ -17,12 +17,11 @@ from hhdeploy.cli import ui
     "--adapter",
     "adapters",
     multiple=True,
-    required=True,
     metavar="[NAME=]DIR[@S]",
     help="An adapter directory; repeat for more. Named after the directory unless given. S is its "
     "strength, e.g. 0.7.",
 )
-@click.option("--fold", is_flag=True, help="Put the one adapter into the weights: no overhead.")
+@click.option("--fold", is_flag=True, help="Put the one adapter, if any, into the weights.")
 @ui.backbone_options
 @click.option(
     "--precision",
@@ -66,6 +65,11 @@ from hhdeploy.cli import ui
     type=click.IntRange(1),
     help="Images per adapter.",
 )
+@click.option(
+    "--allow-no-effect",
+    is_flag=True,
+    help="Take an adapter that moves no logit on the images of the verification, too.",
+)
 @ui.cache_options("traced backbones")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new bundle is complete.")
 @ui.lock_timeout_option
@@ -90,6 +94,7 @@ def command(
     verify: bool,
     verify_data: Path | None,
     verify_images: int,
+    allow_no_effect: bool,
     cache_dir: Path | None,
     no_cache: bool,
     overwrite: bool,
@@ -101,6 +106,8 @@ def command(
     \b
     One adapter in the weights:
       hhdeploy export --fold --model vit_base_patch16_224 --adapter digits/ OUT
+    A model as it is, fine-tuned or merged:
+      hhdeploy export --fold --model vit_base_patch16_224 --checkpoint FILE OUT
     Many adapters, one graph, another one for every image:
       hhdeploy export --model vit_base_patch16_224 --adapter digits/ --adapter cars/ OUT
     """
@@ -109,8 +116,15 @@ def command(
 
     named, strengths = ui.adapters_and_strengths(adapters)
     cache = ui.check_cache_options(cache_dir, no_cache)
+    if not adapters and not fold and not sites:
+        raise click.UsageError(
+            "Missing option '--adapter'. Without one, --fold exports the model as it is and "
+            "--sites reserves room."
+        )
     if not verify:
-        ui.refuse_unused({"verify_data", "verify_images"}, "does not go with --no-verify")
+        ui.refuse_unused(
+            {"verify_data", "verify_images", "allow_no_effect"}, "does not go with --no-verify"
+        )
     if not overwrite:
         ui.refuse_unused({"lock_timeout"}, "needs --overwrite: nobody changes a new bundle")
     noise = verify and verify_data is None
@@ -139,6 +153,7 @@ def command(
             verify=verify,
             verify_data=verify_data,
             verify_images=verify_images,
+            allow_no_effect=allow_no_effect,
             cache=cache,
             overwrite=overwrite,
             lock_timeout=lock_timeout,

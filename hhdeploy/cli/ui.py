@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hhdeploy.adapters.checks import check_name
+from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -371,4 +372,6 @@ def describe_data(data: Mapping[str, Any]) -> str:
     """The verification's images, in words."""
     if data.get("kind") == "noise":
         return "seeded noise (real images: --verify-data DIR)"
-    return f"images in {data.get('folder')}/"
+    skipped = data.get("skipped")
+    left_out = f", left out: {in_words(skipped)}" if skipped else ""
+    return f"images in {data.get('folder')}/{left_out}"

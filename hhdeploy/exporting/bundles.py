@@ -70,6 +70,7 @@ def export(
     verify: bool = True,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
+    allow_no_effect: bool = False,
     cache: str | Path | None = "default",
     overwrite: bool = False,
     lock_timeout: float = LOCK_TIMEOUT,
@@ -82,7 +83,8 @@ def export(
             ``python:package.module:function``.
         adapters: name -> adapter directory.
         out: the bundle's directory; written whole or not at all.
-        fold: put the one adapter into the weights; else all become side branches.
+        fold: put the one adapter into the weights, or export the model as it is where there is
+            none; else all become side branches.
         strengths: name -> what the adapter's change of the backbone is multiplied by; 1 where none
             is given. The classifier is never scaled.
         model_args: further arguments of ``timm.create_model``, transformers' configuration or
@@ -97,6 +99,7 @@ def export(
             typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
+        allow_no_effect: take an adapter that moves no logit on these images too.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
         overwrite: replace an existing bundle once the new one is complete; anything else that is
             there is refused.
@@ -135,15 +138,20 @@ def export(
         backbone = load_backbone(spec)
         for note in backbone.notes:
             progress(note)
-        check_sites(backbone.facts)
+        if loaded or not fold:
+            check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
-        alone = next(iter(loaded.values())) if fold else None
+        alone = next(iter(loaded.values()), None) if fold else None
         base = _base(backbone, alone, Path(where) if where else None)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
-        reference = _reference_of(backbone, contents, data, progress) if verify else None
+        reference = (
+            _reference_of(backbone, contents, data, not allow_no_effect, progress)
+            if verify
+            else None
+        )
         progress("writing graphs")
         manifest = write_bundle(scratch, contents, precisions, reference)
         report = found = None
@@ -211,8 +219,10 @@ def _check_precisions(precisions: Sequence[str]) -> None:
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
-    if adapters != 1:
-        raise OptionError(f"`fold=True` takes exactly one adapter, found {adapters}.")
+    if adapters > 1:
+        raise OptionError(
+            f"`fold=True` takes exactly one adapter, found {adapters}; or none, for a whole model."
+        )
     if reserve != Reserve() or bank_as_constant:
         raise OptionError(
             "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, `parts`, "
@@ -240,27 +250,35 @@ def _contents(
     bank_as_constant: bool,
     precisions: Sequence[str],
 ) -> Contents:
-    from hhdeploy.exporters.writer import branches_contents, folded_contents
+    from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
     if not fold:
         plan = plan_branches(base.facts, adapters, reserve)
         return branches_contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
+    if not adapters:
+        return whole_contents(base)
     ((name, adapter),) = adapters.items()
     check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
 
 
 def _reference_of(
-    backbone: Backbone, contents: Contents, data: VerifyData, progress: Progress
+    backbone: Backbone,
+    contents: Contents,
+    data: VerifyData,
+    check_effect: bool,
+    progress: Progress,
 ) -> Callable[[], Reference]:
     from hhdeploy.verifying.reference import training_time_reference
 
     def compute() -> Reference:
         progress("running the training-time model in float64")
         rows = rows_of(contents.manifest, contents.adapters)
-        return training_time_reference(backbone, rows, data, contents.manifest.classes)
+        return training_time_reference(
+            backbone, rows, data, contents.manifest.classes, check_effect=check_effect
+        )
 
     return compute
 

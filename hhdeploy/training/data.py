@@ -171,7 +171,7 @@ def _digest(train_root: Path, train: Samples, val_root: Path, val: Samples) -> s
 
 
 class PixelCache:
-    """Decoded images, each kept as uint8 (H, W, 3) until ``limit_bytes`` are used.
+    """Decoded images, each kept as uint8 (H, W, 3), grey (H, W), until ``limit_bytes`` are used.
 
     Images past the limit are decoded again whenever they are asked for. Safe to use from
     several threads.
@@ -197,19 +197,23 @@ class PixelCache:
 
 
 def _unnormalised(values: NDArray[np.float32], view: Preprocess) -> Pixels:
-    """float32 [3, H, W] -> uint8 (H, W, 3), exact: the rounding error is far below half a step."""
+    """float32 [channels, H, W] -> uint8 (H, W, 3), grey (H, W).
+
+    Exact: the rounding error is far below half a step.
+    """
     mean, std = np.asarray(view.mean, np.float32), np.asarray(view.std, np.float32)
     pixels = np.rint((values.transpose(1, 2, 0) * std + mean) * np.float32(255))
-    return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8))
+    whole = np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8))
+    return whole[..., 0] if whole.shape[-1] == 1 else whole
 
 
 def canvas_view(preprocess: Preprocess) -> Preprocess:
     """The same resize without the final crop: what random crops are taken from."""
     if preprocess.crop_pct >= 1.0:
         return preprocess
-    _, height, width = preprocess.input_size
+    channels, height, width = preprocess.input_size
     scaled = (
-        3,
+        channels,
         math.floor(height / preprocess.crop_pct),
         math.floor(width / preprocess.crop_pct),
     )

@@ -128,7 +128,8 @@ def verify_against_torch(
             f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
             f"{backbone.facts.sha256[:12]}…. Pass the same file with `checkpoint`."
         )
-    adapters = {a.name: bundle.load_adapter(a.name) for a in bundle.manifest.adapters}
+    names = [a.name for a in bundle.manifest.adapters if not bundle.manifest.whole]
+    adapters = {name: bundle.load_adapter(name) for name in names}
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = rows_of(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
@@ -193,7 +194,7 @@ def rows_of(
     if manifest.backbone_classes:
         rows[BACKBONE] = (0, None)
     for entry in manifest.adapters:
-        rows[entry.name] = (entry.row or 0, adapters[entry.name])
+        rows[entry.name] = (entry.row or 0, adapters.get(entry.name))  # none of a whole model
     return rows
 
 

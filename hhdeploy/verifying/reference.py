@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.spec import Backbone
-from hhdeploy.errors import PlanError
+from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.files.folders import list_images, spread
+from hhdeploy.parity import NO_EFFECT
 from hhdeploy.preprocess import open_image
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class VerifyData:
             "kind": "images",
             "folder": self.folder.name,
             "images_per_adapter": self.images,
+            **({"skipped": skipped} if (skipped := dict(list_images(self.folder).skipped)) else {}),
         }
 
     def batch(
@@ -96,6 +98,8 @@ def training_time_reference(
     adapters: Mapping[str, tuple[int, Adapter | None]],
     data: VerifyData,
     classes: int,
+    *,
+    check_effect: bool = False,
 ) -> Reference:
     """Run the training-time model in float64 on every adapter's images.
 
@@ -104,9 +108,11 @@ def training_time_reference(
         adapters: name -> (row, adapter); None stands for the bare backbone.
         data: which images.
         classes: columns of the logits.
+        check_effect: refuse an adapter that changes nothing.
 
     Raises:
         PlanError: no adapter at all, nor the backbone's own classifier.
+        AdapterError: with ``check_effect``, an adapter that moves no logit.
     """
     if not adapters:
         raise PlanError(
@@ -119,6 +125,8 @@ def training_time_reference(
         for name, (row, adapter) in adapters.items():
             images = data.batch(name, adapter, backbone.facts)
             logits = _training_time_logits(backbone.model, adapter, images)
+            if check_effect and adapter is not None:
+                _check_effect(backbone.model, name, adapter, images[:1], logits[:1])
             padded = np.full((len(images), classes), -np.inf)
             padded[:, : logits.shape[1]] = logits
             per_adapter.append((images, np.full(len(images), row, np.int64), padded))
@@ -129,6 +137,34 @@ def training_time_reference(
         np.concatenate([entry[i] for entry in per_adapter])[order] for i in range(3)
     )
     return Reference(images, ids, logits)
+
+
+def _check_effect(
+    model: nn.Module,
+    name: str,
+    adapter: Adapter,
+    images: NDArray[np.float32],
+    logits: NDArray[np.float64],
+) -> None:
+    """The adapter's logits are not those of the backbone with the adapter's classifier alone."""
+    changes = adapter.sites or adapter.values
+    bare = replace(
+        adapter,
+        sites={},
+        values={},
+        config=replace(adapter.config, target_modules=(), fold_only=False),
+    )
+    head_alone = bare if changes and adapter.head is not None else None
+    without = _training_time_logits(model, head_alone, images)
+    if without.shape != logits.shape:
+        return  # another classifier, and nothing else was trained
+    moved = float(np.abs(logits - without).max())
+    if moved <= NO_EFFECT * float(np.ptp(logits)):
+        raise AdapterError(
+            f"{adapter.source}: adapter {name!r} moves no logit: with and without it the backbone "
+            f"answers the same (up to {moved:.0e}). It was not trained, or its tensors were lost. "
+            "If that is meant, export with `allow_no_effect=True`."
+        )
 
 
 def _training_time_logits(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click import UsageError
 
-from hhdeploy.cli.ui import _named_directory, named_directories
+from hhdeploy.cli.ui import _named_directory, describe_data, named_directories
 from hhdeploy.errors import OptionError
 
 
@@ -64,3 +64,10 @@ def test_what_can_be_read_both_ways_is_refused_with_both(here):
 def test_nothing_behind_the_equals_sign_is_refused(here):
     with pytest.raises(UsageError, match="no directory after '='"):
         named_directories(["cars="])
+
+
+def test_what_was_left_out_of_a_folder_is_said():
+    data = {"kind": "images", "folder": "photos"}
+    assert describe_data(data) == "images in photos/"
+    skipped = {".txt": 1, ".heic": 2}
+    assert describe_data(data | {"skipped": skipped}).endswith("left out: 2 .heic, 1 .txt")

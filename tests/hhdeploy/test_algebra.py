@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.algebra import (
+    Scales,
     SiteDelta,
     effective_rank,
     fold_additive,
@@ -260,3 +261,28 @@ def test_effective_rank():
     assert effective_rank(even) == pytest.approx(7.0)
     one = low_rank_delta(*(draw(7, 13, 1)[i] for i in (3, 4)))
     assert effective_rank(one) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_scales_and_db_are_folded_before_the_matrix(order):
+    """Both memory orders, more rows than one block holds; M multiplies what was scaled."""
+    random = np.random.default_rng(3)
+    weight = np.asarray(random.standard_normal((131, 97)), np.float32, order=order)
+    bias = random.standard_normal(131).astype(np.float32)
+    s_in, s_out = random.uniform(0.2, 3, 97), random.uniform(0.2, 3, 131)
+    db = random.standard_normal(131)
+    scaled = np.diag(s_out) @ weight @ np.diag(s_in)
+    scales = Scales(s_in, s_out)
+    delta = householder_delta(*draw(131, 97, 2), "orthogonal")
+    found = fold_additive(weight, delta, None, scales)
+    assert_parity(scaled + delta.dense(), found, "algebra", "float32")
+    matrix = householder_delta(*draw(131, 131, 2), "orthogonal")
+    found, moved = fold_sequential(weight, bias, matrix, scales, db)
+    assert_parity(matrix.dense() @ scaled, found, "algebra", "float32")
+    assert_parity(matrix.dense() @ (bias + db), moved, "algebra", "float32")
+    _, moved = fold_sequential(weight, None, matrix, scales, db)
+    assert_parity(matrix.dense() @ db, moved, "algebra", "float32")
+    assert fold_sequential(weight, None, matrix, scales)[1] is None
+    for forgotten in (Scales(s_in), Scales(None, s_out)):
+        mistaken = fold_additive(weight, delta, None, forgotten)
+        assert_caught(scaled + delta.dense(), mistaken, "algebra", "float32")

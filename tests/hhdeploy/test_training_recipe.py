@@ -523,6 +523,20 @@ def test_pictures_on_their_side_are_trained_on_upright(tmp_path: Path) -> None:
     assert torch.equal(*seen)
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_model_of_one_channel_trains_on_grey_pictures(images: Path, augment: bool) -> None:
+    view = replace(VIEW, input_size=(1, 31, 29), mean=(0.4,), std=(0.3,))
+    samples = read_image_folder(images, None, 0.1, 0).val
+    with BatchSource(view, batch_size=2, cache=PixelCache(1 << 20)) as source:
+        options = {"seed": 0, "epoch": 1, "augment": augment, "flip": True}
+        trained = torch.cat([x for x, _ in source.training(samples, **options)])
+        judged = torch.cat([x for x, _ in source.evaluation(samples)])
+    assert trained.shape == (3, 1, 31, 29)
+    expected = np.stack([view(open_image(p)) for p in samples.paths])
+    assert np.array_equal(judged.numpy(), expected)
+    assert torch.equal(trained.sort(dim=0).values, judged.sort(dim=0).values) != augment
+
+
 def test_split_is_stratified_seeded_and_never_takes_the_only_image(tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "d", ["bars", "discs"], 11, seed=2)
     (data / "frames").mkdir()

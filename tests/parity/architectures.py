@@ -209,8 +209,6 @@ REFUSED = {
     "fastvit_t8": "zero sites found",
     "visformer_tiny": "zero sites found",
     "focalnet_tiny_srf": "zero sites found",
-    "mixer_s16_224": "zero sites found",
-    "resmlp_12_224": "zero sites found",
     "convnext_atto": "zero sites found",
 }
 

@@ -40,6 +40,7 @@ def extract_adapter(
     unused = replace(
         options,
         class_names=None,
+        problem_type=None,
         preprocess=None,
         compress_rank=None,
         accept_error=None,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import check
-from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.config import AdapterConfig, ProblemType
 from hhdeploy.adapters.format import Adapter, assemble_adapter
 from hhdeploy.adapters.importers.compressing import compressed
 from hhdeploy.algebra import Reflection
@@ -46,6 +46,7 @@ class ImportOptions:
         prefix: stripped from every tensor key, before or after PEFT's own ``base_model.model.``.
         lora_scale: of a .pth file: factor of lora_B lora_A, for files that keep alpha / r apart.
         class_names: one per class, or None.
+        problem_type: what the head's numbers mean; None: what the number of classes tells.
         preprocess: how images become inputs; None: what the source says, else the backbone's.
         weights_known: False: the backbone's weights are placeholders, so ``base_sha256`` stays
             null and whatever needs the weights (all but plain LoRA) is refused.
@@ -62,6 +63,7 @@ class ImportOptions:
     prefix: str = ""
     lora_scale: float = 1.0
     class_names: tuple[str, ...] | None = None
+    problem_type: ProblemType | None = None
     preprocess: Preprocess | None = None
     weights_known: bool = True
     key_map: Path | None = None
@@ -71,6 +73,7 @@ class ImportOptions:
 
 
 def head_keys(backbone: Backbone) -> tuple[str, str]:
+    """Keys of the classifier's weight and bias in the backbone's state dict."""
     return f"{backbone.facts.classifier}.weight", f"{backbone.facts.classifier}.bias"
 
 
@@ -168,6 +171,7 @@ def finish(
         base_sha256=facts.sha256 if options.weights_known else None,
         num_classes=len(names) if names else None,
         class_names=names,
+        problem_type=options.problem_type or config.problem_type,
         preprocess=preprocess or facts.preprocess,
         fold_only=any(key.endswith(VALUE) for key in tensors),
         extra={"imported_from": origin},

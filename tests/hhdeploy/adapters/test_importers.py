@@ -528,7 +528,8 @@ def run(*arguments):
 def test_the_command(tmp_path, copy):
     arguments = ("--model", TINY_MODEL, "--model-args", json.dumps(TINY_ARGS))
     names = [part for name in "abcdefg" for part in ("--class-name", name)]
-    done = run(copy(), tmp_path / "out", *arguments, *names)
+    meaning = ("--problem-type", "multi_label_classification")
+    done = run(copy(), tmp_path / "out", *arguments, *names, *meaning)
     assert done.exit_code == 0, done.output
     assert "10 sites" in done.output
     assert "7 classes" in done.output
@@ -536,8 +537,10 @@ def test_the_command(tmp_path, copy):
     adapter = load_adapter(tmp_path / "out")
     assert adapter.config.base_sha256 is None
     assert adapter.config.class_names == tuple("abcdefg")
+    assert adapter.config.problem_type == "multi_label_classification"
     assert run(copy(), tmp_path / "out", *arguments).exit_code == 1
     assert run(copy(), tmp_path / "out", *arguments, "--overwrite").exit_code == 0
+    assert load_adapter(tmp_path / "out").config.problem_type is None
 
 
 def test_the_command_with_a_checkpoint_and_hra(tmp_path, copy):

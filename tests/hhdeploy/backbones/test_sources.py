@@ -289,3 +289,9 @@ def test_a_configuration_alone_gives_random_weights(tmp_path):
     assert one == same != other
     with pytest.raises(BackboneError, match="cannot be loaded"):
         load_backbone(spec(tmp_path))
+
+
+def test_loading_says_nothing_of_its_own(saved, capfd):
+    load_backbone(spec(saved))
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()

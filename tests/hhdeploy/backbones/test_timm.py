@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -322,3 +324,83 @@ def test_perturbing_gives_every_vector_values_that_matter():
     perturb(backbone.model)
     for name, parameter in backbone.model.named_parameters():
         assert np.ptp(parameter.numpy()) > 0.01, f"{name} hides mistakes"
+
+
+# -- names and folders ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["timm/", "hf_hub:timm/", "hf-hub:timm/"])
+def test_names_of_the_hub(prefix):
+    named = load_backbone(tiny_spec(f"{prefix}{TINY_MODEL}.augreg_in21k", **TINY_ARGS))
+    assert named.facts == load_backbone(tiny_spec(f"{TINY_MODEL}.augreg_in21k", **TINY_ARGS)).facts
+
+
+def test_a_folder_of_timm(tmp_path, tiny):
+    save_file(tiny.model.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": TINY_MODEL,
+        "num_classes": 1000,
+        "model_args": TINY_ARGS,
+        "pretrained_cfg": {**tiny.model.pretrained_cfg, "tag": "mine", "mean": [0.1, 0.2, 0.3]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = load_backbone(BackboneSpec(str(tmp_path)))
+    facts = backbone.facts
+    assert facts.sha256 == tiny.facts.sha256
+    assert (facts.model, facts.classes) == (f"{TINY_MODEL}.mine", 1000)
+    assert facts.args == {**TINY_ARGS, "num_classes": 1000}
+    assert facts.preprocess.mean == (0.1, 0.2, 0.3)
+    assert str(tmp_path) not in json.dumps(facts.to_json())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"has no weights: expected model\.safetensors or"):
+        load_backbone(BackboneSpec(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(BackboneError, match=r"timm's architecture.*Pass transformers:"):
+        load_backbone(BackboneSpec(str(tmp_path)))
+
+
+def test_arrays_of_the_jax_vits(tmp_path):
+    """timm's own reader of .npz files; the head's width is the file's."""
+    random = np.random.default_rng(0)
+    width, heads = 48, 3
+
+    def array(*shape):
+        return random.normal(size=shape).astype("f4")
+
+    arrays = {
+        "embedding/kernel": array(8, 8, 3, width),
+        "embedding/bias": array(width),
+        "cls": array(1, 1, width),
+        "Transformer/posembed_input/pos_embedding": array(1, 17, width),
+        "Transformer/encoder_norm/scale": array(width),
+        "Transformer/encoder_norm/bias": array(width),
+        "head/kernel": array(width, 5),
+        "head/bias": array(5),
+    }
+    block = "Transformer/encoderblock_0"
+    attention = f"{block}/MultiHeadDotProductAttention_1"
+    for name in ("query", "key", "value"):
+        arrays[f"{attention}/{name}/kernel"] = array(width, heads, width // heads)
+        arrays[f"{attention}/{name}/bias"] = array(heads, width // heads)
+    arrays[f"{attention}/out/kernel"] = array(heads, width // heads, width)
+    arrays[f"{attention}/out/bias"] = array(width)
+    for i, (into, out) in enumerate(((width, 4 * width), (4 * width, width))):
+        arrays[f"{block}/MlpBlock_3/Dense_{i}/kernel"] = array(into, out)
+        arrays[f"{block}/MlpBlock_3/Dense_{i}/bias"] = array(out)
+    for i in (0, 2):
+        arrays[f"{block}/LayerNorm_{i}/scale"] = array(width)
+        arrays[f"{block}/LayerNorm_{i}/bias"] = array(width)
+    np.savez(tmp_path / "w.npz", **arrays)
+    backbone = load_backbone(with_checkpoint(tmp_path / "w.npz", depth=1))
+    state = backbone.model.state_dict()
+    assert backbone.facts.classes == 5
+    assert np.array_equal(state["head.weight"].numpy(), arrays["head/kernel"].T)
+    keys = arrays[f"{attention}/key/kernel"].reshape(width, width).T
+    assert np.array_equal(state["blocks.0.attn.qkv.weight"].numpy()[width : 2 * width], keys)
+    del arrays[f"{attention}/out/bias"]
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(BackboneError, match="does not fit"):
+        load_backbone(with_checkpoint(tmp_path / "w.npz", depth=1))
+    np.savez(tmp_path / "w.npz", cls=np.array([{"not": "an array"}], dtype=object))
+    with pytest.raises(BackboneError, match="does not fit"):
+        load_backbone(with_checkpoint(tmp_path / "w.npz", depth=1))

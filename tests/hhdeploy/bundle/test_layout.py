@@ -276,6 +276,9 @@ def test_a_part_that_the_bundle_lacks_is_named(part):
     refused(layout, adapter, f".{part}", f"no {part}", "`parts`")
     full = plan_branches(FACTS, {}, replace(reserve, parts=PARTS)).layout
     full.pack("late", adapter)
+    after = random_adapter(FACTS, form="sequential", targets=("fc2",), parts=(part,))
+    plain = replace(reserve, sites=("fc2:sequential",), parts=())
+    refused(plan_branches(FACTS, {}, plain).layout, after, f"fc2.{part}", f"no {part}", "`parts`")
 
 
 def test_parts_of_another_size():

@@ -1,0 +1,86 @@
+"""`hhdeploy adapter import | extract | merge | diff`: what they say and write."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from hhdeploy.adapters.format import load_adapter
+from hhdeploy.cli import main
+from tests.support import TINY_ARGS, TINY_MODEL
+
+
+def run(*arguments):
+    """Exit code and all that was said, in one line."""
+    done = CliRunner().invoke(main, ["adapter", *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.fixture
+def model(workshop):
+    args = json.dumps(TINY_ARGS)
+    return ("--model", TINY_MODEL, "--model-args", args, "--checkpoint", workshop.checkpoint)
+
+
+def test_import_says_what_it_assumed(workshop, model, tmp_path):
+    tensors = load_file(workshop.directory("alpha") / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "a.pth")
+    code, said = run("import", tmp_path / "a.pth", tmp_path / "out", *model)
+    assert code == 0
+    assert "preprocessing assumed, the model's: 32x32, bicubic" in said
+    stated = {"mean": [0.1, 0.2, 0.3], "crop_pct": 1.0}
+    again = ("--preprocess", json.dumps(stated), "--overwrite")
+    code, said = run("import", tmp_path / "a.pth", tmp_path / "out", *model, *again)
+    assert code == 0
+    assert "assumed" not in said
+    found = load_adapter(tmp_path / "out").config.preprocess
+    assert (found.mean, found.crop_pct) == ((0.1, 0.2, 0.3), 1.0)
+    assert found.std == workshop.backbone.facts.preprocess.std
+    for odd, message in (('{"men": [1]}', "found men"), ('{"mean": [1]}', "--preprocess: ")):
+        code, said = run("import", tmp_path / "a.pth", tmp_path / "x", *model, "--preprocess", odd)
+        assert code == 2
+        assert message in said
+
+
+def test_extract(workshop, model, tmp_path):
+    state = load_file(workshop.checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    state["blocks.0.attn.proj.weight"] += 0.1 * torch.outer(
+        torch.randn(48, generator=generator), torch.randn(48, generator=generator)
+    )
+    state["norm.weight"] *= 1.5
+    torch.save(state, tmp_path / "tuned.pth")
+    code, said = run("extract", tmp_path / "tuned.pth", tmp_path / "out", *model)
+    assert code == 0
+    assert "1 sites" in said
+    assert "It can be folded (export --fold) and is no side branch: norm.weight" in said
+    code, said = run("extract", tmp_path / "none.pth", tmp_path / "x", *model)
+    assert code == 1
+    assert "none.pth" in said
+
+
+def test_merge_and_diff(workshop, tmp_path):
+    alpha, rival = workshop.directory("alpha"), workshop.directory("rival")
+    mixed = tmp_path / "mixed"
+    code, said = run("merge", f"{alpha}=0.5", f"{rival}=0.5", mixed)
+    assert code == 1
+    assert "different classifiers" in said
+    assert "--head" in said
+    code, _ = run("merge", f"{alpha}=0.5", f"{rival}=0.5", mixed, "--head", alpha)
+    assert code == 0
+    assert load_adapter(mixed).config.extra["merged_from"] == {str(alpha): 0.5, str(rival): 0.5}
+    for odd in ("alpha", "alpha=x", "alpha=nan", "=1"):
+        assert run("merge", odd, tmp_path / "x")[0] == 2, odd
+    assert run("merge", f"{alpha}=1", f"{alpha}=2", tmp_path / "x")[0] == 2
+    assert "The adapters are equal." in run("diff", alpha, alpha)[1]
+    assert "The adapters differ." in run("diff", alpha, mixed)[1]
+    found = json.loads(
+        CliRunner().invoke(main, ["adapter", "diff", str(alpha), str(mixed), "--json"]).output
+    )
+    assert not found["equal"]
+    assert {site["site"] for site in found["sites"]} >= {"head", "blocks.0.attn.proj"}
