@@ -182,12 +182,13 @@ def wrapped(target: Path, draw: random.Random, names: Names) -> bool:
 
 
 def half_precision(target: Path, draw: random.Random, names: Names) -> bool:
-    _rewrite(
-        target,
-        lambda tensors: {
-            k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in tensors.items()
-        },
-    )
+    """What was trained, which `_round` has rounded; constants of a method stay as they are."""
+
+    def halved(value: torch.Tensor) -> torch.Tensor:
+        short = value.bfloat16() if value.is_floating_point() else value
+        return short if torch.equal(short.to(value.dtype), value) else value
+
+    _rewrite(target, lambda tensors: {key: halved(value) for key, value in tensors.items()})
     return True
 
 
@@ -269,6 +270,9 @@ def one_target_less(target: Path, draw: random.Random, names: Names) -> bool:
     targets = _said(target).get("target_modules")
     if not isinstance(targets, list) or len(targets) < 2:
         return False
+    lost = sorted(targets)[0]
+    if not any(lost in key for key in load_file(target / TENSORS)):
+        return False  # UniLoRA's file names no module: it is an adapter of the others as well
     _say(target, target_modules=sorted(targets)[1:])
     return True
 
