@@ -34,7 +34,7 @@ FILES = frozenset(
         "hhdeploy/bundle/test_crashes.py",
         "hhdeploy/bundle/test_rebase.py",
         "hhdeploy/exporting/test_bundles.py",
-        "hhdeploy/quantising/test_calibrating.py",
+        "hhdeploy/test_quantising.py",
         "hhdeploy/test_building.py",
         "hhdeploy/test_training_recipe.py",
         "hhdeploy/verifying/test_overflow.py",

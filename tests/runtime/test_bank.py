@@ -126,7 +126,7 @@ def test_adapters_that_do_not_belong(own, workshop):
     facts, x = workshop.backbone.facts, images(2)
     before = own.run(x, "alpha")
     elsewhere = random_adapter(replace(facts, sha256="0" * 64))
-    other = random_adapter(replace(facts, model="vit_small_patch16_224"))
+    other = random_adapter(replace(facts, model="vit_small_patch16_224", sha256="0" * 64))
     refused = [
         ("omega", elsewhere, AdapterError, "base_sha256"),
         ("omega", other, AdapterError, "base_model_name_or_path"),

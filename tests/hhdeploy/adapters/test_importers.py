@@ -514,7 +514,7 @@ def test_pth_files_that_are_refused(tmp_path, tiny):
     refuse("cannot be read")
     file.write_bytes(b"")
     refuse("cannot be read")
-    torch.save({"head.weight": torch.ones(7, 48)}, file)
+    torch.save({}, file)
     refuse("zero sites found")
 
 

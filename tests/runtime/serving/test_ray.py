@@ -42,6 +42,8 @@ pytestmark = pytest.mark.slow
 
 NAMES = ("alpha", "rival", "beta", "gamma", "headless")
 IMAGES = images(7)
+# So little JSON that it is parsed at once: what waits for a parser is limited, and refused beyond.
+FEW = IMAGES[:3]
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +269,7 @@ def test_the_command_answers_what_it_took_and_leaves_nothing(
     assert [logits for logits in answers if logits is not None]
     for logits in answers:
         if logits is not None:
-            assert_parity(expected["rival"], logits, "branches", "float32")
+            assert_parity(expected["rival"][: len(FEW)], logits, "branches", "float32")
     _, left = psutil.wait_procs(children, 60)
     assert not left
 
@@ -278,7 +280,7 @@ async def _until_stopped(server: Server) -> list[np.ndarray | None]:
 
     async def one(client: aiohttp.ClientSession) -> np.ndarray | None:
         url = f"{server.url}/v2/models/rival/infer"
-        async with client.post(url, json=body_of(IMAGES)) as answer:
+        async with client.post(url, json=body_of(FEW)) as answer:
             content = await answer.json()
         if not stopping.is_set():
             stopping.set()
