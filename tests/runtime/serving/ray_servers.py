@@ -155,6 +155,8 @@ def running_fleet(bundle: Path, root: Path, **options: Any) -> Iterator[Fleet]:
         "allow_adapter_loading": True,
         "token_file": token,
         "log_level": "warning",
+        # A replica that takes a killed one's place may start slowly on a busy machine.
+        "request_seconds": 300,
         **options,
     }
     port = free_port("127.0.0.1", 0)
