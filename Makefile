@@ -1,6 +1,6 @@
 # make demo   install and run the main job on the starter models
 # make test   install the test extras and run everything
-# make test-fast  what needs no process, training or engine: about two minutes
+# make test-fast  what needs no process, training or engine
 # make families   the parity ladder on every architecture and on models of real size
 # make lint   ruff, mypy strict, import-linter
 # make bench  the benchmarks, alone on the machine

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import click
-import numpy as np
 
-from benchmarks.harness import THREADS, report
+from benchmarks.harness import THREADS, report, runner
 from benchmarks.models import bundle
-from hhdeploy.runtime import Session, open_session
+from hhdeploy.runtime import open_session
 from hhdeploy.timing import Paired, paired
 
 KINDS = ("backbone", "folded", "branches")
@@ -44,20 +42,12 @@ def main(model: str, pairs: int, rounds: int, device: str, batches: tuple[int, .
                 for kind in order
             }
             for batch in batches:
-                runs = {kind: _runner(session, batch) for kind, session in sessions.items()}
+                runs = {kind: runner(session, batch) for kind, session in sessions.items()}
                 for a, b in (("folded", "backbone"), ("branches", "folded")):
                     pair = paired(runs[a], runs[b], pairs=pairs, warmup=2)
                     found.setdefault(f"{a} / {b}, batch {batch}", []).append(pair)
     results: dict[str, Any] = {"model": model, "device": device, "pairs": pairs * rounds}
     report("side branches", results | {key: _pooled(pairs_) for key, pairs_ in found.items()})
-
-
-def _runner(session: Session, batch: int) -> Callable[[], object]:
-    size = session.bundle.manifest.input_size
-    images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
-    entries = session.bundle.manifest.adapters
-    names = [entries[i % len(entries)].name for i in range(batch)]
-    return lambda: session.run(images, names)
 
 
 def _pooled(rounds: list[Paired]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.harness import THREADS, report
+from benchmarks.harness import THREADS, report, runner
 from benchmarks.models import bundle, calibrated
 from hhdeploy.errors import SessionError
 from hhdeploy.runtime import Session, open_session
@@ -83,7 +83,7 @@ def main(model: str, pairs: int, rounds: int, batches: tuple[int, ...], only: st
                     continue
                 sessions[name] = stack.enter_context(session)
             for batch in batches:
-                runs = {name: _runner(session, batch) for name, session in sessions.items()}
+                runs = {name: runner(session, batch) for name, session in sessions.items()}
                 if eager is not None:
                     runs[TIMM] = eager(batch)
                 for a, b in chosen:
@@ -112,14 +112,6 @@ def _eager(model: str) -> Callable[[int], Run]:
         return run
 
     return runner
-
-
-def _runner(session: Session, batch: int) -> Run:
-    size = session.bundle.manifest.input_size
-    images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
-    entries = session.bundle.manifest.adapters
-    names = [entries[i % len(entries)].name for i in range(batch)]
-    return lambda: session.run(images, names)
 
 
 def _pooled(rounds: list[Paired]) -> dict[str, Any]:

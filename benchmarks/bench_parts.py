@@ -19,11 +19,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
-import numpy as np
 
-from benchmarks.harness import THREADS, report
+from benchmarks.harness import THREADS, report, runner
 from benchmarks.models import bundle
-from hhdeploy.runtime import Session, open_session
+from hhdeploy.runtime import open_session
 
 BOUND = 1.03
 # Name of a session in a block -> kind of its bundle.
@@ -62,7 +61,7 @@ def _round(
             for name in _turned(turn)
         }
         for batch, measured in times.items():
-            runs = {name: _runner(session, batch) for name, session in sessions.items()}
+            runs = {name: runner(session, batch) for name, session in sessions.items()}
             for run in runs.values():
                 for _ in range(_WARMUP):
                     run()
@@ -72,14 +71,6 @@ def _round(
 def _turned(turn: int) -> list[str]:
     names = list(SESSIONS)
     return names[turn % len(names) :] + names[: turn % len(names)]
-
-
-def _runner(session: Session, batch: int) -> Callable[[], object]:
-    size = session.bundle.manifest.input_size
-    images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
-    entries = session.bundle.manifest.adapters
-    names = [entries[i % len(entries)].name for i in range(batch)]
-    return lambda: session.run(images, names)
 
 
 def _block(runs: Mapping[str, Callable[[], object]], order: list[str]) -> dict[str, float]:

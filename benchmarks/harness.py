@@ -1,17 +1,32 @@
-"""What all benchmarks share: the machine's description and the JSON line at the end."""
+"""What all benchmarks share: a mixed batch, the machine's description, the JSON line at the end."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hhdeploy.timing import Paired
 
+if TYPE_CHECKING:
+    from hhdeploy.runtime import Session
+
 THREADS = 2
 _PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "numpy", "onnx-ir")
+
+
+def runner(session: Session, batch: int) -> Callable[[], object]:
+    """One run of a session: seeded noise, the bundle's adapters in turn."""
+    size = session.bundle.manifest.input_size
+    images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
+    entries = session.bundle.manifest.adapters
+    names = [entries[i % len(entries)].name for i in range(batch)]
+    return lambda: session.run(images, names)
 
 
 def report(name: str, results: dict[str, Any]) -> None:

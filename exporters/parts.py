@@ -5,8 +5,7 @@ Per image, with x the Linear's input and p its product, b its bias:
     p = W ((1 + s_in') ∘ x)        (1 + s_out') ∘ p + [L | b + db] [R x | 1] + D x
 
 A row has the multipliers less one, so that its zeros change no bit. R x and D x read x as it was.
-(p + s_out' ∘ p would be one pass more over all tokens, which a CPU's cache does not hold: 2 % of a
-ViT-B's time in ONNX Runtime at a batch of 8.)
+(p + s_out' ∘ p would be one pass more over all tokens.)
 """
 
 from __future__ import annotations

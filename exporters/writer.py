@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import WHOLE
 from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import (
     BANK_FILE,
@@ -61,16 +62,7 @@ def folded_contents(base: BaseGraph, name: str, adapter: Adapter) -> Contents:
     """One adapter in the weights of a plain graph."""
     backbone = replace(base.facts, linears=())
     entry = entry_of(name, None, adapter, backbone, verified=False)
-    manifest = Manifest(
-        kind="folded",
-        backbone=backbone,
-        classes=entry.classes,
-        adapters=(entry,),
-        layout=None,
-        bank_as_constant=False,
-        graphs={},
-        versions=versions(),
-    )
+    manifest = _folded_manifest(backbone, entry)
     return Contents(folded_model(base, adapter), manifest, None, {name: adapter})
 
 
@@ -88,17 +80,20 @@ def whole_contents(base: BaseGraph) -> Contents:
         )
     task = problem_type_of(None, facts.classes)
     entry = AdapterEntry(WHOLE, None, facts.classes, None, facts.preprocess, False, task)
-    manifest = Manifest(
+    return Contents(base.model, _folded_manifest(facts, entry), None, {})
+
+
+def _folded_manifest(backbone: BackboneFacts, entry: AdapterEntry) -> Manifest:
+    return Manifest(
         kind="folded",
-        backbone=facts,
-        classes=facts.classes,
+        backbone=backbone,
+        classes=entry.classes,
         adapters=(entry,),
         layout=None,
         bank_as_constant=False,
         graphs={},
         versions=versions(),
     )
-    return Contents(base.model, manifest, None, {})
 
 
 def branches_contents(

@@ -236,8 +236,9 @@ class Manifest:
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     def adapter_digest(self, name: str) -> str:
-        """sha256 over the names and hashes of an adapter's files."""
+        """sha256 over the names and hashes of an adapter's files, and its strength."""
         lines = [f"{n} {d}" for n, d in self.files.items() if n.startswith(f"{ADAPTERS}/{name}/")]
+        lines.append(f"strength {self.adapter(name).strength!r}")
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
     def problem_type(self, name: str) -> ProblemType:

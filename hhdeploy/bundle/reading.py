@@ -105,6 +105,7 @@ class Bundle:
         name: str,
         directory: str | Path,
         *,
+        strength: float = 1.0,
         lock_timeout: float = LOCK_TIMEOUT,
         progress: Progress = lambda step: None,
     ) -> Bundle:
@@ -120,7 +121,14 @@ class Bundle:
         """
         from hhdeploy.bundle.membership import add_adapter  # which builds on this module
 
-        add_adapter(self.path, name, directory, lock_timeout=lock_timeout, progress=progress)
+        add_adapter(
+            self.path,
+            name,
+            directory,
+            strength=strength,
+            lock_timeout=lock_timeout,
+            progress=progress,
+        )
         return Bundle.open(self.path)
 
     def remove(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
+from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, TYPED, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
 from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
@@ -27,12 +27,9 @@ from hhdeploy.verifying.overflow import find_overflow
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
 
-
 _VERIFY_BATCH = 8
-
-
 # Graphs that need no calibration data.
-_UNCALIBRATED = ("float32", "float16", "bfloat16")
+_UNCALIBRATED = ("float32", *TYPED)
 
 
 def verify(

@@ -12,7 +12,7 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, name_with_digits
-from hhdeploy.bundle.reading import graph_hint
+from hhdeploy.bundle.reading import graph_hint, read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit, work_directory
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
@@ -41,7 +41,7 @@ def add_typed_graph(
         ParityError: the twin differs from the reference by more than the table allows.
         MissingDependencyError: needs the ``export`` extra (onnx_ir).
     """
-    bundle = Bundle.open(path).hold()
+    bundle = read_bundle(path, Bundle.hold)
     purpose = f"making the {precision} graph of {path}"
     require("onnx", "export", purpose)
     ir = require("onnx_ir", "export", purpose)

@@ -9,11 +9,12 @@ import onnx_ir as ir
 import pytest
 
 from hhdeploy import Reserve
-from hhdeploy.adapters.format import PARTS
-from hhdeploy.bundle import Bundle
+from hhdeploy.adapters.format import PARTS, SiteTensors, save_adapter
+from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.errors import CapacityError
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.plan import plan_branches
 from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
@@ -24,7 +25,7 @@ from tests.exporters.synthetic import base_of, graph, random
 from tests.parity.ladder import folded_model, run, session
 from tests.runtime.serving.servers import running_server
 from tests.support import assert_caught, assert_parity, images, random_adapter
-from tests.workshop import copy_bundle
+from tests.workshop import contents, copy_bundle
 
 NAMES = ("scaled", "ia3", "after", "plain", "scaled", "after")
 PROJ = "blocks.0.attn.proj"
@@ -170,6 +171,20 @@ def test_an_open_session_takes_and_replaces_adapters(scaled, scaled_workshop, de
         found = opened.run(x, ["late", "plain", "scaled"])
     truth = scaled_workshop.mixed_truth(("after", "scaled", "scaled"), x, 7)
     assert_parity(truth, found[:, :7], "branches", "float32")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_another_size_is_not_added(scaled, scaled_workshop, tmp_path, part):
+    path = copy_bundle(scaled, tmp_path / "bundle")
+    before = contents(path)
+    adapter = scaled_workshop.adapters["scaled"]
+    name = "blocks.0.mlp.fc1"
+    size = getattr(adapter.sites[name], part).size
+    wrong = SiteTensors(**{part: np.ones(size + 1, np.float32)})  # no matrix tells its size
+    save_adapter(replace(adapter, sites={**adapter.sites, name: wrong}), tmp_path / "late")
+    with pytest.raises(CapacityError, match=rf"'late': {name}\.{part} has {size + 1} .* {size}\."):
+        add_adapter(path, "late", tmp_path / "late")
+    assert contents(path) == before
 
 
 def test_served(scaled, scaled_workshop, tmp_path):

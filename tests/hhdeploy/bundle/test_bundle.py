@@ -389,7 +389,8 @@ def test_removing_what_is_not_there(bundle):
 
 def test_a_bundle_is_changed_by_its_methods(bundle, workshop):
     before = Bundle.open(bundle)
-    added = before.add("rival", workshop.directory("rival"))
+    added = before.add("rival", workshop.directory("rival"), strength=0.5)
+    assert added.manifest.adapter("rival").strength == 0.5
     assert rows_of(bundle) == {"alpha": 1, "gamma": 2, "rival": 3}
     assert added == Bundle.open(bundle) != before
     removed = added.remove("alpha")

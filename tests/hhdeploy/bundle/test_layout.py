@@ -14,7 +14,7 @@ from hhdeploy.algebra import SiteDelta
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.errors import CapacityError
 from hhdeploy.plan import Reserve, plan_branches
-from tests.hhdeploy.test_plan import DIM, FACTS
+from tests.hhdeploy.test_plan import DIM, FACTS, HIDDEN
 from tests.support import assert_caught, assert_parity, random_adapter
 
 LAYOUT = RowLayout(
@@ -281,11 +281,18 @@ def test_a_part_that_the_bundle_lacks_is_named(part):
     refused(plan_branches(FACTS, {}, plain).layout, after, f"fc2.{part}", f"no {part}", "`parts`")
 
 
-def test_parts_of_another_size():
-    reserve = Reserve(sites=("proj",), max_classes=7, parts=PARTS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("found", [1, DIM, HIDDEN, DIM + 1])
+def test_parts_of_another_size(part, found):
+    """Also one value, which would be spread over all, and the size of the Linear's other side."""
+    reserve = Reserve(sites=("fc1",), max_classes=7, parts=PARTS)
     layout = plan_branches(FACTS, {}, reserve).layout
-    adapter = random_adapter(FACTS, targets=("proj",))
-    for part in PARTS:
-        site = SiteTensors(**{part: np.ones(DIM + 1, np.float32)})
-        wrong = replace(adapter, sites={"blocks.0.attn.proj": site})
-        refused(layout, wrong, f"proj.{part} has {DIM + 1} values", f"takes {DIM}", "another model")
+    adapter = random_adapter(FACTS, targets=("fc1",))
+    site = SiteTensors(**{part: np.full(found, 2.0, np.float32)})
+    changed = replace(adapter, sites={"blocks.0.mlp.fc1": site})
+    expected = DIM if part == "s_in" else HIDDEN
+    if found == expected:
+        layout.pack("late", changed)
+        return
+    message = (f"fc1.{part} has {found} values", f"takes {expected}", "another model")
+    refused(layout, changed, *message)

@@ -146,6 +146,25 @@ def test_verification(bundle, other, monkeypatch):
     answers(bundle)
 
 
+def test_verification_says_nothing_of_another_strength(bundle, monkeypatch):
+    """The same files in the same row are another adapter at another strength."""
+    import hhdeploy.verifying.reference
+
+    def weakened(path):
+        source = shutil.copytree(path / "adapters" / "gamma", path.parent / "gamma")
+        row = Bundle.open(path).manifest.adapter("gamma").row
+        remove_adapter(path, "gamma")
+        assert add_adapter(path, "gamma", source, strength=0.5).row == row
+
+    meanwhile(
+        monkeypatch, hhdeploy.verifying.reference, "training_time_reference", weakened, bundle
+    )
+    verify_against_torch(bundle, checkpoint=WITNESS / "backbone.safetensors")
+    assert unverified(bundle) == {"gamma"}
+    assert stages(bundle, "float32") == {"alpha", "rival"}
+    assert verify(bundle).passed
+
+
 def test_verification_of_a_bundle_that_was_exported_again(bundle, monkeypatch):
     import hhdeploy.verifying.reference
 
