@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peft_methods import (
+    BOUND,
     PROMPTS,
     Names,
     answers,
@@ -35,7 +36,6 @@ from hhdeploy.adapters.importers import import_adapter
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import HhdeployError
 
-BOUND = 1e-5
 LEAST_SHARE = 0.95
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Tensors = dict[str, torch.Tensor]
