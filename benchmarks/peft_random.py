@@ -262,6 +262,8 @@ def truncated_config(target: Path, draw: random.Random, names: Names) -> bool:
 def other_rank(target: Path, draw: random.Random, names: Names) -> bool:
     if not isinstance(_said(target).get("r"), int):
         return False
+    if _said(target)["peft_type"] == "UNILORA":
+        return False  # its file is one vector whatever the rank: an adapter of the other as well
     _say(target, r=_said(target)["r"] + 1)
     return True
 
