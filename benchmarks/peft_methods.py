@@ -26,6 +26,8 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 
 CLASSES, SIZE = 5, 32
+# Of the logits' range: float32 tensors of an adapter, computed in float64.
+BOUND = 1e-5
 Array = NDArray[np.float64]
 
 # Inputs or tokens instead of weights: there is nothing to merge, whatever the model.
@@ -177,7 +179,7 @@ def merges(model: Any) -> bool:
         merged = logits_of(copy.deepcopy(model).merge_and_unload(safe_merge=True))
     except Exception:  # noqa: BLE001  (whatever it is, PEFT does not merge it)
         return False
-    return range_error(reference, merged) <= 1e-5
+    return range_error(reference, merged) <= BOUND
 
 
 def answers(backbone: Backbone, adapter: Adapter) -> Array:

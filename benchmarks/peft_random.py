@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peft_methods import (
+    BOUND,
     PROMPTS,
     Names,
     answers,
@@ -35,7 +36,6 @@ from hhdeploy.adapters.importers import import_adapter
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import HhdeployError
 
-BOUND = 1e-5
 LEAST_SHARE = 0.95
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -262,6 +262,8 @@ def truncated_config(target: Path, draw: random.Random, names: Names) -> bool:
 def other_rank(target: Path, draw: random.Random, names: Names) -> bool:
     if not isinstance(_said(target).get("r"), int):
         return False
+    if _said(target)["peft_type"] == "UNILORA":
+        return False  # its file is one vector whatever the rank: an adapter of the other as well
     _say(target, r=_said(target)["r"] + 1)
     return True
 

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import peft_random
 from benchmarks.peft_methods import (
+    BOUND,
     PROMPTS,
     Names,
     answers,
@@ -37,8 +38,6 @@ from hhdeploy.adapters.importers import ImportOptions, import_adapter
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import HhdeployError
 
-BOUND = 1e-5
-LEAST_SHARE = 0.95
 COMPRESSED_RANK = 16
 
 # Variants of LoRA that are methods of their own to everybody but PEFT's file format.

@@ -95,10 +95,7 @@ def _check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
     config = adapter.config
     if config.base_sha256 is not None and config.base_sha256 == facts.sha256:
         return
-    theirs, _, their_tag = config.base_model.partition(".")
-    ours, _, our_tag = facts.model.partition(".")
-    timm = ":" not in theirs and ":" not in ours
-    if timm and (theirs != ours or (their_tag and our_tag and their_tag != our_tag)):
+    if _timm(config.base_model, facts.model) and not same_model(config.base_model, facts.model):
         raise AdapterError(
             f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
             f"{config.base_model}, the backbone is {facts.model}."
@@ -109,6 +106,31 @@ def _check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
             f"{config.base_sha256[:12]}…, the backbone's are {facts.sha256[:12]}…. Use the "
             "checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
         )
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model: of timm's a tag counts only where both have one."""
+    (mine, _, tag), (theirs, _, other_tag) = one.partition("."), other.partition(".")
+    tags = not tag or not other_tag or tag == other_tag
+    return one == other or (_timm(one, other) and mine == theirs and tags)
+
+
+def _timm(*names: str) -> bool:
+    return not any(":" in name for name in names)
+
+
+def unbound(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
+    """A line about an adapter that names and sizes of sites alone bind to the backbone, or None.
+
+    It has no digest, and names of other sources than timm say nothing of the weights.
+    """
+    config = adapter.config
+    if config.base_sha256 is not None or _timm(config.base_model, facts.model):
+        return None
+    return (
+        f"adapter {name!r} ({config.base_model}) has no base_sha256: that it was trained on these "
+        f"weights of {facts.model} is not known, its sites and sizes fit"
+    )
 
 
 def _check_site(adapter: Adapter, site: Site) -> None:

@@ -14,7 +14,7 @@ from hhdeploy.errors import AdapterError
 # Of the configuration: what decides the numbers or the answers.
 _KEYS = (
     *("base_model_name_or_path", "base_model_args", "base_sha256", "form", "reflection", "r"),
-    *("num_classes", "class_names", "preprocess"),
+    *("num_classes", "class_names", "preprocess", "problem_type"),
 )
 
 
@@ -69,7 +69,8 @@ def difference(one: Adapter, other: Adapter) -> AdapterDifference:
         AdapterError: a site of another size, so that they belong to different backbones.
     """
     mine, theirs = one.config.to_json(), other.config.to_json()
-    settings = {key: (mine[key], theirs[key]) for key in _KEYS if mine[key] != theirs[key]}
+    both = {key: (mine.get(key), theirs.get(key)) for key in _KEYS}
+    settings = {key: values for key, values in both.items() if values[0] != values[1]}
     first, second = _changes(one), _changes(other)
     sites = [
         _compared(name, first.get(name, {}), second.get(name, {}))

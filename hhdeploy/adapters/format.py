@@ -204,8 +204,15 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
 
     Raises:
         WriteError: when the directory exists (without ``overwrite``) or cannot be written.
-        AdapterError: when the adapter would not pass the reader's checks.
+        AdapterError: when the adapter would not pass the reader's checks, or has a strength, which
+            its files cannot say.
     """
+    if adapter.strength != 1.0:
+        raise AdapterError(
+            f"{adapter.source} is at {adapter.strength:g} of its strength, and an adapter's files "
+            "hold the whole. Save merge_adapters({'name': (adapter, 1.0)}), which has it at that "
+            "strength, or the adapter as it was."
+        )
     with atomic_directory(Path(directory), overwrite=overwrite, kind=ADAPTER) as scratch:
         write_bytes(
             scratch / CONFIG_FILE, json_bytes(adapter.config.to_json(adapter.schema_version))

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
+from hhdeploy.adapters.checks import same_model
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors
 from hhdeploy.algebra import Array, SiteDelta
@@ -50,8 +53,9 @@ def merge_adapters(
             None where all have the same.
 
     Raises:
-        AdapterError: adapters of different backbones or forms, heads that differ without
-            ``head``, sites whose multipliers are no sum, adapters that can only be folded.
+        AdapterError: adapters of different backbones or forms, classifiers, class names or
+            preprocessing that differ without ``head``, sites whose multipliers are no sum, adapters
+            that can only be folded.
     """
     if not adapters:
         raise OptionError("expected adapters to merge, found none.")
@@ -60,6 +64,7 @@ def merge_adapters(
     chosen = named[_head_of(named, head)]
     config = replace(
         chosen.config,
+        **_base_of(chosen.config, [adapter.config for adapter in named.values()]),
         extra={
             **{k: v for k, v in chosen.config.extra.items() if k != "imported_from"},
             "merged_from": {name: weight for name, (_, weight) in adapters.items()},
@@ -163,16 +168,26 @@ def _form_of(adapters: Mapping[str, Adapter]) -> Form:
 
 
 def _check_bases(adapters: Mapping[str, Adapter]) -> None:
-    """All belong to one backbone, as far as they say."""
-    (first_name, first), *others = adapters.items()
-    for name, other in others:
-        for key in ("base_model", "base_sha256"):
-            mine, theirs = getattr(first.config, key), getattr(other.config, key)
-            if None not in (mine, theirs) and mine != theirs:
-                raise AdapterError(
-                    f"{first_name} and {name} belong to different backbones: {key} is {mine} and "
-                    f"{theirs}."
-                )
+    """All belong to one backbone, as far as they say: digests decide, then names."""
+    for (first, one), (second, other) in combinations(adapters.items(), 2):
+        digests = one.config.base_sha256, other.config.base_sha256
+        names = one.config.base_model, other.config.base_model
+        known = None not in digests
+        if digests[0] != digests[1] if known else not same_model(*names):
+            key, (mine, theirs) = ("base_sha256", digests) if known else ("base_model", names)
+            raise AdapterError(
+                f"{first} and {second} belong to different backbones: {key} is {mine} and {theirs}."
+            )
+
+
+def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[str, Any]:
+    """What any of them says of the backbone binds the sum: timm's tag, and the digest."""
+    names = [c.base_model for c in configs if same_model(c.base_model, chosen.base_model)]
+    digests = [c.base_sha256 for c in configs if c.base_sha256 is not None]
+    return {
+        "base_model": max((chosen.base_model, *names), key=len),
+        "base_sha256": next(iter(digests), None),
+    }
 
 
 def _head_of(adapters: Mapping[str, Adapter], head: str | None) -> str:
@@ -180,14 +195,24 @@ def _head_of(adapters: Mapping[str, Adapter], head: str | None) -> str:
         if head not in adapters:
             raise OptionError(f"`head`: expected one of {', '.join(adapters)}, found {head!r}.")
         return head
-    names = list(adapters)
-    differ = [name for name in names[1:] if not _same_head(adapters[names[0]], adapters[name])]
-    if differ:
-        raise AdapterError(
-            f"{names[0]} and {differ[0]} have different classifiers, and a mixture has one: say "
-            "whose with `head`."
-        )
-    return names[0]
+    for first, second in combinations(adapters, 2):
+        if differing := _differing(adapters[first], adapters[second]):
+            raise AdapterError(
+                f"{first} and {second} have different {differing}, and a mixture has one: say "
+                "whose with `head`."
+            )
+    return next(iter(adapters))
+
+
+def _differing(one: Adapter, other: Adapter) -> str:
+    """What ``head`` has to choose between, in words; what one of them leaves open is no choice."""
+    if not _same_head(one, other):
+        return "classifiers"
+    for key, words in (("class_names", "class names"), ("preprocess", "preprocessing")):
+        mine, theirs = getattr(one.config, key), getattr(other.config, key)
+        if None not in (mine, theirs) and mine != theirs:
+            return words
+    return ""
 
 
 def _same_head(one: Adapter, other: Adapter) -> bool:

@@ -111,16 +111,19 @@ def _preprocess(
     model: nn.Module, spec: BackboneSpec, name: str
 ) -> tuple[Preprocess, tuple[str, ...]]:
     """The transform that the module states as ``pretrained_cfg``, else what has to be assumed."""
-    stated = getattr(model, "pretrained_cfg", None)
-    if isinstance(stated, Mapping) and "mean" in stated:
-        size = spec.input_size or stated.get("input_size")
-        return Preprocess.from_json({**stated, "input_size": size, "exif": True}), ()
-    size = spec.input_size or _stated_size(model)
+    config = getattr(model, "pretrained_cfg", None)
+    stated = config if isinstance(config, Mapping) and "mean" in config else {}
+    size = spec.input_size or stated.get("input_size") or _stated_size(model)
     if size is None:
         raise BackboneError(
             f"python:{name}: the size of its images is not known. Pass `input_size`, (channels, "
             "height, width), or give the module an attribute of that name."
         )
+    if stated:
+        try:
+            return Preprocess.from_json({**stated, "input_size": size, "exif": True}), ()
+        except (ValueError, TypeError) as error:
+            raise BackboneError(f"python:{name}: its pretrained_cfg: {error}.") from error
     channels = size[0]
     assumed = Preprocess(size, (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0, exif=True)
     return assumed, (f"image transform assumed: {assumed.described()}",)

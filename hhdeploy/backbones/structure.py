@@ -77,7 +77,8 @@ def classifier_path(model: nn.Module) -> str:
     """
     from torch import nn
 
-    if hasattr(model, "pretrained_cfg"):
+    # A module of the user's may state its image transform there, and no more.
+    if not {"architecture", "classifier"}.isdisjoint(getattr(model, "pretrained_cfg", ())):
         return _timm_classifier(model)
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears or kind_of(linears[-1]) or "pooler" in linears[-1].split("."):

@@ -60,13 +60,15 @@ def named_as_timm_does(spec: BackboneSpec) -> BackboneSpec:
     """The spec with the hub's names of timm's models as timm's own, and a folder read.
 
     ``timm/NAME`` and ``hf_hub:timm/NAME`` are ``NAME``. A folder has timm's config.json and
-    weights; its arguments join those of the spec.
+    weights; its arguments join those of the spec. One without config.json that is called as a
+    model of timm (a bundle of it, say) is none.
 
     Raises:
         BackboneError: a folder that is not timm's.
     """
     folder = Path(spec.model)
-    if folder.is_dir():
+    known = _timm().is_model(spec.model.partition(".")[0])
+    if folder.is_dir() and (not known or (folder / "config.json").is_file()):
         return _of_folder(spec, folder)
     name = spec.model.replace("hf_hub:", "hf-hub:", 1)
     plain = name.removeprefix("hf-hub:")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # The exporter writes attention out; with the fused kernels some models do not trace.
 _ATTENTION = "eager"
 _CLASSIFIER = "ForImageClassification"
+_PROCESSOR = "preprocessor_config.json"
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
 
 
@@ -165,7 +166,7 @@ def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess
     seen = getattr(config, "vision_config", config)
     channels = getattr(seen, "num_channels", 3)
     size = spec.input_size or (channels, *_pair(seen.image_size))
-    stated = _image_processor(where)
+    stated = image_processor(where)
     if stated is not None:
         return from_image_processor(stated, size), ()
     assumed = Preprocess(
@@ -180,15 +181,19 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _image_processor(where: str) -> dict[str, Any] | None:
-    """The content of preprocessor_config.json, of a directory or of the hub; None without."""
-    path = Path(where) / "preprocessor_config.json"
+def image_processor(where: str) -> dict[str, Any] | None:
+    """The content of preprocessor_config.json, of a directory or of the hub; None without.
+
+    Raises:
+        BackboneError: it is no JSON object.
+    """
+    path = Path(where) / _PROCESSOR
     if not Path(where).is_dir():
         from transformers.utils.hub import cached_file
 
         found = cached_file(
             where,
-            "preprocessor_config.json",
+            _PROCESSOR,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -201,7 +206,9 @@ def _image_processor(where: str) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise BackboneError(f"{path} is not valid JSON: {error}") from error
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise BackboneError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def from_image_processor(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> Preprocess:
@@ -211,8 +218,15 @@ def from_image_processor(stated: Mapping[str, Any], input_size: tuple[int, int, 
     kept, the centre cropped).
 
     Raises:
-        BackboneError: steps that cannot be expressed.
+        BackboneError: steps that cannot be expressed, or values of other types.
     """
+    try:
+        return _transform(stated, input_size)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise BackboneError(f"{_PROCESSOR} cannot be read: {error}.") from error
+
+
+def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> Preprocess:
     channels, height, width = input_size
     if stated.get("do_normalize", True):
         mean, std = stated.get("image_mean"), stated.get("image_std")

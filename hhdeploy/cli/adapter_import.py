@@ -137,9 +137,9 @@ def command(
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
 
-    # timm's would have to be fetched; the other sources have theirs with the model.
-    timm_name = not model.startswith(("transformers:", "python:"))
-    weights_known = checkpoint is not None or needs_weights(source) or not timm_name
+    # timm's would have to be fetched; its folders and the other sources have theirs with the model.
+    at_hand = model.startswith(("transformers:", "python:")) or Path(model, "config.json").is_file()
+    weights_known = checkpoint is not None or needs_weights(source) or at_hand
     spec = BackboneSpec(
         model, model_args or {}, checkpoint, pretrained=weights_known, input_size=input_size
     )

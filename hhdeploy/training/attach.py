@@ -52,6 +52,7 @@ class _Attached:
         old_values: parameter path -> the parameter before the adapter replaced it.
         parametrized: (module, name of its tensor), each once.
         new_biases: (module, name of its bias) of Linears that had none.
+        strength: of the adapter as it was attached.
     """
 
     config: AdapterConfig
@@ -60,6 +61,7 @@ class _Attached:
     old_values: dict[str, nn.Parameter] = field(default_factory=dict)
     parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
     new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
+    strength: float = 1.0
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0) -> nn.Module:
@@ -150,7 +152,7 @@ def extract(model: nn.Module) -> Adapter:
     if state.old_head is not None:
         classifier: Any = model.get_submodule(state.classifier)
         head = Head(state.classifier, _numpy(classifier.weight), _numpy(classifier.bias))
-    return Adapter(state.config, sites, head, values=values)
+    return Adapter(state.config, sites, head, values=values, strength=state.strength)
 
 
 def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -255,6 +257,7 @@ def _shift_bias(
 
 def _weaken(state: _Attached, strength: float) -> None:
     """Every changed tensor between the backbone's and the adapter's, whatever was done to it."""
+    state.strength = strength
     for module, name in state.parametrized:
         chain: Any = module.parametrizations[name]  # type: ignore[index]
         between = Between(chain.original.detach().clone(), strength)

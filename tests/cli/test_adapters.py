@@ -47,6 +47,26 @@ def test_import_says_what_it_assumed(workshop, model, tmp_path):
         assert message in said
 
 
+def test_weights_that_lie_beside_the_model_are_recorded(workshop, tmp_path):
+    """A folder of timm has them, a name of timm would have to be fetched."""
+    tensors = load_file(workshop.directory("alpha") / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "a.pth")
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(workshop.checkpoint.read_bytes())
+    config = {"architecture": TINY_MODEL, "model_args": TINY_ARGS}
+    config["pretrained_cfg"] = workshop.backbone.model.pretrained_cfg
+    (folder / "config.json").write_text(json.dumps(config))
+    code, said = run("import", tmp_path / "a.pth", tmp_path / "out", "--model", folder)
+    assert code == 0, said
+    digest = workshop.backbone.facts.sha256
+    assert load_adapter(tmp_path / "out").config.base_sha256 == digest
+    named = ("--model", TINY_MODEL, "--model-args", json.dumps(TINY_ARGS))
+    code, said = run("import", tmp_path / "a.pth", tmp_path / "b", *named)
+    assert "base_sha256 is unknown" in said
+    assert load_adapter(tmp_path / "b").config.base_sha256 is None
+
+
 def test_extract(workshop, model, tmp_path):
     state = load_file(workshop.checkpoint)
     generator = torch.Generator().manual_seed(0)

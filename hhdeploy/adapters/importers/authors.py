@@ -167,6 +167,11 @@ class _Backbone:
         weight, bias = path_of_parameters(self.backbone, linear)
         rows = self._rows(linear, index)
         for name in (weight, bias):
+            if name not in self.own:
+                raise AdapterError(
+                    f"{self.file}: block {block}, {kind}: expected the parameter {name}, which "
+                    f"{self.backbone.facts.model} does not have: the file belongs to a plain ViT."
+                )
             after.setdefault(name, self.own[name].copy())
         try:
             new = changed(self.own[weight][rows], self.own[bias][rows])

@@ -119,8 +119,11 @@ def split_saved(
         () if names.translated else [names.prefix + n for n in parameters if not _of(n, classifier)]
     )
     _check_saved(set(named.values()), config, own, file)
+    _check_classifier(named, config, parameters, classifier, file)
     split = Split(tuned, whole)
-    _check_biases(split, names, config, parameters, classifier, file)
+    # Without classes the backbone's classifier is a placeholder that no training has seen.
+    trained = [n for n in parameters if backbone.facts.classes or not _of(n, classifier)]
+    _check_biases(split, names, config, trained, file)
     return split
 
 
@@ -168,12 +171,33 @@ def _check_saved(
         )
 
 
+def _check_classifier(
+    named: Mapping[str, str],
+    config: Mapping[str, Any],
+    parameters: Collection[str],
+    classifier: str,
+    file: Path,
+) -> None:
+    """A classifier that was saved is there whole: half of it beside the backbone's is nobody's."""
+    saved = [
+        plain
+        for name, plain in named.items()
+        if _of(name, classifier) and in_saved_module(config, plain)
+    ]
+    lacking = [name for name in parameters if _of(name, classifier) and name not in named]
+    if saved and lacking:
+        raise AdapterError(
+            f"{file}: the classifier has {', '.join(saved)} in the file and lacks "
+            f"{', '.join(name.removeprefix(f'{classifier}.') for name in lacking)}. Save it whole; "
+            "a bias that the training did not have is one of zeros."
+        )
+
+
 def _check_biases(
     split: Split,
     names: Names,
     config: Mapping[str, Any],
-    parameters: Mapping[str, Any],
-    classifier: str,
+    parameters: Collection[str],
     file: Path,
 ) -> None:
     """``all``: every bias of the backbone; ``lora_only`` and the like: of the adapted modules."""
@@ -183,11 +207,7 @@ def _check_biases(
     owners = {names.owner(key) for key in split.tuned} - {None}
     adapted = {f"{names.here(str(owner))}.bias" for owner in owners}
     expected = [
-        name
-        for name in parameters
-        if name.endswith(".bias")
-        and not _of(name, classifier)
-        and (bias == "all" or name in adapted)
+        name for name in parameters if name.endswith(".bias") and (bias == "all" or name in adapted)
     ]
     missing = [name for name in expected if name not in split.whole]
     if missing:

@@ -6,7 +6,6 @@ configuration and checks the adapter as any other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 
 Tensors = dict[str, NDArray[Any]]
-PROCESSOR_FILE = "preprocessor_config.json"
 # Ending of the key that holds the new value of a whole parameter.
 VALUE = ".value"
 
@@ -119,21 +117,17 @@ def stated_preprocess(directory: Path, backbone: Backbone) -> Preprocess | None:
     Raises:
         AdapterError: a file that cannot be read, or steps that cannot be expressed.
     """
-    from hhdeploy.backbones.transformers import from_image_processor
+    from hhdeploy.backbones.transformers import from_image_processor, image_processor
 
-    file = directory / PROCESSOR_FILE
-    if not file.is_file():
-        return None
-    advice = "Say how images become inputs with `preprocess`."
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object, found {type(content).__name__}")
+        content = image_processor(str(directory))
+        if content is None:
+            return None
         return from_image_processor(content, backbone.facts.preprocess.input_size)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}. {advice}") from error
     except BackboneError as error:
-        raise AdapterError(f"{file}: {error} {advice}") from error
+        raise AdapterError(
+            f"{directory}: {error} Say how images become inputs with `preprocess`."
+        ) from error
 
 
 def finish(

@@ -275,6 +275,8 @@ def test_what_is_refused(tmp_path):
         },
     )
     refuse("`checkpoint`", ImportOptions(weights_known=False))
+    with pytest.raises(AdapterError, match=r"parameter blocks\.0\.attn\.qkv\.bias"):
+        import_adapter(rlrr(tmp_path, backbone)[0], tiny_backbone(qkv_bias=False))
     file, _ = arc(tmp_path, backbone, False)
     whole = torch.load(file, weights_only=True)
     refuse(

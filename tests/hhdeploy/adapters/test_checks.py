@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.checks import check
+from hhdeploy.adapters.checks import check, unbound
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter, SiteTensors, _tensors_of, load_adapter
 from hhdeploy.adapters.importers import ImportOptions, import_adapter
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.errors import AdapterError, CapacityError, HhdeployError
+from hhdeploy.exporting.bundles import export
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes
 from hhdeploy.runtime.bank import AdapterBank
@@ -127,7 +128,6 @@ UNMET = {
 @pytest.fixture
 def enter(workshop, branches, tmp_path) -> Callable[[str, Adapter], str]:
     """Take an adapter through an entrance: what it says, the adapter's own path left out."""
-    from hhdeploy.exporting.bundles import export
     from hhdeploy.training import attach
 
     facts = workshop.backbone.facts
@@ -212,3 +212,24 @@ def test_a_new_adapter_s_targets(workshop, tmp_path):
     asked = replace(random_adapter(workshop.backbone.facts), config=new, source="x")
     with pytest.raises(AdapterError, match=r"x: target_modules: 'gate' matches no site of vit_"):
         check("x", asked, workshop.backbone.facts)
+
+
+def test_an_adapter_that_nothing_binds_is_taken_with_a_line(workshop, branches, tmp_path):
+    """Of another source and without a digest: sites and sizes are all that there is to compare."""
+    adapter = random_adapter(workshop.backbone.facts, seed=31)
+    loose = config(adapter, base_model="python:m:f", base_sha256=None)
+    line = unbound("x", loose, workshop.backbone.facts)
+    assert line is not None
+    assert "'x' (python:m:f) has no base_sha256" in line
+    bound = config(loose, base_sha256=workshop.backbone.facts.sha256)
+    for other in (adapter, bound, config(adapter, base_sha256=None)):
+        assert unbound("x", other, workshop.backbone.facts) is None
+    source = written(loose, tmp_path)
+    said: list[str] = []
+    add_adapter(copy_bundle(branches, tmp_path / "b"), "x", source, progress=said.append)
+    assert line in said
+    said.clear()
+    facts = workshop.backbone.facts
+    options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify": False}
+    export(facts.model, {"x": source}, tmp_path / "out", progress=said.append, **options)
+    assert line in said

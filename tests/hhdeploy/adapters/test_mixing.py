@@ -10,7 +10,7 @@ import pytest
 from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.adapters.mixing import at_strength, merge_adapters
 from hhdeploy.errors import AdapterError, OptionError
-from hhdeploy.training import attach, detach
+from hhdeploy.training import attach, detach, save
 from tests.support import MISTAKE, assert_parity, random_adapter
 
 
@@ -116,9 +116,61 @@ def test_what_is_no_sum_is_refused(tiny):
     other = parts["lora"]
     foreign = replace(other, config=replace(other.config, base_sha256="0" * 64))
     refused("different backbones: base_sha256", parts["hta"], foreign)
+    silent = replace(other, config=replace(other.config, base_sha256=None))
+    refused("1 and 2 belong to different backbones", silent, parts["hta"], foreign)
+    one = replace(other, config=replace(other.config, preprocess=None))
+    two = replace(other, config=replace(other.config, class_names=tuple("bcadefg")))
+    refused("different class names", one, two, head=None)
+    trained = replace(other.config.preprocess, crop_pct=0.5)
+    cropped = replace(other, config=replace(other.config, preprocess=trained))
+    refused("1 and 2 have different preprocessing", one, other, cropped, head=None)
+    assert merge_adapters({"0": (one, 0.5), "1": (other, 0.5)}).head is other.head
     values = {"norm.weight": np.ones(48, np.float32)}
     refused("can only be folded", replace(parts["lora"], values=values))
     refused("no sum", with_parts(parts["sequential"], "s_out"))
     refused("found none")
     with pytest.raises(AdapterError, match="no sum"):
         at_strength(both, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        (("vit_x", None), ("vit_x.a", None), ("vit_x.a", None)),
+        (("vit_x.a", None), ("vit_x", "1" * 64), ("vit_x.a", "1" * 64)),
+        # Digests decide, whatever the names are.
+        (("vit_x.a", "1" * 64), ("python:m:f", "1" * 64), ("vit_x.a", "1" * 64)),
+        (("vit_x.a", None), ("vit_x.b", None), None),
+        (("vit_x", None), ("vit_y", "1" * 64), None),
+        # Names of other sources have no tags.
+        (("python:m:f", None), ("python:m:f.g", None), None),
+        (("vit_x.a", "1" * 64), ("vit_x.a", "2" * 64), None),
+    ],
+)
+def test_a_mixture_belongs_to_the_backbone_of_all(tiny, one, other, together):
+    adapter = random_adapter(tiny.facts)
+
+    def of(name, digest):
+        config = replace(adapter.config, base_model=name, base_sha256=digest)
+        return replace(adapter, config=config), 0.5
+
+    if together is None:
+        with pytest.raises(AdapterError, match="belong to different backbones"):
+            merge_adapters({"a": of(*one), "b": of(*other)})
+        return
+    config = merge_adapters({"a": of(*one), "b": of(*other)}).config
+    assert (config.base_model, config.base_sha256) == together
+
+
+def test_files_hold_no_strength(tiny, tmp_path):
+    part = at_strength(random_adapter(tiny.facts), 0.5)
+    with pytest.raises(AdapterError, match=r"at 0\.5 of its strength.*merge_adapters"):
+        save_adapter(part, tmp_path / "a")
+    attach(tiny.model, part)
+    try:
+        with pytest.raises(AdapterError, match=r"at 0\.5 of its strength"):
+            save(tiny.model, tmp_path / "a")
+    finally:
+        detach(tiny.model)
+    assert not (tmp_path / "a").exists()
+    save_adapter(merge_adapters({"part": (part, 1.0)}), tmp_path / "a")

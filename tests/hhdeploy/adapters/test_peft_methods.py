@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import peft_random, peft_table
 from benchmarks.peft_methods import (
+    BOUND,
     TIMM,
     answers,
     arguments_of,
@@ -29,8 +30,6 @@ from hhdeploy.errors import AdapterError, OptionError
 from tests.support import MISTAKE
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, about training
-
-BOUND = peft_table.BOUND
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +104,26 @@ def test_what_can_only_be_folded(tmp_path, vit, method, changes, values):
     assert range_error(expected, answers(vit, adapter)) <= BOUND
     assert adapter.config.fold_only
     assert {name.rpartition(".")[2] for name in adapter.values} == values
+
+
+@pytest.mark.parametrize("method", ["LORA", "MISS"])
+@pytest.mark.parametrize(
+    ("lost", "changes"),
+    [
+        ("head.weight", {}),
+        ("head.bias", {}),
+        ("head.bias", {"bias": "all", "modules_to_save": None}),
+    ],
+)
+def test_half_a_classifier_is_refused(tmp_path, vit, method, lost, changes):
+    """The backbone's own other half, of as many classes, would give wrong answers."""
+    source, _ = saved(tmp_path, vit, method, **changes)
+    tensors = load_file(source / TENSOR_FILE)
+    kept = {k: t for k, t in tensors.items() if not k.endswith(lost)}
+    assert len(kept) == len(tensors) - 1
+    save_file(kept, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match="lacks"):
+        import_adapter(source, vit)
 
 
 def test_no_tensor_is_for_nothing(tmp_path, vit):
@@ -234,6 +253,12 @@ def test_a_processor_beside_the_adapter(tmp_path, vit):
     (source / "preprocessor_config.json").write_text("[]")
     with pytest.raises(AdapterError, match="expected a JSON object, found list"):
         import_adapter(source, vit)
+    for wrong in ({"size": {"shortest_edge": 0}}, {"resample": 9}, {"size": [32]}):
+        (source / "preprocessor_config.json").write_text(
+            json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **wrong})
+        )
+        with pytest.raises(AdapterError, match=r"cannot be read: .*`preprocess`"):
+            import_adapter(source, vit)
 
 
 def test_code_named_by_a_file_does_not_run(tmp_path, vit, capsys):

@@ -18,8 +18,9 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.transformers import from_image_processor
 from hhdeploy.errors import BackboneError
+from tests.own_models import encoder
 from tests.parity.architectures import save_transformers_config
-from tests.support import images
+from tests.support import assert_parity, images
 
 SMALL = {
     "image_size": 32,
@@ -71,10 +72,11 @@ def test_a_directory_of_transformers(saved):
     assert facts.preprocess.input_size == (3, 32, 32)
     assert facts.linears[0].path == "vit.layers.0.attention.q_proj"
     model = transformers.ViTForImageClassification.from_pretrained(saved).eval()
-    inputs = torch.from_numpy(images(3))
+    inputs = torch.from_numpy(images(3)).double()
     with torch.no_grad():
-        expected, found = model(pixel_values=inputs).logits, backbone.model(inputs)
-    assert torch.allclose(found, expected, atol=1e-5)
+        expected = model.double()(pixel_values=inputs).logits
+        found = backbone.model.double()(inputs)
+    assert_parity(expected.numpy(), found.numpy(), "algebra", "float32")
     assert torch.equal(
         backbone.model.state_dict()["classifier.bias"], model.state_dict()["classifier.bias"]
     )
@@ -198,6 +200,20 @@ def test_the_image_transform_of_the_source(folder):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "expected a JSON object, found list"),
+        ('{"image_mean": [0.5], "image_std": [0.5]}', "cannot be read: .*3 numbers"),
+        ('{"image_mean": 1, "image_std": 1, "resample": "x"}', "cannot be read: "),
+    ],
+)
+def test_a_damaged_image_processor(folder, content, message):
+    (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(spec(folder))
+
+
+@pytest.mark.parametrize(
     "stated",
     [
         {"size": {"height": 24, "width": 24}, "do_center_crop": False},
@@ -245,6 +261,27 @@ def test_the_module_may_say_its_size_and_take_arguments():
         "0.linear1",
         "0.linear2",
     ]
+
+
+def with_transform(**stated):
+    """A plain module that says how its images become inputs, and no more; see below."""
+    model = encoder(1)
+    model.pretrained_cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], **stated}
+    return model
+
+
+def test_the_module_may_state_its_transform():
+    name = f"python:{__name__}:with_transform"
+    backbone = load_backbone(BackboneSpec(name, {"crop_pct": 0.5}))
+    found = backbone.facts.preprocess
+    assert (found.input_size, found.mean, found.std) == (
+        (3, 32, 32),
+        (0.1, 0.2, 0.3),
+        (0.4, 0.5, 0.6),
+    )
+    assert (found.crop_pct, backbone.notes, backbone.facts.classifier) == (0.5, (), "head")
+    with pytest.raises(BackboneError, match=r"its pretrained_cfg: .*3 numbers"):
+        load_backbone(BackboneSpec(name, {"mean": [0.1, 0.2]}))
 
 
 def test_a_module_of_the_current_directory_is_found_last(tmp_path, monkeypatch):

@@ -359,6 +359,16 @@ def test_a_folder_of_timm(tmp_path, tiny):
         load_backbone(BackboneSpec(str(tmp_path)))
 
 
+def test_a_folder_that_is_called_as_a_model_of_timm(tmp_path, monkeypatch, tiny):
+    """A bundle of it, say, in the current directory is not the model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / TINY_MODEL).mkdir()
+    assert load_backbone(tiny_spec(TINY_MODEL)).facts.model == tiny.facts.model
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BackboneError, match=r"mine has no config\.json"):
+        load_backbone(BackboneSpec("mine"))
+
+
 def test_arrays_of_the_jax_vits(tmp_path):
     """timm's own reader of .npz files; the head's width is the file's."""
     random = np.random.default_rng(0)
