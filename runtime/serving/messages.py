@@ -44,6 +44,8 @@ Value = bool | int | float | str
 _MOST = 1 << 31
 # Elements of a BYTES tensor, each an object of its own; a batch has a few hundred images at most.
 _MOST_ELEMENTS = 1 << 14
+# Of the shared memory extension, which is not served: ignored, a client would read garbage.
+_SHARED_MEMORY = "shared_memory_region"
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,35 @@ class Deadline:
         self._late = True
         if self._task is not None:
             self._task.cancel()
+
+
+def check_parameters(found: Mapping[str, Any], where: str) -> dict[str, Value]:
+    """The parameters of a request, an input or an output.
+
+    Raises:
+        RequestError: one is no finite number, string or truth value, or is about shared memory.
+    """
+    for key, value in found.items():
+        if not isinstance(value, (bool, int, float, str)) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise RequestError(
+                f"{where}: parameter {key[:80]!r}: expected a number, a string or a truth value."
+            )
+    if _SHARED_MEMORY in found:
+        raise RequestError(
+            f"{where}: shared memory is not served: send tensors in the request and take them "
+            "from the answer."
+        )
+    return dict(found)
+
+
+def top_of(parameters: Mapping[str, Value], where: str) -> int:
+    """`Wanted.top` of an output's parameters. Raises `RequestError` if it is no number."""
+    top = parameters.get("classification", 0)
+    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        raise RequestError(f"{where}: classification: expected a number of classes.")
+    return top
 
 
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:

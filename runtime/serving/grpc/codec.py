@@ -7,7 +7,6 @@ Answers are raw.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +22,11 @@ from hhdeploy.runtime.serving.messages import (
     Value,
     Wanted,
     check_datatype,
+    check_parameters,
     raw_of,
     tensor_from_raw,
     tensor_from_values,
+    top_of,
 )
 
 # The field of InferTensorContents that holds a type's values; FP16 has none.
@@ -43,8 +44,6 @@ _TYPED: Mapping[str, str] = {
     "FP64": "fp64_contents",
     BYTES: "bytes_contents",
 }
-# Of the shared memory extension, which is not served: ignored, a client would read garbage.
-_SHARED_MEMORY = "shared_memory_region"
 
 
 def read_request(message: Any) -> InferRequest:
@@ -119,25 +118,10 @@ def _from_contents(item: Any) -> Tensor:
 
 def _wanted(item: Any) -> Wanted:
     where = f"output {item.name[:80]!r}"
-    top = _parameters(item.parameters, where).get("classification", 0)
-    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
-        raise RequestError(f"{where}: classification: expected a number of classes.")
-    return Wanted(item.name, top)
+    return Wanted(item.name, top_of(_parameters(item.parameters, where), where))
 
 
 def _parameters(found: Mapping[str, Any], where: str) -> dict[str, Value]:
-    parameters: dict[str, Value] = {}
-    for key, parameter in found.items():
-        choice = parameter.WhichOneof("parameter_choice")
-        value = getattr(parameter, choice) if choice is not None else None
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            raise RequestError(
-                f"{where}: parameter {key[:80]!r}: expected a number, a string or a truth value."
-            )
-        parameters[key] = value
-    if _SHARED_MEMORY in parameters:
-        raise RequestError(
-            f"{where}: shared memory is not served: send tensors in the request and take them "
-            "from the answer."
-        )
-    return parameters
+    chosen = {key: parameter.WhichOneof("parameter_choice") for key, parameter in found.items()}
+    values = {key: getattr(found[key], c) if c is not None else None for key, c in chosen.items()}
+    return check_parameters(values, where)

@@ -44,7 +44,9 @@ from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     json_bytes,
     json_length,
+    read_parameters,
     read_request,
+    read_truth,
     write_response,
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
@@ -114,16 +116,15 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
     async def index(request: Request) -> Response:
         async with bodies.read(request, _SMALL_BYTES) as body:
             content = await parser.content(body)
-        return _json(await endpoint.repository_index(bool(content.get("ready", False))))
+        ready_only = read_truth(content, "ready", False, "the request")
+        return _json(await endpoint.repository_index(ready_only))
 
     async def load(request: Request) -> Response:
         check_token(token, request.headers.get("authorization"))
         # An uploaded file travels as base64, which is a third longer.
         most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
         async with bodies.read(request, most) as body:
-            parameters = (await parser.content(body)).get("parameters", {})
-            if not isinstance(parameters, dict):
-                raise RequestError("parameters: expected an object.")
+            parameters = read_parameters(await parser.content(body), "the request")
             upload = read_upload(parameters, settings.adapter_bytes)
             await endpoint.load_adapter(request.path_params["adapter"], upload)
         return Response(status_code=200)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -27,9 +26,11 @@ from hhdeploy.runtime.serving.messages import (
     Value,
     Wanted,
     bytes_array,
+    check_parameters,
     raw_of,
     tensor_from_raw,
     tensor_from_values,
+    top_of,
 )
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -37,8 +38,6 @@ HEADER_LENGTH = "inference-header-content-length"
 _PIECE, _MOST_MEMBERS = 1 << 16, 1024
 # Levels of JSON: a tensor of eight dimensions in a request has eleven.
 _DEEPEST = 32
-# Of the shared memory extension, which is not served: ignored, a client would read garbage.
-_SHARED_MEMORY = "shared_memory_region"
 # Inputs and outputs of a request; a model has two and three.
 _MOST_TENSORS = 16
 # Of a request, an input or an output; a handful have a meaning.
@@ -159,7 +158,7 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
         name = _text(item, "name", "inputs")
         if name in inputs:
             raise RequestError(f"inputs: {name[:80]!r} is given twice.")
-        size = _parameters(item, f"input {name[:80]!r}").get("binary_data_size")
+        size = read_parameters(item, f"input {name[:80]!r}").get("binary_data_size")
         if size is None:
             inputs[name] = _from_json(name, item)
             continue
@@ -177,12 +176,12 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
         position += size
     if position != len(body):
         raise RequestError(f"the body has {len(body) - position} bytes that no input names.")
-    parameters = _parameters(content, "the request")
+    parameters = read_parameters(content, "the request")
     identity = content.get("id")
     identity = "" if identity is None else identity  # null is the same as absent, everywhere
     if not isinstance(identity, str):
         raise RequestError(f"id: expected a string, found {_kind(identity)}.")
-    binary = _truth(parameters, "binary_data_output", False, "the request")
+    binary = read_truth(parameters, "binary_data_output", False, "the request")
     outputs = tuple(_wanted(item, binary) for item in _objects(content, "outputs", optional=True))
     if not outputs and binary:
         outputs = (Wanted("logits", binary=True),)
@@ -257,23 +256,32 @@ def _from_json(name: str, item: Mapping[str, Any]) -> Tensor:
 
 def _wanted(item: Mapping[str, Any], binary: bool) -> Wanted:
     name = _text(item, "name", "outputs")
-    parameters = _parameters(item, f"output {name[:80]!r}")
-    top = parameters.get("classification", 0)
-    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
-        raise RequestError(f"output {name[:80]!r}: classification: expected a number of classes.")
     where = f"output {name[:80]!r}"
-    return Wanted(name, top, _truth(parameters, "binary_data", binary, where))
+    parameters = read_parameters(item, where)
+    return Wanted(
+        name, top_of(parameters, where), read_truth(parameters, "binary_data", binary, where)
+    )
 
 
-def _truth(parameters: Mapping[str, Value], key: str, default: bool, where: str) -> bool:
-    """A truth value: a client that says ``"false"`` must not get true."""
-    value = parameters.get(key, default)
+def read_truth(content: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    """A truth value: a client that says ``"false"`` must not get true.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    value = content.get(key)
+    value = default if value is None else value
     if not isinstance(value, bool):
         raise RequestError(f"{where}: {key}: expected true or false, found {str(value)[:80]!r}.")
     return value
 
 
-def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
+def read_parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
+    """The ``parameters`` of a request, an input or an output; empty if there are none.
+
+    Raises:
+        RequestError: no object, too many, or one that is no number, string or truth value.
+    """
     found = item.get("parameters")
     found = {} if found is None else found
     if not isinstance(found, dict):
@@ -282,20 +290,7 @@ def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
         raise RequestError(
             f"{where}: parameters: expected at most {_MOST_PARAMETERS}, found {len(found)}."
         )
-    found = {key: value for key, value in found.items() if value is not None}
-    for key, value in found.items():
-        if not isinstance(value, (bool, int, float, str)) or (
-            isinstance(value, float) and not math.isfinite(value)
-        ):
-            raise RequestError(
-                f"{where}: parameter {key[:80]!r}: expected a number, a string or a truth value."
-            )
-    if _SHARED_MEMORY in found:
-        raise RequestError(
-            f"{where}: shared memory is not served: send tensors in the request and take them "
-            "from the answer."
-        )
-    return found
+    return check_parameters({k: v for k, v in found.items() if v is not None}, where)
 
 
 def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) -> list[Any]:

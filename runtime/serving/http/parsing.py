@@ -71,8 +71,10 @@ class Parser:
     def close(self) -> None:
         """End the process and the thread."""
         with self._lock:
-            self._end()
+            if self._process is not None:
+                self._process.kill()
         self._thread.shutdown(wait=True)
+        self._end()
 
     async def _elsewhere(self, size: int, read: Callable[..., Any], *arguments: object) -> Any:
         if self._waiting and self._waiting + size > _MOST_WAITING:
@@ -90,8 +92,11 @@ class Parser:
             return await answer
         except asyncio.CancelledError:
             with self._lock:
-                if self._current is ticket:  # else it waits, and is not begun any more
-                    self._end()
+                # Else it waits, and is not begun any more.
+                if self._current is ticket and self._process is not None:
+                    self._current = None
+                    # The thread waits for its end: gigabytes are not freed at once.
+                    self._process.kill()
             raise
         finally:
             self._waiting -= size
@@ -99,23 +104,24 @@ class Parser:
 
     def _exchange(self, ticket: object, read: Callable[..., Any], arguments: object) -> Any:
         """On the thread: a body to the process, and what comes back."""
+        process = self._process or _start()
         with self._lock:
-            self._current = ticket
-            process = self._process = self._process or _start()
+            self._process, self._current = process, ticket
         try:
             assert process.stdin is not None and process.stdout is not None
             _send(process.stdin, (read, arguments))
             good, found, last = _receive(process.stdout)
             if last:
-                with self._lock:
-                    self._end()
-        except (OSError, EOFError):
-            with self._lock:
                 self._end()
+        except (OSError, EOFError):
+            self._end()
             raise FailedError("the process that reads large JSON has ended.") from None
         finally:
             with self._lock:
+                given_up = self._current is not ticket
                 self._current = None
+            if given_up:
+                self._end()
         if good:
             return found
         try:
@@ -124,7 +130,9 @@ class Parser:
             del found  # its traceback holds this frame, and that the body
 
     def _end(self) -> None:
-        process, self._process = self._process, None
+        """Not on the event loop: it waits."""
+        with self._lock:
+            process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()

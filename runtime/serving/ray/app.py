@@ -41,7 +41,8 @@ of any size.
     settings  what the operator chose        endpoint  what an ingress asks the replicas
     replica   one session of many            calls     one call, made again where need be
     registry  the state they share           merge     the numbers of all of them
-    router    which replica is asked         run       the command
+    router    which replica is asked         draining  requests under way
+    run       the command
 """
 
 # No postponed annotations here: Ray reads that of `application` to check and convert its argument.
@@ -51,10 +52,10 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from starlette.applications import Starlette
 
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.logs import log_as_json
+from hhdeploy.runtime.serving.ray.draining import Draining
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint
 from hhdeploy.runtime.serving.ray.registry import INGRESS, REGISTRY, REPLICA, Registry
 from hhdeploy.runtime.serving.ray.replica import Replica
@@ -79,15 +80,16 @@ class Ingress:
         """``replicas``, ``registry``: handles of those deployments."""
         log_as_json(settings.log_level, "hhdeploy")
         self._endpoint = RayEndpoint(settings, replicas, registry)
-        self._token = settings.token()
+        self._app = Draining(http_app(self._endpoint, settings.token()))
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> Draining:
         """The application that Ray Serve hands requests to."""
-        return http_app(self._endpoint, self._token)
+        return self._app
 
     async def drain(self) -> None:
         """Take nothing new, and wait until everything that was taken is answered."""
-        await self._endpoint.drain()
+        self._endpoint.stopping = True
+        await self._app.drain()
 
 
 def application(args: dict[str, Any]) -> Application:

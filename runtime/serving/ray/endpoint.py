@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from hhdeploy.runtime.serving.endpoint import Upload
-from hhdeploy.runtime.serving.errors import RequestError, StoppingError
+from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import ADAPTERS, BYTES, Deadline, InferRequest, InferResponse
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
@@ -24,7 +22,10 @@ class RayEndpoint:
     """An `Endpoint` that calls replicas through Ray Serve's handles.
 
     A call on a replica that dies is made again on another one, within the request's time limit:
-    inference changes nothing, and loading twice is loading.
+    inference changes nothing, and loading twice is loading. Whoever asks bounds that time.
+
+    Attributes:
+        stopping: not ready any more, for load balancers.
     """
 
     def __init__(self, settings: ServeSettings, replicas: Any, registry: Any) -> None:
@@ -32,14 +33,7 @@ class RayEndpoint:
         self._settings = settings
         self._replicas = replicas
         self._registry = registry
-        self._stopping = False
-        self._taken: set[asyncio.Future[Any]] = set()
-
-    async def drain(self) -> None:
-        """Take nothing new, and wait until everything that was taken is answered."""
-        self._stopping = True
-        if self._taken:
-            await asyncio.wait(self._taken)
+        self.stopping = False
 
     @property
     def settings(self) -> ServeSettings:
@@ -56,14 +50,14 @@ class RayEndpoint:
         adapter = named_adapter(request, self._settings.model_name)
         method = self._replicas.options(method_name="infer", multiplexed_model_id=adapter)
         with Deadline(request.seconds()):
-            response: InferResponse = await self._counted(ask(method, request))
+            response: InferResponse = await ask(method, request)
         return response
 
     async def ready(self) -> bool:
         """See `Endpoint.ready`."""
         try:
             with Deadline(_READY_SECONDS):
-                return bool(await self._counted(ask(self._replicas.ready)))
+                return not self.stopping and bool(await ask(self._replicas.ready))
         except RequestError:
             return False
 
@@ -88,11 +82,11 @@ class RayEndpoint:
 
     async def load_adapter(self, name: str, upload: Upload | None) -> None:
         """See `Endpoint.load_adapter`: every replica answers with it afterwards."""
-        await self._counted(ask(self._registry.change, name, upload, False))
+        await ask(self._registry.change, name, upload, False)
 
     async def unload_adapter(self, name: str) -> None:
         """See `Endpoint.unload_adapter`: no replica answers for it afterwards."""
-        await self._counted(ask(self._registry.change, name, None, True))
+        await ask(self._registry.change, name, None, True)
 
     async def metrics(self) -> tuple[bytes, str]:
         """See `Endpoint.metrics`: each replica's, with a label of its name."""
@@ -103,30 +97,16 @@ class RayEndpoint:
         return merged_status(await self._all("status"))
 
     async def _one(self, method: str, *arguments: object) -> Any:
-        return await self._counted(ask(getattr(self._replicas, method), *arguments))
+        return await ask(getattr(self._replicas, method), *arguments)
 
     async def _all(self, method: str, *arguments: object) -> list[Any]:
         """What each replica answers; one that dies meanwhile is left out."""
         try:
             call = self._replicas.broadcast(method, *arguments)
-            answers = await self._counted(call.results_async(return_exceptions=True))
+            answers = await call.results_async(return_exceptions=True)
         except DeploymentUnavailableError:
             answers = []
         return answered(answers)
-
-    async def _counted(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """``work``, which a `drain` waits for. Whoever asks bounds its time, see `Deadline`."""
-        if self._stopping:
-            work.close()
-            raise StoppingError("the server is shutting down.")
-        # Not the work as a task: its exception's traceback would hold the task, and it that.
-        done = asyncio.get_running_loop().create_future()
-        self._taken.add(done)
-        try:
-            return await work
-        finally:
-            self._taken.discard(done)
-            done.set_result(None)
 
 
 def named_adapter(request: InferRequest, bundle: str) -> str:

@@ -13,7 +13,9 @@ SIZE = 2 << 20
 _TIMES = 4
 
 
-async def post(app: Any, path: str, body: bytes, *, leave: bool = False, **headers: str) -> int:
+async def post(
+    app: Any, path: str, body: bytes, *, leave: bool = False, method: str = "POST", **headers: str
+) -> int:
     """The status of one request, handed to the application as uvicorn does; 0 for none."""
     sent = [{"type": "http.request", "body": body, "more_body": False}]
     statuses: list[int] = []
@@ -32,7 +34,7 @@ async def post(app: Any, path: str, body: bytes, *, leave: bool = False, **heade
             statuses.append(event["status"])
 
     scope = {
-        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(),
         "query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http",
         "headers": [(k.encode(), v.encode()) for k, v in {"host": "localhost", **headers}.items()],
     }  # fmt: skip

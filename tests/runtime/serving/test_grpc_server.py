@@ -91,7 +91,11 @@ async def refused(stub: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-KINDS = [errors.RequestError, *errors.RequestError.__subclasses__()]
+KINDS = [
+    errors.RequestError,
+    *errors.RequestError.__subclasses__(),
+    *errors.FailedError.__subclasses__(),
+]
 
 
 def test_every_kind_of_error_has_its_code():
@@ -165,6 +169,24 @@ def test_a_client_that_leaves_ends_the_work(streamed):
             assert not endpoint.gone.is_set()
             call.cancel()
             await soon(endpoint.gone.wait())
+
+    asyncio.run(run())
+
+
+def test_calls_are_counted():
+    async def run() -> None:
+        endpoint = Endpoint(connections=2)
+        async with served(endpoint) as (_, stub):
+            taken = []
+            for _ in range(2):
+                endpoint.taken.clear()
+                taken.append(stub.ModelInfer(message(images(1))))
+                await soon(endpoint.taken.wait())
+            code, _ = await failing(stub.ServerLive(pb.ServerLiveRequest()))
+            assert code == "RESOURCE_EXHAUSTED"
+            endpoint.gate.set()
+            for call in taken:
+                assert (await soon(call)).id == "seven"
 
     asyncio.run(run())
 

@@ -447,7 +447,13 @@ def test_adapters_are_loaded_uploaded_and_unloaded(branches, workshop, tmp_path)
         assert states["fresh"] == "UNAVAILABLE" and states["alpha"] == "READY"
         ready = server.json("POST", "/v2/repository/index", {"ready": True})[1]
         assert "fresh" not in {m["name"] for m in ready}
-        client.load_model("fresh", AUTHORISED)
+        every = server.json("POST", "/v2/repository/index", {"ready": None})[1]
+        assert {m["name"] for m in every} == set(states)
+        status, said = server.json("POST", "/v2/repository/index", {"ready": "false"})
+        assert (status, "expected true or false" in said["error"]) == (400, True)
+        loaded = {"parameters": None}
+        path = "/v2/repository/models/fresh/load"
+        assert server.json("POST", path, loaded, **AUTHORISED) == (200, None)
         assert np.array_equal(logits("fresh"), session.run(x, "second")[:, :7])
 
         load, unload = client.load_model, client.unload_model

@@ -7,6 +7,8 @@ import contextlib
 import json
 import operator
 import os
+import subprocess
+import threading
 import time
 
 import numpy as np
@@ -84,7 +86,14 @@ def test_json_is_smaller_than_bodies():
             json_length(body, header, 100)
 
 
-def test_one_that_is_given_up_ends_with_its_process():
+def test_one_that_is_given_up_ends_with_its_process(monkeypatch):
+    waiting: list[threading.Thread] = []
+    wait = subprocess.Popen.wait
+
+    def watched(process: subprocess.Popen, timeout: float | None = None) -> int:
+        waiting.append(threading.current_thread())
+        return wait(process, timeout)
+
     async def scene() -> None:
         async with reading() as parser:
             long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
@@ -99,10 +108,12 @@ def test_one_that_is_given_up_ends_with_its_process():
             long.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await long
-            assert held.poll() is not None
             assert (await next_one).id == "seven"
+            assert held.returncode is not None
             assert parser._process not in (None, held)
+            assert waiting and threading.main_thread() not in waiting  # the loop goes on
 
+    monkeypatch.setattr(subprocess.Popen, "wait", watched)
     run(scene)
 
 

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.http import InferenceServerClient, InferInput
 
 from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving.http.parsing import SMALL
 from hhdeploy.runtime.serving.messages import BYTES, FP32
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.servers import Server, running_server
@@ -275,12 +276,16 @@ def test_the_command_answers_what_it_took_and_leaves_nothing(
 
 
 async def _until_stopped(server: Server) -> list[np.ndarray | None]:
-    """Logits of many requests, or None where the server said that it stops."""
+    """Logits of many requests, or None where the server said that it stops.
+
+    Some are large: they wait for the one process that reads JSON.
+    """
     stopping = asyncio.Event()
 
-    async def one(client: aiohttp.ClientSession) -> np.ndarray | None:
+    async def one(client: aiohttp.ClientSession, note: str) -> np.ndarray | None:
         url = f"{server.url}/v2/models/rival/infer"
-        async with client.post(url, json=body_of(FEW)) as answer:
+        body = body_of(FEW) | {"parameters": {"note": note}}
+        async with client.post(url, json=body) as answer:
             content = await answer.json()
         if not stopping.is_set():
             stopping.set()
@@ -292,7 +297,8 @@ async def _until_stopped(server: Server) -> list[np.ndarray | None]:
 
     limits = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=limits) as client:
-        return await asyncio.gather(*(one(client) for _ in range(150)))
+        notes = ["", "", "x" * SMALL] * 50
+        return await asyncio.gather(*(one(client, note) for note in notes))
 
 
 def test_the_command_leaves_a_cluster_alone_that_serves_already(cluster, fleet, branches):

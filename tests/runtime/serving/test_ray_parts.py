@@ -15,8 +15,16 @@ import pytest
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.runtime.serving import errors
 from hhdeploy.runtime.serving.http.app import http_app
-from hhdeploy.runtime.serving.messages import BYTES, InferRequest, Tensor, bytes_array
+from hhdeploy.runtime.serving.http.parsing import SMALL
+from hhdeploy.runtime.serving.messages import (
+    BYTES,
+    InferRequest,
+    InferResponse,
+    Tensor,
+    bytes_array,
+)
 from hhdeploy.runtime.serving.metrics import Metrics, latency_ms
+from tests.runtime.serving.fleets import until
 from tests.runtime.serving.leftovers import SIZE, growth, post
 from tests.workshop import run_command
 
@@ -28,6 +36,7 @@ from ray.serve.exceptions import BackPressureError
 
 from hhdeploy.runtime.serving.ray import registry as ray_registry
 from hhdeploy.runtime.serving.ray.calls import answered, ask
+from hhdeploy.runtime.serving.ray.draining import Draining
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint, named_adapter
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
 from hhdeploy.runtime.serving.ray.registry import Latest, Registry
@@ -145,22 +154,40 @@ def test_replicas_that_die_for_ever_do_not_hold_a_request_for_ever():
         asyncio.run(endpoint(handle).infer(request(timeout=200_000)))
 
 
-def test_draining_answers_what_was_taken_and_takes_nothing_new():
+@pytest.mark.parametrize("size", [1, SMALL + 1])
+def test_draining_answers_what_was_taken_and_takes_nothing_new(size):
+    """Also JSON that is still parsed, by a process of its own: no replica knows of it yet."""
+    body = json.dumps({"inputs": [], "id": "x" * size}).encode()
+
     async def run() -> None:
         answer = asyncio.get_running_loop().create_future()
-        served = endpoint(Handle(answer))
-        taken = asyncio.create_task(served.infer(request()))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        drained = asyncio.create_task(served.drain())
-        await asyncio.sleep(0)
-        with pytest.raises(errors.StoppingError):
-            await served.infer(request())
-        assert not await served.ready()
-        assert not drained.done()
-        answer.set_result("logits")
-        assert await taken == "logits"
-        await drained
+        handle = Handle(answer)
+        served = endpoint(handle)
+        app = http_app(served, None)
+        draining = Draining(app)
+        async with app.router.lifespan_context(app):
+            taken = asyncio.create_task(post(draining, "/v2/models/tiny/infer", body))
+            await asyncio.sleep(0)
+            assert bool(handle.calls) == (size <= SMALL)
+            served.stopping = True
+            drained = asyncio.create_task(draining.drain())
+            await asyncio.sleep(0)
+            assert await post(draining, "/v2/models/tiny/infer", b"") == 503
+            assert not await served.ready()
+            await until(lambda: len(handle.calls) == 1)
+            assert not drained.done()
+            answer.set_result(InferResponse("tiny", "", ()))
+            assert await taken == 200
+            await drained
+
+    asyncio.run(run())
+
+
+def test_who_watches_is_answered_while_it_drains():
+    async def run() -> None:
+        draining = Draining(http_app(endpoint(Handle()), None))
+        await draining.drain()
+        assert await post(draining, "/v2/health/live", b"", method="GET") == 200
 
     asyncio.run(run())
 
@@ -459,7 +486,8 @@ def test_a_request_that_replicas_refuse_leaves_nothing():
     body = json.dumps({"inputs": [tensor], "parameters": {"note": "x" * SIZE}}).encode()
 
     async def once() -> None:
-        assert await post(app, "/v2/models/alpha/infer", bytes(bytearray(body))) == 429
+        draining = Draining(app)
+        assert await post(draining, "/v2/models/alpha/infer", bytes(bytearray(body))) == 429
 
     async def scene() -> int:
         async with app.router.lifespan_context(app):

@@ -230,6 +230,8 @@ def test_loading_needs_the_token(loading, header):
         path = f"/v2/repository/models/alpha/{action}"
         status, said = message(loading.request("POST", path, b"{}", headers))
         assert status == 401 and said.endswith("Authorization: Bearer TOKEN.")
+        unsent = head(path=path, content_length=1000, connection="close", **headers)
+        assert status_of(talk(loading, unsent)) == 401  # before a byte of it was sent
 
 
 def test_the_token_is_compared_in_constant_time(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -18,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
+from hhdeploy.runtime.serving.http.parsing import SMALL
 from hhdeploy.runtime.serving.server import serve
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -137,6 +139,38 @@ def test_a_second_signal_ends_it_at_once(small, tmp_path):
             assert server.process.poll() is None
             assert server.stop() == -signal.SIGTERM
         assert "stopped" not in [record["message"] for record in server.records()]
+
+
+def test_a_signal_loses_no_large_json_that_was_taken(small, workshop, tmp_path):
+    """It is read by one process, one after the other."""
+    x = images(5)
+    content = json.loads(infer_body(x, "alpha"))
+    content["parameters"]["note"] = "x" * SMALL
+    body = json.dumps(content).encode()
+    head = (
+        "POST /v2/models/small/infer HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+    )
+    with running_server(small, tmp_path / "log") as server, contextlib.ExitStack() as stack:
+        host, port = server.http.split(":")
+        clients = [
+            stack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+            for _ in range(7)
+        ]
+        for client in clients:
+            client.sendall(head.encode())
+            assert b" 100 " in client.recv(100)
+        server.process.send_signal(signal.SIGTERM)
+        asyncio.run(until(lambda: "stopping" in server.log.read_text()))
+        for client in clients:
+            client.sendall(body)
+        for client in clients:
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            found = answer.read()
+            assert answer.status == 200, found
+            assert_parity(workshop.truth("alpha", x), logits_of(found), "branches", "float32")
+        assert server.process.wait(PATIENCE) == 0
 
 
 def test_under_load_a_signal_ends_with_answers_and_no_error(small, workshop, tmp_path):
