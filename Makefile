@@ -1,5 +1,5 @@
 # make demo   install and run the main job on the starter models
-# make test   install the test extras and run everything
+# make test   install the test extras and run the tests
 # make test-fast  what needs no process, training or engine
 # make families   the parity ladder on every architecture and on models of real size
 # make lint   ruff, mypy strict, import-linter

@@ -75,5 +75,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     if not config.getoption("--families"):
         left = [item for item in items if item.get_closest_marker("families")]
+        items[:] = [item for item in items if not item.get_closest_marker("families")]
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
