@@ -240,8 +240,11 @@ def torch_device(gpu: Gpu) -> Iterator[str]:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # as versions go
         lacks("driver", f"torch {torch.__version__} cannot use the GPU: {error}")
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    # Both: torch.export refuses to trace where convolutions and recurrences differ.
+    kinds = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
     yield "cuda"
-    convolutions.fp32_precision = before
+    for kind, precision in zip(kinds, before, strict=True):
+        kind.fp32_precision = precision
