@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -12,9 +14,10 @@ from hhdeploy.algebra import (
     constant_delta,
     fold_additive,
     fold_sequential,
+    folded_bias,
     shifted_bias,
 )
-from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.backbones.sites import LinearSpec, Site
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.graph import GraphLinear, drop_unused_initializers, linears_at, linears_by_path
@@ -25,13 +28,15 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
 
     1. Clone the graph (initializers are shared with the base: no weight is copied).
     2. Each adapted Linear gets a new weight, and for the sequential form or db a new bias. Never
-       edited in place: the tracer shares equal initializers between layers.
+       edited in place: the tracer shares equal initializers between layers. The weight is folded
+       whenever it is read, so that the folded weights are never all in memory.
     3. The adapter's head, if it has one, replaces the classifier.
 
     Requires that `hhdeploy.adapters.checks.check` has passed. Folded in float64, cast once.
 
     Raises:
-        PlanError: a folded weight is not finite in float32.
+        PlanError: a folded bias is not finite in float32; reading a weight that is not, so when
+            the graph is written.
     """
     model = base.model.clone()
     by_path = linears_by_path(model.graph)
@@ -47,53 +52,69 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
 
 
 def _fold_linear(graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter: Adapter) -> None:
-    weight = linear.weight
-    # An overflow in the cast is reported by `_check_finite`, with the site's name.
-    with np.errstate(over="ignore"):
-        _fold_sites(graph, linear, spec, adapter, weight)
+    frozen, bias = linear.weight_as_it_is(), linear.bias
+    linear.compute_weight(
+        graph,
+        f"{spec.path}.weight_folded",
+        (spec.out, spec.in_),
+        lambda: _folded_weight(frozen(), spec, adapter),
+    )
+    if (moved := _folded_bias(bias, spec, adapter)) is not None:
+        _check_finite(moved, f"{spec.path} (bias)")
+        linear.set_bias(graph, f"{spec.path}.bias_folded", moved)
 
 
-def _fold_sites(
-    graph: ir.Graph,
-    linear: GraphLinear,
-    spec: LinearSpec,
-    adapter: Adapter,
-    weight: NDArray[np.float32],
-) -> None:
-    folded = np.empty_like(weight)
-    shift: Array | None = None  # db of all sites of an additive adapter
+def _parts(spec: LinearSpec) -> Iterator[tuple[Site, slice]]:
+    """The sites of a Linear and their rows of its weight."""
     start = 0
     for site in spec.sites:
-        part = slice(start, start + site.out)
+        yield site, slice(start, start + site.out)
         start += site.out
+
+
+def _folded_weight(
+    weight: NDArray[np.float32], spec: LinearSpec, adapter: Adapter
+) -> NDArray[np.float32]:
+    """The weight (out, in) with the adapter's sites in it, in the memory order it had."""
+    folded = np.empty_like(weight)
+    for site, part in _parts(spec):
         if site.name not in adapter.sites:
             folded[part] = weight[part]
             continue
         change = adapter.change(site.name)
-        if adapter.form == "additive":
-            delta = change.delta or constant_delta(0, site.out, spec.in_)
-            fold_additive(weight[part], delta, folded[part], change.scales)
-            if change.db is not None:
-                shift = np.zeros(spec.out) if shift is None else shift
-                shift[part] = change.db
-        else:
-            transform = change.delta or constant_delta(1, site.out, site.out)
-            folded[part], bias = fold_sequential(
-                weight[part], linear.bias, transform, change.scales, change.db
-            )
-            if bias is not None:
-                _set_bias(graph, linear, spec, bias)
+        # An overflow in the cast is reported by `_check_finite`, with the site's name.
+        with np.errstate(over="ignore"):
+            if adapter.form == "additive":
+                delta = change.delta or constant_delta(0, site.out, spec.in_)
+                fold_additive(weight[part], delta, folded[part], change.scales)
+            else:
+                transform = change.delta or constant_delta(1, site.out, site.out)
+                folded[part], _ = fold_sequential(weight[part], None, transform, change.scales)
         _check_finite(folded[part], site.name)
-    if shift is not None and (moved := shifted_bias(linear.bias, shift)) is not None:
-        _set_bias(graph, linear, spec, moved.astype(np.float32))
-    linear.replace_weight(graph, f"{spec.path}.weight_folded", folded)
+    return folded
 
 
-def _set_bias(
-    graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, bias: NDArray[np.float32]
-) -> None:
-    _check_finite(bias, f"{spec.path} (bias)")
-    linear.set_bias(graph, f"{spec.path}.bias_folded", bias)
+def _folded_bias(
+    bias: NDArray[np.float32] | None, spec: LinearSpec, adapter: Adapter
+) -> NDArray[np.float32] | None:
+    """The new bias (out,) of a Linear; None where it keeps its own."""
+    if adapter.form == "sequential":
+        (site,) = spec.sites
+        change = adapter.change(site.name)
+        transform = change.delta or constant_delta(1, site.out, site.out)
+        with np.errstate(over="ignore"):
+            return folded_bias(bias, transform, change.db)
+    shift: Array | None = None
+    for site, part in _parts(spec):
+        db = adapter.change(site.name).db if site.name in adapter.sites else None
+        if db is not None:
+            shift = np.zeros(spec.out) if shift is None else shift
+            shift[part] = db
+    if shift is None:
+        return None
+    moved = shifted_bias(bias, shift)
+    assert moved is not None
+    return moved.astype(np.float32)
 
 
 def _check_finite(values: NDArray[np.float32], where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from hhdeploy.graph import add_initializer
+from hhdeploy.graph import add_computed, add_initializer
 
 BANK, IDS = "adapter_bank", "adapter_ids"
 
@@ -73,6 +73,12 @@ class Inserter:
     def constant(self, what: str, array: NDArray[Any]) -> ir.Value:
         """An initializer."""
         return add_initializer(self.graph, f"{self.prefix}/{what}", array)
+
+    def computed(
+        self, what: str, shape: Sequence[int], compute: Callable[[], NDArray[np.float32]]
+    ) -> ir.Value:
+        """An initializer that is computed whenever it is read (see `add_computed`)."""
+        return add_computed(self.graph, f"{self.prefix}/{what}", shape, compute)
 
 
 def as_tokens(insert: Inserter, x: ir.Value, features: int, prefix: str = "") -> ir.Value:

@@ -8,7 +8,7 @@ one image's stay in a core's cache. The numbers are the same, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,14 +106,14 @@ def insert_qkv_branches(
         scale_input(graph, linear, branch, rows, suffix)
     lows, lefts, diags = _qkv_parts(shared, branch, rows, tokens, linear.bias)
     scales = _third_scales(shared, branch, rows) if "s_out" in branch.extras else None
-    weight = linear.weight
+    weight = linear.weight_as_it_is()
     for i, site in enumerate(branch.sites):
-        third = slice(i * out, (i + 1) * out)
         backbone = Inserter(graph, f"{site}{suffix}", before=anchor)
+        third = _third_weight(weight, slice(i * out, (i + 1) * out))
         product = backbone(
             "MatMul",
             "MatMul",
-            [linear.input, backbone.constant("weight_t", weight[third].T)],
+            [linear.input, backbone.computed("weight_t", (branch.in_, out), third)],
             shape=_last_dimension(linear.node.outputs[0], out),
         )
         insert = Inserter(graph, f"branch/{site}/{branch.form}{suffix}", before=anchor)
@@ -129,6 +129,12 @@ def insert_qkv_branches(
         )  # fmt: skip
         for consumer, index in list(views.parts[i].uses()):
             consumer.replace_input_with(index, transposed)
+
+
+def _third_weight(
+    weight: Callable[[], NDArray[np.float32]], rows: slice
+) -> Callable[[], NDArray[np.float32]]:
+    return lambda: weight()[rows].T
 
 
 def _qkv_parts(

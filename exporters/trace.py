@@ -20,12 +20,11 @@ import weakref
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.facts import BackboneFacts
@@ -36,7 +35,7 @@ from hhdeploy.exporters.batches import images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.graph import LINEAR_TAG
+from hhdeploy.graph import LINEAR_TAG, ViewTensor
 
 if TYPE_CHECKING:
     import torch
@@ -121,15 +120,9 @@ class _Weights:
             page = mmap.mmap(self._file, size, access=mmap.ACCESS_READ, offset=first)
             values = np.frombuffer(page, stored.dtype.numpy(), stored.size, start - first)
             shaped = values.reshape(stored.shape.numpy())
-            return _MappedTensor(shaped, dtype=stored.dtype, name=stored.name)
+            return ViewTensor(shaped, dtype=stored.dtype, name=stored.name)
 
         return ir.LazyTensor(mapped, stored.dtype, stored.shape, name=stored.name)
-
-
-class _MappedTensor(ir.Tensor[NDArray[Any]]):
-    def tofile(self, file: Any) -> None:
-        """As `ir.Tensor`'s, but NumPy's ``tofile`` does not tell a full disk from other errors."""
-        file.write(self.numpy().data)
 
 
 def _keep(traced: ir.Model, entry: Entry) -> tuple[bytes, _Weights]:
@@ -208,13 +201,19 @@ def trace(backbone: Backbone) -> ir.Model:
     model = program.model
     _tag_linears(model)
     _tag_mixed(model, {linear.path for linear in backbone.facts.linears} - apart)
+    traced_weights = list(model.graph.initializers.values())
+    _turn_weights(model.graph)
     with _quiet():
         optimizer.optimize_ir(model)
     _remove_empty_pads(model.graph)
     _name_nodes(model)
     _name_weights(model)
     _drop_notes(model)
-    return model
+    kept = model.clone()
+    # Rules of the optimiser keep the graph that they last looked at, and it the model's weights.
+    for value in (*traced_weights, *model.graph.initializers.values()):
+        value.const_value = None
+    return kept
 
 
 def _drop_notes(model: ir.Model) -> None:
@@ -244,6 +243,29 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
+
+
+def _turn_weights(graph: ir.Graph) -> None:
+    """Transposed weights as views of the model's own, under the names of the Transposes.
+
+    The optimiser would fold every Transpose into a copy: the weights a second time.
+    """
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.const_value is None or weight.is_graph_output():
+            continue
+        turned, perm = node.outputs[0], node.attributes.get_ints("perm")
+        view = weight.const_value.numpy().transpose(perm)
+        tensor = ViewTensor(view, dtype=weight.const_value.dtype, name=turned.name)
+        value = ir.Value(
+            name=turned.name,
+            shape=ir.Shape(view.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        turned.replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+        graph.register_initializer(value)
 
 
 def _tag_linears(model: ir.Model) -> None:

@@ -240,13 +240,18 @@ def fold_sequential(
     folded = transform.diag[:, None] * wide + transform.left @ (transform.right @ wide)
     # The result keeps the memory order of ``weight``, which may be a transposed view.
     order: Literal["C", "F"] = "C" if weight.flags.c_contiguous else "F"
-    new_weight = folded.astype(np.float32, order=order)
+    return folded.astype(np.float32, order=order), folded_bias(bias, transform, db)
+
+
+def folded_bias(
+    bias: NDArray[np.float32] | None, transform: SiteDelta, db: Array | None = None
+) -> NDArray[np.float32] | None:
+    """b -> M (b + db), the second result of `fold_sequential`."""
     b = shifted_bias(bias, db)
     if b is None:
-        return new_weight, None
-    return new_weight, (transform.diag * b + transform.left @ (transform.right @ b)).astype(
-        np.float32
-    )
+        return None
+    moved: Array = transform.diag * b + transform.left @ (transform.right @ b)
+    return moved.astype(np.float32)
 
 
 def shifted_bias(bias: NDArray[np.float32] | None, db: Array | None) -> Array | None:

@@ -6,6 +6,7 @@ quantisation find their Linears by it, and change graphs through what is here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,20 @@ class GraphLinear:
     @property
     def weight(self) -> NDArray[np.float32]:
         """The weight in torch's layout (out, in): a view, transposed where the graph's is."""
-        weight = constant(self.node.inputs[1])
-        assert weight is not None
-        return weight if self.transposed else weight.T
+        return self.weight_as_it_is()()
+
+    def weight_as_it_is(self) -> Callable[[], NDArray[np.float32]]:
+        """What gives today's `weight`, also when this Linear has another one by then: for new
+        weights that are computed from it when they are written."""
+        value, transposed = self.node.inputs[1], self.transposed
+        assert value is not None and value.const_value is not None
+        tensor = value.const_value
+
+        def weight() -> NDArray[np.float32]:
+            array: NDArray[np.float32] = tensor.numpy()
+            return array if transposed else array.T
+
+        return weight
 
     @property
     def bias(self) -> NDArray[np.float32] | None:
@@ -75,8 +87,21 @@ class GraphLinear:
 
     def replace_weight(self, graph: ir.Graph, name: str, weight: NDArray[np.float32]) -> None:
         """Give this node a new weight (out, in); the old initializer may be shared and stays."""
-        stored = weight if self.transposed else weight.T
-        self.node.replace_input_with(1, add_initializer(graph, name, stored))
+        out, in_ = weight.shape
+        self.compute_weight(graph, name, (out, in_), lambda: weight)
+
+    def compute_weight(
+        self,
+        graph: ir.Graph,
+        name: str,
+        shape: tuple[int, int],
+        weight: Callable[[], NDArray[np.float32]],
+    ) -> None:
+        """As `replace_weight`; the weight, ``shape`` (out, in), is computed whenever it is read."""
+        transposed = self.transposed
+        stored = shape if transposed else shape[::-1]
+        value = add_computed(graph, name, stored, lambda: weight() if transposed else weight().T)
+        self.node.replace_input_with(1, value)
 
     def set_bias(self, graph: ir.Graph, name: str, bias: NDArray[np.float32]) -> None:
         """Give this Linear a new bias (out,).
@@ -153,20 +178,51 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """A new initializer; the name is made unique."""
+    unique = _unique(graph, name)
+    # ascontiguousarray would give a scalar one dimension.
+    tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=unique)
+    return _registered(graph, tensor, array.shape)
+
+
+def add_computed(
+    graph: ir.Graph, name: str, shape: Sequence[int], compute: Callable[[], NDArray[np.float32]]
+) -> ir.Value:
+    """A new float32 initializer that takes no memory: computed whenever it is read, so that a
+    graph is written weight by weight. The name is made unique."""
+    unique = _unique(graph, name)
+
+    def tensor() -> ir.TensorProtocol:
+        return ViewTensor(compute(), name=unique)
+
+    lazy = ir.LazyTensor(tensor, ir.DataType.FLOAT, ir.Shape(list(shape)), name=unique)
+    return _registered(graph, lazy, shape)
+
+
+def _unique(graph: ir.Graph, name: str) -> str:
     unique, count = name, 1
     while unique in graph.initializers:
         count += 1
         unique = f"{name}_{count}"
-    # ascontiguousarray would give a scalar one dimension.
-    tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=unique)
+    return unique
+
+
+def _registered(graph: ir.Graph, tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.Value:
     value = ir.Value(
-        name=unique,
-        shape=ir.Shape(array.shape),
+        name=tensor.name,
+        shape=ir.Shape(list(shape)),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
     graph.register_initializer(value)
     return value
+
+
+class ViewTensor(ir.Tensor[NDArray[Any]]):
+    """An array of any strides, as it lies; its bytes are put in order when they are written."""
+
+    def tofile(self, file: Any) -> None:
+        """As `ir.Tensor`'s, but NumPy's ``tofile`` does not tell a full disk from other errors."""
+        file.write(np.ascontiguousarray(self.numpy()).data)
 
 
 def drop_unused_initializers(graph: ir.Graph) -> None:

@@ -143,6 +143,7 @@ def _from_timm(spec: BackboneSpec) -> tuple[nn.Module, int]:
     classes = int(getattr(model, "num_classes", 0))
     if classes == 0:
         # A placeholder classifier keeps one shape of graph for all backbones.
+        del model  # never two of them in memory
         return _create(spec, pretrained=spec.pretrained, num_classes=1), 0
     return model, classes
 
@@ -151,14 +152,16 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int]:
     """Load a file through the architecture's own checkpoint filter."""
     assert spec.checkpoint is not None
     state = read_state(spec.checkpoint)
-    template = _create(spec, pretrained=False, num_classes=1)
-    classifier = classifier_path(template)
-    filter_fn = getattr(sys.modules[type(template).__module__], "checkpoint_filter_fn", None)
+    model = _create(spec, pretrained=False, num_classes=1)
+    classifier = classifier_path(model)
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if filter_fn is not None:
-        state = filter_fn(state, template)
+        state = filter_fn(state, model)
     head = state.get(f"{classifier}.weight")
     classes = 0 if head is None else int(head.shape[0])
-    model = _create(spec, pretrained=False, num_classes=classes) if classes > 1 else template
+    if classes > 1:
+        del model  # never two of them in memory
+        model = _create(spec, pretrained=False, num_classes=classes)
     load_strictly(model, state, classifier, spec)
     return model, classes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -160,6 +161,7 @@ def export(
         report = found = None
         if verify:
             del contents, base, backbone, reference  # a session needs the memory more
+            gc.collect()  # torch's graphs, and with them the weights, hold each other
             progress("verifying against the training-time model")
             found = _verified(Bundle(scratch, manifest), data)
             report = found.without(found.overflowed)

@@ -104,7 +104,7 @@ def training_time_reference(
     """Run the training-time model in float64 on every adapter's images.
 
     Args:
-        backbone: the timm model; it is float32 and bare again afterwards.
+        backbone: the model, float32; it is bare again afterwards.
         adapters: name -> (row, adapter); None stands for the bare backbone.
         data: which images.
         classes: columns of the logits.
@@ -120,18 +120,14 @@ def training_time_reference(
             "kept. Export with `verify=False`, or add an adapter first."
         )
     per_adapter = []
-    backbone.model.double()  # exact, and exact on the way back
-    try:
-        for name, (row, adapter) in adapters.items():
-            images = data.batch(name, adapter, backbone.facts)
-            logits = _training_time_logits(backbone.model, adapter, images)
-            if check_effect and adapter is not None:
-                _check_effect(backbone.model, name, adapter, images[:1], logits[:1])
-            padded = np.full((len(images), classes), -np.inf)
-            padded[:, : logits.shape[1]] = logits
-            per_adapter.append((images, np.full(len(images), row, np.int64), padded))
-    finally:
-        backbone.model.float()
+    for name, (row, adapter) in adapters.items():
+        images = data.batch(name, adapter, backbone.facts)
+        logits = _training_time_logits(backbone.model, adapter, images)
+        if check_effect and adapter is not None:
+            _check_effect(backbone.model, name, adapter, images[:1], logits[:1])
+        padded = np.full((len(images), classes), -np.inf)
+        padded[:, : logits.shape[1]] = logits
+        per_adapter.append((images, np.full(len(images), row, np.int64), padded))
     order = _interleaved([len(images) for images, _, _ in per_adapter])
     images, ids, logits = (
         np.concatenate([entry[i] for entry in per_adapter])[order] for i in range(3)
@@ -171,17 +167,18 @@ def _training_time_logits(
     model: nn.Module, adapter: Adapter | None, images: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     import torch
-    from torch.nn.utils import parametrize
 
     from hhdeploy.training import attach, detach
+    from hhdeploy.verifying.wide import Float64
 
     if adapter is not None:
         attach(model, adapter)
     try:
-        # The dense matrices are computed once for all batches.
-        with torch.no_grad(), parametrize.cached():
+        # An adapted weight is computed when it is used, and dropped: cached, they would all be
+        # there at once.
+        with torch.no_grad(), Float64():
             batches = [
-                model(torch.from_numpy(images[i : i + _BATCH]).double()).numpy()
+                model(torch.from_numpy(images[i : i + _BATCH])).numpy()
                 for i in range(0, len(images), _BATCH)
             ]
     finally:

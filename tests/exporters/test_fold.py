@@ -16,7 +16,7 @@ from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.graph import linears_by_path
 from tests.exporters.synthetic import linear, random, shared_twice
 from tests.parity.architectures import traced
-from tests.parity.ladder import run, session, without_householder
+from tests.parity.ladder import run, save, session, without_householder
 from tests.support import assert_caught, assert_parity, images, random_adapter
 
 
@@ -169,12 +169,13 @@ def huge(site: SiteTensors, **changes) -> SiteTensors:
     return replace(site, **{k: np.full_like(getattr(site, k), v) for k, v in changes.items()})
 
 
-def test_an_overflow_names_the_site(base):
+def test_an_overflow_names_the_site(base, tmp_path):
     adapter = random_adapter(base.facts, targets=["q", "v"])
     name = "blocks.1.attn.qkv.v"
     sites = dict(adapter.sites) | {name: huge(adapter.sites[name], u=1e30, v=1e30)}
+    folded = folded_model(base, replace(adapter, sites=sites))
     with pytest.raises(PlanError, match=r"^blocks\.1\.attn\.qkv\.v: the folded weight leaves"):
-        folded_model(base, replace(adapter, sites=sites))
+        save(folded, tmp_path)
 
 
 def test_an_overflow_in_a_bias_names_the_site(base):
