@@ -1,10 +1,11 @@
 """Anonymous memory of the export of a large model, folded and as side branches, verified. Linux.
 
-    python -m benchmarks.bench_large [--model vit_giant_patch14_224] [--images 2] [--size 56] [--saved]
+    python -m benchmarks.bench_large [--model vit_giant_patch14_224] [--images 2] [--size 56]
+        [--saved] [--kind fold|branches|both]
 
 The peak of RssAnon of a process of its own, step by step: what the kernel cannot drop, unlike
 pages of mapped files. Random weights by timm's own initialisation, in memory; with ``--saved``
-from a safetensors file of them. ``--size`` is that of the images: what a small one saves is time, the
+from a safetensors file of them. ``--size`` is that of the images: a small one saves time, the
 weights stay what they are.
 """
 
