@@ -18,6 +18,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import DeviceError
+from hhdeploy.runtime.serving.access.tls import Tls
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.grpc.servicer import Context, Servicer, refuse
@@ -37,10 +39,11 @@ class GrpcServer:
         port: it listens on.
     """
 
-    def __init__(self, endpoint: Endpoint, token: str | None) -> None:
+    def __init__(self, endpoint: Endpoint, access: Access, tls: Tls | None) -> None:
         self.port = 0
         self._settings = endpoint.settings
-        self._servicer = Servicer(endpoint, token)
+        self._servicer = Servicer(endpoint, access)
+        self._tls = tls
         self._server: Any = None
         self._watch: asyncio.Task[None] | None = None
         # Servers that take nothing new, and what waits for their last answers.
@@ -81,7 +84,11 @@ class GrpcServer:
         host = self._settings.host
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = server.add_insecure_port(address)
+            bound = (
+                server.add_insecure_port(address)
+                if self._tls is None
+                else server.add_secure_port(address, self._tls.grpc_credentials())
+            )
         except RuntimeError as error:
             raise DeviceError(
                 f"cannot listen on {address}: it is in use, or no address of this machine. Choose "
@@ -115,18 +122,21 @@ class GrpcServer:
         drained.add_done_callback(lambda _: self._retired.pop(old))
 
 
-async def start_grpc(endpoint: Endpoint, port: int, token: str | None) -> GrpcServer:
+async def start_grpc(
+    endpoint: Endpoint, port: int, access: Access, tls: Tls | None = None
+) -> GrpcServer:
     """Listen and answer.
 
     Args:
         endpoint: what answers.
         port: 0 takes a free one.
-        token: what loading adapters must present; None: nobody may.
+        access: who may ask; health is there for all.
+        tls: None: no TLS.
 
     Raises:
         DeviceError: the port is taken, or may not be listened on.
     """
-    server = GrpcServer(endpoint, token)
+    server = GrpcServer(endpoint, access, tls)
     await server.start(port)
     return server
 

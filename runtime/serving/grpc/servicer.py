@@ -26,9 +26,9 @@ from google.protobuf.json_format import ParseDict  # type: ignore[import-untyped
 from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
-    check_token,
     model_config,
     read_upload,
     server_metadata,
@@ -64,10 +64,14 @@ class Context(Protocol):
 
 Result = TypeVar("Result")
 Method = Callable[["Servicer", Any, Context], Awaitable[Any]]
+Check = Callable[[Access, str | None], None]
 
 
 def _unary(
-    answer: Callable[[], Any], model: str = "", level: int = logging.DEBUG
+    answer: Callable[[], Any],
+    model: str = "",
+    level: int = logging.DEBUG,
+    check: Check = Access.check_asking,
 ) -> Callable[[Method], Method]:
     """A method that bounds its time, logs a line, and puts errors into the call's context.
 
@@ -75,14 +79,16 @@ def _unary(
         answer: type of its answer; an empty one is returned where the call fails.
         model: field of the request that names the model.
         level: of the line.
+        check: whether a call may ask, by its authorization.
     """
 
     def decorate(method: Method) -> Method:
         @functools.wraps(method)
         async def guarded(self: Servicer, request: Any, context: Context) -> Any:
             named = getattr(request, model) if model else ""
-            work = method(self, request, context)
             try:
+                check(self._access, authorization(context))
+                work = method(self, request, context)
                 return await self._bounded(work, context, method.__name__, named, level)
             except RequestError as error:
                 refuse(context, error)
@@ -93,6 +99,10 @@ def _unary(
     return decorate
 
 
+def _anybody(access: Access, authorization: str | None) -> None:
+    """Probes have no token."""
+
+
 class Servicer:
     """The service's methods. Cancelling a call gives up its place in the queue.
 
@@ -101,21 +111,21 @@ class Servicer:
 
     # ruff: noqa: N802 - the service's names
 
-    def __init__(self, endpoint: Endpoint, token: str | None) -> None:
-        """``token``: what loading adapters must present; None: nobody may."""
-        self._endpoint, self._token = endpoint, token
+    def __init__(self, endpoint: Endpoint, access: Access) -> None:
+        """``access``: who may ask; health is there for all."""
+        self._endpoint, self._access = endpoint, access
         self._stopping = asyncio.Event()
 
     def stop_streams(self) -> None:
         """End every stream after the request that it is at; an idle one would stay for ever."""
         self._stopping.set()
 
-    @_unary(pb.ServerLiveResponse)
+    @_unary(pb.ServerLiveResponse, check=_anybody)
     async def ServerLive(self, request: Any, context: Context) -> Any:
         """Whether the process answers."""
         return pb.ServerLiveResponse(live=True)
 
-    @_unary(pb.ServerReadyResponse)
+    @_unary(pb.ServerReadyResponse, check=_anybody)
     async def ServerReady(self, request: Any, context: Context) -> Any:
         """Whether requests are answered."""
         return pb.ServerReadyResponse(ready=await self._endpoint.ready())
@@ -156,10 +166,9 @@ class Servicer:
         models = await self._endpoint.repository_index(request.ready)
         return ParseDict({"models": models}, pb.RepositoryIndexResponse())
 
-    @_unary(pb.RepositoryModelLoadResponse, "model_name", logging.INFO)
+    @_unary(pb.RepositoryModelLoadResponse, "model_name", logging.INFO, Access.check_loading)
     async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
         """Load an adapter that the server has, or one that is uploaded."""
-        self._check_token(context)
         given = {
             key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
             for key, value in request.parameters.items()
@@ -168,10 +177,9 @@ class Servicer:
         await self._endpoint.load_adapter(request.model_name, upload)
         return pb.RepositoryModelLoadResponse()
 
-    @_unary(pb.RepositoryModelUnloadResponse, "model_name", logging.INFO)
+    @_unary(pb.RepositoryModelUnloadResponse, "model_name", logging.INFO, Access.check_loading)
     async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
         """Answer no request for an adapter any more."""
-        self._check_token(context)
         await self._endpoint.unload_adapter(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
@@ -190,7 +198,8 @@ class Servicer:
         """
         try:
             async with aclosing(_until(self._stopping, requests)) as coming:
-                async for request in coming:
+                async for request in coming:  # a token may go while a stream is open
+                    self._access.check_asking(authorization(context))
                     yield await self._stream_answer(request, context)
         except RequestError as error:
             refuse(context, error)
@@ -208,10 +217,6 @@ class Servicer:
 
     async def _infer(self, request: Any) -> Any:
         return write_response(await self._endpoint.infer(read_request(request)))
-
-    def _check_token(self, context: Context) -> None:
-        given = dict(context.invocation_metadata()).get("authorization")
-        check_token(self._token, given if isinstance(given, str) else None)
 
     async def _bounded(
         self, work: Awaitable[Result], context: Context, method: str, model: str, level: int
@@ -247,6 +252,12 @@ class Servicer:
             seconds = time.perf_counter() - begin
             extra = {"method": method, "model": model[:200], "code": code}
             _LOG.log(level, "request", extra={**extra, "ms": round(1e3 * seconds, 3)})
+
+
+def authorization(context: Context) -> str | None:
+    """That header of a call."""
+    given = dict(context.invocation_metadata()).get("authorization")
+    return given if isinstance(given, str) else None
 
 
 def refuse(context: Context, error: RequestError) -> None:

@@ -27,9 +27,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
-    check_token,
     model_config,
     read_upload,
     server_metadata,
@@ -60,12 +60,12 @@ _SMALL_BYTES = 1 << 20
 _MOST_TEXT = 4000
 
 
-def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
+def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     """The application; what answers is started and stopped by whoever serves it.
 
     Args:
         endpoint: what answers.
-        token: what loading adapters must present; None: nobody may.
+        access: who may ask; health and the page's files are there for all.
     """
     settings = endpoint.settings
     bodies = Bodies(settings.bodies_bytes)
@@ -120,7 +120,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
         return _json(await endpoint.repository_index(ready_only))
 
     async def load(request: Request) -> Response:
-        check_token(token, request.headers.get("authorization"))
+        access.check_loading(request.headers.get("authorization"))
         # An uploaded file travels as base64, which is a third longer.
         most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
         async with bodies.read(request, most) as body:
@@ -130,7 +130,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
         return Response(status_code=200)
 
     async def unload(request: Request) -> Response:
-        check_token(token, request.headers.get("authorization"))
+        access.check_loading(request.headers.get("authorization"))
         async with bodies.read(request, _SMALL_BYTES):
             pass
         await endpoint.unload_adapter(request.path_params["adapter"])
@@ -142,13 +142,20 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
 
     hosts = settings.hosts()
 
-    def guarded(handler: Handler) -> Handler:
+    def open_to_all(handler: Handler) -> Handler:
         return _guarded(handler, settings.request_seconds, hosts)
+
+    def guarded(handler: Handler) -> Handler:
+        async def authorised(request: Request) -> Response:
+            access.check_asking(request.headers.get("authorization"))
+            return await handler(request)
+
+        return open_to_all(authorised)
 
     routes: list[BaseRoute] = [
         Route("/v2", guarded(server)),
-        Route("/v2/health/live", guarded(live)),
-        Route("/v2/health/ready", guarded(ready)),
+        Route("/v2/health/live", open_to_all(live)),
+        Route("/v2/health/ready", open_to_all(ready)),
         Route("/v2/repository/index", guarded(index), methods=["POST"]),
         Route("/v2/repository/models/{adapter}/load", guarded(load), methods=["POST"]),
         Route("/v2/repository/models/{adapter}/unload", guarded(unload), methods=["POST"]),
@@ -236,6 +243,8 @@ def error_response(error: HhdeployError) -> Response:
     response = _json({"error": text}, status)
     if status == 429:
         response.headers["retry-after"] = "1"
+    if status == 401:
+        response.headers["www-authenticate"] = "Bearer"
     return response
 
 
