@@ -404,7 +404,7 @@ def test_a_server_with_tokens_is_asked_with_one(page, small, tmp_path):
         expect(field).to_be_hidden()
         assert page.get_by_role("link").count() == 0, "a link would carry no token"
         page.set_input_files("#file", FLAG)
-        expect(page.locator("#said")).to_contain_text("1 adapter answered")
+        expect(page.locator("#said")).to_contain_text("2 adapters answered")
         page.reload()
         expect(page.locator("#health")).to_have_text("Ready")
         assert token not in page.url
