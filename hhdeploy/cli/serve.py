@@ -130,9 +130,11 @@ def _serve(settings: ServeSettings, http_port: int, grpc_port: int) -> None:
     from hhdeploy.runtime.serving.logs import log_as_json
     from hhdeploy.runtime.serving.server import Addresses, serve
     from hhdeploy.runtime.serving.service import Service
+    from hhdeploy.runtime.serving.tracing import start_tracing
     from hhdeploy.runtime.session import open_session
 
     log_as_json(settings.log_level)
+    start_tracing()
     access, tls = Access.of(settings), Tls.of(settings)
     session = open_session(settings.bundle, **settings.session_options())
     served = f"{settings.bundle} on {session.device}, {settings.precision}"

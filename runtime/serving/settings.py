@@ -70,6 +70,7 @@ class ServeSettings:
             must present one; None: they need none.
         tls_cert, tls_key: certificate chain and key, PEM; None: no TLS.
         allowed_hosts: names by which HTTP requests may call the server, see `hosts`.
+        no_access_log: write no line for each request.
         log_level: debug, info, warning or error.
         max_json: bytes of JSON in an inference, decompressed; None: see `json_limit`.
         body_bytes: of a request, also once it is decompressed.
@@ -156,6 +157,9 @@ class ServeSettings:
             "[default: localhost on a loopback --host, any on others]",
             flag="--allowed-host",
         ),
+    )
+    no_access_log: bool = field(
+        default=False, metadata=_asked("No line in the log for each request.")
     )
     log_level: str = field(default="info", metadata=_asked())
     max_json: int | None = field(

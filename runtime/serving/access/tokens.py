@@ -56,9 +56,11 @@ class Access:
         loading: str | None = None
         inference: tuple[str, ...] = ()
         if settings.token_file is not None:
-            (loading,) = _tokens(settings.token_file, "token_file", 1)
+            (loading,) = _tokens(settings.token_file, "`token_file`", 1)
         if settings.inference_token_file is not None:
-            inference = _tokens(settings.inference_token_file, "inference_token_file", _MOST_TOKENS)
+            inference = _tokens(
+                settings.inference_token_file, "`inference_token_file`", _MOST_TOKENS
+            )
         self._loading, self._inference = loading, inference
 
     def check_loading(self, authorization: str | None) -> None:
@@ -104,12 +106,12 @@ def _tokens(path: Path, name: str, most: int) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").strip().split("\n")
         readable = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"`{name}`: {path} cannot be read: {error}") from error
+        raise PlanError(f"{name}: {path} cannot be read: {error}") from error
     found = tuple(line.strip() for line in lines)
     if len(found) > most or not all(map(_TOKEN.fullmatch, found)):
         expected = "one line" if most == 1 else f"one to {most} lines"
         raise PlanError(
-            f"`{name}`: {path}: expected {expected} of 16 to 1,024 printable ASCII characters "
+            f"{name}: {path}: expected {expected} of 16 to 1,024 printable ASCII characters "
             "without spaces. Make one with: openssl rand -hex 32 > token"
         )
     if readable:
