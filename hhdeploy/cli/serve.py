@@ -124,7 +124,8 @@ def _serve(settings: ServeSettings, http_port: int, grpc_port: int) -> None:
     require("starlette", "serve", "hhdeploy serve")
     # gRPC's own lines are no JSON, and every failed handshake of anybody is one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    require("tritonclient.grpc", "serve", "hhdeploy serve")
+    for module in ("tritonclient.grpc", "grpc_health.v1", "grpc_reflection.v1alpha", "hpack"):
+        require(module, "serve", "hhdeploy serve")
     from hhdeploy.runtime.serving.access.tls import Tls
     from hhdeploy.runtime.serving.access.tokens import Access
     from hhdeploy.runtime.serving.logs import log_as_json

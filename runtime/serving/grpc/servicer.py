@@ -39,6 +39,7 @@ from hhdeploy.runtime.serving.errors import (
     UnauthorizedError,
 )
 from hhdeploy.runtime.serving.grpc.codec import read_request, write_response
+from hhdeploy.runtime.serving.grpc.headers import PEER
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.tracing import Tracing
 
@@ -54,9 +55,6 @@ class Context(Protocol):
 
     def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
         """Headers of the call, their names in lower case."""
-
-    def peer(self) -> str:
-        """Who calls, as gRPC writes addresses."""
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         """Headers after the answer."""
@@ -115,6 +113,9 @@ class Servicer:
     """The service's methods. Cancelling a call gives up its place in the queue.
 
     Each takes a message and a `Context`. One that fails sets the context's code and details.
+
+    Attributes:
+        stopping: set once streams have to end; see `stop_streams`.
     """
 
     # ruff: noqa: N802 - the service's names
@@ -123,11 +124,11 @@ class Servicer:
         """``access``: who may ask; health is there for all."""
         self._endpoint, self._access = endpoint, access
         self._tracing = Tracing()
-        self._stopping = asyncio.Event()
+        self.stopping = asyncio.Event()
 
     def stop_streams(self) -> None:
         """End every stream after the request that it is at; an idle one would stay for ever."""
-        self._stopping.set()
+        self.stopping.set()
 
     @_unary(pb.ServerLiveResponse, check=_anybody)
     async def ServerLive(self, request: Any, context: Context) -> Any:
@@ -206,7 +207,7 @@ class Servicer:
         a batch go through `ModelInfer`, or through several streams.
         """
         try:
-            async with aclosing(_until(self._stopping, requests)) as coming:
+            async with aclosing(until(self.stopping, requests)) as coming:
                 async for request in coming:
                     yield await self._stream_answer(request, context)
         except RequestError as error:
@@ -244,7 +245,7 @@ class Servicer:
             RequestError: or one of its kinds; the log has what the client is not told.
         """
         headers = {k: v for k, v in context.invocation_metadata() if isinstance(v, str)}
-        asked = Asked(context.peer(), headers.get(REQUEST_ID), method=method, model=model[:200])
+        asked = Asked(headers.get(PEER), headers.get(REQUEST_ID), method=method, model=model[:200])
         context.set_trailing_metadata(((REQUEST_ID, asked.id),))
         span = {"rpc.system": "grpc", "rpc.method": method}
         asked.said["code"] = "CANCELLED"
@@ -297,7 +298,7 @@ def _details(error: RequestError) -> str:
     return str(error).encode("ascii", "backslashreplace").decode()[:_MOST_DETAILS]
 
 
-async def _until(stop: asyncio.Event, items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+async def until(stop: asyncio.Event, items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
     """``items`` while ``stop`` is not set; `StoppingError` afterwards."""
     stopping = asyncio.ensure_future(stop.wait())
     coming: asyncio.Future[Any] | None = None

@@ -127,16 +127,31 @@ def test_files_are_read_again_as_a_whole(tmp_path):
             check(f"Bearer {old}")
 
 
+def served(context: ssl.SSLContext, protocol: str, client: ssl.SSLContext) -> bool:
+    """Whether both shake hands, and speak this protocol then."""
+    client.set_alpn_protocols([protocol])
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(down, up, server_hostname="localhost"),
+        context.wrap_bio(up, down, server_side=True),
+    ]
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return {end.selected_alpn_protocol() for end in ends} == {protocol}
+
+
 def test_certificates_that_are_none(tmp_path):
     cert, key = make_certificate(tmp_path)
     tls = Tls(cert, key)
-    kept = tls._pair
     other = tmp_path / "other"
     other.mkdir()
     key.write_bytes(make_certificate(other)[1].read_bytes())
     with pytest.raises(PlanError, match=r"`tls_cert`, `tls_key`: .*tls.crt"):
         tls.read()  # a key of another certificate
-    assert tls._pair == kept
+    for context, protocol in ((tls.http, "http/1.1"), (tls.grpc, "h2")):  # the old one still
+        assert served(context, protocol, ssl.create_default_context(cafile=str(cert)))
     key.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n")
     for files in ((cert, key), (key, cert), (cert, tmp_path / "none")):
         with pytest.raises(PlanError, match="not encrypted"):

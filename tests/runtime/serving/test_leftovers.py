@@ -176,9 +176,6 @@ class Context:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
-
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         pass
 
