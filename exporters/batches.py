@@ -61,9 +61,7 @@ def images_apart(
         apart |= {
             path
             for path, uses in undecided.items()
-            if all(
-                use.apart or three.rows == 3 for use, three in zip(uses, abc[path], strict=True)
-            )
+            if all(use.apart or three.rows == 3 for use, three in zip(uses, abc[path], strict=True))
         }
     return frozenset(apart)
 
