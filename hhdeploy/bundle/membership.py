@@ -38,6 +38,7 @@ def entry_of(
         verified,
         problem_type_of(config.problem_type, classes),
         adapter.strength,
+        config.compressed,
     )
 
 
