@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check, check_live, check_name, unbound
+from hhdeploy.adapters.checks import check, check_live, check_name, notes
 from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
@@ -113,7 +113,7 @@ def add_adapter(
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
         row = admit(manifest, name, adapter, progress)
-        if line := unbound(name, adapter, manifest.backbone):
+        for line in notes(name, adapter, manifest.backbone):
             progress(line)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(

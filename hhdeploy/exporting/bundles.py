@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.checks import check, check_name, check_sites, unbound
+from hhdeploy.adapters.checks import check, check_name, check_sites, notes
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle import Bundle
@@ -142,8 +142,7 @@ def export(
         for note in backbone.notes:
             progress(note)
         for name, adapter in loaded.items():
-            if line := unbound(name, adapter, backbone.facts):
-                progress(line)
+            say(progress, notes(name, adapter, backbone.facts))
         if loaded or not fold:
             check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
