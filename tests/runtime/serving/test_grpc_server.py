@@ -19,6 +19,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
 from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.errors import AdapterError, DeviceError
 from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.grpc.server import start_grpc
 from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
 from hhdeploy.runtime.serving.server import Addresses, serve
@@ -60,7 +61,7 @@ class Endpoint:
 @contextlib.asynccontextmanager
 async def served(endpoint: Endpoint, token: str | None = None):
     """A server of ``endpoint``, and a stub that is connected to it."""
-    server, host = await start_grpc(endpoint, 0, token), endpoint.settings.host
+    server, host = await start_grpc(endpoint, 0, Access(token)), endpoint.settings.host
     address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
     try:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -264,7 +265,7 @@ def test_a_port_that_is_taken():
     async def run() -> None:
         async with served(Endpoint()) as (server, _):
             with pytest.raises(DeviceError, match="`grpc_port`"):
-                await start_grpc(Endpoint(), server.port, None)
+                await start_grpc(Endpoint(), server.port, Access())
 
     asyncio.run(run())
 
@@ -279,60 +280,6 @@ def test_ipv6():
     async def run() -> None:
         async with served(Endpoint(host="::1")) as (_, stub):
             assert (await soon(stub.ServerLive(pb.ServerLiveRequest()))).live
-
-    asyncio.run(run())
-
-
-def test_a_method_name_that_is_no_text_ends_nothing():
-    """It ends the loop of grpc.aio: what was taken is answered, and the port answers again."""
-
-    def field(name: bytes, value: bytes) -> bytes:
-        return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
-    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
-        head = len(content).to_bytes(3, "big") + bytes([kind, flags])
-        return head + stream.to_bytes(4, "big") + content
-
-    headers = b"".join(
-        field(*pair)
-        for pair in (
-            (b":method", b"POST"),
-            (b":scheme", b"http"),
-            (b":path", b"/\xff/\xfe"),
-            (b":authority", b"x"),
-            (b"content-type", b"application/grpc"),
-            (b"te", b"trailers"),
-        )
-    )
-    attack = (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + frame(4, 0, 0, b"")
-        + frame(1, 4, 1, headers)
-        + frame(0, 1, 1, b"\0" * 5)
-    )
-
-    async def answered(stub: Any) -> None:
-        while True:
-            try:
-                await stub.ServerLive(pb.ServerLiveRequest(), timeout=PATIENCE)
-            except grpc.RpcError:
-                await asyncio.sleep(0.05)
-            else:
-                return
-
-    async def run() -> None:
-        endpoint = Endpoint()
-        async with served(endpoint) as (server, stub):
-            call = stub.ModelInfer(message(images(1)))
-            await soon(endpoint.taken.wait())
-            for _ in range(2):
-                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                writer.write(attack)
-                await soon(reader.readuntil(b"grpc-status"))
-                writer.close()
-                await soon(answered(stub))
-            endpoint.gate.set()
-            assert (await soon(call)).id == "seven"
 
     asyncio.run(run())
 
@@ -363,7 +310,7 @@ def test_http_and_grpc_drain_at_the_same_time(branches):
         service.infer = gated
         where: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(
-            serve(service, token=None, http_port=0, grpc_port=0, announce=where.set_result)
+            serve(service, access=Access(), http_port=0, grpc_port=0, announce=where.set_result)
         )
         addresses = await soon(where)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{addresses.grpc_port}") as channel:
