@@ -252,7 +252,7 @@ def _turn_weights(graph: ir.Graph) -> None:
     """
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.const_value is None or weight.is_graph_output():
+        if weight is None or weight.const_value is None or node.outputs[0].is_graph_output():
             continue
         turned, perm = node.outputs[0], node.attributes.get_ints("perm")
         view = weight.const_value.numpy().transpose(perm)
