@@ -51,7 +51,10 @@ def main(model: str, pairs: int) -> None:
     results = {
         "model": model,
         "trace / fold, graph work in memory": paired(
-            lambda: trace(backbone), lambda: read(folded_model(base, adapter)), pairs=pairs, warmup=1
+            lambda: trace(backbone),
+            lambda: read(folded_model(base, adapter)),
+            pairs=pairs,
+            warmup=1,
         ),
         "trace / fold, with writing and hashing": paired(
             lambda: write(trace(backbone)),
