@@ -133,9 +133,11 @@ def calls_of(write: Writer, root: Path) -> list[Call]:
     return calls
 
 
-def killed_at_every_call(write: Writer, origin: Path, scratch: Path) -> Iterator[Path]:
-    """A copy of ``origin`` after each death of the writer, one for every call that it makes."""
-    for point in itertools.count():
+def killed_at_every_call(
+    write: Writer, origin: Path, scratch: Path, step: int = 1
+) -> Iterator[Path]:
+    """A copy of ``origin`` after each death of the writer, one for every ``step``-th call of it."""
+    for point in itertools.count(step=step):
         root = scratch / f"point-{point}"
         shutil.copytree(origin, root)
         code = _in_child(lambda root=root, point=point: _die_at(write, root, point))

@@ -172,15 +172,14 @@ def test_power_cut_at_every_call(writer, tmp_path):
 def test_the_next_edit_leaves_nothing_of_a_crash(writer, tmp_path):
     name, write = WRITERS[writer]
     origin, _, _ = judged(name, write, tmp_path)
-    for index, root in enumerate(killed_at_every_call(write, origin, tmp_path)):
-        if index % 5 == 0:
-            add_adapter(root, "next", WITNESS / "rival")
-            there = {
-                p.relative_to(root).as_posix()
-                for p in root.rglob("*")
-                if p.is_file() and ".old" not in p.parts
-            }
-            assert there == {*Bundle.open(root).manifest.files, "hhdeploy.json"}
+    for root in killed_at_every_call(write, origin, tmp_path, step=5):
+        add_adapter(root, "next", WITNESS / "rival")
+        there = {
+            p.relative_to(root).as_posix()
+            for p in root.rglob("*")
+            if p.is_file() and ".old" not in p.parts
+        }
+        assert there == {*Bundle.open(root).manifest.files, "hhdeploy.json"}
 
 
 def test_a_bundle_that_is_replaced_is_the_old_or_the_new_one(tmp_path):
