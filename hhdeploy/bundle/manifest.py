@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType, problem_type_of
+from hhdeploy.adapters.config import (
+    CLASSES,
+    PROBLEM_TYPES,
+    Compression,
+    ProblemType,
+    problem_type_of,
+)
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.errors import BundleError
@@ -74,6 +80,7 @@ class AdapterEntry:
         verified: False for an adapter added later, until ``verify --against-torch``.
         problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
         strength: what its change of the backbone is multiplied by.
+        compressed: what it lost when it was imported with a rank, None if nothing.
     """
 
     name: str
@@ -84,6 +91,7 @@ class AdapterEntry:
     verified: bool
     problem_type: ProblemType = CLASSES
     strength: float = 1.0
+    compressed: Compression | None = None
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -101,6 +109,7 @@ class AdapterEntry:
             "verified": self.verified,
             **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
             **({"strength": self.strength} if self.strength != 1.0 else {}),
+            **({"compressed": self.compressed.to_json()} if self.compressed else {}),
         }
 
     @classmethod
@@ -118,6 +127,7 @@ class AdapterEntry:
             content["verified"],
             problem_type_of(problem_type, content["classes"]),
             float(content.get("strength", 1.0)),
+            Compression.from_json(content.get("compressed")),
         )
 
 
