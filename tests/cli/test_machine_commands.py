@@ -131,8 +131,7 @@ def test_demo_without_starter_models_says_where_they_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, monkeypatch):
-    monkeypatch.setenv("HHDEPLOY_CACHE", str(tmp_path / "cache"))
+def test_demo(tmp_path):
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "out"), "--threads", "1"])
     assert result.exit_code == 0, result.output
     for task in ("digits", "emoji", "fashion", "textures"):
