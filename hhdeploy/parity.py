@@ -307,6 +307,7 @@ class StageResult:
         failures: what is outside the bound.
         overflow: where a typed graph's values left the range of its type, and what to do; empty
             if they did not.
+        output: of the graph, ``logits``, ``features`` or ``tokens``.
     """
 
     stage: str
@@ -316,6 +317,7 @@ class StageResult:
     comparison: Comparison
     failures: tuple[str, ...]
     overflow: str = ""
+    output: str = "logits"
 
     @classmethod
     def of(
@@ -326,10 +328,11 @@ class StageResult:
         adapter: str,
         comparison: Comparison,
         overflow: str = "",
+        output: str = "logits",
     ) -> StageResult:
         """Judge a comparison by the table."""
         failures = tuple(comparison.failures(bound(stage, precision)))
-        return cls(stage, precision, runtime, adapter, comparison, failures, overflow)
+        return cls(stage, precision, runtime, adapter, comparison, failures, overflow, output)
 
     def to_json(self) -> dict[str, Any]:
         """The line in parity.json."""
@@ -339,6 +342,7 @@ class StageResult:
             "precision": self.precision,
             "runtime": self.runtime,
             "adapter": self.adapter,
+            **({"output": self.output} if self.output != "logits" else {}),
             **self.comparison.to_json(),
             "bound": {
                 "range_error": limits.range_error,
@@ -393,7 +397,8 @@ class ParityReport:
     def explain_failures(self) -> str:
         """One line a failed stage, for an error message."""
         return "\n".join(
-            f"  {s.stage} {s.precision} ({s.runtime}), adapter {s.adapter}: "
+            f"  {s.stage} {s.precision} ({s.runtime}), adapter {s.adapter}"
+            f"{'' if s.output == 'logits' else f', {s.output}'}: "
             f"{s.overflow or '; '.join(s.failures)}"
             for s in self.stages
             if s.failures

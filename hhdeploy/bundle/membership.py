@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check, check_live, check_name, unbound
+from hhdeploy.adapters.checks import (
+    check,
+    check_live,
+    check_name,
+    headless,
+    unbound,
+    unused_head,
+)
 from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
@@ -27,6 +34,16 @@ def entry_of(
 ) -> AdapterEntry:
     """The manifest's entry for an adapter read from a directory."""
     config = adapter.config
+    if not backbone.classifier:  # the graph gives no logits
+        return AdapterEntry(
+            name,
+            row,
+            0,
+            None,
+            config.preprocess or backbone.preprocess,
+            verified,
+            strength=adapter.strength,
+        )
     classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
         name,
@@ -60,6 +77,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
         )
     check_name(name)
     check_live(name, adapter)
+    if not manifest.classes:
+        adapter = headless(name, adapter)
     check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)
@@ -105,6 +124,8 @@ def add_adapter(
         manifest = change.manifest
         row = admit(manifest, name, adapter)
         if line := unbound(name, adapter, manifest.backbone):
+            progress(line)
+        if not manifest.classes and (line := unused_head(name, adapter)):
             progress(line)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(

@@ -9,9 +9,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.checks import check, check_name, check_sites, unbound
+from hhdeploy.adapters.checks import (
+    check,
+    check_name,
+    check_sites,
+    headless,
+    unbound,
+    unused_head,
+)
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
+from hhdeploy.backbones.outputs import FEATURES, LOGITS, OUTPUTS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,
@@ -29,6 +37,7 @@ from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
 
 if TYPE_CHECKING:
+    from hhdeploy.backbones.facts import BackboneFacts
     from hhdeploy.backbones.spec import Backbone
     from hhdeploy.exporters.trace import BaseGraph
     from hhdeploy.exporters.writer import Contents
@@ -66,6 +75,7 @@ def export(
     input_size: tuple[int, int, int] | None = None,
     reserve: Reserve = _NO_RESERVE,
     bank_as_constant: bool = False,
+    outputs: Sequence[str] = (),
     precisions: Sequence[str] = (),
     verify: bool = True,
     verify_data: str | Path | None = None,
@@ -94,6 +104,9 @@ def export(
         input_size: (channels, height, width) of the images, where the model does not say.
         reserve: room for adapters that come later (side branches).
         bank_as_constant: bake the bank into the graph.
+        outputs: of the graph, some of ``logits``, ``features`` (what the classifier sees) and
+            ``tokens`` (the last hidden state); none: logits, or features where neither the model
+            nor an adapter has a classifier.
         precisions: further graphs to write, e.g. ``["float16"]``.
         verify: compare with the training-time model; a failure leaves no bundle, but where a
             typed graph's values leave the range of its type: the bundle is written without it.
@@ -120,6 +133,7 @@ def export(
     from hhdeploy.verifying.reference import VerifyData
 
     _check_precisions(precisions)
+    _check_outputs(outputs, reserve)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
@@ -143,10 +157,18 @@ def export(
                 progress(line)
         if loaded or not fold:
             check_sites(backbone.facts)
+        asked = _outputs(outputs, backbone.facts, loaded, reserve)
+        if not outputs and LOGITS not in asked:
+            progress("no classifier in the model and the adapters: the graph gives features")
+        if LOGITS not in asked:
+            for name, adapter in loaded.items():
+                if line := unused_head(name, adapter):
+                    progress(line)
+            loaded = {name: headless(name, adapter) for name, adapter in loaded.items()}
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
         alone = next(iter(loaded.values()), None) if fold else None
-        base = _base(backbone, alone, Path(where) if where else None)
+        base = _base(backbone, alone, Path(where) if where else None, asked)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
@@ -221,6 +243,36 @@ def _check_precisions(precisions: Sequence[str]) -> None:
             )
 
 
+def _check_outputs(outputs: Sequence[str], reserve: Reserve) -> None:
+    for output in outputs:
+        if output not in OUTPUTS:
+            raise OptionError(f"`outputs=[{output!r}]`: expected one of {', '.join(OUTPUTS)}.")
+    if outputs and LOGITS not in outputs and (reserve.max_classes or reserve.keep_backbone_head):
+        raise OptionError(
+            "`max_classes` and `keep_backbone_head` are about classifiers, and a graph without "
+            "logits has none. Add 'logits' to `outputs`, or leave them out."
+        )
+
+
+def _outputs(
+    asked: Sequence[str],
+    facts: BackboneFacts,
+    adapters: Mapping[str, Adapter],
+    reserve: Reserve,
+) -> tuple[str, ...]:
+    """The outputs of the graph, in the order of `OUTPUTS`."""
+    if asked:
+        if LOGITS in asked and not facts.classifier:
+            raise PlanError(
+                f"`outputs`: {facts.model} has no classifier, so its graph has no logits. Ask for "
+                f"{FEATURES}."
+            )
+        return tuple(name for name in OUTPUTS if name in asked)
+    heads = any(adapter.head is not None for adapter in adapters.values())
+    answers = facts.classes or heads or reserve.max_classes or reserve.keep_backbone_head
+    return (LOGITS,) if answers else (FEATURES,)
+
+
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
     if adapters > 1:
         raise OptionError(
@@ -233,16 +285,18 @@ def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None
         )
 
 
-def _base(backbone: Backbone, folded: Adapter | None, cache: Path | None) -> BaseGraph:
+def _base(
+    backbone: Backbone, folded: Adapter | None, cache: Path | None, outputs: Sequence[str]
+) -> BaseGraph:
     """The backbone's graph; with the parameters that the adapter to be folded replaces, if any:
     such a graph serves nobody else and is not cached."""
     from hhdeploy.backbones.parameters import values_in
     from hhdeploy.exporters.trace import base_graph
 
     if folded is None or not folded.values:
-        return base_graph(backbone, cache)
+        return base_graph(backbone, cache, outputs)
     with values_in(backbone.model, folded.values, folded.source):
-        return base_graph(backbone, None)
+        return base_graph(backbone, None, outputs)
 
 
 def _contents(
@@ -256,7 +310,8 @@ def _contents(
     from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
     if not fold:
-        plan = plan_branches(base.facts, adapters, reserve)
+        logits = bool(base.facts.classifier)
+        plan = plan_branches(base.facts, adapters, reserve, logits=logits)
         return branches_contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
@@ -280,7 +335,7 @@ def _reference_of(
         progress("running the training-time model in float64")
         rows = rows_of(contents.manifest, contents.adapters)
         return training_time_reference(
-            backbone, rows, data, contents.manifest.classes, check_effect=check_effect
+            backbone, rows, data, contents.manifest.outputs, check_effect=check_effect
         )
 
     return compute
