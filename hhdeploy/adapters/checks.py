@@ -184,6 +184,8 @@ def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:
     """There is a classifier, the adapter's at the backbone's place, and it is named whole."""
     source, head, config = adapter.source, adapter.head, adapter.config
     if head is not None:
+        if not facts.classifier:
+            raise AdapterError(f"{source}: {no_place(head.path, facts)}")
         if head.path != facts.classifier:
             raise AdapterError(
                 f"{source}: classifier {head.path}.weight: expected {facts.classifier}.weight, "
@@ -206,6 +208,16 @@ def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:
         )
     classes = facts.classes if head is None else head.weight.shape[0]
     check_class_names(source, config.class_names, classes)
+
+
+def no_place(head: str, facts: BackboneFacts) -> str:
+    """What to do with a classifier that a model without one has no place for."""
+    return (
+        f"the adapter has the classifier {head}, and {facts.model} as loaded has none that it "
+        "could replace. Load it with one (of transformers: "
+        "`model_args={'architectures': ['ViTForImageClassification']}`), for features alone "
+        "leave the classifier out of the adapter."
+    )
 
 
 def check_live(name: str, adapter: Adapter) -> None:

@@ -310,8 +310,8 @@ def test_export_and_predict_of_features(workshop, succeed, succeed_json, call, p
     out = tmp_path / "out"
     told = succeed_json(
         "export", out, "--model", workshop.backbone.facts.model, "--checkpoint",
-        workshop.checkpoint, "--cache-dir", workshop.cache, "--adapter", workshop.directory("gamma"),
-        "--output", "features", "--verify-images", 1,
+        workshop.checkpoint, "--cache-dir", workshop.cache,
+        "--adapter", workshop.directory("gamma"), "--output", "features", "--verify-images", 1,
     )  # fmt: skip
     assert told["outputs"] == {"features": [48]}
     assert told["parity"]["passed"]
