@@ -3,11 +3,13 @@
 A side branch is another one for every image, so it has to know which rows of a Linear's input are
 whose: [batch, ..., features], or windows and tokens joined into the first dimension image after
 image. A model may order them otherwise (tokens first), which shapes alone do not tell once they
-are joined; and an input that no image reaches is the same for all.
+are joined. An input that no image reaches (a class token's, before it looks at the image) is the
+same for all of them: it is apart where its first dimension is the batch itself.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.structure import parameters_of
@@ -46,26 +48,50 @@ def images_apart(
     a, b, c = torch.randn(3, *shape, generator=generator)
     pairs = (torch.stack((a, b)), torch.stack((a, c)), torch.stack((c, b)))
     ab, ac, cb = (_inputs(model, linears, images) for images in pairs)
-    return frozenset(
-        path
-        for path in ab
-        if all(_apart(*inputs) for inputs in zip(ab[path], ac[path], cb[path], strict=True))
-    )
+    apart, unreached = set(), set()
+    for path in ab:
+        uses = [_Use(*inputs) for inputs in zip(ab[path], ac[path], cb[path], strict=True)]
+        if all(use.apart for use in uses):
+            apart.add(path)
+        elif all(use.apart or use.unreached for use in uses):
+            unreached.add(path)
+    if unreached:
+        # Two rows may be two tokens by chance; of three images that would be two still.
+        abc = _inputs(model, linears, torch.stack((a, b, c)))
+        apart |= {path for path in unreached if all(three.rows == 3 for three in abc[path])}
+    return frozenset(apart)
 
 
-def _apart(ab: torch.Tensor, ac: torch.Tensor, cb: torch.Tensor) -> bool:
-    if not ab.numel():
-        return False
-    (a1, b1), (a2, _), (_, b2) = ab, ac, cb
-    moved = float((ab - ac).abs().max()), float((ab - cb).abs().max())
-    still = float((a1 - a2).abs().max()), float((b1 - b2).abs().max())
-    return all(s <= _SHARE * m for s, m in zip(still, moved, strict=True)) and min(moved) > 0
+@dataclass(frozen=True)
+class _Input:
+    """What is kept of a Linear's input: its first dimension, and values of both halves."""
+
+    rows: int
+    halves: torch.Tensor
+
+
+class _Use:
+    """The input of one use of a Linear in the three runs."""
+
+    def __init__(self, ab: _Input, ac: _Input, cb: _Input) -> None:
+        moved = _movement(ab, ac), _movement(ab, cb)
+        # Of the half whose image stayed.
+        still = _movement(ab, ac, half=0), _movement(ab, cb, half=1)
+        self.apart = min(moved) > 0 and all(
+            s <= _SHARE * m for s, m in zip(still, moved, strict=True)
+        )
+        self.unreached = ab.rows == 2 and max(moved) == 0
+
+
+def _movement(one: _Input, other: _Input, half: int | slice = slice(None)) -> float:
+    change = (one.halves[half] - other.halves[half]).abs()
+    return float(change.max()) if change.numel() else 0.0
 
 
 def _inputs(
     model: nn.Module, linears: Sequence[LinearSpec], images: torch.Tensor
-) -> dict[str, list[torch.Tensor]]:
-    """Path -> what `_sample` takes of every use of a Linear, in the order of the uses."""
+) -> dict[str, list[_Input]]:
+    """Path -> what is kept of the input of every use of a Linear, in the order of the uses."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -73,7 +99,7 @@ def _inputs(
     for linear in linears:
         module, weight, _ = parameters_of(model, linear.path)
         paths[id(getattr(module, weight))] = linear.path
-    seen: dict[str, list[torch.Tensor]] = {}
+    seen: dict[str, list[_Input]] = {}
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
@@ -83,7 +109,8 @@ def _inputs(
                 given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
                 path = paths.get(id(given["weight"]))
                 if path is not None:
-                    seen.setdefault(path, []).append(_sample(given["input"]))
+                    x = given["input"]
+                    seen.setdefault(path, []).append(_Input(x.shape[0], _sample(x)))
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
@@ -96,7 +123,7 @@ def _sample(x: torch.Tensor) -> torch.Tensor:
     import torch
 
     if x.dim() < 2 or x.shape[0] % 2:
-        return x.new_empty(0)
+        return x.new_empty(2, 0)
     halves = x.reshape(2, -1)
     chosen = torch.randint(
         halves.shape[1], (_SAMPLE,), generator=torch.Generator().manual_seed(_SEED)

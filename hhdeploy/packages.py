@@ -44,6 +44,9 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
     "tensorrt": {"tensorrt": "10.3", "cuda-bindings": "12.6"},
     "serve": {
         "aiohttp": "3.9",
+        "grpcio-health-checking": "1.62",
+        "grpcio-reflection": "1.62",
+        "hpack": "4.0",
         "starlette": "0.40",
         "uvicorn": "0.30",
         "prometheus-client": "0.20",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -133,3 +134,43 @@ def authors_vit(classes: int = 7) -> nn.Module:
 def no_module() -> str:
     """What is no model."""
     return "a model"
+
+
+class ClassToken(nn.Module):
+    """A class token that looks at the patches, and until then is the same for all images.
+
+    ``tokens_first``: its two copies lie [token, batch, features], a dimension as long as a batch
+    of two images.
+    """
+
+    input_size = (3, 16, 16)
+
+    def __init__(self, *, tokens_first: bool) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 8, 8)
+        self.token = nn.Parameter(torch.randn(2 if tokens_first else 1, 1, 48))
+        self.attn = Attention()
+        self.head = nn.Linear(48, 7)
+        self.tokens_first = tokens_first
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 16, 16]."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        token = self.token.expand(-1, images.shape[0], -1).transpose(0, 1)
+        tokens = torch.cat((token, x), 1)[:, : len(self.token)]
+        if self.tokens_first:
+            q = self.attn.query(tokens.transpose(0, 1)).transpose(0, 1)
+        else:
+            q = self.attn.query(tokens)
+        k, v = self.attn.key(x), self.attn.value(x)
+        return self.head(self.attn.out((q @ k.mT / 7).softmax(-1) @ v).mean(1))
+
+
+def class_token() -> nn.Module:
+    """[batch, 1, features]: see `ClassToken`."""
+    return ClassToken(tokens_first=False)
+
+
+def class_tokens_first() -> nn.Module:
+    """[2, batch, features]: see `ClassToken`."""
+    return ClassToken(tokens_first=True)

@@ -120,7 +120,8 @@ def _serve(settings: ServeSettings, http_port: int, grpc_port: int) -> None:
 
     require("uvicorn", "serve", "hhdeploy serve")
     require("starlette", "serve", "hhdeploy serve")
-    require("tritonclient.grpc", "serve", "hhdeploy serve")
+    for module in ("tritonclient.grpc", "grpc_health.v1", "grpc_reflection.v1alpha", "hpack"):
+        require(module, "serve", "hhdeploy serve")
     from hhdeploy.runtime.serving.logs import log_as_json
     from hhdeploy.runtime.serving.server import Addresses, serve
     from hhdeploy.runtime.serving.service import Service

@@ -6,18 +6,16 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import uvicorn
 
-from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.arrival import bounded_protocol
+from hhdeploy.runtime.serving.listening import listen
 from hhdeploy.runtime.serving.service import Service
 
 _LOG = logging.getLogger("hhdeploy.serve")
@@ -74,17 +72,20 @@ async def serve(
     )
     server = _Server(config)
     grpc: GrpcServer | None = None
-    with contextlib.closing(_listen(host, http_port)) as listening:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(each) for each in listen(host, http_port, "http_port")]
         # First of all, so that it is seen to live while it reads adapters. A task of its own:
         # uvicorn's clock wakes that one alone.
-        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        serving = asyncio.create_task(server.serve(sockets=sockets))
         try:
             await service.start()
             if grpc_port is not None:
                 grpc = await start_grpc(endpoint, grpc_port, token)
             _on_signals(service, server, grpc)
             announce(
-                Addresses(host, listening.getsockname()[1], grpc.port if grpc is not None else None)
+                Addresses(
+                    host, sockets[0].getsockname()[1], grpc.port if grpc is not None else None
+                )
             )
             _LOG.info("serving", extra={"device": service.device})
             await serving
@@ -127,19 +128,3 @@ def _on_signals(service: Service, server: uvicorn.Server, grpc: GrpcServer | Non
 
     for number in numbers:
         loop.add_signal_handler(number, stop, number)
-
-
-def _listen(host: str, port: int) -> Any:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family, backlog=2048)
-        # Its connections inherit this. asyncio sets it only where a socket names its protocol,
-        # which these do not: an answer's body would wait until the client, after 40 ms,
-        # acknowledges its head.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listening
-    except OSError as error:
-        raise DeviceError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another "
-            "`host` or `http_port`."
-        ) from error

@@ -427,3 +427,33 @@ def test_tokens_before_the_batch_cannot_have_a_branch():
     # Attention is traced images first, whatever the model does around it.
     plan = plan_branches(base.facts, {}, Reserve(sites=("q", "proj"), max_classes=3))
     assert branched_model(base, plan)
+
+
+def test_an_input_that_no_image_reaches_has_a_branch():
+    """A class token before it looks at the image: one row for each image."""
+    base = base_graph(tiny_backbone("python:tests.own_models:class_token"), None)
+    adapters = {
+        name: random_adapter(base.facts, targets=["q", "k"], classes=7, seed=seed, scale=0.5)
+        for seed, name in enumerate(("one", "two"))
+    }
+    plan = plan_branches(base.facts, adapters, Reserve())
+    inputs = random(5, *base.facts.preprocess.input_size)
+    rows = ids(1, 2, 0, 2, 1)
+    with session(branched_model(base, plan)) as branched:
+        bank = bank_of(plan, adapters)
+        found = run(branched, inputs, adapter_ids=rows, adapter_bank=bank)
+    for row, name in enumerate(plan.names, start=1):
+        with session(folded_model(base, adapters[name])) as folded:
+            expected = run(folded, inputs)[rows == row]
+        assert_parity(expected, found[rows == row, :7], "branches", "float32")
+        with session(base.model) as bare:
+            assert_caught(run(bare, inputs)[rows == row], expected, "branches", "float32")
+
+
+def test_two_tokens_are_not_two_images():
+    """[2, batch, features]: with a batch of two, the shapes alone do not tell."""
+    base = base_graph(tiny_backbone("python:tests.own_models:class_tokens_first"), None)
+    with pytest.raises(PlanError, match=r"attn\.query .*not lie one after the"):
+        branched_model(base, plan_branches(base.facts, {}, Reserve(sites=("q",), max_classes=3)))
+    plan = plan_branches(base.facts, {}, Reserve(sites=("k", "v"), max_classes=3))
+    assert branched_model(base, plan)

@@ -8,9 +8,11 @@ longer than other requests may be is refused afterwards.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -20,14 +22,19 @@ from tritonclient.grpc import service_pb2 as pb
 from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.endpoint import Endpoint
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.grpc.front import Front
+from hhdeploy.runtime.serving.grpc.probes import add_probes
 from hhdeploy.runtime.serving.grpc.servicer import Context, Servicer, refuse
+from hhdeploy.runtime.serving.listening import listen
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 # Of an upload beside its two files.
 _ENVELOPE_BYTES = 1 << 20
-# How long nothing is taken where gRPC ended by itself.
+# How often it is looked whether gRPC has ended by itself.
 _WATCH_SECONDS = 0.2
+# Pings that a client may send without a call under way, and how often.
+_PING_SECONDS = 10
 
 
 class GrpcServer:
@@ -39,17 +46,26 @@ class GrpcServer:
 
     def __init__(self, endpoint: Endpoint, token: str | None) -> None:
         self.port = 0
+        self._endpoint = endpoint
         self._settings = endpoint.settings
         self._servicer = Servicer(endpoint, token)
-        self._server: Any = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="hhdeploy-grpc-")
+        self._front = Front(Path(self._scratch.name) / "socket", self._settings.connections)
+        self._servers: list[Any] = []
         self._watch: asyncio.Task[None] | None = None
-        # Servers that take nothing new, and what waits for their last answers.
-        self._retired: dict[Any, asyncio.Task[None]] = {}
 
     async def start(self, port: int) -> None:
         """See `start_grpc`."""
-        self._server, self.port = await self._listen(port)
-        self._watch = asyncio.create_task(self._keep_listening())
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._scratch.cleanup)
+            sockets = [
+                undo.enter_context(each) for each in listen(self._settings.host, port, "grpc_port")
+            ]
+            await self._serve()
+            await self._front.listen(sockets, None)
+            undo.pop_all()
+        self.port = self._front.port
+        self._watch = asyncio.create_task(self._keep_serving())
 
     async def stop(self, grace: float) -> None:
         """Take nothing new, and wait until everything that was taken is answered.
@@ -57,62 +73,54 @@ class GrpcServer:
         Args:
             grace: seconds after which the rest is cancelled; another call may shorten it.
         """
+        self._front.close()
         if self._watch is not None:
             self._watch.cancel()
+            await asyncio.wait([self._watch])
         self._servicer.stop_streams()
-        servers = (self._server, *self._retired)
-        await asyncio.gather(*(server.stop(grace) for server in servers))
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        self._front.abort()
+        self._scratch.cleanup()
 
-    async def _listen(self, port: int) -> tuple[Any, int]:
+    async def _serve(self) -> None:
+        """gRPC's own server, behind the front."""
         most = dict.fromkeys(_SERVICE.methods_by_name, self._settings.body_bytes)
         if self._settings.allow_adapter_loading:
             most["RepositoryModelLoad"] = self._settings.adapter_bytes + _ENVELOPE_BYTES
         options = [
             ("grpc.max_receive_message_length", max(most.values())),
-            # Else a second server could take the same port, and half of the calls.
-            ("grpc.so_reuseport", 0),
+            # Clients keep connections alive through proxies; gRPC's defaults would end them.
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _PING_SECONDS),
+            ("grpc.keepalive_permit_without_calls", 1),
         ]
         # Calls at the same time, streams included; beyond them RESOURCE_EXHAUSTED.
         calls = self._settings.connections
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
+        # Before it is waited for: whoever stops this one stops that.
+        self._servers.append(server)
         handlers = method_handlers(self._servicer, most)
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
-        host = self._settings.host
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        add_probes(server, self._endpoint, self._servicer.stopping)
+        path = self._front.inner
+        path.unlink(missing_ok=True)
         try:
-            bound = server.add_insecure_port(address)
+            server.add_insecure_port(f"unix:{path}")
         except RuntimeError as error:
             raise DeviceError(
-                f"cannot listen on {address}: it is in use, or no address of this machine. Choose "
-                "another `host` or `grpc_port`."
+                f"cannot make the socket {path}. Expected a directory for temporary files with a "
+                "short path: set TMPDIR."
             ) from error
         await server.start()
-        return server, bound
 
-    async def _keep_listening(self) -> None:
-        """Listen again where gRPC ended by itself.
-
-        One call of a method whose name is not UTF-8 ends the loop of `grpc.aio` (1.85): nothing
-        new is taken any more, and what was taken is answered.
-        """
+    async def _keep_serving(self) -> None:
+        """Another server where gRPC's has ended by itself, which no bytes of a client should do."""
         while True:
             try:
-                await self._server.wait_for_termination(_WATCH_SECONDS)
+                await self._servers[-1].wait_for_termination(_WATCH_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever its loop ended with
-                _LOG.error("gRPC ended by itself, listening again", exc_info=error)
-                await self._listen_again()
-
-    async def _listen_again(self) -> None:
-        try:
-            server, _ = await self._listen(self.port)
-        except DeviceError:  # not let go of yet, or taken by somebody: tried again
-            await asyncio.sleep(_WATCH_SECONDS)
-            return
-        old, self._server = self._server, server
-        drained = asyncio.create_task(old.stop(self._settings.request_seconds))
-        self._retired[old] = drained
-        drained.add_done_callback(lambda _: self._retired.pop(old))
+                _LOG.error("gRPC ended by itself, starting again", exc_info=error)
+                await self._serve()
 
 
 async def start_grpc(endpoint: Endpoint, port: int, token: str | None) -> GrpcServer:
@@ -160,7 +168,7 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
 
     async def stream(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         requests = (_parse(kind, raw, most) async for raw in raws)
-        async with aclosing(behaviour(requests, context)) as responses:
+        async with contextlib.aclosing(behaviour(requests, context)) as responses:
             async for response in responses:
                 yield response
 

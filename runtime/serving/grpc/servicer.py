@@ -97,6 +97,9 @@ class Servicer:
     """The service's methods. Cancelling a call gives up its place in the queue.
 
     Each takes a message and a `Context`. One that fails sets the context's code and details.
+
+    Attributes:
+        stopping: set once streams have to end; see `stop_streams`.
     """
 
     # ruff: noqa: N802 - the service's names
@@ -104,11 +107,11 @@ class Servicer:
     def __init__(self, endpoint: Endpoint, token: str | None) -> None:
         """``token``: what loading adapters must present; None: nobody may."""
         self._endpoint, self._token = endpoint, token
-        self._stopping = asyncio.Event()
+        self.stopping = asyncio.Event()
 
     def stop_streams(self) -> None:
         """End every stream after the request that it is at; an idle one would stay for ever."""
-        self._stopping.set()
+        self.stopping.set()
 
     @_unary(pb.ServerLiveResponse)
     async def ServerLive(self, request: Any, context: Context) -> Any:
@@ -189,7 +192,7 @@ class Servicer:
         a batch go through `ModelInfer`, or through several streams.
         """
         try:
-            async with aclosing(_until(self._stopping, requests)) as coming:
+            async with aclosing(until(self.stopping, requests)) as coming:
                 async for request in coming:
                     yield await self._stream_answer(request, context)
         except RequestError as error:
@@ -260,7 +263,7 @@ def _details(error: RequestError) -> str:
     return str(error).encode("ascii", "backslashreplace").decode()[:_MOST_DETAILS]
 
 
-async def _until(stop: asyncio.Event, items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+async def until(stop: asyncio.Event, items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
     """``items`` while ``stop`` is not set; `StoppingError` afterwards."""
     stopping = asyncio.ensure_future(stop.wait())
     coming: asyncio.Future[Any] | None = None

@@ -755,7 +755,7 @@ def traces(entry, monkeypatch):
     """Counts traces; in place of one (seconds) the stored graph is given."""
     calls = []
 
-    def stored(backbone):
+    def stored(backbone, outputs):
         calls.append(backbone)
         return ir.load(entry / "model.onnx")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 
-from hhdeploy.runtime.serving.server import _listen
+from hhdeploy.runtime.serving.listening import listen
 
 
 def test_an_answer_s_body_does_not_wait_for_its_head_to_be_acknowledged():
-    with contextlib.closing(_listen("127.0.0.1", 0)) as listening:
+    with listen("127.0.0.1", 0, "http_port")[0] as listening:
         address = listening.getsockname()
         with socket.create_connection(address), contextlib.closing(listening.accept()[0]) as ours:
             assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

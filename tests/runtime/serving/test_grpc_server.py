@@ -283,60 +283,6 @@ def test_ipv6():
     asyncio.run(run())
 
 
-def test_a_method_name_that_is_no_text_ends_nothing():
-    """It ends the loop of grpc.aio: what was taken is answered, and the port answers again."""
-
-    def field(name: bytes, value: bytes) -> bytes:
-        return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
-    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
-        head = len(content).to_bytes(3, "big") + bytes([kind, flags])
-        return head + stream.to_bytes(4, "big") + content
-
-    headers = b"".join(
-        field(*pair)
-        for pair in (
-            (b":method", b"POST"),
-            (b":scheme", b"http"),
-            (b":path", b"/\xff/\xfe"),
-            (b":authority", b"x"),
-            (b"content-type", b"application/grpc"),
-            (b"te", b"trailers"),
-        )
-    )
-    attack = (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + frame(4, 0, 0, b"")
-        + frame(1, 4, 1, headers)
-        + frame(0, 1, 1, b"\0" * 5)
-    )
-
-    async def answered(stub: Any) -> None:
-        while True:
-            try:
-                await stub.ServerLive(pb.ServerLiveRequest(), timeout=PATIENCE)
-            except grpc.RpcError:
-                await asyncio.sleep(0.05)
-            else:
-                return
-
-    async def run() -> None:
-        endpoint = Endpoint()
-        async with served(endpoint) as (server, stub):
-            call = stub.ModelInfer(message(images(1)))
-            await soon(endpoint.taken.wait())
-            for _ in range(2):
-                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                writer.write(attack)
-                await soon(reader.readuntil(b"grpc-status"))
-                writer.close()
-                await soon(answered(stub))
-            endpoint.gate.set()
-            assert (await soon(call)).id == "seven"
-
-    asyncio.run(run())
-
-
 @pytest.fixture
 def _signals() -> Iterator[None]:
     """A server in this process leaves the signals' handlers as they were."""

@@ -1,0 +1,263 @@
+"""gRPC's port: what stands before gRPC's own server, health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
+
+from hhdeploy.runtime.serving.errors import NotFoundError
+from hhdeploy.runtime.serving.grpc import server as module
+from tests.runtime.serving.grpc_requests import message
+from tests.runtime.serving.http2 import (
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    PING,
+    block,
+    call,
+    frame,
+    greeting,
+)
+from tests.runtime.serving.test_grpc_server import Endpoint, served, soon
+from tests.support import images
+
+pytestmark = pytest.mark.own_process
+
+LIVE = pb.ServerLiveRequest()
+HEALTH = health_pb2.HealthCheckResponse
+
+
+class Known(Endpoint):
+    """An endpoint of one model, which is ready or not."""
+
+    is_ready = True
+
+    async def ready(self) -> bool:
+        return self.is_ready
+
+    async def model_ready(self, model: str, version: str = "") -> bool:
+        if model != "tiny":
+            raise NotFoundError("unknown model.")
+        return self.is_ready
+
+
+@contextlib.asynccontextmanager
+async def connected(server: Any, data: bytes):
+    """A connection that begins with some bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(data)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def until_closed(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        while await soon(reader.read(1 << 16)):
+            pass
+
+
+def test_a_method_name_that_is_no_text_is_that_call_s_alone():
+    attack = greeting() + frame(HEADERS, END_HEADERS, 1, block(call(b"/\xff/\xfe")))
+    attack += frame(DATA, END_STREAM, 1, b"\0" * 5)
+
+    async def run() -> None:
+        endpoint = Endpoint()
+        async with served(endpoint) as (server, stub):
+            waiting = stub.ModelInfer(message(images(1)))
+            await soon(endpoint.taken.wait())
+            for _ in range(3):
+                async with connected(server, attack) as (reader, _):
+                    await soon(reader.readuntil(b"Method not found!"))
+                    assert (await soon(stub.ServerLive(LIVE))).live
+            endpoint.gate.set()
+            assert (await soon(waiting)).id == "seven"
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_is_broken_leaves_nothing_and_harms_nobody():
+    async def run() -> None:
+        async with served(Endpoint()) as (server, stub):
+            for data in (b"GET / HTTP/1.0\r\n\r\n", greeting() + frame(HEADERS, 4, 1, b"\xfe")):
+                async with connected(server, data) as (reader, _):
+                    await until_closed(reader)
+            assert (await soon(stub.ServerLive(LIVE))).live
+            while len(server._front._clients) != 1:  # the stub's
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_connections_are_counted():
+    async def run() -> None:
+        async with served(Endpoint(connections=3)) as (server, stub):
+            await soon(stub.ServerLive(LIVE))
+            async with connected(server, greeting()) as (first, _):
+                assert await soon(first.read(1))
+                async with connected(server, greeting()) as (second, _):
+                    assert await soon(second.read(1))
+                    async with connected(server, greeting()) as (third, _):
+                        await until_closed(third)
+                    assert (await soon(stub.ServerLive(LIVE))).live
+            while len(server._front._clients) > 1:
+                await asyncio.sleep(0.01)
+            async with connected(server, greeting()) as (another, _):
+                assert await soon(another.read(1))
+
+    asyncio.run(run())
+
+
+def test_large_messages_pass_both_ways():
+    async def run() -> None:
+        endpoint = Endpoint()
+        endpoint.gate.set()
+        async with served(endpoint) as (server, _):
+            options = [("grpc.max_receive_message_length", 32 << 20)]
+            address = f"127.0.0.1:{server.port}"
+            async with grpc.aio.insecure_channel(address, options) as channel:
+                x = images(1, seed=3).repeat(397, 0)
+                found = await soon(Stub(channel).ModelInfer(message(x)))
+        assert found.raw_output_contents[0] == x.tobytes()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_ended_by_itself_is_followed_by_another(caplog):
+    class Ended:
+        async def wait_for_termination(self, seconds: float) -> None:
+            raise RuntimeError("planted")
+
+        async def stop(self, grace: float) -> None:
+            pass
+
+    async def run() -> None:
+        async with served(Endpoint()) as (server, _):
+            await server._servers[0].stop(0)
+            server._servers.append(Ended())
+            while len(server._servers) < 3:
+                await asyncio.sleep(0.01)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                answer = await soon(Stub(channel).ServerLive(LIVE, wait_for_ready=True))
+            assert answer.live
+
+    asyncio.run(run())
+    assert "starting again" in caplog.text
+
+
+def test_clients_may_ping_while_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr(module, "_PING_SECONDS", 0)
+
+    async def run() -> None:
+        async with (
+            served(Endpoint()) as (server, _),
+            connected(server, greeting()) as (reader, writer),
+        ):
+            for i in range(7):
+                writer.write(frame(PING, 0, 0, bytes([i]) * 8))
+                await soon(reader.readuntil(bytes([i]) * 8))
+
+    asyncio.run(run())
+
+
+def test_health_as_probes_ask_for_it():
+    async def run() -> None:
+        endpoint = Known()
+        async with (
+            served(endpoint) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            async def state(service: str) -> Any:
+                request = health_pb2.HealthCheckRequest(service=service)
+                return (await soon(stub.Check(request))).status
+
+            for service in ("", "inference.GRPCInferenceService", "tiny"):
+                endpoint.is_ready = True
+                assert await state(service) == HEALTH.SERVING
+                endpoint.is_ready = False
+                assert await state(service) == HEALTH.NOT_SERVING
+            with pytest.raises(grpc.RpcError) as caught:
+                await state("other")
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+    asyncio.run(run())
+
+
+def test_who_watches_health_is_told_and_let_go(monkeypatch):
+    async def run() -> None:
+        endpoint = Known()
+        async with (
+            served(endpoint) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await soon(watch.read())).status == HEALTH.SERVING
+            await soon(server.stop(600))
+            assert (await soon(watch.read())).status == HEALTH.NOT_SERVING
+            assert await soon(watch.read()) is grpc.aio.EOF
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_describes_the_service_and_ends_with_the_server(version):
+    async def run() -> None:
+        async with (
+            served(Known()) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            stream = channel.stream_stream(
+                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                reflection_pb2.ServerReflectionRequest.SerializeToString,
+                reflection_pb2.ServerReflectionResponse.FromString,
+            )()
+            await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            listed = (await soon(stream.read())).list_services_response.service
+            assert [s.name for s in listed] == [
+                "grpc.health.v1.Health", "inference.GRPCInferenceService",
+            ]  # fmt: skip
+            symbol = reflection_pb2.ServerReflectionRequest(
+                file_containing_symbol="inference.GRPCInferenceService"
+            )
+            await stream.write(symbol)
+            described = (await soon(stream.read())).file_descriptor_response
+            assert b"ModelStreamInfer" in b"".join(described.file_descriptor_proto)
+            await soon(server.stop(600))
+
+    asyncio.run(run())
+
+
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+@pytest.mark.parametrize("host", ["::", "localhost"])
+def test_both_versions_of_ip_reach_both_wires(host):
+    async def run() -> None:
+        async with served(Endpoint(host=host)) as (server, _):
+            for address in ("127.0.0.1", "[::1]"):
+                async with grpc.aio.insecure_channel(f"{address}:{server.port}") as channel:
+                    assert (await soon(Stub(channel).ServerLive(LIVE))).live
+
+    asyncio.run(run())
