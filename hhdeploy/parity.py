@@ -328,11 +328,10 @@ class StageResult:
         adapter: str,
         comparison: Comparison,
         overflow: str = "",
-        output: str = "logits",
     ) -> StageResult:
         """Judge a comparison by the table."""
         failures = tuple(comparison.failures(bound(stage, precision)))
-        return cls(stage, precision, runtime, adapter, comparison, failures, overflow, output)
+        return cls(stage, precision, runtime, adapter, comparison, failures, overflow)
 
     def to_json(self) -> dict[str, Any]:
         """The line in parity.json."""
@@ -344,11 +343,7 @@ class StageResult:
             "adapter": self.adapter,
             **({"output": self.output} if self.output != "logits" else {}),
             **self.comparison.to_json(),
-            "bound": {
-                "range_error": limits.range_error,
-                "cosine": limits.cosine,
-                "top1": limits.top1,
-            },
+            "bound": {key: getattr(limits, key) for key in ("range_error", "cosine", "top1")},
             "passed": not self.failures,
             **({"overflow": self.overflow} if self.overflow else {}),
         }

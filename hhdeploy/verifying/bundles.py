@@ -248,11 +248,8 @@ def verify_graphs(
                     overflow = ""
                     if twin is not None and not np.isfinite(comparison.max_abs):
                         overflow = find_overflow(twin, precision, images[own], ids[own])
-                    stages.append(
-                        StageResult.of(
-                            stage, precision, runtime, name, comparison, overflow, output
-                        )
-                    )
+                    judged = StageResult.of(stage, precision, runtime, name, comparison, overflow)
+                    stages.append(replace(judged, output=output))
     described = data.to_json() if data is not None else bundle.parity()["data"]
     return ParityReport(described, stages)
 

@@ -229,7 +229,7 @@ class Service:
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
         found = self._manifest.split(answer.logits)
-        if any((w.name != LOGITS or w.top) and w.name not in found for w in wanted):
+        if any(w.top or w.name not in found for w in wanted):
             check_finite(pixels, found[LOGITS], classes)
         outputs = tuple(output_of(w, found, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
