@@ -15,7 +15,13 @@ from typing import Any, Final, Literal
 
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType, problem_type_of
+from hhdeploy.adapters.config import (
+    CLASSES,
+    PROBLEM_TYPES,
+    Compression,
+    ProblemType,
+    problem_type_of,
+)
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.outputs import FEATURES, LOGITS, TOKENS
 from hhdeploy.bundle.layout import RowLayout
@@ -79,6 +85,7 @@ class AdapterEntry:
         verified: False for an adapter added later, until ``verify --against-torch``.
         problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
         strength: what its change of the backbone is multiplied by.
+        compressed: what it lost when it was imported with a rank, None if nothing.
     """
 
     name: str
@@ -89,6 +96,7 @@ class AdapterEntry:
     verified: bool
     problem_type: ProblemType = CLASSES
     strength: float = 1.0
+    compressed: Compression | None = None
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -106,6 +114,7 @@ class AdapterEntry:
             "verified": self.verified,
             **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
             **({"strength": self.strength} if self.strength != 1.0 else {}),
+            **({"compressed": self.compressed.to_json()} if self.compressed else {}),
         }
 
     @classmethod
@@ -123,6 +132,7 @@ class AdapterEntry:
             content["verified"],
             problem_type_of(problem_type, content["classes"]),
             float(content.get("strength", 1.0)),
+            Compression.from_json(content.get("compressed")),
         )
 
 

@@ -13,7 +13,7 @@ from hhdeploy.adapters.checks import (
     check_live,
     check_name,
     headless,
-    unbound,
+    notes,
     unused_head,
 )
 from hhdeploy.adapters.config import problem_type_of
@@ -24,6 +24,7 @@ from hhdeploy.backbones.sites import Form, linear_spec
 from hhdeploy.bundle.layout import RowLayout, check_row_range
 from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
+from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.errors import PlanError
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of
@@ -43,6 +44,7 @@ def entry_of(
             config.preprocess or backbone.preprocess,
             verified,
             strength=adapter.strength,
+            compressed=config.compressed,
         )
     classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
@@ -54,17 +56,23 @@ def entry_of(
         verified,
         problem_type_of(config.problem_type, classes),
         adapter.strength,
+        config.compressed,
     )
 
 
-def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32]:
+def admit(
+    manifest: Manifest, name: str, adapter: Adapter, progress: Progress = lambda step: None
+) -> NDArray[np.float32]:
     """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
+
+    ``progress`` is told which sites the type of a graph rounds away.
 
     Raises:
         PlanError: folded bundle, bank baked in, a name that is taken, or an adapter that can
             only be folded.
         AdapterError: see `check`.
-        CapacityError: it does not fit; the message names the flag to export with.
+        CapacityError: it does not fit; the message names the flag to export with. Or a float16
+            graph would round all of it away.
     """
     if manifest.layout is None:
         raise PlanError(
@@ -82,6 +90,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
     check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)
+    if line := check_row_survives(name, manifest.layout, row, manifest.graphs):
+        progress(line)
     return row
 
 
@@ -122,11 +132,11 @@ def add_adapter(
     adapter = at_strength(load_adapter(source), strength)
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
-        row = admit(manifest, name, adapter)
-        if line := unbound(name, adapter, manifest.backbone):
+        row = admit(manifest, name, adapter, progress)
+        for line in notes(name, adapter, manifest.backbone):
             progress(line)
-        if not manifest.classes and (line := unused_head(name, adapter)):
-            progress(line)
+        if not manifest.classes and (unused := unused_head(name, adapter)):
+            progress(unused)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(
                 f"the bundle has an adapter {name!r} already. Remove it first, or choose another "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,11 @@ from hhdeploy.adapters.checks import (
     check,
     check_name,
     check_sites,
-    headless,
-    unbound,
-    unused_head,
+    notes,
 )
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
-from hhdeploy.backbones.outputs import FEATURES, LOGITS, OUTPUTS
+from hhdeploy.backbones.outputs import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,
@@ -29,15 +27,17 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
+from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
+from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
+from hhdeploy.verifying.survival import check_folded, check_reference, say
 
 if TYPE_CHECKING:
-    from hhdeploy.backbones.facts import BackboneFacts
     from hhdeploy.backbones.spec import Backbone
     from hhdeploy.exporters.trace import BaseGraph
     from hhdeploy.exporters.writer import Contents
@@ -112,7 +112,8 @@ def export(
             typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
-        allow_no_effect: take an adapter that moves no logit on these images too.
+        allow_no_effect: take an adapter that moves no logit on these images too, or none in one
+            of ``precisions``; a line says so.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
         overwrite: replace an existing bundle once the new one is complete; anything else that is
             there is refused.
@@ -133,7 +134,7 @@ def export(
     from hhdeploy.verifying.reference import VerifyData
 
     _check_precisions(precisions)
-    _check_outputs(outputs, reserve)
+    check_outputs(outputs, reserve)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
@@ -153,24 +154,19 @@ def export(
         for note in backbone.notes:
             progress(note)
         for name, adapter in loaded.items():
-            if line := unbound(name, adapter, backbone.facts):
-                progress(line)
+            say(progress, notes(name, adapter, backbone.facts))
         if loaded or not fold:
             check_sites(backbone.facts)
-        asked = _outputs(outputs, backbone.facts, loaded, reserve)
-        if not outputs and LOGITS not in asked:
-            progress("no classifier in the model and the adapters: the graph gives features")
+        asked = outputs_of_graph(outputs, backbone.facts, loaded, reserve, progress)
         if LOGITS not in asked:
-            for name, adapter in loaded.items():
-                if line := unused_head(name, adapter):
-                    progress(line)
-            loaded = {name: headless(name, adapter) for name, adapter in loaded.items()}
+            loaded = without_heads(loaded, progress)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
         alone = next(iter(loaded.values()), None) if fold else None
         base = _base(backbone, alone, Path(where) if where else None, asked)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
+        say(progress, _rounded_away(backbone, contents, precisions, not allow_no_effect))
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
         reference = (
             _reference_of(backbone, contents, data, not allow_no_effect, progress)
@@ -185,6 +181,9 @@ def export(
             progress("verifying against the training-time model")
             found = _verified(Bundle(scratch, manifest), data)
             report = found.without(found.overflowed)
+            kept_precisions = [p for p in precisions if p not in found.overflowed]
+            bundle = Bundle(scratch, manifest)
+            say(progress, check_reference(bundle, kept_precisions, refuse=not allow_no_effect))
             kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
             manifest = _store_report(kept, report)
     if found is not None and found.overflowed:
@@ -243,36 +242,6 @@ def _check_precisions(precisions: Sequence[str]) -> None:
             )
 
 
-def _check_outputs(outputs: Sequence[str], reserve: Reserve) -> None:
-    for output in outputs:
-        if output not in OUTPUTS:
-            raise OptionError(f"`outputs=[{output!r}]`: expected one of {', '.join(OUTPUTS)}.")
-    if outputs and LOGITS not in outputs and (reserve.max_classes or reserve.keep_backbone_head):
-        raise OptionError(
-            "`max_classes` and `keep_backbone_head` are about classifiers, and a graph without "
-            "logits has none. Add 'logits' to `outputs`, or leave them out."
-        )
-
-
-def _outputs(
-    asked: Sequence[str],
-    facts: BackboneFacts,
-    adapters: Mapping[str, Adapter],
-    reserve: Reserve,
-) -> tuple[str, ...]:
-    """The outputs of the graph, in the order of `OUTPUTS`."""
-    if asked:
-        if LOGITS in asked and not facts.classifier:
-            raise PlanError(
-                f"`outputs`: {facts.model} has no classifier, so its graph has no logits. Ask for "
-                f"{FEATURES}."
-            )
-        return tuple(name for name in OUTPUTS if name in asked)
-    heads = any(adapter.head is not None for adapter in adapters.values())
-    answers = facts.classes or heads or reserve.max_classes or reserve.keep_backbone_head
-    return (LOGITS,) if answers else (FEATURES,)
-
-
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
     if adapters > 1:
         raise OptionError(
@@ -320,6 +289,30 @@ def _contents(
     ((name, adapter),) = adapters.items()
     check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
+
+
+def _rounded_away(
+    backbone: Backbone, contents: Contents, precisions: Sequence[str], refuse: bool
+) -> Iterator[str | None]:
+    """Lines about what rounding leaves nothing of: in rows, or in folded weights."""
+    layout, bank = contents.manifest.layout, contents.bank
+    for entry in contents.manifest.adapters:
+        adapter = contents.adapters.get(entry.name)
+        if layout is not None and bank is not None:
+            yield check_row_survives(entry.name, layout, bank[entry.row or 0], precisions)
+        elif adapter is not None:
+            originals = {
+                path: backbone.model.get_parameter(path).detach().numpy() for path in adapter.values
+            }
+            for precision in ("float32", *precisions):
+                yield check_folded(
+                    entry.name,
+                    adapter,
+                    contents.model,
+                    precision,
+                    originals=originals,
+                    refuse=refuse,
+                )
 
 
 def _reference_of(
