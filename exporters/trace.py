@@ -28,8 +28,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.backbones.attention import plain_attention
-from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.outputs import LOGITS, giving
+from hhdeploy.backbones.facts import LOGITS, BackboneFacts
+from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
@@ -91,7 +91,7 @@ def base_graph(
     Args:
         backbone: the loaded model.
         cache: directory of cached graphs; None traces and stores nothing.
-        outputs: of `hhdeploy.backbones.outputs.OUTPUTS`, in that order.
+        outputs: of `hhdeploy.backbones.facts.OUTPUTS`, in that order.
 
     Raises:
         BackboneError: when torch cannot trace the architecture with a dynamic batch, or it does

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
-from hhdeploy.backbones.outputs import LOGITS
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Answer, answers_of, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS
 from hhdeploy.errors import BackboneError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"
-OUTPUTS = (LOGITS, FEATURES, TOKENS)
 
 
 def returns_tensor(model: nn.Module) -> nn.Module:
@@ -51,7 +49,7 @@ def giving(model: nn.Module, classifier: str, outputs: Sequence[str]) -> Iterato
     Args:
         model: returns a tensor.
         classifier: path of its classifier; "" without one.
-        outputs: of `OUTPUTS`, in this order.
+        outputs: of `hhdeploy.backbones.facts.OUTPUTS`, in this order.
 
     Raises:
         BackboneError: when the model is called and does not tell its tokens.

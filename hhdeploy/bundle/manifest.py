@@ -22,8 +22,7 @@ from hhdeploy.adapters.config import (
     ProblemType,
     problem_type_of,
 )
-from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.outputs import FEATURES, LOGITS, TOKENS
+from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS, BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files.writing import sha256_of, write_json

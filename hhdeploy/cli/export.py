@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hhdeploy.backbones.outputs import OUTPUTS
+from hhdeploy.backbones.facts import OUTPUTS
 from hhdeploy.cli import ui
 
 

@@ -9,7 +9,7 @@ import click
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import LABELS, VALUES
-from hhdeploy.backbones.outputs import FEATURES, TOKENS
+from hhdeploy.backbones.facts import FEATURES, TOKENS
 from hhdeploy.cli import ui
 from hhdeploy.errors import SessionError
 

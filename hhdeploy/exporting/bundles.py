@@ -17,7 +17,7 @@ from hhdeploy.adapters.checks import (
 )
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
-from hhdeploy.backbones.outputs import LOGITS
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from hhdeploy.adapters.checks import headless, unused_head
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.outputs import FEATURES, LOGITS, OUTPUTS
+from hhdeploy.backbones.facts import FEATURES, LOGITS, OUTPUTS, BackboneFacts
 from hhdeploy.bundle.store import Progress
 from hhdeploy.errors import OptionError, PlanError
 from hhdeploy.plan import Reserve

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE, headless
 from hhdeploy.adapters.config import VALUES
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.outputs import LOGITS
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, TYPED, Manifest
 from hhdeploy.bundle.reading import read_bundle

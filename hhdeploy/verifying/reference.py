@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.outputs import LOGITS, giving
+from hhdeploy.backbones.facts import LOGITS, BackboneFacts
+from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.files.folders import list_images, spread

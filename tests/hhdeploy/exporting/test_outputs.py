@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from hhdeploy.adapters.format import save_adapter
+from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS
 from hhdeploy.backbones.loading import load_backbone
-from hhdeploy.backbones.outputs import FEATURES, LOGITS, TOKENS
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.building import build
 from hhdeploy.bundle import Bundle, add_adapter
