@@ -43,6 +43,7 @@ from hhdeploy.runtime.serving.messages import (
 from hhdeploy.runtime.serving.metrics import Metrics, Now
 from hhdeploy.runtime.serving.outputs import LOGITS, check_finite, check_outputs, output_of
 from hhdeploy.runtime.serving.settings import ServeSettings
+from hhdeploy.runtime.serving.tracing import trace_parts
 from hhdeploy.runtime.session import Session
 
 
@@ -266,14 +267,14 @@ class Service:
             name = entry.name if entry is not None else BACKBONE
             images[name] = images.get(name, 0) + 1
         end = time.perf_counter()
-        self.metrics.answered(
-            images,
-            request=end - begin,
-            queue=answer.queue_seconds,
-            prepare=prepared - begin,
-            run=answer.run_seconds,
-            finish=end - ran,
-        )
+        parts = {
+            "prepare": prepared - begin,
+            "queue": answer.queue_seconds,
+            "run": answer.run_seconds,
+            "finish": end - ran,
+        }
+        self.metrics.answered(images, request=end - begin, **parts)
+        trace_parts(**parts)
 
     def _images(self, request: InferRequest) -> Tensor:
         """The images: FP32 of the graph's shape, or encoded pictures; at least one."""
