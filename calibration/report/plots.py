@@ -132,10 +132,12 @@ def _bar(
 
 
 def text(words: str, x: float, y: float, *, anchor: str, class_: str | None = None) -> Markup:
+    """Words at a place of the drawing; ``anchor`` is start, middle or end."""
     return tag("text", words, x=_r(x), y=_r(y), text_anchor=anchor, class_=class_)
 
 
 def svg(height: float, label: str, parts: list[Markup]) -> Markup:
+    """A drawing `WIDTH` wide that scrolls by itself on narrow pages; ``label`` is read aloud."""
     body = join(parts)
     box = f"0 0 {WIDTH} {height}"
     return tag("div", tag("svg", body, viewBox=box, role="img", aria_label=label), class_="scroll")
