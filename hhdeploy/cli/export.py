@@ -64,8 +64,9 @@ from hhdeploy.cli import ui
 @click.option("--verify/--no-verify", default=True, help="Compare with the training-time model.")
 @click.option(
     "--verify-data",
-    type=ui.DIRECTORY,
-    help="Images to verify on (DIR/ADAPTER/... or DIR/...); default: seeded noise.",
+    type=ui.IMAGES,
+    help="Images to verify on (DIR/ADAPTER/... or DIR/..., or a list, FILE.txt); default: seeded "
+    "noise.",
 )
 @click.option(
     "--verify-images",

@@ -15,7 +15,7 @@ from hhdeploy.backbones.facts import LOGITS, BackboneFacts
 from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import AdapterError, PlanError
-from hhdeploy.files.folders import list_images, spread
+from hhdeploy.files.folders import list_images, part_of, spread
 from hhdeploy.parity import NO_EFFECT
 from hhdeploy.preprocess import open_image
 
@@ -30,8 +30,9 @@ class VerifyData:
     """Which images a verification uses.
 
     Attributes:
-        folder: a folder of images (``DIR/ADAPTER/...`` where such folders exist, else all of
-            DIR for every adapter); None: seeded Gaussian noise, which parity.json says.
+        folder: a folder of images (``DIR/ADAPTER/...`` or ``DIR/ADAPTER.txt`` where they exist,
+            else all of DIR for every adapter), or a list of them; None: seeded Gaussian noise,
+            which parity.json says.
         images: how many per adapter.
         seed: of the noise.
     """
@@ -63,8 +64,7 @@ class VerifyData:
             rng = np.random.default_rng(self.seed)
             shape = (self.images, *facts.preprocess.input_size)
             return rng.standard_normal(shape, np.float32)
-        own = self.folder / name
-        paths = spread(list_images(own if own.is_dir() else self.folder).paths, self.images)
+        paths = spread(list_images(part_of(self.folder, name)).paths, self.images)
         preprocess = adapter.config.preprocess if adapter is not None else None
         transform = preprocess or facts.preprocess
         return np.stack([transform(open_image(path)) for path in paths])
