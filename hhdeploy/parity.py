@@ -320,6 +320,7 @@ class StageResult:
         failures: what is outside the bound.
         overflow: where a typed graph's values left the range of its type, and what to do; empty
             if they did not.
+        output: of the graph, ``logits``, ``features`` or ``tokens``.
     """
 
     stage: str
@@ -329,6 +330,7 @@ class StageResult:
     comparison: Comparison
     failures: tuple[str, ...]
     overflow: str = ""
+    output: str = "logits"
 
     @classmethod
     def of(
@@ -352,12 +354,9 @@ class StageResult:
             "precision": self.precision,
             "runtime": self.runtime,
             "adapter": self.adapter,
+            **({"output": self.output} if self.output != "logits" else {}),
             **self.comparison.to_json(),
-            "bound": {
-                "range_error": limits.range_error,
-                "cosine": limits.cosine,
-                "top1": limits.top1,
-            },
+            "bound": {key: getattr(limits, key) for key in ("range_error", "cosine", "top1")},
             "passed": not self.failures,
             **({"overflow": self.overflow} if self.overflow else {}),
         }
@@ -406,7 +405,8 @@ class ParityReport:
     def explain_failures(self) -> str:
         """One line a failed stage, for an error message."""
         return "\n".join(
-            f"  {s.stage} {s.precision} ({s.runtime}), adapter {s.adapter}: "
+            f"  {s.stage} {s.precision} ({s.runtime}), adapter {s.adapter}"
+            f"{'' if s.output == 'logits' else f', {s.output}'}: "
             f"{s.overflow or '; '.join(s.failures)}"
             for s in self.stages
             if s.failures
