@@ -65,6 +65,8 @@ _QUANTISED = (
     "a few real images, while accuracy is judged on many (see calibration/accuracy.py)"
 )
 _NO_GPU = "not measured yet: no GPU has run it"
+_KERNELS = "as the twin; kernels may accumulate in less than float32"
+_CALIBRATED = "as the quantised graph; accuracy is judged when calibrating"
 _H100 = "with ONNX Runtime on an H100, ViT-S/16, random adapters; no engine has run"
 
 # (stage, precision) -> bound. Stages: `algebra` (float64 algebra against dense products),
@@ -122,33 +124,11 @@ PARITY: Mapping[tuple[str, str], Bound] = {
         f"7.7e-7 {_H100}",
         "float32 without TF32; fused kernels sum in another order and use fast exponentials",
     ),
-    ("engine", "float16"): Bound(
-        2e-2,
-        0.9999,
-        0.995,
-        f"2.0e-3 {_H100}",
-        "as the twin; kernels may accumulate in less than float32",
-    ),
-    ("engine", "int8"): Bound(
-        0.15,
-        0.95,
-        0.5,
-        f"2.7e-2 {_H100}",
-        "as the quantised graph; accuracy is judged when calibrating",
-    ),
-    ("engine", "fp8"): Bound(
-        0.15, 0.95, 0.5, _NO_GPU, "as the quantised graph; accuracy is judged when calibrating"
-    ),
-    ("engine", "int8-weights"): Bound(
-        0.1, 0.97, 0.5, _NO_GPU, "as the quantised graph; accuracy is judged when calibrating"
-    ),
-    ("engine", "bfloat16"): Bound(
-        1e-1,
-        0.999,
-        0.97,
-        f"2.1e-2 {_H100}",
-        "as the twin; kernels may accumulate in less than float32",
-    ),
+    ("engine", "float16"): Bound(2e-2, 0.9999, 0.995, f"2.0e-3 {_H100}", _KERNELS),
+    ("engine", "bfloat16"): Bound(1e-1, 0.999, 0.97, f"2.1e-2 {_H100}", _KERNELS),
+    ("engine", "int8"): Bound(0.15, 0.95, 0.5, f"2.7e-2 {_H100}", _CALIBRATED),
+    ("engine", "fp8"): Bound(0.15, 0.95, 0.5, _NO_GPU, _CALIBRATED),
+    ("engine", "int8-weights"): Bound(0.1, 0.97, 0.5, _NO_GPU, _CALIBRATED),
 }
 
 
