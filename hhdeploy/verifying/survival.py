@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ from hhdeploy.bundle.survival import LEAST_LEFT, share_left
 from hhdeploy.errors import PlanError
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
-from hhdeploy.graph import linears_by_path
 from hhdeploy.parity import NO_EFFECT
 from hhdeploy.verifying.bundles import logits_of, twin_of
 
@@ -67,7 +67,8 @@ def check_folded(
         PlanError: it rounds away all that the adapter does to the backbone.
     """
     lost, count = [], 0
-    for place, before, after in (*_folded(adapter, model, only), *_replaced(adapter, originals)):
+    # One weight after the other: in float64 all of them are twice the model.
+    for place, before, after in chain(_folded(adapter, model, only), _replaced(adapter, originals)):
         change = after - before
         left = _rounded(after, precision, after) - _rounded(before, precision, after)
         count += bool(change.any())
@@ -87,16 +88,19 @@ def _folded(
     adapter: Adapter, model: ir.Model, only: Collection[str] | None
 ) -> Iterator[tuple[str, Array, Array]]:
     """Every site with what its weight was before the adapter, and is, float64 (out, in)."""
+    from hhdeploy.graph import linears_by_path  # onnx: not for those who only import the package
+
     for path, uses in linears_by_path(model.graph).items():
         linear, start = uses[0], 0
         if only is not None and linear.name not in only:
             continue
-        for site in linear_spec(path, *linear.weight.shape).sites:
+        weight = linear.weight
+        for site in linear_spec(path, *weight.shape).sites:
             rows = slice(start, start + site.out)
             start += site.out
             if site.name not in adapter.sites:
                 continue
-            after = linear.weight[rows].astype(np.float64)
+            after = weight[rows].astype(np.float64)
             before = _undone(adapter, adapter.change(site.name), after)
             if before is not None:
                 yield site.name, before, after
@@ -187,7 +191,7 @@ def check_effects(
     lines = []
     for name in rows:
         own = [i for i, other in enumerate(names) if other == name]
-        columns = slice(entries[name].classes)
+        columns = slice(entries[name].classes or None)  # without logits: all features
         lines.append(_judged(name, precision, exact[own, columns], found[own, columns], refuse))
     return [line for line in lines if line]
 
