@@ -196,7 +196,7 @@ class Family:
         """The bundle, without the adapters' directories, and its float64 reference."""
         rows = rows_of(contents.manifest, adapters)
         backbone = replace(self.backbone, facts=self.base.facts)
-        reference = training_time_reference(backbone, rows, _DATA, contents.manifest.classes)
+        reference = training_time_reference(backbone, rows, _DATA, contents.manifest.outputs)
         path = self.folder / name
         path.mkdir()
         write_bundle(path, replace(contents, adapters={}), (), lambda: reference)
