@@ -1277,3 +1277,66 @@ def test_a_device_that_fails_while_an_adapter_is_loaded_is_not_the_request_s_fau
         await s.asked("a")  # and not held against the adapter
 
     play(scene)
+
+
+# --- visitors -------------------------------------------------------------------------------------
+
+MANY = tuple(f"n{i:02}" for i in range(14))  # with alpha and gamma as many as the bank has rows
+SEEN = tuple(f"v{i}" for i in range(5))
+
+
+async def visit(s, *names):
+    s.release(await s.fleet.rows.hold(dict.fromkeys(names), visitor=True))
+
+
+def test_visitors_take_few_rows_of_a_full_bank(play):
+    async def scene(s):
+        for name in MANY:
+            await s.asked(name)
+        assert s.fleet.rows.visitor_rows == 2
+        for _ in range(2):
+            for names in (SEEN[:2], SEEN[2:4], SEEN[4:]):
+                await visit(s, *names)
+        assert sum(name in s.bank for name in (*MANY, "alpha", "gamma")) == 14
+        assert [name for name in SEEN if name in s.bank] == ["v3", "v4"]
+        await s.asked("v3")  # one that others ask for is theirs
+        await visit(s, "v0")
+        await visit(s, "v1")
+        assert "v3" in s.bank
+        for name in (*MANY, "alpha", "gamma"):  # visitors' rows go first
+            await s.asked(name)
+        assert "v0" not in s.bank and "v1" not in s.bank
+
+    play(scene, slots=17, names=(*MANY, *SEEN))
+
+
+def test_a_visitor_s_request_loads_few_adapters(play):
+    async def scene(s):
+        with pytest.raises(RequestError, match="3 adapters have no row, a visitor's request may"):
+            await visit(s, *SEEN[:3])
+        assert not s.reads
+        await visit(s, "alpha", "gamma", *SEEN[:2])
+
+    play(scene, slots=17, names=SEEN)
+
+
+def test_visitors_who_name_what_there_is_not_leave_nothing(play):
+    async def scene(s):
+        (s.directory / "v0" / "adapter_model.safetensors").write_bytes(b"broken")
+        await s.fleet.refresh()
+        for name in ("nobody", "v0"):
+            with pytest.raises(RequestError):
+                await visit(s, name)
+        assert not s.fleet.rows._visited
+
+    play(scene, names=SEEN)
+
+
+def test_visitors_who_come_together_all_are_answered(play):
+    async def scene(s):
+        for name in MANY:
+            await s.asked(name)
+        pairs = [(a, b) for a in SEEN for b in SEEN if a < b]
+        await asyncio.gather(*(visit(s, *pair) for pair in pairs), *map(s.asked, MANY))
+
+    play(scene, slots=17, names=(*MANY, *SEEN))
