@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import shutil
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.format import save_adapter
+from hhdeploy.bundle import add_adapter, remove_adapter
 from hhdeploy.errors import DeviceError, HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.errors import (
@@ -1277,6 +1280,52 @@ def test_a_device_that_fails_while_an_adapter_is_loaded_is_not_the_request_s_fau
         await s.asked("a")  # and not held against the adapter
 
     play(scene)
+
+
+@pytest.mark.parametrize(("mask", "folder", "file"), [(0o027, 0o750, 0o640), (0o002, 0o775, 0o664)])
+def test_what_is_uploaded_has_the_rights_that_the_umask_leaves(
+    play, workshop, tmp_path, mask, folder, file
+):
+    """A group that shares a fleet directory, or nobody else at all."""
+
+    async def scene(s):
+        await s.fleet.upload("new", *files_of(make_adapter(workshop, 5), tmp_path))
+        await s.fleet.upload("a", *files_of(make_adapter(workshop, 6), tmp_path))  # replaces one
+        for name in ("new", "a"):
+            written = s.directory / name
+            assert stat.S_IMODE(written.stat().st_mode) == folder
+            assert {stat.S_IMODE(p.stat().st_mode) for p in written.iterdir()} == {file}
+
+    before = os.umask(mask)
+    try:
+        play(scene)
+    finally:
+        os.umask(before)
+
+
+def test_a_bundle_that_is_edited_while_it_is_served_is_not_followed(
+    play, small, workshop, tmp_path
+):
+    """The old version answers, or nobody: never another one than the session was opened with."""
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(small, copy)
+    save_adapter(make_adapter(workshop, 3), other)
+
+    async def scene(s):
+        gamma = (await s.asked("gamma"))["gamma"]
+        await s.asked("alpha")  # the one row is alpha's now
+        await asyncio.to_thread(add_adapter, copy, "new", other)
+        await asyncio.to_thread(remove_adapter, copy, "gamma")
+        with pytest.raises(NotFoundError, match="unknown adapter 'new'"):
+            await s.asked("new")
+        np.testing.assert_array_equal((await s.asked("gamma"))["gamma"], gamma)
+        await asyncio.to_thread(remove_adapter, copy, "alpha")
+        await asyncio.to_thread(add_adapter, copy, "alpha", other)
+        with pytest.raises(RequestError, match="changed by another process"):
+            await s.asked("alpha")  # its files are others now
+        np.testing.assert_array_equal((await s.asked("gamma"))["gamma"], gamma)
+
+    play(scene, slots=2, names=(), bundle=copy, directory=False)
 
 
 # --- visitors -------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_status_of_a_folded_bundle(folded):
     assert after["adapters"] == [
         {
             "name": "alpha", "state": "ready", "problem": "", "pinned": False, "classes": 7,
-            "problem_type": "single_label_classification", "row": None, "images": 1,
+            "problem_type": "single_label_classification", "row": None, "exif": True, "images": 1,
         }
     ]  # fmt: skip
 
