@@ -455,7 +455,7 @@ def test_nothing_is_clipped_on_a_phone(page, fleet):
     said = cells.evaluate_all(
         "cells => cells.map((cell) => getComputedStyle(cell, '::before').content)"
     )
-    assert said == ['"Classes" " "', '"Row" " "', '"Images answered" " "']
+    assert said == ['"Classes "', '"Row "', '"Images answered "']
     visit.check()
 
 
