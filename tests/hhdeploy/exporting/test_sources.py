@@ -63,7 +63,7 @@ def test_an_adapter_s_arguments_never_reach_a_function(own, tmp_path):
 
 
 def test_a_whole_model_needs_a_classifier(tmp_path):
-    spec = tiny_spec(num_classes=0)
+    spec = tiny_spec(num_classes=0, depth=1)
     with pytest.raises(PlanError, match="has no classifier, so its graph has no logits"):
         export(spec.model, {}, tmp_path / "out", fold=True, model_args=spec.args, pretrained=False)
 
