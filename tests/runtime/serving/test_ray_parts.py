@@ -544,7 +544,6 @@ def test_a_replica_whose_session_only_fails_is_replaced():
     ("options", "problem"),
     [
         (("--replicas", "3"), "--replicas goes with --ray"),
-        (("--ray", "--grpc-port", "8001"), "HTTP only"),
         (("--ray", "--allow-adapter-loading"), "--token-file"),
     ],
 )
