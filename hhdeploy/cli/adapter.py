@@ -136,7 +136,12 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
         ui.print_json([a.to_json() for a in manifest.adapters])
         return
     rows = [
-        (a.name, "-" if a.row is None else a.row, a.classes, "yes" if a.verified else "not yet")
+        (
+            a.name,
+            "-" if a.row is None else a.row,
+            a.classes or "-",
+            "yes" if a.verified else "not yet",
+        )
         for a in manifest.adapters
     ]
     title = f"{manifest.kind} bundle of {manifest.backbone.model}"

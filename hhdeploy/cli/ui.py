@@ -347,7 +347,7 @@ def parity_table(report: ParityReport) -> Group:
         c = stage.comparison
         rows.append(
             (
-                stage.adapter,
+                stage.adapter if stage.output == "logits" else f"{stage.adapter} {stage.output}",
                 f"{stage.stage} {stage.precision}",
                 f"{c.max_abs:.1e}",
                 f"{c.range_error:.1e}",
