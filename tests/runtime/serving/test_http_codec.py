@@ -24,6 +24,7 @@ from hhdeploy.runtime.serving.http.codec import (
     write_response,
 )
 from hhdeploy.runtime.serving.messages import (
+    DEFAULT,
     InferRequest,
     InferResponse,
     Tensor,
@@ -110,7 +111,7 @@ def test_a_large_binary_tensor_is_a_view_of_the_body():
 
 def test_binary_output_as_a_whole_and_of_one():
     asked = {**one(), "parameters": {"binary_data_output": True}}
-    assert read(asked).outputs == (Wanted("logits", binary=True),)
+    assert read(asked).outputs == (Wanted(DEFAULT, binary=True),)
     outputs = [{"name": "labels", "parameters": {"binary_data": False}}, {"name": "logits"}]
     assert read({**asked, "outputs": outputs}).outputs == (
         Wanted("labels"),
