@@ -137,6 +137,15 @@ class LocalEndpoint:
             {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
             {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
         ]
+        answers = [
+            {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
+            *(shares if kind != VALUES else ()),
+            {"name": ANSWERS, "datatype": "BYTES", "shape": [-1]},
+        ]
+        features = [
+            {"name": name, "datatype": "FP32", "shape": [-1, *shape]}
+            for name, shape in service.manifest.features.items()
+        ]
         return {
             "name": model,
             "versions": [VERSION],
@@ -144,11 +153,7 @@ class LocalEndpoint:
             "inputs": [
                 {"name": IMAGES, "datatype": "FP32", "shape": [-1, *service.manifest.input_size]}
             ],
-            "outputs": [
-                {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
-                *(shares if kind != VALUES else ()),
-                {"name": ANSWERS, "datatype": "BYTES", "shape": [-1]},
-            ],
+            "outputs": [*(answers if service.manifest.classes else ()), *features],
             "parameters": {
                 "adapters": self._adapter_names() if alias is None else [alias],
                 "max_batch_size": service.settings.max_batch,

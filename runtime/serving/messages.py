@@ -57,12 +57,16 @@ class Tensor:
     array: NDArray[Any]
 
 
+# Stands for the output that a request gets which names none.
+DEFAULT = ""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """An output that was asked for.
 
     Attributes:
-        name: of the output.
+        name: of the output; `DEFAULT`.
         top: Triton's classification extension: that many ``score:index:label`` instead; 0: none.
         binary: HTTP only: in the binary extension, not as JSON.
     """

@@ -41,7 +41,13 @@ from hhdeploy.runtime.serving.messages import (
     Tensor,
 )
 from hhdeploy.runtime.serving.metrics import Metrics, Now
-from hhdeploy.runtime.serving.outputs import LOGITS, check_finite, check_outputs, output_of
+from hhdeploy.runtime.serving.outputs import (
+    LOGITS,
+    check_finite,
+    check_outputs,
+    output_of,
+    outputs_of,
+)
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import trace_parts
 from hhdeploy.runtime.session import Session
@@ -205,7 +211,7 @@ class Service:
         if not self._started:
             raise StoppingError("the server is starting. Try again later.")
         named = self._named_by_model(request)
-        wanted = check_outputs(request.outputs)
+        wanted = check_outputs(request.outputs, outputs_of(self._manifest))
         priority = request.priority()
         images = self._images(request)
         count = max(len(images.array), _size(request.inputs.get(ADAPTERS)))
@@ -223,9 +229,10 @@ class Service:
             answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
-        if any(w.name != LOGITS or w.top for w in wanted):
-            check_finite(pixels, answer.logits, classes)
-        outputs = tuple(output_of(w, answer.logits, entries, classes) for w in wanted)
+        found = self._manifest.split(answer.logits)
+        if any(w.top or w.name not in found for w in wanted):
+            check_finite(pixels, found[LOGITS], classes)
+        outputs = tuple(output_of(w, found, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
         return InferResponse(request.model, request.id, outputs)
 
@@ -317,7 +324,7 @@ class Service:
                 f"input adapters: expected one name per image, found {len(names)} for {count} "
                 "images."
             )
-        if self.fleet is not None and None in names and not self._backbone_classes:
+        if self.fleet is not None and None in names and not self._manifest.answers_backbone:
             there = ", ".join(s.name for s in self.fleet.statuses()[:20])
             raise RequestError(
                 "no adapter named, and this bundle has no classifier of the bare backbone. "

@@ -19,6 +19,7 @@ import numpy as np
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
+    DEFAULT,
     IMAGES,
     InferRequest,
     InferResponse,
@@ -184,7 +185,7 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
     binary = read_truth(parameters, "binary_data_output", False, "the request")
     outputs = tuple(_wanted(item, binary) for item in _objects(content, "outputs", optional=True))
     if not outputs and binary:
-        outputs = (Wanted("logits", binary=True),)
+        outputs = (Wanted(DEFAULT, binary=True),)
     return InferRequest(model, version, identity, inputs, outputs, parameters)
 
 
@@ -203,7 +204,7 @@ def write_response(
             "datatype": tensor.datatype,
             "shape": list(tensor.array.shape),
         }
-        choice = wanted.get(tensor.name)
+        choice = wanted.get(tensor.name, wanted.get(DEFAULT))
         if choice is not None and choice.binary:
             raw = raw_of(tensor)
             described["parameters"] = {"binary_data_size": len(raw)}
