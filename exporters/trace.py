@@ -36,7 +36,7 @@ from hhdeploy.exporters.batches import images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.graph import LINEAR_TAG, ViewTensor
+from hhdeploy.graph import LINEAR_TAG, ViewTensor, turn_weights
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +218,7 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     _tag_linears(model)
     _tag_mixed(model, {linear.path for linear in backbone.facts.linears} - apart)
     traced_weights = list(model.graph.initializers.values())
-    _turn_weights(model.graph)
+    turn_weights(model.graph)
     with _quiet():
         optimizer.optimize_ir(model)
     _remove_empty_pads(model.graph)
@@ -260,29 +260,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
-
-
-def _turn_weights(graph: ir.Graph) -> None:
-    """Transposed weights as views of the model's own, under the names of the Transposes.
-
-    The optimiser would fold every Transpose into a copy: the weights a second time.
-    """
-    for node in list(graph):
-        weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.const_value is None or node.outputs[0].is_graph_output():
-            continue
-        turned, perm = node.outputs[0], node.attributes.get_ints("perm")
-        view = weight.const_value.numpy().transpose(perm)
-        tensor = ViewTensor(view, dtype=weight.const_value.dtype, name=turned.name)
-        value = ir.Value(
-            name=turned.name,
-            shape=ir.Shape(view.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        turned.replace_all_uses_with(value)
-        graph.remove(node, safe=True)
-        graph.register_initializer(value)
 
 
 def _tag_linears(model: ir.Model) -> None:
