@@ -12,8 +12,10 @@ import asyncio
 import io
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +23,9 @@ from numpy.typing import NDArray
 
 from hhdeploy.errors import DataError
 from hhdeploy.preprocess import Preprocess, as_rgb
+from hhdeploy.runtime.serving.decoding import Decoders
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,17 +37,18 @@ _MOST_RATIO = 50
 _START_OF_SCAN, _MOST_SCANS = b"\xff\xda", 100
 # `warnings` keeps its filters for the process: two threads would restore each other's.
 _OPENING = threading.Lock()
-# Pillow lets go of the interpreter's lock while it decodes and resizes.
-_DECODERS = 2
 
 
 class Pictures:
-    """Decodes and preprocesses the pictures of all requests, on threads of its own."""
+    """Decodes and preprocesses the pictures of all requests, on threads of its own.
 
-    def __init__(self, most_pixels: int) -> None:
-        """``most_pixels``: of one picture."""
-        self._most_pixels = most_pixels
-        self._threads = ThreadPoolExecutor(_DECODERS, "hhdeploy-decode")
+    Pillow lets go of the interpreter's lock while it decodes and resizes.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._settings = settings
+        self._opening = ThreadPoolExecutor(1, "hhdeploy-open")
+        self._decoders = Decoders(settings.decoders, settings.decoding_pixels)
 
     async def pixels(
         self, encoded: Sequence[bytes], images: Sequence[int], ways: Sequence[Preprocess]
@@ -54,44 +59,67 @@ class Pictures:
             encoded: its pictures; each is decoded once.
             images: of each row the picture's number.
             ways: of each row how its adapter wants the picture.
+
+        Raises:
+            TooLargeError: all of them together have more pixels than one request may.
+            RequestError: or one of its kinds; see `open_picture`.
         """
-        loop = asyncio.get_running_loop()
-        jobs = [
-            loop.run_in_executor(
-                self._threads,
-                self._decode,
-                content,
-                index,
-                list(dict.fromkeys(w for i, w in zip(images, ways, strict=True) if i == index)),
-            )
-            for index, content in enumerate(encoded)
-        ]
+        wanted: list[dict[Preprocess, None]] = [{} for _ in encoded]
+        for index, way in zip(images, ways, strict=True):
+            wanted[index][way] = None
+        loop, turn = asyncio.get_running_loop(), 0
+        opened = await loop.run_in_executor(self._opening, self._open, encoded)
+        jobs = []
         try:
+            for index, each in enumerate(wanted):
+                image = opened[index]
+                pixels = image.width * image.height
+                turn += pixels
+                job = partial(_decode, image, f"image {index}", tuple(each))
+                jobs.append(self._decoders.begin(job, pixels, turn))
+                del image, job
             decoded = await asyncio.gather(*jobs)
         finally:
+            opened.clear()
             while jobs:  # none stays in this frame, which the traceback of its exception holds
                 jobs.pop().cancel()
         return np.stack([decoded[i][w] for i, w in zip(images, ways, strict=True)])
 
     def close(self) -> None:
         """Finish what was begun, and end the threads."""
-        self._threads.shutdown(wait=True)
+        self._opening.shutdown(wait=True)
+        self._decoders.close()
 
-    def _decode(
-        self, content: bytes, index: int, ways: list[Preprocess]
-    ) -> dict[Preprocess, NDArray[np.float32]]:
-        """One picture, preprocessed in every way that some adapter wants it."""
-        image = decode_image(content, most_pixels=self._most_pixels, name=f"image {index}")
-        try:
-            return {way: way(image) for way in ways}
-        except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
-            raise RequestError(
-                f"image {index}: {image.width} x {image.height} pixels cannot be resized: {error}"
-            ) from error
+    def _open(self, encoded: Sequence[bytes]) -> list[Image.Image]:
+        most, most_together = self._settings.image_pixels, self._settings.request_pixels
+        opened, together = [], 0
+        for index, content in enumerate(encoded):
+            image = open_picture(content, most_pixels=most, name=f"image {index}")
+            opened.append(image)
+            together += image.width * image.height
+            if together > most_together:
+                raise TooLargeError(
+                    f"the pictures up to image {index} have {together} pixels, at most "
+                    f"{most_together} are taken in one request. Send fewer, or smaller ones."
+                )
+        return opened
 
 
-def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
-    """One picture; of an animated one the first frame.
+def _decode(
+    image: Image.Image, name: str, ways: Sequence[Preprocess]
+) -> dict[Preprocess, NDArray[np.float32]]:
+    """One picture, preprocessed in every way that some adapter wants it."""
+    decoded = load_picture(image, name=name)
+    try:
+        return {way: way(decoded) for way in ways}
+    except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
+        raise RequestError(
+            f"{name}: {image.width} x {image.height} pixels cannot be resized: {error}"
+        ) from error
+
+
+def open_picture(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
+    """One picture that is not decoded yet, but known to be within limits.
 
     Args:
         content: a JPEG, PNG or WebP file.
@@ -102,29 +130,42 @@ def decode_image(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
         TooLargeError: more pixels, or a shape or coding that costs more than its pixels.
         RequestError: not a picture of these formats, or a damaged one.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if content.count(_START_OF_SCAN) > _MOST_SCANS and content.startswith(b"\xff\xd8"):
         raise TooLargeError(f"{name}: a JPEG of more than {_MOST_SCANS} scans.")
+    # Pillow's limit on pixels is a warning below twice as much; ours is an error, and below.
+    with _readable(name), _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+    width, height = opened.size
+    if width * height > most_pixels:
+        raise TooLargeError(f"{name}: {width} x {height} pixels, at most {most_pixels} are taken.")
+    if max(width, height) > _MOST_RATIO * min(width, height):
+        raise TooLargeError(
+            f"{name}: {width} x {height} pixels: expected one side at most {_MOST_RATIO} times "
+            "the other."
+        )
+    return opened
+
+
+def load_picture(opened: Image.Image, *, name: str) -> Image.Image:
+    """What `open_picture` opened, decoded; of an animated one the first frame.
+
+    Raises:
+        RequestError: it is damaged, or of a depth that says nothing.
+    """
+    with _readable(name), opened:
+        return as_rgb(opened)  # which keeps the EXIF orientation
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What Pillow raises as what a client is told."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        # Its limit on pixels is a warning below twice as much; ours is an error, and below.
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(content), formats=FORMATS)
-        width, height = opened.size
-        if width * height > most_pixels:
-            raise TooLargeError(
-                f"{name}: {width} x {height} pixels, at most {most_pixels} are taken."
-            )
-        if max(width, height) > _MOST_RATIO * min(width, height):
-            raise TooLargeError(
-                f"{name}: {width} x {height} pixels: expected one side at most {_MOST_RATIO} times "
-                "the other."
-            )
-        with opened:
-            return as_rgb(opened)  # which keeps the EXIF orientation
-    except RequestError:
-        raise
+        yield
     except DataError as error:
         raise RequestError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:

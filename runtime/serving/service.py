@@ -89,7 +89,7 @@ class Service:
             max_queued=settings.max_queue,
             contexts=settings.contexts,
         )
-        self._pictures = Pictures(settings.image_pixels)
+        self._pictures = Pictures(settings)
         self._watch: asyncio.Task[None] | None = None
         self._since = time.monotonic()
 
