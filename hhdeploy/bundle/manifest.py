@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType, problem_type_of
+from hhdeploy.adapters.config import (
+    CLASSES,
+    PROBLEM_TYPES,
+    TENSOR_FILE,
+    ProblemType,
+    problem_type_of,
+)
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.errors import BundleError
@@ -74,6 +80,8 @@ class AdapterEntry:
         verified: False for an adapter added later, until ``verify --against-torch``.
         problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
         strength: what its change of the backbone is multiplied by.
+        digest: sha256 of its tensors' file, of one that was read from a directory; "" of others.
+            No part of the manifest, which has the digests of its files.
     """
 
     name: str
@@ -84,6 +92,7 @@ class AdapterEntry:
     verified: bool
     problem_type: ProblemType = CLASSES
     strength: float = 1.0
+    digest: str = field(default="", compare=False)
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -240,6 +249,10 @@ class Manifest:
         lines = [f"{n} {d}" for n, d in self.files.items() if n.startswith(f"{ADAPTERS}/{name}/")]
         lines.append(f"strength {self.adapter(name).strength!r}")
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def tensors_digest(self, entry: AdapterEntry) -> str:
+        """sha256 of an adapter's tensors' file; "" where it has none (`whole`)."""
+        return entry.digest or self.files.get(f"{ADAPTERS}/{entry.name}/{TENSOR_FILE}", "")
 
     def problem_type(self, name: str) -> ProblemType:
         """What the logits of an adapter, or of the backbone, mean."""

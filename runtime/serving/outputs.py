@@ -1,6 +1,7 @@
 """Logits to the outputs that a request asks for.
 
-`logits` FP32 (the default), `probabilities` FP32, `labels` and `answers` BYTES. Numbers are cut to
+`logits` and `probabilities` FP32, `labels` and `answers` BYTES. Where none is asked for there are
+all that the adapters have. Numbers are cut to
 the adapter's own classes; where a request mixes adapters, to the widest of them, padded with -inf
 (logits) and 0 (probabilities). Triton's classification extension gives the best classes of logits
 or probabilities as `score:index:label`, and as many answers.
@@ -19,18 +20,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
 from hhdeploy.bundle.answers import answers_of, best, label_of, probabilities, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.runtime.serving.errors import RequestError
-from hhdeploy.runtime.serving.messages import BYTES, FP32, Tensor, Wanted, bytes_array
+from hhdeploy.runtime.serving.messages import (
+    BYTES,
+    FP32,
+    Tensor,
+    Value,
+    Wanted,
+    bytes_array,
+)
 
 LOGITS, PROBABILITIES, LABELS, ANSWERS = "logits", "probabilities", "labels", "answers"
 OUTPUTS = (LOGITS, PROBABILITIES, LABELS, ANSWERS)
 
 
 def check_outputs(asked: Sequence[Wanted]) -> Sequence[Wanted]:
-    """What a request asks for, or the default.
+    """What a request asks for.
 
     Raises:
         RequestError: an output that there is not, or twice the same.
@@ -46,7 +55,35 @@ def check_outputs(asked: Sequence[Wanted]) -> Sequence[Wanted]:
             raise RequestError(
                 "output labels: classification is of logits, probabilities or answers."
             )
-    return asked or (Wanted(LOGITS),)
+    return asked
+
+
+def all_outputs(entries: Sequence[AdapterEntry | None], binary: bool) -> tuple[Wanted, ...]:
+    """What a request gets that asks for none: all that each of its adapters (None: the backbone)
+    has, the values of a regression no probabilities and no labels."""
+    values = any(entry is not None and entry.problem_type == VALUES for entry in entries)
+    names = (LOGITS, ANSWERS) if values else OUTPUTS
+    return tuple(Wanted(name, binary=binary) for name in names)
+
+
+def answered_by(entries: Sequence[AdapterEntry | None], digests: Sequence[str]) -> dict[str, Value]:
+    """The parameters of an answer that say who gave it.
+
+    ``adapter`` and ``adapter_digest``: name and sha256 of the tensors' file; where images of one
+    request have several, one an image, with commas. The backbone's name is `BACKBONE`, and it has
+    no digest. ``backbone``: whether it answered for an image.
+
+    Args:
+        entries: of each image's adapter; None: the backbone.
+        digests: of each image's adapter.
+    """
+    names = [BACKBONE if entry is None else entry.name for entry in entries]
+    several = len(set(names)) > 1
+    return {
+        "adapter": ",".join(names) if several else names[0],
+        "adapter_digest": ",".join(digests) if several else digests[0],
+        "backbone": None in entries,
+    }
 
 
 def check_finite(

@@ -85,7 +85,7 @@ def _unary(
             try:
                 return await self._bounded(work, context, method.__name__, named, level)
             except RequestError as error:
-                refuse(context, error)
+                self.refuse(context, error)
                 return answer()
 
         return guarded
@@ -196,13 +196,20 @@ class Servicer:
                 async for request in coming:
                     yield await self._stream_answer(request, context)
         except RequestError as error:
-            refuse(context, error)
+            self.refuse(context, error)
+
+    def refuse(self, context: Context, error: RequestError) -> None:
+        """Tell the client why its call fails, and count it."""
+        self._endpoint.refused(error)
+        context.set_code(grpc.StatusCode[error.code])
+        context.set_details(_details(error))
 
     async def _stream_answer(self, request: Any, context: Context) -> Any:
         called = ("ModelStreamInfer", request.model_name, logging.INFO)
         try:
             response = await self._bounded(self._infer(request), context, *called)
         except RequestError as error:
+            self._endpoint.refused(error)
             empty = pb.ModelInferResponse(id=request.id)
             return pb.ModelStreamInferResponse(error_message=_details(error), infer_response=empty)
         # Triton's mark of a request's last answer; here there is one.
@@ -250,12 +257,6 @@ class Servicer:
             seconds = time.perf_counter() - begin
             extra = {"method": method, "model": model[:200], "code": code}
             _LOG.log(level, "request", extra={**extra, "ms": round(1e3 * seconds, 3)})
-
-
-def refuse(context: Context, error: RequestError) -> None:
-    """Tell the client why its call fails."""
-    context.set_code(grpc.StatusCode[error.code])
-    context.set_details(_details(error))
 
 
 def _details(error: RequestError) -> str:

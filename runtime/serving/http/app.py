@@ -2,6 +2,7 @@
 
     GET  /v2   /v2/health/live   /v2/health/ready
     GET  /v2/models/M [/versions/1]            metadata        .../ready   .../config   .../stats
+    GET  /v2/models/stats                      of all of them
     POST /v2/models/M [/versions/1] /infer     inference
     POST /v2/repository/index                  adapters and their states
     POST /v2/repository/models/A/load          with --allow-adapter-loading and the token only
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -84,7 +85,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
                 message = await parser.request(model, version, body, length)
             async with _while_connected(request):
                 response = await endpoint.infer(message)
-        content, head = write_response(response, {w.name: w for w in message.outputs})
+        content, head = write_response(response, message)
         headers = {HEADER_LENGTH: str(head)} if head is not None else {}
         kind = "application/octet-stream" if head is not None else "application/json"
         return Response(content, media_type=kind, headers=headers)
@@ -112,6 +113,9 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
 
     async def stats(request: Request) -> Response:
         return _json(await endpoint.model_statistics(**request.path_params))
+
+    async def all_stats(request: Request) -> Response:
+        return _json(await endpoint.model_statistics(""))
 
     async def index(request: Request) -> Response:
         async with bodies.read(request, _SMALL_BYTES) as body:
@@ -143,7 +147,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
     hosts = settings.hosts()
 
     def guarded(handler: Handler) -> Handler:
-        return _guarded(handler, settings.request_seconds, hosts)
+        return _guarded(handler, settings.request_seconds, hosts, endpoint.refused)
 
     routes: list[BaseRoute] = [
         Route("/v2", guarded(server)),
@@ -155,6 +159,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
         Route("/metrics", guarded(metrics)),
         *page_routes(endpoint, guarded),
     ]
+    routes.append(Route("/v2/models/stats", guarded(all_stats)))  # before the model of that name
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
             Route(model, guarded(metadata)),
@@ -178,7 +183,12 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
     return app
 
 
-def _guarded(handler: Handler, limit: float, hosts: Collection[str] | None) -> Handler:
+def _guarded(
+    handler: Handler,
+    limit: float,
+    hosts: Collection[str] | None,
+    refused: Callable[[HhdeployError], None],
+) -> Handler:
     """Errors as the protocol has them, and one line in the log for each request."""
 
     async def guarded(request: Request) -> Response:
@@ -189,6 +199,7 @@ def _guarded(handler: Handler, limit: float, hosts: Collection[str] | None) -> H
             with Deadline(limit):
                 response = await handler(request)
         except HhdeployError as error:
+            refused(error)
             response = error_response(error)
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; the log shows it
