@@ -1,5 +1,6 @@
 # make demo   install and run the main job on the starter models
 # make test   install the test extras and run the tests
+#   WORKERS=2           in that many processes; 0: in this one
 # make test-fast  what needs no process, training or engine
 # make families   the parity ladder on every architecture and on models of real size
 # make lint   ruff, mypy strict, import-linter
@@ -12,6 +13,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+# The slow files come first (tests/slow.py), whatever they hold.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-fast families lint bench gpu-check clean
@@ -32,13 +36,13 @@ demo: $(VENV)/.demo
 	$(BIN)/hhdeploy demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 families: $(VENV)/.test
-	$(BIN)/python -m pytest tests/parity --families
+	$(PYTEST) tests/parity --families
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

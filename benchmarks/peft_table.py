@@ -142,8 +142,8 @@ def _compressed(source: Path, backbone: Backbone) -> tuple[float | None, str]:
         adapter = import_adapter(source, backbone, options)
     except HhdeployError as error:
         return None, f"not compressed: {_short(error)}"
-    stated = adapter.config.extra["compressed"]
-    found = stated["max_range_error"]
+    assert adapter.config.compressed is not None
+    found = adapter.config.compressed.max_range_error
     return found, f"compressed to rank {COMPRESSED_RANK}: {found:.0e}"
 
 

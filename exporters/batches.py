@@ -3,8 +3,8 @@
 A side branch is another one for every image, so it has to know which rows of a Linear's input are
 whose: [batch, ..., features], or windows and tokens joined into the first dimension image after
 image. A model may order them otherwise (tokens first), which shapes alone do not tell once they
-are joined. An input that no image reaches (a class token's, before it looks at the image) is the
-same for all of them: it is apart where its first dimension is the batch itself.
+are joined. An input that no image reaches (a class token's, before it looks at the image), or
+hardly, shows nothing: it is apart where its first dimension is the batch itself.
 """
 
 from __future__ import annotations
@@ -48,17 +48,21 @@ def images_apart(
     a, b, c = torch.randn(3, *shape, generator=generator)
     pairs = (torch.stack((a, b)), torch.stack((a, c)), torch.stack((c, b)))
     ab, ac, cb = (_inputs(model, linears, images) for images in pairs)
-    apart, unreached = set(), set()
+    apart, undecided = set(), {}
     for path in ab:
         uses = [_Use(*inputs) for inputs in zip(ab[path], ac[path], cb[path], strict=True)]
         if all(use.apart for use in uses):
             apart.add(path)
-        elif all(use.apart or use.unreached for use in uses):
-            unreached.add(path)
-    if unreached:
+        elif all(use.apart or use.undecided for use in uses):
+            undecided[path] = uses
+    if undecided:
         # Two rows may be two tokens by chance; of three images that would be two still.
         abc = _inputs(model, linears, torch.stack((a, b, c)))
-        apart |= {path for path in unreached if all(three.rows == 3 for three in abc[path])}
+        apart |= {
+            path
+            for path, uses in undecided.items()
+            if all(use.apart or three.rows == 3 for use, three in zip(uses, abc[path], strict=True))
+        }
     return frozenset(apart)
 
 
@@ -80,7 +84,8 @@ class _Use:
         self.apart = min(moved) > 0 and all(
             s <= _SHARE * m for s, m in zip(still, moved, strict=True)
         )
-        self.unreached = ab.rows == 2 and max(moved) == 0
+        # An image moves its own rows by nothing or too little to show: the shapes have to tell.
+        self.undecided = ab.rows == 2 and max(still) == 0
 
 
 def _movement(one: _Input, other: _Input, half: int | slice = slice(None)) -> float:

@@ -32,6 +32,7 @@ from hhdeploy.runtime.session import open_bundle
 from hhdeploy.timing import Paired, machine, paired
 from hhdeploy.verifying.bundles import verify_graphs
 from hhdeploy.verifying.graphs import commit_graph, graph_on_trial
+from hhdeploy.verifying.survival import check_quantised, say
 
 if TYPE_CHECKING:
     from hhdeploy.calibration.quantised import Float32Graph, Quantised
@@ -104,7 +105,8 @@ def calibrate_bundle(
 
     Raises:
         DataError: images are missing, too few, or do not belong to the bundle.
-        PlanError: options that do not go together, or a graph that cannot be quantised.
+        PlanError: options that do not go together, a graph that cannot be quantised, or an adapter
+            of which rounding leaves nothing.
         ParityError: the guard's bound cannot be kept, or the graph is far from the reference;
             the bundle is unchanged.
         BundleError, WriteError, MissingDependencyError: see their docstrings.
@@ -193,6 +195,7 @@ class _Trials:
             findings = self._findings(quantised, guarded, measured)
             self._progress("comparing it with the reference")
             stages = _stages(trial, precision, self._exam, self._reference, measured.logits)
+            say(self._progress, check_quantised(trial, quantised, self._exam))
             findings_file, scales_file = calibration_files(precision)
             added = commit_graph(
                 self._bundle,

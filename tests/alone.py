@@ -4,8 +4,8 @@
 
 The marked tests of a file share a child. One that ends it is a failure, which shows the signal,
 Python's frames and, where the kernel leaves a core file and gdb is there, the core's; those after
-it get another child. Fixtures are set up in both processes, but those of `SHARED` once. The child
-ends with the suite, however that ends.
+it get another child. Fixtures are set up in both processes; what `tests.once` made they share. The
+child ends with the suite, however that ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,6 @@ import pytest
 
 from tests.leash import leashed
 
-# Fixtures that are paths to read only: the child takes the parent's.
-SHARED = ("branches",)
 _INSIDE = "HHDEPLOY_TEST_ALONE"
 _REPORT = "outcomes"
 _MARK = "own_process"
@@ -44,12 +42,6 @@ class Outcome:
 
 
 _FOUND: pytest.StashKey[dict[str, Outcome]] = pytest.StashKey()
-
-
-def shared(fixture: str) -> Path | None:
-    """What the parent made of a fixture; None: this is no child, or it has not been asked."""
-    found = json.loads(os.environ.get(_INSIDE, "{}")).get(fixture)
-    return Path(found) if found is not None else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,9 +67,6 @@ def _run_group(first: pytest.Function) -> dict[str, Outcome]:
         for item in items[items.index(first) :]
         if item.path == first.path and item.get_closest_marker(_MARK) is not None
     ]
-    wanted = {name for item in group for name in getattr(item, "fixturenames", ())}
-    # The public way to a fixture is the test's own argument, and another one of them asks for it.
-    made = {name: str(first._request.getfixturevalue(name)) for name in SHARED if name in wanted}
     config, tests = first.config, [item.nodeid for item in group]
     where = ["--rootdir", str(config.rootpath)]
     if config.inipath is not None:
@@ -85,12 +74,10 @@ def _run_group(first: pytest.Function) -> dict[str, Outcome]:
     files = [str(config.rootpath / test) for test in tests]
     # Files that a crash leaves, a core among them, go with the directory.
     with tempfile.TemporaryDirectory(prefix="hhdeploy-alone-") as folder:
-        return run_alone(tests, [*files, *where], Path(folder), made)
+        return run_alone(tests, [*files, *where], Path(folder))
 
 
-def run_alone(
-    tests: Sequence[str], arguments: Sequence[str], folder: Path, made: Mapping[str, str]
-) -> dict[str, Outcome]:
+def run_alone(tests: Sequence[str], arguments: Sequence[str], folder: Path) -> dict[str, Outcome]:
     """Tests in one process whose directory is ``folder``: how they ended, up to a crash."""
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
@@ -98,7 +85,7 @@ def run_alone(
         ran = subprocess.run(
             leashed([sys.executable, "-X", "faulthandler", "-m", "tests.alone", *arguments]),
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, _INSIDE: json.dumps(made)},
+            env={**os.environ, "PYTHONPATH": path, _INSIDE: "1"},
             capture_output=True,
             text=True,
             errors="replace",

@@ -1,4 +1,4 @@
-"""What every test gets: one thread, and seeded tiny backbones that are built once."""
+"""What every test gets: one thread, and seeded tiny backbones and bundles that are built once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 
 # Before torch and numpy are imported: the tests share their cores with other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.alone import pytest_pyfunc_call, shared
+from tests.alone import pytest_pyfunc_call
+from tests.once import made_once, share_directory
 from tests.skips import pytest_terminal_summary
 from tests.slow import pytest_addoption, pytest_collection_modifyitems
 
@@ -34,6 +36,8 @@ __all__ = [
     "pytest_pyfunc_call",
     "pytest_terminal_summary",
 ]
+
+share_directory()
 
 
 @pytest.fixture(scope="session")
@@ -53,30 +57,27 @@ def tiny() -> Backbone:
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory) -> Workshop:
+def workshop() -> Workshop:
     """Checkpoint, adapters and cache that the shared bundles are exported from."""
-    from tests.workshop import make_workshop
+    from tests.workshop import make_workshop, open_workshop
 
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+    return open_workshop(made_once("workshop", make_workshop))
 
 
 @pytest.fixture(scope="session")
-def branches(request) -> Path:
+def branches(workshop) -> Path:
     """Five adapters of all kinds, one without a head, beside a backbone with its classifier.
 
     Read only: `tests.workshop.copy_bundle` gives a copy to change.
     """
-    if (made := shared("branches")) is not None:
-        return made
-    workshop = request.getfixturevalue("workshop")
     names = ("alpha", "rival", "beta", "gamma", "headless")
-    return workshop.export(workshop.root / "branches", names).path
+    return made_once("branches", lambda out: workshop.export(out, names))
 
 
 @pytest.fixture(scope="session")
 def small(workshop) -> Path:
     """Alpha and gamma, without the backbone's classifier. Read only."""
-    return workshop.export(workshop.root / "small", ("alpha", "gamma")).path
+    return made_once("small", lambda out: workshop.export(out, ("alpha", "gamma")))
 
 
 @pytest.fixture(scope="session")
@@ -84,32 +85,34 @@ def heads(workshop) -> Path:
     """Alpha's classes, independent labels, one value, and a head alone. Read only."""
     from tests.workshop import AGE, PROBE, TAGS
 
-    return workshop.export(workshop.root / "heads", ("alpha", TAGS, AGE, PROBE)).path
+    return made_once("heads", lambda out: workshop.export(out, ("alpha", TAGS, AGE, PROBE)))
 
 
 @pytest.fixture(scope="session")
 def folded(workshop) -> Path:
     """Alpha in the weights. Read only."""
-    return workshop.export(workshop.root / "folded", ("alpha",), fold=True).path
+    return made_once("folded", lambda out: workshop.export(out, ("alpha",), fold=True))
 
 
 @pytest.fixture(scope="session")
 def constant(workshop) -> Path:
     """Alpha and gamma, the bank baked into the graph. Read only."""
-    out = workshop.root / "constant"
-    return workshop.export(out, ("alpha", "gamma"), bank_as_constant=True).path
+    chosen = {"bank_as_constant": True}
+    return made_once("constant", lambda out: workshop.export(out, ("alpha", "gamma"), **chosen))
 
 
 @pytest.fixture(scope="session")
-def scaled_workshop(workshop, tmp_path_factory) -> Workshop:
+def scaled_workshop(workshop) -> Workshop:
     """Adapters with s_in, s_out, db and values of parameters."""
-    from tests.workshop import make_scaled_workshop
+    from tests.workshop import make_scaled_adapters, other_workshop
 
-    return make_scaled_workshop(tmp_path_factory.mktemp("scaled"), workshop)
+    adapters = make_scaled_adapters(workshop)
+    root = made_once("scaled-workshop", lambda root: other_workshop(root, workshop, adapters))
+    return replace(workshop, root=root, adapters=adapters)
 
 
 @pytest.fixture(scope="session")
 def scaled(scaled_workshop) -> Path:
     """All of them that can stand beside one backbone. Read only."""
     names = ("scaled", "ia3", "after", "plain")
-    return scaled_workshop.export(scaled_workshop.root / "live", names).path
+    return made_once("scaled", lambda out: scaled_workshop.export(out, names))

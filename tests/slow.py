@@ -73,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path in FILES:
             item.add_marker(pytest.mark.slow)
+    # The long files first: of two processes neither waits for the other's last one.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not config.getoption("--families"):
         left = [item for item in items if item.get_closest_marker("families")]
         items[:] = [item for item in items if not item.get_closest_marker("families")]

@@ -145,14 +145,21 @@ class Workshop:
         return found
 
 
+def open_workshop(root: Path) -> Workshop:
+    """The workshop that `make_workshop` wrote to ``root``; all of it is seeded."""
+    from tests.support import tiny_backbone
+
+    backbone = tiny_backbone(num_classes=BACKBONE_CLASSES)
+    return Workshop(root, backbone, make_adapters(backbone.facts))
+
+
 def make_workshop(root: Path) -> Workshop:
     """Write checkpoint and adapters below ``root``."""
     from safetensors.torch import save_file
 
-    from tests.support import tiny_backbone
-
-    backbone = tiny_backbone(num_classes=BACKBONE_CLASSES)
-    workshop = Workshop(root, backbone, make_adapters(backbone.facts))
+    workshop = open_workshop(root)
+    backbone = workshop.backbone
+    root.mkdir(exist_ok=True)
     state = {name: t.contiguous() for name, t in backbone.model.state_dict().items()}
     save_file(state, workshop.checkpoint)
     for name, adapter in workshop.adapters.items():
@@ -160,8 +167,8 @@ def make_workshop(root: Path) -> Workshop:
     return workshop
 
 
-def make_scaled_workshop(root: Path, workshop: Workshop) -> Workshop:
-    """The same backbone, and adapters that need more than a diagonal and a low rank.
+def make_scaled_adapters(workshop: Workshop) -> dict[str, Adapter]:
+    """Adapters of its backbone that need more than a diagonal and a low rank.
 
     ``norms`` can only be folded. Of the others `after` is sequential, `ia3` has no matrix, and
     `plain` none of s_in, s_out and db.
@@ -174,19 +181,15 @@ def make_scaled_workshop(root: Path, workshop: Workshop) -> Workshop:
         for name, site in few.sites.items()
     }
     every = ("q", "k", "v", "proj", "fc1", "fc2")
-    return other_workshop(
-        root,
-        workshop,
-        {
-            "scaled": random_adapter(facts, targets=every, classes=7, seed=61, parts=PARTS),
-            "ia3": replace(few, sites=sites),
-            "after": random_adapter(
-                facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=63, parts=PARTS
-            ),
-            "plain": random_adapter(facts, targets=every, classes=2, seed=64),
-            "norms": _with_values(workshop, random_adapter(facts, targets=("q",), classes=4)),
-        },
-    )
+    return {
+        "scaled": random_adapter(facts, targets=every, classes=7, seed=61, parts=PARTS),
+        "ia3": replace(few, sites=sites),
+        "after": random_adapter(
+            facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=63, parts=PARTS
+        ),
+        "plain": random_adapter(facts, targets=every, classes=2, seed=64),
+        "norms": _with_values(workshop, random_adapter(facts, targets=("q",), classes=4)),
+    }
 
 
 def _with_values(workshop: Workshop, adapter: Adapter) -> Adapter:
@@ -203,6 +206,7 @@ def _with_values(workshop: Workshop, adapter: Adapter) -> Adapter:
 def other_workshop(root: Path, workshop: Workshop, adapters: dict[str, Adapter]) -> Workshop:
     """A workshop of other adapters with the checkpoint and the cache of this one."""
     workshop.cache.mkdir(exist_ok=True)
+    root.mkdir(exist_ok=True)
     (root / "backbone.safetensors").symlink_to(workshop.checkpoint)
     (root / "cache").symlink_to(workshop.cache)
     other = Workshop(root, workshop.backbone, adapters)

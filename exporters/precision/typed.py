@@ -31,7 +31,14 @@ from hhdeploy.exporters.precision.twin import (
 )
 from hhdeploy.graph import BRANCH
 
-__all__ = ["ISLANDS", "PRECISIONS", "PRECISION_TAG", "rounding_twin", "typed_model"]
+__all__ = [
+    "CUDA_BFLOAT16",
+    "ISLANDS",
+    "PRECISIONS",
+    "PRECISION_TAG",
+    "rounding_twin",
+    "typed_model",
+]
 
 PRECISIONS: Final = TYPED
 
@@ -54,6 +61,14 @@ ISLANDS: Final[frozenset[str]] = _REDUCTIONS | {
     # and quotients of small numbers (1 / 1e-8) too. Division by a constant is only a scale.
     "Div", "Exp", "Log", "Pow", "Reciprocal", "Sqrt",
 }  # fmt: skip
+# What ONNX Runtime's CUDA provider computes in bfloat16 in opset 20 (its docs/OperatorKernels.md).
+# A bfloat16 graph with any other operator in bfloat16 (Pad, Greater, Clip) does not load there.
+CUDA_BFLOAT16: Final[frozenset[str]] = frozenset(
+    "Abs Add Cast Concat ConstantOfShape Div Erf Exp Expand Flatten Gather GatherElements GatherND "
+    "Gelu Gemm Identity LayerNormalization MatMul Max Min Mod Mul Neg Pow ReduceSum Relu Reshape "
+    "ScatterElements ScatterND Sigmoid Sign Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile "
+    "Transpose Trilu Unsqueeze Where".split()
+)
 # Element by element: between two islands they stay high (the "+ epsilon" of a norm).
 _GLUE = frozenset({"Abs", "Add", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Sub"})
 # They read a value without computing with it.
@@ -66,7 +81,8 @@ def typed_model(model: ir.Model, precision: str, islands: frozenset[str] = ISLAN
     """A new, strongly typed graph; ``model`` is not changed, its initializers are not edited.
 
     1. Operators in ``islands`` stay float32, all other arithmetic is low, unless the operator
-       has no low form in this opset (Conv has no bfloat16 before opset 22).
+       has no low form in this opset (Conv has no bfloat16 before opset 22), or none in bfloat16
+       on a GPU (`CUDA_BFLOAT16`); what only moves data before such a one is low all the same.
     2. Norms that the tracer wrote out stay float32 as a whole: element-wise operators that
        combine with a reduction's result (x - mean, x / root), or stand between islands.
     3. Data movement has its producer's type. Behind an island it stays float32 as long as an
@@ -229,7 +245,7 @@ class _Placing:
     def _decide(self, node: ir.Node) -> None:
         """Movement is high if an island reads it, arithmetic only if nothing else does."""
         readers = [
-            user not in self._low
+            user not in self._low and not self._lacks_kernel(user)
             for output in node.outputs
             for user, _ in output.uses()
             if _computes(user)
@@ -251,11 +267,24 @@ class _Placing:
     def _is_island(self, node: ir.Node) -> bool:
         if node.op_type == "Gather" and (node.name or "").startswith(_BANK_GATHER):
             return True
-        if node.domain or not _has_low_form(node, self._dtype):
+        if node.domain or not _has_low_form(node, self._dtype) or self._lacks_kernel(node):
             return True
         if node.op_type == "Div" and is_constant(node.inputs[1]):
             return False
         return node.op_type in self._islands
+
+    def _lacks_kernel(self, node: ir.Node) -> bool:
+        """Whether a node that could be bfloat16 is float32 for want of a kernel alone.
+
+        Such a node is no reason to keep what it reads in float32: the Split of the bank's rows
+        would be, for one comparison of one value.
+        """
+        return (
+            self._dtype is ir.DataType.BFLOAT16
+            and node.op_type not in CUDA_BFLOAT16 | self._islands
+            and not node.domain
+            and _has_low_form(node, self._dtype)
+        )
 
 
 def _only_rows(inputs: list[_Has]) -> bool:

@@ -133,6 +133,23 @@ def unbound(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
     )
 
 
+def notes(name: str, adapter: Adapter, facts: BackboneFacts) -> list[str]:
+    """Lines about what is assumed of an adapter that passed `check`: weights and preprocessing."""
+    stated, own = adapter.config.preprocess, facts.preprocess
+    line = None
+    if stated is None:
+        line = (
+            f"adapter {name!r} does not say how its images become inputs: assumed as the "
+            f"backbone's, {own.described()}"
+        )
+    elif stated.described() != own.described():
+        line = (
+            f"adapter {name!r} takes its images in its own way, {stated.described()}; the "
+            f"backbone's is {own.described()}"
+        )
+    return [found for found in (unbound(name, adapter, facts), line) if found]
+
+
 def _check_site(adapter: Adapter, site: Site) -> None:
     """The form acts there, and the tensors have the matrix's size."""
     _check_form(adapter.form, site, adapter.source)

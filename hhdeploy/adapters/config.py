@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
@@ -32,6 +32,46 @@ TENSOR_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
+class Compression:
+    """What an adapter lost when its dense changes became products of a rank.
+
+    Attributes:
+        rank: of the products.
+        max_range_error: the largest difference in logits from the original, of their range.
+        worst_site: where the most of a change was lost.
+    """
+
+    rank: int
+    max_range_error: float
+    worst_site: str
+
+    def __str__(self) -> str:
+        return (
+            f"compressed to rank {self.rank}: its logits differ from the original's by "
+            f"{self.max_range_error:.1e} of their range, most at {self.worst_site}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``compressed`` entry of a configuration and a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: object) -> Compression | None:
+        """Read what `to_json` wrote, None for null.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if content is None:
+            return None
+        keys = {"rank": int, "max_range_error": float, "worst_site": str}
+        fits = isinstance(content, dict) and {k: type(v) for k, v in content.items()} == keys
+        if not fits:
+            raise ValueError("an object of rank, max_range_error and worst_site, or null")
+        return cls(**cast(dict[str, Any], content))
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """What ``adapter_config.json`` says; see `load_adapter` for the checks.
 
@@ -49,6 +89,7 @@ class AdapterConfig:
         preprocess: how images become inputs, None if unknown.
         problem_type: what the head's numbers mean; None: what `problem_type_of` makes of it.
         fold_only: it can be folded alone, no side branch computes it.
+        compressed: what it lost when it was compressed, None if it was not.
         extra: JSON keys that this version does not know, kept as they are.
     """
 
@@ -64,6 +105,7 @@ class AdapterConfig:
     preprocess: Preprocess | None = None
     problem_type: ProblemType | None = None
     fold_only: bool = False
+    compressed: Compression | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, schema_version: int = 1) -> dict[str, Any]:
@@ -87,6 +129,7 @@ class AdapterConfig:
             "preprocess": self.preprocess.to_json() if self.preprocess else None,
             **({"problem_type": self.problem_type} if self.problem_type else {}),
             **({"fold_only": True} if self.fold_only else {}),
+            **({"compressed": self.compressed.to_json()} if self.compressed else {}),
             **self.extra,
         }
 
@@ -124,7 +167,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     def fail(key: str, expected: str) -> AdapterError:
         return AdapterError(f"{where}: {key}: expected {expected}, found {content.get(key)!r}.")
 
-    known = set(AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json())
+    known = {*AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json(), "compressed"}
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
@@ -172,6 +215,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     if problem_type is not None and problem_type not in PROBLEM_TYPES:
         raise fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}, or null")
     check_problem_type(where, problem_type, num_classes)
+    try:
+        compressed = Compression.from_json(content.get("compressed"))
+    except ValueError as error:
+        raise fail("compressed", str(error)) from error
     base_sha256 = content.get("base_sha256")
     if base_sha256 is not None and not isinstance(base_sha256, str):
         raise fail("base_sha256", "64 hex digits or null")
@@ -188,6 +235,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         preprocess=_parse_preprocess(content, where, args),
         problem_type=problem_type,
         fold_only=fold_only,
+        compressed=compressed,
         extra={key: value for key, value in content.items() if key not in known},
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hhdeploy.adapters.checks import same_model
-from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.config import AdapterConfig, Compression
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors
 from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.backbones.sites import Form
@@ -65,6 +65,7 @@ def merge_adapters(
     config = replace(
         chosen.config,
         **_base_of(chosen.config, [adapter.config for adapter in named.values()]),
+        compressed=_worst([adapter.config.compressed for adapter in named.values()]),
         extra={
             **{k: v for k, v in chosen.config.extra.items() if k != "imported_from"},
             "merged_from": {name: weight for name, (_, weight) in adapters.items()},
@@ -188,6 +189,11 @@ def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[st
         "base_model": max((chosen.base_model, *names), key=len),
         "base_sha256": next(iter(digests), None),
     }
+
+
+def _worst(found: Sequence[Compression | None]) -> Compression | None:
+    """What the part lost that lost most; of the sum itself nobody measured it."""
+    return max(filter(None, found), key=lambda one: one.max_range_error, default=None)
 
 
 def _head_of(adapters: Mapping[str, Adapter], head: str | None) -> str:

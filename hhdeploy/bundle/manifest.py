@@ -16,6 +16,7 @@ from hhdeploy.adapters.config import (
     CLASSES,
     PROBLEM_TYPES,
     TENSOR_FILE,
+    Compression,
     ProblemType,
     problem_type_of,
 )
@@ -80,6 +81,7 @@ class AdapterEntry:
         verified: False for an adapter added later, until ``verify --against-torch``.
         problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
         strength: what its change of the backbone is multiplied by.
+        compressed: what it lost when it was imported with a rank, None if nothing.
         digest: sha256 of its tensors' file, of one that was read from a directory; "" of others.
             No part of the manifest, which has the digests of its files.
     """
@@ -92,6 +94,7 @@ class AdapterEntry:
     verified: bool
     problem_type: ProblemType = CLASSES
     strength: float = 1.0
+    compressed: Compression | None = None
     digest: str = field(default="", compare=False)
 
     def label(self, index: int) -> str:
@@ -110,6 +113,7 @@ class AdapterEntry:
             "verified": self.verified,
             **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
             **({"strength": self.strength} if self.strength != 1.0 else {}),
+            **({"compressed": self.compressed.to_json()} if self.compressed else {}),
         }
 
     @classmethod
@@ -127,6 +131,7 @@ class AdapterEntry:
             content["verified"],
             problem_type_of(problem_type, content["classes"]),
             float(content.get("strength", 1.0)),
+            Compression.from_json(content.get("compressed")),
         )
 
 

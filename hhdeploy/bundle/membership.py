@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check, check_live, check_name, unbound
+from hhdeploy.adapters.checks import check, check_live, check_name, notes
 from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
@@ -17,6 +17,7 @@ from hhdeploy.backbones.sites import Form, linear_spec
 from hhdeploy.bundle.layout import RowLayout, check_row_range
 from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
+from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.errors import PlanError
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of
@@ -37,17 +38,23 @@ def entry_of(
         verified,
         problem_type_of(config.problem_type, classes),
         adapter.strength,
+        config.compressed,
     )
 
 
-def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32]:
+def admit(
+    manifest: Manifest, name: str, adapter: Adapter, progress: Progress = lambda step: None
+) -> NDArray[np.float32]:
     """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
+
+    ``progress`` is told which sites the type of a graph rounds away.
 
     Raises:
         PlanError: folded bundle, bank baked in, a name that is taken, or an adapter that can
             only be folded.
         AdapterError: see `check`.
-        CapacityError: it does not fit; the message names the flag to export with.
+        CapacityError: it does not fit; the message names the flag to export with. Or a float16
+            graph would round all of it away.
     """
     if manifest.layout is None:
         raise PlanError(
@@ -63,6 +70,8 @@ def admit(manifest: Manifest, name: str, adapter: Adapter) -> NDArray[np.float32
     check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)
+    if line := check_row_survives(name, manifest.layout, row, manifest.graphs):
+        progress(line)
     return row
 
 
@@ -103,8 +112,8 @@ def add_adapter(
     adapter = at_strength(load_adapter(source), strength)
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
-        row = admit(manifest, name, adapter)
-        if line := unbound(name, adapter, manifest.backbone):
+        row = admit(manifest, name, adapter, progress)
+        for line in notes(name, adapter, manifest.backbone):
             progress(line)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(

@@ -88,6 +88,8 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     console.print(ui.table(None, columns, rows))
     for path, value in adapter.values.items():
         console.print(f"{path} {list(value.shape)}: replaced, so fold only", markup=False)
+    if adapter.config.compressed:
+        console.print(f"It is {adapter.config.compressed}", markup=False)
     console.print(f"{adapter.parameters:,} parameters in {len(sites)} sites, {head:,} in the head")
 
 
@@ -109,6 +111,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
     title = f"{manifest.kind} bundle of {manifest.backbone.model}"
     click.echo(title)  # not the table's: a title wraps to the table's width
     ui.console().print(ui.table(None, ("adapter", "row", "classes", "verified"), rows))
+    ui.say_compressed(manifest)
 
 
 @command.command("add")

@@ -241,11 +241,8 @@ def _write(adapter: Adapter, out: Path, overwrite: bool) -> None:
             "that a row does not hold. Changes of Linears become side branches with "
             "--compress-rank K."
         )
-    if lost := config.extra.get("compressed"):
-        ui.note(
-            f"Compressed to rank {lost['rank']}: its logits differ from the original's by "
-            f"{lost['max_range_error']:.1e} of their range, most at {lost['worst_site']}."
-        )
+    if config.compressed:
+        ui.note(f"It is {config.compressed}.")
     if config.extra["imported_from"]["preprocess_assumed"] and config.preprocess is not None:
         ui.note(
             f"preprocessing assumed, the model's: {config.preprocess.described()}. Say how images "

@@ -174,6 +174,7 @@ def command(
         console.print(ui.parity_table(result.parity))
     else:
         console.print("[yellow]Not verified[/] (--no-verify).")
+    ui.say_compressed(result.manifest)
     console.print(f"Wrote {result.manifest.kind} bundle {result.path}")
     example = result.manifest.adapters[0].name if result.manifest.adapters else "NAME"
     console.print(f"Next: hhdeploy predict {result.path} IMAGE --adapter {example}")

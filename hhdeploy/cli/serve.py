@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,7 +102,8 @@ def command(
                                                              more adapters than rows
     hhdeploy serve OUT --ray --replicas 4                    several replicas, on Ray
 
-    Log lines are JSON, on standard error. SIGTERM answers what was taken, then stops.
+    Log lines are JSON, on standard error. SIGTERM answers what was taken, then stops; SIGHUP
+    reads tokens, certificate and fleet directory again.
     """
     ui.check_cache_options(options["cache_dir"], options["no_cache"])
     # What was not given keeps the default of its field.
@@ -120,27 +122,35 @@ def _serve(settings: ServeSettings, http_port: int, grpc_port: int) -> None:
 
     require("uvicorn", "serve", "hhdeploy serve")
     require("starlette", "serve", "hhdeploy serve")
+    # gRPC's own lines are no JSON, and every failed handshake of anybody is one.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for module in ("tritonclient.grpc", "grpc_health.v1", "grpc_reflection.v1alpha", "hpack"):
         require(module, "serve", "hhdeploy serve")
+    from hhdeploy.runtime.serving.access.tls import Tls
+    from hhdeploy.runtime.serving.access.tokens import Access
     from hhdeploy.runtime.serving.logs import log_as_json
     from hhdeploy.runtime.serving.server import Addresses, serve
     from hhdeploy.runtime.serving.service import Service
+    from hhdeploy.runtime.serving.tracing import start_tracing
     from hhdeploy.runtime.session import open_session
 
     log_as_json(settings.log_level)
-    token = settings.token()
+    start_tracing()
+    access, tls = Access.of(settings), Tls.of(settings)
     session = open_session(settings.bundle, **settings.session_options())
     served = f"{settings.bundle} on {session.device}, {settings.precision}"
 
     def announce(where: Addresses) -> None:
         shown = f"[{where.host}]" if ":" in where.host else where.host
         grpc = f", gRPC {shown}:{where.grpc_port}" if where.grpc_port is not None else ""
-        click.echo(f"{served}: http://{shown}:{where.http_port}{grpc}")
+        scheme = "http" if tls is None else "https"
+        click.echo(f"{served}: {scheme}://{shown}:{where.http_port}{grpc}")
 
     async def run() -> None:
         await serve(
             Service(session, settings),
-            token=token,
+            access=access,
+            tls=tls,
             http_port=http_port,
             grpc_port=grpc_port if grpc_port >= 0 else None,
             announce=announce,
@@ -169,9 +179,10 @@ def _serve_on_ray(
     settings = RaySettings(**{name: _whole(value) for name, value in given.items()})
 
     def announce(where: Addresses) -> None:
+        scheme = "http" if settings.tls_cert is None else "https"
         click.echo(
             f"{settings.bundle} on {settings.replicas} replicas, {settings.device}, "
-            f"{settings.precision}: http://{where.host}:{where.http_port}"
+            f"{settings.precision}: {scheme}://{where.host}:{where.http_port}"
         )
 
     log_as_json(settings.log_level)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -20,6 +20,9 @@ from rich.text import Text
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
+
+if TYPE_CHECKING:
+    from hhdeploy.bundle.manifest import Manifest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -360,6 +363,14 @@ def parity_table(report: ParityReport) -> Group:
         f"[dim]{runtimes}, {describe_data(report.data)}[/]"
     )
     return table(title, columns, rows)
+
+
+def say_compressed(manifest: Manifest) -> None:
+    """A line for each adapter that is not all that was trained: parity is with what is left."""
+    for entry in manifest.adapters:
+        if entry.compressed:
+            text = f"{entry.name} is {entry.compressed}"
+            console().print(text, style="yellow", markup=False, soft_wrap=True)
 
 
 def _near_ties(stage: StageResult) -> str:

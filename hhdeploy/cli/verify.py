@@ -79,6 +79,7 @@ def command(
         ui.check_backbone_options(checkpoint, pretrained, noise=verify_data is None)
     else:
         ui.refuse_unused(_AGAINST_TORCH, "needs --against-torch")
+    from hhdeploy.bundle import Bundle
     from hhdeploy.verifying.bundles import verify, verify_against_torch
 
     with ui.steps(as_json) as step:
@@ -107,16 +108,12 @@ def command(
         ui.console().print(ui.parity_table(report))
         for overflow in dict.fromkeys(s.overflow for s in report.stages if s.overflow):
             ui.console().print(overflow, style="red", markup=False, soft_wrap=True)
-        for name in _unverified(bundle):
+        manifest = Bundle.open(bundle).manifest
+        ui.say_compressed(manifest)
+        for name in (a.name for a in manifest.adapters if not a.verified):
             ui.console().print(
                 f"[yellow]{name}[/] was added later and is not in the reference: run "
                 "hhdeploy verify --against-torch"
             )
     if not report.passed:
         raise SystemExit(1)
-
-
-def _unverified(path: Path) -> list[str]:
-    from hhdeploy.bundle import Bundle
-
-    return [a.name for a in Bundle.open(path).manifest.adapters if not a.verified]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.checks import check, check_name, check_sites, unbound
+from hhdeploy.adapters.checks import check, check_name, check_sites, notes
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle import Bundle
@@ -21,12 +21,14 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
+from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
+from hhdeploy.verifying.survival import check_folded, check_reference, say
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -99,7 +101,8 @@ def export(
             typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
         verify_images: images per adapter.
-        allow_no_effect: take an adapter that moves no logit on these images too.
+        allow_no_effect: take an adapter that moves no logit on these images too, or none in one
+            of ``precisions``; a line says so.
         cache: directory of traced backbones; "default": see ``default_cache``; None: no cache.
         overwrite: replace an existing bundle once the new one is complete; anything else that is
             there is refused.
@@ -139,8 +142,7 @@ def export(
         for note in backbone.notes:
             progress(note)
         for name, adapter in loaded.items():
-            if line := unbound(name, adapter, backbone.facts):
-                progress(line)
+            say(progress, notes(name, adapter, backbone.facts))
         if loaded or not fold:
             check_sites(backbone.facts)
         progress("tracing the backbone (cached for the next export)")
@@ -149,6 +151,7 @@ def export(
         base = _base(backbone, alone, Path(where) if where else None)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
+        say(progress, _rounded_away(backbone, contents, precisions, not allow_no_effect))
         data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
         reference = (
             _reference_of(backbone, contents, data, not allow_no_effect, progress)
@@ -163,6 +166,9 @@ def export(
             progress("verifying against the training-time model")
             found = _verified(Bundle(scratch, manifest), data)
             report = found.without(found.overflowed)
+            kept_precisions = [p for p in precisions if p not in found.overflowed]
+            bundle = Bundle(scratch, manifest)
+            say(progress, check_reference(bundle, kept_precisions, refuse=not allow_no_effect))
             kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
             manifest = _store_report(kept, report)
     if found is not None and found.overflowed:
@@ -265,6 +271,30 @@ def _contents(
     ((name, adapter),) = adapters.items()
     check(name, adapter, base.facts)
     return folded_contents(base, name, adapter)
+
+
+def _rounded_away(
+    backbone: Backbone, contents: Contents, precisions: Sequence[str], refuse: bool
+) -> Iterator[str | None]:
+    """Lines about what rounding leaves nothing of: in rows, or in folded weights."""
+    layout, bank = contents.manifest.layout, contents.bank
+    for entry in contents.manifest.adapters:
+        adapter = contents.adapters.get(entry.name)
+        if layout is not None and bank is not None:
+            yield check_row_survives(entry.name, layout, bank[entry.row or 0], precisions)
+        elif adapter is not None:
+            originals = {
+                path: backbone.model.get_parameter(path).detach().numpy() for path in adapter.values
+            }
+            for precision in ("float32", *precisions):
+                yield check_folded(
+                    entry.name,
+                    adapter,
+                    contents.model,
+                    precision,
+                    originals=originals,
+                    refuse=refuse,
+                )
 
 
 def _reference_of(

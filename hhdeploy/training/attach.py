@@ -68,7 +68,9 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     """Turn a model, in place, into the training-time model of one adapter.
 
     The backbone is frozen; the adapter's tensors and its new classifier are the only parameters
-    that require gradients.
+    that require gradients. A new adapter is bound to the model: to the digest of its weights and,
+    where it is of timm and ``preprocess`` is None, to timm's preprocessing of it. Of another model
+    give ``preprocess``: `hhdeploy.export` says what it assumes without one.
 
     Args:
         model: any module with Linears: of timm, transformers, torchvision, or your own.
@@ -90,6 +92,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     facts = _facts_of(model, config)
     linears = facts.linears
     state = _Attached(replace(config, base_sha256=facts.sha256 or None), facts.classifier)
+    if isinstance(adapter, AdapterConfig) and config.preprocess is None and _is_timms(model):
+        state.config = replace(state.config, preprocess=facts.preprocess)
     if isinstance(adapter, Adapter):
         check(Path(adapter.source).name, adapter, facts)
         state.old_values = put_values(model, adapter.values, adapter.source)
@@ -171,8 +175,7 @@ def _state(model: nn.Module) -> _Attached:
 def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
     """What a model in hand says of itself; what it does not say is taken from the adapter.
 
-    Its digest is that of float32 weights, which a bundle has; other types have none to compare. It
-    does not say which image size it was made for.
+    Its digest is that of float32 weights, which a bundle has; other types have none to compare.
     """
     path = classifier_path(model)
     classifier: Any = model.get_submodule(path) if path else None
@@ -194,9 +197,19 @@ def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
 
 def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
     """timm's transform of the model; of another model one that nothing is compared with."""
-    if hasattr(model, "pretrained_cfg"):
-        return preprocess_of(model, config.base_model_args)
-    return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
+    if not _is_timms(model):
+        return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
+    made: dict[str, Any] = {}
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.groups == 1:
+        made["in_chans"] = first.in_channels
+    if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
+        made["img_size"] = size
+    return preprocess_of(model, {**made, **config.base_model_args})
+
+
+def _is_timms(model: nn.Module) -> bool:
+    return hasattr(model, "pretrained_cfg")
 
 
 def _check_classifier(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -> None:

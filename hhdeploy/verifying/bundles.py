@@ -231,8 +231,8 @@ def verify_graphs(
         really = _really(bundle.manifest, device, precision)
         stage = stage_of(bundle.manifest.kind, really, precision)
         with scratch_directory(None, "twin") as scratch:
-            twin = _twin(bundle, precision, scratch) if stage == "twin" else None
-            found, runtime = _logits(
+            twin = twin_of(bundle, precision, scratch) if stage == "twin" else None
+            found, runtime = logits_of(
                 twin or bundle, really, "float32" if twin else precision, images, ids, names
             )
             for name, row in names.items():
@@ -282,7 +282,7 @@ def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
     return rows | {a.name: a.row or 0 for a in manifest.adapters if a.verified or added_later}
 
 
-def _logits(
+def logits_of(
     bundle: Bundle,
     device: str,
     precision: str,
@@ -290,6 +290,10 @@ def _logits(
     ids: NDArray[np.int64],
     names: Mapping[str, int],
 ) -> tuple[NDArray[np.float32], str]:
+    """float32 logits [n, classes] of images [n, 3, H, W] of rows, and what computed them.
+
+    ``names``: adapter -> row.
+    """
     from hhdeploy.runtime.session import open_bundle
 
     by_row: dict[int, str | None] = {row: name for name, row in names.items()}
@@ -303,7 +307,7 @@ def _logits(
         return np.concatenate(batches), session.device
 
 
-def _twin(bundle: Bundle, precision: str, path: Path) -> Bundle:
+def twin_of(bundle: Bundle, precision: str, path: Path) -> Bundle:
     """A bundle whose float32 graph is the rounding twin of a typed graph."""
     for package in ("onnx", "onnx_ir"):
         require(package, "export", f"verifying a {precision} graph (by its rounding twin)")

@@ -14,10 +14,12 @@ from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, name_with_digits
 from hhdeploy.bundle.reading import graph_hint, read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit, work_directory
+from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
 from hhdeploy.verifying.bundles import parity_error, verify_graphs
+from hhdeploy.verifying.survival import check_folded, check_reference, say
 
 # Writes a graph to the path given, its weights to <path>.data.
 Save = Callable[[Path], None]
@@ -54,32 +56,43 @@ def add_typed_graph(
             f"{' and '.join(PRECISIONS)} are made when they are missing, others are not. "
             f"{graph_hint(bundle.path, precision)}"
         )
-    _check_rows(bundle, precision)
+    _check_rows(bundle, precision, progress)
     progress(f"making the {precision} graph")
-    model = typed_model(ir.load(bundle.graph("float32")), precision)
+    plain = ir.load(bundle.graph("float32"))
+    if bundle.manifest.layout is None and not bundle.manifest.whole:
+        ((name, adapter),) = (
+            (a.name, bundle.load_adapter(a.name)) for a in bundle.manifest.adapters
+        )
+        say(progress, [check_folded(name, adapter, plain, precision)])
+    model = typed_model(plain, precision)
 
     def judge(candidate: Bundle) -> Sequence[StageResult]:
         if not candidate.manifest.has(REFERENCE_FILE):
             return []
         progress("verifying it by its rounding twin")
-        return verify_graphs(candidate, "cpu", [precision]).stages
+        stages = verify_graphs(candidate, "cpu", [precision]).stages
+        say(progress, check_reference(candidate, [precision]))
+        return stages
 
     return add_graph(
         bundle,
         precision,
         lambda target: save_graph(model, target),
         judge,
-        accept=lambda now: _check_rows(now, precision),
+        accept=lambda now: _check_rows(now, precision, progress),
         lock_timeout=lock_timeout,
         progress=progress,
     )
 
 
-def _check_rows(bundle: Bundle, precision: str) -> None:
-    if bundle.manifest.layout is not None:
+def _check_rows(bundle: Bundle, precision: str, progress: Progress) -> None:
+    layout = bundle.manifest.layout
+    if layout is not None:
         bank = bundle.bank()
         for entry in bundle.manifest.adapters:
-            check_row_range(entry.name, bank[entry.row], [precision])
+            row = bank[entry.row]
+            check_row_range(entry.name, row, [precision])
+            say(progress, [check_row_survives(entry.name, layout, row, [precision])])
 
 
 def add_graph(

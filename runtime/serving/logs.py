@@ -7,6 +7,7 @@ where no connection can be taken for want of file descriptors, are written a few
 
 from __future__ import annotations
 
+import datetime
 import logging
 import queue
 import sys
@@ -114,10 +115,18 @@ def log_as_json(level: str, logger: str | None = None) -> None:
     form = "{asctime}{levelname}{name}{message}"
     # uvicorn's messages once more, with terminal colours.
     left_out = [*require("pythonjsonlogger.core", "serve", "a log").RESERVED_ATTRS, "color_message"]
-    handler.setFormatter(
-        formatters.JsonFormatter(form, style="{", rename_fields=names, reserved_attrs=left_out)
+    formatter = formatters.JsonFormatter(
+        form, style="{", rename_fields=names, reserved_attrs=left_out
     )
+    formatter.formatTime = _rfc3339
+    handler.setFormatter(formatter)
     handler.addFilter(Repeats())
     chosen = logging.getLogger(logger)
     chosen.handlers[:] = [handler]
     chosen.setLevel(level.upper())
+
+
+def _rfc3339(record: logging.LogRecord, datefmt: str | None = None) -> str:
+    """When a line was logged, in UTC, as RFC 3339 has it: ``2026-01-31T12:00:00.123Z``."""
+    moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

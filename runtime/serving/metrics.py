@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ from hhdeploy.runtime.serving.errors import kind_of
 
 # Seconds; an adapter of ViT-B size takes about 0.01.
 _LOAD_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
+# Seconds of a request.
+_LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+# Adapters with a histogram of their own, the first that were asked for; and the name of the others
+# together, which no adapter can have.
+_MOST_HISTOGRAMS, OTHERS = 100, "(others)"
 # Triton's words for why a request failed.
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 # Requests answered lately, for the page's latencies.
@@ -82,8 +88,8 @@ class Metrics:
         self.tallies: dict[str, Tally] = defaultdict(Tally)
         self.refusals: dict[str, int] = defaultdict(int)
         self.recent: list[float] = []
-        self._loads = [0] * (len(_LOAD_BUCKETS) + 1)
-        self._load_seconds = 0.0
+        self._loads = _Histogram(_LOAD_BUCKETS)
+        self._latencies: dict[str, _Histogram] = {}
 
     def answered(
         self,
@@ -108,6 +114,7 @@ class Metrics:
             self.adapters[adapter] += count
             self.images += count
             self.tallies[adapter].add(count, seconds)
+            self._latency(adapter).add(request)
         self.request_us += round(1e6 * request)
         self.queue_us += round(1e6 * queue)
         self.input_us += round(1e6 * prepare)
@@ -135,8 +142,13 @@ class Metrics:
 
     def loaded(self, seconds: float) -> None:
         """An adapter was loaded."""
-        self._loads[bisect_left(_LOAD_BUCKETS, seconds)] += 1
-        self._load_seconds += seconds
+        self._loads.add(seconds)
+
+    def _latency(self, adapter: str) -> _Histogram:
+        """Where the requests of an adapter are counted."""
+        if adapter not in self._latencies and len(self._latencies) >= _MOST_HISTOGRAMS:
+            adapter = OTHERS
+        return self._latencies.setdefault(adapter, _Histogram(_LATENCY_BUCKETS))
 
     def exposition(self, now: Now) -> tuple[bytes, str]:
         """The text of a scrape, and its content type."""
@@ -211,12 +223,36 @@ class Metrics:
         loads = core.HistogramMetricFamily(
             "hhdeploy_adapter_load_seconds", "Reading, checking and packing an adapter"
         )
-        total, buckets = 0, []
-        for bound, count in zip((*map(str, _LOAD_BUCKETS), "+Inf"), self._loads, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        loads.add_metric([], buckets, self._load_seconds)
+        loads.add_metric([], *self._loads.totals())
         yield loads
+        for name in self._latencies.keys() - now.adapters - {OTHERS}:
+            del self._latencies[name]
+        latencies = core.HistogramMetricFamily(
+            "hhdeploy_request_seconds",
+            "Requests that were answered, by adapter: one that names several counts for each",
+            labels=["adapter"],
+        )
+        for adapter, histogram in self._latencies.items():
+            latencies.add_metric([adapter], *histogram.totals())
+        yield latencies
+
+
+class _Histogram:
+    """Counts of values up to each of some bounds, and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def totals(self) -> tuple[list[tuple[str, float]], float]:
+        """As prometheus-client takes them: buckets, each with those below it, and the sum."""
+        names = (*map(str, self._bounds), "+Inf")
+        return [*zip(names, map(float, accumulate(self._counts)), strict=True)], self._sum
 
 
 def refusal_family(refusals: Mapping[str, int]) -> Any:

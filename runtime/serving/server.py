@@ -8,10 +8,15 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import uvicorn
 
+from hhdeploy.errors import PlanError
+from hhdeploy.runtime.serving.access.tls import Tls
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
+from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.arrival import bounded_protocol
@@ -38,16 +43,18 @@ class Addresses:
 async def serve(
     service: Service,
     *,
-    token: str | None,
+    access: Access,
+    tls: Tls | None = None,
     http_port: int,
     grpc_port: int | None,
     announce: Callable[[Addresses], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what was taken, and stop.
+    """Serve until SIGINT or SIGTERM, then answer what was taken, and stop. SIGHUP: `_reloading`.
 
     Args:
         service: not started yet; it is stopped at the end.
-        token: what loading adapters must present; None: nobody may.
+        access: who may ask.
+        tls: None: no TLS.
         http_port: 0 takes a free one.
         grpc_port: 0 takes a free one; None: no gRPC.
         announce: called once requests are answered.
@@ -58,7 +65,7 @@ async def serve(
     endpoint = LocalEndpoint(service)
     host = service.settings.host
     config = uvicorn.Config(
-        http_app(endpoint, token),
+        http_app(endpoint, access),
         http=bounded_protocol(_grace(service)),
         ws="none",
         proxy_headers=False,
@@ -70,9 +77,12 @@ async def serve(
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(_grace(service)),
     )
+    if tls is not None:
+        config.load()
+        config.ssl = tls.http  # one that can be read again; a server would make its own
     server = _Server(config)
     grpc: GrpcServer | None = None
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _reloading(service, access, tls):
         sockets = [stack.enter_context(each) for each in listen(host, http_port, "http_port")]
         # First of all, so that it is seen to live while it reads adapters. A task of its own:
         # uvicorn's clock wakes that one alone.
@@ -80,13 +90,17 @@ async def serve(
         try:
             await service.start()
             if grpc_port is not None:
-                grpc = await start_grpc(endpoint, grpc_port, token)
+                grpc = await start_grpc(endpoint, grpc_port, access, tls)
             _on_signals(service, server, grpc)
             announce(
                 Addresses(
                     host, sockets[0].getsockname()[1], grpc.port if grpc is not None else None
                 )
             )
+            if missing := service.settings.exposed():
+                _LOG.warning(
+                    "whoever reaches the port may ask and listen", extra={"without": missing}
+                )
             _LOG.info("serving", extra={"device": service.device})
             await serving
         finally:
@@ -128,3 +142,38 @@ def _on_signals(service: Service, server: uvicorn.Server, grpc: GrpcServer | Non
 
     for number in numbers:
         loop.add_signal_handler(number, stop, number)
+
+
+@contextlib.contextmanager
+def _reloading(service: Service, access: Access, tls: Tls | None) -> Iterator[None]:
+    """SIGHUP reads tokens, certificate and fleet directory again, until the end of the block."""
+    loop = asyncio.get_running_loop()
+    looks: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        _LOG.info("reading tokens, certificate and fleet directory again")
+        reads = [partial(access.read, service.settings), *([tls.read] if tls is not None else ())]
+        for read in reads:
+            try:
+                read()
+            except PlanError as error:
+                _LOG.error("kept as it was", extra={"problem": str(error)})
+        if service.fleet is not None:
+            look = asyncio.create_task(_look(service.fleet))
+            looks.add(look)
+            look.add_done_callback(looks.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        for look in looks:
+            look.cancel()
+
+
+async def _look(fleet: Fleet) -> None:
+    try:
+        await fleet.refresh()
+    except Exception:  # noqa: BLE001 - e.g. a network file system that is away for a moment
+        _LOG.exception("fleet directory cannot be looked through")

@@ -29,8 +29,6 @@ from hhdeploy.runtime.bank import Hold
 from hhdeploy.runtime.serving.batcher import Batcher, Computed
 from hhdeploy.runtime.serving.errors import NotFoundError, RequestError, StoppingError
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
-from hhdeploy.runtime.serving.images import Pictures
-from hhdeploy.runtime.serving.inputs import as_pixels, check_images
 from hhdeploy.runtime.serving.messages import (
     ADAPTERS,
     BYTES,
@@ -49,7 +47,10 @@ from hhdeploy.runtime.serving.outputs import (
     check_outputs,
     output_of,
 )
+from hhdeploy.runtime.serving.pictures.images import Pictures
+from hhdeploy.runtime.serving.pictures.inputs import as_pixels, check_images
 from hhdeploy.runtime.serving.settings import ServeSettings
+from hhdeploy.runtime.serving.tracing import trace_parts
 from hhdeploy.runtime.session import Session
 
 
@@ -279,14 +280,14 @@ class Service:
             name = entry.name if entry is not None else BACKBONE
             images[name] = images.get(name, 0) + 1
         end = time.perf_counter()
-        self.metrics.answered(
-            images,
-            request=end - begin,
-            queue=answer.queue_seconds,
-            prepare=prepared - begin,
-            run=answer.run_seconds,
-            finish=end - ran,
-        )
+        parts = {
+            "prepare": prepared - begin,
+            "queue": answer.queue_seconds,
+            "run": answer.run_seconds,
+            "finish": end - ran,
+        }
+        self.metrics.answered(images, request=end - begin, **parts)
+        trace_parts(**parts)
 
     def _named_by_model(self, request: InferRequest) -> str | None:
         """The adapter that the model's name stands for; None: the bundle's own."""

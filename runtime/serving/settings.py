@@ -7,18 +7,12 @@ tests build the class as it is.
 from __future__ import annotations
 
 import ipaddress
-import logging
-import re
-import stat
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import OptionError, PlanError
 
-_LOG = logging.getLogger("hhdeploy.serve")
-# What a header can carry; a token that is easy to guess is no token.
-_TOKEN = re.compile(r"[\x21-\x7e]{16,1024}")
 # What the loopback is called.
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # A float32 as text, with its comma; and what `ServeSettings.json_limit` keeps to.
@@ -72,7 +66,11 @@ class ServeSettings:
         pinned: adapters that are never evicted.
         allow_adapter_loading: whether the network may load and unload adapters.
         token_file: holds the token that it must present then.
+        inference_token_file: holds the tokens, one a line, of which all other requests but health
+            must present one; None: they need none.
+        tls_cert, tls_key: certificate chain and key, PEM; None: no TLS.
         allowed_hosts: names by which HTTP requests may call the server, see `hosts`.
+        no_access_log: write no line for each request.
         log_level: debug, info, warning or error.
         max_json: bytes of JSON in an inference, decompressed; None: see `json_limit`.
         body_bytes: of a request, also once it is decompressed.
@@ -149,6 +147,14 @@ class ServeSettings:
     token_file: Path | None = field(
         default=None, metadata=_asked("The token that loading adapters needs.")
     )
+    inference_token_file: Path | None = field(
+        default=None,
+        metadata=_asked("Tokens, one a line; every request but health must present one then."),
+    )
+    tls_cert: Path | None = field(
+        default=None, metadata=_asked("Certificate chain, PEM: HTTP and gRPC over TLS.")
+    )
+    tls_key: Path | None = field(default=None, metadata=_asked("Its key, PEM, not encrypted."))
     allowed_hosts: frozenset[str] = field(
         default=frozenset(),
         metadata=_asked(
@@ -156,6 +162,9 @@ class ServeSettings:
             "[default: localhost on a loopback --host, any on others]",
             flag="--allowed-host",
         ),
+    )
+    no_access_log: bool = field(
+        default=False, metadata=_asked("No line in the log for each request.")
     )
     log_level: str = field(default="info", metadata=_asked())
     max_json: int | None = field(
@@ -206,9 +215,11 @@ class ServeSettings:
             )
         if self.token_file is not None and not self.allow_adapter_loading:
             raise OptionError(
-                "`token_file` needs `allow_adapter_loading`: nothing else asks for the token, "
-                "least of all inference."
+                "`token_file` needs `allow_adapter_loading`: nothing else asks for that token. "
+                "The tokens of inference are in `inference_token_file`."
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise OptionError("`tls_cert` and `tls_key` go together: give both, or none.")
         if self.adapters_dir is not None and not self.adapters_dir.is_dir():
             raise PlanError(
                 f"`adapters_dir`: {self.adapters_dir} is not a directory. Expected a folder with "
@@ -255,15 +266,14 @@ class ServeSettings:
             return frozenset(map(str.lower, self.allowed_hosts | _LOOPBACK | {self.host}))
         return None
 
-    def token(self) -> str | None:
-        """What loading adapters must present, read from its file now; None: nobody may load.
-
-        It is no field, so that it never travels or is printed with the rest.
-
-        Raises:
-            PlanError: see `read_token`.
-        """
-        return read_token(self.token_file) if self.token_file is not None else None
+    def exposed(self) -> str:
+        """What keeps others from asking, and is missing; empty on a loopback address."""
+        given = {
+            "`tls_cert`": self.tls_cert is not None,
+            "`inference_token_file`": self.inference_token_file is not None,
+        }
+        missing = [name for name, there in given.items() if not there]
+        return "" if _is_loopback(self.host) else ", ".join(missing)
 
 
 def _check_range(name: str, value: Any, option: Option | None) -> None:
@@ -280,27 +290,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def read_token(path: Path) -> str:
-    """The token in a file: one line of 16 to 1,024 printable characters without spaces.
-
-    A file that everybody on the machine may read is warned of, not refused: secrets are mounted
-    into containers like that.
-
-    Raises:
-        PlanError: no such file, or not a token; the content is never shown.
-    """
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-        readable = path.stat().st_mode & stat.S_IROTH
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"`token_file`: {path} cannot be read: {error}") from error
-    if not _TOKEN.fullmatch(token):
-        raise PlanError(
-            f"`token_file`: {path}: expected one line of 16 to 1,024 printable ASCII characters "
-            "without spaces. Make one with: openssl rand -hex 32 > token"
-        )
-    if readable:
-        _LOG.warning("others may read the token: chmod 600", extra={"file": str(path)})
-    return token

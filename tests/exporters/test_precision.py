@@ -17,6 +17,7 @@ from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.precision.typed import (
+    CUDA_BFLOAT16,
     ISLANDS,
     PRECISION_TAG,
     PRECISIONS,
@@ -25,6 +26,7 @@ from hhdeploy.exporters.precision.typed import (
 )
 from hhdeploy.exporters.trace import BaseGraph, base_graph
 from hhdeploy.plan import Plan, Reserve, plan_branches
+from tests.parity.architectures import traced
 from tests.support import random_adapter, tiny_backbone
 
 LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -133,6 +135,31 @@ def test_vit_islands_are_float32_and_products_are_low(base: BaseGraph) -> None:
     assert typed.graph.initializers["blocks.0.norm1.weight"].dtype == FLOAT
 
 
+@pytest.mark.parametrize("name", ["vit", "swin", "beit"])
+def test_bfloat16_is_computed_where_cuda_does(name: str) -> None:
+    """A GPU's ONNX Runtime refuses a graph with a bfloat16 operator that it has no kernel for."""
+    _, base = traced(name)
+    targets = ("q", "k", "v", "proj", "fc1", "fc2")
+    adapters = {
+        "all": random_adapter(base.facts, targets=targets, parts=("s_in", "s_out", "db")),
+        "bias": random_adapter(base.facts, targets=targets, classes=5),
+        "after": random_adapter(base.facts, targets=("proj", "fc2"), form="sequential"),
+    }
+    model = branched_model(base, plan_branches(base.facts, adapters, Reserve()))
+    low = {
+        found.op_type
+        for found in typed_model(model, "bfloat16").graph
+        if any(
+            v is not None and v.dtype == LOW["bfloat16"] for v in (*found.inputs, *found.outputs)
+        )
+    }
+    assert {"MatMul", "Add", "Mul", "Split", "Gelu"} <= low <= CUDA_BFLOAT16
+    assert not low & {"Pad", "Greater", "Less", "Equal", "Clip", "Sin", "Cos", "HardSwish", "Conv"}
+    pads = [found for found in typed_model(model, "float16").graph if found.op_type == "Pad"]
+    assert pads
+    assert all(found.outputs[0].dtype == LOW["float16"] for found in pads)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("rewrite", [typed_model, rounding_twin])
 def test_recorded_types_are_those_that_onnx_infers(
@@ -160,14 +187,15 @@ def test_interface_keeps_names_and_types(base: BaseGraph, plan: Plan, precision:
         ]
 
 
-def test_bank_is_cast_after_its_gather(base: BaseGraph, plan: Plan) -> None:
-    typed = typed_model(branched_model(base, plan), "float16")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bank_is_cast_after_its_gather(base: BaseGraph, plan: Plan, precision: str) -> None:
+    typed = typed_model(branched_model(base, plan), precision)
     bank = typed.graph.inputs[2]
     assert [use.node.op_type for use in bank.uses()] == ["Gather"]
     gather = bank.uses()[0].node
     assert gather.outputs[0].dtype == FLOAT
     (cast,) = [use.node for use in gather.outputs[0].uses()]
-    assert cast.name == "cast/branch/bank/gather/float16"
+    assert cast.name == f"cast/branch/bank/gather/{precision}"
     assert [use.node.op_type for use in cast.outputs[0].uses()] == ["Split"]
 
 

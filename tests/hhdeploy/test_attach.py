@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from hhdeploy.backbones.structure import base_sha256, classifier_path
 from hhdeploy.errors import AdapterError
 from hhdeploy.training import attach, detach, extract, save
 from tests.own_models import authors_vit, encoder, torchvision_vit
-from tests.support import assert_parity
+from tests.support import TINY_ARGS, TINY_MODEL, assert_parity
 
 EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -59,6 +61,31 @@ def test_an_adapter_goes_on_and_comes_off(make, sites, classifier, tmp_path):
     assert extract(model).sites.keys() == adapter.sites.keys()
     with torch.no_grad():
         assert_parity(bare.numpy(), detach(model)(inputs).numpy(), "algebra", "float32")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_new_adapter_is_bound_to_timm_s_preprocessing(channels, tmp_path):
+    """Also where the configuration does not repeat how the model was made."""
+    import timm
+
+    args = {**TINY_ARGS, "img_size": 40, "in_chans": channels}
+    model = timm.create_model(TINY_MODEL, pretrained=False, **args)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "crop_pct": 0.83}
+    save(attach(model, AdapterConfig(TINY_MODEL, num_classes=2)), tmp_path / "a")
+    found = load_adapter(tmp_path / "a").config
+    assert found.base_sha256
+    assert found.preprocess.input_size == (channels, 40, 40)
+    assert found.preprocess.mean == pytest.approx((0.2,) if channels == 1 else (0.1, 0.2, 0.3))
+    assert found.preprocess.crop_pct == 0.83
+    detach(model)
+    own = replace(found.preprocess, crop_pct=1.0)
+    attach(model, AdapterConfig(TINY_MODEL, num_classes=2, preprocess=own))
+    assert extract(model).config.preprocess == own
+
+
+def test_of_another_model_preprocessing_is_not_guessed():
+    model = attach(authors_vit(), AdapterConfig("python:m:f", num_classes=2))
+    assert extract(model).config.preprocess is None
 
 
 def test_the_packed_weight_gets_its_thirds():

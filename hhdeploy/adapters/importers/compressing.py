@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.applying import logits_with, parameters_with, path_of_parameters
+from hhdeploy.adapters.config import Compression
 from hhdeploy.adapters.format import Adapter, SiteTensors
 from hhdeploy.errors import AdapterError, OptionError
 from hhdeploy.parity import COMPRESSION_BOUND, compare
@@ -104,9 +105,8 @@ def _judged(
             f"{lost[worst]:.0%} of its change. Raise `compress_rank`, accept it with "
             "`accept_error`, or leave both out and fold the adapter."
         )
-    stated = {"rank": rank, "max_range_error": error, "worst_site": worst}
-    extra = {**found.config.extra, "compressed": stated}
-    return replace(found, config=replace(found.config, extra=extra))
+    stated = Compression(rank, float(error), worst)
+    return replace(found, config=replace(found.config, compressed=stated))
 
 
 def _reference_images(backbone: Backbone) -> NDArray[np.float32]:

@@ -20,6 +20,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import DeviceError
+from hhdeploy.runtime.serving.access.tls import Tls
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.grpc.front import Front
@@ -44,11 +46,12 @@ class GrpcServer:
         port: it listens on.
     """
 
-    def __init__(self, endpoint: Endpoint, token: str | None) -> None:
+    def __init__(self, endpoint: Endpoint, access: Access, tls: Tls | None) -> None:
         self.port = 0
         self._endpoint = endpoint
         self._settings = endpoint.settings
-        self._servicer = Servicer(endpoint, token)
+        self._tls = tls
+        self._servicer = Servicer(endpoint, access)
         self._scratch = tempfile.TemporaryDirectory(prefix="hhdeploy-grpc-")
         self._front = Front(Path(self._scratch.name) / "socket", self._settings.connections)
         self._servers: list[Any] = []
@@ -62,7 +65,7 @@ class GrpcServer:
                 undo.enter_context(each) for each in listen(self._settings.host, port, "grpc_port")
             ]
             await self._serve()
-            await self._front.listen(sockets, None)
+            await self._front.listen(sockets, None if self._tls is None else self._tls.grpc)
             undo.pop_all()
         self.port = self._front.port
         self._watch = asyncio.create_task(self._keep_serving())
@@ -123,18 +126,21 @@ class GrpcServer:
                 await self._serve()
 
 
-async def start_grpc(endpoint: Endpoint, port: int, token: str | None) -> GrpcServer:
+async def start_grpc(
+    endpoint: Endpoint, port: int, access: Access, tls: Tls | None = None
+) -> GrpcServer:
     """Listen and answer.
 
     Args:
         endpoint: what answers.
         port: 0 takes a free one.
-        token: what loading adapters must present; None: nobody may.
+        access: who may ask; health is there for all.
+        tls: None: no TLS.
 
     Raises:
         DeviceError: the port is taken, or may not be listened on.
     """
-    server = GrpcServer(endpoint, token)
+    server = GrpcServer(endpoint, access, tls)
     await server.start(port)
     return server
 

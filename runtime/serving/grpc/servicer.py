@@ -15,8 +15,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
@@ -26,9 +24,10 @@ from google.protobuf.json_format import ParseDict  # type: ignore[import-untyped
 from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.access.asked import REQUEST_ID, Asked
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
-    check_token,
     model_config,
     read_upload,
     server_metadata,
@@ -37,13 +36,18 @@ from hhdeploy.runtime.serving.errors import (
     FailedError,
     RequestError,
     StoppingError,
+    UnauthorizedError,
 )
 from hhdeploy.runtime.serving.grpc.codec import read_request, write_response
+from hhdeploy.runtime.serving.grpc.headers import PEER
 from hhdeploy.runtime.serving.messages import Deadline
+from hhdeploy.runtime.serving.tracing import Tracing
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")
 # An error's text travels in a header, and clients take 8 KiB of all headers together.
 _MOST_DETAILS = 4000
+# What is no client's fault.
+_OURS = frozenset({"INTERNAL", "UNAVAILABLE"})
 
 
 class Context(Protocol):
@@ -51,6 +55,9 @@ class Context(Protocol):
 
     def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
         """Headers of the call, their names in lower case."""
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """Headers after the answer."""
 
     def time_remaining(self) -> float | None:
         """Seconds to the client's deadline; None without one."""
@@ -64,10 +71,14 @@ class Context(Protocol):
 
 Result = TypeVar("Result")
 Method = Callable[["Servicer", Any, Context], Awaitable[Any]]
+Check = Callable[[Access, str | None], None]
 
 
 def _unary(
-    answer: Callable[[], Any], model: str = "", level: int = logging.DEBUG
+    answer: Callable[[], Any],
+    model: str = "",
+    level: int = logging.DEBUG,
+    check: Check = Access.check_asking,
 ) -> Callable[[Method], Method]:
     """A method that bounds its time, logs a line, and puts errors into the call's context.
 
@@ -75,15 +86,16 @@ def _unary(
         answer: type of its answer; an empty one is returned where the call fails.
         model: field of the request that names the model.
         level: of the line.
+        check: whether a call may ask, by its authorization.
     """
 
     def decorate(method: Method) -> Method:
         @functools.wraps(method)
         async def guarded(self: Servicer, request: Any, context: Context) -> Any:
             named = getattr(request, model) if model else ""
-            work = method(self, request, context)
+            work = functools.partial(method, self, request, context)
             try:
-                return await self._bounded(work, context, method.__name__, named, level)
+                return await self._bounded(work, context, method.__name__, named, level, check)
             except RequestError as error:
                 self.refuse(context, error)
                 return answer()
@@ -91,6 +103,10 @@ def _unary(
         return guarded
 
     return decorate
+
+
+def _anybody(access: Access, authorization: str | None) -> None:
+    """Probes have no token."""
 
 
 class Servicer:
@@ -104,21 +120,22 @@ class Servicer:
 
     # ruff: noqa: N802 - the service's names
 
-    def __init__(self, endpoint: Endpoint, token: str | None) -> None:
-        """``token``: what loading adapters must present; None: nobody may."""
-        self._endpoint, self._token = endpoint, token
+    def __init__(self, endpoint: Endpoint, access: Access) -> None:
+        """``access``: who may ask; health is there for all."""
+        self._endpoint, self._access = endpoint, access
+        self._tracing = Tracing()
         self.stopping = asyncio.Event()
 
     def stop_streams(self) -> None:
         """End every stream after the request that it is at; an idle one would stay for ever."""
         self.stopping.set()
 
-    @_unary(pb.ServerLiveResponse)
+    @_unary(pb.ServerLiveResponse, check=_anybody)
     async def ServerLive(self, request: Any, context: Context) -> Any:
         """Whether the process answers."""
         return pb.ServerLiveResponse(live=True)
 
-    @_unary(pb.ServerReadyResponse)
+    @_unary(pb.ServerReadyResponse, check=_anybody)
     async def ServerReady(self, request: Any, context: Context) -> Any:
         """Whether requests are answered."""
         return pb.ServerReadyResponse(ready=await self._endpoint.ready())
@@ -159,10 +176,9 @@ class Servicer:
         models = await self._endpoint.repository_index(request.ready)
         return ParseDict({"models": models}, pb.RepositoryIndexResponse())
 
-    @_unary(pb.RepositoryModelLoadResponse, "model_name", logging.INFO)
+    @_unary(pb.RepositoryModelLoadResponse, "model_name", logging.INFO, Access.check_loading)
     async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
         """Load an adapter that the server has, or one that is uploaded."""
-        self._check_token(context)
         given = {
             key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
             for key, value in request.parameters.items()
@@ -171,10 +187,9 @@ class Servicer:
         await self._endpoint.load_adapter(request.model_name, upload)
         return pb.RepositoryModelLoadResponse()
 
-    @_unary(pb.RepositoryModelUnloadResponse, "model_name", logging.INFO)
+    @_unary(pb.RepositoryModelUnloadResponse, "model_name", logging.INFO, Access.check_loading)
     async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
         """Answer no request for an adapter any more."""
-        self._check_token(context)
         await self._endpoint.unload_adapter(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
@@ -205,9 +220,12 @@ class Servicer:
         context.set_details(_details(error))
 
     async def _stream_answer(self, request: Any, context: Context) -> Any:
-        called = ("ModelStreamInfer", request.model_name, logging.INFO)
+        called = ("ModelStreamInfer", request.model_name, logging.INFO, Access.check_asking)
         try:
-            response = await self._bounded(self._infer(request), context, *called)
+            work = functools.partial(self._infer, request)
+            response = await self._bounded(work, context, *called)
+        except UnauthorizedError:  # ends the stream: a token may go while it is open
+            raise
         except RequestError as error:
             self._endpoint.refused(error)
             empty = pb.ModelInferResponse(id=request.id)
@@ -219,44 +237,61 @@ class Servicer:
     async def _infer(self, request: Any) -> Any:
         return write_response(await self._endpoint.infer(read_request(request)))
 
-    def _check_token(self, context: Context) -> None:
-        given = dict(context.invocation_metadata()).get("authorization")
-        check_token(self._token, given if isinstance(given, str) else None)
-
     async def _bounded(
-        self, work: Awaitable[Result], context: Context, method: str, model: str, level: int
+        self,
+        work: Callable[[], Awaitable[Result]],
+        context: Context,
+        method: str,
+        model: str,
+        level: int,
+        check: Check,
     ) -> Result:
-        """The result of ``work``, within the client's deadline and the server's limit.
+        """What ``work`` says, within the client's deadline and the server's limit.
 
         Raises:
             RequestError: or one of its kinds; the log has what the client is not told.
         """
-        begin, code = time.perf_counter(), "CANCELLED"
-        remaining = context.time_remaining()
-        limit = min(
-            self._endpoint.settings.request_seconds,
-            math.inf if remaining is None else remaining,
-        )
+        headers = {k: v for k, v in context.invocation_metadata() if isinstance(v, str)}
+        asked = Asked(headers.get(PEER), headers.get(REQUEST_ID), method=method, model=model[:200])
+        context.set_trailing_metadata(((REQUEST_ID, asked.id),))
+        span = {"rpc.system": "grpc", "rpc.method": method}
+        asked.said["code"] = "CANCELLED"
         try:
-            with Deadline(limit):
-                result = await work
-            code = "OK"
-            return result
-        except RequestError as error:
-            code = error.code
-            raise
-        except HhdeployError as error:
-            code = RequestError.code
-            raise RequestError(str(error)) from error
-        except Exception as error:
-            # No name for what is raised: its traceback would hold this frame, and that the request.
-            code = FailedError.code
-            _LOG.exception("request failed", extra={"method": method})
-            raise FailedError("internal error; the server's log has more.") from error
+            with self._tracing.request(method, headers, span) as traced:
+                traced["hhdeploy.request_id"] = asked.id
+                try:
+                    check(self._access, headers.get("authorization"))
+                    with Deadline(self._limit(context)):
+                        result = await work()
+                    asked.said["code"] = "OK"
+                    return result
+                except HhdeployError as error:
+                    asked.refused(error)
+                    if isinstance(error, RequestError):
+                        asked.said["code"] = error.code
+                        raise
+                    asked.said["code"] = RequestError.code
+                    raise RequestError(str(error)) from error
+                except Exception as error:
+                    # No name for what is raised: its traceback would hold this frame, and that
+                    # the request.
+                    asked.said |= {"code": FailedError.code, "reason": "internal error"}
+                    extra = {"method": method, "request_id": asked.id}
+                    _LOG.exception("request failed", extra=extra)
+                    raise FailedError("internal error; the server's log has more.") from error
+                finally:
+                    traced["rpc.response.status_code"] = str(asked.said["code"])
+                    if asked.said["code"] in _OURS:
+                        traced["error"] = str(asked.said.get("reason", ""))
         finally:
-            seconds = time.perf_counter() - begin
-            extra = {"method": method, "model": model[:200], "code": code}
-            _LOG.log(level, "request", extra={**extra, "ms": round(1e3 * seconds, 3)})
+            if not self._endpoint.settings.no_access_log:
+                asked.write(_LOG, level)
+
+    def _limit(self, context: Context) -> float:
+        """Seconds that a call has: the client's, and at most the server's."""
+        remaining = context.time_remaining()
+        limit = self._endpoint.settings.request_seconds
+        return limit if remaining is None else min(limit, remaining)
 
 
 def _details(error: RequestError) -> str:

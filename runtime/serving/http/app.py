@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,9 +27,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.access.asked import REQUEST_ID, Asked
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
-    check_token,
     model_config,
     read_upload,
     server_metadata,
@@ -53,6 +53,8 @@ from hhdeploy.runtime.serving.http.codec import (
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
 from hhdeploy.runtime.serving.http.parsing import SMALL, Parser
 from hhdeploy.runtime.serving.messages import Deadline
+from hhdeploy.runtime.serving.settings import ServeSettings
+from hhdeploy.runtime.serving.tracing import Tracing
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
 # Of a request that says little, e.g. to unload an adapter.
@@ -61,12 +63,12 @@ _SMALL_BYTES = 1 << 20
 _MOST_TEXT = 4000
 
 
-def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
+def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     """The application; what answers is started and stopped by whoever serves it.
 
     Args:
         endpoint: what answers.
-        token: what loading adapters must present; None: nobody may.
+        access: who may ask; health and the page's files are there for all.
     """
     settings = endpoint.settings
     bodies = Bodies(settings.bodies_bytes)
@@ -124,7 +126,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
         return _json(await endpoint.repository_index(ready_only))
 
     async def load(request: Request) -> Response:
-        check_token(token, request.headers.get("authorization"))
+        access.check_loading(request.headers.get("authorization"))
         # An uploaded file travels as base64, which is a third longer.
         most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
         async with bodies.read(request, most) as body:
@@ -134,7 +136,7 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
         return Response(status_code=200)
 
     async def unload(request: Request) -> Response:
-        check_token(token, request.headers.get("authorization"))
+        access.check_loading(request.headers.get("authorization"))
         async with bodies.read(request, _SMALL_BYTES):
             pass
         await endpoint.unload_adapter(request.path_params["adapter"])
@@ -144,29 +146,36 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
         content, kind = await endpoint.metrics()
         return Response(content, headers={"content-type": kind})
 
-    hosts = settings.hosts()
+    guard = _Guard(settings, endpoint.refused)
 
-    def guarded(handler: Handler) -> Handler:
-        return _guarded(handler, settings.request_seconds, hosts, endpoint.refused)
+    def open_to_all(path: str, handler: Handler) -> Route:
+        return Route(path, guard(handler, path))
+
+    def route(path: str, handler: Handler, *methods: str) -> Route:
+        async def authorised(request: Request) -> Response:
+            access.check_asking(request.headers.get("authorization"))
+            return await handler(request)
+
+        return Route(path, guard(authorised, path), methods=methods or None)
 
     routes: list[BaseRoute] = [
-        Route("/v2", guarded(server)),
-        Route("/v2/health/live", guarded(live)),
-        Route("/v2/health/ready", guarded(ready)),
-        Route("/v2/repository/index", guarded(index), methods=["POST"]),
-        Route("/v2/repository/models/{adapter}/load", guarded(load), methods=["POST"]),
-        Route("/v2/repository/models/{adapter}/unload", guarded(unload), methods=["POST"]),
-        Route("/metrics", guarded(metrics)),
-        *page_routes(endpoint, guarded),
+        route("/v2", server),
+        open_to_all("/v2/health/live", live),
+        open_to_all("/v2/health/ready", ready),
+        route("/v2/repository/index", index, "POST"),
+        route("/v2/repository/models/{adapter}/load", load, "POST"),
+        route("/v2/repository/models/{adapter}/unload", unload, "POST"),
+        route("/metrics", metrics),
+        *page_routes(endpoint, route),
     ]
-    routes.append(Route("/v2/models/stats", guarded(all_stats)))  # before the model of that name
+    routes.append(route("/v2/models/stats", all_stats))  # before the model of that name
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
-            Route(model, guarded(metadata)),
-            Route(f"{model}/ready", guarded(model_ready)),
-            Route(f"{model}/config", guarded(config)),
-            Route(f"{model}/stats", guarded(stats)),
-            Route(f"{model}/infer", guarded(infer), methods=["POST"]),
+            route(model, metadata),
+            route(f"{model}/ready", model_ready),
+            route(f"{model}/config", config),
+            route(f"{model}/stats", stats),
+            route(f"{model}/infer", infer, "POST"),
         ]
 
     @asynccontextmanager
@@ -183,44 +192,64 @@ def http_app(endpoint: Endpoint, token: str | None) -> Starlette:
     return app
 
 
-def _guarded(
-    handler: Handler,
-    limit: float,
-    hosts: Collection[str] | None,
-    refused: Callable[[HhdeployError], None],
-) -> Handler:
-    """Errors as the protocol has them, and one line in the log for each request."""
+class _Guard:
+    """Errors as the protocol has them, one line in the log for each request, and its span."""
 
-    async def guarded(request: Request) -> Response:
-        begin = time.perf_counter()
+    def __init__(self, settings: ServeSettings, refused: Callable[[HhdeployError], None]) -> None:
+        """``refused``: is told of every request that is."""
+        self._refused = refused
+        self._limit, self._hosts = settings.request_seconds, settings.hosts()
+        self._logs = not settings.no_access_log
+        self._tracing = Tracing()
+
+    def __call__(self, handler: Handler, route: str) -> Handler:
+        """A handler that raises `HhdeployError` as one that answers, at ``route``."""
+
+        async def guarded(request: Request) -> Response:
+            asked = _asked(request)
+            span = {"http.request.method": request.method, "http.route": route}
+            with self._tracing.request(
+                f"{request.method} {route}", request.headers, span
+            ) as traced:
+                response = await self._answer(handler, request, asked)
+                asked.said["status"] = traced["http.response.status_code"] = response.status_code
+                traced["hhdeploy.request_id"] = asked.id
+                if response.status_code >= 500:
+                    traced["error"] = str(asked.said.get("reason", ""))
+            response.headers[REQUEST_ID] = asked.id
+            if self._logs:
+                asked.write(_LOG, logging.INFO if request.method == "POST" else logging.DEBUG)
+            return response
+
+        return guarded
+
+    async def _answer(self, handler: Handler, request: Request, asked: Asked) -> Response:
         try:
-            _check_host(request.headers.get("host", ""), hosts)
+            _check_host(request.headers.get("host", ""), self._hosts)
             # The body's bytes may come as slowly as the client likes: its time counts too.
-            with Deadline(limit):
-                response = await handler(request)
+            with Deadline(self._limit):
+                return await handler(request)
         except HhdeployError as error:
-            refused(error)
-            response = error_response(error)
+            self._refused(error)
+            asked.refused(error)
+            return error_response(error)
         except ClientDisconnect:
-            response = Response(status_code=499)  # nobody reads it; the log shows it
+            asked.said["reason"] = "the client left"
+            return Response(status_code=499)  # nobody reads it; the log shows it
         except Exception:  # noqa: BLE001 - a bug: logged, and the client is told so
-            _LOG.exception("request failed", extra={"path": request.scope["path"][:200]})
-            response = error_response(FailedError("internal error; the server's log has more."))
-        level = logging.INFO if request.method == "POST" else logging.DEBUG
-        if _LOG.isEnabledFor(level):
-            _LOG.log(
-                level,
-                "request",
-                extra={
-                    "method": request.method,
-                    "path": request.scope["path"][:200],
-                    "status": response.status_code,
-                    "ms": round(1e3 * (time.perf_counter() - begin), 3),
-                },
-            )
-        return response
+            _LOG.exception("request failed", extra=asked.said | {"request_id": asked.id})
+            asked.said["reason"] = "internal error"
+            return error_response(FailedError("internal error; the server's log has more."))
 
-    return guarded
+
+def _asked(request: Request) -> Asked:
+    peer = None
+    if request.client is not None:
+        host, port = request.client
+        peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    path = request.scope["path"][:200]
+    given = request.headers.get(REQUEST_ID)
+    return Asked(peer, given, method=request.method, path=path)
 
 
 def _check_host(host: str, hosts: Collection[str] | None) -> None:
@@ -247,6 +276,8 @@ def error_response(error: HhdeployError) -> Response:
     response = _json({"error": text}, status)
     if status == 429:
         response.headers["retry-after"] = "1"
+    if status == 401:
+        response.headers["www-authenticate"] = "Bearer"
     return response
 
 

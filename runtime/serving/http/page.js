@@ -20,6 +20,7 @@ const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 6 });
 const NO_NUMBER = "not a number";
 let status = null; // the last one that came
 let picture = null; // { file, base64 }
+let token = sessionStorage.getItem("token") ?? ""; // what the server wants to see, if it does
 
 // --- small things -------------------------------------------------------------------------------
 
@@ -171,7 +172,8 @@ function health(kind, text) {
 
 async function look() {
   try {
-    const response = await fetch("status", { signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const response = await asked("status", { signal: AbortSignal.timeout(TIMEOUT_MS) });
+    if (response.status === 401) return wantToken();
     if (!response.ok) throw new Error(await problemOf(response));
     status = await response.json();
   } catch (error) {
@@ -180,9 +182,22 @@ async function look() {
     health("bad", why);
     return;
   }
+  $("login").hidden = true;
   show();
   if (status.ready) health("good", "Ready");
   else health("", "Not ready");
+}
+
+/** A request, with the token where one was given. */
+function asked(path, options) {
+  const headers = { ...options.headers, ...(token && { authorization: `Bearer ${token}` }) };
+  return fetch(path, { ...options, headers });
+}
+
+function wantToken() {
+  health("bad", token ? "The token is wrong" : "This server wants a token");
+  $("login").hidden = false;
+  for (const link of document.querySelectorAll("a.open")) link.hidden = true; // links have none
 }
 
 let timer = 0;
@@ -309,7 +324,7 @@ async function inferPatiently(names, signal) {
 
 /** One picture, every name: [[name, { problem_type, answers }], ...]. */
 async function infer(names, signal) {
-  const response = await fetch(`v2/models/${encodeURIComponent(status.model)}/infer`, {
+  const response = await asked(`v2/models/${encodeURIComponent(status.model)}/infer`, {
     method: "POST",
     headers: { "content-type": "application/json" },
     signal,
@@ -354,6 +369,13 @@ function percent(score) {
 
 // --- what people do -----------------------------------------------------------------------------
 
+$("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token = $("token").value.trim();
+  sessionStorage.setItem("token", token);
+  $("token").value = "";
+  poll();
+});
 $("file").addEventListener("change", (event) => take(event.target.files[0]));
 $("again").addEventListener("click", ask);
 $("filter").addEventListener("input", () => status && showAdapters());

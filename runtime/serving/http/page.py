@@ -46,12 +46,12 @@ _FILES: Final = {
 }
 
 
-def page_routes(endpoint: Endpoint, guarded: Callable[[Handler], Handler]) -> list[BaseRoute]:
+def page_routes(endpoint: Endpoint, route: Callable[[str, Handler], Route]) -> list[BaseRoute]:
     """Routes of the page and of what it reads.
 
     Args:
         endpoint: whose status is shown.
-        guarded: what makes an answer of a handler's errors.
+        route: what guards a handler, and makes an answer of its errors.
     """
 
     async def status(request: Request) -> Response:
@@ -59,10 +59,10 @@ def page_routes(endpoint: Endpoint, guarded: Callable[[Handler], Handler]) -> li
         headers = {**HEADERS, "cache-control": "no-store"}
         return Response(content, media_type="application/json", headers=headers)
 
-    return [Route("/status", guarded(status)), *(_route(path) for path in _FILES)]
+    return [route("/status", status), *(_file_route(path) for path in _FILES)]
 
 
-def _route(path: str) -> Route:
+def _file_route(path: str) -> Route:
     name, kind = _FILES[path]
     content = files(__package__).joinpath(name).read_bytes()
     headers = {**HEADERS, "cache-control": "no-cache"}

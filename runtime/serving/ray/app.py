@@ -53,6 +53,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.logs import log_as_json
 from hhdeploy.runtime.serving.ray.draining import Draining
@@ -80,7 +81,7 @@ class Ingress:
         """``replicas``, ``registry``: handles of those deployments."""
         log_as_json(settings.log_level, "hhdeploy")
         self._endpoint = RayEndpoint(settings, replicas, registry)
-        self._app = Draining(http_app(self._endpoint, settings.token()))
+        self._app = Draining(http_app(self._endpoint, Access.of(settings)))
 
     def __serve_build_asgi_app__(self) -> Draining:
         """The application that Ray Serve hands requests to."""
@@ -105,8 +106,8 @@ def application(args: dict[str, Any]) -> Application:
 
 
 def application_of(settings: RaySettings) -> Application:
-    """The application. Raises `PlanError` if there is no token in the file."""
-    settings.token()  # said here, not by processes that are started again and again
+    """The application. Raises `PlanError` if there is no token in a file."""
+    Access.of(settings)  # said here, not by processes that are started again and again
     drain_seconds = settings.request_seconds
     registry = _bound(
         Registry,

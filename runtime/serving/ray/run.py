@@ -18,6 +18,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
 from hhdeploy.errors import DeviceError, PlanError
+from hhdeploy.runtime.serving.access.tls import Tls
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.ray.app import application_of
 from hhdeploy.runtime.serving.ray.registry import INGRESS
 from hhdeploy.runtime.serving.ray.settings import RaySettings
@@ -48,10 +50,17 @@ def run_on_ray(
         PlanError: the cluster has Ray Serve running already.
         DeviceError: the port is taken, or the replicas do not start.
     """
-    settings.token()  # that there is none is said before anything starts
+    # What is wrong with them is said before anything starts.
+    Access.of(settings)
+    tls = Tls.of(settings)
     with _cluster(settings), _until_signal() as stopped:
         port = free_port(settings.host, http_port)
-        options = HTTPOptions(host=settings.host, port=port)
+        options = HTTPOptions(
+            host=settings.host,
+            port=port,
+            ssl_certfile=str(settings.tls_cert) if tls is not None else None,
+            ssl_keyfile=str(settings.tls_key) if tls is not None else None,
+        )
         try:
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.checks import check, unbound
+from hhdeploy.adapters.checks import check, notes, unbound
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter, SiteTensors, _tensors_of, load_adapter
 from hhdeploy.adapters.importers import ImportOptions, import_adapter
@@ -233,3 +233,21 @@ def test_an_adapter_that_nothing_binds_is_taken_with_a_line(workshop, branches, 
     options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify": False}
     export(facts.model, {"x": source}, tmp_path / "out", progress=said.append, **options)
     assert line in said
+
+
+def test_assumed_and_other_preprocessing_is_said(workshop, branches, tmp_path):
+    facts = workshop.backbone.facts
+    adapter = random_adapter(facts, seed=32)
+    silent = config(adapter, preprocess=None)
+    (line,) = notes("x", silent, facts)
+    assert "'x' does not say how its images become inputs: assumed as the backbone's, 32x32" in line
+    said: list[str] = []
+    add_adapter(
+        copy_bundle(branches, tmp_path / "b"), "x", written(silent, tmp_path), progress=said.append
+    )
+    assert line in said
+    assert notes("x", config(adapter, preprocess=facts.preprocess), facts) == []
+    other = replace(facts.preprocess, mean=(0.25, 0.5, 0.75))
+    (line,) = notes("x", config(adapter, preprocess=other), facts)
+    assert "in its own way, 32x32" in line
+    assert "mean 0.25, 0.5, 0.75" in line

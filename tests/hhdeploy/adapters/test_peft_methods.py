@@ -205,12 +205,12 @@ def test_compressed(tmp_path, vit):
     options = ImportOptions(compress_rank=16, accept_error=1.0)
     adapter = import_adapter(source, vit, options)
     assert {t.lora_A.shape[0] for t in adapter.sites.values()} == {16}
-    stated = adapter.config.extra["compressed"]
-    assert stated["rank"] == 16
-    assert stated["worst_site"] in adapter.sites
-    assert 1e-3 < stated["max_range_error"] < 0.5
+    stated = adapter.config.compressed
+    assert stated.rank == 16
+    assert stated.worst_site in adapter.sites
+    assert 1e-3 < stated.max_range_error < 0.5
     save_adapter(adapter, tmp_path / "out")
-    assert load_adapter(tmp_path / "out").config.extra["compressed"] == stated
+    assert load_adapter(tmp_path / "out").config.compressed == stated
     with pytest.raises(OptionError, match="expected 1 or more"):
         import_adapter(source, vit, ImportOptions(compress_rank=0))
 

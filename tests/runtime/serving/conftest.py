@@ -13,7 +13,7 @@ from PIL import Image
 from tests.runtime.serving.servers import Server, running_server
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server(branches: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The bundle `branches` as it is served by default. Read only: no adapter is changed."""
     log = tmp_path_factory.mktemp("server") / "log"
@@ -21,7 +21,7 @@ def server(branches: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield started
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def pictures() -> list[bytes]:
     """Encoded pictures of all formats and of several sizes."""
     random = np.random.default_rng(3)

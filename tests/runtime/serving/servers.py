@@ -24,7 +24,7 @@ from tests.workshop import ROOT
 # Of servers that allow loading.
 TOKEN = "correct-horse-battery-staple"
 AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
-_ANNOUNCED = re.compile(r"http://(?P<host>[^:]+):(?P<http>\d+)(, gRPC [^:]+:(?P<grpc>\d+))?")
+_ANNOUNCED = re.compile(r"https?://(?P<host>[^:]+):(?P<http>\d+)(, gRPC [^:]+:(?P<grpc>\d+))?")
 
 
 @dataclass(frozen=True)

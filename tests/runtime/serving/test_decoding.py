@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.runtime.serving.decoding import VAST, Decoders
 from hhdeploy.runtime.serving.errors import TooLargeError
-from hhdeploy.runtime.serving.images import Pictures
+from hhdeploy.runtime.serving.pictures.decoding import VAST, Decoders
+from hhdeploy.runtime.serving.pictures.images import Pictures
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 PATIENCE = 60

@@ -19,6 +19,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
 from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.errors import AdapterError, DeviceError, HhdeployError
 from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.grpc.server import start_grpc
 from hhdeploy.runtime.serving.messages import InferRequest, InferResponse
 from hhdeploy.runtime.serving.server import Addresses, serve
@@ -64,7 +65,7 @@ class Endpoint:
 @contextlib.asynccontextmanager
 async def served(endpoint: Endpoint, token: str | None = None):
     """A server of ``endpoint``, and a stub that is connected to it."""
-    server, host = await start_grpc(endpoint, 0, token), endpoint.settings.host
+    server, host = await start_grpc(endpoint, 0, Access(token)), endpoint.settings.host
     address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
     try:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -268,7 +269,7 @@ def test_a_port_that_is_taken():
     async def run() -> None:
         async with served(Endpoint()) as (server, _):
             with pytest.raises(DeviceError, match="`grpc_port`"):
-                await start_grpc(Endpoint(), server.port, None)
+                await start_grpc(Endpoint(), server.port, Access())
 
     asyncio.run(run())
 
@@ -313,7 +314,7 @@ def test_http_and_grpc_drain_at_the_same_time(branches):
         service.infer = gated
         where: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(
-            serve(service, token=None, http_port=0, grpc_port=0, announce=where.set_result)
+            serve(service, access=Access(), http_port=0, grpc_port=0, announce=where.set_result)
         )
         addresses = await soon(where)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{addresses.grpc_port}") as channel:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
-from hhdeploy.runtime.serving.images import load_picture, open_picture
+from hhdeploy.runtime.serving.pictures.images import load_picture, open_picture
 
 MOST = 10_000
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.grpc.server import method_handlers
 from hhdeploy.runtime.serving.grpc.servicer import Servicer
@@ -114,7 +115,7 @@ def test_an_http_request_that_is_refused(small, kind):
 
     async def scene() -> int:
         async with started(small) as service:
-            app = http_app(LocalEndpoint(service), None)
+            app = http_app(LocalEndpoint(service), Access())
 
             async def once() -> None:
                 # A copy, as what came over a network would be.
@@ -138,7 +139,7 @@ def test_an_http_request_that_meets_a_server_in_trouble(small, kind):
     async def scene() -> int:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(started(small, **settings))
-            app = http_app(LocalEndpoint(service), None)
+            app = http_app(LocalEndpoint(service), Access())
             await stack.enter_async_context(app.router.lifespan_context(app))
             waiting = []
             if kind == "session":
@@ -175,6 +176,9 @@ class Context:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        pass
+
     def time_remaining(self) -> float | None:
         return self._seconds
 
@@ -210,7 +214,7 @@ def test_a_grpc_call_that_is_refused(small, kind, streamed):
     async def scene() -> int:
         async with started(small) as service:
             handlers = method_handlers(
-                Servicer(LocalEndpoint(service), None), defaultdict(lambda: 64 << 20)
+                Servicer(LocalEndpoint(service), Access()), defaultdict(lambda: 64 << 20)
             )
             if kind == "late":
                 service.gate.open.clear()

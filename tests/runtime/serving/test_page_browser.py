@@ -383,3 +383,29 @@ def test_a_folded_bundle_and_a_server_that_stops(page, folded, tmp_path):
         page.get_by_role("button", name="Ask again").click()
         expect(page.get_by_role("alert")).to_have_text("The server does not answer.")
         expect(page.locator("#said")).to_contain_text("No adapter answered")
+
+
+def test_a_server_with_tokens_is_asked_with_one(page, small, tmp_path):
+    token = "a-token-of-a-visitor"
+    (tmp_path / "tokens").write_text(token)
+    (tmp_path / "tokens").chmod(0o600)
+    with running_server(
+        small, tmp_path / "log", "--inference-token-file", tmp_path / "tokens"
+    ) as server:
+        visit = Visit(page, server.url)
+        page.on("console", lambda message: visit.console.append(message.text))
+        page.goto(server.url)
+        field = page.get_by_label("Token")
+        for wrong, said in (("", "This server wants a token"), ("wrong", "The token is wrong")):
+            expect(page.locator("#health")).to_have_text(said)
+            field.fill("wrong" if not wrong else token)
+            page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#health")).to_have_text("Ready")
+        expect(field).to_be_hidden()
+        assert page.get_by_role("link").count() == 0, "a link would carry no token"
+        page.set_input_files("#file", FLAG)
+        expect(page.locator("#said")).to_contain_text("2 adapters answered")
+        page.reload()
+        expect(page.locator("#health")).to_have_text("Ready")
+        assert token not in page.url
+        assert all("401 (Unauthorized)" in line for line in visit.console), visit.console

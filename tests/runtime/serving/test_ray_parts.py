@@ -14,6 +14,7 @@ import pytest
 
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.parsing import SMALL
 from hhdeploy.runtime.serving.messages import (
@@ -163,7 +164,7 @@ def test_draining_answers_what_was_taken_and_takes_nothing_new(size):
         answer = asyncio.get_running_loop().create_future()
         handle = Handle(answer)
         served = endpoint(handle)
-        app = http_app(served, None)
+        app = http_app(served, Access())
         draining = Draining(app)
         async with app.router.lifespan_context(app):
             taken = asyncio.create_task(post(draining, "/v2/models/tiny/infer", body))
@@ -185,7 +186,7 @@ def test_draining_answers_what_was_taken_and_takes_nothing_new(size):
 
 def test_who_watches_is_answered_while_it_drains():
     async def run() -> None:
-        draining = Draining(http_app(endpoint(Handle()), None))
+        draining = Draining(http_app(endpoint(Handle()), Access()))
         await draining.drain()
         assert await post(draining, "/v2/health/live", b"", method="GET") == 200
 
@@ -481,7 +482,7 @@ def test_a_request_that_replicas_refuse_leaves_nothing():
             raise wrapped(errors.BusyError("full"))
 
     handle = Refusing()
-    app = http_app(RayEndpoint(ServeSettings(Path("tiny")), handle, handle), None)
+    app = http_app(RayEndpoint(ServeSettings(Path("tiny")), handle, handle), Access())
     tensor = {"name": "images", "datatype": "FP32", "shape": [1], "data": [0.5]}
     body = json.dumps({"inputs": [tensor], "parameters": {"note": "x" * SIZE}}).encode()
 

@@ -9,7 +9,6 @@ import gzip
 import hmac
 import io
 import json
-import logging
 import os
 import pickle
 import re
@@ -25,14 +24,13 @@ import pytest
 from PIL import Image
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
-from hhdeploy.errors import PlanError
-from hhdeploy.runtime.serving import endpoint as endpoint_module
 from hhdeploy.runtime.serving import server as server_module
-from hhdeploy.runtime.serving.endpoint import check_token
+from hhdeploy.runtime.serving.access import tokens as tokens_module
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.errors import UnauthorizedError
 from hhdeploy.runtime.serving.server import Addresses, serve
 from hhdeploy.runtime.serving.service import Service
-from hhdeploy.runtime.serving.settings import ServeSettings, read_token
+from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import PATIENCE, files_of, make_adapter, put_adapter
 from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
@@ -78,7 +76,7 @@ async def served(bundle: Path, **limits: Any) -> AsyncIterator[int]:
     serving = asyncio.create_task(
         serve(
             service,
-            token=None,
+            access=Access(),
             http_port=0,
             grpc_port=None,
             announce=announced.set_result,
@@ -241,10 +239,10 @@ def test_the_token_is_compared_in_constant_time(monkeypatch):
         compared.append(pair)
         return compare_digest(*pair)
 
-    monkeypatch.setattr(endpoint_module.hmac, "compare_digest", compare)
+    monkeypatch.setattr(tokens_module.hmac, "compare_digest", compare)
     with pytest.raises(UnauthorizedError):
-        check_token(TOKEN, "Bearer guess")
-    check_token(TOKEN, f"bearer {TOKEN}")
+        Access(TOKEN).check_loading("Bearer guess")
+    Access(TOKEN).check_loading(f"bearer {TOKEN}")
     assert compared == [(b"guess", TOKEN.encode()), (TOKEN.encode(), TOKEN.encode())]
 
 
@@ -262,34 +260,6 @@ def test_the_token_is_nowhere(loading):
         assert word.encode() not in seen
         assert base64.b64encode(word.encode()).rstrip(b"=") not in seen
     assert TOKEN not in " ".join(psutil.Process(loading.process.pid).cmdline())
-
-
-def test_token_files(tmp_path, caplog):
-    file = tmp_path / "token"
-    for content in (
-        "",
-        "short",
-        "x" * 1025,
-        "two words of a token",
-        "two\nlines-of-a-token",
-        "ü" * 20,
-    ):
-        file.write_text(content)
-        with pytest.raises(PlanError, match="`token_file`") as caught:
-            read_token(file)
-        assert not content or content not in str(caught.value)
-    with pytest.raises(PlanError, match="cannot be read"):
-        read_token(tmp_path / "none")
-    file.write_text(f"{TOKEN}\n")
-    file.chmod(0o640)
-    with caplog.at_level(logging.WARNING):
-        assert read_token(file) == TOKEN
-        assert not caplog.records
-        file.chmod(0o644)
-        assert read_token(file) == TOKEN
-    assert [record.getMessage() for record in caplog.records] == [
-        "others may read the token: chmod 600"
-    ]
 
 
 # --- what is loaded -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hhdeploy.runtime import open_session
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.http.parsing import SMALL
 from hhdeploy.runtime.serving.server import serve
@@ -84,7 +85,7 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
         serving = asyncio.create_task(
             serve(
                 service,
-                token=None,
+                access=Access(),
                 http_port=0,
                 grpc_port=None,
                 announce=lambda where: listening.append(where.http_port),
@@ -305,7 +306,9 @@ def test_it_is_seen_to_live_while_it_starts(small):
             port = probe.getsockname()[1]
         announced = []
         serving = asyncio.create_task(
-            serve(service, token=None, http_port=port, grpc_port=None, announce=announced.append)
+            serve(
+                service, access=Access(), http_port=port, grpc_port=None, announce=announced.append
+            )
         )
 
         def ask(method, path, body=None):

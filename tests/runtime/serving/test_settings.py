@@ -10,7 +10,8 @@ import pytest
 
 from hhdeploy.cli.serve import command
 from hhdeploy.errors import OptionError, PlanError
-from hhdeploy.runtime.serving.settings import ServeSettings, read_token
+from hhdeploy.runtime.serving.access.tokens import Access
+from hhdeploy.runtime.serving.settings import ServeSettings
 
 TOKEN = "0123456789abcdef"
 
@@ -18,14 +19,11 @@ TOKEN = "0123456789abcdef"
 def test_loading_over_the_network_needs_a_token(tmp_path):
     with pytest.raises(PlanError, match=r"needs `token_file`.*openssl rand"):
         ServeSettings(Path("tiny"), allow_adapter_loading=True)
-    assert ServeSettings(Path("tiny")).token() is None
+    (tmp_path / "token").write_text(TOKEN)
     settings = ServeSettings(
         Path("tiny"), allow_adapter_loading=True, token_file=tmp_path / "token"
     )
-    with pytest.raises(PlanError, match="cannot be read"):
-        settings.token()
-    (tmp_path / "token").write_text(TOKEN)
-    assert settings.token() == TOKEN
+    Access.of(settings).check_loading(f"Bearer {TOKEN}")
     # It does not travel with the settings, e.g. to replicas.
     assert TOKEN not in repr(settings) and TOKEN.encode() not in pickle.dumps(settings)
 
@@ -34,6 +32,25 @@ def test_a_token_that_nothing_asks_for_is_refused(tmp_path):
     """Whoever gives one may believe that it protects inference."""
     with pytest.raises(OptionError, match="`token_file` needs `allow_adapter_loading`"):
         ServeSettings(Path("tiny"), token_file=tmp_path / "token")
+
+
+@pytest.mark.parametrize("half", ["tls_cert", "tls_key"])
+def test_half_of_tls_is_refused(tmp_path, half):
+    with pytest.raises(OptionError, match="`tls_cert` and `tls_key` go together"):
+        ServeSettings(Path("tiny"), **{half: tmp_path / "file"})
+
+
+def test_what_a_server_beyond_the_loopback_is_without(tmp_path):
+    tls = {"tls_cert": tmp_path / "cert", "tls_key": tmp_path / "key"}
+    tokens = {"inference_token_file": tmp_path / "tokens"}
+
+    def exposed(**chosen):
+        return ServeSettings(Path("tiny"), **chosen).exposed()
+
+    assert exposed() == exposed(host="::1") == exposed(host="0.0.0.0", **tls, **tokens) == ""
+    assert exposed(host="0.0.0.0") == "`tls_cert`, `inference_token_file`"
+    assert exposed(host="::", **tls) == "`inference_token_file`"
+    assert exposed(host="192.0.2.1", **tokens) == "`tls_cert`"
 
 
 @pytest.mark.parametrize(
@@ -79,28 +96,3 @@ def test_a_fleet_directory_that_there_is_not(tmp_path):
         ServeSettings(Path("tiny"), watch_seconds=1.0)
     settings = ServeSettings(Path("tiny"), adapters_dir=tmp_path, watch_seconds=1.0)
     assert settings.adapters_dir == tmp_path
-
-
-def test_a_token_file(tmp_path):
-    file = tmp_path / "token"
-    file.write_text(f"{TOKEN}\n")
-    assert read_token(file) == TOKEN
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"short", b"two words of a token", b"two\nlines-of-a-token", b"x" * 1025, b"\xff" * 32,
-     "ümlaut-ümlaut-ümlaut".encode()],
-)  # fmt: skip
-def test_a_file_that_holds_no_token(tmp_path, content):
-    file = tmp_path / "token"
-    file.write_bytes(content)
-    with pytest.raises(PlanError, match="`token_file`") as caught:
-        read_token(file)
-    if len(content) > 1:
-        assert content.decode("utf-8", "replace") not in str(caught.value)
-
-
-def test_a_token_file_that_there_is_not(tmp_path):
-    with pytest.raises(PlanError, match="cannot be read"):
-        read_token(tmp_path / "none")

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from hhdeploy.errors import DataError
 from hhdeploy.preprocess import Preprocess, as_rgb
-from hhdeploy.runtime.serving.decoding import Decoders
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.pictures.decoding import Decoders
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 if TYPE_CHECKING:

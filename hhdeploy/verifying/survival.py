@@ -1,0 +1,300 @@
+"""Whether an adapter survives a precision: in a folded weight, and in the logits.
+
+A change smaller than half a step of a rounded weight is gone where the weights lie on the type's
+own grid (those of a checkpoint in 16 bits do), and a side branch's where it is added to a rounded
+product. Nothing else would tell: the logits are as close to the reference as those of the bare
+backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.adapters.checks import BACKBONE, abbreviate
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.algebra import Array, SiteChange
+from hhdeploy.backbones.sites import linear_spec
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import BANK_FILE, TYPED
+from hhdeploy.bundle.store import Progress
+from hhdeploy.bundle.survival import LEAST_LEFT, share_left
+from hhdeploy.errors import PlanError
+from hhdeploy.files.scratch import scratch_directory
+from hhdeploy.files.tensors import tensor_bytes
+from hhdeploy.graph import linears_by_path
+from hhdeploy.parity import NO_EFFECT
+from hhdeploy.verifying.bundles import logits_of, twin_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from hhdeploy.calibration.judging.exam import Exam
+    from hhdeploy.calibration.quantised import Quantised
+
+# What helps where a precision is too coarse.
+_FINER = "Use a finer precision, or train it further."
+
+
+def check_folded(
+    name: str,
+    adapter: Adapter,
+    model: ir.Model,
+    precision: str,
+    *,
+    originals: Mapping[str, NDArray[np.floating]] = MappingProxyType({}),
+    only: Collection[str] | None = None,
+    refuse: bool = True,
+) -> str | None:
+    """A line about the weights whose change a precision rounds away, None if there are none.
+
+    Args:
+        name: of the adapter, for messages.
+        adapter: that is in the graph's weights.
+        model: its float32 graph.
+        precision: of another graph of it; float32 itself too.
+        originals: of the parameters that the adapter replaces, the backbone's values, by path.
+            Where they are not known any more, nothing is said of them.
+        only: sites, as quantised graphs name them, that are low in that graph; None: all.
+        refuse: False: an adapter that is rounded away is said too.
+
+    Raises:
+        PlanError: it rounds away all that the adapter does to the backbone.
+    """
+    lost, count = [], 0
+    for place, before, after in (*_folded(adapter, model, only), *_replaced(adapter, originals)):
+        change = after - before
+        left = _rounded(after, precision, after) - _rounded(before, precision, after)
+        count += bool(change.any())
+        if share_left(change, left) < LEAST_LEFT:
+            lost.append(place)
+    if not lost:
+        return None
+    if len(lost) == count and refuse:
+        raise PlanError(
+            f"adapter {name!r}: {precision} rounds all of its change of the weights away: "
+            f"{abbreviate(lost)}. {_FINER}"
+        )
+    return f"adapter {name!r}: {precision} rounds away its change of {abbreviate(lost)}"
+
+
+def _folded(
+    adapter: Adapter, model: ir.Model, only: Collection[str] | None
+) -> Iterator[tuple[str, Array, Array]]:
+    """Every site with what its weight was before the adapter, and is, float64 (out, in)."""
+    for path, uses in linears_by_path(model.graph).items():
+        linear, start = uses[0], 0
+        if only is not None and linear.name not in only:
+            continue
+        for site in linear_spec(path, *linear.weight.shape).sites:
+            rows = slice(start, start + site.out)
+            start += site.out
+            if site.name not in adapter.sites:
+                continue
+            after = linear.weight[rows].astype(np.float64)
+            before = _undone(adapter, adapter.change(site.name), after)
+            if before is not None:
+                yield site.name, before, after
+
+
+def _undone(adapter: Adapter, change: SiteChange, after: Array) -> Array | None:
+    """The weight before an adapter; None where it cannot be told (it was multiplied by zero)."""
+    before: Array = after
+    if change.delta is not None:
+        matrix = change.delta.dense()
+        if adapter.form == "sequential":
+            try:
+                before = np.linalg.solve(matrix, after).astype(np.float64)
+            except np.linalg.LinAlgError:
+                return None
+        else:
+            before = after - matrix
+    scales = change.scales
+    for factor in (scales.s_in, None if scales.s_out is None else scales.s_out[:, None]):
+        if factor is not None:
+            if not factor.all():
+                return None
+            before = before / factor
+    return before
+
+
+def _replaced(
+    adapter: Adapter, originals: Mapping[str, NDArray[np.floating]]
+) -> Iterator[tuple[str, Array, Array]]:
+    for path, before in originals.items():
+        yield path, before.astype(np.float64), adapter.values[path].astype(np.float64)
+
+
+def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:
+    """Values as a precision holds them; a quantised one by the largest of each row."""
+    narrow = values.astype(np.float32)
+    if precision == "float32":
+        return narrow.astype(np.float64)
+    if precision in TYPED:
+        import ml_dtypes
+
+        dtype = np.float16 if precision == "float16" else ml_dtypes.bfloat16
+        return narrow.astype(dtype).astype(np.float64)
+    from hhdeploy.calibration.qdq import FORMATS, low_values
+
+    form = FORMATS[precision]
+    if values.ndim < 2:
+        return narrow.astype(np.float64)
+    axes = tuple(range(1, values.ndim))
+    step = np.abs(scaled_by).max(axis=axes, keepdims=True) / form.largest
+    step[step == 0] = 1.0
+    units: Array = low_values((values / step).astype(np.float32), form).astype(np.float64)
+    units *= step
+    return units
+
+
+def check_effects(
+    bundle: Bundle,
+    precision: str,
+    images: NDArray[np.float32],
+    names: Sequence[str],
+    *,
+    refuse: bool = True,
+) -> list[str]:
+    """Lines about adapters that move the logits no more than rounding in a precision does.
+
+    Only for side branches whose bank is an input: their change can be left out of a row.
+
+    Args:
+        bundle: with the graph of this precision.
+        precision: of the graph; float16 and bfloat16 are shown by their rounding twins.
+        images: float32 [n, 3, H, W].
+        names: n adapters.
+        refuse: False: an adapter that is rounded away is said too.
+
+    Raises:
+        PlanError: an adapter moves no logit in this precision, and does in float32.
+    """
+    entries = {a.name: a for a in bundle.manifest.adapters}
+    rows = {name: entries[name].row or 0 for name in names}
+    ids = np.asarray([rows[name] for name in names], np.int64)
+    exact = _moved(bundle, "float32", images, ids, rows)
+    if precision in TYPED:
+        with scratch_directory(None, "twin") as scratch:
+            found = _moved(twin_of(bundle, precision, scratch), "float32", images, ids, rows)
+    else:
+        found = _moved(bundle, precision, images, ids, rows)
+    lines = []
+    for name in rows:
+        own = [i for i, other in enumerate(names) if other == name]
+        columns = slice(entries[name].classes)
+        lines.append(_judged(name, precision, exact[own, columns], found[own, columns], refuse))
+    return [line for line in lines if line]
+
+
+def check_reference(bundle: Bundle, precisions: Sequence[str], *, refuse: bool = True) -> list[str]:
+    """`check_effects` of further precisions on an image each of the adapters in the reference."""
+    manifest = bundle.manifest
+    wanted = [precision for precision in precisions if precision != "float32"]
+    if not wanted or manifest.layout is None or manifest.bank_as_constant:
+        return []
+    images, ids, _ = bundle.reference()
+    first = {a.name: np.flatnonzero(ids == a.row) for a in manifest.adapters}
+    chosen = {name: int(found[0]) for name, found in first.items() if len(found)}
+    some, names = images[list(chosen.values())], list(chosen)
+    return [
+        line
+        for precision in wanted
+        for line in check_effects(bundle, precision, some, names, refuse=refuse)
+    ]
+
+
+def check_quantised(bundle: Bundle, quantised: Quantised, exam: Exam) -> list[str]:
+    """What `check_folded` or `check_effects`, on an image of each adapter, says of a calibration.
+
+    Args:
+        bundle: with the graph, on trial.
+        quantised: how it came about.
+        exam: images that it is judged on.
+
+    Raises:
+        PlanError: nothing is left of an adapter.
+    """
+    import onnx_ir as ir
+
+    manifest, precision = bundle.manifest, quantised.precision
+    if manifest.whole or manifest.bank_as_constant:
+        return []
+    if manifest.layout is None:
+        (entry,) = manifest.adapters
+        adapter, model = bundle.load_adapter(entry.name), ir.load(bundle.graph("float32"))
+        low = {name for name, site in quantised.sites.items() if site.quantised}
+        line = check_folded(entry.name, adapter, model, precision, only=low)
+        return [line] if line else []
+    first = {q.adapter: q for q in reversed(exam.questions) if q.adapter not in (None, BACKBONE)}
+    if not first:
+        return []
+    images = np.stack([question.load() for question in first.values()])
+    return check_effects(bundle, precision, images, [str(name) for name in first])
+
+
+def say(progress: Progress, lines: Iterable[str | None]) -> None:
+    """Every line that there is, as a step."""
+    for line in lines:
+        if line:
+            progress(line)
+
+
+def _moved(
+    bundle: Bundle,
+    precision: str,
+    images: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    rows: Mapping[str, int],
+) -> NDArray[np.float64]:
+    """What the adapters move the logits by, their classifiers left as they are."""
+    both = [
+        logits_of(one, "cpu", precision, images, ids, rows)[0].astype(np.float64)
+        for one in (bundle, _without_changes(bundle))
+    ]
+    with np.errstate(invalid="ignore"):  # -inf of both, past an adapter's classes
+        return both[0] - both[1]
+
+
+def _without_changes(bundle: Bundle) -> Bundle:
+    """A bundle whose rows hold the adapters' classifiers alone: to be read, never committed."""
+    layout, name = bundle.manifest.layout, bundle.manifest.named(BANK_FILE)
+    assert layout is not None
+    bank = bundle.bank().copy()
+    for row in bank:
+        for part, view in layout.views(row).items():
+            if not part.startswith("head."):
+                view[:] = 0.0
+    return replace(bundle, held={**bundle.held, name: tensor_bytes({"adapter_bank": bank})})
+
+
+def _judged(
+    name: str,
+    precision: str,
+    exact: NDArray[np.float64],
+    found: NDArray[np.float64],
+    refuse: bool,
+) -> str | None:
+    largest = float(np.abs(exact).max(initial=0.0))
+    if largest == 0.0:
+        return None  # a classifier alone
+    if float(np.abs(found).max()) <= NO_EFFECT * largest:
+        line = (
+            f"adapter {name!r}: {precision} rounds all of it away: it moves no logit there (up to "
+            f"{largest:.1e} in float32)"
+        )
+        if refuse:
+            raise PlanError(f"{line}. {_FINER}")
+        return line
+    error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    if error < 1.0:
+        return None
+    return (
+        f"adapter {name!r}: rounding in {precision} moves the logits as much as the adapter does "
+        f"({error:.1f} times its {largest:.1e})"
+    )

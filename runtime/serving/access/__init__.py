@@ -1,0 +1,1 @@
+"""Who may ask a server, and what is encrypted on the way: tokens and TLS, both off by default."""
