@@ -17,7 +17,10 @@ from tests.gpu.scale import DRY, SCALE
 from tests.gpu.wants import need
 from tests.leash import leashed
 
-PACKAGES = ("aiohttp", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn")
+PACKAGES = (
+    "aiohttp", "grpc_health", "grpc_reflection", "hpack", "prometheus_client", "pythonjsonlogger",
+    "starlette", "tritonclient", "uvicorn",
+)  # fmt: skip
 # A fleet of more adapters than the bank has rows for.
 ADAPTERS, SLOTS = (5, 4) if DRY else (64, 48)
 # From it follows how many requests the time has.

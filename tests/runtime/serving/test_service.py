@@ -49,7 +49,7 @@ from tests.support import assert_parity, images
 from tests.workshop import AGE, ROOT, TAGS, transform_of
 
 
-def request_of(x, *names, model="tiny", outputs=(), encoded=False, **parameters):
+def request_of(x, *names, model="tiny", outputs=("logits",), encoded=False, **parameters):
     """FP32 images, or a list of encoded ones; ``names``: the input adapters."""
     array = bytes_array(x) if encoded else x
     inputs = {"images": Tensor("images", BYTES if encoded else FP32, array)}
