@@ -60,7 +60,7 @@ def check_outputs(asked: Sequence[Wanted]) -> Sequence[Wanted]:
 
 def all_outputs(entries: Sequence[AdapterEntry | None], binary: bool) -> tuple[Wanted, ...]:
     """What a request gets that asks for none: all that each of its adapters (None: the backbone)
-    has, the values of a regression no probabilities and no labels."""
+    has, the values of a regression no probabilities and no labels. Logits are the first."""
     values = any(entry is not None and entry.problem_type == VALUES for entry in entries)
     names = (LOGITS, ANSWERS) if values else OUTPUTS
     return tuple(Wanted(name, binary=binary) for name in names)

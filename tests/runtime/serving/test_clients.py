@@ -136,7 +136,8 @@ def test_kserve_s_sdk(server, expected, wire):
 
 
 FETCH = """
-const [url, body] = process.argv.slice(2);
+import {readFileSync} from "node:fs";
+const url = process.argv[2], body = readFileSync(0);
 const ask = async (what) => {
   const answer = await fetch(`${url}/v2/models/alpha/infer`, {method: "POST", body: what});
   return [answer.status, await answer.json()];
@@ -155,7 +156,8 @@ def test_node_s_fetch(server, expected, tmp_path):
     tensor = {"name": "images", "datatype": "FP32", "shape": list(x.shape), "parameters": None}
     body = json.dumps({"id": None, "inputs": [{**tensor, "data": x.round(3).ravel().tolist()}]})
     said = subprocess.run(
-        leashed(["node", str(script), server.url, body]),
+        leashed(["node", str(script), server.url]),
+        input=body,
         capture_output=True, text=True, timeout=PATIENCE, check=True,
     ).stdout  # fmt: skip
     status, logits, refused, error = json.loads(said)
