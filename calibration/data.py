@@ -26,6 +26,7 @@ from hhdeploy.files.folders import (
     Classes,
     find_splits,
     in_words,
+    is_list,
     list_classes,
     list_images,
     visible,
@@ -95,7 +96,8 @@ class CalibrationData:
         Args:
             bundle: whose graph is calibrated.
             source: an image folder (``DIR/CLASS/image``; for side branches
-                ``DIR/ADAPTER/CLASS/image``), an ``.npz`` file, or an iterable of mappings. The
+                ``DIR/ADAPTER/CLASS/image``), a list of paths and labels (``.txt``; for side
+                branches ``DIR/ADAPTER.txt``), an ``.npz`` file, or an iterable of mappings. The
                 latter two hold ``images`` (float32 [n, 3, H, W], normalised) and, for side
                 branches, ``adapter_ids`` (rows, int64 [n]) or ``adapters`` (n names).
             images: at most this many, over all adapters, spread over adapters and classes.
@@ -270,9 +272,12 @@ def _part(folder: Path, judging: bool) -> Path:
 
 def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
     """Adapter -> the folder of its classes."""
+    if is_list(folder):
+        return {_only(feeder, folder): folder}
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory. Expected a folder of calibration images.")
-    found = {d.name: d for d in visible(folder) if d.is_dir()}
+    lists = {} if feeder.folded else {f.stem: f for f in visible(folder) if is_list(f)}
+    found = {**lists, **{d.name: d for d in visible(folder) if d.is_dir()}}
     if feeder.folded:
         # A folder made for side branches holds this adapter's images and others'.
         own = found.get(feeder.names[0])
@@ -288,6 +293,18 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
             f"{'the folders ' + ', '.join(unknown) if unknown else 'no folder'}."
         )
     return {name: found[name] for name in found}
+
+
+def _only(feeder: Feeder, file: Path) -> str | None:
+    """Whose images a list has."""
+    if feeder.folded:
+        return None
+    if len(feeder.names) != 1:
+        raise DataError(
+            f"{file} has the images of one adapter, and the bundle has {', '.join(feeder.names)}: "
+            "pass a folder of folders DIR/ADAPTER, or of lists DIR/ADAPTER.txt."
+        )
+    return feeder.names[0]
 
 
 def _doubts(feeder: Feeder, adapter: str | None, place: Path, found: Classes) -> list[str]:

@@ -46,7 +46,7 @@ def branched_model(base: BaseGraph, plan: Plan) -> ir.Model:
     2. One Gather, one Split into the parts of the row.
     3. A branch per (Linear, form): additive first, then sequential on the sum.
     4. The head: ``head.own`` selects the row's head or the backbone's; columns past the
-       adapter's classes are -inf.
+       adapter's classes are -inf. None where the graph gives no logits.
 
     Args:
         base: the traced backbone.
@@ -74,9 +74,10 @@ def branched_model(base: BaseGraph, plan: Plan) -> ir.Model:
                 continue
             ride = branch.linear not in sequential and _bias_may_ride(linear)
             _insert_branch(graph, linear, branch, rows, use, ride)
-    head = linears_at(by_path, base.facts.classifier)[-1]
-    insert_head(graph, head, plan, rows)
-    graph.outputs[0].shape = ir.Shape(["batch", plan.classes])
+    if plan.classes:
+        head = linears_at(by_path, base.facts.classifier)[-1]
+        insert_head(graph, head, plan, rows)
+        graph.outputs[0].shape = ir.Shape(["batch", plan.classes])
     CommonSubexpressionEliminationPass()(model)  # every site asks for the batch size
     RemoveUnusedNodesPass()(model)
     return model

@@ -108,6 +108,6 @@ def _replace_head(graph: ir.Graph, linear: GraphLinear, head: Head) -> None:
     linear.replace_weight(graph, f"{head.path}.weight_folded", head.weight)
     linear.set_bias(graph, f"{head.path}.bias_folded", head.bias)
     classes = head.weight.shape[0]
-    for value in {linear.node.outputs[0], linear.output, *graph.outputs}:
+    for value in {linear.node.outputs[0], linear.output, graph.outputs[0]}:
         if value.shape is not None:
             value.shape = ir.Shape([*value.shape[:-1], classes])

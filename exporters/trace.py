@@ -17,7 +17,7 @@ import mmap
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.backbones.attention import plain_attention
-from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.facts import LOGITS, BackboneFacts
+from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
@@ -61,16 +62,28 @@ class BaseGraph:
     """A traced backbone.
 
     Attributes:
-        model: the ONNX graph, ``images`` [batch, channels, H, W] to ``logits``; never changed:
-            passes work on a clone.
-        facts: the backbone's facts, ``linears`` in the graph's execution order.
+        model: the ONNX graph, ``images`` [batch, channels, H, W] to its outputs, logits first;
+            never changed: passes work on a clone.
+        facts: the backbone's facts, ``linears`` in the graph's execution order; no classifier
+            where the graph has no logits.
     """
 
     model: ir.Model
     facts: BackboneFacts
 
+    @property
+    def features(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of an image's part, of every output but the logits."""
+        return {
+            str(value.name): tuple(int(size) for size in (value.shape or ())[1:])  # type: ignore[arg-type]
+            for value in self.model.graph.outputs
+            if value.name != LOGITS
+        }
 
-def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
+
+def base_graph(
+    backbone: Backbone, cache: Path | None, outputs: Sequence[str] = (LOGITS,)
+) -> BaseGraph:
     """The base graph of a backbone, from the cache or traced now.
 
     A cached graph that is not, byte for byte, what was stored is traced again and replaced.
@@ -78,21 +91,23 @@ def base_graph(backbone: Backbone, cache: Path | None) -> BaseGraph:
     Args:
         backbone: the loaded model.
         cache: directory of cached graphs; None traces and stores nothing.
+        outputs: of `hhdeploy.backbones.facts.OUTPUTS`, in that order.
 
     Raises:
-        BackboneError: when torch cannot trace the architecture with a dynamic batch.
+        BackboneError: when torch cannot trace the architecture with a dynamic batch, or it does
+            not tell an output.
         WriteError: the cache cannot be written.
     """
     if cache is None or backbone.traced_with is None:
-        return _with_execution_order(trace(backbone), backbone.facts)
-    entry = entry_at(cache, "base", _cache_key(backbone))
+        return _with_execution_order(trace(backbone, outputs), backbone.facts, outputs)
+    entry = entry_at(cache, "base", _cache_key(backbone, outputs))
     try:
         stored = entry.read(_checked)
     except (OSError, ValueError, TypeError, KeyError):  # damaged
         stored = None
     if stored is None:
-        stored = _keep(trace(backbone), entry)
-    return _with_execution_order(_graph_of(*stored), backbone.facts)
+        stored = _keep(trace(backbone, outputs), entry)
+    return _with_execution_order(_graph_of(*stored), backbone.facts, outputs)
 
 
 class _Weights:
@@ -174,7 +189,7 @@ def _graph_of(graph: bytes, weights: _Weights) -> ir.Model:
     return model
 
 
-def trace(backbone: Backbone) -> ir.Model:
+def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     """torch.onnx.export, tag, optimise: the uncached work."""
     import torch
     from onnxscript import optimizer
@@ -186,17 +201,18 @@ def trace(backbone: Backbone) -> ir.Model:
             apart = images_apart(
                 backbone.model, backbone.facts.linears, backbone.facts.preprocess.input_size
             )
-            program = torch.onnx.export(
-                backbone.model,
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-                optimize=False,
-                verbose=False,
-            )
+            with giving(backbone.model, backbone.facts.classifier, outputs):
+                program = torch.onnx.export(
+                    backbone.model,
+                    (example,),
+                    dynamo=True,
+                    opset_version=OPSET,
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    input_names=["images"],
+                    output_names=list(outputs),
+                    optimize=False,
+                    verbose=False,
+                )
     except Exception as error:
         # torch wraps the reason in a page of advice.
         cause = error.__cause__ or error
@@ -211,6 +227,7 @@ def trace(backbone: Backbone) -> ir.Model:
     with _quiet():
         optimizer.optimize_ir(model)
     _remove_empty_pads(model.graph)
+    _set_apart(model.graph)
     _name_nodes(model)
     _name_weights(model)
     _drop_notes(model)
@@ -281,6 +298,21 @@ def _remove_empty_pads(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
+def _set_apart(graph: ir.Graph) -> None:
+    """Give every output but the logits a node of its own: what it shows may be in use inside, and
+    passes replace values there."""
+    for index, value in enumerate(graph.outputs):
+        producer = value.producer()
+        if value.name == LOGITS or producer is None:
+            continue
+        alone = ir.node("Identity", [value])
+        shown = alone.outputs[0]
+        shown.name, shown.shape, shown.type = value.name, value.shape, value.type
+        value.name = f"{value.name}/inside"
+        graph.insert_after(producer, alone)
+        graph.outputs[index] = shown
+
+
 def _name_nodes(model: ir.Model) -> None:
     """Call every node after its module, ``blocks.0.norm1/LayerNormalization``: a compiler's
     messages about a node then tell where in the model it is."""
@@ -311,7 +343,9 @@ def _name_weights(model: ir.Model) -> None:
                 model.graph.initializers[wanted] = weight
 
 
-def _with_execution_order(model: ir.Model, facts: BackboneFacts) -> BaseGraph:
+def _with_execution_order(
+    model: ir.Model, facts: BackboneFacts, outputs: Sequence[str]
+) -> BaseGraph:
     """Put the facts' Linears in the order of the graph's nodes, and check that all are there."""
     by_path = {linear.path: linear for linear in facts.linears}
     ordered: dict[str, LinearSpec] = {}
@@ -323,14 +357,16 @@ def _with_execution_order(model: ir.Model, facts: BackboneFacts) -> BaseGraph:
             if path in by_path:
                 ordered.setdefault(path, by_path[path])
     # A Linear that the forward pass never uses (the keys of an unused branch) cannot be adapted.
-    if facts.classifier not in tagged:
+    if LOGITS not in outputs:
+        facts = replace(facts, classifier="", classes=0)
+    elif facts.classifier not in tagged:
         raise BackboneError(
             f"{facts.model}: the classifier {facts.classifier} was not found in the traced graph."
         )
     return BaseGraph(model, replace(facts, linears=tuple(ordered.values())))
 
 
-def _cache_key(backbone: Backbone) -> str:
+def _cache_key(backbone: Backbone, outputs: Sequence[str]) -> str:
     """Digest of everything that the traced graph depends on."""
     import onnxscript
     import torch
@@ -348,6 +384,7 @@ def _cache_key(backbone: Backbone) -> str:
         *backbone.traced_with,
         onnxscript.__version__,
         ir.__version__,
+        *([] if tuple(outputs) == (LOGITS,) else outputs),
     ]
     digest.update(json.dumps(described).encode())
     state: dict[str, torch.Tensor] = backbone.model.state_dict()

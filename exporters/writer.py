@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import WHOLE
 from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import (
     BANK_FILE,
@@ -62,7 +61,7 @@ def folded_contents(base: BaseGraph, name: str, adapter: Adapter) -> Contents:
     """One adapter in the weights of a plain graph."""
     backbone = replace(base.facts, linears=())
     entry = entry_of(name, None, adapter, backbone, verified=False)
-    manifest = _folded_manifest(backbone, entry)
+    manifest = _folded_manifest(base, entry)
     return Contents(folded_model(base, adapter), manifest, None, {name: adapter})
 
 
@@ -70,29 +69,30 @@ def whole_contents(base: BaseGraph) -> Contents:
     """The model as it is, under one name, for everything that a folded bundle is good for.
 
     Raises:
-        PlanError: it has no classifier.
+        PlanError: it has no classifier, and its graph is to give logits.
     """
-    facts = replace(base.facts, linears=())
-    if not facts.classes:
+    facts = base.facts
+    if facts.classifier and not facts.classes:
         raise PlanError(
             f"{facts.model} as loaded has no classifier, so its graph has no logits. Give weights "
             "that have one, or an adapter with a head."
         )
     task = problem_type_of(None, facts.classes)
     entry = AdapterEntry(WHOLE, None, facts.classes, None, facts.preprocess, False, task)
-    return Contents(base.model, _folded_manifest(facts, entry), None, {})
+    return Contents(base.model, _folded_manifest(base, entry), None, {})
 
 
-def _folded_manifest(backbone: BackboneFacts, entry: AdapterEntry) -> Manifest:
+def _folded_manifest(base: BaseGraph, entry: AdapterEntry) -> Manifest:
     return Manifest(
         kind="folded",
-        backbone=backbone,
+        backbone=replace(base.facts, linears=()),
         classes=entry.classes,
         adapters=(entry,),
         layout=None,
         bank_as_constant=False,
         graphs={},
         versions=versions(),
+        features=base.features,
     )
 
 
@@ -122,6 +122,7 @@ def branches_contents(
         bank_as_constant=bank_as_constant,
         graphs={},
         versions=versions(),
+        features=base.features,
     )
     model = branched_model(base, plan)
     return Contents(baked(model, bank) if bank_as_constant else model, manifest, bank, adapters)
@@ -185,7 +186,7 @@ def write_bundle(
     for name, adapter in contents.adapters.items():
         copy_directory(Path(adapter.source), path / "adapters" / name)
     if reference is not None:
-        write_tensors(path / REFERENCE_FILE, reference().tensors())
+        write_tensors(path / REFERENCE_FILE, reference().tensors(contents.manifest))
     manifest = replace(contents.manifest, graphs=graphs, files=hash_files(path))
     write_manifest(path, manifest)
     return manifest

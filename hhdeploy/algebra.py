@@ -263,7 +263,16 @@ def effective_rank(delta: SiteDelta) -> float:
     Between 1 (one direction) and min(out, in) (all directions alike); 0 for a zero delta.
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
-    singular = np.linalg.svd(delta.dense(), compute_uv=False)
+    return entropy_rank(singular_values(delta))
+
+
+def singular_values(delta: SiteDelta) -> Array:
+    """Of D + left @ right, the largest first."""
+    return np.asarray(np.linalg.svd(delta.dense(), compute_uv=False), np.float64)
+
+
+def entropy_rank(singular: Array) -> float:
+    """exp of the entropy of normalised singular values, 0 where all are zero."""
     total = float(singular.sum())
     if total == 0.0:
         return 0.0

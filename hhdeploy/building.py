@@ -63,6 +63,7 @@ def build(
     import_tensorrt(backend)  # before anything slow
     bundle = Bundle.open(path)
     manifest = bundle.manifest
+    manifest.check_logits_alone("an engine")
     baked_in = manifest.bank_as_constant or options.bank_as_constant
     slots = _slots(bundle, options)
     if precision not in manifest.graphs:

@@ -70,13 +70,25 @@ class Plan:
 
     @property
     def classes(self) -> int:
-        """Columns of the graph's logits."""
+        """Columns of the graph's logits; 0: it has none."""
         own = self.facts.classes if self.layout.backbone_head else 0
         return max(self.layout.classes, own)
 
 
-def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve: Reserve) -> Plan:
+def plan_branches(
+    facts: BackboneFacts,
+    adapters: Mapping[str, Adapter],
+    reserve: Reserve,
+    *,
+    logits: bool = True,
+) -> Plan:
     """Check the adapters against the backbone and each other, and lay out the row.
+
+    Args:
+        facts: of the backbone.
+        adapters: by name; without classifiers where the graph gives no logits.
+        reserve: room for later ones.
+        logits: False: the graph gives features alone, a row has no head.
 
     Raises:
         PlanError: no adapter and nothing reserved, a head is needed that does not exist, or an
@@ -104,7 +116,7 @@ def plan_branches(facts: BackboneFacts, adapters: Mapping[str, Adapter], reserve
     heads = [a.head.weight.shape[0] for a in adapters.values() if a.head is not None]
     classes = max([reserve.max_classes, *heads])
     keep = needs_backbone_head or reserve.keep_backbone_head or (classes == 0)
-    if keep and facts.classes == 0:
+    if keep and facts.classes == 0 and logits:
         raise PlanError(
             f"{facts.model} as loaded has no classifier: give adapters that have one, or reserve "
             "room with `max_classes`."

@@ -113,6 +113,7 @@ def calibrate_bundle(
     """
     settings, options = settings or CalibrationSettings(), options or CalibrationOptions()
     bundle = read_bundle(path, Bundle.hold)
+    bundle.manifest.check_logits_alone("calibration")
     for package in ("onnx", "onnx_ir", "onnxruntime", "nncf"):
         require(package, "calibrate", "calibrating")
     from hhdeploy.calibration.quantised import Float32Graph, find_scales

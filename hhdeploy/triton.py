@@ -96,7 +96,7 @@ def write_triton_repository(
     Raises:
         BundleError: no adapter, no such graph, no engine that Triton can run (stale, another
             bank, the bank as an input, built by TensorRT-RTX), or a damaged file.
-        PlanError: options that do not go together.
+        PlanError: options that do not go together, or a bundle that gives more than logits.
         MissingDependencyError: the ``onnxruntime`` backend needs the ``export`` extra here
             (onnx_ir, no torch).
         WriteError: OUT/NAME exists, or the file system refused.
@@ -104,6 +104,7 @@ def write_triton_repository(
     options, out = options or TritonOptions(), Path(out)
     check_options(options)
     bundle = Bundle.open(path)
+    bundle.manifest.check_logits_alone("a repository of Triton")
     name = check_model_name(options.name or bundle.path.resolve().name)
     engine = _engine(bundle, options) if options.backend == "tensorrt" else None
     if engine is not None:

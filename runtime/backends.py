@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,8 @@ Bank = NDArray[np.float32]
 DEVICES = ("cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", *BACKENDS)
 # Those whose runs can be recorded as CUDA graphs.
 RECORDING_DEVICES = ("cuda", *BACKENDS)
+# Those that give features and tokens too.
+_ALL_OUTPUTS = ("cpu", "openvino")
 # What a CPU may be tuned for: one answer at a time, or many.
 HINTS = ("latency", "throughput")
 
@@ -39,13 +42,23 @@ class Backend(Protocol):
         """What computes, e.g. ``onnxruntime CPUExecutionProvider``."""
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
-        """Logits float32 [batch, classes]; ``ids`` None for a folded graph."""
+        """Float32 [batch, columns]: all outputs of an image side by side, see `Manifest.split`;
+        ``ids`` None for a folded graph."""
 
     def row_changed(self, row: int) -> None:
         """A row of the bank was written; nobody is using it, others may be in use."""
 
     def close(self) -> None:
         """Free the graph. Calling `run` after it is an error, `row_changed` does nothing."""
+
+
+def side_by_side(outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The outputs of a run, [batch, ...] each, as [batch, columns]; one of two dimensions as it
+    is."""
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first if first.ndim == 2 else first.reshape(len(first), -1)
+    return np.concatenate([output.reshape(len(first), -1) for output in outputs], axis=1)
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,11 @@ def open_backend(
             f"`cuda_graphs`: `device={target.device!r}` has none; expected one of "
             f"{', '.join(RECORDING_DEVICES)}."
         )
+    if bundle.manifest.features and target.device not in _ALL_OUTPUTS:
+        raise SessionError(
+            f"`device={target.device!r}` gives logits alone, this bundle has "
+            f"{', '.join(bundle.manifest.outputs)}; expected one of {', '.join(_ALL_OUTPUTS)}."
+        )
     if target.engine is not None:
         from hhdeploy.runtime.tensorrt_backend import TensorRtBackend
 
@@ -151,6 +169,8 @@ def _fastest(manifest: Manifest, precision: str) -> Target:
             continue  # another version, another GPU, none at all: the engine is not for here
     from hhdeploy.runtime.onnxruntime_backend import cuda_available
 
+    if manifest.features:
+        return Target(_fastest_cpu(precision))
     return Target("cuda" if cuda_available() else _fastest_cpu(precision))
 
 

@@ -240,7 +240,7 @@ class AdapterBank:
 
     def _row(self, name: str | None) -> int:
         if name is None or name == BACKBONE:
-            if not self._manifest.backbone_classes:
+            if not self._manifest.answers_backbone:
                 raise SessionError(
                     "this bundle has no classifier of the bare backbone: name an adapter for "
                     "every image, or export with `keep_backbone_head=True`."

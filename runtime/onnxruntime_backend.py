@@ -21,7 +21,7 @@ from hhdeploy.errors import (
     SessionError,
     require,
 )
-from hhdeploy.runtime.backends import Backend, BackendOptions, Bank, Ids, Images
+from hhdeploy.runtime.backends import Backend, BackendOptions, Bank, Ids, Images, side_by_side
 from hhdeploy.runtime.cuda import driver_library
 
 _PROVIDERS = {
@@ -140,6 +140,7 @@ class OnnxRuntimeBackend:
     def __init__(self, session: Any, bank: Bank | None, name: str) -> None:
         self._session = session
         self._bank = bank
+        self._outputs = [output.name for output in session.get_outputs()]
         self.name = name
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
@@ -150,10 +151,10 @@ class OnnxRuntimeBackend:
         if self._bank is not None:
             feeds["adapter_bank"] = self._bank
         try:
-            logits: NDArray[np.float32] = self._session.run(["logits"], feeds)[0]
+            outputs: list[NDArray[np.float32]] = self._session.run(self._outputs, feeds)
         except Exception as error:  # its exceptions have no base of their own
             raise DeviceError(f"{self.name} failed: {error}") from error
-        return logits
+        return side_by_side(outputs)
 
     def row_changed(self, row: int) -> None:
         """See `Backend.row_changed`: the next run reads the bank as it is."""

@@ -36,7 +36,7 @@ from hhdeploy.errors import (
     require,
 )
 from hhdeploy.packages import check_version
-from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
+from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images, side_by_side
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 
 _CPU: Final = "CPU"
@@ -77,8 +77,8 @@ class OpenVinoBackend:
             request.infer()
         except RuntimeError as error:
             raise DeviceError(f"{self.name} failed: {error}") from error
-        logits: NDArray[np.float32] = request.get_tensor("logits").data.copy()
-        return logits
+        outputs = [request.get_output_tensor(i).data for i in range(len(self._model.outputs))]
+        return side_by_side(outputs) if len(outputs) > 1 else side_by_side([outputs[0].copy()])
 
     def row_changed(self, row: int) -> None:
         """See `Backend.row_changed`: the bank is shared memory."""

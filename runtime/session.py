@@ -1,4 +1,4 @@
-"""An open bundle: images and adapter names in, logits out."""
+"""An open bundle: images and adapter names in, logits (or features) out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Answer, answers_of, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry
@@ -85,21 +86,37 @@ class Session:
         self,
         images: NDArray[np.float32],
         adapters: str | Sequence[str | None] | None = None,
+        output: str | None = None,
     ) -> NDArray[np.float32]:
-        """Logits of a batch in which every image may use another adapter.
+        """Logits, features or tokens of a batch in which every image may use another adapter.
 
         Args:
             images: float32 [batch, 3, H, W], normalised (see `preprocess`).
             adapters: one name per image, None or ``"backbone"`` for the bare backbone; a single
                 name or None for all images. A folded bundle takes its adapter's name or None.
+            output: ``logits``, ``features`` or ``tokens``, as far as the bundle has them (see
+                `Manifest.outputs`); None: the first it has.
 
         Returns:
-            float32 [batch, classes]; columns past an image's own classes are -inf.
+            float32: logits [batch, classes], columns past an image's own classes are -inf;
+            features [batch, dim]; tokens [batch, n, dim].
 
         Raises:
-            SessionError: wrong shape or type, wrong number of names, an unknown adapter, or the
-                session is closed.
+            SessionError: wrong shape or type, wrong number of names, an unknown adapter or output,
+                or the session is closed.
         """
+        has = self.bundle.manifest.outputs
+        wanted = next(iter(has)) if output is None else output
+        if wanted not in has:
+            raise SessionError(f"output {wanted!r}: this bundle has {', '.join(has)}.")
+        return self.bundle.manifest.split(self.answer(images, adapters))[wanted]
+
+    def answer(
+        self,
+        images: NDArray[np.float32],
+        adapters: str | Sequence[str | None] | None = None,
+    ) -> NDArray[np.float32]:
+        """All outputs of a batch, an image's side by side: see `Manifest.split`; else as `run`."""
         backend = self._open_backend()
         images = self._checked(images)
         names = _names(adapters, len(images))
@@ -129,6 +146,11 @@ class Session:
         Raises:
             SessionError: see `run`; no image; or logits that are no numbers.
         """
+        if not self.bundle.manifest.classes:
+            raise SessionError(
+                f"this bundle gives {', '.join(self.bundle.manifest.outputs)} and no logits: it "
+                "has no classes to tell. Call `run` on what `preprocess` makes of the images."
+            )
         if not images:
             raise SessionError("no image given: expected a sequence of at least one.")
         names = _names(adapters, len(images))
@@ -137,7 +159,8 @@ class Session:
             manifest = self.bundle.manifest
             ways = [manifest.preprocess_of(e) for e in entries]
             pixels = np.stack([way(image) for way, image in zip(ways, images, strict=True)])
-            logits = self._open_backend().run(self._checked(pixels), rows)
+            found = self._open_backend().run(self._checked(pixels), rows)
+        logits = manifest.split(found)[LOGITS]
         answers = []
         for index, (entry, row) in enumerate(zip(entries, logits, strict=True)):
             classes = entry.classes if entry is not None else manifest.backbone_classes
@@ -162,7 +185,7 @@ class Session:
         """The graph itself, for a server that checks a request where it comes in.
 
         Called with images, float32 [batch, 3, H, W] in C order, and rows, int64 [batch], each held
-        with `AdapterBank.hold`; None of a folded bundle. It gives the logits as `run` does.
+        with `AdapterBank.hold`; None of a folded bundle. It gives what `answer` does.
         """
         return self._open_backend().run
 

@@ -25,6 +25,7 @@ from tests.skips import pytest_terminal_summary
 from tests.slow import pytest_addoption, pytest_collection_modifyitems
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from hhdeploy.backbones.spec import Backbone
@@ -64,41 +65,48 @@ def workshop() -> Workshop:
     return open_workshop(made_once("workshop", make_workshop))
 
 
+def exported(request: pytest.FixtureRequest, bundle: str, names: Sequence[str], **options) -> Path:
+    """A shared bundle of the workshop. Where it is there already, no torch is imported."""
+
+    def make(out: Path) -> None:
+        request.getfixturevalue("workshop").export(out, names, **options)
+
+    return made_once(bundle, make)
+
+
 @pytest.fixture(scope="session")
-def branches(workshop) -> Path:
+def branches(request) -> Path:
     """Five adapters of all kinds, one without a head, beside a backbone with its classifier.
 
     Read only: `tests.workshop.copy_bundle` gives a copy to change.
     """
-    names = ("alpha", "rival", "beta", "gamma", "headless")
-    return made_once("branches", lambda out: workshop.export(out, names))
+    return exported(request, "branches", ("alpha", "rival", "beta", "gamma", "headless"))
 
 
 @pytest.fixture(scope="session")
-def small(workshop) -> Path:
+def small(request) -> Path:
     """Alpha and gamma, without the backbone's classifier. Read only."""
-    return made_once("small", lambda out: workshop.export(out, ("alpha", "gamma")))
+    return exported(request, "small", ("alpha", "gamma"))
 
 
 @pytest.fixture(scope="session")
-def heads(workshop) -> Path:
+def heads(request) -> Path:
     """Alpha's classes, independent labels, one value, and a head alone. Read only."""
     from tests.workshop import AGE, PROBE, TAGS
 
-    return made_once("heads", lambda out: workshop.export(out, ("alpha", TAGS, AGE, PROBE)))
+    return exported(request, "heads", ("alpha", TAGS, AGE, PROBE))
 
 
 @pytest.fixture(scope="session")
-def folded(workshop) -> Path:
+def folded(request) -> Path:
     """Alpha in the weights. Read only."""
-    return made_once("folded", lambda out: workshop.export(out, ("alpha",), fold=True))
+    return exported(request, "folded", ("alpha",), fold=True)
 
 
 @pytest.fixture(scope="session")
-def constant(workshop) -> Path:
+def constant(request) -> Path:
     """Alpha and gamma, the bank baked into the graph. Read only."""
-    chosen = {"bank_as_constant": True}
-    return made_once("constant", lambda out: workshop.export(out, ("alpha", "gamma"), **chosen))
+    return exported(request, "constant", ("alpha", "gamma"), bank_as_constant=True)
 
 
 @pytest.fixture(scope="session")

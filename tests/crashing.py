@@ -7,6 +7,7 @@ a power cut: what was not fsynced is dropped or reordered. Both patch `os`, not 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -133,9 +134,11 @@ def calls_of(write: Writer, root: Path) -> list[Call]:
     return calls
 
 
-def killed_at_every_call(write: Writer, origin: Path, scratch: Path) -> Iterator[Path]:
-    """A copy of ``origin`` after each death of the writer, one for every call that it makes."""
-    for point in itertools.count():
+def killed_at_every_call(
+    write: Writer, origin: Path, scratch: Path, step: int = 1
+) -> Iterator[Path]:
+    """A copy of ``origin`` after each death of the writer, one for every ``step``-th call of it."""
+    for point in itertools.count(step=step):
         root = scratch / f"point-{point}"
         shutil.copytree(origin, root)
         code = _in_child(lambda root=root, point=point: _die_at(write, root, point))
@@ -205,18 +208,25 @@ def power_cuts(calls: list[Call], origin: Path, scratch: Path) -> Iterator[Path]
     for number, call in enumerate([*calls, None]):
         for names in _may_last(disk):
             key = repr(
-                [(p, None if n is None else disk.contents[n]) for p, n in sorted(names.items())]
+                [
+                    (p, n if n is None else _digest(disk.contents[n]))
+                    for p, n in sorted(names.items())
+                ]
             )
-            digest = hashlib.sha256(key.encode()).hexdigest()
-            if digest in seen:
+            if key in seen:
                 continue
-            seen.add(digest)
+            seen.add(key)
             root = scratch / f"cut-{number}-{len(seen)}"
             _lay(root, names, disk.contents, blobs)
             yield root
             shutil.rmtree(root)
         if call is not None:
             _apply(disk, call)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _disk_of(origin: Path) -> _Disk:
@@ -300,7 +310,7 @@ def _lay(root: Path, names: dict[str, int | None], contents: dict[int, bytes], b
         if number is None:
             (root / path).mkdir()
             continue
-        blob = blobs / hashlib.sha256(contents[number]).hexdigest()
+        blob = blobs / _digest(contents[number])
         if not blob.exists():
             blob.write_bytes(contents[number])
         os.link(blob, root / path)

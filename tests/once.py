@@ -24,6 +24,11 @@ def share_directory() -> None:
         atexit.register(shutil.rmtree, os.environ[_PLACE], ignore_errors=True)
 
 
+def traces() -> Path:
+    """The run's cache of traced backbones."""
+    return Path(os.environ[_PLACE]) / "traces"
+
+
 def made_once(name: str, make: Callable[[Path], object]) -> Path:
     """The directory ``name`` of this run, to read only: the first process that asks makes it.
 

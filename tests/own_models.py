@@ -56,6 +56,19 @@ def encoder(depth: int = 2) -> nn.Module:
     return Encoder(images_first=True, depth=depth)
 
 
+class Tower(Encoder):
+    """An encoder without a classifier: its features are what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__(images_first=True, depth=1)
+        self.head = nn.Identity()
+
+
+def tower() -> nn.Module:
+    """Features [batch, 48]; the last Linear is one of the encoder's."""
+    return Tower()
+
+
 def tokens_first() -> nn.Module:
     """[tokens, batch, features] throughout."""
     return Encoder(images_first=False)

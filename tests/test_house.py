@@ -256,4 +256,4 @@ def test_progress_has_one_type():
         if isinstance(node, ast.Assign)
         and any(isinstance(t, ast.Name) and t.id == "Progress" for t in node.targets)
     ]
-    assert places == ["hhdeploy/bundle/store.py"]
+    assert places == ["hhdeploy/bundle/locking.py"]

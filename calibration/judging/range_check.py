@@ -13,7 +13,7 @@ from hhdeploy.bundle.manifest import calibration_files
 from hhdeploy.calibration.feeds import Feed, Feeder
 from hhdeploy.calibration.scales import read_scales
 from hhdeploy.errors import BundleError, PlanError, as_code, require
-from hhdeploy.files.folders import list_images, spread
+from hhdeploy.files.folders import list_images, part_of, spread
 from hhdeploy.preprocess import open_image
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def check_adapter(
     }
     graph = bundle.graph("float32")
     sites = find_sites(ir.load(graph).graph, bundle.manifest.backbone.classifier)
-    own = Path(data) / adapter
-    files = spread(list_images(own if own.is_dir() else Path(data)).paths, images)
+    files = spread(list_images(part_of(Path(data), adapter)).paths, images)
     excess = range_excess(
         graph,
         {name: site for name, site in sites.items() if name in active},

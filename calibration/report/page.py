@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from hhdeploy.calibration.judging.accuracy import TaskAccuracy
 from hhdeploy.calibration.judging.findings import Changed, Findings
-from hhdeploy.calibration.report.markup import Markup, join, tag
+from hhdeploy.calibration.report.markup import Markup, document, note, section, table, tag
 from hhdeploy.calibration.report.pictures import png_of
 from hhdeploy.calibration.report.plots import drop_intervals, site_bars
-from hhdeploy.calibration.report.style import STYLE
 
-# Nothing is fetched and no script runs, whatever a class or an adapter is called.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _NONE = "–"
 
 
 def report_html(findings: Findings) -> str:
     """The whole document. Names of classes, files and adapters are escaped."""
     title = f"{findings.precision} calibration of {findings.bundle}"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Markup(STYLE)),
-    )
-    body = tag(
-        "body",
-        tag("h1", title),
+    return document(
+        title,
         tag("p", findings.verdict(), class_="verdict"),
         _warnings(findings.warnings),
         _accuracy(findings),
@@ -42,7 +29,6 @@ def report_html(findings: Findings) -> str:
         _cost(findings),
         _settings(findings),
     )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en")
 
 
 def _warnings(warnings: Sequence[str]) -> Markup | None:
@@ -65,16 +51,16 @@ def _accuracy(findings: Findings) -> Markup:
         "standard error", "lost / gained", "same answer %", "SQNR, dB",
     )  # fmt: skip
     labelled = accuracy.labelled
-    return _section(
+    return section(
         "Accuracy",
-        _note(
+        note(
             f"{accuracy.images} images from “{findings.exam.source}”, "
             f"{'none of them calibrated on' if accuracy.held_out else 'calibrated on'}; every "
             "batch mixes the tasks. Both graphs answer the same images, so the standard error is "
             "the paired one (McNemar): lost were right in float32 and are wrong now, gained the "
             "other way round. The mean is over tasks."
         ),
-        _table(columns, rows, last=len(accuracy.tasks) > 1),
+        table(columns, rows, last=len(accuracy.tasks) > 1),
         *_intervals(labelled),
     )
 
@@ -82,11 +68,11 @@ def _accuracy(findings: Findings) -> Markup:
 def _intervals(labelled: Sequence[TaskAccuracy]) -> tuple[Markup, ...]:
     if not labelled:
         return ()
-    note = (
+    words = (
         "Points of top-1 lost, with the 95 % interval: 1.96 standard errors, or 3 / n where no "
         "answer turned right or wrong (the rule of three)."
     )
-    return _note(note), drop_intervals(labelled)
+    return note(words), drop_intervals(labelled)
 
 
 def _task_row(task: TaskAccuracy) -> tuple[object, ...]:
@@ -112,13 +98,13 @@ def _guard(findings: Findings) -> Markup | None:
         for trial in guarded.trials
     ]
     kept = ", ".join(guarded.kept) or "none"
-    return _section(
+    return section(
         "Guard",
-        _note(
+        note(
             f"At most {guarded.max_drop:g} points of mean top-1 may be lost. Kept in floating "
             f"point for it, the most sensitive first: {kept}."
         ),
-        _table(("sites kept", "drop, points", ""), trials),
+        table(("sites kept", "drop, points", ""), trials),
     )
 
 
@@ -141,24 +127,24 @@ def _sites(findings: Findings) -> Markup:
         "site", "", "in × out", "SQNR, dB", "range", "step", "smoothed", "bias corrected",
     )  # fmt: skip
     others = ", ".join(findings.quantised.kept)
-    return _section(
+    return section(
         "Sites",
-        _note(
+        note(
             "Signal to noise of each Linear's output when it alone is quantised; hollow bars are "
             f"sites that stay in floating point ({len(findings.kept)} of {len(sites)}). Never "
             f"quantised: {others or 'nothing else'}."
         ),
         site_bars({name: info.sqnr_db for name, info in sites.items()}, set(findings.kept)),
-        tag("details", tag("summary", f"All {len(sites)} sites"), _table(columns, rows)),
+        tag("details", tag("summary", f"All {len(sites)} sites"), table(columns, rows)),
     )
 
 
 def _changed(findings: Findings) -> Markup | None:
     if not findings.changed:
         return None
-    return _section(
+    return section(
         "Images that quantisation moved most",
-        _note("As the model sees them: resized and cropped. Answer and its probability."),
+        note("As the model sees them: resized and cropped. Answer and its probability."),
         tag("div", *(_figure(findings, image) for image in findings.changed), class_="images"),
     )
 
@@ -193,17 +179,15 @@ def _cost(findings: Findings) -> Markup:
         )
         for batch, pair in findings.latency.items()
     ]
-    return _section(
+    return section(
         "Size and speed",
-        _table(("graph and weights", "MB", "of float32"), sizes),
-        _note(
+        table(("graph and weights", "MB", "of float32"), sizes),
+        note(
             f"Latency on {findings.machine}, {findings.device}: medians of runs in turn, and the "
             "ratio float32 / quantised with its quartiles; above 1 the quantised graph is faster. "
             "Other machines and engines differ: measure there."
         ),
-        _table(
-            ("batch", "float32, ms", f"{findings.precision}, ms", "speed-up (quartiles)"), times
-        ),
+        table(("batch", "float32, ms", f"{findings.precision}, ms", "speed-up (quartiles)"), times),
     )
 
 
@@ -215,33 +199,7 @@ def _settings(findings: Findings) -> Markup:
         *((f"data: {key}", _plain(value)) for key, value in quantised.data.items()),
         *((f"version: {key}", value) for key, value in quantised.versions.items()),
     ]
-    return _section("Settings, data and versions", _table(("", ""), rows, class_="settings"))
-
-
-def _section(heading: str, *children: Markup | None) -> Markup:
-    return tag("section", tag("h2", heading), *children)
-
-
-def _note(text: str) -> Markup:
-    return tag("p", text, class_="note")
-
-
-def _table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    last: bool = False,
-    class_: str | None = None,
-) -> Markup:
-    """A table whose first column is the rows' headings; ``last`` sets off the last row."""
-    head = tag("tr", *(tag("th", column, scope="col") for column in columns))
-    body = [
-        tag("tr", tag("th", str(row[0]), scope="row"), *(tag("td", str(cell)) for cell in row[1:]))
-        for row in rows
-    ]
-    foot = tag("tfoot", body.pop()) if last else None
-    table = tag("table", tag("thead", head), tag("tbody", join(body)), foot, class_=class_)
-    return tag("div", table, class_="scroll")
+    return section("Settings, data and versions", table(("", ""), rows, class_="settings"))
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from hhdeploy.calibration.judging.accuracy import TaskAccuracy
 from hhdeploy.calibration.report.markup import Markup, join, tag
 
-_LABELS, _WIDTH = 130, 900  # the drawing; the page scales it
+LABELS, WIDTH = 130, 900  # the drawing; the page scales it
 _BAND, _BAR_TOP = 70, 18  # height of one kind's band of bars, and the room above its bars
 _ROOM = 14  # a bar so wide has room for its figure
 _ROW = 26  # height of one task's line
@@ -39,13 +39,13 @@ def site_bars(sqnr_db: Mapping[str, float | None], kept: Collection[str]) -> Mar
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     finite = [db for db in sqnr_db.values() if db is not None and math.isfinite(db)]
     top = max(10, 10 * math.ceil(max(finite, default=10) / 10))
-    step = (_WIDTH - _LABELS) / len(blocks)
+    step = (WIDTH - LABELS) / len(blocks)
     parts = [_band(index, kind, top) for index, kind in enumerate(kinds)]
     for name, (block, kind) in places.items():
         db = sqnr_db[name]
         if db is None:
             continue
-        x = _LABELS + (blocks.index(block) + 0.5) * step
+        x = LABELS + (blocks.index(block) + 0.5) * step
         shown = min(top, max(0.0, db))
         parts.append(
             _bar(name, db, name in kept, x, min(0.7 * step, 24), kinds.index(kind), shown / top)
@@ -54,20 +54,20 @@ def site_bars(sqnr_db: Mapping[str, float | None], kept: Collection[str]) -> Mar
     every = max(1, math.ceil(len(blocks) / 26))
     for index in range(0, len(blocks), every):
         label = blocks[index].rpartition(".")[2] if len(blocks) > 1 else blocks[index]
-        x = _LABELS + (index + 0.5) * step
-        parts.append(_text(label, x, bottom + 16, anchor="middle"))
-    parts.append(_text("block", _LABELS - 10, bottom + 16, anchor="end"))
-    return _svg(bottom + 24, "Signal to noise of every site, quantised alone", parts)
+        x = LABELS + (index + 0.5) * step
+        parts.append(text(label, x, bottom + 16, anchor="middle"))
+    parts.append(text("block", LABELS - 10, bottom + 16, anchor="end"))
+    return svg(bottom + 24, "Signal to noise of every site, quantised alone", parts)
 
 
 def drop_intervals(tasks: Sequence[TaskAccuracy]) -> Markup:
     """Every labelled task's drop of top-1 and its 95 % interval, in points."""
     ends = [_interval(task) for task in tasks]
     low, high = min(-1.0, *(a for a, _ in ends)), max(1.0, *(b for _, b in ends))
-    scale = (_WIDTH - _LABELS - 20) / (high - low)
+    scale = (WIDTH - LABELS - 20) / (high - low)
 
     def place(points: float) -> float:
-        return _LABELS + 10 + (points - low) * scale
+        return LABELS + 10 + (points - low) * scale
 
     bottom = len(tasks) * _ROW
     parts = [tag("line", x1=place(0), x2=place(0), y1=0, y2=bottom, class_="zero")]
@@ -75,14 +75,14 @@ def drop_intervals(tasks: Sequence[TaskAccuracy]) -> Markup:
         y = (index + 0.5) * _ROW
         title = tag("title", f"{task.task}: {task.drop:.2f} points, {left:.2f} to {right:.2f}")
         parts += [
-            _text(task.task or "all", _LABELS - 10, y + 4, anchor="end"),
+            text(task.task or "all", LABELS - 10, y + 4, anchor="end"),
             tag("line", x1=_r(place(left)), x2=_r(place(right)), y1=y, y2=y, class_="interval"),
             tag("circle", title, cx=_r(place(task.drop or 0.0)), cy=y, r=5, class_="bar"),
         ]
     for points in _ticks(low, high):
-        parts.append(_text(f"{points:g}", place(points), bottom + 16, anchor="middle"))
-    parts.append(_text("points lost", _LABELS - 10, bottom + 16, anchor="end"))
-    return _svg(bottom + 24, "Drop of top-1 with its 95 % interval", parts)
+        parts.append(text(f"{points:g}", place(points), bottom + 16, anchor="middle"))
+    parts.append(text("points lost", LABELS - 10, bottom + 16, anchor="end"))
+    return svg(bottom + 24, "Drop of top-1 with its 95 % interval", parts)
 
 
 def _interval(task: TaskAccuracy) -> tuple[float, float]:
@@ -103,10 +103,10 @@ def _band(index: int, kind: str, top: float) -> Markup:
     base, ceiling = (index + 1) * _BAND, index * _BAND + _BAR_TOP
     return join(
         [
-            tag("line", x1=_LABELS, x2=_WIDTH, y1=ceiling, y2=ceiling, class_="grid"),
-            tag("line", x1=_LABELS, x2=_WIDTH, y1=base, y2=base, class_="axis"),
-            _text(kind, _LABELS - 10, base - 18, anchor="end"),
-            _text(f"{top:g} dB", _LABELS - 10, ceiling + 4, anchor="end", class_="small"),
+            tag("line", x1=LABELS, x2=WIDTH, y1=ceiling, y2=ceiling, class_="grid"),
+            tag("line", x1=LABELS, x2=WIDTH, y1=base, y2=base, class_="axis"),
+            text(kind, LABELS - 10, base - 18, anchor="end"),
+            text(f"{top:g} dB", LABELS - 10, ceiling + 4, anchor="end", class_="small"),
         ]
     )
 
@@ -128,16 +128,18 @@ def _bar(
     )
     if width < _ROOM:
         return bar
-    return join([bar, _text(f"{db:.0f}", middle, base - tall - 3, anchor="middle", class_="small")])
+    return join([bar, text(f"{db:.0f}", middle, base - tall - 3, anchor="middle", class_="small")])
 
 
-def _text(text: str, x: float, y: float, *, anchor: str, class_: str | None = None) -> Markup:
-    return tag("text", text, x=_r(x), y=_r(y), text_anchor=anchor, class_=class_)
+def text(words: str, x: float, y: float, *, anchor: str, class_: str | None = None) -> Markup:
+    """Words at a place of the drawing; ``anchor`` is start, middle or end."""
+    return tag("text", words, x=_r(x), y=_r(y), text_anchor=anchor, class_=class_)
 
 
-def _svg(height: float, label: str, parts: list[Markup]) -> Markup:
+def svg(height: float, label: str, parts: list[Markup]) -> Markup:
+    """A drawing `WIDTH` wide that scrolls by itself on narrow pages; ``label`` is read aloud."""
     body = join(parts)
-    box = f"0 0 {_WIDTH} {height}"
+    box = f"0 0 {WIDTH} {height}"
     return tag("div", tag("svg", body, viewBox=box, role="img", aria_label=label), class_="scroll")
 
 

@@ -8,15 +8,17 @@ STYLE = """
     --bar: #6ea8e0; --alert: #ffb37a; --alert-page: #33261a; } }
 * { box-sizing: border-box; }
 body { margin: 2rem auto; padding: 0 1.25rem; max-width: 62rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; }
+  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
 .verdict { font-size: 1.1rem; margin: 0 0 1rem; }
-.note { color: var(--soft); margin: .25rem 0 .75rem; max-width: 48rem; overflow-wrap: anywhere; }
+.note { color: var(--soft); margin: .25rem 0 .75rem; max-width: 48rem; }
 .warnings { margin: 0; padding: .75rem 1rem .75rem 2.25rem; border-left: 4px solid var(--alert);
   background: var(--alert-page); }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th:first-child { text-align: left; }
@@ -34,6 +36,10 @@ svg .bar { fill: var(--bar); }
 svg .kept { fill: var(--page); stroke: var(--alert); stroke-width: 1.5; }
 svg .axis, svg .zero { stroke: var(--soft); }
 svg .grid { stroke: var(--line); stroke-dasharray: 2 3; }
+svg .rest { fill: none; stroke: var(--line); }
+svg .line { fill: none; stroke: var(--alert); stroke-width: 1.5; }
+svg .area { fill: var(--bar); fill-opacity: .45; }
+svg .figure { fill: var(--ink); }
 svg .interval { stroke: var(--bar); stroke-width: 2; }
 summary { cursor: pointer; color: var(--soft); }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }

@@ -5,6 +5,8 @@ Folding and side branches never do it this way; see `hhdeploy.algebra`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +18,14 @@ from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import parameters_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hhdeploy.backbones.spec import Backbone
 
 
 def parameters_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
-    """Parameter path -> its value with the adapter, of those that it changes."""
+    """Parameter path -> its value with the adapter, of those that it changes; also a bias that it
+    gives a Linear without one."""
     found: dict[str, Array] = {name: v.astype(np.float64) for name, v in adapter.values.items()}
     for linear in backbone.facts.linears:
         if any(site.name in adapter.sites for site in linear.sites):
@@ -39,15 +44,35 @@ def logits_with(
     import torch
 
     own = {n: p.detach().double() for n, p in backbone.model.named_parameters()}
+    new = [name for name in parameters if name not in own]
     replaced = {name: torch.from_numpy(value) for name, value in parameters.items()}
     buffers = {
         n: b.double() if b.is_floating_point() else b for n, b in backbone.model.named_buffers()
     }
-    with torch.no_grad():
+    with torch.no_grad(), _with_places(backbone.model, new):
         found: NDArray[np.float64] = torch.func.functional_call(
             backbone.model, own | replaced | buffers, (torch.from_numpy(images).double(),)
         ).numpy()
     return found
+
+
+@contextmanager
+def _with_places(model: nn.Module, biases: Sequence[str]) -> Iterator[None]:
+    """Zeros for biases that a model's Linears do not have, so that they can be replaced."""
+    import torch
+
+    places = []
+    for name in biases:
+        path, _, leaf = name.rpartition(".")
+        places.append((model.get_submodule(path), leaf))
+    try:
+        for module, leaf in places:
+            size = module.get_parameter(leaf.replace("bias", "weight")).shape[0]
+            module.register_parameter(leaf, torch.nn.Parameter(torch.zeros(size)))
+        yield
+    finally:
+        for module, leaf in places:
+            module.register_parameter(leaf, None)
 
 
 def path_of_parameters(backbone: Backbone, linear: LinearSpec) -> tuple[str, str]:
@@ -75,7 +100,8 @@ def _linear(
         if site.name in adapter.sites:
             change = adapter.change(site.name)
             weight[rows], bias[rows] = _changed(adapter, change, weight[rows], bias[rows])
-    return {name: v for name, v in zip(names, (weight, bias), strict=True) if name in own}
+    found = dict(zip(names, (weight, bias), strict=True))
+    return {name: v for name, v in found.items() if name in own or v.any()}
 
 
 def _changed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hhdeploy.adapters.config import AdapterConfig, check_class_names
 from hhdeploy.adapters.format import Adapter, Part
@@ -200,6 +201,8 @@ def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:
     """There is a classifier, the adapter's at the backbone's place, and it is named whole."""
     source, head, config = adapter.source, adapter.head, adapter.config
     if head is not None:
+        if not facts.classifier:
+            raise AdapterError(f"{source}: {no_place(head.path, facts)}")
         if head.path != facts.classifier:
             raise AdapterError(
                 f"{source}: classifier {head.path}.weight: expected {facts.classifier}.weight, "
@@ -224,6 +227,16 @@ def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:
     check_class_names(source, config.class_names, classes)
 
 
+def no_place(head: str, facts: BackboneFacts) -> str:
+    """What to do with a classifier that a model without one has no place for."""
+    return (
+        f"the adapter has the classifier {head}, and {facts.model} as loaded has none that it "
+        "could replace. Load it with one (of transformers: "
+        "`model_args={'architectures': ['ViTForImageClassification']}`), for features alone "
+        "leave the classifier out of the adapter."
+    )
+
+
 def check_live(name: str, adapter: Adapter) -> None:
     """Raise `PlanError` for an adapter that no side branch can compute."""
     if adapter.config.fold_only:
@@ -233,6 +246,28 @@ def check_live(name: str, adapter: Adapter) -> None:
             f"adapter {name!r} can only be folded: {found}, and a row holds changes of Linears "
             "alone. Export it with `fold=True` to a bundle of its own."
         )
+
+
+def headless(name: str, adapter: Adapter) -> Adapter:
+    """An adapter without its classifier and what is said of it, for a graph without logits.
+
+    Raises:
+        PlanError: nothing would be left of it.
+    """
+    if not adapter.sites and not adapter.values:
+        raise PlanError(
+            f"adapter {name!r} is a classifier alone, and a graph without logits has no place for "
+            "it. Export with `outputs=['logits', 'features']` for both."
+        )
+    said = replace(adapter.config, num_classes=None, class_names=None, problem_type=None)
+    return replace(adapter, head=None, config=said)
+
+
+def unused_head(name: str, adapter: Adapter) -> str | None:
+    """A line about a classifier that a graph without logits does not use, or None."""
+    if adapter.head is None:
+        return None
+    return f"adapter {name!r}: its classifier is not used, the graph gives no logits"
 
 
 def check_sites(facts: BackboneFacts) -> None:

@@ -10,6 +10,10 @@ from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
 
+# What a graph may give of an image: answers, what the classifier sees, the last hidden state.
+LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"
+OUTPUTS = (LOGITS, FEATURES, TOKENS)
+
 
 @dataclass(frozen=True)
 class BackboneFacts:

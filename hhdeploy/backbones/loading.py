@@ -47,10 +47,11 @@ def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
     from torch import nn
 
     model, path = loaded.model, loaded.classifier
-    classifier = dict(model.named_modules()).get(path)
-    if not path or not isinstance(classifier, nn.Linear):
+    classifier = model.get_submodule(path) if path else None
+    if classifier is not None and not isinstance(classifier, nn.Linear):
         raise BackboneError(
-            f"{loaded.name}: no classifier was found: expected one Linear at the end of the model."
+            f"{loaded.name}: the classifier {path} is no Linear: expected one at the end of the "
+            "model."
         )
     return BackboneFacts(
         model=loaded.name,
@@ -58,7 +59,27 @@ def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
         sha256=base_sha256(model, path),
         linears=find_linears(model, path),
         classifier=path,
-        dim=classifier.in_features,
+        dim=_features(loaded) if classifier is None else classifier.in_features,
         classes=loaded.classes,
         preprocess=loaded.preprocess,
+        extra={"assumed": list(loaded.notes)} if loaded.notes else {},
     )
+
+
+def _features(loaded: Loaded) -> int:
+    """How many features a model without a classifier gives an image.
+
+    Raises:
+        BackboneError: what it returns is not [batch, features].
+    """
+    import torch
+
+    images = torch.zeros(1, *loaded.preprocess.input_size)
+    with torch.no_grad():
+        found = loaded.model(images)
+    if found.ndim != 2:
+        raise BackboneError(
+            f"{loaded.name}: no classifier was found, and what it returns is {list(found.shape)}: "
+            "expected [batch, features]."
+        )
+    return int(found.shape[1])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hhdeploy.backbones.converting import agree, is_transformers, timm_state
 from hhdeploy.backbones.facts import check_timm_args
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
@@ -35,24 +36,29 @@ def load_timm(spec: BackboneSpec) -> Loaded:
             several classifiers.
     """
     check_timm_args(spec.args)
+    notes: list[str] = []
+    traced_with = [f"timm {_timm().__version__}"]
     if spec.checkpoint is not None and spec.checkpoint.suffix == ".npz":
         model, classes = _from_npz(spec, spec.checkpoint)
     elif spec.checkpoint is not None:
-        model, classes = _from_checkpoint(spec)
+        model, classes, converted = _from_checkpoint(spec)
+        if converted:
+            lines, eps = agree(model, spec.checkpoint)
+            notes += lines
+            traced_with.append(f"norm eps {eps!r}")
     else:
         model, classes = _from_timm(spec)
     preprocess = preprocess_of(model, spec.args)
-    notes: tuple[str, ...] = ()
     if preprocess.input_size[0] != 3:
-        notes = (f"image transform assumed: {preprocess.described()}",)
+        notes.append(f"image transform assumed: {preprocess.described()}")
     return Loaded(
         model,
         resolved_name(model, spec.model),
         classifier_path(model),
         classes,
         preprocess,
-        notes,
-        traced_with=(f"timm {_timm().__version__}",),
+        tuple(notes),
+        traced_with=tuple(traced_with),
     )
 
 
@@ -147,12 +153,16 @@ def _from_timm(spec: BackboneSpec) -> tuple[nn.Module, int]:
     return model, classes
 
 
-def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int]:
-    """Load a file through the architecture's own checkpoint filter."""
+def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool]:
+    """Load a file through the architecture's own checkpoint filter; also whether its names were
+    those of transformers."""
     assert spec.checkpoint is not None
     state = read_state(spec.checkpoint)
     template = _create(spec, pretrained=False, num_classes=1)
     classifier = classifier_path(template)
+    converted = is_transformers(state)
+    if converted:
+        state = timm_state(state, template, classifier, spec.checkpoint)
     filter_fn = getattr(sys.modules[type(template).__module__], "checkpoint_filter_fn", None)
     if filter_fn is not None:
         state = filter_fn(state, template)
@@ -160,7 +170,7 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int]:
     classes = 0 if head is None else int(head.shape[0])
     model = _create(spec, pretrained=False, num_classes=classes) if classes > 1 else template
     load_strictly(model, state, classifier, spec)
-    return model, classes
+    return model, classes, converted
 
 
 def _from_npz(spec: BackboneSpec, path: Path) -> tuple[nn.Module, int]:

@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
 
 def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     config = _config(transformers, spec, where)
-    classifies = any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
+    classifies = _classifies(config, where)
     model, given = _model(transformers, spec, where, config, classifies)
     path = classifier_path(model) if classifies else ""
     classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
@@ -56,6 +57,41 @@ def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
     name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
     return Loaded(returns_tensor(model), name, path, classes, preprocess, notes, traced_with)
+
+
+def with_classifier(spec: BackboneSpec) -> BackboneSpec:
+    """A model of transformers that was saved without a classifier (ViTModel) as one with a place
+    for it, which its arguments then say; anything else as it is."""
+    source, _, where = spec.model.partition(":")
+    if source != "transformers" or "architectures" in spec.args:
+        return spec
+    transformers = require("transformers", "transformers", "loading a model of transformers")
+    with _quiet(transformers):
+        config = _config(transformers, spec, where)
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    names = known.get(config.model_type)
+    if names is None or _classifies(config, where):
+        return spec
+    name = names if isinstance(names, str) else names[0]
+    return replace(spec, args={**spec.args, "architectures": [name]})
+
+
+def _classifies(config: Any, where: str) -> bool:
+    """Whether the configuration names a model with a classifier.
+
+    Raises:
+        BackboneError: it has two, whose answers are averaged.
+    """
+    names = [str(name) for name in config.architectures or ()]
+    for name in names:
+        kind, found, more = name.partition(_CLASSIFIER)
+        if found and more:
+            raise BackboneError(
+                f"transformers:{where}: {name} averages the answers of two classifiers, and an "
+                "adapter has one. Take it with a single one, for adapters that bring theirs: "
+                f"`model_args={{'architectures': ['{kind}{found}']}}`."
+            )
+    return any(name.endswith(_CLASSIFIER) for name in names)
 
 
 @contextmanager
@@ -134,17 +170,25 @@ def _model(
         ) from error
     finally:
         torch.random.set_rng_state(random)
-    head = classifier_path(model) if spec.checkpoint is not None and classifies else None
-    _check_loading(spec.checkpoint or f"transformers:{where}", loading, head)
+    _check_loading(
+        spec.checkpoint or f"transformers:{where}",
+        loading,
+        classifier_path(model) if classifies else "",
+        whole=spec.checkpoint is not None and classifies,
+    )
     return model, frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
 
 
-def _check_loading(what: str | Path, loading: Mapping[str, Any], head: str | None) -> None:
-    """Nothing may be missing but the classifier at ``head``, nothing too much in a file."""
+def _check_loading(what: str | Path, loading: Mapping[str, Any], head: str, *, whole: bool) -> None:
+    """Nothing may be missing but all of the classifier at ``head``; of a ``whole`` model's file
+    nothing is too much."""
+    missing = set(loading["missing_keys"])
+    if head and f"{head}.weight" in missing:
+        missing = {key for key in missing if key.rpartition(".")[0] != head}
     found = {
-        "missing": [k for k in loading["missing_keys"] if k.rpartition(".")[0] != head],
+        "missing": list(missing),
         "of another shape": list(loading["mismatched_keys"]),
-        "unexpected": list(loading["unexpected_keys"]) if head is not None else [],
+        "unexpected": list(loading["unexpected_keys"]) if whole else [],
     }
     problems = [
         f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
@@ -236,6 +280,11 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     edge = size if isinstance(size, int) else size.get("shortest_edge")
     crops = bool(stated.get("do_center_crop"))
     rescale = float(stated.get("rescale_factor", 1 / 255)) if stated.get("do_rescale", True) else 1
+    if crops and not stated.get("do_resize", True):
+        raise BackboneError(
+            f"{_PROCESSOR}: do_center_crop without do_resize: images would be cut as they are, and "
+            "the transform here resizes first. Say how images become inputs with `preprocess`."
+        )
     if mean is None or std is None or abs(rescale * 255 - 1) > 1e-3:
         raise BackboneError(
             "preprocessor_config.json: expected image_mean, image_std and a rescale_factor of "

@@ -6,11 +6,14 @@ Nobody finds a file but through the manifest.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
+
+from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import (
     CLASSES,
@@ -20,13 +23,14 @@ from hhdeploy.adapters.config import (
     ProblemType,
     problem_type_of,
 )
-from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS, BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
-from hhdeploy.errors import BundleError
+from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
-# 2 has rows with s_in, s_out or db; written only for a bundle that has them.
+# 2 has rows with s_in, s_out or db, or a graph without logits; written only for a bundle that
+# has them.
 SCHEMA_VERSION = 2
 MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
     "hhdeploy.json",
@@ -199,6 +203,7 @@ class Manifest:
         engines: in the order they were built.
         files: relative name -> sha256.
         versions: of what wrote the bundle.
+        features: name -> shape of an image's part, of every output of the graph but the logits.
     """
 
     kind: Kind
@@ -211,6 +216,36 @@ class Manifest:
     engines: tuple[EngineEntry, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    features: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of an image's part, of all outputs of the graph, logits first."""
+        logits = {LOGITS: (self.classes,)} if self.classes else {}
+        return {**logits, **self.features}
+
+    def split(self, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Rows [n, ...] of what a graph answers, all outputs of an image side by side, as
+        [n, *shape] of each output."""
+        found, start = {}, 0
+        for name, shape in self.outputs.items():
+            end = start + math.prod(shape)
+            found[name] = rows[:, start:end].reshape(len(rows), *shape)
+            start = end
+        return found
+
+    def check_logits_alone(self, what: str) -> None:
+        """Raise `PlanError` where the graph has other outputs, for ``what`` knows logits only."""
+        if self.features:
+            raise PlanError(
+                f"{what} is for logits alone, this bundle gives {', '.join(self.outputs)}. Export "
+                "it once more, with `outputs=['logits']`."
+            )
+
+    @property
+    def answers_backbone(self) -> bool:
+        """Whether requests may ask for the bare backbone: its classes, or its features."""
+        return bool(self.backbone_classes) or (self.layout is not None and not self.classes)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -271,10 +306,14 @@ class Manifest:
         known = ", ".join(a.name for a in self.adapters) or "none"
         raise BundleError(f"unknown adapter {name!r}. The bundle has: {known}.")
 
+    @property
+    def _needs_version_2(self) -> bool:
+        return not self.classes or (self.layout is not None and self.layout.has_extras)
+
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
         return {
-            "schema_version": 2 if self.layout is not None and self.layout.has_extras else 1,
+            "schema_version": 2 if self._needs_version_2 else 1,
             "kind": self.kind,
             "backbone": self.backbone.to_json(),
             "classes": self.classes,
@@ -288,7 +327,7 @@ class Manifest:
                     if self.layout and not self.bank_as_constant
                     else {}
                 ),
-                "logits": ["batch", self.classes],
+                **{name: ["batch", *shape] for name, shape in self.outputs.items()},
             },
             "bank_as_constant": self.bank_as_constant,
             "graphs": dict(self.graphs),
@@ -311,6 +350,11 @@ class Manifest:
             tuple(EngineEntry.from_json(e) for e in content["engines"]),
             dict(content["files"]),
             dict(content["versions"]),
+            {
+                name: tuple(int(size) for size in shape[1:])
+                for name, shape in content["tensors"].items()
+                if name in (FEATURES, TOKENS)
+            },
         )
         expected = "folded" if manifest.layout is None else "branches"
         if manifest.kind != expected:

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check, check_live, check_name, notes
+from hhdeploy.adapters.checks import (
+    check,
+    check_live,
+    check_name,
+    headless,
+    notes,
+    unused_head,
+)
 from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
@@ -28,6 +35,17 @@ def entry_of(
 ) -> AdapterEntry:
     """The manifest's entry for an adapter read from a directory."""
     config = adapter.config
+    if not backbone.classifier:  # the graph gives no logits
+        return AdapterEntry(
+            name,
+            row,
+            0,
+            None,
+            config.preprocess or backbone.preprocess,
+            verified,
+            strength=adapter.strength,
+            compressed=config.compressed,
+        )
     classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
         name,
@@ -67,6 +85,8 @@ def admit(
         )
     check_name(name)
     check_live(name, adapter)
+    if not manifest.classes:
+        adapter = headless(name, adapter)
     check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)
@@ -115,6 +135,8 @@ def add_adapter(
         row = admit(manifest, name, adapter, progress)
         for line in notes(name, adapter, manifest.backbone):
             progress(line)
+        if not manifest.classes and (unused := unused_head(name, adapter)):
+            progress(unused)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(
                 f"the bundle has an adapter {name!r} already. Remove it first, or choose another "

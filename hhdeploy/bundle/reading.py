@@ -292,11 +292,14 @@ class Bundle:
         return bank.astype(np.float32, copy=False)
 
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
-        """Images, adapter rows and float64 logits of the training-time model."""
+        """Images, adapter rows and float64 outputs of the training-time model, an image's side by
+        side (see `Manifest.split`)."""
         name = self.manifest.named(REFERENCE_FILE)
         tensors = tensors_of(self.read(name), self.path / name, BundleError)
         try:
-            return tensors["images"], tensors["adapter_ids"], tensors["logits"]
+            images, ids = tensors["images"], tensors["adapter_ids"]
+            outputs = [tensors[name].reshape(len(ids), -1) for name in self.manifest.outputs]
+            return images, ids, np.concatenate(outputs, axis=1)
         except KeyError as error:
             raise BundleError(
                 f"{self.path / name}: tensor {error} is missing. Export again."

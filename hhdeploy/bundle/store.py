@@ -17,13 +17,13 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import filelock
-from filelock import FileLock, Timeout
-
+from hhdeploy.bundle.locking import LOCK
+from hhdeploy.bundle.locking import Progress as Progress
+from hhdeploy.bundle.locking import locked as locked
 from hhdeploy.bundle.manifest import (
     ADAPTERS,
     BANK_FILE,
@@ -41,7 +41,6 @@ from hhdeploy.errors import (
     BundleError,
     ConflictError,
     HhdeployError,
-    MissingDependencyError,
     WriteError,
 )
 from hhdeploy.files.directories import Replaceable
@@ -55,8 +54,6 @@ from hhdeploy.files.writing import (
     write_bytes,
 )
 
-LOCK = ".lock"
-_SAY_AFTER = 1.0
 _NEW_MANIFEST = f".{MANIFEST}.new"
 # Stem of the scratch directories inside a bundle.
 _WORK = "work"
@@ -67,8 +64,6 @@ _OURS = re.compile(
     r"|model(\.(float16|bfloat16|int8|int8-weights|fp8))?\.onnx(\.data)?"
     r"|model\.[\w-]+\.tensorrt(-rtx)?\.[\w.+-]+\.engine"
 )
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -255,77 +250,6 @@ def edit(
             change.undo()
             raise
         change.retire()
-
-
-@contextlib.contextmanager
-def locked(
-    path: Path,
-    *,
-    lock_timeout: float = LOCK_TIMEOUT,
-    progress: Progress = lambda step: None,
-) -> Iterator[None]:
-    """Hold a bundle's lock. It belongs to the directory: if that was replaced while waiting, the
-    one that is there now is locked.
-
-    Raises:
-        BundleError: no such directory. ConflictError: the lock is held for too long.
-        WriteError: it cannot be made here.
-    """
-    while True:
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-        except (FileNotFoundError, NotADirectoryError):
-            Bundle.open(path)  # says what was expected; or it is there again
-            continue
-        try:
-            lock = _acquired(path, lock_timeout, progress)
-            try:
-                if _is_there(path, handle):
-                    yield
-                    return
-            finally:
-                # By the handle: the directory may have been moved.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(LOCK, dir_fd=handle)
-                lock.release()
-        finally:
-            os.close(handle)
-
-
-def _is_there(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _acquired(path: Path, timeout: float, progress: Progress) -> FileLock:
-    # A "soft" lock is a file that stays when its process dies: not what is promised here.
-    try:
-        lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False)
-    except TypeError as error:
-        raise MissingDependencyError(
-            f"changing {path} needs filelock 3.30 or newer, installed is {filelock.__version__}. "
-            "Install it with: pip install -U filelock"
-        ) from error
-    try:
-        try:
-            lock.acquire(timeout=min(_SAY_AFTER, timeout), poll_interval=0.01)
-        except Timeout:
-            progress(f"waiting for another change of {path} to end")
-            lock.acquire(timeout=max(0.0, timeout - _SAY_AFTER))
-    except Timeout:
-        raise ConflictError(
-            f"another process has been changing {path} for {timeout:g} seconds. Try again when it "
-            "has ended, or wait longer with `lock_timeout`."
-        ) from None
-    except OSError as error:
-        raise WriteError(
-            f"Could not lock {path / LOCK}: {error}. A bundle is changed where its directory can "
-            "be written to and its file system has locks (flock): copy it to such a place, and "
-            "change it there. Nothing was changed."
-        ) from error
-    return lock
 
 
 @contextlib.contextmanager

@@ -25,10 +25,17 @@ for _command in (
 
 
 @command.command("inspect")
-@click.argument("directory", type=ui.DIRECTORY)
+@click.argument("directories", metavar="DIRECTORY...", type=ui.DIRECTORY, nargs=-1, required=True)
 @click.option("--rank/--no-rank", default=True, help="Effective rank (an SVD per site).")
+@click.option(
+    "--html",
+    "page",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page: spectra, ranks by layer, and of several adapters their distances.",
+)
 @ui.json_option
-def inspect(directory: Path, rank: bool, as_json: bool) -> None:
+def inspect(directories: tuple[Path, ...], rank: bool, page: Path | None, as_json: bool) -> None:
     """Show the sites, shapes, parameters and effective ranks of the adapter in DIRECTORY.
 
     The effective rank is exp of the entropy of a delta's normalised singular values: near 1 if
@@ -37,7 +44,13 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     from hhdeploy.adapters.format import load_adapter
     from hhdeploy.algebra import effective_rank
 
-    adapter = load_adapter(directory)
+    if page is not None:
+        ui.refuse_unused({"rank", "as_json"}, "does not go with --html")
+        _write_page(directories, page)
+        return
+    if len(directories) > 1:
+        raise click.UsageError("several adapters are shown together with --html FILE.")
+    adapter = load_adapter(directories[0])
     sites: list[dict[str, Any]] = []
     with ui.steps(as_json or not rank) as step:
         step(f"singular values of {len(adapter.sites)} deltas")
@@ -93,6 +106,24 @@ def inspect(directory: Path, rank: bool, as_json: bool) -> None:
     console.print(f"{adapter.parameters:,} parameters in {len(sites)} sites, {head:,} in the head")
 
 
+def _write_page(directories: tuple[Path, ...], page: Path) -> None:
+    from hhdeploy.adapters.format import load_adapter
+    from hhdeploy.cli.adapter_page import adapter_page
+    from hhdeploy.errors import WriteError
+    from hhdeploy.files.writing import atomic_file
+
+    if not page.resolve().parent.is_dir():
+        raise WriteError(f"{page}: {page.parent} is not a directory. Make it first.")
+    names = [path.name for path in directories]
+    unique = len(set(names)) == len(names)
+    adapters = {path.name if unique else str(path): load_adapter(path) for path in directories}
+    with ui.steps(quiet=False) as step:
+        document = adapter_page(adapters, step)
+    with atomic_file(page) as scratch:
+        scratch.write_text(document, encoding="utf-8")
+    click.echo(f"Wrote {page}")
+
+
 @command.command("list")
 @click.argument("bundle", type=ui.DIRECTORY)
 @ui.json_option
@@ -105,7 +136,12 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
         ui.print_json([a.to_json() for a in manifest.adapters])
         return
     rows = [
-        (a.name, "-" if a.row is None else a.row, a.classes, "yes" if a.verified else "not yet")
+        (
+            a.name,
+            "-" if a.row is None else a.row,
+            a.classes or "-",
+            "yes" if a.verified else "not yet",
+        )
         for a in manifest.adapters
     ]
     title = f"{manifest.kind} bundle of {manifest.backbone.model}"

@@ -133,9 +133,15 @@ def command(
       hhdeploy adapter import lora/ OUT --model vit_base_patch16_224
       hhdeploy adapter import hta.pth OUT --model vit_base_patch16_224 --reflection orthogonal
     """
-    from hhdeploy.adapters.importers import ImportOptions, import_adapter, needs_weights
+    from hhdeploy.adapters.importers import (
+        ImportOptions,
+        brings_classifier,
+        import_adapter,
+        needs_weights,
+    )
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
+    from hhdeploy.backbones.transformers import with_classifier
 
     # timm's would have to be fetched; its folders and the other sources have theirs with the model.
     at_hand = model.startswith(("transformers:", "python:")) or Path(model, "config.json").is_file()
@@ -143,7 +149,7 @@ def command(
     spec = BackboneSpec(
         model, model_args or {}, checkpoint, pretrained=weights_known, input_size=input_size
     )
-    backbone = load_backbone(spec)
+    backbone = load_backbone(with_classifier(spec) if brings_classifier(source) else spec)
     for line in backbone.notes:
         ui.note(line)
     options = ImportOptions(
@@ -196,17 +202,15 @@ def extract(
     from hhdeploy.backbones.spec import BackboneSpec
 
     spec = BackboneSpec(model, model_args or {}, checkpoint, input_size=input_size)
-    stated = None
-    if preprocess is not None:
-        stated = _preprocess(preprocess, load_backbone(spec).facts)
+    backbone = load_backbone(spec)
     options = ImportOptions(
         class_names=class_names or None,
         problem_type=problem_type,
-        preprocess=stated,
+        preprocess=_preprocess(preprocess, backbone.facts),
         compress_rank=compress_rank,
         accept_error=accept_error,
     )
-    _write(extract_adapter(fine_tuned, spec, options), out, overwrite)
+    _write(extract_adapter(fine_tuned, spec, options, backbone=backbone), out, overwrite)
 
 
 def _preprocess(stated: dict[str, Any] | None, facts: BackboneFacts) -> Preprocess | None:

@@ -23,16 +23,16 @@ _NOT_CHECKED = frozenset(
     "seed eval_data max_drop exclude preset report device threads cache_dir no_cache "
     "lock_timeout".split()
 )
-_DATA = click.Path(path_type=Path)
 
 
 @click.command()
 @click.argument("bundle", type=ui.DIRECTORY)
 @click.option(
     "--data",
-    type=_DATA,
+    type=ui.IMAGES,
     required=True,
-    help="DIR/CLASS/image, for side branches DIR/ADAPTER/CLASS/image; or an .npz file.",
+    help="DIR/CLASS/image, for side branches DIR/ADAPTER/CLASS/image; a list, FILE.txt or "
+    "DIR/ADAPTER.txt, of lines 'path label'; or an .npz file.",
 )
 @click.option(
     "--precision",
@@ -43,7 +43,7 @@ _DATA = click.Path(path_type=Path)
 @click.option("--images", default=128, show_default=True, type=click.IntRange(1), metavar="N")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
 @click.option(
-    "--eval-data", type=_DATA, help="Images to judge on; default: what calibration leaves over."
+    "--eval-data", type=ui.IMAGES, help="Images to judge on; default: what calibration leaves over."
 )
 @click.option(
     "--max-drop",

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from hhdeploy.backbones.facts import OUTPUTS
 from hhdeploy.cli import ui
 
 
@@ -23,6 +24,14 @@ from hhdeploy.cli import ui
 )
 @click.option("--fold", is_flag=True, help="Put the one adapter, if any, into the weights.")
 @ui.backbone_options
+@click.option(
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Choice(OUTPUTS),
+    help="Of the graph: logits, features (what the classifier sees), tokens (the last hidden "
+    "state). Repeatable; default: logits, or features where there is no classifier.",
+)
 @click.option(
     "--precision",
     "precisions",
@@ -55,8 +64,9 @@ from hhdeploy.cli import ui
 @click.option("--verify/--no-verify", default=True, help="Compare with the training-time model.")
 @click.option(
     "--verify-data",
-    type=ui.DIRECTORY,
-    help="Images to verify on (DIR/ADAPTER/... or DIR/...); default: seeded noise.",
+    type=ui.IMAGES,
+    help="Images to verify on (DIR/ADAPTER/... or DIR/..., or a list, FILE.txt); default: seeded "
+    "noise.",
 )
 @click.option(
     "--verify-images",
@@ -84,6 +94,7 @@ def command(
     pretrained: bool,
     seed: int,
     input_size: tuple[int, int, int] | None,
+    outputs: tuple[str, ...],
     precisions: tuple[str, ...],
     max_rank: int,
     max_classes: int,
@@ -149,6 +160,7 @@ def command(
                 tuple(filter(None, parts.split(","))),
             ),
             bank_as_constant=bank_as_constant,
+            outputs=outputs,
             precisions=precisions,
             verify=verify,
             verify_data=verify_data,
@@ -165,6 +177,7 @@ def command(
                 "bundle": str(result.path),
                 "kind": result.manifest.kind,
                 "adapters": [a.name for a in result.manifest.adapters],
+                "outputs": {k: list(v) for k, v in result.manifest.outputs.items()},
                 "parity": result.parity.to_json() if result.parity else None,
             }
         )

@@ -9,11 +9,17 @@ import click
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import LABELS, VALUES
+from hhdeploy.backbones.facts import FEATURES, TOKENS
 from hhdeploy.cli import ui
 from hhdeploy.errors import SessionError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
     from hhdeploy.bundle.answers import Answer
+    from hhdeploy.runtime.session import Session
 
 
 @click.command()
@@ -28,6 +34,12 @@ if TYPE_CHECKING:
     "its backbone.",
 )
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="Classes shown.")
+@click.option(
+    "--output",
+    type=click.Choice((FEATURES, TOKENS)),
+    help="Numbers instead of classes, of a bundle that gives them. Default: classes; of a bundle "
+    "without logits what it has.",
+)
 @click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
 @click.option("--precision", default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
@@ -38,6 +50,7 @@ def command(
     images: tuple[Path, ...],
     adapters: tuple[str, ...],
     top: int,
+    output: str | None,
     device: str,
     precision: str,
     threads: int | None,
@@ -45,11 +58,12 @@ def command(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Classify IMAGES with adapters of BUNDLE, all in one batch.
+    """Classify IMAGES with adapters of BUNDLE, all in one batch; or show their features.
 
     \b
       hhdeploy predict OUT cat.jpg --adapter pets
       hhdeploy predict OUT cat.jpg dog.jpg --adapter pets --adapter scenes
+      hhdeploy predict OUT cat.jpg --output features --json
     """
     from hhdeploy.bundle.answers import best
     from hhdeploy.preprocess import open_image
@@ -61,7 +75,7 @@ def command(
     ) as session:
         manifest = session.bundle.manifest
         names = adapters or tuple(a.name for a in manifest.adapters)
-        if not names and manifest.backbone_classes:
+        if not names and manifest.answers_backbone:
             names = (BACKBONE,)
         if not names:
             raise SessionError(
@@ -69,10 +83,15 @@ def command(
                 f"{bundle} NAME=DIR"
             )
         opened = [open_image(path) for path in images]
-        found = session.classify(
-            [image for image in opened for _ in names], [name for _ in opened for name in names]
-        )
-    pairs = [(path, name) for path in images for name in names]
+        pairs = [(path, name) for path in images for name in names]
+        each, called = [i for i in opened for _ in names], [name for _, name in pairs]
+        if output is None and not manifest.classes:
+            output = next(iter(manifest.outputs))
+        if output is not None:
+            ui.refuse_unused({"top"}, f"is about classes, and this shows {output}")
+            _show(output, _numbers(session, each, called, output), pairs, as_json)
+            return
+        found = session.classify(each, called)
     shown = [best(answers, top) for answers in found]
     if as_json:
         ui.print_json(
@@ -92,6 +111,41 @@ def command(
         (path.name, *cells[i * len(names) : (i + 1) * len(names)]) for i, path in enumerate(images)
     ]
     ui.console().print(ui.table(None, ("image", *names), rows))
+
+
+def _numbers(
+    session: Session, images: list[Image.Image], names: list[str], output: str
+) -> NDArray[np.float32]:
+    """[n, ...]: an output of each image, preprocessed as its own adapter wants it."""
+    import numpy as np
+
+    pixels = [session.preprocess([image], name) for image, name in zip(images, names, strict=True)]
+    return session.run(np.concatenate(pixels), names, output)
+
+
+def _show(
+    output: str, found: NDArray[np.float32], pairs: list[tuple[Path, str]], as_json: bool
+) -> None:
+    """All numbers as JSON; on a terminal their shape, length and the first few."""
+    if as_json:
+        ui.print_json(
+            [
+                {"image": str(path), "adapter": name, output: numbers.tolist()}
+                for (path, name), numbers in zip(pairs, found, strict=True)
+            ]
+        )
+        return
+    rows = [
+        (
+            path.name,
+            name,
+            " x ".join(map(str, numbers.shape)),
+            f"{float((numbers**2).sum() ** 0.5):.6g}",
+            " ".join(f"{x:.4g}" for x in numbers.ravel()[:4]) + " …",
+        )
+        for (path, name), numbers in zip(pairs, found, strict=True)
+    ]
+    ui.console().print(ui.table(None, ("image", "adapter", output, "length", "begins"), rows))
 
 
 def _json(answer: Answer) -> dict[str, Any]:

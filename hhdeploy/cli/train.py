@@ -55,16 +55,17 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 )
 @click.option(
     "--data",
-    type=ui.DIRECTORY,
+    type=ui.IMAGES,
     required=True,
     metavar="DIR",
-    help="Images, as DIR/CLASS/image, or DIR/train and DIR/val of such.",
+    help="Images, as DIR/CLASS/image, or DIR/train and DIR/val of such; or a list, FILE.txt, of "
+    "lines 'path label'.",
 )
 @click.option(
     "--val-data",
-    type=ui.DIRECTORY,
+    type=ui.IMAGES,
     metavar="DIR",
-    help="Validation images with the same class names.",
+    help="Validation images with the same class names, or a list of them.",
 )
 @click.option(
     "--val-fraction",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
+IMAGES = click.Path(path_type=Path)  # a folder, or a list of paths and labels
 FILE = click.Path(path_type=Path, dir_okay=False)
 DEVICES = click.Choice(
     [
@@ -346,7 +347,7 @@ def parity_table(report: ParityReport) -> Group:
         c = stage.comparison
         rows.append(
             (
-                stage.adapter,
+                stage.adapter if stage.output == "logits" else f"{stage.adapter} {stage.output}",
                 f"{stage.stage} {stage.precision}",
                 f"{c.max_abs:.1e}",
                 f"{c.range_error:.1e}",
@@ -385,4 +386,5 @@ def describe_data(data: Mapping[str, Any]) -> str:
         return "seeded noise (real images: --verify-data DIR)"
     skipped = data.get("skipped")
     left_out = f", left out: {in_words(skipped)}" if skipped else ""
-    return f"images in {data.get('folder')}/{left_out}"
+    folder = str(data.get("folder"))
+    return f"images in {folder}{'' if folder.endswith('.txt') else '/'}{left_out}"

@@ -44,7 +44,7 @@ _AGAINST_TORCH = frozenset(
 @click.option("--checkpoint", type=ui.FILE, help="--against-torch: the backbone's weights.")
 @click.option("--pretrained/--no-pretrained", default=True, help="--against-torch, as in export.")
 @click.option("--seed", default=0, show_default=True, help="--against-torch, as in export.")
-@click.option("--verify-data", type=ui.DIRECTORY, help="--against-torch: images to use.")
+@click.option("--verify-data", type=ui.IMAGES, help="--against-torch: images to use.")
 @click.option(
     "--verify-images",
     default=4,

@@ -9,9 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.checks import check, check_name, check_sites, notes
+from hhdeploy.adapters.checks import (
+    check,
+    check_name,
+    check_sites,
+    notes,
+)
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,
@@ -23,6 +29,7 @@ from hhdeploy.bundle.manifest import (
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
+from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
@@ -68,6 +75,7 @@ def export(
     input_size: tuple[int, int, int] | None = None,
     reserve: Reserve = _NO_RESERVE,
     bank_as_constant: bool = False,
+    outputs: Sequence[str] = (),
     precisions: Sequence[str] = (),
     verify: bool = True,
     verify_data: str | Path | None = None,
@@ -96,6 +104,9 @@ def export(
         input_size: (channels, height, width) of the images, where the model does not say.
         reserve: room for adapters that come later (side branches).
         bank_as_constant: bake the bank into the graph.
+        outputs: of the graph, some of ``logits``, ``features`` (what the classifier sees) and
+            ``tokens`` (the last hidden state); none: logits, or features where neither the model
+            nor an adapter has a classifier.
         precisions: further graphs to write, e.g. ``["float16"]``.
         verify: compare with the training-time model; a failure leaves no bundle, but where a
             typed graph's values leave the range of its type: the bundle is written without it.
@@ -123,6 +134,7 @@ def export(
     from hhdeploy.verifying.reference import VerifyData
 
     _check_precisions(precisions)
+    check_outputs(outputs, reserve)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
@@ -145,10 +157,13 @@ def export(
             say(progress, notes(name, adapter, backbone.facts))
         if loaded or not fold:
             check_sites(backbone.facts)
+        asked = outputs_of_graph(outputs, backbone.facts, loaded, reserve, progress)
+        if LOGITS not in asked:
+            loaded = without_heads(loaded, progress)
         progress("tracing the backbone (cached for the next export)")
         where = default_cache() if cache == "default" else cache
         alone = next(iter(loaded.values()), None) if fold else None
-        base = _base(backbone, alone, Path(where) if where else None)
+        base = _base(backbone, alone, Path(where) if where else None, asked)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         say(progress, _rounded_away(backbone, contents, precisions, not allow_no_effect))
@@ -239,16 +254,18 @@ def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None
         )
 
 
-def _base(backbone: Backbone, folded: Adapter | None, cache: Path | None) -> BaseGraph:
+def _base(
+    backbone: Backbone, folded: Adapter | None, cache: Path | None, outputs: Sequence[str]
+) -> BaseGraph:
     """The backbone's graph; with the parameters that the adapter to be folded replaces, if any:
     such a graph serves nobody else and is not cached."""
     from hhdeploy.backbones.parameters import values_in
     from hhdeploy.exporters.trace import base_graph
 
     if folded is None or not folded.values:
-        return base_graph(backbone, cache)
+        return base_graph(backbone, cache, outputs)
     with values_in(backbone.model, folded.values, folded.source):
-        return base_graph(backbone, None)
+        return base_graph(backbone, None, outputs)
 
 
 def _contents(
@@ -262,7 +279,8 @@ def _contents(
     from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
     if not fold:
-        plan = plan_branches(base.facts, adapters, reserve)
+        logits = bool(base.facts.classifier)
+        plan = plan_branches(base.facts, adapters, reserve, logits=logits)
         return branches_contents(
             base, plan, adapters, bank_as_constant=bank_as_constant, precisions=precisions
         )
@@ -310,7 +328,7 @@ def _reference_of(
         progress("running the training-time model in float64")
         rows = rows_of(contents.manifest, contents.adapters)
         return training_time_reference(
-            backbone, rows, data, contents.manifest.classes, check_effect=check_effect
+            backbone, rows, data, contents.manifest.outputs, check_effect=check_effect
         )
 
     return compute

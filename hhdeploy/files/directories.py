@@ -101,6 +101,7 @@ def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -
             raise
         if not overwrite:
             raise _exists(path) from error
+    check_target(path, kind, overwrite=True)  # before anything is written there
     with kind.locked(path):
         check_target(path, kind, overwrite=True)  # as it is now
         try:

@@ -1,5 +1,8 @@
 """Folders of images: DIR/CLASS/image and DIR/train with DIR/val, as lists of files.
 
+Where such a folder is wanted, a list does as well, as VTAB's train800val200.txt: a text file of
+lines "path label", the paths beginning at the list's own folder.
+
 What is no part of the data never becomes one: hidden folders and files, and those that systems
 leave beside pictures. What else is left out is counted and named, and a link that leads nowhere
 is an error.
@@ -61,13 +64,31 @@ class Splits:
     val: Path | None
 
 
+def is_list(path: Path) -> bool:
+    """Whether a path is a list of images and labels rather than a folder."""
+    return path.suffix.lower() == ".txt" and path.is_file()
+
+
+def place_of(source: Path) -> Path:
+    """The folder that a folder's or a list's paths begin at."""
+    return source.parent if is_list(source) else source
+
+
+def part_of(source: Path, name: str) -> Path:
+    """The folder or the list of that name in a folder; the source itself where there is none."""
+    places = (source / name, source / f"{name}.txt")
+    return next((p for p in places if p.is_dir() or is_list(p)), source)
+
+
 def list_images(directory: Path) -> Images:
-    """All image files below ``directory``, links followed.
+    """All image files below ``directory``, links followed; or those of a list.
 
     Raises:
         DataError: not a directory, no image in it, a directory that cannot be read, or a link of
             an image's name that leads nowhere.
     """
+    if is_list(directory):
+        return Images(tuple(sorted(path for path, _ in _listed(directory))), {})
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory. A folder of images was expected.")
     found: list[Path] = []
@@ -88,11 +109,13 @@ def list_images(directory: Path) -> Images:
 
 
 def list_classes(directory: Path) -> Classes:
-    """Image files of a DIR/CLASS/image folder by class.
+    """Image files of a DIR/CLASS/image folder by class; of a list by label, numbers in order.
 
     Raises:
         DataError: no class folders, one of them without an image, or see `list_images`.
     """
+    if is_list(directory):
+        return Classes(_by_label(_listed(directory)), {})
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory. Expected DIR/CLASS/image.")
     classes: dict[str, tuple[Path, ...]] = {}
@@ -146,6 +169,45 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
     if len(paths) <= count:
         return list(paths)
     return [paths[(i * len(paths)) // count] for i in range(count)]
+
+
+def _listed(file: Path) -> list[tuple[Path, str]]:
+    """Every image of a list, with its label.
+
+    Raises:
+        DataError: naming file and line, of one that is no path and label, or whose image is not
+            there; or an empty list.
+    """
+    found = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as a list of images: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        path = file.parent / name.strip()
+        if not name.strip() or not path.is_file():
+            raise DataError(
+                f"{file}, line {number}: expected the path of an image below {file.parent} and its "
+                f"label, as in images/0.png 3; found {line.strip()!r}"
+                f"{', and no such image' if name.strip() else ''}."
+            )
+        found.append((path, label))
+    if not found:
+        raise DataError(f"{file} names no image. Expected lines of a path and a label.")
+    return found
+
+
+def _by_label(listed: Sequence[tuple[Path, str]]) -> dict[str, tuple[Path, ...]]:
+    labels = {label for _, label in listed}
+    numbers = all(label.isdecimal() for label in labels)
+    ordered = sorted(labels, key=int) if numbers else sorted(labels)
+    return {
+        wanted: tuple(sorted(path for path, label in listed if label == wanted))
+        for wanted in ordered
+    }
 
 
 def _is_visible(name: str) -> bool:

@@ -82,6 +82,7 @@ def run_load_test(
         HhdeployError: the bundle cannot be tested, or the server does not start.
     """
     bundle = Bundle.open(subject.bundle)
+    bundle.manifest.check_logits_alone("a load test")
     device = find_target(bundle.manifest, subject.device, subject.precision).device
     bound = parity_bound(device, subject.precision)
     with tempfile.TemporaryDirectory(prefix="hhdeploy-load-") as scratch:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.errors import DataError
-from hhdeploy.files.folders import Classes, find_splits, list_classes
+from hhdeploy.files.folders import Classes, find_splits, is_list, list_classes, place_of
 from hhdeploy.preprocess import Preprocess, open_image
 
 # Mild, because an adapter sees few images: at least 60 % of the area, at most 5:4 stretched.
@@ -88,7 +89,7 @@ def derived_seed(seed: int, purpose: str, epoch: int = 0) -> int:
 def read_image_folder(
     data: Path, val_data: Path | None, val_fraction: float, seed: int
 ) -> ImageFolder:
-    """List DIR/CLASS/image and split off the validation images.
+    """List DIR/CLASS/image, or a list's labels, and split off the validation images.
 
     A ``data`` of DIR/train/CLASS/image and DIR/val/CLASS/image is split already; a ``val_data``
     goes before its val. All of the rest is for training then. Otherwise ``val_fraction`` of
@@ -163,9 +164,12 @@ def split_classes(
 
 def _digest(train_root: Path, train: Samples, val_root: Path, val: Samples) -> str:
     digest = hashlib.sha256()
+    for source in (train_root, val_root):
+        if is_list(source):  # the folders of a folder are in the names of its files
+            digest.update(source.read_bytes())
     for part, root, samples in (("train", train_root, train), ("val", val_root, val)):
         for path in samples.paths:
-            name = path.relative_to(root).as_posix()
+            name = Path(os.path.relpath(path, place_of(root))).as_posix()
             digest.update(f"{part}\0{name}\0{path.stat().st_size}\n".encode())
     return digest.hexdigest()
 

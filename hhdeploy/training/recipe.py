@@ -25,6 +25,7 @@ from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapte
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
+from hhdeploy.backbones.transformers import with_classifier
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
 from hhdeploy.packages import own_version
@@ -126,7 +127,9 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
     device = _device(settings.device)
     with _torch_threads(settings.threads):
         folder = _data(settings)
-        backbone = _with_preprocess(load_backbone(_backbone_spec(settings)), settings.preprocess)
+        backbone = _with_preprocess(
+            load_backbone(with_classifier(_backbone_spec(settings))), settings.preprocess
+        )
         backbone.model.to(device)
         model = _trainable(backbone, settings, folder)
         task = _Task(settings, folder, backbone.facts, model, state)
@@ -355,10 +358,17 @@ def _record(task: _Task, result: TrainResult, objective: Objective) -> dict[str,
         "versions": {
             "hhdeploy": own_version(),
             "torch": torch.__version__,
-            "timm": version("timm"),
+            **_version_of_source(task.facts.model),
             "python": platform.python_version(),
         },
     }
+
+
+def _version_of_source(model: str) -> dict[str, str]:
+    """Version of the package that the model came from; of a function nobody knows."""
+    source, colon, _ = model.partition(":")
+    package = source if colon else "timm"
+    return {} if package == "python" else {package: version(package)}
 
 
 def _other_scores(report: EpochReport) -> dict[str, float]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.adapters.checks import BACKBONE, headless
+from hhdeploy.adapters.config import VALUES
 from hhdeploy.adapters.format import Adapter
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, TYPED, Manifest
 from hhdeploy.bundle.reading import read_bundle
@@ -21,7 +23,7 @@ from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
 from hhdeploy.packages import BACKENDS
-from hhdeploy.parity import ParityReport, StageResult, compare, stage_of
+from hhdeploy.parity import Comparison, ParityReport, StageResult, compare, stage_of
 from hhdeploy.verifying.overflow import find_overflow
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ def verify_against_torch(
     adapters = {name: bundle.load_adapter(name) for name in names}
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = rows_of(bundle.manifest, adapters)
-    reference = training_time_reference(backbone, rows, data, bundle.manifest.classes)
+    reference = training_time_reference(backbone, rows, data, bundle.manifest.outputs)
     report = verify_graphs(bundle, device, precisions, reference, data)
     if not report.passed:
         raise parity_error(report)
@@ -169,7 +171,7 @@ def _store_verification(
     manifest = change.manifest
     adapters, graphs = basis.kept_adapters(manifest), basis.kept_graphs(manifest)
     rows = [0, *(basis.adapters[name][0] or 0 for name in adapters)]
-    change.store(REFERENCE_FILE, tensor_bytes(reference.of_rows(rows).tensors()))
+    change.store(REFERENCE_FILE, tensor_bytes(reference.of_rows(rows).tensors(manifest)))
     stages = [
         s.to_json()
         for s in report.stages
@@ -188,10 +190,13 @@ def rows_of(
 ) -> dict[str, tuple[int, Adapter | None]]:
     """Name -> (row, adapter) of everything a request can ask for, the backbone included."""
     rows: dict[str, tuple[int, Adapter | None]] = {}
-    if manifest.backbone_classes:
+    if manifest.answers_backbone:
         rows[BACKBONE] = (0, None)
     for entry in manifest.adapters:
-        rows[entry.name] = (entry.row or 0, adapters.get(entry.name))  # none of a whole model
+        adapter = adapters.get(entry.name)  # none of a whole model
+        if adapter is not None and not manifest.classes:
+            adapter = headless(entry.name, adapter)
+        rows[entry.name] = (entry.row or 0, adapter)
     return rows
 
 
@@ -237,14 +242,29 @@ def verify_graphs(
             )
             for name, row in names.items():
                 own = ids == row
-                kind = bundle.manifest.problem_type(name)
-                comparison = compare(logits[own], found[own], kind)
-                overflow = ""
-                if twin is not None and not np.isfinite(comparison.max_abs):
-                    overflow = find_overflow(twin, precision, images[own], ids[own])
-                stages.append(StageResult.of(stage, precision, runtime, name, comparison, overflow))
+                right, ours = bundle.manifest.split(logits[own]), bundle.manifest.split(found[own])
+                for output in right:
+                    comparison = _compared(bundle.manifest, name, output, right, ours)
+                    overflow = ""
+                    if twin is not None and not np.isfinite(comparison.max_abs):
+                        overflow = find_overflow(twin, precision, images[own], ids[own])
+                    judged = StageResult.of(stage, precision, runtime, name, comparison, overflow)
+                    stages.append(replace(judged, output=output))
     described = data.to_json() if data is not None else bundle.parity()["data"]
     return ParityReport(described, stages)
+
+
+def _compared(
+    manifest: Manifest,
+    name: str,
+    output: str,
+    right: Mapping[str, NDArray[Any]],
+    ours: Mapping[str, NDArray[Any]],
+) -> Comparison:
+    """Logits as what they mean; features and tokens by their error over the range of all."""
+    kind = manifest.problem_type(name) if output == LOGITS else VALUES
+    count = len(right[output])
+    return compare(right[output].reshape(count, -1), ours[output].reshape(count, -1), kind)
 
 
 def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
@@ -278,7 +298,7 @@ def _really(manifest: Manifest, device: str, precision: str) -> str:
 
 def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
     """Name -> row of what the reference covers: adapters added later only if it is new."""
-    rows = {BACKBONE: 0} if manifest.backbone_classes else {}
+    rows = {BACKBONE: 0} if manifest.answers_backbone else {}
     return rows | {a.name: a.row or 0 for a in manifest.adapters if a.verified or added_later}
 
 
@@ -299,7 +319,7 @@ def logits_of(
     by_row: dict[int, str | None] = {row: name for name, row in names.items()}
     with open_bundle(bundle, device=device, precision=precision) as session:
         batches = [
-            session.run(
+            session.answer(
                 images[i : i + _VERIFY_BATCH], [by_row[int(r)] for r in ids[i : i + _VERIFY_BATCH]]
             )
             for i in range(0, len(images), _VERIFY_BATCH)

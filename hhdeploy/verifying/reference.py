@@ -1,4 +1,4 @@
-"""The reference that a bundle carries: images and the training-time model's float64 logits."""
+"""The reference that a bundle carries: images and the training-time model's float64 outputs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.facts import LOGITS, BackboneFacts
+from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import AdapterError, PlanError
-from hhdeploy.files.folders import list_images, spread
+from hhdeploy.files.folders import list_images, part_of, spread
 from hhdeploy.parity import NO_EFFECT
 from hhdeploy.preprocess import open_image
 
 if TYPE_CHECKING:
-    from torch import nn
+    from hhdeploy.bundle.manifest import Manifest
 
 _BATCH = 4
 
@@ -29,8 +30,9 @@ class VerifyData:
     """Which images a verification uses.
 
     Attributes:
-        folder: a folder of images (``DIR/ADAPTER/...`` where such folders exist, else all of
-            DIR for every adapter); None: seeded Gaussian noise, which parity.json says.
+        folder: a folder of images (``DIR/ADAPTER/...`` or ``DIR/ADAPTER.txt`` where they exist,
+            else all of DIR for every adapter), or a list of them; None: seeded Gaussian noise,
+            which parity.json says.
         images: how many per adapter.
         seed: of the noise.
     """
@@ -62,8 +64,7 @@ class VerifyData:
             rng = np.random.default_rng(self.seed)
             shape = (self.images, *facts.preprocess.input_size)
             return rng.standard_normal(shape, np.float32)
-        own = self.folder / name
-        paths = spread(list_images(own if own.is_dir() else self.folder).paths, self.images)
+        paths = spread(list_images(part_of(self.folder, name)).paths, self.images)
         preprocess = adapter.config.preprocess if adapter is not None else None
         transform = preprocess or facts.preprocess
         return np.stack([transform(open_image(path)) for path in paths])
@@ -71,12 +72,13 @@ class VerifyData:
 
 @dataclass(frozen=True)
 class Reference:
-    """Images, rows and logits; neighbouring images use different adapters.
+    """Images, rows and outputs; neighbouring images use different adapters.
 
     Attributes:
         images: float32 [N, 3, H, W], normalised.
         adapter_ids: int64 [N], rows of the bank (0 for a folded bundle's only adapter).
-        logits: float64 [N, classes], -inf past an adapter's own classes.
+        logits: float64 [N, columns]: all outputs of an image side by side; logits are -inf past an
+            adapter's own classes.
     """
 
     images: NDArray[np.float32]
@@ -88,16 +90,17 @@ class Reference:
         kept = np.isin(self.adapter_ids, rows)
         return Reference(self.images[kept], self.adapter_ids[kept], self.logits[kept])
 
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The tensors of reference.safetensors."""
-        return {"images": self.images, "adapter_ids": self.adapter_ids, "logits": self.logits}
+    def tensors(self, manifest: Manifest) -> dict[str, NDArray[Any]]:
+        """The tensors of reference.safetensors; ``manifest`` says which outputs there are."""
+        outputs = {k: np.ascontiguousarray(v) for k, v in manifest.split(self.logits).items()}
+        return {"images": self.images, "adapter_ids": self.adapter_ids, **outputs}
 
 
 def training_time_reference(
     backbone: Backbone,
     adapters: Mapping[str, tuple[int, Adapter | None]],
     data: VerifyData,
-    classes: int,
+    outputs: Mapping[str, tuple[int, ...]],
     *,
     check_effect: bool = False,
 ) -> Reference:
@@ -107,29 +110,32 @@ def training_time_reference(
         backbone: the timm model; it is float32 and bare again afterwards.
         adapters: name -> (row, adapter); None stands for the bare backbone.
         data: which images.
-        classes: columns of the logits.
+        outputs: of the graph, with the shape of an image's part; see `Manifest.outputs`.
         check_effect: refuse an adapter that changes nothing.
 
     Raises:
         PlanError: no adapter at all, nor the backbone's own classifier.
-        AdapterError: with ``check_effect``, an adapter that moves no logit.
+        AdapterError: with ``check_effect``, an adapter that moves no output.
     """
     if not adapters:
         raise PlanError(
             "nothing to verify: there is no adapter, and the backbone's own classifier was not "
             "kept. Export with `verify=False`, or add an adapter first."
         )
-    per_adapter = []
+    per_adapter, asked = [], tuple(outputs)
+    classes = outputs[LOGITS][0] if LOGITS in outputs else 0
     backbone.model.double()  # exact, and exact on the way back
     try:
         for name, (row, adapter) in adapters.items():
             images = data.batch(name, adapter, backbone.facts)
-            logits = _training_time_logits(backbone.model, adapter, images)
+            found = _training_time_outputs(backbone, adapter, images, asked)
             if check_effect and adapter is not None:
-                _check_effect(backbone.model, name, adapter, images[:1], logits[:1])
-            padded = np.full((len(images), classes), -np.inf)
-            padded[:, : logits.shape[1]] = logits
-            per_adapter.append((images, np.full(len(images), row, np.int64), padded))
+                _check_effect(backbone, name, adapter, images[:1], found[0][:1], asked[:1])
+            answers = np.concatenate(found, axis=1)
+            if padding := classes - found[0].shape[1] if classes else 0:
+                columns = np.full((len(images), padding), -np.inf)
+                answers = np.concatenate([found[0], columns, *found[1:]], axis=1)
+            per_adapter.append((images, np.full(len(images), row, np.int64), answers))
     finally:
         backbone.model.float()
     order = _interleaved([len(images) for images, _, _ in per_adapter])
@@ -140,13 +146,14 @@ def training_time_reference(
 
 
 def _check_effect(
-    model: nn.Module,
+    backbone: Backbone,
     name: str,
     adapter: Adapter,
     images: NDArray[np.float32],
-    logits: NDArray[np.float64],
+    found: NDArray[np.float64],
+    outputs: Sequence[str],
 ) -> None:
-    """The adapter's logits are not those of the backbone with the adapter's classifier alone."""
+    """What an adapter answers is not what the backbone does with the adapter's classifier alone."""
     changes = adapter.sites or adapter.values
     bare = replace(
         adapter,
@@ -155,39 +162,54 @@ def _check_effect(
         config=replace(adapter.config, target_modules=(), fold_only=False),
     )
     head_alone = bare if changes and adapter.head is not None else None
-    without = _training_time_logits(model, head_alone, images)
-    if without.shape != logits.shape:
+    (without,) = _training_time_outputs(backbone, head_alone, images, outputs)
+    if without.shape != found.shape:
         return  # another classifier, and nothing else was trained
-    moved = float(np.abs(logits - without).max())
-    if moved <= NO_EFFECT * float(np.ptp(logits)):
+    moved = float(np.abs(found - without).max())
+    if moved <= NO_EFFECT * float(np.ptp(found)):
+        what = "logit" if outputs == (LOGITS,) else "feature"
         raise AdapterError(
-            f"{adapter.source}: adapter {name!r} moves no logit: with and without it the backbone "
+            f"{adapter.source}: adapter {name!r} moves no {what}: with and without it the backbone "
             f"answers the same (up to {moved:.0e}). It was not trained, or its tensors were lost. "
             "If that is meant, export with `allow_no_effect=True`."
         )
 
 
-def _training_time_logits(
-    model: nn.Module, adapter: Adapter | None, images: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def _training_time_outputs(
+    backbone: Backbone,
+    adapter: Adapter | None,
+    images: NDArray[np.float32],
+    outputs: Sequence[str],
+) -> list[NDArray[np.float64]]:
+    """[n, columns] of each output."""
     import torch
     from torch.nn.utils import parametrize
 
     from hhdeploy.training import attach, detach
 
+    model = backbone.model
     if adapter is not None:
         attach(model, adapter)
     try:
         # The dense matrices are computed once for all batches.
-        with torch.no_grad(), parametrize.cached():
+        with (
+            torch.no_grad(),
+            parametrize.cached(),
+            giving(model, backbone.facts.classifier, outputs),
+        ):
             batches = [
-                model(torch.from_numpy(images[i : i + _BATCH]).double()).numpy()
+                model(torch.from_numpy(images[i : i + _BATCH]).double())
                 for i in range(0, len(images), _BATCH)
             ]
     finally:
         if adapter is not None:
             detach(model)
-    return np.concatenate(batches)
+    if tuple(outputs) == (LOGITS,):
+        return [np.concatenate([batch.numpy() for batch in batches])]
+    return [
+        np.concatenate([batch[i].flatten(1).numpy() for batch in batches])
+        for i in range(len(outputs))
+    ]
 
 
 def _interleaved(counts: Sequence[int]) -> NDArray[np.int64]:

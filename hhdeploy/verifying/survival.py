@@ -27,7 +27,6 @@ from hhdeploy.bundle.survival import LEAST_LEFT, share_left
 from hhdeploy.errors import PlanError
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
-from hhdeploy.graph import linears_by_path
 from hhdeploy.parity import NO_EFFECT
 from hhdeploy.verifying.bundles import logits_of, twin_of
 
@@ -87,6 +86,8 @@ def _folded(
     adapter: Adapter, model: ir.Model, only: Collection[str] | None
 ) -> Iterator[tuple[str, Array, Array]]:
     """Every site with what its weight was before the adapter, and is, float64 (out, in)."""
+    from hhdeploy.graph import linears_by_path  # onnx: not for those who only import the package
+
     for path, uses in linears_by_path(model.graph).items():
         linear, start = uses[0], 0
         if only is not None and linear.name not in only:
@@ -187,7 +188,7 @@ def check_effects(
     lines = []
     for name in rows:
         own = [i for i, other in enumerate(names) if other == name]
-        columns = slice(entries[name].classes)
+        columns = slice(entries[name].classes or None)  # without logits: all features
         lines.append(_judged(name, precision, exact[own, columns], found[own, columns], refuse))
     return [line for line in lines if line]
 

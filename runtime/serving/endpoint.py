@@ -149,16 +149,21 @@ class LocalEndpoint:
             {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
         ]
         images = [-1, *service.manifest.input_size]
+        answers = [
+            {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
+            *(shares if kind != VALUES else ()),
+            {"name": ANSWERS, "datatype": "BYTES", "shape": [-1]},
+        ]
+        features = [
+            {"name": name, "datatype": "FP32", "shape": [-1, *shape]}
+            for name, shape in service.manifest.features.items()
+        ]
         return {
             "name": model,
             "versions": [VERSION],
             "platform": PLATFORM,
             "inputs": [{"name": IMAGES, "datatype": "FP32", "shape": images}],
-            "outputs": [
-                {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
-                *(shares if kind != VALUES else ()),
-                {"name": ANSWERS, "datatype": "BYTES", "shape": [-1]},
-            ],
+            "outputs": [*(answers if service.manifest.classes else ()), *features],
             "parameters": {
                 "adapters": self._adapter_names() if alias is None else [alias],
                 "max_batch_size": service.settings.max_batch,

@@ -1,9 +1,10 @@
 """Logits to the outputs that a request asks for.
 
-`logits` and `probabilities` FP32, `labels` and `answers` BYTES. Where none is asked for there are
-all that the adapters have. Numbers are cut to
-the adapter's own classes; where a request mixes adapters, to the widest of them, padded with -inf
-(logits) and 0 (probabilities). Triton's classification extension gives the best classes of logits
+`logits` and `probabilities` FP32, `labels` and `answers` BYTES, and `features` or `tokens` FP32 of a
+bundle that gives them; where it gives no logits, they are all there is. Where none is asked for
+there are all that the adapters have. Logits are cut to the adapter's own classes; where a request
+mixes adapters, to the widest of them, padded with -inf, probabilities with 0. Triton's
+classification extension gives the best classes of logits
 or probabilities as `score:index:label`, and as many answers.
 
 An adapter's problem type says what its logits mean: probabilities of labels are independent, and
@@ -15,7 +16,7 @@ with label, index, score and positive of each, as `Session.classify` has them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
 from hhdeploy.bundle.answers import answers_of, best, label_of, probabilities, problem_type
-from hhdeploy.bundle.manifest import AdapterEntry
+from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
@@ -35,35 +36,45 @@ from hhdeploy.runtime.serving.messages import (
 )
 
 LOGITS, PROBABILITIES, LABELS, ANSWERS = "logits", "probabilities", "labels", "answers"
-OUTPUTS = (LOGITS, PROBABILITIES, LABELS, ANSWERS)
+_OF_LOGITS = (LOGITS, PROBABILITIES, LABELS, ANSWERS)
 
 
-def check_outputs(asked: Sequence[Wanted]) -> Sequence[Wanted]:
+def outputs_of(manifest: Manifest) -> tuple[str, ...]:
+    """What requests may ask a bundle for."""
+    features = tuple(manifest.features)
+    return (*_OF_LOGITS, *features) if manifest.classes else features
+
+
+def check_outputs(asked: Sequence[Wanted], there: Sequence[str]) -> Sequence[Wanted]:
     """What a request asks for.
+
+    Args:
+        asked: in the order that they are answered in.
+        there: see `outputs_of`.
 
     Raises:
         RequestError: an output that there is not, or twice the same.
     """
     for output in asked:
-        if output.name not in OUTPUTS:
-            raise RequestError(
-                f"unknown output {output.name[:80]!r}: expected {', '.join(OUTPUTS)}."
-            )
+        if output.name not in there:
+            raise RequestError(f"unknown output {output.name[:80]!r}: expected {', '.join(there)}.")
         if sum(other.name == output.name for other in asked) > 1:
             raise RequestError(f"outputs: {output.name!r} is asked for twice.")
-        if output.top and output.name == LABELS:
+        if output.top and output.name not in (LOGITS, PROBABILITIES, ANSWERS):
             raise RequestError(
-                "output labels: classification is of logits, probabilities or answers."
+                f"output {output.name}: classification is of logits, probabilities or answers."
             )
     return asked
 
 
-def all_outputs(entries: Sequence[AdapterEntry | None], binary: bool) -> tuple[Wanted, ...]:
+def all_outputs(
+    entries: Sequence[AdapterEntry | None], there: Sequence[str], binary: bool
+) -> tuple[Wanted, ...]:
     """What a request gets that asks for none: all that each of its adapters (None: the backbone)
-    has, the values of a regression no probabilities and no labels. Logits are the first."""
+    has, the values of a regression no probabilities and no labels; ``there``: `outputs_of`."""
     values = any(entry is not None and entry.problem_type == VALUES for entry in entries)
-    names = (LOGITS, ANSWERS) if values else OUTPUTS
-    return tuple(Wanted(name, binary=binary) for name in names)
+    without = (PROBABILITIES, LABELS) if values else ()
+    return tuple(Wanted(name, binary=binary) for name in there if name not in without)
 
 
 def answered_by(entries: Sequence[AdapterEntry | None], digests: Sequence[str]) -> dict[str, Value]:
@@ -109,7 +120,7 @@ def check_finite(
 
 def output_of(
     wanted: Wanted,
-    logits: NDArray[np.float32],
+    found: Mapping[str, NDArray[np.float32]],
     entries: Sequence[AdapterEntry | None],
     classes: Sequence[int],
 ) -> Tensor:
@@ -117,15 +128,17 @@ def output_of(
 
     Args:
         wanted: which.
-        logits: float32 [n, classes of the graph].
+        found: float32 [n, ...] of every output of the graph.
         entries: of each image's adapter; None: the backbone.
         classes: of each image's adapter.
 
     Raises:
         RequestError: probabilities or labels of a regression.
     """
+    if wanted.name not in _OF_LOGITS:
+        return Tensor(wanted.name, FP32, found[wanted.name])
     widest = max(classes)
-    logits = logits[:, :widest]
+    logits = found[LOGITS][:, :widest]
     rows = list(zip(entries, logits, classes, strict=True))
     if wanted.name in (PROBABILITIES, LABELS):
         _refuse_values(wanted.name, entries)
@@ -141,12 +154,12 @@ def output_of(
     if not wanted.top:
         return Tensor(wanted.name, FP32, scores)
     top = min(wanted.top, widest)
-    found: list[str] = []
+    texts: list[str] = []
     for entry, row, n in zip(entries, scores, classes, strict=True):
         order = np.argsort(-row[:n], kind="stable")[:top]
-        texts = [f"{row[i]:f}:{i}:{label_of(entry, int(i))}" for i in order]
-        found += texts + [""] * (top - len(texts))
-    return Tensor(wanted.name, BYTES, _texts(found).reshape(len(entries), top))
+        best_of = [f"{row[i]:f}:{i}:{label_of(entry, int(i))}" for i in order]
+        texts += best_of + [""] * (top - len(best_of))
+    return Tensor(wanted.name, BYTES, _texts(texts).reshape(len(entries), top))
 
 
 def _refuse_values(output: str, entries: Sequence[AdapterEntry | None]) -> None:

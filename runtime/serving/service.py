@@ -46,6 +46,7 @@ from hhdeploy.runtime.serving.outputs import (
     check_finite,
     check_outputs,
     output_of,
+    outputs_of,
 )
 from hhdeploy.runtime.serving.pictures.images import Pictures
 from hhdeploy.runtime.serving.pictures.inputs import as_pixels, check_images
@@ -216,7 +217,8 @@ class Service:
         if not self._started:
             raise StoppingError("the server is starting. Try again later.")
         named = self._named_by_model(request)
-        asked = check_outputs(request.outputs)
+        there = outputs_of(self._manifest)
+        asked = check_outputs(request.outputs, there)
         priority = request.priority()
         images = check_images(request, self._size)
         count = max(len(images.array), _size(request.inputs.get(ADAPTERS)))
@@ -234,15 +236,16 @@ class Service:
             answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
-        wanted = asked or all_outputs(entries, request.binary)
-        if any(w.name != LOGITS or w.top for w in wanted):
+        wanted = asked or all_outputs(entries, there, request.binary)
+        found = self._manifest.split(answer.logits)
+        if any(w.top or w.name not in found for w in wanted):
             try:
-                check_finite(pixels, answer.logits, classes)
+                check_finite(pixels, found[LOGITS], classes)
             except RequestError:
                 if asked:
                     raise
-                wanted = wanted[:1]  # logits, which show what there is
-        outputs = tuple(output_of(w, answer.logits, entries, classes) for w in wanted)
+                wanted = [w for w in wanted if w.name in found]  # which show what there is
+        outputs = tuple(output_of(w, found, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
         digests = [self._manifest.tensors_digest(e) if e is not None else "" for e in entries]
         return InferResponse(request.model, request.id, outputs, answered_by(entries, digests))
@@ -309,7 +312,7 @@ class Service:
                 f"input adapters: expected one name per image, found {len(names)} for {count} "
                 "images."
             )
-        if self.fleet is not None and None in names and not self._backbone_classes:
+        if self.fleet is not None and None in names and not self._manifest.answers_backbone:
             there = ", ".join(s.name for s in self.fleet.statuses()[:20])
             raise RequestError(
                 "no adapter named, and this bundle has no classifier of the bare backbone. "

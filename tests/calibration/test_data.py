@@ -112,6 +112,26 @@ def test_images_are_decoded_when_they_are_asked_for(bundle, copied):
         list(data)
 
 
+def test_lists_stand_for_folders(bundle, folded, copied):
+    """DIR/ADAPTER.txt of side branches, one list of a folded bundle: the same images."""
+    whole = opened(bundle, copied)
+    for adapter in ADAPTERS:
+        files = sorted((copied / adapter).rglob("*.png"))
+        lines = [f".images-{p.relative_to(copied).as_posix()} {p.parent.name}\n" for p in files]
+        (copied.parent / "lists").mkdir(exist_ok=True)
+        (copied.parent / "lists" / f".images-{adapter}").symlink_to(copied / adapter)
+        (copied.parent / "lists" / f"{adapter}.txt").write_text("".join(lines))
+    lists = copied.parent / "lists"
+    found = opened(bundle, lists)
+    assert {(s.adapter, s.digest) for s in found.samples} == {
+        (s.adapter, s.digest) for s in whole.samples
+    }
+    first = lists / f"{sorted(ADAPTERS)[0]}.txt"
+    assert {s.adapter for s in opened(Bundle.open(folded), first).samples} == {None}
+    with pytest.raises(DataError, match=r"has the images of one adapter, .*DIR/ADAPTER\.txt"):
+        opened(bundle, first)
+
+
 def test_an_unknown_adapter_folder_is_refused(bundle, copied):
     (copied / "beta").rename(copied / "betta")
     with pytest.raises(DataError, match=r"DIR/ADAPTER/CLASS/image.*alpha.*found the folders betta"):

@@ -306,6 +306,28 @@ def test_predict_says_values_and_labels(succeed, succeed_json, heads, pictures):
     assert "%" not in shown
 
 
+def test_export_and_predict_of_features(workshop, succeed, succeed_json, call, pictures, tmp_path):
+    out = tmp_path / "out"
+    told = succeed_json(
+        "export", out, "--model", workshop.backbone.facts.model, "--checkpoint",
+        workshop.checkpoint, "--cache-dir", workshop.cache,
+        "--adapter", workshop.directory("gamma"), "--output", "features", "--verify-images", 1,
+    )  # fmt: skip
+    assert told["outputs"] == {"features": [48]}
+    assert told["parity"]["passed"]
+    assert told["parity"]["stages"][0]["output"] == "features"
+    (said,) = succeed_json("predict", out, pictures[0])
+    with open_session(out, device="cpu") as session:
+        expected = session.run(session.preprocess([open_image(pictures[0])], "gamma"), "gamma")[0]
+    assert said["adapter"] == "gamma"
+    assert np.allclose(said["features"], expected, atol=1e-4)
+    assert f"{np.linalg.norm(expected):.3}"[:4] in succeed("predict", out, pictures[0])
+    (listed,) = succeed_json("adapter", "list", out)
+    assert listed["classes"] == 0
+    assert call("predict", out, pictures[0], "--top", 2).exit_code == 2
+    assert "has features" in call("predict", out, pictures[0], "--output", "tokens").stderr
+
+
 def test_predict_defaults_to_all_adapters(succeed, succeed_json, branches, small, pictures):
     answers = succeed_json("predict", small, pictures[0])
     assert [a["adapter"] for a in answers] == ["alpha", "gamma"]

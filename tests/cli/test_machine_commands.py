@@ -62,6 +62,7 @@ def test_to_calibrate_either_wheel_of_onnx_runtime_will_do(monkeypatch):
 def test_doctor_reports_the_clash_of_the_two_onnxruntime_wheels(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda package: "9999")
     monkeypatch.setattr(doctor, "_probe", lambda what, code: doctor.Finding(what, "ok", ""))
+    monkeypatch.setattr(doctor, "_gpu_probe", lambda name: doctor.Finding(name, "ok", ""))
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1
     assert "pip uninstall onnxruntime onnxruntime-gpu" in result.output
@@ -130,8 +131,7 @@ def test_demo_without_starter_models_says_where_they_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, monkeypatch):
-    monkeypatch.setenv("HHDEPLOY_CACHE", str(tmp_path / "cache"))
+def test_demo(tmp_path):
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "out"), "--threads", "1"])
     assert result.exit_code == 0, result.output
     for task in ("digits", "emoji", "fashion", "textures"):

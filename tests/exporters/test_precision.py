@@ -24,10 +24,10 @@ from hhdeploy.exporters.precision.typed import (
     rounding_twin,
     typed_model,
 )
-from hhdeploy.exporters.trace import BaseGraph, base_graph
+from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from tests.parity.architectures import traced
-from tests.support import random_adapter, tiny_backbone
+from tests.support import random_adapter
 
 LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -39,7 +39,7 @@ COSINE = {"float16": 1 - 2e-6, "bfloat16": 1 - 2e-4}
 
 @pytest.fixture(scope="module")
 def base() -> BaseGraph:
-    return base_graph(tiny_backbone(), None)
+    return traced("vit")[1]
 
 
 @pytest.fixture(scope="module")

@@ -257,6 +257,28 @@ def test_validation_folder_and_best_epoch(base_settings: TrainSettings, tmp_path
     assert result.last is result.history[-1]
 
 
+def test_lists_of_vtab(images: Path, tmp_path: Path) -> None:
+    """train800val200.txt and test.txt, whose labels are numbers; they tell a resumed training."""
+    paths = sorted(images.rglob("*.png"))
+    numbers = {name: i for i, name in enumerate(sorted(CLASSES))}
+    lines = [f"{images.name}/{p.relative_to(images)} {numbers[p.parent.name]}\n" for p in paths]
+    lists = [images.parent / name for name in ("train800val200.txt", "test.txt")]
+    for file, chosen in zip(lists, (lines[::2], lines[1::2]), strict=True):
+        file.write_text("".join(chosen))
+    found = read_image_folder(lists[0], lists[1], 0.25, 0)
+    assert found.class_names == tuple(map(str, range(len(CLASSES))))
+    assert (len(found.train), len(found.val)) == (len(lines[::2]), len(lines[1::2]))
+    truth = dict(zip(found.train.paths, found.train.labels, strict=True))
+    assert {p.resolve(): n for p, n in truth.items()} == {
+        p.resolve(): numbers[p.parent.name] for p in paths[::2]
+    }
+    relabelled = [
+        line.replace(" 0\n", " 1\n", 1) if i == 0 else line for i, line in enumerate(lines[::2])
+    ]
+    lists[0].write_text("".join(relabelled))
+    assert read_image_folder(lists[0], lists[1], 0.25, 0).digest != found.digest
+
+
 # --- same bits --------------------------------------------------------------------------------
 
 

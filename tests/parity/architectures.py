@@ -11,6 +11,7 @@ from typing import Any
 
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.exporters.trace import BaseGraph, base_graph
+from tests.once import traces
 from tests.support import TINY_ARGS, TINY_MODEL, tiny_backbone
 
 
@@ -227,4 +228,4 @@ def traced(name: str) -> tuple[Backbone, BaseGraph]:
     backbone = small(SHARED[name])
     if name == "zero bias":
         backbone.model.get_submodule("head").bias.zero_()
-    return backbone, base_graph(backbone, None)
+    return backbone, base_graph(backbone, traces())

@@ -200,7 +200,7 @@ def rungs(
         rows[BACKBONE] = (0, None)
     data = VerifyData(images=count, seed=3)
     reference = training_time_reference(
-        replace(backbone, facts=base.facts), rows, data, plan.classes
+        replace(backbone, facts=base.facts), rows, data, {"logits": (plan.classes,)}
     )
     return Rungs(base, adapters, plan, bank, reference)
 

@@ -97,8 +97,10 @@ def test_openvino_runs_folded_graphs(made, first, tmp_path):
 # -- TensorRT-RTX -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("made", ["vit plain", *(f"{m} scaled" for m in MODELS)], indirect=True)
 def test_tensorrt_rtx_builds_the_branches(made, tmp_path):
-    """Its builder works without a GPU; dynamic batch and slots in one profile."""
+    """Its builder works without a GPU; dynamic batch and slots in one profile. A plain branch is
+    in every scaled one."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     path = save(made.branched(), tmp_path)
     logger = trt.Logger(trt.Logger.ERROR)

@@ -51,12 +51,12 @@ def nodes_of(path):
     return nodes, [(i.name, tuple(i.dims), i.data_type) for i in graph.initializer]
 
 
-def test_who_needs_no_new_part_gets_the_graph_of_then_node_for_node(tmp_path):
+def test_who_needs_no_new_part_gets_the_graph_of_then_node_for_node(workshop, tmp_path):
     """What was exported before s_in, s_out and db had room in a row, exported again."""
     old = WITNESSES / "v1" / "branches"
     adapters = {name: old / "adapters" / name for name in ("alpha", "gamma")}
     new = export(
-        TINY_MODEL, adapters, tmp_path / "new", verify=False, cache=None,
+        TINY_MODEL, adapters, tmp_path / "new", verify=False, cache=workshop.cache,
         checkpoint=WITNESSES / "v1" / "backbone.safetensors",
     )  # fmt: skip
     before = Bundle.open(old).manifest

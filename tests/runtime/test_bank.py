@@ -345,7 +345,7 @@ def test_of_two_threads_that_add_one_name_one_is_refused(own, workshop):
     write = bank._write
 
     def written(row, values):
-        both.wait(5)
+        both.wait(PATIENCE)
         write(row, values)
 
     def add():
@@ -377,14 +377,14 @@ def test_a_backend_is_told_of_one_row_at_a_time(own, workshop):
         running.append(row)
         most.append(len(running))
         inside.set()
-        go.wait(5)
+        go.wait(PATIENCE)
         running.remove(row)
 
     bank.row_changed = row_changed
     adapter = workshop.adapters["rival"]
     threads = [threading.Thread(target=bank.add, args=(name, adapter)) for name in ("a", "b")]
     threads[0].start()
-    assert inside.wait(5)
+    assert inside.wait(PATIENCE)
     threads[1].start()
     threads[1].join(0.2)
     assert most == [1]

@@ -19,13 +19,13 @@ def soaked(module, *options):
 @pytest.mark.skipif(sys.platform != "linux", reason="flock and renameat2 of Linux")
 def test_writers_a_calibration_and_a_reader():
     pytest.importorskip("nncf", reason="NNCF is not installed")
-    found = soaked("bundle", "--seconds", "3")
+    found = soaked("bundle", "--seconds", "1")
     assert found["wrong"] == 0
     assert min(found["edits"], found["calibrations"], found["readings"]) > 0, found
 
 
 def test_a_fleet_whose_folders_are_replaced():
-    found = soaked("fleet", "--seconds", "3")
+    found = soaked("fleet", "--seconds", "1")
     assert found["wrong"] == 0
     assert min(found["answers"].values()) > 0, "both adapters answered"
     assert found["imports"] >= 2

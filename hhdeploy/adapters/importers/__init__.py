@@ -52,6 +52,13 @@ def import_adapter(
     return import_pth(path, backbone, options)
 
 
+def brings_classifier(source: str | Path) -> bool:
+    """True if ``source`` says that a module was trained whole, which is nearly always the
+    classifier: the backbone needs a place for it."""
+    path = Path(source)
+    return path.is_dir() and bool(peft.read_peft_config(path).get("modules_to_save"))
+
+
 def needs_weights(source: str | Path) -> bool:
     """True if converting ``source`` takes the backbone's weights, not only its structure."""
     path = Path(source)

@@ -19,7 +19,11 @@ _DEFAULTS = ImportOptions()
 
 
 def extract_adapter(
-    checkpoint: str | Path, spec: BackboneSpec, options: ImportOptions = _DEFAULTS
+    checkpoint: str | Path,
+    spec: BackboneSpec,
+    options: ImportOptions = _DEFAULTS,
+    *,
+    backbone: Backbone | None = None,
 ) -> Adapter:
     """What a fine-tuned checkpoint changed of the backbone that it started from.
 
@@ -31,6 +35,7 @@ def extract_adapter(
         checkpoint: any file of weights of this model; of a training's checkpoint the averaged
             weights (EMA) where there are some.
         spec: the backbone as it was before.
+        backbone: what ``spec`` loads, where that is done; None: it is loaded here.
         options: see `ImportOptions`; what concerns keys is for adapters alone.
 
     Raises:
@@ -51,7 +56,7 @@ def extract_adapter(
             "adapters; a checkpoint is read as the backbone's own weights are."
         )
     path = Path(checkpoint)
-    backbone = load_backbone(spec)
+    backbone = backbone or load_backbone(spec)
     tuned = load_backbone(_tuned_spec(spec, path))
     _check_buffers(backbone, tuned, path)
     after = {n: p.detach().double().cpu().numpy() for n, p in tuned.model.named_parameters()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hhdeploy.adapters.checks import no_place
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
@@ -134,6 +135,8 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     _check_values(config, where)
     file, tensors = _read(path, options.prefix)
     head = head_of_file(tensors, config, backbone)
+    if head is not None and not backbone.facts.classifier:
+        raise AdapterError(f"{file}: {no_place(head, backbone.facts)}")
     inside = [
         key
         for key in map(plain_name, tensors)

@@ -18,8 +18,8 @@ from tests.gpu.wants import need
 from tests.leash import leashed
 
 PACKAGES = (
-    "aiohttp", "grpc_health", "grpc_reflection", "hpack", "prometheus_client", "pythonjsonlogger",
-    "starlette", "tritonclient", "uvicorn",
+    "aiohttp", "grpc", "grpc_health", "grpc_reflection", "hpack", "prometheus_client",
+    "pythonjsonlogger", "starlette", "tritonclient", "uvicorn",
 )  # fmt: skip
 # A fleet of more adapters than the bank has rows for.
 ADAPTERS, SLOTS = (5, 4) if DRY else (64, 48)

@@ -14,13 +14,16 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hhdeploy.adapters.checks import check
+from hhdeploy.adapters.format import Head
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
-from hhdeploy.backbones.transformers import from_image_processor
-from hhdeploy.errors import BackboneError
+from hhdeploy.backbones.transformers import from_image_processor, with_classifier
+from hhdeploy.errors import AdapterError, BackboneError
 from tests.own_models import encoder
 from tests.parity.architectures import save_transformers_config
-from tests.support import assert_parity, images
+from tests.support import assert_parity, images, random_adapter
 
 SMALL = {
     "image_size": 32,
@@ -111,6 +114,66 @@ def test_weights_that_do_not_fit(folder):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BackboneError, match=r"missing: vit\.layernorm\.bias.*stay random"):
         load_backbone(spec(folder))
+
+
+@pytest.fixture
+def headless(folder):
+    """The same weights as a ViTModel's, which has a pooler and no classifier."""
+    theirs = transformers.ViTModel(transformers.ViTConfig(**{**SMALL, "num_labels": 2}))
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_saved_without_a_classifier_gives_features_or_gets_a_place_for_one(headless):
+    features = load_backbone(spec(headless)).facts
+    assert (features.classifier, features.classes, features.dim) == ("", 0, 48)
+    made = with_classifier(spec(headless))
+    assert made.args == {"architectures": ["ViTForImageClassification"]}
+    with_place = load_backbone(made).facts
+    assert (with_place.classifier, with_place.classes, with_place.dim) == ("classifier", 0, 48)
+    assert with_place.args == made.args
+    assert with_classifier(made) is made
+    assert with_classifier(BackboneSpec(f"{OWN}:encoder")) == BackboneSpec(f"{OWN}:encoder")
+
+
+def test_a_classifier_of_an_adapter_without_a_place_says_what_to_do(headless):
+    facts = load_backbone(spec(headless)).facts
+    adapter = random_adapter(facts, classes=None)
+    adapter = replace(adapter, head=Head("classifier", np.ones((7, 48), "f4"), np.ones(7, "f4")))
+    with pytest.raises(AdapterError, match=r"has the classifier classifier, .*'architectures'"):
+        check("a", adapter, facts)
+
+
+def test_half_a_classifier_is_none(folder):
+    state = load_file(folder / "model.safetensors")
+    whole = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    assert load_backbone(spec(folder)).facts.classes == 0
+    half = {k: v for k, v in state.items() if k != "classifier.bias"}
+    save_file(half, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match=r"missing: classifier\.bias"):
+        load_backbone(spec(folder))
+
+
+def test_two_classifiers_are_refused_and_one_of_the_adapters_is_offered(tmp_path):
+    name = "DeiTForImageClassificationWithTeacher"
+    torch.manual_seed(3)
+    model = getattr(transformers, name)(transformers.DeiTConfig(**SMALL))
+    model.save_pretrained(tmp_path / "deit")
+    with pytest.raises(BackboneError, match=rf"{name} averages the answers of two classifiers"):
+        load_backbone(spec(tmp_path / "deit"))
+    one = {"architectures": ["DeiTForImageClassification"]}
+    facts = load_backbone(spec(tmp_path / "deit", args=one)).facts
+    assert (facts.classifier, facts.classes) == ("classifier", 0)
+
+
+def test_what_was_assumed_stays_in_the_manifest(folder):
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    backbone = load_backbone(spec(folder))
+    (line,) = backbone.notes
+    stated = backbone.facts.to_json()
+    assert stated["assumed"] == [line]
+    assert BackboneFacts.from_json(stated).extra == {"assumed": [line]}
 
 
 def test_a_checkpoint_of_its_own(saved, tmp_path):
@@ -237,6 +300,13 @@ def test_an_image_processor_gives_the_same_pixels(stated):
 
 
 # -- functions --------------------------------------------------------------------------------
+
+
+def test_a_crop_without_a_resize_is_refused():
+    stated = {"do_resize": False, "do_center_crop": True, "crop_size": 32, "size": 40}
+    stated |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    with pytest.raises(BackboneError, match="do_center_crop without do_resize"):
+        from_image_processor(stated, (3, 32, 32))
 
 
 def test_a_function_of_the_user():

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import hhdeploy.bundle.locking
 import hhdeploy.bundle.membership
-import hhdeploy.bundle.store
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.manifest import BANK_FILE, hash_files, name_with_digits, plain_name
 from hhdeploy.bundle.reading import read_bundle
@@ -200,17 +200,74 @@ def test_the_lock_of_a_killed_process_is_free(bundle, holder):
     assert not (bundle / ".lock").exists()
 
 
+def waiting_thread(bundle, result) -> threading.Thread:
+    """An `add_adapter` that waits for the lock; ``result`` gets its entry, or its error."""
+    waiting = threading.Event()
+
+    def work():
+        try:
+            result.append(
+                add_adapter(bundle, "guest", WITNESS / "rival", progress=lambda step: waiting.set())
+            )
+        except BundleError as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert waiting.wait(60)
+    return thread
+
+
+def looked(monkeypatch, times=1):
+    """Wait until whoever waits for a bundle that is gone has looked again."""
+    look, real = threading.Semaphore(0), hhdeploy.bundle.locking._Wait.for_the_bundle
+
+    def counted(self):
+        look.release()
+        real(self)
+
+    monkeypatch.setattr(hhdeploy.bundle.locking._Wait, "for_the_bundle", counted)
+    return lambda: [look.acquire(timeout=60) for _ in range(times)] == [True] * times
+
+
+@pytest.mark.parametrize("between", ["nothing", "no bundle"])
+def test_a_bundle_that_is_gone_for_a_moment_is_waited_for(
+    bundle, tmp_path, holder, monkeypatch, between
+):
+    """It is replaced without an exchange: nothing is there meanwhile, or not all of it yet."""
+    result, again = [], looked(monkeypatch, times=3)
+    thread = waiting_thread(bundle, result)
+    bundle.rename(tmp_path / "away")
+    if between == "no bundle":
+        bundle.mkdir()
+    assert again()
+    if between == "no bundle":
+        assert os.listdir(bundle) == []  # no lock where there is no bundle
+        bundle.rmdir()
+    copy_bundle(WITNESS / "added", tmp_path / "new")
+    (tmp_path / "new").rename(bundle)
+    thread.join(60)
+    assert [entry.row for entry in result] == [4]
+    assert [a.name for a in Bundle.open(tmp_path / "away").manifest.adapters] == ["alpha", "gamma"]
+    assert (tmp_path / "away" / ".lock").exists()  # the holder's own
+    assert not (bundle / ".lock").exists()
+
+
+def test_a_bundle_that_stays_away_is_gone(bundle, tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(hhdeploy.bundle.locking, "_GONE_AFTER", 0.1)
+    result = []
+    thread = waiting_thread(bundle, result)
+    bundle.rename(tmp_path / "away")
+    thread.join(60)
+    (error,) = result
+    assert "is not a bundle" in str(error)
+    assert not bundle.exists()
+
+
 def test_the_lock_is_of_the_directory_that_is_there_now(bundle, tmp_path, holder):
     """While one waits, the bundle is replaced: it changes the new one, not the one that is gone."""
     result = []
-    waiting = threading.Event()
-    thread = threading.Thread(
-        target=lambda: result.append(
-            add_adapter(bundle, "guest", WITNESS / "rival", progress=lambda step: waiting.set())
-        )
-    )
-    thread.start()
-    assert waiting.wait(60)
+    thread = waiting_thread(bundle, result)
     copy_bundle(WITNESS / "added", tmp_path / "new")
     bundle.rename(tmp_path / "away")
     (tmp_path / "new").rename(bundle)
@@ -240,7 +297,7 @@ def test_a_filelock_that_would_fall_back_in_silence_is_refused(bundle, monkeypat
         raise AssertionError("not reached")
 
     before = contents(bundle)
-    monkeypatch.setattr(hhdeploy.bundle.store, "FileLock", old)
+    monkeypatch.setattr(hhdeploy.bundle.locking, "FileLock", old)
     with pytest.raises(MissingDependencyError, match=r"needs filelock 3\.30"):
         add(bundle)
     assert contents(bundle) == before

@@ -198,7 +198,7 @@ def test_groups_of_different_sizes_are_interleaved(workshop, photos):
     """alpha has three pictures of its own, gamma takes five of the whole folder."""
     adapters = {name: (row, workshop.adapters[name]) for row, name in ((1, "alpha"), (2, "gamma"))}
     data = VerifyData(photos, images=5)
-    reference = training_time_reference(workshop.backbone, adapters, data, 7)
+    reference = training_time_reference(workshop.backbone, adapters, data, {"logits": (7,)})
     assert reference.adapter_ids.tolist() == [1, 2, 1, 2, 1, 2, 2, 2]
     names = ["alpha" if row == 1 else "gamma" for row in reference.adapter_ids]
     truth = workshop.mixed_truth(names, reference.images, 7)
@@ -208,7 +208,10 @@ def test_groups_of_different_sizes_are_interleaved(workshop, photos):
 def test_the_backbone_is_bare_and_float32_after_the_reference(workshop):
     before = {k: v.clone() for k, v in workshop.backbone.model.state_dict().items()}
     training_time_reference(
-        workshop.backbone, {"gamma": (1, workshop.adapters["gamma"])}, VerifyData(images=1), 3
+        workshop.backbone,
+        {"gamma": (1, workshop.adapters["gamma"])},
+        VerifyData(images=1),
+        {"logits": (3,)},
     )
     after = workshop.backbone.model.state_dict()
     assert list(after) == list(before)
@@ -752,7 +755,7 @@ def traces(entry, monkeypatch):
     """Counts traces; in place of one (seconds) the stored graph is given."""
     calls = []
 
-    def stored(backbone):
+    def stored(backbone, outputs):
         calls.append(backbone)
         return ir.load(entry / "model.onnx")
 

@@ -62,12 +62,6 @@ def test_an_adapter_s_arguments_never_reach_a_function(own, tmp_path):
         export(OWN, {"a": tmp_path / "a"}, tmp_path / "out", seed=3)
 
 
-def test_a_whole_model_needs_a_classifier(tmp_path):
-    spec = tiny_spec(num_classes=0)
-    with pytest.raises(PlanError, match="has no classifier, so its graph has no logits"):
-        export(spec.model, {}, tmp_path / "out", fold=True, model_args=spec.args, pretrained=False)
-
-
 def test_one_channel(tmp_path):
     """Grey pictures: the session's transform makes one channel of them."""
     spec = tiny_spec(in_chans=1, depth=1, num_classes=7)

@@ -7,7 +7,15 @@ import os
 import pytest
 
 from hhdeploy.errors import DataError
-from hhdeploy.files.folders import find_splits, in_words, list_classes, list_images, spread
+from hhdeploy.files.folders import (
+    find_splits,
+    in_words,
+    list_classes,
+    list_images,
+    part_of,
+    place_of,
+    spread,
+)
 
 
 def write(root, *names):
@@ -123,3 +131,45 @@ def test_spread_meets_every_part(tmp_path):
     paths = [tmp_path / str(i) for i in range(13)]
     assert spread(paths, 13) == spread(paths, 20) == paths
     assert [int(p.name) for p in spread(paths, 5)] == [0, 2, 5, 7, 10]
+
+
+def test_a_list_of_paths_and_labels_stands_for_a_folder(tmp_path):
+    """Of VTAB: numbers in their order, paths that begin at the list's folder."""
+    write(tmp_path, "images/b c.png", "images/a.png", "images/d.png", "train/e.png")
+    file = tmp_path / "train800val200.txt"
+    file.write_text("images/b c.png 10\nimages/a.png 2\n\ntrain/e.png\t2\nimages/d.png 10\n")
+    found = list_classes(file)
+    assert list(found.paths) == ["2", "10"]
+    assert names(found.paths["2"], tmp_path) == ["images/a.png", "train/e.png"]
+    assert names(found.paths["10"], tmp_path) == ["images/b c.png", "images/d.png"]
+    assert found.skipped == {}
+    assert len(list_images(file).paths) == 4
+    assert place_of(file) == place_of(tmp_path) == tmp_path
+    assert find_splits(file).train == file
+    file.write_text("images/a.png cat\nimages/d.png 10\n")
+    assert list(list_classes(file).paths) == ["10", "cat"]
+    assert part_of(tmp_path, "train800val200") == file
+    assert part_of(tmp_path, "images") == tmp_path / "images"
+    assert part_of(tmp_path, "other") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no image"),
+        ("a.png 1\na.png\n", r"line 2: expected the path .* found 'a\.png'\."),
+        ("a.png 1\ngone.png 2\n", r"line 2: .* found 'gone\.png 2', and no such image"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(tmp_path, text, message):
+    write(tmp_path, "a.png")
+    (tmp_path / "l.txt").write_text(text)
+    for reader in (list_classes, list_images):
+        with pytest.raises(DataError, match=message):
+            reader(tmp_path / "l.txt")
+
+
+def test_a_list_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "l.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="cannot be read as a list of images"):
+        list_images(tmp_path / "l.txt")

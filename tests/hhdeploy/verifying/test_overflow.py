@@ -70,8 +70,12 @@ def test_the_site_is_named_and_the_float32_graph_kept(loud, tmp_path, fold):
 
 def test_what_is_wrong_besides_leaves_no_bundle(loud, tmp_path, monkeypatch):
     """An overflow excuses its own graph alone."""
-    truth = reference._training_time_logits
-    monkeypatch.setattr(reference, "_training_time_logits", lambda *given: 1.01 * truth(*given))
+    truth = reference._training_time_outputs
+
+    def wrong(*given):
+        return [1.01 * output for output in truth(*given)]
+
+    monkeypatch.setattr(reference, "_training_time_outputs", wrong)
     out = tmp_path / "out"
     with pytest.raises(ParityError, match="No bundle was written") as caught:
         loud.export(out, ("loud",), precisions=["float16"])

@@ -348,7 +348,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(content=st.dictionaries(keys, values), tail=st.binary(max_size=20), data=st.data())
 def test_anything_is_read_or_refused(content, tail, data):
     head = json.dumps(content).encode()
@@ -365,7 +365,7 @@ def test_anything_is_read_or_refused(content, tail, data):
     assert message.isprintable()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(body=st.binary(max_size=60), encoding=st.sampled_from(["", "gzip", "deflate"]))
 def test_any_bytes_are_read_or_refused(body, encoding):
     with contextlib.suppress(RequestError):

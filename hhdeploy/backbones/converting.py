@@ -1,0 +1,210 @@
+"""Weights that transformers saved, for the timm model of the same architecture.
+
+ViT, DINOv2, BEiT and Swin are the same function under other names, so their weights are renamed and
+q, k and v put together. What weights do not show (heads, activation, the norms' epsilon) is
+compared with the config.json beside them; without one it is assumed, which a note says.
+Sources: the conversion scripts of transformers, ``convert_*_timm_to_pytorch.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hhdeploy.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# What every file of these models has, whatever stands before it.
+_MARK = "embeddings.patch_embeddings.projection.weight"
+# Pattern -> timm's name, the first that fits the whole; names before transformers 5 and since.
+_BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
+_STAGE = r"encoder\.layers\.(\d+)\.blocks\.(\d+)\."
+_OUTSIDE = {
+    r"embeddings\.cls_token": "cls_token",
+    r"embeddings\.position_embeddings": "pos_embed",
+    r"embeddings\.patch_embeddings\.projection\.(\w+)": r"patch_embed.proj.\1",
+    r"embeddings\.norm\.(\w+)": r"patch_embed.norm.\1",
+    r"layernorm\.(\w+)": r"norm.\1",
+    r"pooler\.layernorm\.(\w+)": r"fc_norm.\1",
+}
+_INSIDE = {
+    r"attention\.(?:attention\.|self\.)?(?:query|q_proj)\.(\w+)": r"attn.q.\1",
+    r"attention\.(?:attention\.|self\.)?(?:key|k_proj)\.(\w+)": r"attn.k.\1",
+    r"attention\.(?:attention\.|self\.)?(?:value|v_proj)\.(\w+)": r"attn.v.\1",
+    r"attention\.(?:output\.dense|o_proj)\.(\w+)": r"attn.proj.\1",
+    r"(?:attention\.)?(?:attention\.|self\.)?(?:relative_position_bias\.)?"
+    r"relative_position_bias_table": "attn.relative_position_bias_table",
+    r"(?:layernorm_before|norm1)\.(\w+)": r"norm1.\1",
+    r"(?:layernorm_after|norm2)\.(\w+)": r"norm2.\1",
+    r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)": r"mlp.fc1.\1",
+    r"(?:output\.dense|mlp\.fc2)\.(\w+)": r"mlp.fc2.\1",
+    r"layer_scale([12])\.lambda1": r"ls\1.gamma",
+    r"lambda_([12])": r"gamma_\1",
+}
+# Not in timm's graph: of the pre-training, or what transformers' classifiers do not use either.
+_LEFT_OUT = ("embeddings.mask_token", "pooler.dense.")
+# Activations of config.json as timm's modules.
+_ACTIVATIONS = {
+    "gelu": ("GELU",),
+    "gelu_new": ("GELUTanh",),
+    "gelu_pytorch_tanh": ("GELUTanh",),
+    "quick_gelu": ("QuickGELU",),
+}
+
+
+def is_transformers(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a state dict has transformers' names of a ViT, DINOv2, BEiT or Swin."""
+    return any(key.endswith(_MARK) for key in state)
+
+
+def timm_state(
+    state: Mapping[str, torch.Tensor], model: nn.Module, classifier: str, file: Path
+) -> dict[str, torch.Tensor]:
+    """The weights by timm's names.
+
+    Args:
+        state: as transformers saved it.
+        model: of timm, for which ones.
+        classifier: path of its classifier.
+        file: for messages.
+
+    Raises:
+        BackboneError: tensors that no module of the timm model stands for.
+    """
+    prefix = next(key for key in state if key.endswith(_MARK)).removesuffix(_MARK)
+    found: dict[str, torch.Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        inside = key.removeprefix(prefix)
+        if inside.startswith(_LEFT_OUT):
+            continue
+        if key.startswith("classifier."):
+            found[key.replace("classifier", classifier, 1)] = tensor
+            continue
+        name = _name(inside)
+        if name is None:
+            unknown.append(key)
+        else:
+            found[name] = tensor
+    if unknown:
+        raise BackboneError(
+            f"`checkpoint`: {file} has transformers' names, and timm's {type(model).__name__} has "
+            f"nothing for {', '.join(unknown[:4])}{' …' if len(unknown) > 4 else ''}. Give the "
+            "directory that it was saved in as the model: transformers:DIR."
+        )
+    return _fused(found, model)
+
+
+def _name(key: str) -> str | None:
+    """timm's name of one tensor."""
+    for pattern, name in _OUTSIDE.items():
+        if found := re.fullmatch(pattern, key):
+            return found.expand(name)
+    for start, path in ((_STAGE, r"layers.\1.blocks.\2."), (_BLOCK, r"blocks.\1.")):
+        block = re.match(start, key)
+        for pattern, name in _INSIDE.items() if block else ():
+            if block and (found := re.fullmatch(pattern, key[block.end() :])):
+                return block.expand(path) + found.expand(name)
+    # Swin: transformers ends a stage with what timm begins the next one.
+    if found := re.fullmatch(r"encoder\.layers\.(\d+)\.downsample\.(.+)", key):
+        return f"layers.{int(found[1]) + 1}.downsample.{found[2]}"
+    return None
+
+
+def _fused(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """q, k and v of each block in one tensor; BEiT's two biases apart, as timm has them."""
+    import torch
+
+    own = dict(model.named_parameters())
+    result = {k: t for k, t in state.items() if not re.search(r"attn\.[qkv]\.\w+$", k)}
+    for key in state:
+        if not key.endswith("attn.q.weight"):
+            continue
+        path = key.removesuffix("q.weight")
+        for leaf in ("weight", "bias"):
+            parts = [
+                state[f"{path}{part}.{leaf}"] for part in "qkv" if f"{path}{part}.{leaf}" in state
+            ]
+            if len(parts) == 3:
+                result[f"{path}qkv.{leaf}"] = torch.cat(parts)
+            elif len(parts) == 2 and f"{path}q_bias" in own:
+                result[f"{path}q_bias"], result[f"{path}v_bias"] = parts
+    return result
+
+
+def agree(model: nn.Module, file: Path) -> tuple[tuple[str, ...], float]:
+    """Make a timm model what the config.json beside its weights says, as far as weights do not.
+
+    Its norms get the configuration's epsilon, in place.
+
+    Args:
+        model: of timm.
+        file: the weights.
+
+    Returns:
+        A line about what had to be assumed, if anything; and the epsilon.
+
+    Raises:
+        BackboneError: heads or activation are not the model's, or its classifier reads something
+            else than timm's.
+    """
+    from torch import nn
+
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    path = file.parent / "config.json"
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        eps = norms[0].eps
+        return (
+            f"weights of transformers without their config.json: norm eps {eps:g}, "
+            f"{', '.join(_heads(model))} heads and timm's activation and pooling assumed",
+        ), eps
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise BackboneError(f"{path}: expected a JSON object, found {type(config).__name__}.")
+    _check(model, config, path)
+    eps = float(config.get("layer_norm_eps", norms[0].eps))
+    for norm in norms:
+        norm.eps = eps
+    return (), eps
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Heads of each attention, every number once."""
+    found = [m.num_heads for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "qkv")]
+    return list(map(str, dict.fromkeys(found)))
+
+
+def _check(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
+    """Heads, activation and pooling of config.json are those of the timm model."""
+    heads = config.get("num_attention_heads", config.get("num_heads"))
+    stated = [str(n) for n in dict.fromkeys(heads if isinstance(heads, list) else [heads])]
+    if heads is not None and stated != _heads(model):
+        raise BackboneError(
+            f"{path}: {', '.join(stated)} heads, the timm model has {', '.join(_heads(model))}. "
+            "Pass `model_args` with the right num_heads."
+        )
+    activation = str(config.get("hidden_act", "gelu"))
+    acts = {
+        type(m.act).__name__ for m in model.modules() if hasattr(m, "act") and hasattr(m, "fc1")
+    }
+    if acts and not acts <= set(_ACTIVATIONS.get(activation, ())):
+        raise BackboneError(
+            f"{path}: the activation is {activation}, the timm model's {', '.join(sorted(acts))}. "
+            "Pass `model_args` with the right act_layer, or give transformers:DIR as the model."
+        )
+    averages = bool(config.get("use_mean_pooling", False)) or config.get("model_type") == "swin"
+    if (getattr(model, "global_pool", "avg") == "avg") != averages:
+        raise BackboneError(
+            f"{path}: the classifier reads {'the mean of the tokens' if averages else 'a token'}, "
+            f"the timm model's global_pool is {model.global_pool!r}. Pass `model_args` with the "
+            "right global_pool, or give transformers:DIR as the model."
+        )

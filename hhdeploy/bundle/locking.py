@@ -1,0 +1,150 @@
+"""The lock of a bundle: one change at a time, whatever becomes of the directory meanwhile.
+
+It is a file in the directory, and who waits asks for it again and again by the bundle's path: there
+may be another directory by then, or none for the moment in which one is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+from filelock import FileLock, Timeout
+
+from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST
+from hhdeploy.bundle.reading import Bundle
+from hhdeploy.errors import ConflictError, MissingDependencyError, WriteError
+
+LOCK = ".lock"
+# Seconds: between two tries, until a line says so, and until a bundle that was there is gone.
+_POLL, _SAY_AFTER, _GONE_AFTER = 0.01, 1.0, 2.0
+
+Progress = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Iterator[None]:
+    """Hold a bundle's lock. It belongs to the directory: if that was replaced while waiting, the
+    one that is there now is locked. Nothing is written where there is no bundle.
+
+    Args:
+        path: the bundle, its links resolved.
+        lock_timeout: seconds to wait for another change to end.
+        progress: called with a line after a second of waiting.
+
+    Raises:
+        BundleError: no bundle there; of one that was there, also two seconds later.
+        ConflictError: the lock is held for too long.
+        WriteError: it cannot be made here.
+    """
+    wait = _Wait(path, lock_timeout, progress)
+    while True:
+        with _bundle_at(path) as handle:
+            if handle is None:
+                wait.for_the_bundle()
+            elif (lock := _tried(path)) is None:
+                wait.for_the_lock()
+            else:
+                try:
+                    if _is_there(path, handle):
+                        try:
+                            yield
+                        finally:
+                            # By the handle: the directory may have been moved.
+                            with contextlib.suppress(FileNotFoundError):
+                                os.unlink(LOCK, dir_fd=handle)
+                        return
+                finally:
+                    lock.release()
+
+
+class _Wait:
+    """How long somebody has waited, and for what."""
+
+    def __init__(self, path: Path, timeout: float, progress: Progress) -> None:
+        self._path, self._timeout, self._progress = path, timeout, progress
+        self._start = time.monotonic()
+        self._said = False
+        self._seen = False  # a bundle
+        self._gone_since: float | None = None
+
+    def for_the_lock(self) -> None:
+        """Sleep a moment. Raises `ConflictError` when it is enough."""
+        self._seen, self._gone_since = True, None
+        waited = time.monotonic() - self._start
+        if waited >= self._timeout:
+            raise ConflictError(
+                f"another process has been changing {self._path} for {self._timeout:g} seconds. "
+                "Try again when it has ended, or wait longer with `lock_timeout`."
+            )
+        if waited >= _SAY_AFTER and not self._said:
+            self._said = True
+            self._progress(f"waiting for another change of {self._path} to end")
+        time.sleep(_POLL)
+
+    def for_the_bundle(self) -> None:
+        """Sleep a moment. Raises `BundleError` where there never was one, or none comes back."""
+        now = time.monotonic()
+        if self._gone_since is None:
+            self._gone_since = now
+        if not self._seen or now - self._gone_since >= _GONE_AFTER:
+            Bundle.open(self._path)  # says what was expected; or it is there again
+        time.sleep(_POLL)
+
+
+@contextlib.contextmanager
+def _bundle_at(path: Path) -> Iterator[int | None]:
+    """A handle of the directory if there is a bundle in it."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        yield None
+        return
+    try:
+        there = True
+        try:
+            os.stat(MANIFEST, dir_fd=handle)
+        except FileNotFoundError:
+            there = False
+        yield handle if there else None
+    finally:
+        os.close(handle)
+
+
+def _is_there(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _tried(path: Path) -> FileLock | None:
+    """The lock of the directory at a path, or None if another holds it, or the path is gone."""
+    # A "soft" lock is a file that stays when its process dies: not what is promised here.
+    try:
+        lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False)
+    except TypeError as error:
+        raise MissingDependencyError(
+            f"changing {path} needs filelock 3.30 or newer, installed is {filelock.__version__}. "
+            "Install it with: pip install -U filelock"
+        ) from error
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, FileNotFoundError):
+        return None
+    except OSError as error:
+        raise WriteError(
+            f"Could not lock {path / LOCK}: {error}. A bundle is changed where its directory can "
+            "be written to and its file system has locks (flock): copy it to such a place, and "
+            "change it there. Nothing was changed."
+        ) from error
+    return lock

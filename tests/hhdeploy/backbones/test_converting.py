@@ -1,0 +1,167 @@
+"""Weights of transformers on timm's model of the architecture: the same outputs, or a reason."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.errors import BackboneError
+from hhdeploy.parity import bound, compare
+from tests.support import images, logits_of, perturb
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 192,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 7,
+}
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+SWIN = {"patch_size": 4, "embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 4}
+# Class of transformers, its configuration, timm's model, its arguments.
+SAME = {
+    "vit": ("ViTForImageClassification", SIZES, "vit_tiny_patch16_224", TIMM),
+    "vit eps": (
+        "ViTForImageClassification",
+        {**SIZES, "layer_norm_eps": 0.05},
+        "vit_tiny_patch16_224",
+        TIMM,
+    ),
+    "vit gelu": (
+        "ViTForImageClassification",
+        {**SIZES, "hidden_act": "gelu_pytorch_tanh"},
+        "vit_tiny_patch16_224",
+        {**TIMM, "act_layer": "gelu_tanh"},
+    ),
+    "beit": (
+        "BeitForImageClassification",
+        {**SIZES, "use_relative_position_bias": True},
+        "beit_base_patch16_224",
+        {**TIMM, "init_values": 0.1},
+    ),
+    "dinov2": (
+        "Dinov2Model",
+        {**SIZES, "mlp_ratio": 4},
+        "vit_small_patch14_dinov2",
+        {**TIMM, "num_classes": 0},
+    ),
+    "swin": (
+        "SwinForImageClassification",
+        {**SWIN, "image_size": 32, "num_labels": 7},
+        "swin_tiny_patch4_window7_224",
+        {**SWIN, "img_size": 32},
+    ),
+}
+
+
+def saved(folder, name, config, *, old=False):
+    """A model with weights and config.json, by the names of transformers 5 or before."""
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**config)).eval()
+    perturb(model, classifier="classifier")
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    save_file({names_4(k) if old else k: v for k, v in state.items()}, folder / "m.safetensors")
+    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
+    return model
+
+
+def names_4(key):
+    """As transformers before version 5 has it."""
+    inner = "attention.self." if "swin" in key else "attention.attention."
+    key = re.sub(r"^(vit|beit)\.layers\.", r"\1.encoder.layer.", key)
+    words = {"q": "query", "k": "key", "v": "value"}
+    key = re.sub(r"attention\.([qkv])_proj", lambda m: inner + words[m[1]], key)
+    key = key.replace("attention.o_proj", "attention.output.dense")
+    return key.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+
+
+def loaded(folder, model, args):
+    return load_backbone(BackboneSpec(model, args, folder / "m.safetensors"))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["now", "before 5"])
+@pytest.mark.parametrize("case", list(SAME))
+def test_the_outputs_are_transformers_own(case, old, tmp_path):
+    name, config, model, args = SAME[case]
+    theirs = saved(tmp_path, name, config, old=old)
+    backbone = loaded(tmp_path, model, args)
+    x = images(3)
+    with torch.no_grad():
+        found = theirs.double()(torch.from_numpy(x).double())
+    if hasattr(found, "logits"):
+        assert backbone.facts.classes == 7
+        expected, ours = found.logits, logits_of(backbone.model, x)
+    else:
+        expected = found.pooler_output
+        with torch.no_grad():
+            tokens = backbone.model.double().forward_features(torch.from_numpy(x).double())
+        ours = tokens[:, 0].numpy()
+    comparison = compare(expected.numpy(), ours)
+    assert not comparison.failures(bound("algebra", "float64")), comparison
+    assert backbone.notes == ()
+
+
+def test_without_a_configuration_a_line_says_what_is_assumed(tmp_path):
+    saved(tmp_path, *SAME["vit"][:2])
+    (tmp_path / "config.json").unlink()
+    (line,) = loaded(tmp_path, *SAME["vit"][2:]).notes
+    assert "norm eps 1e-06, 3 heads" in line
+    assert line.endswith("assumed")
+
+
+def test_the_epsilon_is_part_of_the_traced_graph_s_key(tmp_path):
+    keys = []
+    for eps in (1e-6, 0.05):
+        saved(tmp_path, SAME["vit"][0], {**SIZES, "layer_norm_eps": eps})
+        keys.append(loaded(tmp_path, *SAME["vit"][2:]).traced_with)
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "said"),
+    [
+        ({"num_attention_heads": 4}, {}, r"config.json: 4 heads, the timm model has 3.*num_heads"),
+        ({"hidden_act": "quick_gelu"}, {}, "activation is quick_gelu, the timm model's GELU"),
+        ({}, {"global_pool": "avg", "fc_norm": False}, "reads a token, .*global_pool is 'avg'"),
+    ],
+)
+def test_what_weights_do_not_show_is_compared(change, args, said, tmp_path):
+    saved(tmp_path, *SAME["vit"][:2])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(BackboneError, match=said):
+        loaded(tmp_path, "vit_tiny_patch16_224", {**TIMM, **args})
+
+
+def test_what_timm_has_no_module_for_is_refused(tmp_path):
+    """DeiT's distillation token; the classifier of DINOv2, which reads twice as much."""
+    saved(tmp_path, "DeiTForImageClassification", SIZES)
+    with pytest.raises(BackboneError, match=r"nothing for deit.*distillation_token.*transformers:"):
+        loaded(tmp_path, "deit_tiny_patch16_224", TIMM)
+    saved(tmp_path, "Dinov2ForImageClassification", {**SIZES, "mlp_ratio": 4})
+    with pytest.raises(BackboneError, match=r"head.weight \(expected \[7, 48\], found \[7, 96\]"):
+        loaded(tmp_path, "vit_small_patch14_dinov2", TIMM)
+
+
+def test_the_pooler_that_no_classifier_reads_is_left_out(tmp_path):
+    """Weights of a ViTModel, as they are before a fine-tuning."""
+    theirs = saved(tmp_path, "ViTModel", {k: v for k, v in SIZES.items() if k != "num_labels"})
+    backbone = loaded(tmp_path, "vit_tiny_patch16_224", {**TIMM, "num_classes": 0})
+    x = torch.from_numpy(images(2)).double()
+    with torch.no_grad():
+        expected = theirs.double()(x).last_hidden_state.numpy()
+        ours = backbone.model.double().forward_features(x).numpy()
+    comparison = compare(expected.reshape(2, -1), ours.reshape(2, -1), "regression")
+    assert not comparison.failures(bound("algebra", "float64")), comparison
