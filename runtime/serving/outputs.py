@@ -1,11 +1,11 @@
 """Logits to the outputs that a request asks for.
 
-`logits` and `probabilities` FP32, `labels` and `answers` BYTES, and `features` or `tokens` FP32 of a
-bundle that gives them; where it gives no logits, they are all there is. Where none is asked for
+`logits` and `probabilities` FP32, `labels` and `answers` BYTES, and `features` or `tokens` FP32 of
+a bundle that gives them; where it gives no logits, they are all there is. Where none is asked for
 there are all that the adapters have. Logits are cut to the adapter's own classes; where a request
 mixes adapters, to the widest of them, padded with -inf, probabilities with 0. Triton's
-classification extension gives the best classes of logits
-or probabilities as `score:index:label`, and as many answers.
+classification extension gives the best classes of logits or probabilities as `score:index:label`,
+and as many answers.
 
 An adapter's problem type says what its logits mean: probabilities of labels are independent, and
 `labels` are all of 0.5 or more, between `;`. A regression has neither: its values are its logits.
