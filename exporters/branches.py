@@ -32,11 +32,14 @@ from hhdeploy.exporters.parts import (
 )
 from hhdeploy.exporters.qkv import insert_qkv_branches, qkv_views
 from hhdeploy.exporters.trace import MIXED_TAG, BaseGraph
-from hhdeploy.graph import GraphLinear, linears_at, linears_by_path
+from hhdeploy.graph import GraphLinear, constant, linears_at, linears_by_path
 from hhdeploy.plan import Plan
 
 # Marks what leads from a Linear's product to its sum with one of its branches.
 _SUM = "hhdeploy.sum"
+_VIEWS = frozenset(
+    "Concat Expand Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()
+)
 
 
 def branched_model(base: BaseGraph, plan: Plan) -> ir.Model:
@@ -159,14 +162,26 @@ def _insert_branch(
 
 
 def _bias_may_ride(linear: GraphLinear) -> bool:
-    """Whether the bias Add can go: not where runtimes fuse it with what follows.
+    """Whether the bias Add can go: not where runtimes fuse it with what follows, in other bits
+    than a plain Add.
 
-    fc1's is fused with the activation and fc2's with residual and norm, in other bits than a
-    plain Add; q, k, v and proj are followed by views, scales and residuals alone.
+    They fuse it with an activation, and with a residual Add that a LayerNormalization alone reads.
+    Views, a constant scale (LayerScale) and any other residual Add read it as it is.
     """
     if linear.bias_node is None or linear.bias_node is linear.node:
         return False
-    return linear.path.rpartition(".")[2] not in ("fc1", "fc2")
+    readers = [node for node, _ in linear.output.uses()]
+    if not readers or linear.output.is_graph_output():
+        return False
+    if all(node.op_type in _VIEWS for node in readers):
+        return True
+    if len(readers) > 1:
+        return False
+    (reader,) = readers
+    if reader.op_type == "Mul":
+        return any(constant(value) is not None for value in reader.inputs)
+    after = [node.op_type for node, _ in reader.outputs[0].uses()]
+    return reader.op_type == "Add" and after != ["LayerNormalization"]
 
 
 def _with_bias_row(

@@ -62,7 +62,7 @@ _FLOAT32 = (
 )
 _QUANTISED = (
     "rounding to 8 bits at every site; catches a graph that is broken or far out of its ranges on "
-    "a few real images, while accuracy is judged on many (see calibration/accuracy.py)"
+    "a few real images, while accuracy is judged on many (see hhdeploy.calibration.judging)"
 )
 _NO_GPU = "not measured yet: no GPU has run it"
 _KERNELS = "as the twin; kernels may accumulate in less than float32"

@@ -1,8 +1,9 @@
 """What takes long: files that `make test-fast` leaves out, families that `make test` leaves out.
 
-The files start processes, train, or build engines. One list, so that it can be read and kept; a
-single test is marked `slow` where it stands. Tests marked `families` climb the parity ladder on
-more architectures and on models of real size; `--families` (`make families`) runs them too.
+The files start processes, train, trace many models, or build engines. One list, so that it can be
+read and kept; a single test is marked `slow` where it stands. Tests marked `families` climb the
+parity ladder on more architectures and on models of real size; `--families` (`make families`) runs
+them too.
 """
 
 from __future__ import annotations
@@ -34,18 +35,23 @@ FILES = frozenset(
         "hhdeploy/bundle/test_crashes.py",
         "hhdeploy/bundle/test_rebase.py",
         "hhdeploy/exporting/test_bundles.py",
+        "hhdeploy/exporting/test_sources.py",
         "hhdeploy/test_quantising.py",
         "hhdeploy/test_building.py",
         "hhdeploy/test_training_recipe.py",
         "hhdeploy/verifying/test_overflow.py",
         "parity/test_islands.py",
+        "parity/test_ladder.py",
+        "parity/test_parts.py",
         "parity/test_runtimes.py",
         "parity/test_witnesses.py",
         "runtime/serving/test_examples.py",
         "runtime/serving/test_fleet.py",
         "runtime/serving/test_fuzz.py",
         "runtime/serving/test_grpc_fuzz.py",
+        "runtime/serving/test_grpc_server.py",
         "runtime/serving/test_http_codec.py",
+        "runtime/serving/test_leftovers.py",
         "runtime/serving/test_page_browser.py",
         "runtime/serving/test_ray_parts.py",
         "runtime/serving/test_safety.py",

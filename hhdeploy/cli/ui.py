@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hhdeploy.adapters.checks import check_name
+from hhdeploy.bundle.manifest import LOCK_TIMEOUT
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
@@ -46,7 +47,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 lock_timeout_option = click.option(
     "--lock-timeout",
     type=click.FloatRange(0),
-    default=600.0,
+    default=LOCK_TIMEOUT,
     show_default=True,
     metavar="SECONDS",
     help="How long to wait for another process that is changing the bundle.",

@@ -177,9 +177,10 @@ def _store_verification(
         for s in report.stages
         if s.adapter in {*adapters, BACKBONE} and s.precision in graphs
     ]
-    # Of graphs that others added or replaced meanwhile.
+    # Of graphs that were not checked, or that others added or replaced meanwhile.
+    checked = graphs & {s.precision for s in report.stages}
     if manifest.has(PARITY_FILE):
-        stages += [s for s in change.bundle.parity()["stages"] if s["precision"] not in graphs]
+        stages += [s for s in change.bundle.parity()["stages"] if s["precision"] not in checked]
     change.store(PARITY_FILE, json_bytes({**report.to_json(), "stages": stages}))
     marked = tuple(replace(a, verified=a.verified or a.name in adapters) for a in manifest.adapters)
     change.manifest = replace(change.manifest, adapters=marked)

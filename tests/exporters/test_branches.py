@@ -14,10 +14,10 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.sites import sites_of
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.exporters.bake import baked
-from hhdeploy.exporters.branches import branched_model
+from hhdeploy.exporters.branches import _bias_may_ride, branched_model
 from hhdeploy.exporters.qkv import qkv_views
 from hhdeploy.exporters.trace import BaseGraph, base_graph
-from hhdeploy.graph import LINEAR_TAG, linears_by_path
+from hhdeploy.graph import LINEAR_TAG, linear_of, linears_by_path
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from tests.exporters.synthetic import base_of, graph, random, shared_twice
 from tests.parity.architectures import traced
@@ -457,3 +457,31 @@ def test_two_tokens_are_not_two_images():
         branched_model(base, plan_branches(base.facts, {}, Reserve(sites=("q",), max_classes=3)))
     plan = plan_branches(base.facts, {}, Reserve(sites=("k", "v"), max_classes=3))
     assert branched_model(base, plan)
+
+
+# -- whose bias rides -----------------------------------------------------------------------------
+
+LAYER = """agraph (float[batch, 3, 5] x, float[batch, 3, 7] r) => (float[batch, 3, 7] y) {{
+    p = MatMul(x, w)  a = Add(p, b)  {rest}
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("rest", "rides"),
+    [
+        ("y = Identity(a)", True),
+        ("y = Mul(a, c)", True),
+        ("y = Mul(a, r)", False),
+        ("y = Gelu(a)", False),
+        ("s = Sigmoid(a)  y = Mul(a, s)", False),
+        ("y = Add(r, a)", True),
+        ("s = Add(r, a)  y = LayerNormalization(s, c)", False),
+        ("s = Add(r, a)  n = LayerNormalization(s, c)  y = Add(n, s)", True),
+    ],
+)
+def test_a_bias_rides_where_no_runtime_fuses_it(rest, rides):
+    """Read from what follows: a Linear's name says nothing."""
+    weights = {"w": random(5, 7), "b": random(7), "c": random(7)}
+    model = graph(LAYER.format(rest=rest), weights, {})
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    assert _bias_may_ride(linear_of(product, "mlp.fc1")) is rides

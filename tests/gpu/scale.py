@@ -59,7 +59,7 @@ _TINY = Scale(
     slots=64,
     pairs=2,
     seconds=0.5,
-    adapters=(1, 10, 100),
+    adapters=(1, 10),
     changes=3,
 )
 SCALE = _TINY if DRY else _GPU

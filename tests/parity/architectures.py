@@ -92,9 +92,7 @@ SHARED = {
 # One of each structure that the exporters must handle.
 FAST = {
     "swinv2": Architecture("swinv2_tiny_window8_256", WINDOWS),
-    "eva02 fused": Architecture("eva02_tiny_patch14_224", {**VIT, **_NAMED}),
     "eva02 separate": Architecture("eva02_base_patch14_224", {**VIT, **_NAMED}),
-    "dinov3": Architecture("vit_small_patch16_dinov3", {**VIT, **_NAMED}),
     "hiera": Architecture(
         "hiera_tiny_224",
         {
@@ -110,7 +108,6 @@ FAST = {
 # As FAST, but of other libraries than timm.
 OTHERS = {
     "transformers vit": Architecture("transformers:ViTForImageClassification", _LABELS),
-    "torchvision vit": Architecture(f"{_OWN}:torchvision_vit", size=32),
     "authors' vit": Architecture(f"{_OWN}:authors_vit", size=32),
 }
 
@@ -128,12 +125,15 @@ OTHERS_SLOW = {
     ),
     "transformers clip": Architecture("transformers:CLIPForImageClassification", _TOWER),
     "transformers siglip": Architecture("transformers:SiglipForImageClassification", _TOWER),
+    "torchvision vit": Architecture(f"{_OWN}:torchvision_vit", size=32),
     "torchvision swin": Architecture(f"{_OWN}:torchvision_swin", size=32),
     "open_clip vit": Architecture(f"{_OWN}:open_clip_vit", size=32),
     "torch encoder": Architecture(f"{_OWN}:encoder"),
 }
 
 SLOW = {
+    "eva02 fused": Architecture("eva02_tiny_patch14_224", {**VIT, **_NAMED}),
+    "dinov3": Architecture("vit_small_patch16_dinov3", {**VIT, **_NAMED}),
     "deit3": Architecture("deit3_small_patch16_224", VIT),
     "dinov2 registers": Architecture("vit_small_patch14_reg4_dinov2", {**VIT, **_NAMED}),
     "siglip": Architecture("vit_base_patch16_siglip_224", {**VIT, **_NAMED}),

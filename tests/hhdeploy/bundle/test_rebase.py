@@ -165,6 +165,16 @@ def test_verification_says_nothing_of_another_strength(bundle, monkeypatch):
     assert verify(bundle).passed
 
 
+def test_verification_of_some_graphs_keeps_what_is_known_of_the_others(bundle):
+    add_typed_graph(bundle, "float16")
+    before = stages(bundle, "float16")
+    verify_against_torch(
+        bundle, checkpoint=WITNESS / "backbone.safetensors", precisions=["float32"]
+    )
+    assert stages(bundle, "float16") == before == {"alpha", "gamma"}
+    assert stages(bundle, "float32") == {"alpha", "gamma", "rival"}
+
+
 def test_verification_of_a_bundle_that_was_exported_again(bundle, monkeypatch):
     import hhdeploy.verifying.reference
 
