@@ -7,13 +7,15 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from hhdeploy.cli import ui
 from hhdeploy.runtime.serving.settings import LEVELS, Option, ServeSettings
+
+if TYPE_CHECKING:
+    from hhdeploy.runtime.serving.server import Addresses
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,7 +86,7 @@ def _type(name: str, annotation: str, told: Option) -> Any:
     "--ray",
     "on_ray",
     is_flag=True,
-    help="Several replicas on Ray: on the cluster of RAY_ADDRESS, or a local one. HTTP only.",
+    help="Several replicas on Ray: on the cluster of RAY_ADDRESS, or a local one.",
 )
 @click.option("--replicas", type=click.IntRange(1), help="With --ray.  [default: 2]")
 def command(
@@ -129,7 +131,7 @@ def _serve(settings: ServeSettings, http_port: int, grpc_port: int) -> None:
     from hhdeploy.runtime.serving.access.tls import Tls
     from hhdeploy.runtime.serving.access.tokens import Access
     from hhdeploy.runtime.serving.logs import log_as_json
-    from hhdeploy.runtime.serving.server import Addresses, serve
+    from hhdeploy.runtime.serving.server import serve
     from hhdeploy.runtime.serving.service import Service
     from hhdeploy.runtime.serving.tracing import start_tracing
     from hhdeploy.runtime.session import open_session
@@ -141,10 +143,8 @@ def _serve(settings: ServeSettings, http_port: int, grpc_port: int) -> None:
     served = f"{settings.bundle} on {session.device}, {settings.precision}"
 
     def announce(where: Addresses) -> None:
-        shown = f"[{where.host}]" if ":" in where.host else where.host
-        grpc = f", gRPC {shown}:{where.grpc_port}" if where.grpc_port is not None else ""
         scheme = "http" if tls is None else "https"
-        click.echo(f"{served}: {scheme}://{shown}:{where.http_port}{grpc}")
+        click.echo(f"{served}: {scheme}://{_shown(where)}")
 
     async def run() -> None:
         await serve(
@@ -169,11 +169,7 @@ def _serve_on_ray(
     from hhdeploy.runtime.serving.logs import log_as_json
     from hhdeploy.runtime.serving.ray.run import run_on_ray
     from hhdeploy.runtime.serving.ray.settings import RaySettings
-    from hhdeploy.runtime.serving.server import Addresses
 
-    source = click.get_current_context().get_parameter_source("grpc_port")
-    if source is ParameterSource.COMMANDLINE and grpc_port >= 0:
-        raise click.UsageError("--ray serves HTTP only: leave --grpc-port out.")
     if replicas is not None:
         given = {**given, "replicas": replicas}
     settings = RaySettings(**{name: _whole(value) for name, value in given.items()})
@@ -182,11 +178,23 @@ def _serve_on_ray(
         scheme = "http" if settings.tls_cert is None else "https"
         click.echo(
             f"{settings.bundle} on {settings.replicas} replicas, {settings.device}, "
-            f"{settings.precision}: {scheme}://{where.host}:{where.http_port}"
+            f"{settings.precision}: {scheme}://{_shown(where)}"
         )
 
     log_as_json(settings.log_level)
-    run_on_ray(settings, http_port=http_port, announce=announce)
+    run_on_ray(
+        settings,
+        http_port=http_port,
+        grpc_port=grpc_port if grpc_port >= 0 else None,
+        announce=announce,
+    )
+
+
+def _shown(where: Addresses) -> str:
+    """Both addresses, after the first one's scheme."""
+    host = f"[{where.host}]" if ":" in where.host else where.host
+    grpc = f", gRPC {host}:{where.grpc_port}" if where.grpc_port is not None else ""
+    return f"{host}:{where.http_port}{grpc}"
 
 
 def _whole(value: Any) -> Any:

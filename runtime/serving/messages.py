@@ -123,6 +123,19 @@ class InferRequest:
             )
         return value
 
+    def visitor(self) -> bool:
+        """Whether it comes from somebody who looks around, as on the page: see `FleetRows`.
+
+        Raises:
+            RequestError: it is no truth value.
+        """
+        value = self.parameters.get("visitor", False)
+        if not isinstance(value, bool):
+            raise RequestError(
+                f"parameter visitor: expected true or false, found {str(value)[:80]!r}."
+            )
+        return value
+
 
 @dataclass(frozen=True)
 class InferResponse:

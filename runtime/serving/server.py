@@ -24,6 +24,8 @@ from hhdeploy.runtime.serving.listening import listen
 from hhdeploy.runtime.serving.service import Service
 
 _LOG = logging.getLogger("hhdeploy.serve")
+# What is said of a server that others can reach, with what it is without.
+EXPOSED = "whoever reaches the port may ask or listen"
 # What is left of a request when its time is up, and a client that reads slowly.
 _GRACE_SECONDS = 5.0
 # Longer than proxies keep their connections to a server: one must not send a request into a
@@ -98,9 +100,7 @@ async def serve(
                 )
             )
             if missing := service.settings.exposed():
-                _LOG.warning(
-                    "whoever reaches the port may ask and listen", extra={"without": missing}
-                )
+                _LOG.warning(EXPOSED, extra={"without": missing})
             _LOG.info("serving", extra={"device": service.device})
             await serving
         finally:

@@ -219,12 +219,12 @@ class Service:
         named = self._named_by_model(request)
         there = outputs_of(self._manifest)
         asked = check_outputs(request.outputs, there)
-        priority = request.priority()
+        priority, visitor = request.priority(), request.visitor()
         images = check_images(request, self._size)
         count = max(len(images.array), _size(request.inputs.get(ADAPTERS)))
         with self._batcher.place(count) as place:  # before names are looked at one by one
             rows = self._rows(request, named, len(images.array))
-            held = await self._hold(rows)
+            held = await self._hold(rows, visitor)
             release = partial(self._release, held)
             try:
                 entries, ids = self._assigned(held, rows)
@@ -250,11 +250,11 @@ class Service:
         digests = [self._manifest.tensors_digest(e) if e is not None else "" for e in entries]
         return InferResponse(request.model, request.id, outputs, answered_by(entries, digests))
 
-    async def _hold(self, rows: Sequence[Row]) -> dict[str | None, Hold]:
+    async def _hold(self, rows: Sequence[Row], visitor: bool) -> dict[str | None, Hold]:
         """The bank's rows of a request by adapter; none of a folded bundle."""
         names = dict.fromkeys(row.adapter for row in rows)
         if self.fleet is not None:
-            return await self.fleet.rows.hold(names)
+            return await self.fleet.rows.hold(names, visitor=visitor)
         only = self._manifest.adapters[0].name
         for name in names:
             if name not in (None, only):

@@ -21,9 +21,10 @@ def status_of(service: Service) -> dict[str, Any]:
         queued_images, batches, images: waiting; run; classified.
         requests: how many were ``answered``, and ``failed`` by Triton's reason.
         latency_ms: see `latency_ms`.
-        bank: rows used and rows there are for adapters, evictions, load failures; None if folded.
+        bank: rows used and rows there are for adapters, those for visitors, evictions, load
+            failures; None if folded.
         adapters: sorted by name; ``classes``, ``problem_type`` and ``row`` are None without
-            a row.
+            a row; ``exif``: it sees pictures upright, as their orientation says.
     """
     metrics, now = service.metrics, service.now()
     bank = None
@@ -31,6 +32,7 @@ def status_of(service: Service) -> dict[str, Any]:
         bank = {
             "rows_used": now.rows_used,
             "rows": now.rows,
+            "visitor_rows": service.fleet.rows.visitor_rows,
             "evictions": now.evictions,
             "load_failures": now.load_failures,
         }
@@ -67,6 +69,7 @@ def _adapters(service: Service) -> list[dict[str, Any]]:
             "classes": adapter.entry.classes if adapter.entry is not None else None,
             "problem_type": adapter.entry.problem_type if adapter.entry is not None else None,
             "row": adapter.entry.row if adapter.entry is not None else None,
+            "exif": service.manifest.preprocess_of(adapter.entry).exif,
             "images": service.metrics.adapters.get(adapter.name, 0),
         }
         for adapter in found

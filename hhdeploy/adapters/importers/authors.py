@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.applying import path_of_parameters
+from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
@@ -107,11 +108,11 @@ def import_rlrr(
 
 def import_arc(tensors: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
     """ARC, in either of its code's namings; the state dict has the backbone's weights too, and
-    these have to be the backbone's.
+    these have to be the backbone's, whatever they are called.
 
     Raises:
-        AdapterError: a shared projection that is missing, other weights, or a backbone without
-            these modules.
+        AdapterError: a shared projection that is missing, other weights, keys that are neither
+            ARC's nor hold a parameter of the backbone, or a backbone without these modules.
     """
     where = _Backbone(backbone, path)
     after: dict[str, Array] = {}
@@ -122,14 +123,23 @@ def import_arc(tensors: Tensors, path: Path, backbone: Backbone, options: Import
         if f"transformer.{key}" in tensors
     }
     groups: dict[tuple[int, str], Tensors] = {}
+    ours = {f"transformer.{key}" for keys in _ARC_SHARED.values() for key in keys}
+    unread = []
     for key, tensor in tensors.items():
         found = _ARC.fullmatch(key)
         if found:
             part = "bias" if found["bias"] or found["part"] == "bias" else "scale"
             name = found["where"] or found["short"]
             groups.setdefault((int(found["block"]), name), {})[part] = tensor.astype(np.float64)
-        elif not where.head(key, tensor.astype(np.float64), after):
+        elif key not in ours and not where.head(key, tensor.astype(np.float64), after):
             where.same(key, tensor)
+            unread += [] if where.holds(tensor) else [key]
+    if unread:
+        raise AdapterError(
+            f"{path}: {abbreviate(unread)}: expected keys of ARC, the classifier's, and the "
+            f"parameters of {backbone.facts.model}; nothing reads these, and no parameter has "
+            "their values. Remove what is not the model's, or say what they mean with `key_map`."
+        )
     for (block, name), group in groups.items():
         where.need(group, ("scale", "bias"), f"{block}.{name}")
         if name not in shared:
@@ -228,6 +238,17 @@ class _Backbone:
                 f"{self.file}: {key} is not the backbone's {weight}: it was trained on other "
                 "weights. Give these with `checkpoint`."
             )
+
+    def holds(self, tensor: NDArray[Any]) -> bool:
+        """Whether a parameter of the backbone, or a third of one, has a tensor's values."""
+        for value in self.own.values():
+            parts = np.split(value, 3) if value.size == 3 * tensor.size else [value]
+            for part in parts:
+                if part.size == tensor.size and np.allclose(
+                    part.reshape(-1), tensor.reshape(-1), rtol=1e-3, atol=1e-5
+                ):
+                    return True
+        return False
 
     def need(self, group: Tensors, parts: tuple[str, ...], what: str) -> None:
         """All parts of one module are there."""

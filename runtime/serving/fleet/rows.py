@@ -20,11 +20,19 @@ from hhdeploy.runtime.serving.errors import LoadFailedError, RequestError
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 
 
+# One row of so many is for visitors, where none is free.
+_VISITORS_SHARE = 8
+
+
 class FleetRows:
     """The rows of one bank. All methods belong to one event loop.
 
+    Visitors, who look around on the page, ask for every adapter there is. What only they ask for
+    is the first to give its row up, and takes the rows of others only up to ``visitor_rows``.
+
     Attributes:
         evictions: adapters that lost their row to another one.
+        visitor_rows: see above; also what one visitor's request may load.
     """
 
     def __init__(
@@ -44,6 +52,9 @@ class FleetRows:
         """
         self.evictions = 0
         self._bank = bank
+        self.visitor_rows = max(1, self.total // _VISITORS_SHARE)
+        # Adapters that only visitors asked for since they were loaded.
+        self._visited: set[str] = set()
         self._pinned = pinned
         self._fetch, self._broken = fetch, broken
         # When the adapters in the bank were asked for last.
@@ -74,11 +85,14 @@ class FleetRows:
             return None
         return self._bank[name]
 
-    async def hold(self, names: Collection[str | None]) -> dict[str | None, Hold]:
+    async def hold(
+        self, names: Collection[str | None], *, visitor: bool = False
+    ) -> dict[str | None, Hold]:
         """The rows of one request, each to be given back with `release`. Loads what is missing.
 
         Args:
             names: of adapters, each once; None: the bare backbone.
+            visitor: whether they are asked for by one.
 
         Raises:
             NotFoundError: no such adapter, or one that was unloaded.
@@ -86,6 +100,10 @@ class FleetRows:
             RequestError: one cannot be loaded; the backbone alone cannot answer; or there are
                 more than the bank has rows for.
         """
+        if visitor:
+            self._visit(self.missing(names))
+        elif self._visited:
+            self._visited = {name for name in self._visited if name not in names}
         try:
             return await self._fetch(names) if self.missing(names) else self.hold_all(names)
         except RequestError:
@@ -94,6 +112,19 @@ class FleetRows:
             raise LoadFailedError(f"an adapter could not be loaded: {error}") from error
         except HhdeployError as error:
             raise RequestError(str(error)) from error
+        finally:
+            if visitor:  # what did not come is forgotten: a client may name anything
+                self._visited.difference_update(
+                    [n for n in self.missing(names) if n not in self._waiting]
+                )
+
+    def _visit(self, missing: Collection[str]) -> None:
+        if len(missing) > self.visitor_rows:
+            raise RequestError(
+                f"{len(missing)} adapters have no row, a visitor's request may load "
+                f"{self.visitor_rows}. Ask for fewer at a time."
+            )
+        self._visited.update(missing)
 
     def release(self, hold: Hold) -> None:
         """Give a row back."""
@@ -199,6 +230,7 @@ class FleetRows:
         if name in self._bank:
             self._bank.remove(name)
             del self._used[name]
+            self._visited.discard(name)
             self._freed.set()
 
     def _held(self, name: str | None) -> Hold:
@@ -210,11 +242,16 @@ class FleetRows:
         """Take a step towards a free row: evict an adapter, or wait for requests."""
         self._freed.clear()
         fixed = self._pinned | self._kept | {name}
-        # Longest unused first; last those that could not be loaded again as they are.
+        visited = [n for n in self._bank if n in self._visited and n != name]
+        full = name in self._visited and len(visited) >= self.visitor_rows
+        # Visitors' first, then the longest unused; last those that could not be loaded again as
+        # they are.
         victims = sorted(
             (n for n in self._bank if n not in fixed),
-            key=lambda n: (self._broken(n), self._used[n]),
+            key=lambda n: (self._broken(n), n not in self._visited, self._used[n]),
         )
+        if full and (own := [n for n in victims if n in visited]):
+            victims = own
         idle = [n for n in victims if not self._bank.held(n)]
         if idle:
             self._evict(idle[0], name)

@@ -7,6 +7,7 @@ const MOST = 200; // adapters shown, and asked, at a time
 const TOP = 3; // classes of an answer; labels that are said and values are all shown
 const SMALL = 128; // pictures with fewer pixels a side are shown as they are, enlarged
 const STATES = ["ready", "on disk", "broken", "unloaded"];
+const NUMBERS = ["Classes", "Row", "Images answered"]; // columns of the table
 const REASONS = { // why a request failed
   REJECTED: "refused",
   CANCELED: "cancelled",
@@ -156,9 +157,11 @@ function adapterRow(adapter) {
   state.append(element("span", `state ${adapter.state}`, text));
   if (adapter.problem) state.append(element("div", "problem", adapter.problem));
   const numbers = [adapter.classes, adapter.row, adapter.images];
-  row.append(name, state, ...numbers.map(
-    (n) => element("td", "number", n === null ? "–" : count.format(n)),
-  ));
+  row.append(name, state, ...numbers.map((n, i) => {
+    const cell = element("td", "number", n === null ? "–" : count.format(n));
+    cell.dataset.label = NUMBERS[i];
+    return cell;
+  }));
   return row;
 }
 
@@ -271,40 +274,61 @@ async function ask() {
     return refuse(`The picture is too large: the server takes requests of ${bytes(status.body_bytes)}.`);
   }
   const found = matching().filter(canAnswer);
-  const names = found.slice(0, MOST).map((a) => a.name);
-  if (!names.length) return refuse("No adapter that answers matches the filter.");
+  const chosen = found.slice(0, MOST);
+  orient(chosen);
+  if (!chosen.length) return refuse("No adapter that answers matches the filter.");
   const begin = performance.now();
   let requests = 0;
-  let answered = 0;
+  const said = [];
   try {
-    for (const some of batches(names)) {
-      put("said", `Asking ${plural(names.length, "adapter")} …`);
-      const said = await inferPatiently(some, signal);
-      $("answers").append(...said.map(([name, answer]) => answerCard(name, answer)));
-      answered += said.length;
+    for (const some of batches(chosen)) {
+      put("said", `Asking ${plural(chosen.length, "adapter")} …`);
+      said.push(...await inferPatiently(some, signal));
+      said.sort(([one, a], [other, b]) => confidence(b) - confidence(a) || byName(one, other));
+      $("answers").replaceChildren(...said.map(([name, answer]) => answerCard(name, answer)));
       requests += 1;
     }
   } catch (error) {
     if (signal.aborted) return;
     refuse(error instanceof TypeError ? "The server does not answer." : error.message);
   }
-  if (!answered) return put("said", "No adapter answered.");
+  if (!said.length) return put("said", "No adapter answered.");
   const ms = milliseconds(performance.now() - begin);
   put("said", [
-    `${plural(answered, "adapter")} answered in ${plural(requests, "request")}, ${ms}`,
-    names.length < found.length && `the first ${names.length} of ${count.format(found.length)} were asked: narrow the filter for others`,
+    `${plural(said.length, "adapter")} answered in ${plural(requests, "request")}, ${ms}`,
+    chosen.length < found.length && `the first ${chosen.length} of ${count.format(found.length)} were asked: narrow the filter for others`,
   ].filter(Boolean).join("; ") + ".");
 }
 
+/** How sure an adapter is of its best answer; values have no such thing, and come last. */
+function confidence({ problem_type: kind, answers }) {
+  return kind === "regression" ? -1 : Math.max(0, ...answers.map((answer) => answer.score ?? 0));
+}
+
+const byName = (one, other) => (one < other ? -1 : Number(one > other));
+
+/** Show the picture as the adapters see it: not all of them heed a photo's orientation. */
+function orient(adapters) {
+  const upright = adapters.filter((a) => a.exif).length;
+  $("preview").classList.toggle("lying", !upright && adapters.length > 0);
+  put("orientation", upright && upright < adapters.length
+    ? `A photo that was taken on its side is so for ${plural(adapters.length - upright, "adapter")}.` : "");
+}
+
 /** Names in groups that fit one batch, and the rows that no pinned adapter keeps. */
-function* batches(names) {
+function* batches(adapters) {
   let most = status.max_batch;
+  let loads = most; // of those that have no row yet
   if (status.bank) {
     const pinned = status.adapters.filter((a) => a.pinned).length;
-    const rows = status.bank.rows / (status.replicas ?? 1); // those of all replicas are added up
-    most = Math.max(1, Math.min(most, Math.floor(rows) - pinned));
+    const replicas = status.replicas ?? 1; // rows of all replicas are added up
+    most = Math.max(1, Math.min(most, Math.floor(status.bank.rows / replicas) - pinned));
+    loads = Math.min(most, Math.floor(status.bank.visitor_rows / replicas));
   }
-  for (let i = 0; i < names.length; i += most) yield names.slice(i, i + most);
+  const there = adapters.filter((a) => a.state === "ready").map((a) => a.name);
+  const others = adapters.filter((a) => a.state !== "ready").map((a) => a.name);
+  for (let i = 0; i < there.length; i += most) yield there.slice(i, i + most);
+  for (let i = 0; i < others.length; i += loads) yield others.slice(i, i + loads);
 }
 
 /** One request. If an adapter turns out to be broken or gone, the others are asked again. */
@@ -333,6 +357,7 @@ async function infer(names, signal) {
         { name: "images", datatype: "BYTES", shape: [1], data: [picture.base64] },
         { name: "adapters", datatype: "BYTES", shape: [names.length], data: names },
       ],
+      parameters: { visitor: true },
       outputs: [{ name: "answers", parameters: { classification: TOP } }],
     }),
   });

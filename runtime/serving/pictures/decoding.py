@@ -131,5 +131,7 @@ def _nothing() -> None:
 
 def _step_back() -> None:
     if sys.platform == "linux":  # where a thread has a priority of its own
+        thread = threading.get_native_id()
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            now = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, min(now + _NICE, 19))

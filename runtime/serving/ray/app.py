@@ -35,14 +35,15 @@ later finds it on disk, and is told what was unloaded before it is ready.
 Numbers. ``/metrics`` has each replica's samples, labelled with its name, so that a restart is a
 new series and not a counter that falls; `status` adds them up. The ingress' own are Ray Serve's.
 
-gRPC is left out: Ray's gRPC proxy listens on all addresses whatever it is told, and takes messages
-of any size.
+gRPC is answered by the command's own process (`grpc`), for Ray's gRPC proxy listens on all
+addresses whatever it is told, and takes messages of any size. What ``serve deploy`` runs has HTTP
+only.
 
     settings  what the operator chose        endpoint  what an ingress asks the replicas
     replica   one session of many            calls     one call, made again where need be
     registry  the state they share           merge     the numbers of all of them
     router    which replica is asked         draining  requests under way
-    run       the command
+    run       the command                    grpc      gRPC's side, in the command's process
 """
 
 # No postponed annotations here: Ray reads that of `application` to check and convert its argument.
@@ -81,11 +82,16 @@ class Ingress:
         """``replicas``, ``registry``: handles of those deployments."""
         log_as_json(settings.log_level, "hhdeploy")
         self._endpoint = RayEndpoint(settings, replicas, registry)
-        self._app = Draining(http_app(self._endpoint, Access.of(settings)))
+        self._settings, self._access = settings, Access.of(settings)
+        self._app = Draining(http_app(self._endpoint, self._access))
 
     def __serve_build_asgi_app__(self) -> Draining:
         """The application that Ray Serve hands requests to."""
         return self._app
+
+    async def read_tokens(self) -> None:
+        """Read the tokens' files again. Raises `PlanError`: see `Access.read`."""
+        self._access.read(self._settings)
 
     async def drain(self) -> None:
         """Take nothing new, and wait until everything that was taken is answered."""

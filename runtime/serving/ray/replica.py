@@ -70,6 +70,11 @@ class Replica(LocalEndpoint):
         content, _ = await self.metrics()
         return serve.get_replica_context().replica_tag, content
 
+    async def look(self) -> None:
+        """Look through the fleet directory now. Raises `OSError`: see `Fleet.refresh`."""
+        if self._service.fleet is not None:
+            await self._service.fleet.refresh()
+
     async def _do(self, change: Latest) -> None:
         fleet = self._fleet(change.name)
         if not change.unloaded:

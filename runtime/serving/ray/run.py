@@ -14,16 +14,18 @@ from typing import Any, Final
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
-from hhdeploy.errors import DeviceError, PlanError
+from hhdeploy.errors import DeviceError, HhdeployError, PlanError
 from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.ray.app import application_of
-from hhdeploy.runtime.serving.ray.registry import INGRESS
+from hhdeploy.runtime.serving.ray.grpc import grpc_side
+from hhdeploy.runtime.serving.ray.registry import INGRESS, REPLICA
 from hhdeploy.runtime.serving.ray.settings import RaySettings
-from hhdeploy.runtime.serving.server import Addresses
+from hhdeploy.runtime.serving.server import EXPOSED, Addresses
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
 APP: Final = "hhdeploy"
@@ -32,18 +34,25 @@ _NO_GPU: Final = ("cpu", "openvino")
 _STORE_BYTES = 512 << 20
 # For Ray Serve beyond the requests that are answered.
 _GRACE_SECONDS = 5.0
+# How soon a signal to read again is followed, and how long that may take.
+_LOOK_SECONDS, _PATIENCE_SECONDS = 0.5, 60.0
 
 
 def run_on_ray(
-    settings: RaySettings, *, http_port: int, announce: Callable[[Addresses], None]
+    settings: RaySettings,
+    *,
+    http_port: int,
+    grpc_port: int | None,
+    announce: Callable[[Addresses], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what was taken, and stop.
+    """Serve until SIGINT or SIGTERM, then answer what was taken, and stop. SIGHUP: `_read_again`.
 
     On the cluster that RAY_ADDRESS names, else on one of this machine that ends with the server.
 
     Args:
         settings: the application's; Ray's proxy listens on the cluster's head node.
         http_port: 0 takes a free one of this machine.
+        grpc_port: 0 takes a free one; None: no gRPC.
         announce: called once requests are answered.
 
     Raises:
@@ -51,9 +60,9 @@ def run_on_ray(
         DeviceError: the port is taken, or the replicas do not start.
     """
     # What is wrong with them is said before anything starts.
-    Access.of(settings)
-    tls = Tls.of(settings)
-    with _cluster(settings), _until_signal() as stopped:
+    access, tls = Access.of(settings), Tls.of(settings)
+    grace = settings.request_seconds + _GRACE_SECONDS
+    with _cluster(settings), _signals() as (stopped, again):
         port = free_port(settings.host, http_port)
         options = HTTPOptions(
             host=settings.host,
@@ -67,11 +76,22 @@ def run_on_ray(
                 serve.run(application_of(_with_gpus(settings)), name=APP)
             except (RayServeException, RuntimeError) as error:
                 raise DeviceError(f"the replicas do not start: {error}") from error
-            announce(Addresses(settings.host, port, None))
-            _LOG.info("serving", extra={"replicas": settings.replicas})
-            stopped.wait()
-            _LOG.info("stopping")
-            _drain(settings.request_seconds + _GRACE_SECONDS)
+            with contextlib.ExitStack() as sides:
+                side = None
+                if grpc_port is not None:
+                    side = sides.enter_context(
+                        grpc_side(settings, APP, grpc_port, access, tls, grace)
+                    )
+                announce(Addresses(settings.host, port, side))
+                if missing := settings.exposed():
+                    _LOG.warning(EXPOSED, extra={"without": missing})
+                _LOG.info("serving", extra={"replicas": settings.replicas})
+                while not stopped.wait(_LOOK_SECONDS):
+                    if again.is_set():
+                        again.clear()
+                        _read_again(settings, access, tls)
+                _LOG.info("stopping")
+            _drain(grace)
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
             _LOG.info("stopped")
@@ -114,11 +134,14 @@ def _with_gpus(settings: RaySettings) -> RaySettings:
 
 
 @contextlib.contextmanager
-def _until_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal does what it did before."""
-    stopped = threading.Event()
+def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Two events: SIGINT and SIGTERM set the first, SIGHUP the second.
+
+    A second SIGINT or SIGTERM does what it did before.
+    """
+    stopped, again = threading.Event(), threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGHUP)}
 
     def stop(number: int, frame: object) -> None:
         stopped.set()
@@ -130,10 +153,35 @@ def _until_signal() -> Iterator[threading.Event]:
 
     for number in numbers:
         signal.signal(number, stop)
+    signal.signal(signal.SIGHUP, lambda number, frame: again.set())
     try:
-        yield stopped
+        yield stopped, again
     finally:
         restore()
+
+
+def _read_again(settings: RaySettings, access: Access, tls: Tls | None) -> None:
+    """Read tokens, gRPC's certificate, and the fleet directory, here and in every replica.
+
+    Ray's own HTTP proxy keeps the certificate that it began with.
+    """
+    _LOG.info("reading tokens, certificate and fleet directory again")
+    reads: list[Callable[[], object]] = [
+        lambda: access.read(settings),
+        lambda: _all_of(INGRESS, "read_tokens"),
+        lambda: _all_of(REPLICA, "look"),
+    ]
+    for read in (*reads, *([tls.read] if tls is not None else ())):
+        try:
+            read()
+        except (HhdeployError, OSError, TimeoutError, RayError, RayServeException) as error:
+            _LOG.error("kept as it was", extra={"problem": str(error)[:500]})
+
+
+def _all_of(deployment: str, method: str) -> None:
+    """Have every replica of a deployment do something."""
+    handle = serve.get_deployment_handle(deployment, APP)
+    handle.broadcast(method).results(timeout_s=_PATIENCE_SECONDS)
 
 
 def _drain(seconds: float) -> None:

@@ -156,6 +156,10 @@ def arc(tmp_path, backbone, second_naming):
         weights = backbone.model.blocks[i].attn.qkv.weight.chunk(3)
         for name, weight in zip(("query", "key", "value"), weights, strict=True):
             state[f"{key}.attention.{name}.weight"] = weight.detach().clone()
+        inner = backbone.model.blocks[i]
+        state[f"{key}.attention.value.bias"] = inner.attn.qkv.bias.chunk(3)[2].detach().clone()
+        state[f"{key}.mlp_norm.weight"] = inner.norm2.weight.detach().clone()
+    state["transformer.embeddings.position_embeddings"] = backbone.model.pos_embed.detach().clone()
     new_head(model, state, "head_mlp.head", g)
     torch.save(state, tmp_path / "arc.pth")
     return tmp_path / "arc.pth", logits_of(model, images(3))
@@ -283,4 +287,10 @@ def test_what_is_refused(tmp_path):
         "trained on other weights",
         **{"transformer.layer.0.attention.key.weight": torch.ones(48, 48)},
     )
+    for key, value in (
+        ("transformer.layer.0.attention.query.bias", torch.ones(48)),
+        ("transformer.layer.1.mlp_norm.weight", torch.ones(48)),
+        ("optimizer.momentum", torch.ones(3)),
+    ):
+        refuse(rf"{key}: expected keys of ARC, .* nothing reads these", **{key: value})
     refuse("expected transformer.mlp_down_projection", **{"transformer.mlp_down_projection": None})

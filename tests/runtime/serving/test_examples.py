@@ -14,6 +14,7 @@ from tests.workshop import ROOT
 
 yaml = pytest.importorskip("yaml", reason="needs the package 'pyyaml'")
 EXAMPLES = ROOT / "examples" / "serving"
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 OPTIONS = {flag for parameter in command.params for flag in parameter.opts if flag[:2] == "--"}
 
 
@@ -74,7 +75,7 @@ def test_kserve_gets_a_runtime_and_a_model_that_go_together(tmp_path):
     assert container["command"] == ["hhdeploy", "serve"]
     assert container["args"][0] == "/mnt/models"
     check_options(container["args"], tmp_path)
-    ports = {container[probe]["httpGet"]["port"] for probe in ("readinessProbe", "livenessProbe")}
+    ports = {container[probe]["httpGet"]["port"] for probe in PROBES}
     assert f"--http-port={container['ports'][0]['containerPort']}" in container["args"]
     assert ports == {container["ports"][0]["containerPort"]}
     assert container["securityContext"]["runAsNonRoot"]
@@ -82,7 +83,7 @@ def test_kserve_gets_a_runtime_and_a_model_that_go_together(tmp_path):
 
 def test_the_server_answers_the_probes(server):
     (container,) = documents("kserve.yaml")[0]["spec"]["containers"]
-    for probe in ("readinessProbe", "livenessProbe"):
+    for probe in PROBES:
         assert server.request("GET", container[probe]["httpGet"]["path"])[0] == 200
 
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import shutil
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.format import save_adapter
+from hhdeploy.bundle import add_adapter, remove_adapter
 from hhdeploy.errors import DeviceError, HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.errors import (
@@ -1277,3 +1280,112 @@ def test_a_device_that_fails_while_an_adapter_is_loaded_is_not_the_request_s_fau
         await s.asked("a")  # and not held against the adapter
 
     play(scene)
+
+
+@pytest.mark.parametrize(("mask", "folder", "file"), [(0o027, 0o750, 0o640), (0o002, 0o775, 0o664)])
+def test_what_is_uploaded_has_the_rights_that_the_umask_leaves(
+    play, workshop, tmp_path, mask, folder, file
+):
+    """A group that shares a fleet directory, or nobody else at all."""
+
+    async def scene(s):
+        await s.fleet.upload("new", *files_of(make_adapter(workshop, 5), tmp_path))
+        await s.fleet.upload("a", *files_of(make_adapter(workshop, 6), tmp_path))  # replaces one
+        for name in ("new", "a"):
+            written = s.directory / name
+            assert stat.S_IMODE(written.stat().st_mode) == folder
+            assert {stat.S_IMODE(p.stat().st_mode) for p in written.iterdir()} == {file}
+
+    before = os.umask(mask)
+    try:
+        play(scene)
+    finally:
+        os.umask(before)
+
+
+def test_a_bundle_that_is_edited_while_it_is_served_is_not_followed(
+    play, small, workshop, tmp_path
+):
+    """The old version answers, or nobody: never another one than the session was opened with."""
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(small, copy)
+    save_adapter(make_adapter(workshop, 3), other)
+
+    async def scene(s):
+        gamma = (await s.asked("gamma"))["gamma"]
+        await s.asked("alpha")  # the one row is alpha's now
+        await asyncio.to_thread(add_adapter, copy, "new", other)
+        await asyncio.to_thread(remove_adapter, copy, "gamma")
+        with pytest.raises(NotFoundError, match="unknown adapter 'new'"):
+            await s.asked("new")
+        np.testing.assert_array_equal((await s.asked("gamma"))["gamma"], gamma)
+        await asyncio.to_thread(remove_adapter, copy, "alpha")
+        await asyncio.to_thread(add_adapter, copy, "alpha", other)
+        with pytest.raises(RequestError, match="changed by another process"):
+            await s.asked("alpha")  # its files are others now
+        np.testing.assert_array_equal((await s.asked("gamma"))["gamma"], gamma)
+
+    play(scene, slots=2, names=(), bundle=copy, directory=False)
+
+
+# --- visitors -------------------------------------------------------------------------------------
+
+MANY = tuple(f"n{i:02}" for i in range(14))  # with alpha and gamma as many as the bank has rows
+SEEN = tuple(f"v{i}" for i in range(5))
+
+
+async def visit(s, *names):
+    s.release(await s.fleet.rows.hold(dict.fromkeys(names), visitor=True))
+
+
+def test_visitors_take_few_rows_of_a_full_bank(play):
+    async def scene(s):
+        for name in MANY:
+            await s.asked(name)
+        assert s.fleet.rows.visitor_rows == 2
+        for _ in range(2):
+            for names in (SEEN[:2], SEEN[2:4], SEEN[4:]):
+                await visit(s, *names)
+        assert sum(name in s.bank for name in (*MANY, "alpha", "gamma")) == 14
+        assert [name for name in SEEN if name in s.bank] == ["v3", "v4"]
+        await s.asked("v3")  # one that others ask for is theirs
+        await visit(s, "v0")
+        await visit(s, "v1")
+        assert "v3" in s.bank
+        for name in (*MANY, "alpha", "gamma"):  # visitors' rows go first
+            await s.asked(name)
+        assert "v0" not in s.bank and "v1" not in s.bank
+
+    play(scene, slots=17, names=(*MANY, *SEEN))
+
+
+def test_a_visitor_s_request_loads_few_adapters(play):
+    async def scene(s):
+        with pytest.raises(RequestError, match="3 adapters have no row, a visitor's request may"):
+            await visit(s, *SEEN[:3])
+        assert not s.reads
+        await visit(s, "alpha", "gamma", *SEEN[:2])
+
+    play(scene, slots=17, names=SEEN)
+
+
+def test_visitors_who_name_what_there_is_not_leave_nothing(play):
+    async def scene(s):
+        (s.directory / "v0" / "adapter_model.safetensors").write_bytes(b"broken")
+        await s.fleet.refresh()
+        for name in ("nobody", "v0"):
+            with pytest.raises(RequestError):
+                await visit(s, name)
+        assert not s.fleet.rows._visited
+
+    play(scene, names=SEEN)
+
+
+def test_visitors_who_come_together_all_are_answered(play):
+    async def scene(s):
+        for name in MANY:
+            await s.asked(name)
+        pairs = [(a, b) for a in SEEN for b in SEEN if a < b]
+        await asyncio.gather(*(visit(s, *pair) for pair in pairs), *map(s.asked, MANY))
+
+    play(scene, slots=17, names=(*MANY, *SEEN))

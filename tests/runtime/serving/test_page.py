@@ -134,7 +134,13 @@ def test_status_after_requests(server):
     assert after["requests"]["failed"] == failed | {"OTHER": failed["OTHER"] + 1}
     latency = after["latency_ms"]
     assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"] <= max(latency["recent"])
-    assert after["bank"] == {"rows_used": 5, "rows": 63, "evictions": 0, "load_failures": 0}
+    assert after["bank"] == {
+        "rows_used": 5,
+        "rows": 63,
+        "visitor_rows": 7,
+        "evictions": 0,
+        "load_failures": 0,
+    }
 
     answered = {a["name"]: a["images"] for a in before["adapters"]}
     assert [a["name"] for a in after["adapters"]] == sorted(answered)
@@ -179,7 +185,13 @@ def test_status_of_a_fleet_with_fewer_rows_than_adapters(branches, tmp_path):
         return {adapter["name"]: adapter for adapter in status["adapters"]}
 
     assert start["latency_ms"] == {"p50": None, "p95": None, "p99": None, "recent": []}
-    assert start["bank"] == {"rows_used": 2, "rows": 2, "evictions": 0, "load_failures": 1}
+    assert start["bank"] == {
+        "rows_used": 2,
+        "rows": 2,
+        "visitor_rows": 1,
+        "evictions": 0,
+        "load_failures": 1,
+    }
     first = by_name(start)
     assert first["alpha"]["pinned"]
     assert {name: a["state"] for name, a in first.items()} == {
@@ -207,7 +219,7 @@ def test_status_of_a_folded_bundle(folded):
     assert after["adapters"] == [
         {
             "name": "alpha", "state": "ready", "problem": "", "pinned": False, "classes": 7,
-            "problem_type": "single_label_classification", "row": None, "images": 1,
+            "problem_type": "single_label_classification", "row": None, "exif": True, "images": 1,
         }
     ]  # fmt: skip
 

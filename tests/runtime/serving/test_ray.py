@@ -17,12 +17,15 @@ import numpy as np
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tritonclient import grpc as grpc_client
 from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
 
 from hhdeploy.runtime.serving import errors
 from hhdeploy.runtime.serving.http.parsing import SMALL
 from hhdeploy.runtime.serving.messages import BYTES, FP32
 from hhdeploy.runtime.session import open_session
+from tests.runtime.serving.fleets import make_adapter, put_adapter
 from tests.runtime.serving.servers import Server, running_server
 from tests.support import MISTAKE, assert_parity, images
 from tests.workshop import CLASSES, ROOT, WIDTH
@@ -258,11 +261,18 @@ def test_a_registry_that_is_killed_is_told_everything_by_the_replicas(fleet, wor
 
 
 def test_the_command_answers_what_it_took_and_leaves_nothing(
-    branches, expected, tmp_path, monkeypatch
+    branches, workshop, expected, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    options = ("--grpc-port", "-1", "--ray", "--replicas", "2", "--model-name", "tiny")
+    folder = tmp_path / "fleet"
+    folder.mkdir()
+    options = ("--ray", "--replicas", "2", "--model-name", "tiny", "--adapters-dir", folder)
     with running_server(branches, tmp_path / "log", *options) as server:
+        _check_grpc(server, expected)
+        put_adapter(make_adapter(workshop, 1), folder, "later")
+        assert server.json("GET", "/v2/models/later")[0] == 404
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.json("GET", "/v2/models/later")[0] == 200)
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert any("raylet" in child.name() for child in children)
         answers = asyncio.run(_until_stopped(server))
@@ -273,6 +283,18 @@ def test_the_command_answers_what_it_took_and_leaves_nothing(
             assert_parity(expected["rival"][: len(FEW)], logits, "branches", "float32")
     _, left = psutil.wait_procs(children, 60)
     assert not left
+
+
+def _check_grpc(server: Server, expected: dict[str, np.ndarray]) -> None:
+    """gRPC answers for the replicas, and says what they say of a wrong request."""
+    with grpc_client.InferenceServerClient(server.grpc) as client:
+        assert client.is_server_ready()
+        tensor = grpc_client.InferInput("images", IMAGES.shape, FP32)
+        tensor.set_data_from_numpy(IMAGES)
+        found = client.infer("rival", [tensor]).as_numpy("logits")
+        assert_parity(expected["rival"], found, "branches", "float32")
+        with pytest.raises(InferenceServerException, match=r"NOT_FOUND.*nobody"):
+            client.infer("nobody", [tensor])
 
 
 async def _until_stopped(server: Server) -> list[np.ndarray | None]:

@@ -212,10 +212,19 @@ def test_the_adapter_that_a_request_names(asked, adapter):
     assert named_adapter(asked, "tiny") == adapter
 
 
-def choose(adapter: str, rows: list[set[str]]) -> list[list[int]]:
+def choose(
+    adapter: str, rows: list[set[str]], under_way: dict[int, int] | None = None
+) -> list[list[int]]:
+    """Numbers of the replicas that are asked, by rank; each takes 40 requests at a time."""
     router = object.__new__(AdapterRouter)
+    router._replica_queue_len_cache = SimpleNamespace(get=(under_way or {}).get)
     replicas = [
-        SimpleNamespace(number=i, routing_stats={"adapters": names} if names else {})
+        SimpleNamespace(
+            number=i,
+            replica_id=i,
+            max_ongoing_requests=40,
+            routing_stats={"adapters": names} if names else {},
+        )
         for i, names in enumerate(rows)
     ]
     pending = SimpleNamespace(
@@ -236,6 +245,16 @@ def test_replicas_that_have_the_adapter_in_a_row_come_first():
     assert (first, set(second)) == ([1], {0, 1})
     assert [set(rank) for rank in choose("", [{"alpha"}, {"beta"}])] == [{0, 1}]
     assert [set(rank) for rank in choose("gamma", [{"alpha"}, set()])] == [{0, 1}]
+
+
+def test_a_hot_adapter_is_spread():
+    rows = [{"alpha"}, {"beta"}, {"alpha"}]
+    for under_way in ({0: 4, 2: 5}, {0: 5}):  # one of the two is not busy, or it is not known
+        assert set(choose("alpha", rows, under_way)[0]) == {0, 2}
+    (both,) = choose("alpha", [{"alpha"}, {"beta"}], {0: 5, 1: 40})
+    assert set(both) == {0, 1}  # of these two the one with fewer requests is asked
+    (two,) = choose("alpha", rows, {0: 5, 2: 39})
+    assert len(set(two)) == 2
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -525,7 +544,6 @@ def test_a_replica_whose_session_only_fails_is_replaced():
     ("options", "problem"),
     [
         (("--replicas", "3"), "--replicas goes with --ray"),
-        (("--ray", "--grpc-port", "8001"), "HTTP only"),
         (("--ray", "--allow-adapter-loading"), "--token-file"),
     ],
 )
