@@ -141,9 +141,14 @@ class Preprocess:
         border = self.crop_mode == "border"
         fill = tuple(round(255 * m) if border else 0 for m in self.mean)
         rgb = _center_crop(rgb, width, height, fill if channels > 1 else fill[0])
-        pixels = np.asarray(rgb, np.float32).reshape(height, width, channels) / np.float32(255)
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+        levels = np.asarray(rgb).reshape(height, width, channels)
+        return self.normalised(levels.transpose(2, 0, 1))
+
+    def normalised(self, levels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [channels, H, W], upright and of the model's size, to float32 of that shape."""
+        pixels = levels.astype(np.float32) / np.float32(255)
+        mean, std = (np.asarray(each, np.float32)[:, None, None] for each in (self.mean, self.std))
+        return np.ascontiguousarray((pixels - mean) / std)
 
     def _resize_keeping_ratio(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
         """Resize so that the crop area fits (center: it is covered; border: it covers)."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.config import (
     CLASSES,
     PROBLEM_TYPES,
+    TENSOR_FILE,
     Compression,
     ProblemType,
     problem_type_of,
@@ -85,6 +86,8 @@ class AdapterEntry:
         problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
         strength: what its change of the backbone is multiplied by.
         compressed: what it lost when it was imported with a rank, None if nothing.
+        digest: sha256 of its tensors' file, of one that was read from a directory; "" of others.
+            No part of the manifest, which has the digests of its files.
     """
 
     name: str
@@ -96,6 +99,7 @@ class AdapterEntry:
     problem_type: ProblemType = CLASSES
     strength: float = 1.0
     compressed: Compression | None = None
+    digest: str = field(default="", compare=False)
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -285,6 +289,10 @@ class Manifest:
         lines = [f"{n} {d}" for n, d in self.files.items() if n.startswith(f"{ADAPTERS}/{name}/")]
         lines.append(f"strength {self.adapter(name).strength!r}")
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def tensors_digest(self, entry: AdapterEntry) -> str:
+        """sha256 of an adapter's tensors' file; "" where it has none (`whole`)."""
+        return entry.digest or self.files.get(f"{ADAPTERS}/{entry.name}/{TENSOR_FILE}", "")
 
     def problem_type(self, name: str) -> ProblemType:
         """What the logits of an adapter, or of the backbone, mean."""

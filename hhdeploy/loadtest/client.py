@@ -40,6 +40,7 @@ class Requests:
 def _head(name: str, shape: tuple[int, ...]) -> bytes:
     content = {
         "parameters": {"adapter": name, "binary_data_output": True},
+        "outputs": [{"name": "logits"}],
         "inputs": [
             {
                 "name": "images",

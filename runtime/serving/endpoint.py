@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from hhdeploy.adapters.config import CLASSES, TENSOR_FILE, VALUES
+from hhdeploy.errors import HhdeployError
 from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.errors import (
     NotFoundError,
@@ -24,6 +25,7 @@ from hhdeploy.runtime.serving.errors import (
 )
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.messages import ADAPTERS, IMAGES, VERSION, InferRequest, InferResponse
+from hhdeploy.runtime.serving.metrics import Tally
 from hhdeploy.runtime.serving.outputs import ANSWERS, LABELS, LOGITS, PROBABILITIES
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -75,7 +77,11 @@ class Endpoint(Protocol):
         """Inputs and outputs of a model, and the adapters there are. -1: any number."""
 
     async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
-        """Counts and durations since the start, of all adapters together, in Triton's terms."""
+        """Counts and durations since the start, in Triton's terms.
+
+        The bundle's are of all requests; an adapter's of those that it answered, however they
+        named it, each counted as a run of its own. "": the bundle's and all adapters'.
+        """
 
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """The bundle and every adapter, with its state; `reason` says why one is not ready."""
@@ -89,6 +95,9 @@ class Endpoint(Protocol):
 
     async def unload_adapter(self, name: str) -> None:
         """Answer no request for an adapter any more, until it is loaded again."""
+
+    def refused(self, error: HhdeployError) -> None:
+        """A request was refused, on whichever wire: it is counted by its kind."""
 
     async def metrics(self) -> tuple[bytes, str]:
         """What Prometheus scrapes, and its content type."""
@@ -104,6 +113,8 @@ class LocalEndpoint:
         self._service = service
         # See `Endpoint.infer`. The service's own: the way of a request has no step in between.
         self.infer = service.infer
+
+        self.refused = service.metrics.refused
 
     @property
     def settings(self) -> ServeSettings:
@@ -137,6 +148,7 @@ class LocalEndpoint:
             {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
             {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
         ]
+        images = [-1, *service.manifest.input_size]
         answers = [
             {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
             *(shares if kind != VALUES else ()),
@@ -150,15 +162,15 @@ class LocalEndpoint:
             "name": model,
             "versions": [VERSION],
             "platform": PLATFORM,
-            "inputs": [
-                {"name": IMAGES, "datatype": "FP32", "shape": [-1, *service.manifest.input_size]}
-            ],
+            "inputs": [{"name": IMAGES, "datatype": "FP32", "shape": images}],
             "outputs": [*(answers if service.manifest.classes else ()), *features],
             "parameters": {
                 "adapters": self._adapter_names() if alias is None else [alias],
                 "max_batch_size": service.settings.max_batch,
                 "device": service.device,
                 "optional_inputs": [
+                    {"name": IMAGES, "datatype": "UINT8", "shape": images},
+                    {"name": IMAGES, "datatype": "FP16", "shape": images},
                     {"name": IMAGES, "datatype": "BYTES", "shape": [-1]},
                     {"name": ADAPTERS, "datatype": "BYTES", "shape": [-1]},
                 ],
@@ -167,29 +179,33 @@ class LocalEndpoint:
 
     async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
         """See `Endpoint.model_statistics`."""
+        names = [model] if model else [self.settings.model_name, *self._adapter_names()]
+        return {"model_stats": [self._statistics(name, version) for name in names]}
+
+    def _statistics(self, model: str, version: str) -> dict[str, Any]:
         service = self._service
-        service.alias(model, version)
-        metrics = service.metrics
-
-        def duration(microseconds: int) -> dict[str, int]:
-            return {"count": metrics.success, "ns": 1000 * microseconds}
-
-        failures = sum(metrics.failures.values())
-        statistics = {
-            "name": service.settings.model_name,
-            "version": VERSION,
-            "inference_count": metrics.images,
-            "execution_count": service.now().runs,
-            "inference_stats": {
-                "success": duration(metrics.request_us),
-                "fail": {"count": failures, "ns": 0},
-                "queue": duration(metrics.queue_us),
-                "compute_input": duration(metrics.input_us),
-                "compute_infer": duration(metrics.infer_us),
-                "compute_output": duration(metrics.output_us),
-            },
+        alias, metrics = service.alias(model, version), service.metrics
+        if alias is None:
+            all_of_it = (metrics.request_us, metrics.queue_us, metrics.input_us, metrics.infer_us,
+                         metrics.output_us)  # fmt: skip
+            failures = sum(metrics.failures.values())
+            tally = Tally(metrics.success, failures, metrics.images, all_of_it)
+            runs = service.now().runs
+        else:
+            tally = metrics.tallies.get(alias, Tally())
+            runs = tally.success
+        names = ("success", "queue", "compute_input", "compute_infer", "compute_output")
+        times = {
+            name: {"count": tally.success, "ns": 1000 * microseconds}
+            for name, microseconds in zip(names, tally.microseconds, strict=True)
         }
-        return {"model_stats": [statistics]}
+        return {
+            "name": model,
+            "version": VERSION,
+            "inference_count": tally.images,
+            "execution_count": runs,
+            "inference_stats": {**times, "fail": {"count": tally.failure, "ns": 0}},
+        }
 
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """See `Endpoint.repository_index`."""

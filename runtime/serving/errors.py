@@ -16,6 +16,7 @@ Each carries the HTTP status and the name of the gRPC code that say the same.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from hhdeploy.errors import HhdeployError
@@ -28,6 +29,12 @@ class RequestError(HhdeployError):
     code: ClassVar[str] = "INVALID_ARGUMENT"
     # What Triton's metric calls it (label `reason` of nv_inference_request_failure).
     reason: ClassVar[str] = "OTHER"
+
+
+def kind_of(error: HhdeployError) -> str:
+    """What refusals of a kind are counted as: ``not_found``, ``busy``, ``request``, ..."""
+    known = type(error).__name__ if isinstance(error, RequestError) else RequestError.__name__
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", known.removesuffix("Error")).lower()
 
 
 class NotFoundError(RequestError):

@@ -22,10 +22,10 @@ from hhdeploy.runtime.serving.errors import RequestError, TimedOutError
 IMAGES, ADAPTERS = "images", "adapters"
 VERSION = "1"
 # The protocol's names of the types that a model of ours takes and gives.
-FP32, BYTES = "FP32", "BYTES"
+UINT8, FP16, FP32, BYTES = "UINT8", "FP16", "FP32", "BYTES"
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype("<u1"),
+    UINT8: np.dtype("<u1"),
     "UINT16": np.dtype("<u2"),
     "UINT32": np.dtype("<u4"),
     "UINT64": np.dtype("<u8"),
@@ -33,8 +33,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "INT16": np.dtype("<i2"),
     "INT32": np.dtype("<i4"),
     "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
+    FP16: np.dtype("<f2"),
+    FP32: np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     BYTES: np.dtype(object),
 }
@@ -57,16 +57,12 @@ class Tensor:
     array: NDArray[Any]
 
 
-# Stands for the output that a request gets which names none.
-DEFAULT = ""
-
-
 @dataclass(frozen=True)
 class Wanted:
     """An output that was asked for.
 
     Attributes:
-        name: of the output; `DEFAULT`.
+        name: of the output.
         top: Triton's classification extension: that many ``score:index:label`` instead; 0: none.
         binary: HTTP only: in the binary extension, not as JSON.
     """
@@ -85,7 +81,8 @@ class InferRequest:
         version: as the request gave it, or "".
         id: echoed in the response, or "".
         inputs: by name.
-        outputs: what was asked for; empty: the default.
+        outputs: what was asked for; empty: all that the adapters have.
+        binary: HTTP only: outputs that were not asked for by name come in the binary extension.
         parameters: ``adapter``, ``priority``, ``timeout`` (microseconds) and what servers of the
             protocol are told to ignore.
     """
@@ -96,6 +93,7 @@ class InferRequest:
     inputs: Mapping[str, Tensor]
     outputs: tuple[Wanted, ...] = ()
     parameters: Mapping[str, Value] = field(default_factory=dict)
+    binary: bool = False
 
     def seconds(self) -> float:
         """How long its own ``timeout`` lets the answer take; infinite if it has none.
@@ -141,11 +139,18 @@ class InferRequest:
 
 @dataclass(frozen=True)
 class InferResponse:
-    """The answer to one request, outputs in the order that was asked for."""
+    """The answer to one request.
+
+    Attributes:
+        model, id: as the request had them.
+        outputs: in the order that was asked for.
+        parameters: who answered, see `outputs.answered_by`.
+    """
 
     model: str
     id: str
     outputs: tuple[Tensor, ...]
+    parameters: Mapping[str, Value] = field(default_factory=dict)
 
 
 class Deadline:

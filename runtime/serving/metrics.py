@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from hhdeploy.errors import require
+from hhdeploy.errors import HhdeployError, require
+from hhdeploy.runtime.serving.errors import kind_of
 
 # Seconds; an adapter of ViT-B size takes about 0.01.
 _LOAD_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
@@ -54,6 +55,25 @@ class Now:
     adapters: frozenset[str]
 
 
+@dataclass
+class Tally:
+    """Requests that an adapter answered, alone or with others, in Triton's terms."""
+
+    success: int = 0
+    failure: int = 0
+    images: int = 0
+    microseconds: tuple[int, ...] = (0,) * 5
+
+    def add(self, images: int, seconds: Sequence[float]) -> None:
+        """One more; ``seconds``: all, waiting, decoding, in its batch, after it."""
+        self.success += 1
+        self.images += images
+        self.microseconds = tuple(
+            total + round(1e6 * each)
+            for total, each in zip(self.microseconds, seconds, strict=True)
+        )
+
+
 class Metrics:
     """Counts of one server; written on its event loop only."""
 
@@ -64,6 +84,9 @@ class Metrics:
         self.images = 0
         self.request_us = self.queue_us = self.input_us = self.infer_us = self.output_us = 0
         self.adapters: dict[str, int] = defaultdict(int)
+        # By adapter, of all requests that named it in some way.
+        self.tallies: dict[str, Tally] = defaultdict(Tally)
+        self.refusals: dict[str, int] = defaultdict(int)
         self.recent: list[float] = []
         self._loads = _Histogram(_LOAD_BUCKETS)
         self._latencies: dict[str, _Histogram] = {}
@@ -86,9 +109,11 @@ class Metrics:
                 after it.
         """
         self.success += 1
+        seconds = (request, queue, prepare, run, finish)
         for adapter, count in images.items():
             self.adapters[adapter] += count
             self.images += count
+            self.tallies[adapter].add(count, seconds)
             self._latency(adapter).add(request)
         self.request_us += round(1e6 * request)
         self.queue_us += round(1e6 * queue)
@@ -98,9 +123,22 @@ class Metrics:
         self.recent.append(request)
         del self.recent[:-_RECENT]
 
-    def failed(self, reason: str) -> None:
-        """A request was refused or failed, with Triton's word for why."""
+    def failed(self, reason: str, adapter: str | None = None) -> None:
+        """A request was refused or failed, with Triton's word for why; ``adapter``: as its model,
+        one that there is."""
         self.failures[reason] += 1
+        if adapter is not None:
+            self.tallies[adapter].failure += 1
+
+    def refused(self, error: HhdeployError) -> None:
+        """A request of any kind was refused, whether or not it could be read."""
+        self.refusals[kind_of(error)] += 1
+
+    def forget(self, names: frozenset[str]) -> None:
+        """Leave out the adapters that are not among these."""
+        for counts in (self.adapters, self.tallies):
+            for name in counts.keys() - names:
+                del counts[name]
 
     def loaded(self, seconds: float) -> None:
         """An adapter was loaded."""
@@ -164,11 +202,11 @@ class Metrics:
         per_adapter = core.CounterMetricFamily(
             "hhdeploy_adapter_images", "Images that were classified, by adapter", labels=["adapter"]
         )
-        for name in self.adapters.keys() - now.adapters:
-            del self.adapters[name]
+        self.forget(now.adapters)
         for adapter, count in self.adapters.items():
             per_adapter.add_metric([adapter], count)
         yield per_adapter
+        yield refusal_family(self.refusals)
         yield gauge("hhdeploy_queued_images", "Images that wait", now.queued)
         yield gauge("hhdeploy_bank_rows_used", "Rows of the bank that adapters take", now.rows_used)
         yield gauge("hhdeploy_bank_rows", "Rows of the bank there are for adapters", now.rows)
@@ -215,6 +253,34 @@ class _Histogram:
         """As prometheus-client takes them: buckets, each with those below it, and the sum."""
         names = (*map(str, self._bounds), "+Inf")
         return [*zip(names, map(float, accumulate(self._counts)), strict=True)], self._sum
+
+
+def refusal_family(refusals: Mapping[str, int]) -> Any:
+    """The family of what was refused, by reason."""
+    core = require("prometheus_client.core", "serve", "metrics")
+    family = core.CounterMetricFamily(
+        "hhdeploy_refused_requests", "Requests of any kind that were refused", labels=["reason"]
+    )
+    for reason, count in refusals.items():
+        family.add_metric([reason], count)
+    return family
+
+
+def refusals_text(refusals: Mapping[str, int]) -> bytes:
+    """The exposition of these alone."""
+    client = require("prometheus_client", "serve", "metrics")
+    registry = client.CollectorRegistry()
+    registry.register(_Refusals(refusals))
+    text: bytes = client.generate_latest(registry)
+    return text
+
+
+class _Refusals:
+    def __init__(self, refusals: Mapping[str, int]) -> None:
+        self._refusals = refusals
+
+    def collect(self) -> Iterator[Any]:
+        yield refusal_family(self._refusals)
 
 
 def latency_ms(recent: Sequence[float]) -> dict[str, Any]:

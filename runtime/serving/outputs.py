@@ -1,10 +1,11 @@
 """Logits to the outputs that a request asks for.
 
-`logits` FP32 (the default), `probabilities` FP32, `labels` and `answers` BYTES, and `features` or
-`tokens` FP32 of a bundle that gives them; where it gives no logits, they are all there is. Logits
-are cut to the adapter's own classes; where a request mixes adapters, to the widest of them, padded
-with -inf, probabilities with 0. Triton's classification extension gives the best classes of logits
-or probabilities as `score:index:label`, and as many answers.
+`logits` and `probabilities` FP32, `labels` and `answers` BYTES, and `features` or `tokens` FP32 of
+a bundle that gives them; where it gives no logits, they are all there is. Where none is asked for
+there are all that the adapters have. Logits are cut to the adapter's own classes; where a request
+mixes adapters, to the widest of them, padded with -inf, probabilities with 0. Triton's
+classification extension gives the best classes of logits or probabilities as `score:index:label`,
+and as many answers.
 
 An adapter's problem type says what its logits mean: probabilities of labels are independent, and
 `labels` are all of 0.5 or more, between `;`. A regression has neither: its values are its logits.
@@ -16,38 +17,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
 from hhdeploy.bundle.answers import answers_of, best, label_of, probabilities, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.runtime.serving.errors import RequestError
-from hhdeploy.runtime.serving.messages import BYTES, DEFAULT, FP32, Tensor, Wanted, bytes_array
+from hhdeploy.runtime.serving.messages import (
+    BYTES,
+    FP32,
+    Tensor,
+    Value,
+    Wanted,
+    bytes_array,
+)
 
 LOGITS, PROBABILITIES, LABELS, ANSWERS = "logits", "probabilities", "labels", "answers"
 _OF_LOGITS = (LOGITS, PROBABILITIES, LABELS, ANSWERS)
 
 
 def outputs_of(manifest: Manifest) -> tuple[str, ...]:
-    """What requests may ask a bundle for; the first is the default."""
+    """What requests may ask a bundle for."""
     features = tuple(manifest.features)
     return (*_OF_LOGITS, *features) if manifest.classes else features
 
 
 def check_outputs(asked: Sequence[Wanted], there: Sequence[str]) -> Sequence[Wanted]:
-    """What a request asks for, or the default.
+    """What a request asks for.
 
     Args:
-        asked: `DEFAULT` stands for the default.
+        asked: in the order that they are answered in.
         there: see `outputs_of`.
 
     Raises:
         RequestError: an output that there is not, or twice the same.
     """
-    asked = [replace(w, name=there[0]) if w.name == DEFAULT else w for w in asked]
     for output in asked:
         if output.name not in there:
             raise RequestError(f"unknown output {output.name[:80]!r}: expected {', '.join(there)}.")
@@ -57,7 +64,37 @@ def check_outputs(asked: Sequence[Wanted], there: Sequence[str]) -> Sequence[Wan
             raise RequestError(
                 f"output {output.name}: classification is of logits, probabilities or answers."
             )
-    return asked or (Wanted(there[0]),)
+    return asked
+
+
+def all_outputs(
+    entries: Sequence[AdapterEntry | None], there: Sequence[str], binary: bool
+) -> tuple[Wanted, ...]:
+    """What a request gets that asks for none: all that each of its adapters (None: the backbone)
+    has, the values of a regression no probabilities and no labels; ``there``: `outputs_of`."""
+    values = any(entry is not None and entry.problem_type == VALUES for entry in entries)
+    without = (PROBABILITIES, LABELS) if values else ()
+    return tuple(Wanted(name, binary=binary) for name in there if name not in without)
+
+
+def answered_by(entries: Sequence[AdapterEntry | None], digests: Sequence[str]) -> dict[str, Value]:
+    """The parameters of an answer that say who gave it.
+
+    ``adapter`` and ``adapter_digest``: name and sha256 of the tensors' file; where images of one
+    request have several, one an image, with commas. The backbone's name is `BACKBONE`, and it has
+    no digest. ``backbone``: whether it answered for an image.
+
+    Args:
+        entries: of each image's adapter; None: the backbone.
+        digests: of each image's adapter.
+    """
+    names = [BACKBONE if entry is None else entry.name for entry in entries]
+    several = len(set(names)) > 1
+    return {
+        "adapter": ",".join(names) if several else names[0],
+        "adapter_digest": ",".join(digests) if several else digests[0],
+        "backbone": None in entries,
+    }
 
 
 def check_finite(

@@ -2,7 +2,8 @@
 
 Inputs of a request:
 
-    images     FP32 [n, 3, H, W]: normalised, as `Session.run` takes them; or
+    images     FP32 or FP16 [n, 3, H, W]: normalised, as `Session.run` takes them; or
+               UINT8 [n, 3, H, W]: RGB of the graph's size, normalised as each adapter wants it; or
                BYTES [n]: encoded JPEG, PNG or WebP, preprocessed as each adapter wants it
     adapters   BYTES [n], optional: the adapter of each image; one image with several adapters
                is answered by each of them. Else the parameter `adapter`, or the model's name.
@@ -28,12 +29,9 @@ from hhdeploy.runtime.bank import Hold
 from hhdeploy.runtime.serving.batcher import Batcher, Computed
 from hhdeploy.runtime.serving.errors import NotFoundError, RequestError, StoppingError
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
-from hhdeploy.runtime.serving.images import Pictures
 from hhdeploy.runtime.serving.messages import (
     ADAPTERS,
     BYTES,
-    FP32,
-    IMAGES,
     VERSION,
     Deadline,
     InferRequest,
@@ -43,11 +41,15 @@ from hhdeploy.runtime.serving.messages import (
 from hhdeploy.runtime.serving.metrics import Metrics, Now
 from hhdeploy.runtime.serving.outputs import (
     LOGITS,
+    all_outputs,
+    answered_by,
     check_finite,
     check_outputs,
     output_of,
     outputs_of,
 )
+from hhdeploy.runtime.serving.pictures.images import Pictures
+from hhdeploy.runtime.serving.pictures.inputs import as_pixels, check_images
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import trace_parts
 from hhdeploy.runtime.session import Session
@@ -96,7 +98,7 @@ class Service:
             max_queued=settings.max_queue,
             contexts=settings.contexts,
         )
-        self._pictures = Pictures(settings.image_pixels)
+        self._pictures = Pictures(settings)
         self._watch: asyncio.Task[None] | None = None
         self._since = time.monotonic()
 
@@ -159,11 +161,15 @@ class Service:
             with Deadline(request.seconds()):
                 return await self._infer(request)
         except asyncio.CancelledError:
-            self.metrics.failed("CANCELED")
+            self._failed(request, "CANCELED")
             raise
         except Exception as error:
-            self.metrics.failed(error.reason if isinstance(error, RequestError) else "OTHER")
+            self._failed(request, error.reason if isinstance(error, RequestError) else "OTHER")
             raise
+
+    def _failed(self, request: InferRequest, reason: str) -> None:
+        known = self.fleet is None or request.model in self.fleet.names
+        self.metrics.failed(reason, request.model if known else None)
 
     def alias(self, model: str, version: str = "") -> str | None:
         """The adapter that a model's name stands for; None for the bundle's own name.
@@ -211,9 +217,10 @@ class Service:
         if not self._started:
             raise StoppingError("the server is starting. Try again later.")
         named = self._named_by_model(request)
-        wanted = check_outputs(request.outputs, outputs_of(self._manifest))
+        there = outputs_of(self._manifest)
+        asked = check_outputs(request.outputs, there)
         priority, visitor = request.priority(), request.visitor()
-        images = self._images(request)
+        images = check_images(request, self._size)
         count = max(len(images.array), _size(request.inputs.get(ADAPTERS)))
         with self._batcher.place(count) as place:  # before names are looked at one by one
             rows = self._rows(request, named, len(images.array))
@@ -229,12 +236,19 @@ class Service:
             answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
+        wanted = asked or all_outputs(entries, there, request.binary)
         found = self._manifest.split(answer.logits)
         if any(w.top or w.name not in found for w in wanted):
-            check_finite(pixels, found[LOGITS], classes)
+            try:
+                check_finite(pixels, found[LOGITS], classes)
+            except RequestError:
+                if asked:
+                    raise
+                wanted = [w for w in wanted if w.name in found]  # which show what there is
         outputs = tuple(output_of(w, found, entries, classes) for w in wanted)
         self._count(entries, begin, prepared, ran, answer)
-        return InferResponse(request.model, request.id, outputs)
+        digests = [self._manifest.tensors_digest(e) if e is not None else "" for e in entries]
+        return InferResponse(request.model, request.id, outputs, answered_by(entries, digests))
 
     async def _hold(self, rows: Sequence[Row], visitor: bool) -> dict[str | None, Hold]:
         """The bank's rows of a request by adapter; none of a folded bundle."""
@@ -282,32 +296,6 @@ class Service:
         }
         self.metrics.answered(images, request=end - begin, **parts)
         trace_parts(**parts)
-
-    def _images(self, request: InferRequest) -> Tensor:
-        """The images: FP32 of the graph's shape, or encoded pictures; at least one."""
-        unknown = set(request.inputs) - {IMAGES, ADAPTERS}
-        if unknown or IMAGES not in request.inputs:
-            found = ", ".join(sorted(repr(n[:80]) for n in request.inputs)) or "none"
-            raise RequestError(
-                f"inputs: expected {IMAGES!r} and, for several adapters, {ADAPTERS!r}; found "
-                f"{found}."
-            )
-        images = request.inputs[IMAGES]
-        shape, size = images.array.shape, self._size
-        if images.datatype == FP32:
-            if len(shape) != 4 or shape[1:] != size:
-                raise RequestError(
-                    f"input images: expected FP32 [n, {size[0]}, {size[1]}, {size[2]}], found "
-                    f"{list(shape)}."
-                )
-        elif images.datatype != BYTES or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
-            raise RequestError(
-                f"input images: expected FP32 [n, {size[0]}, {size[1]}, {size[2]}], normalised, or "
-                f"BYTES [n], encoded pictures; found {images.datatype} {list(shape)}."
-            )
-        if not shape[0]:
-            raise RequestError("input images: expected at least one image, found none.")
-        return images
 
     def _named_by_model(self, request: InferRequest) -> str | None:
         """The adapter that the model's name stands for; None: the bundle's own."""
@@ -361,15 +349,12 @@ class Service:
         self, images: Tensor, rows: Sequence[Row], entries: Sequence[AdapterEntry | None]
     ) -> NDArray[np.float32]:
         """float32 [rows, 3, H, W], each image as its adapter wants it."""
-        if images.datatype == FP32:
-            array: NDArray[np.float32] = images.array
-            if len(rows) != len(array):
-                array = np.broadcast_to(array, (len(rows), *array.shape[1:]))
-            # Aligned as well, which what came in the middle of a body need not be.
-            return np.require(array, np.float32, ["C", "A"])
         ways = [self._manifest.preprocess_of(e) for e in entries]
+        numbers = [row.image for row in rows]
+        if images.datatype != BYTES:
+            return as_pixels(images, numbers, ways)
         encoded: list[bytes] = images.array.reshape(-1).tolist()
-        return await self._pictures.pixels(encoded, [row.image for row in rows], ways)
+        return await self._pictures.pixels(encoded, numbers, ways)
 
 
 def _check_folded(settings: ServeSettings) -> None:

@@ -75,9 +75,14 @@ class ServeSettings:
         max_json: bytes of JSON in an inference, decompressed; None: see `json_limit`.
         body_bytes: of a request, also once it is decompressed.
         image_pixels: of one encoded picture, read from its header before it is decoded.
+        request_pixels: of all pictures of a request.
+        decoders: pictures that are decoded at the same time; vast ones (of 2^24 pixels or more)
+            take half of them at most.
+        decoding_pixels: of the vast pictures that are decoded at the same time.
         adapter_bytes: of an uploaded adapter's files together.
         bodies_bytes: HTTP bodies of all requests that are read or answered; more are refused (429).
-        connections: HTTP connections at the same time; requests on more are refused (503).
+        connections: at the same time, of each wire; more are refused (HTTP: 503; gRPC: closed),
+            and of gRPC's calls as many.
     """
 
     bundle: Path
@@ -170,11 +175,31 @@ class ServeSettings:
             least=1024,
         ),
     )
-    body_bytes: int = 64 << 20
-    image_pixels: int = 50_000_000
+    body_bytes: int = field(
+        default=64 << 20,
+        metadata=_asked("Bytes of a request, also once it is decompressed.", least=1024),
+    )
+    image_pixels: int = field(
+        default=50_000_000, metadata=_asked("Pixels of one encoded picture.", least=1)
+    )
+    request_pixels: int = field(
+        default=400_000_000, metadata=_asked("Pixels of all pictures of a request.", least=1)
+    )
+    decoders: int = field(
+        default=2, metadata=_asked("Pictures that are decoded at the same time.", least=1)
+    )
+    decoding_pixels: int = field(
+        default=100_000_000,
+        metadata=_asked(
+            "Pixels of pictures of 16 million or more that are decoded at the same time.", least=1
+        ),
+    )
     adapter_bytes: int = 256 << 20
     bodies_bytes: int = 1 << 30
-    connections: int = 4096
+    connections: int = field(
+        default=4096,
+        metadata=_asked("Connections at the same time, of HTTP and of gRPC.", least=1),
+    )
 
     def __post_init__(self) -> None:
         if not self.model_name:

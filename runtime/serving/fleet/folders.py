@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.adapters.checks import check_name
@@ -18,6 +18,7 @@ from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError, HhdeployError, PlanError
 from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime.bank import AdapterBank, Packed
 from hhdeploy.runtime.serving.errors import FailedError
 
@@ -140,7 +141,8 @@ class AdapterFiles:
                 return self._bank.pack(source.name, adapter, verified=source.verified)
             self._check_inside(source.path)
             self._check_files(source.path)
-            return self._bank.pack(source.name, source.path, verified=source.verified)
+            packed = self._bank.pack(source.name, source.path, verified=source.verified)
+            return _with_digest(packed, source.path)
         except (OSError, RecursionError) as error:  # no permission; JSON nested without end
             raise AdapterError(f"{source.path} cannot be read: {error}") from error
 
@@ -158,7 +160,7 @@ class AdapterFiles:
             (scratch / CONFIG_FILE).write_bytes(config)
             (scratch / TENSOR_FILE).write_bytes(tensors)
             try:
-                packed = self._bank.pack(name, scratch)
+                packed = _with_digest(self._bank.pack(name, scratch), scratch)
             except (HhdeployError, RecursionError) as error:
                 # Not the scratch directory's name, which is gone when somebody reads it.
                 raise AdapterError(str(error).replace(str(scratch), name)) from error
@@ -202,6 +204,11 @@ class AdapterFiles:
                     f"{file} is a link that leads out of the fleet directory. Copy the adapter "
                     "there."
                 )
+
+
+def _with_digest(packed: Packed, directory: Path) -> Packed:
+    digest = sha256_of(directory / TENSOR_FILE)
+    return replace(packed, entry=replace(packed.entry, digest=digest))
 
 
 def _most_bytes(bank: AdapterBank) -> int:

@@ -76,7 +76,7 @@ def read_request(message: Any) -> InferRequest:
 
 def write_response(response: InferResponse) -> Any:
     """A ``ModelInferResponse``, its tensors in ``raw_output_contents``."""
-    return service_pb2.ModelInferResponse(
+    message = service_pb2.ModelInferResponse(
         model_name=response.model,
         model_version=VERSION,
         id=response.id,
@@ -88,6 +88,10 @@ def write_response(response: InferResponse) -> Any:
         ],
         raw_output_contents=[raw_of(tensor) for tensor in response.outputs],
     )
+    for name, value in response.parameters.items():
+        kind = "bool_param" if isinstance(value, bool) else "string_param"
+        setattr(message.parameters[name], kind, value)
+    return message
 
 
 def _from_raw(item: Any, raw: bytes) -> Tensor:

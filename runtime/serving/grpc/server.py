@@ -26,7 +26,7 @@ from hhdeploy.runtime.serving.endpoint import Endpoint
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.grpc.front import Front
 from hhdeploy.runtime.serving.grpc.probes import add_probes
-from hhdeploy.runtime.serving.grpc.servicer import Context, Servicer, refuse
+from hhdeploy.runtime.serving.grpc.servicer import Context, Servicer
 from hhdeploy.runtime.serving.listening import listen
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")
@@ -168,7 +168,7 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
         try:
             request = _parse(kind, raw, most)
         except RequestError as error:
-            refuse(context, error)
+            servicer.refuse(context, error)
             return None
         return await behaviour(request, context)
 

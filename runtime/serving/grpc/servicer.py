@@ -97,7 +97,7 @@ def _unary(
             try:
                 return await self._bounded(work, context, method.__name__, named, level, check)
             except RequestError as error:
-                refuse(context, error)
+                self.refuse(context, error)
                 return answer()
 
         return guarded
@@ -211,7 +211,13 @@ class Servicer:
                 async for request in coming:
                     yield await self._stream_answer(request, context)
         except RequestError as error:
-            refuse(context, error)
+            self.refuse(context, error)
+
+    def refuse(self, context: Context, error: RequestError) -> None:
+        """Tell the client why its call fails, and count it."""
+        self._endpoint.refused(error)
+        context.set_code(grpc.StatusCode[error.code])
+        context.set_details(_details(error))
 
     async def _stream_answer(self, request: Any, context: Context) -> Any:
         called = ("ModelStreamInfer", request.model_name, logging.INFO, Access.check_asking)
@@ -221,6 +227,7 @@ class Servicer:
         except UnauthorizedError:  # ends the stream: a token may go while it is open
             raise
         except RequestError as error:
+            self._endpoint.refused(error)
             empty = pb.ModelInferResponse(id=request.id)
             return pb.ModelStreamInferResponse(error_message=_details(error), infer_response=empty)
         # Triton's mark of a request's last answer; here there is one.
@@ -285,12 +292,6 @@ class Servicer:
         remaining = context.time_remaining()
         limit = self._endpoint.settings.request_seconds
         return limit if remaining is None else min(limit, remaining)
-
-
-def refuse(context: Context, error: RequestError) -> None:
-    """Tell the client why its call fails."""
-    context.set_code(grpc.StatusCode[error.code])
-    context.set_details(_details(error))
 
 
 def _details(error: RequestError) -> str:

@@ -2,6 +2,7 @@
 
     GET  /v2   /v2/health/live   /v2/health/ready
     GET  /v2/models/M [/versions/1]            metadata        .../ready   .../config   .../stats
+    GET  /v2/models/stats                      of all of them
     POST /v2/models/M [/versions/1] /infer     inference
     POST /v2/repository/index                  adapters and their states
     POST /v2/repository/models/A/load          with --allow-adapter-loading and the token only
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -86,7 +87,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
                 message = await parser.request(model, version, body, length)
             async with _while_connected(request):
                 response = await endpoint.infer(message)
-        content, head = write_response(response, {w.name: w for w in message.outputs})
+        content, head = write_response(response, message)
         headers = {HEADER_LENGTH: str(head)} if head is not None else {}
         kind = "application/octet-stream" if head is not None else "application/json"
         return Response(content, media_type=kind, headers=headers)
@@ -115,6 +116,9 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     async def stats(request: Request) -> Response:
         return _json(await endpoint.model_statistics(**request.path_params))
 
+    async def all_stats(request: Request) -> Response:
+        return _json(await endpoint.model_statistics(""))
+
     async def index(request: Request) -> Response:
         async with bodies.read(request, _SMALL_BYTES) as body:
             content = await parser.content(body)
@@ -142,7 +146,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         content, kind = await endpoint.metrics()
         return Response(content, headers={"content-type": kind})
 
-    guard = _Guard(settings)
+    guard = _Guard(settings, endpoint.refused)
 
     def open_to_all(path: str, handler: Handler) -> Route:
         return Route(path, guard(handler, path))
@@ -164,6 +168,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         route("/metrics", metrics),
         *page_routes(endpoint, route),
     ]
+    routes.append(route("/v2/models/stats", all_stats))  # before the model of that name
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
             route(model, metadata),
@@ -190,7 +195,9 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
 class _Guard:
     """Errors as the protocol has them, one line in the log for each request, and its span."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, refused: Callable[[HhdeployError], None]) -> None:
+        """``refused``: is told of every request that is."""
+        self._refused = refused
         self._limit, self._hosts = settings.request_seconds, settings.hosts()
         self._logs = not settings.no_access_log
         self._tracing = Tracing()
@@ -223,6 +230,7 @@ class _Guard:
             with Deadline(self._limit):
                 return await handler(request)
         except HhdeployError as error:
+            self._refused(error)
             asked.refused(error)
             return error_response(error)
         except ClientDisconnect:

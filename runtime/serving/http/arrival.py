@@ -20,6 +20,9 @@ from hhdeploy.runtime.serving.http.codec import decompressed
 
 # Of everything but bodies: request line, headers, trailers, lengths of chunks.
 MOST_HEAD_BYTES: Final = 1 << 16
+# What a client skips that waits for an answer, and how often it is sent to one that says no more.
+_INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_LOOK_SECONDS: Final = 0.2
 
 
 def bounded_protocol(seconds: float) -> type[HttpToolsProtocol]:
@@ -50,6 +53,30 @@ def bounded_protocol(seconds: float) -> type[HttpToolsProtocol]:
                 message = f"Headers beyond {MOST_HEAD_BYTES} bytes."
                 self.logger.warning(message)
                 self.send_400_response(message)
+
+        def eof_received(self) -> bool | None:  # type: ignore[override]
+            """A client that has said all may wait for its answer, or may have left.
+
+            The one sees interim answers and skips them, the other's machine refuses them.
+            """
+            cycle = self.pipeline[0][0] if self.pipeline else self.cycle
+            if cycle is None or cycle.response_complete or cycle.more_body or self._encrypted():
+                return None
+            cycle.keep_alive = False
+            self._look_for_it()
+            return True
+
+        def _encrypted(self) -> bool:
+            # TLS has no half of a connection.
+            return self.transport.get_extra_info("sslcontext") is not None
+
+        def _look_for_it(self) -> None:
+            cycle = self.cycle
+            if self.transport.is_closing() or cycle is None or cycle.response_started:
+                return
+            if cycle.scope["http_version"] != "1.0":  # which knows no interim answers
+                self.transport.write(_INTERIM)
+            self.loop.call_later(_LOOK_SECONDS, self._look_for_it)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()

@@ -19,7 +19,6 @@ import numpy as np
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
-    DEFAULT,
     IMAGES,
     InferRequest,
     InferResponse,
@@ -184,35 +183,34 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
         raise RequestError(f"id: expected a string, found {_kind(identity)}.")
     binary = read_truth(parameters, "binary_data_output", False, "the request")
     outputs = tuple(_wanted(item, binary) for item in _objects(content, "outputs", optional=True))
-    if not outputs and binary:
-        outputs = (Wanted(DEFAULT, binary=True),)
-    return InferRequest(model, version, identity, inputs, outputs, parameters)
+    return InferRequest(model, version, identity, inputs, outputs, parameters, binary)
 
 
-def write_response(
-    response: InferResponse, wanted: Mapping[str, Wanted]
-) -> tuple[bytes, int | None]:
+def write_response(response: InferResponse, request: InferRequest) -> tuple[bytes, int | None]:
     """The body of an answer, and the length of its JSON if binary tensors follow it.
 
     Raises:
         RequestError: JSON cannot hold a value, e.g. -inf.
     """
     outputs, tail = [], []
+    binary = {wanted.name: wanted.binary for wanted in request.outputs}
     for tensor in response.outputs:
         described: dict[str, Any] = {
             "name": tensor.name,
             "datatype": tensor.datatype,
             "shape": list(tensor.array.shape),
         }
-        choice = wanted.get(tensor.name, wanted.get(DEFAULT))
-        if choice is not None and choice.binary:
+        if binary.get(tensor.name, request.binary):
             raw = raw_of(tensor)
             described["parameters"] = {"binary_data_size": len(raw)}
             tail.append(raw)
         else:
             described["data"] = _values(tensor)
         outputs.append(described)
-    content = {"model_name": response.model, "model_version": "1", "outputs": outputs}
+    content: dict[str, Any] = {"model_name": response.model, "model_version": "1"}
+    if response.parameters:
+        content["parameters"] = dict(response.parameters)
+    content["outputs"] = outputs
     if response.id:
         content["id"] = response.id
     head = json_bytes(content)

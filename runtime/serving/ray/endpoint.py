@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.endpoint import Upload
-from hhdeploy.runtime.serving.errors import RequestError
+from hhdeploy.runtime.serving.errors import RequestError, kind_of
 from hhdeploy.runtime.serving.messages import ADAPTERS, BYTES, Deadline, InferRequest, InferResponse
+from hhdeploy.runtime.serving.metrics import refusals_text
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -34,6 +37,7 @@ class RayEndpoint:
         self._replicas = replicas
         self._registry = registry
         self.stopping = False
+        self._refusals: dict[str, int] = defaultdict(int)
 
     @property
     def settings(self) -> ServeSettings:
@@ -72,8 +76,15 @@ class RayEndpoint:
 
     async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
         """See `Endpoint.model_statistics`: of all replicas together."""
-        found: dict[str, Any] = summed(await self._all("model_statistics", model, version))
-        return found
+        by_name: dict[str, list[Any]] = {}
+        for found in await self._all("model_statistics", model, version):
+            for one in found["model_stats"]:
+                by_name.setdefault(one["name"], []).append(one)
+        return {"model_stats": [summed(several) for several in by_name.values()]}
+
+    def refused(self, error: HhdeployError) -> None:
+        """See `Endpoint.refused`: counted where it was told."""
+        self._refusals[kind_of(error)] += 1
 
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """See `Endpoint.repository_index`."""
@@ -90,7 +101,9 @@ class RayEndpoint:
 
     async def metrics(self) -> tuple[bytes, str]:
         """See `Endpoint.metrics`: each replica's, with a label of its name."""
-        return merged_metrics(dict(await self._all("named_metrics"))), CONTENT_TYPE_LATEST
+        texts = dict(await self._all("named_metrics"))
+        texts["ingress"] = refusals_text(self._refusals)
+        return merged_metrics(texts), CONTENT_TYPE_LATEST
 
     async def status(self) -> dict[str, Any]:
         """See `Endpoint.status`: see `merged_status`."""

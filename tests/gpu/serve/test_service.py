@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hhdeploy.runtime.serving.messages import FP32, IMAGES, InferRequest, Tensor
+from hhdeploy.runtime.serving.messages import FP32, IMAGES, InferRequest, Tensor, Wanted
+from hhdeploy.runtime.serving.outputs import LOGITS
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from tests.gpu.opening import open_on
@@ -64,6 +65,7 @@ def test_requests_of_all_adapters(ort_cuda, workbench, served, record):
                 "",
                 "",
                 {IMAGES: Tensor(IMAGES, FP32, truth.images[index : index + 1])},
+                (Wanted(LOGITS),),
             )
             start = time.perf_counter()
             answer = await service.infer(request)

@@ -24,7 +24,7 @@ from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.http.codec import write_response
-from hhdeploy.runtime.serving.messages import DEFAULT, FP32, InferRequest, Tensor, Wanted
+from hhdeploy.runtime.serving.messages import FP32, InferRequest, Tensor, Wanted
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.training import attach, detach
@@ -294,16 +294,16 @@ def asking(x, *outputs, adapter="alpha"):
 
 def test_features_are_served(workshop, features):
     x = images(2)
-    binary = Wanted(DEFAULT, binary=True)
+    binary = replace(asking(x), binary=True)
     described, (plain, bare, named) = served(
-        features[0], asking(x), asking(x, adapter=None), asking(x, binary)
+        features[0], asking(x), asking(x, adapter=None), binary
     )
     assert described["outputs"] == [{"name": FEATURES, "datatype": "FP32", "shape": [-1, DIM]}]
     for answer, adapter in ((plain, "alpha"), (bare, None), (named, "alpha")):
         (tensor,) = answer.outputs
         assert tensor.name == FEATURES
         check(truth_of(workshop, adapter, x)[FEATURES], tensor.array)
-    body, length = write_response(named, {DEFAULT: binary})
+    body, length = write_response(named, binary)
     assert body[length:] == named.outputs[0].array.tobytes()
     for output, said in (("logits", "unknown output 'logits': expected features"),):
         with pytest.raises(RequestError, match=said):
@@ -320,7 +320,7 @@ def test_logits_and_features_of_one_request(workshop, everything):
     shapes = {o["name"]: o["shape"] for o in described["outputs"]}
     assert list(shapes) == ["logits", "probabilities", "labels", "answers", FEATURES, TOKENS]
     assert shapes[TOKENS] == [-1, PLACES, DIM]
-    assert [t.name for t in default.outputs] == ["logits"]
+    assert [t.name for t in default.outputs] == list(shapes)
     truth = truth_of(workshop, "alpha", x)
     tokens, labels, pooled, logits = both.outputs
     for tensor in (tokens, pooled, logits):

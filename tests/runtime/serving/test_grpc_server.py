@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
 
 from hhdeploy.adapters.config import TENSOR_FILE
-from hhdeploy.errors import AdapterError, DeviceError
+from hhdeploy.errors import AdapterError, DeviceError, HhdeployError
 from hhdeploy.runtime.serving import errors
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.grpc.server import start_grpc
@@ -42,6 +42,7 @@ class Endpoint:
         self.taken, self.gate, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.failure: Exception | None = None
         self.loaded: list[str] = []
+        self.refusals: list[HhdeployError] = []
 
     async def infer(self, request: InferRequest) -> InferResponse:
         self.taken.set()
@@ -53,6 +54,9 @@ class Endpoint:
         if self.failure is not None:
             raise self.failure
         return InferResponse(request.model, request.id, (request.inputs["images"],))
+
+    def refused(self, error: HhdeployError) -> None:
+        self.refusals.append(error)
 
     async def load_adapter(self, name: str, upload: object) -> None:
         self.loaded.append(name)

@@ -306,6 +306,7 @@ def test_a_request_and_its_answer_byte_by_byte(server, session):
     length = int(re.search(rb"(?i)inference-header-content-length: (\d+)", headers)[1])
     described = json.loads(body[:length])
     logits = own("gamma", session.run(x, "gamma"))
+    assert set(described.pop("parameters")) == {"adapter", "adapter_digest", "backbone"}
     assert described == {
         "model_name": "gamma", "model_version": "1", "id": "42",
         "outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, CLASSES["gamma"]],

@@ -24,7 +24,6 @@ from hhdeploy.runtime.serving.http.codec import (
     write_response,
 )
 from hhdeploy.runtime.serving.messages import (
-    DEFAULT,
     InferRequest,
     InferResponse,
     Tensor,
@@ -111,7 +110,7 @@ def test_a_large_binary_tensor_is_a_view_of_the_body():
 
 def test_binary_output_as_a_whole_and_of_one():
     asked = {**one(), "parameters": {"binary_data_output": True}}
-    assert read(asked).outputs == (Wanted(DEFAULT, binary=True),)
+    assert read(asked).binary and not read(asked).outputs
     outputs = [{"name": "labels", "parameters": {"binary_data": False}}, {"name": "logits"}]
     assert read({**asked, "outputs": outputs}).outputs == (
         Wanted("labels"),
@@ -286,6 +285,10 @@ def test_a_bomb_is_not_unpacked():
 # --- answers --------------------------------------------------------------------------------------
 
 
+def asked(*outputs: Wanted, binary: bool = False) -> InferRequest:
+    return InferRequest("tiny", "", "", {}, outputs, {}, binary)
+
+
 def answer(*tensors: Tensor, identity: str = "") -> InferResponse:
     return InferResponse("tiny", identity, tensors)
 
@@ -294,7 +297,7 @@ def test_an_answer_of_json_has_the_very_numbers():
     random = np.random.default_rng(4)
     for count in (7, 5000):
         logits = random.standard_normal((1, count)).astype(np.float32) * np.float32(1e-3)
-        body, length = write_response(answer(Tensor("logits", "FP32", logits)), {})
+        body, length = write_response(answer(Tensor("logits", "FP32", logits)), asked())
         assert length is None
         (found,) = json.loads(body)["outputs"]
         assert found["shape"] == [1, count] and found["datatype"] == "FP32"
@@ -305,7 +308,7 @@ def test_an_answer_has_what_was_asked_for():
     logits = Tensor("logits", "FP32", np.asarray([[1, -np.inf]], np.float32))
     labels = Tensor("labels", "BYTES", bytes_array(["ü".encode(), b"\xff"]))
     body, length = write_response(
-        answer(labels, logits, identity="seven"), {"logits": Wanted("logits", binary=True)}
+        answer(labels, logits, identity="seven"), asked(Wanted("logits", binary=True))
     )
     head = json.loads(body[:length])
     assert head == {
@@ -325,7 +328,7 @@ def test_an_answer_has_what_was_asked_for():
 def test_json_holds_no_infinities(value):
     tensor = Tensor("logits", "FP32", np.asarray([1, value], np.float32))
     with pytest.raises(RequestError, match="has values that JSON cannot hold"):
-        write_response(answer(tensor), {})
+        write_response(answer(tensor), asked())
 
 
 def test_whatever_is_quoted_is_ascii():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
-from hhdeploy.runtime.serving.images import decode_image
+from hhdeploy.runtime.serving.pictures.images import load_picture, open_picture
 
 MOST = 10_000
 
@@ -41,7 +41,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def decode(content: bytes) -> Image.Image:
-    return decode_image(content, most_pixels=MOST, name="image 3")
+    return load_picture(open_picture(content, most_pixels=MOST, name="image 3"), name="image 3")
 
 
 def refused(content: bytes, kind: type[RequestError] = RequestError) -> str:

@@ -40,7 +40,7 @@ def infer_body(x, adapter):
 
 def logits_of(content):
     """Of an answer as JSON."""
-    (output,) = json.loads(content)["outputs"]
+    (output,) = (o for o in json.loads(content)["outputs"] if o["name"] == "logits")
     return np.asarray(output["data"], np.float32).reshape(output["shape"])
 
 

@@ -49,7 +49,7 @@ from tests.support import assert_parity, images
 from tests.workshop import AGE, ROOT, TAGS, transform_of
 
 
-def request_of(x, *names, model="tiny", outputs=(), encoded=False, **parameters):
+def request_of(x, *names, model="tiny", outputs=("logits",), encoded=False, **parameters):
     """FP32 images, or a list of encoded ones; ``names``: the input adapters."""
     array = bytes_array(x) if encoded else x
     inputs = {"images": Tensor("images", BYTES if encoded else FP32, array)}
@@ -686,7 +686,8 @@ def test_numbers_that_are_none_get_no_label(play, value):
             asked = request_of(x, adapter="alpha", outputs=[Wanted(name, top)])
             with pytest.raises(RequestError, match="image 1 holds NaN or infinities"):
                 await s.infer(asked)
-        found = await s.infer(request_of(x, adapter="alpha"))
+        found = await s.infer(request_of(x, adapter="alpha", outputs=()))
+        assert [output.name for output in found.outputs] == ["logits"]
         assert np.isfinite(found.outputs[0].array[[0, 2]]).all()
         await s.infer(request_of(x[[0, 2]], adapter="alpha", outputs=[Wanted("labels")]))
 

@@ -1,0 +1,1 @@
+"""The images of a request: read, decoded in turn, and made what the graph takes."""

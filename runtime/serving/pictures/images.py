@@ -1,0 +1,180 @@
+"""Encoded pictures to Pillow images, within limits.
+
+The size is read from the header and checked before a pixel is decoded, and only three decoders
+are ever asked: a picture that says it is something else is refused. So are the shapes and the
+codings that make few bytes cost much: a picture that is a line, since resizing its short side
+would make the long one a mile, and a JPEG of thousands of scans, each decoded over all pixels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.errors import DataError
+from hhdeploy.preprocess import Preprocess, as_rgb
+from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.pictures.decoding import Decoders
+from hhdeploy.runtime.serving.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+# Longer side by shorter one. A panorama has 10.
+_MOST_RATIO = 50
+# A progressive JPEG has about 10. Inside a scan 0xFF is always followed by something else.
+_START_OF_SCAN, _MOST_SCANS = b"\xff\xda", 100
+# `warnings` keeps its filters for the process: two threads would restore each other's.
+_OPENING = threading.Lock()
+
+
+class Pictures:
+    """Decodes and preprocesses the pictures of all requests, on threads of its own.
+
+    Pillow lets go of the interpreter's lock while it decodes and resizes.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._settings = settings
+        self._opening = ThreadPoolExecutor(1, "hhdeploy-open")
+        self._decoders = Decoders(settings.decoders, settings.decoding_pixels)
+
+    async def pixels(
+        self, encoded: Sequence[bytes], images: Sequence[int], ways: Sequence[Preprocess]
+    ) -> NDArray[np.float32]:
+        """float32 [n, 3, H, W] of one request.
+
+        Args:
+            encoded: its pictures; each is decoded once.
+            images: of each row the picture's number.
+            ways: of each row how its adapter wants the picture.
+
+        Raises:
+            TooLargeError: all of them together have more pixels than one request may.
+            RequestError: or one of its kinds; see `open_picture`.
+        """
+        wanted: list[dict[Preprocess, None]] = [{} for _ in encoded]
+        for index, way in zip(images, ways, strict=True):
+            wanted[index][way] = None
+        loop, turn = asyncio.get_running_loop(), 0
+        opened = await loop.run_in_executor(self._opening, self._open, encoded)
+        jobs = []
+        try:
+            for index, each in enumerate(wanted):
+                image = opened[index]
+                pixels = image.width * image.height
+                turn += pixels
+                job = partial(_decode, image, f"image {index}", tuple(each))
+                jobs.append(self._decoders.begin(job, pixels, turn))
+                del image, job
+            decoded = await asyncio.gather(*jobs)
+        finally:
+            opened.clear()
+            while jobs:  # none stays in this frame, which the traceback of its exception holds
+                jobs.pop().cancel()
+        return np.stack([decoded[i][w] for i, w in zip(images, ways, strict=True)])
+
+    def close(self) -> None:
+        """Finish what was begun, and end the threads."""
+        self._opening.shutdown(wait=True)
+        self._decoders.close()
+
+    def _open(self, encoded: Sequence[bytes]) -> list[Image.Image]:
+        most, most_together = self._settings.image_pixels, self._settings.request_pixels
+        opened, together = [], 0
+        for index, content in enumerate(encoded):
+            image = open_picture(content, most_pixels=most, name=f"image {index}")
+            opened.append(image)
+            together += image.width * image.height
+            if together > most_together:
+                raise TooLargeError(
+                    f"the pictures up to image {index} have {together} pixels, at most "
+                    f"{most_together} are taken in one request. Send fewer, or smaller ones."
+                )
+        return opened
+
+
+def _decode(
+    image: Image.Image, name: str, ways: Sequence[Preprocess]
+) -> dict[Preprocess, NDArray[np.float32]]:
+    """One picture, preprocessed in every way that some adapter wants it."""
+    decoded = load_picture(image, name=name)
+    try:
+        return {way: way(decoded) for way in ways}
+    except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
+        raise RequestError(
+            f"{name}: {image.width} x {image.height} pixels cannot be resized: {error}"
+        ) from error
+
+
+def open_picture(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
+    """One picture that is not decoded yet, but known to be within limits.
+
+    Args:
+        content: a JPEG, PNG or WebP file.
+        most_pixels: width x height that is taken.
+        name: what messages call it.
+
+    Raises:
+        TooLargeError: more pixels, or a shape or coding that costs more than its pixels.
+        RequestError: not a picture of these formats, or a damaged one.
+    """
+    from PIL import Image
+
+    if content.count(_START_OF_SCAN) > _MOST_SCANS and content.startswith(b"\xff\xd8"):
+        raise TooLargeError(f"{name}: a JPEG of more than {_MOST_SCANS} scans.")
+    # Pillow's limit on pixels is a warning below twice as much; ours is an error, and below.
+    with _readable(name), _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+    width, height = opened.size
+    if width * height > most_pixels:
+        raise TooLargeError(f"{name}: {width} x {height} pixels, at most {most_pixels} are taken.")
+    if max(width, height) > _MOST_RATIO * min(width, height):
+        raise TooLargeError(
+            f"{name}: {width} x {height} pixels: expected one side at most {_MOST_RATIO} times "
+            "the other."
+        )
+    return opened
+
+
+def load_picture(opened: Image.Image, *, name: str) -> Image.Image:
+    """What `open_picture` opened, decoded; of an animated one the first frame.
+
+    Raises:
+        RequestError: it is damaged, or of a depth that says nothing.
+    """
+    with _readable(name), opened:
+        return as_rgb(opened)  # which keeps the EXIF orientation
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What Pillow raises as what a client is told."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
+    except DataError as error:
+        raise RequestError(f"{name}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(f"{name}: {error}") from error
+    except UnidentifiedImageError as error:  # its text quotes an address in memory
+        raise RequestError(
+            f"{name}: expected an encoded {', '.join(FORMATS)} picture, found none."
+        ) from error
+    except Exception as error:
+        raise RequestError(
+            f"{name}: expected an encoded {', '.join(FORMATS)} picture: {error}"
+        ) from error

@@ -1,0 +1,198 @@
+"""Whose picture is decoded next."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import os
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hhdeploy.preprocess import Preprocess
+from hhdeploy.runtime.serving.errors import TooLargeError
+from hhdeploy.runtime.serving.pictures.decoding import VAST, Decoders
+from hhdeploy.runtime.serving.pictures.images import Pictures
+from hhdeploy.runtime.serving.settings import ServeSettings
+
+PATIENCE = 60
+
+
+class Bench:
+    """Decoders whose jobs wait until they are let go, and note when they begin."""
+
+    def __init__(self, count: int, most_pixels: int = 10 * VAST) -> None:
+        self.decoders = Decoders(count, most_pixels)
+        self.began: list[str] = []
+        self.gates: dict[str, threading.Event] = {}
+        self.threads: dict[str, str] = {}
+        self.nice: dict[str, int] = {}
+
+    def picture(self, name: str, pixels: int, turn: int | None = None) -> asyncio.Future[str]:
+        gate = self.gates[name] = threading.Event()
+
+        def job() -> str:
+            self.began.append(name)
+            self.threads[name] = threading.current_thread().name
+            self.nice[name] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            assert gate.wait(PATIENCE)
+            return name
+
+        return self.decoders.begin(job, pixels, pixels if turn is None else turn)
+
+    async def end(self, name: str, future: asyncio.Future[str]) -> None:
+        self.gates[name].set()
+        assert await asyncio.wait_for(future, PATIENCE) == name
+
+    async def running(self, *names: str) -> None:
+        """Until these have begun; nothing else has."""
+        while len(self.began) < len(names):
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        assert sorted(self.began) == sorted(names)
+
+
+def played(scene, count: int, **options: int) -> None:
+    async def run() -> None:
+        bench = Bench(count, **options)
+        try:
+            await asyncio.wait_for(scene(bench), PATIENCE)
+        finally:
+            for gate in bench.gates.values():
+                gate.set()
+            bench.decoders.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_s_second_picture_waits_for_another_s_first():
+    async def scene(bench: Bench) -> None:
+        many = [bench.picture(f"many{i}", 1000, 1000 * (i + 1)) for i in range(3)]
+        one = bench.picture("one", 1500)
+        await bench.running("many0")
+        await bench.end("many0", many[0])
+        await bench.running("many0", "one")
+        await bench.end("one", one)
+        await bench.running("many0", "one", "many1")
+        await bench.end("many1", many[1])
+        await bench.end("many2", many[2])
+
+    played(scene, 1)
+
+
+def test_small_pictures_never_wait_for_vast_ones():
+    async def scene(bench: Bench) -> None:
+        vast = [bench.picture(f"vast{i}", VAST) for i in range(3)]
+        await bench.running("vast0")
+        for i in range(3):
+            small = bench.picture(f"small{i}", VAST - 1)
+            await bench.running("vast0", *(f"small{j}" for j in range(i + 1)))
+            await bench.end(f"small{i}", small)
+        for i, each in enumerate(vast):
+            await bench.end(f"vast{i}", each)
+        assert bench.threads["vast0"] != bench.threads["small0"]
+        if sys.platform == "linux":
+            assert bench.nice["vast0"] == min(bench.nice["small0"] + 5, 19)
+
+    played(scene, 2)
+
+
+def test_vast_pictures_never_wait_for_ever():
+    async def scene(bench: Bench) -> None:
+        first = bench.picture("first", 10)
+        vast = bench.picture("vast", VAST)
+        small = [bench.picture(f"small{i}", 10) for i in range(3)]
+        await bench.running("first", "vast")
+        await bench.end("vast", vast)
+        await bench.running("first", "vast", "small0")
+        await bench.end("first", first)
+        for i, each in enumerate(small):
+            await bench.end(f"small{i}", each)
+
+    played(scene, 2)
+
+
+def test_vast_pictures_at_the_same_time_have_a_limit_together():
+    async def scene(bench: Bench) -> None:
+        first = bench.picture("first", 2 * VAST)
+        second = bench.picture("second", 2 * VAST)
+        await bench.running("first")
+        await bench.end("first", first)
+        await bench.running("first", "second")
+        third = bench.picture("third", VAST)
+        await bench.running("first", "second", "third")
+        await bench.end("second", second)
+        await bench.end("third", third)
+        alone = bench.picture("alone", 9 * VAST)  # beyond it, and nobody else's
+        await bench.end("alone", alone)
+
+    played(scene, 4, most_pixels=3 * VAST)
+
+
+def test_one_that_is_given_up_leaves_nothing_and_its_place_to_others():
+    class Held:
+        pass
+
+    async def scene(bench: Bench) -> None:
+        first = bench.picture("first", 10)
+        held = Held()
+        gone = weakref.ref(held)
+        given_up = bench.decoders.begin(lambda h=held: h, 11, 11)
+        last = bench.picture("last", 12)
+        given_up.cancel()
+        del held
+        await asyncio.sleep(0)
+        gc.disable()
+        try:
+            assert gone() is None
+        finally:
+            gc.enable()
+        await bench.end("first", first)
+        await bench.running("first", "last")
+        await bench.end("last", last)
+
+    played(scene, 1)
+
+
+def test_an_error_is_the_picture_s_own():
+    async def scene(bench: Bench) -> None:
+        def fails() -> None:
+            raise ValueError("planted")
+
+        with pytest.raises(ValueError, match="planted"):
+            await bench.decoders.begin(fails, 10, 10)
+        after = bench.picture("after", 10)
+        await bench.end("after", after)
+
+    played(scene, 1)
+
+
+def encoded(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (9, 99, 199)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_pictures_of_a_request_have_a_limit_together():
+    way = Preprocess((3, 31, 29), (0.5,) * 3, (0.25,) * 3)
+    settings = ServeSettings(Path("tiny"), image_pixels=1000, request_pixels=1500)
+
+    async def run() -> None:
+        pictures = Pictures(settings)
+        try:
+            found = await pictures.pixels([encoded(20, 50), encoded(25, 20)], [0, 1], [way] * 2)
+            assert found.shape == (2, 3, 31, 29) and found.dtype == np.float32
+            with pytest.raises(TooLargeError, match="up to image 1 have 1506 pixels, at most 1500"):
+                await pictures.pixels(
+                    [encoded(20, 50), encoded(22, 23), b"never opened"], [0, 1], [way] * 2
+                )
+        finally:
+            pictures.close()
+
+    asyncio.run(run())
