@@ -149,7 +149,7 @@ class Session:
         if not self.bundle.manifest.classes:
             raise SessionError(
                 f"this bundle gives {', '.join(self.bundle.manifest.outputs)} and no logits: it "
-                "has no classes to tell. Call `run` on what `preprocess` makes of the images."
+                "has no classes to tell. Session.run gives what it has."
             )
         if not images:
             raise SessionError("no image given: expected a sequence of at least one.")

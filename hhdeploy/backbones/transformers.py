@@ -283,7 +283,7 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     if crops and not stated.get("do_resize", True):
         raise BackboneError(
             f"{_PROCESSOR}: do_center_crop without do_resize: images would be cut as they are, and "
-            "the transform here resizes first. Say how images become inputs with `preprocess`."
+            "the transform here resizes first. Say in that file how images are resized."
         )
     if mean is None or std is None or abs(rescale * 255 - 1) > 1e-3:
         raise BackboneError(

@@ -99,13 +99,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
     "hhdeploy/plan.py": ("export",),
     "hhdeploy/verifying/": ("export", "verify"),
+    "hhdeploy/adapters/checks.py::no_place": ("export", "adapter import"),
     "hhdeploy/adapters/checks.py::_check_base": (
         "export",
         "adapter add",
         "adapter import",
         "serve",
     ),
-    "hhdeploy/bundle/store.py": (
+    "hhdeploy/bundle/locking.py": (
         "adapter add",
         "adapter remove",
         "build",
@@ -297,8 +298,7 @@ PARAMETERS = parameters_of_python()
 
 def problems(where: str, text: str) -> list[str]:
     """What is wrong with a message, for each command that may print it."""
-    if where == "runtime/serving/settings.py::_check_range":
-        text = text.replace("`{}`", "`max_batch`")  # of any field
+    text = text.replace("`{}`", ONE_OF_MANY.get(where, "`{}`"))
     unknown = [f"{where}: `{mark}` is no Python of ours" for mark in MARK.findall(text)
                if (code := marked_code(mark)) is None or not known(code)]  # fmt: skip
     found = []
@@ -319,6 +319,11 @@ def known(code: ast.Call) -> bool:
     return functions <= FUNCTIONS.keys() | CONSTRUCTORS and names <= PARAMETERS
 
 
+# Messages about any parameter of a kind, and one of that kind.
+ONE_OF_MANY = {
+    "runtime/serving/listening.py::listen": "`http_port`",
+    "runtime/serving/settings.py::_check_range": "`max_batch`",
+}
 # Parameters that no command has.
 PYTHON_ONLY = {"cuda_graphs", "hint", "smooth_quant"}
 # What holds options, and the parameters that take it.
