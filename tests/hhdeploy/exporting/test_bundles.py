@@ -21,6 +21,7 @@ import hhdeploy.exporters.trace
 import hhdeploy.exporting.bundles
 from hhdeploy import Reserve, verify
 from hhdeploy.adapters.format import save_adapter
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.bundle.manifest import BANK_FILE
@@ -469,12 +470,7 @@ def swap_sides(monkeypatch):
 
 def forget_the_bias(monkeypatch):
     """W <- M W without b <- M b."""
-    original = hhdeploy.exporters.fold.fold_sequential
-
-    def wrong(weight, bias, *rest):
-        return original(weight, bias, *rest)[0], bias
-
-    monkeypatch.setattr(hhdeploy.exporters.fold, "fold_sequential", wrong)
+    monkeypatch.setattr(hhdeploy.exporters.fold, "folded_bias", lambda bias, *rest: bias)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -738,9 +734,9 @@ def test_reserved_room_holds_an_adapter_that_fills_it(roomy, workshop, tmp_path)
 
 @pytest.fixture(scope="module")
 def entry(workshop, small):
-    """The session's one traced backbone."""
-    (found,) = (workshop.cache / "base").iterdir()
-    return found
+    """The traced backbone of the workshop, among those that other tests left in the cache."""
+    key = hhdeploy.exporters.trace._cache_key(workshop.backbone, (LOGITS,))
+    return workshop.cache / "base" / key
 
 
 @pytest.fixture
