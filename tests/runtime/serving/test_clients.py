@@ -166,7 +166,7 @@ def test_node_s_fetch(server, expected, tmp_path):
 
 
 NGINX = """
-daemon off; worker_processes 1; pid {folder}/pid; error_log stderr;
+daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log stderr;
 events {{ worker_connections 64; }}
 http {{
   access_log off;
