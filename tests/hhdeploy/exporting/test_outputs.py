@@ -88,7 +88,7 @@ def test_features_are_those_of_each_image_s_own_adapter(workshop, features):
         for index, name in enumerate(names):
             mine = slice(index, index + 1)
             check(truth_of(workshop, name, x[mine])[FEATURES], found[mine])
-        with pytest.raises(SessionError, match=r"gives features and no logits.*`run`"):
+        with pytest.raises(SessionError, match=r"gives features and no logits.*Session.run"):
             session.classify([Image.new("RGB", (40, 40))], ["alpha"])
         with pytest.raises(SessionError, match="output 'logits': this bundle has features"):
             session.run(x, names, "logits")
