@@ -1,4 +1,4 @@
-"""Which Linears keep the images of a batch apart, found by trying.
+"""Which Linears keep the images of a batch apart, found by trying; and that it may be any number.
 
 A side branch is another one for every image, so it has to know which rows of a Linear's input are
 whose: [batch, ..., features], or windows and tokens joined into the first dimension image after
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.structure import parameters_of
+from hhdeploy.errors import BackboneError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import onnx_ir as ir
     import torch
     from torch import nn
 
@@ -64,6 +66,22 @@ def images_apart(
             if all(use.apart or three.rows == 3 for use, three in zip(uses, abc[path], strict=True))
         }
     return frozenset(apart)
+
+
+def check_batch(model: ir.Model, name: str) -> None:
+    """A traced graph takes any number of images: a size that the model's code read as a number
+    (``len(images)``) would be in it for good.
+
+    Raises:
+        BackboneError: the graph takes, or gives, the example's number of images alone.
+    """
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and isinstance(value.shape[0], int):
+            raise BackboneError(
+                f"{name}: traced with a dynamic batch, {value.name} has the shape {value.shape}: "
+                "the model's code fixes the number of images. Use images.shape[0] there, not "
+                "len(images), and make no decision by it."
+            )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
-from hhdeploy.exporters.batches import images_apart
+from hhdeploy.exporters.batches import check_batch, images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
@@ -93,8 +93,8 @@ def base_graph(
         outputs: of `hhdeploy.backbones.facts.OUTPUTS`, in that order.
 
     Raises:
-        BackboneError: when torch cannot trace the architecture with a dynamic batch, or it does
-            not tell an output.
+        BackboneError: when torch cannot trace the architecture with a dynamic batch, the model's
+            code fixes the batch, or it does not tell an output.
         WriteError: the cache cannot be written.
     """
     if cache is None or backbone.traced_with is None:
@@ -215,6 +215,7 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
         ) from error
     assert program is not None
     model = program.model
+    check_batch(model, backbone.facts.model)
     _tag_linears(model)
     _tag_mixed(model, {linear.path for linear in backbone.facts.linears} - apart)
     traced_weights = list(model.graph.initializers.values())

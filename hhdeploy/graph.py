@@ -222,13 +222,15 @@ class ViewTensor(ir.Tensor[NDArray[Any]]):
 
     def tofile(self, file: Any) -> None:
         """As `ir.Tensor`'s, but NumPy's ``tofile`` does not tell a full disk from other errors."""
-        file.write(np.ascontiguousarray(self.numpy()).data)
+        # As bytes: NumPy gives no buffer of types that are not its own (bfloat16).
+        file.write(np.ascontiguousarray(self.numpy()).reshape(-1).view(np.uint8).data)
 
 
 def turn_weights(graph: ir.Graph) -> None:
     """Transposed weights as views of the model's own, under the names of the Transposes.
 
-    The optimiser would fold every Transpose into a copy: the weights a second time.
+    The optimiser folds a Transpose into what its evaluator makes of it, NumPy's view today, a
+    copy of the weights if that changes; and a full disk is told by `ViewTensor` alone.
     """
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None

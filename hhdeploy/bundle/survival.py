@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.errors import CapacityError
@@ -54,7 +55,7 @@ def check_row_survives(
     lost, count = lost_in_float16(layout, row) if "float16" in precisions else ([], 0)
     if not lost:
         return None
-    shown = ", ".join(lost[:8]) + (f", … ({len(lost)} in all)" if len(lost) > 8 else "")
+    shown = abbreviate(lost)
     if len(lost) == count:
         raise CapacityError(
             f"adapter {name!r}: float16 rounds all of it away (its smallest step is 6e-8): "

@@ -306,15 +306,14 @@ def _rounded_away(
             originals = {
                 path: backbone.model.get_parameter(path).detach().numpy() for path in adapter.values
             }
-            for precision in ("float32", *precisions):
-                yield check_folded(
-                    entry.name,
-                    adapter,
-                    contents.model,
-                    precision,
-                    originals=originals,
-                    refuse=refuse,
-                )
+            yield from check_folded(
+                entry.name,
+                adapter,
+                contents.model,
+                ("float32", *precisions),
+                originals=originals,
+                refuse=refuse,
+            )
 
 
 def _reference_of(

@@ -56,14 +56,14 @@ def add_typed_graph(
             f"{' and '.join(PRECISIONS)} are made when they are missing, others are not. "
             f"{graph_hint(bundle.path, precision)}"
         )
-    _check_rows(bundle, precision, progress)
+    _check_rows(bundle, precision, lambda line: None)  # said once, of the rows at the end
     progress(f"making the {precision} graph")
     plain = ir.load(bundle.graph("float32"))
     if bundle.manifest.layout is None and not bundle.manifest.whole:
         ((name, adapter),) = (
             (a.name, bundle.load_adapter(a.name)) for a in bundle.manifest.adapters
         )
-        say(progress, [check_folded(name, adapter, plain, precision)])
+        say(progress, check_folded(name, adapter, plain, [precision]))
     model = typed_model(plain, precision)
 
     def judge(candidate: Bundle) -> Sequence[StageResult]:

@@ -45,43 +45,49 @@ def check_folded(
     name: str,
     adapter: Adapter,
     model: ir.Model,
-    precision: str,
+    precisions: Sequence[str],
     *,
     originals: Mapping[str, NDArray[np.floating]] = MappingProxyType({}),
     only: Collection[str] | None = None,
     refuse: bool = True,
-) -> str | None:
-    """A line about the weights whose change a precision rounds away, None if there are none.
+) -> list[str]:
+    """Lines about the weights whose change a precision rounds away, one a precision.
 
     Args:
         name: of the adapter, for messages.
         adapter: that is in the graph's weights.
         model: its float32 graph.
-        precision: of another graph of it; float32 itself too.
+        precisions: of graphs of it; float32 itself too.
         originals: of the parameters that the adapter replaces, the backbone's values, by path.
             Where they are not known any more, nothing is said of them.
         only: sites, as quantised graphs name them, that are low in that graph; None: all.
         refuse: False: an adapter that is rounded away is said too.
 
     Raises:
-        PlanError: it rounds away all that the adapter does to the backbone.
+        PlanError: a precision rounds away all that the adapter does to the backbone.
     """
-    lost, count = [], 0
-    # One weight after the other: in float64 all of them are twice the model.
+    lost: dict[str, list[str]] = {precision: [] for precision in precisions}
+    count = 0
+    # One weight after the other: in float64 all of them are twice the model. And every one once
+    # for all precisions: a weight of a new graph is folded whenever it is read.
     for place, before, after in chain(_folded(adapter, model, only), _replaced(adapter, originals)):
         change = after - before
-        left = _rounded(after, precision, after) - _rounded(before, precision, after)
         count += bool(change.any())
-        if share_left(change, left) < LEAST_LEFT:
-            lost.append(place)
-    if not lost:
-        return None
-    if len(lost) == count and refuse:
-        raise PlanError(
-            f"adapter {name!r}: {precision} rounds all of its change of the weights away: "
-            f"{abbreviate(lost)}. {_FINER}"
-        )
-    return f"adapter {name!r}: {precision} rounds away its change of {abbreviate(lost)}"
+        for precision, places in lost.items():
+            left = _rounded(after, precision, after) - _rounded(before, precision, after)
+            if share_left(change, left) < LEAST_LEFT:
+                places.append(place)
+    for precision, places in lost.items():
+        if refuse and places and len(places) == count:
+            raise PlanError(
+                f"adapter {name!r}: {precision} rounds all of its change of the weights away: "
+                f"{abbreviate(places)}. {_FINER}"
+            )
+    return [
+        f"adapter {name!r}: {precision} rounds away its change of {abbreviate(places)}"
+        for precision, places in lost.items()
+        if places
+    ]
 
 
 def _folded(
@@ -159,7 +165,7 @@ def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:
 
 def check_effects(
     bundle: Bundle,
-    precision: str,
+    precisions: Sequence[str],
     images: NDArray[np.float32],
     names: Sequence[str],
     *,
@@ -170,29 +176,31 @@ def check_effects(
     Only for side branches whose bank is an input: their change can be left out of a row.
 
     Args:
-        bundle: with the graph of this precision.
-        precision: of the graph; float16 and bfloat16 are shown by their rounding twins.
+        bundle: with the graphs of these precisions.
+        precisions: of graphs; float16 and bfloat16 are shown by their rounding twins.
         images: float32 [n, 3, H, W].
         names: n adapters.
         refuse: False: an adapter that is rounded away is said too.
 
     Raises:
-        PlanError: an adapter moves no logit in this precision, and does in float32.
+        PlanError: an adapter moves no logit in a precision, and does in float32.
     """
     entries = {a.name: a for a in bundle.manifest.adapters}
     rows = {name: entries[name].row or 0 for name in names}
     ids = np.asarray([rows[name] for name in names], np.int64)
     exact = _moved(bundle, "float32", images, ids, rows)
-    if precision in TYPED:
-        with scratch_directory(None, "twin") as scratch:
-            found = _moved(twin_of(bundle, precision, scratch), "float32", images, ids, rows)
-    else:
-        found = _moved(bundle, precision, images, ids, rows)
     lines = []
-    for name in rows:
-        own = [i for i, other in enumerate(names) if other == name]
-        columns = slice(entries[name].classes or None)  # without logits: all features
-        lines.append(_judged(name, precision, exact[own, columns], found[own, columns], refuse))
+    for precision in precisions:
+        if precision in TYPED:
+            with scratch_directory(None, "twin") as scratch:
+                twin = twin_of(bundle, precision, scratch)
+                found = _moved(twin, "float32", images, ids, rows)
+        else:
+            found = _moved(bundle, precision, images, ids, rows)
+        for name in rows:
+            own = [i for i, other in enumerate(names) if other == name]
+            columns = slice(entries[name].classes or None)  # without logits: all features
+            lines.append(_judged(name, precision, exact[own, columns], found[own, columns], refuse))
     return [line for line in lines if line]
 
 
@@ -206,11 +214,7 @@ def check_reference(bundle: Bundle, precisions: Sequence[str], *, refuse: bool =
     first = {a.name: np.flatnonzero(ids == a.row) for a in manifest.adapters}
     chosen = {name: int(found[0]) for name, found in first.items() if len(found)}
     some, names = images[list(chosen.values())], list(chosen)
-    return [
-        line
-        for precision in wanted
-        for line in check_effects(bundle, precision, some, names, refuse=refuse)
-    ]
+    return check_effects(bundle, wanted, some, names, refuse=refuse)
 
 
 def check_quantised(bundle: Bundle, quantised: Quantised, exam: Exam) -> list[str]:
@@ -233,13 +237,12 @@ def check_quantised(bundle: Bundle, quantised: Quantised, exam: Exam) -> list[st
         (entry,) = manifest.adapters
         adapter, model = bundle.load_adapter(entry.name), ir.load(bundle.graph("float32"))
         low = {name for name, site in quantised.sites.items() if site.quantised}
-        line = check_folded(entry.name, adapter, model, precision, only=low)
-        return [line] if line else []
+        return check_folded(entry.name, adapter, model, [precision], only=low)
     first = {q.adapter: q for q in reversed(exam.questions) if q.adapter not in (None, BACKBONE)}
     if not first:
         return []
     images = np.stack([question.load() for question in first.values()])
-    return check_effects(bundle, precision, images, [str(name) for name in first])
+    return check_effects(bundle, [precision], images, [str(name) for name in first])
 
 
 def say(progress: Progress, lines: Iterable[str | None]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import tracemalloc
+from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from hhdeploy.backbones.spec import Backbone
+from hhdeploy.exporters import trace as trace_module
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import BaseGraph, base_graph
 from hhdeploy.exporters.writer import save_graph
+from hhdeploy.graph import ViewTensor
 from hhdeploy.plan import Reserve, plan_branches
 from tests.support import random_adapter, tiny_backbone
 
@@ -61,3 +66,30 @@ def test_a_graph_is_written_weight_by_weight(wide, kind, tmp_path):
     written = (tmp_path / "model.onnx.data").stat().st_size
     assert written > 0.9 * weights
     assert peak < 0.6 * weights, f"{peak} bytes at once for {weights} bytes of weights"
+
+
+def test_a_stored_graph_is_kept_and_read_weight_by_weight(wide, tmp_path, monkeypatch):
+    backbone, base = wide
+    weights = sum(v.const_value.nbytes for v in base.model.graph.initializers.values())
+    monkeypatch.setattr(trace_module, "_CHUNK", 1 << 16)
+    tracemalloc.start()
+    try:
+        with mock.patch.object(trace_module, "trace", return_value=base.model) as tracing:
+            base_graph(backbone, tmp_path / "cache")
+            stored = base_graph(backbone, tmp_path / "cache")
+        save_graph(stored.model, tmp_path / "model.onnx")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tracing.call_count == 1
+    assert (tmp_path / "model.onnx.data").stat().st_size > 0.9 * weights
+    assert peak < 0.6 * weights, f"{peak} bytes at once for {weights} bytes of weights"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.bool_, ml_dtypes.bfloat16])
+def test_a_view_is_written_in_its_own_order(dtype):
+    values = np.arange(15).reshape(3, 5).astype(dtype)
+    for view in (values.T, values[:, 1:], values[1, 2].reshape(())):
+        file = io.BytesIO()
+        ViewTensor(view, name="view").tofile(file)
+        assert file.getvalue() == view.tobytes()

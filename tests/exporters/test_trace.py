@@ -182,6 +182,19 @@ def test_fused_attention_is_restored_when_tracing_fails(tiny, capsys):
     assert all(m.fused_attn for m in tiny.model.modules() if hasattr(m, "fused_attn"))
 
 
+def test_a_model_that_fixes_the_batch_is_refused():
+    """torch specialises the graph to the two images of the example, and says nothing."""
+    backbone = tiny_backbone(depth=1)
+
+    class Fixed(type(backbone.model)):
+        def forward(self, x):
+            return super().forward(x).reshape(len(x), -1)
+
+    backbone.model.__class__ = Fixed
+    with pytest.raises(BackboneError, match=r"images has the shape \[2,.*fixes the number"):
+        base_graph(backbone, None)
+
+
 def test_unfused_attention_stays_unfused(tiny):
     first = tiny.model.get_submodule("blocks.0.attn")
     first.fused_attn = False

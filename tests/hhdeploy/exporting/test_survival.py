@@ -15,6 +15,7 @@ from hhdeploy.algebra import SiteDelta
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.bundle.survival import _inner, lost_in_float16, share_left
 from hhdeploy.errors import CapacityError, PlanError
+from hhdeploy.exporters import fold as fold_module
 from hhdeploy.exporting.bundles import export
 from hhdeploy.verifying.graphs import add_typed_graph
 from hhdeploy.verifying.survival import _rounded, check_folded, check_quantised
@@ -86,9 +87,19 @@ def test_of_a_folded_adapter_nothing_may_be_left(coarse, tmp_path):
     assert list(Bundle.open(tmp_path / "c").manifest.graphs) == ["float32"]
 
 
-def test_a_lost_site_is_named(coarse, tmp_path):
-    _, lines = exported(coarse, tmp_path / "b", "half", fold=True)
-    assert lines == [f"adapter 'half': bfloat16 rounds away its change of {Q}"]
+def test_a_lost_site_is_named(coarse, tmp_path, monkeypatch):
+    folds = []
+    fold = fold_module._folded_weight
+    monkeypatch.setattr(
+        fold_module, "_folded_weight", lambda *a: (folds.append(a[1].path), fold(*a))[1]
+    )
+    _, lines = exported(coarse, tmp_path / "b", "half", ("bfloat16", "float16"), fold=True)
+    # To check all precisions, and for each of the three graphs.
+    assert [folds.count(path) for path in sorted(set(folds))] == [4, 4]
+    assert lines == [
+        f"adapter 'half': {precision} rounds away its change of {Q}"
+        for precision in ("bfloat16", "float16")
+    ]
 
 
 def test_side_branches_are_judged_by_the_logits(coarse, tmp_path):
@@ -148,12 +159,12 @@ def test_a_sequential_or_scaled_adapter_is_taken_off_again(scaled_workshop, tmp_
         path = scaled_workshop.export(tmp_path / name, (name,), fold=True, verify=False).path
         model = ir.load(path / "model.onnx")
         adapter = scaled_workshop.adapters[name]
-        assert check_folded(name, adapter, model, "int8") is None
+        assert check_folded(name, adapter, model, ["int8"]) == []
         weak = replace(adapter, strength=1e-12)
         for precision in ("bfloat16", "int8"):
             with pytest.raises(PlanError, match=f"{precision} rounds all"):
-                check_folded(name, weak, model, precision)
-        assert check_folded(name, weak, model, "int8", only=()) is None, "they stay float32"
+                check_folded(name, weak, model, [precision])
+        assert check_folded(name, weak, model, ["int8"], only=()) == [], "they stay float32"
 
 
 def test_calibration_asks_too(scaled_workshop, scaled, tmp_path):
