@@ -49,6 +49,8 @@ _INSIDE = {
 }
 # Not in timm's graph: of the pre-training, or what transformers' classifiers do not use either.
 _LEFT_OUT = ("embeddings.mask_token", "pooler.dense.")
+# Before version 5 saved with BEiT and Swin: it follows from the window, as it does in timm.
+_INDEX = ".relative_position_index"
 # Activations of config.json as timm's modules.
 _ACTIVATIONS = {
     "gelu": ("GELU",),
@@ -82,7 +84,7 @@ def timm_state(
     unknown = []
     for key, tensor in state.items():
         inside = key.removeprefix(prefix)
-        if inside.startswith(_LEFT_OUT):
+        if inside.startswith(_LEFT_OUT) or inside.endswith(_INDEX):
             continue
         if key.startswith("classifier."):
             found[key.replace("classifier", classifier, 1)] = tensor

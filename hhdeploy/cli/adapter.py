@@ -114,9 +114,10 @@ def _write_page(directories: tuple[Path, ...], page: Path) -> None:
 
     if not page.resolve().parent.is_dir():
         raise WriteError(f"{page}: {page.parent} is not a directory. Make it first.")
-    names = [path.name for path in directories]
-    unique = len(set(names)) == len(names)
-    adapters = {path.name if unique else str(path): load_adapter(path) for path in directories}
+    names = [path.resolve().name for path in directories]  # "." has none
+    if len(set(names)) < len(names):
+        names = [str(path) for path in directories]
+    adapters = {name: load_adapter(path) for name, path in zip(names, directories, strict=True)}
     with ui.steps(quiet=False) as step:
         document = adapter_page(adapters, step)
     with atomic_file(page) as scratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -31,18 +32,20 @@ def adapter_page(
     Raises:
         AdapterError: the adapters belong to different backbones.
     """
+    distances = _distances(adapters)
     found = {}
     for name, adapter in adapters.items():
         progress(f"singular values of {len(adapter.sites)} changes of {name}")
         found[name] = spectra(adapter)
     every = [site for sites in found.values() for site in sites]
-    top = max((site.effective_rank for site in every), default=1.0)
+    # An adapter that was never trained changes nothing: all its ranks are 0.
+    top = max((site.effective_rank for site in every), default=0.0) or 1.0
     first = next(iter(adapters))
     title = f"Adapter {first}" if len(adapters) == 1 else f"{len(adapters)} adapters"
     return document(
         title,
         tag("p", _verdict(adapters, every), class_="verdict"),
-        _distances(adapters),
+        distances,
         *(_adapter(name, adapters[name], sites, top) for name, sites in found.items()),
     )
 
@@ -207,15 +210,19 @@ def _distances(adapters: Mapping[str, Adapter]) -> Markup | None:
     if len(adapters) < 2:
         return None
     names = list(adapters)
+    apart = {
+        frozenset(pair): distance(*map(adapters.__getitem__, pair))
+        for pair in combinations(names, 2)
+    }
     cell = min(_CELL, (WIDTH - LABELS) / len(names))
     parts = []
     for row, name in enumerate(names):
         y = row * cell
         parts.append(text(_short(name), LABELS - 10, y + cell / 2 + 4, anchor="end"))
         for column, other in enumerate(names):
-            apart = 0.0 if row == column else distance(adapters[name], adapters[other])
-            words = f"{name} and {other}: {apart:.3g}"
-            parts.append(_heat(words, apart, LABELS + column * cell, y, cell))
+            far = apart.get(frozenset((name, other)), 0.0)
+            words = f"{name} and {other}: {far:.3g}"
+            parts.append(_heat(words, far, LABELS + column * cell, y, cell))
     bottom = len(names) * cell
     for column in range(len(names)):
         x = LABELS + (column + 0.5) * cell

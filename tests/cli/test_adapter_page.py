@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import hhdeploy.cli.adapter_page
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.adapters.spectra import distance, spectra
 from hhdeploy.algebra import effective_rank
 from hhdeploy.cli.adapter_page import adapter_page
 from tests.calibration.test_report import Reader
-from tests.support import random_adapter
+from tests.support import assert_parity, random_adapter
 
 EVIL = "<img src=x onerror=\"alert('boo')\">&<script>alert(1)</script>"
 CHROMIUM = shutil.which("chromium")
@@ -41,17 +42,21 @@ def adapters(tiny_facts):
 def test_the_figures_are_those_of_the_dense_changes(adapters):
     for name in ("one", "after"):
         adapter = adapters[name]
-        for site in spectra(adapter):
+        found, shares = spectra(adapter), []
+        for site in found:
             delta = adapter.delta(site.site)
             dense, d = delta.dense(), delta.diag
             if name == "after":
                 dense, d = dense - np.eye(len(dense)), d - 1.0
             else:
                 assert site.effective_rank == effective_rank(delta)
-            assert np.allclose(site.singular, np.linalg.svd(dense, compute_uv=False))
+            dense_singular = np.linalg.svd(dense, compute_uv=False)
+            assert_parity(dense_singular, site.singular, "algebra", "float64")
             assert np.array_equal(site.diagonal, np.sort(np.abs(d))[::-1])
             thin = np.sum((delta.left @ delta.right) ** 2)
-            assert np.isclose(site.diagonal_share, d @ d / (d @ d + thin), rtol=1e-12)
+            shares.append(d @ d / (d @ d + thin))
+        stated = np.asarray([site.diagonal_share for site in found])
+        assert_parity(np.asarray(shares), stated, "algebra", "float64")
     low, high = (s for s in spectra(adapters["one"]) if s.site.endswith("fc1"))
     assert high.effective_rank > 2 * low.effective_rank, "planted"
 
@@ -88,8 +93,8 @@ def test_what_is_drawn(adapters):
     # 6 + 6 + 2 sites, each with its rank and its share; 4 x 4 distances.
     assert len(bars) == 2 * 14 + 16
     ranks = [site.effective_rank for site in spectra(adapters["one"])]
-    assert np.allclose(np.asarray(bars[16:22]) / max(bars[16:30]), np.asarray(ranks) / max(
-        s.effective_rank for n in adapters for s in spectra(adapters[n])), atol=0.01)  # fmt: skip
+    top = max(site.effective_rank for name in adapters for site in spectra(adapters[name]))
+    assert [f"{bar:.1f}" for bar in bars[16:22]] == [f"{46 * rank / top:.1f}" for rank in ranks]
     heat = [float(a["fill-opacity"]) for e, a in page.elements if "fill-opacity" in a]
     assert heat[0] == heat[5] == heat[10] == 0.0
     assert heat[1] == heat[4] > 0.4
@@ -99,13 +104,41 @@ def test_what_is_drawn(adapters):
     assert "blocks.0.mlp.fc1: effective rank" in single.text
 
 
-def test_the_command_writes_it(adapters, tmp_path, succeed, refuse, call):
+def test_an_adapter_that_changes_nothing_is_drawn_too(adapters):
+    """LoRA before its training: all ranks are 0."""
+    sites = {
+        name: replace(site, u=None, v=None, d=None, lora_B=np.zeros_like(site.lora_B))
+        for name, site in adapters[EVIL].sites.items()
+    }
+    page = Reader(adapter_page({"new": replace(adapters[EVIL], sites=sites)}))
+    bars = [float(a["height"]) for e, a in page.elements if e == "rect" and a["class"] == "bar"]
+    assert bars == [0.0] * 6
+
+
+def test_each_pair_is_compared_once_and_before_the_singular_values(adapters, monkeypatch):
+    compared, said = [], []
+
+    def counted(*pair):
+        assert said == []
+        compared.append(pair)
+        return distance(*pair)
+
+    monkeypatch.setattr(hhdeploy.cli.adapter_page, "distance", counted)
+    adapter_page(adapters, said.append)
+    assert len(compared) == 4 * 3 / 2
+    assert len(said) == 4
+
+
+def test_the_command_writes_it(adapters, tmp_path, succeed, refuse, call, monkeypatch):
     for name in ("one", "after"):
         save_adapter(adapters[name], tmp_path / name)
     out = tmp_path / "page.html"
     said = succeed("adapter", "inspect", tmp_path / "one", tmp_path / "after", "--html", out)
     assert str(out) in said
     assert "2 adapters" in out.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "one")
+    succeed("adapter", "inspect", ".", "--html", out)
+    assert "Adapter one" in out.read_text(encoding="utf-8")
     assert "not a directory" in refuse(
         "adapter", "inspect", tmp_path / "one", "--html", tmp_path / "no" / "page.html"
     )

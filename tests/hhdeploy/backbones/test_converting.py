@@ -72,9 +72,18 @@ def saved(folder, name, config, *, old=False):
     perturb(model, classifier="classifier")
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     folder.mkdir(exist_ok=True)
-    save_file({names_4(k) if old else k: v for k, v in state.items()}, folder / "m.safetensors")
+    save_file(state_4(state) if old else state, folder / "m.safetensors")
     (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
     return model
+
+
+def state_4(state):
+    """As transformers before version 5 saved it: other names, and beside a table of position biases
+    the index into it, which nothing needs."""
+    found = {names_4(key): value for key, value in state.items()}
+    tables = [key for key in found if key.endswith("relative_position_bias_table")]
+    index = torch.zeros(17, 17, dtype=torch.int64)
+    return found | {key.replace("bias_table", "index"): index.clone() for key in tables}
 
 
 def names_4(key):

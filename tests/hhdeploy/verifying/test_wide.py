@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils import parametrize
@@ -60,5 +61,5 @@ def test_types_that_a_model_names_are_widened_too():
         found = model(x)
     expected = torch.softmax(x.double() @ model.weight.double().T + model.offset.double(), -1)
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-15)
+    np.testing.assert_array_max_ulp(found.numpy(), expected.detach().numpy(), maxulp=2)
     assert model.weight.dtype == torch.float32
