@@ -23,8 +23,11 @@ _END_STREAM, _END_HEADERS, _PADDED, _PRIORITY = 1, 4, 8, 32
 _MOST_FRAME, _MOST_BLOCK = 1 << 14, 1 << 14
 # Decoded: a block may name an entry of its table a thousand times.
 _MOST_DECODED: Final = 1 << 16
-# Bytes that are each a header of the table, and what they become of how many blocks is kept.
-_ONE_REFERENCE, _LONG_REFERENCE, _MOST_KNOWN = 0x80, 0xFF, 16
+# Made of the headers that arrive at once, some 256 KiB of them: ten thousand such blocks.
+_MOST_MADE: Final = 1 << 23
+# Bytes that are each a header of the table, and what they become of how many blocks is kept, and
+# up to which length.
+_ONE_REFERENCE, _LONG_REFERENCE, _MOST_KNOWN, _LONG_KNOWN = 0x80, 0xFF, 16, 1 << 12
 _PLAIN: Final = bytes(c if 0x20 <= c < 0x7F else ord("?") for c in range(256))
 # Who calls, as `host:port`: a client's own header of that name is left out.
 PEER: Final = "x-hhdeploy-peer"
@@ -76,6 +79,7 @@ class Headers:
         """``data`` begins ``self._through`` bytes before a frame's head."""
         position, start = self._through, 0
         pieces: list[bytes] = []
+        made = 0
         while position + _HEAD <= len(data):
             length = int.from_bytes(data[position : position + 3], "big")
             kind = data[position + 3]
@@ -92,6 +96,9 @@ class Headers:
             if start < position:
                 pieces.append(data[start:position])
             pieces.append(self._headers(data[position:end]))
+            made += len(pieces[-1])
+            if made > _MOST_MADE:
+                raise BrokenError("headers that become too long together")
             start = position = end
         self._through = max(0, position - len(data))
         self._held = data[position:]
@@ -110,6 +117,8 @@ class Headers:
             content = _unpadded(flags, content)
         elif self._block is None or stream != self._stream:
             raise BrokenError("a continuation of nothing")
+        elif not content and not flags & _END_HEADERS:
+            raise BrokenError("a continuation with nothing")  # which could go on for ever
         self._block += content
         if len(self._block) > _MOST_BLOCK:
             raise BrokenError("headers too long")
@@ -124,7 +133,7 @@ class Headers:
             return known
         readable = self._decoded(block)
         if block and min(block) >= _ONE_REFERENCE and max(block) < _LONG_REFERENCE:
-            if len(self._known) < _MOST_KNOWN:
+            if len(self._known) < _MOST_KNOWN and len(readable) <= _LONG_KNOWN:
                 self._known[block] = readable
         else:
             self._known.clear()

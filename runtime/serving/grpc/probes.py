@@ -1,6 +1,8 @@
 """What tools ask any gRPC server: `grpc.health.v1.Health` and server reflection.
 
-Health is asked for the whole server (""), for the service by its name, or for a model by its own.
+Health is asked for the whole server (""), for the service by its name, or for a model by its own;
+the last as everywhere with a token, where tokens are needed: which models there are is not told to
+all. Reflection tells what is published.
 """
 
 from __future__ import annotations
@@ -16,21 +18,29 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
 from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
-from hhdeploy.runtime.serving.errors import StoppingError
-from hhdeploy.runtime.serving.grpc.servicer import until
+from hhdeploy.runtime.serving.errors import (
+    NotFoundError,
+    StoppingError,
+    UnauthorizedError,
+)
+from hhdeploy.runtime.serving.grpc.servicer import Servicer, until
+from hhdeploy.runtime.serving.messages import Deadline
 
 SERVICE: Final = "inference.GRPCInferenceService"
+# Whose health is told to all.
+_OPEN: Final = ("", SERVICE)
 _STATUS = health_pb2.HealthCheckResponse
 # How often the state is looked at for who watches it.
 _WATCH_SECONDS = 1.0
 
 
-def add_probes(server: Any, endpoint: Endpoint, stopping: asyncio.Event) -> None:
+def add_probes(server: Any, endpoint: Endpoint, access: Access, servicer: Servicer) -> None:
     """Let a server answer both services; see `Health` and `Reflection`."""
-    health_pb2_grpc.add_HealthServicer_to_server(Health(endpoint, stopping), server)
+    health_pb2_grpc.add_HealthServicer_to_server(Health(endpoint, access, servicer), server)
     method = grpc.stream_stream_rpc_method_handler(
-        Reflection(stopping).ServerReflectionInfo,
+        Reflection(servicer.stopping).ServerReflectionInfo,
         pb.ServerReflectionRequest.FromString,
         pb.ServerReflectionResponse.SerializeToString,
     )
@@ -45,12 +55,15 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     # ruff: noqa: N802 - the service's names
 
-    def __init__(self, endpoint: Endpoint, stopping: asyncio.Event) -> None:
-        """``stopping``: set once nothing new is taken; who watches is let go then."""
-        self._endpoint, self._stopping = endpoint, stopping
+    def __init__(self, endpoint: Endpoint, access: Access, servicer: Servicer) -> None:
+        """``servicer``: refuses, and lets go who watches once nothing new is taken."""
+        self._endpoint, self._access, self._servicer = endpoint, access, servicer
+        self._stopping = servicer.stopping
 
     async def Check(self, request: Any, context: Any) -> Any:
         """Whether requests are answered now; NOT_FOUND for a service or model there is not."""
+        if not self._may_ask(request.service, context):
+            return _STATUS()
         state = await self._state(request.service)
         if state == _STATUS.SERVICE_UNKNOWN:
             context.set_code(grpc.StatusCode.NOT_FOUND)
@@ -61,6 +74,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """The state, and again whenever it is another one."""
         last = None
         while last != _STATUS.NOT_SERVING or not self._stopping.is_set():
+            if not self._may_ask(request.service, context):  # a token may go meanwhile
+                return
             if (state := await self._state(request.service)) != last:
                 last = state
                 yield _STATUS(status=state)
@@ -69,16 +84,30 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             except asyncio.TimeoutError:
                 continue
 
+    def _may_ask(self, service: str, context: Any) -> bool:
+        """False once the call has failed for want of a token."""
+        if service in _OPEN:
+            return True
+        try:
+            self._access.check_asking(dict(context.invocation_metadata()).get("authorization"))
+        except UnauthorizedError as error:
+            self._servicer.refuse(context, error)
+            return False
+        return True
+
     async def _state(self, service: str) -> Any:
         if self._stopping.is_set():
             return _STATUS.NOT_SERVING
         try:
-            if service in ("", SERVICE):
-                good = await self._endpoint.ready()
-            else:
-                good = await self._endpoint.model_ready(service)
-        except HhdeployError:
+            with Deadline(self._endpoint.settings.request_seconds):
+                if service in _OPEN:
+                    good = await self._endpoint.ready()
+                else:
+                    good = await self._endpoint.model_ready(service)
+        except NotFoundError:
             return _STATUS.SERVICE_UNKNOWN
+        except HhdeployError:  # e.g. no replica answers now
+            return _STATUS.NOT_SERVING
         return _STATUS.SERVING if good else _STATUS.NOT_SERVING
 
 

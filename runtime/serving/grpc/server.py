@@ -35,6 +35,8 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _ENVELOPE_BYTES = 1 << 20
 # How often it is looked whether gRPC has ended by itself.
 _WATCH_SECONDS = 0.2
+# Between two tries to start another one.
+_PAUSE_SECONDS = 1.0
 # Pings that a client may send without a call under way, and how often.
 _PING_SECONDS = 10
 
@@ -50,7 +52,7 @@ class GrpcServer:
         self.port = 0
         self._endpoint = endpoint
         self._settings = endpoint.settings
-        self._tls = tls
+        self._access, self._tls = access, tls
         self._servicer = Servicer(endpoint, access)
         self._scratch = tempfile.TemporaryDirectory(prefix="hhdeploy-grpc-")
         self._front = Front(Path(self._scratch.name) / "socket", self._settings.connections)
@@ -104,7 +106,7 @@ class GrpcServer:
         handlers = method_handlers(self._servicer, most)
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
-        add_probes(server, self._endpoint, self._servicer.stopping)
+        add_probes(server, self._endpoint, self._access, self._servicer)
         path = self._front.inner
         path.unlink(missing_ok=True)
         try:
@@ -123,7 +125,19 @@ class GrpcServer:
                 await self._servers[-1].wait_for_termination(_WATCH_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever its loop ended with
                 _LOG.error("gRPC ended by itself, starting again", exc_info=error)
+                await self._serve_again()
+
+    async def _serve_again(self) -> None:
+        """As long as it takes: e.g. no file may be opened just now."""
+        there = len(self._servers)
+        while True:
+            try:
                 await self._serve()
+                return
+            except Exception as error:  # noqa: BLE001 - it would be nobody's, and gRPC gone
+                del self._servers[there:]
+                _LOG.error("gRPC does not start again yet", exc_info=error)
+                await asyncio.sleep(_PAUSE_SECONDS)
 
 
 async def start_grpc(

@@ -63,6 +63,7 @@ from hhdeploy.runtime.serving.ray.registry import INGRESS, REGISTRY, REPLICA, Re
 from hhdeploy.runtime.serving.ray.replica import Replica
 from hhdeploy.runtime.serving.ray.router import AdapterRouter
 from hhdeploy.runtime.serving.ray.settings import RaySettings, read_settings
+from hhdeploy.runtime.serving.tracing import start_tracing
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
 # Requests and questions at the same time of what waits rather than computes.
@@ -81,6 +82,7 @@ class Ingress:
     def __init__(self, settings: RaySettings, replicas: Any, registry: Any) -> None:
         """``replicas``, ``registry``: handles of those deployments."""
         log_as_json(settings.log_level, "hhdeploy")
+        start_tracing()
         self._endpoint = RayEndpoint(settings, replicas, registry)
         self._settings, self._access = settings, Access.of(settings)
         self._app = Draining(http_app(self._endpoint, self._access))

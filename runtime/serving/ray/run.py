@@ -26,6 +26,7 @@ from hhdeploy.runtime.serving.ray.grpc import grpc_side
 from hhdeploy.runtime.serving.ray.registry import INGRESS, REPLICA
 from hhdeploy.runtime.serving.ray.settings import RaySettings
 from hhdeploy.runtime.serving.server import EXPOSED, Addresses
+from hhdeploy.runtime.serving.tracing import start_tracing
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
 APP: Final = "hhdeploy"
@@ -61,6 +62,7 @@ def run_on_ray(
     """
     # What is wrong with them is said before anything starts.
     access, tls = Access.of(settings), Tls.of(settings)
+    start_tracing()
     grace = settings.request_seconds + _GRACE_SECONDS
     with _cluster(settings), _signals() as (stopped, again):
         port = free_port(settings.host, http_port)
@@ -145,11 +147,8 @@ def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
 
     def stop(number: int, frame: object) -> None:
         stopped.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each in numbers:  # SIGHUP must not end what is answered now
+            signal.signal(each, before[each])
 
     for number in numbers:
         signal.signal(number, stop)
@@ -157,7 +156,8 @@ def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
     try:
         yield stopped, again
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read_again(settings: RaySettings, access: Access, tls: Tls | None) -> None:
@@ -188,7 +188,7 @@ def _drain(seconds: float) -> None:
     handle = serve.get_deployment_handle(INGRESS, APP)
     try:
         handle.broadcast("drain").results(timeout_s=seconds)
-    except (TimeoutError, RayServeException) as error:
+    except (TimeoutError, RayError, RayServeException) as error:
         _LOG.warning("not everything was answered", extra={"problem": str(error)})
 
 

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
 
-from hhdeploy.runtime.serving.errors import NotFoundError
+from hhdeploy.runtime.serving.errors import NotFoundError, StoppingError
 from hhdeploy.runtime.serving.grpc import server as module
 from tests.runtime.serving.grpc_requests import message
 from tests.runtime.serving.http2 import (
@@ -158,6 +158,29 @@ def test_a_server_that_ended_by_itself_is_followed_by_another(caplog):
     assert "starting again" in caplog.text
 
 
+def test_another_server_is_tried_until_it_starts(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.01)
+
+    async def run() -> None:
+        async with served(Endpoint()) as (server, _):
+            path, ended = server._front.inner, server._servers[0]
+            await ended.stop(0)
+            server._front.inner = path.parent / "gone" / "socket"
+            monkeypatch.setattr(ended, "wait_for_termination", raises)
+            while caplog.text.count("does not start again yet") < 2:
+                await asyncio.sleep(0.01)
+            assert server._servers == [ended]
+            server._front.inner = path
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                answer = await soon(Stub(channel).ServerLive(LIVE, wait_for_ready=True))
+            assert answer.live
+
+    async def raises(seconds: float) -> None:
+        raise RuntimeError("planted")
+
+    asyncio.run(run())
+
+
 def test_clients_may_ping_while_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(module, "_PING_SECONDS", 0)
 
@@ -194,6 +217,53 @@ def test_health_as_probes_ask_for_it():
             with pytest.raises(grpc.RpcError) as caught:
                 await state("other")
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+    asyncio.run(run())
+
+
+def test_the_health_of_a_model_is_told_to_who_may_ask():
+    """Whether there is a model of some name is not told to strangers."""
+    token = "a-token-of-a-client"
+
+    async def run() -> None:
+        endpoint = Known()
+        async with (
+            served(endpoint, inference=[token]) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            stub = health_pb2_grpc.HealthStub(channel)
+            for service in ("tiny", "other"):
+                request = health_pb2.HealthCheckRequest(service=service)
+                for call in (stub.Check(request), stub.Watch(request).read()):
+                    with pytest.raises(grpc.RpcError) as caught:
+                        await soon(call)
+                    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert len(endpoint.refusals) == 4
+            mine = (("authorization", f"Bearer {token}"),)
+            for service, metadata in (("", ()), ("tiny", mine)):
+                request = health_pb2.HealthCheckRequest(service=service)
+                answer = await soon(stub.Check(request, metadata=metadata))
+                assert answer.status == HEALTH.SERVING
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("trouble", ["no replica answers", "nobody answers"])
+def test_a_model_that_cannot_be_asked_now_is_not_unknown(trouble):
+    class Away(Known):
+        async def model_ready(self, model: str, version: str = "") -> bool:
+            if trouble == "no replica answers":
+                raise StoppingError(trouble)
+            return await asyncio.Event().wait()
+
+    async def run() -> None:
+        async with (
+            served(Away(request_seconds=0.05)) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            request = health_pb2.HealthCheckRequest(service="tiny")
+            answer = await soon(health_pb2_grpc.HealthStub(channel).Check(request))
+            assert answer.status == HEALTH.NOT_SERVING
 
     asyncio.run(run())
 

@@ -108,6 +108,9 @@ def test_long_headers_are_several_frames():
 
 GOOD = block(call(INFER))
 BOMB = hpack.Encoder().encode([(b"k", b"v" * 4000)])
+# 16 times the 4,000 bytes that entered the table.
+MANY_BOMBS = frame(HEADERS, END_HEADERS, 1, BOMB)
+MANY_BOMBS += frame(HEADERS, END_HEADERS, 3, b"\xbe" * 16) * 137
 BROKEN = {
     "no HTTP/2": [b"GET / HTTP/1.1\r\n"],
     "a frame among headers": [greeting(), frame(HEADERS, 0, 1, GOOD), frame(DATA, 0, 1, b"x")],
@@ -121,6 +124,9 @@ BROKEN = {
     "a long frame": [greeting(), frame(HEADERS, END_HEADERS, 1, b"\0" * ((1 << 14) + 1))[:50]],
     "a long block": [greeting(), frame(HEADERS, 0, 1, b"\0" * (1 << 14)),
                      frame(CONTINUATION, 4, 1, b"\0")],
+    "continuations with nothing": [greeting(), frame(HEADERS, 0, 1, GOOD),
+                                   frame(CONTINUATION, 0, 1, b"")],
+    "many bombs at once": [greeting(), MANY_BOMBS],
     "a bomb": [greeting(), frame(HEADERS, END_HEADERS, 1, BOMB + b"\xbe" * 12000)],
 }  # fmt: skip
 
@@ -133,6 +139,18 @@ def test_what_is_no_http2_ends_the_connection(kind):
         headers.feed(data)
     with pytest.raises(BrokenError):
         headers.feed(last)
+
+
+def test_what_is_kept_of_a_connection_is_little():
+    headers = Headers("")
+    headers.feed(greeting() + frame(HEADERS, END_HEADERS, 1, BOMB))
+    for count in range(1, 17):  # each is another block, of up to 64 KiB
+        made = headers.feed(frame(HEADERS, END_HEADERS, 3, b"\xbe" * count))
+        assert len(made) > 4000 * count
+    for count in range(1, 65):
+        headers.feed(frame(HEADERS, END_HEADERS, 3, b"\x82" * count))
+    kept = headers._known
+    assert len(kept) == 16 and sum(map(len, [*kept, *kept.values()])) <= 16 * 2 * 4096
 
 
 def test_random_bytes_end_the_connection_or_pass_in_frames_that_can_be_read():

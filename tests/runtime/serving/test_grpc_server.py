@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,10 @@ class Endpoint:
 
 
 @contextlib.asynccontextmanager
-async def served(endpoint: Endpoint, token: str | None = None):
+async def served(endpoint: Endpoint, token: str | None = None, inference: Sequence[str] = ()):
     """A server of ``endpoint``, and a stub that is connected to it."""
-    server, host = await start_grpc(endpoint, 0, Access(token)), endpoint.settings.host
+    access, host = Access(token, inference), endpoint.settings.host
+    server = await start_grpc(endpoint, 0, access)
     address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
     try:
         async with grpc.aio.insecure_channel(address) as channel:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hhdeploy.errors import AdapterError, PlanError
-from hhdeploy.runtime.serving import errors
+from hhdeploy.runtime.serving import errors, tracing
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.parsing import SMALL
@@ -35,6 +35,7 @@ from pydantic import ValidationError
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
+from hhdeploy.runtime.serving.ray import app as ray_app
 from hhdeploy.runtime.serving.ray import registry as ray_registry
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.draining import Draining
@@ -47,6 +48,15 @@ from hhdeploy.runtime.serving.ray.settings import read_settings
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 PATIENCE_SECONDS = 60
+
+
+def test_an_ingress_sends_spans_where_its_environment_says(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracing, "_EXPORTER", "opentelemetry.exporter.that_there_is_not")
+    monkeypatch.setattr(tracing, "_tracer", lambda: None)
+    monkeypatch.setattr(ray_app, "log_as_json", lambda *_: None)
+    ray_app.Ingress(read_settings({"bundle": tmp_path}), None, None)
+    assert [record.getMessage()[:8] for record in caplog.records] == ["no spans"]
 
 
 # --- errors -------------------------------------------------------------------------------------
