@@ -50,6 +50,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
         "starlette": "0.40",
         "uvicorn": "0.30",
         "prometheus-client": "0.20",
+        "protobuf": "5",
         "python-json-logger": "3.1",
         "tritonclient": "2.50",
     },

@@ -15,8 +15,8 @@ from hhdeploy.errors import MissingDependencyError
 from hhdeploy.packages import EXTRAS, INCLUDED, check_version, is_older
 from tests.workshop import ROOT
 
-# name[extras]>=version
-_REQUIREMENT = re.compile(r"([\w-]+)(?:\[(.+)\])?(?:>=([\d.]+))?")
+# name[extras]>=version,<version
+_REQUIREMENT = re.compile(r"([\w-]+)(?:\[(.+)\])?(?:>=([\d.]+))?(?:,<[\d.]+)?$")
 
 
 def test_the_table_is_the_one_of_pyproject():
@@ -25,9 +25,9 @@ def test_the_table_is_the_one_of_pyproject():
     included: dict[str, tuple[str, ...]] = {}
     for extra, requirements in project["optional-dependencies"].items():
         for requirement in requirements:
-            name, inner, bound = re.match(
-                r"([\w-]+)(?:\[(.+)\])?(?:>=([\d.]+))?$", requirement.partition(";")[0]
-            ).groups()
+            match = _REQUIREMENT.match(requirement.partition(";")[0])
+            assert match is not None, requirement
+            name, inner, bound = match.groups()
             if name == "hhdeploy":
                 included[extra] = tuple(inner.split(","))
             else:
