@@ -96,7 +96,7 @@ def _keep_tokens(model: nn.Module, keep: Callable[[Tensor], None], stack: ExitSt
                 keep(_in_a_row(found, getattr(model, "output_fmt", "NCHW")))
             return found
 
-        model.forward_features = kept  # type: ignore[assignment]
+        model.__dict__["forward_features"] = kept
         stack.callback(model.__dict__.pop, "forward_features")
         return
 

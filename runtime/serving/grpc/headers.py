@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
-import hpack  # type: ignore[import-not-found, unused-ignore]
+import hpack
 
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEAD: Final = 9

@@ -19,8 +19,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
-import grpc  # type: ignore[import-untyped]
-from google.protobuf.json_format import ParseDict  # type: ignore[import-untyped]
+import grpc
+from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import HhdeployError
