@@ -86,7 +86,8 @@ async def served(bundle: Path, **limits: Any) -> AsyncIterator[int]:
         await asyncio.wait([announced, serving], return_when=asyncio.FIRST_COMPLETED)
         yield announced.result().http_port
     finally:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not serving.done():  # else the signal would end the run
+            os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(serving, PATIENCE)
         for number, handler in before.items():
             signal.signal(number, handler)
