@@ -14,9 +14,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-# The slow files come first (tests/slow.py), whatever they hold. Compiled modules are kept, whatever the
+# The slow files come first (tests/slow.py), whatever they hold. A worker that dies ends the run: with
+# another in its place xdist waits for ever for the rest of its file. Compiled modules are kept, whatever the
 # environment says: the tests start more than a hundred interpreters.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart=0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-fast families lint bench gpu-check clean
