@@ -36,6 +36,7 @@ from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
+from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import check_folded, check_reference, say
 
 if TYPE_CHECKING:
@@ -186,6 +187,8 @@ def export(
             kept_precisions = [p for p in precisions if p not in found.overflowed]
             bundle = Bundle(scratch, manifest)
             say(progress, check_reference(bundle, kept_precisions, refuse=not allow_no_effect))
+            progress("verifying the graphs that take pictures")
+            report = replace(report, pictures=check_pictures(bundle, added_later=True))
             kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
             manifest = _store_report(kept, report)
     if found is not None and found.overflowed:

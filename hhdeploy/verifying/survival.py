@@ -29,7 +29,8 @@ from hhdeploy.errors import PlanError
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.parity import NO_EFFECT
-from hhdeploy.verifying.bundles import logits_of, twin_of
+from hhdeploy.verifying.answers import logits_of
+from hhdeploy.verifying.bundles import twin_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
