@@ -80,9 +80,9 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
     target = Max(wanted, ones)
     target_w = Gather(target, first)
 
-    levels = Cast<to=1>(image)
-    channels_first = Transpose<perm=[2, 0, 1]>(levels)
-    planes = Unsqueeze(channels_first, zero)
+    channels_first = Transpose<perm=[2, 0, 1]>(image)
+    levels = Unsqueeze(channels_first, zero)
+    planes = Cast<to=1>(levels)
     %(source)s
 
     narrow_size = Concat<axis=0>(batch_and_channels, rows, target_w)

@@ -187,7 +187,6 @@ def export(
             kept_precisions = [p for p in precisions if p not in found.overflowed]
             bundle = Bundle(scratch, manifest)
             say(progress, check_reference(bundle, kept_precisions, refuse=not allow_no_effect))
-            progress("verifying the graphs that take pictures")
             report = replace(report, pictures=check_pictures(bundle, added_later=True))
             kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
             manifest = _store_report(kept, report)

@@ -5,6 +5,7 @@ They are compared on parts of one photograph, of odd sizes, which the package br
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,10 +27,11 @@ from hhdeploy.verifying.answers import compared, logits_of, names_of
 
 # A cat, 451 x 300, by Stéfan van der Walt: public domain (CC0).
 PHOTO = Path(__file__).with_name("photo.jpg")
-# Width and height of the parts: odd, wide, tall; for most models some shrink and some grow.
+# Width and height of its parts: odd, wide, tall. The first shrinks in every model (where it would
+# not, the photograph is enlarged before), the last grows in most.
 PARTS = ((451, 299), (173, 297), (233, 67), (29, 41))
-# Parts whose answers are compared: one that shrinks, one that grows.
-_ANSWERED = (0, 3)
+# Of these the model's answers are compared too.
+_ANSWERED = (PARTS[0], PARTS[-1])
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _transform_of(manifest: Manifest, name: str) -> Preprocess:
 def _made_of(bundle: Bundle, transform: Preprocess) -> NDArray[np.float32]:
     """[2 a picture, channels, H, W]: what the Python transform makes of it, what the graph does."""
     run = _runner(bundle.read(bundle.manifest.named(str(transform.graph_file))))
-    parts = [_part(*PARTS[index]) for index in _ANSWERED]
+    parts = [_part(size, transform) for size in _ANSWERED]
     return np.stack([image for part in parts for image in (transform(part), run(transform, part))])
 
 
@@ -154,10 +156,10 @@ def _levels(graph: bytes, transform: Preprocess) -> Levels:
     largest: dict[str, int] = {}
     total = 0.0
     for size in PARTS:
-        part = _part(*size)
+        part = _part(size, transform)
         off = np.abs(run(transform, part) - transform(part)) * std * 255
-        wide, high = transform.resized(*size)
-        way = "grows" if wide > size[0] or high > size[1] else "shrinks"
+        wide, high = transform.resized(*part.size)
+        way = "grows" if wide > part.width or high > part.height else "shrinks"
         largest[way] = max(largest.get(way, 0), round(float(off.max())))
         total += float(off.mean())
     return Levels(largest, total / len(PARTS))
@@ -183,9 +185,17 @@ def _runner(graph: bytes) -> Callable[[Preprocess, Image.Image], NDArray[np.floa
     return run
 
 
-@cache
-def _part(width: int, height: int) -> Image.Image:
-    """A part of the photograph, from its middle."""
-    photo = as_rgb(open_image(PHOTO))
+def _part(size: tuple[int, int], transform: Preprocess) -> Image.Image:
+    """A part of the photograph, from its middle; the first one enlarged for a large model."""
+    width, height = size
+    photo = _photo()
     left, top = (photo.width - width) // 2, (photo.height - height) // 2
-    return photo.crop((left, top, left + width, top + height))
+    part = photo.crop((left, top, left + width, top + height))
+    wide, high = transform.resized(width, height)
+    times = math.ceil(max(wide / width, high / height))
+    return part.resize((width * times, height * times)) if size == PARTS[0] and times > 1 else part
+
+
+@cache
+def _photo() -> Image.Image:
+    return as_rgb(open_image(PHOTO))
