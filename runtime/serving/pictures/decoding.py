@@ -3,9 +3,9 @@
 A request takes its turn by the pixels that it has had: the next picture is the one whose request
 has the fewest, it included. So a small picture goes before the second one of many, and before
 large ones, whoever came first, but not for ever: a request that comes later begins with a share of
-the pixels that others had meanwhile. Vast pictures have threads of their own, not all there are and below the
-others in the operating system's eyes: small ones never wait for the end of one, unless there is
-one thread for all.
+the pixels that others had meanwhile. Vast pictures have threads of their own, not all there are and
+below the others in the operating system's eyes: small ones never wait for the end of one, unless
+there is one thread for all.
 """
 
 from __future__ import annotations

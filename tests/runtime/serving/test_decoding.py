@@ -59,7 +59,6 @@ class Bench:
         await asyncio.sleep(0.02)
         assert sorted(self.began) == sorted(names)
 
-
     async def overtaken(self, last: str, waiting: dict[str, asyncio.Future[str]], size: int) -> int:
         """How many pictures of an endless stream begin before ``last``, on one thread."""
         while not self.began:
