@@ -245,7 +245,8 @@ class Batcher:
             return
         finally:
             # The next batch first: the session does not wait until this one's answers are written.
-            assert (itself := asyncio.current_task()) is not None
+            itself = asyncio.current_task()
+            assert itself is not None
             self._running.discard(itself)
             self._start_what_may()
             for job in batch:
