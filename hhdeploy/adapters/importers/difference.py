@@ -36,6 +36,8 @@ _MARGIN = 8
 _ROUNDS = 300
 _PATIENCE = 8
 _POLISH = 2
+# Rows and columns of the smaller problem that tells the rank first.
+_SKETCH = 512
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _site(change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
     if not change.delta.any():
         return {}
     out, into = change.before.shape
-    limit = max(1, int(_LIVE_SHARE * out * into / (out + into)))
+    limit = _limit(out, into)
     for noise in change.noises:
         product = low_rank(change.delta, limit, noise)
         if product is not None:
@@ -158,6 +160,11 @@ def _site(change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
         if found is not None:
             return found
     return _separated(change, limit, change.noises[1])
+
+
+def _limit(out: int, into: int) -> int:
+    """The largest rank of a product that is stored as one."""
+    return max(1, int(_LIVE_SHARE * out * into / (out + into)))
 
 
 def _scaled_rows(
@@ -187,10 +194,42 @@ def _scaled_rows(
 def _separated(change: WeightChange, limit: int, noise: float) -> Tensors | None:
     """after = diag(s_out) before + B A, with nothing known of either: a DoRA that was merged.
 
-    The least rank for which `_row_scale` finds the scale: doubled until there is one, then halved
-    in. What is stored is verified: the rest beside the scale, in float32, is that product.
+    What is stored is verified: the rest beside the scale, in float32, is that product.
     """
-    low, high = 0, 1
+    sketch = _sketch(change)
+    found = _least_rank(sketch, 1, min(limit, _limit(*sketch.before.shape)), noise)
+    if found is None:
+        return None
+    found = _least_rank(change, found[0], limit, noise)
+    if found is None:
+        return None
+    _, scale = found
+    stored = scale.astype(np.float32)
+    pair = low_rank(change.after - stored[:, None] * change.before, limit, noise)
+    if pair is None:
+        return None
+    return {"s_out": stored, "lora_A": pair[0], "lora_B": pair[1]}
+
+
+def _sketch(change: WeightChange) -> WeightChange:
+    """Some rows of both weights, their columns mixed at random into fewer: it has the same form, of
+    the same rank, and costs little where there is none."""
+    random = np.random.default_rng(0)
+    out, into = change.before.shape
+    rows = random.permutation(out)[:_SKETCH]
+    before, after = change.before[rows], change.after[rows]
+    if into > _SKETCH:
+        mixture = random.standard_normal((into, _SKETCH)) * into**-0.5
+        before, after = before @ mixture, after @ mixture
+    return WeightChange(before, after)
+
+
+def _least_rank(
+    change: WeightChange, rank: int, limit: int, noise: float
+) -> tuple[int, Array] | None:
+    """The least rank from ``rank`` to ``limit`` for which `_row_scale` finds a scale, and that:
+    doubled until there is one, then halved in."""
+    low, high = rank - 1, rank
     while (scale := _row_scale(change, high, noise)) is None:
         if high == limit:
             return None
@@ -202,11 +241,7 @@ def _separated(change: WeightChange, limit: int, noise: float) -> Tensors | None
             low = middle
         else:
             high, scale = middle, found
-    stored = scale.astype(np.float32)
-    pair = low_rank(change.after - stored[:, None] * change.before, limit, noise)
-    if pair is None:
-        return None
-    return {"s_out": stored, "lora_A": pair[0], "lora_B": pair[1]}
+    return high, scale
 
 
 def _row_scale(change: WeightChange, rank: int, noise: float) -> Array | None:

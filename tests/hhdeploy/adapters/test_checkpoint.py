@@ -190,19 +190,20 @@ def test_a_wrong_scale_is_none(prime, dora, monkeypatch):
     check(prime, dora, adapter)
 
 
-def test_multiplied_rows_beside_any_product(prime):
-    """By hand: what spans the product is nowhere, and rows that are zero have no scale."""
+@pytest.mark.parametrize(("out", "into"), [(53, 31), (541, 29), (37, 523)])
+def test_multiplied_rows_beside_any_product(out, into):
+    """What spans the product is said nowhere; a row that is zero has no scale."""
     random = np.random.default_rng(2)
-    before = random.standard_normal((53, 31)).astype(np.float32).astype(np.float64)
+    before = random.standard_normal((out, into)).astype(np.float32).astype(np.float64)
     before[7] = 0.0
-    scale = random.uniform(0.2, 3.0, 53)
-    product = random.standard_normal((53, 4)) @ random.standard_normal((4, 31))
+    scale = random.uniform(0.2, 3.0, out)
+    product = random.standard_normal((out, 4)) @ random.standard_normal((4, into))
     exact = scale[:, None] * before + product
     after = exact.astype(np.float32).astype(np.float64)
     found = difference._site(difference.WeightChange(before, after), ())
     assert found is not None
-    assert found["lora_A"].shape == (4, 31)
-    expected = np.where(np.arange(53) == 7, 1.0, scale)
+    assert found["lora_A"].shape == (4, into)
+    expected = np.where(np.arange(out) == 7, 1.0, scale)
     assert np.allclose(found["s_out"], expected, rtol=1e-5)
     again = found["s_out"][:, None] * before + found["lora_B"] @ found["lora_A"]
     assert np.abs(again - exact).max() < 1e-6
