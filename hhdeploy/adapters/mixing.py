@@ -77,11 +77,8 @@ def merge_adapters(
         raise OptionError("expected adapters to merge, found none.")
     named = {name: adapter for name, (adapter, _) in adapters.items()}
     _check_bases(named)
-    for name, adapter in named.items() if backbone is not None else ():
-        from hhdeploy.backbones.parameters import check_values  # torch: the backbone has it
-
-        check(name, adapter, backbone.facts)
-        check_values(backbone.model, adapter.values, adapter.source)
+    if backbone is not None:
+        _check_fit(named, backbone)
     chosen = named[_head_of(named, head)]
     config = replace(
         chosen.config,
@@ -260,6 +257,15 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
             raise AdapterError(
                 f"{first} and {second} belong to different backbones: {key} is {mine} and {theirs}."
             )
+
+
+def _check_fit(adapters: Mapping[str, Adapter], backbone: Backbone) -> None:
+    """All belong to the backbone, which has the parameters that they replace."""
+    from hhdeploy.backbones.parameters import check_values  # torch: the backbone has it
+
+    for name, adapter in adapters.items():
+        check(name, adapter, backbone.facts)
+        check_values(backbone.model, adapter.values, adapter.source)
 
 
 def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[str, Any]:

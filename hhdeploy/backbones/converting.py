@@ -64,9 +64,11 @@ _INSIDE = {
     r"lambda_([12])": r"gamma_\1",
 }
 # Not in timm's graph: of the pre-training, or what transformers' classifiers do not use either.
-_LEFT_OUT = ("embeddings.mask_token", "pooler.dense.", "embeddings.position_ids")
-# Of CLIP and SigLIP the text, and what compares images with it.
-_LEFT_OUT += ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+# Of CLIP and SigLIP that is the text, and what compares images with it.
+_LEFT_OUT = (
+    *("embeddings.mask_token", "pooler.dense.", "embeddings.position_ids"),
+    *("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias"),
+)
 # Before version 5 saved with BEiT and Swin: it follows from the window, as it does in timm.
 _INDEX = ".relative_position_index"
 # What transformers' classifiers, and its features, read of CLIP's and SigLIP's tokens: timm's

@@ -256,7 +256,7 @@ def _row_scale(change: WeightChange, rank: int, noise: float) -> Array | None:
         np.einsum("ij,ij->i", a, b) for a, b in ((before, before), (before, after), (after, after))
     )
     seen = square > before.shape[1] * noise**2
-    scale = np.divide(product, square, out=np.ones_like(square), where=seen)
+    scale: Array = np.divide(product, square, out=np.ones_like(square), where=seen)
     probe = np.random.default_rng(0).standard_normal((before.shape[1], rank))
     basis, _ = np.linalg.qr(probe)
     errors: list[float] = []

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hhdeploy.adapters.importers import import_adapter
 from hhdeploy.backbones.converting import _TOWER_DEFAULTS
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import BackboneError
 from hhdeploy.parity import bound, compare
-from tests.support import images, logits_of, perturb
+from hhdeploy.training import attach
+from tests.support import assert_parity, images, logits_of, perturb
 
 transformers = pytest.importorskip("transformers")
 
@@ -234,6 +236,29 @@ def test_a_tower_that_reads_other_tokens_is_refused(case, model, args, said, tmp
     saved(tmp_path, *SAME[case][:2])
     with pytest.raises(BackboneError, match=said):
         loaded(tmp_path, model, {**TIMM, **args})
+
+
+# PEFT 0.21 reads its own adapter_config.json without closing it when it saves.
+@pytest.mark.filterwarnings(r"ignore:unclosed file .*adapter_config\.json:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
+def test_an_adapter_of_the_tower_comes_onto_timm_s(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=3, target_modules=["q_proj", "out_proj", "fc2"], modules_to_save=["classifier"]
+    )
+    theirs = peft.get_peft_model(saved(tmp_path, *SAME["clip"][:2]), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "lora")
+    backbone = loaded(tmp_path, *SAME["clip"][2:])
+    adapter = import_adapter(tmp_path / "lora", backbone)
+    assert {site.rpartition(".")[2] for site in adapter.sites} == {"q", "proj", "fc2"}
+    x = images(3)
+    with torch.no_grad():
+        expected = theirs.double()(torch.from_numpy(x).double()).logits.numpy()
+    assert_parity(expected, logits_of(attach(backbone.model, adapter), x), "algebra", "float32")
 
 
 def test_what_a_towers_configuration_leaves_out():
