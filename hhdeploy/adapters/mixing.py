@@ -261,11 +261,15 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
 
 def _check_fit(adapters: Mapping[str, Adapter], backbone: Backbone) -> None:
     """All belong to the backbone, which has the parameters that they replace."""
-    from hhdeploy.backbones.parameters import check_values  # torch: the backbone has it
-
+    shapes = {path: tuple(p.shape) for path, p in backbone.model.named_parameters()}
     for name, adapter in adapters.items():
         check(name, adapter, backbone.facts)
-        check_values(backbone.model, adapter.values, adapter.source)
+        for path, value in adapter.values.items():
+            if value.shape != shapes.get(path):
+                raise AdapterError(
+                    f"{adapter.source}: {path}.value: expected shape {shapes.get(path)} of the "
+                    f"backbone's parameter, found {value.shape}."
+                )
 
 
 def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[str, Any]:

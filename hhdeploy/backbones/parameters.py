@@ -33,17 +33,6 @@ def put_values(
     Raises:
         AdapterError: no such parameter, or one of another shape; the model is as it was.
     """
-    check_values(model, values, source)
-    known = dict(model.named_parameters())
-    old = {path: known[path] for path in values}
-    for path, value in values.items():
-        new = torch.from_numpy(value).to(old[path].device, old[path].dtype)
-        _exchange(model, old[path], nn.Parameter(new, requires_grad=False))
-    return old
-
-
-def check_values(model: nn.Module, values: Mapping[str, NDArray[np.floating]], source: str) -> None:
-    """Raise `AdapterError` unless a model has these parameters, of these shapes."""
     known = dict(model.named_parameters())
     for path, value in values.items():
         if path not in known:
@@ -56,6 +45,11 @@ def check_values(model: nn.Module, values: Mapping[str, NDArray[np.floating]], s
                 f"{source}: {path}.value: expected shape {list(known[path].shape)}, found "
                 f"{list(value.shape)}."
             )
+    old = {path: known[path] for path in values}
+    for path, value in values.items():
+        new = torch.from_numpy(value).to(old[path].device, old[path].dtype)
+        _exchange(model, old[path], nn.Parameter(new, requires_grad=False))
+    return old
 
 
 def restore_values(model: nn.Module, old: Mapping[str, nn.Parameter]) -> None:

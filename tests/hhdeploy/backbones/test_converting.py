@@ -240,7 +240,7 @@ def test_a_tower_that_reads_other_tokens_is_refused(case, model, args, said, tmp
 
 # PEFT 0.21 reads its own adapter_config.json without closing it when it saves.
 @pytest.mark.filterwarnings(r"ignore:unclosed file .*adapter_config\.json:ResourceWarning")
-@pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_of_the_tower_comes_onto_timm_s(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
