@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,26 @@ from hhdeploy.adapters.checks import check, same_model
 from hhdeploy.adapters.config import AdapterConfig, Compression
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors
 from hhdeploy.algebra import Array, SiteDelta
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import AdapterError, OptionError
-
-if TYPE_CHECKING:
-    from hhdeploy.backbones.spec import Backbone
 
 # What is left of 1 when weights that make it up are subtracted, such as 0.7 and 0.3.
 _NOTHING = 1e-12
 # Suffixes of the parameters of a module whose q, k and v are one.
 _PACKED = ("in_proj_weight", "in_proj_bias")
+
+
+class Frozen(Protocol):
+    """What a mixture needs of a `hhdeploy.backbones.spec.Backbone`, which takes torch to import."""
+
+    @property
+    def facts(self) -> BackboneFacts:
+        """What is known of the model."""
+
+    @property
+    def model(self) -> Any:
+        """The torch module."""
 
 
 def at_strength(adapter: Adapter, strength: float) -> Adapter:
@@ -57,7 +67,7 @@ def at_strength(adapter: Adapter, strength: float) -> Adapter:
 def merge_adapters(
     adapters: Mapping[str, tuple[Adapter, float]],
     head: str | None = None,
-    backbone: Backbone | None = None,
+    backbone: Frozen | None = None,
 ) -> Adapter:
     """One adapter whose change of the backbone is the weighted sum of several.
 
@@ -96,7 +106,7 @@ def _mixed(
     adapters: Mapping[str, tuple[Adapter, float]],
     head: Head | None,
     config: AdapterConfig,
-    backbone: Backbone | None,
+    backbone: Frozen | None,
 ) -> Adapter:
     form = _form_of({name: adapter for name, (adapter, _) in adapters.items()})
     sites = dict.fromkeys(site for adapter, _ in adapters.values() for site in adapter.sites)
@@ -121,7 +131,7 @@ def _mixed(
 
 
 def _value(
-    path: str, adapters: Mapping[str, tuple[Adapter, float]], backbone: Backbone | None
+    path: str, adapters: Mapping[str, tuple[Adapter, float]], backbone: Frozen | None
 ) -> NDArray[np.float32]:
     """W + the sum of weight (V - W), of those adapters that replace the parameter W by V."""
     parts = [
@@ -259,7 +269,7 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
             )
 
 
-def _check_fit(adapters: Mapping[str, Adapter], backbone: Backbone) -> None:
+def _check_fit(adapters: Mapping[str, Adapter], backbone: Frozen) -> None:
     """All belong to the backbone, which has the parameters that they replace."""
     shapes = {path: tuple(p.shape) for path, p in backbone.model.named_parameters()}
     for name, adapter in adapters.items():
