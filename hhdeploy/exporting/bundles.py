@@ -263,12 +263,13 @@ def _base(
 ) -> BaseGraph:
     """The backbone's graph; with the parameters that the adapter to be folded replaces, if any:
     such a graph serves nobody else and is not cached."""
+    from hhdeploy.adapters.applying import values_with
     from hhdeploy.backbones.parameters import values_in
     from hhdeploy.exporters.trace import base_graph
 
     if folded is None or not folded.values:
         return base_graph(backbone, cache, outputs)
-    with values_in(backbone.model, folded.values, folded.source):
+    with values_in(backbone.model, values_with(backbone, folded), folded.source):
         return base_graph(backbone, None, outputs)
 
 

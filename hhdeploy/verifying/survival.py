@@ -138,7 +138,8 @@ def _replaced(
     adapter: Adapter, originals: Mapping[str, NDArray[np.floating]]
 ) -> Iterator[tuple[str, Array, Array]]:
     for path, before in originals.items():
-        yield path, before.astype(np.float64), adapter.values[path].astype(np.float64)
+        frozen = before.astype(np.float64)
+        yield path, frozen, frozen + adapter.strength * (adapter.values[path] - frozen)
 
 
 def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:
