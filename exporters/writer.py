@@ -29,6 +29,7 @@ from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
+from hhdeploy.exporters.portable.form import Form
 from hhdeploy.exporters.portable.pictures import write_picture_graphs
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
@@ -37,6 +38,7 @@ from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
 from hhdeploy.verifying.reference import Reference
 
+_PLAIN = Form()
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -80,7 +82,7 @@ def whole_contents(base: BaseGraph) -> Contents:
         )
     task = problem_type_of(None, facts.classes)
     entry = AdapterEntry(WHOLE, None, facts.classes, None, facts.preprocess, False, task)
-    return Contents(base.model, _folded_manifest(base, entry), None, {})
+    return Contents(base.model.clone(), _folded_manifest(base, entry), None, {})
 
 
 def _folded_manifest(base: BaseGraph, entry: AdapterEntry) -> Manifest:
@@ -134,8 +136,11 @@ def graph_name(precision: str) -> str:
     return "model.onnx" if precision == "float32" else f"model.{precision}.onnx"
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph with its weights beside it, in ``<name>.data``."""
+def save_graph(model: ir.Model, path: Path, *, single_file: bool = False) -> None:
+    """Write a graph with its weights beside it, in ``<name>.data``, or inside of it."""
+    if single_file:
+        ir.save(model, path)
+        return
     ir.save(
         model,
         path,
@@ -166,6 +171,7 @@ def write_bundle(
     contents: Contents,
     precisions: Sequence[str],
     reference: Callable[[], Reference] | None,
+    form: Form = _PLAIN,
 ) -> Manifest:
     """Write everything into an existing, empty directory; the manifest last.
 
@@ -175,13 +181,15 @@ def write_bundle(
         precisions: of further graphs; float32 is always written.
         reference: computes the training-time reference; called once the graphs are written and
             released. None writes none (the bundle then counts as unverified).
+        form: of the graphs.
     """
+    form.apply(contents.model, contents.manifest)
     graphs = {}
     for precision in ("float32", *precisions):
         graphs[precision] = graph_name(precision)
         low = precision != "float32"
         model = typed_model(contents.model, precision) if low else contents.model
-        save_graph(model, path / graphs[precision])
+        save_graph(model, path / graphs[precision], single_file=form.single_file)
     write_picture_graphs(path, contents.manifest.input_size[0])
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})
