@@ -145,7 +145,7 @@ def find_scales(
     opset = graph.model.opset_imports[""]
     if settings.precision == "fp8" and opset < _FP8_OPSET:
         raise PlanError(
-            f"fp8: expected a graph of opset {_FP8_OPSET} or newer, which has its type; found opset "
+            f"fp8: expected a graph of opset {_FP8_OPSET} or newer, which has its type; found "
             f"{opset}. Export the bundle again with `opset=20`."
         )
     versions = {"nncf": nncf_version()}
