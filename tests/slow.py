@@ -80,7 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Where nothing slow is asked for, its files are not even imported: what they import is slow."""
+    """Files of nothing but slow tests are not even imported where none is asked for."""
     unasked = config.getoption("markexpr") == "not slow" and collection_path in FILES
     return True if unasked else None
 
