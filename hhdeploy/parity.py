@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.choices import Precision, Runner
+
 # What logits mean, as transformers names it; they are compared by it.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 CLASSES: ProblemType = "single_label_classification"
@@ -194,7 +196,7 @@ class Comparison:
         return {**finite, "lost_margins": margins}
 
 
-def stage_of(kind: str, device: str, precision: str) -> str:
+def stage_of(kind: str, device: Runner, precision: Precision) -> str:
     """Which stage of the table judges a graph that a device computed.
 
     What a GPU computes is compared as it is; a CPU computes typed graphs in float32, so it shows
@@ -202,7 +204,7 @@ def stage_of(kind: str, device: str, precision: str) -> str:
 
     Args:
         kind: of the bundle, ``folded`` or ``branches``.
-        device: what really ran: of `hhdeploy.runtime.backends.DEVICES`, never ``auto``.
+        device: what really ran.
         precision: of the graph.
     """
     if device not in ("cpu", "openvino"):
@@ -214,7 +216,7 @@ def stage_of(kind: str, device: str, precision: str) -> str:
     return "twin" if ("twin", precision) in PARITY else "quantised"
 
 
-def bound(stage: str, precision: str) -> Bound:
+def bound(stage: str, precision: Precision | Literal["float64"]) -> Bound:
     """The bound of a stage. Raises KeyError for a pair that the table does not hold."""
     return PARITY[stage, precision]
 
@@ -304,7 +306,7 @@ class StageResult:
     """
 
     stage: str
-    precision: str
+    precision: Precision
     runtime: str
     adapter: str
     comparison: Comparison
@@ -316,7 +318,7 @@ class StageResult:
     def of(
         cls,
         stage: str,
-        precision: str,
+        precision: Precision,
         runtime: str,
         adapter: str,
         comparison: Comparison,
@@ -355,14 +357,14 @@ class ParityReport:
     stages: Sequence[StageResult]
 
     @property
-    def overflowed(self) -> tuple[str, ...]:
+    def overflowed(self) -> tuple[Precision, ...]:
         """Precisions that cannot hold the model's values: what failed in them has no other
         cause."""
         failed = [s for s in self.stages if s.failures]
         other = {s.precision for s in failed if not s.overflow}
         return tuple(dict.fromkeys(s.precision for s in failed if s.precision not in other))
 
-    def without(self, precisions: Collection[str]) -> ParityReport:
+    def without(self, precisions: Collection[Precision]) -> ParityReport:
         """The report of the other graphs."""
         stages = [s for s in self.stages if s.precision not in precisions]
         return ParityReport(self.data, stages)

@@ -29,6 +29,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.bundle.survival import check_row_survives
+from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
 from hhdeploy.files.directories import atomic_directory
@@ -77,7 +78,7 @@ def export(
     reserve: Reserve = _NO_RESERVE,
     bank_as_constant: bool = False,
     outputs: Sequence[str] = (),
-    precisions: Sequence[str] = (),
+    precisions: Sequence[TypedPrecision] = (),
     verify: bool = True,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
@@ -233,15 +234,10 @@ def _model_args(
     return distinct[0] if distinct else {}
 
 
-def _check_precisions(precisions: Sequence[str]) -> None:
-    from hhdeploy.exporters.precision.typed import PRECISIONS
-
+def _check_precisions(precisions: Sequence[TypedPrecision]) -> None:
+    hint = " (float32 is always written; int8 comes from calibration data: `calibrate()`.)"
     for precision in precisions:
-        if precision not in PRECISIONS:
-            raise OptionError(
-                f"`precisions=[{precision!r}]`: expected one of {', '.join(PRECISIONS)}. (float32 "
-                "is always written; int8 comes from calibration data: `calibrate()`.)"
-            )
+        one_of(TYPED, precision, "precisions[]", hint)
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
@@ -276,7 +272,7 @@ def _contents(
     fold: bool,
     reserve: Reserve,
     bank_as_constant: bool,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
 ) -> Contents:
     from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
@@ -294,7 +290,7 @@ def _contents(
 
 
 def _rounded_away(
-    backbone: Backbone, contents: Contents, precisions: Sequence[str], refuse: bool
+    backbone: Backbone, contents: Contents, precisions: Sequence[TypedPrecision], refuse: bool
 ) -> Iterator[str | None]:
     """Lines about what rounding leaves nothing of: in rows, or in folded weights."""
     layout, bank = contents.manifest.layout, contents.bank
@@ -344,7 +340,7 @@ def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
     return report
 
 
-def _without_graphs(bundle: Bundle, precisions: Sequence[str]) -> Bundle:
+def _without_graphs(bundle: Bundle, precisions: Sequence[Precision]) -> Bundle:
     """A new bundle, some graphs of it deleted."""
     manifest = bundle.manifest
     gone = {f for p in precisions for f in (manifest.graphs[p], f"{manifest.graphs[p]}.data")}

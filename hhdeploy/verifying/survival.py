@@ -22,9 +22,10 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.algebra import Array, SiteChange
 from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import BANK_FILE, TYPED
+from hhdeploy.bundle.manifest import BANK_FILE
 from hhdeploy.bundle.store import Progress
 from hhdeploy.bundle.survival import LEAST_LEFT, share_left
+from hhdeploy.choices import QUANTISED, TYPED, Precision, member
 from hhdeploy.errors import PlanError
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
@@ -45,7 +46,7 @@ def check_folded(
     name: str,
     adapter: Adapter,
     model: ir.Model,
-    precisions: Sequence[str],
+    precisions: Sequence[Precision],
     *,
     originals: Mapping[str, NDArray[np.floating]] = MappingProxyType({}),
     only: Collection[str] | None = None,
@@ -66,7 +67,7 @@ def check_folded(
     Raises:
         PlanError: a precision rounds away all that the adapter does to the backbone.
     """
-    lost: dict[str, list[str]] = {precision: [] for precision in precisions}
+    lost: dict[Precision, list[str]] = {precision: [] for precision in precisions}
     count = 0
     # One weight after the other: in float64 all of them are twice the model. And every one once
     # for all precisions: a weight of a new graph is folded whenever it is read.
@@ -140,19 +141,20 @@ def _replaced(
         yield path, before.astype(np.float64), adapter.values[path].astype(np.float64)
 
 
-def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:
+def _rounded(values: Array, precision: Precision, scaled_by: Array) -> Array:
     """Values as a precision holds them; a quantised one by the largest of each row."""
     narrow = values.astype(np.float32)
     if precision == "float32":
         return narrow.astype(np.float64)
-    if precision in TYPED:
+    quantised = member(QUANTISED, precision)
+    if quantised is None:
         import ml_dtypes
 
         dtype = np.float16 if precision == "float16" else ml_dtypes.bfloat16
         return narrow.astype(dtype).astype(np.float64)
     from hhdeploy.calibration.qdq import FORMATS, low_values
 
-    form = FORMATS[precision]
+    form = FORMATS[quantised]
     if values.ndim < 2:
         return narrow.astype(np.float64)
     axes = tuple(range(1, values.ndim))
@@ -165,7 +167,7 @@ def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:
 
 def check_effects(
     bundle: Bundle,
-    precisions: Sequence[str],
+    precisions: Sequence[Precision],
     images: NDArray[np.float32],
     names: Sequence[str],
     *,
@@ -191,9 +193,9 @@ def check_effects(
     exact = _moved(bundle, "float32", images, ids, rows)
     lines = []
     for precision in precisions:
-        if precision in TYPED:
+        if (low := member(TYPED, precision)) is not None:
             with scratch_directory(None, "twin") as scratch:
-                twin = twin_of(bundle, precision, scratch)
+                twin = twin_of(bundle, low, scratch)
                 found = _moved(twin, "float32", images, ids, rows)
         else:
             found = _moved(bundle, precision, images, ids, rows)
@@ -204,7 +206,9 @@ def check_effects(
     return [line for line in lines if line]
 
 
-def check_reference(bundle: Bundle, precisions: Sequence[str], *, refuse: bool = True) -> list[str]:
+def check_reference(
+    bundle: Bundle, precisions: Sequence[Precision], *, refuse: bool = True
+) -> list[str]:
     """`check_effects` of further precisions on an image each of the adapters in the reference."""
     manifest = bundle.manifest
     wanted = [precision for precision in precisions if precision != "float32"]
@@ -254,7 +258,7 @@ def say(progress: Progress, lines: Iterable[str | None]) -> None:
 
 def _moved(
     bundle: Bundle,
-    precision: str,
+    precision: Precision,
     images: NDArray[np.float32],
     ids: NDArray[np.int64],
     rows: Mapping[str, int],
@@ -282,7 +286,7 @@ def _without_changes(bundle: Bundle) -> Bundle:
 
 def _judged(
     name: str,
-    precision: str,
+    precision: Precision,
     exact: NDArray[np.float64],
     found: NDArray[np.float64],
     refuse: bool,

@@ -20,19 +20,15 @@ import hhdeploy
 from hhdeploy import building, quantising, triton
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.reading import graph_hint
+from hhdeploy.choices import QUANTISED, TYPED
 from hhdeploy.cli import main
 from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
-from hhdeploy.parity import PARITY
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
-
-TYPED = sorted({p for stage, p in PARITY if stage == "twin"})
-QUANTISED = sorted({p for stage, p in PARITY if stage == "quantised"})
 
 
 def parsed(words: list[str]) -> click.Context:
@@ -60,12 +56,6 @@ def test_a_missing_typed_graph_comes_from_export(small, precision):
     assert caught.value.parameters == ("precisions",)
     assert f"--precision {precision}." in as_command_line(str(caught.value))
     _check_precisions([precision])
-
-
-def test_what_is_no_precision_gets_the_list_and_no_command(small):
-    hint = graph_hint(small, "float8")
-    listed = hint.partition(": ")[2].rstrip(".").split(", ")
-    assert sorted(listed) == sorted(["float32", *TYPED, *QUANTISED])
 
 
 # --- every flag in every message ----------------------------------------------------------------
