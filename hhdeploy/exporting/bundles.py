@@ -37,7 +37,7 @@ from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
-from hhdeploy.verifying.survival import check_folded, check_reference, say
+from hhdeploy.verifying.survival import Effects, check_folded, say
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -182,12 +182,13 @@ def export(
             del contents, base, backbone, reference  # a session needs the memory more
             gc.collect()  # torch's graphs, and with them the weights, hold each other
             progress("verifying against the training-time model")
-            found = _verified(Bundle(scratch, manifest), data)
+            bundle = Bundle(scratch, manifest)
+            effects = Effects.of_reference(bundle)
+            found = _verified(bundle, data, effects)
             report = found.without(found.overflowed)
             kept_precisions = [p for p in precisions if p not in found.overflowed]
-            bundle = Bundle(scratch, manifest)
-            say(progress, check_reference(bundle, kept_precisions, refuse=not allow_no_effect))
-            kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
+            say(progress, effects.lines(kept_precisions, refuse=not allow_no_effect))
+            kept = _without_graphs(bundle, found.overflowed)
             manifest = _store_report(kept, report)
     if found is not None and found.overflowed:
         raise _overflow_error(Path(out), found)
@@ -331,10 +332,11 @@ def _reference_of(
     return compute
 
 
-def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
+def _verified(bundle: Bundle, data: VerifyData, effects: Effects) -> ParityReport:
     from hhdeploy.verifying.reference import Reference
 
-    report = verify_graphs(bundle, "cpu", None, Reference(*bundle.reference()), data)
+    reference = Reference(*bundle.reference())
+    report = verify_graphs(bundle, "cpu", None, reference, data, also=effects.measure)
     if not report.without(report.overflowed).passed:
         raise parity_error(report)
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
 
 _VERIFY_BATCH = 8
+# Given every graph while it can be run: a bundle, the precision to open it in (of a rounding twin
+# float32), and the precision that it shows.
+Also = Callable[[Bundle, Precision, Precision], None]
 # Graphs that need no calibration data.
 _UNCALIBRATED: tuple[Precision, ...] = ("float32", *TYPED)
 
@@ -232,6 +235,8 @@ def verify_graphs(
     precisions: Sequence[Precision] | None,
     reference: Reference | None = None,
     data: VerifyData | None = None,
+    *,
+    also: Also = lambda shown, run, precision: None,
 ) -> ParityReport:
     """Run every graph on the reference's images, in batches that mix adapters."""
     if reference is None:
@@ -254,9 +259,11 @@ def verify_graphs(
         with scratch_directory(None, "twin") as scratch:
             low = member(TYPED, precision) if stage == "twin" else None
             twin = twin_of(bundle, low, scratch) if low is not None else None
-            found, runtime = logits_of(
-                twin or bundle, really, "float32" if twin else precision, images, ids, names
-            )
+            shown, run = twin or bundle, precision
+            if twin is not None:
+                run = "float32"
+            found, runtime = logits_of(shown, really, run, images, ids, names)
+            also(shown, run, precision)
             for name, row in names.items():
                 own = ids == row
                 right, ours = bundle.manifest.split(logits[own]), bundle.manifest.split(found[own])

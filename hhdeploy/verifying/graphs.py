@@ -20,7 +20,7 @@ from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
 from hhdeploy.verifying.bundles import parity_error, verify_graphs
-from hhdeploy.verifying.survival import check_folded, check_reference, say
+from hhdeploy.verifying.survival import Effects, check_folded, say
 
 # Writes a graph to the path given, its weights to <path>.data.
 Save = Callable[[Path], None]
@@ -72,8 +72,9 @@ def add_typed_graph(
         if not candidate.manifest.has(REFERENCE_FILE):
             return []
         progress("verifying it by its rounding twin")
-        stages = verify_graphs(candidate, "cpu", [precision]).stages
-        say(progress, check_reference(candidate, [precision]))
+        effects = Effects.of_reference(candidate)
+        stages = verify_graphs(candidate, "cpu", [precision], also=effects.measure).stages
+        say(progress, effects.lines([precision]))
         return stages
 
     return add_graph(
