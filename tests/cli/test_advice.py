@@ -274,8 +274,8 @@ def parameters_of_python() -> set[str]:
         server.serve,
         triton.TritonOptions,
     )
-    # An adapter's configuration is what its file holds, under the same names.
-    others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
+    # An adapter's configuration is what its file holds, under the same names; Literals take nothing.
+    others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
     for taken in (*public, *options):
@@ -311,6 +311,7 @@ def known(code: ast.Call) -> bool:
 
 # Messages about any parameter of a kind, and one of that kind.
 ONE_OF_MANY = {
+    "hhdeploy/choices.py::one_of": "`precision='float8'`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",
 }
