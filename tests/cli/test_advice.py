@@ -274,7 +274,7 @@ def parameters_of_python() -> set[str]:
         server.serve,
         triton.TritonOptions,
     )
-    # An adapter's configuration is what its file holds, under the same names; Literals take nothing.
+    # An adapter's configuration is what its file holds, by the same names; Literals take nothing.
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
