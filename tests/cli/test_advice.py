@@ -68,6 +68,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "exporters/engine": ("build",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
+    "hhdeploy/choices.py": ("build", "calibrate", "export", "predict", "serve", "triton", "verify"),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/verifying/bundles.py::verify_against_torch": ("verify",),
     "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
