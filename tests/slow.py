@@ -49,6 +49,7 @@ FILES = frozenset(
         "parity/test_parts.py",
         "parity/test_runtimes.py",
         "parity/test_witnesses.py",
+        "runtime/serving/test_collectors.py",
         "runtime/serving/test_examples.py",
         "runtime/serving/test_fleet.py",
         "runtime/serving/test_fuzz.py",
