@@ -25,6 +25,7 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.membership import entry_of
+from hhdeploy.choices import Precision, TypedPrecision
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
@@ -105,7 +106,7 @@ def branches_contents(
     adapters: Mapping[str, Adapter],
     *,
     bank_as_constant: bool,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
 ) -> Contents:
     """All adapters of a plan as side branches of one graph."""
     bank = np.zeros((len(plan.names) + 1, plan.layout.size), np.float32)
@@ -131,7 +132,7 @@ def branches_contents(
     return Contents(baked(model, bank) if bank_as_constant else model, manifest, bank, adapters)
 
 
-def graph_name(precision: str) -> str:
+def graph_name(precision: Precision) -> str:
     """File name of a graph: model.onnx is float32, others say their precision."""
     return "model.onnx" if precision == "float32" else f"model.{precision}.onnx"
 
@@ -169,7 +170,7 @@ def rename_weights(graph: Path, name: str) -> None:
 def write_bundle(
     path: Path,
     contents: Contents,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
     reference: Callable[[], Reference] | None,
     form: Form = _PLAIN,
 ) -> Manifest:
@@ -184,12 +185,12 @@ def write_bundle(
         form: of the graphs.
     """
     form.apply(contents.model, contents.manifest)
-    graphs = {}
-    for precision in ("float32", *precisions):
+    graphs: dict[Precision, str] = {"float32": graph_name("float32")}
+    save_graph(contents.model, path / graphs["float32"], single_file=form.single_file)
+    for precision in precisions:
         graphs[precision] = graph_name(precision)
-        low = precision != "float32"
-        model = typed_model(contents.model, precision) if low else contents.model
-        save_graph(model, path / graphs[precision], single_file=form.single_file)
+        typed = typed_model(contents.model, precision)
+        save_graph(typed, path / graphs[precision], single_file=form.single_file)
     write_picture_graphs(path, contents.manifest.input_size[0])
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})

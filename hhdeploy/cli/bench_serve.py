@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ def server_command(bundle: Path, **options: object) -> list[str]:
 def bench_server(
     bundle: Path,
     *,
-    device: str,
-    precision: str,
+    device: Device,
+    precision: Precision,
     threads: int | None,
     as_json: bool,
     options: dict[str, Any],

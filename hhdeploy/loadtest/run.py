@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, Runner, one_of
 from hhdeploy.loadtest.client import Client
 from hhdeploy.loadtest.drive import Record, drive
 from hhdeploy.loadtest.expected import expect, image_pool, parity_bound
@@ -40,9 +41,13 @@ class Subject:
 
     bundle: Path
     adapters: int
-    device: str = "auto"
-    precision: str = "float32"
+    device: Device = "auto"
+    precision: Precision = "float32"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of(DEVICES, self.device, "device")
+        one_of(PRECISIONS, self.precision, "precision")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Start:
     fleet: Path
     token_file: Path
     model: str
-    device: str
+    device: Runner
 
 
 def run_load_test(
