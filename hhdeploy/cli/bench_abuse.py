@@ -64,13 +64,13 @@ def _show(report: AbuseReport, name: str) -> None:
             f"Beside abuse of {name}, {report.seconds:g} s each; saturation: {rates} a second\n"
             "[dim]in parentheses: what is allowed, from a control whose abuser meets a listener "
             "that closes[/]",
-            ("abuse", "attacks", "requests", "wrong", "lost", "p99 ms", "health p99 ms", "MB"),
+            ("abuse", "asked", "wrong", "lost", "p99 ms", "health's", "MB"),
             [(kind, *_cells(siege)) for kind, siege in report.sieges.items()],
         )
     )
     for kind, siege in report.sieges.items():
         came = ", ".join(f"{said}: {number}" for said, number in siege.attacks.items())
-        console.print(f"{kind}: attacks ended with {came or 'nothing'}", markup=False)
+        console.print(f"{kind}: attacks ended with {came or 'nothing yet'}", markup=False)
         broken = [*siege.answers_broken(), *siege.bounds_broken()]
         for line in [*broken, *siege.control.faults, *siege.abused.faults]:
             console.print(f"{kind}: {line}", style="red", markup=False)
@@ -87,7 +87,6 @@ def _cells(siege: Siege) -> list[object]:
     seen = siege.abused
     memory = siege.memory
     return [
-        sum(siege.attacks.values()),
         seen.requests,
         seen.wrong,
         seen.lost,

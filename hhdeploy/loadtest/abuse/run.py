@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from hhdeploy.errors import SessionError
 from hhdeploy.loadtest.abuse.bounds import AbuseReport, Seen, Siege
 from hhdeploy.loadtest.abuse.children import child
 from hhdeploy.loadtest.abuse.kinds import KINDS
 from hhdeploy.loadtest.abuse.wire import Victim
-from hhdeploy.loadtest.client import Client
+from hhdeploy.loadtest.client import Client, Requests
 from hhdeploy.loadtest.drive import Record, drive
 from hhdeploy.loadtest.expected import Expectations
 from hhdeploy.loadtest.grpc_client import GrpcClient
-from hhdeploy.loadtest.judge import FAULTS, Verdict, judge
+from hhdeploy.loadtest.judge import FAULTS, Reply, Verdict, judge
 from hhdeploy.loadtest.process import Server, running_server
 from hhdeploy.loadtest.report import Latencies
 from hhdeploy.loadtest.run import CLIENT_SECONDS, MODEL, Stage, Start, Subject, staged
@@ -32,6 +33,8 @@ _WARM_UP_REQUESTS = 200
 SATURATION_SECONDS: Final = 3.0
 # After which the server's memory must be what it was.
 SETTLE_SECONDS: Final = 10.0
+# JSON that is more than is read at once.
+_MUCH_BYTES = 1 << 19
 _SHOWN = 5
 
 
@@ -76,6 +79,7 @@ def run_abuse(
         with running_server(command(stage.start), stage.log) as server:
             honest = _Honest(stage, server, plan)
             step("what it answers at most")
+            honest.ask_in_much_json()
             wires = dict.fromkeys(_wire(kind) for kind in plan.kinds)
             saturation = {wire: honest.saturation(wire) for wire in wires}
             sieges = {}
@@ -93,17 +97,17 @@ def _besiege(kind: str, honest: _Honest, rate: float, step: Callable[[str], None
     server, fleet = honest.server, honest.stage.start.fleet
     host = urlsplit(server.url).hostname or ""
     http_port = urlsplit(server.url).port or 0
-    size = honest.stage.pool.shape[1:]
+    size, adapter = honest.stage.pool.shape[1:], honest.stage.tasks[0].name
     elsewhere = fleet.with_name("elsewhere")
     elsewhere.mkdir(exist_ok=True)
     step(f"{kind}: the control")
     with child("listener", host) as listener:
         port = listener.begun
-        victim = Victim(host, port, port, MODEL, size, str(elsewhere))
+        victim = Victim(host, port, port, adapter, size, str(elsewhere))
         control, _ = honest.beside(kind, victim, rate)
     before = server.resident_bytes()
     step(f"{kind}: {honest.plan.seconds:g} s")
-    victim = Victim(host, http_port, server.grpc_port, MODEL, size, str(fleet))
+    victim = Victim(host, http_port, server.grpc_port, adapter, size, str(fleet))
     abused, attacks = honest.beside(kind, victim, rate)
     time.sleep(SETTLE_SECONDS)
     after = server.resident_bytes()
@@ -118,6 +122,22 @@ class _Honest:
     stage: Stage
     server: Server
     plan: Plan
+
+    def ask_in_much_json(self) -> None:
+        """One request that the server's other process reads, which is there from then on."""
+        bodies = Requests([self.stage.tasks[0].name], self.stage.pool, 1)
+        body, length = bodies.body(0, [0])
+
+        async def ask() -> Reply:
+            async with self._client(HTTP) as client:
+                spaces = b" " * _MUCH_BYTES
+                return await client.infer(
+                    body[:length] + spaces + body[length:], length + len(spaces)
+                )
+
+        answer = asyncio.run(ask())
+        if answer.status != 200:
+            raise SessionError(f"the server does not answer: {answer}")
 
     def saturation(self, wire: str) -> float:
         """Requests a second that they get answered at most; the server is warm after it."""

@@ -25,7 +25,7 @@ class Victim:
 
     Attributes:
         host, http_port, grpc_port: where it listens.
-        model: name of the bundle there.
+        model: name of an adapter there.
         size: of one image, [3, H, W].
         fleet: its directory of adapters.
     """
@@ -37,17 +37,16 @@ class Victim:
     size: Sequence[int]
     fleet: str
 
-    def head(self, path: str, length: int | None = None, headers: Headers | None = None) -> bytes:
-        """Of a request with a body of so many bytes; None: without one."""
-        lines = [f"{'GET' if length is None else 'POST'} {path} HTTP/1.1", f"Host: {self.host}"]
-        if length is not None:
-            lines.append(f"Content-Length: {length}")
+    def get(self, path: str) -> bytes:
+        """A whole request without a body."""
+        return f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n\r\n".encode()
+
+    def infer(self, length: int | None, headers: Headers | None = None) -> bytes:
+        """The head of an inference whose body has so many bytes; None: which comes in chunks."""
+        size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        lines = [f"POST /v2/models/{self.model}/infer HTTP/1.1", f"Host: {self.host}", size]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         return "\r\n".join([*lines, "\r\n"]).encode()
-
-    def infer(self, length: int, headers: Headers | None = None) -> bytes:
-        """`head` of an inference."""
-        return self.head(f"/v2/models/{self.model}/infer", length, headers)
 
 
 @contextlib.asynccontextmanager

@@ -33,8 +33,9 @@ SMALL: Final = 256 << 10
 _MOST_WAITING = 32 << 20
 # Objects of JSON take up to 30 times their text.
 _MEMORY = 2 << 30
-# The allocator keeps what one large body took: above this another process goes on.
-_KEPT = 192 << 20
+# The allocator keeps what one large body took: with so much more than at its start another process
+# goes on.
+_KEPT = 48 << 20
 _LENGTH = struct.Struct("<Q")
 # Below the server's own threads.
 _NICE = 5
@@ -176,6 +177,7 @@ def serve() -> None:
     # What is printed by mistake is no message.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    most = _resident_bytes() + _KEPT
     while True:
         try:
             read, arguments = _receive(sys.stdin.buffer)
@@ -183,7 +185,7 @@ def serve() -> None:
             return
         good, found = _answer(read, arguments)
         del arguments
-        _send(out, (good, found, _resident_bytes() > _KEPT))
+        _send(out, (good, found, _resident_bytes() > most))
         del found
 
 

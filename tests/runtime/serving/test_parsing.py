@@ -159,7 +159,7 @@ def test_a_process_whose_memory_has_grown_ends():
         async with reading() as parser:
             await parser.content(body())
             first = parser._process
-            await parser._elsewhere(1, operator.mul, b"x", 200 << 20)
+            await parser._elsewhere(1, operator.mul, b"x", 100 << 20)
             assert first.poll() is not None
             assert (await parser.request("tiny", "", body(), None)).id == "seven"
 
