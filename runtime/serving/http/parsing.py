@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -41,6 +42,13 @@ _LENGTH = struct.Struct("<Q")
 _NICE = 5
 
 
+@dataclass
+class _Ticket:
+    """A body's place; ``left``: nobody waits for it any more."""
+
+    left: bool = False
+
+
 class Parser:
     """Reads the bodies of one server. `close` ends what was started."""
 
@@ -51,7 +59,7 @@ class Parser:
         # Bytes of the bodies that the process is at or that wait for it.
         self._waiting = 0
         # The body that the process is at.
-        self._current: object = None
+        self._current: _Ticket | None = None
 
     async def request(
         self, model: str, version: str, body: bytes, header_length: str | None
@@ -83,7 +91,7 @@ class Parser:
                 f"{self._waiting} bytes of JSON wait to be read, at most {_MOST_WAITING} may. Try "
                 "again later, or send tensors as binary data."
             )
-        ticket = object()
+        ticket = _Ticket()
         self._waiting += size
         answer = asyncio.get_running_loop().run_in_executor(
             self._thread, self._exchange, ticket, read, arguments
@@ -93,6 +101,7 @@ class Parser:
             return await answer
         except asyncio.CancelledError:
             with self._lock:
+                ticket.left = True
                 # Else it waits, and is not begun any more.
                 if self._current is ticket and self._process is not None:
                     self._current = None
@@ -103,11 +112,14 @@ class Parser:
             self._waiting -= size
             del answer  # the traceback of its exception holds this frame
 
-    def _exchange(self, ticket: object, read: Callable[..., Any], arguments: object) -> Any:
+    def _exchange(self, ticket: _Ticket, read: Callable[..., Any], arguments: object) -> Any:
         """On the thread: a body to the process, and what comes back."""
         process = self._process or _start()
         with self._lock:
-            self._process, self._current = process, ticket
+            self._process = process
+            if ticket.left:  # while the process was started
+                return None
+            self._current = ticket
         try:
             assert process.stdin is not None and process.stdout is not None
             _send(process.stdin, (read, arguments))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
+from hhdeploy.runtime.serving.http import parsing
 from hhdeploy.runtime.serving.http.codec import json_length, read_object, read_request
 from hhdeploy.runtime.serving.http.parsing import Parser
 
@@ -128,6 +129,27 @@ def test_more_than_may_wait_is_refused():
             long.cancel()
             await asyncio.wait([long])
             await parser.request("tiny", "", body(), None)
+
+    run(scene)
+
+
+def test_one_that_is_given_up_while_its_process_starts_is_not_begun(monkeypatch):
+    begun, start = threading.Event(), parsing._start
+
+    def started() -> subprocess.Popen:
+        begun.set()
+        time.sleep(0.2)
+        return start()
+
+    monkeypatch.setattr(parsing, "_start", started)
+
+    async def scene() -> None:
+        async with reading() as parser:
+            long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
+            await asyncio.to_thread(begun.wait)
+            long.cancel()
+            await asyncio.wait([long])
+            assert (await parser.request("tiny", "", body(), None)).id == "seven"
 
     run(scene)
 
