@@ -5,27 +5,27 @@ from __future__ import annotations
 import gzip
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hhdeploy.loadtest.abuse.wire import Attack, Victim, post
 
 # Bytes of JSON: what a server reads at once, what it reads elsewhere, what it must not take.
 _SIZES = (250_000, 4_000_000, 8_300_000, 60_000_000)
-# An object is what costs a parser the most for its text.
-_ITEM = b'{"a":0},'
+# Objects cost a parser the most for their text; the others are what a request may have.
+_ITEMS = (b'{"a":0},', b"[0],", b"1e-5,", b'"\\u0000",')
 
 
 def gzip_bombs(victim: Victim) -> Attack:
     """JSON in gzip."""
-    return _posting(victim, [gzip.compress(_flat(size, victim)) for size in _SIZES], "gzip")
+    return _posting(victim, [gzip.compress(text) for text in _flat(victim)], "gzip")
 
 
 def deflate_bombs(victim: Victim) -> Attack:
     """JSON in deflate, in zlib's format and as the bare stream."""
     bodies = []
-    for size, bits in itertools.product(_SIZES, (15, -15)):
+    for text, bits in zip(_flat(victim), itertools.cycle((15, -15)), strict=False):
         stream = zlib.compressobj(wbits=bits)
-        bodies.append(stream.compress(_flat(size, victim)) + stream.flush())
+        bodies.append(stream.compress(text) + stream.flush())
     return _posting(victim, bodies, "deflate")
 
 
@@ -44,11 +44,13 @@ def _posting(victim: Victim, bodies: Sequence[bytes], encoding: str) -> Attack:
     return attack
 
 
-def _flat(size: int, victim: Victim) -> bytes:
-    """About ``size`` bytes of JSON that begin as a request does: an image of small objects."""
+def _flat(victim: Victim) -> Iterator[bytes]:
+    """JSON that begins as a request does, with an image of many items of every sort and size."""
     shape = ",".join(map(str, (1, *victim.size)))
     begin = f'{{"inputs":[{{"name":"images","datatype":"FP32","shape":[{shape}],"data":['
-    return begin.encode() + _ITEM * (size // len(_ITEM)) + b"0]}]}"
+    for size in _SIZES:
+        for item in _ITEMS:
+            yield begin.encode() + item * (size // len(item)) + b"0]}]}"
 
 
 def _deep(size: int) -> Sequence[bytes]:

@@ -20,7 +20,7 @@ _HELD_BYTES = (64 << 20) - 4096
 _PIECE_BYTES = 1 << 20
 _STEP_SECONDS = 0.5
 # Requests on one connection, before any answer is read.
-_AHEAD = 200
+_AHEAD = 20
 _READ_BYTES = 512
 # Of HTTP/2: what the server may send before it is told to go on.
 _INITIAL_WINDOW_SIZE = b"\0\4"

@@ -195,6 +195,23 @@ def test_nesting_without_end(levels, opened):
         read_object(opened * levels)
 
 
+@pytest.mark.parametrize("objects", [1024, 1025])
+def test_objects_without_end(objects):
+    text = json.dumps({"a{": [{"b": '{"{'}] * (objects - 1)}).encode()
+    if objects == 1024:
+        assert len(read_object(text)["a{"]) == 1023
+        return
+    with pytest.raises(RequestError, match="at most 1024 objects"):
+        read_object(text)
+
+
+def test_lists_of_next_to_nothing():
+    rows = [[0.5] * 16] * 5000
+    assert read_object(json.dumps({"data": rows}).encode()) == {"data": rows}
+    with pytest.raises(RequestError, match="lists: too short ones"):
+        read_object(json.dumps({"data": [[0.5]] * 5000}).encode())
+
+
 def test_brackets_in_strings_nest_nothing():
     flat = {"a": "[{" * 50, 'b"[': ['\\"[[{' * 20, "\\"] * 9, "c": [[[1]]] * 40}
     assert read_object(json.dumps(flat).encode()) == flat
