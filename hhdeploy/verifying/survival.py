@@ -29,7 +29,8 @@ from hhdeploy.errors import PlanError
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.parity import NO_EFFECT
-from hhdeploy.verifying.bundles import logits_of, twin_of
+from hhdeploy.verifying.answers import logits_of
+from hhdeploy.verifying.bundles import twin_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -137,7 +138,8 @@ def _replaced(
     adapter: Adapter, originals: Mapping[str, NDArray[np.floating]]
 ) -> Iterator[tuple[str, Array, Array]]:
     for path, before in originals.items():
-        yield path, before.astype(np.float64), adapter.values[path].astype(np.float64)
+        frozen = before.astype(np.float64)
+        yield path, frozen, frozen + adapter.strength * (adapter.values[path] - frozen)
 
 
 def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:

@@ -95,7 +95,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/starter.py": ("demo",),
     "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
     "hhdeploy/adapters/importers/": ("adapter import",),
-    "hhdeploy/adapters/mixing.py::_check_sum": ("adapter import",),
+    "hhdeploy/adapters/mixing.py::_value": ("adapter merge",),
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
     "hhdeploy/plan.py": ("export",),
     "hhdeploy/verifying/": ("export", "verify"),

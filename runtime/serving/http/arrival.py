@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +17,8 @@ from typing import Any, Final
 from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from hhdeploy.runtime.serving.errors import BusyError, TooLargeError
+from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import decompressed
 
 # Of everything but bodies: request line, headers, trailers, lengths of chunks.
@@ -29,12 +30,16 @@ _LOOK_SECONDS: Final = 0.2
 SLOW_SECONDS: Final = 1.0
 
 
-def bounded_protocol(seconds: float) -> type[HttpToolsProtocol]:
+def bounded_protocol(
+    seconds: float, refused: Callable[[HhdeployError], None]
+) -> type[HttpToolsProtocol]:
     """The protocol for `uvicorn.Config`.
 
     Args:
         seconds: after which a connection is closed whose request has not arrived as a whole, from
             its first byte or, of the first request, from the beginning of the connection.
+        refused: is told of every request that the application does not see: what is no HTTP, and
+            those of connections beyond their limit.
     """
 
     class BoundedProtocol(HttpToolsProtocol):
@@ -87,7 +92,14 @@ def bounded_protocol(seconds: float) -> type[HttpToolsProtocol]:
             if self._deadline is None:
                 self._deadline = self.loop.call_later(seconds, self.transport.close)
 
+        def send_400_response(self, msg: str) -> None:
+            refused(RequestError(msg))
+            super().send_400_response(msg)
+
         def on_headers_complete(self) -> None:
+            limit = self.limit_concurrency
+            if limit is not None and max(len(self.connections), len(self.tasks)) >= limit:
+                refused(BusyError("too many connections."))  # uvicorn answers 503
             super().on_headers_complete()
             self._beside = 0
 

@@ -34,13 +34,21 @@ from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import PATIENCE, files_of, make_adapter, put_adapter
-from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
+from tests.runtime.serving.servers import (
+    AUTHORISED,
+    TOKEN,
+    Server,
+    running_server,
+    signal_own_server,
+)
 from tests.support import images
 from tests.workshop import ROOT, contents, copy_bundle, flip_byte, run_command
 
 HHDEPLOY = str(Path(sys.executable).with_name("hhdeploy"))
 INFER = "/v2/models/alpha/infer"
 SECRET = "the-secret-of-another-file"
+# Of a scene with a server that starts in it, on a machine that is busy.
+AND_A_START = 5 * PATIENCE
 
 
 # --- servers --------------------------------------------------------------------------------------
@@ -87,8 +95,7 @@ async def served(bundle: Path, **limits: Any) -> AsyncIterator[int]:
         await asyncio.wait([announced, serving], return_when=asyncio.FIRST_COMPLETED)
         yield announced.result().http_port
     finally:
-        if not serving.done():  # else the signal would end the run
-            os.kill(os.getpid(), signal.SIGTERM)
+        signal_own_server(serving)
         await asyncio.wait_for(serving, PATIENCE)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -438,7 +445,7 @@ def test_many_bodies_are_too_large_together(small, monkeypatch):
             while status_of(await exchange(port, second)) != 400:
                 await asyncio.sleep(0.01)  # until the server saw that the first client left
 
-    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
 
 
 def test_a_body_that_never_ends_makes_room_for_others(small, monkeypatch):
@@ -574,7 +581,7 @@ def test_slow_clients_are_closed(small, monkeypatch):
         assert status_of(refused) == 413
         assert again.count(b"HTTP/1.1 200") == again.count(b"HTTP/1.1 504") == 1
 
-    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
 
 
 def test_connections_are_counted(small):
@@ -588,8 +595,10 @@ def test_connections_are_counted(small):
                 writer.close()
             while status_of(await exchange(port, ask)) != 200:
                 await asyncio.sleep(0.01)  # until the server saw that they left
+            counted = await exchange(port, head("GET", "/metrics", connection="close"))
+            assert b'hhdeploy_refused_requests_total{reason="busy"}' in counted
 
-    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
 
 
 # --- what it tells --------------------------------------------------------------------------------
