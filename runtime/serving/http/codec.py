@@ -112,7 +112,7 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
 def _check_structure(text: bytes) -> None:
     """Raises `RequestError` for JSON that is nested without end, or is nearly all brackets.
 
-    Before it is parsed: an object or a list takes many times as long and as much memory as a number.
+    Before it is parsed: an object or a list takes many times a number's time and memory.
     """
     if text.count(b"[") + text.count(b"{") <= _DEEPEST:
         return
