@@ -24,6 +24,7 @@ from hhdeploy.calibration.int8 import calibrate_int8, nncf_version
 from hhdeploy.calibration.qdq import FORMATS, find_sites, other_products, quantised_model
 from hhdeploy.calibration.scales import Calibration, cache_key, read_cached, write_cached
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
+from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import PlanError
 from hhdeploy.graph import GraphLinear
 
@@ -86,7 +87,7 @@ class Quantised:
 
     Attributes:
         model: the graph; inputs and outputs as the float32 graph's.
-        precision: one of `settings.PRECISIONS`.
+        precision: of the graph.
         sites: every Linear that could be quantised, by name.
         kept: products with a constant weight that are never quantised (patch embedding,
             classifier).
@@ -98,7 +99,7 @@ class Quantised:
     """
 
     model: ir.Model
-    precision: str
+    precision: QuantisedPrecision
     sites: Mapping[str, SiteInfo]
     kept: tuple[str, ...]
     ranges: Mapping[str, float]

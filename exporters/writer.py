@@ -25,6 +25,7 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.membership import entry_of
+from hhdeploy.choices import Precision, TypedPrecision
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
@@ -103,7 +104,7 @@ def branches_contents(
     adapters: Mapping[str, Adapter],
     *,
     bank_as_constant: bool,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
 ) -> Contents:
     """All adapters of a plan as side branches of one graph."""
     bank = np.zeros((len(plan.names) + 1, plan.layout.size), np.float32)
@@ -129,7 +130,7 @@ def branches_contents(
     return Contents(baked(model, bank) if bank_as_constant else model, manifest, bank, adapters)
 
 
-def graph_name(precision: str) -> str:
+def graph_name(precision: Precision) -> str:
     """File name of a graph: model.onnx is float32, others say their precision."""
     return "model.onnx" if precision == "float32" else f"model.{precision}.onnx"
 
@@ -164,7 +165,7 @@ def rename_weights(graph: Path, name: str) -> None:
 def write_bundle(
     path: Path,
     contents: Contents,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
     reference: Callable[[], Reference] | None,
 ) -> Manifest:
     """Write everything into an existing, empty directory; the manifest last.
@@ -176,12 +177,11 @@ def write_bundle(
         reference: computes the training-time reference; called once the graphs are written and
             released. None writes none (the bundle then counts as unverified).
     """
-    graphs = {}
-    for precision in ("float32", *precisions):
+    graphs: dict[Precision, str] = {"float32": graph_name("float32")}
+    save_graph(contents.model, path / graphs["float32"])
+    for precision in precisions:
         graphs[precision] = graph_name(precision)
-        low = precision != "float32"
-        model = typed_model(contents.model, precision) if low else contents.model
-        save_graph(model, path / graphs[precision])
+        save_graph(typed_model(contents.model, precision), path / graphs[precision])
     write_picture_graphs(path, contents.manifest.input_size[0])
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})

@@ -1,8 +1,7 @@
 """Parity: how outputs are compared, and the one table of what is allowed.
 
 The ladder: training-time model (float64) = folded weights = side branch = bank row = graph in a
-runtime = engine. Every rung compares logits; top-1 alone does not see a wrong reflection or
-swapped sides.
+runtime = engine. Every rung compares logits; top-1 alone sees no wrong reflection or swapped sides.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hhdeploy.choices import Precision, Runner
 
 # What logits mean, as transformers names it; they are compared by it.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -198,7 +199,7 @@ class Comparison:
         return {**finite, "lost_margins": margins}
 
 
-def stage_of(kind: str, device: str, precision: str) -> str:
+def stage_of(kind: str, device: Runner, precision: Precision) -> str:
     """Which stage of the table judges a graph that a device computed.
 
     What a GPU computes is compared as it is; a CPU computes typed graphs in float32, so it shows
@@ -206,8 +207,7 @@ def stage_of(kind: str, device: str, precision: str) -> str:
 
     Args:
         kind: of the bundle, ``folded`` or ``branches``.
-        device: what really ran: of `hhdeploy.runtime.backends.DEVICES`, never ``auto``.
-        precision: of the graph.
+        device, precision: what really ran, and of which graph.
     """
     if device not in ("cpu", "openvino"):
         return "engine"
@@ -218,7 +218,7 @@ def stage_of(kind: str, device: str, precision: str) -> str:
     return "twin" if ("twin", precision) in PARITY else "quantised"
 
 
-def bound(stage: str, precision: str) -> Bound:
+def bound(stage: str, precision: Precision | Literal["float64"]) -> Bound:
     """The bound of a stage. Raises KeyError for a pair that the table does not hold."""
     return PARITY[stage, precision]
 
@@ -308,7 +308,7 @@ class StageResult:
     """
 
     stage: str
-    precision: str
+    precision: Precision
     runtime: str
     adapter: str
     comparison: Comparison
@@ -320,7 +320,7 @@ class StageResult:
     def of(
         cls,
         stage: str,
-        precision: str,
+        precision: Precision,
         runtime: str,
         adapter: str,
         comparison: Comparison,
@@ -361,14 +361,14 @@ class ParityReport:
     pictures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def overflowed(self) -> tuple[str, ...]:
+    def overflowed(self) -> tuple[Precision, ...]:
         """Precisions that cannot hold the model's values: what failed in them has no other
         cause."""
         failed = [s for s in self.stages if s.failures]
         other = {s.precision for s in failed if not s.overflow}
         return tuple(dict.fromkeys(s.precision for s in failed if s.precision not in other))
 
-    def without(self, precisions: Collection[str]) -> ParityReport:
+    def without(self, precisions: Collection[Precision]) -> ParityReport:
         """The report of the other graphs."""
         stages = [s for s in self.stages if s.precision not in precisions]
         return ParityReport(self.data, stages, self.pictures)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
+from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
 
@@ -20,8 +21,8 @@ from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
     "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8), show_default=True
 )
 @click.option("--runs", default=20, show_default=True, type=click.IntRange(2))
-@click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
-@click.option("--precision", default="float32", show_default=True)
+@click.option("--device", type=ui.DEVICE, default="auto", show_default=True)
+@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
 @ui.cache_options("compiled models")
 @serve_options
@@ -31,8 +32,8 @@ def command(
     against: Path | None,
     batches: tuple[int, ...],
     runs: int,
-    device: str,
-    precision: str,
+    device: Device,
+    precision: Precision,
     threads: int | None,
     cache_dir: Path | None,
     no_cache: bool,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.loadtest.abuse.kinds import KINDS
 
@@ -111,8 +112,8 @@ def server_command(bundle: Path, **options: object) -> list[str]:
 def bench_server(
     bundle: Path,
     *,
-    device: str,
-    precision: str,
+    device: Device,
+    precision: Precision,
     threads: int | None,
     as_json: bool,
     options: dict[str, Any],

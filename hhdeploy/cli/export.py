@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hhdeploy.backbones.facts import OUTPUTS
+from hhdeploy.choices import TypedPrecision
 from hhdeploy.cli import ui
 
 
@@ -36,6 +37,7 @@ from hhdeploy.cli import ui
     "--precision",
     "precisions",
     multiple=True,
+    type=ui.PRECISION,
     metavar="P",
     help="Also write this graph: float16 or bfloat16. Repeatable.",
 )
@@ -95,7 +97,7 @@ def command(
     seed: int,
     input_size: tuple[int, int, int] | None,
     outputs: tuple[str, ...],
-    precisions: tuple[str, ...],
+    precisions: tuple[TypedPrecision, ...],
     max_rank: int,
     max_classes: int,
     sites: tuple[str, ...],

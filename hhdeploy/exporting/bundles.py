@@ -29,6 +29,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.bundle.survival import check_row_survives
+from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
 from hhdeploy.files.directories import atomic_directory
@@ -37,7 +38,7 @@ from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
 from hhdeploy.verifying.pictures import check_pictures
-from hhdeploy.verifying.survival import check_folded, check_reference, say
+from hhdeploy.verifying.survival import Effects, check_folded, say
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -78,7 +79,7 @@ def export(
     reserve: Reserve = _NO_RESERVE,
     bank_as_constant: bool = False,
     outputs: Sequence[str] = (),
-    precisions: Sequence[str] = (),
+    precisions: Sequence[TypedPrecision] = (),
     verify: bool = True,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
@@ -182,13 +183,14 @@ def export(
             del contents, base, backbone, reference  # a session needs the memory more
             gc.collect()  # torch's graphs, and with them the weights, hold each other
             progress("verifying against the training-time model")
-            found = _verified(Bundle(scratch, manifest), data)
+            bundle = Bundle(scratch, manifest)
+            effects = Effects.of_reference(bundle)
+            found = _verified(bundle, data, effects)
             report = found.without(found.overflowed)
             kept_precisions = [p for p in precisions if p not in found.overflowed]
-            bundle = Bundle(scratch, manifest)
-            say(progress, check_reference(bundle, kept_precisions, refuse=not allow_no_effect))
+            say(progress, effects.lines(kept_precisions, refuse=not allow_no_effect))
             report = replace(report, pictures=check_pictures(bundle, added_later=True))
-            kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
+            kept = _without_graphs(bundle, found.overflowed)
             manifest = _store_report(kept, report)
     if found is not None and found.overflowed:
         raise _overflow_error(Path(out), found)
@@ -235,15 +237,10 @@ def _model_args(
     return distinct[0] if distinct else {}
 
 
-def _check_precisions(precisions: Sequence[str]) -> None:
-    from hhdeploy.exporters.precision.typed import PRECISIONS
-
+def _check_precisions(precisions: Sequence[TypedPrecision]) -> None:
+    hint = " (float32 is always written; int8 comes from calibration data: `calibrate()`.)"
     for precision in precisions:
-        if precision not in PRECISIONS:
-            raise OptionError(
-                f"`precisions=[{precision!r}]`: expected one of {', '.join(PRECISIONS)}. (float32 "
-                "is always written; int8 comes from calibration data: `calibrate()`.)"
-            )
+        one_of(TYPED, precision, "precisions[]", hint)
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
@@ -279,7 +276,7 @@ def _contents(
     fold: bool,
     reserve: Reserve,
     bank_as_constant: bool,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
 ) -> Contents:
     from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
@@ -297,7 +294,7 @@ def _contents(
 
 
 def _rounded_away(
-    backbone: Backbone, contents: Contents, precisions: Sequence[str], refuse: bool
+    backbone: Backbone, contents: Contents, precisions: Sequence[TypedPrecision], refuse: bool
 ) -> Iterator[str | None]:
     """Lines about what rounding leaves nothing of: in rows, or in folded weights."""
     layout, bank = contents.manifest.layout, contents.bank
@@ -338,16 +335,17 @@ def _reference_of(
     return compute
 
 
-def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
+def _verified(bundle: Bundle, data: VerifyData, effects: Effects) -> ParityReport:
     from hhdeploy.verifying.reference import Reference
 
-    report = verify_graphs(bundle, "cpu", None, Reference(*bundle.reference()), data)
+    reference = Reference(*bundle.reference())
+    report = verify_graphs(bundle, "cpu", None, reference, data, also=effects.measure)
     if not report.without(report.overflowed).passed:
         raise parity_error(report)
     return report
 
 
-def _without_graphs(bundle: Bundle, precisions: Sequence[str]) -> Bundle:
+def _without_graphs(bundle: Bundle, precisions: Sequence[Precision]) -> Bundle:
     """A new bundle, some graphs of it deleted."""
     manifest = bundle.manifest
     gone = {f for p in precisions for f in (manifest.graphs[p], f"{manifest.graphs[p]}.data")}

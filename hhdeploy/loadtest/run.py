@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, Runner, one_of
 from hhdeploy.loadtest.client import Client
 from hhdeploy.loadtest.drive import Record, drive
 from hhdeploy.loadtest.expected import Expectations, expect, image_pool, parity_bound
@@ -44,9 +45,13 @@ class Subject:
 
     bundle: Path
     adapters: int
-    device: str = "auto"
-    precision: str = "float32"
+    device: Device = "auto"
+    precision: Precision = "float32"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of(DEVICES, self.device, "device")
+        one_of(PRECISIONS, self.precision, "precision")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Start:
     fleet: Path
     token_file: Path
     model: str
-    device: str
+    device: Runner
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hhdeploy.adapters.config import VALUES
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import Manifest
+from hhdeploy.choices import Device, Precision
 from hhdeploy.parity import Comparison, compare
 
 _BATCH = 8
@@ -26,8 +27,8 @@ def names_of(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
 
 def logits_of(
     bundle: Bundle,
-    device: str,
-    precision: str,
+    device: Device,
+    precision: Precision,
     images: NDArray[np.float32],
     ids: NDArray[np.int64],
     names: Mapping[str, int],
