@@ -31,10 +31,10 @@ def bench_abuse(
     for module in ("tritonclient.grpc", "PIL.Image"):
         require(module, "serve", "hhdeploy bench --serve --abuse")
     from hhdeploy.loadtest.abuse.kinds import KINDS
-    from hhdeploy.loadtest.abuse.run import Plan, run_abuse
+    from hhdeploy.loadtest.abuse.run import Campaign, run_abuse
 
     kinds = list(KINDS) if "all" in options["abuse"] else list(dict.fromkeys(options["abuse"]))
-    plan = Plan(kinds, options["seconds"], skew=options["skew"], seed=options["seed"])
+    campaign = Campaign(kinds, options["seconds"], skew=options["skew"], seed=options["seed"])
 
     def command(start: Start) -> list[str]:
         return server_command(
@@ -48,7 +48,7 @@ def bench_abuse(
         )
 
     with ui.phased_steps(as_json) as (step, phase):
-        report = run_abuse(subject, plan, command, step, phase)
+        report = run_abuse(subject, campaign, command, step, phase)
     if as_json:
         ui.print_json({"precision": subject.precision, **report.to_json()})
     else:

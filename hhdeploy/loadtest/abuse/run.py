@@ -39,7 +39,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Plan:
+class Campaign:
     """What is tried.
 
     Attributes:
@@ -57,7 +57,7 @@ class Plan:
 
 def run_abuse(
     subject: Subject,
-    plan: Plan,
+    campaign: Campaign,
     command: Callable[[Start], Sequence[str]],
     step: Callable[[str], None],
     phase: Callable[[str, int, int], None],
@@ -66,7 +66,7 @@ def run_abuse(
 
     Args:
         subject: what is tested.
-        plan: what is tried.
+        campaign: what is tried.
         command: the command line of the server, HTTP and gRPC.
         step: told what is being done.
         phase: told how far it is: what, done, of all.
@@ -74,18 +74,18 @@ def run_abuse(
     Raises:
         HhdeployError: the bundle cannot be tested, or the server does not start or not answer.
     """
-    with staged(subject, plan.seed, step, phase) as stage:
+    with staged(subject, campaign.seed, step, phase) as stage:
         step("starting the server")
         with running_server(command(stage.start), stage.log) as server:
-            honest = _Honest(stage, server, plan)
+            honest = _Honest(stage, server, campaign)
             step("what it answers at most")
             honest.ask_in_much_json()
-            wires = dict.fromkeys(_wire(kind) for kind in plan.kinds)
+            wires = dict.fromkeys(_wire(kind) for kind in campaign.kinds)
             saturation = {wire: honest.saturation(wire) for wire in wires}
             sieges = {}
-            for kind in plan.kinds:
+            for kind in campaign.kinds:
                 sieges[kind] = _besiege(kind, honest, saturation[_wire(kind)] * _SHARE, step)
-        return AbuseReport(plan.seconds, saturation, sieges, server.code)
+        return AbuseReport(campaign.seconds, saturation, sieges, server.code)
 
 
 def _wire(kind: str) -> str:
@@ -106,7 +106,7 @@ def _besiege(kind: str, honest: _Honest, rate: float, step: Callable[[str], None
         victim = Victim(host, port, port, adapter, size, str(elsewhere))
         control, _ = honest.beside(kind, victim, rate)
     before = server.resident_bytes()
-    step(f"{kind}: {honest.plan.seconds:g} s")
+    step(f"{kind}: {honest.campaign.seconds:g} s")
     victim = Victim(host, http_port, server.grpc_port, adapter, size, str(fleet))
     abused, attacks = honest.beside(kind, victim, rate)
     time.sleep(SETTLE_SECONDS)
@@ -121,7 +121,7 @@ class _Honest:
 
     stage: Stage
     server: Server
-    plan: Plan
+    campaign: Campaign
 
     def ask_in_much_json(self) -> None:
         """One request that the server's other process reads, which is there from then on."""
@@ -141,16 +141,16 @@ class _Honest:
 
     def saturation(self, wire: str) -> float:
         """Requests a second that they get answered at most; the server is warm after it."""
-        first = self._ask(wire, Load(_WARM_UP_REQUESTS, HONEST, skew=self.plan.skew))
+        first = self._ask(wire, Load(_WARM_UP_REQUESTS, HONEST, skew=self.campaign.skew))
         rate = len(first.exchanges) / first.seconds
         number = max(_WARM_UP_REQUESTS, int(rate * SATURATION_SECONDS))
-        record = self._ask(wire, Load(number, HONEST, skew=self.plan.skew))
+        record = self._ask(wire, Load(number, HONEST, skew=self.campaign.skew))
         return len(record.exchanges) / record.seconds
 
     def beside(self, kind: str, victim: Victim, rate: float) -> tuple[Seen, Mapping[str, int]]:
         """What they see beside an abuser, and what the abuser saw."""
-        number = max(1, int(rate * self.plan.seconds))
-        load = Load(number, HONEST, rate, self.plan.skew, seed=self.plan.seed)
+        number = max(1, int(rate * self.campaign.seconds))
+        load = Load(number, HONEST, rate, self.campaign.skew, seed=self.campaign.seed)
         with (
             child("health", self.server.url) as health,
             child("abuser", {"kind": kind, "victim": asdict(victim)}) as abuser,
