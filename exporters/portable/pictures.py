@@ -86,8 +86,8 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
 <
     int64[1] zero = {0}, int64[1] first = {1}, int64[2] none = {0, 0}, int64[2] ones = {1, 1},
     int64[2] two = {2, 2}, int64[2] axes = {2, 3}, int64[2] batch_and_channels = {1, %(c)d},
-    int64[4] by_channel = {1, %(c)d, 1, 1}, float half = {0.5}, float up = {0.50006103515625}, float black = {0},
-    float white = {255}%(grey_numbers)s
+    int64[4] by_channel = {1, %(c)d, 1, 1}, float half = {0.5}, float up = {0.50006103515625},
+    float black = {0}, float white = {255}%(grey_numbers)s
 >
 {
     size = Shape<end=2>(image)
