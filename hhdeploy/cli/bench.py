@@ -11,7 +11,7 @@ import numpy as np
 
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
-from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
+from hhdeploy.cli.bench_serve import bench_server, check_load_options, serve_options
 
 
 @click.command()
@@ -52,7 +52,7 @@ def command(
     The fleet is BUNDLE's adapters and variants of them: same shapes, random values, made for the
     test in a temporary directory; they never enter BUNDLE.
     """
-    check_options(serve)
+    check_load_options(serve)
     cache = ui.check_cache_options(cache_dir, no_cache)
     if serve:
         click.get_current_context().exit(

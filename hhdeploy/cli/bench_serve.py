@@ -70,7 +70,7 @@ def serve_options(command: F) -> F:
     return command
 
 
-def check_options(serve: bool) -> None:
+def check_load_options(serve: bool) -> None:
     """Refuse options that would do nothing, with or without ``--serve``."""
     if serve:
         ui.refuse_unused(_NEVER_SERVE, "does not go with --serve")

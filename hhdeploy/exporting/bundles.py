@@ -27,8 +27,8 @@ from hhdeploy.bundle.manifest import (
     Manifest,
     write_manifest,
 )
+from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
-from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads

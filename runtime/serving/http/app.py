@@ -43,7 +43,7 @@ from hhdeploy.runtime.serving.errors import (
 from hhdeploy.runtime.serving.http.arrival import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
-    json_bytes,
+    compact_json,
     json_length,
     read_parameters,
     read_request,
@@ -319,4 +319,4 @@ async def _while_connected(request: Request) -> AsyncIterator[None]:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    return Response(json_bytes(content), status, media_type="application/json")
+    return Response(compact_json(content), status, media_type="application/json")
