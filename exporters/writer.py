@@ -30,6 +30,7 @@ from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
+from hhdeploy.exporters.portable.pictures import write_picture_graphs
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
 from hhdeploy.files.tensors import write_tensors
@@ -181,6 +182,7 @@ def write_bundle(
     for precision in precisions:
         graphs[precision] = graph_name(precision)
         save_graph(typed_model(contents.model, precision), path / graphs[precision])
+    write_picture_graphs(path, contents.manifest.input_size[0])
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})
     for name, adapter in contents.adapters.items():

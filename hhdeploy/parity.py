@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -71,10 +71,13 @@ _KERNELS = "as the twin; kernels may accumulate in less than float32"
 _CALIBRATED = "as the quantised graph; accuracy is judged when calibrating"
 _H100 = "with ONNX Runtime on an H100, ViT-S/16, random adapters; no engine has run"
 
+# Of 255, what a graph that resizes a picture may be off from Pillow, where it shrinks and grows.
+LEVELS: Mapping[str, int] = {"shrinks": 1, "grows": 2}
+
 # (stage, precision) -> bound. Stages: `algebra` (float64 algebra against dense products),
 # `folded` (one adapter in the weights), `branches` (mixed batch of side branches), `openvino`
-# (either graph in OpenVINO), `twin` (rounding twin of a typed graph), `quantised` (Q/DQ graph from
-# calibration), `engine` (a graph on a GPU, in ONNX Runtime or as a TensorRT engine).
+# (either graph in OpenVINO), `pictures` (a graph made its images), `twin` (rounding twin of a typed
+# graph), `quantised` (Q/DQ graph), `engine` (a graph on a GPU, or a TensorRT engine).
 PARITY: Mapping[tuple[str, str], Bound] = {
     ("algebra", "float64"): Bound(
         1e-12, 1 - 1e-12, 1.0, "4e-15, ranks 0 to 4, 7 x 13 to 768 x 768", "float64 rounding"
@@ -96,6 +99,7 @@ PARITY: Mapping[tuple[str, str], Bound] = {
         "9e-3 on the starter models (1.3e-2 over all their 366 images)",
         "the float32 graph computed in bfloat16: as the twin, but OpenVINO chooses where it rounds",
     ),
+    ("pictures", "float32"): Bound(1e-3, 1 - 1e-5, 1.0, "8e-5", "some values a level off"),
     ("twin", "float16"): Bound(
         2e-2,
         0.9999,
@@ -351,10 +355,12 @@ class ParityReport:
     Attributes:
         data: what the images were: ``{"kind": "noise", "seed": ...}`` or a folder.
         stages: the results.
+        pictures: see `hhdeploy.verifying.pictures.check_pictures`.
     """
 
     data: Mapping[str, Any]
     stages: Sequence[StageResult]
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def overflowed(self) -> tuple[Precision, ...]:
@@ -367,7 +373,7 @@ class ParityReport:
     def without(self, precisions: Collection[Precision]) -> ParityReport:
         """The report of the other graphs."""
         stages = [s for s in self.stages if s.precision not in precisions]
-        return ParityReport(self.data, stages)
+        return ParityReport(self.data, stages, self.pictures)
 
     @property
     def passed(self) -> bool:
@@ -382,6 +388,7 @@ class ParityReport:
             "reference": "PyTorch training-time model, float64",
             "data": dict(self.data),
             "stages": [s.to_json() for s in self.stages],
+            **({"pictures": self.pictures} if self.pictures else {}),
         }
 
     def explain_failures(self) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def parameters_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
     """Parameter path -> its value with the adapter, of those that it changes; also a bias that it
     gives a Linear without one."""
-    found: dict[str, Array] = {name: v.astype(np.float64) for name, v in adapter.values.items()}
+    found = values_with(backbone, adapter)
     for linear in backbone.facts.linears:
         if any(site.name in adapter.sites for site in linear.sites):
             found |= _linear(backbone, adapter, linear, found)
@@ -34,6 +34,18 @@ def parameters_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
         path = adapter.head.path
         found[f"{path}.weight"] = adapter.head.weight.astype(np.float64)
         found[f"{path}.bias"] = adapter.head.bias.astype(np.float64)
+    return found
+
+
+def values_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
+    """Parameter path -> its value with the adapter, of those that it replaces whole: at less than
+    its full strength between the backbone's own and the new one."""
+    found = {path: value.astype(np.float64) for path, value in adapter.values.items()}
+    if adapter.strength == 1.0:
+        return found
+    for path, value in found.items():
+        frozen: Array = backbone.model.get_parameter(path).detach().double().cpu().numpy()
+        found[path] = frozen + adapter.strength * (value - frozen)
     return found
 
 

@@ -119,8 +119,8 @@ class Adapter:
         values: parameter path -> what that parameter of the backbone becomes (norms, convolutions,
             dense weights): no row holds it, so the adapter can only be folded.
         strength: what `change` and `delta` multiply all that the adapter does to the backbone by,
-            the classifier excepted; a bundle's entry says it, the adapter's files do not. See
-            `hhdeploy.adapters.mixing.at_strength`.
+            the classifier excepted; a bundle's entry says it, the adapter's files do not. For
+            ``values`` that takes the backbone's. See `hhdeploy.adapters.mixing.at_strength`.
     """
 
     config: AdapterConfig

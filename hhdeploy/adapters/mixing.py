@@ -2,8 +2,9 @@
 
 An additive site adds (diag(s_out) - I) W + W (diag(s_in) - I) + L R + D to its weight and db to
 its bias; all of these are sums, so a weighted sum of them is one too. A sequential site multiplies
-by M = I + (M - I), and M - I is the sum. The classifier is no change of the backbone and is never
-scaled.
+by M = I + (M - I), and M - I is the sum. A parameter W that an adapter replaces by V moves by
+V - W, so what it becomes takes W, the backbone's own. The classifier is no change of the backbone
+and is never scaled.
 """
 
 from __future__ import annotations
@@ -12,26 +13,46 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import same_model
+from hhdeploy.adapters.checks import check, same_model
 from hhdeploy.adapters.config import AdapterConfig, Compression
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors
 from hhdeploy.algebra import Array, SiteDelta
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import AdapterError, OptionError
+
+# What is left of 1 when weights that make it up are subtracted, such as 0.7 and 0.3.
+_NOTHING = 1e-12
+# Suffixes of the parameters of a module whose q, k and v are one.
+_PACKED = ("in_proj_weight", "in_proj_bias")
+
+
+class Frozen(Protocol):
+    """What a mixture needs of a `hhdeploy.backbones.spec.Backbone`, which takes torch to import."""
+
+    @property
+    def facts(self) -> BackboneFacts:
+        """What is known of the model."""
+
+    @property
+    def model(self) -> Any:
+        """The torch module."""
 
 
 def at_strength(adapter: Adapter, strength: float) -> Adapter:
     """The adapter with all that it does to the backbone times ``strength``; the head as it is.
 
-    Its tensors stay as they are; what `Adapter.change` says of them is scaled.
+    Its tensors stay as they are; what `Adapter.change` says of them is scaled. A parameter that it
+    replaces is folded between the backbone's own and the new one.
 
     Raises:
         AdapterError: a site that multiplies both input and output, or one of them before a matrix
-            (their product is no sum), or an adapter that can only be folded.
+            or after a replaced weight (their product is no sum).
         OptionError: a strength that is no finite number.
     """
     if not math.isfinite(strength):
@@ -39,11 +60,14 @@ def at_strength(adapter: Adapter, strength: float) -> Adapter:
     if strength == 1.0:
         return adapter
     _check_sum(adapter)
+    _check_replaced([adapter])
     return replace(adapter, strength=strength)
 
 
 def merge_adapters(
-    adapters: Mapping[str, tuple[Adapter, float]], head: str | None = None
+    adapters: Mapping[str, tuple[Adapter, float]],
+    head: str | None = None,
+    backbone: Frozen | None = None,
 ) -> Adapter:
     """One adapter whose change of the backbone is the weighted sum of several.
 
@@ -51,16 +75,20 @@ def merge_adapters(
         adapters: name -> adapter and its weight.
         head: name of the adapter whose classifier, class names and preprocessing the result has;
             None where all have the same.
+        backbone: of all; needed where parameters are replaced (adapters that can only be folded),
+            unless the weights of those that replace one are 1 together.
 
     Raises:
         AdapterError: adapters of different backbones or forms, classifiers, class names or
-            preprocessing that differ without ``head``, sites whose multipliers are no sum, adapters
-            that can only be folded.
+            preprocessing that differ without ``head``, sites whose multipliers are no sum,
+            replaced parameters without the backbone.
     """
     if not adapters:
         raise OptionError("expected adapters to merge, found none.")
     named = {name: adapter for name, (adapter, _) in adapters.items()}
     _check_bases(named)
+    if backbone is not None:
+        _check_fit(named, backbone)
     chosen = named[_head_of(named, head)]
     config = replace(
         chosen.config,
@@ -71,11 +99,14 @@ def merge_adapters(
             "merged_from": {name: weight for name, (_, weight) in adapters.items()},
         },
     )
-    return _mixed(adapters, chosen.head, config)
+    return _mixed(adapters, chosen.head, config, backbone)
 
 
 def _mixed(
-    adapters: Mapping[str, tuple[Adapter, float]], head: Head | None, config: AdapterConfig
+    adapters: Mapping[str, tuple[Adapter, float]],
+    head: Head | None,
+    config: AdapterConfig,
+    backbone: Frozen | None,
 ) -> Adapter:
     form = _form_of({name: adapter for name, (adapter, _) in adapters.items()})
     sites = dict.fromkeys(site for adapter, _ in adapters.values() for site in adapter.sites)
@@ -91,9 +122,42 @@ def _mixed(
         reflection="unnormalized",
         r=max(ranks, default=0),
         target_modules=tuple(sites) or config.target_modules,
+        fold_only=any(adapter.config.fold_only for adapter, _ in adapters.values()),
     )
     source = " + ".join(f"{weight:g} x {a.source}" for a, weight in adapters.values())
-    return Adapter(described, tensors, head, source)
+    values = dict.fromkeys(path for adapter, _ in adapters.values() for path in adapter.values)
+    replaced = {path: _value(path, adapters, backbone) for path in values}
+    return Adapter(described, tensors, head, source, replaced)
+
+
+def _value(
+    path: str, adapters: Mapping[str, tuple[Adapter, float]], backbone: Frozen | None
+) -> NDArray[np.float32]:
+    """W + the sum of weight (V - W), of those adapters that replace the parameter W by V."""
+    parts = [
+        (weight * a.strength, a.values[path].astype(np.float64), a)
+        for a, weight in adapters.values()
+        if path in a.values
+    ]
+    shapes = {value.shape for _, value, _ in parts}
+    if len(shapes) > 1:
+        raise AdapterError(
+            f"{path}: expected values of one shape, found {' and '.join(map(str, shapes))}: the "
+            "adapters belong to different backbones."
+        )
+    total: Array = np.sum([weight * value for weight, value, _ in parts], axis=0)
+    left = 1.0 - sum(weight for weight, _, _ in parts)
+    if abs(left) <= _NOTHING:
+        return total.astype(np.float32)
+    if backbone is None:
+        raise AdapterError(
+            f"{parts[0][2].source} can only be folded: it replaces parameters ({path}, …), and "
+            "what they are at another strength takes the backbone's own. Give the `model`, or "
+            "weights that are 1 together."
+        )
+    frozen = backbone.model.get_parameter(path).detach().double().cpu().numpy()
+    mixed: Array = total + left * frozen
+    return mixed.astype(np.float32)
 
 
 def _site(name: str, form: Form, parts: Sequence[tuple[Adapter, float]]) -> SiteTensors:
@@ -138,13 +202,7 @@ def _matrix(deltas: Sequence[SiteDelta], form: Form) -> dict[str, np.ndarray]:
 
 
 def _check_sum(adapter: Adapter) -> None:
-    """What the adapter does can be multiplied by a number, or added to another's."""
-    if adapter.values:
-        raise AdapterError(
-            f"{adapter.source} can only be folded: it replaces parameters "
-            f"({next(iter(adapter.values))}, …), which have no strength and no sum. Import it with "
-            "`compress_rank` to make it live."
-        )
+    """What the adapter does at its sites can be multiplied by a number, or added to another's."""
     for name, site in adapter.sites.items():
         factors: list[str] = [part for part in ("s_in", "s_out") if part in site.parts]
         if adapter.form == "sequential":
@@ -156,16 +214,46 @@ def _check_sum(adapter: Adapter) -> None:
             )
 
 
+def _check_replaced(adapters: Sequence[Adapter]) -> None:
+    """No site multiplies what a replaced parameter holds."""
+    replaced = {_linear_of(path): path for adapter in adapters for path in adapter.values}
+    for adapter in adapters:
+        for name, site in adapter.sites.items():
+            matrix = adapter.form == "sequential" and site.shape is not None
+            factors = {
+                "weight": matrix or not {"s_in", "s_out"}.isdisjoint(site.parts),
+                "bias": matrix,
+            }
+            for leaf in (leaf for leaf, multiplied in factors.items() if multiplied):
+                owners = (name, name.rpartition(".")[0])  # a third's is the whole Linear's
+                path = next((replaced[o, leaf] for o in owners if (o, leaf) in replaced), None)
+                if path is not None:
+                    raise AdapterError(
+                        f"{adapter.source}: {name} multiplies {path}, which is replaced too: at "
+                        "another strength, or beside another adapter, that product is no sum. Use "
+                        "it whole."
+                    )
+
+
+def _linear_of(path: str) -> tuple[str, str]:
+    """The Linear that a parameter would be of, and which of its two."""
+    owner, _, leaf = path.rpartition(".")
+    if leaf in _PACKED:
+        return f"{owner}.in_proj", leaf.removeprefix("in_proj_")
+    return owner, leaf
+
+
 def _form_of(adapters: Mapping[str, Adapter]) -> Form:
     for adapter in adapters.values():
         _check_sum(adapter)
-    forms = {adapter.form for adapter in adapters.values()}
+    _check_replaced(list(adapters.values()))
+    forms = {adapter.form for adapter in adapters.values() if adapter.sites}
     if len(forms) > 1:
         raise AdapterError(
             f"{' and '.join(adapters)} have different forms ({', '.join(sorted(forms))}): an "
             "additive change and a product after it are no sum."
         )
-    return forms.pop()
+    return forms.pop() if forms else "additive"
 
 
 def _check_bases(adapters: Mapping[str, Adapter]) -> None:
@@ -179,6 +267,19 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
             raise AdapterError(
                 f"{first} and {second} belong to different backbones: {key} is {mine} and {theirs}."
             )
+
+
+def _check_fit(adapters: Mapping[str, Adapter], backbone: Frozen) -> None:
+    """All belong to the backbone, which has the parameters that they replace."""
+    shapes = {path: tuple(p.shape) for path, p in backbone.model.named_parameters()}
+    for name, adapter in adapters.items():
+        check(name, adapter, backbone.facts)
+        for path, value in adapter.values.items():
+            if value.shape != shapes.get(path):
+                raise AdapterError(
+                    f"{adapter.source}: {path}.value: expected shape {shapes.get(path)} of the "
+                    f"backbone's parameter, found {value.shape}."
+                )
 
 
 def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """Weights that transformers saved, for the timm model of the same architecture.
 
-ViT, DINOv2, BEiT and Swin are the same function under other names, so their weights are renamed and
-q, k and v put together. What weights do not show (heads, activation, the norms' epsilon) is
-compared with the config.json beside them; without one it is assumed, which a note says.
-Sources: the conversion scripts of transformers, ``convert_*_timm_to_pytorch.py``.
+ViT, DeiT, DINOv2, BEiT, Swin and the image towers of CLIP and SigLIP are the same function under
+other names, so their weights are renamed and q, k and v put together. What weights do not show
+(heads, activation, the norms' epsilon) is compared with the config.json beside them; without one
+it is assumed, which a note says.
+Sources: the conversion scripts of transformers, ``convert_*_timm_to_pytorch.py``, and what its
+models compute.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# What every file of these models has, whatever stands before it.
-_MARK = "embeddings.patch_embeddings.projection.weight"
+# What every file of these models has, whatever stands before it; the second of CLIP and SigLIP.
+_TOWER = "embeddings.patch_embedding.weight"
+_MARKS = ("embeddings.patch_embeddings.projection.weight", _TOWER)
 # Pattern -> timm's name, the first that fits the whole; names before transformers 5 and since.
 _BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
 _STAGE = r"encoder\.layers\.(\d+)\.blocks\.(\d+)\."
@@ -32,25 +35,60 @@ _OUTSIDE = {
     r"embeddings\.norm\.(\w+)": r"patch_embed.norm.\1",
     r"layernorm\.(\w+)": r"norm.\1",
     r"pooler\.layernorm\.(\w+)": r"fc_norm.\1",
+    # After the class token: to timm a register.
+    r"embeddings\.distillation_token": "reg_token",
+    # CLIP and SigLIP.
+    r"embeddings\.class_embedding": "cls_token",
+    r"embeddings\.position_embedding\.weight": "pos_embed",
+    r"embeddings\.patch_embedding\.(\w+)": r"patch_embed.proj.\1",
+    r"pre_layrnorm\.(\w+)": r"norm_pre.\1",
+    r"post_layernorm\.(\w+)": r"norm.\1",
+    r"head\.probe": "attn_pool.latent",
+    r"head\.attention\.in_proj_(\w+)": r"attn_pool.qkv.\1",
+    r"head\.attention\.out_proj\.(\w+)": r"attn_pool.proj.\1",
+    r"head\.layernorm\.(\w+)": r"attn_pool.norm.\1",
+    r"head\.mlp\.(fc[12])\.(\w+)": r"attn_pool.mlp.\1.\2",
 }
 _INSIDE = {
-    r"attention\.(?:attention\.|self\.)?(?:query|q_proj)\.(\w+)": r"attn.q.\1",
-    r"attention\.(?:attention\.|self\.)?(?:key|k_proj)\.(\w+)": r"attn.k.\1",
-    r"attention\.(?:attention\.|self\.)?(?:value|v_proj)\.(\w+)": r"attn.v.\1",
-    r"attention\.(?:output\.dense|o_proj)\.(\w+)": r"attn.proj.\1",
+    r"(?:self_attn|attention)\.(?:attention\.|self\.)?(?:query|q_proj)\.(\w+)": r"attn.q.\1",
+    r"(?:self_attn|attention)\.(?:attention\.|self\.)?(?:key|k_proj)\.(\w+)": r"attn.k.\1",
+    r"(?:self_attn|attention)\.(?:attention\.|self\.)?(?:value|v_proj)\.(\w+)": r"attn.v.\1",
+    r"(?:self_attn|attention)\.(?:output\.dense|o_proj|out_proj)\.(\w+)": r"attn.proj.\1",
     r"(?:attention\.)?(?:attention\.|self\.)?(?:relative_position_bias\.)?"
     r"relative_position_bias_table": "attn.relative_position_bias_table",
-    r"(?:layernorm_before|norm1)\.(\w+)": r"norm1.\1",
-    r"(?:layernorm_after|norm2)\.(\w+)": r"norm2.\1",
+    r"(?:layernorm_before|layer_norm1|norm1)\.(\w+)": r"norm1.\1",
+    r"(?:layernorm_after|layer_norm2|norm2)\.(\w+)": r"norm2.\1",
     r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)": r"mlp.fc1.\1",
     r"(?:output\.dense|mlp\.fc2)\.(\w+)": r"mlp.fc2.\1",
     r"layer_scale([12])\.lambda1": r"ls\1.gamma",
     r"lambda_([12])": r"gamma_\1",
 }
 # Not in timm's graph: of the pre-training, or what transformers' classifiers do not use either.
-_LEFT_OUT = ("embeddings.mask_token", "pooler.dense.")
+# Of CLIP and SigLIP that is the text, and what compares images with it.
+_LEFT_OUT = (
+    *("embeddings.mask_token", "pooler.dense.", "embeddings.position_ids"),
+    *("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias"),
+)
 # Before version 5 saved with BEiT and Swin: it follows from the window, as it does in timm.
 _INDEX = ".relative_position_index"
+# What transformers' classifiers, and its features, read of CLIP's and SigLIP's tokens: timm's
+# global_pool, whether its last norm comes before, and the arguments that make a timm model so. Its
+# fc_norm, behind the pooling, is none of theirs.
+_READS = {
+    ("CLIP", "classifier"): ("avg", False, {"global_pool": "avg", "final_norm": False}),
+    ("CLIP", "features"): ("token", True, {"global_pool": "token"}),
+    ("SigLIP", "classifier"): ("avg", True, {"global_pool": "avg", "fc_norm": False}),
+    ("SigLIP", "features"): ("map", True, {"global_pool": "map"}),
+}
+# Within the config.json of a whole CLIP or SigLIP what is the default is left out.
+_TOWER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "clip": {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "siglip": {
+        "num_attention_heads": 12,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+}
 # Activations of config.json as timm's modules.
 _ACTIVATIONS = {
     "gelu": ("GELU",),
@@ -61,8 +99,9 @@ _ACTIVATIONS = {
 
 
 def is_transformers(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a state dict has transformers' names of a ViT, DINOv2, BEiT or Swin."""
-    return any(key.endswith(_MARK) for key in state)
+    """Whether a state dict has transformers' names of a ViT, DeiT, DINOv2, BEiT, Swin, CLIP or
+    SigLIP."""
+    return any(key.endswith(_MARKS) for key in state)
 
 
 def timm_state(
@@ -77,9 +116,11 @@ def timm_state(
         file: for messages.
 
     Raises:
-        BackboneError: tensors that no module of the timm model stands for.
+        BackboneError: tensors that no module of the timm model stands for, or a classifier that
+            reads something else than timm's.
     """
-    prefix = next(key for key in state if key.endswith(_MARK)).removesuffix(_MARK)
+    mark = next(key for key in state if key.endswith(_MARKS))
+    prefix = mark[: -len(next(m for m in _MARKS if mark.endswith(m)))]
     found: dict[str, torch.Tensor] = {}
     unknown = []
     for key, tensor in state.items():
@@ -94,13 +135,61 @@ def timm_state(
             unknown.append(key)
         else:
             found[name] = tensor
+    _check_two(unknown, file)
+    if "reg_token" in found and getattr(model, "reg_token", None) is None:
+        raise BackboneError(
+            f"`checkpoint`: {file} has a distillation token, and {type(model).__name__} as "
+            "created has no place for it: to timm it is a register. Pass "
+            "`model_args={'reg_tokens': 1}`."
+        )
     if unknown:
         raise BackboneError(
             f"`checkpoint`: {file} has transformers' names, and timm's {type(model).__name__} has "
             f"nothing for {', '.join(unknown[:4])}{' …' if len(unknown) > 4 else ''}. Give the "
             "directory that it was saved in as the model: transformers:DIR."
         )
+    if mark.endswith(_TOWER):
+        found = _as_read(found, model, classifier, file)
     return _fused(found, model)
+
+
+def _check_two(unknown: Sequence[str], file: Path) -> None:
+    if any(key.startswith("distillation_classifier.") for key in unknown):
+        raise BackboneError(
+            f"`checkpoint`: {file} has two classifiers, whose answers DeiT averages (its teacher's "
+            "and its own), and an adapter has one. Take them out of the file, for adapters that "
+            "bring theirs."
+        )
+
+
+def _as_read(
+    found: Mapping[str, torch.Tensor], model: nn.Module, classifier: str, file: Path
+) -> dict[str, torch.Tensor]:
+    """The weights of a CLIP or SigLIP tower that its classifier, or its features, depend on, in
+    timm's shapes."""
+    from torch import nn
+
+    kind = "CLIP" if "norm_pre.weight" in found else "SigLIP"
+    purpose = "classifier" if f"{classifier}.weight" in found else "features"
+    pool, normed, args = _READS[kind, purpose]
+    norm, late = (not isinstance(getattr(model, n, None), nn.Identity) for n in ("norm", "fc_norm"))
+    if (getattr(model, "global_pool", None), norm, late) != (pool, normed, False):
+        raise BackboneError(
+            f"`checkpoint`: {file} is of a {kind} whose {purpose} read other tokens than the timm "
+            f"model's. Pass `model_args={args}`, or give transformers:DIR as the model."
+        )
+    unread = [] if pool == "map" else ["attn_pool."]
+    unread += [] if normed else ["norm."]
+    state = {name: t for name, t in found.items() if not name.startswith(tuple(unread))}
+    for name in ("cls_token", "pos_embed"):
+        if name in state:
+            state[name] = state[name].reshape(1, -1, state[name].shape[-1])
+    for leaf in ("weight", "bias"):
+        if (packed := state.pop(f"attn_pool.qkv.{leaf}", None)) is not None:
+            width = len(packed) // 3
+            state[f"attn_pool.q.{leaf}"] = packed[:width]
+            state[f"attn_pool.kv.{leaf}"] = packed[width:]
+    return state
 
 
 def _name(key: str) -> str | None:
@@ -172,11 +261,19 @@ def agree(model: nn.Module, file: Path) -> tuple[tuple[str, ...], float]:
         raise BackboneError(f"{path} cannot be read: {error}.") from error
     if not isinstance(config, dict):
         raise BackboneError(f"{path}: expected a JSON object, found {type(config).__name__}.")
+    config = _of_images(config)
     _check(model, config, path)
     eps = float(config.get("layer_norm_eps", norms[0].eps))
     for norm in norms:
         norm.eps = eps
     return (), eps
+
+
+def _of_images(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a CLIP's or SigLIP's configuration what is said of its tower; else all of it."""
+    name = str(config.get("model_type")).removesuffix("_vision_model")
+    inner = config.get("vision_config", config)
+    return {**_TOWER_DEFAULTS.get(name, {}), **inner, "model_type": name}
 
 
 def _heads(model: nn.Module) -> list[str]:
@@ -203,6 +300,8 @@ def _check(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
             f"{path}: the activation is {activation}, the timm model's {', '.join(sorted(acts))}. "
             "Pass `model_args` with the right act_layer, or give transformers:DIR as the model."
         )
+    if config["model_type"] in _TOWER_DEFAULTS:
+        return  # `_as_read` knows what these read
     averages = bool(config.get("use_mean_pooling", False)) or config.get("model_type") == "swin"
     if (getattr(model, "global_pool", "avg") == "avg") != averages:
         raise BackboneError(

@@ -15,7 +15,7 @@ from hhdeploy.errors import AdapterError
 
 
 def put_values(
-    model: nn.Module, values: Mapping[str, NDArray[np.float32]], source: str
+    model: nn.Module, values: Mapping[str, NDArray[np.floating]], source: str
 ) -> dict[str, nn.Parameter]:
     """Replace parameters of a model, in place, by new frozen ones.
 
@@ -24,7 +24,7 @@ def put_values(
 
     Args:
         model: any module.
-        values: parameter path -> its new value.
+        values: parameter path -> its new value, which gets the type of the old one.
         source: the adapter that they come from, for messages.
 
     Returns:
@@ -70,7 +70,7 @@ def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 @contextmanager
 def values_in(
-    model: nn.Module, values: Mapping[str, NDArray[np.float32]], source: str
+    model: nn.Module, values: Mapping[str, NDArray[np.floating]], source: str
 ) -> Iterator[None]:
     """The model with some parameters replaced, and as it was afterwards."""
     old = put_values(model, values, source)
@@ -83,8 +83,13 @@ def values_in(
 def original_parameter(model: nn.Module, path: str) -> Tensor:
     """A parameter itself, also where a parametrization stands in front of it."""
     owner, _, name = path.rpartition(".")
-    module: Any = model.get_submodule(owner)
+    return original_of(model.get_submodule(owner), name)
+
+
+def original_of(module: nn.Module, name: str) -> Tensor:
+    """As `original_parameter`, of a module's own parameter."""
     if torch.nn.utils.parametrize.is_parametrized(module, name):
-        original: Tensor = module.parametrizations[name].original
+        chain: Any = module.parametrizations[name]  # type: ignore[index]
+        original: Tensor = chain.original
         return original
-    return model.get_parameter(path)
+    return module.get_parameter(name)

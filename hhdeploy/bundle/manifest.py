@@ -262,6 +262,15 @@ class Manifest:
             return self.backbone.classes
         return 0
 
+    def picture_graph(self, transform: Preprocess) -> dict[str, Any]:
+        """``preprocess_graph`` of a manifest's entry: the file of the graph that does a transform,
+        and all that it takes beside the picture. Nothing where the bundle has no such graph."""
+        role = transform.graph_file
+        if role is None or not self.has(role):
+            return {}
+        inputs = {n: {"dtype": d, "value": v} for n, (d, v) in transform.graph_inputs.items()}
+        return {"preprocess_graph": {"file": self.named(role), "inputs": inputs}}
+
     def preprocess_of(self, entry: AdapterEntry | None) -> Preprocess:
         """What the images of an adapter (None: of the bare backbone) go through."""
         return self.backbone.preprocess if entry is None else entry.preprocess
@@ -318,9 +327,9 @@ class Manifest:
         return {
             "schema_version": 2 if self._needs_version_2 else 1,
             "kind": self.kind,
-            "backbone": self.backbone.to_json(),
+            "backbone": self.backbone.to_json() | self.picture_graph(self.backbone.preprocess),
             "classes": self.classes,
-            "adapters": [a.to_json() for a in self.adapters],
+            "adapters": [a.to_json() | self.picture_graph(a.preprocess) for a in self.adapters],
             "row": self.layout.to_json() if self.layout else None,
             "tensors": {
                 "images": ["batch", *self.input_size],

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hhdeploy.cli import CONTEXT, ui
+
+if TYPE_CHECKING:
+    from hhdeploy.adapters.format import Adapter
+    from hhdeploy.backbones.spec import Backbone
 
 
 @click.command("merge", context_settings=CONTEXT)
@@ -15,12 +21,33 @@ from hhdeploy.cli import CONTEXT, ui
 @click.option(
     "--head", metavar="DIR", help="Whose classifier, class names and preprocessing OUT has."
 )
+@click.option(
+    "--model", help="The backbone of all, where they replace parameters (can only be folded)."
+)
+@click.option(
+    "--model-args",
+    callback=ui.json_object,
+    metavar="JSON",
+    help=ui.MODEL_ARGS_HELP + " [default: the adapters']",
+)
+@ui.input_size_option
+@click.option("--checkpoint", type=ui.FILE, help="A file with the backbone's weights.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the adapter is complete.")
-def merge(parts: tuple[str, ...], out: Path, head: str | None, overwrite: bool) -> None:
+def merge(
+    parts: tuple[str, ...],
+    out: Path,
+    head: str | None,
+    model: str | None,
+    model_args: dict[str, Any] | None,
+    input_size: tuple[int, int, int] | None,
+    checkpoint: Path | None,
+    overwrite: bool,
+) -> None:
     """Write the weighted sum of several adapters of one backbone as the adapter OUT.
 
     The sum of the changes, exactly: its ranks are those of the parts together. Classifiers are
-    not mixed.
+    not mixed. Parameters that are replaced whole move by what the backbone has there, which takes
+    --model, unless the weights are 1 together.
 
     \b
       hhdeploy adapter merge birds=0.5 planes=0.5 OUT --head birds
@@ -41,9 +68,37 @@ def merge(parts: tuple[str, ...], out: Path, head: str | None, overwrite: bool) 
             raise click.UsageError(f"{name} is named twice: give the sum of its weights.")
         weights[name] = value
     adapters = {name: (load_adapter(name), weight) for name, weight in weights.items()}
-    mixed = merge_adapters(adapters, head)
+    backbone = None
+    if model is not None:
+        every = [adapter for adapter, _ in adapters.values()]
+        backbone = _backbone(model, model_args, input_size, checkpoint, every)
+    elif (model_args, input_size, checkpoint) != (None, None, None):
+        raise click.UsageError("--model-args, --input-size and --checkpoint are of --model.")
+    mixed = merge_adapters(adapters, head, backbone)
     save_adapter(mixed, out, overwrite=overwrite)
-    click.echo(f"Wrote {out}: {len(mixed.sites)} sites of {mixed.config.base_model}")
+    replaced = f", {len(mixed.values)} whole parameters" if mixed.values else ""
+    click.echo(f"Wrote {out}: {len(mixed.sites)} sites of {mixed.config.base_model}{replaced}")
+
+
+def _backbone(
+    model: str,
+    model_args: Mapping[str, Any] | None,
+    input_size: tuple[int, int, int] | None,
+    checkpoint: Path | None,
+    adapters: Sequence[Adapter],
+) -> Backbone:
+    """The backbone that the adapters say, with the arguments that one of them has; a function gets
+    none that only a file names."""
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.backbones.spec import BackboneSpec
+
+    said = next((a.config.base_model_args for a in adapters if a.config.base_model_args), {})
+    taken = {} if model.startswith("python:") else said
+    args = taken if model_args is None else model_args
+    backbone = load_backbone(BackboneSpec(model, args, checkpoint, input_size=input_size))
+    for line in backbone.notes:
+        ui.note(line)
+    return backbone
 
 
 @click.command("diff", context_settings=CONTEXT)

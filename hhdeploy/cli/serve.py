@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -116,12 +118,23 @@ def command(
     # What was not given keeps the default of its field.
     given = {name: value for name, value in options.items() if value is not None}
     given |= {name: frozenset(given[name]) for name in ("pinned", "allowed_hosts")}
-    if on_ray:
-        _serve_on_ray(given, replicas, http_port, grpc_port)
-        return
-    if replicas is not None:
+    if replicas is not None and not on_ray:
         raise click.UsageError("--replicas goes with --ray; --contexts is for one process.")
-    _serve(ServeSettings(**given), http_port, grpc_port)
+    with _hangups_wait():
+        if on_ray:
+            _serve_on_ray(given, replicas, http_port, grpc_port)
+        else:
+            _serve(ServeSettings(**given), http_port, grpc_port)
+
+
+@contextlib.contextmanager
+def _hangups_wait() -> Iterator[None]:
+    """A SIGHUP waits until the server, which unblocks it, reads again: it ends no start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(settings: ServeSettings, http_port: int, grpc_port: int) -> None:

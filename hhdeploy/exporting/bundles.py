@@ -37,6 +37,7 @@ from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
+from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import Effects, check_folded, say
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def export(
             report = found.without(found.overflowed)
             kept_precisions = [p for p in precisions if p not in found.overflowed]
             say(progress, effects.lines(kept_precisions, refuse=not allow_no_effect))
+            report = replace(report, pictures=check_pictures(bundle, added_later=True))
             kept = _without_graphs(bundle, found.overflowed)
             manifest = _store_report(kept, report)
     if found is not None and found.overflowed:
@@ -258,12 +260,13 @@ def _base(
 ) -> BaseGraph:
     """The backbone's graph; with the parameters that the adapter to be folded replaces, if any:
     such a graph serves nobody else and is not cached."""
+    from hhdeploy.adapters.applying import values_with
     from hhdeploy.backbones.parameters import values_in
     from hhdeploy.exporters.trace import base_graph
 
     if folded is None or not folded.values:
         return base_graph(backbone, cache, outputs)
-    with values_in(backbone.model, folded.values, folded.source):
+    with values_in(backbone.model, values_with(backbone, folded), folded.source):
         return base_graph(backbone, None, outputs)
 
 

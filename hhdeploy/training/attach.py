@@ -17,7 +17,12 @@ from hhdeploy.adapters.checks import check, check_targets
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import PARTS, Adapter, Head, SiteTensors, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.parameters import original_parameter, put_values, restore_values
+from hhdeploy.backbones.parameters import (
+    original_of,
+    original_parameter,
+    put_values,
+    restore_values,
+)
 from hhdeploy.backbones.sites import LinearSpec, select_sites
 from hhdeploy.backbones.structure import (
     base_sha256,
@@ -108,7 +113,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     for linear in linears:
         _parametrize(model, linear, matrices, parts, state)
     if isinstance(adapter, Adapter) and adapter.strength != 1.0:
-        _weaken(state, adapter.strength)
+        _weaken(model, state, adapter.strength)
     path = facts.classifier
     if isinstance(adapter, Adapter) and adapter.head is not None:
         state.old_head = _set_head(
@@ -268,13 +273,21 @@ def _shift_bias(
     _register(module, bias, BiasShift(name, rows, db), state)
 
 
-def _weaken(state: _Attached, strength: float) -> None:
+def _weaken(model: nn.Module, state: _Attached, strength: float) -> None:
     """Every changed tensor between the backbone's and the adapter's, whatever was done to it."""
     state.strength = strength
-    for module, name in state.parametrized:
-        chain: Any = module.parametrizations[name]  # type: ignore[index]
-        between = Between(chain.original.detach().clone(), strength)
-        parametrize.register_parametrization(module, name, between)
+    replaced = {id(original_parameter(model, path)): old for path, old in state.old_values.items()}
+    places = [
+        (module, name)
+        for module in model.modules()
+        if not isinstance(module, parametrize.ParametrizationList)
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in replaced
+    ]
+    for module, name in [*state.parametrized, *places]:
+        value = original_of(module, name)
+        frozen = replaced.get(id(value), value).detach().clone()
+        _register(module, name, Between(frozen, strength), state)
 
 
 def _register(module: nn.Module, name: str, added: nn.Module, state: _Attached) -> None:

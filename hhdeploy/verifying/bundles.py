@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE, headless
-from hhdeploy.adapters.config import VALUES
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
@@ -34,13 +31,14 @@ from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, re
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
-from hhdeploy.parity import Comparison, ParityReport, StageResult, compare, stage_of
+from hhdeploy.parity import ParityReport, StageResult, stage_of
+from hhdeploy.verifying.answers import compared, logits_of, names_of
 from hhdeploy.verifying.overflow import find_overflow
+from hhdeploy.verifying.pictures import check_pictures
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
 
-_VERIFY_BATCH = 8
 # Given every graph while it can be run: a bundle, the precision to open it in (of a rounding twin
 # float32), and the precision that it shows.
 Also = Callable[[Bundle, Precision, Precision], None]
@@ -79,7 +77,10 @@ def _verify(bundle: Bundle, device: Device, precisions: Sequence[Precision] | No
             f"{bundle.path} was exported without verification and carries no reference. Run: "
             f"{as_code('verify_against_torch', bundle.path)}"
         )
-    return verify_graphs(bundle, device, precisions)
+    report = verify_graphs(bundle, device, precisions)
+    if _shows_pictures(bundle, device, precisions):
+        report = replace(report, pictures=check_pictures(bundle))
+    return report
 
 
 def verify_against_torch(
@@ -153,6 +154,8 @@ def verify_against_torch(
     report = verify_graphs(bundle, device, precisions, reference, data)
     if not report.passed:
         raise parity_error(report)
+    if _shows_pictures(bundle, device, precisions):
+        report = replace(report, pictures=check_pictures(bundle, added_later=True))
     if precisions is not None and "float32" not in precisions:
         return report
     basis = Basis.of(bundle.manifest)
@@ -243,7 +246,7 @@ def verify_graphs(
         images, ids, logits = bundle.reference()
     else:
         images, ids, logits = reference.images, reference.adapter_ids, reference.logits
-    names = _names(bundle.manifest, added_later=reference is not None)
+    names = names_of(bundle.manifest, added_later=reference is not None)
     # Rows of adapters that were removed since, or replaced by one that is not in the reference.
     known = np.isin(ids, list(names.values()))
     images, ids, logits = images[known], ids[known], logits[known]
@@ -268,7 +271,7 @@ def verify_graphs(
                 own = ids == row
                 right, ours = bundle.manifest.split(logits[own]), bundle.manifest.split(found[own])
                 for output in right:
-                    comparison = _compared(bundle.manifest, name, output, right, ours)
+                    comparison = compared(bundle.manifest, name, output, right, ours)
                     overflow = ""
                     finite = np.isfinite(comparison.max_abs)
                     if twin is not None and low is not None and not finite:
@@ -279,17 +282,10 @@ def verify_graphs(
     return ParityReport(described, stages)
 
 
-def _compared(
-    manifest: Manifest,
-    name: str,
-    output: str,
-    right: Mapping[str, NDArray[Any]],
-    ours: Mapping[str, NDArray[Any]],
-) -> Comparison:
-    """Logits as what they mean; features and tokens by their error over the range of all."""
-    kind = manifest.problem_type(name) if output == LOGITS else VALUES
-    count = len(right[output])
-    return compare(right[output].reshape(count, -1), ours[output].reshape(count, -1), kind)
+def _shows_pictures(bundle: Bundle, device: Device, precisions: Sequence[Precision] | None) -> bool:
+    """Whether float32 on the CPU is asked for, by which graphs that take pictures are compared."""
+    float32 = precisions is None or "float32" in precisions
+    return float32 and _really(bundle.manifest, device, "float32") == "cpu"
 
 
 def _default_precisions(bundle: Bundle, device: Device) -> tuple[Precision, ...]:
@@ -319,37 +315,6 @@ def _really(manifest: Manifest, device: Device, precision: Precision) -> Runner:
     if found == "openvino" and precision == "bfloat16" and not computes_bfloat16():
         return "cpu"  # no session computes it here; its graph is shown by its rounding twin
     return found
-
-
-def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
-    """Name -> row of what the reference covers: adapters added later only if it is new."""
-    rows = {BACKBONE: 0} if manifest.answers_backbone else {}
-    return rows | {a.name: a.row or 0 for a in manifest.adapters if a.verified or added_later}
-
-
-def logits_of(
-    bundle: Bundle,
-    device: Device,
-    precision: Precision,
-    images: NDArray[np.float32],
-    ids: NDArray[np.int64],
-    names: Mapping[str, int],
-) -> tuple[NDArray[np.float32], str]:
-    """float32 logits [n, classes] of images [n, 3, H, W] of rows, and what computed them.
-
-    ``names``: adapter -> row.
-    """
-    from hhdeploy.runtime.session import open_bundle
-
-    by_row: dict[int, str | None] = {row: name for name, row in names.items()}
-    with open_bundle(bundle, device=device, precision=precision) as session:
-        batches = [
-            session.answer(
-                images[i : i + _VERIFY_BATCH], [by_row[int(r)] for r in ids[i : i + _VERIFY_BATCH]]
-            )
-            for i in range(0, len(images), _VERIFY_BATCH)
-        ]
-        return np.concatenate(batches), session.device
 
 
 def twin_of(bundle: Bundle, precision: TypedPrecision, path: Path) -> Bundle:

@@ -29,7 +29,7 @@ from hhdeploy.choices import QUANTISED, Precision, member
 from hhdeploy.errors import PlanError
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.parity import NO_EFFECT
-from hhdeploy.verifying.bundles import logits_of
+from hhdeploy.verifying.answers import logits_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -137,7 +137,8 @@ def _replaced(
     adapter: Adapter, originals: Mapping[str, NDArray[np.floating]]
 ) -> Iterator[tuple[str, Array, Array]]:
     for path, before in originals.items():
-        yield path, before.astype(np.float64), adapter.values[path].astype(np.float64)
+        frozen = before.astype(np.float64)
+        yield path, frozen, frozen + adapter.strength * (adapter.values[path] - frozen)
 
 
 def _rounded(values: Array, precision: Precision, scaled_by: Array) -> Array:

@@ -212,9 +212,7 @@ class Batcher:
                         loop = asyncio.get_running_loop()
                         self._timer = loop.call_later(left, self._waited)
                     return
-            task = asyncio.create_task(self._answer(self._take()))
-            self._running.add(task)
-            task.add_done_callback(self._ran)
+            self._running.add(asyncio.create_task(self._answer(self._take())))
 
     def _waited(self) -> None:
         self._timer = None
@@ -244,6 +242,11 @@ class Batcher:
                     job.answer.set_exception(FailedError(f"the session failed: {error}"))
             return
         finally:
+            # The next batch first: the session does not wait until this one's answers are written.
+            itself = asyncio.current_task()
+            assert itself is not None
+            self._running.discard(itself)
+            self._start_what_may()
             for job in batch:
                 loop.call_soon(job.done)  # one that fails keeps no other from its rows
         self.runs += 1
@@ -264,7 +267,3 @@ class Batcher:
         return self._run(
             np.concatenate([job.images for job in batch]), np.concatenate(rows) if rows else None
         )
-
-    def _ran(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        self._start_what_may()

@@ -1,10 +1,11 @@
-"""The sockets that a server listens on, the same for both wires."""
+"""The sockets that a server listens on, the same for both wires, and how many it lets in."""
 
 from __future__ import annotations
 
 import errno
 import socket
 from contextlib import suppress
+from typing import Any
 
 from hhdeploy.errors import DeviceError
 
@@ -14,7 +15,7 @@ _TRIES = 20
 _LOOPBACKS = ("127.0.0.1", "::1")
 
 
-def listen(host: str, port: int, parameter: str) -> list[socket.socket]:
+def listen(host: str, port: int, parameter: str, most: int) -> list[socket.socket]:
     """Sockets that listen: one, or two of ``localhost`` where the machine has both loopbacks.
 
     ``::`` takes IPv4 as well.
@@ -23,14 +24,17 @@ def listen(host: str, port: int, parameter: str) -> list[socket.socket]:
         host: address or name.
         port: 0 takes a free one, of all sockets the same.
         parameter: what the port is called in messages.
+        most: connections at the same time, of all sockets together, from their first packet on:
+            one that has not said a word, or shakes hands for TLS, has a place. One more is closed
+            as it comes.
 
     Raises:
         DeviceError: the port is taken, or the host is no address of this machine.
     """
-    hosts = _LOOPBACKS if host == "localhost" else (host,)
+    hosts, room = _LOOPBACKS if host == "localhost" else (host,), _Room(most)
     for attempt in range(_TRIES):
         try:
-            return _on_one_port(hosts, port)
+            return [_Listening(each, room) for each in _on_one_port(hosts, port)]
         except OSError as error:
             if port or error.errno != errno.EADDRINUSE or attempt == _TRIES - 1:
                 raise DeviceError(
@@ -72,3 +76,42 @@ def _socket(host: str, port: int) -> socket.socket:
     with suppress(OSError):
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
+
+
+class _Room:
+    """Places for connections."""
+
+    def __init__(self, most: int) -> None:
+        self.free = most
+
+
+class _Listening(socket.socket):
+    """Takes connections as long as there is room."""
+
+    def __init__(self, plain: socket.socket, room: _Room) -> None:
+        super().__init__(plain.family, plain.type, plain.proto, fileno=plain.detach())
+        self._room = room
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """See `socket.socket.accept`. Raises `ConnectionAbortedError` where it let nobody in."""
+        taken, address = super().accept()
+        if not self._room.free:
+            taken.close()
+            raise ConnectionAbortedError("no room")
+        return _Connection(taken, self._room), address
+
+
+class _Connection(socket.socket):
+    """One that was let in; its place is free once it is closed."""
+
+    def __init__(self, plain: socket.socket, room: _Room) -> None:
+        super().__init__(plain.family, plain.type, plain.proto, fileno=plain.detach())
+        self._room: _Room | None = room
+        room.free -= 1
+
+    def close(self) -> None:
+        """See `socket.socket.close`."""
+        super().close()
+        room, self._room = self._room, None
+        if room is not None:
+            room.free += 1

@@ -7,6 +7,7 @@ where no connection can be taken for want of file descriptors, are written a few
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import queue
@@ -19,6 +20,8 @@ from hhdeploy.errors import require
 
 # Lines that wait to be written.
 _MOST_LINES = 10_000
+# A line waits so long for others: one wake-up and one write for all of them.
+_COMPANY_SECONDS = 0.02
 # How long the end of the process waits for them.
 _FLUSH_SECONDS = 2.0
 # Of one message: so many lines in so many seconds.
@@ -66,14 +69,19 @@ class WaitlessHandler(logging.Handler):
 
     def _write(self) -> None:
         while True:
-            line = self._lines.get()
+            lines = [self._lines.get()]
+            time.sleep(_COMPANY_SECONDS)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    lines.append(self._lines.get_nowait())
             try:
-                self._stream.write(line)
+                self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # nobody reads any more
-                self.dropped += 1
+                self.dropped += len(lines)
             finally:
-                self._lines.task_done()
+                for _ in lines:
+                    self._lines.task_done()
 
 
 class Repeats(logging.Filter):

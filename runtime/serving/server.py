@@ -31,6 +31,8 @@ _GRACE_SECONDS = 5.0
 # Longer than proxies keep their connections to a server: one must not send a request into a
 # connection that is being closed.
 _KEEP_ALIVE_SECONDS = 75
+# Connections of HTTP beyond those that are answered: they are told so.
+_TURNED_AWAY = 256
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ async def serve(
     host = service.settings.host
     config = uvicorn.Config(
         http_app(endpoint, access),
-        http=bounded_protocol(_grace(service)),
+        http=bounded_protocol(_grace(service), endpoint.refused),
         ws="none",
         proxy_headers=False,
         log_config=None,
@@ -85,7 +87,8 @@ async def serve(
     server = _Server(config)
     grpc: GrpcServer | None = None
     with contextlib.ExitStack() as stack, _reloading(service, access, tls):
-        sockets = [stack.enter_context(each) for each in listen(host, http_port, "http_port")]
+        most = service.settings.connections + _TURNED_AWAY
+        sockets = [stack.enter_context(each) for each in listen(host, http_port, "http_port", most)]
         # First of all, so that it is seen to live while it reads adapters. A task of its own:
         # uvicorn's clock wakes that one alone.
         serving = asyncio.create_task(server.serve(sockets=sockets))
@@ -146,7 +149,10 @@ def _on_signals(service: Service, server: uvicorn.Server, grpc: GrpcServer | Non
 
 @contextlib.contextmanager
 def _reloading(service: Service, access: Access, tls: Tls | None) -> Iterator[None]:
-    """SIGHUP reads tokens, certificate and fleet directory again, until the end of the block."""
+    """SIGHUP reads tokens, certificate and fleet directory again, until the end of the block.
+
+    One that was blocked until now, and came meanwhile, is followed first.
+    """
     loop = asyncio.get_running_loop()
     looks: set[asyncio.Task[None]] = set()
 
@@ -164,6 +170,7 @@ def _reloading(service: Service, access: Access, tls: Tls | None) -> Iterator[No
             look.add_done_callback(looks.discard)
 
     loop.add_signal_handler(signal.SIGHUP, reload)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield
     finally:

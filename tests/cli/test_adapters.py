@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hhdeploy.adapters.format import load_adapter
 from hhdeploy.cli import main
-from tests.support import TINY_ARGS, TINY_MODEL
+from tests.support import TINY_ARGS, TINY_MODEL, assert_parity
 
 
 def run(*arguments):
@@ -84,6 +84,21 @@ def test_extract(workshop, model, tmp_path):
     assert "none.pth" in said
 
 
+def test_merge_of_replaced_parameters_takes_the_model(scaled_workshop, model, tmp_path):
+    norms = scaled_workshop.directory("norms")
+    code, said = run("merge", f"{norms}=0.5", tmp_path / "mixed")
+    assert code == 1
+    assert "Give the --model, or weights that are 1 together" in said
+    said_model = (*model[:2], *model[4:])  # the adapter says the arguments
+    code, said = run("merge", f"{norms}=0.5", tmp_path / "mixed", *said_model)
+    assert code == 0, said
+    assert "3 whole parameters" in said
+    whole, half = (load_adapter(path).values for path in (norms, tmp_path / "mixed"))
+    own = scaled_workshop.backbone.model.get_parameter("blocks.1.norm2.weight").detach().numpy()
+    expected = (own + whole["blocks.1.norm2.weight"]) / 2
+    assert_parity(expected, half["blocks.1.norm2.weight"], "algebra", "float32")
+
+
 def test_merge_and_diff(workshop, tmp_path):
     alpha, rival = workshop.directory("alpha"), workshop.directory("rival")
     mixed = tmp_path / "mixed"
@@ -97,6 +112,7 @@ def test_merge_and_diff(workshop, tmp_path):
     for odd in ("alpha", "alpha=x", "alpha=nan", "=1"):
         assert run("merge", odd, tmp_path / "x")[0] == 2, odd
     assert run("merge", f"{alpha}=1", f"{alpha}=2", tmp_path / "x")[0] == 2
+    assert run("merge", f"{alpha}=1", tmp_path / "x", "--model-args", "{}")[0] == 2
     assert "The adapters are equal." in run("diff", alpha, alpha)[1]
     assert "The adapters differ." in run("diff", alpha, mixed)[1]
     found = json.loads(

@@ -68,6 +68,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "exporters/engine": ("build",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
+    "hhdeploy/choices.py": ("build", "calibrate", "export", "predict", "serve", "triton", "verify"),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/verifying/bundles.py::verify_against_torch": ("verify",),
     "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
@@ -85,7 +86,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/starter.py": ("demo",),
     "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
     "hhdeploy/adapters/importers/": ("adapter import",),
-    "hhdeploy/adapters/mixing.py::_check_sum": ("adapter import",),
+    "hhdeploy/adapters/mixing.py::_value": ("adapter merge",),
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
     "hhdeploy/plan.py": ("export",),
     "hhdeploy/verifying/": ("export", "verify"),
@@ -274,8 +275,8 @@ def parameters_of_python() -> set[str]:
         server.serve,
         triton.TritonOptions,
     )
-    # An adapter's configuration is what its file holds, under the same names.
-    others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
+    # An adapter's configuration is what its file holds, by the same names; Literals take nothing.
+    others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
     for taken in (*public, *options):
@@ -311,6 +312,7 @@ def known(code: ast.Call) -> bool:
 
 # Messages about any parameter of a kind, and one of that kind.
 ONE_OF_MANY = {
+    "hhdeploy/choices.py::one_of": "`precision='float8'`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",
 }

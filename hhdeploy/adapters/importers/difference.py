@@ -31,6 +31,13 @@ _FLOAT64 = 1e-14
 _LIVE_SHARE = 0.5
 # Columns of the random range finder beyond the rank looked for.
 _MARGIN = 8
+# The fit of multiplied rows beside a product: its rounds at most, of which so many at a time have
+# to take a tenth of what is left, and so many are added once it is noise.
+_ROUNDS = 300
+_PATIENCE = 8
+_POLISH = 2
+# Rows and columns of the smaller problem that tells the rank first.
+_SKETCH = 512
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _site(change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
     if not change.delta.any():
         return {}
     out, into = change.before.shape
-    limit = max(1, int(_LIVE_SHARE * out * into / (out + into)))
+    limit = _limit(out, into)
     for noise in change.noises:
         product = low_rank(change.delta, limit, noise)
         if product is not None:
@@ -152,7 +159,12 @@ def _site(change: WeightChange, hints: Sequence[Array]) -> Tensors | None:
         found = _scaled_rows(change, hints, limit, noise)
         if found is not None:
             return found
-    return None
+    return _separated(change, limit, change.noises[1])
+
+
+def _limit(out: int, into: int) -> int:
+    """The largest rank of a product that is stored as one."""
+    return max(1, int(_LIVE_SHARE * out * into / (out + into)))
 
 
 def _scaled_rows(
@@ -176,6 +188,98 @@ def _scaled_rows(
         pair = low_rank(rest, limit, noise)
         if pair is not None:
             return {"s_out": scale, "lora_A": pair[0], "lora_B": pair[1]}
+    return None
+
+
+def _separated(change: WeightChange, limit: int, noise: float) -> Tensors | None:
+    """after = diag(s_out) before + B A, with nothing known of either: a DoRA that was merged.
+
+    What is stored is verified: the rest beside the scale, in float32, is that product.
+    """
+    sketch = _sketch(change)
+    found = _least_rank(sketch, 1, min(limit, _limit(*sketch.before.shape)), noise)
+    if found is None:
+        return None
+    found = _least_rank(change, found[0], limit, noise)
+    if found is None:
+        return None
+    _, scale = found
+    stored = scale.astype(np.float32)
+    pair = low_rank(change.after - stored[:, None] * change.before, limit, noise)
+    if pair is None:
+        return None
+    return {"s_out": stored, "lora_A": pair[0], "lora_B": pair[1]}
+
+
+def _sketch(change: WeightChange) -> WeightChange:
+    """Some rows of both weights, their columns mixed at random into fewer: it has the same form, of
+    the same rank, and costs little where there is none."""
+    random = np.random.default_rng(0)
+    out, into = change.before.shape
+    rows = random.permutation(out)[:_SKETCH]
+    before, after = change.before[rows], change.after[rows]
+    if into > _SKETCH:
+        mixture = random.standard_normal((into, _SKETCH)) * into**-0.5
+        before, after = before @ mixture, after @ mixture
+    return WeightChange(before, after)
+
+
+def _least_rank(
+    change: WeightChange, rank: int, limit: int, noise: float
+) -> tuple[int, Array] | None:
+    """The least rank from ``rank`` to ``limit`` for which `_row_scale` finds a scale, and that:
+    doubled until there is one, then halved in."""
+    low, high = rank - 1, rank
+    while (scale := _row_scale(change, high, noise)) is None:
+        if high == limit:
+            return None
+        low, high = high, min(2 * high, limit)
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _row_scale(change, middle, noise)
+        if found is None:
+            low = middle
+        else:
+            high, scale = middle, found
+    return high, scale
+
+
+def _row_scale(change: WeightChange, rank: int, noise: float) -> Array | None:
+    """s (out,) for which after - diag(s) before has this rank but for ``noise``; None if not found.
+
+    Alternating least squares on both unknowns: the span of A by a step of subspace iteration on
+    the rest beside the scale, and each row's scale by what that span leaves of the row. A row of
+    which it leaves nothing has none, and keeps 1.
+    """
+    before, after = change.before, change.after
+    square, product, target = (
+        np.einsum("ij,ij->i", a, b) for a, b in ((before, before), (before, after), (after, after))
+    )
+    seen = square > before.shape[1] * noise**2
+    scale: Array = np.divide(product, square, out=np.ones_like(square), where=seen)
+    probe = np.random.default_rng(0).standard_normal((before.shape[1], rank))
+    basis, _ = np.linalg.qr(probe)
+    errors: list[float] = []
+    noiseless = 0
+    for _ in range(_ROUNDS):
+        image = after @ basis - scale[:, None] * (before @ basis)
+        basis, _ = np.linalg.qr(after.T @ image - before.T @ (scale[:, None] * image))
+        mine, theirs = before @ basis, after @ basis
+        left, shared, rest = (
+            whole - np.einsum("ij,ij->i", a, b)
+            for whole, a, b in (
+                (square, mine, mine), (product, mine, theirs), (target, theirs, theirs)
+            )
+        )  # fmt: skip
+        seen = left > before.shape[1] * noise**2
+        scale = np.divide(shared, left, out=np.ones_like(left), where=seen)
+        total = float(np.sum(rest - 2 * scale * shared + scale**2 * left))
+        errors.append(np.sqrt(max(0.0, total) / before.size))
+        noiseless += errors[-1] <= noise
+        if noiseless > _POLISH:
+            return scale
+        if not noiseless and len(errors) > _PATIENCE and errors[-1] > 0.9 * errors[-1 - _PATIENCE]:
+            return None
     return None
 
 

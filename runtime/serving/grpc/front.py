@@ -26,11 +26,10 @@ class Front:
         port: it listens on.
     """
 
-    def __init__(self, inner: Path, most: int) -> None:
-        """``inner``: socket of gRPC's own server. ``most``: connections at the same time."""
+    def __init__(self, inner: Path) -> None:
+        """``inner``: socket of gRPC's own server."""
         self.port = 0
         self.inner = inner
-        self._most = most
         self._servers: list[asyncio.Server] = []
         self._clients: set[_Client] = set()
 
@@ -52,12 +51,9 @@ class Front:
         for client in list(self._clients):
             client.end()
 
-    def join(self, client: _Client) -> bool:
-        """Whether there is room for one more connection."""
-        if len(self._clients) >= self._most:
-            return False
+    def join(self, client: _Client) -> None:
+        """One more."""
         self._clients.add(client)
-        return True
 
     def leave(self, client: _Client) -> None:
         """It is gone."""
@@ -94,9 +90,7 @@ class _Client(_Half):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if not self._front.join(self):
-            self.transport.abort()
-            return
+        self._front.join(self)
         self._headers = Headers(_address(transport.get_extra_info("peername")))
         self.transport.pause_reading()
         self._connecting = asyncio.create_task(self._connect())

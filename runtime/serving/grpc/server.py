@@ -55,7 +55,7 @@ class GrpcServer:
         self._access, self._tls = access, tls
         self._servicer = Servicer(endpoint, access)
         self._scratch = tempfile.TemporaryDirectory(prefix="hhdeploy-grpc-")
-        self._front = Front(Path(self._scratch.name) / "socket", self._settings.connections)
+        self._front = Front(Path(self._scratch.name) / "socket")
         self._servers: list[Any] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -63,9 +63,8 @@ class GrpcServer:
         """See `start_grpc`."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._scratch.cleanup)
-            sockets = [
-                undo.enter_context(each) for each in listen(self._settings.host, port, "grpc_port")
-            ]
+            host, most = self._settings.host, self._settings.connections
+            sockets = [undo.enter_context(each) for each in listen(host, port, "grpc_port", most)]
             await self._serve()
             await self._front.listen(sockets, None if self._tls is None else self._tls.grpc)
             undo.pop_all()

@@ -38,6 +38,7 @@ from hhdeploy.runtime.serving.endpoint import (
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     ForbiddenError,
+    NotFoundError,
     RequestError,
 )
 from hhdeploy.runtime.serving.http.arrival import Bodies
@@ -186,7 +187,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
             parser.close()
 
     app = Starlette(
-        routes=routes, exception_handlers={404: _missing, 405: _missing}, lifespan=running
+        routes=routes, exception_handlers=dict.fromkeys((404, 405), guard.missing), lifespan=running
     )
     app.router.redirect_slashes = False  # a redirect would quote the request's Host
     return app
@@ -222,6 +223,18 @@ class _Guard:
             return response
 
         return guarded
+
+    async def missing(self, request: Request, error: Exception) -> Response:
+        """The answer where there is no such path (404), or not by this method (405)."""
+        known = "see /v2, /v2/models/M, /v2/models/M/infer, /v2/repository/index, /metrics"
+        text = f"{request.method} {request.scope['path'][:200]!r}: expected another; {known}."
+        status = int(getattr(error, "status_code", 404))
+        problem = NotFoundError(text) if status == 404 else RequestError(text)
+        self._refused(problem)
+        response = error_response(problem)
+        response.status_code = status
+        response.headers.update(getattr(error, "headers", None) or {})  # Allow
+        return response
 
     async def _answer(self, handler: Handler, request: Request, asked: Asked) -> Response:
         try:
@@ -278,15 +291,6 @@ def error_response(error: HhdeployError) -> Response:
         response.headers["retry-after"] = "1"
     if status == 401:
         response.headers["www-authenticate"] = "Bearer"
-    return response
-
-
-async def _missing(request: Request, error: Exception) -> Response:
-    status = int(getattr(error, "status_code", 404))
-    known = "see /v2, /v2/models/M, /v2/models/M/infer, /v2/repository/index, /metrics"
-    path = request.scope["path"][:200]
-    response = _json({"error": f"{request.method} {path!r}: expected another; {known}."}, status)
-    response.headers.update(getattr(error, "headers", None) or {})  # Allow
     return response
 
 

@@ -8,14 +8,15 @@ Bodies are decompressed, and counted as long as they are held.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from hhdeploy.runtime.serving.errors import BusyError, TooLargeError
+from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import decompressed
 
 # Of everything but bodies: request line, headers, trailers, lengths of chunks.
@@ -25,12 +26,16 @@ _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _LOOK_SECONDS: Final = 0.2
 
 
-def bounded_protocol(seconds: float) -> type[HttpToolsProtocol]:
+def bounded_protocol(
+    seconds: float, refused: Callable[[HhdeployError], None]
+) -> type[HttpToolsProtocol]:
     """The protocol for `uvicorn.Config`.
 
     Args:
         seconds: after which a connection is closed whose request has not arrived as a whole, from
             its first byte or, of the first request, from the beginning of the connection.
+        refused: is told of every request that the application does not see: what is no HTTP, and
+            those of connections beyond their limit.
     """
 
     class BoundedProtocol(HttpToolsProtocol):
@@ -83,7 +88,14 @@ def bounded_protocol(seconds: float) -> type[HttpToolsProtocol]:
             if self._deadline is None:
                 self._deadline = self.loop.call_later(seconds, self.transport.close)
 
+        def send_400_response(self, msg: str) -> None:
+            refused(RequestError(msg))
+            super().send_400_response(msg)
+
         def on_headers_complete(self) -> None:
+            limit = self.limit_concurrency
+            if limit is not None and max(len(self.connections), len(self.tasks)) >= limit:
+                refused(BusyError("too many connections."))  # uvicorn answers 503
             super().on_headers_complete()
             self._beside = 0
 

@@ -2,8 +2,10 @@
 
 A request takes its turn by the pixels that it has had: the next picture is the one whose request
 has the fewest, it included. So a small picture goes before the second one of many, and before
-large ones, whoever came first. Vast pictures have threads of their own, not all there are and
-below the others in the operating system's eyes: small ones never wait for the end of one.
+large ones, whoever came first, but not for ever: a request that comes later begins with a share of
+the pixels that others had meanwhile. Vast pictures have threads of their own, not all there are and
+below the others in the operating system's eyes: small ones never wait for the end of one, unless
+there is one thread for all.
 """
 
 from __future__ import annotations
@@ -25,11 +27,16 @@ T = TypeVar("T")
 VAST: Final = 1 << 24
 # Of the threads that decode vast ones.
 _NICE = 5
+# A request begins with one in so many of the pixels that were begun before it came: one that waits
+# is overtaken by so many times its pixels at most.
+_SHARE: Final = 4
+# What a picture costs at least, in pixels: it is resized to the same size as any other.
+_LEAST: Final = 1 << 16
 
 
 @dataclass(order=True)
 class _Waiting:
-    """A picture that waits: ``turn`` are the pixels of its request up to it."""
+    """A picture that waits; see `Decoders.begin`."""
 
     turn: int
     number: int
@@ -53,7 +60,13 @@ class Decoders:
         self._vast = ThreadPoolExecutor(self._most_vast, "hhdeploy-vast", _step_back)
         self._waiting: dict[bool, list[_Waiting]] = {False: [], True: []}
         self._running = {False: 0, True: 0}
-        self._vast_pixels = self._taken = 0
+        # Of all pictures, those that were begun; of the vast ones, those at work.
+        self._begun = self._vast_pixels = self._taken = 0
+
+    @property
+    def first_turn(self) -> int:
+        """What the turns of a request begin with that comes now."""
+        return self._begun // _SHARE
 
     def begin(self, job: Callable[[], T], pixels: int, turn: int) -> asyncio.Future[T]:
         """The result of ``job`` on one of the threads, once it is its turn.
@@ -63,7 +76,7 @@ class Decoders:
         Args:
             job: decodes one picture.
             pixels: that it has.
-            turn: pixels of its request up to and with it.
+            turn: `first_turn` when its request came, and its request's pixels up to and with it.
         """
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._taken += 1
@@ -83,6 +96,7 @@ class Decoders:
             waiting = heapq.heappop(self._waiting[vast])
             pool = self._vast if vast else self._small
             self._running[vast] += 1
+            self._begun += max(waiting.pixels, _LEAST)
             self._vast_pixels += waiting.pixels if vast else 0
             pool.submit(waiting.job).add_done_callback(partial(self._tell, vast, waiting))
 
@@ -92,6 +106,8 @@ class Decoders:
         busy = self._running[False] + self._running[True]
         if busy >= self._count:
             return None
+        if self._count == 1 and small is not None and vast is not None:
+            return vast < small
         # There is always a thread for vast ones, and another one for small ones.
         room = self._count - (1 if vast and not self._running[True] else 0)
         if small is not None and (busy < room or self._count == 1):

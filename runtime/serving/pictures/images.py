@@ -67,9 +67,9 @@ class Pictures:
         wanted: list[dict[Preprocess, None]] = [{} for _ in encoded]
         for index, way in zip(images, ways, strict=True):
             wanted[index][way] = None
-        loop, turn = asyncio.get_running_loop(), 0
+        loop = asyncio.get_running_loop()
         opened = await loop.run_in_executor(self._opening, self._open, encoded)
-        jobs = []
+        jobs, turn = [], self._decoders.first_turn
         try:
             for index, each in enumerate(wanted):
                 image = opened[index]

@@ -137,7 +137,7 @@ def _with_gpus(settings: RaySettings) -> RaySettings:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Two events: SIGINT and SIGTERM set the first, SIGHUP the second.
+    """Two events: SIGINT and SIGTERM set the first, SIGHUP the second, also one that was blocked.
 
     A second SIGINT or SIGTERM does what it did before.
     """
@@ -153,6 +153,7 @@ def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
     for number in numbers:
         signal.signal(number, stop)
     signal.signal(signal.SIGHUP, lambda number, frame: again.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield stopped, again
     finally:

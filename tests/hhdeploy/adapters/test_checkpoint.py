@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hhdeploy.adapters.applying import logits_with, parameters_with
-from hhdeploy.adapters.importers import ImportOptions
+from hhdeploy.adapters.importers import ImportOptions, difference
 from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
@@ -118,6 +118,97 @@ def test_multiplied_rows_and_columns(tmp_path, base):
     assert set(adapter.sites["blocks.1.mlp.fc2"].parts) == {"s_in"}
     assert set(adapter.sites["blocks.0.attn.qkv.k"].parts) == {"s_out", "db"}
     check(base, file, adapter)
+
+
+# Sizes that nothing else has: 141 x 47, 101 x 47 and 47 x 101.
+PRIME = {**TINY_ARGS, "embed_dim": 47, "num_heads": 1, "mlp_ratio": 2.16}
+DORA = {"attn.qkv": 2, "mlp.fc1": 3, "mlp.fc2": 5}
+
+
+@pytest.fixture(scope="module")
+def prime(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prime") / "base.pth"
+    torch.save(tiny_backbone(**PRIME, num_classes=5).model.state_dict(), file)
+    return BackboneSpec(TINY_MODEL, PRIME, checkpoint=file)
+
+
+def merged_dora(state, generator, spread=0.4):
+    """m (W + B A) / |W + B A|, in float32 as trainings merge it; some rows have no change."""
+    for name, rank in DORA.items():
+        weight = state[f"blocks.0.{name}.weight"]
+        out, into = weight.shape
+        b = torch.randn(out, rank, generator=generator) * (torch.arange(out) % 7 > 0)[:, None]
+        moved = weight + b @ torch.randn(rank, into, generator=generator) * 0.02
+        length = weight.norm(dim=1, keepdim=True)
+        magnitude = length * (1 + spread * torch.rand(out, 1, generator=generator))
+        weight.copy_(magnitude * moved / moved.norm(dim=1, keepdim=True))
+
+
+@pytest.fixture
+def dora(tmp_path, prime):
+    """A fine-tuned checkpoint with a DoRA in its weights."""
+    state = tuned(prime, merged_dora, classes=5)
+    for leaf in ("weight", "bias"):
+        state[f"head.{leaf}"] = torch.load(prime.checkpoint, weights_only=True)[f"head.{leaf}"]
+    torch.save(state, tmp_path / "tuned.pth")
+    return tmp_path / "tuned.pth"
+
+
+def test_a_merged_dora_is_found_again(prime, dora):
+    adapter = extract_adapter(dora, prime)
+    assert not adapter.config.fold_only
+    found = {name: (set(site.parts), len(site.lora_A)) for name, site in adapter.sites.items()}
+    assert found == {
+        **{f"blocks.0.attn.qkv.{part}": ({"s_out"}, DORA["attn.qkv"]) for part in "qkv"},
+        **{f"blocks.0.{name}": ({"s_out"}, DORA[name]) for name in ("mlp.fc1", "mlp.fc2")},
+    }
+    assert min(np.ptp(site.s_out) for site in adapter.sites.values()) > 0.1
+    check(prime, dora, adapter)
+
+
+def test_a_wrong_scale_is_none(prime, dora, monkeypatch):
+    """One row's costs a rank and stays exact; all rows' leave no low rank, and nothing live."""
+    right = difference._row_scale
+
+    def one(change, rank, noise):
+        scale = right(change, rank, noise)
+        return None if scale is None else scale * (1 + 0.01 * (np.arange(len(scale)) == 3))
+
+    monkeypatch.setattr(difference, "_row_scale", one)
+    adapter = extract_adapter(dora, prime)
+    assert len(adapter.sites["blocks.0.mlp.fc2"].lora_A) == DORA["mlp.fc2"] + 1
+    check(prime, dora, adapter)
+
+    def all_rows(change, rank, noise):
+        scale = right(change, rank, noise)
+        return None if scale is None else scale * 1.01
+
+    monkeypatch.setattr(difference, "_row_scale", all_rows)
+    adapter = extract_adapter(dora, prime)
+    assert adapter.config.fold_only
+    assert not any(site.s_out is not None for site in adapter.sites.values())
+    check(prime, dora, adapter)
+
+
+@pytest.mark.parametrize(("out", "into"), [(53, 31), (541, 29), (37, 523)])
+def test_multiplied_rows_beside_any_product(out, into):
+    """What spans the product is said nowhere; a row that is zero has no scale."""
+    random = np.random.default_rng(2)
+    before = random.standard_normal((out, into)).astype(np.float32).astype(np.float64)
+    before[7] = 0.0
+    scale = random.uniform(0.2, 3.0, out)
+    product = random.standard_normal((out, 4)) @ random.standard_normal((4, into))
+    exact = scale[:, None] * before + product
+    after = exact.astype(np.float32).astype(np.float64)
+    found = difference._site(difference.WeightChange(before, after), ())
+    assert found is not None
+    assert found["lora_A"].shape == (4, into)
+    expected = np.where(np.arange(out) == 7, 1.0, scale)
+    assert np.allclose(found["s_out"], expected, rtol=1e-5)
+    again = found["s_out"][:, None] * before + found["lora_B"] @ found["lora_A"]
+    assert np.abs(again - exact).max() < 1e-6
+    noisy = after + 1e-4 * random.standard_normal(after.shape)
+    assert difference._site(difference.WeightChange(before, noisy), ()) is None
 
 
 def test_what_is_no_fine_tuning_is_refused(tmp_path, base):

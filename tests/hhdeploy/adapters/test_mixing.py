@@ -125,12 +125,82 @@ def test_what_is_no_sum_is_refused(tiny):
     cropped = replace(other, config=replace(other.config, preprocess=trained))
     refused("1 and 2 have different preprocessing", one, other, cropped, head=None)
     assert merge_adapters({"0": (one, 0.5), "1": (other, 0.5)}).head is other.head
-    values = {"norm.weight": np.ones(48, np.float32)}
-    refused("can only be folded", replace(parts["lora"], values=values))
+    for site in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"):
+        values = {f"{site}.weight": np.ones(48, np.float32)}
+        refused(
+            f"multiplies {site}.weight, which is replaced",
+            with_parts(random_adapter(tiny.facts, targets=("q", "k", "v", "fc2")), "s_out"),
+            replace(parts["lora"], values=values),
+        )
     refused("no sum", with_parts(parts["sequential"], "s_out"))
     refused("found none")
     with pytest.raises(AdapterError, match="no sum"):
         at_strength(both, 0.5)
+
+
+def replacing(adapter, backbone, *paths, seed):
+    """The adapter, fold only, with new values of parameters."""
+    random = np.random.default_rng(seed)
+    known = dict(backbone.model.named_parameters())
+    values = {}
+    for path in paths:
+        noise = 0.2 * random.standard_normal(known[path].shape)
+        values[path] = (known[path].detach().numpy() + noise).astype(np.float32)
+    config = replace(adapter.config, fold_only=True)
+    return replace(adapter, config=config, values=values)
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3, -0.4), (0.5, 0.3, 1.0)])
+def test_a_mixture_of_replaced_parameters(tmp_path, tiny, weights):
+    """A norm of both, a weight of one beside a product of another, a patch convolution of one."""
+    facts, norm, fc1 = tiny.facts, "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight"
+    lora = random_adapter(facts, targets=("q", "fc1"), r=3, seed=2)
+    one = replacing(random_adapter(facts, targets=("k",)), tiny, norm, fc1, seed=1)
+    other = replacing(
+        random_adapter(facts, targets=("k",)), tiny, norm, "patch_embed.proj.weight", seed=2
+    )
+    chosen = dict(zip("abc", zip((one, other, lora), weights, strict=True), strict=True))
+    mixed = merge_adapters(chosen, "a", tiny)
+    assert mixed.config.fold_only
+    save_adapter(mixed, tmp_path / "mixed")
+    found = dense(tiny, load_adapter(tmp_path / "mixed"))
+    expected: dict = {}
+    for adapter, weight in chosen.values():
+        for key, delta in dense(tiny, adapter).items():
+            expected[key] = expected.get(key, 0.0) + weight * delta
+    assert found.keys() == expected.keys()
+    assert {norm, fc1, "patch_embed.proj.weight"} < found.keys()
+    for key, delta in expected.items():
+        assert_parity(delta.ravel(), found[key].ravel(), "algebra", "float32")
+    with pytest.raises(AdapterError, match=r"only be folded.*takes the backbone's own.*`model`"):
+        merge_adapters(chosen, "a")
+
+
+def test_weights_that_are_1_together_need_no_backbone(tiny):
+    path = "blocks.0.norm1.weight"
+    parts = [replacing(random_adapter(tiny.facts), tiny, path, seed=seed) for seed in (1, 2)]
+    chosen = {"a": (parts[0], 0.7), "b": (parts[1], 0.3)}
+    found = merge_adapters(chosen, "a").values[path]
+    wide = 0.7 * parts[0].values[path].astype(float) + 0.3 * parts[1].values[path]
+    assert_parity(wide, found, "algebra", "float32")
+    half = at_strength(parts[0], 0.5)
+    expected = dense(tiny, half)[path]
+    value = merge_adapters({"half": (half, 1.0)}, backbone=tiny).values[path]
+    own = tiny.model.get_parameter(path).detach().numpy()
+    assert_parity(expected, value - own, "algebra", "float32")
+
+
+def test_values_of_another_shape_or_backbone_are_refused(tiny):
+    path = "blocks.0.norm1.weight"
+    one, other = (replacing(random_adapter(tiny.facts), tiny, path, seed=s) for s in (1, 2))
+    wrong = replace(other, values={path: np.ones((1, 48), np.float32)})
+    with pytest.raises(AdapterError, match=r"of one shape, found \(48,\) and \(1, 48\)"):
+        merge_adapters({"a": (one, 0.7), "b": (wrong, 0.3)}, "a")
+    with pytest.raises(AdapterError, match=r"expected shape \(48,\) of .*, found \(1, 48\)"):
+        merge_adapters({"b": (wrong, 0.3)}, backbone=tiny)
+    foreign = replace(one, config=replace(one.config, base_sha256="0" * 64))
+    with pytest.raises(AdapterError, match="base_sha256"):
+        merge_adapters({"a": (foreign, 0.5)}, backbone=tiny)
 
 
 @pytest.mark.parametrize(

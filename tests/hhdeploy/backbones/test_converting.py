@@ -7,13 +7,16 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from hhdeploy.adapters.importers import import_adapter
+from hhdeploy.backbones.converting import _TOWER_DEFAULTS
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import BackboneError
 from hhdeploy.parity import bound, compare
-from tests.support import images, logits_of, perturb
+from hhdeploy.training import attach
+from tests.support import assert_parity, images, logits_of, perturb
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,6 +31,10 @@ SIZES = {
 }
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 SWIN = {"patch_size": 4, "embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 4}
+QUICK = {**TIMM, "act_layer": "quick_gelu"}
+TANH = {**TIMM, "act_layer": "gelu_tanh"}
+TEXT = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 17, "num_hidden_layers": 1}
+TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 5}
 # Class of transformers, its configuration, timm's model, its arguments.
 SAME = {
     "vit": ("ViTForImageClassification", SIZES, "vit_tiny_patch16_224", TIMM),
@@ -53,8 +60,38 @@ SAME = {
         "Dinov2Model",
         {**SIZES, "mlp_ratio": 4},
         "vit_small_patch14_dinov2",
-        {**TIMM, "num_classes": 0},
+        TIMM,
     ),
+    "deit": (
+        "DeiTForImageClassification",
+        SIZES,
+        "deit_tiny_patch16_224",
+        {**TIMM, "reg_tokens": 1},
+    ),
+    "clip": (
+        "CLIPForImageClassification",
+        {"vision_config": SIZES, "num_labels": 7},
+        "vit_base_patch16_clip_224",
+        {**QUICK, "global_pool": "avg", "final_norm": False},
+    ),
+    "clip features": ("CLIPVisionModel", SIZES, "vit_base_patch16_clip_224", QUICK),
+    "clip whole": (
+        "CLIPModel",
+        {
+            "vision_config": {**SIZES, "layer_norm_eps": 0.05},
+            "text_config": TEXT,
+            "projection_dim": 13,
+        },
+        "vit_base_patch16_clip_224",
+        QUICK,
+    ),
+    "siglip": (
+        "SiglipForImageClassification",
+        {"vision_config": SIZES, "num_labels": 7},
+        "vit_base_patch16_siglip_gap_224",
+        TANH,
+    ),
+    "siglip features": ("SiglipVisionModel", SIZES, "vit_base_patch16_siglip_224", TANH),
     "swin": (
         "SwinForImageClassification",
         {**SWIN, "image_size": 32, "num_labels": 7},
@@ -72,14 +109,18 @@ def saved(folder, name, config, *, old=False):
     perturb(model, classifier="classifier")
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     folder.mkdir(exist_ok=True)
-    save_file(state_4(state) if old else state, folder / "m.safetensors")
-    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
+    save_file(state_4(state, name) if old else state, folder / "m.safetensors")
+    (folder / "config.json").write_text(model.config.to_json_string(use_diff=not old))
     return model
 
 
-def state_4(state):
-    """As transformers before version 5 saved it: other names, and beside a table of position biases
-    the index into it, which nothing needs."""
+def state_4(state, name):
+    """As transformers before version 5 saved it: other names, and what nothing needs: the index
+    into a table of position biases, of CLIP and SigLIP the numbers of the positions."""
+    if name.startswith(("CLIP", "Siglip")):
+        outer = "vision_model." if name.endswith("VisionModel") else ""
+        numbers = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+        return {f"{outer}{key}": value for key, value in state.items()} | numbers
     found = {names_4(key): value for key, value in state.items()}
     tables = [key for key in found if key.endswith("relative_position_bias_table")]
     index = torch.zeros(17, 17, dtype=torch.int64)
@@ -107,16 +148,18 @@ def test_the_outputs_are_transformers_own(case, old, tmp_path):
     theirs = saved(tmp_path, name, config, old=old)
     backbone = loaded(tmp_path, model, args)
     x = images(3)
+    tower = theirs.vision_model if name == "CLIPModel" else theirs
+    wide = torch.from_numpy(x).double()
     with torch.no_grad():
-        found = theirs.double()(torch.from_numpy(x).double())
+        found = tower.double()(wide)
     if hasattr(found, "logits"):
         assert backbone.facts.classes == 7
         expected, ours = found.logits, logits_of(backbone.model, x)
     else:
-        expected = found.pooler_output
+        assert backbone.facts.classes == 0
+        expected, model = found.pooler_output, backbone.model.double()
         with torch.no_grad():
-            tokens = backbone.model.double().forward_features(torch.from_numpy(x).double())
-        ours = tokens[:, 0].numpy()
+            ours = model.forward_head(model.forward_features(wide), pre_logits=True).numpy()
     comparison = compare(expected.numpy(), ours)
     assert not comparison.failures(bound("algebra", "float64")), comparison
     assert backbone.notes == ()
@@ -155,13 +198,73 @@ def test_what_weights_do_not_show_is_compared(change, args, said, tmp_path):
 
 
 def test_what_timm_has_no_module_for_is_refused(tmp_path):
-    """DeiT's distillation token; the classifier of DINOv2, which reads twice as much."""
+    """DeiT's distillation token, and its teacher's classifier; a tensor of nobody's; the
+    classifier of DINOv2, which reads twice as much."""
     saved(tmp_path, "DeiTForImageClassification", SIZES)
-    with pytest.raises(BackboneError, match=r"nothing for deit.*distillation_token.*transformers:"):
+    with pytest.raises(BackboneError, match=r"distillation token.*'reg_tokens': 1"):
         loaded(tmp_path, "deit_tiny_patch16_224", TIMM)
+    saved(tmp_path, "DeiTForImageClassificationWithTeacher", SIZES)
+    with pytest.raises(BackboneError, match=r"two classifiers, whose answers DeiT averages"):
+        loaded(tmp_path, "deit_tiny_patch16_224", {**TIMM, "reg_tokens": 1})
+    saved(tmp_path, "ViTForImageClassification", SIZES)
+    state = load_file(tmp_path / "m.safetensors")
+    save_file(state | {"vit.embeddings.odd": torch.ones(3)}, tmp_path / "m.safetensors")
+    with pytest.raises(BackboneError, match=r"nothing for vit\.embeddings\.odd.*transformers:"):
+        loaded(tmp_path, "vit_tiny_patch16_224", TIMM)
     saved(tmp_path, "Dinov2ForImageClassification", {**SIZES, "mlp_ratio": 4})
     with pytest.raises(BackboneError, match=r"head.weight \(expected \[7, 48\], found \[7, 96\]"):
         loaded(tmp_path, "vit_small_patch14_dinov2", TIMM)
+
+
+@pytest.mark.parametrize(
+    ("case", "model", "args", "said"),
+    [
+        ("clip", "vit_base_patch16_clip_224", {"act_layer": "quick_gelu"}, "'final_norm': False"),
+        (
+            "clip features",
+            "vit_base_patch16_clip_224",
+            {"global_pool": "avg"},
+            "'global_pool': 'token'",
+        ),
+        ("siglip", "vit_base_patch16_siglip_224", {"act_layer": "gelu_tanh"}, "'fc_norm': False"),
+        ("siglip features", "vit_base_patch16_siglip_gap_224", {}, "'global_pool': 'map'"),
+        ("siglip", "vit_base_patch16_siglip_gap_224", {}, "activation is gelu_pytorch_tanh"),
+        ("clip whole", "vit_base_patch16_clip_224", {}, "activation is quick_gelu"),
+    ],
+)
+def test_a_tower_that_reads_other_tokens_is_refused(case, model, args, said, tmp_path):
+    saved(tmp_path, *SAME[case][:2])
+    with pytest.raises(BackboneError, match=said):
+        loaded(tmp_path, model, {**TIMM, **args})
+
+
+# PEFT 0.21 reads its own adapter_config.json without closing it when it saves.
+@pytest.mark.filterwarnings(r"ignore:unclosed file .*adapter_config\.json:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_of_the_tower_comes_onto_timm_s(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=3, target_modules=["q_proj", "out_proj", "fc2"], modules_to_save=["classifier"]
+    )
+    theirs = peft.get_peft_model(saved(tmp_path, *SAME["clip"][:2]), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "lora")
+    backbone = loaded(tmp_path, *SAME["clip"][2:])
+    adapter = import_adapter(tmp_path / "lora", backbone)
+    assert {site.rpartition(".")[2] for site in adapter.sites} == {"q", "proj", "fc2"}
+    x = images(3)
+    with torch.no_grad():
+        expected = theirs.double()(torch.from_numpy(x).double()).logits.numpy()
+    assert_parity(expected, logits_of(attach(backbone.model, adapter), x), "algebra", "float32")
+
+
+def test_what_a_towers_configuration_leaves_out():
+    for name, stated in _TOWER_DEFAULTS.items():
+        theirs = transformers.AutoConfig.for_model(name).vision_config
+        assert {key: getattr(theirs, key) for key in stated} == stated
 
 
 def test_the_pooler_that_no_classifier_reads_is_left_out(tmp_path):

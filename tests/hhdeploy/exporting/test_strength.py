@@ -75,6 +75,31 @@ def test_folded(workshop, tmp_path):
         assert_parity(truth(workshop, "gamma", 0.4), session.run(images(3)), "folded", "float32")
 
 
+def test_replaced_parameters_move_by_their_difference(scaled_workshop, tmp_path):
+    """Folded, and by the training-time model, which lets go of them again."""
+    out = tmp_path / "b"
+    result = scaled_workshop.export(out, ["norms"], fold=True, strengths={"norms": 0.4})
+    assert result.parity.passed
+    assert Bundle.open(out).manifest.adapter("norms").strength == 0.4
+    assert contents(out / "adapters" / "norms") == contents(scaled_workshop.directory("norms"))
+    expected = truth(scaled_workshop, "norms", 0.4)
+    with open_session(out, device="cpu", threads=1) as session:
+        found = session.run(images(3))
+    assert_parity(expected, found, "folded", "float32")
+    assert_caught(truth(scaled_workshop, "norms", 1.0), found, "folded", "float32")
+    assert verify_against_torch(out, checkpoint=scaled_workshop.checkpoint).passed
+
+    model, adapter = scaled_workshop.backbone.model, scaled_workshop.adapters["norms"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    attach(model, at_strength(adapter, 0.4))
+    again = extract(model)
+    detach(model)
+    for path, value in adapter.values.items():
+        assert np.array_equal(again.values[path], value)
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_added_and_verified(workshop, bundle, tmp_path):
     own = copy_bundle(bundle, tmp_path / "b")
     add_adapter(own, "half", workshop.directory("rival"), strength=0.5)
@@ -106,10 +131,11 @@ def test_what_is_refused(workshop, tmp_path):
         workshop.export(tmp_path / "b", ["alpha"], strengths={"beta": 0.5})
     with pytest.raises(OptionError, match="expected a finite number, found nan"):
         at_strength(workshop.adapters["alpha"], float("nan"))
-    alpha: Adapter = workshop.adapters["alpha"]
-    values = Adapter(alpha.config, alpha.sites, None, values={"norm.weight": np.ones(48)})
-    with pytest.raises(AdapterError, match="can only be folded"):
-        at_strength(values, 0.5)
+    gamma: Adapter = workshop.adapters["gamma"]
+    for path in ("blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"):
+        both = Adapter(gamma.config, gamma.sites, None, values={path: np.ones(48, np.float32)})
+        with pytest.raises(AdapterError, match=f"proj multiplies {path}, which is replaced"):
+            at_strength(both, 0.5)
 
 
 def test_the_command_line_reads_it(tmp_path, monkeypatch):

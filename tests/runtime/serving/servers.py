@@ -1,7 +1,11 @@
-"""A real server: ``hhdeploy serve`` in a process of its own, on free ports of the loopback."""
+"""A real server: ``hhdeploy serve`` in a process of its own, on free ports of the loopback.
+
+And what a test needs that has one in its own process.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -127,3 +131,19 @@ def running_server(bundle: Path, log: Path, *options: object) -> Iterator[Server
                 assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
+
+
+def signal_own_server(serving: asyncio.Task[None], number: int = signal.SIGTERM) -> None:
+    """A signal to this process, for the server that is a task in it.
+
+    Nobody else would catch it, and the whole run of the tests would end without a word: a server
+    that is not there is this test's failure instead, with what it ended with. One that does not
+    catch signals yet is cancelled.
+    """
+    if serving.done():
+        serving.result()
+        raise AssertionError("the server ended by itself")
+    if number not in asyncio.get_running_loop()._signal_handlers:
+        serving.cancel()
+        raise AssertionError(f"the server does not catch {signal.Signals(number).name} yet")
+    os.kill(os.getpid(), number)

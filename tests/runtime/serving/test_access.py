@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import ssl
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
@@ -352,6 +354,29 @@ def test_hangup_reads_tokens_certificate_and_fleet_again(secured, workshop):
     assert secured.request("GET", "/v2", NEW)[0] == 200
     log = secured.server.log.read_text()
     assert not any(token in log for token in (ONE, TWO, NEW, GUESS, TOKEN))
+
+
+def test_hangup_while_it_starts_is_followed_once_it_serves(small, tmp_path):
+    """The token file holds up the start: it is a pipe whose other end is here."""
+    file, later = tmp_path / "tokens", tmp_path / "later"
+    os.mkfifo(file, 0o600)
+    later.write_text(TWO)
+    later.chmod(0o600)
+
+    def hang_up() -> None:
+        with file.open("w") as pipe:  # once the server reads it
+            (process,) = [c for c in psutil.Process().children() if str(file) in c.cmdline()]
+            process.send_signal(signal.SIGHUP)
+            later.replace(file)
+            pipe.write(ONE)
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    flags = ["--inference-token-file", file, "--grpc-port", "-1"]
+    with running_server(small, tmp_path / "log", *flags) as server:
+        thread.join()
+        soon(lambda: server.request("GET", "/v2", headers=bearer(TWO))[0] == 200)
+        assert server.request("GET", "/v2", headers=bearer(ONE))[0] == 401
 
 
 def index(secured: Secured, connection: http.client.HTTPSConnection) -> bytes:

@@ -137,6 +137,24 @@ def test_an_idle_session_runs_at_once():
     play(scene, max_wait=1e6)
 
 
+def test_the_next_batch_begins_before_answers_are_written():
+    """Else the session waits for whatever writes them."""
+
+    async def scene(harness):
+        async def waiting_once_answered():
+            check(await harness.ask(1), 1)
+            return harness.batcher.queued
+
+        first = asyncio.create_task(waiting_once_answered())
+        await harness.gate.begun(1)
+        (second,) = await harness.asking(2)
+        harness.let_go(2)
+        assert await first == 0
+        check(await second, 2)
+
+    play(scene)
+
+
 def test_what_comes_while_a_batch_runs_goes_together_when_it_is_done():
     async def scene(harness):
         first = await harness.asking(1)

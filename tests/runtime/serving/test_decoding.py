@@ -44,7 +44,9 @@ class Bench:
             assert gate.wait(PATIENCE)
             return name
 
-        return self.decoders.begin(job, pixels, pixels if turn is None else turn)
+        if turn is None:
+            turn = self.decoders.first_turn + pixels
+        return self.decoders.begin(job, pixels, turn)
 
     async def end(self, name: str, future: asyncio.Future[str]) -> None:
         self.gates[name].set()
@@ -56,6 +58,24 @@ class Bench:
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.02)
         assert sorted(self.began) == sorted(names)
+
+    async def overtaken(self, last: str, waiting: dict[str, asyncio.Future[str]], size: int) -> int:
+        """How many pictures of an endless stream begin before ``last``, on one thread."""
+        while not self.began:
+            await asyncio.sleep(0)
+        for count in range(2000):
+            if last in self.began:
+                break
+            name, running = f"stream{count}", self.began[-1]
+            waiting[name] = self.picture(name, size)
+            await self.end(running, waiting.pop(running))
+            while self.began[-1] == running:
+                await asyncio.sleep(0)
+        before = self.began[: self.began.index(last)]
+        for gate in self.gates.values():
+            gate.set()
+        await asyncio.gather(*waiting.values())
+        return sum(name.startswith("stream") for name in before)
 
 
 def played(scene, count: int, **options: int) -> None:
@@ -73,8 +93,8 @@ def played(scene, count: int, **options: int) -> None:
 
 def test_a_request_s_second_picture_waits_for_another_s_first():
     async def scene(bench: Bench) -> None:
-        many = [bench.picture(f"many{i}", 1000, 1000 * (i + 1)) for i in range(3)]
-        one = bench.picture("one", 1500)
+        many = [bench.picture(f"many{i}", 100_000, 100_000 * (i + 1)) for i in range(3)]
+        one = bench.picture("one", 150_000)
         await bench.running("many0")
         await bench.end("many0", many[0])
         await bench.running("many0", "one")
@@ -116,6 +136,28 @@ def test_vast_pictures_never_wait_for_ever():
             await bench.end(f"small{i}", each)
 
     played(scene, 2)
+
+
+@pytest.mark.parametrize(("small", "counted"), [(VAST // 7, VAST // 7), (10, 1 << 16)])
+def test_a_vast_picture_comes_to_its_turn_on_one_thread(small, counted):
+    """A small one counts for 2^16 pixels at least."""
+
+    async def scene(bench: Bench) -> None:
+        ahead = {"ahead": bench.picture("ahead", small)}
+        ahead["vast"] = bench.picture("vast", VAST)
+        overtook = await bench.overtaken("vast", ahead, small)
+        assert 3 * VAST < overtook * counted < 5 * VAST
+
+    played(scene, 1)
+
+
+def test_the_last_picture_of_many_comes_to_its_turn():
+    async def scene(bench: Bench) -> None:
+        size = 1 << 20
+        many = {f"many{i}": bench.picture(f"many{i}", size, (i + 1) * size) for i in range(3)}
+        assert 4 < await bench.overtaken("many2", many, size) < 12
+
+    played(scene, 1)
 
 
 def test_vast_pictures_at_the_same_time_have_a_limit_together():

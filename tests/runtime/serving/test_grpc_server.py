@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.grpc_requests import PATIENCE, message
-from tests.runtime.serving.servers import TOKEN
+from tests.runtime.serving.servers import TOKEN, signal_own_server
 from tests.support import images
 
 # A run of the suite once ended in a segmentation fault here, whose cause is not known.
@@ -329,7 +328,7 @@ def test_http_and_grpc_drain_at_the_same_time(branches):
             writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             await soon(taken.acquire())
             await soon(taken.acquire())
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal_own_server(serving)
             async with grpc.aio.insecure_channel(f"127.0.0.1:{addresses.grpc_port}") as other:
                 # Refused while HTTP still has a request under way.
                 await soon(refused(Stub(other)))

@@ -207,6 +207,11 @@ def test_every_refusal_is_counted_by_its_reason(server):
         client.sendall(f"content-length: {big['content-length']}\r\n\r\n".encode())
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 413")
     assert server.request("GET", "/v2/models/nobody")[0] == 404
+    assert server.request("GET", "/v3")[0] == 404
+    assert server.request("DELETE", "/v2/models/tiny")[0] == 405
+    with socket.create_connection(server.http.split(":"), PATIENCE) as client:
+        client.sendall(b"no HTTP at all\r\n\r\n")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 400")
     assert server.request("GET", "/v2", headers={"host": "elsewhere.example"})[0] == 403
     with grpc.insecure_channel(server.grpc) as channel:
         for content in (b"\xff\xff", message(images(1), "nobody").SerializeToString()):
@@ -214,7 +219,7 @@ def test_every_refusal_is_counted_by_its_reason(server):
                 channel.unary_unary(INFER)(content, timeout=PATIENCE)
     after = refusals(server)
     found = {reason: after[reason] - before.get(reason, 0) for reason in after}
-    expected = {"request": 3, "too_large": 1, "not_found": 2, "forbidden": 1}
+    expected = {"request": 5, "too_large": 1, "not_found": 3, "forbidden": 1}
     assert {reason: count for reason, count in found.items() if count} == expected
 
 

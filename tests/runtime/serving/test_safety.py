@@ -33,7 +33,13 @@ from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import PATIENCE, files_of, make_adapter, put_adapter
-from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
+from tests.runtime.serving.servers import (
+    AUTHORISED,
+    TOKEN,
+    Server,
+    running_server,
+    signal_own_server,
+)
 from tests.support import images
 from tests.workshop import ROOT, contents, copy_bundle, flip_byte, run_command
 
@@ -86,8 +92,7 @@ async def served(bundle: Path, **limits: Any) -> AsyncIterator[int]:
         await asyncio.wait([announced, serving], return_when=asyncio.FIRST_COMPLETED)
         yield announced.result().http_port
     finally:
-        if not serving.done():  # else the signal would end the run
-            os.kill(os.getpid(), signal.SIGTERM)
+        signal_own_server(serving)
         await asyncio.wait_for(serving, PATIENCE)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -559,6 +564,8 @@ def test_connections_are_counted(small):
                 writer.close()
             while status_of(await exchange(port, ask)) != 200:
                 await asyncio.sleep(0.01)  # until the server saw that they left
+            counted = await exchange(port, head("GET", "/metrics", connection="close"))
+            assert b'hhdeploy_refused_requests_total{reason="busy"}' in counted
 
     asyncio.run(asyncio.wait_for(scene(), PATIENCE))
 

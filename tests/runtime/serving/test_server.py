@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import sys
@@ -25,7 +24,7 @@ from hhdeploy.runtime.serving.server import serve
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from tests.runtime.serving.fleets import PATIENCE, until
-from tests.runtime.serving.servers import running_server
+from tests.runtime.serving.servers import running_server, signal_own_server
 from tests.support import assert_parity, images
 from tests.workshop import run_command
 
@@ -97,7 +96,7 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
         for thread in threads:
             thread.start()
         await until(lambda: service.now().pending == len(names) - 1)  # one is in its batch
-        os.kill(os.getpid(), number)
+        signal_own_server(serving, number)
         await until(lambda: not service.ready)
         assert not await endpoint.ready()
         assert not await endpoint.model_ready("alpha")
@@ -114,6 +113,32 @@ def test_a_signal_loses_no_request_that_was_taken(small, workshop, signals, numb
         status, content = answers[index]
         assert status == 200
         assert_parity(workshop.truth(name, x), logits_of(content), "branches", "float32")
+
+
+def test_a_server_that_catches_no_signal_gets_none():
+    """It would end whatever has none of its own: here the run of the tests."""
+
+    async def ends():
+        return None
+
+    async def fails():
+        raise ValueError("planted")
+
+    async def stays():
+        await asyncio.sleep(PATIENCE)
+
+    async def signalled(server):
+        serving = asyncio.create_task(server())
+        await asyncio.sleep(0.01)
+        signal_own_server(serving)
+
+    for server, kind, said in (
+        (ends, AssertionError, "ended by itself"),
+        (fails, ValueError, "planted"),
+        (stays, AssertionError, "does not catch SIGTERM yet"),
+    ):
+        with pytest.raises(kind, match=said):
+            asyncio.run(signalled(server))
 
 
 def refused(port):
@@ -331,7 +356,7 @@ def test_it_is_seen_to_live_while_it_starts(small):
         go.set()
         await until(lambda: bool(announced) or serving.done())
         assert await asyncio.to_thread(ask, "GET", "/v2/health/ready") == (200, {"ready": True})
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal_own_server(serving)
         await asyncio.wait_for(serving, PATIENCE)
 
     try:
