@@ -1,8 +1,7 @@
 """Parity: how outputs are compared, and the one table of what is allowed.
 
 The ladder: training-time model (float64) = folded weights = side branch = bank row = graph in a
-runtime = engine. Every rung compares logits; top-1 alone does not see a wrong reflection or
-swapped sides.
+runtime = engine. Every rung compares logits; top-1 alone sees no wrong reflection or swapped sides.
 """
 
 from __future__ import annotations
@@ -208,8 +207,7 @@ def stage_of(kind: str, device: Runner, precision: Precision) -> str:
 
     Args:
         kind: of the bundle, ``folded`` or ``branches``.
-        device: what really ran.
-        precision: of the graph.
+        device, precision: what really ran, and of which graph.
     """
     if device not in ("cpu", "openvino"):
         return "engine"

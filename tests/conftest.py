@@ -22,7 +22,11 @@ import pytest
 from tests.alone import pytest_pyfunc_call
 from tests.once import made_once, share_directory
 from tests.skips import pytest_terminal_summary
-from tests.slow import pytest_addoption, pytest_collection_modifyitems
+from tests.slow import (
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_ignore_collect,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "pytest_addoption",
     "pytest_collection_modifyitems",
+    "pytest_ignore_collect",
     "pytest_pyfunc_call",
     "pytest_terminal_summary",
 ]

@@ -24,7 +24,14 @@ from hhdeploy.runtime.serving.errors import (
     TooLargeError,
 )
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
-from hhdeploy.runtime.serving.messages import ADAPTERS, IMAGES, VERSION, InferRequest, InferResponse
+from hhdeploy.runtime.serving.messages import (
+    ADAPTERS,
+    BYTES,
+    IMAGES,
+    VERSION,
+    InferRequest,
+    InferResponse,
+)
 from hhdeploy.runtime.serving.metrics import Tally
 from hhdeploy.runtime.serving.outputs import ANSWERS, LABELS, LOGITS, PROBABILITIES
 from hhdeploy.runtime.serving.service import Service
@@ -149,6 +156,9 @@ class LocalEndpoint:
             {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
         ]
         images = [-1, *service.manifest.input_size]
+        # A model that is one adapter has no choice of others.
+        chooses = alias is None and service.fleet is not None
+        choice = [{"name": ADAPTERS, "datatype": BYTES, "shape": [-1]}] if chooses else []
         answers = [
             {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
             *(shares if kind != VALUES else ()),
@@ -171,8 +181,8 @@ class LocalEndpoint:
                 "optional_inputs": [
                     {"name": IMAGES, "datatype": "UINT8", "shape": images},
                     {"name": IMAGES, "datatype": "FP16", "shape": images},
-                    {"name": IMAGES, "datatype": "BYTES", "shape": [-1]},
-                    {"name": ADAPTERS, "datatype": "BYTES", "shape": [-1]},
+                    {"name": IMAGES, "datatype": BYTES, "shape": [-1]},
+                    *choice,
                 ],
             },
         }
@@ -274,23 +284,37 @@ def server_metadata() -> dict[str, Any]:
 
 
 def model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """`Endpoint.model_metadata` as a configuration in Triton's terms, for tools that ask for it."""
+    """`Endpoint.model_metadata` as a configuration in Triton's terms, for tools that ask for it.
 
-    def tensors(key: str) -> list[dict[str, Any]]:
-        return [
-            # With max_batch_size set, shapes are without the batch.
-            {"name": t["name"], "data_type": _TYPES[t["datatype"]], "dims": t["shape"][1:] or [1]}
-            for t in metadata[key]
-        ]
-
+    ``parameters`` are texts, as Triton's are, lists with commas: the ``adapters`` there are, the
+    ``image_datatypes`` that are taken, and ``optional_inputs``. No input is marked ``optional``:
+    perf_analyzer fills those as well, with names of adapters that there are not, and so does any
+    client that sends every input it finds.
+    """
+    told = metadata["parameters"]
+    taken = (*metadata["inputs"], *told["optional_inputs"])
+    texts = {
+        "adapters": told["adapters"],
+        "image_datatypes": [t["datatype"] for t in taken if t["name"] == IMAGES],
+        "optional_inputs": [t["name"] for t in taken if t["name"] != IMAGES],
+    }
     return {
         "name": metadata["name"],
         "platform": PLATFORM,
         "backend": PLATFORM,
-        "max_batch_size": metadata["parameters"]["max_batch_size"],
-        "input": tensors("inputs"),
-        "output": tensors("outputs"),
+        "max_batch_size": told["max_batch_size"],
+        "input": [*map(_tensor, metadata["inputs"])],
+        "output": [*map(_tensor, metadata["outputs"])],
+        "parameters": {
+            name: {"string_value": ",".join(each)} for name, each in texts.items() if each
+        },
     }
+
+
+def _tensor(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the metadata in a configuration's terms: with max_batch_size, without the batch."""
+    dims = told["shape"][1:] or [1]
+    return {"name": told["name"], "data_type": _TYPES[told["datatype"]], "dims": dims}
 
 
 def read_upload(parameters: Mapping[str, Any], most_bytes: int) -> Upload | None:

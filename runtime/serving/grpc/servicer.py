@@ -153,7 +153,7 @@ class Servicer:
 
     @_unary(pb.ModelMetadataResponse, "name")
     async def ModelMetadata(self, request: Any, context: Context) -> Any:
-        """Inputs and outputs. The message has no place for the adapters: see `RepositoryIndex`."""
+        """Inputs and outputs. The message has no place for parameters: `ModelConfig` has them."""
         found = await self._endpoint.model_metadata(request.name, request.version)
         known = {key: value for key, value in found.items() if key != "parameters"}
         return ParseDict(known, pb.ModelMetadataResponse())

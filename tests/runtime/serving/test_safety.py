@@ -46,6 +46,8 @@ from tests.workshop import ROOT, contents, copy_bundle, flip_byte, run_command
 HHDEPLOY = str(Path(sys.executable).with_name("hhdeploy"))
 INFER = "/v2/models/alpha/infer"
 SECRET = "the-secret-of-another-file"
+# Of a scene with a server that starts in it, on a machine that is busy.
+AND_A_START = 5 * PATIENCE
 
 
 # --- servers --------------------------------------------------------------------------------------
@@ -440,7 +442,7 @@ def test_many_bodies_are_too_large_together(small):
             while status_of(await exchange(port, second)) != 400:
                 await asyncio.sleep(0.01)  # until the server saw that the first client left
 
-    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
 
 
 def test_pictures_that_cost_more_than_their_bytes(server):
@@ -550,7 +552,7 @@ def test_slow_clients_are_closed(small, monkeypatch):
         assert status_of(refused) == 413
         assert again.count(b"HTTP/1.1 200") == again.count(b"HTTP/1.1 504") == 1
 
-    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
 
 
 def test_connections_are_counted(small):
@@ -567,7 +569,7 @@ def test_connections_are_counted(small):
             counted = await exchange(port, head("GET", "/metrics", connection="close"))
             assert b'hhdeploy_refused_requests_total{reason="busy"}' in counted
 
-    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
 
 
 # --- what it tells --------------------------------------------------------------------------------
