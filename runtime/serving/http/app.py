@@ -27,7 +27,6 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.access.asked import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
@@ -53,6 +52,7 @@ from hhdeploy.runtime.serving.http.codec import (
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
 from hhdeploy.runtime.serving.http.parsing import SMALL, Parser
+from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import Tracing
