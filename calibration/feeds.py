@@ -98,14 +98,15 @@ class Feeder:
             yield adapter, np.ascontiguousarray(image, np.float32)
 
     def unmet(self, met: set[str | None]) -> tuple[str, ...]:
-        """A warning for every adapter without images."""
+        """A warning for every adapter without images, and for a backbone that answers too."""
         if self.folded:
             return ()
+        missing = [f"adapter {name!r}" for name in self._entries if name not in met]
+        if self.manifest.backbone_classes and None not in met:
+            missing.append(f"the bare backbone ({BACKBONE}/)")
         return tuple(
-            f"no calibration images for adapter {name!r}: its activations may leave the "
-            "calibrated ranges"
-            for name in self._entries
-            if name not in met
+            f"no calibration images for {whose}: its activations may leave the calibrated ranges"
+            for whose in missing
         )
 
     def digest(self) -> str:
