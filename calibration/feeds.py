@@ -101,12 +101,11 @@ class Feeder:
         """A warning for every adapter without images, and for a backbone that answers too."""
         if self.folded:
             return ()
-        missing = [f"adapter {name!r}" for name in self._entries if name not in met]
-        if self.manifest.backbone_classes and None not in met:
-            missing.append(f"the bare backbone ({BACKBONE}/)")
         return tuple(
-            f"no calibration images for {whose}: its activations may leave the calibrated ranges"
-            for whose in missing
+            f"no calibration images for {'the bare' if name == BACKBONE else 'adapter'} {name!r}: "
+            "its activations may leave the calibrated ranges"
+            for name in self.names
+            if name not in met
         )
 
     def digest(self) -> str:
