@@ -25,6 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.calibration.scales import SiteScale
+from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import BundleError
 from hhdeploy.graph import (
     BRANCH,
@@ -63,7 +64,7 @@ class Format:
         return (self.largest + self.step / 2) / self.largest
 
 
-FORMATS: Final[Mapping[str, Format]] = {
+FORMATS: Final[Mapping[QuantisedPrecision, Format]] = {
     "int8": Format(ir.DataType.INT8, 127.0, 1.0),
     # 1.75 x 2^8; three bits of mantissa are steps of 32 from 256 on.
     "fp8": Format(ir.DataType.FLOAT8E4M3FN, 448.0, 32.0),

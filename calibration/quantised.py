@@ -24,8 +24,11 @@ from hhdeploy.calibration.int8 import calibrate_int8, nncf_version
 from hhdeploy.calibration.qdq import FORMATS, find_sites, other_products, quantised_model
 from hhdeploy.calibration.scales import Calibration, cache_key, read_cached, write_cached
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
+from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import PlanError
 from hhdeploy.graph import GraphLinear
+
+_FP8_OPSET = 19
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Quantised:
 
     Attributes:
         model: the graph; inputs and outputs as the float32 graph's.
-        precision: one of `settings.PRECISIONS`.
+        precision: of the graph.
         sites: every Linear that could be quantised, by name.
         kept: products with a constant weight that are never quantised (patch embedding,
             classifier).
@@ -98,7 +101,7 @@ class Quantised:
     """
 
     model: ir.Model
-    precision: str
+    precision: QuantisedPrecision
     sites: Mapping[str, SiteInfo]
     kept: tuple[str, ...]
     ranges: Mapping[str, float]
@@ -137,9 +140,15 @@ def find_scales(
         cache: directory of earlier calibrations; None neither reads nor writes one.
 
     Raises:
-        PlanError: NNCF could not quantise it.
+        PlanError: NNCF could not quantise it, or its opset has no type of this precision.
         MissingDependencyError: NNCF is not installed.
     """
+    opset = graph.model.opset_imports[""]
+    if settings.precision == "fp8" and opset < _FP8_OPSET:
+        raise PlanError(
+            f"fp8: expected a graph of opset {_FP8_OPSET} or newer, which has its type; found "
+            f"{opset}. Export the bundle again with `opset=20`."
+        )
     versions = {"nncf": nncf_version()}
     key = cache_key(graph.sha256, data.digest, settings, versions)
     scales = read_cached(cache, key) if cache is not None else None

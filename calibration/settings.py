@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from hhdeploy.bundle.manifest import QUANTISED
+from hhdeploy.choices import QUANTISED, QuantisedPrecision, one_of
 from hhdeploy.errors import OptionError, PlanError
-
-PRECISIONS: Final = QUANTISED
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class CalibrationSettings:
         bias_correction: let NNCF shift the biases by the mean error that quantisation causes.
     """
 
-    precision: str = "int8"
+    precision: QuantisedPrecision = "int8"
     exclude: tuple[str, ...] = ()
     preset: str = "none"
     images: int = 128
@@ -39,12 +37,8 @@ class CalibrationSettings:
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise OptionError(
-                f"`precision={self.precision!r}`: expected one of {', '.join(PRECISIONS)}."
-            )
-        if self.preset not in PRESETS:
-            raise OptionError(f"`preset={self.preset!r}`: expected one of {', '.join(PRESETS)}.")
+        one_of(QUANTISED, self.precision, "precision")
+        one_of(PRESETS, self.preset, "preset")
         if self.images < 1:
             raise OptionError(f"`images`: expected 1 or more, found {self.images}.")
         if self.smooth_quant is not None and not 0.0 <= self.smooth_quant <= 1.0:

@@ -1,4 +1,4 @@
-"""Remake serve-page.png and serve-playground.png: start a server of the starter models first.
+"""Remake serve-page.png, serve-page-phone.png and serve-playground.png, of the starter models:
 
     hhdeploy demo
     hhdeploy serve demo-out/all-tasks
@@ -27,6 +27,8 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
     "--disable-background-networking --disable-component-update"
 )
+# A desktop's and a phone's window.
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
 def send_traffic(url: str, model: str) -> None:
@@ -50,10 +52,11 @@ def main(url: str) -> None:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=FLAGS.split()
         )
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.goto(url)
-        page.locator("#adapters tr").first.wait_for()
-        page.screenshot(path=DOCS / "serve-page.png", full_page=True)
+        for window, file in ((PHONE, "serve-page-phone.png"), (DESKTOP, "serve-page.png")):
+            page = browser.new_page(viewport=window)
+            page.goto(url)
+            page.locator("#adapters tr").first.wait_for()
+            page.screenshot(path=DOCS / file, full_page=True)
         page.set_input_files("#file", PICTURE)
         page.get_by_text("answered in").wait_for()
         section = page.locator("section", has=page.locator("#playground")).bounding_box()

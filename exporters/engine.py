@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from hhdeploy.bundle.manifest import Range
+from hhdeploy.choices import Precision, TensorRt
 from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
 from hhdeploy.packages import Log, import_tensorrt
@@ -62,7 +63,7 @@ class BuiltEngine:
     seconds: float
 
 
-def check_options(backend: str, precision: str, options: BuildOptions) -> None:
+def check_options(backend: TensorRt, precision: Precision, options: BuildOptions) -> None:
     """What no bundle could make right.
 
     Raises:
@@ -116,7 +117,7 @@ def check_options(backend: str, precision: str, options: BuildOptions) -> None:
 
 def engine_from_onnx(
     graph: Path,
-    backend: str,
+    backend: TensorRt,
     shapes: Mapping[str, Shape],
     options: BuildOptions,
     progress: Phases = lambda phase, done, steps: None,
@@ -189,7 +190,7 @@ def _profile(builder: Any, network: Any, shapes: Mapping[str, Shape]) -> Any:
     return profile
 
 
-def _configure(trt: ModuleType, config: Any, options: BuildOptions, backend: str) -> None:
+def _configure(trt: ModuleType, config: Any, options: BuildOptions, backend: TensorRt) -> None:
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if not options.tf32:

@@ -36,7 +36,7 @@ from hhdeploy.exporters.batches import check_batch, images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.graph import LINEAR_TAG, ViewTensor, turn_weights
+from hhdeploy.graph import LINEAR_TAG, ViewTensor
 
 if TYPE_CHECKING:
     import torch
@@ -219,7 +219,6 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     _tag_linears(model)
     _tag_mixed(model, {linear.path for linear in backbone.facts.linears} - apart)
     traced_weights = list(model.graph.initializers.values())
-    turn_weights(model.graph)
     with _quiet():
         optimizer.optimize_ir(model)
     _remove_empty_pads(model.graph)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
+from hhdeploy.choices import PRECISIONS, Precision, one_of
 from hhdeploy.errors import OptionError
 
 TritonBackend = Literal["onnxruntime", "tensorrt"]
@@ -48,7 +49,7 @@ class TritonOptions:
     """
 
     name: str | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
     backend: TritonBackend = "onnxruntime"
     gpu_arch: str | None = None
     max_batch: int | None = None
@@ -82,6 +83,7 @@ def check_options(options: TritonOptions) -> None:
             f"`backend={options.backend!r}`: expected {' or '.join(BACKENDS)}. (Triton's tensorrt "
             "backend runs TensorRT's engines, not TensorRT-RTX's.)"
         )
+    one_of(PRECISIONS, options.precision, "precision")
     cpu, engine = options.gpu is False, options.backend == "tensorrt"
     if cpu and engine:
         raise OptionError(

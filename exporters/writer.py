@@ -25,10 +25,13 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.membership import entry_of
+from hhdeploy.choices import Precision, TypedPrecision
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
+from hhdeploy.exporters.portable.form import Form
+from hhdeploy.exporters.portable.pictures import write_picture_graphs
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
 from hhdeploy.files.tensors import write_tensors
@@ -36,6 +39,7 @@ from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
 from hhdeploy.verifying.reference import Reference
 
+_PLAIN = Form()
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -79,7 +83,7 @@ def whole_contents(base: BaseGraph) -> Contents:
         )
     task = problem_type_of(None, facts.classes)
     entry = AdapterEntry(WHOLE, None, facts.classes, None, facts.preprocess, False, task)
-    return Contents(base.model, _folded_manifest(base, entry), None, {})
+    return Contents(base.model.clone(), _folded_manifest(base, entry), None, {})
 
 
 def _folded_manifest(base: BaseGraph, entry: AdapterEntry) -> Manifest:
@@ -102,7 +106,7 @@ def branches_contents(
     adapters: Mapping[str, Adapter],
     *,
     bank_as_constant: bool,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
 ) -> Contents:
     """All adapters of a plan as side branches of one graph."""
     bank = np.zeros((len(plan.names) + 1, plan.layout.size), np.float32)
@@ -128,13 +132,16 @@ def branches_contents(
     return Contents(baked(model, bank) if bank_as_constant else model, manifest, bank, adapters)
 
 
-def graph_name(precision: str) -> str:
+def graph_name(precision: Precision) -> str:
     """File name of a graph: model.onnx is float32, others say their precision."""
     return "model.onnx" if precision == "float32" else f"model.{precision}.onnx"
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph with its weights beside it, in ``<name>.data``."""
+def save_graph(model: ir.Model, path: Path, *, single_file: bool = False) -> None:
+    """Write a graph with its weights beside it, in ``<name>.data``, or inside of it."""
+    if single_file:
+        ir.save(model, path)
+        return
     ir.save(
         model,
         path,
@@ -163,8 +170,9 @@ def rename_weights(graph: Path, name: str) -> None:
 def write_bundle(
     path: Path,
     contents: Contents,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
     reference: Callable[[], Reference] | None,
+    form: Form = _PLAIN,
 ) -> Manifest:
     """Write everything into an existing, empty directory; the manifest last.
 
@@ -174,13 +182,16 @@ def write_bundle(
         precisions: of further graphs; float32 is always written.
         reference: computes the training-time reference; called once the graphs are written and
             released. None writes none (the bundle then counts as unverified).
+        form: of the graphs.
     """
-    graphs = {}
-    for precision in ("float32", *precisions):
+    form.apply(contents.model, contents.manifest)
+    graphs: dict[Precision, str] = {"float32": graph_name("float32")}
+    save_graph(contents.model, path / graphs["float32"], single_file=form.single_file)
+    for precision in precisions:
         graphs[precision] = graph_name(precision)
-        low = precision != "float32"
-        model = typed_model(contents.model, precision) if low else contents.model
-        save_graph(model, path / graphs[precision])
+        typed = typed_model(contents.model, precision)
+        save_graph(typed, path / graphs[precision], single_file=form.single_file)
+    write_picture_graphs(path, contents.manifest.input_size[0])
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})
     for name, adapter in contents.adapters.items():

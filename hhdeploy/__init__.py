@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hhdeploy.adapters.mixing import merge_adapters
     from hhdeploy.building import build
     from hhdeploy.bundle import Bundle, add_adapter, edit, remove_adapter
+    from hhdeploy.choices import Device, Precision
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
@@ -34,7 +35,9 @@ _HOMES = {
     "Adapter": ("hhdeploy.adapters.format", "Adapter"),
     "AdapterConfig": ("hhdeploy.adapters.config", "AdapterConfig"),
     "Bundle": ("hhdeploy.bundle", "Bundle"),
+    "Device": ("hhdeploy.choices", "Device"),
     "HhdeployError": ("hhdeploy.errors", "HhdeployError"),
+    "Precision": ("hhdeploy.choices", "Precision"),
     "Reserve": ("hhdeploy.plan", "Reserve"),
     "add_adapter": ("hhdeploy.bundle", "add_adapter"),
     "attach": ("hhdeploy.training", "attach"),
@@ -60,7 +63,9 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "Bundle",
+    "Device",
     "HhdeployError",
+    "Precision",
     "Reserve",
     "add_adapter",
     "attach",

@@ -9,6 +9,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import engine_name, stale
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Range, name_with_digits, plain_name
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
+from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, TensorRt, one_of
 from hhdeploy.errors import ConflictError, PlanError, require
 from hhdeploy.exporters.engine import (
     BuildOptions,
@@ -31,8 +32,8 @@ _ELEMENT_LIMIT = 2**31 - 1
 def build(
     path: str | Path,
     *,
-    backend: str,
-    precision: str = "float32",
+    backend: TensorRt,
+    precision: Precision = "float32",
     options: BuildOptions | None = None,
     progress: Progress = lambda step: None,
     phases: Phases = lambda phase, done, steps: None,
@@ -53,11 +54,16 @@ def build(
         lock_timeout: see `hhdeploy.bundle.store.edit`.
 
     Raises:
+        OptionError: no such backend or precision anywhere.
         PlanError: options that do not go together, with this graph or this backend.
         EngineError: TensorRT refused.
         ConflictError: graph or bank of the engine were replaced meanwhile.
         BundleError, WriteError: see their docstrings; the bundle is unchanged then.
     """
+    backend, precision = (
+        one_of(BACKENDS, backend, "backend"),
+        one_of(PRECISIONS, precision, "precision"),
+    )
     options = options or BuildOptions()
     check_options(backend, precision, options)
     import_tensorrt(backend)  # before anything slow

@@ -226,30 +226,6 @@ class ViewTensor(ir.Tensor[NDArray[Any]]):
         file.write(np.ascontiguousarray(self.numpy()).reshape(-1).view(np.uint8).data)
 
 
-def turn_weights(graph: ir.Graph) -> None:
-    """Transposed weights as views of the model's own, under the names of the Transposes.
-
-    The optimiser folds a Transpose into what its evaluator makes of it, NumPy's view today, a
-    copy of the weights if that changes; and a full disk is told by `ViewTensor` alone.
-    """
-    for node in list(graph):
-        weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.const_value is None or node.outputs[0].is_graph_output():
-            continue
-        turned, perm = node.outputs[0], node.attributes.get_ints("perm")
-        view = weight.const_value.numpy().transpose(perm)
-        tensor = ViewTensor(view, dtype=weight.const_value.dtype, name=turned.name)
-        value = ir.Value(
-            name=turned.name,
-            shape=ir.Shape(view.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        turned.replace_all_uses_with(value)
-        graph.remove(node, safe=True)
-        graph.register_initializer(value)
-
-
 def drop_unused_initializers(graph: ir.Graph) -> None:
     """Remove the constants that no node reads any more; inputs and outputs stay."""
     for name, value in list(graph.initializers.items()):

@@ -13,16 +13,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
-from hhdeploy.errors import MissingDependencyError, SessionError, require
+from hhdeploy.choices import TensorRt
+from hhdeploy.errors import MissingDependencyError, require
 
-TensorRt = Literal["tensorrt", "tensorrt-rtx"]
-BACKENDS: tuple[TensorRt, ...] = get_args(TensorRt)
-
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
+_MODULES: Final[Mapping[TensorRt, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS: Final[Mapping[TensorRt, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_PACKAGES: Final[Mapping[TensorRt, str]] = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx-cu13",
+}
 
 # Extra -> distribution -> oldest version, in the order users meet them.
 EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -104,15 +105,12 @@ def check_version(extra: str, package: str, found: str, *, title: str | None = N
         )
 
 
-def import_tensorrt(backend: str) -> ModuleType:
+def import_tensorrt(backend: TensorRt) -> ModuleType:
     """The Python bindings of a backend: ``tensorrt`` or ``tensorrt_rtx``.
 
     Raises:
         MissingDependencyError: they do not import here, or are too old.
-        SessionError: no such backend.
     """
-    if backend not in _MODULES:
-        raise SessionError(f"unknown backend {backend!r}: expected {' or '.join(BACKENDS)}.")
     module = require(_MODULES[backend], _EXTRAS[backend], f"backend {backend!r}")
     check_version(_EXTRAS[backend], _PACKAGES[backend], module.__version__, title=backend)
     return module

@@ -1,19 +1,20 @@
 """Parity: how outputs are compared, and the one table of what is allowed.
 
 The ladder: training-time model (float64) = folded weights = side branch = bank row = graph in a
-runtime = engine. Every rung compares logits; top-1 alone does not see a wrong reflection or
-swapped sides.
+runtime = engine. Every rung compares logits; top-1 alone sees no wrong reflection or swapped sides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hhdeploy.choices import Precision, Runner
 
 # What logits mean, as transformers names it; they are compared by it.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -69,10 +70,13 @@ _KERNELS = "as the twin; kernels may accumulate in less than float32"
 _CALIBRATED = "as the quantised graph; accuracy is judged when calibrating"
 _H100 = "with ONNX Runtime on an H100, ViT-S/16, random adapters; no engine has run"
 
+# Of 255, what a graph that resizes a picture may be off from Pillow, where it shrinks and grows.
+LEVELS: Mapping[str, int] = {"shrinks": 1, "grows": 2}
+
 # (stage, precision) -> bound. Stages: `algebra` (float64 algebra against dense products),
 # `folded` (one adapter in the weights), `branches` (mixed batch of side branches), `openvino`
-# (either graph in OpenVINO), `twin` (rounding twin of a typed graph), `quantised` (Q/DQ graph from
-# calibration), `engine` (a graph on a GPU, in ONNX Runtime or as a TensorRT engine).
+# (either graph in OpenVINO), `pictures` (a graph made its images), `twin` (rounding twin of a typed
+# graph), `quantised` (Q/DQ graph), `engine` (a graph on a GPU, or a TensorRT engine).
 PARITY: Mapping[tuple[str, str], Bound] = {
     ("algebra", "float64"): Bound(
         1e-12, 1 - 1e-12, 1.0, "4e-15, ranks 0 to 4, 7 x 13 to 768 x 768", "float64 rounding"
@@ -94,6 +98,7 @@ PARITY: Mapping[tuple[str, str], Bound] = {
         "9e-3 on the starter models (1.3e-2 over all their 366 images)",
         "the float32 graph computed in bfloat16: as the twin, but OpenVINO chooses where it rounds",
     ),
+    ("pictures", "float32"): Bound(1e-3, 1 - 1e-5, 1.0, "8e-5", "some values a level off"),
     ("twin", "float16"): Bound(
         2e-2,
         0.9999,
@@ -194,7 +199,7 @@ class Comparison:
         return {**finite, "lost_margins": margins}
 
 
-def stage_of(kind: str, device: str, precision: str) -> str:
+def stage_of(kind: str, device: Runner, precision: Precision) -> str:
     """Which stage of the table judges a graph that a device computed.
 
     What a GPU computes is compared as it is; a CPU computes typed graphs in float32, so it shows
@@ -202,8 +207,7 @@ def stage_of(kind: str, device: str, precision: str) -> str:
 
     Args:
         kind: of the bundle, ``folded`` or ``branches``.
-        device: what really ran: of `hhdeploy.runtime.backends.DEVICES`, never ``auto``.
-        precision: of the graph.
+        device, precision: what really ran, and of which graph.
     """
     if device not in ("cpu", "openvino"):
         return "engine"
@@ -214,7 +218,7 @@ def stage_of(kind: str, device: str, precision: str) -> str:
     return "twin" if ("twin", precision) in PARITY else "quantised"
 
 
-def bound(stage: str, precision: str) -> Bound:
+def bound(stage: str, precision: Precision | Literal["float64"]) -> Bound:
     """The bound of a stage. Raises KeyError for a pair that the table does not hold."""
     return PARITY[stage, precision]
 
@@ -304,7 +308,7 @@ class StageResult:
     """
 
     stage: str
-    precision: str
+    precision: Precision
     runtime: str
     adapter: str
     comparison: Comparison
@@ -316,7 +320,7 @@ class StageResult:
     def of(
         cls,
         stage: str,
-        precision: str,
+        precision: Precision,
         runtime: str,
         adapter: str,
         comparison: Comparison,
@@ -349,23 +353,25 @@ class ParityReport:
     Attributes:
         data: what the images were: ``{"kind": "noise", "seed": ...}`` or a folder.
         stages: the results.
+        pictures: see `hhdeploy.verifying.pictures.check_pictures`.
     """
 
     data: Mapping[str, Any]
     stages: Sequence[StageResult]
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def overflowed(self) -> tuple[str, ...]:
+    def overflowed(self) -> tuple[Precision, ...]:
         """Precisions that cannot hold the model's values: what failed in them has no other
         cause."""
         failed = [s for s in self.stages if s.failures]
         other = {s.precision for s in failed if not s.overflow}
         return tuple(dict.fromkeys(s.precision for s in failed if s.precision not in other))
 
-    def without(self, precisions: Collection[str]) -> ParityReport:
+    def without(self, precisions: Collection[Precision]) -> ParityReport:
         """The report of the other graphs."""
         stages = [s for s in self.stages if s.precision not in precisions]
-        return ParityReport(self.data, stages)
+        return ParityReport(self.data, stages, self.pictures)
 
     @property
     def passed(self) -> bool:
@@ -380,6 +386,7 @@ class ParityReport:
             "reference": "PyTorch training-time model, float64",
             "data": dict(self.data),
             "stages": [s.to_json() for s in self.stages],
+            **({"pictures": self.pictures} if self.pictures else {}),
         }
 
     def explain_failures(self) -> str:

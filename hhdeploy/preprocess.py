@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-_CROP_MODES = ("center", "squash", "border")
+CROP_MODES = ("center", "squash", "border")
+# Filters that an ONNX graph computes as Pillow does; see `Preprocess.graph_file`.
+GRAPH_FILTERS = ("bicubic", "bilinear")
 # TIFF's and EXIF's tags, with the same numbers.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
 _WHITE_IS_ZERO, _SHORT = 0, 3
@@ -77,9 +79,9 @@ class Preprocess:
                 f"found {interpolation!r}"
             )
         crop_mode = str(content.get("crop_mode", "center"))
-        if crop_mode not in _CROP_MODES:
+        if crop_mode not in CROP_MODES:
             raise ValueError(
-                f"preprocess.crop_mode must be one of {', '.join(_CROP_MODES)}, found {crop_mode!r}"
+                f"preprocess.crop_mode must be one of {', '.join(CROP_MODES)}, found {crop_mode!r}"
             )
         crop_pct = float(content.get("crop_pct", 0.875))
         if not 0.0 < crop_pct <= 2.0:
@@ -132,14 +134,9 @@ class Preprocess:
         if channels == 1:
             rgb = rgb.convert("L")
         resample = Image.Resampling[self.interpolation.upper()]
-        if self.crop_mode == "squash":
-            scale_h = math.floor(height / self.crop_pct)
-            scale_w = math.floor(width / self.crop_pct)
-            rgb = _resize(rgb, scale_w, scale_h, resample)
-        else:
-            rgb = self._resize_keeping_ratio(rgb, resample)
-        border = self.crop_mode == "border"
-        fill = tuple(round(255 * m) if border else 0 for m in self.mean)
+        size = self.resized(*rgb.size)
+        rgb = rgb if size == rgb.size else rgb.resize(size, resample)
+        fill = self._fill
         rgb = _center_crop(rgb, width, height, fill if channels > 1 else fill[0])
         levels = np.asarray(rgb).reshape(height, width, channels)
         return self.normalised(levels.transpose(2, 0, 1))
@@ -150,26 +147,62 @@ class Preprocess:
         mean, std = (np.asarray(each, np.float32)[:, None, None] for each in (self.mean, self.std))
         return np.ascontiguousarray((pixels - mean) / std)
 
-    def _resize_keeping_ratio(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
-        """Resize so that the crop area fits (center: it is covered; border: it covers)."""
-        _, height, width = self.input_size
-        scale_h, scale_w = math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
-        w, h = image.size
-        if self.crop_mode == "center" and scale_h == scale_w:
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) that an image of this size is resized to, before the crop.
+
+        center: the crop is covered; border: it covers; squash: whatever the image's ratio is.
+        """
+        scale_h, scale_w = self._resize_to
+        if self.crop_mode == "squash":
+            size = (scale_w, scale_h)
+        elif self.crop_mode == "center" and scale_h == scale_w:
             # torchvision's Resize(int): the short side exact, the long one truncated.
-            short, long = min(w, h), max(w, h)
-            other = int(scale_h * long / short)
-            size = (scale_h, other) if w <= h else (other, scale_h)
-            return _resize(image, *size, resample)
-        ratios = (h / scale_h, w / scale_w)
-        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
-        return _resize(image, round(w / ratio), round(h / ratio), resample)
+            other = int(scale_h * max(width, height) / min(width, height))
+            size = (scale_h, other) if width <= height else (other, scale_h)
+        else:
+            ratios = (height / scale_h, width / scale_w)
+            ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+            size = (round(width / ratio), round(height / ratio))
+        return max(1, size[0]), max(1, size[1])
+
+    @property
+    def graph_file(self) -> str | None:
+        """What a bundle calls the graph that does the same as this transform; None where none
+        does: for filters beside `GRAPH_FILTERS`, and models that take no pictures."""
+        if self.interpolation not in GRAPH_FILTERS or self.input_size[0] not in (1, 3):
+            return None
+        return graph_file(self.crop_mode, self.interpolation)
+
+    @property
+    def graph_inputs(self) -> dict[str, tuple[str, list[float] | list[int]]]:
+        """Name -> (dtype, values) of what that graph takes beside the picture.
+
+        ``mean`` and ``std`` of values in [0, 1]; ``resize`` and ``crop``, heights and widths in
+        pixels; ``fill``, the level around a picture that is smaller than the crop.
+        """
+        return {
+            "mean": ("float32", list(self.mean)),
+            "std": ("float32", list(self.std)),
+            "resize": ("int64", list(self._resize_to)),
+            "crop": ("int64", list(self.input_size[1:])),
+            "fill": ("float32", list(self._fill)),
+        }
+
+    @property
+    def _resize_to(self) -> tuple[int, int]:
+        """(height, width) of the square or rectangle that the crop is a share of."""
+        _, height, width = self.input_size
+        return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+
+    @property
+    def _fill(self) -> tuple[int, ...]:
+        border = self.crop_mode == "border"
+        return tuple(round(255 * m) if border else 0 for m in self.mean)
 
 
-def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
-    if image.size == (width, height):
-        return image
-    return image.resize((max(1, width), max(1, height)), resample)
+def graph_file(crop_mode: str, interpolation: str) -> str:
+    """What a bundle calls the graph of a crop mode and a filter."""
+    return f"preprocess.{crop_mode}.{interpolation}.onnx"
 
 
 def _center_crop(

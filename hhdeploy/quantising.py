@@ -24,6 +24,7 @@ from hhdeploy.calibration.judging.guard import Guarded, guard, most_sensitive_fi
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
+from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, one_of
 from hhdeploy.errors import ParityError, PlanError, WriteError, require
 from hhdeploy.files.writing import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
@@ -61,10 +62,13 @@ class CalibrationOptions:
     eval_data: Source | None = None
     max_drop: float | None = None
     report: str | Path | None = None
-    device: str = "cpu"
+    device: Device = "cpu"
     threads: int | None = None
     cache: str | Path | None = "default"
     lock_timeout: float = LOCK_TIMEOUT
+
+    def __post_init__(self) -> None:
+        one_of(DEVICES, self.device, "device")
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class _Measured:
 
     logits: Logits
     latency: Mapping[int, Paired]
-    sizes: Mapping[str, int]
+    sizes: Mapping[Precision, int]
     device: str
 
 
@@ -321,12 +325,12 @@ class _Trials:
         return found
 
 
-def _session(bundle: Bundle, precision: str, options: CalibrationOptions) -> Session:
+def _session(bundle: Bundle, precision: Precision, options: CalibrationOptions) -> Session:
     return open_bundle(bundle, device=options.device, precision=precision, threads=options.threads)
 
 
 def _stages(
-    bundle: Bundle, precision: str, exam: Exam, reference: Logits, found: Logits
+    bundle: Bundle, precision: QuantisedPrecision, exam: Exam, reference: Logits, found: Logits
 ) -> list[StageResult]:
     """Parity with the stored reference if it is of images, else with the float32 graph on the
     exam's; never on noise, which leaves every calibrated range.
@@ -388,7 +392,7 @@ def _reference_of_images(bundle: Bundle) -> bool:
     return bool(bundle.parity()["data"].get("kind") == "images")
 
 
-def _bytes(bundle: Bundle, precision: str) -> int:
+def _bytes(bundle: Bundle, precision: Precision) -> int:
     """Of a graph and its weights on disk."""
     name = bundle.manifest.graphs[precision]
     files = (bundle.path / name, bundle.path / f"{name}.data")

@@ -10,6 +10,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import stale
 from hhdeploy.bundle.manifest import MANIFEST, EngineEntry
 from hhdeploy.bundle.store import Progress
+from hhdeploy.choices import Precision
 from hhdeploy.errors import BundleError, PlanError, WriteError, as_code, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
@@ -208,7 +209,7 @@ def _unfit(bundle: Bundle, entry: EngineEntry, gpu_arch: str | None) -> str | No
     return None
 
 
-def _write_graph(bundle: Bundle, precision: str, target: Path, progress: Progress) -> None:
+def _write_graph(bundle: Bundle, precision: Precision, target: Path, progress: Progress) -> None:
     """The graph, the bank in it, its weights beside it."""
     purpose = f"writing the {precision} graph for Triton"
     require("onnx", "export", purpose)

@@ -12,24 +12,22 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
+from hhdeploy.choices import BACKENDS, Device, Precision, Runner, member
 from hhdeploy.errors import (
     BundleError,
     DeviceError,
     MissingDependencyError,
     SessionError,
 )
-from hhdeploy.packages import BACKENDS
 
 Images = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Bank = NDArray[np.float32]
 
-# The first four are ONNX Runtime's execution providers, the last two run a bundle's engines.
-DEVICES = ("cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", *BACKENDS)
 # Those whose runs can be recorded as CUDA graphs.
-RECORDING_DEVICES = ("cuda", *BACKENDS)
+RECORDING_DEVICES: tuple[Runner, ...] = ("cuda", *BACKENDS)
 # Those that give features and tokens too.
-_ALL_OUTPUTS = ("cpu", "openvino")
+_ALL_OUTPUTS: tuple[Runner, ...] = ("cpu", "openvino")
 # What a CPU may be tuned for: one answer at a time, or many.
 HINTS = ("latency", "throughput")
 
@@ -66,7 +64,7 @@ class BackendOptions:
     """How to open a graph.
 
     Attributes:
-        precision: key of the manifest's graphs.
+        precision: of the graph.
         threads: of one run on the CPU; None leaves it to the runtime.
         contexts: runs at the same time on a native engine, each with buffers of its own. Other
             runtimes run calls at the same time as they come.
@@ -77,7 +75,7 @@ class BackendOptions:
             kernels. None: neither read nor written.
     """
 
-    precision: str
+    precision: Precision
     threads: int | None
     contexts: int = 1
     cuda_graphs: bool = False
@@ -90,32 +88,30 @@ class Target:
     """Where a session computes.
 
     Attributes:
-        device: of `DEVICES`.
+        device: what runs the graph or the engine.
         engine: the bundle's engine that fits this machine; None for runtimes that load graphs.
     """
 
-    device: str
+    device: Runner
     engine: EngineEntry | None = None
 
 
-def find_target(manifest: Manifest, device: str, precision: str) -> Target:
+def find_target(manifest: Manifest, device: Device, precision: Precision) -> Target:
     """What a device name means for a bundle on this machine. Reads no graph and no engine.
 
     Raises:
-        SessionError: an unknown device.
         DeviceError: a native engine was asked for, and there is no GPU.
         BundleError: a native engine was asked for, and none fits.
         MissingDependencyError: the device's runtime is not installed.
     """
     if device == "auto":
         return _fastest(manifest, precision)
-    if device not in DEVICES:
-        raise SessionError(f"unknown device {device!r}: expected auto, {', '.join(DEVICES)}.")
-    if device not in BACKENDS:
+    backend = member(BACKENDS, device)
+    if backend is None:
         return Target(device)
     from hhdeploy.runtime.tensorrt_backend import find_engine
 
-    return Target(device, find_engine(manifest, device, precision))
+    return Target(backend, find_engine(manifest, backend, precision))
 
 
 def open_backend(
@@ -157,7 +153,7 @@ def open_backend(
     return open_onnxruntime(bundle.graph(options.precision), bank, target.device, options)
 
 
-def _fastest(manifest: Manifest, precision: str) -> Target:
+def _fastest(manifest: Manifest, precision: Precision) -> Target:
     """An engine of the bundle, else ONNX Runtime on a GPU, else the CPU."""
     built = {e.backend for e in manifest.engines if e.precision == precision}
     for backend in BACKENDS:
@@ -174,7 +170,7 @@ def _fastest(manifest: Manifest, precision: str) -> Target:
     return Target("cuda" if cuda_available() else _fastest_cpu(precision))
 
 
-def _fastest_cpu(precision: str) -> str:
+def _fastest_cpu(precision: Precision) -> Runner:
     """OpenVINO if it is new enough and computes the precision exactly, else ONNX Runtime, which
     has no bfloat16 on a CPU."""
     if precision == "bfloat16":

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.choices import Runner
 from hhdeploy.errors import (
     BundleError,
     DeviceError,
@@ -38,7 +39,7 @@ PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def open_onnxruntime(
-    graph: Path, bank: Bank | None, device: str, options: BackendOptions
+    graph: Path, bank: Bank | None, device: Runner, options: BackendOptions
 ) -> Backend:
     """Load a graph into ONNX Runtime.
 
@@ -60,7 +61,7 @@ def open_onnxruntime(
     return kind(ort, session, bank, name)
 
 
-def _open_session(ort: ModuleType, graph: Path, device: str, options: BackendOptions) -> Any:
+def _open_session(ort: ModuleType, graph: Path, device: Runner, options: BackendOptions) -> Any:
     provider, there = _PROVIDERS[device], ort.get_available_providers()
     if provider not in there:
         raise SessionError(

@@ -19,6 +19,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Answer, answers_of, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
+from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, one_of
 from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import default_cache
 from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend
@@ -40,7 +41,7 @@ class Session:
     """
 
     def __init__(
-        self, bundle: Bundle, precision: str, backend: Backend, adapters: AdapterBank | None
+        self, bundle: Bundle, precision: Precision, backend: Backend, adapters: AdapterBank | None
     ) -> None:
         self.bundle = bundle
         self.precision = precision
@@ -245,7 +246,7 @@ def _check_numbers(
     entry: AdapterEntry | None,
     image: int,
     adapter: str | None,
-    precision: str,
+    precision: Precision,
 ) -> None:
     """-inf is an answer (a class that is ruled out); NaN and +inf, or -inf alone, are none.
 
@@ -264,8 +265,8 @@ def _check_numbers(
 def open_session(
     path: str | Path,
     *,
-    device: str = "auto",
-    precision: str = "float32",
+    device: Device = "auto",
+    precision: Precision = "float32",
     slots: int | None = None,
     threads: int | None = None,
     contexts: int = 1,
@@ -305,16 +306,19 @@ def open_session(
     Raises:
         BundleError: no bundle, a file that does not match its hash, no such precision, no
             engine that fits this machine.
-        SessionError: the device is unknown or not available; it never falls back to another.
+        OptionError: no such device or precision anywhere.
+        SessionError: the device is not available; it never falls back to another.
         DeviceError: no GPU, or it refused.
         MissingDependencyError: the device's runtime is not installed.
     """
+    where = one_of(DEVICES, device, "device")
+    which = one_of(PRECISIONS, precision, "precision")
     return read_bundle(
         path,
         lambda bundle: open_bundle(
             bundle,
-            device=device,
-            precision=precision,
+            device=where,
+            precision=which,
             slots=slots,
             threads=threads,
             contexts=contexts,
@@ -330,8 +334,8 @@ def open_session(
 def open_bundle(
     bundle: Bundle,
     *,
-    device: str = "auto",
-    precision: str = "float32",
+    device: Device = "auto",
+    precision: Precision = "float32",
     slots: int | None = None,
     threads: int | None = None,
     contexts: int = 1,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import check_slots, choose_engine, split_batch
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
+from hhdeploy.choices import Precision, TensorRt
 from hhdeploy.errors import BundleError, SessionError, as_code
 from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime import cuda
@@ -28,7 +29,7 @@ from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import DeviceBank, Lane, open_lane
 
 
-def find_engine(manifest: Manifest, backend: str, precision: str) -> EngineEntry:
+def find_engine(manifest: Manifest, backend: TensorRt, precision: Precision) -> EngineEntry:
     """The engine of a bundle that this machine's TensorRT and GPU can run.
 
     Raises:

@@ -18,6 +18,7 @@ FILES = frozenset(
     for name in (
         "calibration/test_cache.py",
         "calibration/test_int8.py",
+        "calibration/test_other_sources.py",
         "calibration/test_qdq.py",
         "calibration/test_report.py",
         "calibration/test_sites.py",
@@ -33,6 +34,7 @@ FILES = frozenset(
         "exporters/test_precision.py",
         "exporters/test_trace.py",
         "exporters/test_triton.py",
+        "hhdeploy/adapters/test_peft_methods.py",
         "hhdeploy/bundle/test_crashes.py",
         "hhdeploy/bundle/test_rebase.py",
         "hhdeploy/exporting/test_bundles.py",
@@ -47,6 +49,7 @@ FILES = frozenset(
         "parity/test_parts.py",
         "parity/test_runtimes.py",
         "parity/test_witnesses.py",
+        "runtime/serving/test_collectors.py",
         "runtime/serving/test_examples.py",
         "runtime/serving/test_fleet.py",
         "runtime/serving/test_fuzz.py",
@@ -55,6 +58,7 @@ FILES = frozenset(
         "runtime/serving/test_http_codec.py",
         "runtime/serving/test_leftovers.py",
         "runtime/serving/test_page_browser.py",
+        "runtime/serving/test_ray.py",
         "runtime/serving/test_ray_parts.py",
         "runtime/serving/test_safety.py",
         "runtime/serving/test_server.py",
@@ -74,6 +78,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--families", action="store_true", help="every architecture of the parity ladder"
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of nothing but slow tests are not even imported where none is asked for."""
+    unasked = config.getoption("markexpr") == "not slow" and collection_path in FILES
+    return True if unasked else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.calibration.judging.accuracy import NEVER_SEEN, TWO_SIDED_95, Accuracy, Logits
 from hhdeploy.calibration.judging.exam import Exam, Question
 from hhdeploy.calibration.judging.guard import Guarded
+from hhdeploy.choices import Precision, QuantisedPrecision
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.timing import Paired
 
@@ -77,14 +78,14 @@ class Findings:
     accuracy: Accuracy
     guarded: Guarded | None
     changed: tuple[Changed, ...]
-    sizes: Mapping[str, int]
+    sizes: Mapping[Precision, int]
     latency: Mapping[int, Paired]
     device: str
     machine: str
     replaced: bool
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> QuantisedPrecision:
         """Of the quantised graph."""
         return self.quantised.precision
 

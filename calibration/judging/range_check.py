@@ -12,6 +12,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import calibration_files
 from hhdeploy.calibration.feeds import Feed, Feeder
 from hhdeploy.calibration.scales import read_scales
+from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import BundleError, PlanError, as_code, require
 from hhdeploy.files.folders import list_images, part_of, spread
 from hhdeploy.preprocess import open_image
@@ -37,7 +38,7 @@ class RangeCheck:
     """
 
     adapter: str
-    precision: str
+    precision: QuantisedPrecision
     images: int
     sites: int
     excess: tuple[RangeExcess, ...]
@@ -81,7 +82,7 @@ class RangeCheck:
 
 
 def check_adapter(
-    path: str | Path, adapter: str, data: str | Path, *, precision: str, images: int
+    path: str | Path, adapter: str, data: str | Path, *, precision: QuantisedPrecision, images: int
 ) -> RangeCheck:
     """Run an adapter's images through the float32 graph and compare with the stored ranges.
 

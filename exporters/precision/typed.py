@@ -9,7 +9,7 @@ exactly where the typed graph does. Every placed node says where it went in its 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Final
 
@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from hhdeploy.bundle.manifest import TYPED
+from hhdeploy.choices import TypedPrecision
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.precision.twin import (
     MOVEMENT,
@@ -34,13 +34,10 @@ from hhdeploy.graph import BRANCH
 __all__ = [
     "CUDA_BFLOAT16",
     "ISLANDS",
-    "PRECISIONS",
     "PRECISION_TAG",
     "rounding_twin",
     "typed_model",
 ]
-
-PRECISIONS: Final = TYPED
 
 # Sums over a row: float16 ends at 65504 (a sum of squares of 256 values of 16), and adding a
 # small value to a large sum loses it.
@@ -74,10 +71,15 @@ _GLUE = frozenset({"Abs", "Add", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Sub
 # They read a value without computing with it.
 _NEUTRAL = frozenset({"Shape", "Size"})
 _BANK_GATHER = f"{BRANCH}bank/"
-_LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+_LOW: Final[Mapping[TypedPrecision, ir.DataType]] = {
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 
 
-def typed_model(model: ir.Model, precision: str, islands: frozenset[str] = ISLANDS) -> ir.Model:
+def typed_model(
+    model: ir.Model, precision: TypedPrecision, islands: frozenset[str] = ISLANDS
+) -> ir.Model:
     """A new, strongly typed graph; ``model`` is not changed, its initializers are not edited.
 
     1. Operators in ``islands`` stay float32, all other arithmetic is low, unless the operator
@@ -96,7 +98,7 @@ def typed_model(model: ir.Model, precision: str, islands: frozenset[str] = ISLAN
 
     Args:
         model: a float32 graph without subgraphs and functions.
-        precision: one of `PRECISIONS`.
+        precision: of the new graph.
         islands: operator types (ONNX domain) to keep in float32.
 
     Raises:
@@ -107,7 +109,9 @@ def typed_model(model: ir.Model, precision: str, islands: frozenset[str] = ISLAN
     return clone
 
 
-def rounding_twin(model: ir.Model, precision: str, islands: frozenset[str] = ISLANDS) -> ir.Model:
+def rounding_twin(
+    model: ir.Model, precision: TypedPrecision, islands: frozenset[str] = ISLANDS
+) -> ir.Model:
     """A new float32 graph that rounds where `typed_model` stores the low type.
 
     A pair of Casts (float32 -> low -> float32) follows every operator that the typed graph
@@ -122,10 +126,10 @@ def rounding_twin(model: ir.Model, precision: str, islands: frozenset[str] = ISL
     return clone
 
 
-def _placed(model: ir.Model, precision: str, islands: frozenset[str]) -> tuple[ir.Model, Placement]:
+def _placed(
+    model: ir.Model, precision: TypedPrecision, islands: frozenset[str]
+) -> tuple[ir.Model, Placement]:
     """A prepared clone and the decision about its nodes."""
-    if precision not in _LOW:
-        raise PlanError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}.")
     unknown = sorted(op for op in islands if not onnx.defs.has(op))
     if unknown:
         raise PlanError(f"islands: ONNX has no operator {', '.join(unknown)}.")

@@ -59,6 +59,7 @@ class BackboneFacts:
     def from_json(cls, content: Mapping[str, Any]) -> BackboneFacts:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError if it is damaged."""
         rest = dict(content)
+        rest.pop("preprocess_graph", None)  # the bundle's, which has the graph
         return cls(
             model=rest.pop("model"),
             args=dict(rest.pop("args")),

@@ -9,11 +9,16 @@ import re
 from collections.abc import Sequence
 
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Manifest, Range
+from hhdeploy.choices import Precision, TensorRt
 from hhdeploy.errors import BundleError, SessionError, as_code
 
 
 def engine_name(
-    precision: str, backend: str, architectures: Sequence[str], *, bank_as_constant: bool = False
+    precision: Precision,
+    backend: TensorRt,
+    architectures: Sequence[str],
+    *,
+    bank_as_constant: bool = False,
 ) -> str:
     """``model.float16.tensorrt-rtx.sm89.engine``; several architectures are joined by ``+``."""
     where = "+".join(architectures) or "portable"
@@ -22,7 +27,7 @@ def engine_name(
 
 
 def choose_engine(
-    manifest: Manifest, backend: str, precision: str, *, version: str, architecture: str
+    manifest: Manifest, backend: TensorRt, precision: Precision, *, version: str, architecture: str
 ) -> EngineEntry:
     """The engine that this machine may load, before it is read from disk.
 
@@ -75,7 +80,7 @@ def _unfit(manifest: Manifest, entry: EngineEntry, version: str, architecture: s
     return None
 
 
-def _portable(backend: str, architecture: str) -> bool:
+def _portable(backend: TensorRt, architecture: str) -> bool:
     """Ampere and newer; TensorRT-RTX leaves out the data centre's Hopper and Blackwell."""
     number = int(re.sub(r"\D", "", architecture) or 0)
     return number >= 80 and not (backend == "tensorrt-rtx" and number in (90, 100, 103))

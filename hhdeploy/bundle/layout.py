@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import PARTS, Adapter, Part
 from hhdeploy.backbones.sites import Form
+from hhdeploy.choices import Precision
 from hhdeploy.errors import CapacityError
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -231,7 +232,7 @@ def in_row_order(parts: Iterable[str]) -> tuple[Part, ...]:
     return tuple(part for part in PARTS if part in asked)
 
 
-def check_row_range(name: str, row: NDArray[np.float32], precisions: Iterable[str]) -> None:
+def check_row_range(name: str, row: NDArray[np.float32], precisions: Iterable[Precision]) -> None:
     """A row is cast after the Gather, so float16 graphs need values that float16 holds.
 
     Raises:

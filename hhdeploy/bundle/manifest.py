@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
 
@@ -25,6 +25,7 @@ from hhdeploy.adapters.config import (
 )
 from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS, BackboneFacts
 from hhdeploy.bundle.layout import RowLayout
+from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, QuantisedPrecision, TensorRt, member
 from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
@@ -50,11 +51,9 @@ PREVIOUS_BANK = "bank.safetensors.previous"
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 Kind = Literal["folded", "branches"]
-# Graphs beside float32: made of it alone, or of it and calibration data.
-TYPED: Final = ("float16", "bfloat16")
-QUANTISED: Final = ("int8", "fp8", "int8-weights")
 # Fewest, most common and most; TensorRT's min, opt and max of one dimension.
 Range = tuple[int, int, int]
+_Name = TypeVar("_Name", bound=str)
 
 
 def plain_name(name: str) -> str:
@@ -67,7 +66,7 @@ def name_with_digits(name: str, digest: str) -> str:
     return _SUFFIX.sub(f".{digest[:8]}", name, count=1)
 
 
-def calibration_files(precision: str) -> tuple[str, str]:
+def calibration_files(precision: QuantisedPrecision) -> tuple[str, str]:
     """Names of a calibration's findings and scales in its bundle."""
     return f"calibration.{precision}.json", f"calibration.{precision}.safetensors"
 
@@ -161,9 +160,9 @@ class EngineEntry:
     """
 
     file: str
-    backend: str
+    backend: TensorRt
     version: str
-    precision: str
+    precision: Precision
     architectures: tuple[str, ...]
     gpu: str | None
     batch: Range
@@ -180,12 +179,16 @@ class EngineEntry:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EngineEntry:
-        """Read the manifest's entry. Raises KeyError or TypeError if it is damaged."""
+        """Read the manifest's entry. Raises KeyError, TypeError or ValueError if it is damaged."""
         ranges = {
             key: tuple(content[key]) if content[key] is not None else None
             for key in ("batch", "slots", "architectures")
         }
-        return cls(**{**content, **ranges})
+        names = {
+            "backend": _known(BACKENDS, content["backend"], "backend"),
+            "precision": _known(PRECISIONS, content["precision"], "precision"),
+        }
+        return cls(**{**content, **ranges, **names})
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class Manifest:
     adapters: tuple[AdapterEntry, ...]
     layout: RowLayout | None
     bank_as_constant: bool
-    graphs: Mapping[str, str]
+    graphs: Mapping[Precision, str]
     engines: tuple[EngineEntry, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -259,6 +262,15 @@ class Manifest:
             return self.backbone.classes
         return 0
 
+    def picture_graph(self, transform: Preprocess) -> dict[str, Any]:
+        """``preprocess_graph`` of a manifest's entry: the file of the graph that does a transform,
+        and all that it takes beside the picture. Nothing where the bundle has no such graph."""
+        role = transform.graph_file
+        if role is None or not self.has(role):
+            return {}
+        inputs = {n: {"dtype": d, "value": v} for n, (d, v) in transform.graph_inputs.items()}
+        return {"preprocess_graph": {"file": self.named(role), "inputs": inputs}}
+
     def preprocess_of(self, entry: AdapterEntry | None) -> Preprocess:
         """What the images of an adapter (None: of the bare backbone) go through."""
         return self.backbone.preprocess if entry is None else entry.preprocess
@@ -276,7 +288,7 @@ class Manifest:
         """Whether there is a file of this role, whatever its digits."""
         return self.named(role) in self.files
 
-    def graph_digest(self, precision: str) -> str:
+    def graph_digest(self, precision: Precision) -> str:
         """sha256 over the hashes of a graph's file and of its weights; "" without such a graph."""
         graph = self.graphs.get(precision)
         if graph is None:
@@ -315,9 +327,9 @@ class Manifest:
         return {
             "schema_version": 2 if self._needs_version_2 else 1,
             "kind": self.kind,
-            "backbone": self.backbone.to_json(),
+            "backbone": self.backbone.to_json() | self.picture_graph(self.backbone.preprocess),
             "classes": self.classes,
-            "adapters": [a.to_json() for a in self.adapters],
+            "adapters": [a.to_json() | self.picture_graph(a.preprocess) for a in self.adapters],
             "row": self.layout.to_json() if self.layout else None,
             "tensors": {
                 "images": ["batch", *self.input_size],
@@ -346,7 +358,7 @@ class Manifest:
             tuple(AdapterEntry.from_json(a) for a in content["adapters"]),
             RowLayout.from_json(content["row"]) if content["row"] is not None else None,
             content["bank_as_constant"],
-            dict(content["graphs"]),
+            {_known(PRECISIONS, p, "graph"): name for p, name in content["graphs"].items()},
             tuple(EngineEntry.from_json(e) for e in content["engines"]),
             dict(content["files"]),
             dict(content["versions"]),
@@ -360,6 +372,13 @@ class Manifest:
         if manifest.kind != expected:
             raise ValueError(f"kind {manifest.kind!r}, but its row makes it {expected!r}")
         return manifest
+
+
+def _known(names: Iterable[_Name], found: object, what: str) -> _Name:
+    """One of the names that there are. Raises ValueError for any other."""
+    if (name := member(names, found)) is None:
+        raise ValueError(f"{what} {found!r}, expected one of {', '.join(names)}")
+    return name
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -28,12 +28,11 @@ from hhdeploy.bundle.manifest import (
     OLD,
     PARITY_FILE,
     PREVIOUS_BANK,
-    QUANTISED,
     REFERENCE_FILE,
     SCHEMA_VERSION,
-    TYPED,
     Manifest,
 )
+from hhdeploy.choices import TYPED, Precision
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
@@ -252,7 +251,7 @@ class Bundle:
         if broken:
             raise BundleError("\n".join(broken))
 
-    def graph(self, precision: str) -> Path:
+    def graph(self, precision: Precision) -> Path:
         """Path of the graph in a precision, graph and weights checked.
 
         Raises:
@@ -376,15 +375,15 @@ def _is(before: os.stat_result, path: str | Path) -> bool:
         return False
 
 
-def graph_hint(path: Path, precision: str) -> str:
+def graph_hint(path: Path, precision: Precision) -> str:
     """What brings a graph of a precision into a bundle that lacks it, in words."""
     if precision in TYPED:
         return f"Export the bundle again with `precisions=[{precision!r}]`."
-    if precision in QUANTISED:
-        return "Add it with: " + as_code(
-            "calibrate",
-            path,
-            data="DIR",
-            settings=as_code("CalibrationSettings", precision=precision),
-        )
-    return f"Graphs there can be: float32, {', '.join((*TYPED, *QUANTISED))}."
+    if precision == "float32":
+        return "Export the bundle again."
+    return "Add it with: " + as_code(
+        "calibrate",
+        path,
+        data="DIR",
+        settings=as_code("CalibrationSettings", precision=precision),
+    )

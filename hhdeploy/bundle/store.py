@@ -62,6 +62,7 @@ _OURS = re.compile(
     r"(bank|reference)\.safetensors|parity\.json|bank\.safetensors\.previous"
     r"|calibration\.[\w-]+\.(json|safetensors)"
     r"|model(\.(float16|bfloat16|int8|int8-weights|fp8))?\.onnx(\.data)?"
+    r"|preprocess\.(center|squash|border)\.(bicubic|bilinear)\.onnx"
     r"|model\.[\w-]+\.tensorrt(-rtx)?\.[\w.+-]+\.engine"
 )
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.bundle.layout import Branch, RowLayout
+from hhdeploy.choices import Precision
 from hhdeploy.errors import CapacityError
 
 # Less than this share of a change that is left is none.
@@ -45,7 +46,7 @@ def lost_in_float16(layout: RowLayout, row: NDArray[np.float32]) -> tuple[list[s
 
 
 def check_row_survives(
-    name: str, layout: RowLayout, row: NDArray[np.float32], precisions: Collection[str]
+    name: str, layout: RowLayout, row: NDArray[np.float32], precisions: Collection[Precision]
 ) -> str | None:
     """A line about the sites that float16 rounds away, None if there are none.
 

@@ -134,7 +134,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 
     manifest = Bundle.open(bundle).manifest
     if as_json:
-        ui.print_json([a.to_json() for a in manifest.adapters])
+        ui.print_json(manifest.to_json()["adapters"])
         return
     rows = [
         (

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
+from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
 
@@ -20,8 +21,8 @@ from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
     "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8), show_default=True
 )
 @click.option("--runs", default=20, show_default=True, type=click.IntRange(2))
-@click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
-@click.option("--precision", default="float32", show_default=True)
+@click.option("--device", type=ui.DEVICE, default="auto", show_default=True)
+@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
 @ui.cache_options("compiled models")
 @serve_options
@@ -31,8 +32,8 @@ def command(
     against: Path | None,
     batches: tuple[int, ...],
     runs: int,
-    device: str,
-    precision: str,
+    device: Device,
+    precision: Precision,
     threads: int | None,
     cache_dir: Path | None,
     no_cache: bool,
@@ -50,8 +51,12 @@ def command(
     that adapter must say. Exit code 1 if any is wrong, lost, unanswered or refused unexpectedly.
     The fleet is BUNDLE's adapters and variants of them: same shapes, random values, made for the
     test in a temporary directory; they never enter BUNDLE.
+
+    With --abuse nothing is changed meanwhile; 4 honest clients ask at half of what the server can
+    answer, beside a process that attacks it for --seconds. Exit code 1 if an answer is wrong or
+    lost, late, health is late, or memory stays: see docs/serving.md for the bounds.
     """
-    check_options(serve)
+    check_options(serve, bool(load["abuse"]))
     cache = ui.check_cache_options(cache_dir, no_cache)
     if serve:
         click.get_current_context().exit(

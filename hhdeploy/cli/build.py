@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hhdeploy.choices import BACKENDS, Precision, TensorRt
 from hhdeploy.cli import ui
 
 
@@ -13,11 +14,11 @@ from hhdeploy.cli import ui
 @click.argument("bundle", type=ui.DIRECTORY)
 @click.option(
     "--backend",
-    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    type=click.Choice(BACKENDS),
     required=True,
     help="tensorrt needs a GPU here; tensorrt-rtx does not.",
 )
-@click.option("--precision", default="float32", show_default=True, metavar="P")
+@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
 @click.option("--min-batch", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--opt-batch", type=click.IntRange(1), help="To tune for; default: 8 or --max-batch.")
 @click.option("--max-batch", default=32, show_default=True, type=click.IntRange(1))
@@ -44,8 +45,8 @@ from hhdeploy.cli import ui
 @ui.json_option
 def command(
     bundle: Path,
-    backend: str,
-    precision: str,
+    backend: TensorRt,
+    precision: Precision,
     min_batch: int,
     opt_batch: int | None,
     max_batch: int,

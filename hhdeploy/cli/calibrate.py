@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hhdeploy.calibration.settings import PRECISIONS, PRESETS, CalibrationSettings
+from hhdeploy.calibration.settings import PRESETS, CalibrationSettings
+from hhdeploy.choices import QUANTISED, Device, QuantisedPrecision
 from hhdeploy.cli import ui
 from hhdeploy.cli.wording import as_command_line
 
@@ -36,7 +37,7 @@ _NOT_CHECKED = frozenset(
 )
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
+    type=click.Choice(QUANTISED),
     default="int8",
     show_default=True,
 )
@@ -65,7 +66,7 @@ _NOT_CHECKED = frozenset(
     help="; ".join(f"{name}: {kept}" for name, kept in PRESETS.items()) + ".",
 )
 @click.option("--report", type=ui.FILE, help="Write an HTML report: one file, opens anywhere.")
-@click.option("--device", type=ui.DEVICES, default="cpu", show_default=True, help="To judge on.")
+@click.option("--device", type=ui.DEVICE, default="cpu", show_default=True, help="To judge on.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
 @ui.cache_options("calibrations")
 @click.option(
@@ -78,7 +79,7 @@ _NOT_CHECKED = frozenset(
 def command(
     bundle: Path,
     data: Path,
-    precision: str,
+    precision: QuantisedPrecision,
     images: int,
     seed: int,
     eval_data: Path | None,
@@ -86,7 +87,7 @@ def command(
     exclude: tuple[str, ...],
     preset: str,
     report: Path | None,
-    device: str,
+    device: Device,
     threads: int | None,
     cache_dir: Path | None,
     no_cache: bool,

@@ -10,6 +10,7 @@ import click
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import LABELS, VALUES
 from hhdeploy.backbones.facts import FEATURES, TOKENS
+from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.errors import SessionError
 
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     help="Numbers instead of classes, of a bundle that gives them. Default: classes; of a bundle "
     "without logits what it has.",
 )
-@click.option("--device", type=ui.DEVICES, default="auto", show_default=True)
-@click.option("--precision", default="float32", show_default=True)
+@click.option("--device", type=ui.DEVICE, default="auto", show_default=True)
+@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
 @ui.cache_options("compiled models")
 @ui.json_option
@@ -51,8 +52,8 @@ def command(
     adapters: tuple[str, ...],
     top: int,
     output: str | None,
-    device: str,
-    precision: str,
+    device: Device,
+    precision: Precision,
     threads: int | None,
     cache_dir: Path | None,
     no_cache: bool,

@@ -27,7 +27,12 @@ _TYPES: dict[str, Any] = {
     "frozenset[str]": str,
     "Path | None": ui.FILE,
 }
-_OF_ONE = {"device": ui.DEVICES, "log_level": click.Choice(LEVELS), "adapters_dir": ui.DIRECTORY}
+_OF_ONE = {
+    "device": ui.DEVICE,
+    "precision": ui.PRECISION,
+    "log_level": click.Choice(LEVELS),
+    "adapters_dir": ui.DIRECTORY,
+}
 
 
 def _settings_options(command: F) -> F:

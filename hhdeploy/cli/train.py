@@ -10,6 +10,7 @@ import click
 from hhdeploy.adapters.config import CLASSES, LABELS, PROBLEM_TYPES, VALUES
 from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
+from hhdeploy.choices import TORCH_DEVICES
 from hhdeploy.cli import ui
 from hhdeploy.errors import require
 from hhdeploy.files.folders import find_splits, in_words
@@ -124,7 +125,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 )
 @click.option("--num-workers", type=click.IntRange(0), default=0, help="Threads that read images.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.")
-@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto")
+@click.option("--device", type=click.Choice(TORCH_DEVICES), default="auto")
 @click.option(
     "--cache-mb",
     type=click.IntRange(0),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hhdeploy.choices import Precision
 from hhdeploy.cli import ui
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=ui.DIRECTORY)
 @click.argument("out", type=ui.DIRECTORY)
 @click.option("--name", help="Of the model; default: the bundle's directory name.")
-@click.option("--precision", default="float32", show_default=True, metavar="P")
+@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", "tensorrt"]),
@@ -53,7 +54,7 @@ def command(
     bundle: Path,
     out: Path,
     name: str | None,
-    precision: str,
+    precision: Precision,
     backend: TritonBackend,
     gpu_arch: str | None,
     max_batch: int | None,

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
+from hhdeploy.choices import DEVICES, PRECISIONS
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
@@ -30,18 +31,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 IMAGES = click.Path(path_type=Path)  # a folder, or a list of paths and labels
 FILE = click.Path(path_type=Path, dir_okay=False)
-DEVICES = click.Choice(
-    [
-        "auto",
-        "cpu",
-        "cuda",
-        "ort-tensorrt",
-        "ort-tensorrt-rtx",
-        "openvino",
-        "tensorrt",
-        "tensorrt-rtx",
-    ]
-)
+DEVICE = click.Choice(DEVICES)
+PRECISION = click.Choice(PRECISIONS)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 lock_timeout_option = click.option(

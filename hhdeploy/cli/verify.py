@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 
 _AGAINST_TORCH = frozenset(
@@ -17,12 +18,12 @@ _AGAINST_TORCH = frozenset(
 
 @click.command()
 @click.argument("bundle", type=ui.DIRECTORY)
-@click.option("--device", type=ui.DEVICES, default="cpu", show_default=True)
+@click.option("--device", type=ui.DEVICE, default="cpu", show_default=True)
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
-    metavar="P",
+    type=ui.PRECISION,
     help="Only these graphs; default: all. Typed graphs are checked by their rounding twin.",
 )
 @click.option(
@@ -56,8 +57,8 @@ _AGAINST_TORCH = frozenset(
 @ui.json_option
 def command(
     bundle: Path,
-    device: str,
-    precisions: tuple[str, ...],
+    device: Device,
+    precisions: tuple[Precision, ...],
     against_torch: bool,
     model: str | None,
     model_args: dict[str, Any] | None,

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hhdeploy.choices import TensorRt
 from hhdeploy.errors import EngineError, MissingDependencyError, require
 from hhdeploy.exporters.engine import BuildOptions, engine_from_onnx
 from hhdeploy.packages import Log, import_tensorrt
@@ -129,7 +130,7 @@ def probe_bindings() -> Probed:
     return Probed("ok", version)
 
 
-def probe_tensorrt(backend: str) -> Probed:
+def probe_tensorrt(backend: TensorRt) -> Probed:
     """One backend: import it, build a network of one node, and load that where a GPU is."""
     module = backend.replace("-", "_")
     extra = "rtx" if backend == "tensorrt-rtx" else "tensorrt"

@@ -29,6 +29,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.bundle.survival import check_row_survives
+from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
 from hhdeploy.files.directories import atomic_directory
@@ -36,7 +37,8 @@ from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
-from hhdeploy.verifying.survival import check_folded, check_reference, say
+from hhdeploy.verifying.pictures import check_pictures
+from hhdeploy.verifying.survival import Effects, check_folded, say
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -77,7 +79,9 @@ def export(
     reserve: Reserve = _NO_RESERVE,
     bank_as_constant: bool = False,
     outputs: Sequence[str] = (),
-    precisions: Sequence[str] = (),
+    precisions: Sequence[TypedPrecision] = (),
+    opset: int = 20,
+    single_file: bool = False,
     verify: bool = True,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
@@ -109,6 +113,8 @@ def export(
             ``tokens`` (the last hidden state); none: logits, or features where neither the model
             nor an adapter has a classifier.
         precisions: further graphs to write, e.g. ``["float16"]``.
+        opset: of the graphs: 20, or 18, in which Gelu is written out.
+        single_file: keep weights inside of the graphs, not beside them; below 2 GB.
         verify: compare with the training-time model; a failure leaves no bundle, but where a
             typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
@@ -130,11 +136,13 @@ def export(
         require(package, "export", "exporting")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
+    from hhdeploy.exporters.portable.form import Form
     from hhdeploy.exporters.trace import default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
 
     _check_precisions(precisions)
+    form = Form(opset, single_file)
     check_outputs(outputs, reserve)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)
@@ -175,18 +183,20 @@ def export(
             else None
         )
         progress("writing graphs")
-        manifest = write_bundle(scratch, contents, precisions, reference)
+        manifest = write_bundle(scratch, contents, precisions, reference, form)
         report = found = None
         if verify:
             del contents, base, backbone, reference  # a session needs the memory more
             gc.collect()  # torch's graphs, and with them the weights, hold each other
             progress("verifying against the training-time model")
-            found = _verified(Bundle(scratch, manifest), data)
+            bundle = Bundle(scratch, manifest)
+            effects = Effects.of_reference(bundle)
+            found = _verified(bundle, data, effects)
             report = found.without(found.overflowed)
             kept_precisions = [p for p in precisions if p not in found.overflowed]
-            bundle = Bundle(scratch, manifest)
-            say(progress, check_reference(bundle, kept_precisions, refuse=not allow_no_effect))
-            kept = _without_graphs(Bundle(scratch, manifest), found.overflowed)
+            say(progress, effects.lines(kept_precisions, refuse=not allow_no_effect))
+            report = replace(report, pictures=check_pictures(bundle, added_later=True))
+            kept = _without_graphs(bundle, found.overflowed)
             manifest = _store_report(kept, report)
     if found is not None and found.overflowed:
         raise _overflow_error(Path(out), found)
@@ -233,15 +243,10 @@ def _model_args(
     return distinct[0] if distinct else {}
 
 
-def _check_precisions(precisions: Sequence[str]) -> None:
-    from hhdeploy.exporters.precision.typed import PRECISIONS
-
+def _check_precisions(precisions: Sequence[TypedPrecision]) -> None:
+    hint = " (float32 is always written; int8 comes from calibration data: `calibrate()`.)"
     for precision in precisions:
-        if precision not in PRECISIONS:
-            raise OptionError(
-                f"`precisions=[{precision!r}]`: expected one of {', '.join(PRECISIONS)}. (float32 "
-                "is always written; int8 comes from calibration data: `calibrate()`.)"
-            )
+        one_of(TYPED, precision, "precisions[]", hint)
 
 
 def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
@@ -277,7 +282,7 @@ def _contents(
     fold: bool,
     reserve: Reserve,
     bank_as_constant: bool,
-    precisions: Sequence[str],
+    precisions: Sequence[TypedPrecision],
 ) -> Contents:
     from hhdeploy.exporters.writer import branches_contents, folded_contents, whole_contents
 
@@ -295,7 +300,7 @@ def _contents(
 
 
 def _rounded_away(
-    backbone: Backbone, contents: Contents, precisions: Sequence[str], refuse: bool
+    backbone: Backbone, contents: Contents, precisions: Sequence[TypedPrecision], refuse: bool
 ) -> Iterator[str | None]:
     """Lines about what rounding leaves nothing of: in rows, or in folded weights."""
     layout, bank = contents.manifest.layout, contents.bank
@@ -336,16 +341,17 @@ def _reference_of(
     return compute
 
 
-def _verified(bundle: Bundle, data: VerifyData) -> ParityReport:
+def _verified(bundle: Bundle, data: VerifyData, effects: Effects) -> ParityReport:
     from hhdeploy.verifying.reference import Reference
 
-    report = verify_graphs(bundle, "cpu", None, Reference(*bundle.reference()), data)
+    reference = Reference(*bundle.reference())
+    report = verify_graphs(bundle, "cpu", None, reference, data, also=effects.measure)
     if not report.without(report.overflowed).passed:
         raise parity_error(report)
     return report
 
 
-def _without_graphs(bundle: Bundle, precisions: Sequence[str]) -> Bundle:
+def _without_graphs(bundle: Bundle, precisions: Sequence[Precision]) -> Bundle:
     """A new bundle, some graphs of it deleted."""
     manifest = bundle.manifest
     gone = {f for p in precisions for f in (manifest.graphs[p], f"{manifest.graphs[p]}.data")}

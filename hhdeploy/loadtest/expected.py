@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.choices import Precision, Runner
 from hhdeploy.errors import PlanError
 from hhdeploy.loadtest.variants import Task
 from hhdeploy.parity import PARITY, Bound, compare, stage_of
@@ -22,7 +23,7 @@ def image_pool(count: int, size: tuple[int, int, int], seed: int) -> NDArray[np.
     return np.random.default_rng([seed, 4]).standard_normal((count, *size), np.float32)
 
 
-def parity_bound(device: str, precision: str) -> Bound:
+def parity_bound(device: Runner, precision: Precision) -> Bound:
     """What the parity table allows between two runs of one graph on a device.
 
     Raises:

@@ -26,6 +26,7 @@ from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.backbones.transformers import with_classifier
+from hhdeploy.choices import TorchDevice
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.writing import os_errors, write_json
 from hhdeploy.packages import own_version
@@ -166,7 +167,7 @@ def _check_output(settings: TrainSettings) -> StateDirectory | None:
     return state
 
 
-def _device(name: str) -> torch.device:
+def _device(name: TorchDevice) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise TrainingError("`device='cuda'`: torch sees no CUDA device here. Use `device='cpu'`.")

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.sites import Form
+from hhdeploy.choices import TORCH_DEVICES, TorchDevice
 from hhdeploy.errors import HhdeployError, OptionError
-
-DeviceName = Literal["auto", "cpu", "cuda"]
 
 # What the paper adapts: q, k, v and proj beside, proj and fc2 behind.
 DEFAULT_TARGETS: Mapping[Form, tuple[str, ...]] = {
@@ -97,7 +96,7 @@ class TrainSettings:
     linear_probe: bool = False
     num_workers: int = 0
     threads: int | None = None
-    device: DeviceName = "auto"
+    device: TorchDevice = "auto"
     cache_mb: int = 2048
     overwrite: bool = False
     resume: bool = False
@@ -125,6 +124,12 @@ class TrainSettings:
             (self.r >= 0, "`r`", "a rank of 0 or more", self.r),
             (self.num_workers >= 0, "`num_workers`", "0 or more", self.num_workers),
             (self.threads is None or self.threads >= 1, "`threads`", "1 or more", self.threads),
+            (
+                self.device in TORCH_DEVICES,
+                "`device`",
+                f"one of {', '.join(TORCH_DEVICES)}",
+                self.device,
+            ),
             (self.cache_mb >= 0, "`cache_mb`", "0 or more", self.cache_mb),
             (
                 0 <= self.warmup < self.epochs,

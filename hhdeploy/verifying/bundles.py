@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE, headless
-from hhdeploy.adapters.config import VALUES
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, TYPED, Manifest
+from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
+from hhdeploy.choices import (
+    BACKENDS,
+    DEVICES,
+    TYPED,
+    Device,
+    Precision,
+    Runner,
+    TypedPrecision,
+    as_precisions,
+    member,
+    one_of,
+)
 from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
-from hhdeploy.packages import BACKENDS
-from hhdeploy.parity import Comparison, ParityReport, StageResult, compare, stage_of
+from hhdeploy.parity import ParityReport, StageResult, stage_of
+from hhdeploy.verifying.answers import compared, logits_of, names_of
 from hhdeploy.verifying.overflow import find_overflow
+from hhdeploy.verifying.pictures import check_pictures
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
 
-_VERIFY_BATCH = 8
+# Given every graph while it can be run: a bundle, the precision to open it in (of a rounding twin
+# float32), and the precision that it shows.
+Also = Callable[[Bundle, Precision, Precision], None]
 # Graphs that need no calibration data.
-_UNCALIBRATED = ("float32", *TYPED)
+_UNCALIBRATED: tuple[Precision, ...] = ("float32", *TYPED)
 
 
 def verify(
-    path: str | Path, *, device: str = "cpu", precisions: Sequence[str] | None = None
+    path: str | Path, *, device: Device = "cpu", precisions: Sequence[Precision] | None = None
 ) -> ParityReport:
     """Compare a bundle with the reference it carries, and its files with their hashes.
 
@@ -52,18 +64,23 @@ def verify(
 
     Raises:
         BundleError: no bundle, no reference, or a file that was changed.
+        OptionError: no such device or precision anywhere.
     """
-    return read_bundle(path, lambda bundle: _verify(bundle, device, precisions))
+    where, which = one_of(DEVICES, device, "device"), as_precisions(precisions)
+    return read_bundle(path, lambda bundle: _verify(bundle, where, which))
 
 
-def _verify(bundle: Bundle, device: str, precisions: Sequence[str] | None) -> ParityReport:
+def _verify(bundle: Bundle, device: Device, precisions: Sequence[Precision] | None) -> ParityReport:
     bundle.check_files()
     if not bundle.manifest.has(REFERENCE_FILE):
         raise BundleError(
             f"{bundle.path} was exported without verification and carries no reference. Run: "
             f"{as_code('verify_against_torch', bundle.path)}"
         )
-    return verify_graphs(bundle, device, precisions)
+    report = verify_graphs(bundle, device, precisions)
+    if _shows_pictures(bundle, device, precisions):
+        report = replace(report, pictures=check_pictures(bundle))
+    return report
 
 
 def verify_against_torch(
@@ -77,8 +94,8 @@ def verify_against_torch(
     seed: int = 0,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
-    device: str = "cpu",
-    precisions: Sequence[str] | None = None,
+    device: Device = "cpu",
+    precisions: Sequence[Precision] | None = None,
     lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
 ) -> ParityReport:
@@ -103,8 +120,10 @@ def verify_against_torch(
             model has to be named.
         BundleError: a file of the bundle is damaged.
         ConflictError: the bundle was exported again meanwhile.
+        OptionError: no such device or precision anywhere.
         ParityError: outputs differ by more than the table allows.
     """
+    device, precisions = one_of(DEVICES, device, "device"), as_precisions(precisions)
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.verifying.reference import VerifyData, training_time_reference
@@ -135,6 +154,8 @@ def verify_against_torch(
     report = verify_graphs(bundle, device, precisions, reference, data)
     if not report.passed:
         raise parity_error(report)
+    if _shows_pictures(bundle, device, precisions):
+        report = replace(report, pictures=check_pictures(bundle, added_later=True))
     if precisions is not None and "float32" not in precisions:
         return report
     basis = Basis.of(bundle.manifest)
@@ -213,17 +234,19 @@ def parity_error(report: ParityReport) -> ParityError:
 
 def verify_graphs(
     bundle: Bundle,
-    device: str,
-    precisions: Sequence[str] | None,
+    device: Device,
+    precisions: Sequence[Precision] | None,
     reference: Reference | None = None,
     data: VerifyData | None = None,
+    *,
+    also: Also = lambda shown, run, precision: None,
 ) -> ParityReport:
     """Run every graph on the reference's images, in batches that mix adapters."""
     if reference is None:
         images, ids, logits = bundle.reference()
     else:
         images, ids, logits = reference.images, reference.adapter_ids, reference.logits
-    names = _names(bundle.manifest, added_later=reference is not None)
+    names = names_of(bundle.manifest, added_later=reference is not None)
     # Rows of adapters that were removed since, or replaced by one that is not in the reference.
     known = np.isin(ids, list(names.values()))
     images, ids, logits = images[known], ids[known], logits[known]
@@ -237,38 +260,35 @@ def verify_graphs(
         really = _really(bundle.manifest, device, precision)
         stage = stage_of(bundle.manifest.kind, really, precision)
         with scratch_directory(None, "twin") as scratch:
-            twin = twin_of(bundle, precision, scratch) if stage == "twin" else None
-            found, runtime = logits_of(
-                twin or bundle, really, "float32" if twin else precision, images, ids, names
-            )
+            low = member(TYPED, precision) if stage == "twin" else None
+            twin = twin_of(bundle, low, scratch) if low is not None else None
+            shown, run = twin or bundle, precision
+            if twin is not None:
+                run = "float32"
+            found, runtime = logits_of(shown, really, run, images, ids, names)
+            also(shown, run, precision)
             for name, row in names.items():
                 own = ids == row
                 right, ours = bundle.manifest.split(logits[own]), bundle.manifest.split(found[own])
                 for output in right:
-                    comparison = _compared(bundle.manifest, name, output, right, ours)
+                    comparison = compared(bundle.manifest, name, output, right, ours)
                     overflow = ""
-                    if twin is not None and not np.isfinite(comparison.max_abs):
-                        overflow = find_overflow(twin, precision, images[own], ids[own])
+                    finite = np.isfinite(comparison.max_abs)
+                    if twin is not None and low is not None and not finite:
+                        overflow = find_overflow(twin, low, images[own], ids[own])
                     judged = StageResult.of(stage, precision, runtime, name, comparison, overflow)
                     stages.append(replace(judged, output=output))
     described = data.to_json() if data is not None else bundle.parity()["data"]
     return ParityReport(described, stages)
 
 
-def _compared(
-    manifest: Manifest,
-    name: str,
-    output: str,
-    right: Mapping[str, NDArray[Any]],
-    ours: Mapping[str, NDArray[Any]],
-) -> Comparison:
-    """Logits as what they mean; features and tokens by their error over the range of all."""
-    kind = manifest.problem_type(name) if output == LOGITS else VALUES
-    count = len(right[output])
-    return compare(right[output].reshape(count, -1), ours[output].reshape(count, -1), kind)
+def _shows_pictures(bundle: Bundle, device: Device, precisions: Sequence[Precision] | None) -> bool:
+    """Whether float32 on the CPU is asked for, by which graphs that take pictures are compared."""
+    float32 = precisions is None or "float32" in precisions
+    return float32 and _really(bundle.manifest, device, "float32") == "cpu"
 
 
-def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
+def _default_precisions(bundle: Bundle, device: Device) -> tuple[Precision, ...]:
     """All that the device can show: graphs, or engines. Graphs that came from calibration were
     judged on real images then; on noise, far outside their ranges, they would prove nothing."""
     if device in BACKENDS:
@@ -284,7 +304,7 @@ def _default_precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
     return graphs
 
 
-def _really(manifest: Manifest, device: str, precision: str) -> str:
+def _really(manifest: Manifest, device: Device, precision: Precision) -> Runner:
     """What ``auto`` means here for a precision; another device is what it says."""
     if device != "auto":
         return device
@@ -297,38 +317,7 @@ def _really(manifest: Manifest, device: str, precision: str) -> str:
     return found
 
 
-def _names(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
-    """Name -> row of what the reference covers: adapters added later only if it is new."""
-    rows = {BACKBONE: 0} if manifest.answers_backbone else {}
-    return rows | {a.name: a.row or 0 for a in manifest.adapters if a.verified or added_later}
-
-
-def logits_of(
-    bundle: Bundle,
-    device: str,
-    precision: str,
-    images: NDArray[np.float32],
-    ids: NDArray[np.int64],
-    names: Mapping[str, int],
-) -> tuple[NDArray[np.float32], str]:
-    """float32 logits [n, classes] of images [n, 3, H, W] of rows, and what computed them.
-
-    ``names``: adapter -> row.
-    """
-    from hhdeploy.runtime.session import open_bundle
-
-    by_row: dict[int, str | None] = {row: name for name, row in names.items()}
-    with open_bundle(bundle, device=device, precision=precision) as session:
-        batches = [
-            session.answer(
-                images[i : i + _VERIFY_BATCH], [by_row[int(r)] for r in ids[i : i + _VERIFY_BATCH]]
-            )
-            for i in range(0, len(images), _VERIFY_BATCH)
-        ]
-        return np.concatenate(batches), session.device
-
-
-def twin_of(bundle: Bundle, precision: str, path: Path) -> Bundle:
+def twin_of(bundle: Bundle, precision: TypedPrecision, path: Path) -> Bundle:
     """A bundle whose float32 graph is the rounding twin of a typed graph."""
     for package in ("onnx", "onnx_ir"):
         require(package, "export", f"verifying a {precision} graph (by its rounding twin)")

@@ -15,11 +15,12 @@ from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, name_with_digi
 from hhdeploy.bundle.reading import graph_hint, read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit, work_directory
 from hhdeploy.bundle.survival import check_row_survives
+from hhdeploy.choices import TYPED, Precision, member
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
 from hhdeploy.verifying.bundles import parity_error, verify_graphs
-from hhdeploy.verifying.survival import check_folded, check_reference, say
+from hhdeploy.verifying.survival import Effects, check_folded, say
 
 # Writes a graph to the path given, its weights to <path>.data.
 Save = Callable[[Path], None]
@@ -29,7 +30,7 @@ Judge = Callable[[Bundle], Sequence[StageResult]]
 
 def add_typed_graph(
     path: str | Path,
-    precision: str,
+    precision: Precision,
     *,
     lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
@@ -47,13 +48,14 @@ def add_typed_graph(
     purpose = f"making the {precision} graph of {path}"
     require("onnx", "export", purpose)
     ir = require("onnx_ir", "export", purpose)
-    from hhdeploy.exporters.precision.typed import PRECISIONS, typed_model
+    from hhdeploy.exporters.precision.typed import typed_model
     from hhdeploy.exporters.writer import save_graph
 
-    if precision not in PRECISIONS:
+    low = member(TYPED, precision)
+    if low is None:
         raise PlanError(
             f"{path} has no {precision} graph; it has {', '.join(bundle.manifest.graphs)}. "
-            f"{' and '.join(PRECISIONS)} are made when they are missing, others are not. "
+            f"{' and '.join(TYPED)} are made when they are missing, others are not. "
             f"{graph_hint(bundle.path, precision)}"
         )
     _check_rows(bundle, precision, lambda line: None)  # said once, of the rows at the end
@@ -64,14 +66,15 @@ def add_typed_graph(
             (a.name, bundle.load_adapter(a.name)) for a in bundle.manifest.adapters
         )
         say(progress, check_folded(name, adapter, plain, [precision]))
-    model = typed_model(plain, precision)
+    model = typed_model(plain, low)
 
     def judge(candidate: Bundle) -> Sequence[StageResult]:
         if not candidate.manifest.has(REFERENCE_FILE):
             return []
         progress("verifying it by its rounding twin")
-        stages = verify_graphs(candidate, "cpu", [precision]).stages
-        say(progress, check_reference(candidate, [precision]))
+        effects = Effects.of_reference(candidate)
+        stages = verify_graphs(candidate, "cpu", [precision], also=effects.measure).stages
+        say(progress, effects.lines([precision]))
         return stages
 
     return add_graph(
@@ -85,7 +88,7 @@ def add_typed_graph(
     )
 
 
-def _check_rows(bundle: Bundle, precision: str, progress: Progress) -> None:
+def _check_rows(bundle: Bundle, precision: Precision, progress: Progress) -> None:
     layout = bundle.manifest.layout
     if layout is not None:
         bank = bundle.bank()
@@ -97,7 +100,7 @@ def _check_rows(bundle: Bundle, precision: str, progress: Progress) -> None:
 
 def add_graph(
     bundle: Bundle,
-    precision: str,
+    precision: Precision,
     save: Save,
     judge: Judge,
     extras: Mapping[str, Save] = MappingProxyType({}),
@@ -131,7 +134,7 @@ def add_graph(
 
 
 @contextlib.contextmanager
-def graph_on_trial(bundle: Bundle, precision: str, save: Save) -> Iterator[Bundle]:
+def graph_on_trial(bundle: Bundle, precision: Precision, save: Save) -> Iterator[Bundle]:
     """The bundle with a graph more, in a scratch directory of it: to be judged, never committed.
 
     Args:
@@ -161,7 +164,7 @@ def graph_on_trial(bundle: Bundle, precision: str, save: Save) -> Iterator[Bundl
 def commit_graph(
     bundle: Bundle,
     trial: Bundle,
-    precision: str,
+    precision: Precision,
     stages: Sequence[StageResult],
     extras: Mapping[str, Save] = MappingProxyType({}),
     *,
@@ -227,7 +230,7 @@ def _name_by_content(graph: Path, digest: str, weights_digest: str) -> str:
     return named
 
 
-def _store_stages(change: Change, precision: str, stages: Sequence[StageResult]) -> None:
+def _store_stages(change: Change, precision: Precision, stages: Sequence[StageResult]) -> None:
     """parity.json with the stages of one precision replaced."""
     if change.manifest.has(PARITY_FILE):
         content = change.bundle.parity()

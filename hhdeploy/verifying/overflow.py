@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.choices import Precision, TypedPrecision
 from hhdeploy.errors import MissingDependencyError
 
 # What helps: the type of the same size with float32's range, else float32 itself.
-_WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
+_WIDER: Mapping[TypedPrecision, Precision] = {"float16": "bfloat16", "bfloat16": "float32"}
 
 
 def find_overflow(
-    twin: Bundle, precision: str, images: NDArray[np.float32], ids: NDArray[np.int64]
+    twin: Bundle, precision: TypedPrecision, images: NDArray[np.float32], ids: NDArray[np.int64]
 ) -> str:
     """What is too large for a precision, where, and what to do, in words.
 

@@ -22,14 +22,14 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.algebra import Array, SiteChange
 from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import BANK_FILE, TYPED
+from hhdeploy.bundle.manifest import BANK_FILE
 from hhdeploy.bundle.store import Progress
 from hhdeploy.bundle.survival import LEAST_LEFT, share_left
+from hhdeploy.choices import QUANTISED, Precision, member
 from hhdeploy.errors import PlanError
-from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.parity import NO_EFFECT
-from hhdeploy.verifying.bundles import logits_of, twin_of
+from hhdeploy.verifying.answers import logits_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,7 +45,7 @@ def check_folded(
     name: str,
     adapter: Adapter,
     model: ir.Model,
-    precisions: Sequence[str],
+    precisions: Sequence[Precision],
     *,
     originals: Mapping[str, NDArray[np.floating]] = MappingProxyType({}),
     only: Collection[str] | None = None,
@@ -66,7 +66,7 @@ def check_folded(
     Raises:
         PlanError: a precision rounds away all that the adapter does to the backbone.
     """
-    lost: dict[str, list[str]] = {precision: [] for precision in precisions}
+    lost: dict[Precision, list[str]] = {precision: [] for precision in precisions}
     count = 0
     # One weight after the other: in float64 all of them are twice the model. And every one once
     # for all precisions: a weight of a new graph is folded whenever it is read.
@@ -141,19 +141,20 @@ def _replaced(
         yield path, frozen, frozen + adapter.strength * (adapter.values[path] - frozen)
 
 
-def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:
+def _rounded(values: Array, precision: Precision, scaled_by: Array) -> Array:
     """Values as a precision holds them; a quantised one by the largest of each row."""
     narrow = values.astype(np.float32)
     if precision == "float32":
         return narrow.astype(np.float64)
-    if precision in TYPED:
+    quantised = member(QUANTISED, precision)
+    if quantised is None:
         import ml_dtypes
 
         dtype = np.float16 if precision == "float16" else ml_dtypes.bfloat16
         return narrow.astype(dtype).astype(np.float64)
     from hhdeploy.calibration.qdq import FORMATS, low_values
 
-    form = FORMATS[precision]
+    form = FORMATS[quantised]
     if values.ndim < 2:
         return narrow.astype(np.float64)
     axes = tuple(range(1, values.ndim))
@@ -164,62 +165,84 @@ def _rounded(values: Array, precision: str, scaled_by: Array) -> Array:
     return units
 
 
-def check_effects(
-    bundle: Bundle,
-    precisions: Sequence[str],
-    images: NDArray[np.float32],
-    names: Sequence[str],
-    *,
-    refuse: bool = True,
-) -> list[str]:
-    """Lines about adapters that move the logits no more than rounding in a precision does.
+class Effects:
+    """What every adapter does to the logits, in float32 and as each other precision shows it.
 
-    Only for side branches whose bank is an input: their change can be left out of a row.
-
-    Args:
-        bundle: with the graphs of these precisions.
-        precisions: of graphs; float16 and bfloat16 are shown by their rounding twins.
-        images: float32 [n, 3, H, W].
-        names: n adapters.
-        refuse: False: an adapter that is rounded away is said too.
-
-    Raises:
-        PlanError: an adapter moves no logit in a precision, and does in float32.
+    Only of side branches whose bank is an input: their change can be left out of a row.
     """
-    entries = {a.name: a for a in bundle.manifest.adapters}
-    rows = {name: entries[name].row or 0 for name in names}
-    ids = np.asarray([rows[name] for name in names], np.int64)
-    exact = _moved(bundle, "float32", images, ids, rows)
-    lines = []
-    for precision in precisions:
-        if precision in TYPED:
-            with scratch_directory(None, "twin") as scratch:
-                twin = twin_of(bundle, precision, scratch)
-                found = _moved(twin, "float32", images, ids, rows)
-        else:
-            found = _moved(bundle, precision, images, ids, rows)
-        for name in rows:
-            own = [i for i, other in enumerate(names) if other == name]
-            columns = slice(entries[name].classes or None)  # without logits: all features
-            lines.append(_judged(name, precision, exact[own, columns], found[own, columns], refuse))
-    return [line for line in lines if line]
 
+    def __init__(self, bundle: Bundle, images: NDArray[np.float32], names: Sequence[str]) -> None:
+        """Measure nothing yet.
 
-def check_reference(bundle: Bundle, precisions: Sequence[str], *, refuse: bool = True) -> list[str]:
-    """`check_effects` of further precisions on an image each of the adapters in the reference."""
-    manifest = bundle.manifest
-    wanted = [precision for precision in precisions if precision != "float32"]
-    if not wanted or manifest.layout is None or manifest.bank_as_constant:
-        return []
-    images, ids, _ = bundle.reference()
-    first = {a.name: np.flatnonzero(ids == a.row) for a in manifest.adapters}
-    chosen = {name: int(found[0]) for name, found in first.items() if len(found)}
-    some, names = images[list(chosen.values())], list(chosen)
-    return check_effects(bundle, wanted, some, names, refuse=refuse)
+        Args:
+            bundle: with the float32 graph.
+            images: float32 [n, 3, H, W].
+            names: n adapters.
+        """
+        self._bundle, self._images, self._names = bundle, images, names
+        self._entries = {a.name: a for a in bundle.manifest.adapters if a.name in names}
+        self._found: dict[Precision, NDArray[np.float64]] = {}
+
+    @classmethod
+    def of_reference(cls, bundle: Bundle) -> Effects:
+        """On an image each of the adapters in the reference; of other bundles than those with side
+        branches it has no adapter, and nothing to say."""
+        manifest = bundle.manifest
+        images, ids, _ = bundle.reference()
+        if manifest.layout is None or manifest.bank_as_constant:
+            return cls(bundle, images[:0], ())
+        first = {a.name: np.flatnonzero(ids == a.row) for a in manifest.adapters}
+        chosen = {name: int(found[0]) for name, found in first.items() if len(found)}
+        return cls(bundle, images[list(chosen.values())], list(chosen))
+
+    def measure(self, shown: Bundle, run: Precision, precision: Precision) -> None:
+        """Run the adapters in a graph: for `verify_graphs`, which has rounding twins at hand.
+
+        Args:
+            shown: the bundle whose graph is run.
+            run: that graph's precision: of a twin, float32.
+            precision: that it shows.
+        """
+        if self._names and precision != "float32":
+            self._found[precision] = self._moved(shown, run)
+
+    def lines(self, precisions: Sequence[Precision], *, refuse: bool = True) -> list[str]:
+        """Lines about adapters that move the logits no more than rounding does.
+
+        Args:
+            precisions: of what was measured; of float32 there is nothing to say.
+            refuse: False: an adapter that is rounded away is said too.
+
+        Raises:
+            PlanError: an adapter moves no logit in a precision, and does in float32.
+        """
+        wanted = [precision for precision in precisions if precision != "float32"]
+        if not wanted or not self._names:
+            return []
+        exact = self._moved(self._bundle, "float32")
+        lines = []
+        for precision in wanted:
+            for name, entry in self._entries.items():
+                own = [i for i, other in enumerate(self._names) if other == name]
+                columns = slice(entry.classes or None)  # without logits: all features
+                right, found = exact[own, columns], self._found[precision][own, columns]
+                lines.append(_judged(name, precision, right, found, refuse))
+        return [line for line in lines if line]
+
+    def _moved(self, bundle: Bundle, precision: Precision) -> NDArray[np.float64]:
+        """What the adapters move the logits by, their classifiers left as they are."""
+        rows = {name: entry.row or 0 for name, entry in self._entries.items()}
+        ids = np.asarray([rows[name] for name in self._names], np.int64)
+        both = [
+            logits_of(one, "cpu", precision, self._images, ids, rows)[0].astype(np.float64)
+            for one in (bundle, _without_changes(bundle))
+        ]
+        with np.errstate(invalid="ignore"):  # -inf of both, past an adapter's classes
+            return both[0] - both[1]
 
 
 def check_quantised(bundle: Bundle, quantised: Quantised, exam: Exam) -> list[str]:
-    """What `check_folded` or `check_effects`, on an image of each adapter, says of a calibration.
+    """What `check_folded` or `Effects`, on an image of each adapter, says of a calibration.
 
     Args:
         bundle: with the graph, on trial.
@@ -243,7 +266,9 @@ def check_quantised(bundle: Bundle, quantised: Quantised, exam: Exam) -> list[st
     if not first:
         return []
     images = np.stack([question.load() for question in first.values()])
-    return check_effects(bundle, [precision], images, [str(name) for name in first])
+    effects = Effects(bundle, images, [str(name) for name in first])
+    effects.measure(bundle, precision, precision)
+    return effects.lines([precision])
 
 
 def say(progress: Progress, lines: Iterable[str | None]) -> None:
@@ -251,22 +276,6 @@ def say(progress: Progress, lines: Iterable[str | None]) -> None:
     for line in lines:
         if line:
             progress(line)
-
-
-def _moved(
-    bundle: Bundle,
-    precision: str,
-    images: NDArray[np.float32],
-    ids: NDArray[np.int64],
-    rows: Mapping[str, int],
-) -> NDArray[np.float64]:
-    """What the adapters move the logits by, their classifiers left as they are."""
-    both = [
-        logits_of(one, "cpu", precision, images, ids, rows)[0].astype(np.float64)
-        for one in (bundle, _without_changes(bundle))
-    ]
-    with np.errstate(invalid="ignore"):  # -inf of both, past an adapter's classes
-        return both[0] - both[1]
 
 
 def _without_changes(bundle: Bundle) -> Bundle:
@@ -283,7 +292,7 @@ def _without_changes(bundle: Bundle) -> Bundle:
 
 def _judged(
     name: str,
-    precision: str,
+    precision: Precision,
     exact: NDArray[np.float64],
     found: NDArray[np.float64],
     refuse: bool,

@@ -24,9 +24,17 @@ from hhdeploy.runtime.serving.errors import (
     TooLargeError,
 )
 from hhdeploy.runtime.serving.fleet.fleet import Fleet
-from hhdeploy.runtime.serving.messages import ADAPTERS, IMAGES, VERSION, InferRequest, InferResponse
+from hhdeploy.runtime.serving.messages import (
+    ADAPTERS,
+    BYTES,
+    IMAGES,
+    VERSION,
+    InferRequest,
+    InferResponse,
+)
 from hhdeploy.runtime.serving.metrics import Tally
 from hhdeploy.runtime.serving.outputs import ANSWERS, LABELS, LOGITS, PROBABILITIES
+from hhdeploy.runtime.serving.pacing import Paced
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.status import status_of
@@ -115,6 +123,11 @@ class LocalEndpoint:
         self.infer = service.infer
 
         self.refused = service.metrics.refused
+        # Their cost grows with the fleet, and a request for them is a line.
+        self._metrics = Paced(lambda: service.metrics.exposition(service.now()))
+        self._status = Paced(lambda: status_of(service))
+        self._all_statistics = Paced(self._statistics_of_all)
+        self._index = Paced(self._repository_index)
 
     @property
     def settings(self) -> ServeSettings:
@@ -149,6 +162,9 @@ class LocalEndpoint:
             {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
         ]
         images = [-1, *service.manifest.input_size]
+        # A model that is one adapter has no choice of others.
+        chooses = alias is None and service.fleet is not None
+        choice = [{"name": ADAPTERS, "datatype": BYTES, "shape": [-1]}] if chooses else []
         answers = [
             {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
             *(shares if kind != VALUES else ()),
@@ -171,18 +187,24 @@ class LocalEndpoint:
                 "optional_inputs": [
                     {"name": IMAGES, "datatype": "UINT8", "shape": images},
                     {"name": IMAGES, "datatype": "FP16", "shape": images},
-                    {"name": IMAGES, "datatype": "BYTES", "shape": [-1]},
-                    {"name": ADAPTERS, "datatype": "BYTES", "shape": [-1]},
+                    {"name": IMAGES, "datatype": BYTES, "shape": [-1]},
+                    *choice,
                 ],
             },
         }
 
     async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
         """See `Endpoint.model_statistics`."""
-        names = [model] if model else [self.settings.model_name, *self._adapter_names()]
-        return {"model_stats": [self._statistics(name, version) for name in names]}
+        if not model:
+            self._service.alias(self.settings.model_name, version)
+            return {"model_stats": await self._all_statistics()}
+        return {"model_stats": [self._statistics(model, version)]}
 
-    def _statistics(self, model: str, version: str) -> dict[str, Any]:
+    def _statistics_of_all(self) -> list[dict[str, Any]]:
+        names = [self.settings.model_name, *self._adapter_names()]
+        return [self._statistics(name) for name in names]
+
+    def _statistics(self, model: str, version: str = "") -> dict[str, Any]:
         service = self._service
         alias, metrics = service.alias(model, version), service.metrics
         if alias is None:
@@ -209,6 +231,10 @@ class LocalEndpoint:
 
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """See `Endpoint.repository_index`."""
+        found = await self._index()
+        return [m for m in found if m["state"] == "READY" or not ready_only]
+
+    def _repository_index(self) -> list[dict[str, str]]:
         service = self._service
         found = [
             {
@@ -230,7 +256,7 @@ class LocalEndpoint:
                         "reason": status.problem or ("" if status.answers else "unloaded"),
                     }
                 )
-        return [m for m in found if m["state"] == "READY" or not ready_only]
+        return found
 
     async def load_adapter(self, name: str, upload: Upload | None) -> None:
         """See `Endpoint.load_adapter`."""
@@ -246,11 +272,11 @@ class LocalEndpoint:
 
     async def metrics(self) -> tuple[bytes, str]:
         """See `Endpoint.metrics`."""
-        return self._service.metrics.exposition(self._service.now())
+        return await self._metrics()
 
     async def status(self) -> dict[str, Any]:
         """See `Endpoint.status`."""
-        return status_of(self._service)
+        return await self._status()
 
     def _adapter_names(self) -> list[str]:
         """Adapters that requests may name."""
@@ -274,23 +300,37 @@ def server_metadata() -> dict[str, Any]:
 
 
 def model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """`Endpoint.model_metadata` as a configuration in Triton's terms, for tools that ask for it."""
+    """`Endpoint.model_metadata` as a configuration in Triton's terms, for tools that ask for it.
 
-    def tensors(key: str) -> list[dict[str, Any]]:
-        return [
-            # With max_batch_size set, shapes are without the batch.
-            {"name": t["name"], "data_type": _TYPES[t["datatype"]], "dims": t["shape"][1:] or [1]}
-            for t in metadata[key]
-        ]
-
+    ``parameters`` are texts, as Triton's are, lists with commas: the ``adapters`` there are, the
+    ``image_datatypes`` that are taken, and ``optional_inputs``. No input is marked ``optional``:
+    perf_analyzer fills those as well, with names of adapters that there are not, and so does any
+    client that sends every input it finds.
+    """
+    told = metadata["parameters"]
+    taken = (*metadata["inputs"], *told["optional_inputs"])
+    texts = {
+        "adapters": told["adapters"],
+        "image_datatypes": [t["datatype"] for t in taken if t["name"] == IMAGES],
+        "optional_inputs": [t["name"] for t in taken if t["name"] != IMAGES],
+    }
     return {
         "name": metadata["name"],
         "platform": PLATFORM,
         "backend": PLATFORM,
-        "max_batch_size": metadata["parameters"]["max_batch_size"],
-        "input": tensors("inputs"),
-        "output": tensors("outputs"),
+        "max_batch_size": told["max_batch_size"],
+        "input": [*map(_tensor, metadata["inputs"])],
+        "output": [*map(_tensor, metadata["outputs"])],
+        "parameters": {
+            name: {"string_value": ",".join(each)} for name, each in texts.items() if each
+        },
     }
+
+
+def _tensor(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the metadata in a configuration's terms: with max_batch_size, without the batch."""
+    dims = told["shape"][1:] or [1]
+    return {"name": told["name"], "data_type": _TYPES[told["datatype"]], "dims": dims}
 
 
 def read_upload(parameters: Mapping[str, Any], most_bytes: int) -> Upload | None:

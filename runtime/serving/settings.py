@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, one_of
 from hhdeploy.errors import OptionError, PlanError
 
 # What the loopback is called.
@@ -87,8 +88,8 @@ class ServeSettings:
 
     bundle: Path
     host: str = field(default="127.0.0.1", metadata=_asked("Address to listen on."))
-    device: str = field(default="auto", metadata=_asked())
-    precision: str = field(default="float32", metadata=_asked())
+    device: Device = field(default="auto", metadata=_asked())
+    precision: Precision = field(default="float32", metadata=_asked())
     threads: int | None = field(default=None, metadata=_asked("Threads of one run.", least=1))
     cache_dir: Path | None = None
     no_cache: bool = False
@@ -206,8 +207,9 @@ class ServeSettings:
             object.__setattr__(self, "model_name", self.bundle.resolve().name)
         for each in fields(self):
             _check_range(each.name, getattr(self, each.name), each.metadata.get("option"))
-        if self.log_level not in LEVELS:
-            raise OptionError(f"`log_level`: expected one of {', '.join(LEVELS)}.")
+        one_of(DEVICES, self.device, "device")
+        one_of(PRECISIONS, self.precision, "precision")
+        one_of(LEVELS, self.log_level, "log_level")
         if self.allow_adapter_loading and self.token_file is None:
             raise OptionError(
                 "`allow_adapter_loading` needs `token_file`: whoever can reach the port could "

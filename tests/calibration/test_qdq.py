@@ -13,7 +13,8 @@ from numpy.testing import assert_array_equal
 from hhdeploy.calibration.qdq import FORMATS, low_values, quantised_model, quantised_weight
 from hhdeploy.calibration.quantised import Quantised, quantise
 from hhdeploy.calibration.scales import SiteScale
-from hhdeploy.calibration.settings import PRECISIONS, CalibrationSettings
+from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.choices import QUANTISED
 from hhdeploy.errors import PlanError
 from hhdeploy.parity import bound, compare
 from tests.calibration.conftest import Calibrated, logits, saved
@@ -89,7 +90,7 @@ def test_a_product_by_hand(transposed, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["side", "plain"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", QUANTISED)
 def test_every_site_is_quantised_and_the_graph_still_answers(kind, precision, tmp_path, request):
     made: Calibrated = request.getfixturevalue(kind)
     result = written(made, precision)

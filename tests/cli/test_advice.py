@@ -20,19 +20,15 @@ import hhdeploy
 from hhdeploy import building, quantising, triton
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.reading import graph_hint
+from hhdeploy.choices import QUANTISED, TYPED
 from hhdeploy.cli import main
 from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
-from hhdeploy.parity import PARITY
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
-
-TYPED = sorted({p for stage, p in PARITY if stage == "twin"})
-QUANTISED = sorted({p for stage, p in PARITY if stage == "quantised"})
 
 
 def parsed(words: list[str]) -> click.Context:
@@ -62,12 +58,6 @@ def test_a_missing_typed_graph_comes_from_export(small, precision):
     _check_precisions([precision])
 
 
-def test_what_is_no_precision_gets_the_list_and_no_command(small):
-    hint = graph_hint(small, "float8")
-    listed = hint.partition(": ")[2].rstrip(".").split(", ")
-    assert sorted(listed) == sorted(["float32", *TYPED, *QUANTISED])
-
-
 # --- every flag in every message ----------------------------------------------------------------
 
 # Who prints the messages of a file (or of one function of it), where these do not name the command
@@ -76,8 +66,10 @@ ANY = "any"  # what several commands share, each with options of its own
 OWNERS: dict[str, tuple[str, ...]] = {
     "calibration/": ("calibrate",),
     "exporters/engine": ("build",),
+    "exporters/portable/": ("export",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
+    "hhdeploy/choices.py": ("build", "calibrate", "export", "predict", "serve", "triton", "verify"),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/verifying/bundles.py::verify_against_torch": ("verify",),
     "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
@@ -284,8 +276,8 @@ def parameters_of_python() -> set[str]:
         server.serve,
         triton.TritonOptions,
     )
-    # An adapter's configuration is what its file holds, under the same names.
-    others = {"errors", "HhdeployError", "Adapter", "AdapterConfig"}
+    # An adapter's configuration is what its file holds, by the same names; Literals take nothing.
+    others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}
     public = [getattr(hhdeploy, name) for name in hhdeploy.__all__ if name not in others]
     found: set[str] = set()
     for taken in (*public, *options):
@@ -321,6 +313,7 @@ def known(code: ast.Call) -> bool:
 
 # Messages about any parameter of a kind, and one of that kind.
 ONE_OF_MANY = {
+    "hhdeploy/choices.py::one_of": "`precision='float8'`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",
 }

@@ -23,7 +23,7 @@ USAGE = [
     ("adapter import nowhere out --model x --model-args {", "'--model-args': expected a JSON"),
     (f"{TRAIN} --model-args {{", "'--model-args': expected a JSON object"),
     (f"{TRAIN} --preprocess 3", "'--preprocess': expected a JSON object"),
-    (f"{EXPORT} --precision float8", "--precision float8: expected one of"),
+    (f"{EXPORT} --precision float8", "'float8' is not one of 'float32', 'float16'"),
     (f"{EXPORT} --precision int8", "hhdeploy calibrate"),
     (f"{EXPORT} --sites fc1:around", "form must be one of"),
     (f"{EXPORT} --max-rank -1", "--max-rank and --max-classes: expected 0 or more"),

@@ -11,11 +11,12 @@ import pytest
 
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
+from hhdeploy.choices import TYPED
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.inserter import Inserter
-from hhdeploy.exporters.precision.typed import PRECISIONS, typed_model
+from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
 from tests.exporters.synthetic import random
@@ -150,7 +151,7 @@ def test_what_changes_and_what_does_not(vit, kind):
     assert np.array_equal(fixed.graph.initializers["adapter_bank"].const_value.numpy(), rows)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", TYPED)
 def test_typing_before_and_after_baking_round_alike(vit, precision):
     """export types a baked graph, a server's repository bakes a typed one."""
     plan, bank = planned(vit, adapters_of(vit))

@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
+from hhdeploy.choices import BACKENDS
 from hhdeploy.doctor.probes import Driver, find_driver
-from hhdeploy.packages import BACKENDS, import_tensorrt
+from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime.cuda import Gpu
 from tests.gpu.part import PartReport
 from tests.gpu.scale import DRY, SCALE

@@ -141,7 +141,7 @@ def test_refusals_leave_the_bundle_as_it_was(rtx, small, tmp_path):
     before = {f: sha256_of(f) for f in sorted(path.rglob("*")) if f.is_file()}
     refused = (
         ({"precision": "int8"}, r"calibrate\("),
-        ({"precision": "float31"}, "has no float31 graph"),
+        ({"precision": "float31"}, "`precision='float31'`: expected one of float32, "),
         ({"options": BuildOptions(max_slots=1)}, "the bundle's bank has 3 rows"),
         ({"options": BuildOptions(max_slots=2**31)}, r"TensorRT takes 2,147,483,647 a tensor"),
         ({"options": BuildOptions(architectures=("sm90",))}, "sm90"),

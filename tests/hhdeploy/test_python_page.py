@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import hhdeploy
 from hhdeploy.bundle import Bundle
+from hhdeploy.choices import PRECISIONS
 from hhdeploy.runtime import Session
 from tests.support import TINY_ARGS, TINY_MODEL
 from tests.workshop import BACKBONE_CLASSES, ROOT, Workshop
@@ -102,6 +103,7 @@ def test_the_page_runs(workshop, place, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert "['flowers', 'cars', 'pets']" in printed
     assert printed[-1] == "precisions"
+    assert f"precisions: {' '.join(PRECISIONS)}" in printed
     bundle = Bundle.open(place / "bundle")
     verified = {entry.name: entry.verified for entry in bundle.manifest.adapters}
     assert verified == {"flowers": False, "cars": False}

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from hhdeploy.errors import MissingDependencyError, SessionError
+from hhdeploy.errors import MissingDependencyError
 from hhdeploy.packages import Log, import_tensorrt
 
 
@@ -56,11 +56,6 @@ def test_what_is_not_installed_names_the_extra(monkeypatch, backend, module, ext
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=rf"pip install 'hhdeploy\[{extra}\]'"):
         import_tensorrt(backend)
-
-
-def test_an_unknown_backend():
-    with pytest.raises(SessionError, match="'cuda': expected tensorrt or tensorrt-rtx"):
-        import_tensorrt("cuda")
 
 
 # --- the real bindings --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ not take what was read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -32,6 +33,7 @@ class Front:
         self.inner = inner
         self._servers: list[asyncio.Server] = []
         self._clients: set[_Client] = set()
+        self._empty = asyncio.Event()
 
     async def listen(self, sockets: list[socket.socket], tls: ssl.SSLContext | None) -> None:
         """Take connections of these sockets, which are closed with it; ``tls``: encrypted ones."""
@@ -46,6 +48,16 @@ class Front:
         for server in self._servers:
             server.close()
 
+    async def drain(self, seconds: float) -> None:
+        """Wait until there are no connections: each ends once its answers are sent.
+
+        Args:
+            seconds: at most.
+        """
+        if self._clients:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
+
     def abort(self) -> None:
         """End every connection."""
         for client in list(self._clients):
@@ -54,10 +66,13 @@ class Front:
     def join(self, client: _Client) -> None:
         """One more."""
         self._clients.add(client)
+        self._empty.clear()
 
     def leave(self, client: _Client) -> None:
         """It is gone."""
         self._clients.discard(client)
+        if not self._clients:
+            self._empty.set()
 
 
 class _Half(asyncio.Protocol):

@@ -37,6 +37,11 @@ _ENVELOPE_BYTES = 1 << 20
 _WATCH_SECONDS = 0.2
 # Between two tries to start another one.
 _PAUSE_SECONDS = 1.0
+# After the last answer, for a request that has not arrived as a whole, and for one that gRPC has
+# forgotten: now and then it takes a call at the moment of its stop and nobody hears of it.
+_LOST_SECONDS = 5.0
+# For clients to take the last answers, once all calls have ended.
+_FLUSH_SECONDS = 5.0
 # Pings that a client may send without a call under way, and how often.
 _PING_SECONDS = 10
 
@@ -75,16 +80,26 @@ class GrpcServer:
         """Take nothing new, and wait until everything that was taken is answered.
 
         Args:
-            grace: seconds after which the rest is cancelled; another call may shorten it.
+            grace: seconds after which the rest is cancelled; another call may shorten it. A request
+                that has not arrived is not waited for so long, see `_LOST_SECONDS`.
         """
         self._front.close()
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait([self._watch])
         self._servicer.stop_streams()
+        lost = asyncio.create_task(self._end_lost())
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        lost.cancel()
+        # What gRPC has written by now is on its way through the front.
+        await self._front.drain(_FLUSH_SECONDS)
         self._front.abort()
         self._scratch.cleanup()
+
+    async def _end_lost(self) -> None:
+        """Cancel what would be waited for in vain, once everything else is answered."""
+        await self._servicer.quiet(_LOST_SECONDS)
+        await asyncio.gather(*(server.stop(0) for server in self._servers))
 
     async def _serve(self) -> None:
         """gRPC's own server, behind the front."""
@@ -183,13 +198,15 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
         except RequestError as error:
             servicer.refuse(context, error)
             return None
-        return await behaviour(request, context)
+        with servicer.under_way():
+            return await behaviour(request, context)
 
     async def stream(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         requests = (_parse(kind, raw, most) async for raw in raws)
-        async with contextlib.aclosing(behaviour(requests, context)) as responses:
-            async for response in responses:
-                yield response
+        with servicer.under_way():
+            async with contextlib.aclosing(behaviour(requests, context)) as responses:
+                async for response in responses:
+                    yield response
 
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(stream, None, _serialise)

@@ -13,9 +13,11 @@ messages, is another's business: `grpc_server` here, `ray_app` on several replic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -125,6 +127,24 @@ class Servicer:
         self._endpoint, self._access = endpoint, access
         self._tracing = Tracing()
         self.stopping = asyncio.Event()
+        self._under_way = 0
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """A call, from its first message to its last answer."""
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    async def quiet(self, seconds: float) -> None:
+        """Wait until no call has been under way for so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            await asyncio.sleep(seconds / 20)
+            if self._under_way:
+                end = time.monotonic() + seconds
 
     def stop_streams(self) -> None:
         """End every stream after the request that it is at; an idle one would stay for ever."""
@@ -153,7 +173,7 @@ class Servicer:
 
     @_unary(pb.ModelMetadataResponse, "name")
     async def ModelMetadata(self, request: Any, context: Context) -> Any:
-        """Inputs and outputs. The message has no place for the adapters: see `RepositoryIndex`."""
+        """Inputs and outputs. The message has no place for parameters: `ModelConfig` has them."""
         found = await self._endpoint.model_metadata(request.name, request.version)
         known = {key: value for key, value in found.items() if key != "parameters"}
         return ParseDict(known, pb.ModelMetadataResponse())

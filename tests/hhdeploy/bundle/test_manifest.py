@@ -11,12 +11,11 @@ from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import (
     MANIFEST,
-    QUANTISED,
-    TYPED,
     AdapterEntry,
     Manifest,
     write_manifest,
 )
+from hhdeploy.choices import QUANTISED, TYPED
 from hhdeploy.errors import BundleError
 from hhdeploy.parity import PARITY
 from hhdeploy.preprocess import Preprocess

@@ -16,6 +16,7 @@ from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.bundle.survival import _inner, lost_in_float16, share_left
 from hhdeploy.errors import CapacityError, PlanError
 from hhdeploy.exporters import fold as fold_module
+from hhdeploy.exporters.precision import typed
 from hhdeploy.exporting.bundles import export
 from hhdeploy.verifying.graphs import add_typed_graph
 from hhdeploy.verifying.survival import _rounded, check_folded, check_quantised
@@ -102,14 +103,17 @@ def test_a_lost_site_is_named(coarse, tmp_path, monkeypatch):
     ]
 
 
-def test_side_branches_are_judged_by_the_logits(coarse, tmp_path):
+def test_side_branches_are_judged_by_the_logits(coarse, tmp_path, monkeypatch):
     with pytest.raises(
         PlanError, match="'small': bfloat16 rounds all of it away: it moves no logit"
     ):
         exported(coarse, tmp_path / "small", "small")
     _, lines = exported(coarse, tmp_path / "small", "small", **ALLOWED)
     assert ["moves no logit there" in line for line in lines] == [True]
+    twins, make = [], typed.rounding_twin
+    monkeypatch.setattr(typed, "rounding_twin", lambda m, p: (twins.append(p), make(m, p))[1])
     assert not exported(coarse, tmp_path / "large", "large", ("bfloat16", "float16"))[1]
+    assert twins == ["bfloat16", "float16"], "of each one, for parity and for what adapters do"
 
 
 def test_float16_loses_small_values_of_a_row(coarse, tmp_path):

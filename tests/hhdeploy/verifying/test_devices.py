@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from hhdeploy import verify
+from hhdeploy.choices import RUNNERS
 from hhdeploy.parity import PARITY, bound, stage_of
 from hhdeploy.runtime import onnxruntime_backend as onnxruntime
-from hhdeploy.runtime.backends import DEVICES
 from tests.onnxruntime_double import stand_in
 
 
@@ -60,7 +60,7 @@ def test_auto_without_bfloat16_shows_the_twin(typed, monkeypatch):
     assert report.passed
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", RUNNERS)
 @pytest.mark.parametrize("kind", ["folded", "branches"])
 def test_every_device_and_precision_has_a_bound(kind, device):
     precisions = {precision for stage, precision in PARITY if stage != "algebra"}

@@ -160,6 +160,29 @@ def test_certificates_that_are_none(tmp_path):
             Tls(*files)
 
 
+def test_files_that_are_renewed_while_they_are_read(tmp_path, monkeypatch):
+    """Certificate first, key later: what is read once is one pair for both wires."""
+    cert, key = make_certificate(tmp_path)
+    trusted = ssl.create_default_context(cafile=str(cert))
+    load, loads = ssl.SSLContext.load_cert_chain, []
+
+    def slowly(self, *files):
+        load(self, *files)
+        loads.append(files)
+        if len(loads) == 1:
+            make_certificate(tmp_path / "new")
+            cert.write_bytes((tmp_path / "new" / "tls.crt").read_bytes())
+
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", slowly)
+    tls = Tls(cert, key)
+    assert len(loads) == 3
+    for context, protocol in ((tls.http, "http/1.1"), (tls.grpc, "h2")):
+        assert served(context, protocol, trusted)
+    with pytest.raises(PlanError, match="tls_cert"):
+        tls.read()  # half of the renewal
+
+
 # --- a server with all of it ----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,7 +17,9 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
 
 from hhdeploy.runtime.serving.errors import NotFoundError, StoppingError
 from hhdeploy.runtime.serving.grpc import server as module
-from tests.runtime.serving.grpc_requests import message
+from hhdeploy.runtime.serving.grpc.front import Front
+from hhdeploy.runtime.serving.listening import listen
+from tests.runtime.serving.grpc_requests import PATIENCE, message
 from tests.runtime.serving.http2 import (
     DATA,
     END_HEADERS,
@@ -98,6 +101,63 @@ def test_a_connection_that_is_broken_leaves_nothing_and_harms_nobody():
             assert (await soon(stub.ServerLive(LIVE))).live
             while len(server._front._clients) != 1:  # the stub's
                 await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def front_before(folder: Path, said: bytes):
+    """A front before a server that says this to everybody and closes; and a connection to it."""
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+    front = Front(folder / "socket")
+    inner = await asyncio.start_unix_server(speak, front.inner)
+    await front.listen(listen("127.0.0.1", 0, "grpc_port", 9), None)
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    while not front._clients:
+        await asyncio.sleep(0)
+    front.close()
+    try:
+        yield front, reader
+    finally:
+        writer.close()
+        front.abort()
+        inner.close()
+
+
+SAID = bytes(range(251)) * 100_000  # more than all buffers on the way hold
+
+
+def test_what_was_said_at_last_arrives(tmp_path):
+    async def run() -> None:
+        async with front_before(tmp_path, SAID) as (front, reader):
+
+            async def end() -> None:
+                await front.drain(PATIENCE)
+                front.abort()
+
+            ending = asyncio.create_task(end())
+            await asyncio.sleep(0.01)
+            assert await soon(reader.read()) == SAID
+            await soon(ending)
+
+    asyncio.run(run())
+
+
+def test_who_takes_no_answer_is_waited_for_for_a_while(tmp_path):
+    async def run() -> None:
+        async with front_before(tmp_path, SAID) as (front, reader):
+            await soon(front.drain(0.05))
+            assert front._clients
+            front.abort()
+            await soon(front.drain(PATIENCE))
+            with contextlib.suppress(ConnectionError):
+                assert len(await soon(reader.read())) < len(SAID)
 
     asyncio.run(run())
 

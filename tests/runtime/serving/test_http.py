@@ -94,7 +94,12 @@ def test_health_has_the_bodies_of_the_protocol(server):
 
 def test_metadata_and_configuration_of_models(client):
     bundle, adapter = client.get_model_metadata("tiny"), client.get_model_metadata("beta", "1")
-    assert bundle["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}]
+    images = {"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}
+    assert bundle["inputs"] == adapter["inputs"] == [images]
+    taken = [(each["name"], each["datatype"]) for each in bundle["parameters"]["optional_inputs"]]
+    assert taken == [("images", t) for t in ("UINT8", "FP16", "BYTES")] + [("adapters", "BYTES")]
+    taken = [each["name"] for each in adapter["parameters"]["optional_inputs"]]
+    assert taken == ["images"] * 3
     assert set(bundle["parameters"]["adapters"]) == ADAPTERS
     assert adapter["parameters"]["adapters"] == ["beta"]
     assert adapter["outputs"] == [

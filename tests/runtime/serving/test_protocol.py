@@ -66,6 +66,36 @@ def test_all_of_them_come_binary_where_that_is_asked_for(server):
         assert found.as_numpy("labels").shape == (2,)
 
 
+# --- inputs that are found, not known -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [tritonclient.http, tritonclient.grpc])
+@pytest.mark.parametrize("model", ["tiny", "gamma"])
+def test_a_client_that_sends_every_input_it_finds_is_answered(server, branches, module, model):
+    """As form builders and load generators do, of the metadata and of the configuration."""
+    over_http = module is tritonclient.http
+    options = {} if over_http else {"as_json": True}
+    with open_session(branches, device="cpu", threads=1) as session:
+        expected = session.run(images(1), None if model == "tiny" else model)
+    with module.InferenceServerClient(server.http if over_http else server.grpc) as client:
+        found = client.get_model_metadata(model, **options)["inputs"]
+        config = client.get_model_config(model, **options)
+        config = config if over_http else config["config"]
+        assert [t["name"] for t in config["input"]] == [t["name"] for t in found]
+        tensors = []
+        for each in found:
+            shape = [1 if int(size) == -1 else int(size) for size in each["shape"]]
+            filled = images(1) if each["datatype"] == "FP32" else np.full(shape, b"text", object)
+            tensors.append(module.InferInput(each["name"], shape, each["datatype"]))
+            tensors[-1].set_data_from_numpy(filled)
+        logits = client.infer(model, tensors).as_numpy("logits")
+    assert np.array_equal(logits, expected[:, : logits.shape[1]])
+    told = {name: value["string_value"] for name, value in config["parameters"].items()}
+    assert told["image_datatypes"] == "FP32,UINT8,FP16,BYTES"
+    assert set(told["adapters"].split(",")) == (ADAPTERS if model == "tiny" else {model})
+    assert told.get("optional_inputs") == ("adapters" if model == "tiny" else None)
+
+
 # --- numbers --------------------------------------------------------------------------------------
 
 

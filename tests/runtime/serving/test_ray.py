@@ -42,8 +42,6 @@ from tests.runtime.serving.ray_servers import (
     wait_until,
 )
 
-pytestmark = pytest.mark.slow
-
 NAMES = ("alpha", "rival", "beta", "gamma", "headless")
 IMAGES = images(7)
 # So little JSON that it is parsed at once: what waits for a parser is limited, and refused beyond.

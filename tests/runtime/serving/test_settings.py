@@ -60,7 +60,7 @@ def test_what_a_server_beyond_the_loopback_is_without(tmp_path):
         ({"contexts": 0}, "`contexts`: expected 1"),
         ({"slots": 1}, "`slots`: expected 2"),
         ({"request_seconds": 0.0}, "`request_seconds`: expected more than 0"),
-        ({"log_level": "loud"}, "`log_level`: expected one of debug"),
+        ({"log_level": "loud"}, "`log_level='loud'`: expected one of debug"),
     ],
 )
 def test_numbers_in_their_range(wrong, said):

@@ -1,0 +1,1 @@
+"""What lets others than Python use a bundle's graphs."""

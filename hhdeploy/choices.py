@@ -1,0 +1,65 @@
+"""What is chosen by name: the precision of a graph, and the device that computes.
+
+Every name is a member of one `Literal`, and its `typing.get_args` is the list that the command
+line offers and messages show. A name is checked once, where it enters (a command, a function of
+the Python API, a manifest), and typed from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, Literal, TypeVar, get_args
+
+from hhdeploy.errors import OptionError
+
+# Graphs beside float32: made of it alone, or of it and calibration data.
+TypedPrecision = Literal["float16", "bfloat16"]
+QuantisedPrecision = Literal["int8", "fp8", "int8-weights"]
+Precision = Literal["float32", TypedPrecision, QuantisedPrecision]
+# What runs a bundle's engines; TensorRT-RTX offers TensorRT's API.
+TensorRt = Literal["tensorrt", "tensorrt-rtx"]
+# The first four are ONNX Runtime's execution providers.
+Runner = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", TensorRt]
+# ``auto``: the fastest that is available.
+Device = Literal["auto", Runner]
+# Where training computes.
+TorchDevice = Literal["auto", "cpu", "cuda"]
+
+TYPED: Final[tuple[TypedPrecision, ...]] = get_args(TypedPrecision)
+QUANTISED: Final[tuple[QuantisedPrecision, ...]] = get_args(QuantisedPrecision)
+PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
+BACKENDS: Final[tuple[TensorRt, ...]] = get_args(TensorRt)
+RUNNERS: Final[tuple[Runner, ...]] = get_args(Runner)
+DEVICES: Final[tuple[Device, ...]] = get_args(Device)
+TORCH_DEVICES: Final[tuple[TorchDevice, ...]] = get_args(TorchDevice)
+
+_Name = TypeVar("_Name", bound=str)
+
+
+def member(names: Iterable[_Name], given: object) -> _Name | None:
+    """``given`` as the one of ``names`` that it is; None if it is none."""
+    return next((name for name in names if name == given), None)
+
+
+def one_of(names: Iterable[_Name], given: object, parameter: str, hint: str = "") -> _Name:
+    """What a user gave, as the one of ``names`` that it is.
+
+    Args:
+        names: that can be chosen.
+        given: for it.
+        parameter: that holds it, for the message; ``precisions[]`` of a list.
+        hint: what the message says behind the names.
+
+    Raises:
+        OptionError: it is none of them.
+    """
+    if (name := member(names, given)) is not None:
+        return name
+    listed = parameter.endswith("[]")
+    shown = f"{parameter[:-2]}=[{given!r}]" if listed else f"{parameter}={given!r}"
+    raise OptionError(f"`{shown}`: expected one of {', '.join(names)}.{hint}")
+
+
+def as_precisions(given: Iterable[str] | None) -> tuple[Precision, ...] | None:
+    """A ``precisions`` parameter, None as it is. Raises `OptionError`: see `one_of`."""
+    return None if given is None else tuple(one_of(PRECISIONS, p, "precisions[]") for p in given)

@@ -1,0 +1,301 @@
+/** An open bundle: pictures in, answers out, any adapter for each picture. */
+
+import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-common";
+import type * as OrtCommon from "onnxruntime-common";
+
+import { readAdapter, type AdapterPreprocess } from "./adapter.js";
+import { answersOf, type Answer } from "./answers.js";
+import { HhdeployError } from "./errors.js";
+import { parseManifest, type AdapterEntry, type Manifest, type PreprocessGraph } from "./manifest.js";
+import { packRow } from "./row.js";
+import { readSafetensors } from "./safetensors.js";
+import { DamagedError, readChecked, type Source } from "./source.js";
+
+/** onnxruntime-web or onnxruntime-node, imported by whoever opens a bundle. */
+export type Runtime = Pick<typeof OrtCommon, "InferenceSession" | "Tensor">;
+
+/** A decoded picture, upright: `data` has 3 (RGB) or 4 (RGBA, as a canvas has it) bytes a pixel. */
+export interface Picture {
+  data: Uint8Array | Uint8ClampedArray;
+  width: number;
+  height: number;
+}
+
+export interface OpenOptions {
+  /** Which of the bundle's graphs; default float32. */
+  precision?: string;
+  /** For the runtime, e.g. `executionProviders: ["webgpu"]`. */
+  session?: InferenceSession.SessionOptions;
+}
+
+/** The backbone without an adapter. */
+export const BACKBONE = "backbone";
+
+const MANIFEST = "hhdeploy.json";
+const TRIES = 3;
+
+/**
+ * Opens a bundle. Every file is compared with the manifest's sha256 first; if the bundle is changed meanwhile, the
+ * manifest is read again.
+ *
+ * @throws HhdeployError no bundle, a damaged file, a precision that it does not have.
+ */
+export async function openBundle(source: Source, ort: Runtime, options: OpenOptions = {}): Promise<Bundle> {
+  let before = "";
+  for (let attempt = 1; ; attempt++) {
+    const text = new TextDecoder().decode(await source.read(MANIFEST));
+    const manifest = parseManifest(text, `${source.name}/${MANIFEST}`);
+    try {
+      return await opened(source, ort, manifest, options);
+    } catch (error) {
+      // A file of another version than the manifest, unless the manifest is still the same.
+      if (!(error instanceof DamagedError) || text === before || attempt === TRIES) throw error;
+      before = text;
+    }
+  }
+}
+
+async function opened(source: Source, ort: Runtime, manifest: Manifest, options: OpenOptions): Promise<Bundle> {
+  const precision = options.precision ?? "float32";
+  const graph = manifest.graphs[precision];
+  if (!graph) {
+    const there = Object.keys(manifest.graphs).join(", ");
+    throw new HhdeployError(`${source.name}: expected a precision of ${there}, found ${precision}.`);
+  }
+  const session = await sessionOf(source, ort, manifest, graph, options.session);
+  const rows = new Map<string, Float32Array>();
+  if (manifest.row && !manifest.bank_as_constant) {
+    const file = Object.keys(manifest.files).find((name) => /^bank(\.[0-9a-f]{8})?\.safetensors$/.test(name));
+    const bank = readSafetensors(await readChecked(source, file ?? "bank.safetensors", manifest.files), file ?? "");
+    const { data, shape } = bank.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
+    const size = manifest.row.size;
+    if (shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
+    rows.set(BACKBONE, data.slice(0, size));
+    for (const { name, row } of manifest.adapters) rows.set(name, data.slice(row! * size, (row! + 1) * size));
+  }
+  return new Bundle(source, ort, manifest, session, rows);
+}
+
+/** A session of a graph; its weights lie beside it as NAME.data. */
+async function sessionOf(
+  source: Source,
+  ort: Runtime,
+  manifest: Manifest,
+  graph: string,
+  options: InferenceSession.SessionOptions = {},
+): Promise<InferenceSession> {
+  const weights = `${graph}.data`;
+  const bytes = await readChecked(source, graph, manifest.files);
+  const data = weights in manifest.files ? await readChecked(source, weights, manifest.files) : undefined;
+  if (source.path) return ort.InferenceSession.create(source.path(graph), options);
+  const externalData = data ? [{ path: weights, data }] : [];
+  return ort.InferenceSession.create(bytes, { ...options, externalData });
+}
+
+export class Bundle {
+  /** Adapters by name: those of the bundle, then those that were added. */
+  readonly adapters = new Map<string, AdapterEntry>();
+  readonly #graphs = new Map<string, Promise<InferenceSession>>();
+
+  /** Use {@link openBundle}. */
+  constructor(
+    private readonly source: Source,
+    private readonly ort: Runtime,
+    readonly manifest: Manifest,
+    private readonly session: InferenceSession,
+    private readonly rows: Map<string, Float32Array>,
+  ) {
+    for (const entry of manifest.adapters) this.adapters.set(entry.name, entry);
+  }
+
+  /**
+   * Adds an adapter directory, or puts it in the place of one of its name. The bundle's files stay as they are.
+   *
+   * @throws HhdeployError it is no adapter of this backbone, or there is no room for it.
+   */
+  async add(name: string, directory: Source): Promise<AdapterEntry> {
+    const { row, backbone } = this.manifest;
+    if (!row || this.manifest.bank_as_constant) {
+      throw new HhdeployError(`${this.source.name}: its adapters are fixed. Export side branches without --fold.`);
+    }
+    if (name === BACKBONE) throw new HhdeployError(`the name ${BACKBONE} is reserved for the bare model.`);
+    const adapter = await readAdapter(directory);
+    const packed = packRow(adapter, row, backbone);
+    const { config, head } = adapter;
+    const own = config.preprocess ?? undefined;
+    const graph = own ? this.#graphFor(own) : backbone.preprocess_graph;
+    const entry: AdapterEntry = {
+      name,
+      classes: head?.weight.shape[0] ?? backbone.classes,
+      class_names: config.class_names ?? null,
+      preprocess: own ?? backbone.preprocess,
+      ...(config.problem_type ? { problem_type: config.problem_type } : {}),
+      ...(graph ? { preprocess_graph: graph } : {}),
+    };
+    this.rows.set(name, packed);
+    this.adapters.set(name, entry);
+    return entry;
+  }
+
+  /**
+   * All answers of each picture, the most probable first.
+   *
+   * @param pictures decoded and upright, of any sizes.
+   * @param adapters one name for all, or one for each; {@link BACKBONE} is the bare model.
+   */
+  async classify(pictures: Picture[], adapters: string | string[] = this.#only()): Promise<Answer[][]> {
+    const names = typeof adapters === "string" ? pictures.map(() => adapters) : adapters;
+    if (names.length !== pictures.length || !names.length) {
+      throw new HhdeployError(
+        `expected one adapter for all of at least one picture, or one for each, found ${names.length} for ` +
+          `${pictures.length} pictures.`,
+      );
+    }
+    const images = await Promise.all(pictures.map((picture, i) => this.preprocess(picture, names[i]!)));
+    const size = images[0]!.length;
+    const batch = new Float32Array(images.length * size);
+    images.forEach((image, i) => batch.set(image, i * size));
+    const logits = await this.run(batch, names);
+    const columns = logits.length / names.length;
+    return names.map((name, i) => {
+      const entry = this.#entry(name);
+      const classes = entry?.classes ?? this.manifest.backbone.classes;
+      return answersOf(logits.subarray(i * columns, (i + 1) * columns), entry, classes);
+    });
+  }
+
+  /** A picture as the model takes it for an adapter: float32 [channels, H, W], flat. */
+  async preprocess(picture: Picture, adapter: string): Promise<Float32Array> {
+    const graph = (this.#entry(adapter) ?? this.manifest.backbone).preprocess_graph;
+    if (!graph) {
+      throw new HhdeployError(
+        `${adapter}: the bundle has no graph that preprocesses pictures for it. Export it again with a newer ` +
+          "hhdeploy; filters beside bicubic and bilinear have none.",
+      );
+    }
+    if (!this.#graphs.has(graph.file)) {
+      this.#graphs.set(graph.file, sessionOf(this.source, this.ort, this.manifest, graph.file));
+    }
+    const session = await this.#graphs.get(graph.file)!;
+    const feeds: Record<string, OrtTensor> = { image: this.#image(picture) };
+    for (const [name, { dtype, value }] of Object.entries(graph.inputs)) {
+      feeds[name] =
+        dtype === "int64"
+          ? new this.ort.Tensor("int64", BigInt64Array.from(value, BigInt), [value.length])
+          : new this.ort.Tensor("float32", Float32Array.from(value), [value.length]);
+    }
+    return (await session.run(feeds))["images"]!.data as Float32Array;
+  }
+
+  /**
+   * Logits of preprocessed images, float32 [batch, classes], flat; columns past an adapter's own are -Infinity.
+   *
+   * @param images float32 [batch, channels, H, W], flat.
+   * @param adapters one name for each image.
+   */
+  async run(images: Float32Array, adapters: string[]): Promise<Float32Array> {
+    const [, ...shape] = this.manifest.tensors["images"] as [string, number, number, number];
+    const feeds: Record<string, OrtTensor> = {
+      images: new this.ort.Tensor("float32", images, [adapters.length, ...shape]),
+    };
+    if (this.manifest.row) Object.assign(feeds, this.#branches(adapters));
+    else adapters.forEach((name) => this.#folded(name));
+    const outputs = await this.session.run(feeds);
+    const logits = outputs["logits"];
+    if (!logits) throw new HhdeployError(`${this.source.name}: its graph has no logits.`);
+    return logits.data as Float32Array;
+  }
+
+  /** Frees what the runtime holds. */
+  async close(): Promise<void> {
+    const graphs = await Promise.all(this.#graphs.values());
+    await Promise.all([this.session, ...graphs].map((session) => session.release()));
+  }
+
+  /** Row numbers, and a bank of no more rows than the batch needs: the runtime copies it at every run. */
+  #branches(adapters: string[]): Record<string, OrtTensor> {
+    const ids = new this.ort.Tensor("int64", new BigInt64Array(adapters.length), [adapters.length]);
+    const numbers = ids.data as BigInt64Array;
+    if (this.manifest.bank_as_constant) {
+      adapters.forEach((name, i) => (numbers[i] = BigInt(this.#entry(name)?.row ?? 0)));
+      return { adapter_ids: ids };
+    }
+    const used = [...new Set(adapters)];
+    adapters.forEach((name, i) => (numbers[i] = BigInt(used.indexOf(name))));
+    const size = this.manifest.row!.size;
+    const bank = new Float32Array(used.length * size);
+    used.forEach((name, i) => bank.set(this.#row(name), i * size));
+    return { adapter_ids: ids, adapter_bank: new this.ort.Tensor("float32", bank, [used.length, size]) };
+  }
+
+  #row(name: string): Float32Array {
+    this.#entry(name);
+    return this.rows.get(name)!;
+  }
+
+  /** The entry of an adapter; undefined for the backbone. */
+  #entry(name: string): AdapterEntry | undefined {
+    const entry = this.adapters.get(name);
+    if (!entry && name !== BACKBONE) {
+      throw new HhdeployError(`expected an adapter of ${[...this.adapters.keys()].join(", ")}, found ${name}.`);
+    }
+    if (!entry && this.manifest.row && !this.manifest.row.backbone_head) {
+      throw new HhdeployError("the bundle did not keep the backbone's own classifier.");
+    }
+    return entry;
+  }
+
+  #folded(name: string): void {
+    if (name !== this.#only()) {
+      throw new HhdeployError(`${this.source.name}: ${this.#only()} is folded into it, found ${name}.`);
+    }
+  }
+
+  /** The adapter where there is no choice. */
+  #only(): string {
+    const names = [...this.adapters.keys()];
+    if (names.length > 1) throw new HhdeployError(`expected the name of an adapter: ${names.join(", ")}.`);
+    return names[0] ?? BACKBONE;
+  }
+
+  /** The bundle's graph for a transform that came with an adapter, and its numbers. */
+  #graphFor(own: AdapterPreprocess): PreprocessGraph | undefined {
+    const role = new RegExp(`^preprocess\\.${own.crop_mode}\\.${own.interpolation}(\\.[0-9a-f]{8})?\\.onnx$`);
+    const file = Object.keys(this.manifest.files).find((name) => role.test(name));
+    const [, height, width] = own.input_size;
+    const fill = own.mean.map((m) => (own.crop_mode === "border" ? halfEven(255 * m) : 0));
+    const float32 = (value: number[]) => ({ dtype: "float32" as const, value });
+    const int64 = (value: number[]) => ({ dtype: "int64" as const, value });
+    return file === undefined
+      ? undefined
+      : {
+          file,
+          inputs: {
+            mean: float32(own.mean),
+            std: float32(own.std),
+            resize: int64([Math.floor(height / own.crop_pct), Math.floor(width / own.crop_pct)]),
+            crop: int64([height, width]),
+            fill: float32(fill),
+          },
+        };
+  }
+
+  #image({ data, width, height }: Picture): OrtTensor {
+    const pixels = width * height;
+    const each = data.length / pixels;
+    if (!(pixels > 0) || (each !== 3 && each !== 4)) {
+      throw new HhdeployError(`expected 3 or 4 bytes for each of ${width} x ${height} pixels, found ${data.length}.`);
+    }
+    const rgb = new Uint8Array(pixels * 3);
+    for (let i = 0; i < pixels; i++) {
+      for (let c = 0; c < 3; c++) rgb[3 * i + c] = data[each * i + c]!;
+    }
+    return new this.ort.Tensor("uint8", rgb, [height, width, 3]);
+  }
+}
+
+/** As Python rounds. */
+function halfEven(x: number): number {
+  const low = Math.floor(x);
+  return x - low === 0.5 ? low + (low % 2) : Math.round(x);
+}

@@ -1,0 +1,8 @@
+export { readAdapter, type Adapter, type AdapterConfig } from "./adapter.js";
+export { type Answer } from "./answers.js";
+export { BACKBONE, Bundle, openBundle, type OpenOptions, type Picture, type Runtime } from "./bundle.js";
+export { HhdeployError } from "./errors.js";
+export { parseManifest, type AdapterEntry, type Manifest, type ProblemType } from "./manifest.js";
+export { decodePicture } from "./pictures.js";
+export { packRow } from "./row.js";
+export { DamagedError, fromUrl, type Progress, type Source, type UrlOptions } from "./source.js";

@@ -1,0 +1,61 @@
+// Answers the tests' questions: a JSON list of them on standard input, a JSON list of answers on standard output.
+// An answer is what was found, or {"error": message}. Arrays of numbers travel as base64 of float32.
+
+import { readFileSync } from "node:fs";
+import { pathToFileURL } from "node:url";
+
+const dist = process.argv[2];
+const { fromFolder, fromUrl, openBundle, packRow, parseManifest, readAdapter } = await import(
+  pathToFileURL(`${dist}/node.js`)
+);
+
+const runtimes = { node: () => import("onnxruntime-node"), web: () => import("onnxruntime-web") };
+const encode = (x) => Buffer.from(x.buffer, x.byteOffset, x.byteLength).toString("base64");
+const decode = (text) => new Float32Array(new Uint8Array(Buffer.from(text, "base64")).buffer);
+const picture = ({ data, ...size }) => ({ data: new Uint8Array(Buffer.from(data, "base64")), ...size });
+
+async function bundle({ where, runtime = "node", precision, added = {} }) {
+  const source = where.includes("://") ? fromUrl(where) : fromFolder(where);
+  const opened = await openBundle(source, await runtimes[runtime](), precision ? { precision } : {});
+  for (const [name, folder] of Object.entries(added)) await opened.add(name, fromFolder(folder));
+  return opened;
+}
+
+const questions = {
+  async logits({ images, adapters, ...rest }) {
+    const opened = await bundle(rest);
+    const logits = await opened.run(decode(images), adapters);
+    await opened.close();
+    return encode(logits);
+  },
+  async classify({ pictures, adapters, ...rest }) {
+    const opened = await bundle(rest);
+    const answers = await opened.classify(pictures.map(picture), adapters);
+    await opened.close();
+    return answers;
+  },
+  async images({ pictures, adapters, ...rest }) {
+    const opened = await bundle(rest);
+    const found = [];
+    for (const [i, each] of pictures.entries()) {
+      found.push(encode(await opened.preprocess(picture(each), adapters[i])));
+    }
+    await opened.close();
+    return found;
+  },
+  async row({ where, adapter }) {
+    const manifest = parseManifest(readFileSync(`${where}/hhdeploy.json`, "utf8"), where);
+    return encode(packRow(await readAdapter(fromFolder(adapter)), manifest.row, manifest.backbone));
+  },
+};
+
+const answers = [];
+for (const { ask, ...rest } of JSON.parse(readFileSync(0, "utf8"))) {
+  try {
+    answers.push(await questions[ask](rest));
+  } catch (error) {
+    if (error.name !== "HhdeployError" && error.name !== "DamagedError") throw error;
+    answers.push({ error: `${error.name}: ${error.message}` });
+  }
+}
+process.stdout.write(JSON.stringify(answers));

@@ -1,0 +1,139 @@
+"""Precisions and devices: one list of each, and a name is checked where it comes in."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any, get_args
+
+import click
+import pytest
+
+from hhdeploy import (
+    Bundle,
+    Device,
+    Precision,
+    build,
+    export,
+    open_session,
+    verify,
+    verify_against_torch,
+    write_triton,
+)
+from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.choices import PRECISIONS, TORCH_DEVICES, as_precisions, member, one_of
+from hhdeploy.cli.wording import all_commands
+from hhdeploy.errors import BundleError, HhdeployError, OptionError
+from hhdeploy.exporters.triton import TritonOptions
+from hhdeploy.loadtest.run import Subject
+from hhdeploy.quantising import CalibrationOptions
+from hhdeploy.runtime.serving.settings import ServeSettings
+from hhdeploy.training.settings import TrainSettings
+from tests.test_house import sources
+from tests.workshop import ROOT, copy_bundle
+
+
+def test_one_of_says_what_there_is():
+    assert one_of(("a", "b"), "b", "letter") == "b"
+    assert member(("a", "b"), "c") is None
+    with pytest.raises(OptionError, match=r"`letter='c'`: expected one of a, b\. Ask\."):
+        one_of(("a", "b"), "c", "letter", " Ask.")
+    assert as_precisions(["fp8", "float32"]) == ("fp8", "float32")
+    assert as_precisions(None) is None
+    with pytest.raises(OptionError, match=r"`precisions=\['fp9'\]`: expected one of float32, "):
+        as_precisions(["fp8", "fp9"])
+
+
+# Everything that takes a name from a user, given one that is none.
+ENTRANCES = {
+    "open_session device": lambda b: open_session(b, device="tpu"),
+    "open_session precision": lambda b: open_session(b, device="cpu", precision="float8"),
+    "verify device": lambda b: verify(b, device="tpu"),
+    "verify precisions": lambda b: verify(b, precisions=["float32", "float8"]),
+    "verify_against_torch device": lambda b: verify_against_torch(b, device="tpu"),
+    "verify_against_torch precisions": lambda b: verify_against_torch(b, precisions=["float8"]),
+    "export precisions": lambda b: export("x", {}, b, fold=True, precisions=["float8"]),
+    "build backend": lambda b: build(b, backend="cuda"),
+    "build precision": lambda b: build(b, backend="tensorrt", precision="float8"),
+    "write_triton precision": lambda b: write_triton(b, b / "o", TritonOptions(precision="float8")),
+    "CalibrationSettings precision": lambda b: CalibrationSettings(precision="float32"),
+    "CalibrationOptions device": lambda b: CalibrationOptions(device="tpu"),
+    "ServeSettings device": lambda b: ServeSettings(b, device="tpu"),
+    "ServeSettings precision": lambda b: ServeSettings(b, precision="float8"),
+    "Subject device": lambda b: Subject(b, 1, device="tpu"),
+    "Subject precision": lambda b: Subject(b, 1, precision="float8"),
+    "TrainSettings device": lambda b: TrainSettings("x", b, b / "o", device="tpu").check(),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_a_name_that_is_none_is_refused_where_it_comes_in(small, entrance):
+    with pytest.raises(HhdeployError, match="expected one of") as caught:
+        ENTRANCES[entrance](small)
+    assert isinstance(caught.value, OptionError)
+    assert caught.value.parameter == entrance.split()[1]
+
+
+@pytest.mark.parametrize("damage", ["graph", "engine's precision", "engine's backend"])
+def test_a_manifest_with_another_name_is_damaged(small, tmp_path, damage):
+    path = copy_bundle(small, tmp_path / "bundle")
+    content = json.loads((path / "hhdeploy.json").read_text())
+    engine: dict[str, Any] = {
+        "file": "a.engine", "backend": "tensorrt", "version": "10", "precision": "float32",
+        "architectures": [], "gpu": None, "batch": [1, 2, 3], "slots": None, "bank_sha256": None,
+        "graph_sha256": "", "optimization_level": None, "build_seconds": 1.0, "bytes": 5,
+    }  # fmt: skip
+    content["engines"] = [engine]
+    (path / "hhdeploy.json").write_text(json.dumps(content))
+    assert Bundle.open(path).manifest.engines[0].backend == "tensorrt"
+    if damage == "graph":
+        content["graphs"]["float8"] = "model.onnx"
+    else:
+        engine[damage.split()[1]] = "float8"
+    (path / "hhdeploy.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"damaged .*'float8', expected one of"):
+        Bundle.open(path)
+
+
+def test_commands_offer_the_names_that_there_are():
+    offered: dict[str, set[tuple[str, ...]]] = {}
+    for command in all_commands().values():
+        for parameter in command.params:
+            if parameter.name in ("device", "precision", "precisions"):
+                assert isinstance(parameter.type, click.Choice), f"{command.name} {parameter.name}"
+                offered.setdefault(parameter.name, set()).add(tuple(parameter.type.choices))
+    assert offered["device"] == {get_args(Device), TORCH_DEVICES}
+    assert offered["precisions"] == {get_args(Precision)}
+    assert all(set(names) <= set(PRECISIONS) for names in offered["precision"])
+
+
+def untyped(tree: ast.AST) -> list[str]:
+    """Parameters and fields that hold such a name and are any string."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            name, annotation = node.arg, node.annotation
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name, annotation = node.target.id, node.annotation
+        else:
+            continue
+        # A field `device` says what computed, in words.
+        names = ("precision", "precisions", *(("device",) if isinstance(node, ast.arg) else ()))
+        if name in names and annotation is not None and "str" in ast.unparse(annotation):
+            found.append(f"{name}: {ast.unparse(annotation)}")
+    return found
+
+
+def test_no_precision_or_device_is_any_string():
+    found = {
+        path.relative_to(ROOT).as_posix(): names
+        for path in sources()
+        if (names := untyped(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert found == {}
+
+
+def test_a_planted_string_is_found():
+    assert untyped(ast.parse("def f(precision: str, device: str | None): 0"))
+    assert untyped(ast.parse("class C:\n    precision: str = 'int8'"))
+    assert not untyped(ast.parse("def f(precision: Precision, device: Device = 'cpu'): 0"))
