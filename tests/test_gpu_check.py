@@ -25,10 +25,17 @@ def report_of(stem):
 
 
 @pytest.fixture(scope="module")
-def dry(tmp_path_factory):
-    """What a dry run by this interpreter leaves: process, report, table."""
-    stem = tmp_path_factory.mktemp("dry") / "report"
-    ran = run_command(leashed([sys.executable, "-m", "tests.gpu", "--dry", "--report", str(stem)]))
+def dry(tmp_path_factory, workshop, branches):
+    """What a dry run by this interpreter leaves: process, report, table.
+
+    Its model is traced already: for the bundle ``branches``.
+    """
+    folder = tmp_path_factory.mktemp("dry")
+    stem, workbench = folder / "report", folder / "workbench"
+    workbench.mkdir()
+    (workbench / "cache").symlink_to(workshop.cache)
+    options = ["--dry", "--report", str(stem), "--workbench", str(workbench)]
+    ran = run_command(leashed([sys.executable, "-m", "tests.gpu", *options]))
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
     return ran, report_of(stem), Files(stem).text.read_text()
 

@@ -11,10 +11,11 @@ import click
 
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
+from hhdeploy.loadtest.abuse.kinds import KINDS
 
 if TYPE_CHECKING:
     from hhdeploy.loadtest.report import Latencies, Report
-    from hhdeploy.loadtest.run import Start
+    from hhdeploy.loadtest.run import Start, Subject
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,10 +57,21 @@ _OPTIONS = (
                  help="--serve: rows of the bank; less than --adapters to see evictions."),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(0),
                  help="--serve: of variants, images, times and changes."),
+    click.option(
+        "--abuse",
+        multiple=True,
+        type=click.Choice([*KINDS, "all"]),
+        help="--serve: 4 honest clients at half of saturation beside one that means harm. "
+        "Repeatable.",
+    ),
+    click.option("--seconds", default=60.0, show_default=True,
+                 type=click.FloatRange(0, min_open=True),
+                 help="--abuse: of each kind, and of its control."),
 )  # fmt: skip
 _ONLY_SERVE = frozenset(
-    "adapters requests clients rate skew churn images_per_request slots seed".split()
+    "adapters requests clients rate skew churn images_per_request slots seed abuse".split()
 )
+_NEVER_ABUSE = frozenset("requests clients rate churn images_per_request".split())
 _NEVER_SERVE = frozenset("against batches runs".split())
 
 
@@ -70,12 +82,16 @@ def serve_options(command: F) -> F:
     return command
 
 
-def check_options(serve: bool) -> None:
-    """Refuse options that would do nothing, with or without ``--serve``."""
+def check_load_options(serve: bool, abuse: bool) -> None:
+    """Refuse options that would do nothing, with or without ``--serve`` and ``--abuse``."""
     if serve:
         ui.refuse_unused(_NEVER_SERVE, "does not go with --serve")
     else:
         ui.refuse_unused(_ONLY_SERVE, "needs --serve")
+    if abuse:
+        ui.refuse_unused(_NEVER_ABUSE, "does not go with --abuse")
+    else:
+        ui.refuse_unused({"seconds"}, "needs --abuse")
 
 
 def server_command(bundle: Path, **options: object) -> list[str]:
@@ -107,7 +123,27 @@ def bench_server(
 
     for module in ("uvicorn", "starlette", "prometheus_client", "aiohttp"):
         require(module, "serve", "hhdeploy bench --serve")
-    from hhdeploy.loadtest.run import Subject, run_load_test
+    from hhdeploy.loadtest.run import Subject
+
+    subject = Subject(bundle, options["adapters"], device, precision, threads)
+    serving = {
+        "precision": precision,
+        "threads": threads,
+        "slots": options["slots"],
+        "cache_dir": options["cache_dir"],
+        "no_cache": options["no_cache"] or None,
+    }
+    if options["abuse"]:
+        from hhdeploy.cli.bench_abuse import bench_abuse
+
+        return bench_abuse(subject, serving, as_json=as_json, options=options)
+    return _bench_load(subject, serving, as_json=as_json, options=options)
+
+
+def _bench_load(
+    subject: Subject, serving: dict[str, Any], *, as_json: bool, options: dict[str, Any]
+) -> int:
+    from hhdeploy.loadtest.run import run_load_test
     from hhdeploy.loadtest.traffic import Load
 
     load = Load(
@@ -119,17 +155,12 @@ def bench_server(
         images=options["images_per_request"],
         seed=options["seed"],
     )
-    subject = Subject(bundle, options["adapters"], device, precision, threads)
 
     def command(start: Start) -> list[str]:
         return server_command(
-            bundle,
+            subject.bundle,
+            **serving,
             device=start.device,
-            precision=precision,
-            threads=threads,
-            slots=options["slots"],
-            cache_dir=options["cache_dir"],
-            no_cache=options["no_cache"] or None,
             model_name=start.model,
             adapters_dir=start.fleet,
             token_file=start.token_file,
@@ -139,9 +170,9 @@ def bench_server(
     with ui.phased_steps(as_json) as (step, phase):
         report = run_load_test(subject, load, command, step, phase)
     if as_json:
-        ui.print_json({"precision": precision, **report.to_json()})
+        ui.print_json({"precision": subject.precision, **report.to_json()})
     else:
-        _show(report, bundle.name, options["adapters"])
+        _show(report, subject.bundle.name, subject.adapters)
     return 0 if report.passed else 1
 
 

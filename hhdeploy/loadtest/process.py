@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from hhdeploy.errors import SessionError
 
-_ANNOUNCED = re.compile(r"http://[^:\s]+:\d+")
+_ANNOUNCED = re.compile(r"(?P<http>http://[^:\s]+:\d+)(, gRPC [^:\s]+:(?P<grpc>\d+))?")
 # Longer than the server takes to give up a request that is under way.
 _STOP_SECONDS = 60.0
 _SHOWN = 2000
@@ -23,13 +24,24 @@ class Server:
 
     Attributes:
         url: where it listens.
+        grpc_port: on the same host; 0 without gRPC.
         log: file of its standard error.
+        pid: of its process.
         code: its exit code, once the block that runs it is left; None: it had to be killed.
     """
 
     url: str
+    grpc_port: int
     log: Path
+    pid: int
     code: int | None = None
+
+    def resident_bytes(self) -> int | None:
+        """Memory of its process and of those that it started; None where `/proc` does not tell."""
+        try:
+            return _resident_bytes(self.pid)
+        except OSError:
+            return None
 
 
 @contextlib.contextmanager
@@ -55,10 +67,21 @@ def running_server(command: Sequence[str], log: Path) -> Iterator[Server]:
                 process.wait()
                 said = line + log.read_text(errors="replace")[-_SHOWN:]
                 raise SessionError(f"the server did not start: {said.strip()}")
-            server = Server(found.group(), log)
+            server = Server(found["http"], int(found["grpc"] or 0), log, process.pid)
             yield server
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.code = process.wait(_STOP_SECONDS)
         finally:
             process.kill()
+
+
+def _resident_bytes(pid: int) -> int:
+    place = Path("/proc", str(pid))
+    pages = int((place / "statm").read_text(encoding="ascii").split()[1])
+    size = pages * os.sysconf("SC_PAGESIZE")
+    for thread in (place / "task").iterdir():
+        for started in (thread / "children").read_text(encoding="ascii").split():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                size += _resident_bytes(int(started))
+    return size

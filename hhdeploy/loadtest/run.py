@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, Runner, one_of
 from hhdeploy.loadtest.client import Client
 from hhdeploy.loadtest.drive import Record, drive
-from hhdeploy.loadtest.expected import expect, image_pool, parity_bound
+from hhdeploy.loadtest.expected import Expectations, expect, image_pool, parity_bound
 from hhdeploy.loadtest.process import running_server
 from hhdeploy.loadtest.report import Report, make_report
 from hhdeploy.loadtest.traffic import Load, zipf_shares
-from hhdeploy.loadtest.variants import make_tasks
+from hhdeploy.loadtest.variants import Task, make_tasks
 from hhdeploy.runtime.backends import find_target
 from hhdeploy.runtime.session import open_bundle
 
 # Images that requests choose from.
 _POOL = 16
 # The server gives a request up earlier.
-_CLIENT_SECONDS = 60.0
-_MODEL = "bundle"
+CLIENT_SECONDS = 60.0
+MODEL = "bundle"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,63 @@ class Start:
     device: Runner
 
 
+@dataclass(frozen=True)
+class Stage:
+    """All that is there before a server is started.
+
+    Attributes:
+        start: what its command needs to know.
+        token: what loading adapters needs.
+        tasks: the adapters.
+        pool: float32 [pool, 3, H, W], images that requests choose from.
+        expected: what each version of each adapter says of them.
+        log: file for the server's standard error.
+    """
+
+    start: Start
+    token: str
+    tasks: Sequence[Task]
+    pool: NDArray[np.float32]
+    expected: Expectations
+    log: Path
+
+
+@contextlib.contextmanager
+def staged(
+    subject: Subject,
+    seed: int,
+    step: Callable[[str], None],
+    phase: Callable[[str, int, int], None],
+) -> Iterator[Stage]:
+    """Make a fleet, and compute what it must say; its files are there until the end of the block.
+
+    Raises:
+        HhdeployError: the bundle cannot be tested.
+    """
+    bundle = Bundle.open(subject.bundle)
+    bundle.manifest.check_logits_alone("a load test")
+    device = find_target(bundle.manifest, subject.device, subject.precision).device
+    bound = parity_bound(device, subject.precision)
+    with tempfile.TemporaryDirectory(prefix="hhdeploy-load-") as scratch:
+        root = Path(scratch)
+        start = Start(root / "fleet", root / "token", MODEL, device)
+        start.fleet.mkdir()
+        token = _write_token(start.token_file)
+        step(f"a fleet of {subject.adapters} adapters: the bundle's own, and variants of them")
+        tasks = make_tasks(bundle, subject.adapters, seed, start.fleet, root / "versions")
+        pool = image_pool(_POOL, bundle.manifest.input_size, seed)
+        step("what each version of each must say, from a session without a server")
+        with open_bundle(
+            bundle,
+            device=device,
+            precision=subject.precision,
+            threads=subject.threads,
+            partial=True,
+        ) as session:
+            expected = expect(session, tasks, pool, bound, _phase(phase, "adapters"))
+        yield Stage(start, token, tasks, pool, expected, root / "log")
+
+
 def run_load_test(
     subject: Subject,
     load: Load,
@@ -86,47 +147,27 @@ def run_load_test(
     Raises:
         HhdeployError: the bundle cannot be tested, or the server does not start.
     """
-    bundle = Bundle.open(subject.bundle)
-    bundle.manifest.check_logits_alone("a load test")
-    device = find_target(bundle.manifest, subject.device, subject.precision).device
-    bound = parity_bound(device, subject.precision)
-    with tempfile.TemporaryDirectory(prefix="hhdeploy-load-") as scratch:
-        root = Path(scratch)
-        start = Start(root / "fleet", root / "token", _MODEL, device)
-        start.fleet.mkdir()
-        token = _write_token(start.token_file)
-        step(f"a fleet of {subject.adapters} adapters: the bundle's own, and variants of them")
-        tasks = make_tasks(bundle, subject.adapters, load.seed, start.fleet, root / "versions")
-        pool = image_pool(_POOL, bundle.manifest.input_size, load.seed)
-        step("what each version of each must say, from a session without a server")
-        with open_bundle(
-            bundle,
-            device=device,
-            precision=subject.precision,
-            threads=subject.threads,
-            partial=True,
-        ) as session:
-            expected = expect(session, tasks, pool, bound, _phase(phase, "adapters"))
+    with staged(subject, load.seed, step, phase) as stage:
         step("starting the server")
-        with running_server(command(start), root / "log") as server:
+        with running_server(command(stage.start), stage.log) as server:
             step(f"{load.requests} requests to {server.url}")
-            shares = zipf_shares(len(tasks), load.skew, load.seed)
+            shares = zipf_shares(len(stage.tasks), load.skew, load.seed)
 
             async def ask() -> Record:
                 async with Client(
                     server.url,
-                    _MODEL,
-                    token,
+                    MODEL,
+                    stage.token,
                     # Changes do not wait for the requests' connections.
-                    connections=load.clients + len(tasks),
-                    seconds=_CLIENT_SECONDS,
+                    connections=load.clients + len(stage.tasks),
+                    seconds=CLIENT_SECONDS,
                 ) as client:
                     progress = _phase(phase, "requests")
-                    return await drive(client, load, tasks, pool, shares, progress)
+                    return await drive(client, load, stage.tasks, stage.pool, shares, progress)
 
             record = asyncio.run(ask())
         step("comparing the answers")
-        return make_report(record, expected, server.code, _phase(phase, "answers"))
+        return make_report(record, stage.expected, server.code, _phase(phase, "answers"))
 
 
 def _phase(phase: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:

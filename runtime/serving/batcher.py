@@ -6,9 +6,12 @@
     a batch runs, and the     requests wait for company: until a batch is full, or the first of
     session takes another     them has waited `max_wait`
 
-Waiting requests go in order of priority (lower first), then of arrival, and are never split. A
-request's place in the queue is its own from the moment it is taken, before its pictures are
-decoded: one that will not be answered is refused before it costs anything.
+Waiting requests go in order of priority (lower first), then of turn, and are never split. A turn is
+when a request would be done if all that wait got one image after the other in turn: of one size
+they go in order of arrival, and a small one never waits for many large ones (fair queueing, each
+request a flow of its own). A request's place in the queue is its own from the moment it is taken,
+before its pictures are decoded: one that will not be answered is refused before it costs anything.
+Only where the queue is full, a request gives its place up to one that is much smaller.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.runtime.backends import Ids, Images, Run
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, StoppingError
 
 _LOG = logging.getLogger("hhdeploy.serve")
-Images = NDArray[np.float32]
-Rows = NDArray[np.int64]
-Run = Callable[[Images, Rows | None], NDArray[np.float32]]
+# Times of its own size that a request's turn lies ahead of one which gives its place up for it.
+_MUCH = 4
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,11 @@ class Place:
 @dataclass(order=True)
 class _Job:
     priority: int
+    turn: float
     number: int
     place: Place = field(compare=False)
     images: Images = field(compare=False)
-    rows: Rows | None = field(compare=False)
+    rows: Ids | None = field(compare=False)
     done: Callable[[], None] = field(compare=False)
     answer: asyncio.Future[Computed] = field(compare=False)
     since: float = field(compare=False)
@@ -103,6 +107,8 @@ class Batcher:
         self._ready: list[_Job] = []
         self._ready_images = 0
         self._numbers = itertools.count()
+        # Images that each request has got since the start, had it waited all the time.
+        self._clock = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._taken = 0
@@ -126,7 +132,7 @@ class Batcher:
                 f"{count} images in one request: expected at most {self._max_batch} "
                 "(the server's `max_batch`)."
             )
-        if self.queued and self.queued + count > self._max_queued:
+        if self.queued and self.queued + count > self._max_queued and not self._make_room(count):
             raise BusyError(
                 f"{self.queued} images are waiting, at most {self._max_queued} may. Try again "
                 "later, or send less at a time."
@@ -148,7 +154,7 @@ class Batcher:
         self,
         place: Place,
         images: Images,
-        rows: Rows | None,
+        rows: Ids | None,
         *,
         priority: int = 0,
         done: Callable[[], None] = lambda: None,
@@ -165,9 +171,11 @@ class Batcher:
 
         Raises:
             FailedError: the session failed.
+            BusyError: the queue is full, and this request gave its place up.
         """
         job = _Job(
             priority,
+            self._clock + place.count,
             next(self._numbers),
             place,
             images,
@@ -183,9 +191,7 @@ class Batcher:
             return await job.answer
         except asyncio.CancelledError:
             if place.waits:
-                self._ready.remove(job)
-                heapq.heapify(self._ready)
-                self._ready_images -= place.count
+                self._remove(job)
                 done()
             raise
         finally:
@@ -204,6 +210,29 @@ class Batcher:
             place.waits = False
             self.queued -= place.count
             self.pending -= 1
+
+    def _remove(self, job: _Job) -> None:
+        self._ready.remove(job)
+        heapq.heapify(self._ready)
+        self._ready_images -= job.place.count
+
+    def _make_room(self, count: int) -> bool:
+        """Whether the last of those that wait made room for a request that is much smaller."""
+        last = max(self._ready, default=None)
+        if (
+            last is None
+            or last.turn - self._clock <= _MUCH * count
+            or self.queued - last.place.count + count > self._max_queued
+        ):
+            return False
+        self._remove(last)
+        self._leave_queue(last.place)
+        if not last.answer.done():
+            last.answer.set_exception(
+                BusyError("the queue is full, of smaller requests. Try again later.")
+            )
+        asyncio.get_running_loop().call_soon(last.done)
+        return True
 
     def _start_what_may(self) -> None:
         while self._ready and len(self._running) < self._contexts:
@@ -229,6 +258,7 @@ class Batcher:
             self._ready_images -= job.place.count
             self._leave_queue(job.place)
             batch.append(job)
+        self._clock += sum(j.place.count for j in batch) / (len(batch) + len(self._ready))
         return batch
 
     async def _answer(self, batch: list[_Job]) -> None:

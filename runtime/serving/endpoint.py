@@ -34,6 +34,7 @@ from hhdeploy.runtime.serving.messages import (
 )
 from hhdeploy.runtime.serving.metrics import Tally
 from hhdeploy.runtime.serving.outputs import ANSWERS, LABELS, LOGITS, PROBABILITIES
+from hhdeploy.runtime.serving.pacing import Paced
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.status import status_of
@@ -122,6 +123,11 @@ class LocalEndpoint:
         self.infer = service.infer
 
         self.refused = service.metrics.refused
+        # Their cost grows with the fleet, and a request for them is a line.
+        self._metrics = Paced(lambda: service.metrics.exposition(service.now()))
+        self._status = Paced(lambda: status_of(service))
+        self._all_statistics = Paced(self._statistics_of_all)
+        self._index = Paced(self._repository_index)
 
     @property
     def settings(self) -> ServeSettings:
@@ -189,10 +195,16 @@ class LocalEndpoint:
 
     async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
         """See `Endpoint.model_statistics`."""
-        names = [model] if model else [self.settings.model_name, *self._adapter_names()]
-        return {"model_stats": [self._statistics(name, version) for name in names]}
+        if not model:
+            self._service.alias(self.settings.model_name, version)
+            return {"model_stats": await self._all_statistics()}
+        return {"model_stats": [self._statistics(model, version)]}
 
-    def _statistics(self, model: str, version: str) -> dict[str, Any]:
+    def _statistics_of_all(self) -> list[dict[str, Any]]:
+        names = [self.settings.model_name, *self._adapter_names()]
+        return [self._statistics(name) for name in names]
+
+    def _statistics(self, model: str, version: str = "") -> dict[str, Any]:
         service = self._service
         alias, metrics = service.alias(model, version), service.metrics
         if alias is None:
@@ -219,6 +231,10 @@ class LocalEndpoint:
 
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """See `Endpoint.repository_index`."""
+        found = await self._index()
+        return [m for m in found if m["state"] == "READY" or not ready_only]
+
+    def _repository_index(self) -> list[dict[str, str]]:
         service = self._service
         found = [
             {
@@ -240,7 +256,7 @@ class LocalEndpoint:
                         "reason": status.problem or ("" if status.answers else "unloaded"),
                     }
                 )
-        return [m for m in found if m["state"] == "READY" or not ready_only]
+        return found
 
     async def load_adapter(self, name: str, upload: Upload | None) -> None:
         """See `Endpoint.load_adapter`."""
@@ -256,11 +272,11 @@ class LocalEndpoint:
 
     async def metrics(self) -> tuple[bytes, str]:
         """See `Endpoint.metrics`."""
-        return self._service.metrics.exposition(self._service.now())
+        return await self._metrics()
 
     async def status(self) -> dict[str, Any]:
         """See `Endpoint.status`."""
-        return status_of(self._service)
+        return await self._status()
 
     def _adapter_names(self) -> list[str]:
         """Adapters that requests may name."""

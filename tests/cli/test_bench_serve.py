@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 
 from hhdeploy.loadtest import process, run
+from hhdeploy.loadtest.abuse import run as abuse
+from hhdeploy.loadtest.abuse.kinds import KINDS
 from tests.workshop import contents
 
 SMALL = (
@@ -95,6 +97,24 @@ def test_a_server_that_is_killed_loses_requests(call, branches, monkeypatch):
     assert "does not answer" in result.stdout
 
 
+def test_abuse_of_every_kind_costs_nobody_else_an_answer(call, branches, monkeypatch):
+    monkeypatch.setattr(abuse, "SATURATION_SECONDS", 0.5)
+    monkeypatch.setattr(abuse, "SETTLE_SECONDS", 0.0)  # memory needs the real one, and is not held
+    result = call(
+        "bench", branches, "--serve", "--abuse", "all", "--seconds", "1", "--device", "cpu",
+        "--threads", "1", "--adapters", "6", "--json",
+    )  # fmt: skip
+    found = json.loads(result.stdout)
+    assert found["server_exit_code"] == 0
+    assert set(found["kinds"]) == set(KINDS)
+    for kind, siege in found["kinds"].items():
+        assert siege["answers_broken"] == [], (kind, siege["abused"]["faults"])
+        assert siege["abused"]["requests"] > 0
+        assert siege["abused"]["health"]["count"] > 0
+    for kind in ("json-gzip", "json-deflate", "json-nested"):
+        assert {"400", "413"} & set(found["kinds"][kind]["attacks"]), kind
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +122,9 @@ def test_a_server_that_is_killed_loses_requests(call, branches, monkeypatch):
         (("--rate", "3"), "--rate needs --serve"),
         (("--serve", "--runs", "3"), "--runs does not go with --serve"),
         (("--serve", "--batch", "3"), "--batch does not go with --serve"),
+        (("--abuse", "idle"), "--abuse needs --serve"),
+        (("--serve", "--seconds", "3"), "--seconds needs --abuse"),
+        (("--serve", "--abuse", "idle", "--rate", "3"), "--rate does not go with --abuse"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(call, branches, arguments, message):

@@ -20,7 +20,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST, EngineEntry, Range
 from hhdeploy.errors import HhdeployError
 from tests.support import TINY_ARGS, TINY_MODEL
-from tests.workshop import ROOT, copy_bundle
+from tests.workshop import BACKBONE_CLASSES, ROOT, copy_bundle
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import BackboneSpec
@@ -34,12 +34,11 @@ LATENCY_PROFILE: Range = (1, 8, 32)
 
 _STARTER = ROOT / "examples" / "starter"
 # Random models: timm's name and arguments, and the size of the adapters' values: ‖u‖² of about
-# 2.5 with 384 features.
+# 2.5 with 384 features. The tiny one is the workshop's, so that the suite's trace of it will do.
 _RANDOM: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
-    "vit-s": ("vit_small_patch16_224", {}, 0.08),
-    "tiny": (TINY_MODEL, TINY_ARGS, 0.2),
+    "vit-s": ("vit_small_patch16_224", {"num_classes": 17}, 0.08),
+    "tiny": (TINY_MODEL, {**TINY_ARGS, "num_classes": BACKBONE_CLASSES}, 0.2),
 }
-_CLASSES = 17
 # Two of one shape, and one of the other form.
 _ADAPTERS = ("alpha", "rival", "after")
 _IMAGES = 8
@@ -160,8 +159,8 @@ class Workbench:
         model, args, scale = _RANDOM[name]
         checkpoint, folder = self._root / f"{name}.safetensors", self._root / f"{name}-adapters"
         if not self._made(name):
-            _write_random(model, scale, checkpoint, folder)
-        spec = BackboneSpec(model, {**args, "num_classes": _CLASSES}, checkpoint)
+            _write_random(model, args, scale, checkpoint, folder)
+        spec = BackboneSpec(model, args, checkpoint)
         path = self._bundle(name, spec, {key: folder / key for key in _ADAPTERS})
         return Made(path, spec, _ADAPTERS[:2])
 
@@ -209,14 +208,16 @@ class Workbench:
         )
 
 
-def _write_random(model: str, scale: float, checkpoint: Path, folder: Path) -> None:
+def _write_random(
+    model: str, args: Mapping[str, Any], scale: float, checkpoint: Path, folder: Path
+) -> None:
     """Weights of a random model, and `_ADAPTERS` of it."""
     from safetensors.torch import save_file
 
     from hhdeploy.adapters.format import save_adapter
     from tests.support import random_adapter, tiny_backbone
 
-    backbone = tiny_backbone(model, num_classes=_CLASSES)
+    backbone = tiny_backbone(model, **args)
     facts = backbone.facts
     state = {key: t.contiguous() for key, t in backbone.model.state_dict().items()}
     save_file(state, checkpoint)
@@ -224,7 +225,7 @@ def _write_random(model: str, scale: float, checkpoint: Path, folder: Path) -> N
         random_adapter(facts, classes=11, seed=1, scale=scale),
         random_adapter(facts, reflection="orthogonal", r=2, classes=11, seed=2, scale=scale),
         random_adapter(
-            facts, form="sequential", targets=("proj", "fc2"), classes=5, seed=3, scale=scale
+            facts, form="sequential", targets=("proj", "fc2"), classes=3, seed=3, scale=scale
         ),
     )
     for key, adapter in zip(_ADAPTERS, made, strict=True):

@@ -91,7 +91,6 @@ SHARED = {
 
 # One of each structure that the exporters must handle.
 FAST = {
-    "swinv2": Architecture("swinv2_tiny_window8_256", WINDOWS),
     "eva02 separate": Architecture("eva02_base_patch14_224", {**VIT, **_NAMED}),
     "hiera": Architecture(
         "hiera_tiny_224",
@@ -132,6 +131,8 @@ OTHERS_SLOW = {
 }
 
 SLOW = {
+    # Its windows are Swin's, its biases BEiT's.
+    "swinv2": Architecture("swinv2_tiny_window8_256", WINDOWS),
     "eva02 fused": Architecture("eva02_tiny_patch14_224", {**VIT, **_NAMED}),
     "dinov3": Architecture("vit_small_patch16_dinov3", {**VIT, **_NAMED}),
     "deit3": Architecture("deit3_small_patch16_224", VIT),

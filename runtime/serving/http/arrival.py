@@ -8,9 +8,11 @@ Bodies are decompressed, and counted as long as they are held.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -24,6 +26,8 @@ MOST_HEAD_BYTES: Final = 1 << 16
 # What a client skips that waits for an answer, and how often it is sent to one that says no more.
 _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _LOOK_SECONDS: Final = 0.2
+# A body that takes longer to arrive makes room where there is none.
+SLOW_SECONDS: Final = 1.0
 
 
 def bounded_protocol(
@@ -116,13 +120,28 @@ def bounded_protocol(
     return BoundedProtocol
 
 
+@dataclass(eq=False)
+class _Arriving:
+    """A body that has not arrived as a whole; ``held`` bytes have."""
+
+    task: asyncio.Task[Any] | None
+    since: float
+    held: int = 0
+    given_up: bool = False
+
+
 class Bodies:
-    """The bodies that one server holds. Many small requests may be large together."""
+    """The bodies that one server holds. Many small requests may be large together.
+
+    Where they are too large together, those that arrive slowly make room: nobody can keep others
+    out with bodies that never end.
+    """
 
     def __init__(self, most: int) -> None:
         """``most``: bytes of all bodies at the same time."""
         self._most = most
         self._held = 0
+        self._arriving: set[_Arriving] = set()
 
     @asynccontextmanager
     async def read(self, request: Request, limit: int) -> AsyncIterator[bytes]:
@@ -136,32 +155,66 @@ class Bodies:
         declared = request.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
             raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
-        chunks: list[bytes] = []
-        size = held = 0
+        held = 0
         try:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise TooLargeError(f"the body is beyond {limit} bytes.")
-                held += self._take(len(chunk))
-                chunks.append(chunk)
-            body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            chunks.clear()
+            body = await self._arrived(request, limit)
+            held += len(body)
             encoding = request.headers.get("content-encoding", "")
             content = body
             if encoding:  # zlib lets go of the interpreter's lock
                 content = await asyncio.to_thread(decompressed, body, encoding, limit)
             if content is not body:
-                held += self._take(len(content))
+                self._take(len(content))
+                held += len(content)
             yield content
         finally:
             self._held -= held
 
-    def _take(self, size: int) -> int:
-        if self._held + size > self._most:
-            raise BusyError(
-                f"the bodies of all requests are {self._held} bytes, at most {self._most} are "
-                "taken. Try again later."
-            )
+    async def _arrived(self, request: Request, limit: int) -> bytes:
+        """The body as it came, whose bytes are counted as held."""
+        chunks: list[bytes] = []
+        size = 0
+        arriving = _Arriving(asyncio.current_task(), time.monotonic())
+        self._arriving.add(arriving)
+        try:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise TooLargeError(f"the body is beyond {limit} bytes.")
+                self._take(len(chunk), arriving)
+                arriving.held += len(chunk)
+                chunks.append(chunk)
+            arriving.held = 0  # it is the caller's
+        except asyncio.CancelledError:
+            if not arriving.given_up:
+                raise
+            getattr(arriving.task, "uncancel", int)()  # Python 3.10 does not count
+            raise self._busy() from None
+        finally:
+            self._arriving.discard(arriving)
+            self._held -= arriving.held
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _take(self, size: int, own: _Arriving | None = None) -> None:
+        while self._held + size > self._most:
+            begun = time.monotonic() - SLOW_SECONDS
+            slow = [each for each in self._arriving if each.since < begun and each.held]
+            largest = max(slow, key=lambda each: each.held, default=own)
+            if largest is None or largest is own:
+                raise self._busy()
+            self._give_up(largest)
         self._held += size
-        return size
+
+    def _give_up(self, slow: _Arriving) -> None:
+        self._arriving.discard(slow)
+        self._held -= slow.held
+        slow.held, slow.given_up = 0, True
+        if slow.task is not None:
+            slow.task.cancel()
+
+    def _busy(self) -> BusyError:
+        return BusyError(
+            f"the bodies of all requests are {self._held} bytes, at most {self._most} are taken, "
+            f"and of those that take longer than {SLOW_SECONDS:g} s to arrive less. Try again "
+            "later."
+        )

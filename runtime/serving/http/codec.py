@@ -38,6 +38,10 @@ HEADER_LENGTH = "inference-header-content-length"
 _PIECE, _MOST_MEMBERS = 1 << 16, 1024
 # Levels of JSON: a tensor of eight dimensions in a request has eleven.
 _DEEPEST = 32
+# Of JSON: a request, its inputs and outputs, and the parameters of each are 65.
+_MOST_OBJECTS = 1024
+# Beside as many lists, one for so many bytes: a row of an image has more.
+_LIST_BYTES = 32
 # Inputs and outputs of a request; a model has two and three.
 _MOST_TENSORS = 16
 # Of a request, an input or an output; a handful have a meaning.
@@ -95,7 +99,7 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
         RequestError: it is not one.
     """
     text = bytes(body)
-    _check_depth(text)
+    _check_structure(text)
     try:
         content = json.loads(text or b"{}")
     except (ValueError, RecursionError) as error:
@@ -105,17 +109,26 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
     return content
 
 
-def _check_depth(text: bytes) -> None:
-    """Raises `RequestError` for JSON that is nested without end, before it is parsed."""
+def _check_structure(text: bytes) -> None:
+    """Raises `RequestError` for JSON that is nested without end, or is nearly all brackets.
+
+    Before it is parsed: an object or a list takes many times a number's time and memory.
+    """
     if text.count(b"[") + text.count(b"{") <= _DEEPEST:
         return
     plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes ends strings
     found = np.frombuffer(plain, np.uint8)
     outside = np.logical_not(np.cumsum(found == ord('"'), dtype=np.int32) & 1)
-    steps = np.isin(found, (ord("["), ord("{"))).astype(np.int8)
-    steps -= np.isin(found, (ord("]"), ord("}")))
+    objects, lists = found == ord("{"), found == ord("[")
+    steps = (objects | lists).astype(np.int8)
+    steps -= (found == ord("]")) | (found == ord("}"))
     if np.cumsum(steps * outside, dtype=np.int32).max(initial=0) > _DEEPEST:
         raise RequestError(f"the body is not JSON of at most {_DEEPEST} levels.")
+    if np.count_nonzero(objects & outside) > _MOST_OBJECTS:
+        raise RequestError(f"the body is not JSON of at most {_MOST_OBJECTS} objects.")
+    most = _MOST_OBJECTS + len(text) // _LIST_BYTES
+    if np.count_nonzero(lists & outside) > most:
+        raise RequestError(f"the body is not JSON of at most {most} lists: too short ones.")
 
 
 def json_length(body: bytes, header_length: str | None, most: int | None = None) -> int:
@@ -213,11 +226,11 @@ def write_response(response: InferResponse, request: InferRequest) -> tuple[byte
     content["outputs"] = outputs
     if response.id:
         content["id"] = response.id
-    head = json_bytes(content)
+    head = compact_json(content)
     return b"".join([head, *tail]), len(head) if tail else None
 
 
-def json_bytes(content: Any) -> bytes:
+def compact_json(content: Any) -> bytes:
     """JSON in ASCII: whatever a request made us quote can be written."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -33,11 +34,19 @@ SMALL: Final = 256 << 10
 _MOST_WAITING = 32 << 20
 # Objects of JSON take up to 30 times their text.
 _MEMORY = 2 << 30
-# The allocator keeps what one large body took: above this another process goes on.
-_KEPT = 192 << 20
+# The allocator keeps what one large body took: with so much more than at its start another process
+# goes on.
+_KEPT = 48 << 20
 _LENGTH = struct.Struct("<Q")
 # Below the server's own threads.
 _NICE = 5
+
+
+@dataclass
+class _Ticket:
+    """A body's place; ``left``: nobody waits for it any more."""
+
+    left: bool = False
 
 
 class Parser:
@@ -50,7 +59,7 @@ class Parser:
         # Bytes of the bodies that the process is at or that wait for it.
         self._waiting = 0
         # The body that the process is at.
-        self._current: object = None
+        self._current: _Ticket | None = None
 
     async def request(
         self, model: str, version: str, body: bytes, header_length: str | None
@@ -82,7 +91,7 @@ class Parser:
                 f"{self._waiting} bytes of JSON wait to be read, at most {_MOST_WAITING} may. Try "
                 "again later, or send tensors as binary data."
             )
-        ticket = object()
+        ticket = _Ticket()
         self._waiting += size
         answer = asyncio.get_running_loop().run_in_executor(
             self._thread, self._exchange, ticket, read, arguments
@@ -92,6 +101,7 @@ class Parser:
             return await answer
         except asyncio.CancelledError:
             with self._lock:
+                ticket.left = True
                 # Else it waits, and is not begun any more.
                 if self._current is ticket and self._process is not None:
                     self._current = None
@@ -102,11 +112,14 @@ class Parser:
             self._waiting -= size
             del answer  # the traceback of its exception holds this frame
 
-    def _exchange(self, ticket: object, read: Callable[..., Any], arguments: object) -> Any:
+    def _exchange(self, ticket: _Ticket, read: Callable[..., Any], arguments: object) -> Any:
         """On the thread: a body to the process, and what comes back."""
         process = self._process or _start()
         with self._lock:
-            self._process, self._current = process, ticket
+            self._process = process
+            if ticket.left:  # while the process was started
+                return None
+            self._current = ticket
         try:
             assert process.stdin is not None and process.stdout is not None
             _send(process.stdin, (read, arguments))
@@ -144,7 +157,7 @@ class Parser:
 
 def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+        [sys.executable, "-c", f"from {__name__} import parse_for_parent; parse_for_parent()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
@@ -169,13 +182,14 @@ def _receive(stream: IO[bytes]) -> Any:
     return pickle.loads(content)
 
 
-def serve() -> None:
+def parse_for_parent() -> None:
     """The process: bodies from standard input, messages to standard output, until the end."""
     os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     # What is printed by mistake is no message.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    most = _resident_bytes() + _KEPT
     while True:
         try:
             read, arguments = _receive(sys.stdin.buffer)
@@ -183,7 +197,7 @@ def serve() -> None:
             return
         good, found = _answer(read, arguments)
         del arguments
-        _send(out, (good, found, _resident_bytes() > _KEPT))
+        _send(out, (good, found, _resident_bytes() > most))
         del found
 
 

@@ -188,7 +188,7 @@ def test_a_batch_is_never_larger_and_a_request_never_split():
         answers = await asyncio.gather(*first, *later)
         for answer, mark, count in zip(answers, (1, 2, 3, 4, 5), (1, 3, 2, 1, 4), strict=True):
             check(answer, mark, count)
-        assert harness.gate.batches == [[1], [2] * 3, [3, 3, 4], [5] * 4]
+        assert harness.gate.batches == [[1], [4, 3, 3], [2] * 3, [5] * 4]
 
     play(scene, max_batch=4)
 
@@ -260,6 +260,39 @@ def test_priorities_then_arrival():
     play(scene, max_batch=1)
 
 
+def test_a_small_request_does_not_wait_for_many_large_ones():
+    async def scene(harness):
+        tasks = await harness.asking(1, count=8)
+        await harness.gate.begun(1)
+        tasks += await harness.asking(*range(2, 9), count=8)
+        harness.let_go(3)
+        await harness.gate.begun(4)
+        tasks += await harness.asking(99)
+        harness.let_go(100)
+        await asyncio.gather(*tasks)
+        marks = [batch[0] for batch in harness.gate.batches]
+        assert marks == [1, 2, 3, 4, 99, 5, 6, 7, 8]
+
+    play(scene, max_batch=8)
+
+
+def test_a_large_request_does_not_wait_for_small_ones_without_end():
+    async def scene(harness):
+        tasks = await harness.asking(1)
+        await harness.gate.begun(1)
+        tasks += await harness.asking(99, count=7)
+        for mark in range(2, 41):  # there is always a small one
+            tasks += await harness.asking(mark)
+            harness.let_go()
+            await harness.gate.begun(mark)
+        harness.let_go(100)
+        await asyncio.gather(*tasks)
+        marks = [batch[0] for batch in harness.gate.batches]
+        assert 7 <= marks.index(99) <= 14
+
+    play(scene, max_batch=7)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -276,11 +309,32 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room():
         assert harness.batcher.queued == 3
         harness.let_go(2)
         await asyncio.gather(*tasks)
-        assert harness.gate.batches == [[1], [2, 2, 4]]
+        assert harness.gate.batches == [[1], [4, 2, 2]]
         harness.let_go()
         check(await harness.ask(6), 6)
 
     play(scene, max_queued=3)
+
+
+def test_in_a_full_queue_a_large_request_gives_its_place_to_a_small_one():
+    async def scene(harness):
+        tasks = await harness.asking(1, count=13)
+        await harness.gate.begun(1)
+        stays, leaves = await harness.asking(2, 3, count=13)
+        with pytest.raises(BusyError, match="26 images are waiting"):  # 13 are not much more
+            await harness.ask(4, count=4)
+        tasks += await harness.asking(5, count=3)
+        with pytest.raises(BusyError, match="of smaller requests"):
+            await leaves
+        assert harness.batcher.queued == 16
+        await until(lambda: 3 in harness.done)
+        harness.let_go(100)
+        for answer, mark, count in zip(
+            await asyncio.gather(*tasks, stays), (1, 5, 2), (13, 3, 13), strict=True
+        ):
+            check(answer, mark, count)
+
+    play(scene, max_batch=13, max_queued=28)
 
 
 def test_a_place_counts_before_its_images_are_ready():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
+from hhdeploy.runtime.serving.http import parsing
 from hhdeploy.runtime.serving.http.codec import json_length, read_object, read_request
 from hhdeploy.runtime.serving.http.parsing import Parser
 
@@ -132,6 +133,27 @@ def test_more_than_may_wait_is_refused():
     run(scene)
 
 
+def test_one_that_is_given_up_while_its_process_starts_is_not_begun(monkeypatch):
+    begun, start = threading.Event(), parsing._start
+
+    def started() -> subprocess.Popen:
+        begun.set()
+        time.sleep(0.2)
+        return start()
+
+    monkeypatch.setattr(parsing, "_start", started)
+
+    async def scene() -> None:
+        async with reading() as parser:
+            long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
+            await asyncio.to_thread(begun.wait)
+            long.cancel()
+            await asyncio.wait([long])
+            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+
+    run(scene)
+
+
 def test_a_process_that_dies_fails_one_request():
     async def scene() -> None:
         async with reading() as parser:
@@ -159,7 +181,7 @@ def test_a_process_whose_memory_has_grown_ends():
         async with reading() as parser:
             await parser.content(body())
             first = parser._process
-            await parser._elsewhere(1, operator.mul, b"x", 200 << 20)
+            await parser._elsewhere(1, operator.mul, b"x", 100 << 20)
             assert first.poll() is not None
             assert (await parser.request("tiny", "", body(), None)).id == "seven"
 
@@ -171,6 +193,23 @@ def test_a_process_whose_memory_has_grown_ends():
 def test_nesting_without_end(levels, opened):
     with pytest.raises(RequestError, match="at most 32 levels"):
         read_object(opened * levels)
+
+
+@pytest.mark.parametrize("objects", [1024, 1025])
+def test_objects_without_end(objects):
+    text = json.dumps({"a{": [{"b": '{"{'}] * (objects - 1)}).encode()
+    if objects == 1024:
+        assert len(read_object(text)["a{"]) == 1023
+        return
+    with pytest.raises(RequestError, match="at most 1024 objects"):
+        read_object(text)
+
+
+def test_lists_of_next_to_nothing():
+    rows = [[0.5] * 16] * 5000
+    assert read_object(json.dumps({"data": rows}).encode()) == {"data": rows}
+    with pytest.raises(RequestError, match="lists: too short ones"):
+        read_object(json.dumps({"data": [[0.5]] * 5000}).encode())
 
 
 def test_brackets_in_strings_nest_nothing():

@@ -28,6 +28,7 @@ from hhdeploy.runtime.serving import server as server_module
 from hhdeploy.runtime.serving.access import tokens as tokens_module
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.errors import UnauthorizedError
+from hhdeploy.runtime.serving.http import arrival
 from hhdeploy.runtime.serving.server import Addresses, serve
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -427,7 +428,9 @@ def test_bodies_beyond_the_limit(server):
     assert server.request("POST", "/v2/repository/index", bytes(2 << 20))[0] == 413
 
 
-def test_many_bodies_are_too_large_together(small):
+def test_many_bodies_are_too_large_together(small, monkeypatch):
+    monkeypatch.setattr(arrival, "SLOW_SECONDS", 10.0 * PATIENCE)
+
     async def scene() -> None:
         async with served(small, bodies_bytes=100_000) as port:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -443,6 +446,32 @@ def test_many_bodies_are_too_large_together(small):
                 await asyncio.sleep(0.01)  # until the server saw that the first client left
 
     asyncio.run(asyncio.wait_for(scene(), AND_A_START))
+
+
+def test_a_body_that_never_ends_makes_room_for_others(small, monkeypatch):
+    """The largest of those that are slow, and no other."""
+    monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.05)
+
+    async def scene() -> None:
+        async with served(small, bodies_bytes=100_000) as port:
+            held = []
+            for size in (41_000, 23_000):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head(content_length=60_000) + bytes(size))
+                held.append((reader, writer))
+            (slow, _), (other, writer) = held
+            refused = asyncio.ensure_future(slow.readuntil(b"\r\n\r\n"))
+            body = head(content_length=59_000, connection="close") + bytes(59_000)
+            while not refused.done():  # until both have arrived so far, and are slow
+                assert status_of(await exchange(port, body)) in (400, 429)
+            assert status_of(refused.result()) == 429
+            assert status_of(await exchange(port, body)) == 400
+            writer.write(bytes(37_000))
+            assert status_of(await other.readuntil(b"\r\n\r\n")) == 400
+            for _, each in held:
+                each.close()
+
+    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
 
 
 def test_pictures_that_cost_more_than_their_bytes(server):
