@@ -358,7 +358,7 @@ class Manifest:
             tuple(AdapterEntry.from_json(a) for a in content["adapters"]),
             RowLayout.from_json(content["row"]) if content["row"] is not None else None,
             content["bank_as_constant"],
-            {_known(PRECISIONS, p, "graph"): name for p, name in content["graphs"].items()},
+            {_known(PRECISIONS, p, "graph"): name for p, name in dict(content["graphs"]).items()},
             tuple(EngineEntry.from_json(e) for e in content["engines"]),
             dict(content["files"]),
             dict(content["versions"]),
