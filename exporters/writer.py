@@ -30,7 +30,7 @@ from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
-from hhdeploy.exporters.portable.form import Form
+from hhdeploy.exporters.portable.form import GraphForm
 from hhdeploy.exporters.portable.pictures import write_picture_graphs
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
@@ -39,7 +39,7 @@ from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
 from hhdeploy.verifying.reference import Reference
 
-_PLAIN = Form()
+_PLAIN = GraphForm()
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -172,7 +172,7 @@ def write_bundle(
     contents: Contents,
     precisions: Sequence[TypedPrecision],
     reference: Callable[[], Reference] | None,
-    form: Form = _PLAIN,
+    form: GraphForm = _PLAIN,
 ) -> Manifest:
     """Write everything into an existing, empty directory; the manifest last.
 

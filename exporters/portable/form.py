@@ -26,7 +26,7 @@ _LARGEST = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
-class Form:
+class GraphForm:
     """How the graphs of an export are written.
 
     Attributes:

@@ -78,6 +78,7 @@ _GREY_NUMBERS = """,
     float[1, 3, 1, 1] grey_weights = {19595, 38470, 7471},
     float grey_half = {32768}, float grey_unit = {0.0000152587890625}"""
 
+# `up`: Pillow rounds halves up, and of whole ratios there are many, where float32 is a little less.
 _GRAPH = """
 <ir_version: %(ir)d, opset_import: ["": %(opset)d]>
 preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, int64[2] resize,
@@ -85,8 +86,8 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
 <
     int64[1] zero = {0}, int64[1] first = {1}, int64[2] none = {0, 0}, int64[2] ones = {1, 1},
     int64[2] two = {2, 2}, int64[2] axes = {2, 3}, int64[2] batch_and_channels = {1, %(c)d},
-    int64[4] by_channel = {1, %(c)d, 1, 1}, float half = {0.5}, float black = {0},
-    float white = {255}%(grey_numbers)s
+    int64[4] by_channel = {1, %(c)d, 1, 1}, float half = {0.5}, float up = {0.50006103515625},
+    float black = {0}, float white = {255}%(grey_numbers)s
 >
 {
     size = Shape<end=2>(image)
@@ -107,13 +108,13 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
     %(once)s
     once_size = Concat<axis=0>(batch_and_channels, once)
     once_exact = Resize<%(resize)s>(source, , , once_size)
-    once_half = Add(once_exact, half)
-    once_whole = Floor(once_half)
+    once_up = Add(once_exact, up)
+    once_whole = Floor(once_up)
     once_levels = Clip(once_whole, black, white)
     small_size = Concat<axis=0>(batch_and_channels, target)
     small_exact = Resize<%(resize)s>(once_levels, , , small_size)
-    small_half = Add(small_exact, half)
-    small_whole = Floor(small_half)
+    small_up = Add(small_exact, up)
+    small_whole = Floor(small_up)
     small = Clip(small_whole, black, white)
 
     lacking_or_less = Sub(crop, target)

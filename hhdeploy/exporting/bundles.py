@@ -27,8 +27,8 @@ from hhdeploy.bundle.manifest import (
     Manifest,
     write_manifest,
 )
+from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
-from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
@@ -136,13 +136,13 @@ def export(
         require(package, "export", "exporting")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
-    from hhdeploy.exporters.portable.form import Form
+    from hhdeploy.exporters.portable.form import GraphForm
     from hhdeploy.exporters.trace import default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
 
     _check_precisions(precisions)
-    form = Form(opset, single_file)
+    form = GraphForm(opset, single_file)
     check_outputs(outputs, reserve)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)

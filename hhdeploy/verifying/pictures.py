@@ -24,7 +24,7 @@ from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.errors import ParityError, require
 from hhdeploy.parity import LEVELS, ParityReport, StageResult
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, Preprocess, as_rgb, open_image
-from hhdeploy.verifying.answers import compared, logits_of, names_of
+from hhdeploy.verifying.answers import compared, logits_of, rows_covered
 
 # A cat, 451 x 300, by Stéfan van der Walt: public domain (CC0).
 PHOTO = Path(__file__).with_name("photo.jpg")
@@ -75,7 +75,7 @@ def check_pictures(bundle: Bundle, *, added_later: bool = False) -> dict[str, An
     graphs = _check_levels(bundle)
     if not graphs:
         return {}
-    answers = list(_answers(bundle, names_of(bundle.manifest, added_later=added_later)))
+    answers = list(_answers(bundle, rows_covered(bundle.manifest, added_later=added_later)))
     failed = ParityReport({}, [stage for stage in answers if stage.failures])
     if failed.stages:
         raise ParityError(

@@ -15,7 +15,7 @@ from hhdeploy.calibration.quantised import Float32Graph, find_scales
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import OptionError, PlanError
 from hhdeploy.exporters.portable import form as forms
-from hhdeploy.exporters.portable.form import Form
+from hhdeploy.exporters.portable.form import GraphForm
 from hhdeploy.exporters.trace import OPSET
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify
@@ -104,7 +104,7 @@ def test_weights_of_two_gigabytes_are_refused_in_one_file(monkeypatch, tiny_mode
 
 def test_an_unknown_opset_is_refused():
     with pytest.raises(OptionError, match="`opset=19`: expected 18 or 20"):
-        Form(19)
+        GraphForm(19)
 
 
 @pytest.fixture
