@@ -152,6 +152,8 @@ def calibrated(path: Path, precision: str) -> Path:
     feeds: list[dict[str, NDArray[Any]]] = [{"images": image[None]} for image in images]
     if found.manifest.layout is not None:
         rows = [a.row for a in found.manifest.adapters]
+        if found.manifest.backbone_classes:
+            rows.append(0)  # its features are not the adapters', and its range is what it needs
         for index, feed in enumerate(feeds):
             feed["adapter_ids"] = np.asarray([rows[index % len(rows)]], np.int64)
     data = CalibrationData.open(found, feeds, images=settings.images, seed=settings.seed)

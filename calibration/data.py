@@ -36,7 +36,7 @@ from hhdeploy.preprocess import open_image
 # Ranges of fewer images are accidents; with fewer than FEW a warning goes into the result.
 LEAST_IMAGES, FEW_IMAGES = 4, 32
 
-Source = str | Path | Iterable[Mapping[str, Any]]
+ImageSource = str | Path | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class CalibrationData:
         }
 
     @classmethod
-    def open(cls, bundle: Bundle, source: Source, *, images: int, seed: int) -> CalibrationData:
+    def open(
+        cls, bundle: Bundle, source: ImageSource, *, images: int, seed: int
+    ) -> CalibrationData:
         """Calibration data from whatever ``source`` is.
 
         Args:
@@ -109,7 +111,7 @@ class CalibrationData:
         return cls.of(Feeder(bundle), source, images=images, seed=seed)
 
     @classmethod
-    def of(cls, feeder: Feeder, source: Source, *, images: int, seed: int) -> CalibrationData:
+    def of(cls, feeder: Feeder, source: ImageSource, *, images: int, seed: int) -> CalibrationData:
         """As `open`, of a bundle whose adapters are known already."""
         if not isinstance(source, str | Path):
             return cls._from_arrays(feeder, "a Python iterable", source, images)

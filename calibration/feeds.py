@@ -98,13 +98,13 @@ class Feeder:
             yield adapter, np.ascontiguousarray(image, np.float32)
 
     def unmet(self, met: set[str | None]) -> tuple[str, ...]:
-        """A warning for every adapter without images."""
+        """A warning for every adapter without images, and for a backbone that answers too."""
         if self.folded:
             return ()
         return tuple(
-            f"no calibration images for adapter {name!r}: its activations may leave the "
-            "calibrated ranges"
-            for name in self._entries
+            f"no calibration images for {'the bare' if name == BACKBONE else 'adapter'} {name!r}: "
+            "its activations may leave the calibrated ranges"
+            for name in self.names
             if name not in met
         )
 

@@ -28,6 +28,8 @@ from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import PlanError
 from hhdeploy.graph import GraphLinear
 
+_FP8_OPSET = 19
+
 
 @dataclass(frozen=True)
 class Float32Graph:
@@ -138,9 +140,15 @@ def find_scales(
         cache: directory of earlier calibrations; None neither reads nor writes one.
 
     Raises:
-        PlanError: NNCF could not quantise it.
+        PlanError: NNCF could not quantise it, or its opset has no type of this precision.
         MissingDependencyError: NNCF is not installed.
     """
+    opset = graph.model.opset_imports[""]
+    if settings.precision == "fp8" and opset < _FP8_OPSET:
+        raise PlanError(
+            f"fp8: expected a graph of opset {_FP8_OPSET} or newer, which has its type; found "
+            f"{opset}. Export the bundle again with `opset=20`."
+        )
     versions = {"nncf": nncf_version()}
     key = cache_key(graph.sha256, data.digest, settings, versions)
     scales = read_cached(cache, key) if cache is not None else None

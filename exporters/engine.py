@@ -63,7 +63,7 @@ class BuiltEngine:
     seconds: float
 
 
-def check_options(backend: TensorRt, precision: Precision, options: BuildOptions) -> None:
+def check_build_options(backend: TensorRt, precision: Precision, options: BuildOptions) -> None:
     """What no bundle could make right.
 
     Raises:
@@ -128,7 +128,7 @@ def engine_from_onnx(
         graph: the ONNX file.
         backend: ``tensorrt`` or ``tensorrt-rtx``.
         shapes: input name -> dimensions.
-        options: checked by `check_options`; what the shapes say is not read from them.
+        options: checked by `check_build_options`; what the shapes say is not read from them.
         progress: called from TensorRT's threads.
 
     Raises:

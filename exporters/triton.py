@@ -74,7 +74,7 @@ def check_model_name(name: str) -> str:
     return name
 
 
-def check_options(options: TritonOptions) -> None:
+def check_triton_options(options: TritonOptions) -> None:
     """What no bundle could make right. Raises `OptionError` naming the option."""
     if options.name is not None:
         check_model_name(options.name)

@@ -30,6 +30,7 @@ from hhdeploy.errors import PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
+from hhdeploy.exporters.portable.form import GraphForm
 from hhdeploy.exporters.portable.pictures import write_picture_graphs
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
@@ -38,6 +39,7 @@ from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
 from hhdeploy.verifying.reference import Reference
 
+_PLAIN = GraphForm()
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -81,7 +83,7 @@ def whole_contents(base: BaseGraph) -> Contents:
         )
     task = problem_type_of(None, facts.classes)
     entry = AdapterEntry(WHOLE, None, facts.classes, None, facts.preprocess, False, task)
-    return Contents(base.model, _folded_manifest(base, entry), None, {})
+    return Contents(base.model.clone(), _folded_manifest(base, entry), None, {})
 
 
 def _folded_manifest(base: BaseGraph, entry: AdapterEntry) -> Manifest:
@@ -135,8 +137,11 @@ def graph_name(precision: Precision) -> str:
     return "model.onnx" if precision == "float32" else f"model.{precision}.onnx"
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph with its weights beside it, in ``<name>.data``."""
+def save_graph(model: ir.Model, path: Path, *, single_file: bool = False) -> None:
+    """Write a graph with its weights beside it, in ``<name>.data``, or inside of it."""
+    if single_file:
+        ir.save(model, path)
+        return
     ir.save(
         model,
         path,
@@ -167,6 +172,7 @@ def write_bundle(
     contents: Contents,
     precisions: Sequence[TypedPrecision],
     reference: Callable[[], Reference] | None,
+    form: GraphForm = _PLAIN,
 ) -> Manifest:
     """Write everything into an existing, empty directory; the manifest last.
 
@@ -176,12 +182,15 @@ def write_bundle(
         precisions: of further graphs; float32 is always written.
         reference: computes the training-time reference; called once the graphs are written and
             released. None writes none (the bundle then counts as unverified).
+        form: of the graphs.
     """
+    form.apply(contents.model, contents.manifest)
     graphs: dict[Precision, str] = {"float32": graph_name("float32")}
-    save_graph(contents.model, path / graphs["float32"])
+    save_graph(contents.model, path / graphs["float32"], single_file=form.single_file)
     for precision in precisions:
         graphs[precision] = graph_name(precision)
-        save_graph(typed_model(contents.model, precision), path / graphs[precision])
+        typed = typed_model(contents.model, precision)
+        save_graph(typed, path / graphs[precision], single_file=form.single_file)
     write_picture_graphs(path, contents.manifest.input_size[0])
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})

@@ -15,7 +15,7 @@ from hhdeploy.exporters.engine import (
     BuildOptions,
     Phases,
     Shape,
-    check_options,
+    check_build_options,
     engine_from_onnx,
 )
 from hhdeploy.files.scratch import scratch_directory
@@ -65,7 +65,7 @@ def build(
         one_of(PRECISIONS, precision, "precision"),
     )
     options = options or BuildOptions()
-    check_options(backend, precision, options)
+    check_build_options(backend, precision, options)
     import_tensorrt(backend)  # before anything slow
     bundle = Bundle.open(path)
     manifest = bundle.manifest

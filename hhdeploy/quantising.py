@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.answers import Logits
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, calibration_files
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress
-from hhdeploy.calibration.data import CalibrationData, Source
-from hhdeploy.calibration.judging.accuracy import Accuracy, Logits, answers, compare_answers
+from hhdeploy.calibration.data import CalibrationData, ImageSource
+from hhdeploy.calibration.judging.accuracy import Accuracy, answers, compare_answers
 from hhdeploy.calibration.judging.exam import Exam, make_exam
 from hhdeploy.calibration.judging.findings import Findings, changed_images
 from hhdeploy.calibration.judging.guard import Guarded, guard, most_sensitive_first
@@ -59,7 +60,7 @@ class CalibrationOptions:
         lock_timeout: see `hhdeploy.bundle.store.edit`.
     """
 
-    eval_data: Source | None = None
+    eval_data: ImageSource | None = None
     max_drop: float | None = None
     report: str | Path | None = None
     device: Device = "cpu"
@@ -90,7 +91,7 @@ class CalibrationResult:
 
 def calibrate_bundle(
     path: str | Path,
-    data: Source,
+    data: ImageSource,
     settings: CalibrationSettings | None = None,
     options: CalibrationOptions | None = None,
     *,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-Run = Callable[[], object]
+Timed = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Paired:
         )
 
 
-def latency(run: Run, *, runs: int = 20, warmup: int = 2) -> Latency:
+def latency(run: Timed, *, runs: int = 20, warmup: int = 2) -> Latency:
     """Time one function."""
     for _ in range(warmup):
         run()
     return _summary([_milliseconds(run) for _ in range(runs)])
 
 
-def paired(a: Run, b: Run, *, pairs: int = 20, warmup: int = 2) -> Paired:
+def paired(a: Timed, b: Timed, *, pairs: int = 20, warmup: int = 2) -> Paired:
     """Time A and B in turn, the order swapped in every other pair, so that drift cancels."""
     for _ in range(warmup):
         a()
@@ -86,7 +86,7 @@ def paired(a: Run, b: Run, *, pairs: int = 20, warmup: int = 2) -> Paired:
     return Paired(_summary(times_a), _summary(times_b), middle, low, high)
 
 
-def _milliseconds(run: Run) -> float:
+def _milliseconds(run: Timed) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)

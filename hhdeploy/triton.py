@@ -21,7 +21,7 @@ from hhdeploy.exporters.triton import (
     adapters_json,
     check_model_name,
     check_numbers,
-    check_options,
+    check_triton_options,
     config_pbtxt,
     labels_txt,
     requestable,
@@ -103,7 +103,7 @@ def write_triton_repository(
         WriteError: OUT/NAME exists, or the file system refused.
     """
     options, out = options or TritonOptions(), Path(out)
-    check_options(options)
+    check_triton_options(options)
     bundle = Bundle.open(path)
     bundle.manifest.check_logits_alone("a repository of Triton")
     name = check_model_name(options.name or bundle.path.resolve().name)

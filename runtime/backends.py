@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,8 @@ from hhdeploy.errors import (
 Images = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Bank = NDArray[np.float32]
+# A graph, see `Backend.run`.
+Run = Callable[[Images, Ids | None], NDArray[np.float32]]
 
 # Those whose runs can be recorded as CUDA graphs.
 RECORDING_DEVICES: tuple[Runner, ...] = ("cuda", *BACKENDS)

@@ -75,7 +75,7 @@ def driver_library() -> str:
     return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
-def check(result: tuple[Any, ...]) -> Any:
+def result_of(result: tuple[Any, ...]) -> Any:
     """The value of a call of cuda-bindings, which returns (status,) or (status, value).
 
     Raises:
@@ -97,26 +97,26 @@ def find_gpu() -> Gpu:
         MissingDependencyError: cuda-bindings is not installed.
     """
     cudart = _cudart()
-    check(cudart.cudaGetDeviceCount())
+    result_of(cudart.cudaGetDeviceCount())
     use_gpu()
-    properties = check(cudart.cudaGetDeviceProperties(_DEVICE))
+    properties = result_of(cudart.cudaGetDeviceProperties(_DEVICE))
     return Gpu(properties.name.decode(), f"sm{properties.major}{properties.minor}")
 
 
 def use_gpu() -> None:
     """Select the session's GPU in this thread: the choice is each thread's own in CUDA."""
-    check(_cudart().cudaSetDevice(_DEVICE))
+    result_of(_cudart().cudaSetDevice(_DEVICE))
 
 
 @contextmanager
 def device_memory(size: int) -> Iterator[int]:
     """The address of ``size`` bytes on the GPU, not cleared."""
     cudart = _cudart()
-    address = int(check(cudart.cudaMalloc(size)))
+    address = int(result_of(cudart.cudaMalloc(size)))
     try:
         yield address
     finally:
-        check(cudart.cudaFree(address))
+        result_of(cudart.cudaFree(address))
 
 
 @contextmanager
@@ -128,14 +128,14 @@ def pinned_array(shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[A
     cudart = _cudart()
     kind = np.dtype(dtype)
     size = int(np.prod(shape)) * kind.itemsize
-    address = int(check(cudart.cudaMallocHost(size)))
+    address = int(result_of(cudart.cudaMallocHost(size)))
     try:
         memory = memoryview((ctypes.c_char * size).from_address(address))
         array = np.frombuffer(memory, kind).reshape(shape)
         array[...] = 0
         yield array
     finally:
-        check(cudart.cudaFreeHost(address))
+        result_of(cudart.cudaFreeHost(address))
 
 
 class Stream:
@@ -152,7 +152,7 @@ class Stream:
     def upload(self, target: int, source: NDArray[Any]) -> None:
         """Queue a copy of a contiguous array to an address on the GPU."""
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
-        check(
+        result_of(
             self._cudart.cudaMemcpyAsync(
                 target, source.ctypes.data, source.nbytes, kind, self.handle
             )
@@ -161,7 +161,7 @@ class Stream:
     def download(self, target: NDArray[Any], source: int) -> None:
         """Queue a copy from an address on the GPU that fills a contiguous array."""
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        check(
+        result_of(
             self._cudart.cudaMemcpyAsync(
                 target.ctypes.data, source, target.nbytes, kind, self.handle
             )
@@ -169,7 +169,7 @@ class Stream:
 
     def synchronize(self) -> None:
         """Wait for all work; errors of what ran show here."""
-        check(self._cudart.cudaStreamSynchronize(self.handle))
+        result_of(self._cudart.cudaStreamSynchronize(self.handle))
 
     @contextmanager
     def captured(self, work: Callable[[], None]) -> Iterator[Any]:
@@ -177,37 +177,37 @@ class Stream:
         cudart = self._cudart
         # Thread-local: the other threads of a server may allocate meanwhile.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        check(cudart.cudaStreamBeginCapture(self.handle, mode))
+        result_of(cudart.cudaStreamBeginCapture(self.handle, mode))
         try:
             work()
         except BaseException:
             # The stream is unusable until the capture has ended; its status is work's error again.
             cudart.cudaStreamEndCapture(self.handle)
             raise
-        recorded = check(cudart.cudaStreamEndCapture(self.handle))
+        recorded = result_of(cudart.cudaStreamEndCapture(self.handle))
         try:
-            graph = check(cudart.cudaGraphInstantiate(recorded, 0))
+            graph = result_of(cudart.cudaGraphInstantiate(recorded, 0))
         finally:
-            check(cudart.cudaGraphDestroy(recorded))
+            result_of(cudart.cudaGraphDestroy(recorded))
         try:
             yield graph
         finally:
-            check(cudart.cudaGraphExecDestroy(graph))
+            result_of(cudart.cudaGraphExecDestroy(graph))
 
     def replay(self, graph: Any) -> None:
         """Queue all that a graph recorded."""
-        check(self._cudart.cudaGraphLaunch(graph, self.handle))
+        result_of(self._cudart.cudaGraphLaunch(graph, self.handle))
 
 
 @contextmanager
 def open_stream() -> Iterator[Stream]:
     """A stream that does not wait for CUDA's default stream, which other libraries use."""
     cudart = _cudart()
-    handle = int(check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
+    handle = int(result_of(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
     try:
         yield Stream(handle)
     finally:
-        check(cudart.cudaStreamDestroy(handle))
+        result_of(cudart.cudaStreamDestroy(handle))
 
 
 def _cudart() -> ModuleType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,18 @@ from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, one_of
 from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import default_cache
-from hhdeploy.runtime.backends import HINTS, Backend, BackendOptions, find_target, open_backend
+from hhdeploy.runtime.backends import (
+    HINTS,
+    Backend,
+    BackendOptions,
+    Run,
+    find_target,
+    open_backend,
+)
 from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank, Hold
 
 if TYPE_CHECKING:
     from PIL import Image
-
-Run = Callable[[NDArray[np.float32], NDArray[np.int64] | None], NDArray[np.float32]]
 
 
 class Session:

@@ -233,19 +233,47 @@ def test_a_planted_silent_function_is_found():
     assert not silent_functions(ast.parse('def f():\n    """Says."""\nclass _C:\n    def g(): 0'))
 
 
-def nouns() -> dict[str, list[str]]:
-    """Public classes by name, and where each is."""
+def nouns(tree: ast.Module) -> list[str]:
+    """Public classes and type aliases of a module: Name is a type, NAME a constant."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            found += [name] if name[0].isupper() and not name.isupper() else []
+    return [name for name in found if not name.startswith("_")]
+
+
+def shared(modules: dict[str, ast.Module]) -> dict[str, list[str]]:
+    """Nouns that are in several modules, and where."""
     found: dict[str, list[str]] = defaultdict(list)
-    for path in sources():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found[node.name].append(path.relative_to(ROOT).as_posix())
-    return found
+    for path, tree in modules.items():
+        for name in nouns(tree):
+            found[name].append(path)
+    return {name: places for name, places in found.items() if len(places) > 1}
 
 
 def test_a_noun_has_one_meaning():
-    assert "Bundle" in nouns()
-    assert {name: places for name, places in nouns().items() if len(places) > 1} == {}
+    modules = {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sources()
+    }
+    assert "Bundle" in nouns(modules["hhdeploy/bundle/reading.py"])
+    assert shared(modules) == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "clash"),
+    [
+        ("class Site: 0", "Site = Literal['a']", {"Site"}),
+        ("Rows = NDArray", "Rows = NDArray", {"Rows"}),
+        ("class _Site: 0", "class _Site: 0", set()),
+        ("ROWS = 3", "ROWS = 4", set()),
+    ],
+)
+def test_a_planted_second_meaning_is_found(one, other, clash):
+    assert set(shared({"b.py": ast.parse(one), "c.py": ast.parse(other)})) == clash
 
 
 def test_progress_has_one_type():

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CLASSES, LABELS
 from hhdeploy.adapters.labels import mean_absolute_error, mean_average_precision
+from hhdeploy.bundle.answers import Logits
 from hhdeploy.calibration.judging.exam import Question
 from hhdeploy.parity import compare
 
 # images [batch, 3, H, W] and one adapter per image to logits [batch, classes]; a session's `run`.
-Run = Callable[[NDArray[np.float32], Sequence[str | None]], NDArray[np.float32]]
-Logits = NDArray[np.float32]
+Answering = Callable[[NDArray[np.float32], Sequence[str | None]], NDArray[np.float32]]
 _BATCH = 16
 # Of the range of all values.
 _SAME_VALUE = 0.01
@@ -197,7 +197,7 @@ class Accuracy:
         }
 
 
-def answers(run: Run, questions: Sequence[Question]) -> Logits:
+def answers(run: Answering, questions: Sequence[Question]) -> Logits:
     """Logits [n, classes] of all images, in batches that mix tasks as ``questions`` do."""
     batches = []
     for start in range(0, len(questions), _BATCH):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CLASSES, ProblemType
-from hhdeploy.calibration.data import CalibrationData, Source, choose_images
+from hhdeploy.calibration.data import CalibrationData, ImageSource, choose_images
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.preprocess import open_image
 
@@ -68,7 +68,7 @@ class Exam:
         return any(q.truth is not None for q in self.questions)
 
 
-def make_exam(source: Source, used: CalibrationData, *, seed: int) -> Exam:
+def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     """All images of ``source`` that calibration did not use; all of them if none is left.
 
     Args:
@@ -137,7 +137,7 @@ def _from_folder(
     return pairs
 
 
-def _from_arrays(feeder: Feeder, source: Source, seed: int) -> list[tuple[str, Question]]:
+def _from_arrays(feeder: Feeder, source: ImageSource, seed: int) -> list[tuple[str, Question]]:
     data = CalibrationData.of(feeder, source, images=_ALL, seed=seed)
     return [
         (

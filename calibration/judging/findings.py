@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CLASSES
-from hhdeploy.bundle.answers import softmax
+from hhdeploy.bundle.answers import Logits, softmax
 from hhdeploy.calibration.feeds import Feeder
-from hhdeploy.calibration.judging.accuracy import NEVER_SEEN, TWO_SIDED_95, Accuracy, Logits
+from hhdeploy.calibration.judging.accuracy import NEVER_SEEN, TWO_SIDED_95, Accuracy
 from hhdeploy.calibration.judging.exam import Exam, Question
 from hhdeploy.calibration.judging.guard import Guarded
 from hhdeploy.choices import Precision, QuantisedPrecision

@@ -72,12 +72,12 @@ def section(heading: str, *children: Markup | None) -> Markup:
     return tag("section", tag("h2", heading), *children)
 
 
-def note(text: str) -> Markup:
+def remark(text: str) -> Markup:
     """What the reader has to know of what follows."""
     return tag("p", text, class_="note")
 
 
-def table(
+def html_table(
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
     *,

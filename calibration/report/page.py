@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hhdeploy.calibration.judging.accuracy import TaskAccuracy
 from hhdeploy.calibration.judging.findings import Changed, Findings
-from hhdeploy.calibration.report.markup import Markup, document, note, section, table, tag
+from hhdeploy.calibration.report.markup import Markup, document, html_table, remark, section, tag
 from hhdeploy.calibration.report.pictures import png_of
 from hhdeploy.calibration.report.plots import drop_intervals, site_bars
 
@@ -53,14 +53,14 @@ def _accuracy(findings: Findings) -> Markup:
     labelled = accuracy.labelled
     return section(
         "Accuracy",
-        note(
+        remark(
             f"{accuracy.images} images from “{findings.exam.source}”, "
             f"{'none of them calibrated on' if accuracy.held_out else 'calibrated on'}; every "
             "batch mixes the tasks. Both graphs answer the same images, so the standard error is "
             "the paired one (McNemar): lost were right in float32 and are wrong now, gained the "
             "other way round. The mean is over tasks."
         ),
-        table(columns, rows, last=len(accuracy.tasks) > 1),
+        html_table(columns, rows, last=len(accuracy.tasks) > 1),
         *_intervals(labelled),
     )
 
@@ -72,7 +72,7 @@ def _intervals(labelled: Sequence[TaskAccuracy]) -> tuple[Markup, ...]:
         "Points of top-1 lost, with the 95 % interval: 1.96 standard errors, or 3 / n where no "
         "answer turned right or wrong (the rule of three)."
     )
-    return note(words), drop_intervals(labelled)
+    return remark(words), drop_intervals(labelled)
 
 
 def _task_row(task: TaskAccuracy) -> tuple[object, ...]:
@@ -100,11 +100,11 @@ def _guard(findings: Findings) -> Markup | None:
     kept = ", ".join(guarded.kept) or "none"
     return section(
         "Guard",
-        note(
+        remark(
             f"At most {guarded.max_drop:g} points of mean top-1 may be lost. Kept in floating "
             f"point for it, the most sensitive first: {kept}."
         ),
-        table(("sites kept", "drop, points", ""), trials),
+        html_table(("sites kept", "drop, points", ""), trials),
     )
 
 
@@ -129,13 +129,13 @@ def _sites(findings: Findings) -> Markup:
     others = ", ".join(findings.quantised.kept)
     return section(
         "Sites",
-        note(
+        remark(
             "Signal to noise of each Linear's output when it alone is quantised; hollow bars are "
             f"sites that stay in floating point ({len(findings.kept)} of {len(sites)}). Never "
             f"quantised: {others or 'nothing else'}."
         ),
         site_bars({name: info.sqnr_db for name, info in sites.items()}, set(findings.kept)),
-        tag("details", tag("summary", f"All {len(sites)} sites"), table(columns, rows)),
+        tag("details", tag("summary", f"All {len(sites)} sites"), html_table(columns, rows)),
     )
 
 
@@ -144,7 +144,7 @@ def _changed(findings: Findings) -> Markup | None:
         return None
     return section(
         "Images that quantisation moved most",
-        note("As the model sees them: resized and cropped. Answer and its probability."),
+        remark("As the model sees them: resized and cropped. Answer and its probability."),
         tag("div", *(_figure(findings, image) for image in findings.changed), class_="images"),
     )
 
@@ -181,13 +181,15 @@ def _cost(findings: Findings) -> Markup:
     ]
     return section(
         "Size and speed",
-        table(("graph and weights", "MB", "of float32"), sizes),
-        note(
+        html_table(("graph and weights", "MB", "of float32"), sizes),
+        remark(
             f"Latency on {findings.machine}, {findings.device}: medians of runs in turn, and the "
             "ratio float32 / quantised with its quartiles; above 1 the quantised graph is faster. "
             "Other machines and engines differ: measure there."
         ),
-        table(("batch", "float32, ms", f"{findings.precision}, ms", "speed-up (quartiles)"), times),
+        html_table(
+            ("batch", "float32, ms", f"{findings.precision}, ms", "speed-up (quartiles)"), times
+        ),
     )
 
 
@@ -199,7 +201,7 @@ def _settings(findings: Findings) -> Markup:
         *((f"data: {key}", _plain(value)) for key, value in quantised.data.items()),
         *((f"version: {key}", value) for key, value in quantised.versions.items()),
     ]
-    return section("Settings, data and versions", table(("", ""), rows, class_="settings"))
+    return section("Settings, data and versions", html_table(("", ""), rows, class_="settings"))
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

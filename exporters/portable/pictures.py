@@ -1,9 +1,9 @@
 """Graphs that make a model's input of a decoded picture, for those who have no Python.
 
 There is one for each crop mode and filter; the numbers of a transform are inputs, so that one file
-serves every adapter. Inside is what Pillow does: first the width is resized, then the height, and
-each result is rounded to whole levels. (Both axes in one Resize are rounded once, and up to 12
-levels off.)
+serves every adapter. Inside is what Pillow does: one axis is resized after the other, and each
+result is rounded to whole levels. (Both axes in one Resize are rounded once, and up to 12 levels
+off.)
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.parser
+from PIL import Image
 
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, graph_file
 
@@ -49,6 +51,21 @@ _RESIZE = {
     "bilinear": 'mode="linear", exclude_outside=1, antialias=1',
 }
 
+# The size after one of two steps. Pillow resizes the width first; later versions the height where
+# it shrinks by more than twice as many pixels as the width does.
+_WIDTH_FIRST = "once = Concat<axis=0>(rows, target_w)"
+_IN_TURN = """
+    width_first = Concat<axis=0>(rows, target_w)
+    height_first = Concat<axis=0>(target_h, columns)
+    fewer_rows = Sub(rows, target_h)
+    fewer_columns = Sub(columns, target_w)
+    twice_as_many = Add(fewer_columns, fewer_columns)
+    by_more = Greater(fewer_rows, twice_as_many)
+    shrinks = Greater(fewer_rows, zero)
+    is_height_first = And(by_more, shrinks)
+    once = Where(is_height_first, height_first, width_first)
+"""
+
 # Pillow's grey, in its integers: float32 holds all sums below 2^24.
 _GREY = """
     weighted = Mul(planes, grey_weights)
@@ -61,6 +78,7 @@ _GREY_NUMBERS = """,
     float[1, 3, 1, 1] grey_weights = {19595, 38470, 7471},
     float grey_half = {32768}, float grey_unit = {0.0000152587890625}"""
 
+# `up`: Pillow rounds halves up, and of whole ratios there are many, where float32 is a little less.
 _GRAPH = """
 <ir_version: %(ir)d, opset_import: ["": %(opset)d]>
 preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, int64[2] resize,
@@ -68,16 +86,18 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
 <
     int64[1] zero = {0}, int64[1] first = {1}, int64[2] none = {0, 0}, int64[2] ones = {1, 1},
     int64[2] two = {2, 2}, int64[2] axes = {2, 3}, int64[2] batch_and_channels = {1, %(c)d},
-    int64[4] by_channel = {1, %(c)d, 1, 1}, float half = {0.5}, float black = {0},
-    float white = {255}%(grey_numbers)s
+    int64[4] by_channel = {1, %(c)d, 1, 1}, float half = {0.5}, float up = {0.50006103515625},
+    float black = {0}, float white = {255}%(grey_numbers)s
 >
 {
     size = Shape<end=2>(image)
     rows = Shape<end=1>(image)
+    columns = Shape<start=1, end=2>(image)
     resize_h = Gather(resize, zero)
     resize_w = Gather(resize, first)
     %(wanted)s
     target = Max(wanted, ones)
+    target_h = Gather(target, zero)
     target_w = Gather(target, first)
 
     channels_first = Transpose<perm=[2, 0, 1]>(image)
@@ -85,15 +105,16 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
     planes = Cast<to=1>(levels)
     %(source)s
 
-    narrow_size = Concat<axis=0>(batch_and_channels, rows, target_w)
-    narrow_exact = Resize<%(resize)s>(source, , , narrow_size)
-    narrow_half = Add(narrow_exact, half)
-    narrow_whole = Floor(narrow_half)
-    narrow = Clip(narrow_whole, black, white)
+    %(once)s
+    once_size = Concat<axis=0>(batch_and_channels, once)
+    once_exact = Resize<%(resize)s>(source, , , once_size)
+    once_up = Add(once_exact, up)
+    once_whole = Floor(once_up)
+    once_levels = Clip(once_whole, black, white)
     small_size = Concat<axis=0>(batch_and_channels, target)
-    small_exact = Resize<%(resize)s>(narrow, , , small_size)
-    small_half = Add(small_exact, half)
-    small_whole = Floor(small_half)
+    small_exact = Resize<%(resize)s>(once_levels, , , small_size)
+    small_up = Add(small_exact, up)
+    small_whole = Floor(small_up)
     small = Clip(small_whole, black, white)
 
     lacking_or_less = Sub(crop, target)
@@ -126,6 +147,15 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
 
 
 @cache
+def _resizes_in_turn() -> bool:
+    """Whether the Pillow that is here resizes the height first where that is less work."""
+    levels = np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)
+    picture, bicubic = Image.fromarray(levels), Image.Resampling.BICUBIC
+    height_first = picture.resize((40, 7), bicubic).resize((39, 7), bicubic)
+    return picture.resize((39, 7), bicubic).tobytes() == height_first.tobytes()
+
+
+@cache
 def picture_graph(crop_mode: str, interpolation: str, channels: int) -> bytes:
     """An ONNX graph that does what `hhdeploy.preprocess.Preprocess` does.
 
@@ -148,6 +178,7 @@ def picture_graph(crop_mode: str, interpolation: str, channels: int) -> bytes:
             "source": _GREY if grey else "source = Identity(planes)",
             "grey_numbers": _GREY_NUMBERS if grey else "",
             "resize": _RESIZE[interpolation],
+            "once": _IN_TURN if _resizes_in_turn() else _WIDTH_FIRST,
         }
     )
     for index, node in enumerate(model.graph.node):

@@ -58,7 +58,8 @@ class BackboneFacts:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> BackboneFacts:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError if it is damaged."""
-        rest = {k: v for k, v in content.items() if k != "preprocess_graph"}  # of the bundle
+        rest = dict(content)
+        rest.pop("preprocess_graph", None)  # the bundle's, which has the graph
         return cls(
             model=rest.pop("model"),
             args=dict(rest.pop("args")),

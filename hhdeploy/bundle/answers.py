@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES, ProblemType
 from hhdeploy.bundle.manifest import AdapterEntry
 
+# float32 [images, classes].
+Logits = NDArray[np.float32]
+
 # A label is said from this probability on.
 _SAID = 0.5
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import PARTS, Adapter, Part
+from hhdeploy.algebra import SiteDelta
 from hhdeploy.backbones.sites import Form
 from hhdeploy.choices import Precision
 from hhdeploy.errors import CapacityError
@@ -271,6 +272,9 @@ def _pack_delta(
     assert delta is not None
     if adapter.form == "sequential":
         delta = delta.minus_identity()
+    if delta.rank > branch.rank:  # what is zero needs no room
+        used = delta.left.any(axis=0) & delta.right.any(axis=1)
+        delta = SiteDelta(delta.diag, delta.left[:, used], delta.right[used])
     k = delta.rank
     if k > branch.rank:
         raise CapacityError(

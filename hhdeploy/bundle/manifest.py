@@ -50,7 +50,7 @@ PREVIOUS_BANK = "bank.safetensors.previous"
 # A file that a change put there has eight digits of its content before its suffix.
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
-Kind = Literal["folded", "branches"]
+BundleKind = Literal["folded", "branches"]
 # Fewest, most common and most; TensorRT's min, opt and max of one dimension.
 Range = tuple[int, int, int]
 _Name = TypeVar("_Name", bound=str)
@@ -209,7 +209,7 @@ class Manifest:
         features: name -> shape of an image's part, of every output of the graph but the logits.
     """
 
-    kind: Kind
+    kind: BundleKind
     backbone: BackboneFacts
     classes: int
     adapters: tuple[AdapterEntry, ...]
@@ -358,7 +358,7 @@ class Manifest:
             tuple(AdapterEntry.from_json(a) for a in content["adapters"]),
             RowLayout.from_json(content["row"]) if content["row"] is not None else None,
             content["bank_as_constant"],
-            {_known(PRECISIONS, p, "graph"): name for p, name in content["graphs"].items()},
+            {_known(PRECISIONS, p, "graph"): name for p, name in dict(content["graphs"]).items()},
             tuple(EngineEntry.from_json(e) for e in content["engines"]),
             dict(content["files"]),
             dict(content["versions"]),

@@ -23,8 +23,8 @@ from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import Form, linear_spec
 from hhdeploy.bundle.layout import RowLayout, check_row_range
 from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
+from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
-from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.errors import PlanError
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of

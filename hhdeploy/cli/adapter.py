@@ -1,4 +1,4 @@
-"""hhdeploy adapter inspect | import | extract | merge | diff | list | add | remove."""
+"""hhdeploy adapter inspect | import | extract | merge | diff | list | add | ... | unpack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
 
 @click.group(cls=Group, context_settings=CONTEXT)
 def command() -> None:
-    """Inspect, import, extract, merge, compare, list, add and remove adapters."""
+    """Inspect, import, extract, merge, compare, list, add, remove, pack and unpack adapters."""
 
 
 for _command in (
@@ -189,3 +189,36 @@ def remove(bundle: Path, name: str, lock_timeout: float) -> None:
 
     remove_adapter(bundle, name, lock_timeout=lock_timeout, progress=ui.note)
     click.echo(f"Removed {name}")
+
+
+@command.command("pack")
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def pack(bundle: Path, name: str, file: Path) -> None:
+    """Write the row of the adapter NAME of BUNDLE as FILE, ONNX Runtime's .onnx_adapter.
+
+    A run of the bundle's graph with it takes no adapter_bank, and adapter_ids of zeros.
+    """
+    from hhdeploy.bundle.packed import pack_adapter
+
+    pack_adapter(bundle, name, file)
+    click.echo(f"Wrote {file}: feed adapter_ids of zeros beside it")
+
+
+@command.command("unpack")
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("file", type=ui.FILE)
+@click.argument("out", type=ui.DIRECTORY)
+def unpack(bundle: Path, file: Path, out: Path) -> None:
+    """Write the row in FILE, an .onnx_adapter of BUNDLE, as the adapter directory OUT.
+
+    Its matrices come back as a diagonal and a product of low rank. Names of classes, what the
+    head's numbers mean and preprocessing are in no row: the configuration does not have them.
+    """
+    from hhdeploy.adapters.format import save_adapter
+    from hhdeploy.bundle.packed import unpack_adapter
+
+    adapter = unpack_adapter(bundle, file)
+    save_adapter(adapter, out)
+    click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {adapter.config.base_model}")

@@ -11,7 +11,15 @@ import numpy as np
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.spectra import SiteSpectrum, distance, spectra
 from hhdeploy.algebra import Array
-from hhdeploy.calibration.report.markup import Markup, document, join, note, section, table, tag
+from hhdeploy.calibration.report.markup import (
+    Markup,
+    document,
+    html_table,
+    join,
+    remark,
+    section,
+    tag,
+)
 from hhdeploy.calibration.report.plots import LABELS, WIDTH, split_site, svg, text
 
 _BAND, _TOP = 62, 16  # height of one kind's band, and the room above what is drawn in it
@@ -69,25 +77,25 @@ def _adapter(name: str, adapter: Adapter, sites: Sequence[SiteSpectrum], top: fl
         f"{len(adapter.sites)} sites, {head:,} in the classifier."
     )
     if not sites:
-        return section(name, note(facts))
+        return section(name, remark(facts))
     return section(
         name,
-        note(facts),
+        remark(facts),
         _heading("Effective rank, layer by layer"),
-        note(
+        remark(
             "exp of the entropy of a change's normalised singular values: near 1 where one "
             "direction does it all, larger where many matter. One scale for all adapters here."
         ),
         _grid(sites, "Effective rank of every site", f"{top:.3g}", _rank_bar(top)),
         _heading("Spectra"),
-        note(
+        remark(
             "Of every site, each divided by its own largest: the magnitudes of the diagonal d "
             "(filled), and the singular values of the whole change (line), the largest first. "
             "A flat curve uses all directions, a steep one few."
         ),
         _grid(sites, "Spectra of d and of the change, by site", "largest", _curves),
         _heading("Diagonal against low rank"),
-        note(
+        remark(
             "The diagonal's share of both parts' squared norms, filled from below; the rest is "
             "the low-rank part with the reflections."
         ),
@@ -115,7 +123,7 @@ def _table(sites: Sequence[SiteSpectrum]) -> Markup:
         )
         for site in sites
     ]
-    return table(columns, rows)
+    return html_table(columns, rows)
 
 
 # Draws one site into its place: left and right edge, base line, height.
@@ -229,7 +237,7 @@ def _distances(adapters: Mapping[str, Adapter]) -> Markup | None:
         parts.append(text(str(column + 1), x, bottom + 14, anchor="middle"))
     return section(
         "Distances",
-        note(
+        remark(
             "The norm of two changes' difference over the larger norm, all sites together: 0 for "
             "the same, 1.4 for changes of one size with nothing in common, 2 for opposite ones. "
             "Columns are in the order of the rows. Classifiers do not count."

@@ -11,7 +11,7 @@ import numpy as np
 
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
-from hhdeploy.cli.bench_serve import bench_server, check_options, serve_options
+from hhdeploy.cli.bench_serve import bench_server, check_load_options, serve_options
 
 
 @click.command()
@@ -56,7 +56,7 @@ def command(
     answer, beside a process that attacks it for --seconds. Exit code 1 if an answer is wrong or
     lost, late, health is late, or memory stays: see docs/serving.md for the bounds.
     """
-    check_options(serve, bool(load["abuse"]))
+    check_load_options(serve, bool(load["abuse"]))
     cache = ui.check_cache_options(cache_dir, no_cache)
     if serve:
         click.get_current_context().exit(

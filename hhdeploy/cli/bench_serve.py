@@ -82,7 +82,7 @@ def serve_options(command: F) -> F:
     return command
 
 
-def check_options(serve: bool, abuse: bool) -> None:
+def check_load_options(serve: bool, abuse: bool) -> None:
     """Refuse options that would do nothing, with or without ``--serve`` and ``--abuse``."""
     if serve:
         ui.refuse_unused(_NEVER_SERVE, "does not go with --serve")

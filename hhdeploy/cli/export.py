@@ -41,6 +41,16 @@ from hhdeploy.cli import ui
     metavar="P",
     help="Also write this graph: float16 or bfloat16. Repeatable.",
 )
+@click.option(
+    "--opset",
+    type=click.Choice(("18", "20")),
+    default="20",
+    show_default=True,
+    help="Of the graphs; 18 has no Gelu, which is written out.",
+)
+@click.option(
+    "--single-file", is_flag=True, help="Weights inside of the graphs' files; below 2 GB."
+)
 @click.option("--max-rank", default=0, help="Reserve rank: 2 for the reflections + low rank.")
 @click.option("--max-classes", default=0, help="Reserve classes for later adapters' heads.")
 @click.option(
@@ -98,6 +108,8 @@ def command(
     input_size: tuple[int, int, int] | None,
     outputs: tuple[str, ...],
     precisions: tuple[TypedPrecision, ...],
+    opset: str,
+    single_file: bool,
     max_rank: int,
     max_classes: int,
     sites: tuple[str, ...],
@@ -164,6 +176,8 @@ def command(
             bank_as_constant=bank_as_constant,
             outputs=outputs,
             precisions=precisions,
+            opset=int(opset),
+            single_file=single_file,
             verify=verify,
             verify_data=verify_data,
             verify_images=verify_images,

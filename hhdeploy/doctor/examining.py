@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hhdeploy.doctor.probes import PROBES, State
+from hhdeploy.doctor.probes import PROBES, ProbeState
 from hhdeploy.packages import EXTRAS, INCLUDED, is_older
 
 
@@ -20,7 +20,7 @@ class Finding:
     """One line: what was looked at, how it stands, and what to do about it."""
 
     what: str
-    state: State
+    state: ProbeState
     detail: str
 
 

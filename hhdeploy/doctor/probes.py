@@ -24,7 +24,7 @@ from hhdeploy.exporters.engine import BuildOptions, engine_from_onnx
 from hhdeploy.packages import Log, import_tensorrt
 from hhdeploy.runtime.cuda import Gpu, driver_library
 
-State = Literal["ok", "absent", "problem"]
+ProbeState = Literal["ok", "absent", "problem"]
 
 # y = -x, as onnx.helper serialises it: the smallest graph, for machines without onnx.
 NEGATION = (
@@ -42,7 +42,7 @@ _HOPPER = "sm90"
 class Probed:
     """How one thing stands, and what that means."""
 
-    state: State
+    state: ProbeState
     detail: str
 
 
@@ -57,7 +57,7 @@ class Driver:
         gpus: those that this process may use.
     """
 
-    state: State
+    state: ProbeState
     detail: str
     cuda: tuple[int, int] | None = None
     gpus: tuple[Gpu, ...] = ()

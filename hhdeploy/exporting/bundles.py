@@ -27,8 +27,8 @@ from hhdeploy.bundle.manifest import (
     Manifest,
     write_manifest,
 )
+from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
-from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, PlanError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
@@ -80,6 +80,8 @@ def export(
     bank_as_constant: bool = False,
     outputs: Sequence[str] = (),
     precisions: Sequence[TypedPrecision] = (),
+    opset: int = 20,
+    single_file: bool = False,
     verify: bool = True,
     verify_data: str | Path | None = None,
     verify_images: int = 4,
@@ -111,6 +113,8 @@ def export(
             ``tokens`` (the last hidden state); none: logits, or features where neither the model
             nor an adapter has a classifier.
         precisions: further graphs to write, e.g. ``["float16"]``.
+        opset: of the graphs: 20, or 18, in which Gelu is written out.
+        single_file: keep weights inside of the graphs, not beside them; below 2 GB.
         verify: compare with the training-time model; a failure leaves no bundle, but where a
             typed graph's values leave the range of its type: the bundle is written without it.
         verify_data: folder of images to verify on; None: seeded noise, which parity.json says.
@@ -132,11 +136,13 @@ def export(
         require(package, "export", "exporting")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
+    from hhdeploy.exporters.portable.form import GraphForm
     from hhdeploy.exporters.trace import default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
 
     _check_precisions(precisions)
+    form = GraphForm(opset, single_file)
     check_outputs(outputs, reserve)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)
@@ -177,7 +183,7 @@ def export(
             else None
         )
         progress("writing graphs")
-        manifest = write_bundle(scratch, contents, precisions, reference)
+        manifest = write_bundle(scratch, contents, precisions, reference, form)
         report = found = None
         if verify:
             del contents, base, backbone, reference  # a session needs the memory more

@@ -29,9 +29,9 @@ from hhdeploy.files.scratch import scratch_directory, sweep
 from hhdeploy.files.writing import os_errors
 
 T = TypeVar("T")
-Kind = Literal["base", "calibration", "openvino", "kernels"]
+CacheKind = Literal["base", "calibration", "openvino", "kernels"]
 # Kind -> what it holds.
-KINDS: Mapping[Kind, str] = {
+KINDS: Mapping[CacheKind, str] = {
     "base": "traced backbones",
     "calibration": "calibrations",
     "openvino": "models that OpenVINO compiled",
@@ -145,13 +145,13 @@ class Stored:
         used: when it was stored or read last, seconds since the epoch.
     """
 
-    kind: Kind
+    kind: CacheKind
     path: Path
     size: int
     used: float
 
 
-def entry_at(root: Path, kind: Kind, name: str) -> Entry:
+def entry_at(root: Path, kind: CacheKind, name: str) -> Entry:
     """The place of an entry.
 
     Args:

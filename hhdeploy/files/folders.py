@@ -26,7 +26,7 @@ _SPLITS = frozenset({*_TRAIN, *_VAL, "test", "testing"})
 
 
 @dataclass(frozen=True)
-class Images:
+class FoundImages:
     """Image files below a directory.
 
     Attributes:
@@ -44,7 +44,7 @@ class Classes:
 
     Attributes:
         paths: class name -> its files, both sorted.
-        skipped: as of `Images`, over all classes.
+        skipped: as of `FoundImages`, over all classes.
     """
 
     paths: Mapping[str, tuple[Path, ...]]
@@ -80,7 +80,7 @@ def part_of(source: Path, name: str) -> Path:
     return next((p for p in places if p.is_dir() or is_list(p)), source)
 
 
-def list_images(directory: Path) -> Images:
+def list_images(directory: Path) -> FoundImages:
     """All image files below ``directory``, links followed; or those of a list.
 
     Raises:
@@ -88,7 +88,7 @@ def list_images(directory: Path) -> Images:
             an image's name that leads nowhere.
     """
     if is_list(directory):
-        return Images(tuple(sorted(path for path, _ in _listed(directory))), {})
+        return FoundImages(tuple(sorted(path for path, _ in _listed(directory))), {})
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory. A folder of images was expected.")
     found: list[Path] = []
@@ -105,7 +105,7 @@ def list_images(directory: Path) -> Images:
             f"{directory} holds no image. Expected files ending in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}.{others}"
         )
-    return Images(tuple(sorted(found)), dict(skipped))
+    return FoundImages(tuple(sorted(found)), dict(skipped))
 
 
 def list_classes(directory: Path) -> Classes:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from hhdeploy.loadtest.client import Client, upload_body
 from hhdeploy.loadtest.judge import Reply
-from hhdeploy.loadtest.timeline import State, Timeline
+from hhdeploy.loadtest.timeline import Timeline, Version
 from hhdeploy.loadtest.variants import Task
 
-Kind = Literal["add", "replace", "remove", "load"]
+ChangeKind = Literal["add", "replace", "remove", "load"]
 # At most one adapter in so many is away at a time.
 _AWAY = 8
 
@@ -35,7 +35,7 @@ class Turnover:
     """
 
     name: str
-    kind: Kind
+    kind: ChangeKind
     sent: float
     acknowledged: float
     answer: Reply
@@ -61,7 +61,7 @@ class Churn:
         self._tasks, self._shares = tasks, shares
         self._rng = np.random.default_rng([seed, 5])
         # What the server has on disk, also while it is unloaded.
-        self._stored: list[State] = [line.now for line in self.timelines]
+        self._stored: list[Version] = [line.now for line in self.timelines]
         self._busy: set[int] = set()
 
     async def run(self, client: Client, per_second: float, stop: asyncio.Event) -> None:
@@ -87,7 +87,7 @@ class Churn:
             return None
         return int(self._rng.choice(len(free), p=free / free.sum()))
 
-    def _kind(self, task: int) -> Kind:
+    def _kind(self, task: int) -> ChangeKind:
         if self.timelines[task].now is None:
             known = self._stored[task] is not None
             return "load" if known and self._rng.random() < 0.5 else "add"
@@ -114,7 +114,7 @@ class Churn:
             if after is not None:
                 self._stored[task] = after
 
-    def _after(self, kind: Kind, task: int) -> State:
+    def _after(self, kind: ChangeKind, task: int) -> Version:
         if kind == "remove":
             return None
         stored = self._stored[task]

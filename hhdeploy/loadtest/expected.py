@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.bundle.answers import Logits
 from hhdeploy.choices import Precision, Runner
 from hhdeploy.errors import PlanError
 from hhdeploy.loadtest.variants import Task
 from hhdeploy.parity import PARITY, Bound, compare, stage_of
 from hhdeploy.runtime.session import Session
 
-Logits = NDArray[np.float32]
 _PROBE = "load-test-probe"
 
 

@@ -9,8 +9,9 @@ from enum import Enum
 
 import numpy as np
 
-from hhdeploy.loadtest.expected import Expectations, Logits
-from hhdeploy.loadtest.timeline import State
+from hhdeploy.bundle.answers import Logits
+from hhdeploy.loadtest.expected import Expectations
+from hhdeploy.loadtest.timeline import Version
 from hhdeploy.loadtest.traffic import Request
 
 
@@ -73,7 +74,7 @@ class Judgement:
     detail: str = ""
 
 
-def judge(exchange: Exchange, possible: Set[State], expected: Expectations) -> Judgement:
+def judge(exchange: Exchange, possible: Set[Version], expected: Expectations) -> Judgement:
     """Compare an answer with what its adapter may have said.
 
     Args:

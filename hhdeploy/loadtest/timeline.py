@@ -12,14 +12,14 @@ import math
 from dataclasses import dataclass
 
 # A version's number; None: there is no such adapter.
-State = int | None
+Version = int | None
 
 
 @dataclass(frozen=True)
 class Span:
     """A state and when it may have held, in seconds of one clock."""
 
-    state: State
+    state: Version
     begin: float
     end: float
 
@@ -27,21 +27,21 @@ class Span:
 class Timeline:
     """The states of one adapter. Its changes do not overlap."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: Version) -> None:
         """``state``: at the start."""
         self._spans = [Span(state, -math.inf, math.inf)]
 
     @property
-    def now(self) -> State:
+    def now(self) -> Version:
         """After the last change."""
         return self._spans[-1].state
 
-    def change(self, state: State, sent: float, acknowledged: float) -> None:
+    def change(self, state: Version, sent: float, acknowledged: float) -> None:
         """A change to ``state``, acknowledged at infinity if it never was."""
         last = self._spans[-1]
         self._spans[-1] = Span(last.state, last.begin, acknowledged)
         self._spans.append(Span(state, sent, math.inf))
 
-    def possible(self, sent: float, answered: float) -> frozenset[State]:
+    def possible(self, sent: float, answered: float) -> frozenset[Version]:
         """The states that a request may have seen."""
         return frozenset(s.state for s in self._spans if s.begin <= answered and sent <= s.end)

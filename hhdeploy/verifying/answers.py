@@ -19,7 +19,7 @@ from hhdeploy.parity import Comparison, compare
 _BATCH = 8
 
 
-def names_of(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
+def rows_covered(manifest: Manifest, *, added_later: bool) -> dict[str, int]:
     """Name -> row of what the reference covers: adapters added later only if it is new."""
     rows = {BACKBONE: 0} if manifest.answers_backbone else {}
     return rows | {a.name: a.row or 0 for a in manifest.adapters if a.verified or added_later}

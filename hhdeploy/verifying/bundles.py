@@ -32,7 +32,7 @@ from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
 from hhdeploy.parity import ParityReport, StageResult, stage_of
-from hhdeploy.verifying.answers import compared, logits_of, names_of
+from hhdeploy.verifying.answers import compared, logits_of, rows_covered
 from hhdeploy.verifying.overflow import find_overflow
 from hhdeploy.verifying.pictures import check_pictures
 
@@ -246,7 +246,7 @@ def verify_graphs(
         images, ids, logits = bundle.reference()
     else:
         images, ids, logits = reference.images, reference.adapter_ids, reference.logits
-    names = names_of(bundle.manifest, added_later=reference is not None)
+    names = rows_covered(bundle.manifest, added_later=reference is not None)
     # Rows of adapters that were removed since, or replaced by one that is not in the reference.
     known = np.isin(ids, list(names.values()))
     images, ids, logits = images[known], ids[known], logits[known]

@@ -13,8 +13,8 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, name_with_digits
 from hhdeploy.bundle.reading import graph_hint, read_bundle
+from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit, work_directory
-from hhdeploy.bundle.survival import check_row_survives
 from hhdeploy.choices import TYPED, Precision, member
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree

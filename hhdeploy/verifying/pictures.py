@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hhdeploy.adapters.checks import BACKBONE
+from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.errors import ParityError, require
 from hhdeploy.parity import LEVELS, ParityReport, StageResult
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, Preprocess, as_rgb, open_image
-from hhdeploy.verifying.answers import compared, logits_of, names_of
+from hhdeploy.verifying.answers import compared, logits_of, rows_covered
 
 # A cat, 451 x 300, by Stéfan van der Walt: public domain (CC0).
 PHOTO = Path(__file__).with_name("photo.jpg")
@@ -74,7 +75,7 @@ def check_pictures(bundle: Bundle, *, added_later: bool = False) -> dict[str, An
     graphs = _check_levels(bundle)
     if not graphs:
         return {}
-    answers = list(_answers(bundle, names_of(bundle.manifest, added_later=added_later)))
+    answers = list(_answers(bundle, rows_covered(bundle.manifest, added_later=added_later)))
     failed = ParityReport({}, [stage for stage in answers if stage.failures])
     if failed.stages:
         raise ParityError(
@@ -95,8 +96,8 @@ def _check_levels(bundle: Bundle) -> list[dict[str, Any]]:
             if levels.failures:
                 raise ParityError(
                     f"{bundle.path / manifest.named(file)}, {transform.described()}: "
-                    f"{levels.failures}. Another version of onnxruntime may compute it otherwise; "
-                    "please report this."
+                    f"{levels.failures}. Another version of onnxruntime or of Pillow may compute "
+                    "it otherwise; please report this."
                 )
         largest = {w: max(v.largest.get(w, 0) for v in judged.values()) for w in LEVELS}
         mean = max(levels.mean for levels in judged.values())
@@ -105,9 +106,11 @@ def _check_levels(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _answers(bundle: Bundle, rows: Mapping[str, int]) -> Iterator[StageResult]:
-    """The model's answers to what the graphs make of two parts of the photograph, compared with
-    those to what the Python transforms make of them."""
+    """The model's logits of what the graphs make of two parts of the photograph, compared with
+    those of what the Python transforms make of them; none where it gives no logits."""
     manifest = bundle.manifest
+    if LOGITS not in manifest.outputs:
+        return
     used = {name: _transform_of(manifest, name) for name in rows}
     names = [name for name, transform in used.items() if manifest.picture_graph(transform)]
     if not names:
@@ -119,10 +122,8 @@ def _answers(bundle: Bundle, rows: Mapping[str, int]) -> Iterator[StageResult]:
     for name in names:
         own = answers[ids == rows[name]]
         right, ours = (manifest.split(own[half::2]) for half in (0, 1))
-        for output in right:
-            comparison = compared(manifest, name, output, right, ours)
-            stage = StageResult.of("pictures", "float32", runtime, name, comparison)
-            yield replace(stage, output=output)
+        comparison = compared(manifest, name, LOGITS, right, ours)
+        yield StageResult.of("pictures", "float32", runtime, name, comparison)
 
 
 def _transform_of(manifest: Manifest, name: str) -> Preprocess:

@@ -23,8 +23,8 @@ from hhdeploy.algebra import Array, SiteChange
 from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE
+from hhdeploy.bundle.rounding import LEAST_LEFT, share_left
 from hhdeploy.bundle.store import Progress
-from hhdeploy.bundle.survival import LEAST_LEFT, share_left
 from hhdeploy.choices import QUANTISED, Precision, member
 from hhdeploy.errors import PlanError
 from hhdeploy.files.tensors import tensor_bytes

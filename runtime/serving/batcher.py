@@ -29,14 +29,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.runtime.backends import Ids, Images, Run
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, StoppingError
 
 _LOG = logging.getLogger("hhdeploy.serve")
-Images = NDArray[np.float32]
-Rows = NDArray[np.int64]
 # Times of its own size that a request's turn lies ahead of one which gives its place up for it.
 _MUCH = 4
-Run = Callable[[Images, Rows | None], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class _Job:
     number: int
     place: Place = field(compare=False)
     images: Images = field(compare=False)
-    rows: Rows | None = field(compare=False)
+    rows: Ids | None = field(compare=False)
     done: Callable[[], None] = field(compare=False)
     answer: asyncio.Future[Computed] = field(compare=False)
     since: float = field(compare=False)
@@ -156,7 +154,7 @@ class Batcher:
         self,
         place: Place,
         images: Images,
-        rows: Rows | None,
+        rows: Ids | None,
         *,
         priority: int = 0,
         done: Callable[[], None] = lambda: None,

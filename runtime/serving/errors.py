@@ -31,7 +31,7 @@ class RequestError(HhdeployError):
     reason: ClassVar[str] = "OTHER"
 
 
-def kind_of(error: HhdeployError) -> str:
+def refusal_kind(error: HhdeployError) -> str:
     """What refusals of a kind are counted as: ``not_found``, ``busy``, ``request``, ..."""
     known = type(error).__name__ if isinstance(error, RequestError) else RequestError.__name__
     return re.sub(r"(?<!^)(?=[A-Z])", "_", known.removesuffix("Error")).lower()

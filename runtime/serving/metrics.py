@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hhdeploy.errors import HhdeployError, require
-from hhdeploy.runtime.serving.errors import kind_of
+from hhdeploy.runtime.serving.errors import refusal_kind
 
 # Seconds; an adapter of ViT-B size takes about 0.01.
 _LOAD_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
@@ -132,7 +132,7 @@ class Metrics:
 
     def refused(self, error: HhdeployError) -> None:
         """A request of any kind was refused, whether or not it could be read."""
-        self.refusals[kind_of(error)] += 1
+        self.refusals[refusal_kind(error)] += 1
 
     def forget(self, names: frozenset[str]) -> None:
         """Leave out the adapters that are not among these."""

@@ -45,7 +45,7 @@ def outputs_of(manifest: Manifest) -> tuple[str, ...]:
     return (*_OF_LOGITS, *features) if manifest.classes else features
 
 
-def check_outputs(asked: Sequence[Wanted], there: Sequence[str]) -> Sequence[Wanted]:
+def asked_outputs(asked: Sequence[Wanted], there: Sequence[str]) -> Sequence[Wanted]:
     """What a request asks for.
 
     Args:

@@ -43,8 +43,8 @@ from hhdeploy.runtime.serving.outputs import (
     LOGITS,
     all_outputs,
     answered_by,
+    asked_outputs,
     check_finite,
-    check_outputs,
     output_of,
     outputs_of,
 )
@@ -218,7 +218,7 @@ class Service:
             raise StoppingError("the server is starting. Try again later.")
         named = self._named_by_model(request)
         there = outputs_of(self._manifest)
-        asked = check_outputs(request.outputs, there)
+        asked = asked_outputs(request.outputs, there)
         priority, visitor = request.priority(), request.visitor()
         images = check_images(request, self._size)
         count = max(len(images.array), _size(request.inputs.get(ADAPTERS)))

@@ -143,6 +143,10 @@ def test_doubts_become_warnings(bundle, copied):
     shutil.rmtree(copied / "beta" / "b")
     warnings = "\n".join(opened(bundle, copied).warnings)
     assert "no calibration images for adapter 'rival'" in warnings
+    assert "bare 'backbone'" not in warnings
+    shutil.rmtree(copied / "backbone")
+    warned = opened(bundle, copied).warnings
+    assert any("no calibration images for the bare 'backbone'" in line for line in warned)
     assert "adapter 'beta': images of one class only (a)" in warnings
     assert "only 3 calibration images for adapter 'beta'" in warnings
 

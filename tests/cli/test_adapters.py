@@ -120,3 +120,10 @@ def test_merge_and_diff(workshop, tmp_path):
     )
     assert not found["equal"]
     assert {site["site"] for site in found["sites"]} >= {"head", "blocks.0.attn.proj"}
+
+
+def test_pack_and_unpack(succeed, branches, tmp_path):
+    packed, out = tmp_path / "gamma.onnx_adapter", tmp_path / "gamma"
+    assert f"Wrote {packed}" in succeed("adapter", "pack", branches, "gamma", packed)
+    assert f"Wrote {out}: " in succeed("adapter", "unpack", branches, packed, out)
+    assert "sequential" in succeed("adapter", "inspect", out, "--no-rank")

@@ -66,6 +66,7 @@ ANY = "any"  # what several commands share, each with options of its own
 OWNERS: dict[str, tuple[str, ...]] = {
     "calibration/": ("calibrate",),
     "exporters/engine": ("build",),
+    "exporters/portable/": ("export",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
     "hhdeploy/choices.py": ("build", "calibrate", "export", "predict", "serve", "triton", "verify"),

@@ -12,7 +12,10 @@ from hhdeploy.cli import _COMMANDS
 from tests.workshop import HEAVY, ROOT, blocker, run_command, run_python
 
 BLOCKED = (*HEAVY, "onnxruntime", "nncf", "tensorrt", "peft")
-ADAPTER = ("inspect", "import", "extract", "merge", "diff", "list", "add", "remove")
+ADAPTER = (
+    *("inspect", "import", "extract", "merge", "diff", "list", "add", "remove"),
+    *("pack", "unpack"),
+)
 CACHE = ("list", "clear")
 PATHS = [
     (),

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hhdeploy.errors import EngineError, PlanError
-from hhdeploy.exporters.engine import BuildOptions, Shape, check_options, engine_from_onnx
+from hhdeploy.exporters.engine import BuildOptions, Shape, check_build_options, engine_from_onnx
 from hhdeploy.exporters.engine_errors import explain, site_of
 
 RTX, OPTIONS = "tensorrt-rtx", BuildOptions()
@@ -153,12 +153,12 @@ def test_architectures_are_built_for(tmp_path):
 )
 def test_options_that_cannot_work_are_refused(change, message):
     with pytest.raises(PlanError, match=message):
-        check_options(RTX, "float32", replace(OPTIONS, **change))
+        check_build_options(RTX, "float32", replace(OPTIONS, **change))
 
 
 def test_tensorrt_builds_for_its_own_gpu():
     with pytest.raises(PlanError, match="TensorRT builds for the GPU of"):
-        check_options("tensorrt", "float32", replace(OPTIONS, architectures=("sm89",)))
+        check_build_options("tensorrt", "float32", replace(OPTIONS, architectures=("sm89",)))
 
 
 def test_optimization_levels_really_make_no_difference(tmp_path, rtx):
@@ -172,17 +172,17 @@ def test_optimization_levels_really_make_no_difference(tmp_path, rtx):
 
 
 def test_tf32_is_for_float32_alone():
-    check_options(RTX, "float32", replace(OPTIONS, tf32=True))
+    check_build_options(RTX, "float32", replace(OPTIONS, tf32=True))
     with pytest.raises(PlanError, match="`tf32` is for float32"):
-        check_options(RTX, "float16", replace(OPTIONS, tf32=True))
+        check_build_options(RTX, "float16", replace(OPTIONS, tf32=True))
 
 
 @pytest.mark.parametrize("architectures", [(), ("sm80",), ("sm86", "sm89")])
 def test_fp8_is_refused_before_building_where_a_gpu_lacks_it(architectures):
     options = replace(OPTIONS, architectures=architectures)
     with pytest.raises(PlanError, match=r"FP8 needs sm89"):
-        check_options(RTX, "fp8", options)
-    check_options(RTX, "fp8", replace(OPTIONS, architectures=("sm89", "sm120")))
+        check_build_options(RTX, "fp8", options)
+    check_build_options(RTX, "fp8", replace(OPTIONS, architectures=("sm89", "sm120")))
 
 
 @pytest.mark.parametrize(

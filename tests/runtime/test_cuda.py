@@ -72,11 +72,11 @@ def test_every_status_but_success_is_an_error_with_a_text(cudart):
     assert len(statuses) > 100
     for status in statuses:
         if status == cudart.cudaError_t.cudaSuccess:
-            assert cuda.check((status,)) is None
-            assert cuda.check((status, 7)) == 7
+            assert cuda.result_of((status,)) is None
+            assert cuda.result_of((status, 7)) == 7
             continue
         with pytest.raises(DeviceError) as caught:
-            cuda.check((status, None))
+            cuda.result_of((status, None))
         text = str(caught.value)
         assert f"({status.name}, {int(status)})" in text
         assert len(text.partition(" (")[0]) > len("CUDA: ")
@@ -97,7 +97,7 @@ def test_every_status_but_success_is_an_error_with_a_text(cudart):
 )
 def test_common_statuses_say_what_to_do(cudart, name, advice):
     with pytest.raises(DeviceError, match=advice):
-        cuda.check((getattr(cudart.cudaError_t, name),))
+        cuda.result_of((getattr(cudart.cudaError_t, name),))
 
 
 def test_every_hint_is_for_a_status_that_exists(cudart):

@@ -62,4 +62,4 @@ def brings_classifier(source: str | Path) -> bool:
 def needs_weights(source: str | Path) -> bool:
     """True if converting ``source`` takes the backbone's weights, not only its structure."""
     path = Path(source)
-    return path.is_dir() and peft.needs_weights(path)
+    return path.is_dir() and peft.peft_needs_weights(path)

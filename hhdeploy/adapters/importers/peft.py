@@ -23,7 +23,7 @@ from hhdeploy.adapters.importers.lora import HRA, LORA, low_rank_of, tuned_tenso
 from hhdeploy.adapters.importers.merging import merged_parameters
 from hhdeploy.adapters.importers.naming import Names, names_of
 from hhdeploy.adapters.importers.pth import read_pth
-from hhdeploy.adapters.importers.saved import Split, head_of_file, plain_name, split_saved
+from hhdeploy.adapters.importers.saved import Split, bare_key, head_of_file, split_saved
 from hhdeploy.adapters.importers.targets import compare_targets
 from hhdeploy.adapters.importers.template import (
     ImportOptions,
@@ -114,7 +114,7 @@ def _adapters_below(path: Path) -> str:
     return f" {path} holds the adapters {', '.join(found)}: give one, {path / found[0]}."
 
 
-def needs_weights(path: Path) -> bool:
+def peft_needs_weights(path: Path) -> bool:
     """True if converting the directory takes the backbone's weights, not only its structure."""
     config = read_peft_config(path)
     plain = config.get("peft_type") == LORA and unknown_option(config) is None
@@ -139,7 +139,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
         raise AdapterError(f"{file}: {no_place(head, backbone.facts)}")
     inside = [
         key
-        for key in map(plain_name, tensors)
+        for key in map(bare_key, tensors)
         if not key.startswith(PEFT_ROOT) and key.rpartition(".")[0] != head
     ]
     names = names_of(inside, backbone, file)

@@ -43,7 +43,7 @@ class Split:
     whole: dict[str, NDArray[np.float64]]
 
 
-def plain_name(key: str) -> str:
+def bare_key(key: str) -> str:
     """The parameter's own name, without what PEFT's wrappers put before its last component."""
     return _WRAPPED.sub("", key)
 
@@ -60,10 +60,10 @@ def head_of_file(
     modules = dict(backbone.model.named_modules())
     found = set()
     for key, tensor in keys.items():
-        owner, _, leaf = plain_name(key).rpartition(".")
+        owner, _, leaf = bare_key(key).rpartition(".")
         if leaf != "weight" or tensor.ndim != 2:
             continue
-        marked = plain_name(key) != key or in_saved_module(config, plain_name(key))
+        marked = bare_key(key) != key or in_saved_module(config, bare_key(key))
         if (
             owner == facts.classifier
             or owner.endswith(f".{facts.classifier}")
@@ -102,7 +102,7 @@ def split_saved(
     for key, tensor in tensors.items():
         if _ORIGINAL.search(key):
             continue  # the module as it was before training
-        plain = plain_name(key)
+        plain = bare_key(key)
         owner, _, leaf = plain.rpartition(".")
         name = f"{classifier}.{leaf}" if owner == head else names.here(plain)
         if name not in parameters and not (owner == head and leaf in ("weight", "bias")):

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 
-from hhdeploy.loadtest.abuse.wire import Attack, Headers, Victim, binary_request, post
+from hhdeploy.loadtest.abuse.wire import Attack, Fields, Victim, binary_request, post
 
 # Images of a full batch, by default.
 _BATCH = 32
@@ -18,7 +18,7 @@ def refused_bodies(victim: Victim) -> Attack:
     images = b"\0" * (4 * _BATCH * math.prod(victim.size))
     batch = binary_request("FP32", [_BATCH, *victim.size], images)
     note = json.dumps({"inputs": [], "parameters": {"note": "x" * _NOTE_BYTES}}).encode()
-    bodies: list[tuple[bytes, Headers]] = [batch] * 7
+    bodies: list[tuple[bytes, Fields]] = [batch] * 7
     endless = itertools.cycle([*bodies, (note, {})])  # shared by all connections
 
     async def attack() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 # What one connection does, once; in a word, what came of it: a status, ``closed``, ...
 Attack = Callable[[], Awaitable[str]]
-Headers = Mapping[str, str]
+Fields = Mapping[str, str]
 # The greeting of a client of HTTP/2, whose settings are empty.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, SETTINGS = 0, 1, 4
@@ -41,7 +41,7 @@ class Victim:
         """A whole request without a body."""
         return f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n\r\n".encode()
 
-    def infer(self, length: int | None, headers: Headers | None = None) -> bytes:
+    def infer(self, length: int | None, headers: Fields | None = None) -> bytes:
         """The head of an inference whose body has so many bytes; None: which comes in chunks."""
         size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
         lines = [f"POST /v2/models/{self.model}/infer HTTP/1.1", f"Host: {self.host}", size]
@@ -79,7 +79,7 @@ async def connection(
         transport.abort()
 
 
-async def post(victim: Victim, body: bytes, headers: Headers) -> str:
+async def post(victim: Victim, body: bytes, headers: Fields) -> str:
     """An inference on a connection of its own: the status, or ``closed``."""
     async with connection(victim.host, victim.http_port) as (reader, writer):
         writer.write(victim.infer(len(body), headers) + body)
@@ -93,7 +93,7 @@ def status(line: bytes) -> str:
     return words[1].decode("ascii", "replace") if len(words) > 1 else "closed"
 
 
-def binary_request(datatype: str, shape: Sequence[int], tensor: bytes) -> tuple[bytes, Headers]:
+def binary_request(datatype: str, shape: Sequence[int], tensor: bytes) -> tuple[bytes, Fields]:
     """Body and headers of an inference of one binary tensor of images."""
     described = {
         "name": "images",

@@ -31,7 +31,7 @@ from hhdeploy.runtime.serving.errors import (
 )
 from hhdeploy.runtime.serving.fleet.folders import AdapterFiles, Source, UnsettledError
 from hhdeploy.runtime.serving.fleet.rows import FleetRows
-from hhdeploy.runtime.serving.fleet.states import Counters, Known, State, Status, in_doubt
+from hhdeploy.runtime.serving.fleet.states import AdapterState, Counters, Known, Status, in_doubt
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 # A folder that is replaced by two renames is away for less than a millisecond in between.
@@ -317,7 +317,7 @@ class Fleet:
     def _status(self, name: str) -> Status:
         known = self._known[name]
         entry = self.rows.entry(name)
-        state: State = (
+        state: AdapterState = (
             "unloaded"
             if known.unloaded
             else "ready"

@@ -9,7 +9,7 @@ from typing import Literal
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.runtime.serving.fleet.folders import Source
 
-State = Literal["ready", "on disk", "broken", "unloaded"]
+AdapterState = Literal["ready", "on disk", "broken", "unloaded"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Status:
     """What an operator wants to know of one adapter."""
 
     name: str
-    state: State
+    state: AdapterState
     problem: str
     pinned: bool
     entry: AdapterEntry | None

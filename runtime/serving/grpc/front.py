@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import ssl
 from pathlib import Path
@@ -156,7 +157,18 @@ class _Server(_Half):
 
     def connection_lost(self, exc: Exception | None) -> None:
         assert self.other is not None
+        if exc is not None:  # e.g. it has answered and closed, and the client still talks
+            self.other.transport.write(_unread(self.transport))
         self.other.transport.close()  # once it has sent what there is
+
+
+def _unread(transport: asyncio.Transport) -> bytes:
+    """What has arrived on a connection that broke off while it was written to."""
+    number, found = transport.get_extra_info("socket").fileno(), b""
+    with contextlib.suppress(OSError):  # nothing more
+        while piece := os.read(number, 1 << 16):
+            found += piece
+    return found
 
 
 def _address(peer: Any) -> str:

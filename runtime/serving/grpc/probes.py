@@ -37,10 +37,10 @@ _WATCH_SECONDS = 1.0
 
 
 def add_probes(server: Any, endpoint: Endpoint, access: Access, servicer: Servicer) -> None:
-    """Let a server answer both services; see `Health` and `Reflection`."""
+    """Let a server answer both services; see `Health` and `ServerReflection`."""
     health_pb2_grpc.add_HealthServicer_to_server(Health(endpoint, access, servicer), server)
     method = grpc.stream_stream_rpc_method_handler(
-        Reflection(servicer.stopping).ServerReflectionInfo,
+        ServerReflection(servicer.stopping).ServerReflectionInfo,
         pb.ServerReflectionRequest.FromString,
         pb.ServerReflectionResponse.SerializeToString,
     )
@@ -111,7 +111,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return _STATUS.SERVING if good else _STATUS.NOT_SERVING
 
 
-class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]
+class ServerReflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]
     """The protocol's description, for grpcurl and its like; a stream of it ends with the server."""
 
     def __init__(self, stopping: asyncio.Event) -> None:

@@ -26,7 +26,6 @@ from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.access.asked import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
@@ -42,6 +41,7 @@ from hhdeploy.runtime.serving.errors import (
 )
 from hhdeploy.runtime.serving.grpc.codec import read_request, write_response
 from hhdeploy.runtime.serving.grpc.headers import PEER
+from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.tracing import Tracing
 

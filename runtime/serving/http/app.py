@@ -27,7 +27,6 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.access.asked import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
@@ -44,7 +43,7 @@ from hhdeploy.runtime.serving.errors import (
 from hhdeploy.runtime.serving.http.arrival import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
-    json_bytes,
+    compact_json,
     json_length,
     read_parameters,
     read_request,
@@ -53,6 +52,7 @@ from hhdeploy.runtime.serving.http.codec import (
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
 from hhdeploy.runtime.serving.http.parsing import SMALL, Parser
+from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import Tracing
@@ -323,4 +323,4 @@ async def _while_connected(request: Request) -> AsyncIterator[None]:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    return Response(json_bytes(content), status, media_type="application/json")
+    return Response(compact_json(content), status, media_type="application/json")

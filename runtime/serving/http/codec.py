@@ -226,11 +226,11 @@ def write_response(response: InferResponse, request: InferRequest) -> tuple[byte
     content["outputs"] = outputs
     if response.id:
         content["id"] = response.id
-    head = json_bytes(content)
+    head = compact_json(content)
     return b"".join([head, *tail]), len(head) if tail else None
 
 
-def json_bytes(content: Any) -> bytes:
+def compact_json(content: Any) -> bytes:
     """JSON in ASCII: whatever a request made us quote can be written."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hhdeploy.runtime.serving.endpoint import Endpoint
-from hhdeploy.runtime.serving.http.codec import json_bytes
+from hhdeploy.runtime.serving.http.codec import compact_json
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -55,7 +55,7 @@ def page_routes(endpoint: Endpoint, route: Callable[[str, Handler], Route]) -> l
     """
 
     async def status(request: Request) -> Response:
-        content = json_bytes(await endpoint.status())
+        content = compact_json(await endpoint.status())
         headers = {**HEADERS, "cache-control": "no-store"}
         return Response(content, media_type="application/json", headers=headers)
 

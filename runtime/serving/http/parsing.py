@@ -157,7 +157,7 @@ class Parser:
 
 def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+        [sys.executable, "-c", f"from {__name__} import parse_for_parent; parse_for_parent()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
@@ -182,7 +182,7 @@ def _receive(stream: IO[bytes]) -> Any:
     return pickle.loads(content)
 
 
-def serve() -> None:
+def parse_for_parent() -> None:
     """The process: bodies from standard input, messages to standard output, until the end."""
     os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))

@@ -10,7 +10,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.endpoint import Upload
-from hhdeploy.runtime.serving.errors import RequestError, kind_of
+from hhdeploy.runtime.serving.errors import RequestError, refusal_kind
 from hhdeploy.runtime.serving.messages import ADAPTERS, BYTES, Deadline, InferRequest, InferResponse
 from hhdeploy.runtime.serving.metrics import refusals_text
 from hhdeploy.runtime.serving.ray.calls import answered, ask
@@ -84,7 +84,7 @@ class RayEndpoint:
 
     def refused(self, error: HhdeployError) -> None:
         """See `Endpoint.refused`: counted where it was told."""
-        self._refusals[kind_of(error)] += 1
+        self._refusals[refusal_kind(error)] += 1
 
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """See `Endpoint.repository_index`."""

@@ -71,6 +71,7 @@ def test_what_the_manifest_says(branches, workshop):
     content = json.loads((branches / MANIFEST).read_text())
     assert content["schema_version"] == 1
     assert content["kind"] == "branches"
+    assert content["backbone"].pop("preprocess_graph")["file"] == "preprocess.center.bicubic.onnx"
     assert content["backbone"] == json.loads(json.dumps(workshop.backbone.facts.to_json()))
     assert content["backbone"]["sha256"] == workshop.backbone.facts.sha256
     described = [(a["name"], a["row"], a["classes"], a["verified"]) for a in content["adapters"]]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from hhdeploy.adapters.format import SiteTensors, save_adapter
 from hhdeploy.algebra import SiteDelta
 from hhdeploy.bundle import Bundle, add_adapter
-from hhdeploy.bundle.survival import _inner, lost_in_float16, share_left
+from hhdeploy.bundle.rounding import _inner, lost_in_float16, share_left
 from hhdeploy.errors import CapacityError, PlanError
 from hhdeploy.exporters import fold as fold_module
 from hhdeploy.exporters.precision import typed

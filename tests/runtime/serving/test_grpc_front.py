@@ -107,23 +107,26 @@ def test_a_connection_that_is_broken_leaves_nothing_and_harms_nobody():
 
 @contextlib.asynccontextmanager
 async def front_before(folder: Path, said: bytes):
-    """A front before a server that says this to everybody and closes; and a connection to it."""
+    """A front before a server that, once it is told to, says this to everybody and closes."""
+    go, gone = asyncio.Event(), asyncio.Event()
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await go.wait()
         writer.write(said)
         with contextlib.suppress(ConnectionError):
             await writer.drain()
         writer.close()
+        gone.set()
 
     front = Front(folder / "socket")
     inner = await asyncio.start_unix_server(speak, front.inner)
     await front.listen(listen("127.0.0.1", 0, "grpc_port", 9), None)
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
-    while not front._clients:
+    while not front._clients or next(iter(front._clients)).other is None:
         await asyncio.sleep(0)
     front.close()
     try:
-        yield front, reader
+        yield front, reader, writer, go, gone
     finally:
         writer.close()
         front.abort()
@@ -135,7 +138,8 @@ SAID = bytes(range(251)) * 100_000  # more than all buffers on the way hold
 
 def test_what_was_said_at_last_arrives(tmp_path):
     async def run() -> None:
-        async with front_before(tmp_path, SAID) as (front, reader):
+        async with front_before(tmp_path, SAID) as (front, reader, _, go, _):
+            go.set()
 
             async def end() -> None:
                 await front.drain(PATIENCE)
@@ -149,9 +153,26 @@ def test_what_was_said_at_last_arrives(tmp_path):
     asyncio.run(run())
 
 
+def test_a_client_that_talks_to_a_server_that_closed_gets_its_answer(tmp_path):
+    """What arrived before what the client said could not be delivered."""
+
+    async def run() -> None:
+        async with front_before(tmp_path, SAID[:1009]) as (front, reader, writer, go, gone):
+            (client,) = front._clients
+            client.other.transport.pause_reading()  # a busy machine
+            go.set()
+            await soon(gone.wait())
+            await asyncio.sleep(0.01)
+            writer.write(greeting())
+            assert await soon(reader.read()) == SAID[:1009]
+
+    asyncio.run(run())
+
+
 def test_who_takes_no_answer_is_waited_for_for_a_while(tmp_path):
     async def run() -> None:
-        async with front_before(tmp_path, SAID) as (front, reader):
+        async with front_before(tmp_path, SAID) as (front, reader, _, go, _):
+            go.set()
             await soon(front.drain(0.05))
             assert front._clients
             front.abort()

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import (
+    compact_json,
     decompressed,
-    json_bytes,
     read_object,
     read_request,
     write_response,
@@ -332,7 +332,7 @@ def test_json_holds_no_infinities(value):
 
 
 def test_whatever_is_quoted_is_ascii():
-    assert json_bytes({"error": "\r\n\0ü\ud800"}) == b'{"error":"\\r\\n\\u0000\\u00fc\\ud800"}'
+    assert compact_json({"error": "\r\n\0ü\ud800"}) == b'{"error":"\\r\\n\\u0000\\u00fc\\ud800"}'
 
 
 # --- anything -------------------------------------------------------------------------------------

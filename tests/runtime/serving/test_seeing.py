@@ -25,11 +25,11 @@ from tritonclient.utils import InferenceServerException
 
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving import tracing
-from hhdeploy.runtime.serving.access.asked import REQUEST_ID
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.grpc.servicer import Servicer
 from hhdeploy.runtime.serving.http.app import http_app
+from hhdeploy.runtime.serving.logs import REQUEST_ID
 from hhdeploy.runtime.serving.metrics import OTHERS, Metrics
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings

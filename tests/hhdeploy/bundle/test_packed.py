@@ -1,0 +1,84 @@
+"""Rows as files of ONNX Runtime's adapter format: its own reader, its own runs, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.bundle import Bundle, add_adapter
+from hhdeploy.bundle.packed import pack_adapter, unpack_adapter
+from hhdeploy.errors import AdapterError, BundleError, PlanError
+from tests.support import images
+from tests.workshop import copy_bundle
+
+
+def row_of(bundle, name):
+    opened = Bundle.open(bundle)
+    return opened.bank()[opened.manifest.adapter(name).row]
+
+
+def test_onnxruntime_reads_the_row(branches, tmp_path):
+    for name in ("alpha", "gamma"):
+        pack_adapter(branches, name, tmp_path / f"{name}.onnx_adapter")
+        form = ort.AdapterFormat.read_adapter(str(tmp_path / f"{name}.onnx_adapter"))
+        ((key, value),) = form.get_parameters().items()
+        assert key == "adapter_bank"
+        assert value.numpy().tobytes() == row_of(branches, name).tobytes()
+
+
+def test_a_run_with_the_file_answers_as_the_bank_does(branches, tmp_path):
+    pack_adapter(branches, "gamma", tmp_path / "gamma.onnx_adapter")
+    session = ort.InferenceSession(branches / "model.onnx", providers=["CPUExecutionProvider"])
+    x, bank = images(3), Bundle.open(branches).bank()
+    feeds = {"images": x, "adapter_ids": np.full(3, 4), "adapter_bank": bank}
+    expected = session.run(None, feeds)[0]
+    adapter = ort.LoraAdapter()
+    adapter.Load(str(tmp_path / "gamma.onnx_adapter"))
+    options = ort.RunOptions()
+    options.add_active_adapter(adapter)
+    # Python's own check of the feeds knows no adapters; the runtime's does.
+    found = session._sess.run(["logits"], {"images": x, "adapter_ids": np.zeros(3, int)}, options)
+    assert np.array_equal(found[0], expected)
+
+
+@pytest.mark.parametrize("bundle", ["branches", "scaled"])
+def test_back_in_a_bundle_it_has_the_same_row(bundle, request, tmp_path):
+    path = copy_bundle(request.getfixturevalue(bundle), tmp_path / "bundle")
+    for name in [a.name for a in Bundle.open(path).manifest.adapters]:
+        pack_adapter(path, name, tmp_path / "file")
+        save_adapter(unpack_adapter(path, tmp_path / "file"), tmp_path / name)
+        again = load_adapter(tmp_path / name)
+        add_adapter(path, f"{name}-again", tmp_path / name)
+        before, after = dense(path, name), dense(path, f"{name}-again")
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            # 1 + x - 1 in float32.
+            assert np.allclose(value, after[key], rtol=2e-6, atol=2e-6), (name, key)
+        assert again.config.form == Bundle.open(path).load_adapter(name).config.form
+
+
+def dense(path, name):
+    """What a row does, whatever the order of its ranks."""
+    bundle = Bundle.open(path)
+    layout = bundle.manifest.layout
+    parts = dict(layout.views(row_of(path, name).copy()))
+    for branch in layout.branches:
+        right, left = (parts.pop(f"{branch.name}/{p}") for p in ("right", "left_t"))
+        parts[f"{branch.name}/product"] = np.einsum("nko,nki->noi", left, right)
+    return parts
+
+
+def test_what_is_no_such_file_or_another_bundle_s_is_refused(branches, small, folded, tmp_path):
+    (tmp_path / "noise").write_bytes(b"noise")
+    with pytest.raises(AdapterError, match="adapter format"):
+        unpack_adapter(branches, tmp_path / "noise")
+    pack_adapter(branches, "alpha", tmp_path / "alpha")
+    with pytest.raises(AdapterError, match="another model or layout"):
+        unpack_adapter(small, tmp_path / "alpha")
+    with pytest.raises(PlanError, match="takes no rows"):
+        pack_adapter(folded, "alpha", tmp_path / "folded")
+    with pytest.raises(BundleError, match="unknown adapter 'omega'"):
+        pack_adapter(branches, "omega", tmp_path / "omega")
+    assert not (tmp_path / "omega").exists()
