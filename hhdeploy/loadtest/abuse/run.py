@@ -33,7 +33,8 @@ _WARM_UP_REQUESTS = 200
 SATURATION_SECONDS: Final = 3.0
 # After which the server's memory must be what it was.
 SETTLE_SECONDS: Final = 10.0
-# JSON that is more than is read at once.
+# Images of a full batch, by default; and JSON that is more than is read at once.
+_BATCH = 32
 _MUCH_BYTES = 1 << 19
 _SHOWN = 5
 
@@ -79,7 +80,7 @@ def run_abuse(
         with running_server(command(stage.start), stage.log) as server:
             honest = _Honest(stage, server, campaign)
             step("what it answers at most")
-            honest.ask_in_much_json()
+            honest.warm_up()
             wires = dict.fromkeys(_wire(kind) for kind in campaign.kinds)
             saturation = {wire: honest.saturation(wire) for wire in wires}
             sieges = {}
@@ -123,14 +124,17 @@ class _Honest:
     server: Server
     campaign: Campaign
 
-    def ask_in_much_json(self) -> None:
-        """One request that the server's other process reads, which is there from then on."""
-        bodies = Requests([self.stage.tasks[0].name], self.stage.pool, 1)
-        body, length = bodies.body(0, [0])
+    def warm_up(self) -> None:
+        """A full batch, in so much JSON that the server's other process reads it.
+
+        What takes memory once is there from then on.
+        """
+        bodies = Requests([self.stage.tasks[0].name], self.stage.pool, _BATCH)
+        body, length = bodies.body(0, [0] * _BATCH)
+        spaces = b" " * _MUCH_BYTES
 
         async def ask() -> Reply:
             async with self._client(HTTP) as client:
-                spaces = b" " * _MUCH_BYTES
                 return await client.infer(
                     body[:length] + spaces + body[length:], length + len(spaces)
                 )
