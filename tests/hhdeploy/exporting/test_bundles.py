@@ -607,7 +607,7 @@ def test_a_typed_graph_is_verified_by_its_twin(workshop, tmp_path):
         verify(result.path)
 
 
-@pytest.mark.parametrize("precision", ["float16", "float99"])
+@pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_a_precision_that_the_bundle_lacks(small, precision):
     with pytest.raises(BundleError, match=f"no {precision} graph; it has float32"):
         verify(small, precisions=[precision])
