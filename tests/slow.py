@@ -49,6 +49,7 @@ FILES = frozenset(
         "hhdeploy/test_building.py",
         "hhdeploy/test_training_recipe.py",
         "hhdeploy/verifying/test_overflow.py",
+        "js/test_package.py",
         "parity/test_islands.py",
         "parity/test_ladder.py",
         "parity/test_methods.py",

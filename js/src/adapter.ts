@@ -20,13 +20,16 @@ export interface AdapterConfig {
   preprocess?: AdapterPreprocess | null;
 }
 
+/** What is absent is as `preprocessDefaults` has it. */
 export interface AdapterPreprocess extends Preprocess {
   mean: number[];
   std: number[];
-  interpolation: string;
-  crop_pct: number;
-  crop_mode: string;
+  interpolation?: string;
+  crop_pct?: number;
+  crop_mode?: string;
 }
+
+export const preprocessDefaults = { interpolation: "bicubic", crop_pct: 0.875, crop_mode: "center" } as const;
 
 /** What an adapter does at one site; see docs/formats.md of hhdeploy. */
 export interface SiteTensors {

@@ -3,7 +3,7 @@
 import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-common";
 import type * as OrtCommon from "onnxruntime-common";
 
-import { readAdapter, type AdapterPreprocess } from "./adapter.js";
+import { preprocessDefaults, readAdapter, type AdapterPreprocess } from "./adapter.js";
 import { answersOf, type Answer } from "./answers.js";
 import { HhdeployError } from "./errors.js";
 import { parseManifest, type AdapterEntry, type Manifest, type PreprocessGraph } from "./manifest.js";
@@ -62,7 +62,6 @@ async function opened(source: Source, ort: Runtime, manifest: Manifest, options:
     const there = Object.keys(manifest.graphs).join(", ");
     throw new HhdeployError(`${source.name}: expected a precision of ${there}, found ${precision}.`);
   }
-  const session = await sessionOf(source, ort, manifest, graph, options.session);
   const rows = new Map<string, Float32Array>();
   if (manifest.row && !manifest.bank_as_constant) {
     const file = Object.keys(manifest.files).find((name) => /^bank(\.[0-9a-f]{8})?\.safetensors$/.test(name));
@@ -70,9 +69,10 @@ async function opened(source: Source, ort: Runtime, manifest: Manifest, options:
     const { data, shape } = bank.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
     const size = manifest.row.size;
     if (shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
-    rows.set(BACKBONE, data.slice(0, size));
-    for (const { name, row } of manifest.adapters) rows.set(name, data.slice(row! * size, (row! + 1) * size));
+    rows.set(BACKBONE, data.subarray(0, size));
+    for (const { name, row } of manifest.adapters) rows.set(name, data.subarray(row! * size, (row! + 1) * size));
   }
+  const session = await sessionOf(source, ort, manifest, graph, options.session);
   return new Bundle(source, ort, manifest, session, rows);
 }
 
@@ -123,6 +123,12 @@ export class Bundle {
     const packed = packRow(adapter, row, backbone);
     const { config, head } = adapter;
     const own = config.preprocess ?? undefined;
+    const [found, expected] = [own ?? backbone.preprocess, backbone.preprocess].map((p) => String(p.input_size));
+    if (found !== expected) {
+      throw new HhdeployError(
+        `${adapter.source}: preprocess.input_size: expected the backbone's [${expected}], found [${found}].`,
+      );
+    }
     const graph = own ? this.#graphFor(own) : backbone.preprocess_graph;
     const entry: AdapterEntry = {
       name,
@@ -173,10 +179,7 @@ export class Bundle {
           "hhdeploy; filters beside bicubic and bilinear have none.",
       );
     }
-    if (!this.#graphs.has(graph.file)) {
-      this.#graphs.set(graph.file, sessionOf(this.source, this.ort, this.manifest, graph.file));
-    }
-    const session = await this.#graphs.get(graph.file)!;
+    const session = await this.#graph(graph.file);
     const feeds: Record<string, OrtTensor> = { image: this.#image(picture) };
     for (const [name, { dtype, value }] of Object.entries(graph.inputs)) {
       feeds[name] =
@@ -258,8 +261,19 @@ export class Bundle {
     return names[0] ?? BACKBONE;
   }
 
+  /** A session of a preprocessing graph, opened once; one that did not open is tried again. */
+  #graph(file: string): Promise<InferenceSession> {
+    const there = this.#graphs.get(file);
+    if (there) return there;
+    const opening = sessionOf(this.source, this.ort, this.manifest, file);
+    this.#graphs.set(file, opening);
+    opening.catch(() => this.#graphs.delete(file));
+    return opening;
+  }
+
   /** The bundle's graph for a transform that came with an adapter, and its numbers. */
-  #graphFor(own: AdapterPreprocess): PreprocessGraph | undefined {
+  #graphFor(given: AdapterPreprocess): PreprocessGraph | undefined {
+    const own = { ...preprocessDefaults, ...given };
     const role = new RegExp(`^preprocess\\.${own.crop_mode}\\.${own.interpolation}(\\.[0-9a-f]{8})?\\.onnx$`);
     const file = Object.keys(this.manifest.files).find((name) => role.test(name));
     const [, height, width] = own.input_size;

@@ -18,7 +18,7 @@ interface Delta {
 }
 
 /** First index of every part of a row, by its name. */
-export function offsetsOf(row: Row): Map<string, number> {
+function offsetsOf(row: Row): Map<string, number> {
   const offsets = new Map<string, number>();
   let position = 0;
   const part = (name: string, size: number) => {

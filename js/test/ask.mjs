@@ -43,6 +43,12 @@ const questions = {
     await opened.close();
     return found;
   },
+  /** What an adapter's preprocessing graph is fed; null where it has none. */
+  async graph({ adapter, ...rest }) {
+    const opened = await bundle(rest);
+    await opened.close();
+    return opened.adapters.get(adapter).preprocess_graph ?? null;
+  },
   async row({ where, adapter }) {
     const manifest = parseManifest(readFileSync(`${where}/hhdeploy.json`, "utf8"), where);
     return encode(packRow(await readAdapter(fromFolder(adapter)), manifest.row, manifest.backbone));

@@ -64,7 +64,7 @@ def test_in_one_file_there_is_no_other(travelling):
     assert loaded.get_modelmeta().custom_metadata_map == props(travelling)
 
 
-def test_what_a_graph_says_is_true_after_an_adapter_is_added(travelling, branches):
+def test_a_graph_says_nothing_that_another_adapter_makes_wrong(travelling, branches):
     for bundle, precision in (
         (travelling, "float32"),
         (travelling, "float16"),

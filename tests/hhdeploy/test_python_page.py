@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import hhdeploy
 from hhdeploy.bundle import Bundle
-from hhdeploy.choices import PRECISIONS
+from hhdeploy.choices import DEVICES, PRECISIONS
 from hhdeploy.runtime import Session
 from tests.support import TINY_ARGS, TINY_MODEL
 from tests.workshop import BACKBONE_CLASSES, ROOT, Workshop
@@ -104,6 +104,7 @@ def test_the_page_runs(workshop, place, capsys):
     assert "['flowers', 'cars', 'pets']" in printed
     assert printed[-1] == "precisions"
     assert f"precisions: {' '.join(PRECISIONS)}" in printed
+    assert f"devices: {' '.join(DEVICES)}" in printed
     bundle = Bundle.open(place / "bundle")
     verified = {entry.name: entry.verified for entry in bundle.manifest.adapters}
     assert verified == {"flowers": False, "cars": False}

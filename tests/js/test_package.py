@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,35 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hhdeploy.adapters import config as adapter_config
 from hhdeploy.adapters.format import load_adapter, save_adapter
-from hhdeploy.bundle import Bundle
+from hhdeploy.bundle import Bundle, manifest
+from hhdeploy.bundle.answers import answers_of
+from hhdeploy.files.tensors import read_tensors
+from hhdeploy.parity import LEVELS
+from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import ROOT, copy_bundle, flip_byte
 
 PACKAGE = ROOT / "js"
+INT8 = ROOT / "tests" / "witnesses" / "v1" / "int8"
 PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
+BROWSER_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update"
+)
+PATIENCE_MS = 60_000
 INSTALL = "npm ci --prefix js --ignore-scripts"
+OCTETS = "application/octet-stream"
+CHROMIUM = shutil.which("chromium")
 # Of a picture: columns and rows of the photograph that it is.
 PARTS = ((0, 0, 451, 300), (100, 20, 231, 299), (37, 11, 66, 64))
 
 
 @pytest.fixture(scope="session")
-def ask(tmp_path_factory):
-    """Asks one Node process some questions, see js/test/ask.mjs."""
+def dist(tmp_path_factory) -> Path:
+    """The package, compiled."""
     if shutil.which("node") is None:
         pytest.skip("needs node")
     if not (PACKAGE / "node_modules" / "onnxruntime-node").is_dir():
@@ -43,6 +57,12 @@ def ask(tmp_path_factory):
         [compiler, "-p", PACKAGE, "--outDir", dist], capture_output=True, text=True, check=False
     )
     assert built.returncode == 0, built.stdout
+    return dist
+
+
+@pytest.fixture(scope="session")
+def ask(dist):
+    """Asks one Node process some questions, see js/test/ask.mjs."""
 
     def answers(*questions: dict[str, Any]) -> list[Any]:
         said = subprocess.run(
@@ -65,6 +85,12 @@ def served():
     servers = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
+        # What the machine's own table of types does not say everywhere.
+        extensions_map = {".js": "text/javascript", ".mjs": "text/javascript", "": OCTETS} | {
+            ".wasm": "application/wasm",
+            ".html": "text/html",
+        }
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -99,6 +125,15 @@ def sent(pictures) -> list[dict[str, Any]]:
     return [
         {"data": encoded(np.asarray(p)), "width": p.width, "height": p.height} for p in pictures
     ]
+
+
+def assert_levels(transform: Preprocess, picture: Image.Image, image) -> None:
+    """``image`` is what the Python transform makes of a picture, within the table of levels."""
+    std = np.asarray(transform.std, np.float32)[:, None, None]
+    off = np.abs(image - transform(picture)) * std * 255
+    width, height = transform.resized(*picture.size)
+    way = "grows" if width > picture.width or height > picture.height else "shrinks"
+    assert round(float(off.max())) <= LEVELS[way]
 
 
 def logits_of(bundle: Path, inputs, names):
@@ -140,20 +175,163 @@ def test_pictures_to_answers(ask, branches, heads):
         question = {"where": str(bundle), "pictures": sent(taken), "adapters": names}
         found, seen = ask({"ask": "classify", **question}, {"ask": "images", **question})
         with open_session(bundle, device="cpu", threads=1) as session:
-            expected = session.classify(taken, names)
-            transforms = [
-                session.bundle.manifest.preprocess_of(session.entry(name)) for name in names
+            entries = [session.entry(name) for name in names]
+            transforms = [session.bundle.manifest.preprocess_of(entry) for entry in entries]
+            inputs = [decoded(i, *t.input_size) for i, t in zip(seen, transforms, strict=True)]
+            logits = session.run(np.stack(inputs), names)
+        for transform, picture, image in zip(transforms, taken, inputs, strict=True):
+            assert_levels(transform, picture, image)
+        for entry, row, others in zip(entries, logits, found, strict=True):
+            answers = answers_of(row, entry, entry.classes)
+            assert [(a.label, a.positive, a.index) for a in answers] == [
+                (a["label"], a["positive"], a["index"]) for a in others
             ]
-        for transform, picture, image in zip(transforms, taken, seen, strict=True):
-            exact = transform(picture)
-            off = (decoded(image, *exact.shape) - exact) * np.asarray(transform.std)[:, None, None]
-            assert np.abs(off).max() < 2.01 / 255
-        for answers, others in zip(expected, found, strict=True):
-            by_index = {a["index"]: a for a in others}
-            for answer in answers:
-                other = by_index[answer.index]
-                assert (answer.label, answer.positive) == (other["label"], other["positive"])
-                assert other["score"] == pytest.approx(answer.score, rel=1e-2, abs=1e-2)
+            scores = np.asarray([a["score"] for a in others], np.float32)
+            right = np.asarray([a.score for a in answers], np.float32)
+            assert_parity(right, scores, "branches", "float32")
+
+
+def test_int8(ask):
+    """As the version that wrote the bundle answered."""
+    recorded, _ = read_tensors(INT8.with_suffix(".safetensors"), AssertionError)
+    batch = recorded["images"]
+    question = {"ask": "logits", "where": str(INT8), "images": encoded(batch), "precision": "int8"}
+    names = ("alpha", "gamma")
+    answers = ask(*({**question, "adapters": [name] * len(batch)} for name in names))
+    for name, answer in zip(names, answers, strict=True):
+        logits = recorded[f"int8/{name}"]
+        found = decoded(answer, *logits.shape)
+        assert_parity(logits, found, "quantised", "int8")
+        own = np.isfinite(logits)
+        off, other = (
+            float(np.abs(found[own] - recorded[f"{graph}/{name}"][own]).max())
+            for graph in ("int8", "float32")
+        )
+        assert off < other, "another graph's"
+
+
+# A page's whole code; `window.answer` is what it found.
+PAGE = """<!doctype html><script type="module">
+import * as ort from "./ort/ort.wasm.bundle.min.mjs";
+import { decodePicture, fromUrl, openBundle } from "./dist/index.js";
+const files = [];
+const bundle = await openBundle(fromUrl("./bundle", { progress: (file) => files.push(file) }), ort);
+const picture = await decodePicture(await (await fetch("picture.png")).blob());
+const [answers] = await bundle.classify([picture], "alpha");
+const image = Array.from(await bundle.preprocess(picture, "alpha"));
+window.answer = { answers, image, files: [...new Set(files)], data: Array.from(picture.data),
+  size: [picture.width, picture.height] };
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open a bundle in")
+def test_a_browser_decodes_pictures_upright_and_answers(dist, branches, served, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    for name, place in (
+        ("dist", dist),
+        ("bundle", branches),
+        ("ort", PACKAGE / "node_modules" / "onnxruntime-web" / "dist"),
+    ):
+        (tmp_path / name).symlink_to(place)
+    (tmp_path / "index.html").write_text(PAGE)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its right side is up: a quarter turn is missing
+    stored = pictures()[1]
+    stored.save(tmp_path / "picture.png", exif=exif)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
+        page = browser.new_page()
+        said: list[str] = []
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(served(tmp_path))
+        try:
+            page.wait_for_function("window.answer", timeout=PATIENCE_MS)
+        except Exception as error:
+            raise AssertionError(said) from error
+        answer = page.evaluate("window.answer")
+        browser.close()
+    upright = stored.transpose(Image.Transpose.ROTATE_270)
+    assert answer["size"] == list(upright.size)
+    pixels = np.asarray(answer["data"], np.uint8).reshape(upright.height, upright.width, 4)
+    assert np.array_equal(pixels[..., :3], np.asarray(upright))
+    assert {"hhdeploy.json", "model.onnx", "bank.safetensors"} <= set(answer["files"])
+    with open_session(branches, device="cpu", threads=1) as session:
+        entry = session.entry("alpha")
+        image = np.asarray(answer["image"], np.float32).reshape(entry.preprocess.input_size)
+        right = answers_of(session.run(image[None], "alpha")[0], entry, entry.classes)
+    assert_levels(entry.preprocess, upright, image)
+    assert [a.label for a in right] == [a["label"] for a in answer["answers"]]
+    scores = np.asarray([a["score"] for a in answer["answers"]], np.float32)
+    assert_parity(np.asarray([a.score for a in right], np.float32), scores, "branches", "float32")
+
+
+# Of adapters that are added. 255 * 0.3 and 255 * 0.1 are halves, which Python rounds to even.
+OWN = Preprocess((3, 32, 32), (0.3, 0.1, 0.5), (0.5, 0.25, 0.5))
+TRANSFORMS = {
+    "center": OWN,
+    "squash": replace(OWN, crop_mode="squash", interpolation="bilinear", crop_pct=0.93),
+    "border": replace(OWN, crop_mode="border", crop_pct=1.1),
+}
+
+
+@pytest.fixture
+def preprocessing(workshop, tmp_path):
+    """An adapter with a preprocessing of its own, in a directory: ``make(name, transform)``."""
+    rival = load_adapter(workshop.directory("rival"))
+
+    def make(name: str, transform: Preprocess) -> Path:
+        config = replace(rival.config, preprocess=transform)
+        save_adapter(replace(rival, config=config), tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def test_an_added_adapter_preprocesses_in_its_own_way(ask, small, preprocessing):
+    added = {name: str(preprocessing(name, each)) for name, each in TRANSFORMS.items()}
+    # What a file leaves out is as in Python: CENTER's own numbers.
+    shortest = preprocessing("shortest", TRANSFORMS["center"]) / "adapter_config.json"
+    content = json.loads(shortest.read_text())
+    for key in ("interpolation", "crop_pct", "crop_mode"):
+        del content["preprocess"][key]
+    shortest.write_text(json.dumps(content))
+    added["shortest"] = str(shortest.parent)
+    added["lanczos"] = str(preprocessing("lanczos", replace(OWN, interpolation="lanczos")))
+    where = {"where": str(small), "added": added}
+    taken, names = pictures(), list(TRANSFORMS)
+    seen, none, refused, *graphs = ask(
+        {"ask": "images", **where, "pictures": sent(taken), "adapters": names},
+        {"ask": "graph", **where, "adapter": "lanczos"},
+        {"ask": "images", **where, "pictures": sent(taken[:1]), "adapters": ["lanczos"]},
+        *({"ask": "graph", **where, "adapter": name} for name in (*names, "shortest")),
+    )
+    bundle = Bundle.open(small).manifest
+    own = [*TRANSFORMS.values(), TRANSFORMS["center"]]
+    for transform, graph in zip(own, graphs, strict=True):
+        assert graph["file"] == bundle.named(str(transform.graph_file))
+        told = {name: (i["dtype"], i["value"]) for name, i in graph["inputs"].items()}
+        assert told == transform.graph_inputs
+    for transform, picture, image in zip(own, taken, seen, strict=False):
+        assert_levels(transform, picture, decoded(image, *transform.input_size))
+    assert none is None
+    assert "no graph that preprocesses pictures" in refused["error"]
+
+
+def test_the_package_reads_what_python_writes():
+    """Numbers that both have; the licence is copied when the package is packed."""
+    for file, newest in (
+        ("adapter", adapter_config.SCHEMA_VERSION),
+        ("manifest", manifest.SCHEMA_VERSION),
+    ):
+        text = (PACKAGE / "src" / f"{file}.ts").read_text()
+        assert f"const NEWEST_SCHEMA = {newest};" in text
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    package = json.loads((PACKAGE / "package.json").read_text())
+    assert package["version"] == version[1]
+    lock = json.loads((PACKAGE / "package-lock.json").read_text())
+    assert lock["packages"][""]["version"] == package["version"]
 
 
 def test_rows_are_packed_as_python_packs_them(ask, branches, scaled, workshop, scaled_workshop):
@@ -196,6 +374,10 @@ def test_what_does_not_fit_is_refused(ask, small, folded, workshop, tmp_path):
     foreign = tmp_path / "foreign"
     save_adapter(other, foreign)
     (foreign / "adapter_config.json").write_text(json.dumps(config | {"base_sha256": "0" * 64}))
+    large = tmp_path / "large"
+    save_adapter(other, large)
+    resized = {"preprocess": OWN.to_json() | {"input_size": [3, 40, 40]}}
+    (large / "adapter_config.json").write_text(json.dumps(config | resized))
     damaged = copy_bundle(small, tmp_path / "damaged")
     flip_byte(damaged / "model.onnx.data")
     asked = {"ask": "logits", "images": encoded(images(1)), "adapters": ["alpha"]}
@@ -206,6 +388,7 @@ def test_what_does_not_fit_is_refused(ask, small, folded, workshop, tmp_path):
         {**asked, "where": str(small), "adapters": ["backbone"]},
         {**asked, "where": str(small), "added": {"x": str(workshop.directory("beta"))}},
         {**asked, "where": str(small), "added": {"x": str(foreign)}},
+        {**asked, "where": str(small), "added": {"x": str(large)}},
         {**asked, "where": str(folded), "added": {"x": str(workshop.directory("rival"))}},
         {**asked, "where": str(tmp_path)},
     )
@@ -216,10 +399,10 @@ def test_what_does_not_fit_is_refused(ask, small, folded, workshop, tmp_path):
         "did not keep the backbone's own classifier",
         "changes .*, which this bundle has no branch for|needs rank",
         "trained on other weights",
+        r"preprocess.input_size: expected the backbone's \[3,32,32\], found \[3,40,40\]",
         "its adapters are fixed",
         "hhdeploy.json: expected a file",
     )
     for answer, pattern in zip(found, expected, strict=True):
         assert isinstance(answer, dict) and "error" in answer, (pattern, answer)
-
         assert re.search(pattern, answer["error"]), answer["error"]
