@@ -5,7 +5,7 @@ import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
 const dist = process.argv[2];
-const { fromFolder, fromUrl, openBundle, packRow, parseManifest, readAdapter } = await import(
+const { HhdeployError, fromFolder, fromUrl, openBundle, packRow, parseManifest, readAdapter } = await import(
   pathToFileURL(`${dist}/node.js`)
 );
 
@@ -14,8 +14,21 @@ const encode = (x) => Buffer.from(x.buffer, x.byteOffset, x.byteLength).toString
 const decode = (text) => new Float32Array(new Uint8Array(Buffer.from(text, "base64")).buffer);
 const picture = ({ data, ...size }) => ({ data: new Uint8Array(Buffer.from(data, "base64")), ...size });
 
-async function bundle({ where, runtime = "node", precision, added = {} }) {
-  const source = where.includes("://") ? fromUrl(where) : fromFolder(where);
+/** A source of which the first reading of a file is this one. */
+function once(source, file, first) {
+  let read = (name) => {
+    if (name !== file) return source.read(name);
+    read = source.read;
+    return first();
+  };
+  return { ...source, read: (name) => read(name) };
+}
+
+/** `before`: another bundle, whose manifest is read first; `failing`: a file that cannot be read the first time. */
+async function bundle({ where, runtime = "node", precision, added = {}, before, failing }) {
+  let source = where.includes("://") ? fromUrl(where) : fromFolder(where);
+  if (before) source = once(source, "hhdeploy.json", () => fromFolder(before).read("hhdeploy.json"));
+  if (failing) source = once(source, failing, () => Promise.reject(new HhdeployError(`${failing}: planted`)));
   const opened = await openBundle(source, await runtimes[runtime](), precision ? { precision } : {});
   for (const [name, folder] of Object.entries(added)) await opened.add(name, fromFolder(folder));
   return opened;
@@ -33,6 +46,17 @@ const questions = {
     const answers = await opened.classify(pictures.map(picture), adapters);
     await opened.close();
     return answers;
+  },
+  /** Asked twice: the first error, and the answers. */
+  async again({ pictures, adapters, ...rest }) {
+    const opened = await bundle(rest);
+    const error = await opened.classify(pictures.map(picture), adapters).then(
+      () => null,
+      ({ message }) => message,
+    );
+    const answers = await opened.classify(pictures.map(picture), adapters);
+    await opened.close();
+    return [error, answers.length];
   },
   async images({ pictures, adapters, ...rest }) {
     const opened = await bundle(rest);

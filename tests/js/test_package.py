@@ -320,7 +320,7 @@ def test_an_added_adapter_preprocesses_in_its_own_way(ask, small, preprocessing)
 
 
 def test_the_package_reads_what_python_writes():
-    """Numbers that both have; the licence is copied when the package is packed."""
+    """Numbers that both have."""
     for file, newest in (
         ("adapter", adapter_config.SCHEMA_VERSION),
         ("manifest", manifest.SCHEMA_VERSION),
@@ -366,6 +366,23 @@ def test_an_adapter_that_is_added(ask, small, workshop):
     (answer,) = ask(question)
     found = decoded(answer, 3, 7)
     assert_parity(workshop.mixed_truth(names, inputs, 7), found, "branches", "float32")
+
+
+def test_a_bundle_that_changes_while_it_is_opened_is_read_again(ask, small, branches):
+    """Its first manifest is of files that are gone."""
+    x = images(1)
+    question = {"ask": "logits", "where": str(small), "images": encoded(x), "adapters": ["alpha"]}
+    (found,) = ask({**question, "before": str(branches)})
+    logits = logits_of(small, x, ["alpha"])
+    assert_parity(logits, decoded(found, *logits.shape), "branches", "float32")
+
+
+def test_a_graph_that_could_not_be_read_is_read_again(ask, small):
+    told = Bundle.open(small).manifest
+    failing = told.named(str(told.backbone.preprocess.graph_file))
+    question = {"where": str(small), "pictures": sent(pictures()[:1]), "adapters": "alpha"}
+    (found,) = ask({"ask": "again", **question, "failing": failing})
+    assert found == [f"{failing}: planted", 1]
 
 
 def test_what_does_not_fit_is_refused(ask, small, folded, workshop, tmp_path):
