@@ -30,10 +30,8 @@ import click
 import numpy as np
 
 from benchmarks.harness import THREADS, report
-from benchmarks.models import STARTER, bundle, work_directory
+from benchmarks.models import bundle, starter_bundle
 from hhdeploy.cli.bench_serve import server_command
-from hhdeploy.cli.starter import Starter
-from hhdeploy.exporting.bundles import export
 from hhdeploy.loadtest.client import Client, Requests
 from hhdeploy.loadtest.drive import Record, drive
 from hhdeploy.loadtest.expected import image_pool
@@ -86,22 +84,6 @@ def main(model: str, rounds: int, images: int, requests: int, profile: bool) -> 
             results[f"{name}: event loop"] = loop_profile(path, count)
     results["decoding 8 x 3 x 224 x 224 float32"] = decoding()
     report("serve", results)
-
-
-def starter_bundle() -> Path:
-    """The starter models as side branches, exported once."""
-    path = work_directory() / "starter-branches"
-    if not (path / "hhdeploy.json").is_file():
-        starter = Starter.read(STARTER)
-        export(
-            starter.model,
-            {task: starter.adapter(task) for task in starter.tasks},
-            path,
-            model_args=starter.args,
-            checkpoint=starter.path / "backbone.safetensors",
-            verify=False,
-        )
-    return path
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.quantised import Float32Graph, find_scales, quantise
 from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.cli.starter import Starter
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.bundles import export
 from hhdeploy.preprocess import open_image
@@ -166,6 +167,22 @@ def calibrated(path: Path, precision: str) -> Path:
 
 def _label(model: str, args: Mapping[str, Any]) -> str:
     return "-".join([model, *(f"{key}{value}" for key, value in sorted(args.items()))])
+
+
+def starter_bundle() -> Path:
+    """The starter models as side branches, exported once."""
+    path = work_directory() / "starter-branches"
+    if not (path / "hhdeploy.json").is_file():
+        starter = Starter.read(STARTER)
+        export(
+            starter.model,
+            {task: starter.adapter(task) for task in starter.tasks},
+            path,
+            model_args=starter.args,
+            checkpoint=starter.path / "backbone.safetensors",
+            verify=False,
+        )
+    return path
 
 
 def starter_images(manifest: Manifest, count: int) -> NDArray[np.float32]:

@@ -11,7 +11,6 @@ trained, answer their own pictures. Times are CPU times on one thread, of center
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,10 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness import report
-from benchmarks.models import STARTER, bundle
+from benchmarks.models import STARTER, bundle, starter_bundle
 from hhdeploy.cli.starter import Starter
 from hhdeploy.exporters.portable.pictures import picture_graph
-from hhdeploy.exporting.bundles import export
 from hhdeploy.files.folders import list_images
 from hhdeploy.parity import compare
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, Preprocess, as_rgb, open_image
@@ -153,21 +151,8 @@ def _times(transform: Preprocess, pictures: Sequence[Image.Image]) -> dict[str, 
 def _starter() -> dict[str, dict[str, Any]]:
     """The starter models on the pictures that come with them."""
     starter = Starter.read(STARTER)
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "starter"
-        export(
-            starter.model,
-            {task: starter.adapter(task) for task in starter.tasks},
-            out,
-            model_args=starter.args,
-            checkpoint=starter.path / "backbone.safetensors",
-            verify=False,
-            cache=None,
-        )
-        with open_session(out, device="cpu", threads=1) as session:
-            return {
-                task: _answers(session, task, _pictures(starter, task)) for task in starter.tasks
-            }
+    with open_session(starter_bundle(), device="cpu", threads=1) as session:
+        return {task: _answers(session, task, _pictures(starter, task)) for task in starter.tasks}
 
 
 def _pictures(starter: Starter, task: str) -> list[Image.Image]:

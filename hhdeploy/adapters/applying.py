@@ -38,15 +38,16 @@ def parameters_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
 
 
 def values_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
-    """Parameter path -> its value with the adapter, of those that it replaces whole: at less than
-    its full strength between the backbone's own and the new one."""
-    found = {path: value.astype(np.float64) for path, value in adapter.values.items()}
-    if adapter.strength == 1.0:
-        return found
-    for path, value in found.items():
-        frozen: Array = backbone.model.get_parameter(path).detach().double().cpu().numpy()
-        found[path] = frozen + adapter.strength * (value - frozen)
-    return found
+    """Parameter path -> its value with the adapter, of those that it replaces whole.
+
+    Raises:
+        AdapterError: the backbone has no such parameter, or one of another shape.
+    """
+    from hhdeploy.backbones.parameters import parameters_for
+
+    found = parameters_for(backbone.model, adapter.values, adapter.source)
+    frozen = {path: old.detach().double().cpu().numpy() for path, old in found.items()}
+    return {path: adapter.replaced(path, value) for path, value in frozen.items()}
 
 
 def logits_with(

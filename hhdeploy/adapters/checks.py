@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from hhdeploy.adapters.config import AdapterConfig, check_class_names
 from hhdeploy.adapters.format import Adapter, Part
@@ -30,6 +31,33 @@ def check_name(name: str) -> str:
             "first a letter or digit). Give one: NAME=DIR."
         )
     return name
+
+
+def model_args_of(
+    model: str, given: Mapping[str, Any] | None, adapters: Mapping[str, Adapter]
+) -> Mapping[str, Any]:
+    """The arguments that a backbone is made with: those given, else those that all adapters say.
+
+    Raises:
+        PlanError: the adapters disagree, or name arguments of a function: what a file says never
+            reaches code.
+    """
+    if given is not None:
+        return given
+    named = {name: dict(a.config.base_model_args) for name, a in adapters.items()}
+    if model.startswith("python:") and any(named.values()):
+        raise PlanError(
+            f"the adapters were made with the arguments {named}, and {model} gets none that only a "
+            "file names. Pass them as `model_args`."
+        )
+    distinct = list({str(sorted(args.items())): args for args in named.values()}.values())
+    if len(distinct) > 1:
+        raise PlanError(
+            "the adapters disagree on base_model_args: "
+            + "; ".join(f"{name}: {args}" for name, args in named.items())
+            + ". They share the backbone; to overrule, pass `model_args`."
+        )
+    return distinct[0] if distinct else {}
 
 
 def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = True) -> None:

@@ -120,7 +120,7 @@ class Adapter:
             dense weights): no row holds it, so the adapter can only be folded.
         strength: what `change` and `delta` multiply all that the adapter does to the backbone by,
             the classifier excepted; a bundle's entry says it, the adapter's files do not. For
-            ``values`` that takes the backbone's. See `hhdeploy.adapters.mixing.at_strength`.
+            ``values`` see `replaced`. See `hhdeploy.adapters.mixing.at_strength`.
     """
 
     config: AdapterConfig
@@ -158,6 +158,12 @@ class Adapter:
         db = part.get("db")
         added = None if db is None else self.strength * db.astype(np.float64)
         return SiteChange(self.delta(site), Scales(wide.get("s_in"), wide.get("s_out")), added)
+
+    def replaced(self, path: str, frozen: Array) -> Array:
+        """What a parameter of ``values`` becomes, in float64: at less than the full strength
+        between the backbone's own, ``frozen``, and the new one."""
+        value = self.values[path].astype(np.float64)
+        return value if self.strength == 1.0 else frozen + self.strength * (value - frozen)
 
     def delta(self, site: str) -> SiteDelta | None:
         """Canonical float64 delta of one site: added to W (additive), or M (sequential).

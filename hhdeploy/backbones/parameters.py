@@ -33,6 +33,21 @@ def put_values(
     Raises:
         AdapterError: no such parameter, or one of another shape; the model is as it was.
     """
+    old = parameters_for(model, values, source)
+    for path, value in values.items():
+        new = torch.from_numpy(value).to(old[path].device, old[path].dtype)
+        _exchange(model, old[path], nn.Parameter(new, requires_grad=False))
+    return old
+
+
+def parameters_for(
+    model: nn.Module, values: Mapping[str, NDArray[np.floating]], source: str
+) -> dict[str, nn.Parameter]:
+    """Path -> the model's own parameter, of those that values replace.
+
+    Raises:
+        AdapterError: see `put_values`.
+    """
     known = dict(model.named_parameters())
     for path, value in values.items():
         if path not in known:
@@ -45,11 +60,7 @@ def put_values(
                 f"{source}: {path}.value: expected shape {list(known[path].shape)}, found "
                 f"{list(value.shape)}."
             )
-    old = {path: known[path] for path in values}
-    for path, value in values.items():
-        new = torch.from_numpy(value).to(old[path].device, old[path].dtype)
-        _exchange(model, old[path], nn.Parameter(new, requires_grad=False))
-    return old
+    return {path: known[path] for path in values}
 
 
 def restore_values(model: nn.Module, old: Mapping[str, nn.Parameter]) -> None:

@@ -20,7 +20,7 @@ from hhdeploy.backbones.sites import Form
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.bundle.reading import Bundle, read_bundle
-from hhdeploy.errors import AdapterError, PlanError, require
+from hhdeploy.errors import AdapterError, PlanError, WriteError, require
 from hhdeploy.files.writing import atomic_file
 
 _BANK = "adapter_bank"
@@ -51,9 +51,16 @@ def pack_adapter(path: str | Path, name: str, file: str | Path) -> None:
     form = ort.AdapterFormat()
     form.set_adapter_version(_VERSION)
     form.set_model_version(model_version(manifest))
-    form.set_parameters({_BANK: ort.OrtValue.ortvalue_from_numpy(row)})
+    form.set_parameters({_BANK: ort.OrtValue.ortvalue_from_numpy(row)})  # no copy: row has to stay
     with atomic_file(Path(file)) as scratch:
-        form.export_adapter(str(scratch))
+        try:
+            form.export_adapter(str(scratch))
+        except RuntimeError as error:  # it does not say what the file system did
+            raise WriteError(
+                f"Could not write {file}: ONNX Runtime wrote none of it, or a part. The disk may "
+                "be full: free some space or choose another directory. Nothing that was there "
+                "before was changed."
+            ) from error
 
 
 def unpack_adapter(path: str | Path, file: str | Path) -> Adapter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ def merge(
     adapters = {name: (load_adapter(name), weight) for name, weight in weights.items()}
     backbone = None
     if model is not None:
-        every = [adapter for adapter, _ in adapters.values()]
+        every = {name: adapter for name, (adapter, _) in adapters.items()}
         backbone = _backbone(model, model_args, input_size, checkpoint, every)
     elif (model_args, input_size, checkpoint) != (None, None, None):
         raise click.UsageError("--model-args, --input-size and --checkpoint are of --model.")
@@ -85,16 +85,14 @@ def _backbone(
     model_args: Mapping[str, Any] | None,
     input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
-    adapters: Sequence[Adapter],
+    adapters: Mapping[str, Adapter],
 ) -> Backbone:
-    """The backbone that the adapters say, with the arguments that one of them has; a function gets
-    none that only a file names."""
+    """The backbone of all, with the arguments that they agree on."""
+    from hhdeploy.adapters.checks import model_args_of
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
 
-    said = next((a.config.base_model_args for a in adapters if a.config.base_model_args), {})
-    taken = {} if model.startswith("python:") else said
-    args = taken if model_args is None else model_args
+    args = model_args_of(model, model_args, adapters)
     backbone = load_backbone(BackboneSpec(model, args, checkpoint, input_size=input_size))
     for line in backbone.notes:
         ui.note(line)

@@ -14,6 +14,7 @@ from hhdeploy.adapters.checks import (
     check,
     check_name,
     check_sites,
+    model_args_of,
     notes,
 )
 from hhdeploy.adapters.format import Adapter, load_adapter
@@ -30,7 +31,7 @@ from hhdeploy.bundle.manifest import (
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
 from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
-from hhdeploy.errors import OptionError, ParityError, PlanError, require
+from hhdeploy.errors import OptionError, ParityError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
@@ -152,7 +153,7 @@ def export(
         loaded = _loaded(adapters, strengths)
         spec = BackboneSpec(
             model,
-            _model_args(model, model_args, loaded),
+            model_args_of(model, model_args, loaded),
             Path(checkpoint) if checkpoint else None,
             pretrained,
             seed,
@@ -214,33 +215,6 @@ def _loaded(
         check_name(name): at_strength(load_adapter(path), strengths.get(name, 1.0))
         for name, path in adapters.items()
     }
-
-
-def _model_args(
-    model: str, given: Mapping[str, Any] | None, adapters: Mapping[str, Adapter]
-) -> Mapping[str, Any]:
-    """The arguments given, else the ones that all adapters agree on.
-
-    Raises:
-        PlanError: the adapters disagree, or name arguments of a function: what a file says never
-            reaches code.
-    """
-    if given is not None:
-        return given
-    named = {name: dict(a.config.base_model_args) for name, a in adapters.items()}
-    if model.startswith("python:") and any(named.values()):
-        raise PlanError(
-            f"the adapters were made with the arguments {named}, and {model} gets none that only a "
-            "file names. Pass them as `model_args`."
-        )
-    distinct = list({str(sorted(args.items())): args for args in named.values()}.values())
-    if len(distinct) > 1:
-        raise PlanError(
-            "the adapters disagree on base_model_args: "
-            + "; ".join(f"{name}: {args}" for name, args in named.items())
-            + ". Adapters of one bundle share the backbone; to overrule, pass `model_args`."
-        )
-    return distinct[0] if distinct else {}
 
 
 def _check_precisions(precisions: Sequence[TypedPrecision]) -> None:

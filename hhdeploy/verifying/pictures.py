@@ -166,7 +166,6 @@ def _levels(graph: bytes, transform: Preprocess) -> Levels:
     return Levels(largest, total / len(PARTS))
 
 
-@cache
 def _runner(graph: bytes) -> Callable[[Preprocess, Image.Image], NDArray[np.float32]]:
     """A graph in ONNX Runtime, on one thread."""
     ort = require("onnxruntime", "cpu", "verifying the graphs that take pictures")

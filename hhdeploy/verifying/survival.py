@@ -138,7 +138,7 @@ def _replaced(
 ) -> Iterator[tuple[str, Array, Array]]:
     for path, before in originals.items():
         frozen = before.astype(np.float64)
-        yield path, frozen, frozen + adapter.strength * (adapter.values[path] - frozen)
+        yield path, frozen, adapter.replaced(path, frozen)
 
 
 def _rounded(values: Array, precision: Precision, scaled_by: Array) -> Array:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from hhdeploy.adapters.format import load_adapter
+from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.cli import main
 from tests.support import TINY_ARGS, TINY_MODEL, assert_parity
 
@@ -97,6 +98,14 @@ def test_merge_of_replaced_parameters_takes_the_model(scaled_workshop, model, tm
     own = scaled_workshop.backbone.model.get_parameter("blocks.1.norm2.weight").detach().numpy()
     expected = (own + whole["blocks.1.norm2.weight"]) / 2
     assert_parity(expected, half["blocks.1.norm2.weight"], "algebra", "float32")
+    adapter = scaled_workshop.adapters["norms"]
+    odd = replace(adapter.config, base_model_args={**adapter.config.base_model_args, "depth": 3})
+    save_adapter(replace(adapter, config=odd), tmp_path / "odd")
+    parts = (f"{norms}=0.5", f"{tmp_path / 'odd'}=0.6")
+    code, said = run("merge", *parts, tmp_path / "x", *said_model)
+    assert code == 1
+    assert "disagree on base_model_args" in said
+    assert "pass --model-args" in said
 
 
 def test_merge_and_diff(workshop, tmp_path):

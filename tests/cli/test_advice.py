@@ -91,6 +91,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
     "hhdeploy/plan.py": ("export",),
     "hhdeploy/verifying/": ("export", "verify"),
+    "hhdeploy/adapters/checks.py::model_args_of": ("export", "adapter merge"),
     "hhdeploy/adapters/checks.py::no_place": ("export", "adapter import"),
     "hhdeploy/adapters/checks.py::_check_base": (
         "export",

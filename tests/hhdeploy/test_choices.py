@@ -29,8 +29,8 @@ from hhdeploy.loadtest.run import Subject
 from hhdeploy.quantising import CalibrationOptions
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.training.settings import TrainSettings
-from tests.test_house import sources
-from tests.workshop import ROOT, copy_bundle
+from tests.test_house import found_by
+from tests.workshop import copy_bundle
 
 
 def test_one_of_says_what_there_is():
@@ -125,12 +125,7 @@ def untyped(tree: ast.AST) -> list[str]:
 
 
 def test_no_precision_or_device_is_any_string():
-    found = {
-        path.relative_to(ROOT).as_posix(): names
-        for path in sources()
-        if (names := untyped(ast.parse(path.read_text(encoding="utf-8"))))
-    }
-    assert found == {}
+    assert not found_by(untyped)
 
 
 def test_a_planted_string_is_found():

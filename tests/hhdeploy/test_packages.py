@@ -13,6 +13,7 @@ except ImportError:  # Python 3.10, for which pytest brings it under its first n
 
 from hhdeploy.errors import MissingDependencyError
 from hhdeploy.packages import EXTRAS, INCLUDED, check_version, is_older
+from tests.test_house import sources
 from tests.workshop import ROOT
 
 # name[extras]>=version,<version
@@ -35,6 +36,25 @@ def test_the_table_is_the_one_of_pyproject():
     del bounds["test"], included["test"]
     assert bounds == EXTRAS
     assert included == INCLUDED
+
+
+def test_all_of_the_package_is_installed():
+    """setuptools takes what it is told: a folder or a picture that is not named is in no wheel."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in sources()}
+    names = {folder: folder.replace("/", ".") for folder in folders}
+    names = {f: n if n.startswith("hhdeploy") else f"hhdeploy.{n}" for f, n in names.items()}
+    assert sorted(told["packages"]) == sorted(names.values())
+    data = {
+        name: sorted(p.name for p in (ROOT / folder).iterdir() if _is_data(p))
+        for folder, name in names.items()
+    }
+    brought = {name: sorted(files) for name, files in told["package-data"].items()}
+    assert brought == {name: files for name, files in data.items() if files}
+
+
+def _is_data(path):
+    return path.is_file() and path.suffix != ".py" and not path.name.startswith(".")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,17 @@ def dense(backbone, adapter):
     return {n: value - before[n] for n, value in after.items() if (value != before[n]).any()}
 
 
+def assert_sum(backbone, chosen, found):
+    """What a mixture does, `dense`, is the weighted sum of what its parts do."""
+    expected: dict = {}
+    for adapter, weight in chosen.values():
+        for key, delta in dense(backbone, adapter).items():
+            expected[key] = expected.get(key, 0.0) + weight * delta
+    assert found.keys() == expected.keys()
+    for key, delta in expected.items():
+        assert_parity(delta.ravel(), found[key].ravel(), "algebra", "float32")
+
+
 def adapters(facts):
     return {
         "hta": random_adapter(facts, seed=1, reflection="orthogonal"),
@@ -84,13 +95,7 @@ def test_a_mixture_is_the_sum(tmp_path, tiny, names, weights):
     mixed = merge_adapters(chosen, head="0")
     save_adapter(mixed, tmp_path / "mixed")
     found = dense(tiny, load_adapter(tmp_path / "mixed"))
-    expected: dict = {}
-    for adapter, weight in chosen.values():
-        for key, delta in dense(tiny, adapter).items():
-            expected[key] = expected.get(key, 0.0) + weight * delta
-    assert found.keys() == expected.keys()
-    for key, delta in expected.items():
-        assert_parity(delta.ravel(), found[key].ravel(), "algebra", "float32")
+    assert_sum(tiny, chosen, found)
     assert np.array_equal(mixed.head.weight, parts[names[0]].head.weight)
     assert mixed.config.extra["merged_from"] == {
         "0": weights[0],
@@ -164,14 +169,8 @@ def test_a_mixture_of_replaced_parameters(tmp_path, tiny, weights):
     assert mixed.config.fold_only
     save_adapter(mixed, tmp_path / "mixed")
     found = dense(tiny, load_adapter(tmp_path / "mixed"))
-    expected: dict = {}
-    for adapter, weight in chosen.values():
-        for key, delta in dense(tiny, adapter).items():
-            expected[key] = expected.get(key, 0.0) + weight * delta
-    assert found.keys() == expected.keys()
+    assert_sum(tiny, chosen, found)
     assert {norm, fc1, "patch_embed.proj.weight"} < found.keys()
-    for key, delta in expected.items():
-        assert_parity(delta.ravel(), found[key].ravel(), "algebra", "float32")
     with pytest.raises(AdapterError, match=r"only be folded.*takes the backbone's own.*`model`"):
         merge_adapters(chosen, "a")
 

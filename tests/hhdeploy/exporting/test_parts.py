@@ -103,6 +103,7 @@ def test_a_fold_only_adapter_is_refused_beside_others(shop, live, tmp_path):
         add_adapter(copy_bundle(live, tmp_path / "live"), "norms", shop.directory("norms"))
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.7])
 @pytest.mark.parametrize(
     ("path", "shape", "message"),
     [
@@ -110,7 +111,7 @@ def test_a_fold_only_adapter_is_refused_beside_others(shop, live, tmp_path):
         ("blocks.0.norm1.weight", (47,), r"norm1\.weight\.value: expected shape \[48\].*\[47\]"),
     ],
 )
-def test_values_that_do_not_fit(shop, tmp_path, path, shape, message):
+def test_values_that_do_not_fit(shop, tmp_path, path, shape, message, strength):
     wrong = replace(shop.adapters["norms"], values={path: np.ones(shape, np.float32)})
     save_adapter(wrong, tmp_path / "wrong")
     with pytest.raises(AdapterError, match=message):
@@ -119,6 +120,7 @@ def test_values_that_do_not_fit(shop, tmp_path, path, shape, message):
             {"a": tmp_path / "wrong"},
             tmp_path / "out",
             fold=True,
+            strengths={"a": strength},
             checkpoint=shop.checkpoint,
             cache=shop.cache,
         )
