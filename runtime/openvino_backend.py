@@ -20,6 +20,7 @@ import json
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -109,7 +110,7 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(bundle.graph, graph)
         ov = import_openvino("device='openvino'")
-        core = ov.Core()
+        core = shared_core()
         if options.precision == _BFLOAT16:
             _check_bfloat16(core)
         low = options.precision == _BFLOAT16 or (
@@ -145,6 +146,27 @@ def import_openvino(purpose: str) -> ModuleType:
     return ov
 
 
+@cache
+def shared_core() -> Any:
+    """The one `openvino.Core` of this process.
+
+    OpenVINO's CPU plugin gives the thread that loads it an alternate signal stack, which it
+    unmaps when the last that holds it goes, in whatever thread and order: of two cores, the
+    second puts the first's stack back. The next signal then ends the process, or is written into
+    what lies there by then, a model's weights. So there is one, for good, loaded in a thread that
+    ends at once.
+    """
+    ov = import_openvino("device='openvino'")
+
+    def load() -> Any:
+        core = ov.Core()
+        core.get_property(_CPU, _NAME)  # loads the plugin
+        return core
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(load).result()
+
+
 def adds_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """False on x86 processors that add pairs of 8-bit products in 16 bits, which overflows.
 
@@ -163,8 +185,8 @@ def adds_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def computes_bfloat16() -> bool:
     """True if OpenVINO is installed and computes in bfloat16 on this processor."""
     try:
-        ov = import_openvino("bfloat16 on a CPU")
-        _check_bfloat16(ov.Core())
+        import_openvino("bfloat16 on a CPU")
+        _check_bfloat16(shared_core())
     except (MissingDependencyError, SessionError):
         return False
     return True

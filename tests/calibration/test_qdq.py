@@ -17,6 +17,7 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.choices import QUANTISED
 from hhdeploy.errors import PlanError
 from hhdeploy.parity import bound, compare
+from hhdeploy.runtime.openvino_backend import shared_core
 from tests.calibration.conftest import Calibrated, logits, saved
 from tests.exporters.synthetic import graph, random
 
@@ -120,10 +121,10 @@ def test_every_site_is_quantised_and_the_graph_still_answers(kind, precision, tm
 
 
 def test_openvino_computes_the_same(side, tmp_path):
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     path = saved(written(side).model, tmp_path)
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(str(path), "CPU", config)
+    compiled = shared_core().compile_model(str(path), "CPU", config)
     found = np.concatenate([compiled(feed)["logits"].copy() for feed in side.feeds])
     comparison = compare(logits(side.path, side.feeds), found)
     assert not comparison.failures(bound("quantised", "int8")), comparison

@@ -10,6 +10,7 @@ import pytest
 
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.parity import bound, compare
+from hhdeploy.runtime.openvino_backend import shared_core
 from tests.parity.architectures import traced
 from tests.parity.ladder import (
     Floats,
@@ -43,9 +44,9 @@ def first(made: Rungs) -> str:
 
 
 def compiled(path: Path) -> Any:
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    return openvino.Core().compile_model(str(path), "CPU", config)
+    return shared_core().compile_model(str(path), "CPU", config)
 
 
 def logits(model: Any, feeds: dict[str, Any]) -> Floats:

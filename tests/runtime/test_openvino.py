@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -30,7 +32,7 @@ from hhdeploy.verifying.graphs import add_graph
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle
 
-openvino = pytest.importorskip("openvino")
+pytest.importorskip("openvino")
 
 NAMES = ["alpha", None, "gamma", "beta", "headless", "rival", "alpha"]
 started = partial(open_session, device="openvino", threads=1, cache=None)
@@ -43,6 +45,23 @@ needs_bfloat16 = pytest.mark.skipif(
 def opened(branches):
     with started(branches) as session:
         yield session
+
+
+def test_a_signal_arrives_after_sessions_that_ended_in_any_order(branches):
+    """OpenVINO's alternate signal stacks, unmapped under the threads that had them, ended it."""
+    code = """
+import gc, signal, sys
+from hhdeploy import open_session
+signal.signal(signal.SIGUSR1, lambda *_: print("arrived"))
+opened = [open_session(sys.argv[1], device="openvino", threads=1, cache=None) for _ in range(2)]
+while opened:
+    opened.pop(0).close()
+    gc.collect()
+    signal.raise_signal(signal.SIGUSR1)
+"""
+    command = [sys.executable, "-c", code, str(branches)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "arrived\n" * 2), done.stderr
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
@@ -175,7 +194,7 @@ def test_bfloat16_is_refused_where_the_processor_has_none(small, monkeypatch):
         def get_property(self, device, name):
             return ["FP32", "INT8"] if name == "OPTIMIZATION_CAPABILITIES" else "Old CPU"
 
-    monkeypatch.setattr(openvino, "Core", Old)
+    monkeypatch.setattr(hhdeploy.runtime.openvino_backend, "shared_core", Old)
     assert not computes_bfloat16()
     with pytest.raises(SessionError, match=r"not compute in it on Old CPU \(it has FP32, INT8\)"):
         started(small, precision="bfloat16")

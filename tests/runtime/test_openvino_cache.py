@@ -13,7 +13,7 @@ import pytest
 from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files.caches import entry_at
 from hhdeploy.files.writing import sha256_of
-from hhdeploy.runtime import open_session
+from hhdeploy.runtime import open_session, openvino_backend
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 from tests.support import images
 from tests.workshop import copy_bundle
@@ -33,15 +33,14 @@ def no_compiler(monkeypatch):
 
     class Core:
         def __init__(self):
-            self._core = openvino_core()
-            self.get_property = self._core.get_property
-            self.import_model = self._core.import_model
+            self.get_property = core.get_property
+            self.import_model = core.import_model
 
         def compile_model(self, *given):
             raise RuntimeError("compiled after all")
 
-    openvino_core = openvino.Core
-    return lambda: monkeypatch.setattr(openvino, "Core", Core)
+    core = openvino_backend.shared_core()
+    return lambda: monkeypatch.setattr(openvino_backend, "shared_core", Core)
 
 
 def answer(path, names="alpha", **options):

@@ -49,8 +49,6 @@ INFER = "/v2/models/alpha/infer"
 SECRET = "the-secret-of-another-file"
 # Of a scene with a server that starts in it, on a machine that is busy.
 AND_A_START = 5 * PATIENCE
-# Servers in this process, which signals end: what ran before in it must not matter.
-pytestmark = pytest.mark.own_process
 
 
 # --- servers --------------------------------------------------------------------------------------

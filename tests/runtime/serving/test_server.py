@@ -28,8 +28,6 @@ from tests.runtime.serving.servers import running_server, signal_own_server
 from tests.support import assert_parity, images
 from tests.workshop import run_command
 
-# Servers in this process, which signals end: what ran before in it must not matter.
-pytestmark = pytest.mark.own_process
 
 HHDEPLOY = str(Path(sys.executable).with_name("hhdeploy"))
 
