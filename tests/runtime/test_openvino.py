@@ -32,7 +32,7 @@ from hhdeploy.verifying.graphs import add_graph
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle
 
-pytest.importorskip("openvino")
+openvino = pytest.importorskip("openvino")
 
 NAMES = ["alpha", None, "gamma", "beta", "headless", "rival", "alpha"]
 started = partial(open_session, device="openvino", threads=1, cache=None)

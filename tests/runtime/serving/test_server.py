@@ -28,7 +28,6 @@ from tests.runtime.serving.servers import running_server, signal_own_server
 from tests.support import assert_parity, images
 from tests.workshop import run_command
 
-
 HHDEPLOY = str(Path(sys.executable).with_name("hhdeploy"))
 
 
