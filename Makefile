@@ -6,6 +6,7 @@
 # make lint   ruff, mypy strict, import-linter
 # make docs   the documentation as a site, in build/site; a warning or a dead link fails
 # make bench  the benchmarks, alone on the machine
+# make bench-peers  head to head with what people would pick instead; alone on the machine
 # make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
 #   GPU_PYTHON=python3  with this interpreter and what it has: installs nothing
 #   GPU_PART=speed      parity, speed, serve or memory alone
@@ -22,7 +23,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist 
 	--max-worker-restart=0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast families lint docs bench gpu-check clean
+.PHONY: demo test test-fast families lint docs bench bench-peers gpu-check clean
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -64,6 +65,9 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
+
+bench-peers: $(VENV)/.test
+	$(BIN)/python -W ignore -m benchmarks.peers
 
 # An interpreter that is given is used as it is.
 gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.test)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
 
 THREADS = 2
 _PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "numpy", "onnx-ir")
+
+
+def work_directory() -> Path:
+    """``$HHDEPLOY_BENCH_DIR``, else a directory below the system's temporary one."""
+    root = os.environ.get("HHDEPLOY_BENCH_DIR")
+    path = Path(root) if root else Path(tempfile.gettempdir()) / "hhdeploy-bench"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def runner(session: Session, batch: int) -> Callable[[], object]:

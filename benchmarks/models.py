@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness import work_directory
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, Head, Part, SiteTensors, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
@@ -33,14 +32,6 @@ from hhdeploy.verifying.graphs import add_graph
 TARGETS = ("q", "k", "v", "proj")
 STARTER = Path(__file__).resolve().parents[1] / "examples" / "starter"
 _NO_ARGS: Mapping[str, Any] = MappingProxyType({})
-
-
-def work_directory() -> Path:
-    """``$HHDEPLOY_BENCH_DIR``, else a directory below the system's temporary one."""
-    root = os.environ.get("HHDEPLOY_BENCH_DIR")
-    path = Path(root) if root else Path(tempfile.gettempdir()) / "hhdeploy-bench"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def random_adapter(

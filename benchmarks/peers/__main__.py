@@ -1,0 +1,103 @@
+"""Head to head with what people would pick: ``make bench-peers``.
+
+    python -m benchmarks.peers [--minutes 12] [--quick] [--model ViT-S/16]
+    python -m benchmarks.peers --prepare      only make the files, which takes minutes once
+    python -m benchmarks.peers --from FILE    write the documentation from an earlier run's JSON
+
+In-process: throughput, latency and every answer of all peers in turn; then a process each for
+memory and for the time of a change. ``--quick`` is a rehearsal (ViT-S, banks of 1 and 8, few
+rounds) that writes no documentation. The last line is JSON, which is kept in
+``benchmarks/results/peers.json`` too.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.harness import machine
+from benchmarks.peers import page
+from benchmarks.peers.accuracy import accuracies
+from benchmarks.peers.child import in_a_child
+from benchmarks.peers.prepare import prepare
+from benchmarks.peers.rounds import AGAIN, COMPILED, PEERS, enter, latencies, race
+from benchmarks.peers.tasks import BANKS, MODELS, Case
+
+# Share of the time that is left for the races; opening and compiling come on top.
+RACES = 0.4
+# Every size of the bank is compiled anew, for a minute or more: one size is raced.
+COMPILED_AT = 8
+
+
+@click.command(help=__doc__)
+@click.option("--minutes", default=12.0, show_default=True, help="Of measuring, files made.")
+@click.option("--quick", is_flag=True)
+@click.option("--model", "titles", multiple=True, type=click.Choice(list(MODELS)))
+@click.option("--prepare", "only_prepare", is_flag=True)
+@click.option("--from", "earlier", type=click.Path(path_type=Path, dir_okay=False))
+def main(
+    minutes: float, quick: bool, titles: tuple[str, ...], only_prepare: bool, earlier: Path | None
+) -> None:
+    """Measure, and write what was found."""
+    if earlier is not None:
+        content = json.loads(earlier.read_text(encoding="utf-8").splitlines()[-1])
+        page.write(content)
+        return
+    cases = [Case(t) for t in titles or (list(MODELS)[:1] if quick else list(MODELS))]
+    banks = [b for b in BANKS if b <= 8] if quick else list(BANKS)
+    for case in cases:
+        print(f"files of {case.title} in {case.folder}", flush=True)
+        prepare(case, max(banks))
+    if only_prepare:
+        return
+    content = {
+        "benchmark": "peers",
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        **measure(cases, banks, 60 * (0.5 if quick else minutes)),
+    }
+    print(page.tables(content), flush=True)
+    if not quick:
+        page.write(content)
+    print(json.dumps(content), flush=True)
+
+
+def measure(cases: list[Case], banks: list[int], seconds: float) -> dict[str, list[Any]]:
+    """All records: races, latencies, changes, accuracies."""
+    until = time.perf_counter() + seconds
+    found: dict[str, list[Any]] = {"races": [], "latencies": [], "changes": [], "accuracies": []}
+    share = RACES * seconds / (len(cases) * (len(banks) + 0.5))
+    for case in cases:
+        entrants = enter(case, [name for name in PEERS if name != COMPILED])
+        for bank in banks:
+            print(
+                f"{case.title}, {bank} adapters: {until - time.perf_counter():.0f} s left",
+                flush=True,
+            )
+            compiled = enter(case, [COMPILED] if bank == COMPILED_AT else [])
+            found["races"] += race(case, [*entrants, *compiled], bank, share)
+            del compiled
+            if bank == COMPILED_AT:
+                found["latencies"] += latencies(case, entrants, share / 2)
+        for entrant in entrants:
+            if entrant.peer is not None:
+                entrant.peer.close()
+        del entrants
+        gc.collect()
+    found["accuracies"] = accuracies(0.05 * seconds)
+    for case in cases:
+        for name in (n for n in PEERS if n not in (AGAIN, COMPILED)):
+            print(f"{case.title}, {name} alone", flush=True)
+            found["changes"] += in_a_child(
+                name, case, banks, max(20.0, until - time.perf_counter())
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main()
