@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hhdeploy.choices import Device, Precision
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
+    from hhdeploy.exporting.web import write_web_page as write_web
     from hhdeploy.plan import Reserve
     from hhdeploy.quantising import calibrate_bundle as calibrate
     from hhdeploy.runtime import open_session
@@ -57,6 +58,7 @@ _HOMES = {
     "verify": ("hhdeploy.verifying.bundles", "verify"),
     "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
     "write_triton": ("hhdeploy.triton", "write_triton_repository"),
+    "write_web": ("hhdeploy.exporting.web", "write_web_page"),
 }
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "verify",
     "verify_against_torch",
     "write_triton",
+    "write_web",
 ]
 
 
