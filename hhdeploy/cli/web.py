@@ -38,7 +38,7 @@ def command(
 
     \b
       hhdeploy web bundle/ site/
-      python -m http.server --directory site/ --bind 127.0.0.1
+      python -m http.server -d site/ -b 127.0.0.1
     """
     from hhdeploy.exporting.web import write_web_page
 
@@ -60,6 +60,6 @@ def command(
     click.echo(
         f"Wrote {page.path}: {len(page.files)} files, {page.precision}; a first visit loads "
         f"{page.sent / 1e6:.1f} MB.\n"
-        f"Look:  python -m http.server --directory {page.path} --bind 127.0.0.1\n"
+        f"Look:  python -m http.server -d {page.path} -b 127.0.0.1\n"
         "Publish it on any web server of files, over https."
     )

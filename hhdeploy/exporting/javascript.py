@@ -49,7 +49,7 @@ def page_code(progress: Callable[[str], None]) -> dict[str, bytes]:
         progress("compiling the page")
         built = Path(folder) / "built"
         compiler = root / "node_modules" / "typescript" / "bin" / "tsc"
-        _run("node", str(compiler), "-p", str(root / "web"), "--outDir", str(built))
+        _run("node", str(compiler), "-p", str(root / "web"), "-outDir", str(built))
         runtime = root / "node_modules" / "onnxruntime-web" / "dist"
         scripts = [*(built / "src").glob("*.js"), *(built / "web" / name for name in _SCRIPTS)]
         return {
@@ -67,7 +67,10 @@ def _installed(root: Path) -> Path:
     package, lock = narrowed(lock)
     for name, content in (("package.json", package), ("package-lock.json", lock)):
         (root / name).write_text(json.dumps(content), encoding="utf-8")
-    _run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(root))
+    # No package runs code of its own.
+    settings = "ignore-scripts=true\naudit=false\nfund=false\n"
+    (root / ".npmrc").write_text(settings, encoding="utf-8")
+    _run("npm", "ci", folder=root)
     return root
 
 
@@ -96,7 +99,7 @@ def _needed(there: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
             waiting += there[place].get("dependencies", {})
 
 
-def _run(*command: str) -> None:
+def _run(*command: str, folder: Path | None = None) -> None:
     program = shutil.which(command[0])
     if program is None:
         raise MissingDependencyError(
@@ -106,6 +109,7 @@ def _run(*command: str) -> None:
     try:
         done = subprocess.run(
             [program, *command[1:]],
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -2,7 +2,7 @@
 // Names and labels are other people's text: they enter the page as textContent alone.
 
 import type { Answer } from "../src/index.js";
-import type { FromWorker, PageFacts, Said, ToWorker } from "./messages.js";
+import type { Engine, FromWorker, PageFacts, Said, ToWorker } from "./messages.js";
 
 const TOP = 3; // classes of an answer; labels that are said and values are all shown
 const SMALL = 128; // pictures with fewer pixels a side are shown as they are, enlarged
@@ -59,7 +59,9 @@ async function start(): Promise<void> {
   await new Promise((resolve) => worker.addEventListener("message", resolve, { once: true }));
   URL.revokeObjectURL(address);
   worker.onmessage = ({ data }: MessageEvent<FromWorker>) => heard(data, facts);
-  tell({ ask: "open", base: BASE, cache: CACHE, precision: facts.precision });
+  const engine = new URLSearchParams(location.search).get("engine");
+  const wanted = engine === "wasm" || engine === "webgpu" ? { engine: engine as Engine } : {};
+  tell({ ask: "open", base: BASE, cache: CACHE, precision: facts.precision, ...wanted });
 }
 
 const tell = (message: ToWorker) => worker.postMessage(message);

@@ -18,8 +18,11 @@ export interface Said {
   answers: Answer[];
 }
 
+/** What the address asks for, as ?engine=wasm; without, the page chooses. */
+export type Engine = "wasm" | "webgpu";
+
 export type ToWorker =
-  | { ask: "open"; base: string; cache: string; precision: string }
+  | { ask: "open"; base: string; cache: string; precision: string; engine?: Engine }
   | { ask: "classify"; number: number; picture: Blob };
 
 export type FromWorker =

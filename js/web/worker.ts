@@ -1,11 +1,13 @@
 /** Runs the model beside the page, which stays quick meanwhile. */
 
-import { BACKBONE, decodePicture, fromUrl, openBundle, type Bundle, type Runtime } from "../src/index.js";
-import type { FromWorker, ToWorker } from "./messages.js";
+import { BACKBONE, decodePicture, fromUrl, openBundle, type Bundle, type Runtime, type Source } from "../src/index.js";
+import type { Engine, FromWorker, ToWorker } from "./messages.js";
 
 const MOST_THREADS = 4;
+// It cuts a row of the bank into more pieces than a shader may write.
+const WIDE = ["branch/bank/split"];
 const tell = (message: FromWorker) => postMessage(message);
-let opened: Promise<Bundle> | undefined;
+let opened: Bundle | undefined;
 let newest = 0; // the picture that counts; what is asked of an older one ends
 
 addEventListener("message", ({ data }: MessageEvent<ToWorker>) => {
@@ -13,45 +15,57 @@ addEventListener("message", ({ data }: MessageEvent<ToWorker>) => {
   else void classify(data.number, data.picture);
 });
 
-async function open({ base, cache, precision }: ToWorker & { ask: "open" }): Promise<void> {
+async function open({ base, cache, precision, engine }: ToWorker & { ask: "open" }): Promise<void> {
   try {
     const progress = (file: string, loaded: number) => tell({ tell: "progress", file, loaded });
-    const { ort, providers, engine } = await runtime(base, precision);
-    opened = openBundle(fromUrl(`${base}bundle/`, { progress, cache }), ort, {
-      precision,
-      session: { executionProviders: providers },
-    });
-    const bundle = await opened;
-    await warm(bundle);
-    tell({ tell: "ready", adapters: names(bundle), engine });
+    const source = fromUrl(`${base}bundle/`, { progress, cache });
+    const threads = crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency) : 1;
+    const cpu = await build(base, "wasm", "", threads);
+    let runs = `WebAssembly, ${threads === 1 ? "1 thread" : `${threads} threads`}`;
+    if (await wantsGpu(precision, engine)) {
+      try {
+        opened = await openOnGpu(source, base, cpu, precision);
+        runs = "WebGPU";
+      } catch (error) {
+        console.warn(`WebGPU does not run this graph: ${text(error)}`);
+        runs += "; WebGPU does not run this graph";
+      }
+    }
+    opened ??= await ran(openBundle(source, cpu, { precision }));
+    tell({ tell: "ready", adapters: names(opened), engine: runs });
   } catch (error) {
     tell({ tell: "broken", error: text(error) });
   }
 }
 
-interface Chosen {
-  ort: Runtime;
-  providers: string[];
-  engine: string;
+/** The GPU computes the graph; its build of the runtime lacks what pictures need. */
+async function openOnGpu(source: Source, base: string, preprocessing: Runtime, precision: string): Promise<Bundle> {
+  const ort = await build(base, "jspi", ".jspi", 1);
+  const provider = { name: "webgpu" as const, forceCpuNodeNames: WIDE };
+  const session = { executionProviders: [provider, "wasm"] };
+  return ran(openBundle(source, ort, { precision, preprocessing, session }));
 }
 
-/** WebGPU where the browser has it whole, and the graph has no integers that it would not run; else WebAssembly. */
-async function runtime(base: string, precision: string): Promise<Chosen> {
-  const gpu = precision === "int8" ? null : await adapterOfGpu();
-  const build = gpu ? "jspi" : "wasm";
-  const ort = await import(`${base}ort/ort.${build}.bundle.min.mjs`);
-  ort.env.wasm.wasmPaths = { wasm: `${base}ort/ort-wasm-simd-threaded${gpu ? ".jspi" : ""}.wasm` };
-  const threads = crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency) : 1;
+/** One of the runtime's builds; it loads its own code of WebAssembly when it is first used. */
+async function build(base: string, name: string, suffix: string, threads: number) {
+  const ort = await import(`${base}ort/ort.${name}.bundle.min.mjs`);
+  ort.env.wasm.wasmPaths = { wasm: `${base}ort/ort-wasm-simd-threaded${suffix}.wasm` };
   ort.env.wasm.numThreads = threads;
-  const engine = gpu ? "WebGPU" : `WebAssembly, ${threads === 1 ? "1 thread" : `${threads} threads`}`;
-  return { ort, providers: gpu ? ["webgpu", "wasm"] : ["wasm"], engine };
+  return ort as Runtime;
 }
 
-async function adapterOfGpu(): Promise<unknown> {
+/** Where a GPU is, and the graph has no integers that it would not run. */
+async function wantsGpu(precision: string, engine: Engine | undefined): Promise<boolean> {
   // The build for WebGPU waits for the GPU by what WebAssembly calls promise integration.
-  const waits = "Suspending" in WebAssembly;
-  const { gpu } = navigator as { gpu?: { requestAdapter(): Promise<unknown> } };
-  return waits && gpu ? gpu.requestAdapter().catch(() => null) : null;
+  const { gpu } = navigator as Navigator & { gpu?: { requestAdapter(): Promise<GpuAdapter | null> } };
+  if (engine === "wasm" || precision === "int8" || !gpu || !("Suspending" in WebAssembly)) return false;
+  const adapter = await gpu.requestAdapter().catch(() => null);
+  return adapter !== null && (engine === "webgpu" || !adapter.info?.isFallbackAdapter);
+}
+
+/** `isFallbackAdapter`: software, slower than WebAssembly. */
+interface GpuAdapter {
+  info?: { isFallbackAdapter?: boolean };
 }
 
 /** All that can answer; the bare model too where it kept its classifier, and where there is nothing else. */
@@ -60,18 +74,20 @@ function names(bundle: Bundle): string[] {
   return adapters.length ? adapters : [BACKBONE];
 }
 
-/** Everything runs once: then all that answers need is loaded, and kept. */
-async function warm(bundle: Bundle): Promise<void> {
+/** A bundle of which everything ran once: then all that answers need is loaded, and kept. */
+async function ran(opening: Promise<Bundle>): Promise<Bundle> {
+  const bundle = await opening;
   const picture = { data: new Uint8Array(3 * 8 * 8), width: 8, height: 8 };
   const asked = names(bundle);
   for (const name of asked) await bundle.preprocess(picture, name);
   await bundle.classify([picture], asked[0]!);
+  return bundle;
 }
 
 async function classify(number: number, file: Blob): Promise<void> {
   newest = number;
   try {
-    const bundle = await opened!;
+    const bundle = opened!;
     const picture = await decoded(file);
     const begin = performance.now();
     const asked = names(bundle);

@@ -49,7 +49,17 @@ def test_all_of_the_package_is_installed():
         name: sorted(p.name for p in (ROOT / folder).iterdir() if _is_data(p))
         for folder, name in names.items()
     }
-    brought = {name: sorted(files) for name, files in told["package-data"].items()}
+    js = ROOT / "hhdeploy" / "exporting" / "js"
+    page = [p for folder in (js / "src", js / "web") for p in folder.iterdir()]
+    page += [js / name for name in ("package.json", "package-lock.json", "tsconfig.json")]
+    data["hhdeploy.exporting"] = sorted(p.relative_to(js.parent).as_posix() for p in page)
+    homes = {name: ROOT / folder for folder, name in names.items()}
+    brought = {
+        name: sorted(
+            p.relative_to(homes[name]).as_posix() for f in files for p in homes[name].glob(f)
+        )
+        for name, files in told["package-data"].items()
+    }
     assert brought == {name: files for name, files in data.items() if files}
 
 
