@@ -28,6 +28,7 @@ FILES = frozenset(
         "cli/test_commands.py",
         "cli/test_machine_commands.py",
         "cli/test_readme.py",
+        "examples/test_cpp.py",
         "examples/test_models_page.py",
         "exporters/test_bake.py",
         "exporters/test_branches.py",
