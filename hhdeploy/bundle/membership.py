@@ -123,7 +123,8 @@ def add_adapter(
         name: how requests will call it.
         directory: the adapter directory; it is copied as it is.
         strength: what its change of the backbone is multiplied by.
-        lock_timeout, progress: see `edit`.
+        lock_timeout: see `edit`.
+        progress: see `edit`.
 
     Raises:
         PlanError, AdapterError, CapacityError: see `admit`; nothing is changed.
