@@ -4,6 +4,7 @@
 # make test-fast  what needs no process, training or engine
 # make families   the parity ladder on every architecture and on models of real size
 # make lint   ruff, mypy strict, import-linter
+# make docs   the documentation as a site, in build/site; a warning or a dead link fails
 # make bench  the benchmarks, alone on the machine
 # make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
 #   GPU_PYTHON=python3  with this interpreter and what it has: installs nothing
@@ -21,7 +22,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist 
 	--max-worker-restart=0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast families lint bench gpu-check clean
+.PHONY: demo test test-fast families lint docs bench gpu-check clean
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +34,11 @@ $(VENV)/.test: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing hhdeploy with the test extras (PyTorch is large: minutes) ..."
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[docs]'
 	touch $@
 
 demo: $(VENV)/.demo
@@ -52,6 +58,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs
+	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks

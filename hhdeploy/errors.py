@@ -131,7 +131,8 @@ def as_code(function: str, *values: object, **parameters: object) -> str:
 
     Args:
         function: of ``hhdeploy``, e.g. ``build``.
-        values, parameters: of the call; a path is shown as a string.
+        *values: of the call; a path is shown as a string.
+        **parameters: the same, by name.
     """
     shown = [_literal(value) for value in values]
     shown += [f"{name}={_literal(value)}" for name, value in parameters.items()]

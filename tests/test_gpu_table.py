@@ -1,4 +1,4 @@
-"""README's GPU table is what a report says, or that there is none; a rehearsal never enters it."""
+"""docs/measured.md has the GPU table that a report gives; a rehearsal never enters it."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def content():
     }  # fmt: skip
 
 
-def test_readme_has_what_the_command_writes():
-    readme = gpu_table.README.read_text()
-    assert gpu_table.with_table(readme, gpu_table.stored()) == readme
+def test_the_page_has_what_the_command_writes():
+    page = gpu_table.PAGE.read_text()
+    assert gpu_table.with_table(page, gpu_table.stored()) == page
 
 
 def test_without_figures_it_says_that_no_gpu_has_run_it():
@@ -123,8 +123,8 @@ def test_parts_of_two_gpus_are_told_apart(content):
 
 def test_a_rehearsal_is_refused(content, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_table, "RESULTS", tmp_path / "results" / "gpu.json")
-    monkeypatch.setattr(gpu_table, "README", tmp_path / "README.md")
-    gpu_table.README.write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(gpu_table, "PAGE", tmp_path / "measured.md")
+    gpu_table.PAGE.write_text(f"{BEGIN}\n{END}\n")
     report = tmp_path / "report.json"
     spoilt = []
     for where, key, value in (
@@ -141,17 +141,17 @@ def test_a_rehearsal_is_refused(content, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=r"dry run|no GPU ran speed"):
             gpu_table.main([str(report)])
         assert not gpu_table.RESULTS.exists()
-        assert gpu_table.README.read_text() == f"{BEGIN}\n{END}\n"
+        assert gpu_table.PAGE.read_text() == f"{BEGIN}\n{END}\n"
 
 
 def test_a_new_report_is_kept_and_written(content, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_table, "RESULTS", tmp_path / "results" / "gpu.json")
-    monkeypatch.setattr(gpu_table, "README", tmp_path / "README.md")
-    gpu_table.README.write_text(f"{BEGIN}\n{NOTHING}\n{END}\n")
+    monkeypatch.setattr(gpu_table, "PAGE", tmp_path / "measured.md")
+    gpu_table.PAGE.write_text(f"{BEGIN}\n{NOTHING}\n{END}\n")
     (tmp_path / "report.json").write_text(json.dumps(content))
     gpu_table.main([str(tmp_path / "report.json")])
     assert json.loads(gpu_table.RESULTS.read_text()) == content
-    written = gpu_table.README.read_text()
+    written = gpu_table.PAGE.read_text()
     assert NOTHING not in written and "NVIDIA Imaginary" in written
     gpu_table.main([])
-    assert gpu_table.README.read_text() == written
+    assert gpu_table.PAGE.read_text() == written

@@ -45,6 +45,7 @@ def entry_of(
             verified,
             strength=adapter.strength,
             compressed=config.compressed,
+            license=config.license,
         )
     classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
@@ -57,6 +58,7 @@ def entry_of(
         problem_type_of(config.problem_type, classes),
         adapter.strength,
         config.compressed,
+        config.license,
     )
 
 
@@ -121,7 +123,8 @@ def add_adapter(
         name: how requests will call it.
         directory: the adapter directory; it is copied as it is.
         strength: what its change of the backbone is multiplied by.
-        lock_timeout, progress: see `edit`.
+        lock_timeout: see `edit`.
+        progress: see `edit`.
 
     Raises:
         PlanError, AdapterError, CapacityError: see `admit`; nothing is changed.

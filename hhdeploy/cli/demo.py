@@ -99,7 +99,7 @@ def _print_cost(console: Console, result: DemoResult) -> None:
     ]
     title = (
         "Cost of side branches against the folded graph\n"
-        "[dim]on this very small model; on ViT-B/16 see the README[/]"
+        "[dim]on this very small model; on ViT-B/16 see docs/measured.md[/]"
     )
     console.print()
     columns = ("", "branches ms", "folded ms", "ratio (quartiles)")

@@ -108,10 +108,17 @@ def verify_against_torch(
 
     Args:
         path: the bundle.
-        model, model_args, input_size, checkpoint, pretrained, seed: as in `export`; None: what
-            the manifest says. A directory and a function have to be named.
-        verify_data, verify_images: as in `export`.
-        device, precisions: as in `verify`.
+        model: as in `export`; None: what the manifest says. A directory and a function have to
+            be named. So the five that follow.
+        model_args: as in `export`.
+        input_size: as in `export`.
+        checkpoint: as in `export`.
+        pretrained: as in `export`.
+        seed: as in `export`.
+        verify_data: as in `export`.
+        verify_images: as in `export`.
+        device: as in `verify`.
+        precisions: as in `verify`.
         lock_timeout: seconds to wait for another process that is changing the bundle.
         progress: called with a few words at each step.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import tarfile
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ except ImportError:  # Python 3.10, for which pytest brings it under its first n
 
 from hhdeploy.errors import MissingDependencyError
 from hhdeploy.packages import EXTRAS, INCLUDED, check_version, is_older
+from tests.distributions import build, copy_sources
 from tests.test_house import sources
 from tests.workshop import ROOT
 
@@ -33,38 +37,52 @@ def test_the_table_is_the_one_of_pyproject():
                 included[extra] = tuple(inner.split(","))
             else:
                 bounds.setdefault(extra, {})[name] = bound
-    del bounds["test"], included["test"]
+    for tools in ("docs", "test"):  # of contributors, which no code asks for
+        bounds.pop(tools), included.pop(tools, None)
     assert bounds == EXTRAS
     assert included == INCLUDED
 
 
-def test_all_of_the_package_is_installed():
-    """setuptools takes what it is told: a folder or a picture that is not named is in no wheel."""
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in sources()}
-    names = {folder: folder.replace("/", ".") for folder in folders}
-    names = {f: n if n.startswith("hhdeploy") else f"hhdeploy.{n}" for f, n in names.items()}
-    assert sorted(told["packages"]) == sorted(names.values())
-    data = {
-        name: sorted(p.name for p in (ROOT / folder).iterdir() if _is_data(p))
-        for folder, name in names.items()
-    }
-    js = ROOT / "hhdeploy" / "exporting" / "js"
-    page = [p for folder in (js / "src", js / "web") for p in folder.iterdir()]
-    page += [js / name for name in ("package.json", "package-lock.json", "tsconfig.json")]
-    data["hhdeploy.exporting"] = sorted(p.relative_to(js.parent).as_posix() for p in page)
-    homes = {name: ROOT / folder for folder, name in names.items()}
-    brought = {
-        name: sorted(
-            p.relative_to(homes[name]).as_posix() for f in files for p in homes[name].glob(f)
-        )
-        for name, files in told["package-data"].items()
-    }
-    assert brought == {name: files for name, files in data.items() if files}
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> list[Path]:
+    """The wheel and the sdist of this checkout."""
+    place = tmp_path_factory.mktemp("built")
+    return build(copy_sources(place / "here", moment=1_000_000_000, mode=0o644), place / "dist")
 
 
-def _is_data(path):
-    return path.is_file() and path.suffix != ".py" and not path.name.startswith(".")
+def content(archive: Path) -> dict[str, bytes]:
+    """What is below hhdeploy/ in a wheel, or in the folder of an sdist."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            files = {name: wheel.read(name) for name in wheel.namelist()}
+    else:
+        with tarfile.open(archive) as sdist:
+            members = [m for m in sdist.getmembers() if m.isfile()]
+            files = {m.name.partition("/")[2]: sdist.extractfile(m).read() for m in members}
+    return {name: text for name, text in files.items() if name.startswith("hhdeploy/")}
+
+
+def test_all_of_the_package_is_in_wheel_and_sdist(built):
+    """Also what lies behind the links, and what is no module."""
+    folders = {path.parent for path in sources()}
+    folders |= {ROOT / "hhdeploy/exporting/js" / name for name in ("", "src", "web")}
+    ours = {}
+    for path in (p for folder in folders for p in folder.iterdir()):
+        if path.is_file() and path.suffix != ".pyc" and not path.name.startswith("."):
+            name = path.relative_to(ROOT).as_posix()
+            ours[name if name.startswith("hhdeploy/") else f"hhdeploy/{name}"] = path.read_bytes()
+    assert "hhdeploy/py.typed" in ours and "hhdeploy/runtime/serving/http/page.html" in ours
+    wheel, sdist = built
+    assert content(wheel) == ours
+    assert content(sdist) == ours
+
+
+def test_they_are_the_same_to_the_byte(built, tmp_path):
+    """From another folder, at another time, of files with other times and rights."""
+    sources = copy_sources(tmp_path / "else" / "where", moment=1_700_000_000, mode=0o664)
+    again = build(sources, tmp_path / "dist")
+    assert [path.name for path in again] == [path.name for path in built]
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in built]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""README's three ways in, run as they stand there, on small models under the same names."""
+"""docs/start.md: its three ways in as they stand there, on small models under the same names."""
 
 from __future__ import annotations
 
@@ -23,10 +23,17 @@ VIT, HF = "vit_base_patch16_224", "transformers:google/vit-base-patch16-224"
 
 def ways() -> list[list[list[str]]]:
     """The commands of every block of the section, each as its words."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
     section = text.split("\n## Three ways in\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```\n(.*?)```", section, re.DOTALL)
     return [[shlex.split(line) for line in block.splitlines()] for block in blocks]
+
+
+def edge() -> str:
+    """The page's Python."""
+    text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return code.replace('device="auto", threads=2', 'device="cpu", threads=1')
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def here(tmp_path, monkeypatch, workshop) -> Path:
 
 
 def run(succeed, words, models):
-    """A command of README, its model one that is here."""
+    """A command of the page, its model one that is here."""
     assert words[0] == "hhdeploy"
     return succeed(*(models.get(word, word) for word in words[1:]))
 
@@ -59,11 +66,14 @@ def test_each_is_three_commands_at_most():
     assert all(len(way) <= 3 for way in ways())
 
 
-def test_from_a_folder_of_images_to_an_answer(here, succeed):
+def test_from_a_folder_of_images_to_an_answer(here, succeed, capsys):
     way = ways()[0]
     said = [run(succeed, words, {VIT: "vit"}) for words in way]
     assert "daisy" in said[-1]
     assert "rose" in said[-1]
+    # At the edge, with what the commands wrote.
+    exec(compile(edge(), "docs/start.md", "exec"), {})
+    assert capsys.readouterr().out.split()[0] in ("daisy", "rose")
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, about training
