@@ -26,7 +26,7 @@ IMAGE = "image"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorConfig:
     """A tensor of a configuration: ``dims`` without the batch, -1 for any size."""
 
     name: str
@@ -60,20 +60,23 @@ class Ensemble:
 
     def configs(self) -> dict[str, str]:
         """Name of a model -> its config.pbtxt: the steps beside the model, and the ensemble."""
-        picture = Tensor(PICTURES, "UINT8", (-1, -1, 3))
-        images = Tensor(IMAGES, "FP32", self.manifest.input_size)
+        picture = TensorConfig(PICTURES, "UINT8", (-1, -1, 3))
+        images = TensorConfig(IMAGES, "FP32", self.manifest.input_size)
         width = self.manifest.classes
-        logits, scores = Tensor(LOGITS, "FP32", (width,)), Tensor(SCORES, "FP32", (width,))
-        label = Tensor(LABEL, "STRING", (1,))
-        ids = () if self.manifest.layout is None else (Tensor(IDS, "INT64", (1,)),)
-        image = Tensor(IMAGE, picture.kind, picture.dims)
+        logits, scores = (
+            TensorConfig(LOGITS, "FP32", (width,)),
+            TensorConfig(SCORES, "FP32", (width,)),
+        )
+        label = TensorConfig(LABEL, "STRING", (1,))
+        ids = () if self.manifest.layout is None else (TensorConfig(IDS, "INT64", (1,)),)
+        image = TensorConfig(IMAGE, picture.kind, picture.dims)
         return {
             self.preprocess: _graph(self.preprocess, (picture, *ids), (images,)),
             self.answer: _graph(self.answer, (logits, *ids), (scores, label)),
             self.name: self._ensemble((image, *ids), (logits, scores, label)),
         }
 
-    def _ensemble(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> str:
+    def _ensemble(self, inputs: Iterable[TensorConfig], outputs: Iterable[TensorConfig]) -> str:
         ids = {} if self.manifest.layout is None else {IDS: IDS}
         steps = (
             _step(self.preprocess, {PICTURES: IMAGE, **ids}, {IMAGES: IMAGES}),
@@ -87,7 +90,7 @@ class Ensemble:
         )
 
 
-def _graph(name: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> str:
+def _graph(name: str, inputs: Iterable[TensorConfig], outputs: Iterable[TensorConfig]) -> str:
     """A small graph: on the CPU, where strings are, and where a wrong row is an error."""
     return (
         f'name: {quoted(name)}\nplatform: "onnxruntime_onnx"\nbackend: "onnxruntime"\n'
@@ -96,7 +99,7 @@ def _graph(name: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> st
     )
 
 
-def _tensors(field: str, tensors: Iterable[Tensor]) -> str:
+def _tensors(field: str, tensors: Iterable[TensorConfig]) -> str:
     listed = ",\n".join(tensor.text() for tensor in tensors)
     return f"{field} [\n{listed}\n]\n"
 
