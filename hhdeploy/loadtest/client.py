@@ -87,6 +87,10 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every connection."""
         await self._session.close()
 
     async def infer(self, body: bytes, json_length: int) -> Reply:

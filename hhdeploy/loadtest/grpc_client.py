@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from types import TracebackType
 from typing import Any
 
 from hhdeploy.errors import require
@@ -33,15 +32,11 @@ class GrpcClient(Client):
         )
         self._model, self._seconds = model, seconds
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def close(self) -> None:
+        """See `Client.close`."""
         for channel in self._channels:
             await channel.close()
-        await super().__aexit__(kind, error, trace)
+        await super().close()
 
     async def infer(self, body: bytes, json_length: int) -> Reply:
         """Ask; see `Requests.body`. The reply is as HTTP's would be, a failed call's status 0."""

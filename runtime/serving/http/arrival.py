@@ -8,6 +8,7 @@ Bodies are decompressed, and counted as long as they are held.
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -172,18 +173,16 @@ class Bodies:
 
     async def _arrived(self, request: Request, limit: int) -> bytes:
         """The body as it came, whose bytes are counted as held."""
-        chunks: list[bytes] = []
-        size = 0
+        body = io.BytesIO()  # grows as one piece, which the kernel moves and takes back
         arriving = _Arriving(asyncio.current_task(), time.monotonic())
         self._arriving.add(arriving)
         try:
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
+                if body.tell() + len(chunk) > limit:
                     raise TooLargeError(f"the body is beyond {limit} bytes.")
                 self._take(len(chunk), arriving)
                 arriving.held += len(chunk)
-                chunks.append(chunk)
+                body.write(chunk)
             arriving.held = 0  # it is the caller's
         except asyncio.CancelledError:
             if not arriving.given_up:
@@ -193,7 +192,7 @@ class Bodies:
         finally:
             self._arriving.discard(arriving)
             self._held -= arriving.held
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return body.getvalue()
 
     def _take(self, size: int, own: _Arriving | None = None) -> None:
         while self._held + size > self._most:

@@ -11,6 +11,9 @@ import contextlib
 import gzip
 import json
 import logging
+import platform
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from contextlib import AsyncExitStack
@@ -240,3 +243,48 @@ def test_a_grpc_call_that_is_refused(small, kind, streamed):
             return await growth(once)
 
     assert asyncio.run(scene()) < SIZE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's thresholds")
+def test_large_bodies_leave_no_memory_behind():
+    """Some at once, again and again, and small things that stay are made meanwhile."""
+    code = """import asyncio
+from starlette.requests import Request
+from hhdeploy.runtime.serving.http.arrival import Bodies
+from hhdeploy.runtime.serving.server import give_memory_back
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+async def arrive(bodies, stays, together):
+    pieces = 120
+    async def receive():
+        nonlocal pieces
+        pieces -= 1
+        stays.append(bytes(600))
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": bytes(1 << 18), "more_body": pieces > 0}
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    async with bodies.read(request, 1 << 26):
+        together.release()
+        await asyncio.sleep(0.1)
+
+async def main():
+    stays, bodies, together = [], Bodies(1 << 31), asyncio.Semaphore(0)
+    for _ in range(3):
+        tasks = [asyncio.create_task(arrive(bodies, stays, together)) for _ in range(12)]
+        for _ in tasks:
+            await together.acquire()
+        stays += [bytes(3000) for _ in range(300)]
+        await asyncio.gather(*tasks)
+
+
+give_memory_back()
+before = resident()
+asyncio.run(main())
+print((resident() - before) >> 20)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert int(done.stdout) < 128  # MiB, of 360 at once; without care they all stay
