@@ -27,6 +27,8 @@ FILES = frozenset(
         "cli/test_calibrate.py",
         "cli/test_commands.py",
         "cli/test_machine_commands.py",
+        "cli/test_readme.py",
+        "examples/test_cpp.py",
         "cli/test_start_page.py",
         "docs/test_site.py",
         "examples/test_models_page.py",
