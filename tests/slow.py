@@ -26,6 +26,7 @@ FILES = frozenset(
         "cli/test_bench_serve.py",
         "cli/test_calibrate.py",
         "cli/test_commands.py",
+        "cli/test_commands_page.py",
         "cli/test_machine_commands.py",
         "cli/test_readme.py",
         "examples/test_cpp.py",

@@ -17,7 +17,7 @@ import click
 import pytest
 
 import hhdeploy
-from hhdeploy import building, quantising, triton
+from hhdeploy import building, quantising
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.choices import QUANTISED, TYPED
@@ -26,6 +26,7 @@ from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
+from hhdeploy.repositories import triton
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
@@ -110,13 +111,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "verify",
     ),
     "hhdeploy/training/": ("train",),
-    "hhdeploy/triton.py": ("triton",),
+    "hhdeploy/repositories/triton.py": ("triton",),
     "hhdeploy/bundle/engines.py": (ANY,),
     "runtime/": (ANY,),
     "runtime/serving/": ("serve",),
 }
 # Where a word is a parameter's and means something else: a key of a file, a column.
 OTHER_MEANING = {
+    ("exporters/portable/triton_ensemble.py", "model_name"),
     ("hhdeploy/adapters/config.py", "class_names"),
     ("hhdeploy/adapters/format.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),
