@@ -5,6 +5,7 @@
 # make families   the parity ladder on every architecture and on models of real size
 # make lint   ruff, mypy strict, import-linter
 # make docs   the documentation as a site, in build/site; a warning or a dead link fails
+# make release-check  wheel and sdist, twice and in empty environments; leaves them in dist/
 # make bench  the benchmarks, alone on the machine
 # make bench-peers  head to head with what people would pick instead; alone on the machine
 # make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
@@ -23,7 +24,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist 
 	--max-worker-restart=0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast families lint docs bench bench-peers gpu-check clean
+.PHONY: demo test test-fast families lint docs release-check bench bench-peers gpu-check clean
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -62,6 +63,9 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/python docs/build.py
+
+release-check: $(VENV)/.test
+	$(BIN)/python -m tests.release
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks

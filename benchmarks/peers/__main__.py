@@ -22,7 +22,7 @@ import click
 
 from benchmarks.harness import machine
 from benchmarks.peers import page
-from benchmarks.peers.accuracy import accuracies
+from benchmarks.peers.accuracy import accuracies, starter
 from benchmarks.peers.child import in_a_child
 from benchmarks.peers.prepare import prepare
 from benchmarks.peers.rounds import AGAIN, COMPILED, PEERS, enter, latencies, race
@@ -53,6 +53,7 @@ def main(
     for case in cases:
         print(f"files of {case.title} in {case.folder}", flush=True)
         prepare(case, max(banks))
+    starter()
     if only_prepare:
         return
     content = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ _CALIBRATED = 32
 
 def accuracies(seconds: float) -> list[dict[str, Any]]:
     """Top-1 over four tasks in mixed batches of 8, and the median of a batch, runs in turn."""
-    path = calibrated(starter_bundle(), "int8")
+    path = starter()
     judged = _judged()
     records = []
     with contextlib.ExitStack() as stack:
@@ -62,6 +63,11 @@ def accuracies(seconds: float) -> list[dict[str, Any]]:
         }
         for name in sessions
     ]
+
+
+def starter() -> Path:
+    """The starter models in float32 and INT8, made if they are missing."""
+    return calibrated(starter_bundle(), "int8")
 
 
 def _judged() -> list[Sample]:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from hhdeploy.backbones.licences import in_words
 from hhdeploy.bundle.manifest import MANIFEST, AdapterEntry, Manifest
 from hhdeploy.errors import OptionError, PlanError
 from hhdeploy.exporters.inserter import Inserter
@@ -143,6 +144,7 @@ def _described(manifest: Manifest) -> dict[str, str]:
         "hhdeploy_version": own_version(),
         "backbone": facts.model,
         "backbone_sha256": facts.sha256,
+        "license": in_words(facts.license),
         **{name: json.dumps(value) for name, value in told.items()},
         "adapters": json.dumps(_entries(manifest.adapters)) if fixed else f"see {MANIFEST}",
     }
@@ -155,6 +157,7 @@ def _entries(adapters: Sequence[AdapterEntry]) -> dict[str, Any]:
             "classes": entry.classes,
             "labels": entry.class_names,
             "problem_type": entry.problem_type,
+            "license": in_words(entry.license),
         }
         for entry in adapters
     }

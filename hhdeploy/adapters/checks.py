@@ -10,6 +10,7 @@ from typing import Any
 from hhdeploy.adapters.config import AdapterConfig, check_class_names
 from hhdeploy.adapters.format import Adapter, Part
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.licences import in_words
 from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, Form, Site, select_sites, sites_of
 from hhdeploy.errors import AdapterError, OptionError, PlanError
 
@@ -163,7 +164,8 @@ def unbound(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
 
 
 def notes(name: str, adapter: Adapter, facts: BackboneFacts) -> list[str]:
-    """Lines about what is assumed of an adapter that passed `check`: weights and preprocessing."""
+    """Lines about an adapter that passed `check`: what is assumed of weights and preprocessing, and
+    a licence that is not the backbone's."""
     stated, own = adapter.config.preprocess, facts.preprocess
     line = None
     if stated is None:
@@ -176,7 +178,18 @@ def notes(name: str, adapter: Adapter, facts: BackboneFacts) -> list[str]:
             f"adapter {name!r} takes its images in its own way, {stated.described()}; the "
             f"backbone's is {own.described()}"
         )
-    return [found for found in (unbound(name, adapter, facts), line) if found]
+    lines = (unbound(name, adapter, facts), line, _other_licence(name, adapter, facts))
+    return [found for found in lines if found]
+
+
+def _other_licence(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
+    own, base = adapter.config.license, facts.license
+    if not own or not base or {n.lower() for n in own} == {n.lower() for n in base}:
+        return None
+    return (
+        f"adapter {name!r} states the licence {in_words(own)}, its backbone {in_words(base)}: the "
+        "bundle names both"
+    )
 
 
 def _check_site(adapter: Adapter, site: Site) -> None:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
+from hhdeploy.backbones.licences import (
+    Licences,
+    licences_of,
+    licences_of_card,
+    licences_to_json,
+    together,
+)
 from hhdeploy.backbones.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
 from hhdeploy.errors import AdapterError
 from hhdeploy.parity import CLASSES as CLASSES
@@ -90,6 +97,7 @@ class AdapterConfig:
         problem_type: what the head's numbers mean; None: what `problem_type_of` makes of it.
         fold_only: it can be folded alone, no side branch computes it.
         compressed: what it lost when it was compressed, None if it was not.
+        license: as its source states it; empty where it says nothing.
         extra: JSON keys that this version does not know, kept as they are.
     """
 
@@ -106,6 +114,7 @@ class AdapterConfig:
     problem_type: ProblemType | None = None
     fold_only: bool = False
     compressed: Compression | None = None
+    license: Licences = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, schema_version: int = 1) -> dict[str, Any]:
@@ -130,6 +139,7 @@ class AdapterConfig:
             **({"problem_type": self.problem_type} if self.problem_type else {}),
             **({"fold_only": True} if self.fold_only else {}),
             **({"compressed": self.compressed.to_json()} if self.compressed else {}),
+            **({"license": licences_to_json(self.license)} if self.license else {}),
             **self.extra,
         }
 
@@ -145,6 +155,8 @@ def problem_type_of(given: ProblemType | None, classes: int) -> ProblemType:
 def read_config(path: Path) -> AdapterConfig:
     """Read and check an ``adapter_config.json``; ``path`` is the file.
 
+    The licence that a model card beside it states joins the one of the configuration.
+
     Raises:
         AdapterError: it is missing, no JSON object, or see `parse_config`.
     """
@@ -158,7 +170,8 @@ def read_config(path: Path) -> AdapterConfig:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return parse_config(content, str(path))
+    config = parse_config(content, str(path))
+    return replace(config, license=together(config.license, licences_of_card(path.parent)))
 
 
 def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -167,7 +180,8 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     def fail(key: str, expected: str) -> AdapterError:
         return AdapterError(f"{where}: {key}: expected {expected}, found {content.get(key)!r}.")
 
-    known = {*AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json(), "compressed"}
+    known = {*AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json()}
+    known |= {"compressed", "license"}
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
@@ -219,6 +233,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         compressed = Compression.from_json(content.get("compressed"))
     except ValueError as error:
         raise fail("compressed", str(error)) from error
+    try:
+        stated = licences_of(content.get("license"))
+    except ValueError as error:
+        raise fail("license", str(error)) from error
     base_sha256 = content.get("base_sha256")
     if base_sha256 is not None and not isinstance(base_sha256, str):
         raise fail("base_sha256", "64 hex digits or null")
@@ -236,6 +254,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         problem_type=problem_type,
         fold_only=fold_only,
         compressed=compressed,
+        license=stated,
         extra={key: value for key, value in content.items() if key not in known},
     )
 

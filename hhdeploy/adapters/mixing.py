@@ -23,6 +23,7 @@ from hhdeploy.adapters.config import AdapterConfig, Compression
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors
 from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.licences import together
 from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import AdapterError, OptionError
 
@@ -94,6 +95,7 @@ def merge_adapters(
         chosen.config,
         **_base_of(chosen.config, [adapter.config for adapter in named.values()]),
         compressed=_worst([adapter.config.compressed for adapter in named.values()]),
+        license=together(*(adapter.config.license for adapter in named.values())),
         extra={
             **{k: v for k, v in chosen.config.extra.items() if k != "imported_from"},
             "merged_from": {name: weight for name, (_, weight) in adapters.items()},

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
@@ -29,6 +30,7 @@ class BackboneFacts:
         dim: features that the classifier sees.
         classes: classes of the backbone's own classifier, 0 if it has none.
         preprocess: how the model's images become inputs.
+        license: of the weights, as their source states it; empty where it says nothing.
         extra: further keys of a manifest's entry, kept as they came.
     """
 
@@ -40,6 +42,7 @@ class BackboneFacts:
     dim: int
     classes: int
     preprocess: Preprocess
+    license: Licences = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class BackboneFacts:
             "dim": self.dim,
             "classes": self.classes,
             "preprocess": self.preprocess.to_json(),
+            **({"license": licences_to_json(self.license)} if self.license else {}),
             **self.extra,
         }
 
@@ -69,6 +73,7 @@ class BackboneFacts:
             dim=rest.pop("dim"),
             classes=rest.pop("classes"),
             preprocess=Preprocess.from_json(rest.pop("preprocess")),
+            license=licences_of(rest.pop("license", None)),
             extra=rest,
         )
 

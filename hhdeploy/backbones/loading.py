@@ -62,6 +62,7 @@ def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
         dim=_features(loaded) if classifier is None else classifier.in_features,
         classes=loaded.classes,
         preprocess=loaded.preprocess,
+        license=loaded.license,
         extra={"assumed": list(loaded.notes)} if loaded.notes else {},
     )
 

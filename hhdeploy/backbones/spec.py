@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.licences import Licences
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Loaded:
         notes: what had to be assumed, a line each.
         traced_with: what the traced graph depends on beside the weights, for the cache's key;
             None where nobody can tell, so that the graph is never cached.
+        license: of the weights, as their source states it; empty where it says nothing.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Loaded:
     preprocess: Preprocess
     notes: tuple[str, ...] = ()
     traced_with: tuple[str, ...] | None = None
+    license: Licences = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from hhdeploy.backbones.converting import agree, is_transformers, timm_state
 from hhdeploy.backbones.facts import check_timm_args
+from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card, together
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.weights import load_strictly, read_state
@@ -59,7 +60,19 @@ def load_timm(spec: BackboneSpec) -> Loaded:
         preprocess,
         tuple(notes),
         traced_with=tuple(traced_with),
+        license=_licences(spec, model),
     )
+
+
+def _licences(spec: BackboneSpec, model: nn.Module) -> Licences:
+    """What timm, or a folder of its, states of the weights that were loaded: nothing of random
+    ones, and of a file of weights nothing that is said of others."""
+    stated = licences_of(getattr(model, "pretrained_cfg", {}).get("license"))
+    folder = Path(spec.model.removeprefix("local-dir:"))
+    if folder != Path(spec.model):
+        own = spec.checkpoint is not None and spec.checkpoint.parent == folder
+        return together(stated, licences_of_card(folder)) if own else ()
+    return stated if spec.pretrained and spec.checkpoint is None else ()
 
 
 def named_as_timm_does(spec: BackboneSpec) -> BackboneSpec:

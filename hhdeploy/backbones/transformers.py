@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hhdeploy.backbones.licences import CARD, Licences, licences_of_card
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
@@ -56,7 +57,26 @@ def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     preprocess, notes = _preprocess(config, spec, where)
     traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
     name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
-    return Loaded(returns_tensor(model), name, path, classes, preprocess, notes, traced_with)
+    return Loaded(
+        returns_tensor(model),
+        name,
+        path,
+        classes,
+        preprocess,
+        notes,
+        traced_with,
+        license=_licences(where) if spec.pretrained and spec.checkpoint is None else (),
+    )
+
+
+def _licences(where: str) -> Licences:
+    """What the card beside the weights states: of the hub's, where it lies in its cache."""
+    if Path(where).is_dir():
+        return licences_of_card(Path(where))
+    from huggingface_hub import try_to_load_from_cache
+
+    card = try_to_load_from_cache(where, CARD)
+    return licences_of_card(Path(card).parent) if isinstance(card, str) else ()
 
 
 def with_classifier(spec: BackboneSpec) -> BackboneSpec:

@@ -24,6 +24,7 @@ from hhdeploy.adapters.config import (
     problem_type_of,
 )
 from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS, BackboneFacts
+from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, QuantisedPrecision, TensorRt, member
 from hhdeploy.errors import BundleError, PlanError
@@ -33,12 +34,10 @@ from hhdeploy.preprocess import Preprocess
 # 2 has rows with s_in, s_out or db, or a graph without logits; written only for a bundle that
 # has them.
 SCHEMA_VERSION = 2
-MANIFEST, BANK_FILE, REFERENCE_FILE, PARITY_FILE = (
-    "hhdeploy.json",
-    "bank.safetensors",
-    "reference.safetensors",
-    "parity.json",
-)
+MANIFEST, BANK_FILE = "hhdeploy.json", "bank.safetensors"
+REFERENCE_FILE, PARITY_FILE = "reference.safetensors", "parity.json"
+# Of all other files of a bundle; no manifest names it.
+SIGNATURE = "model.sig"
 # Where adapters are kept as they came, a directory each.
 ADAPTERS = "adapters"
 # Files of the state before the last change, for those who opened it.
@@ -85,6 +84,7 @@ class AdapterEntry:
         problem_type: what its logits mean; in JSON absent where `problem_type_of` finds it.
         strength: what its change of the backbone is multiplied by.
         compressed: what it lost when it was imported with a rank, None if nothing.
+        license: as its files state it; empty where they say nothing.
         digest: sha256 of its tensors' file, of one that was read from a directory; "" of others.
             No part of the manifest, which has the digests of its files.
     """
@@ -98,6 +98,7 @@ class AdapterEntry:
     problem_type: ProblemType = CLASSES
     strength: float = 1.0
     compressed: Compression | None = None
+    license: Licences = ()
     digest: str = field(default="", compare=False)
 
     def label(self, index: int) -> str:
@@ -114,6 +115,7 @@ class AdapterEntry:
             "class_names": list(self.class_names) if self.class_names else None,
             "preprocess": self.preprocess.to_json(),
             "verified": self.verified,
+            **({"license": licences_to_json(self.license)} if self.license else {}),
             **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
             **({"strength": self.strength} if self.strength != 1.0 else {}),
             **({"compressed": self.compressed.to_json()} if self.compressed else {}),
@@ -135,6 +137,7 @@ class AdapterEntry:
             problem_type_of(problem_type, content["classes"]),
             float(content.get("strength", 1.0)),
             Compression.from_json(content.get("compressed")),
+            licences_of(content.get("license")),
         )
 
 

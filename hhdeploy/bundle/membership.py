@@ -45,6 +45,7 @@ def entry_of(
             verified,
             strength=adapter.strength,
             compressed=config.compressed,
+            license=config.license,
         )
     classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
     return AdapterEntry(
@@ -57,6 +58,7 @@ def entry_of(
         problem_type_of(config.problem_type, classes),
         adapter.strength,
         config.compressed,
+        config.license,
     )
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
+from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle.manifest import (
     ADAPTERS,
     BANK_FILE,
@@ -40,6 +41,8 @@ from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 if TYPE_CHECKING:
     from hhdeploy.bundle.store import Change, Progress
 
+# The card of a manifest that was committed, until it takes the place of the old one.
+NEW_CARD = f".{CARD}.new"
 # How often reading starts again when the bundle is changed meanwhile.
 _TRIES = 3
 
@@ -202,10 +205,11 @@ class Bundle:
         raise self._damage(name, expected, wrong)
 
     def _places(self, name: str) -> tuple[Path, ...]:
-        """Where a file is, where the last change moved it, and where an interrupted change of an
-        earlier version left it."""
+        """Where a file is, where the last change moved it, and where an interrupted change, of an
+        earlier version for the bank, left it."""
         places = (self.path / name, self.path / OLD / name)
-        return (*places, self.path / PREVIOUS_BANK) if name == BANK_FILE else places
+        more = {BANK_FILE: PREVIOUS_BANK, CARD: NEW_CARD}.get(name)
+        return (*places, self.path / more) if more else places
 
     def _damage(self, name: str, expected: str | None, found: str | None) -> BundleError:
         path = self.path / name

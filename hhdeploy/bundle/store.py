@@ -8,7 +8,7 @@ New files are written and fsynced under names of their own, then the manifest is
 step: whoever reads meanwhile has the old bundle or the new one. What the new manifest no longer
 names moves into ``.old``, where those who opened the old bundle find it until the next edit. A
 crash at any point leaves the old or the new bundle, and files that nobody names, which the next
-edit removes.
+edit removes. The model card is written again, and a signature, which fits no more, is removed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hhdeploy.backbones.licences import CARD
+from hhdeploy.bundle.card import card_of
 from hhdeploy.bundle.locking import LOCK
 from hhdeploy.bundle.locking import Progress as Progress
 from hhdeploy.bundle.locking import locked as locked
@@ -30,12 +32,13 @@ from hhdeploy.bundle.manifest import (
     MANIFEST,
     OLD,
     PREVIOUS_BANK,
+    SIGNATURE,
     Manifest,
     name_with_digits,
     plain_name,
 )
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT as LOCK_TIMEOUT
-from hhdeploy.bundle.reading import Bundle
+from hhdeploy.bundle.reading import NEW_CARD, Bundle
 from hhdeploy.errors import (
     AdapterError,
     BundleError,
@@ -184,6 +187,7 @@ class Change:
         if self.manifest == self.bundle.manifest:
             return
         root = self.bundle.path
+        self._renew_card()
         folders = {f for path in self._written for f in path.parents if f.is_relative_to(root)}
         for folder in sorted(folders, reverse=True):  # what is inside before what names it
             sync_directory(folder)
@@ -191,10 +195,26 @@ class Change:
         os.replace(root / _NEW_MANIFEST, root / MANIFEST)
         sync_directory(root)
 
+    def _renew_card(self) -> None:
+        """The card of the new manifest, beside the old one. A README.md that the bundle does not
+        name is its owner's."""
+        root = self.bundle.path
+        if CARD not in self.bundle.manifest.files and (root / CARD).exists():
+            return
+        files = {n: d for n, d in self.manifest.files.items() if n != CARD}
+        content = card_of(Bundle(root, replace(self.manifest, files=files))).encode()
+        digest = sha256_of_bytes(content)
+        self.manifest = replace(self.manifest, files={**files, CARD: digest})
+        if self.bundle.manifest.files.get(CARD) != digest:
+            write_bytes(root / NEW_CARD, content)
+            self._written.append(root / NEW_CARD)
+
     def undo(self) -> None:
         """Remove what was written, unless it is committed by now."""
         with contextlib.suppress(BundleError):
-            _remove_leftovers(Bundle.open(self.bundle.path))
+            bundle = Bundle.open(self.bundle.path)
+            _settle_card(bundle)
+            _remove_leftovers(bundle)
 
     def retire(self) -> None:
         """Move what the manifest names no more out of the way. Only tidiness: it may fail."""
@@ -206,7 +226,17 @@ class Change:
             for name in sorted(gone):
                 (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(root / name, root / OLD / name)
-            _remove_leftovers(Bundle(root, self.manifest))
+            now = Bundle(root, self.manifest)
+            _settle_card(now)
+            _remove_leftovers(now)
+
+    def drop_signature(self) -> bool:
+        """Remove the signature of a bundle that is another one now; whether there was one."""
+        signature = self.bundle.path / SIGNATURE
+        if self.manifest == self.bundle.manifest or not signature.exists():
+            return False
+        os.unlink(signature)
+        return True
 
 
 @contextlib.contextmanager
@@ -241,6 +271,7 @@ def edit(
         if basis is not None and basis.graphs["float32"] != bundle.manifest.graph_digest("float32"):
             raise _exported_again(path)
         _heal(bundle)
+        _settle_card(bundle)
         _remove_leftovers(bundle)
         change = Change(bundle)
         try:
@@ -251,6 +282,9 @@ def edit(
             change.undo()
             raise
         change.retire()
+        with os_errors(root):
+            if change.drop_signature():
+                progress(f"{SIGNATURE} signed the bundle as it was and was removed: sign it again")
 
 
 @contextlib.contextmanager
@@ -287,6 +321,20 @@ def _heal(bundle: Bundle) -> None:
             os.replace(previous, current)
 
 
+def _settle_card(bundle: Bundle) -> None:
+    """Put the new card in the old one's place, which moves into ``.old``, once the manifest names
+    it; else it belongs to a change that was not committed. Readers find it at either place."""
+    new, card, old = (bundle.path / n for n in (NEW_CARD, CARD, f"{OLD}/{CARD}"))
+    with contextlib.suppress(OSError):
+        if sha256_of(new) != bundle.manifest.files.get(CARD):
+            os.unlink(new)
+            return
+        if card.exists():
+            old.parent.mkdir(exist_ok=True)
+            os.replace(card, old)
+        os.replace(new, card)
+
+
 def _remove_leftovers(bundle: Bundle) -> None:
     """What changes that ended half-way left: files of ours that the manifest does not name."""
     sweep(bundle.path, _WORK)
@@ -312,7 +360,7 @@ def _foreign(path: Path) -> str | None:
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         hidden = name.split("/")[0] in (LOCK, OLD) or name.startswith(f".{_WORK}.hhdeploy-")
-        ours = name in named or name in (MANIFEST, _NEW_MANIFEST) or hidden
+        ours = name in named or name in (MANIFEST, _NEW_MANIFEST, NEW_CARD, SIGNATURE) or hidden
         if file.is_file() and not ours and not _OURS.fullmatch(plain_name(name)):
             return f"it holds {name}, which no bundle has"
     return None

@@ -43,6 +43,7 @@ def inspect(directories: tuple[Path, ...], rank: bool, page: Path | None, as_jso
     """
     from hhdeploy.adapters.format import load_adapter
     from hhdeploy.algebra import effective_rank
+    from hhdeploy.backbones.licences import in_words, licences_to_json
 
     if page is not None:
         ui.refuse_unused({"rank", "as_json"}, "does not go with --html")
@@ -78,12 +79,14 @@ def inspect(directories: tuple[Path, ...], rank: bool, page: Path | None, as_jso
                 "values": {path: list(value.shape) for path, value in adapter.values.items()},
                 "parameters": adapter.parameters,
                 "head_parameters": head,
+                "license": licences_to_json(adapter.config.license),
             }
         )
         return
     console = ui.console()
     for key in ("base_model_name_or_path", "form", "reflection", "target_modules", "num_classes"):
         console.print(f"{key:24} {config[key]}")
+    console.print(f"{'license':24} {in_words(adapter.config.license)}", markup=False)
     for key in adapter.config.extra:
         console.print(f"{key:24} [dim](unknown key, kept)[/]")
     rows = [
@@ -130,6 +133,7 @@ def _write_page(directories: tuple[Path, ...], page: Path) -> None:
 @ui.json_option
 def list_adapters(bundle: Path, as_json: bool) -> None:
     """List the adapters of BUNDLE."""
+    from hhdeploy.backbones.licences import in_words
     from hhdeploy.bundle import Bundle
 
     manifest = Bundle.open(bundle).manifest
@@ -142,12 +146,14 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
             "-" if a.row is None else a.row,
             a.classes or "-",
             "yes" if a.verified else "not yet",
+            in_words(a.license),
         )
         for a in manifest.adapters
     ]
-    title = f"{manifest.kind} bundle of {manifest.backbone.model}"
+    licence = in_words(manifest.backbone.license)
+    title = f"{manifest.kind} bundle of {manifest.backbone.model} (licence: {licence})"
     click.echo(title)  # not the table's: a title wraps to the table's width
-    ui.console().print(ui.table(None, ("adapter", "row", "classes", "verified"), rows))
+    ui.console().print(ui.table(None, ("adapter", "row", "classes", "verified", "licence"), rows))
     ui.say_compressed(manifest)
 
 

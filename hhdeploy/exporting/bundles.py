@@ -21,6 +21,7 @@ from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.card import write_card
 from hhdeploy.bundle.manifest import (
     PARITY_FILE,
     REFERENCE_FILE,
@@ -199,6 +200,7 @@ def export(
             report = replace(report, pictures=check_pictures(bundle, added_later=True))
             kept = _without_graphs(bundle, found.overflowed)
             manifest = _store_report(kept, report)
+        manifest = write_card(Bundle(scratch, manifest))
     if found is not None and found.overflowed:
         raise _overflow_error(Path(out), found)
     return ExportResult(Path(out), manifest, report)

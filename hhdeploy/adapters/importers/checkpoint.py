@@ -11,6 +11,7 @@ from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
 from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_preprocess
+from hhdeploy.backbones.licences import licences_of_card
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.errors import AdapterError, OptionError
@@ -73,6 +74,7 @@ def extract_adapter(
     config = AdapterConfig(
         backbone.facts.model,
         r=max(ranks, default=0),
+        license=licences_of_card(path if path.is_dir() else path.parent),
         extra={"imported_from": {"format": "checkpoint"}},
     )
     stated = stated_preprocess(path.parent, backbone)

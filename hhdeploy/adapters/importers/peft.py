@@ -34,6 +34,7 @@ from hhdeploy.adapters.importers.template import (
     stated_preprocess,
 )
 from hhdeploy.algebra import Array
+from hhdeploy.backbones.licences import licences_of, licences_of_card, together
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import parameters_of
 from hhdeploy.errors import AdapterError
@@ -83,6 +84,10 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "modules_to_save": ("a list of names", _expressions),
     "target_parameters": ("a list of names", _expressions),
     "bias": ("a word", lambda v: isinstance(v, str)),
+    "license": (
+        "a licence's name or a list of them",
+        lambda v: isinstance(v, str) or _expressions(v),
+    ),
     "rank_pattern": ("expressions with a rank each", _patterns),
     "alpha_pattern": ("expressions with an alpha each", _patterns),
     "layers_to_transform": ("numbers of layers", _layers),
@@ -152,6 +157,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     described = AdapterConfig(
         backbone.facts.model,
         r=rank if isinstance(rank, int) else 1,
+        license=together(licences_of(config.get("license")), licences_of_card(path)),
         extra={"imported_from": _facts_of(config)},
     )
     return finish(result, described, file, backbone, options, stated_preprocess(path, backbone))

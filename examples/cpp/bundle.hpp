@@ -1,0 +1,138 @@
+// A bundle's files: hhdeploy.json, and whatever it names, compared with its sha256 there.
+// docs/formats.md describes them.
+#pragma once
+
+#include <openssl/evp.h>
+
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <openvino/openvino.hpp>
+#include <regex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace hhdeploy {
+
+using Json = nlohmann::json;
+namespace fs = std::filesystem;
+
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+inline std::string read_file(const fs::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw Error(path.string() + " cannot be read.");
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+inline std::string sha256(const std::string& bytes) {
+    unsigned char digest[EVP_MAX_MD_SIZE];
+    unsigned length = 0;
+    if (!EVP_Digest(bytes.data(), bytes.size(), digest, &length, EVP_sha256(), nullptr))
+        throw Error("OpenSSL could not compute a sha256.");
+    std::string text;
+    for (unsigned i = 0; i < length; ++i)
+        for (int digit : {digest[i] >> 4, digest[i] & 15}) text += "0123456789abcdef"[digit];
+    return text;
+}
+
+// The float32 tensor of a safetensors file. The header is JSON behind its length in 8 bytes.
+inline ov::Tensor float_tensor(const std::string& bytes, const std::string& name, const std::string& file) {
+    std::uint64_t length = 0;
+    if (bytes.size() < sizeof length) throw Error(file + " is no safetensors file: it is too short.");
+    std::memcpy(&length, bytes.data(), sizeof length);
+    const std::uint64_t rest = bytes.size() - sizeof length;
+    if (length > rest) throw Error(file + " is no safetensors file: its header is longer than it.");
+    const Json header = Json::parse(bytes.substr(sizeof length, length));
+    if (!header.contains(name)) throw Error(file + " has no tensor " + name + ".");
+    const Json& entry = header.at(name);
+    const auto shape = entry.at("shape").get<ov::Shape>();
+    const auto [begin, end] = entry.at("data_offsets").get<std::pair<std::uint64_t, std::uint64_t>>();
+    const bool fits = begin <= end && end <= rest - length && end - begin == ov::shape_size(shape) * sizeof(float);
+    if (entry.at("dtype") != "F32" || !fits) throw Error(file + ": " + name + ": expected float32 of its shape.");
+    ov::Tensor tensor(ov::element::f32, shape);
+    std::memcpy(tensor.data(), bytes.data() + sizeof length + length + begin, end - begin);
+    return tensor;
+}
+
+class Bundle {
+public:
+    explicit Bundle(fs::path directory) : path(std::move(directory)) {
+        const fs::path file = path / "hhdeploy.json";
+        if (!fs::is_regular_file(file)) throw Error(path.string() + " is not a bundle: it has no hhdeploy.json.");
+        manifest = Json::parse(read_file(file));
+        const int schema = manifest.at("schema_version");
+        if (schema < 1 || schema > 2)
+            throw Error(file.string() + ": expected schema_version 1 or 2, found " + std::to_string(schema) + ".");
+    }
+
+    // Side branches: requests choose an adapter by its row. (A folded bundle has one adapter, in the weights.)
+    bool chooses() const { return manifest.at("kind") == "branches"; }
+
+    // The bytes of a file that the manifest names. Throws if they are not those that it was written with.
+    std::string read(const std::string& name) const {
+        const Json& files = manifest.at("files");
+        if (!files.contains(name)) throw Error(path.string() + ": hhdeploy.json names no file " + name + ".");
+        std::string bytes = read_file(path / name);
+        const std::string found = sha256(bytes), expected = files.at(name);
+        if (found != expected)
+            throw Error((path / name).string() + ": expected sha256 " + expected + ", found " + found +
+                        ". It is damaged, or the bundle was changed just now: try again.");
+        return bytes;
+    }
+
+    // The path of a precision's graph, it and its weights checked. OpenVINO opens them by itself, right after.
+    fs::path graph(const std::string& precision) const {
+        const Json& graphs = manifest.at("graphs");
+        if (!graphs.contains(precision)) {
+            std::string there;
+            for (const auto& each : graphs.items()) there += " " + each.key();
+            throw Error(path.string() + " has no " + precision + " graph; it has" + there + ".");
+        }
+        const std::string name = graphs.at(precision);
+        read(name);
+        if (manifest.at("files").contains(name + ".data")) read(name + ".data");
+        return path / name;
+    }
+
+    // float32 [slots, row]: a row for each adapter, the first the bare backbone's.
+    ov::Tensor bank() const {
+        static const std::regex role(R"(bank(\.[0-9a-f]{8})?\.safetensors)");
+        for (const auto& file : manifest.at("files").items())
+            if (std::regex_match(file.key(), role)) return float_tensor(read(file.key()), "adapter_bank", file.key());
+        throw Error(path.string() + ": hhdeploy.json names no bank.");
+    }
+
+    // Adapters by name, and "backbone" where its classifier was kept, as the manifest's entries are.
+    Json adapter(const std::string& name) const {
+        for (const Json& entry : manifest.at("adapters"))
+            if (entry.at("name") == name) return entry;
+        const Json& backbone = manifest.at("backbone");
+        if (name == "backbone" && chooses() && manifest.at("row").at("backbone_head")) {
+            Json entry = {{"name", name}, {"row", 0}};
+            for (const char* key : {"classes", "preprocess", "preprocess_graph"})
+                if (backbone.contains(key)) entry[key] = backbone.at(key);
+            return entry;
+        }
+        std::string there;
+        for (const std::string& other : names()) there += " " + other;
+        throw Error(path.string() + " has no adapter " + name + "; it has" + there + ".");
+    }
+
+    std::vector<std::string> names() const {
+        std::vector<std::string> found;
+        for (const Json& entry : manifest.at("adapters")) found.push_back(entry.at("name"));
+        return found;
+    }
+
+    const fs::path path;
+    Json manifest;
+};
+
+}  // namespace hhdeploy

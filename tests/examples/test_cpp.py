@@ -1,0 +1,282 @@
+"""The C++ example on OpenVINO, built and run: it finds what Python finds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hhdeploy.adapters.format import save_adapter
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.answers import best
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, write_manifest
+from hhdeploy.preprocess import open_image
+from hhdeploy.runtime import open_session
+from tests.once import made_once
+from tests.support import assert_caught, assert_parity, random_adapter, tiny_spec
+from tests.workshop import ROOT, copy_bundle, flip_byte
+
+EXAMPLE = ROOT / "examples" / "cpp"
+PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
+# Odd sizes, of which some shrink in one direction and grow in the other; how they are stored.
+PICTURES = {
+    (451, 299): "RGB", (173, 297): "RGBA", (233, 67): "P", (29, 41): "L", (31, 17): "RGB",
+}  # fmt: skip
+BUILD_SECONDS = 600
+
+
+def _json_headers() -> list[str]:
+    """Where `pip install nlohmann-json` has them; elsewhere the compiler knows the place."""
+    spec = importlib.util.find_spec("nlohmann_json")
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return [str(Path(place) / "include") for place in places]
+
+
+def _needs() -> Path:
+    """The OpenVINO wheel's CMake files; the test is skipped where something to build with lacks."""
+    for program in ("cmake", "c++"):
+        if shutil.which(program) is None:
+            pytest.skip(f"the C++ example needs {program}")
+    openvino = importlib.util.find_spec("openvino")
+    if openvino is None or openvino.origin is None:
+        pytest.skip("the C++ example needs openvino")
+    includes = [f"-I{place}" for place in _json_headers()]
+    for header in ("png.h", "openssl/evp.h", "nlohmann/json.hpp"):
+        found = subprocess.run(
+            ["c++", *includes, "-fsyntax-only", "-include", header, "-x", "c++", os.devnull],
+            capture_output=True,
+            check=False,
+        )
+        if found.returncode:
+            pytest.skip(f"the C++ example needs {header}, see examples/cpp/README.md")
+    return Path(openvino.origin).with_name("cmake")
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    """The example, configured and built as its README says."""
+    openvino = _needs()
+
+    def make(out: Path) -> None:
+        settings = [f"-DOpenVINO_DIR={openvino}", "-DCMAKE_CXX_FLAGS=-Werror"]
+        settings += [f"-DNLOHMANN_JSON={place}" for place in _json_headers()]
+        # Not optimised: the example's own code is no part of a test's time.
+        settings.append("-DCMAKE_BUILD_TYPE=Debug")
+        for command in (["-S", str(EXAMPLE), "-B", str(out), *settings], ["--build", str(out)]):
+            done = subprocess.run(
+                ["cmake", *command],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=BUILD_SECONDS,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    return made_once("cpp", make) / "classify"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    """Parts of a photograph, as PNGs of several kinds."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with Image.open(PHOTO) as photo:
+        rgb = photo.convert("RGB")
+    paths = []
+    for (width, height), mode in PICTURES.items():
+        part = rgb.crop((3, 1, 3 + width, 1 + height))
+        if mode == "RGBA":
+            part.putalpha(part.convert("L"))
+        paths.append(folder / f"{width}x{height}.png")
+        part.convert(mode).save(paths[-1])
+    return paths
+
+
+def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def asked(program: Path, bundle: Path, pictures: Sequence[Path], *flags: str) -> Any:
+    done = run(program, bundle, *pictures, *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_as_python(bundle: Path, results: Sequence[dict[str, Any]]) -> None:
+    """What the program said of each picture is what a session says, logits and all: of the same
+    levels, since the example resizes as Pillow does."""
+    images = [open_image(Path(result["picture"])) for result in results]
+    names = [result["adapter"] for result in results]
+    with open_session(bundle, device="openvino", threads=1, cache=None) as session:
+        pixels = [
+            session.preprocess([image], name) for image, name in zip(images, names, strict=True)
+        ]
+        logits = session.run(np.concatenate(pixels), names)
+        answers = session.classify(images, names)
+    for name in dict.fromkeys(names):
+        chosen = [i for i, other in enumerate(names) if other == name]
+        found = np.asarray([results[i]["logits"] for i in chosen])
+        expected = logits[chosen][:, : found.shape[1]]
+        assert np.isneginf(logits[chosen][:, found.shape[1] :]).all(), "all own columns"
+        assert_parity(expected, found, "openvino", "float32")
+    for result, answer in zip(results, answers, strict=True):
+        shown = [a for a in best(answer, 0) if a.positive or a.problem_type == "regression"]
+        said = {a["label"]: a["score"] for a in result["answers"]}
+        assert said == pytest.approx({a.label: a.score for a in shown}, abs=1e-5)
+
+
+@pytest.mark.parametrize("which", ["branches", "heads", "folded", "constant"])
+def test_every_picture_for_every_adapter(request, program, pictures, which):
+    bundle = request.getfixturevalue(which)
+    results = asked(program, bundle, pictures)
+    names = [entry.name for entry in Bundle.open(bundle).manifest.adapters]
+    assert [(r["picture"], r["adapter"]) for r in results] == [
+        (str(picture), name) for picture in pictures for name in names
+    ]
+    assert_as_python(bundle, results)
+
+
+def test_adapters_by_name_and_the_backbone(program, branches, pictures):
+    flags = ("--adapter", "beta", "--adapter", "backbone")
+    results = asked(program, branches, pictures[:2], *flags)
+    assert [r["adapter"] for r in results] == ["beta", "backbone"] * 2
+    assert_as_python(branches, results)
+    done = run(program, branches, pictures[1], *flags)
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [line[:3] for line in lines] == [
+        [r["picture"], r["adapter"], r["answers"][0]["label"]] for r in results[2:]
+    ]
+
+
+def test_another_adapter_is_another_answer(program, branches, pictures):
+    """Alpha and rival have seven classes each: the comparison tells them apart."""
+    results = asked(program, branches, pictures, "--adapter", "alpha", "--adapter", "rival")
+    alpha, rival = (
+        np.asarray([r["logits"] for r in results if r["adapter"] == name])
+        for name in ("alpha", "rival")
+    )
+    assert_caught(alpha, rival, "openvino", "float32")
+
+
+@pytest.mark.parametrize(
+    ("mode", "interpolation", "crop_pct"),
+    [
+        ("center", "bilinear", 0.5),
+        ("squash", "bicubic", 1.7),
+        ("border", "bilinear", 0.7),
+    ],
+)
+def test_transforms(program, small, pictures, tmp_path, mode, interpolation, crop_pct):
+    """An adapter's own transform, beside one that crops otherwise, in one batch."""
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    alpha, gamma = manifest.adapters
+    own = replace(
+        alpha.preprocess,
+        crop_mode=mode,
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        mean=(0.31, 0.47, 0.62),
+    )
+    changed = (replace(alpha, preprocess=own), gamma)
+    write_manifest(bundle, replace(manifest, adapters=changed))
+    results = asked(program, bundle, pictures)
+    assert_as_python(bundle, results)
+    before = np.asarray(
+        [r["logits"] for r in asked(program, small, pictures, "--adapter", "alpha")]
+    )
+    after = np.asarray([r["logits"] for r in results if r["adapter"] == "alpha"])
+    assert_caught(before, after, "openvino", "float32")
+
+
+def test_one_channel(program, pictures, tmp_path):
+    """A model of grey pictures."""
+    from hhdeploy.backbones.loading import load_backbone
+    from hhdeploy.exporting.bundles import export
+
+    spec = tiny_spec(in_chans=1, depth=1, num_classes=7)
+    save_adapter(random_adapter(load_backbone(spec).facts, classes=5), tmp_path / "grey")
+    export(
+        spec.model, {"grey": tmp_path / "grey"}, tmp_path / "out", model_args=spec.args,
+        pretrained=False, seed=spec.seed, verify_images=2, cache=None,
+    )  # fmt: skip
+    results = asked(program, tmp_path / "out", pictures)
+    assert_as_python(tmp_path / "out", results)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", BANK_FILE])
+def test_a_tampered_file_is_refused(program, small, pictures, tmp_path, file):
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    flip_byte(bundle / file)
+    done = run(program, bundle, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = Bundle.open(small).manifest.files[file]
+    assert f"{bundle / file}: expected sha256 {expected}, found " in done.stderr
+
+
+def test_pictures_that_it_does_not_take(program, small, tmp_path):
+    """Each would otherwise be another picture than Python sees."""
+    levels = np.random.default_rng(3).integers(0, 256, (37, 41, 3), np.uint8)
+    picture = Image.fromarray(levels)
+    exif = Image.Exif()
+    exif[274] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(levels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    picture.save(tmp_path / "photo.jpg")
+    picture.save(tmp_path / "whole.png")
+    cut = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
+    for name, message in {
+        "turned": "may say that it is to be turned",
+        "deep": "expected at most 8 bits a channel",
+        "cut": "cannot be decoded as a PNG",
+        "nowhere": "cannot be read",
+    }.items():
+        done = run(program, small, tmp_path / f"{name}.png")
+        assert done.returncode == 1, name
+        assert f"{name}.png" in done.stderr
+        assert message in done.stderr, done.stderr
+    assert "cannot be decoded" in run(program, small, tmp_path / "photo.jpg").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "usage: classify BUNDLE PICTURE.png"),
+        ("BUNDLE", "usage: "),
+        ("NOWHERE x.png", f"is not a bundle: it has no {MANIFEST}"),
+        ("BUNDLE x.png --adapter nobody", "has no adapter nobody; it has alpha gamma."),
+        ("BUNDLE x.png --adapter backbone", "has no adapter backbone; it has alpha gamma."),
+        ("BUNDLE PICTURE --precision int8", "has no int8 graph; it has float32."),
+        ("BUNDLE x.png --adapter", "--adapter needs a value"),
+        ("BUNDLE x.png --loud", "unknown option --loud"),
+    ],
+)
+def test_what_it_refuses(program, small, pictures, tmp_path, arguments, message):
+    names = {"BUNDLE": small, "NOWHERE": tmp_path, "PICTURE": pictures[0]}
+    done = run(program, *(names.get(word, word) for word in arguments.split()))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+
+
+def test_a_bundle_of_a_newer_version(program, small, pictures, tmp_path):
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    content = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**content, "schema_version": 3}))
+    assert "expected schema_version 1 or 2, found 3" in run(program, bundle, pictures[0]).stderr
