@@ -91,7 +91,7 @@ def _answered(
         for name, session in sessions.items():
             for sample, row in zip(part, session.run(images, names), strict=True):
                 entry = session.entry(sample.task)
-                assert entry is not None and entry.labels is not None
-                right[name] += entry.labels[int(row.argmax())] == sample.truth
+                assert entry is not None
+                right[name] += entry.label(int(row.argmax())) == sample.truth
     assert first is not None
     return right, first

@@ -37,7 +37,7 @@ def test_the_table_is_the_one_of_pyproject():
                 included[extra] = tuple(inner.split(","))
             else:
                 bounds.setdefault(extra, {})[name] = bound
-    for tools in ("docs", "test"):  # of contributors, which no code asks for
+    for tools in ("docs", "peers", "test"):  # of contributors, which no code asks for
         bounds.pop(tools), included.pop(tools, None)
     assert bounds == EXTRAS
     assert included == INCLUDED
