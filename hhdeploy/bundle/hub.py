@@ -54,6 +54,14 @@ class Plan:
     large: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Hub:
+    """A repository of the Hugging Face hub, and a branch of it or None."""
+
+    repository: str
+    branch: str | None
+
+
 def plan_of(bundle: Bundle) -> Plan:
     """What a push of a bundle writes: all that the manifest names, itself, and a signature.
 
@@ -100,19 +108,20 @@ def push(
         WriteError: something else is there, the file system or the hub refused.
         MissingDependencyError: huggingface_hub is not installed.
     """
-    opened = Bundle.open(bundle)
-    plan, hub = plan_of(opened), _on_hub(destination)
-    if overwrite and hub is not None:
+    place = _place(str(destination))
+    if overwrite and isinstance(place, _Hub):
         raise OptionError("`overwrite=True` is for folders: a hub keeps every commit.")
+    opened = Bundle.open(bundle)
+    plan = plan_of(opened)
     if dry_run:
         opened.check_files()
-    elif hub is not None:
-        _upload(opened, plan, *hub, progress)
+    elif isinstance(place, _Hub):
+        _upload(opened, plan, place, progress)
     else:
         progress("copying")
-        with atomic_directory(_folder(destination), overwrite=overwrite, kind=_REPOSITORY) as place:
-            _copy(opened, plan, place)
-            write_bytes(place / ATTRIBUTES, plan.attributes.encode())
+        with atomic_directory(place, overwrite=overwrite, kind=_REPOSITORY) as scratch:
+            _copy(opened, plan, scratch)
+            write_bytes(scratch / ATTRIBUTES, plan.attributes.encode())
     return plan
 
 
@@ -143,35 +152,25 @@ def pull(
         BundleError: no bundle, a damaged file, or not what was signed.
         ReadError: the hub has no such repository, or is not there. Others as `push`.
     """
-    hub = _on_hub(source)
+    place = _place(str(source))
     kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
-    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as place:
-        found = Bundle.open(_folder(source) if hub is None else _downloaded(*hub, progress))
+    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
+        found = Bundle.open(_downloaded(place, progress) if isinstance(place, _Hub) else place)
         progress("copying, and comparing hashes")
-        _copy(found, plan_of(found), place)
+        _copy(found, plan_of(found), scratch)
         if public_key is not None:
             progress("comparing with the signature")
-            check_signature(place, public_key)
+            check_signature(scratch, public_key)
     return Bundle.open(out)
 
 
-def _on_hub(place: str | Path) -> tuple[str, str | None] | None:
-    """Repository and branch of ``hf://owner/name@branch``; None for a folder."""
-    if not str(place).startswith("hf:"):
-        return None
-    found = _HUB.fullmatch(str(place))
-    if found is None:
-        raise OptionError(f"{place}: expected hf://owner/name, or hf://owner/name@branch.")
-    return found["id"], found["branch"]
-
-
-def _folder(place: str | Path) -> Path:
-    text = str(place)
-    if text.startswith(_FILE):
-        return Path(text.removeprefix(_FILE))
-    if "://" in text:
-        raise OptionError(f"{text}: expected a folder, or hf://owner/name.")
-    return Path(place)
+def _place(text: str) -> Path | _Hub:
+    """Where a repository is. Raises `OptionError` for what is neither a folder nor a hub's."""
+    if found := _HUB.fullmatch(text):
+        return _Hub(found["id"], found["branch"])
+    if text.startswith("hf:") or ("://" in text and not text.startswith(_FILE)):
+        raise OptionError(f"{text}: expected a folder, hf://owner/name, or hf://owner/name@branch.")
+    return Path(text.removeprefix(_FILE))
 
 
 def _check_name(bundle: Bundle, name: str) -> None:
@@ -208,10 +207,9 @@ def _copy(bundle: Bundle, plan: Plan, target: Path) -> None:
         raise ConflictError(f"{bundle.path} was changed meanwhile. Run the command again.")
 
 
-def _upload(
-    bundle: Bundle, plan: Plan, repository: str, branch: str | None, progress: Progress
-) -> None:
+def _upload(bundle: Bundle, plan: Plan, place: _Hub, progress: Progress) -> None:
     """One commit that makes the repository what is planned."""
+    repository, branch = place.repository, place.branch
     hub = _library(f"pushing to hf://{repository}")
     progress("comparing hashes")
     bundle.check_files()
@@ -232,7 +230,8 @@ def _upload(
         raise WriteError(f"hf://{repository}: the hub refused: {error}") from error
 
 
-def _downloaded(repository: str, branch: str | None, progress: Progress) -> Path:
+def _downloaded(place: _Hub, progress: Progress) -> Path:
+    repository, branch = place.repository, place.branch
     hub = _library(f"pulling from hf://{repository}")
     progress(f"downloading {repository}")
     try:

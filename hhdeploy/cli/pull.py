@@ -26,6 +26,8 @@ def command(
     \b
       hhdeploy pull hf://me/flowers bundle/ --public-key key.pub
     """
+    if not overwrite:
+        ui.refuse_unused({"lock_timeout"}, "needs --overwrite")
     from hhdeploy.bundle.hub import pull
 
     with ui.steps(quiet=False) as step:
