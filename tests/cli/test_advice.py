@@ -64,6 +64,8 @@ def test_a_missing_typed_graph_comes_from_export(small, precision):
 # themselves; all of them must have the flag. The longest name that fits counts.
 ANY = "any"  # what several commands share, each with options of its own
 OWNERS: dict[str, tuple[str, ...]] = {
+    "hhdeploy/bundle/hub.py": ("push",),
+    "hhdeploy/bundle/signing.py": ("sign",),
     "calibration/": ("calibrate",),
     "exporters/engine": ("build",),
     "exporters/portable/": ("export",),
@@ -125,8 +127,8 @@ OTHER_MEANING = {
     ("hhdeploy/preprocess.py", "input_size"),
     ("hhdeploy/training/recipe.py", "input_size"),
 }
-# No messages: a style sheet, whose variables look like flags; the marks themselves.
-NO_MESSAGES = ("calibration/report/style.py", "hhdeploy/errors.py")
+# No messages: a style sheet, whose variables look like flags; the marks themselves; a document.
+NO_MESSAGES = ("calibration/report/style.py", "hhdeploy/errors.py", "hhdeploy/bundle/card.py")
 
 # Of this program; a placeholder in a flag is a flag that nobody can check.
 _FLAG = re.compile(r"(?<![\w-])(?<!tritonserver )--[a-z][a-z0-9-]*(?:\{\})?")
@@ -314,6 +316,7 @@ def known(code: ast.Call) -> bool:
 
 # Messages about any parameter of a kind, and one of that kind.
 ONE_OF_MANY = {
+    "hhdeploy/bundle/signing.py::_reading": "`key`",
     "hhdeploy/choices.py::one_of": "`precision='float8'`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",
