@@ -40,7 +40,7 @@ _REPOSITORY = replace(
 
 
 @dataclass(frozen=True)
-class Plan:
+class HubLayout:
     """What a push writes.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Hub:
     branch: str | None
 
 
-def plan_of(bundle: Bundle) -> Plan:
+def plan_of(bundle: Bundle) -> HubLayout:
     """What a push of a bundle writes: all that the manifest names, itself, and a signature.
 
     Raises:
@@ -78,7 +78,7 @@ def plan_of(bundle: Bundle) -> Plan:
         files[SIGNATURE] = None
     large = tuple(name for name in files if name.endswith(_LARGE))
     lines = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text" for suffix in _LARGE]
-    return Plan(files, "\n".join(lines) + "\n", large)
+    return HubLayout(files, "\n".join(lines) + "\n", large)
 
 
 def push(
@@ -88,7 +88,7 @@ def push(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress = lambda step: None,
-) -> Plan:
+) -> HubLayout:
     """Write a bundle to a repository of models; every hash is compared.
 
     Args:
@@ -185,7 +185,7 @@ def _check_name(bundle: Bundle, name: str) -> None:
         )
 
 
-def _copy(bundle: Bundle, plan: Plan, target: Path) -> None:
+def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
     """Copy what is planned; the manifest is the one that was opened, to the byte.
 
     Raises:
@@ -207,7 +207,7 @@ def _copy(bundle: Bundle, plan: Plan, target: Path) -> None:
         raise ConflictError(f"{bundle.path} was changed meanwhile. Run the command again.")
 
 
-def _upload(bundle: Bundle, plan: Plan, place: _Hub, progress: Progress) -> None:
+def _upload(bundle: Bundle, plan: HubLayout, place: _Hub, progress: Progress) -> None:
     """One commit that makes the repository what is planned."""
     repository, branch = place.repository, place.branch
     hub = _library(f"pushing to hf://{repository}")
