@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from hhdeploy.choices import Device, Precision
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
+    from hhdeploy.exporting.web import write_web_page as write_web
     from hhdeploy.plan import Reserve
     from hhdeploy.quantising import calibrate_bundle as calibrate
+    from hhdeploy.repositories.triton import write_triton_repository as write_triton
     from hhdeploy.runtime import open_session
     from hhdeploy.training import attach
     from hhdeploy.training.recipe import train
-    from hhdeploy.triton import write_triton_repository as write_triton
     from hhdeploy.verifying.bundles import verify, verify_against_torch
 
 # Public name -> module and name there; "" is the module itself.
@@ -56,7 +57,8 @@ _HOMES = {
     "train": ("hhdeploy.training.recipe", "train"),
     "verify": ("hhdeploy.verifying.bundles", "verify"),
     "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
-    "write_triton": ("hhdeploy.triton", "write_triton_repository"),
+    "write_triton": ("hhdeploy.repositories.triton", "write_triton_repository"),
+    "write_web": ("hhdeploy.exporting.web", "write_web_page"),
 }
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "verify",
     "verify_against_torch",
     "write_triton",
+    "write_web",
 ]
 
 

@@ -41,6 +41,7 @@ COMMANDS = {
     "verify": "verify",
     "verify_against_torch": "verify --against-torch",
     "write_triton": "triton",
+    "write_web": "web",
 }
 
 
