@@ -38,6 +38,7 @@ SOFTWARE_GPU = (
     "--enable-features=Vulkan,WebAssemblyJSPI"
 )
 PATIENCE_MS = 300_000
+PICTURES = Path("examples/starter/images")
 
 
 class Sent:
@@ -112,7 +113,7 @@ def compared(page: Page, session: Session, pictures: list[Path]) -> dict[str, An
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.argument("site", type=click.Path(path_type=Path, exists=True))
-@click.option("--pictures", type=click.Path(path_type=Path), default=Path("examples/starter/images"))
+@click.option("--pictures", type=click.Path(path_type=Path), default=PICTURES)
 @click.option("--most", default=40, show_default=True, help="Pictures that are compared.")
 @click.option("--visits", default=5, show_default=True)
 @click.option("--webgpu", is_flag=True)
