@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
     from hhdeploy.quantising import calibrate_bundle as calibrate
+    from hhdeploy.repositories.ovms import write_ovms_repository as write_ovms
     from hhdeploy.repositories.triton import write_triton_repository as write_triton
     from hhdeploy.runtime import open_session
     from hhdeploy.training import attach
@@ -56,6 +57,7 @@ _HOMES = {
     "train": ("hhdeploy.training.recipe", "train"),
     "verify": ("hhdeploy.verifying.bundles", "verify"),
     "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
+    "write_ovms": ("hhdeploy.repositories.ovms", "write_ovms_repository"),
     "write_triton": ("hhdeploy.repositories.triton", "write_triton_repository"),
 }
 
@@ -84,6 +86,7 @@ __all__ = [
     "train",
     "verify",
     "verify_against_torch",
+    "write_ovms",
     "write_triton",
 ]
 
