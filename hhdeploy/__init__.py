@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hhdeploy.choices import Device, Precision
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
+    from hhdeploy.exporting.web import write_web_page as write_web
     from hhdeploy.plan import Reserve
     from hhdeploy.quantising import calibrate_bundle as calibrate
     from hhdeploy.repositories.ovms import write_ovms_repository as write_ovms
@@ -59,6 +60,7 @@ _HOMES = {
     "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
     "write_ovms": ("hhdeploy.repositories.ovms", "write_ovms_repository"),
     "write_triton": ("hhdeploy.repositories.triton", "write_triton_repository"),
+    "write_web": ("hhdeploy.exporting.web", "write_web_page"),
 }
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "verify_against_torch",
     "write_ovms",
     "write_triton",
+    "write_web",
 ]
 
 

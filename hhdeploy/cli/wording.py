@@ -42,6 +42,7 @@ COMMANDS = {
     "verify_against_torch": "verify --against-torch",
     "write_ovms": "ovms",
     "write_triton": "triton",
+    "write_web": "web",
 }
 
 
