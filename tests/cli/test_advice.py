@@ -26,7 +26,7 @@ from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
-from hhdeploy.repositories import triton
+from hhdeploy.repositories import ovms, triton
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
@@ -70,7 +70,17 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "exporters/portable/": ("export",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
-    "hhdeploy/choices.py": ("build", "calibrate", "export", "predict", "serve", "triton", "verify"),
+    "exporters/triton.py::check_model_name": ("ovms", "triton"),
+    "hhdeploy/choices.py": (
+        "build",
+        "calibrate",
+        "export",
+        "ovms",
+        "predict",
+        "serve",
+        "triton",
+        "verify",
+    ),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/exporting/javascript.py": ("web",),
     "hhdeploy/exporting/web.py": ("web",),
@@ -88,7 +98,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/cli/wording.py": (ANY,),
     "hhdeploy/cli/starter.py": ("demo",),
-    "hhdeploy/files/directories.py": ("export", "train", "triton", "web", "adapter import"),
+    "hhdeploy/files/directories.py": (
+        "export",
+        "ovms",
+        "train",
+        "triton",
+        "web",
+        "adapter import",
+    ),
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/adapters/mixing.py::_value": ("adapter merge",),
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
@@ -111,6 +128,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "verify",
     ),
     "hhdeploy/training/": ("train",),
+    "hhdeploy/repositories/graphs.py": ("ovms", "triton"),
+    "hhdeploy/repositories/ovms.py": ("ovms",),
     "hhdeploy/repositories/triton.py": ("triton",),
     "hhdeploy/bundle/engines.py": (ANY,),
     "runtime/": (ANY,),
@@ -280,6 +299,7 @@ def parameters_of_python() -> set[str]:
         settings.ServeSettings,
         server.serve,
         triton.TritonOptions,
+        ovms.OvmsOptions,
     )
     # An adapter's configuration is what its file holds, by the same names; Literals take nothing.
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}

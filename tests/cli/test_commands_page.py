@@ -15,7 +15,10 @@ from tests.docs.pages import Block, blocks, commands
 
 VIT, HF = "vit_base_patch16_224", "transformers:google/vit-base-patch16-224"
 # What takes a compiler, a server or many minutes; tests/docs/test_blocks.py says where it runs.
-LEFT_OUT = ("hhdeploy build", "hhdeploy serve", "hhdeploy bench tasks --serve", "hhdeploy web")
+LEFT_OUT = (
+    *("hhdeploy build", "hhdeploy serve", "hhdeploy bench tasks --serve", "hhdeploy doctor"),
+    "hhdeploy web",
+)
 
 
 def lines(page: str) -> list[list[str]]:

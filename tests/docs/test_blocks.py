@@ -49,6 +49,8 @@ IN_OTHER_WORDS = {
     "hhdeploy serve tasks --ray": (RAY, "other names and ports"),
     "hhdeploy serve OUT --ray": (RAY, "other names and ports"),
     "hhdeploy adapter import SOURCE": ("tests/cli/test_adapters.py", "it is the usage"),
+    "hhdeploy web tasks site": ("tests/js/test_web.py", "other names"),
+    "hhdeploy web BUNDLE site/": ("tests/js/test_web.py", "other names"),
     "hhdeploy adapter merge birds": (PAGE, "other names"),
     "hhdeploy web ": ("tests/js/test_web.py", "other names"),
     "hhdeploy triton tasks models --name vit": (
