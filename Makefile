@@ -5,6 +5,7 @@
 # make families   the parity ladder on every architecture and on models of real size
 # make lint   ruff, mypy strict, import-linter
 # make docs   the documentation as a site, in build/site; a warning or a dead link fails
+# make release-check  wheel and sdist, twice and in empty environments; leaves them in dist/
 # make bench  the benchmarks, alone on the machine
 # make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
 #   GPU_PYTHON=python3  with this interpreter and what it has: installs nothing
@@ -22,7 +23,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist 
 	--max-worker-restart=0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast families lint docs bench gpu-check clean
+.PHONY: demo test test-fast families lint docs release-check bench gpu-check clean
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,6 +62,9 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/python docs/build.py
+
+release-check: $(VENV)/.test
+	$(BIN)/python -m tests.release
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks

@@ -13,6 +13,7 @@ _ALL = (
     "bench_export",
     "bench_memory",
     "bench_int8",
+    "bench_machine",
     "bench_cold_start",
     "bench_serve",
     "bench_bank",

@@ -46,6 +46,8 @@ class TritonOptions:
             an instance is busy, requests gather all the same.
         instances: that run at once, per GPU.
         gpu: place instances on GPUs (True) or the CPU (False); None: GPUs if there are any.
+        ensemble: also a model that takes pictures: one step makes the model's images of them, on
+            the CPU, and one says what its logits mean.
     """
 
     name: str | None = None
@@ -57,6 +59,7 @@ class TritonOptions:
     max_queue_delay_us: int = 0
     instances: int = 1
     gpu: bool | None = None
+    ensemble: bool = False
 
     @property
     def batch(self) -> int:
@@ -64,11 +67,11 @@ class TritonOptions:
         return _DEFAULT_MAX_BATCH if self.max_batch is None else self.max_batch
 
 
-def check_model_name(name: str) -> str:
+def check_model_name(name: str, server: str = "Triton") -> str:
     """A model's name, a directory's and part of an address. Raises `OptionError`."""
     if not _MODEL_NAME.fullmatch(name):
         raise OptionError(
-            f"Triton model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
+            f"{server} model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
             "128, first a letter or digit). Give one as `name`."
         )
     return name
@@ -148,10 +151,6 @@ def config_pbtxt(
     listed = ",\n".join(f"  {{\n{text}  }}" for text in inputs)
     preferred = ", ".join(map(str, sorted(set(options.preferred_batch))))
     batching = f"  preferred_batch_size: [ {preferred} ]\n" if preferred else ""
-    parameters = "".join(
-        f"parameters {{\n  key: {quoted(key)}\n  value {{ string_value: {quoted(value)} }}\n}}\n"
-        for key, value in facts.items()
-    )
     return (
         f"name: {quoted(name)}\n"
         f"platform: {quoted(_PLATFORMS[options.backend])}\n"
@@ -169,7 +168,7 @@ def config_pbtxt(
         f"{batching}"
         f"  max_queue_delay_microseconds: {options.max_queue_delay_us}\n"
         "}\n"
-        f"{parameters}"
+        f"{parameters(facts)}"
     )
 
 
@@ -195,13 +194,26 @@ def labels_txt(manifest: Manifest) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def adapters_json(name: str, manifest: Manifest) -> dict[str, Any]:
+def adapters_json(
+    name: str, manifest: Manifest, ensembles: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What a client needs to ask and to understand the answer.
 
     ``adapters``: name -> row (what ``adapter_ids`` takes; None in a folded bundle), classes
-    (columns past them are -inf), class names, preprocessing.
+    (columns past them are -inf), class names, preprocessing, and ``ensemble``, if there is a model
+    that takes pictures for it.
+
+    Args:
+        name: of the model.
+        manifest: of the bundle.
+        ensembles: adapter -> its ensemble; adapters without one are left out. None: there are no
+            ensembles, and all adapters.
     """
-    entries = {entry.name: entry.to_json() for entry in requestable(manifest)}
+    entries = {
+        entry.name: entry.to_json() | ({"ensemble": ensembles[entry.name]} if ensembles else {})
+        for entry in requestable(manifest)
+        if not ensembles or entry.name in ensembles
+    }
     return {
         "model": name,
         "kind": manifest.kind,
@@ -212,6 +224,14 @@ def adapters_json(name: str, manifest: Manifest) -> dict[str, Any]:
             for key, entry in entries.items()
         },
     }
+
+
+def parameters(facts: Mapping[str, str]) -> str:
+    """``parameters`` of config.pbtxt."""
+    return "".join(
+        f"parameters {{\n  key: {quoted(key)}\n  value {{ string_value: {quoted(value)} }}\n}}\n"
+        for key, value in facts.items()
+    )
 
 
 def quoted(text: str) -> str:

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from hhdeploy.choices import Device, Precision
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
+    from hhdeploy.exporting.web import write_web_page as write_web
     from hhdeploy.plan import Reserve
     from hhdeploy.quantising import calibrate_bundle as calibrate
+    from hhdeploy.repositories.ovms import write_ovms_repository as write_ovms
+    from hhdeploy.repositories.triton import write_triton_repository as write_triton
     from hhdeploy.runtime import open_session
     from hhdeploy.training import attach
     from hhdeploy.training.recipe import train
-    from hhdeploy.triton import write_triton_repository as write_triton
     from hhdeploy.verifying.bundles import verify, verify_against_torch
 
 # Public name -> module and name there; "" is the module itself.
@@ -64,7 +66,9 @@ _HOMES = {
     "train": ("hhdeploy.training.recipe", "train"),
     "verify": ("hhdeploy.verifying.bundles", "verify"),
     "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
-    "write_triton": ("hhdeploy.triton", "write_triton_repository"),
+    "write_ovms": ("hhdeploy.repositories.ovms", "write_ovms_repository"),
+    "write_triton": ("hhdeploy.repositories.triton", "write_triton_repository"),
+    "write_web": ("hhdeploy.exporting.web", "write_web_page"),
 }
 
 __all__ = [
@@ -97,7 +101,9 @@ __all__ = [
     "train",
     "verify",
     "verify_against_torch",
+    "write_ovms",
     "write_triton",
+    "write_web",
 ]
 
 

@@ -11,7 +11,7 @@ from tests.workshop import ROOT, run_command
 
 # What the build reads: the package, the folders that it links to, and what pyproject.toml names.
 READ = (
-    "hhdeploy", "calibration", "exporters", "runtime",
+    "hhdeploy", "calibration", "exporters", "runtime", "js",
     "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", ".gitignore",
 )  # fmt: skip
 
@@ -21,7 +21,7 @@ def copy_sources(place: Path, *, moment: float, mode: int) -> Path:
     place.mkdir(parents=True)
     for name in READ:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", ".*_cache")
+            ignored = shutil.ignore_patterns("__pycache__", ".*_cache", "node_modules")
             shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / name, place / name)

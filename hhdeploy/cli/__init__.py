@@ -16,6 +16,8 @@ _COMMANDS = {
     "build": ("build", "Compile a bundle's graph to a TensorRT engine."),
     "calibrate": ("calibrate", "Quantise a bundle's graph on images: INT8, FP8."),
     "triton": ("triton", "Write a bundle as a model of a Triton repository."),
+    "ovms": ("ovms", "Write a bundle as a model of OpenVINO Model Server."),
+    "web": ("web", "Write a bundle as a page that runs it in the browser."),
     "verify": ("verify", "Compare a bundle with its training-time reference."),
     "predict": ("predict", "Classify images with one or several adapters of a bundle."),
     "serve": ("serve", "Serve all adapters of a bundle over HTTP and gRPC."),

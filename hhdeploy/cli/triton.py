@@ -12,7 +12,7 @@ from hhdeploy.cli import ui
 
 if TYPE_CHECKING:
     from hhdeploy.exporters.triton import TritonBackend
-    from hhdeploy.triton import TritonModel
+    from hhdeploy.repositories.triton import TritonModel
 
 
 @click.command()
@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 @click.option("--instances", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--gpu/--cpu", default=None, help="Where it runs; default: GPUs if there are any.")
 @click.option(
+    "--ensemble",
+    is_flag=True,
+    help="Also a model that takes pictures, with what the logits mean.",
+)
+@click.option(
     "--overwrite", is_flag=True, help="Replace the model in OUT once the new one is complete."
 )
 @ui.json_option
@@ -62,6 +67,7 @@ def command(
     max_queue_delay_us: int,
     instances: int,
     gpu: bool | None,
+    ensemble: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -73,8 +79,9 @@ def command(
     \b
       hhdeploy triton bundle/ models/ --precision float16
       hhdeploy triton bundle/ models/ --backend tensorrt --preferred-batch 8
+      hhdeploy triton bundle/ models/ --ensemble
     """
-    from hhdeploy.triton import TritonOptions, write_triton_repository
+    from hhdeploy.repositories.triton import TritonOptions, write_triton_repository
 
     options = TritonOptions(
         name=name,
@@ -86,6 +93,7 @@ def command(
         max_queue_delay_us=max_queue_delay_us,
         instances=instances,
         gpu=gpu,
+        ensemble=ensemble,
     )
     with ui.steps(as_json) as step:
         model = write_triton_repository(bundle, out, options, overwrite=overwrite, progress=step)
@@ -98,6 +106,7 @@ def command(
                 "adapters": model.rows,
                 "unverified": list(model.unverified),
                 "engine": model.engine.to_json() if model.engine is not None else None,
+                "ensembles": dict(model.ensembles),
             }
         )
         return
@@ -116,6 +125,9 @@ def _summary(model: TritonModel) -> str:
     if model.engine is not None:
         where = ", ".join(model.engine.architectures) or "Ampere and newer"
         needs = f"It needs a Triton with TensorRT {model.engine.version}, on {where}.\n"
+    for ensemble in dict.fromkeys(model.ensembles.values()):
+        asked = ", ".join(name for name, other in model.ensembles.items() if other == ensemble)
+        needs += f"{ensemble} takes pictures, for {asked}.\n"
     shape = ", ".join(map(str, model.input_size))
     return (
         f"Wrote Triton model {model.name}:\n{written}\n{needs}\n"

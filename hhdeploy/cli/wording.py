@@ -43,7 +43,9 @@ COMMANDS = {
     "train": "train",
     "verify": "verify",
     "verify_against_torch": "verify --against-torch",
+    "write_ovms": "ovms",
     "write_triton": "triton",
+    "write_web": "web",
 }
 
 

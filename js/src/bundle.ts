@@ -26,6 +26,8 @@ export interface OpenOptions {
   precision?: string;
   /** For the runtime, e.g. `executionProviders: ["webgpu"]`. */
   session?: InferenceSession.SessionOptions;
+  /** Runs the graphs of pictures, which need float64: onnxruntime-web's builds for WebGPU have none. Default: the same. */
+  preprocessing?: Runtime;
 }
 
 /** The backbone without an adapter. */
@@ -73,7 +75,7 @@ async function opened(source: Source, ort: Runtime, manifest: Manifest, options:
     for (const { name, row } of manifest.adapters) rows.set(name, data.subarray(row! * size, (row! + 1) * size));
   }
   const session = await sessionOf(source, ort, manifest, graph, options.session);
-  return new Bundle(source, ort, manifest, session, rows);
+  return new Bundle(source, ort, options.preprocessing ?? ort, manifest, session, rows);
 }
 
 /** A session of a graph; its weights lie beside it as NAME.data. */
@@ -101,6 +103,7 @@ export class Bundle {
   constructor(
     private readonly source: Source,
     private readonly ort: Runtime,
+    private readonly small: Runtime,
     readonly manifest: Manifest,
     private readonly session: InferenceSession,
     private readonly rows: Map<string, Float32Array>,
@@ -184,8 +187,8 @@ export class Bundle {
     for (const [name, { dtype, value }] of Object.entries(graph.inputs)) {
       feeds[name] =
         dtype === "int64"
-          ? new this.ort.Tensor("int64", BigInt64Array.from(value, BigInt), [value.length])
-          : new this.ort.Tensor("float32", Float32Array.from(value), [value.length]);
+          ? new this.small.Tensor("int64", BigInt64Array.from(value, BigInt), [value.length])
+          : new this.small.Tensor("float32", Float32Array.from(value), [value.length]);
     }
     return (await session.run(feeds))["images"]!.data as Float32Array;
   }
@@ -265,7 +268,7 @@ export class Bundle {
   #graph(file: string): Promise<InferenceSession> {
     const there = this.#graphs.get(file);
     if (there) return there;
-    const opening = sessionOf(this.source, this.ort, this.manifest, file);
+    const opening = sessionOf(this.source, this.small, this.manifest, file);
     this.#graphs.set(file, opening);
     opening.catch(() => this.#graphs.delete(file));
     return opening;
@@ -304,7 +307,7 @@ export class Bundle {
     for (let i = 0; i < pixels; i++) {
       for (let c = 0; c < 3; c++) rgb[3 * i + c] = data[each * i + c]!;
     }
-    return new this.ort.Tensor("uint8", rgb, [height, width, 3]);
+    return new this.small.Tensor("uint8", rgb, [height, width, 3]);
   }
 }
 

@@ -10,6 +10,10 @@ export interface Source {
   read(file: string): Promise<Uint8Array>;
   /** Where the runtime itself can open a file, if it can. */
   path?(file: string): string;
+  /** The bytes that were kept of a file with this sha256; whoever asks compares them with it. */
+  kept?(sha256: string): Promise<Uint8Array | undefined>;
+  /** Keeps bytes of this sha256 for another time. */
+  keep?(sha256: string, bytes: Uint8Array): Promise<void>;
 }
 
 /** Bytes of one file so far; `total` is not known everywhere. */
@@ -20,6 +24,8 @@ export interface UrlOptions {
   progress?: Progress;
   /** Aborts what is under way. */
   signal?: AbortSignal;
+  /** Of the browser's Cache Storage: where files of a bundle are kept, by their sha256; without, nothing is kept. */
+  cache?: string;
 }
 
 /** Files below a URL, e.g. of a static web server. */
@@ -36,6 +42,22 @@ export function fromUrl(base: string | URL, options: UrlOptions = {}): Source {
         throw new HhdeployError(`${url}: expected a file, found status ${response.status}.`);
       }
       return received(response, file, options.progress);
+    },
+    ...(options.cache && globalThis.caches ? keeper(root, options.cache) : {}),
+  };
+}
+
+/** Keeps files in the Cache Storage of a browser. A browser that keeps nothing, e.g. of a full disk, reads again. */
+function keeper(root: URL, cache: string): Required<Pick<Source, "kept" | "keep">> {
+  const key = (sha256: string) => new URL(`.sha256/${sha256}`, root);
+  return {
+    async kept(sha256) {
+      const there = await (await caches.open(cache)).match(key(sha256));
+      return there && new Uint8Array(await there.arrayBuffer());
+    },
+    async keep(sha256, bytes) {
+      const store = await caches.open(cache);
+      await store.put(key(sha256), new Response(bytes as Uint8Array<ArrayBuffer>)).catch(() => undefined);
     },
   };
 }
@@ -76,6 +98,8 @@ export async function readChecked(
   if (expected === undefined) {
     throw new HhdeployError(`${source.name}: the manifest names no file ${file}.`);
   }
+  const kept = await source.kept?.(expected);
+  if (kept && (await sha256(kept)) === expected) return kept;
   const bytes = await source.read(file);
   const found = await sha256(bytes);
   if (found !== expected) {
@@ -84,6 +108,7 @@ export async function readChecked(
         `${found.slice(0, 12)}…: the file is damaged, or of another version of the bundle.`,
     );
   }
+  await source.keep?.(expected, bytes);
   return bytes;
 }
 

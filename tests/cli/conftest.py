@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from hhdeploy.cli import main
+from tests.calibration.conftest import write_pictures
+from tests.support import TINY_ARGS, TINY_MODEL
 
 Call = Callable[..., Result]
 
@@ -62,3 +66,24 @@ def refuse(call) -> Callable[..., str]:
         return errors[0].removeprefix("Error: ")
 
     return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, workshop) -> Path:
+    """A working directory with pictures, and in `vit` the workshop's model as timm saves it."""
+    from safetensors.torch import save_file
+
+    for number, label in enumerate(("daisy", "rose")):
+        write_pictures(tmp_path / "flowers" / label, 8, number)
+    shutil.copy(tmp_path / "flowers" / "daisy" / "0.png", tmp_path / "photo.jpg")
+    model = workshop.backbone.model
+    config = {"architecture": TINY_MODEL, "model_args": TINY_ARGS, "num_classes": 5}
+    config["pretrained_cfg"] = model.pretrained_cfg
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(config))
+    save_file(
+        {n: t.contiguous() for n, t in model.state_dict().items()},
+        tmp_path / "vit" / "model.safetensors",
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -17,7 +17,7 @@ import click
 import pytest
 
 import hhdeploy
-from hhdeploy import building, quantising, triton
+from hhdeploy import building, quantising
 from hhdeploy.adapters import importers
 from hhdeploy.bundle import Bundle
 from hhdeploy.choices import QUANTISED, TYPED
@@ -26,6 +26,7 @@ from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
+from hhdeploy.repositories import ovms, triton
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
@@ -71,8 +72,20 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "exporters/portable/": ("export",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
-    "hhdeploy/choices.py": ("build", "calibrate", "export", "predict", "serve", "triton", "verify"),
+    "exporters/triton.py::check_model_name": ("ovms", "triton"),
+    "hhdeploy/choices.py": (
+        "build",
+        "calibrate",
+        "export",
+        "ovms",
+        "predict",
+        "serve",
+        "triton",
+        "verify",
+    ),
     "hhdeploy/exporting/": ("export",),
+    "hhdeploy/exporting/javascript.py": ("web",),
+    "hhdeploy/exporting/web.py": ("web",),
     "hhdeploy/verifying/bundles.py::verify_against_torch": ("verify",),
     "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
@@ -87,7 +100,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/cli/wording.py": (ANY,),
     "hhdeploy/cli/starter.py": ("demo",),
-    "hhdeploy/files/directories.py": ("export", "train", "triton", "adapter import"),
+    "hhdeploy/files/directories.py": (
+        "export",
+        "ovms",
+        "train",
+        "triton",
+        "web",
+        "adapter import",
+    ),
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/adapters/mixing.py::_value": ("adapter merge",),
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
@@ -110,13 +130,16 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "verify",
     ),
     "hhdeploy/training/": ("train",),
-    "hhdeploy/triton.py": ("triton",),
+    "hhdeploy/repositories/graphs.py": ("ovms", "triton"),
+    "hhdeploy/repositories/ovms.py": ("ovms",),
+    "hhdeploy/repositories/triton.py": ("triton",),
     "hhdeploy/bundle/engines.py": (ANY,),
     "runtime/": (ANY,),
     "runtime/serving/": ("serve",),
 }
 # Where a word is a parameter's and means something else: a key of a file, a column.
 OTHER_MEANING = {
+    ("exporters/portable/triton_ensemble.py", "model_name"),
     ("hhdeploy/adapters/config.py", "class_names"),
     ("hhdeploy/adapters/format.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),
@@ -278,6 +301,7 @@ def parameters_of_python() -> set[str]:
         settings.ServeSettings,
         server.serve,
         triton.TritonOptions,
+        ovms.OvmsOptions,
     )
     # An adapter's configuration is what its file holds, by the same names; Literals take nothing.
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}

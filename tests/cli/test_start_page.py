@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
 from hhdeploy.bundle import Bundle
-from tests.calibration.conftest import write_pictures
+from tests.docs.pages import Block, blocks, commands
 from tests.runtime.serving.servers import running_server
-from tests.support import TINY_ARGS, TINY_MODEL, assert_parity
+from tests.support import assert_parity
 from tests.workshop import ROOT
 
 VIT, HF = "vit_base_patch16_224", "transformers:google/vit-base-patch16-224"
@@ -36,23 +33,9 @@ def edge() -> str:
     return code.replace('device="auto", threads=2', 'device="cpu", threads=1')
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch, workshop) -> Path:
-    """A working directory with pictures, and the ViT's folder as timm saves it."""
-    for number, label in enumerate(("daisy", "rose")):
-        write_pictures(tmp_path / "flowers" / label, 8, number)
-    shutil.copy(tmp_path / "flowers" / "daisy" / "0.png", tmp_path / "photo.jpg")
-    model = workshop.backbone.model
-    config = {"architecture": TINY_MODEL, "model_args": TINY_ARGS, "num_classes": 5}
-    config["pretrained_cfg"] = model.pretrained_cfg
-    (tmp_path / "vit").mkdir()
-    (tmp_path / "vit" / "config.json").write_text(json.dumps(config))
-    save_file(
-        {n: t.contiguous() for n, t in model.state_dict().items()},
-        tmp_path / "vit" / "model.safetensors",
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def how_to() -> Block:
+    """The first commands of the how-to for PEFT; the others build an engine."""
+    return blocks("docs/howto/peft.md")[0]
 
 
 def run(succeed, words, models):
@@ -96,6 +79,12 @@ def test_from_a_peft_folder_to_a_server(here, succeed):
         status, found = server.logits(serve[2], "mine", images())
     assert status == 200, found
     assert_parity(logits_of(adapter), np.asarray(found), "branches", "float32")
+    # The how-to's way from the same folder.
+    shutil.rmtree(here / "served")
+    shutil.rmtree(here / "adapters")
+    said = [run(succeed, shlex.split(line), {HF: model}) for line in commands(how_to())]
+    assert set(Bundle.open(here / "served").manifest.graphs) == {"float32", "float16"}
+    assert "mine" in said[-1]
 
 
 def test_from_a_checkpoint_to_int8(here, succeed, workshop):

@@ -88,8 +88,18 @@ def test_as_json(succeed_json, branches, tmp_path):
         "adapters": rows,
         "unverified": [],
         "engine": None,
+        "ensembles": {},
     }
     assert rows["backbone"] == 0
+
+
+def test_an_ensemble_beside_it(succeed, succeed_json, small, tmp_path):
+    text = succeed("triton", small, tmp_path / "models", "--name", "vit", "--ensemble")
+    assert "vit_pictures takes pictures, for alpha, gamma.\n" in text
+    assert config_of(tmp_path / "models" / "vit_pictures").platform == "ensemble"
+    answer = succeed_json("triton", small, tmp_path / "other", "--name", "vit", "--ensemble")
+    assert answer["ensembles"] == {"alpha": "vit_pictures", "gamma": "vit_pictures"}
+    assert sorted(answer["files"]) == sorted(contents(tmp_path / "other"))
 
 
 def test_an_unverified_adapter_is_named(succeed, small, workshop, tmp_path):

@@ -19,7 +19,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 from tritonclient.utils import triton_to_np_dtype
 
 import hhdeploy.exporters.writer
-import hhdeploy.triton
+import hhdeploy.repositories.triton
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.engines import engine_name
 from hhdeploy.bundle.manifest import (
@@ -40,8 +40,8 @@ from hhdeploy.exporters.triton import (
 )
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
+from hhdeploy.repositories.triton import write_triton_repository
 from hhdeploy.runtime import open_session
-from hhdeploy.triton import write_triton_repository
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
@@ -453,7 +453,7 @@ def test_a_bundle_without_an_adapter(copy, tmp_path):
 def test_no_torch_is_needed(small, tmp_path):
     code = """
         import sys
-        from hhdeploy.triton import write_triton_repository
+        from hhdeploy.repositories.triton import write_triton_repository
         write_triton_repository(sys.argv[1], sys.argv[2])
     """
     blocked = [name for name in HEAVY if name not in ("onnx", "onnx_ir")]
@@ -466,7 +466,7 @@ def test_without_the_export_extra(small, copy, tmp_path):
     """A graph needs onnx_ir; an engine is copied without it."""
     code = """
         import sys
-        from hhdeploy.triton import TritonOptions, write_triton_repository
+        from hhdeploy.repositories.triton import TritonOptions, write_triton_repository
         options = TritonOptions(backend=sys.argv[3])
         write_triton_repository(sys.argv[1], sys.argv[2], options)
     """
@@ -681,7 +681,7 @@ def full_after(monkeypatch, what):
     if what == "graph":
         monkeypatch.setattr(hhdeploy.exporters.writer, "save_graph", fail)
     elif what == "engine":
-        monkeypatch.setattr(hhdeploy.triton, "write_bytes", fail)
+        monkeypatch.setattr(hhdeploy.repositories.triton, "write_bytes", fail)
     else:
         original = Path.write_text
         monkeypatch.setattr(

@@ -65,6 +65,7 @@ def content(archive: Path) -> dict[str, bytes]:
 def test_all_of_the_package_is_in_wheel_and_sdist(built):
     """Also what lies behind the links, and what is no module."""
     folders = {path.parent for path in sources()}
+    folders |= {ROOT / "hhdeploy/exporting/js" / name for name in ("", "src", "web")}
     ours = {}
     for path in (p for folder in folders for p in folder.iterdir()):
         if path.is_file() and path.suffix != ".pyc" and not path.name.startswith("."):

@@ -20,6 +20,7 @@ from hhdeploy.errors import BackboneError, OptionError, PlanError, SessionError
 from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import bound, compare
 from hhdeploy.quantising import calibrate_bundle
+from hhdeploy.repositories.triton import write_triton_repository
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.errors import RequestError
@@ -28,7 +29,6 @@ from hhdeploy.runtime.serving.messages import FP32, InferRequest, Tensor, Wanted
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.training import attach, detach
-from hhdeploy.triton import write_triton_repository
 from hhdeploy.verifying.bundles import verify, verify_against_torch
 from tests.parity.architectures import save_transformers_config
 from tests.support import images, random_adapter

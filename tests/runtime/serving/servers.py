@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from tests.leash import leashed
+from tests.runtime.serving.fleets import PATIENCE
 from tests.workshop import ROOT
 
 # Of servers that allow loading.
@@ -110,7 +111,7 @@ def running_server(bundle: Path, log: Path, *options: object) -> Iterator[Server
     program = [str(Path(sys.executable).with_name("hhdeploy")), "serve", str(bundle)]
     command = leashed([
         *program, "--device", "cpu", "--threads", "1", "--http-port", "0", "--grpc-port", "0",
-        *map(str, options),
+        "--request-seconds", str(PATIENCE), *map(str, options),
     ])  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import stale
-from hhdeploy.bundle.manifest import MANIFEST, EngineEntry
+from hhdeploy.bundle.manifest import AdapterEntry, EngineEntry
 from hhdeploy.bundle.store import Progress
-from hhdeploy.choices import Precision
-from hhdeploy.errors import BundleError, PlanError, WriteError, as_code, require
+from hhdeploy.errors import BundleError, PlanError, as_code, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
     CONFIG_FILE,
@@ -26,20 +28,22 @@ from hhdeploy.exporters.triton import (
     labels_txt,
     requestable,
 )
-from hhdeploy.files.directories import Replaceable, atomic_directory
+from hhdeploy.files.directories import Replaceable, atomic_directory, check_target
 from hhdeploy.files.writing import write_bytes
 from hhdeploy.packages import own_version
+from hhdeploy.repositories.graphs import VERSION, open_servable, write_graph
 
 __all__ = ["TritonModel", "TritonOptions", "write_triton_repository"]
 
-_VERSION = "1"
+# Writes a model into its directory.
+_Writer = Callable[[Path], None]
 
 
 def _foreign(path: Path) -> str | None:
     """Why a directory is not a model that `write_triton_repository` wrote, or None."""
     weights = {f"{file}.data" for file in MODEL_FILES.values()}
     known = {CONFIG_FILE, LABELS_FILE, ADAPTERS_FILE}
-    known |= {f"{_VERSION}/{file}" for file in {*MODEL_FILES.values(), *weights}}
+    known |= {f"{VERSION}/{file}" for file in {*MODEL_FILES.values(), *weights}}
     found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     if not {CONFIG_FILE, ADAPTERS_FILE} <= found:
         return f"it has no {CONFIG_FILE} with {ADAPTERS_FILE}"
@@ -62,6 +66,7 @@ class TritonModel:
         input_size: (3, H, W) of ``images``.
         unverified: adapters that were never compared with the training-time model.
         engine: that was copied, None with the ``onnxruntime`` backend.
+        ensembles: adapter -> the model that takes pictures for it, with ``ensemble`` alone.
     """
 
     repository: Path
@@ -71,6 +76,7 @@ class TritonModel:
     input_size: tuple[int, int, int]
     unverified: tuple[str, ...]
     engine: EngineEntry | None
+    ensembles: Mapping[str, str]
 
 
 def write_triton_repository(
@@ -87,6 +93,9 @@ def write_triton_repository(
     ``adapter add`` or ``remove`` write the model again. Other models of an OUT that exists
     already stay as they are; the model itself is replaced whole, or not at all.
 
+    With ``ensemble`` there is beside it, for each crop mode and filter that adapters have, an
+    ensemble NAME_pictures and the models of its first and last step.
+
     Args:
         path: the bundle.
         out: the repository; made if it does not exist.
@@ -97,50 +106,115 @@ def write_triton_repository(
     Raises:
         BundleError: no adapter, no such graph, no engine that Triton can run (stale, another
             bank, the bank as an input, built by TensorRT-RTX), or a damaged file.
-        PlanError: options that do not go together, or a bundle that gives more than logits.
-        MissingDependencyError: the ``onnxruntime`` backend needs the ``export`` extra here
-            (onnx_ir, no torch).
+        PlanError: options that do not go together, a bundle that gives more than logits, or, for
+            an ensemble, an adapter whose pictures no graph makes.
+        MissingDependencyError: the ``onnxruntime`` backend and ensembles need the ``export`` extra
+            here (onnx_ir, no torch).
         WriteError: OUT/NAME exists, or the file system refused.
     """
     options, out = options or TritonOptions(), Path(out)
     check_triton_options(options)
-    bundle = Bundle.open(path)
-    bundle.manifest.check_logits_alone("a repository of Triton")
+    bundle = open_servable(path, out, "Triton")
     name = check_model_name(options.name or bundle.path.resolve().name)
     engine = _engine(bundle, options) if options.backend == "tensorrt" else None
     if engine is not None:
         options = _for_engine(options, engine)
-    if not requestable(bundle.manifest):
-        raise BundleError(
-            f"{bundle.path} has no adapter to serve. Add one with: "
-            f"{as_code('add_adapter', bundle.path, 'NAME', 'DIR')}"
-        )
-    if (out / MANIFEST).is_file():
-        raise WriteError(f"{out} is a bundle. Choose another directory for the repository.")
-    # A new repository appears whole; in one that exists, the model does.
-    target = out / name if out.is_dir() else out
-    with atomic_directory(target, overwrite=overwrite, kind=_MODEL) as scratch:
-        root = scratch if target != out else scratch / name
-        version = root / _VERSION
-        version.mkdir(parents=True)
-        if engine is not None:
-            progress(f"copying {engine.file}")
-            write_bytes(version / MODEL_FILES["tensorrt"], bundle.read(engine.file))
-        else:
-            _write_graph(bundle, options.precision, version / MODEL_FILES["onnxruntime"], progress)
-        progress("writing the configuration")
-        _write_texts(bundle, root, name, options, engine)
-        files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    groups = _groups(bundle, name) if options.ensemble else {}
+    ensembles = {entry.name: group for group, entries in groups.items() for entry in entries}
+    models: dict[str, _Writer] = {
+        name: partial(_write_model, bundle, name, options, engine, ensembles, progress)
+    }
+    for group, entries in groups.items():
+        models |= _ensemble(bundle, name, group, entries, options)
+    files = _install(out, models, overwrite=overwrite)
     manifest = bundle.manifest
     return TritonModel(
         out,
         name,
-        tuple(f"{name}/{file.as_posix()}" for file in files),
+        files,
         {entry.name: entry.row for entry in requestable(manifest)},
         manifest.input_size,
         tuple(a.name for a in manifest.adapters if not a.verified),
         engine,
+        ensembles,
     )
+
+
+def _install(out: Path, models: Mapping[str, _Writer], *, overwrite: bool) -> tuple[str, ...]:
+    """Write models into a repository: the files, relative to it.
+
+    A new repository appears whole. In one that exists each model does, an ensemble after those that
+    it is made of.
+    """
+    files: list[str] = []
+    if not out.is_dir():
+        with atomic_directory(out, overwrite=overwrite, kind=_MODEL) as scratch:
+            for name, write in models.items():
+                files += _written(scratch / name, name, write)
+        return tuple(files)
+    for name in models:  # before any of them is replaced
+        check_target(out / name, _MODEL, overwrite=overwrite)
+    for name, write in models.items():
+        with atomic_directory(out / name, overwrite=overwrite, kind=_MODEL) as scratch:
+            files += _written(scratch, name, write)
+    return tuple(files)
+
+
+def _written(root: Path, name: str, write: _Writer) -> list[str]:
+    (root / VERSION).mkdir(parents=True)
+    write(root)
+    files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    return [f"{name}/{file.as_posix()}" for file in files]
+
+
+def _groups(bundle: Bundle, name: str) -> dict[str, list[AdapterEntry]]:
+    """Ensemble -> its adapters: those whose pictures the same graph makes."""
+    manifest = bundle.manifest
+    found: dict[str, list[AdapterEntry]] = {}
+    for entry in requestable(manifest):
+        role = entry.preprocess.graph_file
+        if role is None or not manifest.has(role):
+            raise PlanError(
+                f"`ensemble=True`: {bundle.path} has no graph that makes {entry.name}'s input of "
+                f"a picture ({entry.preprocess.described()}). Leave `ensemble` out, or export the "
+                "bundle once more if an earlier version made it."
+            )
+        found.setdefault(role.removesuffix(".onnx").removeprefix("preprocess."), []).append(entry)
+    if len(found) == 1:
+        return {check_model_name(f"{name}_pictures"): entries for entries in found.values()}
+    return {
+        check_model_name(f"{name}_pictures_{way.replace('.', '_')}"): entries
+        for way, entries in found.items()
+    }
+
+
+def _ensemble(
+    bundle: Bundle, model: str, name: str, entries: list[AdapterEntry], options: TritonOptions
+) -> dict[str, _Writer]:
+    """The models of an ensemble by name, itself last."""
+    onnx = require("onnx", "export", "writing an ensemble for Triton")
+    from hhdeploy.exporters.portable.ensemble import answering, preprocessing
+    from hhdeploy.exporters.portable.triton_ensemble import Ensemble
+
+    manifest = bundle.manifest
+    role = entries[0].preprocess.graph_file or ""
+    graph = bundle.read(manifest.named(role))
+    preprocess, answer = (check_model_name(f"{name}_{step}") for step in ("preprocess", "answer"))
+    graphs = {
+        preprocess: preprocessing(graph, entries),
+        answer: answering(manifest.classes, entries, graph),
+        name: None,
+    }
+    facts = _facts(entries, options)
+    configs = Ensemble(name, preprocess, answer, model, manifest, facts).configs()
+    adapters = adapters_json(name, manifest, dict.fromkeys((e.name for e in entries), name))
+
+    def write(step: str, root: Path) -> None:
+        if (proto := graphs[step]) is not None:  # an ensemble's version is empty
+            onnx.save(proto, root / VERSION / MODEL_FILES["onnxruntime"])
+        _write_texts(root, {CONFIG_FILE: configs[step], ADAPTERS_FILE: _json(adapters)})
+
+    return {step: partial(write, step) for step in configs}
 
 
 def _for_engine(options: TritonOptions, engine: EngineEntry) -> TritonOptions:
@@ -209,43 +283,49 @@ def _unfit(bundle: Bundle, entry: EngineEntry, gpu_arch: str | None) -> str | No
     return None
 
 
-def _write_graph(bundle: Bundle, precision: Precision, target: Path, progress: Progress) -> None:
-    """The graph, the bank in it, its weights beside it."""
-    purpose = f"writing the {precision} graph for Triton"
-    require("onnx", "export", purpose)
-    ir = require("onnx_ir", "export", purpose)
-    from hhdeploy.exporters.bake import baked
-    from hhdeploy.exporters.writer import save_graph
-
-    progress(f"writing the {precision} graph")
-    manifest = bundle.manifest
-    model = ir.load(bundle.graph(precision))
-    if manifest.layout is not None and not manifest.bank_as_constant:
-        model = baked(model, bundle.bank())
-    save_graph(model, target)
-
-
-def _write_texts(
+def _write_model(
     bundle: Bundle,
-    root: Path,
     name: str,
     options: TritonOptions,
     engine: EngineEntry | None,
+    ensembles: Mapping[str, str],
+    progress: Progress,
+    root: Path,
 ) -> None:
-    manifest = bundle.manifest
-    facts = {
-        "adapters": json.dumps({entry.name: entry.row for entry in requestable(manifest)}),
-        "hhdeploy_version": own_version(),
-        "precision": options.precision,
-    }
+    """The model that takes images: graph or engine, and its texts."""
+    manifest, version = bundle.manifest, root / VERSION
+    facts = _facts(requestable(manifest), options)
     if engine is not None:
+        progress(f"copying {engine.file}")
+        write_bytes(version / MODEL_FILES["tensorrt"], bundle.read(engine.file))
         # An engine loads in the TensorRT version that built it alone: what to look for first.
         facts["tensorrt_version"] = engine.version
         facts["gpu_architectures"] = ",".join(engine.architectures)
+    else:
+        graph = version / MODEL_FILES["onnxruntime"]
+        write_graph(bundle, options.precision, graph, "Triton", progress)
+    progress("writing the configuration")
     texts = {
         CONFIG_FILE: config_pbtxt(name, manifest, options, facts),
         LABELS_FILE: labels_txt(manifest),
-        ADAPTERS_FILE: json.dumps(adapters_json(name, manifest), indent=2) + "\n",
+        ADAPTERS_FILE: _json(adapters_json(name, manifest, ensembles)),
     }
+    _write_texts(root, texts)
+
+
+def _facts(entries: Iterable[AdapterEntry], options: TritonOptions) -> dict[str, str]:
+    """What clients and operators can read from the server: ``parameters``."""
+    return {
+        "adapters": json.dumps({entry.name: entry.row for entry in entries}),
+        "hhdeploy_version": own_version(),
+        "precision": options.precision,
+    }
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _write_texts(root: Path, texts: Mapping[str, str]) -> None:
     for file, text in texts.items():
         (root / file).write_text(text, encoding="utf-8", newline="\n")

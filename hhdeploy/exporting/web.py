@@ -1,0 +1,201 @@
+"""``hhdeploy web``: a bundle as a static page that runs it in the browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, Manifest
+from hhdeploy.bundle.reading import graph_hint
+from hhdeploy.bundle.store import Progress
+from hhdeploy.choices import Precision
+from hhdeploy.errors import BundleError, PlanError, as_code
+from hhdeploy.exporting.javascript import page_code
+from hhdeploy.files.directories import Replaceable, atomic_directory, check_target
+from hhdeploy.files.writing import sha256_of_bytes, write_bytes
+from hhdeploy.packages import own_version
+
+FACTS: Final = "page.json"
+_SERVICE: Final = "sw.js"
+_BUNDLE: Final = "bundle"
+# What ONNX Runtime Web computes; the one that a bundle is asked for first, first.
+RUNNABLE: Final[tuple[Precision, ...]] = ("int8", "float32", "float16")
+# Fetched only where the browser offers WebGPU.
+_WEBGPU: Final = "jspi"
+
+
+@dataclass(frozen=True)
+class WebPage:
+    """What was written.
+
+    Attributes:
+        path: the folder.
+        precision: of the graph that the page runs.
+        adapters: that answer.
+        files: path in the folder -> bytes.
+    """
+
+    path: Path
+    precision: Precision
+    adapters: tuple[str, ...]
+    files: Mapping[str, int]
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a first visit loads where there is no WebGPU, uncompressed."""
+        return sum(size for path, size in self.files.items() if _WEBGPU not in path)
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a directory is not a page that `write_web_page` wrote, or None."""
+    try:
+        known = set(json.loads((path / FACTS).read_text(encoding="utf-8"))["sizes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it has no {FACTS} that lists its files"
+    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    other = sorted(found - known - {FACTS, _SERVICE})
+    return f"it holds {', '.join(other[:3])}, which the page does not have" if other else None
+
+
+_PAGE = Replaceable("a page", _foreign)
+
+
+def write_web_page(
+    path: str | Path,
+    out: str | Path,
+    *,
+    precision: Precision | None = None,
+    title: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda step: None,
+) -> WebPage:
+    """Write a folder that any web server of files makes a page of: pictures in, answers out.
+
+    The model runs in the browser, on ONNX Runtime Web; pictures stay there. The page is for the
+    adapters that the bundle has now: write it again after adding or removing some.
+
+    Args:
+        path: the bundle.
+        out: the folder.
+        precision: of the graph; None: ``int8`` where the bundle has it, else ``float32``, else
+            ``float16``.
+        title: of the page; None: the bundle's name.
+        overwrite: replace a page that is there.
+        progress: called with a few words at each step.
+
+    Raises:
+        BundleError: no such graph, no graphs that take pictures, or a damaged file.
+        PlanError: a precision that no browser computes, or a bundle without logits.
+        MissingDependencyError: no Node.js here. HhdeployError: it could not compile the page.
+        WriteError: OUT exists, or the file system refused.
+    """
+    bundle, out = Bundle.open(path), Path(out)
+    bundle.manifest.check_logits_alone("a page")
+    chosen = _precision(bundle, precision)
+    names = _names(bundle, chosen)
+    check_target(out, _PAGE, overwrite=overwrite)
+    files = page_code(progress)
+    service = files.pop(_SERVICE)
+    progress(f"copying the {chosen} graph")
+    files |= {f"{_BUNDLE}/{name}": bundle.read(name) for name in names}
+    files[f"{_BUNDLE}/{MANIFEST}"] = _json(_part(bundle.manifest, chosen, names).to_json())
+    title = title or bundle.path.resolve().name
+    files["manifest.webmanifest"] = _json(_application(title))
+    facts = {
+        "title": title,
+        "version": own_version(),
+        "precision": chosen,
+        "sizes": {name: len(content) for name, content in files.items()},
+    }
+    files[FACTS] = _json(facts)
+    hashes = {name: sha256_of_bytes(content) for name, content in sorted(files.items())}
+    files[_SERVICE] = f"const FILES = {json.dumps(hashes, indent=1)};\n".encode() + service
+    with atomic_directory(out, overwrite=overwrite, kind=_PAGE) as scratch:
+        for name, content in files.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(scratch / name, content)
+    adapters = tuple(entry.name for entry in bundle.manifest.adapters)
+    return WebPage(out, chosen, adapters, {name: len(content) for name, content in files.items()})
+
+
+def _precision(bundle: Bundle, wanted: Precision | None) -> Precision:
+    if wanted is not None and wanted not in RUNNABLE:
+        raise PlanError(
+            f"`precision={wanted!r}`: expected what ONNX Runtime Web computes, one of "
+            f"{', '.join(RUNNABLE)}."
+        )
+    there = bundle.manifest.graphs
+    if wanted is None:
+        found = next((precision for precision in RUNNABLE if precision in there), None)
+        if found is None:
+            raise BundleError(
+                f"{bundle.path}: expected a graph of {', '.join(RUNNABLE)}, which browsers "
+                f"compute, found {', '.join(there)}. {graph_hint(bundle.path, 'float32')}"
+            )
+        return found
+    if wanted not in there:
+        bundle.graph(wanted)  # says what it has, and what brings it
+    return wanted
+
+
+def _names(bundle: Bundle, precision: Precision) -> list[str]:
+    """The bundle's files that the page needs."""
+    manifest = bundle.manifest
+    if not manifest.adapters and not manifest.answers_backbone:
+        raise BundleError(
+            f"{bundle.path} has no adapter to answer. Add one with: "
+            f"{as_code('add_adapter', bundle.path, 'NAME', 'DIR')}"
+        )
+    graph = manifest.graphs[precision]
+    names = [graph, f"{graph}.data"]
+    if manifest.layout is not None and not manifest.bank_as_constant:
+        names.append(manifest.named(BANK_FILE))
+    names += _picture_graphs(bundle)
+    return [name for name in names if name in manifest.files or name == graph]
+
+
+def _picture_graphs(bundle: Bundle) -> Iterable[str]:
+    """Files of the graphs that take pictures, for all that answers."""
+    manifest = bundle.manifest
+    needed = {entry.name: entry.preprocess for entry in manifest.adapters}
+    needed = needed or {"backbone": manifest.backbone.preprocess}
+    graphs = {name: manifest.picture_graph(transform) for name, transform in needed.items()}
+    without = sorted(name for name, graph in graphs.items() if not graph)
+    if without:
+        raise BundleError(
+            f"{bundle.path} has no graph that preprocesses pictures for {', '.join(without)}. "
+            "Export it again with a newer hhdeploy; filters beside bicubic and bilinear have none."
+        )
+    return sorted({graph["preprocess_graph"]["file"] for graph in graphs.values()})
+
+
+def _part(manifest: Manifest, precision: Precision, names: list[str]) -> Manifest:
+    """The manifest of what the page has of a bundle."""
+    return replace(
+        manifest,
+        graphs={precision: manifest.graphs[precision]},
+        engines=(),
+        files={name: manifest.files[name] for name in names},
+    )
+
+
+def _application(title: str) -> dict[str, Any]:
+    """manifest.webmanifest: what a device shows of a page that was installed."""
+    return {
+        "name": title,
+        "short_name": title,
+        "start_url": "./",
+        "scope": "./",
+        "display": "standalone",
+        "background_color": "#ffffff",
+        "theme_color": "#2f6fb2",
+        "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml"}],
+    }
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
