@@ -42,7 +42,8 @@ def sign(
         path: the bundle.
         key: an elliptic-curve private key (P-256, P-384 or P-521) in PEM.
         password: of the key, if it is encrypted.
-        lock_timeout, progress: see `hhdeploy.bundle.edit`.
+        lock_timeout: see `hhdeploy.bundle.edit`.
+        progress: see there.
 
     Returns:
         The signature's file.

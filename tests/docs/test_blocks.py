@@ -53,6 +53,12 @@ IN_OTHER_WORDS = {
     "hhdeploy web BUNDLE site/": ("tests/js/test_web.py", "other names"),
     "hhdeploy adapter merge birds": (PAGE, "other names"),
     "hhdeploy web ": ("tests/js/test_web.py", "other names"),
+    "hhdeploy cache list": (PAGE, "as it stands"),
+    "hhdeploy sign ": ("tests/cli/test_provenance.py", "other names, and folders for a hub"),
+    "hhdeploy ovms tasks served --name vit": (
+        "tests/cli/test_ovms.py",
+        "other names, and no server: none was at hand",
+    ),
     "hhdeploy triton tasks models --name vit": (
         "tests/exporters/test_triton.py",
         "other names, and no tritonserver: none was at hand",
