@@ -67,11 +67,11 @@ class TritonOptions:
         return _DEFAULT_MAX_BATCH if self.max_batch is None else self.max_batch
 
 
-def check_model_name(name: str) -> str:
+def check_model_name(name: str, server: str = "Triton") -> str:
     """A model's name, a directory's and part of an address. Raises `OptionError`."""
     if not _MODEL_NAME.fullmatch(name):
         raise OptionError(
-            f"Triton model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
+            f"{server} model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
             "128, first a letter or digit). Give one as `name`."
         )
     return name

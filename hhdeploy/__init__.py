@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from hhdeploy.adapters.mixing import merge_adapters
     from hhdeploy.building import build
     from hhdeploy.bundle import Bundle, add_adapter, edit, remove_adapter
+    from hhdeploy.bundle.bom import bill_of_materials
+    from hhdeploy.bundle.hub import pull, push
+    from hhdeploy.bundle.signing import check_signature, sign
     from hhdeploy.choices import Device, Precision
     from hhdeploy.errors import HhdeployError
     from hhdeploy.exporting.bundles import export
     from hhdeploy.exporting.web import write_web_page as write_web
     from hhdeploy.plan import Reserve
     from hhdeploy.quantising import calibrate_bundle as calibrate
+    from hhdeploy.repositories.ovms import write_ovms_repository as write_ovms
     from hhdeploy.repositories.triton import write_triton_repository as write_triton
     from hhdeploy.runtime import open_session
     from hhdeploy.training import attach
@@ -42,8 +46,10 @@ _HOMES = {
     "Reserve": ("hhdeploy.plan", "Reserve"),
     "add_adapter": ("hhdeploy.bundle", "add_adapter"),
     "attach": ("hhdeploy.training", "attach"),
+    "bill_of_materials": ("hhdeploy.bundle.bom", "bill_of_materials"),
     "build": ("hhdeploy.building", "build"),
     "calibrate": ("hhdeploy.quantising", "calibrate_bundle"),
+    "check_signature": ("hhdeploy.bundle.signing", "check_signature"),
     "edit": ("hhdeploy.bundle", "edit"),
     "errors": ("hhdeploy.errors", ""),
     "export": ("hhdeploy.exporting.bundles", "export"),
@@ -52,11 +58,15 @@ _HOMES = {
     "load_adapter": ("hhdeploy.adapters.format", "load_adapter"),
     "merge_adapters": ("hhdeploy.adapters.mixing", "merge_adapters"),
     "open_session": ("hhdeploy.runtime", "open_session"),
+    "pull": ("hhdeploy.bundle.hub", "pull"),
+    "push": ("hhdeploy.bundle.hub", "push"),
     "remove_adapter": ("hhdeploy.bundle", "remove_adapter"),
     "save_adapter": ("hhdeploy.adapters.format", "save_adapter"),
+    "sign": ("hhdeploy.bundle.signing", "sign"),
     "train": ("hhdeploy.training.recipe", "train"),
     "verify": ("hhdeploy.verifying.bundles", "verify"),
     "verify_against_torch": ("hhdeploy.verifying.bundles", "verify_against_torch"),
+    "write_ovms": ("hhdeploy.repositories.ovms", "write_ovms_repository"),
     "write_triton": ("hhdeploy.repositories.triton", "write_triton_repository"),
     "write_web": ("hhdeploy.exporting.web", "write_web_page"),
 }
@@ -71,8 +81,10 @@ __all__ = [
     "Reserve",
     "add_adapter",
     "attach",
+    "bill_of_materials",
     "build",
     "calibrate",
+    "check_signature",
     "edit",
     "errors",
     "export",
@@ -81,11 +93,15 @@ __all__ = [
     "load_adapter",
     "merge_adapters",
     "open_session",
+    "pull",
+    "push",
     "remove_adapter",
     "save_adapter",
+    "sign",
     "train",
     "verify",
     "verify_against_torch",
+    "write_ovms",
     "write_triton",
     "write_web",
 ]

@@ -57,6 +57,8 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "ray": {"ray": "2.60"},
     "calibrate": {"nncf": "3.4"},
+    "sign": {"model-signing": "1.1", "pyopenssl": "24.0"},
+    "hub": {"huggingface-hub": "0.34"},
 }
 # Extra -> extras that it brings along.
 INCLUDED: Final[Mapping[str, tuple[str, ...]]] = {

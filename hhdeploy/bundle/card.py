@@ -17,7 +17,7 @@ from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.backbones.licences import CARD, UNKNOWN, Licences, in_words, together
 from hhdeploy.bundle.manifest import PARITY_FILE, AdapterEntry, Manifest, write_manifest
 from hhdeploy.bundle.reading import Bundle
-from hhdeploy.choices import QUANTISED
+from hhdeploy.choices import QUANTISED, Precision
 from hhdeploy.files.writing import sha256_of_bytes, write_bytes
 
 # Licences by the names that the Hugging Face hub has for them; others are its "other", with a name.
@@ -202,7 +202,7 @@ def _megabytes(root: Path, manifest: Manifest, graph: str) -> str:
     return f"{sum((root / n).stat().st_size for n in there) / 1e6:.1f}"
 
 
-def _measured(report: Mapping[str, Any], precision: str) -> tuple[str, str]:
+def _measured(report: Mapping[str, Any], precision: Precision) -> tuple[str, str]:
     """The worst of all adapters, of the range of the outputs; of classes the share that agrees."""
     stages = [s for s in report["stages"] if s["precision"] == precision]
     if not stages:

@@ -17,7 +17,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -212,9 +212,7 @@ class Change:
     def undo(self) -> None:
         """Remove what was written, unless it is committed by now."""
         with contextlib.suppress(BundleError):
-            bundle = Bundle.open(self.bundle.path)
-            _settle_card(bundle)
-            _remove_leftovers(bundle)
+            _tidy(Bundle.open(self.bundle.path))
 
     def retire(self) -> None:
         """Move what the manifest names no more out of the way. Only tidiness: it may fail."""
@@ -226,9 +224,7 @@ class Change:
             for name in sorted(gone):
                 (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(root / name, root / OLD / name)
-            now = Bundle(root, self.manifest)
-            _settle_card(now)
-            _remove_leftovers(now)
+            _tidy(Bundle(root, self.manifest))
 
     def drop_signature(self) -> bool:
         """Remove the signature of a bundle that is another one now; whether there was one."""
@@ -270,9 +266,7 @@ def edit(
         bundle = Bundle.open(root)
         if basis is not None and basis.graphs["float32"] != bundle.manifest.graph_digest("float32"):
             raise _exported_again(path)
-        _heal(bundle)
-        _settle_card(bundle)
-        _remove_leftovers(bundle)
+        _tidy(bundle)
         change = Change(bundle)
         try:
             with os_errors(root):
@@ -285,6 +279,23 @@ def edit(
         with os_errors(root):
             if change.drop_signature():
                 progress(f"{SIGNATURE} signed the bundle as it was and was removed: sign it again")
+
+
+@contextlib.contextmanager
+def settled(
+    path: str | Path,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Iterator[Bundle]:
+    """Hold a bundle as it is, nobody changing it, with nothing in it that its manifest does not
+    name: neither the version before nor what crashes left. Arguments and errors as `edit`."""
+    root = Path(os.path.realpath(path))
+    with locked(root, lock_timeout=lock_timeout, progress=progress), os_errors(root):
+        bundle = Bundle.open(root)
+        _tidy(bundle)
+        shutil.rmtree(root / OLD, ignore_errors=True)
+        yield bundle
 
 
 @contextlib.contextmanager
@@ -310,6 +321,13 @@ def _exported_again(path: str | Path) -> ConflictError:
         f"{path} was exported again meanwhile, and this is the result of its old graph: nothing "
         "was written. Run the command again."
     )
+
+
+def _tidy(bundle: Bundle) -> None:
+    """End or undo what changes before this one left half-way."""
+    _heal(bundle)
+    _settle_card(bundle)
+    _remove_leftovers(bundle)
 
 
 def _heal(bundle: Bundle) -> None:
@@ -351,8 +369,9 @@ def _remove_leftovers(bundle: Bundle) -> None:
                 shutil.rmtree(bundle.path / ADAPTERS / name, ignore_errors=True)
 
 
-def _foreign(path: Path) -> str | None:
-    """Why a directory is not a bundle, or what is in it that no bundle has."""
+def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
+    """Why a directory is not a bundle, or what is in it that no bundle has, nor is named by
+    ``beside``."""
     try:
         named = Bundle.open(path).manifest.files
     except BundleError:
@@ -360,11 +379,11 @@ def _foreign(path: Path) -> str | None:
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         hidden = name.split("/")[0] in (LOCK, OLD) or name.startswith(f".{_WORK}.hhdeploy-")
-        ours = name in named or name in (MANIFEST, _NEW_MANIFEST, NEW_CARD, SIGNATURE) or hidden
+        ours = name in {*named, MANIFEST, _NEW_MANIFEST, NEW_CARD, SIGNATURE, *beside} or hidden
         if file.is_file() and not ours and not _OURS.fullmatch(plain_name(name)):
             return f"it holds {name}, which no bundle has"
     return None
 
 
 # What `export` may replace.
-BUNDLE = Replaceable("a bundle", _foreign, locked)
+BUNDLE = Replaceable("a bundle", foreign, locked)

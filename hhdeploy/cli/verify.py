@@ -53,6 +53,12 @@ _AGAINST_TORCH = frozenset(
     type=click.IntRange(1),
     help="--against-torch: images per adapter.",
 )
+@click.option(
+    "--signature",
+    is_flag=True,
+    help="First compare every byte of BUNDLE with its signature: hhdeploy sign.",
+)
+@click.option("--public-key", type=ui.FILE, help="--signature: of the key that signed it, in PEM.")
 @ui.lock_timeout_option
 @ui.json_option
 def command(
@@ -68,6 +74,8 @@ def command(
     seed: int,
     verify_data: Path | None,
     verify_images: int,
+    signature: bool,
+    public_key: Path | None,
     lock_timeout: float,
     as_json: bool,
 ) -> None:
@@ -76,14 +84,20 @@ def command(
     Needs no torch for the float32 graph. Adapters added later are not in the reference until
     --against-torch has been run; with --precision it stores nothing unless float32 is among them.
     """
+    if signature != (public_key is not None):
+        raise click.UsageError("--signature and --public-key go together.")
     if against_torch:
         ui.check_backbone_options(checkpoint, pretrained, noise=verify_data is None)
     else:
         ui.refuse_unused(_AGAINST_TORCH, "needs --against-torch")
     from hhdeploy.bundle import Bundle
+    from hhdeploy.bundle.signing import check_signature
     from hhdeploy.verifying.bundles import verify, verify_against_torch
 
     with ui.steps(as_json) as step:
+        if public_key is not None:
+            step("comparing with the signature")
+            check_signature(bundle, public_key)
         step("verifying")
         if against_torch:
             report = verify_against_torch(

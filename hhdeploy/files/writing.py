@@ -111,6 +111,16 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def copied(source: Path, target: Path) -> str:
+    """Copy a file's bytes, in parts; hex SHA-256 of what was written. Nothing is fsynced."""
+    digest = hashlib.sha256()
+    with source.open("rb") as given, target.open("wb") as taken:
+        while chunk := given.read(_CHUNK):
+            digest.update(chunk)
+            taken.write(chunk)
+    return digest.hexdigest()
+
+
 def copy_directory(source: Path, target: Path) -> None:
     """Copy a directory's files, links followed, and fsync them; the first error is raised as is.
 

@@ -26,7 +26,7 @@ from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.bundles import _check_precisions
-from hhdeploy.repositories import triton
+from hhdeploy.repositories import ovms, triton
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
@@ -65,12 +65,24 @@ def test_a_missing_typed_graph_comes_from_export(small, precision):
 # themselves; all of them must have the flag. The longest name that fits counts.
 ANY = "any"  # what several commands share, each with options of its own
 OWNERS: dict[str, tuple[str, ...]] = {
+    "hhdeploy/bundle/hub.py": ("push",),
+    "hhdeploy/bundle/signing.py": ("sign",),
     "calibration/": ("calibrate",),
     "exporters/engine": ("build",),
     "exporters/portable/": ("export",),
     "exporters/trace.py": ("export",),
     "exporters/triton.py": ("triton",),
-    "hhdeploy/choices.py": ("build", "calibrate", "export", "predict", "serve", "triton", "verify"),
+    "exporters/triton.py::check_model_name": ("ovms", "triton"),
+    "hhdeploy/choices.py": (
+        "build",
+        "calibrate",
+        "export",
+        "ovms",
+        "predict",
+        "serve",
+        "triton",
+        "verify",
+    ),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/exporting/javascript.py": ("web",),
     "hhdeploy/exporting/web.py": ("web",),
@@ -88,7 +100,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/cli/wording.py": (ANY,),
     "hhdeploy/cli/starter.py": ("demo",),
-    "hhdeploy/files/directories.py": ("export", "train", "triton", "web", "adapter import"),
+    "hhdeploy/files/directories.py": (
+        "export",
+        "ovms",
+        "train",
+        "triton",
+        "web",
+        "adapter import",
+    ),
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/adapters/mixing.py::_value": ("adapter merge",),
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
@@ -111,6 +130,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "verify",
     ),
     "hhdeploy/training/": ("train",),
+    "hhdeploy/repositories/graphs.py": ("ovms", "triton"),
+    "hhdeploy/repositories/ovms.py": ("ovms",),
     "hhdeploy/repositories/triton.py": ("triton",),
     "hhdeploy/bundle/engines.py": (ANY,),
     "runtime/": (ANY,),
@@ -129,8 +150,8 @@ OTHER_MEANING = {
     ("hhdeploy/preprocess.py", "input_size"),
     ("hhdeploy/training/recipe.py", "input_size"),
 }
-# No messages: a style sheet, whose variables look like flags; the marks themselves.
-NO_MESSAGES = ("calibration/report/style.py", "hhdeploy/errors.py")
+# No messages: a style sheet, whose variables look like flags; the marks themselves; a document.
+NO_MESSAGES = ("calibration/report/style.py", "hhdeploy/errors.py", "hhdeploy/bundle/card.py")
 
 # Of this program; a placeholder in a flag is a flag that nobody can check.
 _FLAG = re.compile(r"(?<![\w-])(?<!tritonserver )--[a-z][a-z0-9-]*(?:\{\})?")
@@ -280,6 +301,7 @@ def parameters_of_python() -> set[str]:
         settings.ServeSettings,
         server.serve,
         triton.TritonOptions,
+        ovms.OvmsOptions,
     )
     # An adapter's configuration is what its file holds, by the same names; Literals take nothing.
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}
@@ -318,6 +340,7 @@ def known(code: ast.Call) -> bool:
 
 # Messages about any parameter of a kind, and one of that kind.
 ONE_OF_MANY = {
+    "hhdeploy/bundle/signing.py::_reading": "`key`",
     "hhdeploy/choices.py::one_of": "`precision='float8'`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",

@@ -15,7 +15,7 @@ HTTP, RAY = "tests/runtime/serving/test_http.py", "tests/runtime/serving/test_ra
 
 # Page -> the test that runs its blocks as they stand, on small models. A number is a block's place.
 RUN: dict[str, dict[int | str, str]] = {
-    "docs/commands.md": {0: PAGE, 1: PAGE, 2: PAGE, 3: PAGE, 4: PAGE, 5: PAGE, 7: PAGE},
+    "docs/commands.md": {0: PAGE, 1: PAGE, 2: PAGE, 3: PAGE, 4: PAGE, 5: PAGE, 8: PAGE},
     "docs/howto/int8.md": {0: PAGE, 1: PAGE, 2: PAGE},
     "docs/howto/many-tasks.md": {0: PAGE, "python": PAGE},
     "docs/howto/peft.md": {0: START},
@@ -49,7 +49,20 @@ IN_OTHER_WORDS = {
     "hhdeploy serve tasks --ray": (RAY, "other names and ports"),
     "hhdeploy serve OUT --ray": (RAY, "other names and ports"),
     "hhdeploy adapter import SOURCE": ("tests/cli/test_adapters.py", "it is the usage"),
+    "hhdeploy web tasks site": ("tests/js/test_web.py", "other names"),
+    "hhdeploy web BUNDLE site/": ("tests/js/test_web.py", "other names"),
     "hhdeploy adapter merge birds": (PAGE, "other names"),
+    "hhdeploy web ": ("tests/js/test_web.py", "other names"),
+    "hhdeploy cache list": (PAGE, "as it stands"),
+    "hhdeploy sign ": ("tests/cli/test_provenance.py", "other names, and folders for a hub"),
+    "hhdeploy ovms tasks served --name vit": (
+        "tests/cli/test_ovms.py",
+        "other names, and no server: none was at hand",
+    ),
+    "hhdeploy triton tasks models --name vit": (
+        "tests/exporters/test_triton.py",
+        "other names, and no tritonserver: none was at hand",
+    ),
     "pip install openvino": ("tests/examples/test_cpp.py", "without the installation"),
     "build/classify OUT cat.png": ("tests/examples/test_cpp.py", "other names"),
     "S=examples/starter": ("tests/cli/test_machine_commands.py", "the demo, on the same files"),

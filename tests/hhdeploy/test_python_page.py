@@ -16,6 +16,7 @@ import hhdeploy
 from hhdeploy.bundle import Bundle
 from hhdeploy.choices import DEVICES, PRECISIONS
 from hhdeploy.runtime import Session
+from tests.hhdeploy.bundle.test_signing import pair
 from tests.support import TINY_ARGS, TINY_MODEL
 from tests.workshop import BACKBONE_CLASSES, ROOT, Workshop
 
@@ -83,6 +84,7 @@ def place(workshop, tmp_path, monkeypatch) -> Path:
     }
     trained |= {f"head.{p}": torch.from_numpy(getattr(adapter.head, p)) for p in ("weight", "bias")}
     torch.save(trained, tmp_path / "trained.pth")
+    pair(tmp_path)
     tuned = load_file(workshop.checkpoint)
     tuned["blocks.1.mlp.fc2.weight"] += torch.outer(torch.arange(48.0), torch.ones(192))
     torch.save(tuned, tmp_path / "tuned.pth")

@@ -21,6 +21,9 @@ from tests.workshop import contents, copy_bundle
 WITNESSES = Path(__file__).parents[1] / "witnesses"
 FORMATS = sorted(p.name for p in WITNESSES.iterdir() if (p / "branches").is_dir())
 NAMES = ("folded", "branches", "int8", "added")
+# The second schema: rows with s_in, s_out and db; values of whole parameters, folded.
+FOLDED = ("folded", "values")
+ALL = [*(("v1", name) for name in NAMES), ("v2", "scaled"), ("v2", "values")]
 
 
 @pytest.fixture(params=FORMATS)
@@ -38,7 +41,7 @@ def logits(format_, name):
 def stage_of(name, precision):
     if precision != "float32":
         return "quantised", precision
-    return ("folded" if name == "folded" else "branches"), precision
+    return ("folded" if name in FOLDED else "branches"), precision
 
 
 def nodes_of(path):
@@ -72,10 +75,20 @@ def test_who_needs_no_new_part_gets_the_graph_of_then_node_for_node(workshop, tm
 
 def test_there_are_witnesses():
     assert FORMATS[0] == "v1"
+    folders = {
+        (b.parent.name, b.name) for b in WITNESSES.glob("*/*") if (b / "hhdeploy.json").exists()
+    }
+    assert folders == set(ALL)
+    told = {
+        json.loads((WITNESSES / v / n / "hhdeploy.json").read_text())["schema_version"]
+        for v, n in ALL
+    }
+    assert told == {1, 2}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_opens_and_answers_as_it_did(format_, name):
+@pytest.mark.parametrize(("version", "name"), ALL)
+def test_it_opens_and_answers_as_it_did(version, name):
+    format_ = WITNESSES / version
     before = contents(format_ / name)
     images, expected = logits(format_, name)
     bundle = Bundle.open(format_ / name)
@@ -83,21 +96,23 @@ def test_it_opens_and_answers_as_it_did(format_, name):
     for key, known in expected.items():
         precision, _, adapter = key.partition("/")
         with open_session(bundle.path, device="cpu", precision=precision, threads=1) as session:
-            found = session.run(images, None if name == "folded" else adapter)
+            found = session.run(images, None if name in FOLDED else adapter)
         assert_parity(known, found, *stage_of(name, precision))
     assert contents(format_ / name) == before
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_is_verified(format_, name):
+@pytest.mark.parametrize(("version", "name"), ALL)
+def test_it_is_verified(version, name):
+    format_ = WITNESSES / version
     report = verify(format_ / name)
     assert report.passed, report.explain_failures()
     verified = {a.name for a in Bundle.open(format_ / name).manifest.adapters if a.verified}
     assert {stage.adapter for stage in report.stages} == verified
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_against_torch_it_is_verified_whole(format_, name, tmp_path):
+@pytest.mark.parametrize(("version", "name"), ALL)
+def test_against_torch_it_is_verified_whole(version, name, tmp_path):
+    format_ = WITNESSES / version
     path = copy_bundle(format_ / name, tmp_path / "bundle")
     report = verify_against_torch(path, checkpoint=format_ / "backbone.safetensors")
     assert report.passed, report.explain_failures()

@@ -2,7 +2,8 @@
 
 Run once, by the version whose format they witness; the files are committed and never made again.
 ``v1`` was written by the last version that changed bundles in place, without a lock and without
-digits of the content in file names.
+digits of the content in file names. ``v2`` is the second schema of rows and adapters: s_in, s_out
+and db, and values of whole parameters.
 """
 
 from __future__ import annotations
@@ -22,22 +23,37 @@ from hhdeploy.files.tensors import write_tensors
 from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
 from tests.support import images
-from tests.workshop import Workshop, copy_bundle, make_workshop
+from tests.workshop import (
+    Workshop,
+    copy_bundle,
+    make_scaled_adapters,
+    make_workshop,
+    other_workshop,
+)
 
 HERE = Path(__file__).parent
 IMAGES = 3
 
 
 def main(name: str) -> None:
-    """Make the four bundles, what they were exported from, and their logits."""
+    """Make a format's bundles, what they were exported from, and their logits."""
     out = HERE / name
     out.mkdir()
     with tempfile.TemporaryDirectory() as folder:
         workshop = make_workshop(Path(folder))
         shutil.copy(workshop.checkpoint, out / "backbone.safetensors")
-        shutil.copytree(workshop.directory("rival"), out / "rival")
-        for bundle in _bundles(workshop, out):
+        if name == "v1":
+            shutil.copytree(workshop.directory("rival"), out / "rival")
+        for bundle in {"v1": _bundles, "v2": _scaled}[name](workshop, out):
             _record(bundle, out / f"{bundle.name}.safetensors")
+
+
+def _scaled(workshop: Workshop, out: Path) -> list[Path]:
+    adapters = make_scaled_adapters(workshop)
+    scaled = other_workshop(workshop.root / "scaled", workshop, adapters)
+    names = ("scaled", "ia3", "after", "plain")
+    branches = scaled.export(out / "scaled", names).path
+    return [branches, scaled.export(out / "values", ("norms",), fold=True).path]
 
 
 def _bundles(workshop: Workshop, out: Path) -> list[Path]:

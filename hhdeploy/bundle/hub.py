@@ -1,0 +1,244 @@
+"""Bundles in repositories of models: a folder with a hub's layout, or the Hugging Face hub itself.
+
+A repository holds what a bundle holds, under the same names, its card at the top, and
+``.gitattributes``, which says what goes to Git LFS. What lies beside is no part of the bundle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
+from hhdeploy.bundle.reading import Bundle
+from hhdeploy.bundle.signing import check_signature
+from hhdeploy.bundle.store import BUNDLE, Progress, foreign, locked
+from hhdeploy.errors import (
+    BundleError,
+    ConflictError,
+    OptionError,
+    ReadError,
+    WriteError,
+    require,
+)
+from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.writing import copied, write_bytes
+
+ATTRIBUTES = ".gitattributes"
+# Suffixes of what is no text.
+_LARGE = (".safetensors", ".onnx", ".data", ".engine", ".bin", ".pt", ".pth", ".npz")
+_HUB = re.compile(r"hf://(?P<id>[\w.-]+/[\w.-]+)(@(?P<branch>[\w./-]+))?")
+_FILE = "file://"
+# What `push` may replace in a folder.
+_REPOSITORY = replace(
+    BUNDLE, what="a bundle's repository", foreign=partial(foreign, beside={ATTRIBUTES})
+)
+
+
+@dataclass(frozen=True)
+class HubLayout:
+    """What a push writes.
+
+    Attributes:
+        files: relative name -> sha256; None: of what no manifest names.
+        attributes: content of ``.gitattributes``.
+        large: names of the files that go to Git LFS.
+    """
+
+    files: dict[str, str | None]
+    attributes: str
+    large: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """A repository of the Hugging Face hub, and a branch of it or None."""
+
+    repository: str
+    branch: str | None
+
+
+def plan_of(bundle: Bundle) -> HubLayout:
+    """What a push of a bundle writes: all that the manifest names, itself, and a signature.
+
+    Raises:
+        BundleError: a name that leads out of the bundle.
+    """
+    files: dict[str, str | None] = {
+        name: bundle.manifest.files[name] for name in sorted(bundle.manifest.files)
+    }
+    for name in files:
+        _check_name(bundle, name)
+    files[MANIFEST] = None
+    if (bundle.path / SIGNATURE).is_file():
+        files[SIGNATURE] = None
+    large = tuple(name for name in files if name.endswith(_LARGE))
+    lines = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text" for suffix in _LARGE]
+    return HubLayout(files, "\n".join(lines) + "\n", large)
+
+
+def push(
+    bundle: str | Path,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda step: None,
+) -> HubLayout:
+    """Write a bundle to a repository of models; every hash is compared.
+
+    Args:
+        bundle: the bundle's directory.
+        destination: a folder (also ``file:///...``), which appears whole, or ``hf://owner/name``
+            or ``hf://owner/name@branch``: one commit, which also removes what is beside there.
+        overwrite: replace what an earlier push wrote to this folder; a hub keeps older commits.
+        dry_run: write nothing.
+        progress: called with a few words at each step.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BundleError: no bundle, or a damaged file. ConflictError: it was changed meanwhile.
+        OptionError: ``overwrite`` for a hub, or a destination that is none.
+        WriteError: something else is there, the file system or the hub refused.
+        MissingDependencyError: huggingface_hub is not installed.
+    """
+    place = _place(str(destination))
+    if overwrite and isinstance(place, _Hub):
+        raise OptionError("`overwrite=True` is for folders: a hub keeps every commit.")
+    opened = Bundle.open(bundle)
+    plan = plan_of(opened)
+    if dry_run:
+        opened.check_files()
+    elif isinstance(place, _Hub):
+        _upload(opened, plan, place, progress)
+    else:
+        progress("copying")
+        with atomic_directory(place, overwrite=overwrite, kind=_REPOSITORY) as scratch:
+            _copy(opened, plan, scratch)
+            write_bytes(scratch / ATTRIBUTES, plan.attributes.encode())
+    return plan
+
+
+def pull(
+    source: str | Path,
+    out: str | Path,
+    *,
+    public_key: str | Path | None = None,
+    overwrite: bool = False,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Bundle:
+    """Get a bundle from a repository of models. Nothing is at ``out`` before all of it is compared
+    with its hashes, and with its signature where a key is given.
+
+    Args:
+        source: a folder (also ``file:///...``), or ``hf://owner/name``, ``hf://owner/name@branch``.
+        out: the bundle's directory.
+        public_key: of the key that signed it, in PEM; None: a signature comes along unread.
+        overwrite: replace a bundle that is there.
+        lock_timeout: seconds to wait, then, for whoever is changing that.
+        progress: called with a few words at each step.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        BundleError: no bundle, a damaged file, or not what was signed.
+        ReadError: the hub has no such repository, or is not there. Others as `push`.
+    """
+    place = _place(str(source))
+    kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
+    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
+        found = Bundle.open(_downloaded(place, progress) if isinstance(place, _Hub) else place)
+        progress("copying, and comparing hashes")
+        _copy(found, plan_of(found), scratch)
+        if public_key is not None:
+            progress("comparing with the signature")
+            check_signature(scratch, public_key)
+    return Bundle.open(out)
+
+
+def _place(text: str) -> Path | _Hub:
+    """Where a repository is. Raises `OptionError` for what is neither a folder nor a hub's."""
+    if found := _HUB.fullmatch(text):
+        return _Hub(found["id"], found["branch"])
+    if text.startswith("hf:") or ("://" in text and not text.startswith(_FILE)):
+        raise OptionError(f"{text}: expected a folder, hf://owner/name, or hf://owner/name@branch.")
+    return Path(text.removeprefix(_FILE))
+
+
+def _check_name(bundle: Bundle, name: str) -> None:
+    """A manifest from elsewhere names nothing outside of its bundle."""
+    path = PurePosixPath(name)
+    plain = path.as_posix() == name and not path.is_absolute() and "\\" not in name
+    hidden = name.startswith(".") or name in (MANIFEST, SIGNATURE)
+    if not plain or hidden or {"..", ""} & {*name.split("/")}:
+        raise BundleError(
+            f"{bundle.path / MANIFEST}: files: {name!r}: expected a path inside of the bundle. It "
+            "is not what hhdeploy writes: do not use it."
+        )
+
+
+def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
+    """Copy what is planned; the manifest is the one that was opened, to the byte.
+
+    Raises:
+        ConflictError: the bundle was changed meanwhile. BundleError: a damaged file.
+    """
+    before = (bundle.path / MANIFEST).read_bytes()
+    for name, digest in plan.files.items():
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if digest is None:
+            copied(bundle.path / name, place)
+            continue
+        direct = bundle.path / name
+        if direct.is_file() and copied(direct, place) == digest:
+            continue
+        copied(bundle.file(name), place)  # where a change moved it, or it says what is wrong
+    now = (bundle.path / MANIFEST).read_bytes()
+    if bundle.changed() or not before == now == (target / MANIFEST).read_bytes():
+        raise ConflictError(f"{bundle.path} was changed meanwhile. Run the command again.")
+
+
+def _upload(bundle: Bundle, plan: HubLayout, place: _Hub, progress: Progress) -> None:
+    """One commit that makes the repository what is planned."""
+    repository, branch = place.repository, place.branch
+    hub = _library(f"pushing to hf://{repository}")
+    progress("comparing hashes")
+    bundle.check_files()
+    content: dict[str, str | bytes] = {name: str(bundle.path / name) for name in plan.files}
+    content[ATTRIBUTES] = plan.attributes.encode()
+    progress(f"uploading to {repository}")
+    try:
+        api = hub.HfApi()
+        api.create_repo(repository, exist_ok=True)
+        there: Iterable[str] = api.list_repo_files(repository, revision=branch)
+        operations = [
+            *(hub.CommitOperationDelete(name) for name in sorted({*there} - {*content})),
+            *(hub.CommitOperationAdd(name, what) for name, what in content.items()),
+        ]
+        message = f"Bundle of {bundle.manifest.backbone.model}, by hhdeploy"
+        api.create_commit(repository, operations, commit_message=message, revision=branch)
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        raise WriteError(f"hf://{repository}: the hub refused: {error}") from error
+
+
+def _downloaded(place: _Hub, progress: Progress) -> Path:
+    repository, branch = place.repository, place.branch
+    hub = _library(f"pulling from hf://{repository}")
+    progress(f"downloading {repository}")
+    try:
+        return Path(hub.snapshot_download(repository, revision=branch))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        raise ReadError(f"hf://{repository}: it could not be downloaded: {error}") from error
+
+
+def _library(purpose: str) -> Any:
+    return require("huggingface_hub", "hub", purpose)

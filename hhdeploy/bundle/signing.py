@@ -1,0 +1,184 @@
+"""Signatures of whole bundles, as OpenSSF's model-signing writes them. Needs the extra ``sign``.
+
+``model.sig`` signs every other file of the bundle, the manifest among them, by an elliptic-curve
+key on disk. Nothing but the lock of a change may lie beside what was signed.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hhdeploy.bundle.locking import LOCK
+from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
+from hhdeploy.bundle.reading import Bundle
+from hhdeploy.bundle.store import Progress, settled
+from hhdeploy.errors import BundleError, ReadError, require
+from hhdeploy.files.scratch import scratch_directory
+from hhdeploy.files.writing import atomic_file
+
+_IGNORED = (SIGNATURE, LOCK)
+
+
+def sign(
+    path: str | Path,
+    key: str | Path,
+    *,
+    password: str | None = None,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Path:
+    """Sign a bundle whose files have the hashes of its manifest; an older signature is replaced.
+
+    What the last change left for those who had opened the bundle before (``.old``) is removed. The
+    next change removes the signature.
+
+    Args:
+        path: the bundle.
+        key: an elliptic-curve private key (P-256, P-384 or P-521) in PEM.
+        password: of the key, if it is encrypted.
+        lock_timeout: see `hhdeploy.bundle.edit`.
+        progress: see there.
+
+    Returns:
+        The signature's file.
+
+    Raises:
+        BundleError: a file is missing or damaged, or one that the manifest does not name is there.
+        ReadError: a key that cannot be read, or of another kind.
+        ConflictError, WriteError: see `hhdeploy.bundle.edit`.
+        MissingDependencyError: model-signing is not installed.
+    """
+    library = _library("signing a bundle")
+    secret = password.encode() if password is not None else None
+    config = library.signing.Config().set_hashing_config(_hashing(library))
+    with _reading("key", key):
+        config.use_elliptic_key_signer(private_key=Path(key), password=secret)
+    with settled(path, lock_timeout=lock_timeout, progress=progress) as bundle:
+        bundle.check_files()
+        _check_strangers(bundle)
+        with scratch_directory(None, "signature") as scratch:
+            config.sign(bundle.path, scratch / SIGNATURE)
+            content = (scratch / SIGNATURE).read_bytes()
+        with atomic_file(bundle.path / SIGNATURE) as target:
+            target.write_bytes(content)
+    return Path(path) / SIGNATURE
+
+
+def check_signature(path: str | Path, public_key: str | Path) -> None:
+    """Compare a bundle with its signature: every byte of every file, and that there is no other.
+
+    Args:
+        path: the bundle.
+        public_key: of the key it was signed with, in PEM.
+
+    Raises:
+        BundleError: no signature, one of another key, or one of another content; the message
+            names the files.
+        ReadError: a key that cannot be read, or of another kind.
+        MissingDependencyError: model-signing is not installed.
+    """
+    library = _library("comparing a bundle with its signature")
+    root, config = Bundle.open(path).path, library.verifying.Config()
+    with _reading("public_key", public_key):
+        config.use_elliptic_key_verifier(public_key=Path(public_key))
+    try:
+        _check_form((root / SIGNATURE).read_bytes())
+        _check_kinds(root)
+        config.set_hashing_config(_hashing(library)).verify(root, root / SIGNATURE)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} is not signed: {SIGNATURE} was expected in it. A change of a bundle removes "
+            "its signature."
+        ) from None
+    except Exception as error:
+        raise BundleError(
+            f"{path} is not what was signed with the key of {public_key}: "
+            f"{_first_line(error)}. Get the bundle again from whoever signed it, or compare it "
+            "with the right key."
+        ) from error
+
+
+def _library(purpose: str) -> Any:
+    return require("model_signing", "sign", purpose)
+
+
+def _hashing(library: Any) -> Any:
+    """All files but signature and lock; a folder of Git is none of a bundle's."""
+    return library.hashing.Config().set_ignored_paths(paths=_IGNORED, ignore_git_paths=False)
+
+
+@contextlib.contextmanager
+def _reading(parameter: str, key: str | Path) -> Iterator[None]:
+    """Around what reads a key: its errors say what was expected."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ReadError(
+            f"`{parameter}`: {key}: expected an elliptic-curve key in PEM (P-256, P-384 or P-521): "
+            f"{_first_line(error)}. Make a pair with: openssl ecparam -name prime256v1 -genkey "
+            "-noout -out key.pem; openssl ec -in key.pem -pubout -out key.pub"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _check_strangers(bundle: Bundle) -> None:
+    """Raise `BundleError` for what would be signed though no bundle has it."""
+    _check_kinds(bundle.path)
+    known = {*bundle.manifest.files, MANIFEST, SIGNATURE, LOCK}
+    found = (f.relative_to(bundle.path).as_posix() for f in bundle.path.rglob("*") if f.is_file())
+    if strangers := sorted(set(found) - known):
+        raise BundleError(
+            f"{bundle.path} holds {', '.join(strangers[:5])}, which {MANIFEST} does not name. "
+            "Remove what is no part of the bundle, or wait for the change that is being made."
+        )
+
+
+def _check_kinds(root: Path) -> None:
+    """Raise `BundleError` for what is neither a file nor a directory, and a lock with content: a
+    signature says nothing of them."""
+    for path in sorted(root.rglob("*")):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise BundleError(f"{path} is a link, a pipe or a device")
+    lock = root / LOCK
+    if lock.exists() and not (lock.is_file() and lock.stat().st_size == 0):
+        raise BundleError(f"{lock} is no empty file")
+
+
+def _check_form(content: bytes) -> None:
+    """A signature is written in one way, to the byte: what it does not sign, itself, has no room
+    for changes either.
+
+    Raises:
+        ValueError, LookupError, TypeError: it was written otherwise.
+    """
+    found = json.loads(content)
+    envelope = found["dsseEnvelope"]
+    (signed,) = envelope["signatures"]
+    for value in (envelope["payload"], signed["sig"]):
+        if base64.b64encode(base64.b64decode(value, validate=True)).decode() != value:
+            raise ValueError(f"{SIGNATURE} was changed")
+    expected = {
+        "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+        "verificationMaterial": {
+            "publicKey": {"hint": found["verificationMaterial"]["publicKey"]["hint"]},
+            "tlogEntries": [],
+        },
+        "dsseEnvelope": {
+            "payload": envelope["payload"],
+            "payloadType": envelope["payloadType"],
+            "signatures": [{"sig": signed["sig"], "keyid": ""}],
+        },
+    }
+    if json.dumps(expected, separators=(",", ":")).encode() != content:
+        raise ValueError(f"{SIGNATURE} was changed, or has a form that is not known here")

@@ -1,0 +1,83 @@
+"""hhdeploy ovms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hhdeploy.choices import Precision
+from hhdeploy.cli import ui
+
+if TYPE_CHECKING:
+    from hhdeploy.repositories.ovms import OvmsModel
+
+
+@click.command()
+@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("out", type=ui.DIRECTORY)
+@click.option("--name", help="Of the model; default: the bundle's directory name.")
+@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
+@click.option(
+    "--target-device",
+    default="CPU",
+    show_default=True,
+    help="OpenVINO's name of what runs it: CPU, GPU, NPU, AUTO.",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the model in OUT once the new one is complete."
+)
+@ui.json_option
+def command(
+    bundle: Path,
+    out: Path,
+    name: str | None,
+    precision: Precision,
+    target_device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write BUNDLE as a model of the OpenVINO Model Server repository OUT.
+
+    The bank is baked in: write the model again after adding or removing adapters. Other models
+    in OUT and its config.json stay.
+
+    \b
+      hhdeploy ovms bundle/ models/ --precision int8
+    """
+    from hhdeploy.repositories.ovms import OvmsOptions, write_ovms_repository
+
+    options = OvmsOptions(name=name, precision=precision, target_device=target_device)
+    with ui.steps(as_json) as step:
+        model = write_ovms_repository(bundle, out, options, overwrite=overwrite, progress=step)
+    if as_json:
+        ui.print_json(
+            {
+                "repository": str(model.repository),
+                "model": model.name,
+                "files": list(model.files),
+                "adapters": model.rows,
+                "unverified": list(model.unverified),
+            }
+        )
+        return
+    for adapter in model.unverified:
+        ui.console().print(
+            f"[yellow]{adapter}[/] is not verified: run hhdeploy verify {bundle} --against-torch",
+            soft_wrap=True,
+        )
+    click.echo(_summary(model))
+
+
+def _summary(model: OvmsModel) -> str:
+    """What was written, how to serve it, and what it takes."""
+    written = "\n".join(f"  {model.repository / file}" for file in model.files)
+    shape = ", ".join(map(str, model.input_size))
+    rows = ", ".join(f"{name} {row}" for name, row in model.rows.items() if row is not None)
+    ids = f", and adapter_ids int64 [batch]: {rows}" if rows else ""
+    return (
+        f"Wrote model {model.name} for OpenVINO Model Server:\n{written}\n\n"
+        f"Serve:  its config_path is {model.repository.resolve() / 'config.json'}\n"
+        f"It takes images float32 [batch, {shape}]{ids}."
+    )
