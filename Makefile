@@ -71,6 +71,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
 
 bench-peers: $(VENV)/.test
+	$(PIP) -e '.[peers]'
 	$(BIN)/python -W ignore -m benchmarks.peers
 
 # An interpreter that is given is used as it is.

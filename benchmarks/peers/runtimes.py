@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.harness import THREADS
 from benchmarks.peers.tasks import CLASSES, SCALE, Array, Case, by_task
+from hhdeploy.runtime.openvino_backend import shared_core
 
 
 def lora_tensors(case: Case, name: str) -> dict[str, Array]:
@@ -95,10 +96,8 @@ class OpenVinoPerTask(_PerTask):
     """A compiled model of OpenVINO a task."""
 
     def __init__(self, case: Case) -> None:
-        import openvino
-
         super().__init__(case)
-        self._core = openvino.Core()
+        self._core = shared_core()
 
     def add(self, name: str) -> None:
         """Merge and compile."""
