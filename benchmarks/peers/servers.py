@@ -3,8 +3,8 @@
 hhdeploy serve, Ray Serve with multiplexed merged models, and LitServe with a merged model a task
 (ONNX Runtime float32 in all three) answer 8 clients, each of which asks for another of 8 adapters,
 one float32 image a request. One server after the other, ours again at the end as a control; every
-answer is checked. Ray and LitServe come with the extra ``peers``. Memory is that of the server's whole
-tree of processes. The last line is JSON.
+answer is checked. Ray and LitServe come with the extra ``peers``. Memory is that of the server's
+whole tree of processes. The last line is JSON.
 """
 
 from __future__ import annotations
