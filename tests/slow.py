@@ -28,7 +28,6 @@ FILES = frozenset(
         "cli/test_commands.py",
         "cli/test_commands_page.py",
         "cli/test_machine_commands.py",
-        "cli/test_readme.py",
         "examples/test_cpp.py",
         "cli/test_start_page.py",
         "docs/test_site.py",
