@@ -19,11 +19,13 @@ def test_every_millisecond_has_a_line():
     results = {
         "model": "small",
         "runs": 3,
+        "vnni": False,
         "probe": {"float32": 100.4, "INT8": 300.0, "copy": 12.34},
         **{f"{name}, batch {batch}": graph for name in GRAPHS for batch in (1, 8)},
         "INT8 folded, batch 8": bare,
     }
     text = page(results, {"cpu": "A CPU", "threads": 2, "versions": {"openvino": "1.2"}})
+    assert "the median of 3 runs. **This processor multiplies INT8 without VNNI.**" in text
     assert "| 100 GFLOP/s | 300 GFLOP/s | 12.3 GB/s |" in text
     first, second = text.split("## Batch 8")
     assert "| MatMul f32 | 70.0 (3) | 70.0 (3) | 70.0 (3) | 70.0 (3) |" in first
