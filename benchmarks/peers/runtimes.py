@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def ort_session(model: bytes | str) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-class _PerTask:
+class _PerTask(ABC):
     """One merged model a task: the images of a task are one run."""
 
     promised = "float32"
@@ -69,8 +70,9 @@ class _PerTask:
         """Let go of all models."""
         self._models.clear()
 
+    @abstractmethod
     def _answer(self, name: str, images: Array) -> Array:
-        raise NotImplementedError
+        """Of one task."""
 
     def run(self, images: Array, names: Sequence[str]) -> Array:
         """Logits of a batch."""

@@ -7,7 +7,7 @@ A repository holds what a bundle holds, under the same names, its card at the to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -26,6 +26,7 @@ from hhdeploy.errors import (
     require,
 )
 from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import copied, write_bytes
 
 ATTRIBUTES = ".gitattributes"
@@ -209,13 +210,19 @@ def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
 
 def _upload(bundle: Bundle, plan: HubLayout, place: _Hub, progress: Progress) -> None:
     """One commit that makes the repository what is planned."""
-    repository, branch = place.repository, place.branch
+    repository = place.repository
     hub = _library(f"pushing to hf://{repository}")
-    progress("comparing hashes")
-    bundle.check_files()
-    content: dict[str, str | bytes] = {name: str(bundle.path / name) for name in plan.files}
-    content[ATTRIBUTES] = plan.attributes.encode()
-    progress(f"uploading to {repository}")
+    with scratch_directory(None, "push") as scratch:
+        progress("copying, and comparing hashes")
+        _copy(bundle, plan, scratch)  # what is sent is one version, whatever changes meanwhile
+        content: dict[str, str | bytes] = {name: str(scratch / name) for name in plan.files}
+        content[ATTRIBUTES] = plan.attributes.encode()
+        progress(f"uploading to {repository}")
+        _commit(hub, bundle, place, content)
+
+
+def _commit(hub: Any, bundle: Bundle, place: _Hub, content: Mapping[str, str | bytes]) -> None:
+    repository, branch = place.repository, place.branch
     try:
         api = hub.HfApi()
         api.create_repo(repository, exist_ok=True)

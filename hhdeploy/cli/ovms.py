@@ -11,7 +11,7 @@ from hhdeploy.choices import Precision
 from hhdeploy.cli import ui
 
 if TYPE_CHECKING:
-    from hhdeploy.repositories.ovms import OvmsModel
+    from hhdeploy.repositories.graphs import ServedModel
 
 
 @click.command()
@@ -52,25 +52,13 @@ def command(
     with ui.steps(as_json) as step:
         model = write_ovms_repository(bundle, out, options, overwrite=overwrite, progress=step)
     if as_json:
-        ui.print_json(
-            {
-                "repository": str(model.repository),
-                "model": model.name,
-                "files": list(model.files),
-                "adapters": model.rows,
-                "unverified": list(model.unverified),
-            }
-        )
+        ui.print_json(model.to_json())
         return
-    for adapter in model.unverified:
-        ui.console().print(
-            f"[yellow]{adapter}[/] is not verified: run hhdeploy verify {bundle} --against-torch",
-            soft_wrap=True,
-        )
+    ui.say_unverified(bundle, model.unverified)
     click.echo(_summary(model))
 
 
-def _summary(model: OvmsModel) -> str:
+def _summary(model: ServedModel) -> str:
     """What was written, how to serve it, and what it takes."""
     written = "\n".join(f"  {model.repository / file}" for file in model.files)
     shape = ", ".join(map(str, model.input_size))

@@ -98,23 +98,9 @@ def command(
     with ui.steps(as_json) as step:
         model = write_triton_repository(bundle, out, options, overwrite=overwrite, progress=step)
     if as_json:
-        ui.print_json(
-            {
-                "repository": str(model.repository),
-                "model": model.name,
-                "files": list(model.files),
-                "adapters": model.rows,
-                "unverified": list(model.unverified),
-                "engine": model.engine.to_json() if model.engine is not None else None,
-                "ensembles": dict(model.ensembles),
-            }
-        )
+        ui.print_json(model.to_json())
         return
-    for adapter in model.unverified:
-        ui.console().print(
-            f"[yellow]{adapter}[/] is not verified: run hhdeploy verify {bundle} --against-torch",
-            soft_wrap=True,
-        )
+    ui.say_unverified(bundle, model.unverified)
     click.echo(_summary(model))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,6 +48,15 @@ lock_timeout_option = click.option(
 def console() -> Console:
     """Standard output, made anew so that redirection (and click's test runner) is honoured."""
     return Console(soft_wrap=False, highlight=False)
+
+
+def say_unverified(bundle: Path, adapters: Iterable[str]) -> None:
+    """A line for each adapter of a bundle that was never compared with its training-time model."""
+    for adapter in adapters:
+        console().print(
+            f"[yellow]{adapter}[/] is not verified: run hhdeploy verify {bundle} --against-torch",
+            soft_wrap=True,
+        )
 
 
 def print_json(content: Any) -> None:

@@ -15,8 +15,8 @@ from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import Precision
 from hhdeploy.errors import BundleError, PlanError, as_code
 from hhdeploy.exporting.javascript import page_code
-from hhdeploy.files.directories import Replaceable, atomic_directory, check_target
-from hhdeploy.files.writing import sha256_of_bytes, write_bytes
+from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
+from hhdeploy.files.writing import json_bytes, sha256_of_bytes, write_bytes
 from hhdeploy.packages import own_version
 
 FACTS: Final = "page.json"
@@ -56,9 +56,7 @@ def _foreign(path: Path) -> str | None:
         known = set(json.loads((path / FACTS).read_text(encoding="utf-8"))["sizes"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no {FACTS} that lists its files"
-    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-    other = sorted(found - known - {FACTS, _SERVICE})
-    return f"it holds {', '.join(other[:3])}, which the page does not have" if other else None
+    return strangers(path, {*known, FACTS, _SERVICE}, "the page does not have")
 
 
 _PAGE = Replaceable("a page", _foreign)
@@ -102,16 +100,16 @@ def write_web_page(
     service = files.pop(_SERVICE)
     progress(f"copying the {chosen} graph")
     files |= {f"{_BUNDLE}/{name}": bundle.read(name) for name in names}
-    files[f"{_BUNDLE}/{MANIFEST}"] = _json(_part(bundle.manifest, chosen, names).to_json())
+    files[f"{_BUNDLE}/{MANIFEST}"] = json_bytes(_part(bundle.manifest, chosen, names).to_json())
     title = title or bundle.path.resolve().name
-    files["manifest.webmanifest"] = _json(_application(title))
+    files["manifest.webmanifest"] = json_bytes(_application(title))
     facts = {
         "title": title,
         "version": own_version(),
         "precision": chosen,
         "sizes": {name: len(content) for name, content in files.items()},
     }
-    files[FACTS] = _json(facts)
+    files[FACTS] = json_bytes(facts)
     hashes = {name: sha256_of_bytes(content) for name, content in sorted(files.items())}
     files[_SERVICE] = f"const FILES = {json.dumps(hashes, indent=1)};\n".encode() + service
     with atomic_directory(out, overwrite=overwrite, kind=_PAGE) as scratch:
@@ -195,7 +193,3 @@ def _application(title: str) -> dict[str, Any]:
         "theme_color": "#2f6fb2",
         "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml"}],
     }
-
-
-def _json(content: object) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -13,7 +13,7 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,19 @@ class Replaceable:
     what: str
     foreign: Callable[[Path], str | None]
     locked: Callable[[Path], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # type: ignore[assignment]
+
+
+def strangers(path: Path, known: Collection[str], which: str) -> str | None:
+    """Of `Replaceable.foreign`: which files of a directory are none of ``known``, or None.
+
+    Args:
+        path: the directory.
+        known: names relative to it, with slashes.
+        which: of the others, in words, e.g. ``the page does not have``.
+    """
+    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    other = sorted(found.difference(known))
+    return f"it holds {', '.join(other[:3])}, which {which}" if other else None
 
 
 def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.bundle.manifest import MANIFEST, Manifest
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import Precision
 from hhdeploy.errors import BundleError, WriteError, as_code, require
@@ -13,6 +15,46 @@ from hhdeploy.exporters.triton import requestable
 
 # Of the one version that is written.
 VERSION = "1"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What was written.
+
+    Attributes:
+        repository: the directory that the server is given.
+        name: of the model.
+        files: relative to the repository.
+        rows: name -> row (``adapter_ids``), None in a folded bundle.
+        input_size: (3, H, W) of ``images``.
+        unverified: adapters that were never compared with the training-time model.
+    """
+
+    repository: Path
+    name: str
+    files: tuple[str, ...]
+    rows: dict[str, int | None]
+    input_size: tuple[int, int, int]
+    unverified: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines; ``adapters`` are the rows."""
+        return {
+            "repository": str(self.repository),
+            "model": self.name,
+            "files": list(self.files),
+            "adapters": self.rows,
+            "unverified": list(self.unverified),
+        }
+
+
+def served_facts(manifest: Manifest) -> dict[str, Any]:
+    """What `ServedModel` says of a bundle."""
+    return {
+        "rows": {entry.name: entry.row for entry in requestable(manifest)},
+        "input_size": manifest.input_size,
+        "unverified": tuple(a.name for a in manifest.adapters if not a.verified),
+    }
 
 
 def open_servable(path: str | Path, out: Path, server: str) -> Bundle:

@@ -11,12 +11,19 @@ from typing import Any
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import PRECISIONS, Precision, one_of
 from hhdeploy.errors import WriteError
-from hhdeploy.exporters.triton import ADAPTERS_FILE, adapters_json, check_model_name, requestable
-from hhdeploy.files.directories import Replaceable, atomic_directory, check_target
+from hhdeploy.exporters.triton import ADAPTERS_FILE, adapters_json, check_model_name
+from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
+from hhdeploy.files.scratch import alone_in
 from hhdeploy.files.writing import write_json
-from hhdeploy.repositories.graphs import VERSION, open_servable, write_graph
+from hhdeploy.repositories.graphs import (
+    VERSION,
+    ServedModel,
+    open_servable,
+    served_facts,
+    write_graph,
+)
 
-__all__ = ["OvmsModel", "OvmsOptions", "write_ovms_repository"]
+__all__ = ["OvmsOptions", "write_ovms_repository"]
 
 _CONFIG, _GRAPH, _MODELS = "config.json", "model.onnx", "model_config_list"
 _SERVER = "OpenVINO Model Server"
@@ -38,35 +45,12 @@ class OvmsOptions:
     target_device: str = "CPU"
 
 
-@dataclass(frozen=True)
-class OvmsModel:
-    """What was written.
-
-    Attributes:
-        repository: where config.json is.
-        name: of the model.
-        files: relative to the repository.
-        rows: name -> row (``adapter_ids``), None in a folded bundle.
-        input_size: (3, H, W) of ``images``.
-        unverified: adapters that were never compared with the training-time model.
-    """
-
-    repository: Path
-    name: str
-    files: tuple[str, ...]
-    rows: dict[str, int | None]
-    input_size: tuple[int, int, int]
-    unverified: tuple[str, ...]
-
-
 def _foreign(path: Path) -> str | None:
     """Why a directory is not a model that `write_ovms_repository` wrote, or None."""
     graph = f"{VERSION}/{_GRAPH}"
-    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-    if not {graph, ADAPTERS_FILE} <= found:
+    if not all((path / name).is_file() for name in (graph, ADAPTERS_FILE)):
         return f"it has no {graph} with {ADAPTERS_FILE}"
-    other = sorted(found - {graph, f"{graph}.data", ADAPTERS_FILE})
-    return f"it holds {', '.join(other[:3])}, which no such model has" if other else None
+    return strangers(path, {graph, f"{graph}.data", ADAPTERS_FILE}, "no such model has")
 
 
 _MODEL = Replaceable("a model", _foreign)
@@ -79,7 +63,7 @@ def write_ovms_repository(
     *,
     overwrite: bool = False,
     progress: Progress = lambda step: None,
-) -> OvmsModel:
+) -> ServedModel:
     """Write OUT/NAME/ (adapters.json and version 1 of the model) and enter it in OUT/config.json.
 
     The bank as it is now is baked into the graph: after ``adapter add`` or ``remove`` write the
@@ -109,7 +93,7 @@ def write_ovms_repository(
     exists = out.is_dir()
     target = out / name if exists else out
     check_target(target, _MODEL, overwrite=overwrite)
-    config = _entered(_read_config(out / _CONFIG), name, options)
+    _read_config(out / _CONFIG)  # refused before any work is
     with atomic_directory(target, overwrite=overwrite, kind=_MODEL) as scratch:
         root = scratch if exists else scratch / name
         (root / VERSION).mkdir(parents=True)
@@ -118,18 +102,13 @@ def write_ovms_repository(
         progress("writing the configuration")
         write_json(root / ADAPTERS_FILE, adapters_json(name, manifest))
         if not exists:
-            write_json(scratch / _CONFIG, config)
+            write_json(scratch / _CONFIG, _entered({_MODELS: []}, name, options))
         files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     if exists:
-        write_json(out / _CONFIG, config)
-    return OvmsModel(
-        out,
-        name,
-        (_CONFIG, *(f"{name}/{file}" for file in files)),
-        {entry.name: entry.row for entry in requestable(manifest)},
-        manifest.input_size,
-        tuple(a.name for a in manifest.adapters if not a.verified),
-    )
+        with alone_in(out):  # another model may be entered at the same time
+            write_json(out / _CONFIG, _entered(_read_config(out / _CONFIG), name, options))
+    written = (_CONFIG, *(f"{name}/{file}" for file in files))
+    return ServedModel(out, name, written, **served_facts(manifest))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

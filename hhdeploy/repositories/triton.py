@@ -28,10 +28,16 @@ from hhdeploy.exporters.triton import (
     labels_txt,
     requestable,
 )
-from hhdeploy.files.directories import Replaceable, atomic_directory, check_target
+from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
 from hhdeploy.files.writing import write_bytes
 from hhdeploy.packages import own_version
-from hhdeploy.repositories.graphs import VERSION, open_servable, write_graph
+from hhdeploy.repositories.graphs import (
+    VERSION,
+    ServedModel,
+    open_servable,
+    served_facts,
+    write_graph,
+)
 
 __all__ = ["TritonModel", "TritonOptions", "write_triton_repository"]
 
@@ -44,39 +50,33 @@ def _foreign(path: Path) -> str | None:
     weights = {f"{file}.data" for file in MODEL_FILES.values()}
     known = {CONFIG_FILE, LABELS_FILE, ADAPTERS_FILE}
     known |= {f"{VERSION}/{file}" for file in {*MODEL_FILES.values(), *weights}}
-    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-    if not {CONFIG_FILE, ADAPTERS_FILE} <= found:
+    if not all((path / name).is_file() for name in (CONFIG_FILE, ADAPTERS_FILE)):
         return f"it has no {CONFIG_FILE} with {ADAPTERS_FILE}"
-    other = sorted(found - known)
-    return f"it holds {', '.join(other[:3])}, which no such model has" if other else None
+    return strangers(path, known, "no such model has")
 
 
 _MODEL = Replaceable("a model", _foreign)
 
 
 @dataclass(frozen=True)
-class TritonModel:
+class TritonModel(ServedModel):
     """What was written.
 
     Attributes:
-        repository: what ``tritonserver --model-repository`` takes.
-        name: of the model.
-        files: relative to the repository.
-        rows: name -> row (``adapter_ids``), None in a folded bundle.
-        input_size: (3, H, W) of ``images``.
-        unverified: adapters that were never compared with the training-time model.
         engine: that was copied, None with the ``onnxruntime`` backend.
         ensembles: adapter -> the model that takes pictures for it, with ``ensemble`` alone.
     """
 
-    repository: Path
-    name: str
-    files: tuple[str, ...]
-    rows: dict[str, int | None]
-    input_size: tuple[int, int, int]
-    unverified: tuple[str, ...]
     engine: EngineEntry | None
     ensembles: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """See `ServedModel.to_json`."""
+        return {
+            **super().to_json(),
+            "engine": self.engine.to_json() if self.engine is not None else None,
+            "ensembles": dict(self.ensembles),
+        }
 
 
 def write_triton_repository(
@@ -127,16 +127,8 @@ def write_triton_repository(
     for group, entries in groups.items():
         models |= _ensemble(bundle, name, group, entries, options)
     files = _install(out, models, overwrite=overwrite)
-    manifest = bundle.manifest
     return TritonModel(
-        out,
-        name,
-        files,
-        {entry.name: entry.row for entry in requestable(manifest)},
-        manifest.input_size,
-        tuple(a.name for a in manifest.adapters if not a.verified),
-        engine,
-        ensembles,
+        out, name, files, **served_facts(bundle.manifest), engine=engine, ensembles=ensembles
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.errors import BundleError, PlanError, WriteError
 from hhdeploy.exporters.triton import requestable
+from hhdeploy.repositories import ovms
 from hhdeploy.repositories.ovms import OvmsOptions, write_ovms_repository
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.openvino_backend import shared_core
@@ -92,6 +95,24 @@ class FakeOvms:
 
     def infer(self, **request: np.ndarray) -> np.ndarray:
         return self.model(request)["logits"].copy()
+
+
+def test_models_that_are_written_at_once_are_all_entered(small, tmp_path, monkeypatch):
+    write(small, tmp_path / "models", name="first")
+
+    def slowly(path):
+        content = read(path)
+        time.sleep(0.05)  # in which another would write, and be forgotten
+        return content
+
+    read = ovms._read_config
+    monkeypatch.setattr(ovms, "_read_config", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: write(small, tmp_path / "models", name=n), "abcd"))
+    content = json.loads((tmp_path / "models" / "config.json").read_text())
+    names = {entry["config"]["name"] for entry in content["model_config_list"]}
+    assert names == {"first", *"abcd"}
+    assert {p.name for p in (tmp_path / "models").iterdir()} == {*names, "config.json"}
 
 
 @pytest.mark.parametrize("which", ["branches", "constant", "folded"])

@@ -103,18 +103,19 @@ def run_on_ray(
 def _cluster(settings: RaySettings) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address:
-        ray.init(address, **quiet)
-    else:
+    if not address:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            "local",
-            include_dashboard=False,
+        quiet |= {
+            "include_dashboard": False,
             # A replica is one of Ray's CPUs, whatever it takes: they share this machine's.
-            num_cpus=settings.replicas,
-            object_store_memory=_STORE_BYTES,
-            **quiet,
-        )
+            "num_cpus": settings.replicas,
+            "object_store_memory": _STORE_BYTES,
+        }
+    try:
+        ray.init(address or "local", **quiet)
+    except Exception as error:
+        where = f"the cluster {address} does not answer" if address else "Ray does not start here"
+        raise DeviceError(f"{where}: {error}") from error
     try:
         if serve.status().proxies:
             raise PlanError(

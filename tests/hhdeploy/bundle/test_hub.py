@@ -202,11 +202,17 @@ class Api:
 
     def create_commit(self, name, operations, commit_message, revision):
         self.calls.append(("commit", name, operations, commit_message, revision))
+        self.sent = {
+            o.path_in_repo: Path(o.path_or_fileobj).read_bytes()
+            for o in operations
+            if isinstance(getattr(o, "path_or_fileobj", None), str)
+        }
 
 
 def test_what_is_uploaded(bundle, monkeypatch):
     calls = []
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Api(calls))
+    api = Api(calls)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     plan = push(bundle, "hf://me/tasks@main")
     assert calls[0] == ("repo", "me/tasks")
     _, name, operations, message, revision = calls[1]
@@ -217,9 +223,24 @@ def test_what_is_uploaded(bundle, monkeypatch):
     given = {o.path_in_repo: o.path_or_fileobj for o in added}
     assert set(given) == {*plan.files, ATTRIBUTES}
     assert given.pop(ATTRIBUTES) == plan.attributes.encode()
-    assert all(Path(path) == bundle / name for name, path in given.items())
+    assert api.sent == {name: (bundle / name).read_bytes() for name in given}
     with pytest.raises(OptionError, match="a hub keeps every commit"):
         push(bundle, "hf://me/tasks", overwrite=True)
+
+
+def test_what_is_uploaded_is_one_version(bundle, monkeypatch, workshop):
+    """Of a bundle that is changed while the hub is asked."""
+    before = {name: (bundle / name).read_bytes() for name in plan_of(Bundle.open(bundle)).files}
+    api = Api([])
+    monkeypatch.setattr(
+        api,
+        "create_repo",
+        lambda *args, **kw: add_adapter(bundle, "new", workshop.directory("rival")),
+    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    push(bundle, "hf://me/tasks")
+    assert api.sent == before
+    assert Bundle.open(bundle).manifest.adapter("new") is not None
 
 
 def test_a_hub_that_refuses(bundle, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hhdeploy.errors import AdapterError, PlanError
+from hhdeploy.errors import AdapterError, DeviceError, PlanError
 from hhdeploy.runtime.serving import errors, tracing
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
@@ -37,6 +37,7 @@ from ray.serve.exceptions import BackPressureError
 
 from hhdeploy.runtime.serving.ray import app as ray_app
 from hhdeploy.runtime.serving.ray import registry as ray_registry
+from hhdeploy.runtime.serving.ray import run as ray_run
 from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.draining import Draining
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint, named_adapter
@@ -48,6 +49,20 @@ from hhdeploy.runtime.serving.ray.settings import read_settings
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 PATIENCE_SECONDS = 60
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("", "Ray does not start here: no node"), ("h:1", "the cluster h:1 does not answer: no node")],
+)
+def test_a_ray_that_does_not_start_is_an_error_of_ours(monkeypatch, address, message):
+    def refuse(*args, **options):
+        raise Exception("no node")  # the class that Ray raises
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray_run.ray, "init", refuse)
+    with pytest.raises(DeviceError, match=message), ray_run._cluster(SimpleNamespace(replicas=1)):
+        pass
 
 
 def test_an_ingress_sends_spans_where_its_environment_says(tmp_path, monkeypatch, caplog):
