@@ -71,8 +71,7 @@ _CALIBRATED = "as the quantised graph; accuracy is judged when calibrating"
 _H100 = "with ONNX Runtime on an H100, ViT-S/16, random adapters; no engine has run"
 
 # Of 255, what a graph that resizes a picture may be off from Pillow, where it shrinks and grows. Of
-# 1,000 pictures in six graphs none is off; those of earlier versions were by 1, rarely 2, and OpenVINO
-# is by 1.
+# 1,000 pictures in six graphs none is off; earlier versions' were by 1, rarely 2; OpenVINO is by 1.
 LEVELS: Mapping[str, int] = {"shrinks": 1, "grows": 2}
 
 # (stage, precision) -> bound. Stages: `algebra` (float64 algebra against dense products),
