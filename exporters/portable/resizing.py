@@ -6,8 +6,8 @@ does not antialias at all. These nodes do what Pillow's C does: weights in doubl
 units of 2^-22, and sums of integers.
 
 A MatMul of float32 is exact for integers below 2^24. A weight is more, so it is two numbers, whole
-units of 2^-15 and the rest in units of 2^-22, and each has its MatMul. A pixel of the result is made
-of few of the picture's: twelve at a time, as many rows as fast kernels take, share a window of it.
+units of 2^-15 and the rest in units of 2^-22, and each has its MatMul. A pixel of the result is
+made of few of the picture's: twelve at a time, as many rows as fast kernels take, share a window.
 """
 
 from __future__ import annotations
