@@ -88,7 +88,7 @@ async def _ask(port: int, request: bytes, times: int) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in head.partition(b"\r\n")[0]:
             raise click.ClickException(f"expected an answer, found {head[:200]!r}.")
-        length = re.search(rb"content-length: (\d+)", head.lower())
+        length = re.search(rb"\r\ncontent-length: (\d+)", head.lower())
         assert length is not None
         await reader.readexactly(int(length[1]))
     writer.close()
