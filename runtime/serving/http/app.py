@@ -327,7 +327,7 @@ class _Connected:
 
     def __enter__(self) -> None:
         self._task = asyncio.current_task()
-        self._watcher = asyncio.ensure_future(self._watch())
+        self._watcher = asyncio.create_task(self._watch())
 
     def __exit__(
         self,
