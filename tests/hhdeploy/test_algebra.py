@@ -206,31 +206,14 @@ def test_fold_additive_over_several_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_threads_fold_as_one_does(monkeypatch, layout):
-    """Blocks of few rows, an odd number of them; the same to the bit, in both forms."""
-    monkeypatch.setattr("hhdeploy.algebra._BLOCK_BYTES", 8 * 13 * 3)
-    weight = weight_of(layout, 29, 13)
-    delta = householder_delta(*draw(29, 13, 2), "orthogonal")
-    transform = householder_delta(*draw(29, 29, 2), "orthogonal")
-    one = fold_additive(weight, delta), fold_sequential(weight, None, transform)[0]
-    monkeypatch.setattr("hhdeploy.algebra._TWO_THREADS", 1)
-    two = fold_additive(weight, delta), fold_sequential(weight, None, transform)[0]
-    for alone, together in zip(one, two, strict=True):
-        assert np.array_equal(alone, together)
-
-
-@pytest.mark.parametrize("row", [0, 28])
-def test_what_numpy_says_in_either_thread_is_heard(monkeypatch, row):
-    """An overflow of the cast follows the caller's `np.errstate`, wherever the row is folded."""
-    monkeypatch.setattr("hhdeploy.algebra._TWO_THREADS", 1)
-    weight = weight_of("c_order", 29, 13)
-    delta = low_rank_delta(np.ones((1, 13)), np.where(np.arange(29) == row, 1e39, 0.0)[:, None])
-    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
-        fold_additive(weight, delta)
-    with np.errstate(over="ignore"):
-        folded = fold_additive(weight, delta)
-    assert np.isinf(folded[row]).all()
-    assert np.isfinite(np.delete(folded, row, axis=0)).all()
+def test_fold_sequential_over_several_blocks(monkeypatch, layout):
+    """M mixes all rows of a weight, so those of all blocks: tall and wide, in either order."""
+    monkeypatch.setattr("hhdeploy.algebra._BLOCK_BYTES", 8 * 7 * 4)
+    for into in (7, 23):
+        weight = weight_of(layout, 13, into)
+        folded, _ = fold_sequential(weight, None, householder_delta(*draw(13, 13, 2), "orthogonal"))
+        expected = dense(*draw(13, 13, 2), "orthogonal") @ weight.astype(np.float64)
+        assert_parity(expected, folded, "algebra", "float32")
 
 
 def test_fold_of_another_shape_is_refused():
