@@ -59,7 +59,7 @@ from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import Tracing
 
-Check = Callable[[str | None], None]
+Admission = Callable[[str | None], None]
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
 _REQUEST_ID = REQUEST_ID.encode()
@@ -208,7 +208,7 @@ class _Guard:
         self._tracing = Tracing()
 
     async def answer(
-        self, request: Request, route: str, handler: Handler, check: Check | None
+        self, request: Request, route: str, handler: Handler, check: Admission | None
     ) -> Response:
         """What a handler says, or the answer that its error makes; see `_Guarded`."""
         asked = _asked(request)
@@ -238,7 +238,7 @@ class _Guard:
         return response
 
     async def _answer(
-        self, handler: Handler, check: Check | None, request: Request, asked: Asked
+        self, handler: Handler, check: Admission | None, request: Request, asked: Asked
     ) -> Response:
         try:
             _check_host(request.headers.get("host", ""), self._hosts)
@@ -264,7 +264,7 @@ class _Guarded:
     """A handler that raises `HhdeployError` as an application that answers, at ``route``."""
 
     def __init__(
-        self, guard: _Guard, route: str, handler: Handler, check: Check | None = None
+        self, guard: _Guard, route: str, handler: Handler, check: Admission | None = None
     ) -> None:
         """``check``: raises for who may not ask, by the header Authorization; None: all may."""
         self._guard, self._route = guard, route
