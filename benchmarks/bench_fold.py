@@ -3,7 +3,8 @@
     python -m benchmarks.bench_fold [--pairs 9]
 
 All in float64 on the same weights: `fold_additive` against H_u D H_v with dense H (what the
-equations read), and against reading and writing the weights once (the floor).
+equations read), and against reading and writing the weights once (the floor). The sequential form,
+`fold_product`, against the same floor; the control is the floor against itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import click
 import numpy as np
 
 from benchmarks.harness import report
-from hhdeploy.algebra import SiteDelta, fold_additive, householder_delta
+from hhdeploy.algebra import SiteDelta, fold_additive, fold_product, householder_delta
 from hhdeploy.timing import paired
 
 SITES, DIM, RANK = 48, 768, 1
@@ -36,10 +37,16 @@ def main(pairs: int) -> None:
         for _ in range(SITES)
     ]
 
+    def delta_of(site: dict[str, np.ndarray]) -> SiteDelta:
+        return householder_delta(**site, reflection="unnormalized")
+
     def thin() -> None:
         for weight, site, target in zip(weights, tensors, out, strict=True):
-            delta: SiteDelta = householder_delta(**site, reflection="unnormalized")
-            fold_additive(weight, delta, target)
+            fold_additive(weight, delta_of(site), target)
+
+    def sequential() -> None:
+        for weight, site, target in zip(weights, tensors, out, strict=True):
+            fold_product(weight, delta_of(site), target)
 
     def dense() -> None:
         for weight, site, target in zip(weights, tensors, out, strict=True):
@@ -64,6 +71,8 @@ def main(pairs: int) -> None:
             "largest difference of the results": largest,
             "dense products / fold": paired(dense, thin, pairs=pairs),
             "fold / reading and writing once": paired(thin, once, pairs=pairs),
+            "sequential fold / reading and writing once": paired(sequential, once, pairs=pairs),
+            "control: reading and writing once, twice": paired(once, once, pairs=pairs),
         },
     )
 

@@ -44,7 +44,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
     "rtx": {"tensorrt-rtx-cu13": "1.2", "cuda-bindings": "13.0"},
     "tensorrt": {"tensorrt": "10.3", "cuda-bindings": "12.6"},
     "serve": {
-        "aiohttp": "3.9",
+        "aiohttp": "3.10.5",
         "grpcio-health-checking": "1.62",
         "grpcio-reflection": "1.62",
         "hpack": "4.0",
@@ -53,7 +53,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
         "prometheus-client": "0.20",
         "protobuf": "5",
         "python-json-logger": "3.1",
-        "tritonclient": "2.50",
+        "tritonclient": "2.52",
     },
     "ray": {"ray": "2.60"},
     "calibrate": {"nncf": "3.4"},

@@ -70,8 +70,7 @@ _KERNELS = "as the twin; kernels may accumulate in less than float32"
 _CALIBRATED = "as the quantised graph; accuracy is judged when calibrating"
 _H100 = "with ONNX Runtime on an H100, ViT-S/16, random adapters; no engine has run"
 
-# Of 255, what a graph that resizes a picture may be off from Pillow, where it shrinks and grows. Of
-# 1,000 pictures in six graphs none is off; earlier versions' were by 1, rarely 2; OpenVINO is by 1.
+# Of 255, what a graph that resizes a picture may be off from Pillow; earlier versions' need it.
 LEVELS: Mapping[str, int] = {"shrinks": 1, "grows": 2}
 
 # (stage, precision) -> bound. Stages: `algebra` (float64 algebra against dense products),

@@ -28,8 +28,9 @@ from tests.leash import leashed
 _INSIDE = "HHDEPLOY_TEST_ALONE"
 _REPORT = "outcomes"
 _MARK = "own_process"
-# Of all tests of a file, generously: one that would hang fails instead.
-_SECONDS = 900
+# Of all tests of a file, generously: one that would hang fails instead. Less than pyproject.toml's
+# `timeout`, which would end the worker.
+_SECONDS = 600
 _SHOWN = 6000
 
 

@@ -1,7 +1,7 @@
 """Crashes of a writer, at every file-system call that it makes below a directory.
 
 `killed_at_every_call` lets the process end before each call in turn (and half-way through each
-write), in a forked child. `power_cuts` records one run and replays it as a disk may hold it after
+write), in a child. `power_cuts` records one run and replays it as a disk may hold it after
 a power cut: what was not fsynced is dropped or reordered. Both patch `os`, not the code under test.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 
 Writer = Callable[[Path], object]
-# Exit codes of the forked children.
+# Exit codes of the children, and how long one may take, on a busy machine.
 _KILLED, _DONE = 9, 0
+_SECONDS = 120
 # So many pending names are tried in all combinations, more of them one by one.
 _ALL_SUBSETS = 5
 
@@ -137,11 +138,14 @@ def calls_of(write: Writer, root: Path) -> list[Call]:
 def killed_at_every_call(
     write: Writer, origin: Path, scratch: Path, step: int = 1
 ) -> Iterator[Path]:
-    """A copy of ``origin`` after each death of the writer, one for every ``step``-th call of it."""
+    """A copy of ``origin`` after each death of the writer, one for every ``step``-th call of it.
+
+    ``write`` is a function of a module: it travels by its name.
+    """
     for point in itertools.count(step=step):
         root = scratch / f"point-{point}"
         shutil.copytree(origin, root)
-        code = _in_child(lambda root=root, point=point: _die_at(write, root, point))
+        code = _in_child(write, root, point)
         assert code in (_KILLED, _DONE), f"the writer failed by itself (exit code {code})"
         if code == _DONE:
             shutil.rmtree(root)
@@ -162,18 +166,22 @@ def _die_at(write: Writer, root: Path, point: int) -> None:
         write(root)
 
 
-def _in_child(work: Callable[[], None]) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads: the child uses none of them
-        child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            work()
-            code = _DONE
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def _in_child(write: Writer, root: Path, point: int) -> int | None:
+    """How a process of its own ends, of which `_die_at` is all; None: it hangs.
+
+    It is forked by a process without threads. This one has those of every runtime that earlier
+    tests opened: a fork of it has their locks, as they were, and nobody who opens them.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([write.__module__])
+    child = forks.Process(target=_die_at, args=(write, root, point), daemon=True)
+    child.start()
+    child.join(_SECONDS)
+    code = child.exitcode
+    child.kill()
+    child.join()
+    child.close()
+    return code
 
 
 # --- power cuts -----------------------------------------------------------------------------------

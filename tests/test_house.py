@@ -287,3 +287,16 @@ def test_progress_has_one_type():
         and any(isinstance(t, ast.Name) and t.id == "Progress" for t in node.targets)
     ]
     assert places == ["hhdeploy/bundle/locking.py"]
+
+
+def cores(tree: ast.Module) -> list[str]:
+    """Calls that make an `openvino.Core`."""
+    called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return ["Core" for func in called if getattr(func, "attr", getattr(func, "id", "")) == "Core"]
+
+
+def test_one_place_makes_openvino_s_core():
+    """The only one of a process, see there: a second one, gone, leaves threads without a stack for
+    signals."""
+    assert found_by(cores) == {"runtime/openvino_backend.py": ["Core"]}
+    assert cores(ast.parse("ov.Core()")) == cores(ast.parse("Core()")) == ["Core"]

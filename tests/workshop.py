@@ -42,6 +42,8 @@ WIDTH = max(CLASSES.values())
 FITS, TOO_WIDE = "rival", "beta"
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of a program that a test starts, on a busy machine.
+COMMAND_SECONDS = 600
 
 
 def make_adapters(facts: BackboneFacts) -> dict[str, Adapter]:
@@ -291,7 +293,11 @@ def run_python(
 def run_command(
     command: Sequence[str], *, cwd: Path = ROOT, path: Sequence[Path] = (ROOT,)
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with one thread and ``path`` first in PYTHONPATH."""
+    """Run a program with one thread and ``path`` first in PYTHONPATH.
+
+    Raises:
+        subprocess.TimeoutExpired: it hangs.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -299,5 +305,6 @@ def run_command(
         "PYTHONPATH": os.pathsep.join(map(str, path)),
     }
     return subprocess.run(
-        list(command), cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+        list(command), cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+        timeout=COMMAND_SECONDS,
+    )  # fmt: skip

@@ -105,8 +105,10 @@ class Workbench:
         return self._once((name, "folded"), lambda: self._one(name, "folded", fold=True))
 
     def single(self, name: str) -> Path:
-        """The first adapter of a model as the only side branch."""
-        return self._once((name, "single"), lambda: self._one(name, "single"))
+        """The first adapter of a model as the only side branch, in float32 alone."""
+        return self._once(
+            (name, "single"), lambda: self._one(name, "single", precisions=PRECISIONS[:1])
+        )
 
     def bundle(self, name: str, graph: str) -> Path:
         """``folded`` or ``side branches``, by name."""
@@ -158,7 +160,7 @@ class Workbench:
 
         model, args, scale = _RANDOM[name]
         checkpoint, folder = self._root / f"{name}.safetensors", self._root / f"{name}-adapters"
-        if not self._made(name):
+        if not self._made(name, PRECISIONS):
             _write_random(model, args, scale, checkpoint, folder)
         spec = BackboneSpec(model, args, checkpoint)
         path = self._bundle(name, spec, {key: folder / key for key in _ADAPTERS})
@@ -172,17 +174,20 @@ class Workbench:
         )
 
     def _bundle(
-        self, name: str, spec: BackboneSpec, adapters: Mapping[str, Path], **options: Any
+        self,
+        name: str,
+        spec: BackboneSpec,
+        adapters: Mapping[str, Path],
+        precisions: Sequence[str] = PRECISIONS,
+        **options: Any,
     ) -> Path:
-        """A bundle with all `PRECISIONS`, unless a part before this one has made it."""
+        """A bundle with these of `PRECISIONS`, unless a part before this one has made it."""
         from hhdeploy.exporting.bundles import export
         from hhdeploy.plan import Reserve
         from tests.gpu.int8 import add_int8
 
         path = self._root / name
-        if (path / MANIFEST).is_file() and set(PRECISIONS) <= set(
-            Bundle.open(path).manifest.graphs
-        ):
+        if self._made(name, precisions):
             return path
         shutil.rmtree(path, ignore_errors=True)
         if not options.get("fold"):
@@ -193,17 +198,18 @@ class Workbench:
             path,
             model_args=spec.args,
             checkpoint=spec.checkpoint,
-            precisions=TYPED[1:],
+            precisions=[p for p in TYPED[1:] if p in precisions],
             verify_images=_IMAGES,
             cache=self._root / "cache",
             **options,
         )
-        add_int8(path)
+        if "int8" in precisions:
+            add_int8(path)
         return path
 
-    def _made(self, name: str) -> bool:
+    def _made(self, name: str, precisions: Sequence[str]) -> bool:
         path = self._root / name
-        return (path / MANIFEST).is_file() and set(PRECISIONS) <= set(
+        return (path / MANIFEST).is_file() and set(precisions) <= set(
             Bundle.open(path).manifest.graphs
         )
 

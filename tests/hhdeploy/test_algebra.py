@@ -205,6 +205,17 @@ def test_fold_additive_over_several_blocks(monkeypatch):
         assert_parity(expected, folded, "algebra", "float32")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fold_sequential_over_several_blocks(monkeypatch, layout):
+    """M mixes all rows of a weight, so those of all blocks: tall and wide, in either order."""
+    monkeypatch.setattr("hhdeploy.algebra._BLOCK_BYTES", 8 * 7 * 4)
+    for into in (7, 23):
+        weight = weight_of(layout, 13, into)
+        folded, _ = fold_sequential(weight, None, householder_delta(*draw(13, 13, 2), "orthogonal"))
+        expected = dense(*draw(13, 13, 2), "orthogonal") @ weight.astype(np.float64)
+        assert_parity(expected, folded, "algebra", "float32")
+
+
 def test_fold_of_another_shape_is_refused():
     delta = householder_delta(*draw(7, 13, 1), "unnormalized")
     with pytest.raises(ValueError, match=r"\(13, 7\) and delta \(7, 13\)"):

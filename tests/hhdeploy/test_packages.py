@@ -17,6 +17,8 @@ except ImportError:  # Python 3.10, for which pytest brings it under its first n
 from hhdeploy.errors import MissingDependencyError
 from hhdeploy.packages import EXTRAS, INCLUDED, check_version, is_older
 from tests.distributions import build, copy_sources
+from tests.release.__main__ import PYTHONS
+from tests.release.__main__ import requirements as asked_for
 from tests.test_house import sources
 from tests.workshop import ROOT
 
@@ -83,6 +85,24 @@ def test_they_are_the_same_to_the_byte(built, tmp_path):
     again = build(sources, tmp_path / "dist")
     assert [path.name for path in again] == [path.name for path in built]
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in built]
+
+
+def test_the_wheel_asks_for_what_each_python_has_wheels_of(built):
+    """The oldest versions are installed by ``make release-check``, which reads them so."""
+    wheel, _ = built
+    found = {python: asked_for(wheel, ("cpu",), python) for python in PYTHONS}
+    numpy = {python: [r for r in asked if r.startswith("numpy")] for python, asked in found.items()}
+    assert numpy == {p: ["numpy>=2.1" if p == "3.13" else "numpy>=1.26"] for p in PYTHONS}
+    for asked in found.values():
+        assert "onnxruntime>=1.22" in asked and not any(";" in requirement for requirement in asked)
+        assert not any(requirement.startswith(("torch", "aiohttp")) for requirement in asked)
+
+
+def test_a_release_is_tried_on_every_python_that_it_names():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [line.rpartition(" ")[2] for line in project["classifiers"] if ":: 3." in line]
+    assert tuple(named) == PYTHONS
+    assert project["requires-python"] == f">={PYTHONS[0]}"
 
 
 @pytest.mark.parametrize(

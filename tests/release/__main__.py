@@ -7,9 +7,9 @@
 Builds wheel and sdist in two folders and at two times, and compares them to the byte. Installs the
 wheel into empty environments and runs `tests/release/smoke.py` there, away from the checkout: a
 build machine (extras export and cpu) on this Python, an edge (cpu and serve) on each; with the
-newest versions of what they need, and with the oldest that pyproject.toml allows. Writes the wheel,
-the sdist and a bill of materials to dist/. Needs a package index; `UV_CONSTRAINT=FILE` and the like
-reach uv.
+newest versions of what they need, and with the oldest that pyproject.toml allows. mypy reads the
+types of one that is installed. Writes the wheel, the sdist and a bill of materials to dist/. Needs
+a package index; `UV_CONSTRAINT=FILE` and the like reach uv.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,11 @@ from tests.workshop import ROOT
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 SMOKE = Path(__file__).with_name("smoke.py")
 EXTRAS = {"build": ("export", "cpu"), "edge": ("cpu", "serve")}
+# The second assignment is wrong, which only a reader of hhdeploy's types can tell.
+TYPED = """import hhdeploy
+right: hhdeploy.Adapter = hhdeploy.load_adapter("a")
+wrong: int = hhdeploy.load_adapter("a")
+"""
 RESOLUTIONS = ("highest", "lowest-direct")
 DIST = ROOT / "dist"
 
@@ -63,16 +69,17 @@ def built_twice(place: Path) -> list[Path]:
     return [Path(shutil.copy(path, DIST)) for path in found[0]]
 
 
-def requirements(wheel: Path, extras: Sequence[str]) -> list[str]:
-    """What a wheel asks for with some extras, as its metadata says it."""
+def requirements(wheel: Path, extras: Sequence[str], python: str) -> list[str]:
+    """What a wheel asks for with some extras on a Python ("3.13"), as its metadata says it."""
     with zipfile.ZipFile(wheel) as opened:
         (name,) = (n for n in opened.namelist() if n.endswith(".dist-info/METADATA"))
         told = email.message_from_bytes(opened.read(name)).get_all("Requires-Dist") or []
     found = []
+    places = [{"extra": extra, "python_version": python} for extra in extras]
     for text in told:
         requirement = Requirement(text)
         marker, requirement.marker = requirement.marker, None
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+        if marker is None or any(map(marker.evaluate, places)):
             found.append(str(requirement))
     return found
 
@@ -83,7 +90,7 @@ class Environments:
 
     Attributes:
         place: a scratch directory.
-        tools: a Python environment with uv and cyclonedx-bom.
+        tools: a Python environment with uv, cyclonedx-bom and mypy.
         wheel: what is installed.
     """
 
@@ -97,7 +104,8 @@ class Environments:
         uv = self.tools / "bin" / "uv"
         run([uv, "venv", "-q", "--no-python-downloads", "--python", python, out])
         asked = out / "requirements.txt"
-        asked.write_text("\n".join([*requirements(self.wheel, EXTRAS[part]), str(self.wheel)]))
+        needed = requirements(self.wheel, EXTRAS[part], python)
+        asked.write_text("\n".join([*needed, str(self.wheel)]))
         install = [uv, "pip", "install", "-q", "--resolution", resolution]
         run([*install, "--python", out / "bin" / "python", "-r", asked])
         return out
@@ -108,6 +116,19 @@ class Environments:
         tool = [self.tools / "bin" / "cyclonedx-py", "environment", "--output-reproducible"]
         run([*tool, "--pyproject", ROOT / "pyproject.toml", "-o", out, environment / "bin/python"])
         return out
+
+    def typed(self, environment: Path) -> None:
+        """mypy, elsewhere, reads the types of an installed hhdeploy, and finds a wrong one."""
+        program = self.place / "typed.py"
+        program.write_text(TYPED)
+        tool = [self.tools / "bin" / "mypy", "--strict", "--no-incremental"]
+        command = [*tool, "--python-executable", environment / "bin" / "python", program]
+        words = [str(word) for word in command]
+        # Away from the checkout, whose modules and settings mypy would take.
+        done = subprocess.run(words, cwd=self.place, capture_output=True, text=True, check=False)
+        found = re.findall(r"typed\.py:(\d+): error: .*\[([a-z-]+)\]$", done.stdout, re.MULTILINE)
+        if found != [("3", "assignment")]:
+            raise SystemExit(f"mypy does not see hhdeploy's types:\n{done.stdout}{done.stderr}")
 
 
 def smoke(environment: Path, part: str, place: Path) -> None:
@@ -122,8 +143,9 @@ def pythons(chosen: Sequence[str], uv: Path) -> Iterator[str]:
     """The versions that are asked for and are here."""
     for version in chosen:
         find = [uv, "python", "find", "-q", "--no-python-downloads", version]
-        if subprocess.run(list(map(str, find)), capture_output=True, check=False).returncode:
-            print(f"Python {version}: not here")
+        done = subprocess.run(list(map(str, find)), capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"Python {version}: not here. {' '.join(done.stderr.split())[:160]}")
         else:
             yield version
 
@@ -140,7 +162,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{wheel.name}, {sdist.name}: the same to the byte, twice")
         tools = place / "tools"
         run([sys.executable, "-m", "venv", tools])
-        run([tools / "bin" / "pip", "install", "-q", "uv", "cyclonedx-bom"])
+        run([tools / "bin" / "pip", "install", "-q", "uv", "cyclonedx-bom", "mypy"])
         environments = Environments(place, tools, wheel)
         _try_all(environments, asked.python or PYTHONS, asked.edge)
 
@@ -168,6 +190,9 @@ def _try_all(environments: Environments, chosen: Sequence[str], edge_only: bool)
             own_copy = shutil.copytree(bundles, place / f"{python}-{resolution}")
             smoke(environment, "edge", own_copy)
             print(f"edge, Python {python}, {resolution}: verify, predict, add, serve")
+            if (python, resolution) == (own, "highest"):
+                environments.typed(environment)
+                print(f"types, Python {python}: mypy reads them from the installed wheel")
             shutil.rmtree(environment)
 
 

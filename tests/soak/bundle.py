@@ -163,7 +163,9 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
     shutil.copytree(WITNESS / "branches", path)
     for number, adapter in enumerate(("alpha", "gamma")):
         write_pictures(folder / "pictures" / adapter / "a", 12, number)
-    context = multiprocessing.get_context("spawn")
+    # What all of them import is imported once: they are forks of one process that has it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.soak.bundle"])
     told = context.Queue()
     until = time.monotonic() + seconds
     jobs = [context.Process(target=write, args=(path, n, until, told)) for n in range(WRITERS)]

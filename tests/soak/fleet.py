@@ -89,6 +89,10 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
         )
         job.start()
         while (give_up == math.inf or behind) and time.monotonic() < give_up:
+            ended = not job.is_alive()
+            if ended and give_up == math.inf and told.empty():
+                wrong.append(f"who replaces them ended by {job.exitcode}, without a word")
+                break
             name = NAMES[asked % len(NAMES)]
             status, found = server.logits("soak", name, images)
             asked += 1

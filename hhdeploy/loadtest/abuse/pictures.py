@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hhdeploy.errors import require
-from hhdeploy.loadtest.abuse.wire import Attack, Victim, binary_request, post
+from hhdeploy.loadtest.abuse.wire import Attack, Victim, binary_request, packed, post
 
 # Just below what a server takes of one picture and, so many of them, of one request.
 _SIDE, _PICTURES = 7000, 8
@@ -51,10 +51,9 @@ def _saved(kind: str, **options: object) -> bytes:
 def _png(side: int, bits: int, colour: int, rows: int | None = None) -> bytes:
     """A black square of which ``rows`` are there; ``colour`` is PNG's type, 0 grey and 2 RGB."""
     row = b"\0" * (1 + side * bits * (3 if colour == 2 else 1) // 8)
-    packer = zlib.compressobj()
-    data = b"".join(packer.compress(row) for _ in range(side if rows is None else rows))
+    data = packed([(row, side if rows is None else rows)], 15)
     header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", data + packer.flush()), (b"IEND", b""))
+    parts = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(_chunk, parts))
 
 

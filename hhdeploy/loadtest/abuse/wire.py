@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +105,29 @@ def binary_request(datatype: str, shape: Sequence[int], tensor: bytes) -> tuple[
     }
     content = json.dumps({"inputs": [described]}).encode()
     return content + tensor, {"Inference-Header-Content-Length": str(len(content))}
+
+
+def packed(content: Sequence[tuple[bytes, int]], bits: int) -> bytes:
+    """What is said again and again, compressed: each piece once, however often it comes.
+
+    Args:
+        content: pieces, and how often each comes.
+        bits: 15: zlib's format, -15: the bare stream of deflate, 31: gzip's.
+    """
+    stream, crc, adler, size = bytearray(), 0, 1, 0
+    for piece, count in content:
+        packer = zlib.compressobj(wbits=-15)
+        # After a full flush nothing refers to what came before it.
+        stream += (packer.compress(piece) + packer.flush(zlib.Z_FULL_FLUSH)) * count
+        size += len(piece) * count
+        for _ in range(count):
+            crc, adler = zlib.crc32(piece, crc), zlib.adler32(piece, adler)
+    stream += zlib.compressobj(wbits=-15).flush()
+    if bits < 0:
+        return bytes(stream)
+    if bits == 15:
+        return b"\x78\x9c" + stream + struct.pack(">I", adler)
+    return b"\x1f\x8b\x08" + bytes(6) + b"\xff" + stream + struct.pack("<II", crc, size)
 
 
 def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+# A writer would import it in every process that is killed.
+import hhdeploy.exporters.writer  # noqa: F401
 from hhdeploy.building import _enter
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.engines import engine_name
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.bundle.store import BUNDLE, Basis, edit
 from hhdeploy.files.directories import atomic_directory
-from hhdeploy.files.tensors import read_tensors
+from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import _store_verification
@@ -85,10 +86,37 @@ def replaced(root: Path) -> None:
         shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True)
 
 
+def replaced_in(place: Path) -> None:
+    """The same, of the bundle in a directory."""
+    replaced(place / "bundle")
+
+
+def added(root: Path) -> None:
+    """An adapter joins the bundle."""
+    add_adapter(root, "guest", WITNESS / "rival")
+
+
+def removed(root: Path) -> None:
+    """An adapter leaves it."""
+    remove_adapter(root, "rival")
+
+
+def careless(root: Path) -> None:
+    """A planted mistake: the manifest before the bank."""
+    with edit(root) as change:
+        bank = change.bundle.bank().copy()
+        bank[1] = 0
+        name = change.store("bank.safetensors", tensor_bytes({"adapter_bank": bank}))
+        content = (root / name).read_bytes()
+        (root / name).unlink()
+        change.commit()
+        (root / name).write_bytes(content)
+
+
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "add": ("branches", lambda root: add_adapter(root, "guest", WITNESS / "rival")),
-    "add after an edit": ("edited", lambda root: add_adapter(root, "guest", WITNESS / "rival")),
-    "remove": ("added", lambda root: remove_adapter(root, "rival")),
+    "add": ("branches", added),
+    "add after an edit": ("edited", added),
+    "remove": ("added", removed),
     "calibrate": ("branches", calibrated),
     "calibrate again": ("int8", calibrated),
     "build": ("branches", built),
@@ -191,28 +219,14 @@ def test_a_bundle_that_is_replaced_is_the_old_or_the_new_one(tmp_path):
     shutil.copytree(WITNESS / "branches", place / "bundle")
     old, new = (Bundle.open(WITNESS / name).manifest for name in ("branches", "added"))
     judge = Judge(old, new)
-    for root in killed_at_every_call(lambda root: replaced(root / "bundle"), place, tmp_path):
+    for root in killed_at_every_call(replaced_in, place, tmp_path):
         judge.look(root / "bundle")
-        replaced(root / "bundle")
+        replaced_in(root)
         assert [p.name for p in root.iterdir()] == ["bundle"], "the next export sweeps"
     assert len(judge.ends) == 2
 
 
 def test_the_harness_catches_a_writer_that_commits_first(tmp_path):
-    """A planted mistake: the manifest before the bank."""
-
-    def careless(root: Path) -> None:
-        with edit(root) as change:
-            bank = change.bundle.bank().copy()
-            bank[1] = 0
-            before = dict(change.bundle.manifest.files)
-            name = change.store("bank.safetensors", _bank_bytes(bank))
-            content = (root / name).read_bytes()
-            (root / name).unlink()
-            change.commit()
-            (root / name).write_bytes(content)
-            assert before
-
     origin, _, judge = judged("branches", careless, tmp_path)
     with pytest.raises(Exception, match="missing"):
         judge.look_at_all(killed_at_every_call(careless, origin, tmp_path))
@@ -227,9 +241,3 @@ def test_the_harness_catches_a_missing_fsync(tmp_path, monkeypatch):
     origin, calls, judge = judged(name, write, tmp_path)
     with pytest.raises(Exception, match="missing"):
         judge.look_at_all(power_cuts(calls, origin, tmp_path))
-
-
-def _bank_bytes(bank: np.ndarray) -> bytes:
-    from hhdeploy.files.tensors import tensor_bytes
-
-    return tensor_bytes({"adapter_bank": bank})

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import threading
 import time
+import zlib
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from hhdeploy.errors import SessionError
-from hhdeploy.loadtest.abuse import json_bombs
+from hhdeploy.loadtest.abuse import json_bombs, pictures
 from hhdeploy.loadtest.abuse.bounds import AbuseReport, Seen, Siege
 from hhdeploy.loadtest.abuse.children import child
-from hhdeploy.loadtest.abuse.wire import Victim
+from hhdeploy.loadtest.abuse.wire import Victim, packed
 from hhdeploy.loadtest.report import Latencies
 from hhdeploy.runtime.serving.http.codec import decompressed
 
@@ -128,3 +130,21 @@ def test_few_bytes_are_much_json(monkeypatch, make, encoding):
     assert len(text) > 100 * len(body)
     (tensor,) = json.loads(text)["inputs"]
     assert tensor["shape"] == [1, 3, 7, 5]
+
+
+@pytest.mark.parametrize("bits", [15, -15, 31])
+def test_what_is_repeated_is_packed_once(bits):
+    body = packed([(b"begin", 1), (b"ab" * 4001, 53), (b"", 7), (b"c", 3)], bits)
+    unpacker = zlib.decompressobj(bits)
+    assert unpacker.decompress(body) == b"begin" + b"ab" * 4001 * 53 + b"ccc"
+    assert (unpacker.eof, unpacker.unused_data) == (True, b"")
+    assert len(body) < 5000
+
+
+@pytest.mark.parametrize(("bits", "colour", "mode"), [(1, 0, "1"), (16, 2, "RGB")])
+def test_a_png_that_is_packed_is_one(bits, colour, mode):
+    from PIL import Image
+
+    with Image.open(io.BytesIO(pictures._png(56, bits, colour))) as picture:
+        picture.load()
+        assert (picture.size, picture.mode) == ((56, 56), mode)
