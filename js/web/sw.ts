@@ -38,7 +38,7 @@ addEventListener("fetch", (event) => {
   const { request } = event as Fetching;
   const path = pathOf(request.url);
   if (request.method !== "GET" || FILES[path] === undefined || ofPackage(path)) return;
-  (event as Fetching).respondWith(answered(path));
+  (event as Fetching).respondWith(answered(path, event as Lasting));
 });
 
 function pathOf(address: string): string {
@@ -47,13 +47,20 @@ function pathOf(address: string): string {
   return whole.startsWith(SCOPE) ? decodeURIComponent(whole.slice(SCOPE.length)) || "index.html" : "";
 }
 
-async function answered(path: string): Promise<Response> {
-  return (await kept(path)) ?? (await fetched(path)).response;
+/** A file is answered first and kept then: the runtime has many megabytes. */
+async function answered(path: string, event: Lasting): Promise<Response> {
+  const there = await kept(path);
+  if (there) return there;
+  const { response, keeping } = await fetched(path);
+  event.waitUntil(keeping ?? Promise.resolve());
+  return response;
 }
 
 /** A file of this version is there, or comes now: a site that is half replaced is not kept. */
 async function keepNew(path: string): Promise<void> {
-  if ((await kept(path)) || (await fetched(path)).right) return;
+  if (await kept(path)) return;
+  const { keeping } = await fetched(path);
+  if (keeping) return keeping;
   throw new Error(`${path}: expected the sha256 ${FILES[path]}, found another: the site is being replaced.`);
 }
 
@@ -64,21 +71,22 @@ async function kept(path: string): Promise<Response | undefined> {
   return (await sha256(await response.clone().arrayBuffer())) === FILES[path] ? response : undefined;
 }
 
-/** A file from the network; kept if it is the one of this version. */
-async function fetched(path: string): Promise<{ response: Response; right: boolean }> {
+/** A file from the network; `keeping` ends when it is kept, and is absent if it is not the one of this version. */
+async function fetched(path: string): Promise<{ response: Response; keeping?: Promise<void> }> {
   const response = await fetch(new URL(path === "index.html" ? "./" : path, SCOPE), { cache: "no-cache" });
-  if (!response.ok) return { response, right: false };
+  if (!response.ok) return { response };
   const bytes = await response.arrayBuffer();
   const headers = new Headers(response.headers);
   headers.delete("content-encoding"); // the bytes are decoded by now
   headers.delete("content-length");
   const whole = new Response(bytes, { headers });
-  const right = (await sha256(bytes)) === FILES[path];
-  if (right) {
-    const store = await caches.open(CACHE);
-    await store.put(keyOf(FILES[path]!), whole.clone()).catch(() => undefined); // the disk may be full
-  }
-  return { response: whole, right };
+  if ((await sha256(bytes)) !== FILES[path]) return { response: whole };
+  return { response: whole, keeping: keep(path, whole.clone()) };
+}
+
+async function keep(path: string, response: Response): Promise<void> {
+  const store = await caches.open(CACHE);
+  await store.put(keyOf(FILES[path]!), response).catch(() => undefined); // the disk may be full
 }
 
 /** Files of older versions go. */
