@@ -47,20 +47,19 @@ function pathOf(address: string): string {
   return whole.startsWith(SCOPE) ? decodeURIComponent(whole.slice(SCOPE.length)) || "index.html" : "";
 }
 
-/** A file is answered first and kept then: the runtime has many megabytes. */
+/** From the network a file is answered while it comes: the runtime is compiled meanwhile. */
 async function answered(path: string, event: Lasting): Promise<Response> {
   const there = await kept(path);
   if (there) return there;
-  const { response, keeping } = await fetched(path);
-  event.waitUntil(keeping ?? Promise.resolve());
+  const response = await fetched(path);
+  event.waitUntil(keep(path, response.clone()));
   return response;
 }
 
 /** A file of this version is there, or comes now: a site that is half replaced is not kept. */
 async function keepNew(path: string): Promise<void> {
   if (await kept(path)) return;
-  const { keeping } = await fetched(path);
-  if (keeping) return keeping;
+  if (await keep(path, await fetched(path))) return;
   throw new Error(`${path}: expected the sha256 ${FILES[path]}, found another: the site is being replaced.`);
 }
 
@@ -71,22 +70,23 @@ async function kept(path: string): Promise<Response | undefined> {
   return (await sha256(await response.clone().arrayBuffer())) === FILES[path] ? response : undefined;
 }
 
-/** A file from the network; `keeping` ends when it is kept, and is absent if it is not the one of this version. */
-async function fetched(path: string): Promise<{ response: Response; keeping?: Promise<void> }> {
+async function fetched(path: string): Promise<Response> {
   const response = await fetch(new URL(path === "index.html" ? "./" : path, SCOPE), { cache: "no-cache" });
-  if (!response.ok) return { response };
-  const bytes = await response.arrayBuffer();
+  if (!response.ok) return response;
   const headers = new Headers(response.headers);
   headers.delete("content-encoding"); // the bytes are decoded by now
   headers.delete("content-length");
-  const whole = new Response(bytes, { headers });
-  if ((await sha256(bytes)) !== FILES[path]) return { response: whole };
-  return { response: whole, keeping: keep(path, whole.clone()) };
+  return new Response(response.body, { headers });
 }
 
-async function keep(path: string, response: Response): Promise<void> {
+/** Keeps a file, if it is the one of this version: whether it is. */
+async function keep(path: string, response: Response): Promise<boolean> {
+  const bytes = await response.arrayBuffer();
+  if (!response.ok || (await sha256(bytes)) !== FILES[path]) return false;
   const store = await caches.open(CACHE);
-  await store.put(keyOf(FILES[path]!), response).catch(() => undefined); // the disk may be full
+  const whole = new Response(bytes, { headers: response.headers });
+  await store.put(keyOf(FILES[path]!), whole).catch(() => undefined); // the disk may be full
+  return true;
 }
 
 /** Files of older versions go. */
