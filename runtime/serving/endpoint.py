@@ -208,10 +208,8 @@ class LocalEndpoint:
         service = self._service
         alias, metrics = service.alias(model, version), service.metrics
         if alias is None:
-            all_of_it = (metrics.request_us, metrics.queue_us, metrics.input_us, metrics.infer_us,
-                         metrics.output_us)  # fmt: skip
             failures = sum(metrics.failures.values())
-            tally = Tally(metrics.success, failures, metrics.images, all_of_it)
+            tally = Tally(metrics.success, failures, metrics.images, metrics.microseconds)
             runs = service.now().runs
         else:
             tally = metrics.tallies.get(alias, Tally())

@@ -7,7 +7,7 @@ numbers are kept here, and a collector hands them over when they are asked for.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -62,16 +62,17 @@ class Tally:
     success: int = 0
     failure: int = 0
     images: int = 0
-    microseconds: tuple[int, ...] = (0,) * 5
+    microseconds: Sequence[int] = (0,) * 5
 
-    def add(self, images: int, seconds: Sequence[float]) -> None:
-        """One more; ``seconds``: all, waiting, decoding, in its batch, after it."""
+    def add(self, images: int, microseconds: Sequence[int]) -> None:
+        """One more; ``microseconds``: all, waiting, decoding, in its batch, after it."""
         self.success += 1
         self.images += images
-        self.microseconds = tuple(
-            total + round(1e6 * each)
-            for total, each in zip(self.microseconds, seconds, strict=True)
-        )
+        self.microseconds = _sums(self.microseconds, microseconds)
+
+
+def _sums(totals: Sequence[int], more: Sequence[int]) -> list[int]:
+    return [total + each for total, each in zip(totals, more, strict=True)]
 
 
 class Metrics:
@@ -82,12 +83,13 @@ class Metrics:
         self.success = 0
         self.failures = dict.fromkeys(_REASONS, 0)
         self.images = 0
-        self.request_us = self.queue_us = self.input_us = self.infer_us = self.output_us = 0
+        # As a tally's, of all requests.
+        self.microseconds: Sequence[int] = (0,) * 5
         self.adapters: dict[str, int] = defaultdict(int)
         # By adapter, of all requests that named it in some way.
         self.tallies: dict[str, Tally] = defaultdict(Tally)
         self.refusals: dict[str, int] = defaultdict(int)
-        self.recent: list[float] = []
+        self.recent: deque[float] = deque(maxlen=_RECENT)
         self._loads = _Histogram(_LOAD_BUCKETS)
         self._latencies: dict[str, _Histogram] = {}
 
@@ -109,19 +111,14 @@ class Metrics:
                 after it.
         """
         self.success += 1
-        seconds = (request, queue, prepare, run, finish)
+        microseconds = [round(1e6 * each) for each in (request, queue, prepare, run, finish)]
         for adapter, count in images.items():
             self.adapters[adapter] += count
             self.images += count
-            self.tallies[adapter].add(count, seconds)
+            self.tallies[adapter].add(count, microseconds)
             self._latency(adapter).add(request)
-        self.request_us += round(1e6 * request)
-        self.queue_us += round(1e6 * queue)
-        self.input_us += round(1e6 * prepare)
-        self.infer_us += round(1e6 * run)
-        self.output_us += round(1e6 * finish)
+        self.microseconds = _sums(self.microseconds, microseconds)
         self.recent.append(request)
-        del self.recent[:-_RECENT]
 
     def failed(self, reason: str, adapter: str | None = None) -> None:
         """A request was refused or failed, with Triton's word for why; ``adapter``: as its model,
@@ -146,9 +143,11 @@ class Metrics:
 
     def _latency(self, adapter: str) -> _Histogram:
         """Where the requests of an adapter are counted."""
-        if adapter not in self._latencies and len(self._latencies) >= _MOST_HISTOGRAMS:
-            adapter = OTHERS
-        return self._latencies.setdefault(adapter, _Histogram(_LATENCY_BUCKETS))
+        if adapter not in self._latencies:
+            if len(self._latencies) >= _MOST_HISTOGRAMS:
+                adapter = OTHERS
+            self._latencies.setdefault(adapter, _Histogram(_LATENCY_BUCKETS))
+        return self._latencies[adapter]
 
     def exposition(self, now: Now) -> tuple[bytes, str]:
         """The text of a scrape, and its content type."""
@@ -184,13 +183,14 @@ class Metrics:
         )
         yield counter("nv_inference_count", "Images that were classified", (one, self.images))
         yield counter("nv_inference_exec_count", "Batches that were run", (one, now.runs))
-        for name, text, value in (
-            ("request", "in all", self.request_us),
-            ("queue", "waiting", self.queue_us),
-            ("compute_input", "decoding and checking", self.input_us),
-            ("compute_infer", "in the batch", self.infer_us),
-            ("compute_output", "writing the answer", self.output_us),
-        ):
+        parts = (
+            ("request", "in all"),
+            ("queue", "waiting"),
+            ("compute_input", "decoding and checking"),
+            ("compute_infer", "in the batch"),
+            ("compute_output", "writing the answer"),
+        )
+        for (name, text), value in zip(parts, self.microseconds, strict=True):
             yield counter(
                 f"nv_inference_{name}_duration_us",
                 f"Microseconds of requests, {text}",

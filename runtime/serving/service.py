@@ -80,6 +80,7 @@ class Service:
         self._manifest: Manifest = session.bundle.manifest
         self._size = self._manifest.input_size
         self._backbone_classes = self._manifest.backbone_classes
+        self._outputs = outputs_of(self._manifest)
         # What requests call the backbone; a folded bundle has none.
         self._bare = {None, ""} if self._manifest.layout is None else {None, "", BACKBONE}
         self.fleet: Fleet | None = None
@@ -217,8 +218,7 @@ class Service:
         if not self._started:
             raise StoppingError("the server is starting. Try again later.")
         named = self._named_by_model(request)
-        there = outputs_of(self._manifest)
-        asked = asked_outputs(request.outputs, there)
+        asked = asked_outputs(request.outputs, self._outputs)
         priority, visitor = request.priority(), request.visitor()
         images = check_images(request, self._size)
         count = max(len(images.array), _size(request.inputs.get(ADAPTERS)))
@@ -236,7 +236,7 @@ class Service:
             answer = await self._batcher.run(place, pixels, ids, priority=priority, done=release)
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
-        wanted = asked or all_outputs(entries, there, request.binary)
+        wanted = asked or all_outputs(entries, self._outputs, request.binary)
         found = self._manifest.split(answer.logits)
         if any(w.top or w.name not in found for w in wanted):
             try:

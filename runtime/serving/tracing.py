@@ -61,10 +61,9 @@ class Tracing:
         """Spans go to the provider that the process has now."""
         self._tracer = _tracer()
 
-    @contextlib.contextmanager
     def request(
         self, name: str, headers: Mapping[str, str], attributes: Mapping[str, str]
-    ) -> Iterator[dict[str, str | int]]:
+    ) -> contextlib.AbstractContextManager[dict[str, str | int]]:
         """A request's span, current in the block.
 
         Args:
@@ -72,12 +71,17 @@ class Tracing:
             headers: of the request, their names in lower case; ``traceparent`` names its parent.
             attributes: of the span.
 
-        Yields:
-            What the block adds: further attributes, and ``error``, why the request failed.
+        Returns:
+            For a block, what it adds: further attributes, and ``error``, why the request failed.
         """
         if self._tracer is None:
-            yield {}
-            return
+            return contextlib.nullcontext({})
+        return self._span(name, headers, attributes)
+
+    @contextlib.contextmanager
+    def _span(
+        self, name: str, headers: Mapping[str, str], attributes: Mapping[str, str]
+    ) -> Iterator[dict[str, str | int]]:
         parent = TraceContextTextMapPropagator().extract(headers)
         added: dict[str, str | int] = {}
         with self._tracer.start_as_current_span(

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.access.tokens import Access
@@ -57,7 +59,10 @@ from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import Tracing
 
+Admission = Callable[[str | None], None]
+
 _LOG = logging.getLogger("hhdeploy.serve.http")
+_REQUEST_ID = REQUEST_ID.encode()
 # Of a request that says little, e.g. to unload an adapter.
 _SMALL_BYTES = 1 << 20
 # Of an error's text, which may quote an adapter's configuration.
@@ -86,7 +91,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
                 message = read_request(model, version, body, length)
             else:
                 message = await parser.request(model, version, body, length)
-            async with _while_connected(request):
+            with _Connected(request):
                 response = await endpoint.infer(message)
         content, head = write_response(response, message)
         headers = {HEADER_LENGTH: str(head)} if head is not None else {}
@@ -150,33 +155,32 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     guard = _Guard(settings, endpoint.refused)
 
     def open_to_all(path: str, handler: Handler) -> Route:
-        return Route(path, guard(handler, path))
+        return Route(path, _Guarded(guard, path, handler), methods=["GET"])
 
-    def route(path: str, handler: Handler, *methods: str) -> Route:
-        async def authorised(request: Request) -> Response:
-            access.check_asking(request.headers.get("authorization"))
-            return await handler(request)
+    def route(path: str, handler: Handler, method: str = "GET") -> Route:
+        guarded = _Guarded(guard, path, handler, access.check_asking)
+        return Route(path, guarded, methods=[method])
 
-        return Route(path, guard(authorised, path), methods=methods or None)
-
+    models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
     routes: list[BaseRoute] = [
-        route("/v2", server),
+        # They are tried in their order: first what is asked for most.
+        *(route(f"{model}/infer", infer, "POST") for model in models),
         open_to_all("/v2/health/live", live),
         open_to_all("/v2/health/ready", ready),
+        route("/v2", server),
         route("/v2/repository/index", index, "POST"),
         route("/v2/repository/models/{adapter}/load", load, "POST"),
         route("/v2/repository/models/{adapter}/unload", unload, "POST"),
         route("/metrics", metrics),
         *page_routes(endpoint, route),
+        route("/v2/models/stats", all_stats),  # before the model of that name
     ]
-    routes.append(route("/v2/models/stats", all_stats))  # before the model of that name
-    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+    for model in models:
         routes += [
             route(model, metadata),
             route(f"{model}/ready", model_ready),
             route(f"{model}/config", config),
             route(f"{model}/stats", stats),
-            route(f"{model}/infer", infer, "POST"),
         ]
 
     @asynccontextmanager
@@ -203,26 +207,23 @@ class _Guard:
         self._logs = not settings.no_access_log
         self._tracing = Tracing()
 
-    def __call__(self, handler: Handler, route: str) -> Handler:
-        """A handler that raises `HhdeployError` as one that answers, at ``route``."""
-
-        async def guarded(request: Request) -> Response:
-            asked = _asked(request)
-            span = {"http.request.method": request.method, "http.route": route}
-            with self._tracing.request(
-                f"{request.method} {route}", request.headers, span
-            ) as traced:
-                response = await self._answer(handler, request, asked)
-                asked.said["status"] = traced["http.response.status_code"] = response.status_code
-                traced["hhdeploy.request_id"] = asked.id
-                if response.status_code >= 500:
-                    traced["error"] = str(asked.said.get("reason", ""))
-            response.headers[REQUEST_ID] = asked.id
-            if self._logs:
-                asked.write(_LOG, logging.INFO if request.method == "POST" else logging.DEBUG)
-            return response
-
-        return guarded
+    async def answer(
+        self, request: Request, route: str, handler: Handler, check: Admission | None
+    ) -> Response:
+        """What a handler says, or the answer that its error makes; see `_Guarded`."""
+        asked = _asked(request)
+        method = request.method
+        span = {"http.request.method": method, "http.route": route}
+        with self._tracing.request(f"{method} {route}", request.headers, span) as traced:
+            response = await self._answer(handler, check, request, asked)
+            asked.said["status"] = traced["http.response.status_code"] = response.status_code
+            traced["hhdeploy.request_id"] = asked.id
+            if response.status_code >= 500:
+                traced["error"] = str(asked.said.get("reason", ""))
+        response.raw_headers.append((_REQUEST_ID, asked.id.encode()))
+        if self._logs:
+            asked.write(_LOG, logging.INFO if method == "POST" else logging.DEBUG)
+        return response
 
     async def missing(self, request: Request, error: Exception) -> Response:
         """The answer where there is no such path (404), or not by this method (405)."""
@@ -236,9 +237,13 @@ class _Guard:
         response.headers.update(getattr(error, "headers", None) or {})  # Allow
         return response
 
-    async def _answer(self, handler: Handler, request: Request, asked: Asked) -> Response:
+    async def _answer(
+        self, handler: Handler, check: Admission | None, request: Request, asked: Asked
+    ) -> Response:
         try:
             _check_host(request.headers.get("host", ""), self._hosts)
+            if check is not None:
+                check(request.headers.get("authorization"))
             # The body's bytes may come as slowly as the client likes: its time counts too.
             with Deadline(self._limit):
                 return await handler(request)
@@ -255,10 +260,26 @@ class _Guard:
             return error_response(FailedError("internal error; the server's log has more."))
 
 
+class _Guarded:
+    """A handler that raises `HhdeployError` as an application that answers, at ``route``."""
+
+    def __init__(
+        self, guard: _Guard, route: str, handler: Handler, check: Admission | None = None
+    ) -> None:
+        """``check``: raises for who may not ask, by the header Authorization; None: all may."""
+        self._guard, self._route = guard, route
+        self._handler, self._check = handler, check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        response = await self._guard.answer(request, self._route, self._handler, self._check)
+        await response(scope, receive, send)
+
+
 def _asked(request: Request) -> Asked:
     peer = None
-    if request.client is not None:
-        host, port = request.client
+    if (client := request.scope.get("client")) is not None:
+        host, port = client
         peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path = request.scope["path"][:200]
     given = request.headers.get(REQUEST_ID)
@@ -294,32 +315,38 @@ def error_response(error: HhdeployError) -> Response:
     return response
 
 
-@asynccontextmanager
-async def _while_connected(request: Request) -> AsyncIterator[None]:
-    """Ends the block with `ClientDisconnect` if the client leaves first.
+class _Connected:
+    """``with _Connected(request):`` ends the block with `ClientDisconnect` if the client leaves.
 
     The block's own task is cancelled, as `Deadline` does it, and for the same reason.
     """
-    task, gone = asyncio.current_task(), False
 
-    async def left() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
+    def __init__(self, request: Request) -> None:
+        self._request, self._gone = request, False
+        self._task: asyncio.Task[Any] | None = None
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._watcher = asyncio.create_task(self._watch())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._watcher.cancel()
+        task, self._task = self._task, None
+        if self._gone and kind is not None and issubclass(kind, asyncio.CancelledError):
+            getattr(task, "uncancel", int)()  # Python 3.10 does not count
+            raise ClientDisconnect from None
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        if task is not None:
-            task.cancel()
-
-    watcher = asyncio.ensure_future(left())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not gone:
-            raise
-        getattr(task, "uncancel", int)()
-        raise ClientDisconnect from None
-    finally:
-        watcher.cancel()
+        self._gone = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hhdeploy.errors import HhdeployError
@@ -45,6 +44,8 @@ def bounded_protocol(
 
     class BoundedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
+        # A request has begun, and not arrived as a whole.
+        _arriving = False
         # Bytes that came since the headers' end or since the body went on.
         _beside = 0
 
@@ -59,6 +60,9 @@ def bounded_protocol(
         def data_received(self, data: bytes) -> None:
             self._beside += len(data)
             super().data_received(data)
+            # Most have arrived by now: a timer for each is none that would ever end.
+            if self._arriving and self._deadline is None:
+                self._deadline = self.loop.call_later(seconds, self.transport.close)
             if self._beside > MOST_HEAD_BYTES and not self.transport.is_closing():
                 message = f"Headers beyond {MOST_HEAD_BYTES} bytes."
                 self.logger.warning(message)
@@ -90,8 +94,7 @@ def bounded_protocol(
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            if self._deadline is None:
-                self._deadline = self.loop.call_later(seconds, self.transport.close)
+            self._arriving = True
 
         def send_400_response(self, msg: str) -> None:
             refused(RequestError(msg))
@@ -114,6 +117,7 @@ def bounded_protocol(
             self._arrived()
 
         def _arrived(self) -> None:
+            self._arriving = False
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
@@ -144,32 +148,41 @@ class Bodies:
         self._held = 0
         self._arriving: set[_Arriving] = set()
 
-    @asynccontextmanager
-    async def read(self, request: Request, limit: int) -> AsyncIterator[bytes]:
-        """The whole body, decompressed; refused as soon as it is longer than ``limit``.
+    def read(self, request: Request, limit: int) -> _Held:
+        """``async with`` it: the whole body, decompressed; refused as soon as it is longer than
+        ``limit``. It is counted until the end of the block.
 
         Raises:
             TooLargeError: it is.
             BusyError: all bodies together are beyond the server's limit.
             RequestError: see `decompressed`.
         """
+        return _Held(self, request, limit)
+
+    async def take(self, request: Request, limit: int) -> tuple[bytes, int]:
+        """See `read`: the body, and the bytes that are counted as held until `give_back`."""
         declared = request.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
             raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
-        held = 0
+        body = await self._arrived(request, limit)
+        held = len(body)
+        encoding = request.headers.get("content-encoding", "")
+        if not encoding:
+            return body, held
         try:
-            body = await self._arrived(request, limit)
-            held += len(body)
-            encoding = request.headers.get("content-encoding", "")
-            content = body
-            if encoding:  # zlib lets go of the interpreter's lock
-                content = await asyncio.to_thread(decompressed, body, encoding, limit)
+            # zlib lets go of the interpreter's lock
+            content = await asyncio.to_thread(decompressed, body, encoding, limit)
             if content is not body:
                 self._take(len(content))
                 held += len(content)
-            yield content
-        finally:
-            self._held -= held
+        except BaseException:
+            self.give_back(held)
+            raise
+        return content, held
+
+    def give_back(self, held: int) -> None:
+        """Bytes that are held no more."""
+        self._held -= held
 
     async def _arrived(self, request: Request, limit: int) -> bytes:
         """The body as it came, whose bytes are counted as held."""
@@ -177,7 +190,12 @@ class Bodies:
         arriving = _Arriving(asyncio.current_task(), time.monotonic())
         self._arriving.add(arriving)
         try:
-            async for chunk in request.stream():
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk, more = message.get("body", b""), message.get("more_body", False)
                 if body.tell() + len(chunk) > limit:
                     raise TooLargeError(f"the body is beyond {limit} bytes.")
                 self._take(len(chunk), arriving)
@@ -217,3 +235,18 @@ class Bodies:
             f"and of those that take longer than {SLOW_SECONDS:g} s to arrive less. Try again "
             "later."
         )
+
+
+class _Held:
+    """See `Bodies.read`. No generator, whose steps would cost more than a small body's."""
+
+    def __init__(self, bodies: Bodies, request: Request, limit: int) -> None:
+        self._bodies, self._request, self._limit = bodies, request, limit
+        self._bytes = 0
+
+    async def __aenter__(self) -> bytes:
+        body, self._bytes = await self._bodies.take(self._request, self._limit)
+        return body
+
+    async def __aexit__(self, *_: object) -> None:
+        self._bodies.give_back(self._bytes)

@@ -46,6 +46,7 @@ _LIST_BYTES = 32
 _MOST_TENSORS = 16
 # Of a request, an input or an output; a handful have a meaning.
 _MOST_PARAMETERS = 64
+_COMPACT = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
@@ -232,7 +233,7 @@ def write_response(response: InferResponse, request: InferRequest) -> tuple[byte
 
 def compact_json(content: Any) -> bytes:
     """JSON in ASCII: whatever a request made us quote can be written."""
-    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return _COMPACT.encode(content).encode("ascii")
 
 
 def _values(tensor: Tensor) -> list[Any]:
