@@ -45,18 +45,29 @@ def preprocessing(graph: bytes, adapters: Sequence[AdapterEntry]) -> onnx.ModelP
         values = np.asarray(numbers, dtype)
         tables.append(numpy_helper.from_array(values, f"{name}_by_adapter"))
         nodes.append(helper.make_node("Gather", [f"{name}_by_adapter", "place"], [name]))
-    batch_axis = numpy_helper.from_array(np.asarray([0], np.int64), "batch_axis")
     nodes.append(helper.make_node("Squeeze", [PICTURES, "batch_axis"], ["image"]))
+    # The dimension of one is called as the input's again, or runtimes would infer that it is one.
+    inner.node[-1].output[0] = "one_image"
+    named = [
+        helper.make_node("Shape", [PICTURES], ["batch_size"], start=0, end=1),
+        helper.make_node("Concat", ["batch_size", "image_size"], ["images_size"], axis=0),
+        helper.make_node("Reshape", ["one_image", "images_size"], [inner.output[0].name]),
+    ]
+    size = np.asarray(adapters[0].preprocess.input_size, np.int64)
+    tables += [
+        numpy_helper.from_array(np.asarray([0], np.int64), "batch_axis"),
+        numpy_helper.from_array(size, "image_size"),
+    ]
     taken = [helper.make_tensor_value_info(PICTURES, TensorProto.UINT8, ["batch", "h", "w", 3])]
     out = inner.output[0].type.tensor_type.shape.dim
     out[0].Clear()
     out[0].dim_param = "batch"
     return _model(
         "pictures",
-        [*nodes, *inner.node],
+        [*nodes, *inner.node, *named],
         [*taken, *_ids(adapters)],
         list(inner.output),
-        [*tables, batch_axis, *inner.initializer],
+        [*tables, *inner.initializer],
         model,
     )
 

@@ -1,9 +1,8 @@
 """Graphs that make a model's input of a decoded picture, for those who have no Python.
 
 There is one for each crop mode and filter; the numbers of a transform are inputs, so that one file
-serves every adapter. Inside is what Pillow does: one axis is resized after the other, and each
-result is rounded to whole levels. (Both axes in one Resize are rounded once, and up to 12 levels
-off.)
+serves every adapter. Inside is what Pillow does (`resizing`): one axis is resized after the other,
+and each result is rounded to whole levels.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ import onnx
 import onnx.parser
 from PIL import Image
 
+from hhdeploy.exporters.portable.resizing import resize_nodes, resize_numbers
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, graph_file
 
-# What older runtimes take too: Resize antialiases since 18.
+# What older runtimes take too: Pad takes axes since 18.
 _OPSET, _IR_VERSION = 18, 9
 
 # How Python finds the size to resize to, in its float64: where a number ends in a half, float32
@@ -45,49 +45,43 @@ _CENTER = f"""
 """
 _WANTED = {"center": _CENTER, "squash": "wanted = Identity(resize)", "border": _BORDER}
 
-# As Pillow does, what lies outside of the picture has no weight.
-_RESIZE = {
-    "bicubic": 'mode="cubic", cubic_coeff_a=-0.5, exclude_outside=1, antialias=1',
-    "bilinear": 'mode="linear", exclude_outside=1, antialias=1',
-}
-
-# The size after one of two steps. Pillow resizes the width first; later versions the height where
-# it shrinks by more than twice as many pixels as the width does.
-_WIDTH_FIRST = "once = Concat<axis=0>(rows, target_w)"
+# Pillow resizes the width first; later versions the height where it shrinks by more than twice as
+# many pixels as the width does.
+_ALWAYS = "is_height_first = Greater(zero, first)"
 _IN_TURN = """
-    width_first = Concat<axis=0>(rows, target_w)
-    height_first = Concat<axis=0>(target_h, columns)
     fewer_rows = Sub(rows, target_h)
     fewer_columns = Sub(columns, target_w)
     twice_as_many = Add(fewer_columns, fewer_columns)
     by_more = Greater(fewer_rows, twice_as_many)
     shrinks = Greater(fewer_rows, zero)
     is_height_first = And(by_more, shrinks)
-    once = Where(is_height_first, height_first, width_first)
 """
 
 # Pillow's grey, in its integers: float32 holds all sums below 2^24.
 _GREY = """
-    weighted = Mul(planes, grey_weights)
-    sums = ReduceSum<keepdims=1>(weighted, first)
+    colours = Cast<to=1>(image)
+    weighted = Mul(colours, grey_weights)
+    sums = ReduceSum<keepdims=1>(weighted, last_axis)
     rounding = Add(sums, grey_half)
     shares = Mul(rounding, grey_unit)
     source = Floor(shares)
 """
 _GREY_NUMBERS = """,
-    float[1, 3, 1, 1] grey_weights = {19595, 38470, 7471},
+    float[3] grey_weights = {19595, 38470, 7471},
     float grey_half = {32768}, float grey_unit = {0.0000152587890625}"""
 
-# `up`: Pillow rounds halves up, and of whole ratios there are many, where float32 is a little less.
+# A step resizes the rows of a matrix: of a picture, [height, width * channels], or of one that is
+# turned, [width, channels * height].
 _GRAPH = """
 <ir_version: %(ir)d, opset_import: ["": %(opset)d]>
 preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, int64[2] resize,
             int64[2] crop, float[%(c)d] fill) => (float[1, %(c)d, out_height, out_width] images)
 <
-    int64[1] zero = {0}, int64[1] first = {1}, int64[2] none = {0, 0}, int64[2] ones = {1, 1},
-    int64[2] two = {2, 2}, int64[2] axes = {2, 3}, int64[2] batch_and_channels = {1, %(c)d},
-    int64[4] by_channel = {1, %(c)d, 1, 1}, float half = {0.5}, float up = {0.50006103515625},
-    float black = {0}, float white = {255}%(grey_numbers)s
+    int64[1] zero = {0}, int64[1] first = {1}, int64[2] nothing = {0, 0}, int64[2] ones = {1, 1},
+    int64[2] two = {2, 2}, int64[2] sides = {0, 1}, int64[2] axes = {1, 2},
+    int64[1] channels = {%(c)d}, int64[3] by_channel = {%(c)d, 1, 1}, float half = {0.5},
+    float white = {255},
+    %(numbers)s%(grey_numbers)s
 >
 {
     size = Shape<end=2>(image)
@@ -100,48 +94,69 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
     target_h = Gather(target, zero)
     target_w = Gather(target, first)
 
-    channels_first = Transpose<perm=[2, 0, 1]>(image)
-    levels = Unsqueeze(channels_first, zero)
-    planes = Cast<to=1>(levels)
+    %(order)s
+    a_from = Where(is_height_first, rows, columns)
+    a_to = Where(is_height_first, target_h, target_w)
+    b_from = Where(is_height_first, columns, rows)
+    b_to = Where(is_height_first, target_w, target_h)
+
     %(source)s
+    by_row = Concat<axis=0>(rows, last_axis)
+    lines = Reshape(source, by_row)
+    a_lines = If(is_height_first) <
+        then_branch = high () => (as_is) { as_is = Identity(lines) },
+        else_branch = wide () => (turned) { turned = Transpose<perm=[1, 0]>(lines) }
+    >
+    a_by_row = Concat<axis=0>(a_from, last_axis)
+    a_matrix = Reshape(a_lines, a_by_row)
+    %(first_step)s
+    high_shape = Concat<axis=0>(target_h, last_axis)
+    wide_shape = Concat<axis=0>(last_axis, rows)
+    ab_shape = Where(is_height_first, high_shape, wide_shape)
+    a_joined_again = Reshape(a_resized, ab_shape)
+    b_lines = Transpose<perm=[1, 0]>(a_joined_again)
+    b_by_row = Concat<axis=0>(b_from, last_axis)
+    b_matrix = Reshape(b_lines, b_by_row)
+    %(second_step)s
+    back_shape = Concat<axis=0>(last_axis, target_h)
+    small_lines = If(is_height_first) <
+        then_branch = high_back () => (turned_back) {
+            columns_joined = Reshape(b_resized, back_shape)
+            turned_back = Transpose<perm=[1, 0]>(columns_joined)
+        },
+        else_branch = wide_back () => (as_was) { as_was = Identity(b_resized) }
+    >
+    small_shape = Concat<axis=0>(target, channels)
+    small = Reshape(small_lines, small_shape)
 
-    %(once)s
-    once_size = Concat<axis=0>(batch_and_channels, once)
-    once_exact = Resize<%(resize)s>(source, , , once_size)
-    once_up = Add(once_exact, up)
-    once_whole = Floor(once_up)
-    once_levels = Clip(once_whole, black, white)
-    small_size = Concat<axis=0>(batch_and_channels, target)
-    small_exact = Resize<%(resize)s>(once_levels, , , small_size)
-    small_up = Add(small_exact, up)
-    small_whole = Floor(small_up)
-    small = Clip(small_whole, black, white)
-
-    lacking_or_less = Sub(crop, target)
-    lacking = Max(lacking_or_less, none)
-    before = Div(lacking, two)
-    lacking_and_one = Add(lacking, ones)
-    after = Div(lacking_and_one, two)
-    margins = Concat<axis=0>(before, after)
-    fill_by_channel = Reshape(fill, by_channel)
-    above_fill = Sub(small, fill_by_channel)
-    padded_above_fill = Pad(above_fill, margins, , axes)
-    padded = Add(padded_above_fill, fill_by_channel)
-
-    padded_size = Add(target, lacking)
-    surplus = Sub(padded_size, crop)
+    beyond = Sub(target, crop)
+    surplus = Max(beyond, nothing)
     surplus_float = Cast<to=1>(surplus)
     offset = Mul(surplus_float, half)
     offset_round = Round(offset)
     start = Cast<to=7>(offset_round)
     end = Add(start, crop)
-    cropped = Slice(padded, start, end, axes)
+    cropped = Slice(small, start, end, sides)
+    channels_first = Transpose<perm=[2, 0, 1]>(cropped)
+    levels = Cast<to=1>(channels_first)
+
+    lacking_or_less = Sub(crop, target)
+    lacking = Max(lacking_or_less, nothing)
+    before = Div(lacking, two)
+    lacking_and_one = Add(lacking, ones)
+    after = Div(lacking_and_one, two)
+    margins = Concat<axis=0>(before, after)
+    fill_by_channel = Reshape(fill, by_channel)
+    above_fill = Sub(levels, fill_by_channel)
+    padded_above_fill = Pad(above_fill, margins, , axes)
+    padded = Add(padded_above_fill, fill_by_channel)
 
     mean_by_channel = Reshape(mean, by_channel)
     std_by_channel = Reshape(std, by_channel)
-    shares_of_white = Div(cropped, white)
+    shares_of_white = Div(padded, white)
     centred = Sub(shares_of_white, mean_by_channel)
-    images = Div(centred, std_by_channel)
+    image_normalised = Div(centred, std_by_channel)
+    images = Unsqueeze(image_normalised, zero)
 }
 """
 
@@ -175,10 +190,12 @@ def picture_graph(crop_mode: str, interpolation: str, channels: int) -> bytes:
             "opset": _OPSET,
             "c": channels,
             "wanted": _WANTED[crop_mode],
-            "source": _GREY if grey else "source = Identity(planes)",
+            "source": _GREY if grey else "source = Identity(image)",
             "grey_numbers": _GREY_NUMBERS if grey else "",
-            "resize": _RESIZE[interpolation],
-            "once": _IN_TURN if _resizes_in_turn() else _WIDTH_FIRST,
+            "numbers": resize_numbers(interpolation),
+            "order": _IN_TURN if _resizes_in_turn() else _ALWAYS,
+            "first_step": resize_nodes("a", interpolation),
+            "second_step": resize_nodes("b", interpolation),
         }
     )
     for index, node in enumerate(model.graph.node):
