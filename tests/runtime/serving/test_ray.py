@@ -28,7 +28,7 @@ from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import make_adapter, put_adapter
 from tests.runtime.serving.servers import Server, running_server
 from tests.support import MISTAKE, assert_parity, images
-from tests.workshop import CLASSES, ROOT, WIDTH
+from tests.workshop import CLASSES, COMMAND_SECONDS, ROOT, WIDTH
 
 pytest.importorskip("ray.serve", reason="needs the package 'ray'")
 
@@ -324,6 +324,13 @@ async def _until_stopped(server: Server) -> list[np.ndarray | None]:
 def test_the_command_leaves_a_cluster_alone_that_serves_already(cluster, fleet, branches):
     command = [str(Path(sys.executable).with_name("hhdeploy")), "serve", str(branches), "--ray"]
     environment = {**os.environ, "RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=COMMAND_SECONDS,
+    )
     assert (done.returncode, "Ray Serve runs already" in done.stderr) == (1, True), done.stderr
     assert len(fleet.names()) == 2
