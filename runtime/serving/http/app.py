@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -288,17 +289,20 @@ def _asked(request: Request) -> Asked:
 
 def _check_host(host: str, hosts: Collection[str] | None) -> None:
     """Refuse a page whose name was pointed at this machine: its requests have its name."""
-    if hosts is None:
-        return
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        name = None
-    if name not in hosts:
+    if hosts is not None and _host_name(host) not in hosts:
         raise ForbiddenError(
             f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
             "can allow another among `allowed_hosts`."
         )
+
+
+@lru_cache(64)
+def _host_name(host: str) -> str | None:
+    """Without the port; None if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def error_response(error: HhdeployError) -> Response:
