@@ -43,7 +43,7 @@ from hhdeploy.runtime.serving.errors import (
     NotFoundError,
     RequestError,
 )
-from hhdeploy.runtime.serving.http.arrival import Bodies
+from hhdeploy.runtime.serving.http.arrival import Bodies, header
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     compact_json,
@@ -63,7 +63,7 @@ from hhdeploy.runtime.serving.tracing import Tracing
 Admission = Callable[[str | None], None]
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
-_REQUEST_ID = REQUEST_ID.encode()
+_REQUEST_ID, _HEADER_LENGTH = REQUEST_ID.encode(), HEADER_LENGTH.encode()
 # Of a request that says little, e.g. to unload an adapter.
 _SMALL_BYTES = 1 << 20
 # Of an error's text, which may quote an adapter's configuration.
@@ -82,7 +82,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     parser, most_json = Parser(), endpoint.most_json
 
     async def infer(request: Request) -> Response:
-        length = request.headers.get(HEADER_LENGTH)
+        length = header(request, _HEADER_LENGTH)
         # Without binary tensors all of it is JSON.
         most = settings.body_bytes if length is not None else min(settings.body_bytes, most_json)
         async with bodies.read(request, most) as body:
@@ -242,9 +242,9 @@ class _Guard:
         self, handler: Handler, check: Admission | None, request: Request, asked: Asked
     ) -> Response:
         try:
-            _check_host(request.headers.get("host", ""), self._hosts)
+            _check_host(header(request, b"host") or "", self._hosts)
             if check is not None:
-                check(request.headers.get("authorization"))
+                check(header(request, b"authorization"))
             # The body's bytes may come as slowly as the client likes: its time counts too.
             with Deadline(self._limit):
                 return await handler(request)
@@ -283,7 +283,7 @@ def _asked(request: Request) -> Asked:
         host, port = client
         peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path = request.scope["path"][:200]
-    given = request.headers.get(REQUEST_ID)
+    given = header(request, _REQUEST_ID)
     return Asked(peer, given, method=request.method, path=path)
 
 
