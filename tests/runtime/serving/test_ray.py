@@ -39,6 +39,7 @@ from tests.runtime.serving.ray_servers import (
     processes_of,
     ray_cluster,
     running_fleet,
+    started,
     wait_until,
 )
 
@@ -265,7 +266,10 @@ def test_the_command_answers_what_it_took_and_leaves_nothing(
     folder = tmp_path / "fleet"
     folder.mkdir()
     options = ("--ray", "--replicas", "2", "--model-name", "tiny", "--adapters-dir", folder)
-    with running_server(branches, tmp_path / "log", *options) as server:
+    with contextlib.ExitStack() as ended:
+        server = started(
+            lambda: ended.enter_context(running_server(branches, tmp_path / "log", *options))
+        )
         _check_grpc(server, expected)
         put_adapter(make_adapter(workshop, 1), folder, "later")
         assert server.json("GET", "/v2/models/later")[0] == 404
