@@ -95,22 +95,24 @@ def ask(page: Page, picture: bytes) -> dict[str, dict[str, float]]:
     return {name: dict(lines) for name, lines in cards}
 
 
-def cpu_seconds() -> float:
-    """Of the browser, below this process, so far."""
-    spent = 0.0
+def cpu_seconds() -> dict[int, float]:
+    """Of each process of the browser, all below this one, so far."""
+    spent = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            spent += times.user + times.system
+            spent[process.pid] = times.user + times.system
     return spent
 
 
 def timed(page: Page, address: str, picture: bytes) -> tuple[float, float]:
     """Seconds, and seconds of CPU, until a page that is opened answered a picture."""
-    begin, spent = time.perf_counter(), cpu_seconds()
+    begin, before = time.perf_counter(), cpu_seconds()
     reach(page, address)
     ask(page, picture)
-    return time.perf_counter() - begin, cpu_seconds() - spent
+    seconds = time.perf_counter() - begin
+    # Those of the visit before may end meanwhile.
+    return seconds, sum(now - before.get(pid, 0.0) for pid, now in cpu_seconds().items())
 
 
 def compared(page: Page, session: Session, pictures: list[Path]) -> dict[str, Any]:
