@@ -52,7 +52,6 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
         "uvicorn": "0.30",
         "prometheus-client": "0.20",
         "protobuf": "5",
-        "python-json-logger": "3.1",
         "tritonclient": "2.52",
     },
     "ray": {"ray": "2.60"},

@@ -139,6 +139,7 @@ def core_frames(folder: Path) -> str:
         text=True,
         errors="replace",
         check=False,
+        timeout=_SECONDS,
     )
     frames = [line for line in shown.stdout.splitlines() if line.startswith(("#", "Program"))]
     return "the core's frames:\n" + "\n".join(frames or [shown.stdout, shown.stderr])

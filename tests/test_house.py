@@ -300,3 +300,25 @@ def test_one_place_makes_openvino_s_core():
     signals."""
     assert found_by(cores) == {"runtime/openvino_backend.py": ["Core"]}
     assert cores(ast.parse("ov.Core()")) == cores(ast.parse("Core()")) == ["Core"]
+
+
+def endless_programs(tree: ast.Module) -> list[int]:
+    """Lines that run a program and wait for it, however long it takes."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "subprocess.run"
+        and "timeout" not in {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_every_program_that_a_test_runs_has_its_time():
+    """One that hangs is that test's failure. What `tests.release` runs is no test."""
+    files = (p for p in (ROOT / "tests").rglob("*.py") if "release" not in p.parts)
+    assert not found_by(endless_programs, files)
+
+
+@pytest.mark.parametrize(("more", "found"), [("", [2]), (", timeout=3", [])])
+def test_a_planted_endless_program_is_found(more, found):
+    assert endless_programs(ast.parse(f"import subprocess\nsubprocess.run(['x']{more})")) == found

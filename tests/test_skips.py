@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tests.slow import FILES
-from tests.workshop import ROOT
+from tests.workshop import COMMAND_SECONDS, ROOT
 
 SUITE = """
 import pytest
@@ -32,7 +32,11 @@ def test_reasons_are_counted(tmp_path):
     (tmp_path / "test_it.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.skips", "--rootdir", tmp_path]
     ran = subprocess.run(
-        [*command, "-c", "/dev/null", tmp_path], cwd=ROOT, capture_output=True, text=True
+        [*command, "-c", "/dev/null", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
     )
     assert ran.returncode == 0, ran.stdout
     table = ran.stdout.split("skipped, and why", 1)[1].splitlines()[1:4]

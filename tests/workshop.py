@@ -239,13 +239,13 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
 
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    mounted = subprocess.run(command, capture_output=True, check=False)
+    mounted = subprocess.run(command, capture_output=True, check=False, timeout=COMMAND_SECONDS)
     if mounted.returncode:
         pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(place)], check=True, timeout=COMMAND_SECONDS)
 
 
 def flip_byte(path: Path, position: int = -1) -> None:

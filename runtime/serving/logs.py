@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import queue
 import re
@@ -16,9 +17,7 @@ import secrets
 import sys
 import threading
 import time
-from typing import Any, Final, TextIO
-
-from hhdeploy.errors import require
+from typing import Final, TextIO
 
 # Lines that wait to be written.
 _MOST_LINES = 10_000
@@ -31,6 +30,9 @@ _MOST_REPEATED, _PERIOD_SECONDS = 5, 1.0
 # The header that carries a request's id, on both wires.
 REQUEST_ID: Final = "x-request-id"
 _GIVEN_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# What every record has. `color_message`: uvicorn's messages once more, with terminal colours.
+_NO_EXTRAS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
+_JSON = json.JSONEncoder(default=str)
 # Of what a line quotes.
 _MOST_TEXT = 200
 
@@ -58,7 +60,9 @@ class Asked:
         """Its line, once it is answered."""
         if log.isEnabledFor(level):
             ms = round(1e3 * (time.perf_counter() - self._begin), 3)
-            log.log(level, "request", extra={**self.said, "request_id": self.id, "ms": ms})
+            said = {**self.said, "request_id": self.id, "ms": ms}
+            # As `log.log` has it, which would look through the stack for who called it.
+            log.handle(log.makeRecord(log.name, level, "", 0, "request", (), None, extra=said))
 
 
 class WaitlessHandler(logging.Handler):
@@ -72,7 +76,10 @@ class WaitlessHandler(logging.Handler):
         super().__init__()
         self.dropped = 0
         self._told = 0
-        self._lines: queue.Queue[str] = queue.Queue(_MOST_LINES)
+        # No lock of its own, which the thread could hold while it waits for the interpreter's.
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        # How many were queued, and written or given up: `emit` alone, the thread alone.
+        self._queued = self._done = 0
         self._stream = stream
         self._thread = threading.Thread(target=self._write, name="hhdeploy-log", daemon=True)
         self._thread.start()
@@ -86,17 +93,22 @@ class WaitlessHandler(logging.Handler):
         except Exception:  # noqa: BLE001 - as logging has it: a line never fails a request
             self.handleError(record)
             return
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
+        if self._lines.qsize() >= _MOST_LINES:
             self.dropped += 1
-        else:
-            self._told = self.dropped
+            return
+        self._queued += 1
+        self._lines.put(line)
+        self._told = self.dropped
+
+    @property
+    def waiting(self) -> int:
+        """Lines that are not written yet."""
+        return self._queued - self._done
 
     def close(self) -> None:
         """Wait a moment until everything is written."""
         end = time.monotonic() + _FLUSH_SECONDS
-        while self._lines.unfinished_tasks and time.monotonic() < end:
+        while self.waiting and time.monotonic() < end:
             time.sleep(0.005)
         super().close()
 
@@ -113,8 +125,7 @@ class WaitlessHandler(logging.Handler):
             except (OSError, ValueError):  # nobody reads any more
                 self.dropped += len(lines)
             finally:
-                for _ in lines:
-                    self._lines.task_done()
+                self._done += len(lines)
 
 
 class Repeats(logging.Filter):
@@ -150,24 +161,31 @@ def log_as_json(level: str, logger: str | None = None) -> None:
         level: debug, info, warning or error.
         logger: the one whose lines they are; None: all of the process.
     """
-    formatters: Any = require("pythonjsonlogger.json", "serve", "serving")
     handler = WaitlessHandler(sys.stderr)
-    names = {"asctime": "time", "levelname": "level", "name": "logger"}
-    form = "{asctime}{levelname}{name}{message}"
-    # uvicorn's messages once more, with terminal colours.
-    left_out = [*require("pythonjsonlogger.core", "serve", "a log").RESERVED_ATTRS, "color_message"]
-    formatter = formatters.JsonFormatter(
-        form, style="{", rename_fields=names, reserved_attrs=left_out
-    )
-    formatter.formatTime = _rfc3339
-    handler.setFormatter(formatter)
+    handler.setFormatter(JsonFormatter())
     handler.addFilter(Repeats())
     chosen = logging.getLogger(logger)
     chosen.handlers[:] = [handler]
     chosen.setLevel(level.upper())
 
 
-def _rfc3339(record: logging.LogRecord, datefmt: str | None = None) -> str:
-    """When a line was logged, in UTC, as RFC 3339 has it: ``2026-01-31T12:00:00.123Z``."""
-    moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+class JsonFormatter(logging.Formatter):
+    """One object a line: time, level, logger, message, what was given as ``extra``, exceptions.
+
+    The time is in UTC, as RFC 3339 has it: ``2026-01-31T12:00:00.123Z``. An extra that JSON does
+    not have is its text.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A line without its end."""
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        said = {
+            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        said.update((k, v) for k, v in record.__dict__.items() if k not in _NO_EXTRAS)
+        if record.exc_info:
+            said["exc_info"] = self.formatException(record.exc_info)
+        return _JSON.encode(said)

@@ -56,6 +56,7 @@ def _needs() -> Path:
             ["c++", *includes, "-fsyntax-only", "-include", header, "-x", "c++", os.devnull],
             capture_output=True,
             check=False,
+            timeout=BUILD_SECONDS,
         )
         if found.returncode:
             pytest.skip(f"the C++ example needs {header}, see examples/cpp/README.md")

@@ -26,7 +26,7 @@ from tests.gpu.summary import write_whole
 _PACKAGES = (
     "onnxruntime onnxruntime-gpu torch timm onnx onnx-ir onnxscript numpy peft safetensors pillow "
     "nncf openvino tensorrt tensorrt-rtx-cu13 cuda-bindings starlette uvicorn aiohttp "
-    "prometheus-client python-json-logger"
+    "prometheus-client"
 ).split()
 # What the kernel says of its driver; on Linux, and not on a Jetson.
 _KERNEL_DRIVER = Path("/proc/driver/nvidia/version")

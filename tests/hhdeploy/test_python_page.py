@@ -99,6 +99,7 @@ def test_every_public_name_is_on_the_page():
     assert not {name for name in methods if not re.search(rf"\.{name}\b", PAGE)}
 
 
+@pytest.mark.slow
 def test_the_page_runs(workshop, place, capsys):
     pytest.importorskip("nncf", reason="NNCF is not installed")
     exec(compile(tiny(code(), workshop), "docs/python.md", "exec"), {"Path": Path})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +40,7 @@ from hhdeploy.training.recipe import (
 )
 from hhdeploy.training.state import STATE_FILE, StateDirectory
 from tests.support import TINY_ARGS, TINY_MODEL, tiny_spec
+from tests.workshop import run_python
 
 CLASSES = {"bars": (200, 60, 40), "discs": (40, 180, 80), "frames": (60, 80, 210)}
 PER_CLASS = 13
@@ -723,6 +722,6 @@ def test_help_imports_neither_torch_nor_timm() -> None:
         "import sys; from hhdeploy.cli import main; main(['train', '-h'], standalone_mode=False); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'timm')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "--linear-probe" in done.stdout

@@ -27,7 +27,7 @@ from hhdeploy.parity import LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
 from tests.support import assert_caught, assert_parity, images
-from tests.workshop import ROOT, copy_bundle, flip_byte
+from tests.workshop import COMMAND_SECONDS, ROOT, copy_bundle, flip_byte
 
 PACKAGE = ROOT / "js"
 INT8 = ROOT / "tests" / "witnesses" / "v1" / "int8"
@@ -54,7 +54,11 @@ def dist(tmp_path_factory) -> Path:
     dist = tmp_path_factory.mktemp("js") / "dist"
     compiler = PACKAGE / "node_modules" / ".bin" / "tsc"
     built = subprocess.run(
-        [compiler, "-p", PACKAGE, "--outDir", dist], capture_output=True, text=True, check=False
+        [compiler, "-p", PACKAGE, "--outDir", dist],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=COMMAND_SECONDS,
     )
     assert built.returncode == 0, built.stdout
     return dist

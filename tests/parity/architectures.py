@@ -106,11 +106,13 @@ FAST = {
 
 # As FAST, but of other libraries than timm.
 OTHERS = {
-    "transformers vit": Architecture("transformers:ViTForImageClassification", _LABELS),
     "authors' vit": Architecture(f"{_OWN}:authors_vit", size=32),
 }
 
 OTHERS_SLOW = {
+    # Always: hhdeploy/exporting/test_outputs.py verifies both forms at all of its sites, and
+    # calibration/test_other_sources.py its classifier.
+    "transformers vit": Architecture("transformers:ViTForImageClassification", _LABELS),
     "transformers deit": Architecture("transformers:DeiTForImageClassification", _LABELS),
     "transformers beit": Architecture("transformers:BeitForImageClassification", _LABELS),
     "transformers dinov2": Architecture("transformers:Dinov2ForImageClassification", _LABELS),

@@ -25,9 +25,11 @@ from tests.parity.ladder import (
 MODELS = ("vit", "swin", "beit")
 # With a diagonal and a low rank alone; with s_in, s_out and db.
 ADAPTERS = {"plain": ladder_adapters, "scaled": scaled_adapters}
+# A plain branch is in every scaled one.
+MADE = ("vit plain", *(f"{model} scaled" for model in MODELS))
 
 
-@pytest.fixture(scope="module", params=[f"{m} {a}" for m in MODELS for a in ADAPTERS])
+@pytest.fixture(scope="module", params=MADE)
 def made(request: pytest.FixtureRequest) -> Rungs:
     model, adapters = request.param.split()
     backbone, base = traced(model)
@@ -98,10 +100,8 @@ def test_openvino_runs_folded_graphs(made, first, tmp_path):
 # -- TensorRT-RTX -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("made", ["vit plain", *(f"{m} scaled" for m in MODELS)], indirect=True)
 def test_tensorrt_rtx_builds_the_branches(made, tmp_path):
-    """Its builder works without a GPU; dynamic batch and slots in one profile. A plain branch is
-    in every scaled one."""
+    """Its builder works without a GPU; dynamic batch and slots in one profile."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     path = save(made.branched(), tmp_path)
     logger = trt.Logger(trt.Logger.ERROR)

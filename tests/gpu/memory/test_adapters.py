@@ -10,6 +10,7 @@ import pytest
 
 from tests.gpu.scale import SCALE
 from tests.leash import leashed
+from tests.workshop import COMMAND_SECONDS
 
 
 @pytest.mark.parametrize("count", SCALE.adapters)
@@ -19,7 +20,9 @@ def test_memory(ort_cuda, workbench, count, record):
         sys.executable, "-m", "tests.gpu.memory.opened", str(workbench.single(SCALE.model)),
         str(made.adapter(made.pair[0])), str(count), ort_cuda, "float32",
     ]  # fmt: skip
-    ran = subprocess.run(leashed(command), capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        leashed(command), capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS
+    )
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(ran.stdout.splitlines()[-1])
     record(model=SCALE.model, **figures)

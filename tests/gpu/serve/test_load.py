@@ -19,7 +19,7 @@ from tests.leash import leashed
 
 PACKAGES = (
     "aiohttp", "grpc", "grpc_health", "grpc_reflection", "hpack", "prometheus_client",
-    "pythonjsonlogger", "starlette", "tritonclient", "uvicorn",
+    "starlette", "tritonclient", "uvicorn",
 )  # fmt: skip
 # A fleet of more adapters than the bank has rows for.
 ADAPTERS, SLOTS = (5, 4) if DRY else (64, 48)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -31,6 +30,7 @@ from tests.support import (
     random_adapter,
     tiny_backbone,
 )
+from tests.workshop import run_python
 
 # PEFT 0.21 reads its own adapter_config.json without closing it when it saves.
 pytestmark = pytest.mark.filterwarnings(
@@ -568,7 +568,7 @@ import hhdeploy.adapters.importers
 from hhdeploy.cli.adapter_import import command
 command(["-h"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "Convert SOURCE" in done.stdout
 

@@ -42,7 +42,7 @@ from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify_against_torch
 from hhdeploy.verifying.reference import VerifyData, training_time_reference
 from tests.support import assert_caught, assert_parity, images, random_adapter
-from tests.workshop import CLASSES, PROBE, contents, copy_bundle, flip_byte
+from tests.workshop import CLASSES, COMMAND_SECONDS, PROBE, contents, copy_bundle, flip_byte
 
 
 def check_logits(path, workshop, names, count=None):
@@ -415,13 +415,15 @@ def disk(tmp_path):
 
     def mount(kib):
         command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)]
-        mounted = subprocess.run(command, capture_output=True, check=False)
+        mounted = subprocess.run(command, capture_output=True, check=False, timeout=COMMAND_SECONDS)
         if mounted.returncode:
             pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
         return place
 
     yield mount
-    subprocess.run(["umount", str(place)], capture_output=True, check=False)
+    subprocess.run(
+        ["umount", str(place)], capture_output=True, check=False, timeout=COMMAND_SECONDS
+    )
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.83, 0.9, 0.97])

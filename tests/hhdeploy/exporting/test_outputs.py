@@ -213,9 +213,12 @@ def test_transformers_features_and_tokens(tmp_path, name, args, dim, places):
     spec = BackboneSpec(f"transformers:{tmp_path / 'model'}", pretrained=False)
     backbone = load_backbone(spec)
     assert backbone.facts.dim == dim
-    save_adapter(random_adapter(backbone.facts, classes=None), tmp_path / "a")
+    every = ("q", "k", "v", "proj", "fc1", "fc2")
+    save_adapter(random_adapter(backbone.facts, targets=every, classes=None), tmp_path / "a")
+    moved = random_adapter(backbone.facts, form="sequential", targets=("proj", "fc2"), classes=None)
+    save_adapter(moved, tmp_path / "b")
     result = export(
-        spec.model, {"a": tmp_path / "a"}, tmp_path / "out", outputs=[FEATURES, TOKENS],
+        spec.model, {n: tmp_path / n for n in "ab"}, tmp_path / "out", outputs=[FEATURES, TOKENS],
         pretrained=False, verify_images=2, cache=None,
     )  # fmt: skip
     assert result.parity.passed

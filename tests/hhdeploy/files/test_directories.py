@@ -18,7 +18,7 @@ from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.bundle.store import BUNDLE, locked
 from hhdeploy.errors import WriteError
 from hhdeploy.files.directories import Replaceable, atomic_directory
-from tests.workshop import contents, copy_bundle, small_disk
+from tests.workshop import COMMAND_SECONDS, contents, copy_bundle, small_disk
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 ANY = Replaceable("anything", lambda path: None)
@@ -148,6 +148,7 @@ def test_a_write_that_the_system_cuts_short(tmp_path, there):
         capture_output=True,
         text=True,
         check=False,
+        timeout=COMMAND_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert "File too large" in done.stdout

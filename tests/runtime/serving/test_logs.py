@@ -6,11 +6,13 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
+from pathlib import Path
 
 from hhdeploy.runtime.serving import logs
-from hhdeploy.runtime.serving.logs import Repeats, WaitlessHandler
+from hhdeploy.runtime.serving.logs import JsonFormatter, Repeats, WaitlessHandler
 from tests.runtime.serving.servers import running_server
 
 
@@ -44,7 +46,7 @@ def test_a_reader_that_stopped_stops_nobody(monkeypatch):
     handler.close()  # nor does the end of the process
     dropped = handler.dropped
     stream.go.set()
-    while handler._lines.unfinished_tasks:
+    while handler.waiting:
         time.sleep(0.001)
     after = record("after")
     handler.emit(after)
@@ -87,6 +89,23 @@ def test_what_repeats_is_written_a_few_times_a_second(monkeypatch):
     now[0] += 1.5
     again = record(level=logging.ERROR)
     assert repeats.filter(again) and again.repeated == 995
+
+
+def test_a_line_is_one_object():
+    said = record("all of %s")
+    said.args, said.created = ("it",), 1769860800.1239
+    said.peer, said.color_message, said.adapter = "::1", "colours", Path("a/\u00e4")
+    assert JsonFormatter().format(said) == (
+        '{"time": "2026-01-31T12:00:00.123Z", "level": "INFO", "logger": "hhdeploy.serve", '
+        '"message": "all of it", "peer": "::1", "adapter": "a/\\u00e4"}'
+    )
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        said.exc_info = sys.exc_info()
+    line = JsonFormatter().format(said)
+    assert "\n" not in line
+    assert json.loads(line)["exc_info"].endswith("ValueError: two\nlines")
 
 
 def test_a_blocked_standard_error_does_not_block_the_server(small, tmp_path):

@@ -28,7 +28,7 @@ from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import make_adapter, put_adapter
 from tests.runtime.serving.servers import Server, running_server
 from tests.support import MISTAKE, assert_parity, images
-from tests.workshop import CLASSES, ROOT, WIDTH
+from tests.workshop import CLASSES, COMMAND_SECONDS, ROOT, WIDTH
 
 pytest.importorskip("ray.serve", reason="needs the package 'ray'")
 
@@ -39,6 +39,7 @@ from tests.runtime.serving.ray_servers import (
     processes_of,
     ray_cluster,
     running_fleet,
+    started,
     wait_until,
 )
 
@@ -265,7 +266,10 @@ def test_the_command_answers_what_it_took_and_leaves_nothing(
     folder = tmp_path / "fleet"
     folder.mkdir()
     options = ("--ray", "--replicas", "2", "--model-name", "tiny", "--adapters-dir", folder)
-    with running_server(branches, tmp_path / "log", *options) as server:
+    with contextlib.ExitStack() as ended:
+        server = started(
+            lambda: ended.enter_context(running_server(branches, tmp_path / "log", *options))
+        )
         _check_grpc(server, expected)
         put_adapter(make_adapter(workshop, 1), folder, "later")
         assert server.json("GET", "/v2/models/later")[0] == 404
@@ -324,6 +328,13 @@ async def _until_stopped(server: Server) -> list[np.ndarray | None]:
 def test_the_command_leaves_a_cluster_alone_that_serves_already(cluster, fleet, branches):
     command = [str(Path(sys.executable).with_name("hhdeploy")), "serve", str(branches), "--ray"]
     environment = {**os.environ, "RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=COMMAND_SECONDS,
+    )
     assert (done.returncode, "Ray Serve runs already" in done.stderr) == (1, True), done.stderr
     assert len(fleet.names()) == 2

@@ -36,7 +36,7 @@ from hhdeploy.runtime.serving.settings import ServeSettings
 from tests.runtime.serving.grpc_requests import message
 from tests.runtime.serving.servers import Server, running_server
 from tests.runtime.serving.test_metrics import NOW, of, scrape
-from tests.workshop import ROOT
+from tests.workshop import COMMAND_SECONDS, ROOT
 
 EXAMPLES = ROOT / "examples" / "serving"
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -322,6 +322,9 @@ def test_promtool_takes_alerts_and_dashboard(tmp_path):
     panels.write_text(json.dumps({"groups": [{"name": "panels", "rules": queries}]}))
     for file in (EXAMPLES / "alerts.yaml", panels):
         done = subprocess.run(
-            [PROMTOOL, "check", "rules", "--lint=none", file], capture_output=True, text=True
+            [PROMTOOL, "check", "rules", "--lint=none", file],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
         )
         assert done.returncode == 0, done.stdout + done.stderr
