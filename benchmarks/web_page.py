@@ -1,16 +1,19 @@
 """What a page of ``hhdeploy web`` costs and answers: ``python -m benchmarks.web_page BUNDLE SITE``.
 
-SITE was written of BUNDLE. Each visit is a new browser from loopback, until it shows all answers of
-one picture; then the same pictures go through the page and through a session in Python. With
-``--webgpu`` Chromium computes WebGPU in software: right or wrong, and nothing about its speed.
+SITE was written of BUNDLE. A visit is a new browser's, from loopback, until the page shows all
+answers of one picture: in seconds, and in CPU seconds of all the browser's processes. Then the same
+pictures go through the page and through a session in Python. With ``--webgpu`` Chromium computes
+WebGPU in software: right or wrong, and nothing about its speed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -23,6 +26,7 @@ from typing import Any
 
 import click
 import numpy as np
+import psutil
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
@@ -64,12 +68,10 @@ class Sent:
 
 
 @contextmanager
-def visit(browser: Browser, address: str) -> Iterator[tuple[BrowserContext, Page]]:
-    """A page that nobody visited before, opened and ready."""
+def nobody(browser: Browser) -> Iterator[tuple[BrowserContext, Page]]:
+    """An empty page of somebody who visited nothing before."""
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
-        page = context.new_page()
-        reach(page, address)
-        yield context, page
+        yield context, context.new_page()
 
 
 def reach(page: Page, address: str) -> None:
@@ -93,6 +95,24 @@ def ask(page: Page, picture: bytes) -> dict[str, dict[str, float]]:
     return {name: dict(lines) for name, lines in cards}
 
 
+def cpu_seconds() -> float:
+    """Of the browser, below this process, so far."""
+    spent = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            spent += times.user + times.system
+    return spent
+
+
+def timed(page: Page, address: str, picture: bytes) -> tuple[float, float]:
+    """Seconds, and seconds of CPU, until a page that is opened answered a picture."""
+    begin, spent = time.perf_counter(), cpu_seconds()
+    reach(page, address)
+    ask(page, picture)
+    return time.perf_counter() - begin, cpu_seconds() - spent
+
+
 def compared(page: Page, session: Session, pictures: list[Path]) -> dict[str, Any]:
     """The page against Python, over all adapters and pictures."""
     names = [entry.name for entry in session.bundle.manifest.adapters]
@@ -108,6 +128,15 @@ def compared(page: Page, session: Session, pictures: list[Path]) -> dict[str, An
             same += own[0].label == next(iter(found[name]))
     asked = len(pictures) * len(names)
     return {"answers": asked, "same best": same, "scores off at most": float(np.max(off))}
+
+
+def summed(what: str, visits: list[tuple[float, float]]) -> dict[str, Any]:
+    seconds, cpu = ([round(each, 2) for each in sorted(kind)] for kind in zip(*visits, strict=True))
+    return {
+        f"s to {what}": seconds,
+        f"s to {what}, median": round(statistics.median(seconds), 2),
+        f"CPU s to {what}, median": round(statistics.median(cpu), 2),
+    }
 
 
 @click.command(help=__doc__)
@@ -131,16 +160,14 @@ def main(bundle: Path, site: Path, pictures: Path, most: int, visits: int, webgp
     ):
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         for _ in range(visits):
-            server.bytes, begin = 0, time.perf_counter()
-            with visit(browser, address) as (context, page):
-                ask(page, chosen[0].read_bytes())
-                first.append(time.perf_counter() - begin)
+            server.bytes = 0
+            with nobody(browser) as (_, page):
+                first.append(timed(page, address, chosen[0].read_bytes()))
                 sent.append(server.bytes)
-                begin = time.perf_counter()
-                reach(page, address)
-                ask(page, chosen[0].read_bytes())
-                second.append(time.perf_counter() - begin)
-        with visit(browser, address) as (context, page):
+                second.append(timed(page, address, chosen[0].read_bytes()))
+        load = os.getloadavg()[0]
+        with nobody(browser) as (context, page):
+            reach(page, address)
             engine = page.locator("#engine").text_content()
             context.set_offline(True)
             server.server.shutdown()
@@ -151,9 +178,9 @@ def main(bundle: Path, site: Path, pictures: Path, most: int, visits: int, webgp
         "precision": precision,
         "engine": engine,
         "MB sent at a first visit": round(max(sent) / 1e6, 2),
-        "s to the first answer": [round(s, 2) for s in sorted(first)],
-        "median": round(statistics.median(first), 2),
-        "s to it at the second visit, median": round(statistics.median(second), 2),
+        "load of the last minute": round(load, 1),
+        **summed("the first answer", first),
+        **summed("it at the second visit", second),
         "without a network, against Python": found,
     }
     print(json.dumps(told, indent=1))

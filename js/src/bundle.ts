@@ -35,6 +35,8 @@ export const BACKBONE = "backbone";
 
 const MANIFEST = "hhdeploy.json";
 const TRIES = 3;
+// Graphs of pictures: to optimise one takes longer than it saves.
+const AS_IT_IS = { graphOptimizationLevel: "disabled" } as const;
 
 /**
  * Opens a bundle. Every file is compared with the manifest's sha256 first; if the bundle is changed meanwhile, the
@@ -64,33 +66,48 @@ async function opened(source: Source, ort: Runtime, manifest: Manifest, options:
     const there = Object.keys(manifest.graphs).join(", ");
     throw new HhdeployError(`${source.name}: expected a precision of ${there}, found ${precision}.`);
   }
-  const rows = new Map<string, Float32Array>();
-  if (manifest.row && !manifest.bank_as_constant) {
-    const file = Object.keys(manifest.files).find((name) => /^bank(\.[0-9a-f]{8})?\.safetensors$/.test(name));
-    const bank = readSafetensors(await readChecked(source, file ?? "bank.safetensors", manifest.files), file ?? "");
-    const { data, shape } = bank.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
-    const size = manifest.row.size;
-    if (shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
-    rows.set(BACKBONE, data.subarray(0, size));
-    for (const { name, row } of manifest.adapters) rows.set(name, data.subarray(row! * size, (row! + 1) * size));
-  }
-  const session = await sessionOf(source, ort, manifest, graph, options.session);
+  const [rows, files] = await Promise.all([rowsOf(source, manifest), filesOf(source, manifest, graph)]);
+  const session = await sessionOf(source, ort, graph, files, options.session);
   return new Bundle(source, ort, options.preprocessing ?? ort, manifest, session, rows);
 }
 
-/** A session of a graph; its weights lie beside it as NAME.data. */
+/** The bank's rows, by adapter; none where the graph holds them. */
+async function rowsOf(source: Source, manifest: Manifest): Promise<Map<string, Float32Array>> {
+  const rows = new Map<string, Float32Array>();
+  if (!manifest.row || manifest.bank_as_constant) return rows;
+  const file = Object.keys(manifest.files).find((name) => /^bank(\.[0-9a-f]{8})?\.safetensors$/.test(name));
+  const bank = readSafetensors(await readChecked(source, file ?? "bank.safetensors", manifest.files), file ?? "");
+  const { data, shape } = bank.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
+  const size = manifest.row.size;
+  if (shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
+  rows.set(BACKBONE, data.subarray(0, size));
+  for (const { name, row } of manifest.adapters) rows.set(name, data.subarray(row! * size, (row! + 1) * size));
+  return rows;
+}
+
+/** A graph, and its weights where they lie beside it. */
+interface GraphFiles {
+  bytes: Uint8Array;
+  externalData: { path: string; data: Uint8Array }[];
+}
+
+async function filesOf(source: Source, manifest: Manifest, graph: string): Promise<GraphFiles> {
+  const path = `${graph}.data`;
+  const [bytes, data] = await Promise.all([
+    readChecked(source, graph, manifest.files),
+    path in manifest.files ? readChecked(source, path, manifest.files) : undefined,
+  ]);
+  return { bytes, externalData: data ? [{ path, data }] : [] };
+}
+
 async function sessionOf(
   source: Source,
   ort: Runtime,
-  manifest: Manifest,
   graph: string,
+  { bytes, externalData }: GraphFiles,
   options: InferenceSession.SessionOptions = {},
 ): Promise<InferenceSession> {
-  const weights = `${graph}.data`;
-  const bytes = await readChecked(source, graph, manifest.files);
-  const data = weights in manifest.files ? await readChecked(source, weights, manifest.files) : undefined;
   if (source.path) return ort.InferenceSession.create(source.path(graph), options);
-  const externalData = data ? [{ path: weights, data }] : [];
   return ort.InferenceSession.create(bytes, { ...options, externalData });
 }
 
@@ -268,7 +285,9 @@ export class Bundle {
   #graph(file: string): Promise<InferenceSession> {
     const there = this.#graphs.get(file);
     if (there) return there;
-    const opening = sessionOf(this.source, this.small, this.manifest, file);
+    const opening = filesOf(this.source, this.manifest, file).then((files) =>
+      sessionOf(this.source, this.small, file, files, AS_IT_IS),
+    );
     this.#graphs.set(file, opening);
     opening.catch(() => this.#graphs.delete(file));
     return opening;

@@ -38,7 +38,7 @@ addEventListener("fetch", (event) => {
   const { request } = event as Fetching;
   const path = pathOf(request.url);
   if (request.method !== "GET" || FILES[path] === undefined || ofPackage(path)) return;
-  (event as Fetching).respondWith(answered(path));
+  (event as Fetching).respondWith(answered(path, event as Lasting));
 });
 
 function pathOf(address: string): string {
@@ -47,13 +47,19 @@ function pathOf(address: string): string {
   return whole.startsWith(SCOPE) ? decodeURIComponent(whole.slice(SCOPE.length)) || "index.html" : "";
 }
 
-async function answered(path: string): Promise<Response> {
-  return (await kept(path)) ?? (await fetched(path)).response;
+/** From the network a file is answered while it comes: the runtime is compiled meanwhile. */
+async function answered(path: string, event: Lasting): Promise<Response> {
+  const there = await kept(path);
+  if (there) return there;
+  const response = await fetched(path);
+  event.waitUntil(keep(path, response.clone()));
+  return response;
 }
 
 /** A file of this version is there, or comes now: a site that is half replaced is not kept. */
 async function keepNew(path: string): Promise<void> {
-  if ((await kept(path)) || (await fetched(path)).right) return;
+  if (await kept(path)) return;
+  if (await keep(path, await fetched(path))) return;
   throw new Error(`${path}: expected the sha256 ${FILES[path]}, found another: the site is being replaced.`);
 }
 
@@ -64,21 +70,23 @@ async function kept(path: string): Promise<Response | undefined> {
   return (await sha256(await response.clone().arrayBuffer())) === FILES[path] ? response : undefined;
 }
 
-/** A file from the network; kept if it is the one of this version. */
-async function fetched(path: string): Promise<{ response: Response; right: boolean }> {
+async function fetched(path: string): Promise<Response> {
   const response = await fetch(new URL(path === "index.html" ? "./" : path, SCOPE), { cache: "no-cache" });
-  if (!response.ok) return { response, right: false };
-  const bytes = await response.arrayBuffer();
+  if (!response.ok) return response;
   const headers = new Headers(response.headers);
   headers.delete("content-encoding"); // the bytes are decoded by now
   headers.delete("content-length");
-  const whole = new Response(bytes, { headers });
-  const right = (await sha256(bytes)) === FILES[path];
-  if (right) {
-    const store = await caches.open(CACHE);
-    await store.put(keyOf(FILES[path]!), whole.clone()).catch(() => undefined); // the disk may be full
-  }
-  return { response: whole, right };
+  return new Response(response.body, { headers });
+}
+
+/** Keeps a file, if it is the one of this version: whether it is. */
+async function keep(path: string, response: Response): Promise<boolean> {
+  const bytes = await response.arrayBuffer();
+  if (!response.ok || (await sha256(bytes)) !== FILES[path]) return false;
+  const store = await caches.open(CACHE);
+  const whole = new Response(bytes, { headers: response.headers });
+  await store.put(keyOf(FILES[path]!), whole).catch(() => undefined); // the disk may be full
+  return true;
 }
 
 /** Files of older versions go. */

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +43,7 @@ from hhdeploy.runtime.serving.errors import (
     NotFoundError,
     RequestError,
 )
-from hhdeploy.runtime.serving.http.arrival import Bodies
+from hhdeploy.runtime.serving.http.arrival import Bodies, header
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     compact_json,
@@ -62,7 +63,7 @@ from hhdeploy.runtime.serving.tracing import Tracing
 Admission = Callable[[str | None], None]
 
 _LOG = logging.getLogger("hhdeploy.serve.http")
-_REQUEST_ID = REQUEST_ID.encode()
+_REQUEST_ID, _HEADER_LENGTH = REQUEST_ID.encode(), HEADER_LENGTH.encode()
 # Of a request that says little, e.g. to unload an adapter.
 _SMALL_BYTES = 1 << 20
 # Of an error's text, which may quote an adapter's configuration.
@@ -81,7 +82,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     parser, most_json = Parser(), endpoint.most_json
 
     async def infer(request: Request) -> Response:
-        length = request.headers.get(HEADER_LENGTH)
+        length = header(request, _HEADER_LENGTH)
         # Without binary tensors all of it is JSON.
         most = settings.body_bytes if length is not None else min(settings.body_bytes, most_json)
         async with bodies.read(request, most) as body:
@@ -241,9 +242,9 @@ class _Guard:
         self, handler: Handler, check: Admission | None, request: Request, asked: Asked
     ) -> Response:
         try:
-            _check_host(request.headers.get("host", ""), self._hosts)
+            _check_host(header(request, b"host") or "", self._hosts)
             if check is not None:
-                check(request.headers.get("authorization"))
+                check(header(request, b"authorization"))
             # The body's bytes may come as slowly as the client likes: its time counts too.
             with Deadline(self._limit):
                 return await handler(request)
@@ -282,23 +283,26 @@ def _asked(request: Request) -> Asked:
         host, port = client
         peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path = request.scope["path"][:200]
-    given = request.headers.get(REQUEST_ID)
+    given = header(request, _REQUEST_ID)
     return Asked(peer, given, method=request.method, path=path)
 
 
 def _check_host(host: str, hosts: Collection[str] | None) -> None:
     """Refuse a page whose name was pointed at this machine: its requests have its name."""
-    if hosts is None:
-        return
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        name = None
-    if name not in hosts:
+    if hosts is not None and _host_name(host) not in hosts:
         raise ForbiddenError(
             f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
             "can allow another among `allowed_hosts`."
         )
+
+
+@lru_cache(64)
+def _host_name(host: str) -> str | None:
+    """Without the port; None if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def error_response(error: HhdeployError) -> Response:

@@ -125,6 +125,15 @@ def bounded_protocol(
     return BoundedProtocol
 
 
+def header(request: Request, name: bytes) -> str | None:
+    """The first header of a name in lower case. As starlette's mapping, without its exceptions."""
+    for each, value in request.scope["headers"]:
+        if each == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None
+
+
 @dataclass(eq=False)
 class _Arriving:
     """A body that has not arrived as a whole; ``held`` bytes have."""
@@ -161,12 +170,12 @@ class Bodies:
 
     async def take(self, request: Request, limit: int) -> tuple[bytes, int]:
         """See `read`: the body, and the bytes that are counted as held until `give_back`."""
-        declared = request.headers.get("content-length", "")
+        declared = header(request, b"content-length") or ""
         if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
             raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
         body = await self._arrived(request, limit)
         held = len(body)
-        encoding = request.headers.get("content-encoding", "")
+        encoding = header(request, b"content-encoding")
         if not encoding:
             return body, held
         try:
