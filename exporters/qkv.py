@@ -152,15 +152,16 @@ def _qkv_parts(
     k, in_, out, common = branch.rank, branch.in_, branch.out, min(branch.out, branch.in_)
     right = insert(
         "Reshape", "right",
-        [rows.parts[f"{branch.name}/right"], insert.ints("right_shape", -1, 3 * k, in_)],
-        shape=["batch", 3 * k, in_],
+        [rows.parts[f"{branch.name}/right"], insert.ints("right_shape", -1, 3, k, in_)],
+        shape=["batch", 3, k, in_],
     )  # fmt: skip
     left = insert(
         "Reshape", "left",
         [rows.parts[f"{branch.name}/left_t"], insert.ints("left_shape", -1, 3, k, out)],
         shape=["batch", 3, k, out],
     )  # fmt: skip
-    right_t = insert("Transpose", "right_t", [right], perm=[0, 2, 1], shape=["batch", in_, 3 * k])
+    flat = insert("Reshape", "right_flat", [right, insert.ints("flat_shape", -1, 3 * k, in_)])
+    right_t = insert("Transpose", "right_t", [flat], perm=[0, 2, 1], shape=["batch", in_, 3 * k])
     low = insert("MatMul", "matmul_right", [tokens, right_t], shape=["batch", None, 3 * k])
     if bias is not None or "db" in branch.extras:
         thirds = insert("Reshape", "low_thirds", [low, insert.ints("thirds_shape", 0, -1, 3, k)])
