@@ -87,7 +87,7 @@ public:
         return bytes;
     }
 
-    // The path of a precision's graph, it and its weights checked. OpenVINO opens them by itself, right after.
+    // The path of a precision's graph. OpenVINO opens it and its weights by itself, right after they are checked.
     fs::path graph(const std::string& precision) const {
         const Json& graphs = manifest.at("graphs");
         if (!graphs.contains(precision)) {
@@ -95,7 +95,11 @@ public:
             for (const auto& each : graphs.items()) there += " " + each.key();
             throw Error(path.string() + " has no " + precision + " graph; it has" + there + ".");
         }
-        const std::string name = graphs.at(precision);
+        return checked(graphs.at(precision));
+    }
+
+    // The path of a graph, it and the weights beside it checked.
+    fs::path checked(const std::string& name) const {
         read(name);
         if (manifest.at("files").contains(name + ".data")) read(name + ".data");
         return path / name;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <map>
 #include <openvino/openvino.hpp>
 
 #include "bundle.hpp"
@@ -15,7 +16,7 @@ namespace {
 struct Options {
     std::string bundle, precision = "float32";
     std::vector<std::string> pictures, adapters;
-    bool json = false;
+    bool json = false, graphs = false;
 };
 
 // --- What its numbers mean ---------------------------------------------------------------------
@@ -56,15 +57,26 @@ struct Ask {
 };
 
 // Every picture for every adapter, as one batch: [{picture, adapter, answers, logits}].
-Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::string& precision) {
+Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::string& precision, bool graphs) {
+    ov::Core core;
+    std::map<std::string, PictureGraph> makers;  // by adapter
     const Transform first(asks.at(0).entry);
     ov::Tensor images(ov::element::f32, first.shape(asks.size())), ids(ov::element::i64, {asks.size()});
     for (size_t i = 0; i < asks.size(); ++i) {
         const Transform transform(asks[i].entry);
-        transform(read_png(asks[i].picture, transform.turned()), images.data<float>() + i * first.size());
+        const Picture picture = read_png(asks[i].picture, transform.turned());
+        float* const image = images.data<float>() + i * first.size();
+        if (graphs) {
+            const Json& graph = asks[i].entry.at("preprocess_graph");
+            const std::string name = asks[i].entry.at("name");
+            if (!makers.count(name))
+                makers.emplace(name, PictureGraph(core, bundle.checked(graph.at("file")), graph.at("inputs")));
+            makers.at(name)(picture, image);
+        } else {
+            transform(picture, image);
+        }
         if (bundle.chooses()) ids.data<int64_t>()[i] = asks[i].entry.at("row");
     }
-    ov::Core core;
     ov::InferRequest request = core.compile_model(bundle.graph(precision).string(), "CPU",
                                                   ov::hint::inference_precision(ov::element::f32))
                                    .create_infer_request();
@@ -99,6 +111,8 @@ Options parse(int count, char** words) {
             options.precision = words[++i];
         else if (word == "--json")
             options.json = true;
+        else if (word == "--graphs")
+            options.graphs = true;
         else if (word.rfind("--", 0) == 0)
             throw Error("unknown option " + word + ".");
         else if (options.bundle.empty())
@@ -107,7 +121,8 @@ Options parse(int count, char** words) {
             options.pictures.push_back(word);
     }
     if (options.pictures.empty())
-        throw Error("usage: classify BUNDLE PICTURE.png ... [--adapter NAME ...] [--precision P] [--json]");
+        throw Error(
+            "usage: classify BUNDLE PICTURE.png ... [--adapter NAME ...] [--precision P] [--graphs] [--json]");
     return options;
 }
 
@@ -118,7 +133,7 @@ void run(const Options& options) {
         for (const std::string& name : options.adapters.empty() ? bundle.names() : options.adapters)
             asks.push_back({picture, bundle.adapter(name)});
     if (asks.empty()) throw Error(options.bundle + " has no adapter to ask.");
-    const Json results = classify(bundle, asks, options.precision);
+    const Json results = classify(bundle, asks, options.precision, options.graphs);
     if (options.json) {
         std::cout << results.dump() << "\n";
         return;

@@ -181,4 +181,33 @@ private:
     std::vector<double> mean_, std_, fill_, resize_, crop_;
 };
 
+// The same of an adapter's own graph in the bundle. OpenVINO computes its float64 in float32: a level of 255 is off now
+// and then.
+class PictureGraph {
+public:
+    PictureGraph(ov::Core& core, const std::string& path, const Json& inputs)
+        : request_(core.compile_model(path, "CPU", ov::hint::inference_precision(ov::element::f32))
+                       .create_infer_request()) {
+        for (const auto& input : inputs.items()) {
+            const Json& value = input.value().at("value");
+            const bool whole = input.value().at("dtype") == "int64";
+            ov::Tensor tensor(whole ? ov::element::i64 : ov::element::f32, {value.size()});
+            for (size_t i = 0; i < value.size(); ++i)
+                whole ? void(tensor.data<int64_t>()[i] = value[i]) : void(tensor.data<float>()[i] = value[i]);
+            request_.set_tensor(input.key(), tensor);
+        }
+    }
+
+    void operator()(const Picture& rgb, float* out) {
+        const ov::Shape shape = {height_of(rgb), width_of(rgb), 3};
+        request_.set_tensor("image", ov::Tensor(ov::element::u8, shape, rgb.data()));
+        request_.infer();
+        const ov::Tensor images = request_.get_tensor("images");
+        std::copy_n(images.data<float>(), images.get_size(), out);
+    }
+
+private:
+    ov::InferRequest request_;
+};
+
 }  // namespace hhdeploy

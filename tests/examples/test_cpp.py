@@ -152,6 +152,35 @@ def test_every_picture_for_every_adapter(request, program, pictures, which):
     assert_as_python(bundle, results)
 
 
+def test_pictures_by_the_graphs_of_the_bundle(program, small, pictures, tmp_path):
+    """A level of 255 off now and then; another transform is seen."""
+    exact, by_graphs = (
+        np.asarray([r["logits"] for r in asked(program, small, pictures, *flags)], object)
+        for flags in ((), ("--graphs",))
+    )
+    largest = max(np.ptp(np.asarray(row)) for row in exact)
+    off = [np.abs(np.subtract(*rows)).max() for rows in zip(exact, by_graphs, strict=True)]
+    assert max(off) <= 1e-2 * largest
+    assert [np.argmax(row) for row in exact] == [np.argmax(row) for row in by_graphs]
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    own = replace(manifest.adapters[0].preprocess, mean=(0.31, 0.47, 0.62))
+    write_manifest(
+        bundle,
+        replace(
+            manifest,
+            adapters=(replace(manifest.adapters[0], preprocess=own), *manifest.adapters[1:]),
+        ),
+    )
+    moved = [r["logits"] for r in asked(program, bundle, pictures, "--graphs")]
+    assert (
+        max(np.abs(np.subtract(*r)).max() for r in zip(exact, moved, strict=True)) > 0.1 * largest
+    )
+    flip_byte(bundle / "preprocess.center.bicubic.onnx")
+    done = run(program, bundle, pictures[0], "--graphs")
+    assert done.returncode == 1 and "expected sha256" in done.stderr
+
+
 def test_adapters_by_name_and_the_backbone(program, branches, pictures):
     flags = ("--adapter", "beta", "--adapter", "backbone")
     results = asked(program, branches, pictures[:2], *flags)

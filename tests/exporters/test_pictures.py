@@ -14,6 +14,7 @@ from hhdeploy.exporters.portable import resizing
 from hhdeploy.exporters.portable.pictures import picture_graph, write_picture_graphs
 from hhdeploy.parity import LEVELS
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, Preprocess
+from hhdeploy.runtime.openvino_backend import shared_core
 from hhdeploy.verifying.pictures import PHOTO
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -111,9 +112,9 @@ def test_arithmetic_that_is_not_pillow_s_shows(photo, monkeypatch, right, wrong)
 @pytest.mark.parametrize("interpolation", GRAPH_FILTERS)
 def test_openvino_runs_it_too(photo, interpolation):
     """It computes float64 in float32."""
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     transform = replace(WIDE, interpolation=interpolation)
-    core = openvino.Core()
+    core = shared_core()
     model = core.read_model(picture_graph("center", interpolation, 3))
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     stated = {n: np.asarray(v, d) for n, (d, v) in transform.graph_inputs.items()}

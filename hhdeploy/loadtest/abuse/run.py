@@ -27,6 +27,8 @@ from hhdeploy.loadtest.traffic import Load, zipf_shares
 HTTP: Final = "HTTP"
 GRPC: Final = "gRPC"
 HONEST: Final = 4
+# Of each: it asks when it wants to, not when it was answered. Over gRPC they share one.
+_CONNECTIONS = 16
 # Of its saturation the honest clients ask.
 _SHARE = 0.5
 _WARM_UP_REQUESTS = 200
@@ -154,7 +156,8 @@ class _Honest:
     def beside(self, kind: str, victim: Victim, rate: float) -> tuple[Seen, Mapping[str, int]]:
         """What they see beside an abuser, and what the abuser saw."""
         number = max(1, int(rate * self.campaign.seconds))
-        load = Load(number, HONEST, rate, self.campaign.skew, seed=self.campaign.seed)
+        workers = HONEST * _CONNECTIONS
+        load = Load(number, workers, rate, self.campaign.skew, seed=self.campaign.seed)
         with (
             child("health", self.server.url) as health,
             child("abuser", {"kind": kind, "victim": asdict(victim)}) as abuser,
@@ -176,11 +179,11 @@ class _Honest:
 
     def _client(self, wire: str) -> Client:
         url, token = self.server.url, self.stage.token
-        told: Any = {"connections": HONEST, "seconds": CLIENT_SECONDS}
         if wire == HTTP:
-            return Client(url, MODEL, token, **told)
+            most = HONEST * _CONNECTIONS
+            return Client(url, MODEL, token, connections=most, seconds=CLIENT_SECONDS)
         target = f"{urlsplit(url).hostname}:{self.server.grpc_port}"
-        return GrpcClient(url, target, MODEL, token, **told)
+        return GrpcClient(url, target, MODEL, token, connections=HONEST, seconds=CLIENT_SECONDS)
 
 
 def seen(record: Record, expected: Expectations, health: Mapping[str, Any]) -> Seen:
