@@ -4,7 +4,7 @@
 
 All in float64 on the same weights: `fold_additive` against H_u D H_v with dense H (what the
 equations read), and against reading and writing the weights once (the floor). The sequential form,
-`fold_product`, against the same floor; the control is the floor against itself.
+`fold_sequential`, against the same floor; the control is the floor against itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from benchmarks.harness import report
-from hhdeploy.algebra import SiteDelta, fold_additive, fold_product, householder_delta
+from hhdeploy.algebra import SiteDelta, fold_additive, fold_sequential, householder_delta
 from hhdeploy.timing import paired
 
 SITES, DIM, RANK = 48, 768, 1
@@ -46,7 +46,7 @@ def main(pairs: int) -> None:
 
     def sequential() -> None:
         for weight, site, target in zip(weights, tensors, out, strict=True):
-            fold_product(weight, delta_of(site), target)
+            fold_sequential(weight, delta_of(site), target)
 
     def dense() -> None:
         for weight, site, target in zip(weights, tensors, out, strict=True):

@@ -13,7 +13,7 @@ from hhdeploy.algebra import (
     Array,
     constant_delta,
     fold_additive,
-    fold_product,
+    fold_sequential,
     folded_bias,
     shifted_bias,
 )
@@ -89,7 +89,7 @@ def _folded_weight(
                 fold_additive(weight[part], delta, folded[part], change.scales)
             else:
                 transform = change.delta or constant_delta(1, site.out, site.out)
-                fold_product(weight[part], transform, folded[part], change.scales)
+                fold_sequential(weight[part], transform, folded[part], change.scales)
         _check_finite(folded[part], site.name)
     return folded
 

@@ -223,13 +223,18 @@ def fold_additive(
     return out
 
 
-def fold_product(
+def fold_sequential(
     weight: NDArray[np.float32],
     transform: SiteDelta,
     out: NDArray[np.float32] | None = None,
     scales: Scales = UNSCALED,
 ) -> NDArray[np.float32]:
-    """M W, the first result of `fold_sequential`; arguments as those of `fold_additive`."""
+    """M W, computed in float64 and cast once (paper Eq. 7); the bias goes through M as well, see
+    `folded_bias`.
+
+    Arguments as those of `fold_additive`; ``transform`` is M itself, not M - I, and ``scales`` are
+    those of W before it.
+    """
     if out is None:
         out = np.empty_like(weight)
     diag, left, right = transform.diag, transform.left, transform.right
@@ -275,26 +280,14 @@ def _blocks(count: int, width: int) -> list[slice]:
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
-def fold_sequential(
-    weight: NDArray[np.float32],
-    bias: NDArray[np.float32] | None,
-    transform: SiteDelta,
-    scales: Scales = UNSCALED,
-    db: Array | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """W, b -> M W, M (b + db), computed in float64 and cast once (paper Eq. 7).
-
-    ``transform`` is M itself, not M - I; ``scales`` are those of W before it. The adapter acts on
-    the Linear's output, so the bias goes through it as well; a Linear without a bias stays
-    without one (M 0 = 0) unless ``db`` gives it one.
-    """
-    return fold_product(weight, transform, None, scales), folded_bias(bias, transform, db)
-
-
 def folded_bias(
     bias: NDArray[np.float32] | None, transform: SiteDelta, db: Array | None = None
 ) -> NDArray[np.float32] | None:
-    """b -> M (b + db), the second result of `fold_sequential`."""
+    """b -> M (b + db), computed in float64 and cast once (paper Eq. 7).
+
+    The adapter acts on the Linear's output. A Linear without a bias stays without one (M 0 = 0)
+    unless ``db`` gives it one.
+    """
     b = shifted_bias(bias, db)
     if b is None:
         return None

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.algebra import fold_additive, fold_sequential
+from hhdeploy.algebra import fold_additive, fold_sequential, folded_bias
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import BackboneSpec
@@ -49,9 +49,9 @@ def _fold(module: nn.Module, linear: LinearSpec, adapter: Adapter) -> None:
         if adapter.form == "additive":
             weight[part] = fold_additive(weight[part], delta)
         else:
-            weight[part], folded = fold_sequential(weight[part], bias, delta)
+            weight[part] = fold_sequential(weight[part], delta)
             if bias is not None:
-                bias[...] = folded
+                bias[...] = folded_bias(bias, delta)
 
 
 def logits_in_torch(

@@ -11,6 +11,7 @@ from hhdeploy.algebra import (
     effective_rank,
     fold_additive,
     fold_sequential,
+    folded_bias,
     householder_delta,
     low_rank_delta,
     tau,
@@ -211,7 +212,7 @@ def test_fold_sequential_over_several_blocks(monkeypatch, layout):
     monkeypatch.setattr("hhdeploy.algebra._BLOCK_BYTES", 8 * 7 * 4)
     for into in (7, 23):
         weight = weight_of(layout, 13, into)
-        folded, _ = fold_sequential(weight, None, householder_delta(*draw(13, 13, 2), "orthogonal"))
+        folded = fold_sequential(weight, householder_delta(*draw(13, 13, 2), "orthogonal"))
         expected = dense(*draw(13, 13, 2), "orthogonal") @ weight.astype(np.float64)
         assert_parity(expected, folded, "algebra", "float32")
 
@@ -238,7 +239,8 @@ def test_fold_sequential(into, layout, reflection):
     weight, bias = weight_of(layout, 13, into), weight_of("c_order", 1, 13)[0]
     weight_before, bias_before = weight.copy(), bias.copy()
     matrix = dense(*tensors, reflection)
-    folded, new_bias = fold_sequential(weight, bias, householder_delta(*tensors, reflection))
+    transform = householder_delta(*tensors, reflection)
+    folded, new_bias = fold_sequential(weight, transform), folded_bias(bias, transform)
     assert folded.dtype == new_bias.dtype == np.float32
     assert_parity(matrix @ weight.astype(np.float64), folded, "algebra", "float32")
     assert_parity(matrix @ bias.astype(np.float64), new_bias, "algebra", "float32")
@@ -251,8 +253,8 @@ def test_fold_sequential_keeps_the_memory_order_and_a_missing_bias():
     transform = householder_delta(*draw(13, 13, 1), "unnormalized")
     for layout in ("c_order", "transposed"):
         weight = weight_of(layout, 13, 7)
-        folded, bias = fold_sequential(weight, None, transform)
-        assert bias is None
+        folded = fold_sequential(weight, transform)
+        assert folded_bias(None, transform) is None
         assert folded.flags.c_contiguous == weight.flags.c_contiguous
         assert folded.flags.f_contiguous == weight.flags.f_contiguous
 
@@ -260,7 +262,7 @@ def test_fold_sequential_keeps_the_memory_order_and_a_missing_bias():
 def test_fold_sequential_by_the_identity_changes_nothing():
     identity = SiteDelta(np.ones(13), np.zeros((13, 3)), np.zeros((3, 13)))
     weight, bias = weight_of("c_order", 13, 7), weight_of("c_order", 1, 13)[0]
-    folded, new_bias = fold_sequential(weight, bias, identity)
+    folded, new_bias = fold_sequential(weight, identity), folded_bias(bias, identity)
     assert np.array_equal(folded, weight)
     assert np.array_equal(new_bias, bias)
 
@@ -288,12 +290,13 @@ def test_scales_and_db_are_folded_before_the_matrix(order):
     found = fold_additive(weight, delta, None, scales)
     assert_parity(scaled + delta.dense(), found, "algebra", "float32")
     matrix = householder_delta(*draw(131, 131, 2), "orthogonal")
-    found, moved = fold_sequential(weight, bias, matrix, scales, db)
+    found = fold_sequential(weight, matrix, scales=scales)
+    moved = folded_bias(bias, matrix, db)
     assert_parity(matrix.dense() @ scaled, found, "algebra", "float32")
     assert_parity(matrix.dense() @ (bias + db), moved, "algebra", "float32")
-    _, moved = fold_sequential(weight, None, matrix, scales, db)
+    moved = folded_bias(None, matrix, db)
     assert_parity(matrix.dense() @ db, moved, "algebra", "float32")
-    assert fold_sequential(weight, None, matrix, scales)[1] is None
+    assert folded_bias(None, matrix) is None
     for forgotten in (Scales(s_in), Scales(None, s_out)):
         mistaken = fold_additive(weight, delta, None, forgotten)
         assert_caught(scaled + delta.dense(), mistaken, "algebra", "float32")

@@ -10,7 +10,7 @@ import torch
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import PARTS, Head, SiteTensors, load_adapter
-from hhdeploy.algebra import fold_additive, fold_sequential
+from hhdeploy.algebra import fold_additive, fold_sequential, folded_bias
 from hhdeploy.errors import AdapterError
 from hhdeploy.training import attach, detach, extract, save
 from hhdeploy.training.householder import HouseholderMatrix, new_site, reflection_matrix
@@ -46,8 +46,9 @@ def folded_by_hand(model, adapter, forget_bias=False):
         if adapter.form == "additive":
             weight[rows] = fold_additive(weight[rows], adapter.delta(name))
         else:
-            weight[rows], moved = fold_sequential(weight[rows], bias, adapter.delta(name))
-            bias[:] = bias if forget_bias else moved
+            weight[rows] = fold_sequential(weight[rows], adapter.delta(name))
+            if not forget_bias:
+                bias[:] = folded_bias(bias, adapter.delta(name))
     if adapter.head is not None:
         head = torch.nn.Linear(*adapter.head.weight.shape[::-1])
         with torch.no_grad():

@@ -26,7 +26,7 @@ NAMES = ("one", "two", "three")
 _FOLLOWS_WITHIN = 120.0
 
 
-def replace(folder: Path, until: float, begun: Any, told: Any) -> None:
+def replace(folder: Path, until: float, told: Any) -> None:
     """`adapter import --overwrite` of one and the other, name after name."""
     import torch
 
@@ -60,7 +60,6 @@ def replace(folder: Path, until: float, begun: Any, told: Any) -> None:
             command.main([str(folder / f"{source}.pth"), str(out), *options], standalone_mode=False)
             done += 1
             told.put((done, (out.name, source), []))
-            begun.set()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
         wrong.append(f"import: {type(error).__name__}: {error}")
     told.put((done, None, wrong))
@@ -76,7 +75,7 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
     for name in NAMES:
         copy_directory(SOURCES["rival"], folder / "fleet" / name)
     context = multiprocessing.get_context("spawn")
-    begun, told = context.Event(), context.Queue()
+    told = context.Queue()
     options = ("--adapters-dir", folder / "fleet", "--watch-seconds", "0.1", "--model-name", "soak")
     asked, imports = 0, 0
     # What every name is by now, and the names that have not answered so since the last import.
@@ -86,12 +85,12 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
     wrong: list[str] = []
     with running_server(WITNESS / "branches", folder / "log", *options) as server:
         job = context.Process(
-            target=replace, args=(folder, time.monotonic() + seconds, begun, told), daemon=True
+            target=replace, args=(folder, time.monotonic() + seconds, told), daemon=True
         )
         job.start()
         # The first time it imports torch, which takes longer than all that follows.
-        while job.is_alive() and not begun.wait(0.1):
-            pass
+        while job.is_alive() and told.empty():
+            time.sleep(0.1)
         while (give_up == math.inf or behind) and time.monotonic() < give_up:
             ended = not job.is_alive()
             if ended and give_up == math.inf and told.empty():

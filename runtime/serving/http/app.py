@@ -19,7 +19,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import lru_cache
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -333,12 +332,7 @@ class _Connected:
         self._task = asyncio.current_task()
         self._watcher = asyncio.create_task(self._watch())
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._watcher.cancel()
         task, self._task = self._task, None
         if self._gone and kind is not None and issubclass(kind, asyncio.CancelledError):
