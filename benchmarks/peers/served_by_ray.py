@@ -1,6 +1,7 @@
 """Ray Serve that multiplexes merged models of ONNX Runtime: ``served_by_ray MODEL ADAPTERS``.
 
-One replica holds them all; a request says its model by Ray Serve's own header, its body is the image.
+One replica holds them all; a request says its model by Ray Serve's own header, its body is the
+image.
 """
 
 from __future__ import annotations

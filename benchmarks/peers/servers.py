@@ -275,9 +275,7 @@ async def _ask(
     return contender.read(body), time.perf_counter() - begin
 
 
-def _with_ratios(
-    records: list[dict[str, Any]], racers: Sequence[_Racer]
-) -> list[dict[str, Any]]:
+def _with_ratios(records: list[dict[str, Any]], racers: Sequence[_Racer]) -> list[dict[str, Any]]:
     """Add how many times as fast as each our OpenVINO is: median over the turns."""
     ours = next(racer.turns for racer in racers if racer.name == OURS)
     for record, racer in zip(records, racers, strict=True):
