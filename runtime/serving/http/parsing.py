@@ -26,6 +26,7 @@ from typing import IO, Any, Final
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import read_object, read_request
+from hhdeploy.runtime.serving.http.memory import give_memory_back
 from hhdeploy.runtime.serving.messages import InferRequest
 
 # Read at once: a few milliseconds.
@@ -185,6 +186,7 @@ def _receive(stream: IO[bytes]) -> Any:
 def parse_for_parent() -> None:
     """The process: bodies from standard input, messages to standard output, until the end."""
     os.nice(_NICE)
+    give_memory_back()
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     # What is printed by mistake is no message.
     out = os.fdopen(os.dup(1), "wb")
