@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hhdeploy.runtime.serving.errors import FailedError, RequestError
+from hhdeploy.runtime.serving.processes.memory import give_memory_back
 
 # Of such a process. Objects of JSON take up to 30 times their text.
 _MEMORY = 2 << 30
@@ -128,6 +129,7 @@ def _receive(stream: IO[bytes]) -> Any:
 def answer_parent() -> None:
     """The process: calls from standard input, results to standard output, until the end."""
     os.nice(_NICE)
+    give_memory_back()
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     # What is printed by mistake is no result.
     out = os.fdopen(os.dup(1), "wb")
