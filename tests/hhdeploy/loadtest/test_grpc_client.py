@@ -17,7 +17,7 @@ CODES = {"away": grpc.StatusCode.NOT_FOUND, "broken": grpc.StatusCode.INTERNAL}
 class Refusing(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with the status that an adapter's name stands for."""
 
-    async def ModelInfer(self, request, context):
+    async def ModelInfer(self, request, context):  # noqa: N802 - as the protocol calls it
         name = request.parameters["adapter"].string_param
         await context.abort(CODES[name], f"no {name}")
 
