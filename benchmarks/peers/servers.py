@@ -16,13 +16,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+import psutil
 
 from benchmarks.harness import THREADS
 from benchmarks.peers.rounds import room_for
@@ -178,10 +179,27 @@ def _start(
     command = contender.command(case, bank, folder)
     try:
         log = folder.with_suffix(".log")
-        racer.server = running.enter_context(running_server(command, log))
+        racer.server = running.enter_context(_running(command, log))
     except HhdeployError as error:
         racer.failed = " ".join(str(error).split())[-160:]
     return racer
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], log: Path) -> Iterator[Server]:
+    """`running_server`, and an end of what it leaves behind: LitServe's workers go on for ever."""
+    started: list[psutil.Process] = []
+    try:
+        with running_server(command, log) as server:
+            try:
+                yield server
+            finally:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    started = psutil.Process(server.pid).children(recursive=True)
+    finally:
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 async def _race(case: Case, bank: int, racers: Sequence[_Racer], seconds: float) -> None:
