@@ -2,12 +2,11 @@
 
     python -m benchmarks.peers [--minutes 12] [--quick] [--model ViT-S/16]
     python -m benchmarks.peers --prepare      only make the files, which takes minutes once
-    python -m benchmarks.peers --from FILE    write the documentation from an earlier run's JSON
 
 In-process: throughput, latency and every answer of all peers in turn; then a process each for
 memory and for the time of a change. ``--quick`` is a rehearsal (ViT-S, banks of 1 and 8, few
-rounds) that writes no documentation. The last line is JSON, which is kept in
-``benchmarks/results/peers.json`` too.
+rounds). The last line is JSON; ``python -m benchmarks.tables --run peers`` keeps it and writes the
+documentation from it.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from __future__ import annotations
 import gc
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.harness import machine
-from benchmarks.peers import page
 from benchmarks.peers.accuracy import accuracies, starter
 from benchmarks.peers.child import in_a_child
 from benchmarks.peers.prepare import prepare
@@ -39,15 +36,8 @@ COMPILED_AT = 8
 @click.option("--quick", is_flag=True)
 @click.option("--model", "titles", multiple=True, type=click.Choice(list(MODELS)))
 @click.option("--prepare", "only_prepare", is_flag=True)
-@click.option("--from", "earlier", type=click.Path(path_type=Path, dir_okay=False))
-def main(
-    minutes: float, quick: bool, titles: tuple[str, ...], only_prepare: bool, earlier: Path | None
-) -> None:
-    """Measure, and write what was found."""
-    if earlier is not None:
-        content = json.loads(earlier.read_text(encoding="utf-8").splitlines()[-1])
-        page.write(content)
-        return
+def main(minutes: float, quick: bool, titles: tuple[str, ...], only_prepare: bool) -> None:
+    """Measure."""
     cases = [Case(t) for t in titles or (list(MODELS)[:1] if quick else list(MODELS))]
     banks = [b for b in BANKS if b <= 8] if quick else list(BANKS)
     for case in cases:
@@ -59,12 +49,8 @@ def main(
     content = {
         "benchmark": "peers",
         "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
         **measure(cases, banks, 60 * (0.5 if quick else minutes)),
     }
-    print(page.tables(content), flush=True)
-    if not quick:
-        page.write(content)
     print(json.dumps(content), flush=True)
 
 
