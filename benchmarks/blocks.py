@@ -11,6 +11,11 @@ from benchmarks.bench_machine import page as machine_text
 Content = Mapping[str, Any]
 # Less than this of a core is no load.
 _QUIET_CORES = 0.15
+_BESIDE = "beside other work"
+
+
+def _loaded(content: Content) -> bool:
+    return content["load"] is not None and content["load"] >= _QUIET_CORES
 
 
 def about(*contents: Content) -> str:
@@ -19,11 +24,7 @@ def about(*contents: Content) -> str:
     for content in contents:
         note = f" {content['note']}" if "note" in content else ""
         machine, load = content["machine"], content["load"]
-        beside = (
-            f"; **beside other work, which kept {load:.1f} cores busy**"
-            if load is not None and load >= _QUIET_CORES
-            else ""
-        )
+        beside = f"; **{_BESIDE}, which kept {load:.1f} cores busy**" if _loaded(content) else ""
         lines.append(
             f"`{content['command']}`: {machine['cpu']}, {machine['threads']} threads, "
             f"{content['date']}{beside}.{note}"
@@ -310,6 +311,10 @@ def _statistics(found: Content) -> str:
     return table(columns, rows)
 
 
+def _while(content: Content) -> str:
+    return f" ({_BESIDE})" if _loaded(content) else ""
+
+
 def headlines(
     examples: Content,
     unseen: Content,
@@ -359,7 +364,7 @@ def headlines(
         ],
         [
             f"four adapters beside {model(branches['results'])} / one folded, on a CPU, float32, "
-            "batch 1 and 8",
+            f"batch 1 and 8{_while(branches)}",
             ", ".join(
                 f"{branches['results'][f'branches / folded, batch {size}']['ratio']:.2f}"
                 for size in (1, 8)
