@@ -34,8 +34,8 @@ def about(*contents: Content) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """In Markdown."""
-    lines: list[Sequence[object]] = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    head, *lines = (f"| {' | '.join(map(str, line))} |" for line in (columns, *rows))
+    return "\n".join([head, f"|{'---|' * len(columns)}", *lines])
 
 
 def ms(value: float) -> str:
@@ -317,31 +317,15 @@ def _while(content: Content) -> str:
 
 def headlines(
     examples: Content,
-    unseen: Content,
-    errors: Content,
-    branches: Content,
+    unseen: Content | None,
+    errors: Content | None,
+    branches: Content | None,
     gpu: Content,
     peers: Content,
-    adapters: Content,
+    adapters: Content | None,
 ) -> str:
-    """README's table."""
+    """README's table; what was never measured has no row."""
     means = vits14_means(examples)
-    ours = "hhdeploy, OpenVINO"
-    raced = []
-    for number in (1, 8, 64):
-        at = {r["peer"]: r["images_per_s"] for r in peers["races"]
-              if r["bank"] == number and r["model"] == "ViT-S/16" and r.get("right")}  # fmt: skip
-        best = max(speed for peer, speed in at.items() if not peer.startswith("hhdeploy"))
-        raced.append(f"{at[ours] / best:.2f}")
-    (graphics,) = (
-        entry["figures"] for entry in gpu["parts"]["speed"]["tests"]
-        if "side_branches_against_folded" in entry["test"] and entry["outcome"] == "passed"
-        and entry["figures"]["precision"] == "float16" and not entry["figures"]["cuda_graphs"]
-    )  # fmt: skip
-    ratios = [graphics[f"batch {size}"]["ratio"] for size in (1, 8, 32)]
-    loss = unseen["results"]
-    largest, worst = next(iter(errors["results"]["models"].items()))
-    memory = list(adapters["results"]["memory"].values())
     rows = [
         [
             "top-1 of a ViT-S/14 on four data sets: linear probe, LoRA, HTA "
@@ -352,40 +336,74 @@ def headlines(
             "the same HTA adapters beside one backbone in ONNX Runtime: float32, INT8",
             ", ".join(f"{means[method]:.1f}" for method in ("branches-float32", "branches-int8")),
         ],
-        [
+    ]
+    if unseen is not None:
+        loss = unseen["results"]
+        rows.append([
             f"points of top-1 that {loss['unseen']} adapters lose in INT8 whose calibration never "
             "saw them: mean, worst",
             f"{loss['mean drop']:.2f}, {loss['worst drop']:.1f}",
-        ],
-        [
+        ])  # fmt: skip
+    if errors is not None:
+        largest, worst = next(iter(errors["results"]["models"].items()))
+        rows.append([
             f"largest error over the logits' range, {largest} in float32, four adapters in a mixed "
             "batch",
             f"{worst['side branches']:.1e}",
-        ],
-        [
-            f"four adapters beside {model(branches['results'])} / one folded, on a CPU, float32, "
-            f"batch 1 and 8{_while(branches)}",
-            ", ".join(
-                f"{branches['results'][f'branches / folded, batch {size}']['ratio']:.2f}"
-                for size in (1, 8)
-            ),
-        ],
+        ])  # fmt: skip
+    if branches is not None:
+        found = branches["results"]
+        ratios = [found[f"branches / folded, batch {size}"]["ratio"] for size in (1, 8)]
+        rows.append([
+            f"four adapters beside {model(found)} / one folded, on a CPU, float32, batch 1 and 8"
+            + (f" ({_BESIDE})" if _loaded(branches) else ""),
+            ", ".join(f"{ratio:.2f}" for ratio in ratios),
+        ])  # fmt: skip
+    rows += [
         [
             "the same of ViT-S/16 on an H100, float16, batch 1, 8 and 32",
-            ", ".join(f"{ratio:.2f}" for ratio in ratios),
+            ", ".join(f"{ratio:.2f}" for ratio in _graphics(gpu)),
         ],
         [
             "images/s of a batch of 8, each image with its own of 1, 8, 64 adapters, OpenVINO / "
-            "the "
-            "best of PEFT, torch.compile, ONNX Runtime and OpenVINO a model a task",
-            ", ".join(raced),
-        ],
-        [
-            f"memory with 100 adapters of {model(adapters['results'])} / with one",
-            f"{memory[1] / memory[0]:.2f}",
+            "the best of PEFT, torch.compile and ONNX Runtime or OpenVINO with a model a task",
+            ", ".join(f"{ratio:.2f}" for ratio in _raced(peers)),
         ],
     ]
+    if adapters is not None:
+        memory = list(adapters["results"]["memory"].values())
+        whose = model(adapters["results"])
+        rows.append(
+            [f"memory with 100 adapters of {whose} / with one", f"{memory[1] / memory[0]:.2f}"]
+        )
     return table(["measured", ""], rows)
+
+
+def _graphics(gpu: Content) -> list[float]:
+    """Side branches / folded in float16, batch 1, 8 and 32."""
+    (found,) = (
+        entry["figures"]
+        for entry in gpu["parts"]["speed"]["tests"]
+        if "side_branches_against_folded" in entry["test"]
+        and entry["outcome"] == "passed"
+        and entry["figures"]["precision"] == "float16"
+        and not entry["figures"]["cuda_graphs"]
+    )
+    return [found[f"batch {size}"]["ratio"] for size in (1, 8, 32)]
+
+
+def _raced(peers: Content) -> list[float]:
+    """Throughput in OpenVINO over the best peer's, with 1, 8 and 64 adapters."""
+    ratios = []
+    for number in (1, 8, 64):
+        at = {
+            race["peer"]: race["images_per_s"]
+            for race in peers["races"]
+            if (race["bank"], race["model"], race.get("right")) == (number, "ViT-S/16", True)
+        }
+        best = max(speed for peer, speed in at.items() if not peer.startswith("hhdeploy"))
+        ratios.append(at["hhdeploy, OpenVINO"] / best)
+    return ratios
 
 
 COVERAGE = ("fold", "branches", "row 0", "int8", "engine")
