@@ -211,9 +211,9 @@ def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
     return {
         "benchmark": name,
         "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
         **json_at_end(done.stdout),
         "command": " ".join(["python", *arguments]),
-        "date": time.strftime("%Y-%m-%d"),
         "seconds": round(took),
         "load": load,
     }

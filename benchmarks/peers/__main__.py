@@ -1,12 +1,14 @@
 """Head to head with what people would pick: ``make bench-peers``.
 
     python -m benchmarks.peers [--minutes 12] [--quick] [--model ViT-S/16]
+    python -m benchmarks.peers --servers      the race of servers alone, of the models named
     python -m benchmarks.peers --prepare      only make the files, which takes minutes once
 
 In-process: throughput, latency and every answer of all peers in turn; then a process each for
-memory and for the time of a change. ``--quick`` is a rehearsal (ViT-S, banks of 1 and 8, few
-rounds). The last line is JSON; ``python -m benchmarks.tables --run peers`` keeps it and writes the
-documentation from it.
+memory and for the time of a change; with ``--servers`` servers in turn. What was raced before of
+other models, and what ``--servers`` leaves out, is kept. ``--quick`` is a rehearsal (ViT-S, banks
+of 1 and 8, few rounds), of which nothing is. The last line is JSON; ``python -m benchmarks.tables
+--run peers`` keeps it and writes the documentation from it.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 import click
 
 from benchmarks.harness import machine
+from benchmarks.peers import page
 from benchmarks.peers.accuracy import accuracies, starter
 from benchmarks.peers.child import in_a_child
 from benchmarks.peers.prepare import prepare
 from benchmarks.peers.rounds import AGAIN, COMPILED, PEERS, enter, latencies, race
+from benchmarks.peers.servers import race_servers
 from benchmarks.peers.tasks import BANKS, MODELS, Case
 
 # Share of the time that is left for the races; opening and compiling come on top.
@@ -35,8 +39,11 @@ COMPILED_AT = 8
 @click.option("--minutes", default=12.0, show_default=True, help="Of measuring, files made.")
 @click.option("--quick", is_flag=True)
 @click.option("--model", "titles", multiple=True, type=click.Choice(list(MODELS)))
+@click.option("--servers", is_flag=True, help="The race of servers alone.")
 @click.option("--prepare", "only_prepare", is_flag=True)
-def main(minutes: float, quick: bool, titles: tuple[str, ...], only_prepare: bool) -> None:
+def main(
+    minutes: float, quick: bool, titles: tuple[str, ...], servers: bool, only_prepare: bool
+) -> None:
     """Measure."""
     cases = [Case(t) for t in titles or (list(MODELS)[:1] if quick else list(MODELS))]
     banks = [b for b in BANKS if b <= 8] if quick else list(BANKS)
@@ -46,12 +53,26 @@ def main(minutes: float, quick: bool, titles: tuple[str, ...], only_prepare: boo
     starter()
     if only_prepare:
         return
+    seconds = 60 * (0.5 if quick else minutes)
     content = {
         "benchmark": "peers",
         "machine": machine(),
-        **measure(cases, banks, 60 * (0.5 if quick else minutes)),
+        "date": time.strftime("%Y-%m-%d"),
+        **(measure_servers if servers else measure)(cases, banks, seconds),
     }
+    if not quick:
+        content = page.merged(page.stored(), content)
     print(json.dumps(content), flush=True)
+
+
+def measure_servers(cases: list[Case], banks: list[int], seconds: float) -> dict[str, list[Any]]:
+    """The records of servers."""
+    found = []
+    for case in cases:
+        for bank in banks:
+            print(f"{case.title}, servers of {bank} adapters", flush=True)
+            found += race_servers(case, bank, seconds / (len(cases) * len(banks)))
+    return {"servers": found}
 
 
 def measure(cases: list[Case], banks: list[int], seconds: float) -> dict[str, list[Any]]:
