@@ -28,7 +28,12 @@ LARGE = 10_000
 def wide() -> tuple[Backbone, BaseGraph]:
     """A model whose memory is its weights: 3 blocks, 6 MB."""
     backbone = tiny_backbone(
-        "vit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=186, depth=3, num_heads=3,
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=16,
+        embed_dim=186,
+        depth=3,
+        num_heads=3,
         num_classes=7,
     )
     return backbone, base_graph(backbone, None)
