@@ -36,6 +36,7 @@ OURS, AGAIN = "hhdeploy serve, OpenVINO", "hhdeploy serve, OpenVINO again"
 A_TURN = 4
 # Until a server answers: models are merged and opened meanwhile.
 _START_SECONDS = 180.0
+_KEEP_ALIVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,10 @@ def _start(
 
 async def _race(case: Case, bank: int, racers: Sequence[_Racer], seconds: float) -> None:
     images = case.images()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_START_SECONDS)) as http:
+    limit = aiohttp.ClientTimeout(total=_START_SECONDS)
+    # Less than any server's own, after which it closes an idle connection under a request.
+    kept = aiohttp.TCPConnector(keepalive_timeout=_KEEP_ALIVE_SECONDS)
+    async with aiohttp.ClientSession(timeout=limit, connector=kept) as http:
         for racer in racers:
             await _attempt(racer, _check(http, case, racer, images, mixes(bank)))
         until, turn = time.perf_counter() + seconds, 0
