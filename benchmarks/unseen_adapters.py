@@ -51,7 +51,7 @@ from hhdeploy.verifying.graphs import add_graph
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "vits14" / "run.py"
 MODEL, PIXELS = "vit_small_patch14_dinov2", 42
-TRAIN_IMAGES, TEST_IMAGES, EPOCHS, BATCH = 144, 200, 2, 16
+TRAIN_IMAGES, TEST_IMAGES, EPOCHS, BATCH = 144, 120, 2, 16
 CHECK_IMAGES = 24
 POINTS, CHANCE = 1.0, 0.05
 ONE_THREAD = 1
