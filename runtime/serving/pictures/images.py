@@ -42,7 +42,8 @@ _OPENING = threading.Lock()
 class Pictures:
     """Decodes and preprocesses the pictures of all requests, on threads of its own.
 
-    Pillow lets go of the interpreter's lock while it decodes and resizes.
+    Pillow lets go of the interpreter's lock while it decodes and resizes, but for WebP's decoder:
+    nothing else of the process goes on until one of these is done.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
