@@ -20,8 +20,8 @@ from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.arrival import bounded_protocol
-from hhdeploy.runtime.serving.http.memory import give_memory_back
 from hhdeploy.runtime.serving.listening import listen
+from hhdeploy.runtime.serving.processes.memory import give_memory_back
 from hhdeploy.runtime.serving.service import Service
 
 _LOG = logging.getLogger("hhdeploy.serve")

@@ -12,8 +12,6 @@ import zlib
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import grpc
-import numpy as np
 import pytest
 
 from hhdeploy.errors import SessionError
@@ -21,9 +19,6 @@ from hhdeploy.loadtest.abuse import json_bombs, pictures
 from hhdeploy.loadtest.abuse.bounds import AbuseReport, Seen, Siege
 from hhdeploy.loadtest.abuse.children import child
 from hhdeploy.loadtest.abuse.wire import Victim, packed
-from hhdeploy.loadtest.client import Requests
-from hhdeploy.loadtest.grpc_client import GrpcClient
-from hhdeploy.loadtest.judge import Reply
 from hhdeploy.loadtest.report import Latencies
 from hhdeploy.runtime.serving.http.codec import decompressed
 
@@ -153,31 +148,3 @@ def test_a_png_that_is_packed_is_one(bits, colour, mode):
     with Image.open(io.BytesIO(pictures._png(56, bits, colour))) as picture:
         picture.load()
         assert (picture.size, picture.mode) == ((56, 56), mode)
-
-
-@pytest.mark.parametrize(
-    ("code", "status"), [("NOT_FOUND", 404), ("UNAVAILABLE", 0), ("DEADLINE_EXCEEDED", None)]
-)
-def test_what_a_failed_call_is_as_http_has_it(code, status):
-    """An adapter that is not there is no lost answer."""
-
-    async def answer(request, context):
-        await context.abort(grpc.StatusCode[code], "so it is")
-
-    async def scene() -> Reply:
-        server = grpc.aio.server()
-        method = grpc.unary_unary_rpc_method_handler(answer)
-        called = {"ModelInfer": method}
-        name = "inference.GRPCInferenceService"
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, called)])
-        target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        await server.start()
-        body, length = Requests(["a"], np.zeros((1, 3, 7, 5), np.float32), 1).body(0, [0])
-        client = GrpcClient("http://x", target, "m", "t", connections=1, seconds=60)
-        try:
-            async with client:
-                return await client.infer(body, length)
-        finally:
-            await server.stop(None)
-
-    assert asyncio.run(scene()).status == status
