@@ -32,7 +32,6 @@ OUTSIDE: dict[str, dict[str, str]] = {
             "of November 2026, from a processor with VNNI that is no longer at hand, and said so",
         ),
         "184,320 and 491,520": "a test counts them",
-        "Less than about 2.8": "of a fold taken apart, said to be beside other work",
         "10,000 malformed": "how many a test sends",
         "1.2 M parameters": "what the model is",
         "3.2 MB in all": "what lies in the checkout",
