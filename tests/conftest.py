@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 
@@ -55,9 +56,26 @@ def pytest_collection() -> Iterator[object]:
     try:
         return (yield)
     finally:
-        gc.collect()
-        gc.freeze()
+        _set_aside()
         gc.enable()
+
+
+_MANY_MODULES = 200
+_set_aside_at = 0
+
+
+def _set_aside() -> None:
+    global _set_aside_at
+    gc.collect()
+    gc.freeze()
+    _set_aside_at = len(sys.modules)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor is what tests and their fixtures import, torch above all."""
+    if len(sys.modules) > _set_aside_at + _MANY_MODULES:
+        _set_aside()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tests.leash import leashed
 from tests.runtime.serving.fleets import PATIENCE
 from tests.workshop import ROOT
 
+HHDEPLOY = (str(Path(sys.executable).with_name("hhdeploy")),)
 # Of servers that allow loading.
 TOKEN = "correct-horse-battery-staple"
 AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
@@ -106,12 +107,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
+def running_server(
+    bundle: Path, log: Path, *options: object, program: Sequence[str] = HHDEPLOY
+) -> Iterator[Server]:
     """``hhdeploy serve BUNDLE OPTIONS`` until the end of the block; it must end without error."""
-    program = [str(Path(sys.executable).with_name("hhdeploy")), "serve", str(bundle)]
     command = leashed([
-        *program, "--device", "cpu", "--threads", "1", "--http-port", "0", "--grpc-port", "0",
-        "--request-seconds", str(PATIENCE), *map(str, options),
+        *program, "serve", str(bundle), "--device", "cpu", "--threads", "1", "--http-port", "0",
+        "--grpc-port", "0", "--request-seconds", str(PATIENCE), *map(str, options),
     ])  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (
