@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,7 @@ from hhdeploy.errors import (
     SessionError,
     require,
 )
+from hhdeploy.files.caches import Entry
 from hhdeploy.packages import check_version
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images, side_by_side
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
@@ -45,40 +47,67 @@ _NAME: Final = "FULL_DEVICE_NAME"
 _BFLOAT16: Final = "bfloat16"
 # Flags of x86 processors whose 8-bit products are added in 32 bits.
 _EXACT_INT8: Final = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
+# Up to these bytes of graph and weights a single image has a compiled model of its own.
+_SMALL: Final = 32 << 20
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model.
+
+    Attributes:
+        model: OpenVINO's.
+        memory: what its weights lie in, if not its own; it must outlive the model.
+    """
+
+    model: Any
+    memory: Any = None
 
 
 class OpenVinoBackend:
-    """One compiled model; each thread has an infer request with the bank bound once."""
+    """A compiled model; each thread has an infer request with the bank bound once.
+
+    A small model is compiled once more when its first single image comes, for a batch of exactly
+    one: OpenVINO then fuses what it leaves apart where a dimension is open, and in a small model
+    a node costs as much as its arithmetic.
+    """
 
     def __init__(
-        self, ov: ModuleType, model: Any, bank: Bank | None, name: str, memory: Any = None
+        self,
+        ov: ModuleType,
+        general: Compiled,
+        bank: Bank | None,
+        name: str,
+        one_image: Callable[[], Compiled | None] = lambda: None,
     ) -> None:
-        """``memory``: what the model's weights lie in, if not its own."""
+        """``one_image`` compiles for a batch of one; None where that is not worth it."""
         self.name = name
         self._ov = ov
-        self._model = model
         self._bank = bank
+        self._compile_one = one_image
+        self._one: Any = None
+        self._one_tried = False
+        self._compiling = threading.Lock()
         self._requests = threading.local()
+        self._model = general.model
         # Held here as the bank is, see `run`. Last, so that it goes after all that reads it;
         # `close` leaves it, as a run may be under way.
-        self._memory = memory
+        self._memory = [general.memory]
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
         """See `Backend.run`. Raises `DeviceError` if OpenVINO fails, e.g. out of memory."""
-        request = getattr(self._requests, "it", None)
         # OpenVINO reads the arrays where they are and holds no reference: they live until the
         # end of this call. Read-only ones, which it does not take, are copied.
         images = np.require(images, requirements=["C", "W"])
         try:
-            if request is None:
-                request = self._requests.it = self._request()
+            request = self._request(single=len(images) == 1)
             request.set_tensor("images", self._ov.Tensor(images, shared_memory=True))
             if ids is not None:
                 request.set_tensor("adapter_ids", self._ov.Tensor(ids, shared_memory=True))
             request.infer()
         except RuntimeError as error:
             raise DeviceError(f"{self.name} failed: {error}") from error
-        outputs = [request.get_output_tensor(i).data for i in range(len(self._model.outputs))]
+        outputs = [tensor.data for tensor in request.output_tensors]
         return side_by_side(outputs) if len(outputs) > 1 else side_by_side([outputs[0].copy()])
 
     def row_changed(self, row: int) -> None:
@@ -87,10 +116,33 @@ class OpenVinoBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._requests = threading.local()
-        self._model = None
+        self._model = self._one = None
 
-    def _request(self) -> Any:
-        request = self._model.create_infer_request()
+    def _request(self, *, single: bool) -> Any:
+        """This thread's request for one image, or for any number of them."""
+        local = self._requests
+        if single and self._model is not None:
+            request = getattr(local, "one", None)
+            if request is None:
+                own = self._for_one_image()
+                request = local.one = self._bound(own) if own else self._request(single=False)
+            return request
+        if not hasattr(local, "it"):
+            local.it = self._bound(self._model)
+        return local.it
+
+    def _for_one_image(self) -> Any:
+        with self._compiling:  # the other threads wait: one answers in the same bits as the next
+            if not self._one_tried:
+                own = self._compile_one()
+                if own is not None:
+                    self._one = own.model
+                    self._memory.append(own.memory)
+                self._one_tried = True
+        return self._one
+
+    def _bound(self, model: Any) -> Any:
+        request = model.create_infer_request()
         if self._bank is not None:
             request.set_tensor("adapter_bank", self._ov.Tensor(self._bank, shared_memory=True))
         return request
@@ -118,21 +170,43 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
         )
         config = _config(options, low)
         digest = bundle.manifest.graph_digest(graph)
-        model = memory = entry = None
-        if options.cache is not None and digest:
-            entry = blob_entry(options.cache, digest, *_facts(ov, core), json.dumps(config))
-            memory = map_blob(entry)
-        if memory is not None:
-            model = _loaded(ov, core, memory, config)
+
+        def entry_of(*facts: str) -> Entry | None:
+            if options.cache is None or not digest:
+                return None
+            facts = (digest, *_facts(ov, core), json.dumps(config), *facts)
+            return blob_entry(options.cache, *facts)
+
+        entry = entry_of()
+        found = _loaded(ov, core, entry, config)
         path = checked.result()
-    if model is None:
-        model = _compiled(core, path, config)
-        if entry is not None:
-            write_blob(entry, model.export_model().getbuffer())
+    if found is None:
+        found = _compiled(core, path, config)
+        _keep(entry, found)
+
+    small = _size(path) <= _SMALL
+
+    def one_image() -> Compiled | None:
+        if not small:
+            return None
+        shapes = _one_image_shapes(bundle, bank)
+        entry = entry_of(json.dumps(shapes))
+        found = _loaded(ov, core, entry, config)
+        if found is not None:
+            return found
+        # It is only speed: a bundle that went or was replaced since it was opened, or a graph
+        # that takes no fixed batch, is no error.
+        try:
+            found = _compiled(core, bundle.graph(graph), config, shapes)
+        except BundleError:
+            return None
+        _keep(entry, found)
+        return found
+
     name = f"openvino CPU{' bfloat16' if low else ''}"
     if options.precision == "int8" and not adds_int8_exactly():
         name += " without VNNI: sums of INT8 products may overflow"
-    return OpenVinoBackend(ov, model, bank, name, memory)
+    return OpenVinoBackend(ov, found, bank, name, one_image)
 
 
 def import_openvino(purpose: str) -> ModuleType:
@@ -221,16 +295,52 @@ def _facts(ov: ModuleType, core: Any) -> tuple[str, ...]:
     return ov.get_version(), core.get_property(_CPU, _NAME), capabilities
 
 
-def _compiled(core: Any, path: Path, config: Mapping[str, Any]) -> Any:
+def _one_image_shapes(bundle: Bundle, bank: Bank | None) -> dict[str, list[int]]:
+    """The shape of every input for a batch of one."""
+    shapes = {"images": [1, *bundle.manifest.input_size]}
+    if bundle.manifest.layout is not None:
+        shapes["adapter_ids"] = [1]
+    if bank is not None:
+        shapes["adapter_bank"] = list(bank.shape)
+    return shapes
+
+
+def _size(path: Path) -> int:
+    """Bytes of a graph and its weights."""
+    weights = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
+
+
+def _compiled(
+    core: Any,
+    path: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, list[int]] | None = None,
+) -> Compiled:
+    """A graph compiled, for inputs of these shapes alone if given."""
     try:
-        return core.compile_model(str(path), _CPU, config)
+        model = core.read_model(str(path))
+        if shapes is not None:
+            model.reshape(dict(shapes))
+        return Compiled(core.compile_model(model, _CPU, config))
     except RuntimeError as error:
         raise BundleError(f"OpenVINO cannot compile {path}: {error}") from error
 
 
-def _loaded(ov: ModuleType, core: Any, blob: Any, config: Mapping[str, Any]) -> Any | None:
-    """The compiled model in a blob, which must stay where it is; None if OpenVINO refuses it."""
+def _loaded(
+    ov: ModuleType, core: Any, entry: Entry | None, config: Mapping[str, Any]
+) -> Compiled | None:
+    """The compiled model in a cache; None if there is none, or OpenVINO refuses it."""
+    memory = None if entry is None else map_blob(entry)
+    if memory is None:
+        return None
     try:
-        return core.import_model(ov.Tensor(blob, shared_memory=True), _CPU, config)
+        tensor = ov.Tensor(memory, shared_memory=True)
+        return Compiled(core.import_model(tensor, _CPU, config), memory)
     except (RuntimeError, TypeError):  # TypeError: a version that does not read from memory
         return None
+
+
+def _keep(entry: Entry | None, compiled: Compiled) -> None:
+    if entry is not None:
+        write_blob(entry, compiled.model.export_model().getbuffer())

@@ -182,3 +182,36 @@ def test_shapes_and_not_a_number_are_infinitely_wrong():
     assert range_error(truth, np.full((2, 3), np.nan, np.float32)) == float("inf")
     assert range_error(truth, np.zeros((2, 2), np.float32)) == float("inf")
     assert range_error(truth, (truth + 0.5).astype(np.float32)) == pytest.approx(0.1)
+
+
+def test_what_was_not_measured_again_is_kept(content):
+    other = {**content, "date": "2026-01-01"}
+    other["races"] = [{**r, "model": "ViT-B/16"} for r in content["races"]]
+    other["servers"] = [raced("hhdeploy serve, OpenVINO", 9.0)]
+    new = {
+        "machine": content["machine"],
+        "date": "2026-01-02",
+        "races": content["races"][2:3],
+        "servers": [],
+    }
+    found = page.merged(other, new)
+    assert found["races"] == [*other["races"], *new["races"]]
+    assert found["servers"] == other["servers"]
+    assert found["accuracies"] == content["accuracies"]
+    assert found["date"] == "2026-01-01, 2026-01-02"
+    assert page.merged(None, new)["accuracies"] == []
+    with pytest.raises(SystemExit, match="another machine"):
+        page.merged(other, {**new, "machine": {}})
+
+
+def test_servers_are_told_apart_from_peers_too(content):
+    named = {"LitServe, merged models": 40.0, "hhdeploy serve, OpenVINO": 60.0}
+    content["servers"] = [
+        *(raced(name, speed, rss_mb=311) for name, speed in named.items()),
+        raced("hhdeploy serve, OpenVINO again", 60.0, ours_faster=1.01),
+        {"model": "ViT-S/16", "bank": 64, "peer": "LitServe, merged models", "failed": "too large"},
+    ]
+    text = page.tables(content)
+    assert "hhdeploy serve over the best peer (LitServe, merged models): OpenVINO 1.50x; " in text
+    assert "| ViT-S/16, LitServe, merged models | 40.0 (200.0 / 225.0) | – | 311 / – |" in text
+    assert "- ViT-S/16, LitServe, merged models, 64: too large" in text

@@ -1,12 +1,14 @@
 """Head to head with what people would pick: ``make bench-peers``.
 
     python -m benchmarks.peers [--minutes 12] [--quick] [--model ViT-S/16]
+    python -m benchmarks.peers --servers      the race of servers alone, of the models named
     python -m benchmarks.peers --prepare      only make the files, which takes minutes once
     python -m benchmarks.peers --from FILE    write the documentation from an earlier run's JSON
 
 In-process: throughput, latency and every answer of all peers in turn; then a process each for
-memory and for the time of a change. ``--quick`` is a rehearsal (ViT-S, banks of 1 and 8, few
-rounds) that writes no documentation. The last line is JSON, which is kept in
+memory and for the time of a change; with ``--servers`` servers in turn. What was raced before of
+other models, and what ``--servers`` leaves out, is kept. ``--quick`` is a rehearsal (ViT-S, banks
+of 1 and 8, few rounds) that writes no documentation. The last line is JSON, which is kept in
 ``benchmarks/results/peers.json`` too.
 """
 
@@ -26,6 +28,7 @@ from benchmarks.peers.accuracy import accuracies, starter
 from benchmarks.peers.child import in_a_child
 from benchmarks.peers.prepare import prepare
 from benchmarks.peers.rounds import AGAIN, COMPILED, PEERS, enter, latencies, race
+from benchmarks.peers.servers import race_servers
 from benchmarks.peers.tasks import BANKS, MODELS, Case
 
 # Share of the time that is left for the races; opening and compiling come on top.
@@ -38,10 +41,16 @@ COMPILED_AT = 8
 @click.option("--minutes", default=12.0, show_default=True, help="Of measuring, files made.")
 @click.option("--quick", is_flag=True)
 @click.option("--model", "titles", multiple=True, type=click.Choice(list(MODELS)))
+@click.option("--servers", is_flag=True, help="The race of servers alone.")
 @click.option("--prepare", "only_prepare", is_flag=True)
 @click.option("--from", "earlier", type=click.Path(path_type=Path, dir_okay=False))
 def main(
-    minutes: float, quick: bool, titles: tuple[str, ...], only_prepare: bool, earlier: Path | None
+    minutes: float,
+    quick: bool,
+    titles: tuple[str, ...],
+    servers: bool,
+    only_prepare: bool,
+    earlier: Path | None,
 ) -> None:
     """Measure, and write what was found."""
     if earlier is not None:
@@ -56,16 +65,27 @@ def main(
     starter()
     if only_prepare:
         return
+    seconds = 60 * (0.5 if quick else minutes)
     content = {
         "benchmark": "peers",
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
-        **measure(cases, banks, 60 * (0.5 if quick else minutes)),
+        **(measure_servers if servers else measure)(cases, banks, seconds),
     }
-    print(page.tables(content), flush=True)
+    print(page.tables({table: [] for table in page.TABLES} | content), flush=True)
     if not quick:
-        page.write(content)
+        page.write(page.merged(page.stored(), content))
     print(json.dumps(content), flush=True)
+
+
+def measure_servers(cases: list[Case], banks: list[int], seconds: float) -> dict[str, list[Any]]:
+    """The records of servers."""
+    found = []
+    for case in cases:
+        for bank in banks:
+            print(f"{case.title}, servers of {bank} adapters", flush=True)
+            found += race_servers(case, bank, seconds / (len(cases) * len(banks)))
+    return {"servers": found}
 
 
 def measure(cases: list[Case], banks: list[int], seconds: float) -> dict[str, list[Any]]:

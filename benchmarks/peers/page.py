@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.plots import Axis, nice_ticks, plot
-from benchmarks.peers.rounds import AGAIN, BATCHES, INT8, OURS, PEERS
+from benchmarks.peers.rounds import AGAIN, BATCHES, PEERS
 from benchmarks.peers.tasks import BANKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +16,10 @@ PAGE, RESULTS = ROOT / "docs" / "measured.md", ROOT / "benchmarks" / "results" /
 BEGIN = "<!-- Head to head: written by python -m benchmarks.peers -->"
 END = "<!-- end of head to head -->"
 NOTHING = "Not measured yet."
+# What a run has records of.
+TABLES = ("races", "latencies", "servers", "changes", "accuracies")
+# How our names begin, and that of our second one, the control, ends.
+_OURS, _AGAIN = "hhdeploy", " again"
 Record = dict[str, Any]
 
 
@@ -26,6 +30,31 @@ def write(content: dict[str, Any]) -> None:
     for name, drawing in drawings(content).items():
         (PAGE.parent / name).write_text(drawing, encoding="utf-8")
     PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), content), encoding="utf-8")
+
+
+def merged(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """What was found now, and of what was not measured now, what was found before.
+
+    Raises:
+        SystemExit: some would be kept, and was measured on another machine or other versions.
+    """
+    tables: dict[str, list[Record]] = {}
+    kept = False
+    for table in TABLES:
+        new = now.get(table, [])
+        models = {r.get("model") for r in new}
+        old = [r for r in (before or {}).get(table, []) if r.get("model") not in models]
+        kept = kept or bool(old)
+        tables[table] = [*old, *new]
+    if before is None or not kept:
+        return now | tables
+    if before["machine"] != now["machine"]:
+        raise SystemExit(
+            f"{RESULTS} is of another machine or of other versions: race all models and the "
+            "servers again, or delete it."
+        )
+    dates = dict.fromkeys([*before["date"].split(", "), now["date"]])
+    return now | tables | {"date": ", ".join(dates)}
 
 
 def stored() -> dict[str, Any] | None:
@@ -62,8 +91,12 @@ def tables(content: dict[str, Any]) -> str:
     for model in dict.fromkeys(r["model"] for r in content["races"]):
         own = [r for r in content["races"] if r["model"] == model]
         blocks += [_race_table(model, own), *_verdicts(model, own)]
+    served = content.get("servers", [])
+    blocks += [_server_table(served), *_server_verdicts(served)]
     blocks += [_change_table(content["changes"]), _accuracy_table(content["accuracies"])]
-    blocks.append(_failures([*content["races"], *content["changes"], *content["accuracies"]]))
+    blocks.append(
+        _failures([*content["races"], *served, *content["changes"], *content["accuracies"]])
+    )
     return "\n\n".join(filter(None, blocks))
 
 
@@ -90,25 +123,50 @@ def _race_cell(record: Record) -> str:
     return f"{record['images_per_s']} ({record['p50_ms']} / {record['p99_ms']})"
 
 
+def _server_table(records: Sequence[Record]) -> str:
+    """Of each model and server a row; nothing where there was no race of servers."""
+    banks = [b for b in BANKS if any(r["bank"] == b for r in records)]
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        for peer in dict.fromkeys(r["peer"] for r in records):
+            own = {r["bank"]: r for r in _of(records, peer) if r["model"] == model}
+            memory = " / ".join(str(own[b].get("rss_mb", "–")) for b in banks if b in own)
+            cells = [_race_cell(own.get(bank, {})) for bank in banks]
+            rows.append([f"{model}, {peer}", *cells, memory])
+    columns = [f"{bank} at hand" for bank in banks]
+    title = "Servers, images/s (p50 / p99 ms of a request; 8 clients, an image each)"
+    return _markdown([title, *columns, "resident MB"], rows) if rows else ""
+
+
+def _server_verdicts(records: Sequence[Record]) -> list[str]:
+    """As `_verdicts`, of servers."""
+    return [
+        line
+        for model in dict.fromkeys(r["model"] for r in records)
+        for line in _verdicts(model, [r for r in records if r["model"] == model])
+    ]
+
+
 def _verdicts(model: str, records: Sequence[Record]) -> list[str]:
     """Ours over the best float32 peer, losses included: ratios of throughput."""
     lines = []
     for bank in BANKS:
         at = {r["peer"]: r for r in records if r["bank"] == bank and "failed" not in r}
-        peers = {n: r for n, r in at.items() if not n.startswith("hhdeploy") and r["right"]}
-        if OURS not in at or not peers:
+        peers = {n: r for n, r in at.items() if not n.startswith(_OURS) and r["right"]}
+        own = [name for name in at if name.startswith(_OURS) and not name.endswith(_AGAIN)]
+        if not own or not peers:
             continue
         best = max(peers, key=lambda name: float(peers[name]["images_per_s"]))
         speed = peers[best]["images_per_s"]
         said = [
-            f"{name.removeprefix('hhdeploy, ')} {at[name]['images_per_s'] / speed:.2f}x"
+            f"{name.split(', ', 1)[1]} {at[name]['images_per_s'] / speed:.2f}x"
             + (" (a loss)" if at[name]["images_per_s"] < speed else "")
-            for name in (OURS, INT8, "hhdeploy, ONNX Runtime")
-            if name in at
+            for name in own
         ]
-        control = f"; control {at[AGAIN]['ours_faster']:.2f}" if AGAIN in at else ""
+        again = next((at[name]["ours_faster"] for name in at if name.endswith(_AGAIN)), None)
+        control = "" if again is None else f"; control {again:.2f}"
         lines.append(
-            f"- {model}, {bank} adapters: hhdeploy over the best peer ({best}): "
+            f"- {model}, {bank} adapters: {own[0].split(', ')[0]} over the best peer ({best}): "
             f"{', '.join(said)}{control}"
         )
     return ["\n".join(lines)] if lines else []

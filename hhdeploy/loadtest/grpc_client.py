@@ -39,7 +39,10 @@ class GrpcClient(Client):
         await super().close()
 
     async def infer(self, body: bytes, json_length: int) -> Reply:
-        """Ask; see `Requests.body`. The reply is as HTTP's would be, a failed call's status 0."""
+        """Ask; see `Requests.body`. The reply is as HTTP's would be.
+
+        A call that failed has status 0, but for an adapter that is not there.
+        """
         try:
             answer = await next(self._turns).ModelInfer(
                 self._message(body, json_length), timeout=self._seconds
@@ -47,7 +50,8 @@ class GrpcClient(Client):
         except self._grpc.aio.AioRpcError as error:
             if error.code() is self._grpc.StatusCode.DEADLINE_EXCEEDED:
                 return Reply(None)
-            return Reply(0, f"{error.code().name}: {error.details()}".encode())
+            status = 404 if error.code() is self._grpc.StatusCode.NOT_FOUND else 0
+            return Reply(status, f"{error.code().name}: {error.details()}".encode())
         outputs = [
             {"name": o.name, "datatype": o.datatype, "shape": list(o.shape)} for o in answer.outputs
         ]

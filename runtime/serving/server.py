@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.arrival import bounded_protocol
 from hhdeploy.runtime.serving.listening import listen
+from hhdeploy.runtime.serving.processes.memory import give_memory_back
 from hhdeploy.runtime.serving.service import Service
 
 _LOG = logging.getLogger("hhdeploy.serve")
@@ -34,9 +34,6 @@ _GRACE_SECONDS = 5.0
 _KEEP_ALIVE_SECONDS = 75
 # Connections of HTTP beyond those that are answered: they are told so.
 _TURNED_AWAY = 256
-# Of <malloc.h>.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -118,18 +115,6 @@ async def serve(
                 await grpc.stop(_grace(service))
             await service.stop()
             _LOG.info("stopped")
-
-
-def give_memory_back() -> None:
-    """Large blocks go back to the kernel when they are freed, with glibc; nothing without it.
-
-    Of itself glibc raises both thresholds with the blocks it sees freed, up to 32 and 64 MiB:
-    after bodies of such sizes, at once and some for long, a server kept a gigabyte.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 24)
 
 
 class _Server(uvicorn.Server):

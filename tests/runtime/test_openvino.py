@@ -112,6 +112,48 @@ def test_a_row_is_seen_as_it_changes_without_a_copy(small):
         assert not np.array_equal(alpha, gamma)
 
 
+def test_a_small_model_is_compiled_for_one_image(small, folded, constant, workshop):
+    """When the first single image comes, and rows that change meanwhile are seen."""
+    x = images(1)
+    with started(small, slots=4) as session:
+        backend = session._backend
+        session.run(images(3), "alpha")
+        assert backend._one is None
+        alpha, gamma = session.run(x, "alpha"), session.run(x, "gamma")
+        assert [list(port.shape) for port in backend._one.inputs] == [
+            [1, *x.shape[1:]], [1], list(session.adapters.rows.shape)
+        ]  # fmt: skip
+        for name, found in (("alpha", alpha), ("gamma", gamma)):
+            truth = workshop.mixed_truth([name], x, found.shape[1])
+            assert_parity(truth, found, "openvino", "float32")
+        session.adapters.add("rival", workshop.directory("rival"))
+        rival = session.run(x, "rival")
+        truth = workshop.mixed_truth(["rival"], x, rival.shape[1])
+        assert_parity(truth, rival, "openvino", "float32")
+        assert_caught(truth, alpha, "openvino", "float32")
+        assert np.array_equal(session.run(x, "alpha"), alpha)
+    for path in (folded, constant):
+        with started(path) as session:
+            found = session.run(x, "alpha")
+            assert session._backend._one is not None
+            truth = workshop.mixed_truth(["alpha"], x, found.shape[1])
+            assert_parity(truth, found, "openvino", "float32")
+
+
+def test_a_large_model_or_one_that_is_gone_answers_one_image_as_any(small, tmp_path, monkeypatch):
+    path = copy_bundle(small, tmp_path / "b")
+    x = images(1)
+    with started(path) as session:
+        for file in path.glob("model.onnx*"):
+            file.unlink()
+        found = session.run(x, "alpha")
+        assert session._backend._one is None
+    monkeypatch.setattr(hhdeploy.runtime.openvino_backend, "_SMALL", 1)
+    with started(small) as session:
+        assert np.array_equal(session.run(x, "alpha"), found)
+        assert session._backend._one is None
+
+
 def test_images_that_may_not_be_written(opened):
     x = images(3)
     expected = opened.run(x, "alpha")

@@ -35,6 +35,7 @@ def no_compiler(monkeypatch):
         def __init__(self):
             self.get_property = core.get_property
             self.import_model = core.import_model
+            self.read_model = core.read_model
 
         def compile_model(self, *given):
             raise RuntimeError("compiled after all")
@@ -61,6 +62,22 @@ def test_the_second_start_compiles_nothing(small, cache, no_compiler):
         changed = session.run(images(3), "alpha")
     assert np.array_equal(changed, answer(small, "gamma"))
     assert not np.array_equal(changed, first)
+
+
+def test_a_single_image_s_own_model_is_kept_too(small, cache, no_compiler):
+    """Slots are one of its fixed dimensions, so a blob belongs to their number."""
+    x = images(1)
+    with started(small, slots=4) as session:
+        first = session.run(x, "alpha")
+    assert len(blobs(cache)) == 2
+    with started(small, slots=5) as session:
+        assert np.array_equal(session.run(x, "alpha"), first)
+    assert len(blobs(cache)) == 3
+    no_compiler()
+    for slots in (4, 5):
+        with started(small, slots=slots) as session:
+            assert np.array_equal(session.run(x, "alpha"), first)
+            assert session._backend._one is not None
 
 
 def test_no_cache_writes_nothing(small, cache, tmp_path):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import io
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hhdeploy.errors import HhdeployError
@@ -28,6 +30,9 @@ _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _LOOK_SECONDS: Final = 0.2
 # A body that takes longer to arrive makes room where there is none.
 SLOW_SECONDS: Final = 1.0
+# What is taken of a connection at once, and how much of a body waits for no turn.
+PIECE_BYTES: Final = 1 << 16
+_SMALL_BYTES: Final = PIECE_BYTES // 2
 
 
 def bounded_protocol(
@@ -42,20 +47,32 @@ def bounded_protocol(
             those of connections beyond their limit.
     """
 
-    class BoundedProtocol(HttpToolsProtocol):
+    turns = Turns()
+    room = memoryview(bytearray(PIECE_BYTES))  # of the connection that is read just now
+
+    class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         _deadline: asyncio.TimerHandle | None = None
         # A request has begun, and not arrived as a whole.
         _arriving = False
         # Bytes that came since the headers' end or since the body went on.
         _beside = 0
+        # Bytes of the body that is arriving.
+        _of_body = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.flow = _InTurn(transport, turns)
             self._deadline = self.loop.call_later(seconds, transport.close)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._arrived()
             super().connection_lost(exc)
+
+        def get_buffer(self, sizehint: int) -> memoryview:
+            return room
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.data_received(bytes(room[:nbytes]))
 
         def data_received(self, data: bytes) -> None:
             self._beside += len(data)
@@ -67,6 +84,13 @@ def bounded_protocol(
                 message = f"Headers beyond {MOST_HEAD_BYTES} bytes."
                 self.logger.warning(message)
                 self.send_400_response(message)
+            if self._of_body > _SMALL_BYTES:
+                self._go_on_in_turn()
+
+        def _go_on_in_turn(self) -> None:
+            self.flow.pause_reading()  # until the application asks for more
+            if self.cycle.response_complete:
+                self.flow.resume_reading()  # which it never will: the rest is dropped
 
         def eof_received(self) -> bool | None:  # type: ignore[override]
             """A client that has said all may wait for its answer, or may have left.
@@ -105,15 +129,16 @@ def bounded_protocol(
             if limit is not None and max(len(self.connections), len(self.tasks)) >= limit:
                 refused(BusyError("too many connections."))  # uvicorn answers 503
             super().on_headers_complete()
-            self._beside = 0
+            self._beside = self._of_body = 0
 
         def on_body(self, body: bytes) -> None:
             super().on_body(body)
             self._beside = 0
+            self._of_body += len(body)
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
-            self._beside = 0
+            self._beside = self._of_body = 0
             self._arrived()
 
         def _arrived(self) -> None:
@@ -123,6 +148,48 @@ def bounded_protocol(
                 self._deadline = None
 
     return BoundedProtocol
+
+
+class Turns:
+    """Large bodies go on one after the other, one in each turn of the event loop.
+
+    A piece of one costs the loop what a small request does: pieces of all at once would keep
+    everybody else waiting, again and again.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._under_way = False
+
+    def wait(self, go_on: Callable[[], None]) -> None:
+        """``go_on`` is called in its turn."""
+        self._waiting.append(go_on)
+        if not self._under_way:
+            self._under_way = True
+            asyncio.get_running_loop().call_soon(self._next)
+
+    def _next(self) -> None:
+        self._under_way = bool(self._waiting)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)
+            self._waiting.popleft()()
+
+
+class _InTurn(FlowControl):
+    """A connection that was paused is read again when its turn has come."""
+
+    def __init__(self, transport: asyncio.Transport, turns: Turns) -> None:
+        super().__init__(transport)
+        self._turns, self._waits = turns, False
+
+    def resume_reading(self) -> None:
+        if self.read_paused and not self._waits:
+            self._waits = True
+            self._turns.wait(self._go_on)
+
+    def _go_on(self) -> None:
+        self._waits = False
+        super().resume_reading()
 
 
 def header(request: Request, name: bytes) -> str | None:

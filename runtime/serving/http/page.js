@@ -2,6 +2,7 @@
 // Names and labels are other people's text: they enter the page as textContent alone.
 
 const EVERY_MS = 2000; // between two looks at /status
+const AT_MOST_MS = 20_000; // the same, where looking takes long
 const TIMEOUT_MS = 10_000; // of one look
 const MOST = 200; // adapters shown, and asked, at a time
 const TOP = 3; // classes of an answer; labels that are said and values are all shown
@@ -173,22 +174,27 @@ function health(kind, text) {
   document.body.classList.toggle("stale", kind === "bad");
 }
 
+/** Show what the server is at now; whether it said so. */
 async function look() {
   try {
     const response = await asked("status", { signal: AbortSignal.timeout(TIMEOUT_MS) });
-    if (response.status === 401) return wantToken();
+    if (response.status === 401) {
+      wantToken();
+      return true;
+    }
     if (!response.ok) throw new Error(await problemOf(response));
     status = await response.json();
   } catch (error) {
     const why = error instanceof TypeError || error.name === "TimeoutError"
       ? "The server does not answer" : error.message;
     health("bad", why);
-    return;
+    return false;
   }
   $("login").hidden = true;
   show();
   if (status.ready) health("good", "Ready");
   else health("", "Not ready");
+  return true;
 }
 
 /** A request, with the token where one was given. */
@@ -209,11 +215,12 @@ async function poll() {
   clearTimeout(timer);
   if (document.hidden) return;
   const begin = performance.now();
-  await look();
-  // A long list of adapters costs the server something: look at most a tenth of the time.
+  const answered = await look();
+  // A long list of adapters costs the server something: look at most a tenth of the time. But one
+  // that did not answer in time may do so in a moment.
   const spent = performance.now() - begin;
   clearTimeout(timer);
-  timer = setTimeout(poll, Math.max(EVERY_MS, 10 * spent));
+  timer = setTimeout(poll, answered ? Math.min(AT_MOST_MS, Math.max(EVERY_MS, 10 * spent)) : EVERY_MS);
 }
 
 // --- playground ---------------------------------------------------------------------------------

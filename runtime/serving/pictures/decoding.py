@@ -50,14 +50,18 @@ class _Waiting:
 
 
 class Decoders:
-    """Threads that decode; used on one event loop. `close` ends them."""
+    """Threads that decode; used on one event loop. `close` ends them.
+
+    Attributes:
+        most_vast: pictures of `VAST` or more pixels at the same time.
+    """
 
     def __init__(self, count: int, most_pixels: int) -> None:
         """``count``: pictures at the same time. ``most_pixels``: of the vast ones together."""
         self._count, self._most = count, most_pixels
         self._small = ThreadPoolExecutor(count, "hhdeploy-decode")
-        self._most_vast = max(1, count // 2)
-        self._vast = ThreadPoolExecutor(self._most_vast, "hhdeploy-vast", _step_back)
+        self.most_vast = max(1, count // 2)
+        self._vast = ThreadPoolExecutor(self.most_vast, "hhdeploy-vast", _step_back)
         self._waiting: dict[bool, list[_Waiting]] = {False: [], True: []}
         self._running = {False: 0, True: 0}
         # Of all pictures, those that were begun; of the vast ones, those at work.
@@ -115,7 +119,7 @@ class Decoders:
         fits = vast is not None and (
             not self._running[True] or self._vast_pixels + vast.pixels <= self._most
         )
-        if fits and self._running[True] < self._most_vast:
+        if fits and self._running[True] < self.most_vast:
             return True
         return None
 

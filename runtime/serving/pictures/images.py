@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 from hhdeploy.errors import DataError
 from hhdeploy.preprocess import Preprocess, as_rgb
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
-from hhdeploy.runtime.serving.pictures.decoding import Decoders
+from hhdeploy.runtime.serving.pictures.decoding import VAST, Decoders
+from hhdeploy.runtime.serving.processes.elsewhere import Elsewhere
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -42,13 +44,19 @@ _OPENING = threading.Lock()
 class Pictures:
     """Decodes and preprocesses the pictures of all requests, on threads of its own.
 
-    Pillow lets go of the interpreter's lock while it decodes and resizes.
+    Pillow lets go of the interpreter's lock while it decodes and resizes, but not while it copies
+    what libwebp decoded: a fifth of a second for a vast picture, which has a process of its own.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
         self._opening = ThreadPoolExecutor(1, "hhdeploy-open")
         self._decoders = Decoders(settings.decoders, settings.decoding_pixels)
+        # Of those that no vast picture is in; as many as there are threads for these.
+        self._free: SimpleQueue[Elsewhere] = SimpleQueue()
+        self._processes = [Elsewhere("decodes") for _ in range(self._decoders.most_vast)]
+        for process in self._processes:
+            self._free.put(process)
 
     async def pixels(
         self, encoded: Sequence[bytes], images: Sequence[int], ways: Sequence[Preprocess]
@@ -75,7 +83,10 @@ class Pictures:
                 image = opened[index]
                 pixels = image.width * image.height
                 turn += pixels
-                job = partial(_decode, image, f"image {index}", tuple(each))
+                name, own = f"image {index}", tuple(each)
+                job = partial(_decode, image, name, own)
+                if pixels >= VAST:
+                    job = partial(self._elsewhere, encoded[index], name, own)
                 jobs.append(self._decoders.begin(job, pixels, turn))
                 del image, job
             decoded = await asyncio.gather(*jobs)
@@ -88,7 +99,24 @@ class Pictures:
     def close(self) -> None:
         """Finish what was begun, and end the threads."""
         self._opening.shutdown(wait=True)
+        for process in self._processes:
+            process.kill()
         self._decoders.close()
+        for process in self._processes:
+            process.end()
+
+    def _elsewhere(
+        self, content: bytes, name: str, ways: Sequence[Preprocess]
+    ) -> dict[Preprocess, NDArray[np.float32]]:
+        """`_decode` in a process; on one of the threads for vast pictures."""
+        process = self._free.get()
+        try:
+            found: dict[Preprocess, NDArray[np.float32]] = process.call(
+                open_and_decode, content, self._settings.image_pixels, name, ways
+            )
+            return found
+        finally:
+            self._free.put(process)
 
     def _open(self, encoded: Sequence[bytes]) -> list[Image.Image]:
         most, most_together = self._settings.image_pixels, self._settings.request_pixels
@@ -103,6 +131,13 @@ class Pictures:
                     f"{most_together} are taken in one request. Send fewer, or smaller ones."
                 )
         return opened
+
+
+def open_and_decode(
+    content: bytes, most_pixels: int, name: str, ways: Sequence[Preprocess]
+) -> dict[Preprocess, NDArray[np.float32]]:
+    """A vast picture; see `open_picture`, and of each way float32 [3, H, W]."""
+    return _decode(open_picture(content, most_pixels=most_pixels, name=name), name, ways)
 
 
 def _decode(

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.runtime.serving.errors import TooLargeError
+from hhdeploy.runtime.serving.errors import FailedError, RequestError, TooLargeError
+from hhdeploy.runtime.serving.pictures import images
 from hhdeploy.runtime.serving.pictures.decoding import VAST, Decoders
 from hhdeploy.runtime.serving.pictures.images import Pictures
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -238,3 +239,40 @@ def test_the_pictures_of_a_request_have_a_limit_together():
             pictures.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_vast_pictures_are_decoded_in_a_process_and_are_the_same(monkeypatch, form):
+    """What libwebp decoded is copied with the interpreter's lock: that of another process."""
+    way = Preprocess((3, 31, 29), (0.5,) * 3, (0.25,) * 3)
+    pixels = np.random.default_rng(5).integers(0, 256, (41, 37, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    content = file.getvalue()
+    settings = ServeSettings(Path("tiny"))
+    held = []
+
+    async def run() -> None:
+        pictures = Pictures(settings)
+        try:
+            here = await pictures.pixels([content], [0], [way])
+            assert pictures._processes[0]._process is None
+            monkeypatch.setattr(images, "VAST", 41 * 37)
+            there = await pictures.pixels([content, encoded(3, 2)], [0, 1], [way] * 2)
+            held.append(pictures._processes[0]._process)
+            np.testing.assert_array_equal(there[0], here[0])
+            with pytest.raises(RequestError, match=r"^image 1: ") as caught:
+                await pictures.pixels([content, content[: len(content) // 2]], [0, 1], [way] * 2)
+            assert "process" not in str(caught.value)
+            assert pictures._processes[0]._process is held[0] and held[0].poll() is None
+            held[0].kill()
+            with pytest.raises(FailedError, match="the process that decodes has ended"):
+                await pictures.pixels([content], [0], [way])
+            again = await pictures.pixels([content], [0], [way])
+            np.testing.assert_array_equal(again, here)
+            held.append(pictures._processes[0]._process)
+        finally:
+            pictures.close()
+
+    asyncio.run(run())
+    assert all(process.returncode is not None for process in held)

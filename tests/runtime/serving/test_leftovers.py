@@ -263,7 +263,7 @@ def test_large_bodies_leave_no_memory_behind():
     code = """import asyncio
 from starlette.requests import Request
 from hhdeploy.runtime.serving.http.arrival import Bodies
-from hhdeploy.runtime.serving.server import give_memory_back
+from hhdeploy.runtime.serving.processes.memory import give_memory_back
 
 def resident():
     with open("/proc/self/statm") as file:

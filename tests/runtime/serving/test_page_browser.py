@@ -248,6 +248,22 @@ def test_numbers_are_those_of_status(page, fleet):
     visit.check()
 
 
+def test_a_server_that_did_not_answer_in_time_is_asked_again_soon(page, fleet):
+    """Not after ten times the time that the page waited for it."""
+    page.add_init_script(
+        "window.delays = []; const later = setTimeout;"
+        "window.setTimeout = (act, ms) => (delays.push(ms), later(act, ms));"
+        "const limit = AbortSignal.timeout; let looks = 0;"
+        "AbortSignal.timeout = (ms) => limit(looks++ ? ms : 500);"
+    )
+    held = []
+    page.route("**/status", lambda route: held.append(route) if not held else route.fallback())
+    page.goto(fleet.url)
+    expect(page.locator("#health")).to_have_text("Ready")
+    assert len(held) == 1  # and it was never answered
+    assert page.evaluate("delays[0]") == 2000
+
+
 def test_what_the_server_refuses_is_said(page, fleet):
     visit = Visit(page, fleet.url)
     visit.open()

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
-from hhdeploy.runtime.serving.http import parsing
 from hhdeploy.runtime.serving.http.codec import json_length, read_object, read_request
 from hhdeploy.runtime.serving.http.parsing import Parser
+from hhdeploy.runtime.serving.processes import elsewhere
 
 PATIENCE = 60
 
@@ -53,9 +53,9 @@ def test_large_json_is_read_as_small_json_is():
             array = found.inputs["images"].array
             assert array.dtype == np.float32
             np.testing.assert_array_equal(array, expected.inputs["images"].array)
-            process = parser._process
+            process = parser._process._process
             assert await parser.content(content) == read_object(content)
-            assert parser._process is process and process.poll() is None
+            assert parser._process._process is process and process.poll() is None
         assert process.poll() is not None
 
     run(scene)
@@ -100,9 +100,9 @@ def test_one_that_is_given_up_ends_with_its_process(monkeypatch):
             long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
             next_one = asyncio.create_task(parser.request("tiny", "", body(), None))
             left = asyncio.create_task(parser.request("tiny", "", body(), None))
-            while parser._process is None:
+            while parser._process._process is None:
                 await asyncio.sleep(0.01)  # this loop goes on meanwhile
-            held = parser._process
+            held = parser._process._process
             left.cancel()  # one that waits takes nobody's process with it
             await asyncio.wait([left])
             assert held.poll() is None
@@ -111,7 +111,7 @@ def test_one_that_is_given_up_ends_with_its_process(monkeypatch):
                 await long
             assert (await next_one).id == "seven"
             assert held.returncode is not None
-            assert parser._process not in (None, held)
+            assert parser._process._process not in (None, held)
             assert waiting and threading.main_thread() not in waiting  # the loop goes on
 
     monkeypatch.setattr(subprocess.Popen, "wait", watched)
@@ -134,14 +134,14 @@ def test_more_than_may_wait_is_refused():
 
 
 def test_one_that_is_given_up_while_its_process_starts_is_not_begun(monkeypatch):
-    begun, start = threading.Event(), parsing._start
+    begun, start = threading.Event(), elsewhere._start
 
     def started() -> subprocess.Popen:
         begun.set()
         time.sleep(0.2)
         return start()
 
-    monkeypatch.setattr(parsing, "_start", started)
+    monkeypatch.setattr(elsewhere, "_start", started)
 
     async def scene() -> None:
         async with reading() as parser:
@@ -180,7 +180,7 @@ def test_a_process_whose_memory_has_grown_ends():
     async def scene() -> None:
         async with reading() as parser:
             await parser.content(body())
-            first = parser._process
+            first = parser._process._process
             await parser._elsewhere(1, operator.mul, b"x", 100 << 20)
             assert first.poll() is not None
             assert (await parser.request("tiny", "", body(), None)).id == "seven"

@@ -1,0 +1,133 @@
+"""Large bodies arrive in turn, whoever sends them, and small requests between their pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import pytest
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from hhdeploy.runtime.serving.http.arrival import PIECE_BYTES, Turns, bounded_protocol
+
+
+def test_one_goes_on_in_each_turn_of_the_loop():
+    async def scene() -> None:
+        turns = Turns()
+        for _ in range(2):  # again after nobody waited
+            went: list[int] = []
+            for number in range(3):
+                turns.wait(partial(went.append, number))
+            for seen in range(3):
+                assert went == list(range(seen))
+                await asyncio.sleep(0)
+            assert went == [0, 1, 2]
+            await asyncio.sleep(0)
+
+    asyncio.run(scene())
+
+
+class Pipe(asyncio.Transport):
+    """A connection on which a whole request has come; `deliver` hands its next piece on."""
+
+    def __init__(self, path: str, body: bytes) -> None:
+        super().__init__()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.left, self.said = head.encode() + body, b""
+        self.paused = self.closed = False
+
+    def deliver(self, protocol: asyncio.BufferedProtocol) -> bool:
+        """As the loop does in each of its turns; whether there was something to read."""
+        if self.paused or not self.left:
+            return False
+        room = protocol.get_buffer(-1)
+        piece, self.left = self.left[: len(room)], self.left[len(room) :]
+        room[: len(piece)] = piece
+        protocol.buffer_updated(len(piece))
+        return True
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def write(self, data: Any) -> None:
+        self.said += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the body's digest; what is asked for as refused it does not read."""
+    body, more = b"", scope["path"] != "/refused"
+    while more:
+        message = await receive()
+        body += message["body"]
+        more = message["more_body"]
+    said = sha256(body).hexdigest().encode()
+    length = [(b"content-length", b"%d" % len(said))]
+    await send({"type": "http.response.start", "status": 200, "headers": length})
+    await send({"type": "http.response.body", "body": said})
+
+
+@pytest.mark.parametrize("path", ["/taken", "/refused"])
+def test_large_bodies_arrive_piece_by_piece_in_turn(path):
+    """Of those that are refused the rest, which nobody reads."""
+    small = b"small" * 1009
+    bodies = [bytes([number]) * (4 * PIECE_BYTES + 13) for number in (1, 2, 3)]
+    pipes = [*(Pipe(path, body) for body in bodies), Pipe("/taken", small)]
+
+    async def scene() -> list[list[int]]:
+        config = Config(app, http=bounded_protocol(60, lambda error: None), log_config=None)
+        config.load()
+        made = [config.http_protocol_class(config, ServerState(), {}) for _ in pipes]
+        for protocol, pipe in zip(made, pipes, strict=True):
+            protocol.connection_made(pipe)
+        turns = []
+        while any(pipe.left or not pipe.said for pipe in pipes):
+            turns.append([n for n, pipe in enumerate(pipes) if pipe.deliver(made[n])])
+            if len(turns) == 3:  # one whose answer waits for no turn
+                assert sha256(small).hexdigest().encode() in pipes[3].said
+            await asyncio.sleep(0)
+        for protocol in made:
+            protocol.connection_lost(None)
+        return turns
+
+    first, *others = asyncio.run(asyncio.wait_for(scene(), 60))
+    assert first == [0, 1, 2, 3] and max(map(len, others)) == 1
+    order = [number for turn in others for number in turn]
+    assert order == [0, 1, 2] * 4
+    for pipe, body in zip(pipes, bodies, strict=False):
+        read = body if path == "/taken" else b""
+        assert pipe.said.endswith(sha256(read).hexdigest().encode())
+
+
+def test_a_small_body_in_several_pieces_waits_for_no_turn():
+    pipe = Pipe("/taken", b"body" * 5003)
+
+    async def scene() -> None:
+        config = Config(app, http=bounded_protocol(60, lambda error: None), log_config=None)
+        config.load()
+        protocol = config.http_protocol_class(config, ServerState(), {})
+        protocol.connection_made(pipe)
+        content, pipe.left = pipe.left, b""
+        for at in range(0, len(content), 4001):
+            pipe.left = content[at : at + 4001]
+            assert pipe.deliver(protocol)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert pipe.said.endswith(sha256(b"body" * 5003).hexdigest().encode())
+        protocol.connection_lost(None)
+
+    asyncio.run(scene())
