@@ -102,6 +102,11 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 # -- the machine --------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_in_onnx_runtime() -> None:
+    """Not here: what is measured has the threads that users have."""
+
+
 @pytest.fixture(scope="package", autouse=True)
 def _dry() -> Iterator[None]:
     """In a dry run ``device="cuda"`` means the CPU, with all else as on a GPU."""

@@ -34,6 +34,14 @@ PER_ADAPTER, CALIBRATED = 24, 16
 SETTINGS = CalibrationSettings(images=CALIBRATED)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def timed_briefly():
+    """What a graph gains in time is no concern of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hhdeploy.quantising._TIMED", {1: 2, 8: 2})
+        yield
+
+
 @pytest.fixture(scope="module")
 def undecided(workshop, small, tmp_path_factory) -> Path:
     """Alpha and gamma with heads that are easily swayed. Read only."""
