@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from click.testing import CliRunner
 
+from hhdeploy.cli import main
 from tests.leash import leashed
 from tests.runtime.serving.fleets import PATIENCE
 from tests.workshop import ROOT
@@ -134,6 +137,15 @@ def running_server(
                 assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
+
+
+def not_served(monkeypatch: pytest.MonkeyPatch, bundle: Path, *options: object) -> str:
+    """What ``hhdeploy serve BUNDLE OPTIONS``, in this process, says instead of serving."""
+    monkeypatch.setattr("hhdeploy.runtime.serving.logs.log_as_json", lambda level: None)
+    ended = CliRunner().invoke(main, ["serve", str(bundle), *map(str, options)])
+    assert ended.exit_code == 1 and isinstance(ended.exception, SystemExit), ended.output
+    assert not ended.stdout
+    return ended.stderr
 
 
 def signal_own_server(serving: asyncio.Task[None], number: int = signal.SIGTERM) -> None:
