@@ -204,7 +204,7 @@ def ort_cuda(gpu: Gpu) -> str:
 
 def _provider(device: str) -> str:
     need("onnxruntime", extra="gpu")
-    if importlib.util.find_spec("torch") is not None:
+    if not DRY and importlib.util.find_spec("torch") is not None:
         import torch  # noqa: F401  brings CUDA and cuDNN, before the first session looks for them
     import onnxruntime as ort
 
