@@ -35,10 +35,11 @@ _VITS14, _STARTER = "examples/vits14/results.json", "examples/starter/results.js
 
 # Name of the result -> arguments of Python.
 RUNS: Mapping[str, Sequence[str]] = {
-    "fold": ("-m", "benchmarks.bench_fold"),
-    "branches": ("-m", "benchmarks.bench_branches", "--pairs", "4"),
+    "fold": ("-m", "benchmarks.bench_fold", "--pairs", "5"),
+    "branches": ("-m", "benchmarks.bench_branches", "--pairs", "4", "--rounds", "2"),
     "branches-openvino": (
-        "-m", "benchmarks.bench_branches", "--pairs", "4", "--device", "openvino",
+        "-m", "benchmarks.bench_branches", "--pairs", "4", "--rounds", "2",
+        "--device", "openvino",
     ),
     "branches-starter": ("-m", "benchmarks.bench_branches", "--model", "starter", "--pairs", "40"),
     "branches-starter-openvino": (
@@ -46,10 +47,13 @@ RUNS: Mapping[str, Sequence[str]] = {
         "--device", "openvino",
     ),
     "slots": ("-m", "benchmarks.bench_slots"),
-    "export": ("-m", "benchmarks.bench_export"),
+    "export": ("-m", "benchmarks.bench_export", "--pairs", "2"),
     "cold-start": ("-m", "benchmarks.bench_cold_start", "--starts", "5", "--kind", "branches"),
-    "serve": ("-m", "benchmarks.bench_serve", "--rounds", "3", "--no-profile"),
-    "bank": ("-m", "benchmarks.bench_bank", "--requests", "60"),
+    "serve": (
+        "-m", "benchmarks.bench_serve", "--rounds", "3", "--images", "160", "--requests", "20",
+        "--no-profile",
+    ),
+    "bank": ("-m", "benchmarks.bench_bank", "--rounds", "2", "--requests", "40"),
     "memory": ("-m", "benchmarks.bench_memory"),
     "parity": ("-m", "benchmarks.bench_parity"),
     "machine": ("-m", "benchmarks.bench_machine", "--runs", "20"),
