@@ -213,7 +213,7 @@ def test_an_adapter_is_checked_against_the_ranges(calibrate, images, tmp_path):
     narrow = check(bright)
     assert narrow.excess[0].ratio == max(e.ratio for e in narrow.excess) > 1
     assert not [e for e in narrow.excess if e.site.startswith("blocks.0.attn")]
-    assert "Calibrate again with its images" in narrow.advice()
+    assert "calibrate again with its images" in narrow.advice()
     calibrate(settings=replace(SETTINGS, precision="int8-weights"))
     with pytest.raises(PlanError, match="quantises no activations"):
         check(images, "int8-weights")
