@@ -20,6 +20,7 @@ FILES = frozenset(
         "calibration/test_int8.py",
         "calibration/test_other_sources.py",
         "calibration/test_qdq.py",
+        "calibration/test_ranges.py",
         "calibration/test_report.py",
         "calibration/test_sites.py",
         "calibration/test_tensorrt.py",
