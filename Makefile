@@ -6,7 +6,7 @@
 # make lint   ruff, mypy strict, import-linter
 # make docs   the documentation as a site, in build/site; a warning or a dead link fails
 # make release-check  wheel and sdist, twice and in empty environments; leaves them in dist/
-# make bench  the benchmarks, alone on the machine
+# make bench  the benchmarks, alone on the machine; writes their figures into README and docs
 # make bench-peers  head to head with what people would pick instead; alone on the machine
 # make gpu-check  everything that needs a GPU; gpu-report.txt says what ran, and why not the rest
 #   GPU_PYTHON=python3  with this interpreter and what it has: installs nothing
@@ -68,11 +68,11 @@ release-check: $(VENV)/.test
 	$(BIN)/python -m tests.release
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.tables --run
 
 bench-peers: $(VENV)/.test
 	$(PIP) -e '.[peers]'
-	$(BIN)/python -W ignore -m benchmarks.peers
+	$(BIN)/python -m benchmarks.tables --run peers
 
 # An interpreter that is given is used as it is.
 gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.test)

@@ -4,7 +4,8 @@
 
 All in float64 on the same weights: `fold_additive` against H_u D H_v with dense H (what the
 equations read), and against reading and writing the weights once (the floor). The sequential form,
-`fold_sequential`, against the same floor; the control is the floor against itself.
+`fold_sequential`, against the same floor; the control is the floor against itself. What of it is
+due to float64: the weights converted and converted back, and the products, block by block.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from hhdeploy.algebra import SiteDelta, fold_additive, fold_sequential, househol
 from hhdeploy.timing import paired
 
 SITES, DIM, RANK = 48, 768, 1
+# Rows of a block, as the fold takes them.
+ROWS = 128
 
 
 @click.command()
@@ -60,6 +63,20 @@ def main(pairs: int) -> None:
         for weight, target in zip(weights, out, strict=True):
             np.add(weight, np.float32(1.0), out=target)
 
+    block = np.empty((ROWS, DIM))
+    deltas = [delta_of(site) for site in tensors]
+
+    def converted() -> None:
+        for weight, target in zip(weights, out, strict=True):
+            for first in range(0, DIM, ROWS):
+                block[:] = weight[first : first + ROWS]
+                target[first : first + ROWS] = block
+
+    def products() -> None:
+        for delta in deltas:
+            for first in range(0, DIM, ROWS):
+                np.matmul(delta.left[first : first + ROWS], delta.right, out=block)
+
     thin()
     folded = [t.copy() for t in out]
     dense()
@@ -72,6 +89,8 @@ def main(pairs: int) -> None:
             "dense products / fold": paired(dense, thin, pairs=pairs),
             "fold / reading and writing once": paired(thin, once, pairs=pairs),
             "sequential fold / reading and writing once": paired(sequential, once, pairs=pairs),
+            "to float64 and back / reading and writing once": paired(converted, once, pairs=pairs),
+            "products alone / reading and writing once": paired(products, once, pairs=pairs),
             "control: reading and writing once, twice": paired(once, once, pairs=pairs),
         },
     )

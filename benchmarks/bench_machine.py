@@ -1,11 +1,11 @@
 """What this machine computes at most, and where ViT-B's time goes.
 
-    python -m benchmarks.bench_machine [--model vit_base_patch16_224] [--runs 30] [--write]
+    python -m benchmarks.bench_machine [--model vit_base_patch16_224] [--runs 30]
 
 The probe is one Linear of the model's MLP at batch 8 in OpenVINO, in float32, bfloat16 (where the
 processor computes in it) and INT8, and a copy of 256 MiB. The profile is OpenVINO's own time of
 every node by kind of node, in the run of median time; what that takes beyond the sum is overhead.
-`--write` puts both into docs/machine.md.
+docs/machine.md shows both.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from benchmarks.harness import THREADS, machine, report
+from benchmarks.harness import THREADS, report
 from benchmarks.models import bundle, calibrated
 from hhdeploy.bundle import Bundle
 from hhdeploy.runtime.openvino_backend import adds_int8_exactly, shared_core
 
-PAGE: Final = Path(__file__).parents[1] / "docs" / "machine.md"
 BATCHES: Final = (1, 8)
 GRAPHS: Final = {
     "float32 folded": ("folded", "float32"),
@@ -47,8 +46,7 @@ _NONE: Final = {"milliseconds": 0.0, "nodes": 0}
 @click.command()
 @click.option("--model", default="vit_base_patch16_224", show_default=True)
 @click.option("--runs", default=30, show_default=True)
-@click.option("--write", is_flag=True, help="The page of docs.")
-def main(model: str, runs: int, write: bool) -> None:
+def main(model: str, runs: int) -> None:
     """The machine's limits, and a profile of folded and side branches in float32 and INT8."""
     results: dict[str, Any] = {"model": model, "runs": runs, "vnni": adds_int8_exactly()}
     results["probe"] = probe(runs)
@@ -58,8 +56,6 @@ def main(model: str, runs: int, write: bool) -> None:
             for batch in BATCHES if of == kind else ():
                 results[f"{name}, batch {batch}"] = profile(path, precision, batch, runs)
     report("machine", results)
-    if write:
-        PAGE.write_text(page(results, machine()), encoding="utf-8")
 
 
 def probe(runs: int) -> dict[str, float]:
@@ -161,14 +157,11 @@ def _median(run: Callable[[], object], runs: int) -> float:
 
 
 def page(results: Mapping[str, Any], where: Mapping[str, Any]) -> str:
-    """The page of docs, in Markdown."""
+    """What the page of docs says below its title, in Markdown."""
     probed = dict(results["probe"])
     copied = probed.pop("copy")
     lines = [
-        "# Where the time goes",
-        "",
-        f"Written by `python -m benchmarks.bench_machine --write`: {where['cpu']}, "
-        f"{where['threads']} threads, OpenVINO {where['versions']['openvino']}, "
+        f"OpenVINO {where['versions']['openvino']}, "
         f"{results['model']}, the median of {results['runs']} runs."
         + ("" if results["vnni"] else " **This processor multiplies INT8 without VNNI.**"),
         "",
@@ -211,7 +204,7 @@ def page(results: Mapping[str, Any], where: Mapping[str, Any]) -> str:
             f"| all else, and between nodes | {' | '.join(f'{each:.1f}' for each in rest)} |",
             f"| **a run** | {' | '.join(whole)} |",
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _cell(found: Mapping[str, Any], kind: str) -> str:

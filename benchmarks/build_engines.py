@@ -1,6 +1,6 @@
 """Engines of real architectures, built by TensorRT-RTX: seconds, and bytes against weights.
 
-python -m benchmarks.build_engines [--write docs/tensorrt.md] [MODEL ...]
+python -m benchmarks.build_engines [MODEL ...]
 
 Every model has side branches on q, k, v and proj, dynamic batch and slots. INT8 and FP8 graphs
 are calibrated on the starter models' images: the weights are random, so nothing is said of
@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from benchmarks.harness import machine
 from benchmarks.models import bundle, calibrated
@@ -30,8 +29,6 @@ MODELS = {
     "DINOv2-S/14": ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 10}),
 }
 PRECISIONS = ("float32", "float16", "int8", "fp8")
-# What an engine may have beyond its weights: 5 % of them, and kernels.
-_SHARE, _KERNELS_MB = 1.05, 12.0
 
 
 @dataclass(frozen=True)
@@ -43,19 +40,6 @@ class Row:
     seconds: float
     engine_mb: float
     weights_mb: float
-
-    @property
-    def limit_mb(self) -> float:
-        """1.05 x the weights plus 12 MB."""
-        return _SHARE * self.weights_mb + _KERNELS_MB
-
-    def markdown(self) -> str:
-        """A line of the table."""
-        verdict = "yes" if self.engine_mb <= self.limit_mb else "**no**"
-        return (
-            f"| {self.model} | {self.precision} | {self.seconds:.0f} | {self.engine_mb:.1f} | "
-            f"{self.weights_mb:.1f} | {self.engine_mb - self.weights_mb:.1f} | {verdict} |"
-        )
 
 
 def measure(label: str, precisions: Sequence[str]) -> list[Row]:
@@ -72,42 +56,21 @@ def measure(label: str, precisions: Sequence[str]) -> list[Row]:
         graph = Bundle.open(path).manifest.graphs[precision]
         weights = (path / f"{graph}.data").stat().st_size
         rows.append(Row(label, precision, entry.build_seconds, entry.bytes / 1e6, weights / 1e6))
-        print(rows[-1].markdown(), flush=True)
+        print(rows[-1], flush=True)
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    head = (
-        "| model | precision | build, s | engine, MB | weights, MB | difference, MB | "
-        "within 1.05 x weights + 12 MB |\n|---|---|---|---|---|---|---|"
-    )
-    return "\n".join([head, *(row.markdown() for row in rows)])
-
-
-def write_table(page: Path, text: str) -> None:
-    """Replace what is between the page's markers."""
-    begin, end = "<!-- engines:begin -->", "<!-- engines:end -->"
-    content = page.read_text(encoding="utf-8")
-    before, _, rest = content.partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
 def main() -> None:
-    """Build, print, and write the table where asked."""
+    """Build, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
-    parser.add_argument("--write", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args()
     rows = [
         row
         for label in arguments.models
         for row in measure(label, arguments.precision or PRECISIONS)
     ]
-    if arguments.write:
-        write_table(arguments.write, table(rows))
     results = [asdict(row) for row in rows]
     print(json.dumps({"benchmark": "build_engines", "machine": machine(), "results": results}))
 

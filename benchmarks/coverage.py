@@ -1,9 +1,10 @@
 """Which families of models go through: folded, side branches, INT8, engine; verified or refused.
 
-    python -m benchmarks.coverage [--results FILE] [--write docs/coverage.md] [FAMILY ...]
+    python -m benchmarks.coverage [--results FILE] [FAMILY ...]
 
 A small, random, perturbed variant of every family, its adapters random too. Every family's result
 is a line of FILE, and a family that has one is not run again: an interrupted run goes on.
+docs/coverage.md shows the JSON of the last line.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.blocks import COVERAGE as COLUMNS
+from benchmarks.harness import machine
 from benchmarks.models import STARTER, calibrated, work_directory
 from hhdeploy.adapters.checks import check_sites
 from hhdeploy.adapters.format import Adapter
@@ -54,7 +57,6 @@ FAMILIES: Mapping[str, Architecture] = {
     **SLOW,
     **{name: Architecture(name) for name in REFUSED},
 }
-COLUMNS = ("fold", "branches", "row 0", "int8", "engine")
 _PACKAGES = ("torch", "timm", "transformers", "torchvision", "open_clip_torch", "onnxruntime")
 _PACKAGES += ("nncf", "tensorrt-rtx-cu13")
 _DATA = VerifyData(STARTER / "images", 3)
@@ -67,7 +69,6 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", choices=[[], *FAMILIES], metavar="FAMILY")
     parser.add_argument("--results", type=Path, default=work_directory() / "coverage.jsonl")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table there")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -80,11 +81,12 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{name:28}{results[name]}", flush=True)
             gc.collect()
     rows = {name: results[name] for name in FAMILIES if name in results}
-    if chosen.write:
-        chosen.write.write_text(document(rows), encoding="utf-8")
     wrong = [n for n, row in rows.items() if any(row[c].startswith("wrong") for c in COLUMNS)]
     verified = sum(row["fold"].startswith("verified") for row in rows.values())
-    print(json.dumps({"families": len(rows), "folded and verified": verified, "wrong": wrong}))
+    counts = {"families": len(rows), "folded and verified": verified, "wrong": wrong}
+    versions = {package: metadata.version(package) for package in _PACKAGES}
+    about = {"benchmark": "coverage", "machine": machine(1) | {"versions": versions}}
+    print(json.dumps({**about, **counts, "results": rows}))
     return int(bool(wrong))
 
 
@@ -219,40 +221,6 @@ def _severity(found: str) -> tuple[bool, float]:
 
 def _line(error: object) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def document(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """The page: a table of the families that go through, and the reasons of the others."""
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in _PACKAGES)
-    gone = {n: r for n, r in rows.items() if r["fold"].startswith("refused")}
-    lines = [
-        "# Coverage",
-        "",
-        f"Written by `python -m benchmarks.coverage --write docs/coverage.md` with {versions}.",
-        "",
-        "One small variant of each family, with random weights, random adapters (an additive one "
-        "on q, k, v, proj, fc1 and fc2 where they are, and a sequential one on proj and fc2) and "
-        "the starter's photos. *Fold*, *branches*, *INT8*: verified against the training-time "
-        "model in float64, with the largest error over the range of the logits. *Row 0*: the same "
-        "bits as the bare model in ONNX Runtime. *Engine*: TensorRT-RTX compiled it; no GPU has "
-        "run it.",
-        "",
-        "| family | model | fold | branches | row 0 | INT8 | engine |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {name} | `{row['model']}` | " + " | ".join(row[c] for c in COLUMNS) + " |"
-            for name, row in rows.items()
-            if name not in gone
-        ),
-        "",
-        "Refused, with the reason that the command gives:",
-        "",
-        "| model | reason |",
-        "|---|---|",
-        *(f"| `{r['model']}` | {r['fold'].removeprefix('refused: ')} |" for r in gone.values()),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,14 @@
 """The GPU table of docs/measured.md, from the report of a GPU check.
 
-    python -m benchmarks.gpu_table                    the page from benchmarks/results/gpu.json
-    python -m benchmarks.gpu_table gpu-report.json    a new report of `make gpu-check` first
+    python -m benchmarks.tables --keep gpu gpu-report.json    takes a report of `make gpu-check`
 
 A dry run's report is refused: its figures are a CPU's. Standard library alone.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
-PAGE = ROOT / "docs" / "measured.md"
-BEGIN = "<!-- GPU table: written by python -m benchmarks.gpu_table -->"
-END = "<!-- end of the GPU table -->"
-NOTHING = "No GPU has run any of this yet: there are no figures, and none are implied."
 
 _MODELS = {"starter": "starter ViT", "vit-s": "ViT-S/16"}
 _PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -27,35 +16,6 @@ _VERSIONS = ("onnxruntime-gpu", "onnxruntime", "torch", "python")
 
 Entry = dict[str, Any]
 Section = Callable[[Sequence[Entry]], list[str]]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Take a new report if one is given; write the page."""
-    if arguments:
-        content = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-        check(content)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), stored()), encoding="utf-8")
-    return 0
-
-
-def stored() -> dict[str, Any] | None:
-    """The report that the page is written from; None: no GPU has left one."""
-    if not RESULTS.is_file():
-        return None
-    content: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return content
-
-
-def with_table(page: str, content: dict[str, Any] | None) -> str:
-    """The page with its table replaced; all else as it is."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE} has no place for the table: expected {BEGIN} and {END}.")
-    text = NOTHING if content is None else table(content)
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def check(content: dict[str, Any]) -> None:
@@ -228,7 +188,3 @@ def _model(figures: dict[str, Any]) -> str:
 
 def _megabytes(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

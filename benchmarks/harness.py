@@ -39,15 +39,17 @@ def runner(session: Session, batch: int) -> Callable[[], object]:
     return lambda: session.run(images, names)
 
 
-def report(name: str, results: dict[str, Any]) -> None:
+def report(name: str, results: dict[str, Any], *, threads: int = THREADS) -> None:
     """Print the figures, and everything as one JSON line last."""
     for key, value in results.items():
         print(f"{key:40} {value}", flush=True)
     plain = {k: v.to_json() if isinstance(v, Paired) else v for k, v in results.items()}
-    print(json.dumps({"benchmark": name, "machine": machine(), "results": plain}), flush=True)
+    print(
+        json.dumps({"benchmark": name, "machine": machine(threads), "results": plain}), flush=True
+    )
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int = THREADS) -> dict[str, Any]:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     try:
@@ -62,4 +64,4 @@ def machine() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": THREADS, "versions": versions}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "versions": versions}

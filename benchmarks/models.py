@@ -160,15 +160,16 @@ def _label(model: str, args: Mapping[str, Any]) -> str:
     return "-".join([model, *(f"{key}{value}" for key, value in sorted(args.items()))])
 
 
-def starter_bundle() -> Path:
-    """The starter models as side branches, exported once."""
-    path = work_directory() / "starter-branches"
+def starter_bundle(kind: str = "branches") -> Path:
+    """The starter models as side branches, or one of them ``folded``, exported once."""
+    path = work_directory() / f"starter-{kind}"
     if not (path / "hhdeploy.json").is_file():
-        starter = Starter.read(STARTER)
+        starter, fold = Starter.read(STARTER), kind == "folded"
         export(
             starter.model,
-            {task: starter.adapter(task) for task in starter.tasks},
+            {task: starter.adapter(task) for task in starter.tasks[: 1 if fold else None]},
             path,
+            fold=fold,
             model_args=starter.args,
             checkpoint=starter.path / "backbone.safetensors",
             verify=False,

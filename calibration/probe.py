@@ -97,6 +97,7 @@ class RangeExcess:
         found: the largest magnitude met.
         ratio: found / calibrated.
         clipped: share of the values that are clipped.
+        lost: share of the energy (the sum of squares) that clipping takes away.
     """
 
     site: str
@@ -104,6 +105,7 @@ class RangeExcess:
     found: float
     ratio: float
     clipped: float
+    lost: float
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form."""
@@ -134,17 +136,26 @@ def range_excess(
     sites = {name: sites[name] for name in scales}
     largest = dict.fromkeys(sites, 0.0)
     outside = dict.fromkeys(sites, 0)
+    energy, lost = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0.0)
     seen = dict.fromkeys(sites, 0)
     for inputs in Probe(graph_path, sites).inputs(feeds):
         for name, x in inputs.items():
             scale = scales[name]
             magnitude = np.abs(x if scale.smooth is None else x * scale.smooth)
             largest[name] = max(largest[name], float(magnitude.max()))
-            outside[name] += int(np.count_nonzero(magnitude > scale.absmax * form.reach))
+            clipped = magnitude[magnitude > scale.absmax * form.reach]
+            outside[name] += clipped.size
+            lost[name] += float(np.sum(np.square(clipped - scale.absmax, dtype=np.float64)))
+            energy[name] += float(np.sum(np.square(magnitude, dtype=np.float64)))
             seen[name] += magnitude.size
     found = [
         RangeExcess(
-            name, s.absmax, largest[name], largest[name] / s.absmax, outside[name] / seen[name]
+            name,
+            s.absmax,
+            largest[name],
+            largest[name] / s.absmax,
+            outside[name] / seen[name],
+            lost[name] / energy[name],
         )
         for name, s in scales.items()
         if seen[name] and largest[name] > tolerance * s.absmax

@@ -104,11 +104,10 @@ class OpenVinoBackend:
             request.set_tensor("images", self._ov.Tensor(images, shared_memory=True))
             if ids is not None:
                 request.set_tensor("adapter_ids", self._ov.Tensor(ids, shared_memory=True))
-            request.infer()
+            outputs = list(request.infer().values())  # copies
         except RuntimeError as error:
             raise DeviceError(f"{self.name} failed: {error}") from error
-        outputs = [tensor.data for tensor in request.output_tensors]
-        return side_by_side(outputs) if len(outputs) > 1 else side_by_side([outputs[0].copy()])
+        return side_by_side(outputs)
 
     def row_changed(self, row: int) -> None:
         """See `Backend.row_changed`: the bank is shared memory."""

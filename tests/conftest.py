@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 
@@ -55,9 +56,49 @@ def pytest_collection() -> Iterator[object]:
     try:
         return (yield)
     finally:
-        gc.collect()
-        gc.freeze()
+        _freeze()
         gc.enable()
+
+
+# So many modules make the next collections slow: torch.onnx with what it imports, NNCF, PEFT.
+_MANY_MODULES = 200
+_modules_frozen = 0
+
+
+def _freeze() -> None:
+    """What is there now is not looked through for garbage again."""
+    global _modules_frozen
+    gc.collect()
+    gc.freeze()
+    _modules_frozen = len(sys.modules)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[object]:
+    """What a test was the first to import is no garbage either; every export collects."""
+    done = yield
+    if len(sys.modules) > _modules_frozen + _MANY_MODULES:
+        _freeze()
+    return done
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_in_onnx_runtime() -> Iterator[None]:
+    """Its sessions take one thread where nothing else is asked for: the others would spin."""
+    try:
+        import onnxruntime
+    except ImportError:
+        yield
+        return
+
+    class OneThread(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        yield
 
 
 @pytest.fixture(scope="session")

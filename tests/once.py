@@ -9,7 +9,8 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,9 +25,12 @@ def share_directory() -> None:
         atexit.register(shutil.rmtree, os.environ[_PLACE], ignore_errors=True)
 
 
-def traces() -> Path:
-    """The run's cache of traced backbones."""
-    return Path(os.environ[_PLACE]) / "traces"
+@contextmanager
+def traces(name: str) -> Iterator[Path]:
+    """The run's cache of traced backbones, while no other process traces ``name`` for it."""
+    place = Path(os.environ[_PLACE])
+    with FileLock(place / f"trace of {name}.lock"):
+        yield place / "traces"
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> Path:

@@ -69,9 +69,9 @@ def tower() -> nn.Module:
     return Tower()
 
 
-def tokens_first() -> nn.Module:
+def tokens_first(depth: int = 2) -> nn.Module:
     """[tokens, batch, features] throughout."""
-    return Encoder(images_first=False)
+    return Encoder(images_first=False, depth=depth)
 
 
 class Attention(nn.Module):

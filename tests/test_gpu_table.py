@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import json
-
 import pytest
 
 from benchmarks import gpu_table
-from benchmarks.gpu_table import BEGIN, END, NOTHING
 
 
 def pair(ratio, a, b):
@@ -79,16 +75,6 @@ def content():
     }  # fmt: skip
 
 
-def test_the_page_has_what_the_command_writes():
-    page = gpu_table.PAGE.read_text()
-    assert gpu_table.with_table(page, gpu_table.stored()) == page
-
-
-def test_without_figures_it_says_that_no_gpu_has_run_it():
-    text = f"above\n{BEGIN}\nold figures\n{END}\nbelow\n"
-    assert gpu_table.with_table(text, None) == f"above\n{BEGIN}\n{NOTHING}\n{END}\nbelow\n"
-
-
 def test_figures_come_with_gpu_driver_and_versions(content):
     text = gpu_table.table(content)
     about = "NVIDIA Imaginary (sm90), driver 580.95; Linux x86_64, 16 cores; onnxruntime-gpu 1.31.1"
@@ -121,37 +107,18 @@ def test_parts_of_two_gpus_are_told_apart(content):
     )
 
 
-def test_a_rehearsal_is_refused(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_table, "RESULTS", tmp_path / "results" / "gpu.json")
-    monkeypatch.setattr(gpu_table, "PAGE", tmp_path / "measured.md")
-    gpu_table.PAGE.write_text(f"{BEGIN}\n{END}\n")
-    report = tmp_path / "report.json"
-    spoilt = []
-    for where, key, value in (
-        ((), "dry", True), (("parts", "speed"), "dry", True), (("parts", "speed"), "gpus", []),
-    ):  # fmt: skip
-        found = copy.deepcopy(content)
-        inside = found
-        for step in where:
-            inside = inside[step]
-        inside[key] = value
-        spoilt.append(found)
-    for found in spoilt:
-        report.write_text(json.dumps(found))
-        with pytest.raises(SystemExit, match=r"dry run|no GPU ran speed"):
-            gpu_table.main([str(report)])
-        assert not gpu_table.RESULTS.exists()
-        assert gpu_table.PAGE.read_text() == f"{BEGIN}\n{END}\n"
-
-
-def test_a_new_report_is_kept_and_written(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_table, "RESULTS", tmp_path / "results" / "gpu.json")
-    monkeypatch.setattr(gpu_table, "PAGE", tmp_path / "measured.md")
-    gpu_table.PAGE.write_text(f"{BEGIN}\n{NOTHING}\n{END}\n")
-    (tmp_path / "report.json").write_text(json.dumps(content))
-    gpu_table.main([str(tmp_path / "report.json")])
-    assert json.loads(gpu_table.RESULTS.read_text()) == content
-    written = gpu_table.PAGE.read_text()
-    assert NOTHING not in written and "NVIDIA Imaginary" in written
-    gpu_table.main([])
-    assert gpu_table.PAGE.read_text() == written
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ((), "dry", True),
+        (("parts", "speed"), "dry", True),
+        (("parts", "speed"), "gpus", []),
+    ],
+)
+def test_a_rehearsal_is_refused(content, where, key, value):
+    inside = content
+    for step in where:
+        inside = inside[step]
+    inside[key] = value
+    with pytest.raises(SystemExit, match=r"dry run|no GPU ran speed"):
+        gpu_table.table(content)

@@ -65,7 +65,7 @@ def test_the_server_imports_without_the_build_machine_and_without_a_runtime(ray)
     if not ray:
         names, blocked = [m for m in names if ".ray" not in m], blocked | {"ray"}
     done = run_python(IMPORT_ALL, *names, blocked=blocked)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_importing_hhdeploy_imports_nothing_heavy():
@@ -94,7 +94,9 @@ def test_every_public_name_is_there():
 
 
 def test_importing_prints_and_writes_nothing(tmp_path):
-    names = [m for m in modules_of("hhdeploy") if "__main__" not in m]
+    # Ray, which takes as long as all the others, is imported by the test of the server.
+    left = ("__main__", ".serving.ray")
+    names = [m for m in modules_of("hhdeploy") if not any(part in m for part in left)]
     assert "hhdeploy.exporters.trace" in names
     code = """
         import importlib, sys

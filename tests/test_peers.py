@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -75,31 +74,11 @@ def test_a_loss_is_called_one_and_a_wrong_answer_is_no_best_peer(content):
     assert "a loss" not in page.tables(content)
 
 
-def test_the_page_keeps_all_else_and_the_figures_their_json(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "PAGE", tmp_path / "measured.md")
-    monkeypatch.setattr(page, "RESULTS", tmp_path / "results" / "peers.json")
-    page.PAGE.write_text(f"above\n{page.BEGIN}\nold\n{page.END}\nbelow\n")
-    page.write(content)
-    text = page.PAGE.read_text()
-    assert text.startswith("above\n")
-    assert text.endswith("\nbelow\n")
-    assert "old" not in text
-    assert json.loads(page.RESULTS.read_text()) == content == page.stored()
-    assert page.with_section(text, content) == text
-    for name in page.drawings(content):
+def test_the_page_shows_its_drawings(content):
+    text = page.section(content)
+    for name, drawing in page.drawings(content).items():
         assert f"({name})" in text
-        ElementTree.parse(tmp_path / name)
-    page.PAGE.write_text("nothing")
-    with pytest.raises(SystemExit, match="no place"):
-        page.write(content)
-
-
-def test_the_page_has_what_the_stored_run_gives():
-    text = page.PAGE.read_text()
-    content = page.stored()
-    assert page.with_section(text, content) == text
-    for name, drawing in page.drawings(content).items() if content else ():
-        assert (page.PAGE.parent / name).read_text() == drawing
+        ElementTree.fromstring(drawing)
 
 
 def test_drawings_place_points_where_their_values_are(content):

@@ -4,5 +4,5 @@ A batch of 8 images in which every image uses another of 8 LoRA adapters that PE
 64 adapters at hand. ``tasks`` says what is measured, ``prepare`` makes the files of it,
 ``torches``, ``runtimes`` and ``ours`` are the competitors, ``rounds`` runs them in turn, ``child``
 measures memory and changes in processes of their own, ``accuracy`` precisions on real images,
-``page`` and ``plots`` write what was found into the documentation.
+``page`` and ``plots`` make tables and drawings of what was found, which `benchmarks.tables` keeps.
 """

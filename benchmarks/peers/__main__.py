@@ -3,13 +3,12 @@
     python -m benchmarks.peers [--minutes 12] [--quick] [--model ViT-S/16]
     python -m benchmarks.peers --servers      the race of servers alone, of the models named
     python -m benchmarks.peers --prepare      only make the files, which takes minutes once
-    python -m benchmarks.peers --from FILE    write the documentation from an earlier run's JSON
 
 In-process: throughput, latency and every answer of all peers in turn; then a process each for
 memory and for the time of a change; with ``--servers`` servers in turn. What was raced before of
 other models, and what ``--servers`` leaves out, is kept. ``--quick`` is a rehearsal (ViT-S, banks
-of 1 and 8, few rounds) that writes no documentation. The last line is JSON, which is kept in
-``benchmarks/results/peers.json`` too.
+of 1 and 8, few rounds), of which nothing is. The last line is JSON; ``python -m benchmarks.tables
+--run peers`` keeps it and writes the documentation from it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from __future__ import annotations
 import gc
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -43,20 +41,10 @@ COMPILED_AT = 8
 @click.option("--model", "titles", multiple=True, type=click.Choice(list(MODELS)))
 @click.option("--servers", is_flag=True, help="The race of servers alone.")
 @click.option("--prepare", "only_prepare", is_flag=True)
-@click.option("--from", "earlier", type=click.Path(path_type=Path, dir_okay=False))
 def main(
-    minutes: float,
-    quick: bool,
-    titles: tuple[str, ...],
-    servers: bool,
-    only_prepare: bool,
-    earlier: Path | None,
+    minutes: float, quick: bool, titles: tuple[str, ...], servers: bool, only_prepare: bool
 ) -> None:
-    """Measure, and write what was found."""
-    if earlier is not None:
-        content = json.loads(earlier.read_text(encoding="utf-8").splitlines()[-1])
-        page.write(content)
-        return
+    """Measure."""
     cases = [Case(t) for t in titles or (list(MODELS)[:1] if quick else list(MODELS))]
     banks = [b for b in BANKS if b <= 8] if quick else list(BANKS)
     for case in cases:
@@ -72,9 +60,8 @@ def main(
         "date": time.strftime("%Y-%m-%d"),
         **(measure_servers if servers else measure)(cases, banks, seconds),
     }
-    print(page.tables({table: [] for table in page.TABLES} | content), flush=True)
     if not quick:
-        page.write(page.merged(page.stored(), content))
+        content = page.merged(page.stored(), content)
     print(json.dumps(content), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What was found, as tables and plots, into the documentation."""
+"""What was found, as tables and plots for the documentation."""
 
 from __future__ import annotations
 
@@ -11,25 +11,12 @@ from benchmarks.peers.plots import Axis, nice_ticks, plot
 from benchmarks.peers.rounds import AGAIN, BATCHES, PEERS
 from benchmarks.peers.tasks import BANKS
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE, RESULTS = ROOT / "docs" / "measured.md", ROOT / "benchmarks" / "results" / "peers.json"
-BEGIN = "<!-- Head to head: written by python -m benchmarks.peers -->"
-END = "<!-- end of head to head -->"
-NOTHING = "Not measured yet."
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
 # What a run has records of.
 TABLES = ("races", "latencies", "servers", "changes", "accuracies")
 # How our names begin, and that of our second one, the control, ends.
 _OURS, _AGAIN = "hhdeploy", " again"
 Record = dict[str, Any]
-
-
-def write(content: dict[str, Any]) -> None:
-    """Keep the JSON; write plots and tables."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for name, drawing in drawings(content).items():
-        (PAGE.parent / name).write_text(drawing, encoding="utf-8")
-    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), content), encoding="utf-8")
 
 
 def merged(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
@@ -63,15 +50,6 @@ def stored() -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return content
-
-
-def with_section(page: str, content: dict[str, Any] | None) -> str:
-    """The page with its section replaced; all else as it is."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE} has no place for the section: expected {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n{NOTHING if content is None else section(content)}\n{END}{after}"
 
 
 def section(content: dict[str, Any]) -> str:

@@ -64,7 +64,9 @@ class RangeCheck:
         return (
             f"{self.adapter} leaves the range at {len(self.excess)} of {self.sites} sites; at "
             f"{len(self.clipped)} of them {NEGLIGIBLE_SHARE:.2%} of the values or more are "
-            "clipped. Calibrate again with its images among the data, keep these sites in "
+            "clipped. That alone tells little of its answers: compare them in both precisions, on "
+            "images whose classes you know. If they got worse, calibrate again with its images "
+            "among the data, keep these sites in "
             "floating point (`exclude`), or serve this adapter from the float32 or float16 graph."
         )
 

@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=56, help="image size, a multiple of 14")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--prepare", action="store_true", help="only weights and images")
     parser.add_argument("--only", nargs="+", choices=ways, default=ways, metavar="METHOD")
     options = parser.parse_args()
     if options.size < PATCH or options.size % PATCH:
@@ -138,6 +139,8 @@ def main() -> int:
         make_checkpoint(options.pretrained, cache, checkpoint)
         for task in TASKS:
             make_folders(task, cache, out / "data")
+        if options.prepare:
+            return 0
         for method in (method for method in TRAINED if method in options.only):
             for task in TASKS:
                 run.fit(method, task)

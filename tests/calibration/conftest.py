@@ -19,6 +19,7 @@ from hhdeploy.calibration.quantised import Float32Graph, find_scales
 from hhdeploy.calibration.scales import Calibration
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.graph import GraphLinear
+from tests.once import made_once
 
 ADAPTERS = ("alpha", "rival", "beta", "gamma", "headless", "backbone")
 
@@ -32,14 +33,17 @@ def write_pictures(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(coarse).resize((41, 37)).save(folder / f"{index}.png")
 
 
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
+def draw(root: Path) -> None:
     """DIR/ADAPTER/CLASS/image for every adapter of the `branches` bundle, and the backbone."""
-    root = tmp_path_factory.mktemp("pictures")
     for number, adapter in enumerate(ADAPTERS):
         for label in ("a", "b"):
             write_pictures(root / adapter / label, 3, 10 * number + ord(label))
-    return root
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Path:
+    """What `draw` draws. Read only."""
+    return made_once("pictures", draw)
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,15 @@ class Calibrated:
 
 
 def calibrated(path: Path, folder: Path) -> Calibrated:
-    """Calibrate a bundle with the default settings."""
+    """A shared bundle, calibrated with the default settings."""
     bundle = Bundle.open(path)
     data = CalibrationData.open(bundle, folder, images=36, seed=0)
-    return Calibrated(
-        bundle, data, find_scales(Float32Graph.open(bundle), data, CalibrationSettings())
-    )
+    graph, settings = Float32Graph.open(bundle), CalibrationSettings()
+
+    def calibrate(cache: Path) -> Calibration:
+        return find_scales(graph, data, settings, cache=cache)
+
+    return Calibrated(bundle, data, calibrate(made_once(f"scales-{path.name}", calibrate)))
 
 
 @pytest.fixture(scope="session")

@@ -47,13 +47,16 @@ def graph(made: Calibrated, precision: str, folder: Path, low: str | None = None
     return saved(typed_model(model, low) if low else model, folder)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-weights"])
-def test_int8_builds_for_ampere(trt, side, precision, tmp_path):
-    assert built(trt, graph(side, precision, tmp_path), "SM80") == (True, "")
+def test_int8_builds_for_ampere(trt, side, tmp_path):
+    assert built(trt, graph(side, "int8", tmp_path), "SM80") == (True, "")
 
 
-def test_fp8_builds_where_the_hardware_has_it(trt, side, tmp_path):
-    path = graph(side, "fp8", tmp_path)
+def test_weights_alone_build_for_ampere(trt, plain, tmp_path):
+    assert built(trt, graph(plain, "int8-weights", tmp_path), "SM80") == (True, "")
+
+
+def test_fp8_builds_where_the_hardware_has_it(trt, plain, tmp_path):
+    path = graph(plain, "fp8", tmp_path)
     assert built(trt, path, "SM89") == (True, "")
     done, errors = built(trt, path, "SM86")
     assert not done

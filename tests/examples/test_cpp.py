@@ -72,7 +72,7 @@ def program() -> Path:
         settings = [f"-DOpenVINO_DIR={openvino}", "-DCMAKE_CXX_FLAGS=-Werror"]
         settings += [f"-DNLOHMANN_JSON={place}" for place in _json_headers()]
         # Not optimised: the example's own code is no part of a test's time.
-        settings.append("-DCMAKE_BUILD_TYPE=Debug")
+        settings += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
         for command in (["-S", str(EXAMPLE), "-B", str(out), *settings], ["--build", str(out)]):
             done = subprocess.run(
                 ["cmake", *command],

@@ -26,6 +26,11 @@ from tests.support import assert_caught, assert_parity, images, random_adapter, 
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2", "proj:sequential", "fc2:sequential")
 MODELS = ("vit", "swin", "beit")
+# q, k and v are thirds of one Linear; fc1, proj and fc2 are Linears alike, whatever the model.
+OF_EACH = [
+    *(("vit", target) for target in TARGETS),
+    *((model, target) for model in MODELS[1:] for target in ("v", "fc1", "proj:sequential")),
+]
 PROJ = "blocks.0.attn.proj"
 
 
@@ -176,7 +181,7 @@ def test_the_checker_accepts(base, keep, constant):
 # -- a row of zeros is the backbone ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("base", "target"), OF_EACH, indirect=["base"])
 def test_a_row_of_zeros_is_the_backbone_to_the_bit(base, target):
     reserve = Reserve(sites=(target,), max_rank=5, max_classes=11, keep_backbone_head=True)
     plan = plan_branches(base.facts, {}, reserve)
@@ -221,7 +226,7 @@ def one_kind(base: BaseGraph, target: str) -> Adapter:
     )
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("base", "target"), OF_EACH, indirect=["base"])
 def test_one_branch_is_the_folded_weight(base, target):
     adapter = one_kind(base, target)
     plan = plan_branches(base.facts, {"one": adapter}, Reserve())
@@ -420,7 +425,7 @@ def test_the_same_row_in_another_slot_is_the_same_to_the_bit(vit):
 
 def test_tokens_before_the_batch_cannot_have_a_branch():
     """[tokens, batch, features]: a reshape to [batch, tokens, features] would mix the images."""
-    backbone = tiny_backbone("python:tests.own_models:tokens_first")
+    backbone = tiny_backbone("python:tests.own_models:tokens_first", depth=1)
     base = base_graph(backbone, None)
     with pytest.raises(PlanError, match=r"encoder\.layers\.0\.linear1 .*not lie one after the"):
         branched_model(base, plan_branches(base.facts, {}, Reserve(sites=("fc1",), max_classes=3)))

@@ -42,7 +42,7 @@ def runner(transform, make=picture_graph, mode=None):
     """A client's view: the graph, the picture, and the numbers as the manifest has them."""
     mode = mode or (transform.crop_mode, transform.interpolation)
     graph = make(*mode, transform.input_size[0])
-    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(graph, ort.SessionOptions(), providers=["CPUExecutionProvider"])
     stated = {n: np.asarray(v, d) for n, (d, v) in transform.graph_inputs.items()}
 
     def run_it(picture, **others):

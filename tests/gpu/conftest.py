@@ -102,6 +102,11 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 # -- the machine --------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_in_onnx_runtime() -> None:
+    """Not here: what is measured has the threads that users have."""
+
+
 @pytest.fixture(scope="package", autouse=True)
 def _dry() -> Iterator[None]:
     """In a dry run ``device="cuda"`` means the CPU, with all else as on a GPU."""
@@ -199,7 +204,7 @@ def ort_cuda(gpu: Gpu) -> str:
 
 def _provider(device: str) -> str:
     need("onnxruntime", extra="gpu")
-    if importlib.util.find_spec("torch") is not None:
+    if not DRY and importlib.util.find_spec("torch") is not None:
         import torch  # noqa: F401  brings CUDA and cuDNN, before the first session looks for them
     import onnxruntime as ort
 

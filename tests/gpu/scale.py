@@ -20,6 +20,7 @@ class Scale:
         batches: that speed is measured with.
         slots: of the large bank, against two.
         pairs: of interleaved runs behind every ratio.
+        warmup: of runs before them.
         seconds: that a server is under load.
         adapters: how many, for memory.
         changes: adapters added and removed while requests run.
@@ -31,6 +32,7 @@ class Scale:
     batches: tuple[int, ...]
     slots: int
     pairs: int
+    warmup: int
     seconds: float
     adapters: tuple[int, ...]
     changes: int
@@ -47,6 +49,7 @@ _GPU = Scale(
     batches=(1, 8, 32),
     slots=1024,
     pairs=50,
+    warmup=10,
     seconds=60.0,
     adapters=(1, 100, 1000),
     changes=50,
@@ -58,6 +61,7 @@ _TINY = Scale(
     batches=(1, 3, 5),
     slots=64,
     pairs=2,
+    warmup=1,
     seconds=0.5,
     adapters=(1, 10),
     changes=3,

@@ -335,13 +335,23 @@ def test_what_fails_before_its_first_epoch_leaves_nothing(
 # --- resume refuses ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unfinished(base_settings: TrainSettings, tmp_path: Path) -> TrainSettings:
-    """Settings of a training that was interrupted after its first epoch."""
-    settings = replace(base_settings, out=tmp_path / "half", epochs=2)
+@pytest.fixture(scope="module")
+def interrupted(
+    base_settings: TrainSettings, tmp_path_factory: pytest.TempPathFactory
+) -> TrainSettings:
+    """Settings of a training that ended after its first epoch. Read only."""
+    settings = replace(base_settings, out=tmp_path_factory.mktemp("cut") / "half", epochs=2)
     with pytest.raises(StopError):
         train(settings, interrupt_at(1, 0))
     return settings
+
+
+@pytest.fixture
+def unfinished(interrupted: TrainSettings, tmp_path: Path) -> TrainSettings:
+    """The test's own copy of it."""
+    assert interrupted.out is not None
+    shutil.copytree(f"{interrupted.out}.training", tmp_path / "half.training")
+    return replace(interrupted, out=tmp_path / "half")
 
 
 def test_unfinished_state_needs_a_decision(unfinished: TrainSettings) -> None:

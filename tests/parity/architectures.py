@@ -91,14 +91,14 @@ SHARED = {
 
 # One of each structure that the exporters must handle.
 FAST = {
-    "eva02 separate": Architecture("eva02_base_patch14_224", {**VIT, **_NAMED}),
+    "eva02 separate": Architecture("eva02_base_patch14_224", {**VIT, **_NAMED, "depth": 1}),
     "hiera": Architecture(
         "hiera_tiny_224",
         {
             "img_size": (64, 64),
             "embed_dim": 16,
             "num_heads": 1,
-            "stages": (1, 1, 1, 1),
+            "stages": (1, 1, 1),
             "q_pool": 2,
         },
     ),
@@ -231,4 +231,5 @@ def traced(name: str) -> tuple[Backbone, BaseGraph]:
     backbone = small(SHARED[name])
     if name == "zero bias":
         backbone.model.get_submodule("head").bias.zero_()
-    return backbone, base_graph(backbone, traces())
+    with traces(name) as cache:
+        return backbone, base_graph(backbone, cache)

@@ -100,6 +100,12 @@ def test_openvino_runs_folded_graphs(made, first, tmp_path):
 # -- TensorRT-RTX -------------------------------------------------------------------------------
 
 
+# Swin has every kind of node that the others have, and windows.
+@pytest.mark.parametrize(
+    "made",
+    [pytest.param(m, marks=[] if m == "swin scaled" else pytest.mark.families) for m in MADE],
+    indirect=True,
+)
 def test_tensorrt_rtx_builds_the_branches(made, tmp_path):
     """Its builder works without a GPU; dynamic batch and slots in one profile."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.loadtest.abuse.wire import Attack, Victim, binary_request, post
 
 _SPARSE_BYTES = 2 << 30
@@ -21,6 +20,8 @@ _STAY_SECONDS = 1.5
 
 def pipes(victim: Victim) -> Attack:
     """A pipe, a vast sparse file, a link to a device, or a folder in a file's place."""
+    from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE  # and NumPy, for this one alone
+
     ways: list[Callable[[Path], None]] = [os.mkfifo, _sparse, _device, Path.mkdir]
     names = (CONFIG_FILE, TENSOR_FILE)
     endless = itertools.cycle(itertools.product(ways, names))

@@ -127,23 +127,28 @@ class _Honest:
     campaign: Campaign
 
     def warm_up(self) -> None:
-        """A full batch, in so much JSON that the server's other process reads it.
+        """Batches of every size, and a full one in so much JSON that the other process reads it.
 
-        What takes memory once is there from then on.
+        What takes memory once is there from then on: OpenVINO keeps some of every size of a batch
+        that it has seen, whoever sent it.
         """
-        bodies = Requests([self.stage.tasks[0].name], self.stage.pool, _BATCH)
-        body, length = bodies.body(0, [0] * _BATCH)
-        spaces = b" " * _MUCH_BYTES
 
-        async def ask() -> Reply:
+        async def ask() -> list[Reply]:
             async with self._client(HTTP) as client:
-                return await client.infer(
-                    body[:length] + spaces + body[length:], length + len(spaces)
-                )
+                binary = [await client.infer(*self._images(n)) for n in range(1, _BATCH + 1)]
+                body, length = self._images(_BATCH)
+                spaces = b" " * _MUCH_BYTES
+                content = body[:length] + spaces + body[length:]
+                return [*binary, await client.infer(content, length + len(spaces))]
 
-        answer = asyncio.run(ask())
-        if answer.status != 200:
-            raise SessionError(f"the server does not answer: {answer}")
+        for answer in asyncio.run(ask()):
+            if answer.status != 200:
+                raise SessionError(f"the server does not answer: {answer}")
+
+    def _images(self, count: int) -> tuple[bytes, int]:
+        """A request of so many images."""
+        requests = Requests([self.stage.tasks[0].name], self.stage.pool, count)
+        return requests.body(0, [0] * count)
 
     def saturation(self, wire: str) -> float:
         """Requests a second that they get answered at most; the server is warm after it."""

@@ -39,7 +39,7 @@ def compare_with(other, engine, made, record):
             lambda t=truth: engine.run(t.images, t.names),
             lambda t=truth: other(t.images, t.names),
             pairs=SCALE.pairs,
-            warmup=10,
+            warmup=SCALE.warmup,
         )
         record(**{f"batch {batch}": found})
 

@@ -32,7 +32,7 @@ def compare(ours, other, made, record):
             lambda t=truth: ours(t.images, t.names),
             lambda t=truth: other(t.images, t.names),
             pairs=SCALE.pairs,
-            warmup=10,
+            warmup=SCALE.warmup,
         )
         record(**{f"batch {batch}": found})
 

@@ -288,9 +288,9 @@ class _Evil:
 
 
 def test_random_adapters_whole_and_damaged(tmp_path, capsys):
-    found = peft_random.run(25, 3, tmp_path)
+    found = peft_random.run(12, 3, tmp_path)
     assert not found["wrong"], capsys.readouterr().out
-    assert Counter(found)["damaged: refused"] >= 5
+    assert Counter(found)["damaged: refused"] >= 2
 
 
 def test_an_importer_that_compares_nothing_is_seen(tmp_path, monkeypatch):

@@ -54,8 +54,14 @@ def test_at_every_stage_of_an_edit(writer, disk):
     assert refused, "the disk was never full"
 
 
-@pytest.mark.parametrize("kib", [0, 40, 200, 280])
-@pytest.mark.parametrize(("there", "fold"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("there", "fold", "kib"),
+    [
+        *((False, False, kib) for kib in (0, 40, 200, 280)),
+        *((True, False, kib) for kib in (40, 280)),
+        *((False, True, kib) for kib in (0, 200)),
+    ],
+)
 def test_an_export(disk, workshop, kib, there, fold):
     path = disk / "bundle"
     if there:
@@ -67,4 +73,4 @@ def test_an_export(disk, workshop, kib, there, fold):
     (disk / "fill").unlink()
     assert contents(disk) == before
     assert {p.name for p in disk.iterdir()} == ({"bundle"} if there else set())
-    workshop.export(path, ("alpha",), overwrite=True, fold=fold)
+    workshop.export(path, ("alpha",), overwrite=True, fold=fold, verify=False)

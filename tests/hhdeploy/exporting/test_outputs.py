@@ -193,7 +193,7 @@ def test_a_model_without_a_classifier_gives_features_by_itself(workshop, tmp_pat
     ("name", "args", "dim", "places"),
     [
         ("ViTForImageClassification", LABELS, 48, 17),
-        ("SwinForImageClassification", LABELS, 24, 16),
+        ("SwinForImageClassification", LABELS, 12, 64),
         ("Dinov2Model", {}, 48, 17),
     ],
 )
@@ -201,12 +201,12 @@ def test_transformers_features_and_tokens(tmp_path, name, args, dim, places):
     """A classifier's, and those of a model without one; the tokens are its last hidden state."""
     sizes = {
         "hidden_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 3,
         "intermediate_size": 96,
     }
     if name.startswith("Swin"):
-        sizes = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 3], "window_size": 4}
+        sizes = {"embed_dim": 12, "depths": [1], "num_heads": [2], "window_size": 4}
     patches = {"image_size": 32, "patch_size": 4 if name.startswith("Swin") else 8}
     (tmp_path / "model").mkdir()
     save_transformers_config(name, {**sizes, **patches, **args}, tmp_path / "model")

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import gc
-import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,19 +19,27 @@ import psutil
 import pytest
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
 
 from hhdeploy.runtime.serving.messages import FP32, IMAGES, InferRequest, Tensor
 from hhdeploy.runtime.serving.outputs import LOGITS
-from hhdeploy.runtime.serving.ray.app import application
-from hhdeploy.runtime.serving.ray.run import APP, free_port
-from tests.runtime.serving.servers import Server
+from hhdeploy.runtime.serving.ray.run import APP
+from tests.runtime.serving.servers import Server, running_server
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 90
 # What Ray says of a node that did not start in time, and how often it is tried.
 GIVES_UP, TRIES = "The current node timed out during startup", 3
 TOKEN = "0123456789abcdef-of-the-tests"
+# The command with what it has no option for: a second process that takes requests.
+TWO_INGRESSES = """
+from dataclasses import replace
+from hhdeploy.cli import main
+from hhdeploy.runtime.serving.ray import run
+
+run_on_ray = run.run_on_ray
+run.run_on_ray = lambda settings, **rest: run_on_ray(replace(settings, ingresses=2), **rest)
+main()
+"""
 
 
 def started(start: Callable[[], T]) -> T:
@@ -51,7 +59,6 @@ def started(start: Callable[[], T]) -> T:
             except Exception as error:
                 if GIVES_UP not in str(error):
                     raise
-            ray.shutdown()
             left = set(psutil.Process().children(recursive=True)) - before
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -61,35 +68,23 @@ def started(start: Callable[[], T]) -> T:
     pytest.skip(f"Ray's node gave up {TRIES} times: it has 30 s to start, and this machine is busy")
 
 
-@contextlib.contextmanager
-def ray_cluster() -> Iterator[str]:
-    """A Ray cluster of this process: its address. Nothing of it is left at the end."""
-    before = set(psutil.Process().children(recursive=True))
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-    options |= {"num_cpus": 2, "object_store_memory": 100 << 20, "logging_level": "error"}
-    started(lambda: ray.init("local", **options))
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        mine = set(psutil.Process().children(recursive=True)) - before
-        serve.shutdown()
-        ray.shutdown()
-        _, left = psutil.wait_procs(mine, PATIENCE_SECONDS)
-        assert not left
-
-
 @dataclass(frozen=True)
 class Fleet:
-    """An application that runs, seen from behind.
+    """``hhdeploy serve --ray`` with a cluster of its own, which this process looks into.
 
     Attributes:
-        server: its HTTP side; it has no process of its own.
+        server: the command.
         directory: the fleet directory.
+        address: of the cluster.
     """
 
     server: Server
     directory: Path
+    address: str
+
+    def look_in(self) -> None:
+        """This process joins the cluster: what looks at replicas needs that."""
+        ray.init(self.address, log_to_driver=False, logging_level="error")
 
     def each(self, method: str, *arguments: object, deployment: str = "Replica") -> list[Any]:
         """What each replica answers; an exception where it raised one."""
@@ -149,51 +144,63 @@ class Fleet:
 
     def kill_one(self, deployment: str) -> None:
         """SIGKILL to one replica of a deployment."""
-        processes_of(deployment)[0].kill()
+        self.processes_of(deployment)[0].kill()
 
     def wait_for_another(self, before: set[str], count: int) -> None:
         """Until there are ``count`` replicas again, one of them new."""
         wait_until(lambda: len(names := self.names()) == count and bool(names - before))
 
+    def processes_of(self, deployment: str) -> list[psutil.Process]:
+        """The processes of a deployment's replicas."""
+        title = f"ray::ServeReplica:{APP}:{deployment}"
+        found = []
+        for process in children_of(self.server):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    found.append(process)
+        assert found, title
+        return found
 
-def processes_of(deployment: str) -> list[psutil.Process]:
-    """The processes of a deployment's replicas, of this test's cluster."""
-    title = f"ray::ServeReplica:{APP}:{deployment}"
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
-                found.append(process)
-    assert found, title
-    return found
+
+def children_of(server: Server) -> list[psutil.Process]:
+    """Processes that a server started, and they in turn."""
+    return psutil.Process(server.process.pid).children(recursive=True)
 
 
 @contextlib.contextmanager
-def running_fleet(bundle: Path, root: Path, **options: Any) -> Iterator[Fleet]:
-    """The application on this process' cluster, two replicas unless told."""
+def running_fleet(bundle: Path, root: Path) -> Iterator[Fleet]:
+    """The command on a cluster of its own: two replicas behind two ingresses.
+
+    A test may stop it; nothing of it is left at the end.
+    """
     directory, token = root / "fleet", root / "token"
     directory.mkdir()
     token.write_text(TOKEN)
-    args = {
-        "bundle": bundle,
-        "device": "cpu",
-        "threads": 1,
-        "model_name": "tiny",
-        "adapters_dir": directory,
-        "allow_adapter_loading": True,
-        "token_file": token,
-        "log_level": "warning",
-        # A replica that takes a killed one's place may start slowly on a busy machine.
-        "request_seconds": 300,
-        **options,
-    }
-    port = free_port("127.0.0.1", 0)
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host="127.0.0.1", port=port),
-    )
-    serve.run(application(args), name=APP)
-    yield Fleet(Server(None, f"127.0.0.1:{port}", "", root / "log"), directory)
+    options: list[object] = ["--ray", "--replicas", 2, "--model-name", "tiny"]
+    options += ["--adapters-dir", directory, "--allow-adapter-loading", "--token-file", token]
+    # A replica that takes a killed one's place may start slowly on a busy machine.
+    options += ["--log-level", "warning", "--request-seconds", 300]
+    program = [sys.executable, "-c", TWO_INGRESSES]
+    with contextlib.ExitStack() as ended:
+        server = started(
+            lambda: ended.enter_context(
+                running_server(bundle, root / "log", *options, program=program)
+            )
+        )
+        fleet = Fleet(server, directory, address_of(children_of(server)))
+        fleet.look_in()
+        yield fleet
+        ray.shutdown()
+        there = children_of(server) if server.process.poll() is None else []
+    _, left = psutil.wait_procs(there, PATIENCE_SECONDS)
+    assert not left
+
+
+def address_of(processes: list[psutil.Process]) -> str:
+    """Of the cluster, as its node was told."""
+    (raylet,) = [each for each in processes if each.name() == "raylet"]
+    (address,) = [word for word in raylet.cmdline() if word.startswith("--gcs-address=")]
+    return address.partition("=")[2]
 
 
 def wait_until(there: Callable[[], bool]) -> None:

@@ -15,17 +15,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from click.testing import CliRunner
 
+from hhdeploy.cli import main
 from tests.leash import leashed
 from tests.runtime.serving.fleets import PATIENCE
 from tests.workshop import ROOT
 
+HHDEPLOY = (str(Path(sys.executable).with_name("hhdeploy")),)
 # Of servers that allow loading.
 TOKEN = "correct-horse-battery-staple"
 AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
@@ -106,12 +110,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
+def running_server(
+    bundle: Path, log: Path, *options: object, program: Sequence[str] = HHDEPLOY
+) -> Iterator[Server]:
     """``hhdeploy serve BUNDLE OPTIONS`` until the end of the block; it must end without error."""
-    program = [str(Path(sys.executable).with_name("hhdeploy")), "serve", str(bundle)]
     command = leashed([
-        *program, "--device", "cpu", "--threads", "1", "--http-port", "0", "--grpc-port", "0",
-        "--request-seconds", str(PATIENCE), *map(str, options),
+        *program, "serve", str(bundle), "--device", "cpu", "--threads", "1", "--http-port", "0",
+        "--grpc-port", "0", "--request-seconds", str(PATIENCE), *map(str, options),
     ])  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (
@@ -132,6 +137,15 @@ def running_server(bundle: Path, log: Path, *options: object) -> Iterator[Server
                 assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
+
+
+def not_served(monkeypatch: pytest.MonkeyPatch, bundle: Path, *options: object) -> str:
+    """What ``hhdeploy serve BUNDLE OPTIONS``, in this process, says instead of serving."""
+    monkeypatch.setattr("hhdeploy.runtime.serving.logs.log_as_json", lambda level: None)
+    ended = CliRunner().invoke(main, ["serve", str(bundle), *map(str, options)])
+    assert ended.exit_code in (1, 2) and isinstance(ended.exception, SystemExit), ended.output
+    assert not ended.stdout
+    return ended.stderr
 
 
 def signal_own_server(serving: asyncio.Task[None], number: int = signal.SIGTERM) -> None:

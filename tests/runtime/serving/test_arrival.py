@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import ssl
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -11,7 +13,10 @@ import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.http.arrival import PIECE_BYTES, Turns, bounded_protocol
+from tests.runtime.serving.certificates import make_certificate
+from tests.runtime.serving.fleets import PATIENCE
 
 
 def test_one_goes_on_in_each_turn_of_the_loop():
@@ -81,6 +86,13 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": said})
 
 
+def factory() -> Any:
+    """Makes protocols of one server."""
+    config = Config(app, http=bounded_protocol(PATIENCE, lambda error: None), log_config=None)
+    config.load()
+    return partial(config.http_protocol_class, config, ServerState(), {})
+
+
 @pytest.mark.parametrize("path", ["/taken", "/refused"])
 def test_large_bodies_arrive_piece_by_piece_in_turn(path):
     """Of those that are refused the rest, which nobody reads."""
@@ -89,9 +101,8 @@ def test_large_bodies_arrive_piece_by_piece_in_turn(path):
     pipes = [*(Pipe(path, body) for body in bodies), Pipe("/taken", small)]
 
     async def scene() -> list[list[int]]:
-        config = Config(app, http=bounded_protocol(60, lambda error: None), log_config=None)
-        config.load()
-        made = [config.http_protocol_class(config, ServerState(), {}) for _ in pipes]
+        make = factory()
+        made = [make() for _ in pipes]
         for protocol, pipe in zip(made, pipes, strict=True):
             protocol.connection_made(pipe)
         turns = []
@@ -104,7 +115,7 @@ def test_large_bodies_arrive_piece_by_piece_in_turn(path):
             protocol.connection_lost(None)
         return turns
 
-    first, *others = asyncio.run(asyncio.wait_for(scene(), 60))
+    first, *others = asyncio.run(asyncio.wait_for(scene(), PATIENCE))
     assert first == [0, 1, 2, 3] and max(map(len, others)) == 1
     order = [number for turn in others for number in turn]
     assert order == [0, 1, 2] * 4
@@ -117,9 +128,7 @@ def test_a_small_body_in_several_pieces_waits_for_no_turn():
     pipe = Pipe("/taken", b"body" * 5003)
 
     async def scene() -> None:
-        config = Config(app, http=bounded_protocol(60, lambda error: None), log_config=None)
-        config.load()
-        protocol = config.http_protocol_class(config, ServerState(), {})
+        protocol = factory()()
         protocol.connection_made(pipe)
         content, pipe.left = pipe.left, b""
         for at in range(0, len(content), 4001):
@@ -131,3 +140,34 @@ def test_a_small_body_in_several_pieces_waits_for_no_turn():
         protocol.connection_lost(None)
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_large_bodies_at_the_same_time_arrive_whole(tmp_path, secure):
+    """Over real connections, on which a second request follows each."""
+    bodies = [random.Random(seed).randbytes(5 * PIECE_BYTES + seed) for seed in (101, 1009, 7)]
+    cert, key = make_certificate(tmp_path)
+    client = ssl.create_default_context(cafile=str(cert)) if secure else None
+
+    async def ask(port: int, body: bytes) -> None:
+        name = "localhost" if secure else None
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port, ssl=client, server_hostname=name
+        )
+        for content in (body, b"short", body[::-1]):
+            writer.write(Pipe("/taken", content).left)
+            await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(64) == sha256(content).hexdigest().encode()
+        writer.close()
+        await writer.wait_closed()
+
+    async def scene() -> None:
+        context = Tls(cert, key).http if secure else None
+        server = await asyncio.get_running_loop().create_server(
+            factory(), "127.0.0.1", 0, ssl=context
+        )
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            await asyncio.gather(*(ask(port, body) for body in bodies))
+
+    asyncio.run(asyncio.wait_for(scene(), PATIENCE))

@@ -22,8 +22,10 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.loadtest.abuse.kinds import KINDS
+from hhdeploy.loadtest.abuse.wire import Victim
 from hhdeploy.runtime.session import open_session
-from tests.runtime.serving.fleets import make_adapter, put_adapter
+from tests.runtime.serving.fleets import PATIENCE, make_adapter, put_adapter
 from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
 from tests.support import assert_parity, images
 from tests.workshop import BACKBONE_CLASSES, CLASSES, ROOT, run_command
@@ -398,6 +400,19 @@ def test_numbers_of_absurd_size_are_refused(server):
             "parameters": {"timeout": 10**400}}  # fmt: skip
     status, found = server.json("POST", "/v2/models/tiny/infer", body)
     assert status == 400 and "expected FP32" in found["error"]
+
+
+@pytest.mark.parametrize("kind", ["json-gzip", "json-deflate", "json-nested"])
+def test_few_bytes_that_are_much_json_are_refused(server, kind):
+    """Those that `hhdeploy bench --abuse` sends."""
+    host, port = server.http.split(":")
+    victim = Victim(host, int(port), 0, "alpha", (3, 32, 32), "/nowhere")
+    attack = KINDS[kind].prepare(victim)
+
+    async def some() -> set[str]:
+        return {await attack() for _ in range(4)}
+
+    assert asyncio.run(asyncio.wait_for(some(), PATIENCE)) <= {"400", "413"}
 
 
 def test_every_inference_is_one_line_of_the_log(server, client):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -109,25 +110,36 @@ HTTP: dict[str, tuple[int, str, bytes, dict[str, str]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def refusing(small: Path) -> Iterator[tuple[asyncio.AbstractEventLoop, Any]]:
+    """An application, and the loop that it runs on: one process reads the JSON of all tests."""
+    loop, stack = asyncio.new_event_loop(), AsyncExitStack()
+
+    async def start() -> Any:
+        service = await stack.enter_async_context(started(small))
+        app = http_app(LocalEndpoint(service), Access())
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        return app
+
+    with contextlib.closing(loop):
+        yield loop, loop.run_until_complete(start())
+        loop.run_until_complete(stack.aclose())
+
+
 @pytest.mark.parametrize("kind", HTTP)
-def test_an_http_request_that_is_refused(small, kind):
+def test_an_http_request_that_is_refused(refusing, kind):
     status, path, body, headers = HTTP[kind]
     if kind == "broken picture":
         length = body.index(BROKEN) - 4
         headers = {"inference-header-content-length": str(length)}
 
-    async def scene() -> int:
-        async with started(small) as service:
-            app = http_app(LocalEndpoint(service), Access())
+    loop, app = refusing
 
-            async def once() -> None:
-                # A copy, as what came over a network would be.
-                assert await post(app, path, bytes(bytearray(body)), **headers) == status
+    async def once() -> None:
+        # A copy, as what came over a network would be.
+        assert await post(app, path, bytes(bytearray(body)), **headers) == status
 
-            async with app.router.lifespan_context(app):
-                return await growth(once)
-
-    assert asyncio.run(scene()) < SIZE
+    assert loop.run_until_complete(growth(once)) < SIZE
 
 
 @pytest.mark.parametrize("kind", ["busy", "bodies", "session", "left", "deadline"])

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import aiohttp
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient import grpc as grpc_client
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
+from hhdeploy.cli import main
 from hhdeploy.runtime.serving import errors
 from hhdeploy.runtime.serving.http.parsing import SMALL
 from hhdeploy.runtime.serving.messages import BYTES, FP32
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import make_adapter, put_adapter
-from tests.runtime.serving.servers import Server, running_server
 from tests.support import MISTAKE, assert_parity, images
-from tests.workshop import CLASSES, COMMAND_SECONDS, ROOT, WIDTH
+from tests.workshop import CLASSES, WIDTH
 
 pytest.importorskip("ray.serve", reason="needs the package 'ray'")
+
+import ray
 
 from tests.runtime.serving.ray_servers import (
     Fleet,
     body_of,
+    children_of,
     logits_in,
-    processes_of,
-    ray_cluster,
     running_fleet,
-    started,
     wait_until,
 )
 
@@ -50,15 +47,9 @@ FEW = IMAGES[:3]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with ray_cluster() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def fleet(cluster, branches, tmp_path_factory) -> Iterator[Fleet]:
-    """Two replicas behind two ingresses. A test leaves the bundle's adapters as they were."""
-    with running_fleet(branches, tmp_path_factory.mktemp("ray"), ingresses=2) as running:
+def fleet(branches, tmp_path_factory) -> Iterator[Fleet]:
+    """The command, on a cluster of its own. A test leaves the bundle's adapters as they were."""
+    with running_fleet(branches, tmp_path_factory.mktemp("ray")) as running:
         yield running
 
 
@@ -242,7 +233,7 @@ async def _load(
 
 def test_a_registry_that_is_killed_is_told_everything_by_the_replicas(fleet, workshop, expected):
     assert fleet.unload("gamma") == (200, None)
-    old = processes_of("Registry")[0]
+    old = fleet.processes_of("Registry")[0]
     old.kill()
     old.wait(60)
     assert_parity(expected["alpha"], fleet.infer(IMAGES, "alpha"), "branches", "float32")
@@ -259,37 +250,8 @@ def test_a_registry_that_is_killed_is_told_everything_by_the_replicas(fleet, wor
 # --- the command --------------------------------------------------------------------------------
 
 
-def test_the_command_answers_what_it_took_and_leaves_nothing(
-    branches, workshop, expected, tmp_path, monkeypatch
-):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    folder = tmp_path / "fleet"
-    folder.mkdir()
-    options = ("--ray", "--replicas", "2", "--model-name", "tiny", "--adapters-dir", folder)
-    with contextlib.ExitStack() as ended:
-        server = started(
-            lambda: ended.enter_context(running_server(branches, tmp_path / "log", *options))
-        )
-        _check_grpc(server, expected)
-        put_adapter(make_adapter(workshop, 1), folder, "later")
-        assert server.json("GET", "/v2/models/later")[0] == 404
-        server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: server.json("GET", "/v2/models/later")[0] == 200)
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        assert any("raylet" in child.name() for child in children)
-        answers = asyncio.run(_until_stopped(server))
-        assert server.process.wait(60) == 0
-    assert [logits for logits in answers if logits is not None]
-    for logits in answers:
-        if logits is not None:
-            assert_parity(expected["rival"][: len(FEW)], logits, "branches", "float32")
-    _, left = psutil.wait_procs(children, 60)
-    assert not left
-
-
-def _check_grpc(server: Server, expected: dict[str, np.ndarray]) -> None:
-    """gRPC answers for the replicas, and says what they say of a wrong request."""
-    with grpc_client.InferenceServerClient(server.grpc) as client:
+def test_grpc_answers_for_the_replicas_and_says_what_they_say(fleet, expected):
+    with grpc_client.InferenceServerClient(fleet.server.grpc) as client:
         assert client.is_server_ready()
         tensor = grpc_client.InferInput("images", IMAGES.shape, FP32)
         tensor.set_data_from_numpy(IMAGES)
@@ -299,7 +261,43 @@ def _check_grpc(server: Server, expected: dict[str, np.ndarray]) -> None:
             client.infer("nobody", [tensor])
 
 
-async def _until_stopped(server: Server) -> list[np.ndarray | None]:
+def test_a_hangup_has_every_replica_look_through_the_fleet_directory(fleet, workshop):
+    put_adapter(make_adapter(workshop, 1), fleet.directory, "later")
+    assert fleet.server.json("GET", "/v2/models/later")[0] == 404
+    fleet.server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: fleet.server.json("GET", "/v2/models/later")[0] == 200)
+
+
+def test_the_command_leaves_a_cluster_alone_that_serves_already(fleet, branches, monkeypatch):
+    """Another command, in this process."""
+    monkeypatch.setenv("RAY_ADDRESS", fleet.address)
+    monkeypatch.setattr("hhdeploy.runtime.serving.logs.log_as_json", lambda level: None)
+    ray.shutdown()
+    try:
+        done = CliRunner().invoke(main, ["serve", str(branches), "--ray"])
+        assert (done.exit_code, "Ray Serve runs already" in done.output) == (1, True), done.output
+        assert not ray.is_initialized()
+    finally:
+        fleet.look_in()
+    assert len(fleet.names()) == 2
+
+
+def test_the_command_answers_what_it_took_and_leaves_nothing(fleet, expected):
+    """The last test of this fleet: it is stopped."""
+    there = children_of(fleet.server)
+    assert any("raylet" in child.name() for child in there)
+    ray.shutdown()
+    answers = asyncio.run(_until_stopped(fleet))
+    assert fleet.server.process.wait(60) == 0
+    assert [logits for logits in answers if logits is not None]
+    for logits in answers:
+        if logits is not None:
+            assert_parity(expected["rival"][: len(FEW)], logits, "branches", "float32")
+    _, left = psutil.wait_procs(there, 60)
+    assert not left
+
+
+async def _until_stopped(fleet: Fleet) -> list[np.ndarray | None]:
     """Logits of many requests, or None where the server said that it stops.
 
     Some are large: they wait for the one process that reads JSON.
@@ -307,13 +305,13 @@ async def _until_stopped(server: Server) -> list[np.ndarray | None]:
     stopping = asyncio.Event()
 
     async def one(client: aiohttp.ClientSession, note: str) -> np.ndarray | None:
-        url = f"{server.url}/v2/models/rival/infer"
+        url = f"{fleet.server.url}/v2/models/rival/infer"
         body = body_of(FEW) | {"parameters": {"note": note}}
         async with client.post(url, json=body) as answer:
             content = await answer.json()
         if not stopping.is_set():
             stopping.set()
-            server.process.send_signal(signal.SIGTERM)
+            fleet.server.process.send_signal(signal.SIGTERM)
         if answer.status == 503:
             return None
         assert answer.status == 200, content
@@ -323,18 +321,3 @@ async def _until_stopped(server: Server) -> list[np.ndarray | None]:
     async with aiohttp.ClientSession(connector=limits) as client:
         notes = ["", "", "x" * SMALL] * 50
         return await asyncio.gather(*(one(client, note) for note in notes))
-
-
-def test_the_command_leaves_a_cluster_alone_that_serves_already(cluster, fleet, branches):
-    command = [str(Path(sys.executable).with_name("hhdeploy")), "serve", str(branches), "--ray"]
-    environment = {**os.environ, "RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=COMMAND_SECONDS,
-    )
-    assert (done.returncode, "Ray Serve runs already" in done.stderr) == (1, True), done.stderr
-    assert len(fleet.names()) == 2

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from hhdeploy.cli import main
 from hhdeploy.errors import AdapterError, DeviceError, PlanError
 from hhdeploy.runtime.serving import errors, tracing
 from hhdeploy.runtime.serving.access.tokens import Access
@@ -27,7 +28,6 @@ from hhdeploy.runtime.serving.messages import (
 from hhdeploy.runtime.serving.metrics import Metrics, latency_ms
 from tests.runtime.serving.fleets import until
 from tests.runtime.serving.leftovers import SIZE, growth, post
-from tests.workshop import run_command
 
 pytest.importorskip("ray.serve", reason="needs the package 'ray'")
 
@@ -573,9 +573,10 @@ def test_a_replica_whose_session_only_fails_is_replaced():
     ],
 )
 def test_options_that_do_not_go_together_are_said_before_anything_starts(
-    tmp_path, options, problem
+    tmp_path, monkeypatch, options, problem
 ):
-    program = str(Path(sys.executable).with_name("hhdeploy"))
-    done = run_command([program, "serve", str(tmp_path), *options])
-    assert done.returncode in (1, 2)
+    monkeypatch.setattr("hhdeploy.runtime.serving.logs.log_as_json", lambda level: None)
+    monkeypatch.setattr(ray_run.ray, "init", lambda *_, **__: pytest.fail("it starts"))
+    done = CliRunner().invoke(main, ["serve", str(tmp_path), *options])
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
     assert problem in done.stderr

@@ -568,6 +568,7 @@ def check_excuse(error):
     assert isinstance(error, NotFoundError) or "is not a directory" in str(error), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_chaos(play, truth_of, workshop, tmp_path, seed):
     """Few rows, many adapters; requests, departures, uploads, unloading, files that change.
