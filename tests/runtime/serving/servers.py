@@ -139,11 +139,16 @@ def running_server(
             process.kill()
 
 
-def not_served(monkeypatch: pytest.MonkeyPatch, bundle: Path, *options: object) -> str:
-    """What ``hhdeploy serve BUNDLE OPTIONS``, in this process, says instead of serving."""
+def not_served(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, *options: object, code: int = 1
+) -> str:
+    """What ``hhdeploy serve BUNDLE OPTIONS``, in this process, says instead of serving.
+
+    ``code``: of its end; 2 is what a wrong option gives.
+    """
     monkeypatch.setattr("hhdeploy.runtime.serving.logs.log_as_json", lambda level: None)
     ended = CliRunner().invoke(main, ["serve", str(bundle), *map(str, options)])
-    assert ended.exit_code in (1, 2) and isinstance(ended.exception, SystemExit), ended.output
+    assert ended.exit_code == code and isinstance(ended.exception, SystemExit), ended.output
     assert not ended.stdout
     return ended.stderr
 

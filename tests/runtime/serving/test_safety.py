@@ -217,7 +217,7 @@ def test_loading_is_off_unless_it_is_allowed(server, branches, monkeypatch):
         path = f"/v2/repository/models/alpha/{action}"
         status, said = message(server.request("POST", path, b"{}", AUTHORISED))
         assert status == 403 and "`allow_adapter_loading`" in said
-    said = not_served(monkeypatch, branches, "--allow-adapter-loading")
+    said = not_served(monkeypatch, branches, "--allow-adapter-loading", code=2)
     assert "needs --token-file" in said
 
 
