@@ -39,14 +39,26 @@ COMPILED_AT = 8
 @click.option("--minutes", default=12.0, show_default=True, help="Of measuring, files made.")
 @click.option("--quick", is_flag=True)
 @click.option("--model", "titles", multiple=True, type=click.Choice(list(MODELS)))
+@click.option(
+    "--bank",
+    "sizes",
+    multiple=True,
+    type=click.Choice([str(bank) for bank in BANKS]),
+    help="Adapters at hand; all sizes if none is named.",
+)
 @click.option("--servers", is_flag=True, help="The race of servers alone.")
 @click.option("--prepare", "only_prepare", is_flag=True)
 def main(
-    minutes: float, quick: bool, titles: tuple[str, ...], servers: bool, only_prepare: bool
+    minutes: float,
+    quick: bool,
+    titles: tuple[str, ...],
+    sizes: tuple[str, ...],
+    servers: bool,
+    only_prepare: bool,
 ) -> None:
     """Measure."""
     cases = [Case(t) for t in titles or (list(MODELS)[:1] if quick else list(MODELS))]
-    banks = [b for b in BANKS if b <= 8] if quick else list(BANKS)
+    banks = [int(size) for size in sizes] or [b for b in BANKS if b <= 8 or not quick]
     for case in cases:
         print(f"files of {case.title} in {case.folder}", flush=True)
         prepare(case, max(banks))
