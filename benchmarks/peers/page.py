@@ -29,8 +29,8 @@ def merged(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]
     kept = False
     for table in TABLES:
         new = now.get(table, [])
-        models = {r.get("model") for r in new}
-        old = [r for r in (before or {}).get(table, []) if r.get("model") not in models]
+        measured = {_subject(r) for r in new}
+        old = [r for r in (before or {}).get(table, []) if _subject(r) not in measured]
         kept = kept or bool(old)
         tables[table] = [*old, *new]
     if before is None or not kept:
@@ -42,6 +42,10 @@ def merged(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]
         )
     dates = dict.fromkeys([*before["date"].split(", "), now["date"]])
     return now | tables | {"date": ", ".join(dates)}
+
+
+def _subject(record: Record) -> tuple[object, object]:
+    return record.get("model"), record.get("bank")
 
 
 def stored() -> dict[str, Any] | None:
