@@ -211,7 +211,8 @@ def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
     took = time.perf_counter() - begin
     if done.returncode:
         raise SystemExit(f"{name} ended with {done.returncode}: nothing is kept of it.")
-    load = None if others is None else round((_seconds_of_others() - others) / took, 2)
+    # Not below nothing: the kernel counts in ticks, of which a short run has few.
+    load = None if others is None else max(0.0, round((_seconds_of_others() - others) / took, 2))
     return {
         "benchmark": name,
         "machine": machine(),
