@@ -217,8 +217,8 @@ def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
         "benchmark": name,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
-        **json_at_end(done.stdout),
         "command": " ".join(["python", *arguments]),
+        **json_at_end(done.stdout),  # some say themselves by what commands all of it came
         "seconds": round(took),
         "load": load,
     }
@@ -260,7 +260,8 @@ def main(
             print(f"{name:28}python {' '.join(arguments)}")
         return
     if kept is not None:
-        keep(kept[0], json_at_end(Path(kept[1]).read_text(encoding="utf-8")))
+        content = json_at_end(Path(kept[1]).read_text(encoding="utf-8"))
+        keep(kept[0], {"load": None, **content})
     for name in (names or QUIET) if run else ():
         print(f"{name}: {' '.join(RUNS[name])}", flush=True)
         content = measure(name, quick=quick)

@@ -49,6 +49,7 @@ def content():
     return {
         "machine": {"cpu": "A processor", "cores": 2, "threads": 2, "versions": {"peft": "1.2"}},
         "date": "2026-01-02",
+        "command": "python all",
         "races": [
             raced(BEST, 20.0),
             raced("PEFT mixed batch", 80.0, right=False, error=0.5),
@@ -171,6 +172,7 @@ def test_what_was_not_measured_again_is_kept(content):
     new = {
         "machine": content["machine"],
         "date": "2026-01-02",
+        "command": "python some",
         "races": content["races"][2:3],
         "servers": [],
     }
@@ -179,6 +181,8 @@ def test_what_was_not_measured_again_is_kept(content):
     assert found["servers"] == other["servers"]
     assert found["accuracies"] == content["accuracies"]
     assert found["date"] == "2026-01-01, 2026-01-02"
+    assert found["command"] == "python all; python some"
+    assert page.merged(found, new)["command"] == found["command"]
     assert page.merged(None, new)["accuracies"] == []
     with pytest.raises(SystemExit, match="another machine"):
         page.merged(other, {**new, "machine": {}})

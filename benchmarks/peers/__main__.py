@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import time
 from typing import Any
 
@@ -70,6 +71,7 @@ def main(
         "benchmark": "peers",
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python -W ignore -m benchmarks.peers", *sys.argv[1:]]),
         **(measure_servers if servers else measure)(cases, banks, seconds),
     }
     if not quick:

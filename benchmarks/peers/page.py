@@ -40,8 +40,11 @@ def merged(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]
             f"{RESULTS} is of another machine or of other versions: race all models and the "
             "servers again, or delete it."
         )
-    dates = dict.fromkeys([*before["date"].split(", "), now["date"]])
-    return now | tables | {"date": ", ".join(dates)}
+    both = {
+        key: between.join(dict.fromkeys([*before[key].split(between), now[key]]))
+        for key, between in (("date", ", "), ("command", "; "))
+    }
+    return now | tables | both
 
 
 def _subject(record: Record) -> tuple[object, object]:

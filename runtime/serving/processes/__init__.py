@@ -1,1 +1,1 @@
-"""What would hold the interpreter's lock for too long, in a process of its own."""
+"""Processes beside the server's own, and memory that all of them give back."""

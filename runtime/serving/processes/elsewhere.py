@@ -162,4 +162,4 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[b
     except MemoryError:
         return False, MemoryError()
     except Exception as error:  # noqa: BLE001 - a bug: it is told where it is logged
-        return False, FailedError(f"{function.__name__}: {error}")
+        return False, FailedError(f"{function.__name__} failed: {error}")
