@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from hhdeploy.runtime import Session
 
 THREADS = 2
+# What decides over the speed of INT8 and bfloat16 -> its flags in /proc/cpuinfo.
+_INSTRUCTIONS = {
+    "AVX-512": {"avx512f"},
+    "VNNI": {"avx512_vnni", "avx_vnni"},
+    "BF16": {"avx512_bf16"},
+    "AMX": {"amx_tile"},
+}
 _PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "numpy", "onnx-ir")
 
 
@@ -51,17 +58,25 @@ def report(name: str, results: dict[str, Any], *, threads: int = THREADS) -> Non
 
 def machine(threads: int = THREADS) -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            names = [line.split(":")[1].strip() for line in stream if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    except OSError:
-        pass
     versions = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "versions": versions}
+    return {"cpu": _processor(), "cores": os.cpu_count(), "threads": threads, "versions": versions}
+
+
+def _processor() -> str:
+    """Its name and, on Linux, what its name may not tell: what speeds 8 and 16 bits up."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    known: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        known.setdefault(key.strip(), value.strip())
+    name = known.get("model name") or platform.processor() or platform.machine()
+    flags = known.get("flags", "").split()
+    found = [title for title, names in _INSTRUCTIONS.items() if not names.isdisjoint(flags)]
+    return f"{name} with {', '.join(found)}" if found else name

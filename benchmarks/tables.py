@@ -46,6 +46,7 @@ RUNS: Mapping[str, Sequence[str]] = {
         "-m", "benchmarks.bench_branches", "--model", "starter", "--pairs", "40",
         "--device", "openvino",
     ),
+    "int8": ("-m", "benchmarks.bench_int8", "--pairs", "5", "--rounds", "4"),
     "slots": ("-m", "benchmarks.bench_slots"),
     "export": ("-m", "benchmarks.bench_export", "--pairs", "2"),
     "cold-start": ("-m", "benchmarks.bench_cold_start", "--starts", "5", "--kind", "branches"),
@@ -70,6 +71,7 @@ QUICK: Mapping[str, Sequence[str]] = {
     "branches-starter": ("--rounds", "1", "--pairs", "10"),
     "branches-starter-openvino": ("--rounds", "1", "--pairs", "10"),
     "fold": ("--pairs", "2"),
+    "int8": (*_SMALL, "--pairs", "3", "--rounds", "1"),
     "slots": ("--pairs", "4", "--slots", "64"),
     "export": (*_SMALL, "--pairs", "2"),
     "cold-start": (*_SMALL, "--starts", "2"),
@@ -81,8 +83,9 @@ QUICK: Mapping[str, Sequence[str]] = {
 }
 # What is run if nothing is named, in the order of their worth; the last two count no seconds.
 QUIET = (
-    "branches", "branches-openvino", "fold", "branches-starter", "branches-starter-openvino",
-    "serve", "bank", "export", "cold-start", "slots", "memory", "parity",
+    "branches", "branches-openvino", "int8", "fold", "branches-starter",
+    "branches-starter-openvino", "serve", "bank", "export", "cold-start", "slots", "memory",
+    "parity",
 )  # fmt: skip
 
 
@@ -126,6 +129,7 @@ BLOCKS: Mapping[str, Block] = {
     "branches-starter": Block(
         _PAGE, ("branches-starter", "branches-starter-openvino"), blocks.comparisons
     ),
+    "int8": Block(_PAGE, ("int8",), blocks.comparisons),
     "slots": Block(_PAGE, ("slots",), blocks.comparisons),
     "fold": Block(_PAGE, ("fold",), blocks.comparisons),
     "export": Block(_PAGE, ("export",), blocks.comparisons),

@@ -7,10 +7,13 @@
     session takes another     them has waited `max_wait`
 
 Waiting requests go in order of priority (lower first), then of turn, and are never split. A turn is
-when a request would be done if all that wait got one image after the other in turn: of one size
-they go in order of arrival, and a small one never waits for many large ones (fair queueing, each
-request a flow of its own). A request's place in the queue is its own from the moment it is taken,
-before its pictures are decoded: one that will not be answered is refused before it costs anything.
+when a request would be done if all that wait got one image after the other in turn, n images
+counted as n ** 1.5: of one size they go in order of arrival, and a small one never waits for many
+large ones (fair queueing, each request a flow of its own). Large ones get less than an even share
+because nobody else goes while one runs: clients of full batches, if they are many, would hold half
+of a session that small requests need more of. A request's place in the queue is its own from the
+moment it is taken, before its pictures are decoded: one that will not be answered is refused before
+it costs anything.
 Only where the queue is full, a request gives its place up to one that is much smaller.
 """
 
@@ -73,6 +76,11 @@ class _Job:
     done: Callable[[], None] = field(compare=False)
     answer: asyncio.Future[Computed] = field(compare=False)
     since: float = field(compare=False)
+
+
+def _cost(images: int) -> float:
+    """What a request costs those that wait: a large one holds the session for longer, too."""
+    return float(images**1.5)
 
 
 class Batcher:
@@ -175,7 +183,7 @@ class Batcher:
         """
         job = _Job(
             priority,
-            self._clock + place.count,
+            self._clock + _cost(place.count),
             next(self._numbers),
             place,
             images,
@@ -221,7 +229,7 @@ class Batcher:
         last = max(self._ready, default=None)
         if (
             last is None
-            or last.turn - self._clock <= _MUCH * count
+            or last.turn - self._clock <= _MUCH * _cost(count)
             or self.queued - last.place.count + count > self._max_queued
         ):
             return False

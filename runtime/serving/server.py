@@ -72,7 +72,7 @@ async def serve(
     host = service.settings.host
     config = uvicorn.Config(
         http_app(endpoint, access),
-        http=bounded_protocol(_grace(service), endpoint.refused),
+        http=bounded_protocol(_grace(service), endpoint.refused, lambda: service.crowded),
         ws="none",
         proxy_headers=False,
         log_config=None,

@@ -123,6 +123,11 @@ class Service:
         """Seconds since it was made."""
         return time.monotonic() - self._since
 
+    @property
+    def crowded(self) -> bool:
+        """Whether more than half of the images wait that may."""
+        return 2 * self._batcher.queued > self.settings.max_queue
+
     async def start(self) -> None:
         """Find the fleet's adapters, run one image through, and be ready.
 

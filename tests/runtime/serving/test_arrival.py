@@ -14,14 +14,19 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from hhdeploy.runtime.serving.access.tls import Tls
-from hhdeploy.runtime.serving.http.arrival import PIECE_BYTES, Turns, bounded_protocol
+from hhdeploy.runtime.serving.http.arrival import (
+    PAUSE_SECONDS,
+    PIECE_BYTES,
+    Turns,
+    bounded_protocol,
+)
 from tests.runtime.serving.certificates import make_certificate
 from tests.runtime.serving.fleets import PATIENCE
 
 
 def test_one_goes_on_in_each_turn_of_the_loop():
     async def scene() -> None:
-        turns = Turns()
+        turns = Turns(lambda: False)
         for _ in range(2):  # again after nobody waited
             went: list[int] = []
             for number in range(3):
@@ -33,6 +38,27 @@ def test_one_goes_on_in_each_turn_of_the_loop():
             await asyncio.sleep(0)
 
     asyncio.run(scene())
+
+
+def test_there_is_a_pause_after_each_while_the_server_is_crowded():
+    async def scene() -> None:
+        loop, crowded = asyncio.get_running_loop(), [True]
+        turns = Turns(lambda: crowded[0])
+        went: list[float] = []
+        for _ in range(4):
+            turns.wait(lambda: went.append(loop.time()))
+        while len(went) < 3:
+            await asyncio.sleep(0)
+        assert went[2] - went[0] >= 2 * PAUSE_SECONDS - loop._clock_resolution  # type: ignore[attr-defined]
+        crowded[0] = False
+        while len(went) < 4:
+            await asyncio.sleep(0)
+        turns.wait(lambda: went.append(loop.time()))
+        for _ in range(3):  # no pause any more
+            await asyncio.sleep(0)
+        assert len(went) == 5
+
+    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
 
 
 class Pipe(asyncio.Transport):
@@ -88,7 +114,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 def factory() -> Any:
     """Makes protocols of one server."""
-    config = Config(app, http=bounded_protocol(PATIENCE, lambda error: None), log_config=None)
+    config = Config(
+        app, http=bounded_protocol(PATIENCE, lambda error: None, lambda: False), log_config=None
+    )
     config.load()
     return partial(config.http_protocol_class, config, ServerState(), {})
 

@@ -281,16 +281,40 @@ def test_a_large_request_does_not_wait_for_small_ones_without_end():
         tasks = await harness.asking(1)
         await harness.gate.begun(1)
         tasks += await harness.asking(99, count=7)
-        for mark in range(2, 41):  # there is always a small one
+        for mark in range(2, 61):  # there is always a small one
             tasks += await harness.asking(mark)
             harness.let_go()
             await harness.gate.begun(mark)
         harness.let_go(100)
         await asyncio.gather(*tasks)
         marks = [batch[0] for batch in harness.gate.batches]
-        assert 7 <= marks.index(99) <= 14
+        assert 7**1.5 <= marks.index(99) <= 2 * 7**1.5
 
     play(scene, max_batch=7)
+
+
+def test_many_large_requests_leave_small_ones_most_of_a_session_that_they_fill():
+    """Clients that ask again when they are answered: 8 of full batches, two batches of small."""
+
+    async def scene(harness):
+        tasks = await harness.asking(*range(1, 9), count=8)
+        tasks += await harness.asking(*range(100, 116))
+        mark, ran = 200, 0
+        while ran < 60:
+            harness.let_go()
+            ran += 1
+            await harness.gate.begun(ran + 1)
+            large = harness.gate.batches[ran - 1][0] < 100
+            tasks += await harness.asking(mark % 100 if large else mark, count=8 if large else 1)
+            if not large:
+                tasks += await harness.asking(*range(mark + 1, mark + 8))
+            mark += 100
+        harness.let_go(1000)
+        await asyncio.gather(*tasks)
+        large = sum(batch[0] < 100 for batch in harness.gate.batches[:60])
+        assert 0 < large <= 60 // 3
+
+    play(scene, max_batch=8, max_queued=200)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -322,7 +346,7 @@ def test_in_a_full_queue_a_large_request_gives_its_place_to_a_small_one():
         await harness.gate.begun(1)
         stays, leaves = await harness.asking(2, 3, count=13)
         with pytest.raises(BusyError, match="26 images are waiting"):  # 13 are not much more
-            await harness.ask(4, count=4)
+            await harness.ask(4, count=6)
         tasks += await harness.asking(5, count=3)
         with pytest.raises(BusyError, match="of smaller requests"):
             await leaves
