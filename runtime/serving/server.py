@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,9 @@ _GRACE_SECONDS = 5.0
 _KEEP_ALIVE_SECONDS = 75
 # Connections of HTTP beyond those that are answered: they are told so.
 _TURNED_AWAY = 256
+# Of the interpreter's lock. A batch's thread asks for it before and after it computes, and the
+# loop, busy with requests, would keep it for Python's 5 ms each time: as much as an image takes.
+_SWITCH_SECONDS = 0.5e-3
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ async def serve(
     server = _Server(config)
     grpc: GrpcServer | None = None
     with contextlib.ExitStack() as stack, _reloading(service, access, tls):
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(_SWITCH_SECONDS)
         most = service.settings.connections + _TURNED_AWAY
         sockets = [stack.enter_context(each) for each in listen(host, http_port, "http_port", most)]
         # First of all, so that it is seen to live while it reads adapters. A task of its own:

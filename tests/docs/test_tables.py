@@ -27,10 +27,6 @@ OUTSIDE: dict[str, dict[str, str]] = {
     "docs/formats.md": {"0.5 or more": "a definition"},
     "docs/howto/jetson.md": {"": "versions"},
     "docs/measured.md": {
-        **dict.fromkeys(
-            ("| INT8, O", "| bfloat16, O", "| float32, O", "| side branches / folded, I"),
-            "of November 2026, from a processor with VNNI that is no longer at hand, and said so",
-        ),
         "184,320 and 491,520": "a test counts them",
         "10,000 malformed": "how many a test sends",
         "1.2 M parameters": "what the model is",

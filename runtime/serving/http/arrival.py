@@ -273,21 +273,21 @@ class Bodies:
 
     async def _arrived(self, request: Request, limit: int) -> bytes:
         """The body as it came, whose bytes are counted as held."""
+        piece, more = await _piece(request, 0, limit)
+        if not more:
+            self._take(len(piece))
+            return piece
         body = io.BytesIO()  # grows as one piece, which the kernel moves and takes back
         arriving = _Arriving(asyncio.current_task(), time.monotonic())
         self._arriving.add(arriving)
         try:
-            more = True
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                chunk, more = message.get("body", b""), message.get("more_body", False)
-                if body.tell() + len(chunk) > limit:
-                    raise TooLargeError(f"the body is beyond {limit} bytes.")
-                self._take(len(chunk), arriving)
-                arriving.held += len(chunk)
-                body.write(chunk)
+            while True:
+                self._take(len(piece), arriving)
+                arriving.held += len(piece)
+                body.write(piece)
+                if not more:
+                    break
+                piece, more = await _piece(request, body.tell(), limit)
             arriving.held = 0  # it is the caller's
         except asyncio.CancelledError:
             if not arriving.given_up:
@@ -322,6 +322,22 @@ class Bodies:
             f"and of those that take longer than {SLOW_SECONDS:g} s to arrive less. Try again "
             "later."
         )
+
+
+async def _piece(request: Request, before: int, limit: int) -> tuple[bytes, bool]:
+    """The next piece of a body, after ``before`` bytes, and whether there are more.
+
+    Raises:
+        TooLargeError: the body is longer than ``limit``.
+        ClientDisconnect: there is none.
+    """
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    piece: bytes = message.get("body", b"")
+    if before + len(piece) > limit:
+        raise TooLargeError(f"the body is beyond {limit} bytes.")
+    return piece, message.get("more_body", False)
 
 
 class _Held:
