@@ -207,11 +207,10 @@ def test_int8(ask):
         found = decoded(answer, *logits.shape)
         assert_parity(logits, found, "quantised", "int8")
         own = np.isfinite(logits)
-        off, other = (
-            float(np.abs(found[own] - recorded[f"{graph}/{name}"][own]).max())
-            for graph in ("int8", "float32")
-        )
-        assert off < other, "another graph's"
+        # Which of both is nearer is the processor's: one with VNNI adds without saturating, the
+        # recorded answers are of one without. The float32 graph would be the same to 1e-6.
+        other = float(np.abs(found[own] - recorded[f"float32/{name}"][own]).max())
+        assert other > 1e-4, "another graph's"
 
 
 # A page's whole code; `window.answer` is what it found.

@@ -54,7 +54,8 @@ def replace(folder: Path, until: float, told: Any) -> None:
         "--checkpoint", str(WITNESS / "backbone.safetensors"), "--overwrite",
     ]  # fmt: skip
     try:
-        while time.monotonic() < until or done < 2 * len(NAMES):
+        # The other adapter comes last: whoever asks sees both, however fast the imports are.
+        while time.monotonic() < until or not done or done % (2 * len(NAMES)):
             source = list(SOURCES)[done // len(NAMES) % 2]
             out = folder / "fleet" / NAMES[done % len(NAMES)]
             command.main([str(folder / f"{source}.pth"), str(out), *options], standalone_mode=False)
@@ -84,6 +85,24 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
     answers: dict[str, int] = dict.fromkeys(SOURCES, 0)
     wrong: list[str] = []
     with running_server(WITNESS / "branches", folder / "log", *options) as server:
+
+        def ask(name: str) -> None:
+            nonlocal asked
+            status, found = server.logits("soak", name, images)
+            asked += 1
+            if status != 200:
+                wrong.append(f"{name}: HTTP {status}: {found}")
+                return
+            is_of = [s for s in SOURCES if _is(known[s][:1, : found.shape[1]], found)]
+            if is_of:
+                answers[is_of[0]] += 1
+                if is_of[0] == current[name]:
+                    behind.discard(name)
+            else:
+                wrong.append(f"{name} answered as neither the old nor the new adapter")
+
+        for name in NAMES:  # before anything is replaced
+            ask(name)
         job = context.Process(
             target=replace, args=(folder, time.monotonic() + seconds, told), daemon=True
         )
@@ -96,19 +115,7 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
             if ended and give_up == math.inf and told.empty():
                 wrong.append(f"who replaces them ended by {job.exitcode}, without a word")
                 break
-            name = NAMES[asked % len(NAMES)]
-            status, found = server.logits("soak", name, images)
-            asked += 1
-            if status != 200:
-                wrong.append(f"{name}: HTTP {status}: {found}")
-                continue
-            is_of = [s for s in SOURCES if _is(known[s][:1, : found.shape[1]], found)]
-            if is_of:
-                answers[is_of[0]] += 1
-                if is_of[0] == current[name]:
-                    behind.discard(name)
-            else:
-                wrong.append(f"{name} answered as neither the old nor the new adapter")
+            ask(NAMES[asked % len(NAMES)])
             while not told.empty():
                 event = told.get()
                 if event is None:
