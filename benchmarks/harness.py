@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hhdeploy.timing import Paired
+from hhdeploy.timing import Paired, processor
 
 if TYPE_CHECKING:
     from hhdeploy.runtime import Session
@@ -70,13 +69,8 @@ def machine(threads: int = THREADS) -> dict[str, Any]:
 def _processor() -> str:
     """Its name and, on Linux, what its name may not tell: what speeds 8 and 16 bits up."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
-        lines = []
-    known: dict[str, str] = {}
-    for key, _, value in (line.partition(":") for line in lines):
-        known.setdefault(key.strip(), value.strip())
-    name = known.get("model name") or platform.processor() or platform.machine()
-    flags = known.get("flags", "").split()
-    found = [title for title, names in _INSTRUCTIONS.items() if not names.isdisjoint(flags)]
-    return f"{name} with {', '.join(found)}" if found else name
+        flags = set()
+    found = [title for title, names in _INSTRUCTIONS.items() if names & flags]
+    return f"{processor()} with {', '.join(found)}" if found else processor()

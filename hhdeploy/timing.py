@@ -104,10 +104,14 @@ def _summary(times: list[float]) -> Latency:
 
 def machine() -> str:
     """The processor's name and how many cores it shows."""
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """Its name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    return names[0] if names else platform.processor() or platform.machine()

@@ -229,7 +229,7 @@ class Batcher:
         last = max(self._ready, default=None)
         if (
             last is None
-            or last.turn - self._clock <= _MUCH * _cost(count)
+            or last.turn - self._clock <= _cost(_MUCH * count)
             or self.queued - last.place.count + count > self._max_queued
         ):
             return False

@@ -202,15 +202,21 @@ def test_int8(ask):
     question = {"ask": "logits", "where": str(INT8), "images": encoded(batch), "precision": "int8"}
     names = ("alpha", "gamma")
     answers = ask(*({**question, "adapters": [name] * len(batch)} for name in names))
+    with open_session(INT8, device="cpu", precision="int8", threads=1) as session:
+        here = {name: session.run(batch, [name] * len(batch)) for name in names}
     for name, answer in zip(names, answers, strict=True):
         logits = recorded[f"int8/{name}"]
         found = decoded(answer, *logits.shape)
         assert_parity(logits, found, "quantised", "int8")
         own = np.isfinite(logits)
-        # Which of both is nearer is the processor's: one with VNNI adds without saturating, the
-        # recorded answers are of one without. The float32 graph would be the same to 1e-6.
-        other = float(np.abs(found[own] - recorded[f"float32/{name}"][own]).max())
-        assert other > 1e-4, "another graph's"
+
+        def far(known, found=found, own=own):
+            return float(np.abs(found[own] - known[:, : own.shape[1]][own]).max())
+
+        # It was recorded on a processor without VNNI, whose sums of 8-bit products saturate; one
+        # with VNNI answers otherwise, here as there.
+        off = min(far(logits), far(here[name]))
+        assert off < far(recorded[f"float32/{name}"]), "another graph's"
 
 
 # A page's whole code; `window.answer` is what it found.

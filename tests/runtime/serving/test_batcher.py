@@ -346,7 +346,7 @@ def test_in_a_full_queue_a_large_request_gives_its_place_to_a_small_one():
         await harness.gate.begun(1)
         stays, leaves = await harness.asking(2, 3, count=13)
         with pytest.raises(BusyError, match="26 images are waiting"):  # 13 are not much more
-            await harness.ask(4, count=6)
+            await harness.ask(4, count=4)
         tasks += await harness.asking(5, count=3)
         with pytest.raises(BusyError, match="of smaller requests"):
             await leaves
