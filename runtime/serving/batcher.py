@@ -6,14 +6,17 @@
     a batch runs, and the     requests wait for company: until a batch is full, or the first of
     session takes another     them has waited `max_wait`
 
-Waiting requests go in order of priority (lower first), then of turn, and are never split. A turn is
-when a request would be done if all that wait got one image after the other in turn, n images
-counted as n ** 1.5: of one size they go in order of arrival, and a small one never waits for many
-large ones (fair queueing, each request a flow of its own). Large ones get less than an even share
-because nobody else goes while one runs: clients of full batches, if they are many, would hold half
-of a session that small requests need more of. A request's place in the queue is its own from the
-moment it is taken, before its pictures are decoded: one that will not be answered is refused before
-it costs anything.
+Waiting requests go in order of priority (lower first), then of turn. A turn is when a request would
+be done if all that wait got one image after the other in turn, n images counted as n ** 1.5: of one
+size they go in order of arrival, and a small one never waits for many large ones (fair queueing,
+each request a flow of its own). Large ones get less than an even share because little else goes
+while one runs: clients of full batches, if they are many, would hold half of a session that small
+requests need more of. Nor does a small one wait for the whole of a large one: while others wait, a
+request that would hold the session for longer than `part_seconds` runs in parts, and whoever has
+the earlier turn by then goes between. A session that is quicker than that splits nothing.
+
+A request's place in the queue is its own from the moment it is taken, before its pictures are
+decoded: one that will not be answered is refused before it costs anything.
 Only where the queue is full, a request gives its place up to one that is much smaller.
 """
 
@@ -46,9 +49,9 @@ class Computed:
 
     Attributes:
         logits: float32 [n, classes] of the graph.
-        queue_seconds: from `Batcher.run` to the start of its batch.
-        run_seconds: of its batch.
-        batch: images of its batch.
+        queue_seconds: of them it waited, for its batch and between its parts.
+        run_seconds: of its batch; of all that it was part of.
+        batch: images of its batch; of the largest.
     """
 
     logits: NDArray[np.float32]
@@ -59,10 +62,10 @@ class Computed:
 
 @dataclass
 class Place:
-    """A request that was taken, see `Batcher.place`."""
+    """A request that was taken, see `Batcher.place`: its images, and how many of them wait."""
 
     count: int
-    waits: bool = True
+    waiting: int
 
 
 @dataclass(order=True)
@@ -76,6 +79,24 @@ class _Job:
     done: Callable[[], None] = field(compare=False)
     answer: asyncio.Future[Computed] = field(compare=False)
     since: float = field(compare=False)
+    logits: list[NDArray[np.float32]] = field(default_factory=list, compare=False)
+    run_seconds: float = field(default=0.0, compare=False)
+    batch: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images of a job that go in one batch: all of them, or some in a row."""
+
+    job: _Job
+    images: Images
+    rows: Ids | None
+    last: bool
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of the job is left to do."""
+        return self.last or self.job.answer.done()
 
 
 def _cost(images: int) -> float:
@@ -93,7 +114,14 @@ class Batcher:
     """
 
     def __init__(
-        self, run: Run, *, max_batch: int, max_wait: float, max_queued: int, contexts: int = 1
+        self,
+        run: Run,
+        *,
+        max_batch: int,
+        max_wait: float,
+        max_queued: int,
+        contexts: int = 1,
+        part_seconds: float = 0.025,
     ) -> None:
         """Start ``contexts`` threads.
 
@@ -103,13 +131,16 @@ class Batcher:
             max_wait: seconds, see the module.
             max_queued: images that may wait.
             contexts: calls of ``run`` at the same time.
+            part_seconds: one request holds the session for while others wait, about.
         """
         self.queued = 0
         self.pending = 0
         self.runs = 0
         self._run = run
         self._max_batch, self._max_wait, self._max_queued = max_batch, max_wait, max_queued
-        self._contexts = contexts
+        self._contexts, self._part_seconds = contexts, part_seconds
+        # Images that the session takes in that time, as far as its runs have shown.
+        self._part = max_batch
         self._running: set[asyncio.Task[None]] = set()
         # A heap, and the images in it.
         self._ready: list[_Job] = []
@@ -145,7 +176,7 @@ class Batcher:
                 f"{self.queued} images are waiting, at most {self._max_queued} may. Try again "
                 "later, or send less at a time."
             )
-        place = Place(count)
+        place = Place(count, count)
         self.queued += count
         self.pending += 1
         self._taken += 1
@@ -192,13 +223,12 @@ class Batcher:
             asyncio.get_running_loop().create_future(),
             time.perf_counter(),
         )
-        heapq.heappush(self._ready, job)
-        self._ready_images += place.count
+        self._add(job)
         self._start_what_may()
         try:
             return await job.answer
         except asyncio.CancelledError:
-            if place.waits:
+            if job in self._ready:
                 self._remove(job)
                 done()
             raise
@@ -214,19 +244,24 @@ class Batcher:
         self._pool.shutdown(wait=True)
 
     def _leave_queue(self, place: Place) -> None:
-        if place.waits:
-            place.waits = False
-            self.queued -= place.count
+        if place.waiting:
+            self.queued -= place.waiting
             self.pending -= 1
+            place.waiting = 0
+
+    def _add(self, job: _Job) -> None:
+        heapq.heappush(self._ready, job)
+        self._ready_images += job.place.waiting
 
     def _remove(self, job: _Job) -> None:
         self._ready.remove(job)
         heapq.heapify(self._ready)
-        self._ready_images -= job.place.count
+        self._ready_images -= job.place.waiting
 
     def _make_room(self, count: int) -> bool:
         """Whether the last of those that wait made room for a request that is much smaller."""
-        last = max(self._ready, default=None)
+        whole = (job for job in self._ready if job.place.waiting == job.place.count)
+        last = max(whole, default=None)
         if (
             last is None
             or last.turn - self._clock <= _cost(_MUCH * count)
@@ -257,53 +292,86 @@ class Batcher:
         self._timer = None
         self._start_what_may()
 
-    def _take(self) -> list[_Job]:
-        batch: list[_Job] = []
-        room = self._max_batch
-        while self._ready and self._ready[0].place.count <= room:
-            job = heapq.heappop(self._ready)
-            room -= job.place.count
-            self._ready_images -= job.place.count
-            self._leave_queue(job.place)
-            batch.append(job)
-        self._clock += sum(j.place.count for j in batch) / (len(batch) + len(self._ready))
+    def _take(self) -> list[_Part]:
+        """The next batch."""
+        batch: list[_Part] = []
+        images = 0
+        while self._ready:
+            job = self._ready[0]
+            count, most = job.place.waiting, self._max_batch
+            if count > self._part and len(batch) + len(self._ready) > 1:
+                count = most = self._part  # the first of its batch, or of the next
+            if images + count > most:
+                break
+            batch.append(self._begin(heapq.heappop(self._ready), count))
+            images += count
+        self._clock += images / (len(batch) + len(self._ready))
         return batch
 
-    async def _answer(self, batch: list[_Job]) -> None:
+    def _begin(self, job: _Job, count: int) -> _Part:
+        """The next ``count`` images of a job that was taken off the heap."""
+        place = job.place
+        self._ready_images -= place.waiting
+        begin = place.count - place.waiting
+        these, last = slice(begin, begin + count), count == place.waiting
+        if last:
+            self._leave_queue(place)
+        else:
+            self.queued -= count
+            place.waiting -= count
+        return _Part(job, job.images[these], None if job.rows is None else job.rows[these], last)
+
+    async def _answer(self, batch: list[_Part]) -> None:
         loop = asyncio.get_running_loop()
         begin = time.perf_counter()
         try:
             logits = await loop.run_in_executor(self._pool, self._run_all, batch)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises, the request gets
             _LOG.exception("the session failed")
-            for job in batch:
-                if not job.answer.done():
+            for part in batch:
+                if not part.job.answer.done():
                     # Without its cause, whose traceback holds this frame and with it the batch.
-                    job.answer.set_exception(FailedError(f"the session failed: {error}"))
+                    part.job.answer.set_exception(FailedError(f"the session failed: {error}"))
             return
+        else:
+            seconds = time.perf_counter() - begin
+            self._observe(len(logits), seconds)
         finally:
             # The next batch first: the session does not wait until this one's answers are written.
             itself = asyncio.current_task()
             assert itself is not None
             self._running.discard(itself)
+            for part in batch:
+                if not part.over:
+                    self._add(part.job)
             self._start_what_may()
-            for job in batch:
-                loop.call_soon(job.done)  # one that fails keeps no other from its rows
+            for part in batch:
+                if part.over:
+                    loop.call_soon(part.job.done)  # one that fails keeps no other from its rows
         self.runs += 1
-        seconds, start = time.perf_counter() - begin, 0
-        for job in batch:
-            end = start + job.place.count
-            if not job.answer.done():  # the client may have left
-                job.answer.set_result(
-                    Computed(logits[start:end], begin - job.since, seconds, len(logits))
-                )
+        start = 0
+        for part in batch:
+            job, end = part.job, start + len(part.images)
+            waited = begin - job.since - job.run_seconds
+            job.logits.append(logits[start:end])
+            job.run_seconds += seconds
+            job.batch = max(job.batch, len(logits))
+            if part.last and not job.answer.done():  # the client may have left
+                found = job.logits[0] if len(job.logits) == 1 else np.concatenate(job.logits)
+                job.answer.set_result(Computed(found, waited, job.run_seconds, job.batch))
             start = end
 
-    def _run_all(self, batch: list[_Job]) -> NDArray[np.float32]:
+    def _observe(self, images: int, seconds: float) -> None:
+        """A run shows how much one request may take, if it took too long or as much as it may."""
+        if images >= self._part or seconds > self._part_seconds:
+            takes = min(images * self._part_seconds / seconds, self._max_batch)
+            self._part = max(1, int(takes))
+
+    def _run_all(self, batch: list[_Part]) -> NDArray[np.float32]:
         """On a thread: megabytes of images are copied."""
         if len(batch) == 1:
             return self._run(batch[0].images, batch[0].rows)
-        rows = [job.rows for job in batch if job.rows is not None]
+        rows = [part.rows for part in batch if part.rows is not None]
         return self._run(
-            np.concatenate([job.images for job in batch]), np.concatenate(rows) if rows else None
+            np.concatenate([part.images for part in batch]), np.concatenate(rows) if rows else None
         )

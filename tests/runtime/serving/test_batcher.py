@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -62,7 +63,9 @@ async def until(true):
 
 
 class Harness:
-    def __init__(self, *, max_batch=4, max_wait=0.0, max_queued=100, contexts=1):
+    def __init__(
+        self, *, max_batch=4, max_wait=0.0, max_queued=100, contexts=1, part_seconds=math.inf
+    ):
         self.gate = Gate()
         self.batcher = Batcher(
             self.gate.run,
@@ -70,6 +73,7 @@ class Harness:
             max_wait=max_wait,
             max_queued=max_queued,
             contexts=contexts,
+            part_seconds=part_seconds,
         )
         self.taken, self.done = [], []
 
@@ -174,7 +178,7 @@ def test_what_comes_while_a_batch_runs_goes_together_when_it_is_done():
     play(scene, max_wait=1e6)
 
 
-def test_a_batch_is_never_larger_and_a_request_never_split():
+def test_a_batch_is_never_larger_and_a_quick_request_never_split():
     async def scene(harness):
         first = await harness.asking(1)
         await harness.gate.begun(1)
@@ -315,6 +319,135 @@ def test_many_large_requests_leave_small_ones_most_of_a_session_that_they_fill()
         assert 0 < large <= 60 // 3
 
     play(scene, max_batch=8, max_queued=200)
+
+
+# --- requests in parts --------------------------------------------------------------------------
+
+# Of a session that every run shows to be too slow, after the first: one image at a time.
+SLOW = {"part_seconds": 0.0}
+
+
+async def slow(harness):
+    """What ran first, and is still to be let go."""
+    tasks = await harness.asking(1)
+    await harness.gate.begun(1)
+    return tasks
+
+
+def test_a_large_request_runs_in_parts_and_small_ones_go_between():
+    async def scene(harness):
+        tasks = await slow(harness)
+        images = np.arange(20, 23, dtype=np.float32)[:, None, None, None] * np.ones(PIXELS)
+
+        async def different():
+            with harness.batcher.place(3) as place:
+                return await harness.batcher.run(place, images, np.arange(30, 33))
+
+        large = asyncio.create_task(different())
+        await asyncio.sleep(0)
+        tasks += await harness.asking(3, count=3)
+        harness.let_go()
+        await harness.gate.begun(2)
+        tasks += await harness.asking(4)
+        assert (harness.batcher.queued, harness.batcher.pending) == (6, 3)
+        harness.let_go(100)
+        await asyncio.gather(*tasks)
+        answer = await large
+        assert harness.gate.batches == [[1], [20], [4], [21], [22], [3, 3, 3]]  # 3 is alone then
+        assert answer.logits.tolist() == [[40, 30], [42, 31], [44, 32]]
+        assert answer.batch == 1
+        assert answer.queue_seconds >= 0
+        assert answer.run_seconds > 0
+
+    play(scene, **SLOW)
+
+
+def test_parts_of_large_requests_do_not_make_a_batch_that_is_as_long():
+    async def scene(harness):
+        tasks = await slow(harness)
+        tasks += await harness.asking(2, 3, count=3)
+        harness.let_go(100)
+        await asyncio.gather(*tasks)
+        assert harness.gate.batches == [[1], [2], [2], [2], [3, 3, 3]]  # 3 is alone then
+
+    play(scene, **SLOW)
+
+
+def test_a_session_that_is_quick_again_splits_no_more():
+    async def scene(harness):
+        tasks = await slow(harness)
+        tasks += await harness.asking(2, 3, count=3)
+        harness.let_go()
+        await harness.gate.begun(2)
+        harness.batcher._part_seconds = math.inf
+        harness.let_go(100)
+        await asyncio.gather(*tasks)
+        assert harness.gate.batches == [[1], [2], [2, 2], [3, 3, 3]]
+
+    play(scene, **SLOW)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_request_that_is_cancelled_after_a_part_leaves_nothing(running):
+    async def scene(harness):
+        tasks = await slow(harness)
+        (large,) = await harness.asking(2, count=3)
+        tasks += await harness.asking(3, count=3)
+        harness.let_go()
+        await harness.gate.begun(2)  # its first part
+        if not running:
+            tasks += await harness.asking(4)
+            harness.let_go()
+            await harness.gate.begun(3)
+        large.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await large
+        assert (2 in harness.done) is not running
+        harness.let_go(100)
+        await asyncio.gather(*tasks)
+        await until(lambda: sorted(harness.done) == sorted(harness.taken))
+        between = [] if running else [[4]]
+        assert harness.gate.batches == [[1], [2], *between, [3, 3, 3]]
+
+    play(scene, **SLOW)
+
+
+def test_a_part_that_fails_fails_its_request_and_the_rest_of_it_is_not_run():
+    async def scene(harness):
+        harness.gate.failures[1] = MemoryError("out of memory")
+        tasks = await slow(harness)
+        (large,) = await harness.asking(2, count=3)
+        tasks += await harness.asking(3, count=3)
+        harness.let_go(100)
+        with pytest.raises(FailedError, match="out of memory"):
+            await large
+        for answer, mark, count in zip(await asyncio.gather(*tasks), (1, 3), (1, 3), strict=True):
+            check(answer, mark, count)
+        assert harness.gate.batches == [[1], [2], [3, 3, 3]]
+        await until(lambda: sorted(harness.done) == [1, 2, 3])
+
+    play(scene, **SLOW)
+
+
+def test_a_request_that_was_begun_gives_its_place_to_nobody():
+    async def scene(harness):
+        tasks = await slow(harness)
+        begun, waits = await harness.asking(2, 3, count=13)
+        harness.let_go()
+        await harness.gate.begun(2)
+        tasks += await harness.asking(4)
+        harness.let_go()
+        await harness.gate.begun(3)
+        tasks += await harness.asking(*range(5, 19))
+        with pytest.raises(BusyError, match="of smaller requests"):
+            await waits
+        with pytest.raises(BusyError, match="26 images are waiting, at most 26 may"):
+            await harness.ask(19)
+        harness.let_go(100)
+        await asyncio.gather(*tasks)
+        check(await begun, 2, 13)
+
+    play(scene, max_batch=13, max_queued=26, **SLOW)
 
 
 # --- refusals -----------------------------------------------------------------------------------
