@@ -24,6 +24,7 @@ FILES = frozenset(
         "calibration/test_report.py",
         "calibration/test_sites.py",
         "calibration/test_tensorrt.py",
+        "cli/test_bench_abuse.py",
         "cli/test_bench_serve.py",
         "cli/test_calibrate.py",
         "cli/test_commands.py",

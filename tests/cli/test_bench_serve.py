@@ -10,8 +10,6 @@ from dataclasses import replace
 import pytest
 
 from hhdeploy.loadtest import process, run
-from hhdeploy.loadtest.abuse import run as abuse
-from hhdeploy.loadtest.abuse.kinds import KINDS
 from tests.workshop import contents
 
 SMALL = (
@@ -95,22 +93,6 @@ def test_a_server_that_is_killed_loses_requests(call, branches, monkeypatch):
     assert re.search(r"^lost +[1-9]", result.stdout, re.MULTILINE)
     assert re.search(r"^unanswered +0", result.stdout, re.MULTILINE)
     assert "does not answer" in result.stdout
-
-
-def test_abuse_of_every_kind_costs_nobody_else_an_answer(call, branches, monkeypatch):
-    monkeypatch.setattr(abuse, "SATURATION_SECONDS", 0.2)
-    monkeypatch.setattr(abuse, "SETTLE_SECONDS", 0.0)  # memory needs the real one, and is not held
-    result = call(
-        "bench", branches, "--serve", "--abuse", "all", "--seconds", "0.2", "--device", "cpu",
-        "--threads", "1", "--adapters", "6", "--json",
-    )  # fmt: skip
-    found = json.loads(result.stdout)
-    assert found["server_exit_code"] == 0
-    assert set(found["kinds"]) == set(KINDS)
-    for kind, siege in found["kinds"].items():
-        assert siege["answers_broken"] == [], (kind, siege["abused"]["faults"])
-        assert siege["abused"]["requests"] > 0
-        assert siege["abused"]["health"]["count"] > 0
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ _WARM_UP_REQUESTS = 200
 SATURATION_SECONDS: Final = 3.0
 # After which the server's memory must be what it was.
 SETTLE_SECONDS: Final = 10.0
+# How long the control takes, of the abuse's time.
+CONTROL_SHARE: Final = 1.0
 # Images of a full batch, by default; and JSON that is more than is read at once.
 _BATCH = 32
 _MUCH_BYTES = 1 << 19
@@ -107,11 +109,12 @@ def _besiege(kind: str, honest: _Honest, rate: float, step: Callable[[str], None
     with child("listener", host) as listener:
         port = listener.begun
         victim = Victim(host, port, port, adapter, size, str(elsewhere))
-        control, _ = honest.beside(kind, victim, rate)
+        seconds = honest.campaign.seconds * CONTROL_SHARE
+        control, _ = honest.beside(kind, victim, rate, seconds)
     before = server.resident_bytes()
     step(f"{kind}: {honest.campaign.seconds:g} s")
     victim = Victim(host, http_port, server.grpc_port, adapter, size, str(fleet))
-    abused, attacks = honest.beside(kind, victim, rate)
+    abused, attacks = honest.beside(kind, victim, rate, honest.campaign.seconds)
     time.sleep(SETTLE_SECONDS)
     after = server.resident_bytes()
     memory = None if before is None or after is None else (before, after)
@@ -158,9 +161,11 @@ class _Honest:
         record = self._ask(wire, Load(number, HONEST, skew=self.campaign.skew))
         return len(record.exchanges) / record.seconds
 
-    def beside(self, kind: str, victim: Victim, rate: float) -> tuple[Seen, Mapping[str, int]]:
+    def beside(
+        self, kind: str, victim: Victim, rate: float, seconds: float
+    ) -> tuple[Seen, Mapping[str, int]]:
         """What they see beside an abuser, and what the abuser saw."""
-        number = max(1, int(rate * self.campaign.seconds))
+        number = max(1, int(rate * seconds))
         workers = HONEST * _CONNECTIONS
         load = Load(number, workers, rate, self.campaign.skew, seed=self.campaign.seed)
         with (

@@ -1,0 +1,29 @@
+"""`bench --serve --abuse`: a server, the honest clients and every abuser, each 10 s.
+
+What it says about the machine's speed is not held here: the control is short, and the machine is
+not alone.
+"""
+
+from __future__ import annotations
+
+import json
+
+from hhdeploy.loadtest.abuse import run
+from hhdeploy.loadtest.abuse.kinds import KINDS
+
+
+def test_abuse_of_every_kind_costs_nobody_else_an_answer(call, branches, monkeypatch):
+    monkeypatch.setattr(run, "SATURATION_SECONDS", 0.2)
+    monkeypatch.setattr(run, "CONTROL_SHARE", 0.05)
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)  # memory needs the real one
+    result = call(
+        "bench", branches, "--serve", "--abuse", "all", "--seconds", "10", "--device", "cpu",
+        "--threads", "1", "--adapters", "6", "--json",
+    )  # fmt: skip
+    found = json.loads(result.stdout)
+    assert found["server_exit_code"] == 0
+    assert set(found["kinds"]) == set(KINDS)
+    for kind, siege in found["kinds"].items():
+        assert siege["answers_broken"] == [], (kind, siege["abused"]["faults"])
+        assert siege["abused"]["requests"] > 0
+        assert siege["abused"]["health"]["count"] > 0
