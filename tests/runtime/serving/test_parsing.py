@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
+from hhdeploy.runtime.serving.http import codec
 from hhdeploy.runtime.serving.http.codec import json_length, read_object, read_request
 from hhdeploy.runtime.serving.http.parsing import Parser
 from hhdeploy.runtime.serving.processes import elsewhere
@@ -188,6 +189,13 @@ def test_a_process_whose_memory_has_grown_ends():
     run(scene)
 
 
+@pytest.fixture(params=[5, 64 << 10])
+def pieces(request, monkeypatch):
+    """Bytes whose brackets are counted at once."""
+    monkeypatch.setattr(codec, "_CHECKED_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("levels", [33, 100_000])
 @pytest.mark.parametrize("opened", [b"[", b'{"a":', b'["\\\\\\"[", '])
 def test_nesting_without_end(levels, opened):
@@ -195,6 +203,7 @@ def test_nesting_without_end(levels, opened):
         read_object(opened * levels)
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("objects", [1024, 1025])
 def test_objects_without_end(objects):
     text = json.dumps({"a{": [{"b": '{"{'}] * (objects - 1)}).encode()
@@ -205,6 +214,7 @@ def test_objects_without_end(objects):
         read_object(text)
 
 
+@pytest.mark.usefixtures("pieces")
 def test_lists_of_next_to_nothing():
     rows = [[0.5] * 16] * 5000
     assert read_object(json.dumps({"data": rows}).encode()) == {"data": rows}
@@ -212,6 +222,7 @@ def test_lists_of_next_to_nothing():
         read_object(json.dumps({"data": [[0.5]] * 5000}).encode())
 
 
+@pytest.mark.usefixtures("pieces")
 def test_brackets_in_strings_nest_nothing():
     flat = {"a": "[{" * 50, 'b"[': ['\\"[[{' * 20, "\\"] * 9, "c": [[[1]]] * 40}
     assert read_object(json.dumps(flat).encode()) == flat
