@@ -56,6 +56,13 @@ class Tensor:
     datatype: str
     array: NDArray[Any]
 
+    @property
+    def nbytes(self) -> int:
+        """Of its values."""
+        if self.array.dtype == object:
+            return sum(map(len, self.array.flat))
+        return self.array.nbytes
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -94,6 +101,11 @@ class InferRequest:
     outputs: tuple[Wanted, ...] = ()
     parameters: Mapping[str, Value] = field(default_factory=dict)
     binary: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of its inputs."""
+        return sum(tensor.nbytes for tensor in self.inputs.values())
 
     def seconds(self) -> float:
         """How long its own ``timeout`` lets the answer take; infinite if it has none.

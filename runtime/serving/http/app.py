@@ -46,14 +46,12 @@ from hhdeploy.runtime.serving.http.arrival import Bodies, header
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     compact_json,
-    json_length,
     read_parameters,
-    read_request,
     read_truth,
     write_response,
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
-from hhdeploy.runtime.serving.http.parsing import SMALL, Parser
+from hhdeploy.runtime.serving.http.parsing import Parser
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -84,13 +82,13 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         length = header(request, _HEADER_LENGTH)
         # Without binary tensors all of it is JSON.
         most = settings.body_bytes if length is not None else min(settings.body_bytes, most_json)
-        async with bodies.read(request, most) as body:
+        held = bodies.read(request, most)
+        async with held as body:
             model = request.path_params["model"]
             version = request.path_params.get("version", "")
-            if json_length(body, length, most_json) <= SMALL:
-                message = read_request(model, version, body, length)
-            else:
-                message = await parser.request(model, version, body, length)
+            message = await parser.request(model, version, body, length, most_json)
+            if body.encoding:
+                held.add(message.nbytes)
             with _Connected(request):
                 response = await endpoint.infer(message)
         content, head = write_response(response, message)

@@ -2,7 +2,7 @@
 
 uvicorn's own timeout is for connections between two requests: one that never sends a request, or
 whose request never ends, would stay for ever, and headers without end would be collected in memory.
-Bodies are decompressed, and counted as long as they are held.
+Bodies are counted as long as they are held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
-from hhdeploy.runtime.serving.http.codec import decompressed
+from hhdeploy.runtime.serving.http.codec import Body, read_encoding
 
 # Of everything but bodies: request line, headers, trailers, lengths of chunks.
 MOST_HEAD_BYTES: Final = 1 << 16
@@ -236,36 +236,23 @@ class Bodies:
         self._arriving: set[_Arriving] = set()
 
     def read(self, request: Request, limit: int) -> _Held:
-        """``async with`` it: the whole body, decompressed; refused as soon as it is longer than
-        ``limit``. It is counted until the end of the block.
+        """``async with`` it: the whole body; refused as soon as it is longer than ``limit``. It is
+        counted until the end of the block.
 
         Raises:
             TooLargeError: it is.
             BusyError: all bodies together are beyond the server's limit.
-            RequestError: see `decompressed`.
+            RequestError: see `read_encoding`.
         """
         return _Held(self, request, limit)
 
-    async def take(self, request: Request, limit: int) -> tuple[bytes, int]:
-        """See `read`: the body, and the bytes that are counted as held until `give_back`."""
+    async def take(self, request: Request, limit: int) -> Body:
+        """See `read`: a body whose bytes are counted as held until `give_back`."""
         declared = header(request, b"content-length") or ""
         if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
             raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
-        body = await self._arrived(request, limit)
-        held = len(body)
-        encoding = header(request, b"content-encoding")
-        if not encoding:
-            return body, held
-        try:
-            # zlib lets go of the interpreter's lock
-            content = await asyncio.to_thread(decompressed, body, encoding, limit)
-            if content is not body:
-                self._take(len(content))
-                held += len(content)
-        except BaseException:
-            self.give_back(held)
-            raise
-        return content, held
+        encoding = read_encoding(header(request, b"content-encoding"))
+        return Body(await self._arrived(request, limit), encoding, limit)
 
     def give_back(self, held: int) -> None:
         """Bytes that are held no more."""
@@ -347,9 +334,15 @@ class _Held:
         self._bodies, self._request, self._limit = bodies, request, limit
         self._bytes = 0
 
-    async def __aenter__(self) -> bytes:
-        body, self._bytes = await self._bodies.take(self._request, self._limit)
+    async def __aenter__(self) -> Body:
+        body = await self._bodies.take(self._request, self._limit)
+        self._bytes = len(body.content)
         return body
+
+    def add(self, size: int) -> None:
+        """Count what came of the body beside it. Raises `BusyError`, as `Bodies.read` does."""
+        self._bodies._take(size)
+        self._bytes += size
 
     async def __aexit__(self, *_: object) -> None:
         self._bodies.give_back(self._bytes)

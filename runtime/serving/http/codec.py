@@ -12,6 +12,7 @@ import binascii
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,20 +52,46 @@ _MOST_PARAMETERS = 64
 _COMPACT = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
-def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
-    """A body without its Content-Encoding: gzip, deflate or none.
+@dataclass(frozen=True)
+class Body:
+    """What a request carries.
+
+    Attributes:
+        content: as it came.
+        encoding: what it came in: gzip, deflate, or empty.
+        limit: bytes that it may be once it is decompressed.
+    """
+
+    content: bytes
+    encoding: str
+    limit: int
+
+
+def read_encoding(header: str | None) -> str:
+    """What a body came in, by Content-Encoding: gzip, deflate, or empty for none.
 
     Raises:
-        RequestError: another encoding, or damaged data.
-        TooLargeError: more than ``limit`` bytes once it is decompressed.
+        RequestError: another one.
     """
-    encoding = encoding.strip().lower()
+    encoding = (header or "").strip().lower()
     if encoding in ("", "identity"):
-        return body
+        return ""
     if encoding not in ("gzip", "deflate"):
         raise RequestError(
             f"Content-Encoding: expected gzip, deflate or none, found {encoding[:80]!r}."
         )
+    return encoding
+
+
+def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+    """A body without its encoding, see `Body`.
+
+    Raises:
+        RequestError: damaged data.
+        TooLargeError: more than ``limit`` bytes once it is decompressed.
+    """
+    if not encoding:
+        return body
     # "deflate" is zlib's format by its standard, and the bare stream by many clients' habit.
     bits = 31 if encoding == "gzip" else 15 if _has_zlib_head(body) else -15
     content, position, members = bytearray(), 0, 0

@@ -1,10 +1,11 @@
-"""Large JSON to messages, in a process of its own.
+"""Bodies to messages: what is large in a process of its own.
 
 A JSON parser holds the interpreter's lock from its first byte to its last: seconds for the largest
-bodies, and on a thread as well as on the event loop nobody else would be answered meanwhile. The
-process reads a body and gives back a message, whose tensors are arrays, or an error. It is started
-by the first body that needs it, one body is read at a time, and it is ended where a client has
-left, a deadline has passed or its memory has grown.
+bodies, and on a thread as well as on the event loop nobody else would be answered meanwhile. And a
+body of few bytes may be many once it is decompressed, which takes the same time from those that
+are answered. The process decompresses and reads a body, and gives back a message, whose tensors are
+arrays, or an error. It is started by the first body that needs it, one body is read at a time, and
+it is ended where a client has left, a deadline has passed or its memory has grown.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hhdeploy.runtime.serving.errors import BusyError, TooLargeError
-from hhdeploy.runtime.serving.http.codec import read_object, read_request
+from hhdeploy.runtime.serving.http.codec import (
+    Body,
+    decompressed,
+    json_length,
+    read_object,
+    read_request,
+)
 from hhdeploy.runtime.serving.messages import InferRequest
 from hhdeploy.runtime.serving.processes.elsewhere import Elsewhere
 
-# Read at once: a few milliseconds.
-SMALL: Final = 256 << 10
+# Of JSON, and of what was compressed; read at once: a few milliseconds.
+_SMALL: Final = 256 << 10
 # More would wait for longer than they may.
 _MOST_WAITING = 32 << 20
 
@@ -41,26 +48,30 @@ class Parser:
         self._thread = ThreadPoolExecutor(1, "hhdeploy-json")
         self._lock = threading.Lock()
         self._process = Elsewhere("reads large JSON")
-        # Bytes of the bodies that the process is at or that wait for it.
+        # Bytes of the bodies that the process is at or that wait for it, as they may be.
         self._waiting = 0
         # The body that the process is at.
         self._current: _Ticket | None = None
 
     async def request(
-        self, model: str, version: str, body: bytes, header_length: str | None
+        self, model: str, version: str, body: Body, header_length: str | None, most_json: int
     ) -> InferRequest:
-        """See `read_request`."""
+        """See `read_request`, `decompressed` and `json_length`, with ``most_json``."""
+        content = _at_once(body)
+        if content is not None and json_length(content, header_length, most_json) <= _SMALL:
+            return read_request(model, version, content, header_length)
         message: InferRequest = await self._elsewhere(
-            len(body), read_request, model, version, body, header_length
+            _size(body), _read_request, model, version, body, header_length, most_json
         )
         return message
 
-    async def content(self, body: bytes) -> dict[str, Any]:
-        """See `read_object`."""
-        if len(body) <= SMALL:
-            return read_object(body)
-        content: dict[str, Any] = await self._elsewhere(len(body), read_object, body)
-        return content
+    async def content(self, body: Body) -> dict[str, Any]:
+        """See `read_object` and `decompressed`."""
+        content = _at_once(body)
+        if content is not None and len(content) <= _SMALL:
+            return read_object(content)
+        found: dict[str, Any] = await self._elsewhere(_size(body), _read_object, body)
+        return found
 
     def close(self) -> None:
         """End the process and the thread."""
@@ -115,3 +126,33 @@ class Parser:
                 self._current = None
             if given_up:
                 self._process.end()
+
+
+def _at_once(body: Body) -> bytes | None:
+    """The content, decompressed; None if that is much, or may be."""
+    if not body.encoding:
+        return body.content
+    if len(body.content) > _SMALL:
+        return None
+    try:
+        return decompressed(body.content, body.encoding, min(_SMALL, body.limit))
+    except TooLargeError:
+        if body.limit <= _SMALL:
+            raise
+        return None
+
+
+def _size(body: Body) -> int:
+    return body.limit if body.encoding else len(body.content)
+
+
+def _read_request(
+    model: str, version: str, body: Body, header_length: str | None, most_json: int
+) -> InferRequest:
+    content = decompressed(body.content, body.encoding, body.limit)
+    json_length(content, header_length, most_json)
+    return read_request(model, version, content, header_length)
+
+
+def _read_object(body: Body) -> dict[str, Any]:
+    return read_object(decompressed(body.content, body.encoding, body.limit))

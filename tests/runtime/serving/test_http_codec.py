@@ -19,6 +19,7 @@ from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import (
     compact_json,
     decompressed,
+    read_encoding,
     read_object,
     read_request,
     write_response,
@@ -208,7 +209,7 @@ def test_an_empty_body_is_an_empty_object():
 @pytest.mark.parametrize("encoding", ["", "identity", "gzip", "deflate", " GZIP "])
 def test_content_encodings(encoding):
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding.strip().lower(), bytes)
-    assert decompressed(pack(PICTURE), encoding, 256) == PICTURE
+    assert decompressed(pack(PICTURE), read_encoding(encoding), 256) == PICTURE
 
 
 def test_what_clients_call_deflate_and_gzip_of_several_members():
@@ -257,7 +258,13 @@ def test_a_truth_value_is_one(value):
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "x-gzip", "\r\nx"])
 def test_other_encodings_are_refused(encoding):
     with pytest.raises(RequestError, match="Content-Encoding: expected gzip, deflate or none"):
-        decompressed(PICTURE, encoding, 256)
+        read_encoding(encoding)
+
+
+@pytest.mark.parametrize("encoding", [None, "", "identity", " Identity"])
+def test_a_body_may_be_as_it_is(encoding):
+    assert read_encoding(encoding) == ""
+    assert decompressed(PICTURE, "", 1) == PICTURE
 
 
 @pytest.mark.parametrize(

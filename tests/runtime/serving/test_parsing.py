@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import operator
 import os
@@ -16,17 +17,26 @@ import pytest
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http import codec
-from hhdeploy.runtime.serving.http.codec import json_length, read_object, read_request
+from hhdeploy.runtime.serving.http.codec import Body, json_length, read_object, read_request
 from hhdeploy.runtime.serving.http.parsing import Parser
 from hhdeploy.runtime.serving.processes import elsewhere
 
 PATIENCE = 60
+MOST = 1 << 24  # bytes of a body, and of its JSON
 
 
 def body(values: int = 40_000, **more: object) -> bytes:
     data = np.random.default_rng(5).standard_normal(values).astype("f4").tolist()
     tensor = {"name": "images", "datatype": "FP32", "shape": [values], "data": data}
     return json.dumps({"inputs": [tensor], "id": "seven", **more}).encode()
+
+
+def plain(content: bytes) -> Body:
+    return Body(content, "", MOST)
+
+
+def packed(content: bytes, limit: int = MOST) -> Body:
+    return Body(gzip.compress(content, 1), "gzip", limit)
 
 
 @contextlib.asynccontextmanager
@@ -48,14 +58,14 @@ def test_large_json_is_read_as_small_json_is():
 
     async def scene() -> None:
         async with reading() as parser:
-            found = await parser.request("tiny", "1", content, None)
+            found = await parser.request("tiny", "1", plain(content), None, MOST)
             expected = read_request("tiny", "1", content, None)
             assert (found.model, found.version, found.id) == ("tiny", "1", "seven")
             array = found.inputs["images"].array
             assert array.dtype == np.float32
             np.testing.assert_array_equal(array, expected.inputs["images"].array)
             process = parser._process._process
-            assert await parser.content(content) == read_object(content)
+            assert await parser.content(plain(content)) == read_object(content)
             assert parser._process._process is process and process.poll() is None
         assert process.poll() is not None
 
@@ -71,10 +81,54 @@ def test_what_is_wrong_with_it_is_said_in_the_same_words(content):
             with pytest.raises(RequestError) as expected:
                 read_request("tiny", "", content, None)
             with pytest.raises(RequestError) as found:
-                await parser.request("tiny", "", content, None)
+                await parser.request("tiny", "", plain(content), None, MOST)
             assert (type(found.value), str(found.value)) == (
                 type(expected.value), str(expected.value),
             )  # fmt: skip
+
+    run(scene)
+
+
+def test_what_is_large_once_it_is_decompressed_is_decompressed_elsewhere():
+    """Of JSON, and of binary tensors; what is small at once."""
+    values = np.arange(100_000, dtype=np.float32)
+    head = {"name": "images", "datatype": "FP32", "shape": [100_000]}
+    head["parameters"] = {"binary_data_size": values.nbytes}
+    lead = json.dumps({"inputs": [head]}).encode()
+    binary, length = packed(lead + values.tobytes()), str(len(lead))
+
+    async def scene() -> None:
+        async with reading() as parser:
+            small = await parser.request("tiny", "", packed(body(9)), None, MOST)
+            assert small.nbytes == 36
+            assert await parser.content(packed(b"{}")) == {}
+            assert parser._process._process is None
+            large = await parser.request("tiny", "", packed(body()), None, MOST)
+            expected = read_request("tiny", "", body(), None).inputs["images"]
+            np.testing.assert_array_equal(large.inputs["images"].array, expected.array)
+            assert parser._process._process is not None
+            found = await parser.request("tiny", "", binary, length, MOST)
+            np.testing.assert_array_equal(found.inputs["images"].array, values)
+            assert found.nbytes == values.nbytes
+            assert await parser.content(packed(body())) == read_object(body())
+
+    run(scene)
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 1 << 20])
+def test_a_bomb_is_refused_at_its_limit(limit):
+    bomb = packed(bytes(40 << 20), limit)
+
+    async def scene() -> None:
+        async with reading() as parser:
+            for asked in (parser.content(bomb), parser.request("tiny", "", bomb, None, MOST)):
+                with pytest.raises(TooLargeError, match=f"body is beyond {limit} bytes"):
+                    await asked
+            with pytest.raises(TooLargeError, match="at most 1000 are taken"):
+                await parser.request("tiny", "", packed(body()), None, 1000)
+            broken = Body(packed(body()).content[:-9], "gzip", MOST)
+            with pytest.raises(RequestError, match="it ends too early"):
+                await parser.content(broken)
 
     run(scene)
 
@@ -99,8 +153,8 @@ def test_one_that_is_given_up_ends_with_its_process(monkeypatch):
     async def scene() -> None:
         async with reading() as parser:
             long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
-            next_one = asyncio.create_task(parser.request("tiny", "", body(), None))
-            left = asyncio.create_task(parser.request("tiny", "", body(), None))
+            next_one = asyncio.create_task(parser.request("tiny", "", plain(body()), None, MOST))
+            left = asyncio.create_task(parser.request("tiny", "", plain(body()), None, MOST))
             while parser._process._process is None:
                 await asyncio.sleep(0.01)  # this loop goes on meanwhile
             held = parser._process._process
@@ -126,10 +180,10 @@ def test_more_than_may_wait_is_refused():
             long = asyncio.create_task(parser._elsewhere(most, time.sleep, 10 * PATIENCE))
             await asyncio.sleep(0)
             with pytest.raises(BusyError, match="wait to be read"):
-                await parser.request("tiny", "", body(), None)
+                await parser.request("tiny", "", plain(body()), None, MOST)
             long.cancel()
             await asyncio.wait([long])
-            await parser.request("tiny", "", body(), None)
+            await parser.request("tiny", "", plain(body()), None, MOST)
 
     run(scene)
 
@@ -150,7 +204,7 @@ def test_one_that_is_given_up_while_its_process_starts_is_not_begun(monkeypatch)
             await asyncio.to_thread(begun.wait)
             long.cancel()
             await asyncio.wait([long])
-            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+            assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
     run(scene)
 
@@ -160,7 +214,7 @@ def test_a_process_that_dies_fails_one_request():
         async with reading() as parser:
             with pytest.raises(FailedError, match="has ended"):
                 await parser._elsewhere(1, os.abort)
-            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+            assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
     run(scene)
 
@@ -170,7 +224,7 @@ def test_memory_has_an_end():
         async with reading() as parser:
             with pytest.raises(TooLargeError, match="too much memory"):
                 await parser._elsewhere(1, bytearray, 4 << 30)
-            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+            assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
     run(scene)
 
@@ -180,11 +234,11 @@ def test_a_process_whose_memory_has_grown_ends():
 
     async def scene() -> None:
         async with reading() as parser:
-            await parser.content(body())
+            await parser.content(plain(body()))
             first = parser._process._process
             await parser._elsewhere(1, operator.mul, b"x", 100 << 20)
             assert first.poll() is not None
-            assert (await parser.request("tiny", "", body(), None)).id == "seven"
+            assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
     run(scene)
 
