@@ -49,7 +49,7 @@ class Computed:
 
     Attributes:
         logits: float32 [n, classes] of the graph.
-        queue_seconds: of them it waited, for its batch and between its parts.
+        queue_seconds: that it waited, for its batch or between its parts.
         run_seconds: of its batch; of all that it was part of.
         batch: images of its batch; of the largest.
     """

@@ -48,7 +48,7 @@ class Parser:
         self._thread = ThreadPoolExecutor(1, "hhdeploy-json")
         self._lock = threading.Lock()
         self._process = Elsewhere("reads large JSON")
-        # Bytes of the bodies that the process is at or that wait for it, as they may be.
+        # Bytes of the bodies that the process is at or that wait for it.
         self._waiting = 0
         # The body that the process is at.
         self._current: _Ticket | None = None
@@ -143,7 +143,8 @@ def _at_once(body: Body) -> bytes | None:
 
 
 def _size(body: Body) -> int:
-    return body.limit if body.encoding else len(body.content)
+    """Bytes that it counts as while it waits; nobody knows yet how many a compressed one is."""
+    return max(len(body.content), _SMALL)
 
 
 def _read_request(
