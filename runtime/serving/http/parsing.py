@@ -29,7 +29,7 @@ from hhdeploy.runtime.serving.messages import InferRequest
 from hhdeploy.runtime.serving.processes.elsewhere import Elsewhere
 
 # Of JSON, and of what was compressed; read at once: a few milliseconds.
-_SMALL: Final = 256 << 10
+SMALL: Final = 256 << 10
 # More would wait for longer than they may.
 _MOST_WAITING = 32 << 20
 
@@ -58,7 +58,7 @@ class Parser:
     ) -> InferRequest:
         """See `read_request`, `decompressed` and `json_length`, with ``most_json``."""
         content = _at_once(body)
-        if content is not None and json_length(content, header_length, most_json) <= _SMALL:
+        if content is not None and json_length(content, header_length, most_json) <= SMALL:
             return read_request(model, version, content, header_length)
         message: InferRequest = await self._elsewhere(
             _size(body), _read_request, model, version, body, header_length, most_json
@@ -68,7 +68,7 @@ class Parser:
     async def content(self, body: Body) -> dict[str, Any]:
         """See `read_object` and `decompressed`."""
         content = _at_once(body)
-        if content is not None and len(content) <= _SMALL:
+        if content is not None and len(content) <= SMALL:
             return read_object(content)
         found: dict[str, Any] = await self._elsewhere(_size(body), _read_object, body)
         return found
@@ -132,19 +132,19 @@ def _at_once(body: Body) -> bytes | None:
     """The content, decompressed; None if that is much, or may be."""
     if not body.encoding:
         return body.content
-    if len(body.content) > _SMALL:
+    if len(body.content) > SMALL:
         return None
     try:
-        return decompressed(body.content, body.encoding, min(_SMALL, body.limit))
+        return decompressed(body.content, body.encoding, min(SMALL, body.limit))
     except TooLargeError:
-        if body.limit <= _SMALL:
+        if body.limit <= SMALL:
             raise
         return None
 
 
 def _size(body: Body) -> int:
     """Bytes that it counts as while it waits; nobody knows yet how many a compressed one is."""
-    return max(len(body.content), _SMALL)
+    return max(len(body.content), SMALL)
 
 
 def _read_request(
