@@ -133,9 +133,12 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         access.check_loading(request.headers.get("authorization"))
         # An uploaded file travels as base64, which is a third longer.
         most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
-        async with bodies.read(request, most) as body:
+        held = bodies.read(request, most)
+        async with held as body:
             parameters = read_parameters(await parser.content(body), "the request")
             upload = read_upload(parameters, settings.adapter_bytes)
+            if body.encoding and upload is not None:
+                held.add(len(upload.config) + len(upload.tensors))
             await endpoint.load_adapter(request.path_params["adapter"], upload)
         return Response(status_code=200)
 

@@ -445,6 +445,47 @@ def test_many_bodies_are_too_large_together(small, monkeypatch):
     asyncio.run(asyncio.wait_for(scene(), AND_A_START))
 
 
+def test_what_a_compressed_body_becomes_counts_as_well(small):
+    """It is decompressed elsewhere, and what comes back is held here."""
+    tensor = {"name": "images", "datatype": "FP32", "shape": [24, 3, 32, 32]}
+    tensor["parameters"] = {"binary_data_size": 24 * 3 * 32 * 32 * 4}
+    lead = json.dumps({"inputs": [tensor]}).encode()
+    body = gzip.compress(lead + bytes(24 * 3 * 32 * 32 * 4))
+    assert len(body) < 10_000
+    asked = head(
+        content_length=len(body), content_encoding="gzip",
+        inference_header_content_length=len(lead), connection="close",
+    ) + body  # fmt: skip
+
+    async def scene() -> None:
+        for most, status in ((200_000, 429), (400_000, 200)):
+            async with served(small, bodies_bytes=most) as port:
+                for _ in range(2):  # and nothing of the first stays counted
+                    assert status_of(await exchange(port, asked)) == status
+
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
+
+
+def test_what_a_compressed_upload_becomes_counts_as_well(small, monkeypatch):
+    monkeypatch.setattr(Access, "check_loading", lambda self, authorization: None)
+    tensors = base64.b64encode(bytes(300_000)).decode()
+    upload = {"config": "{}", "file:adapter_model.safetensors": tensors}
+    body = gzip.compress(json.dumps({"parameters": upload}).encode())
+    asked = head(
+        path="/v2/repository/models/new/load", content_length=len(body), content_encoding="gzip",
+        connection="close",
+    ) + body  # fmt: skip
+
+    async def scene() -> None:
+        for most, busy in ((200_000, True), (400_000, False)):
+            async with served(small, bodies_bytes=most) as port:
+                answer = await exchange(port, asked)
+                assert (status_of(answer) == 429) is busy
+                assert busy or 400 <= status_of(answer) < 500  # that is no adapter
+
+    asyncio.run(asyncio.wait_for(scene(), AND_A_START))
+
+
 def test_a_body_that_never_ends_makes_room_for_others(small, monkeypatch):
     """The largest of those that are slow, and no other."""
     monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.05)
