@@ -1,23 +1,24 @@
 """The lock of a bundle: one change at a time, whatever becomes of the directory meanwhile.
 
 It is a file in the directory, and who waits asks for it again and again by the bundle's path: there
-may be another directory by then, or none for the moment in which one is replaced.
+may be another directory by then, or none for the moment in which one is replaced. Between two
+askings everything goes by a handle of the directory, since what the path names may change at any
+moment. (Libraries for locks take paths, and make a directory that is missing: an empty one, in the
+place where the bundle that replaces the old one is about to be put.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import filelock
-from filelock import FileLock, Timeout
-
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST
 from hhdeploy.bundle.reading import Bundle
-from hhdeploy.errors import ConflictError, MissingDependencyError, WriteError
+from hhdeploy.errors import ConflictError, WriteError
 
 LOCK = ".lock"
 # Seconds: between two tries, until a line says so, and until a bundle that was there is gone.
@@ -51,7 +52,7 @@ def locked(
         with _bundle_at(path) as handle:
             if handle is None:
                 wait.for_the_bundle()
-            elif (lock := _tried(path)) is None:
+            elif (lock := _tried(path, handle)) is None:
                 wait.for_the_lock()
             else:
                 try:
@@ -59,12 +60,11 @@ def locked(
                         try:
                             yield
                         finally:
-                            # By the handle: the directory may have been moved.
                             with contextlib.suppress(FileNotFoundError):
                                 os.unlink(LOCK, dir_fd=handle)
                         return
                 finally:
-                    lock.release()
+                    os.close(lock)
 
 
 class _Wait:
@@ -127,24 +127,34 @@ def _is_there(path: Path, handle: int) -> bool:
         return False
 
 
-def _tried(path: Path) -> FileLock | None:
-    """The lock of the directory at a path, or None if another holds it, or the path is gone."""
-    # A "soft" lock is a file that stays when its process dies: not what is promised here.
+def _tried(path: Path, directory: int) -> int | None:
+    """A handle of the locked file in a directory; closing it unlocks. None if another holds it, or
+    the directory or the file went meanwhile."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False)
-    except TypeError as error:
-        raise MissingDependencyError(
-            f"changing {path} needs filelock 3.30 or newer, installed is {filelock.__version__}. "
-            "Install it with: pip install -U filelock"
-        ) from error
-    try:
-        lock.acquire(timeout=0)
-    except (Timeout, FileNotFoundError):
+        lock = os.open(LOCK, flags, 0o666, dir_fd=directory)
+    except FileNotFoundError:  # no file can be made in a directory that was removed
         return None
     except OSError as error:
-        raise WriteError(
-            f"Could not lock {path / LOCK}: {error}. A bundle is changed where its directory can "
-            "be written to and its file system has locks (flock): copy it to such a place, and "
-            "change it there. Nothing was changed."
-        ) from error
-    return lock
+        raise _no_lock(path, error) from error
+    held = False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last holder removes the file: a lock of one that was removed keeps nobody out.
+        held = os.path.samestat(os.fstat(lock), os.stat(LOCK, dir_fd=directory))
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        raise _no_lock(path, error) from error
+    finally:
+        if not held:
+            os.close(lock)
+    return lock if held else None
+
+
+def _no_lock(path: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"Could not lock {path / LOCK}: {error}. A bundle is changed where its directory can be "
+        "written to and its file system has locks (flock): copy it to such a place, and change it "
+        "there. Nothing was changed."
+    )

@@ -25,7 +25,6 @@ from hhdeploy.errors import (
     AdapterError,
     BundleError,
     ConflictError,
-    MissingDependencyError,
     ReadError,
     WriteError,
 )
@@ -253,6 +252,49 @@ def test_a_bundle_that_is_gone_for_a_moment_is_waited_for(
     assert not (bundle / ".lock").exists()
 
 
+@pytest.mark.parametrize("becomes", ["away", "nothing"])
+def test_no_directory_is_made_for_a_lock(bundle, tmp_path, monkeypatch, becomes):
+    """The bundle goes after it was seen, before its lock is taken: its place stays free."""
+    tried, seen = hhdeploy.bundle.locking._tried, []
+
+    def gone(path, directory):
+        if not seen:
+            seen.append(path)
+            if becomes == "away":
+                bundle.rename(tmp_path / "away")
+            else:
+                shutil.rmtree(bundle)
+        lock = tried(path, directory)
+        assert not bundle.exists()
+        copy_bundle(WITNESS / "added", tmp_path / "new")
+        (tmp_path / "new").rename(bundle)
+        monkeypatch.undo()
+        return lock
+
+    monkeypatch.setattr(hhdeploy.bundle.locking, "_tried", gone)
+    assert add(bundle).row == 4
+    assert seen == [bundle]
+    assert not (bundle / ".lock").exists()
+
+
+def test_a_lock_that_its_holder_removed_is_none(bundle, monkeypatch):
+    """It is opened, and removed before it is locked: the next in line makes its own."""
+    real, removed = fcntl.flock, []
+
+    def late(handle, operation):
+        if not removed:
+            removed.append(handle)
+            (bundle / ".lock").unlink()
+        return real(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with edit(bundle):
+        assert len(removed) == 1
+        with pytest.raises(ConflictError, match="has been changing"):
+            add_adapter(bundle, "guest", WITNESS / "rival", lock_timeout=0)
+    assert not (bundle / ".lock").exists()
+
+
 def test_a_bundle_that_stays_away_is_gone(bundle, tmp_path, holder, monkeypatch):
     monkeypatch.setattr(hhdeploy.bundle.locking, "_GONE_AFTER", 0.1)
     result = []
@@ -290,17 +332,6 @@ def test_a_file_system_without_locks_is_refused_not_worked_around(bundle, monkey
     with pytest.raises(WriteError, match=r"Could not lock .*copy it to such a place"):
         add(bundle)
     assert {k: v for k, v in contents(bundle).items() if k != ".lock"} == before
-
-
-def test_a_filelock_that_would_fall_back_in_silence_is_refused(bundle, monkeypatch):
-    def old(path, timeout=-1, thread_local=True):
-        raise AssertionError("not reached")
-
-    before = contents(bundle)
-    monkeypatch.setattr(hhdeploy.bundle.locking, "FileLock", old)
-    with pytest.raises(MissingDependencyError, match=r"needs filelock 3\.30"):
-        add(bundle)
-    assert contents(bundle) == before
 
 
 def test_no_bundle_to_change(tmp_path):
