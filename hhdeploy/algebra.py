@@ -12,7 +12,7 @@ bias, `SiteChange`. Only this module and the adapter reader know u, v, d and tau
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +23,8 @@ Array = NDArray[np.float64]
 Reflection = Literal["unnormalized", "orthogonal"]
 REFLECTIONS: tuple[Reflection, ...] = ("unnormalized", "orthogonal")
 
-# Rows of a weight that are folded at once: 96 x 768 float64, measured fastest of 16 to 384. With
-# more, OpenBLAS divides the thin product between threads, which takes longer than the product.
+# Rows of a weight that are folded at once: 96 x 768 float64. Fewer take longer, and with many more
+# OpenBLAS divides the thin product between threads, which takes longer than the product.
 _BLOCK_BYTES = 9 << 16
 
 
@@ -102,12 +102,15 @@ class Scales:
         """The scales of the transposed weight."""
         return Scales(self.s_out, self.s_in)
 
-    def of(self, weight: NDArray[np.floating], rows: slice = slice(None)) -> Array:
-        """Some rows of a weight, scaled, in float64."""
-        # Cast apart: NumPy adds mixed types in small pieces, which takes longer than both.
-        wide: Array = weight.astype(np.float64, copy=False)
-        scaled = wide if self.s_in is None else wide * self.s_in
-        return scaled if self.s_out is None else self.s_out[rows, None] * scaled
+    def of(self, weight: NDArray[np.floating], rows: slice, wide: Array) -> Array:
+        """Some rows of a weight, scaled, in float64: ``wide``, which they fill."""
+        # Cast apart: NumPy computes with mixed types in small pieces, which takes longer than both.
+        wide[:] = weight[rows]
+        if self.s_in is not None:
+            wide *= self.s_in
+        if self.s_out is not None:
+            wide *= self.s_out[rows, None]
+        return wide
 
 
 UNSCALED = Scales()
@@ -217,10 +220,10 @@ def fold_additive(
         return out
     left, right, diag = delta.left, np.ascontiguousarray(delta.right), delta.diag
 
-    def fold(rows: slice, wide: Array) -> None:
+    def fold(rows: slice, wide: Array, spare: Array) -> None:
         np.matmul(left[rows], right, out=wide)
         _add_diagonal(wide, diag[rows], rows.start)
-        wide += scales.of(weight[rows], rows)
+        wide += scales.of(weight, rows, spare)
 
     _by_blocks(fold, out)
     return out
@@ -245,42 +248,44 @@ def fold_sequential(
         turned, turned_scales = weight.T, scales.transposed
         left_t, right_t = np.ascontiguousarray(left.T), np.ascontiguousarray(right.T)
 
-        def fold(rows: slice, wide: Array) -> None:
-            scaled = turned_scales.of(turned[rows], rows)
+        def fold(rows: slice, wide: Array, spare: Array) -> None:
+            scaled = turned_scales.of(turned, rows, spare)
             np.matmul(scaled @ right_t, left_t, out=wide)
-            wide += diag * scaled
+            scaled *= diag
+            wide += scaled
 
         _by_blocks(fold, out.T)
         return out
     low = np.zeros((transform.rank, weight.shape[1]))
-    for rows in _blocks(*weight.shape):
-        low += right[:, rows] @ scales.of(weight[rows], rows)
+    for rows, _, spare in _blocks(*weight.shape):
+        low += right[:, rows] @ scales.of(weight, rows, spare)
 
-    def fold_rows(rows: slice, wide: Array) -> None:
+    def fold_rows(rows: slice, wide: Array, spare: Array) -> None:
         np.matmul(left[rows], low, out=wide)
-        wide += diag[rows, None] * scales.of(weight[rows], rows)
+        scaled = scales.of(weight, rows, spare)
+        scaled *= diag[rows, None]
+        wide += scaled
 
     _by_blocks(fold_rows, out)
     return out
 
 
-def _by_blocks(fold: Callable[[slice, Array], None], out: NDArray[np.float32]) -> None:
-    """Fill ``out`` with what ``fold(rows, wide)`` leaves in ``wide``, float64, cast once.
-
-    In blocks of rows, so that float64 stays in a processor's cache.
-    """
-    blocks = _blocks(*out.shape)
-    buffer = np.empty((max((rows.stop - rows.start for rows in blocks), default=0), out.shape[1]))
-    for rows in blocks:
-        wide = buffer[: rows.stop - rows.start]
-        fold(rows, wide)
+def _by_blocks(fold: Callable[[slice, Array, Array], None], out: NDArray[np.float32]) -> None:
+    """Fill ``out`` with what ``fold(rows, wide, spare)`` leaves in ``wide``, float64, cast once."""
+    for rows, wide, spare in _blocks(*out.shape):
+        fold(rows, wide, spare)
         out[rows] = wide
 
 
-def _blocks(count: int, width: int) -> list[slice]:
-    """The rows of a matrix in slices of about `_BLOCK_BYTES` in float64."""
-    step = max(1, _BLOCK_BYTES // (8 * max(1, width)))
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+def _blocks(count: int, width: int) -> Iterator[tuple[slice, Array, Array]]:
+    """The rows of a matrix in slices of about `_BLOCK_BYTES` in float64, so that these stay in a
+    processor's cache; with two matrices of a block's shape to work in, the same ones every time,
+    since new memory takes longer to get than to fill."""
+    step = min(count, max(1, _BLOCK_BYTES // (8 * max(1, width))))
+    wide, spare = np.empty((2, step, width))
+    for first in range(0, count, step):
+        size = min(step, count - first)
+        yield slice(first, first + size), wide[:size], spare[:size]
 
 
 def folded_bias(
