@@ -102,10 +102,18 @@ class Scales:
         """The scales of the transposed weight."""
         return Scales(self.s_out, self.s_in)
 
-    def of(self, weight: NDArray[np.floating], rows: slice, wide: Array) -> Array:
-        """Some rows of a weight, scaled, in float64: ``wide``, which they fill."""
+    def of(
+        self,
+        weight: NDArray[np.floating],
+        rows: slice = slice(None),
+        wide: Array | None = None,
+    ) -> Array:
+        """Some rows of a weight, scaled, in float64: in ``wide``, or in new memory."""
         # Cast apart: NumPy computes with mixed types in small pieces, which takes longer than both.
-        wide[:] = weight[rows]
+        if wide is None:
+            wide = weight[rows].astype(np.float64)
+        else:
+            wide[:] = weight[rows]
         if self.s_in is not None:
             wide *= self.s_in
         if self.s_out is not None:
