@@ -73,11 +73,11 @@ def run_on_ray(
             ssl_keyfile=str(settings.tls_key) if tls is not None else None,
         )
         try:
-            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
             try:
+                serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
                 serve.run(application_of(_with_gpus(settings)), name=APP)
-            except (RayServeException, RuntimeError) as error:
-                raise DeviceError(f"the replicas do not start: {error}") from error
+            except (RayServeException, RayError, RuntimeError, TimeoutError) as error:
+                raise DeviceError(f"Ray Serve and its replicas do not start: {error}") from error
             with contextlib.ExitStack() as sides:
                 side = None
                 if grpc_port is not None:

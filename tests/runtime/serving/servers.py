@@ -127,9 +127,11 @@ def running_server(
     ):
         try:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            found = _ANNOUNCED.search(line)
-            assert found, f"no address in {line!r}; {log.read_text()}"
+            # Ray says things too; where it does not start, the reason comes before the end.
+            lines = []
+            while (found := _ANNOUNCED.search(line := process.stdout.readline())) is None:
+                lines.append(line)
+                assert line, f"no address in {lines}; {log.read_text()}"
             grpc = f"{found['host']}:{found['grpc']}" if found["grpc"] else ""
             yield Server(process, f"{found['host']}:{found['http']}", grpc, log)
             if process.poll() is None:
