@@ -84,9 +84,7 @@ class Session:
     ) -> NDArray[np.float32]:
         """Images to float32 [batch, 3, H, W] as an adapter (None: the backbone) wants them."""
         transform = self.bundle.manifest.preprocess_of(self.entry(adapter))
-        if not images:
-            raise SessionError("no image given: expected a sequence of at least one.")
-        return np.stack([transform(image) for image in images])
+        return np.stack([transform(image) for image in _pictures(images)])
 
     def run(
         self,
@@ -157,8 +155,7 @@ class Session:
                 f"this bundle gives {', '.join(self.bundle.manifest.outputs)} and no logits: it "
                 "has no classes to tell. Session.run gives what it has."
             )
-        if not images:
-            raise SessionError("no image given: expected a sequence of at least one.")
+        images = _pictures(images)
         names = _names(adapters, len(images))
         with ExitStack() as stack:
             entries, rows = self._held(names, stack)
@@ -232,6 +229,26 @@ class Session:
                 "session.preprocess on decoded images."
             )
         return np.ascontiguousarray(images, np.float32)
+
+
+def _pictures(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
+    """Decoded pictures, at least one: what else users hold is told how it becomes one."""
+    from PIL import Image
+
+    if isinstance(images, Image.Image):
+        raise SessionError("images: expected a sequence of pictures, found one: pass [image].")
+    pictures = list(images)
+    if not pictures:
+        raise SessionError("no image given: expected a sequence of at least one.")
+    for index, picture in enumerate(pictures):
+        if not isinstance(picture, Image.Image):
+            raise SessionError(
+                f"images[{index}]: expected a PIL.Image.Image, found {type(picture).__name__}. "
+                "hhdeploy.preprocess.open_image(path) reads a file, upright; "
+                "PIL.Image.fromarray(array) takes uint8 [H, W, 3] in the order red, green, blue "
+                "(OpenCV's is the other way round)."
+            )
+    return pictures
 
 
 def _names(adapters: str | Sequence[str | None] | None, images: int) -> list[str | None]:

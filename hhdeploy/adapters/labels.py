@@ -8,7 +8,6 @@ columns.
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from hhdeploy.errors import DataError
 LABELS_FILE = "labels.csv"
 _SEPARATOR = ";"
 _HEADER = "path"
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,21 @@ def read_labels(
         root: what its paths are relative to.
         problem_type: None: values where all cells are numbers; independent labels where an image
             has several or none; else classes.
-        names: what there is, in the order of the columns; None: the classes of the file, sorted,
-            or the header's names of the values.
+        names: what there is, in the order of the truths; None: the classes of the file, sorted,
+            or the header's names of the values. Columns of values go by the header's names.
 
     Raises:
         DataError: naming the file and the line: no file, no line, an image that is not there or
-            is there twice, no number, a class that is none of ``names``, several classes of one
-            image where one is right.
+            is there twice, no number, numbers in some lines and none in others where the kind is
+            not told, columns that are not ``names``, a class that is none of them, several classes
+            of one image where one is right.
     """
     header, lines = _read(file, root)
     kind = problem_type or _kind(lines)
     if kind == VALUES:
         truths = np.asarray([_values(line, len(lines[0].cells)) for line in lines], np.float32)
-        found = _value_names(file, header, truths.shape[1], names)
+        found, columns_of_values = _value_columns(file, header, truths.shape[1], names)
+        truths = truths[:, columns_of_values]
     else:
         _check_columns(lines)
         found = tuple(names or sorted({name for line in lines for name in line.labels}))
@@ -151,14 +153,26 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
 
 
 def _kind(lines: Sequence[_Line]) -> ProblemType:
-    if all(_is_number(cell) for line in lines for cell in line.cells):
+    numbers = [line for line in lines if all(map(_is_number, line.cells))]
+    if len(numbers) == len(lines):
         return VALUES
+    several = any(_SEPARATOR in cell for line in lines for cell in line.cells)
+    if numbers and not several:  # one gap among ten thousand values makes no classes of them
+        others = [line for line in lines if not all(map(_is_number, line.cells))]
+        few, many = sorted((numbers, others), key=len)
+        raise DataError(
+            f"{few[0].where}: expected {'numbers' if many is numbers else 'no numbers'}, as in "
+            f"{len(many)} of {len(lines)} lines, found {', '.join(map(repr, few[0].cells))}. Mend "
+            f"or leave out such lines, or say what all of them are with `problem_type`: {VALUES}, "
+            f"{CLASSES} or {LABELS}."
+        )
     return CLASSES if all(len(line.labels) == 1 for line in lines) else LABELS
 
 
 def _is_number(text: str) -> bool:
+    """One that float32 holds."""
     try:
-        return math.isfinite(float(text))
+        return abs(float(text)) <= _LARGEST
     except ValueError:
         return False
 
@@ -172,17 +186,27 @@ def _values(line: _Line, count: int) -> list[float]:
     return [float(cell) for cell in line.cells]
 
 
-def _value_names(
+def _value_columns(
     file: Path, header: Sequence[str], count: int, names: Sequence[str] | None
-) -> tuple[str, ...]:
-    found = tuple(names or header)
-    if not found:
-        return ("value",) if count == 1 else tuple(f"value {i}" for i in range(1, count + 1))
-    if len(found) != count:
+) -> tuple[tuple[str, ...], list[int]]:
+    """The values' names, and the column of each."""
+    unnamed = ("value",) if count == 1 else tuple(f"value {i}" for i in range(1, count + 1))
+    found = tuple(names or header or unnamed)
+    if len(found) != count or (header and len(header) != count):
         raise DataError(
-            f"{file}: expected a column for each of {', '.join(found)}, found {count} of values."
+            f"{file}: expected a column for each of {', '.join(header or found)}, found {count} of "
+            "values."
         )
-    return found
+    if len(set(header)) < len(header):
+        raise DataError(f"{file}: the header names a column twice: {', '.join(header)}.")
+    if not header or found == unnamed:  # one of both has no names: the order is all there is
+        return found, list(range(count))
+    if set(header) != set(found):
+        raise DataError(
+            f"{file}: expected the columns {', '.join(found)} in any order, found "
+            f"{', '.join(header)}. Name them alike, or leave out the line that names them."
+        )
+    return found, [header.index(name) for name in found]
 
 
 def _check_columns(lines: Sequence[_Line]) -> None:

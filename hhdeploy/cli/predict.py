@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from hhdeploy.bundle.answers import Answer
     from hhdeploy.runtime.session import Session
+
+# Pictures times adapters that are open and computed at once, however many are asked for.
+_BATCH = 32
 
 
 @click.command()
@@ -59,7 +63,7 @@ def command(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Classify IMAGES with adapters of BUNDLE, all in one batch; or show their features.
+    """Classify IMAGES with adapters of BUNDLE; or show their features.
 
     \b
       hhdeploy predict OUT cat.jpg --adapter pets
@@ -83,16 +87,23 @@ def command(
                 f"{bundle} has no adapter to classify with. Add one with: hhdeploy adapter add "
                 f"{bundle} NAME=DIR"
             )
-        opened = [open_image(path) for path in images]
         pairs = [(path, name) for path in images for name in names]
-        each, called = [i for i in opened for _ in names], [name for _, name in pairs]
         if output is None and not manifest.classes:
             output = next(iter(manifest.outputs))
         if output is not None:
             ui.refuse_unused({"top"}, f"is about classes, and this shows {output}")
-            _show(output, _numbers(session, each, called, output), pairs, as_json)
-            return
-        found = session.classify(each, called)
+        found: list[Any] = []
+        at_once = max(1, _BATCH // len(names))
+        for first in range(0, len(images), at_once):
+            opened = [open_image(path) for path in images[first : first + at_once]]
+            each, called = [i for i in opened for _ in names], [*names] * len(opened)
+            if output is not None:
+                found += list(_numbers(session, each, called, output))
+            else:
+                found += session.classify(each, called)
+    if output is not None:
+        _show(output, found, pairs, as_json)
+        return
     shown = [best(answers, top) for answers in found]
     if as_json:
         ui.print_json(
@@ -125,7 +136,10 @@ def _numbers(
 
 
 def _show(
-    output: str, found: NDArray[np.float32], pairs: list[tuple[Path, str]], as_json: bool
+    output: str,
+    found: Sequence[NDArray[np.float32]],
+    pairs: list[tuple[Path, str]],
+    as_json: bool,
 ) -> None:
     """All numbers as JSON; on a terminal their shape, length and the first few."""
     if as_json:

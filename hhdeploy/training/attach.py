@@ -33,6 +33,7 @@ from hhdeploy.backbones.structure import (
 from hhdeploy.backbones.timm import preprocess_of, resolved_name
 from hhdeploy.errors import AdapterError
 from hhdeploy.preprocess import Preprocess
+from hhdeploy.training.frozen import FrozenTensors, check_frozen, frozen_tensors
 from hhdeploy.training.householder import (
     AdditiveDelta,
     Between,
@@ -58,6 +59,7 @@ class _Attached:
         parametrized: (module, name of its tensor), each once.
         new_biases: (module, name of its bias) of Linears that had none.
         strength: of the adapter as it was attached.
+        frozen: what the adapter does not hold, see `hhdeploy.training.frozen`.
     """
 
     config: AdapterConfig
@@ -67,6 +69,7 @@ class _Attached:
     parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
     new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
     strength: float = 1.0
+    frozen: FrozenTensors = field(default_factory=dict)
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0) -> nn.Module:
@@ -88,8 +91,14 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
 
     Raises:
         AdapterError: the adapter does not belong to the model (see `check`), or one is attached
-            already. The model is then as it was.
+            already, or the model is wrapped (compiled, data parallel): attach first, then wrap.
+            The model is then as it was.
     """
+    if _bare(model) is not model:
+        raise AdapterError(
+            f"{type(model).__name__} wraps the model: attach the adapter to the model itself, and "
+            "compile or wrap it after that."
+        )
     if hasattr(model, _STATE):
         raise AdapterError("an adapter is attached to this model already; call detach first.")
     config = adapter.config if isinstance(adapter, Adapter) else adapter
@@ -123,27 +132,36 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         dim = model.get_submodule(path).in_features
         weight = torch.randn(config.num_classes, int(dim), generator=generator) * 0.02  # type: ignore[arg-type]
         state.old_head = _set_head(model, path, weight, torch.zeros(config.num_classes))
+    state.frozen = frozen_tensors(model)
     object.__setattr__(model, _STATE, state)
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapter off, in place: the backbone's weights and classifier are as before."""
-    state = _state(model)
+    bare = _bare(model)
+    state = _state(bare)
     for module, name in state.parametrized:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     for module, name in state.new_biases:
         module.register_parameter(name, None)
-    restore_values(model, state.old_values)
+    restore_values(bare, state.old_values)
     if state.old_head is not None:
-        _replace_module(model, state.classifier, state.old_head)
-    object.__delattr__(model, _STATE)
+        _replace_module(bare, state.classifier, state.old_head)
+    object.__delattr__(bare, _STATE)
     return model
 
 
 def extract(model: nn.Module) -> Adapter:
-    """The attached adapter's tensors and head as they are now, float32 on the CPU."""
+    """The attached adapter's tensors and head as they are now, float32 on the CPU.
+
+    Raises:
+        AdapterError: none is attached; or the backbone is no more what it was then, which no
+            adapter holds: frozen weights, or statistics that BatchNorm took in training mode.
+    """
+    model = _bare(model)
     state = _state(model)
+    check_frozen(model, state.frozen)
     found: dict[str, dict[str, NDArray[np.float32]]] = {}
     for module, name in state.parametrized:
         chain: Any = module.parametrizations[name]  # type: ignore[index]
@@ -167,6 +185,17 @@ def extract(model: nn.Module) -> Adapter:
 def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) -> None:
     """Write the attached adapter as an adapter directory, atomically."""
     save_adapter(extract(model), directory, overwrite=overwrite)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model itself, which `torch.compile` and data parallelism wrap."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _state(model: nn.Module) -> _Attached:

@@ -138,7 +138,9 @@ def _matching(
             f"({', '.join(names)}); "
             f"{'; '.join(problems)}."
         )
-    return classes
+    # Their own order is another one where one is a list and the other a folder, and numbers name
+    # the classes: a label is a position in the training's.
+    return {name: classes[name] for name in names}
 
 
 def _samples(classes: Mapping[str, Sequence[Path]]) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,9 +38,9 @@ def read_labelled(settings: TrainSettings, labels: Path) -> ImageFolder:
         train, val = _samples(table), _samples(judging)
     else:
         train, val = _split(table, s.val_fraction, s.seed)
-    known = {*train.paths, *val.paths}
-    found = {path for source in dict.fromkeys(sources) for path in list_images(source).paths}
-    unlabelled = len(found - known)
+    known = {os.path.abspath(path) for path in (*train.paths, *val.paths)}
+    listed = {path for source in dict.fromkeys(sources) for path in list_images(source).paths}
+    unlabelled = len({os.path.abspath(path) for path in listed} - known)
     return ImageFolder(
         table.names,
         train,
@@ -79,6 +80,6 @@ def _digest(sources: Sequence[Path], parts: Sequence[Samples]) -> str:
     for root, samples in zip(sources, parts, strict=True):
         digest.update(f"{len(samples)}\n".encode())
         for path, label in zip(samples.paths, samples.labels, strict=True):
-            name = path.relative_to(root).as_posix()
+            name = Path(os.path.relpath(path, root)).as_posix()  # a table may name it from the root
             digest.update(f"{name}\0{path.stat().st_size}\0{label!r}\n".encode())
     return digest.hexdigest()

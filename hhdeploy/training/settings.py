@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.adapters.config import CLASSES, ProblemType
-from hhdeploy.algebra import Reflection
-from hhdeploy.backbones.sites import Form
+from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType
+from hhdeploy.algebra import REFLECTIONS, Reflection
+from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.choices import TORCH_DEVICES, TorchDevice
 from hhdeploy.errors import HhdeployError, OptionError
 
@@ -19,6 +19,12 @@ DEFAULT_TARGETS: Mapping[Form, tuple[str, ...]] = {
     "additive": ("q", "k", "v", "proj"),
     "sequential": ("proj", "fc2"),
 }
+
+_PATHS = ("data", "out", "checkpoint", "val_data", "labels", "val_labels")
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"one of {', '.join(names)}"
 
 
 class TrainingError(HhdeployError):
@@ -32,6 +38,8 @@ class SettingsError(TrainingError, OptionError):
 @dataclass(frozen=True)
 class TrainSettings:
     """Everything that decides what `hhdeploy.training.recipe.train` does.
+
+    Paths may be given as strings.
 
     Attributes:
         model: timm name, with or without ``.tag``, ``transformers:DIR_OR_HUB_ID``, or
@@ -101,6 +109,11 @@ class TrainSettings:
     overwrite: bool = False
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        for name in _PATHS:
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, Path(given))
+
     @property
     def target_modules(self) -> tuple[str, ...]:
         """``targets``, or what the form adapts by default."""
@@ -116,6 +129,20 @@ class TrainSettings:
     def check(self) -> None:
         """Raise `SettingsError` naming the first setting that makes no sense."""
         rules = (
+            (self.form in FORMS, "`form`", _one_of(FORMS), self.form),
+            (
+                self.reflection in REFLECTIONS,
+                "`reflection`",
+                _one_of(REFLECTIONS),
+                self.reflection,
+            ),
+            (
+                self.problem_type in (None, *PROBLEM_TYPES),
+                "`problem_type`",
+                _one_of(PROBLEM_TYPES),
+                self.problem_type,
+            ),
+            (self.device in TORCH_DEVICES, "`device`", _one_of(TORCH_DEVICES), self.device),
             (self.epochs >= 1, "`epochs`", "1 or more", self.epochs),
             (self.batch_size >= 1, "`batch_size`", "1 or more", self.batch_size),
             (0 < self.lr < math.inf, "`lr`", "a positive number", self.lr),
@@ -124,12 +151,6 @@ class TrainSettings:
             (self.r >= 0, "`r`", "a rank of 0 or more", self.r),
             (self.num_workers >= 0, "`num_workers`", "0 or more", self.num_workers),
             (self.threads is None or self.threads >= 1, "`threads`", "1 or more", self.threads),
-            (
-                self.device in TORCH_DEVICES,
-                "`device`",
-                f"one of {', '.join(TORCH_DEVICES)}",
-                self.device,
-            ),
             (self.cache_mb >= 0, "`cache_mb`", "0 or more", self.cache_mb),
             (
                 0 <= self.warmup < self.epochs,

@@ -20,6 +20,7 @@ from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from hhdeploy.runtime.session import Session
 from hhdeploy.verifying.graphs import add_typed_graph
 from tests.support import TINY_MODEL, random_adapter
 from tests.workshop import AGE, HEAVY, TAGS, contents, copy_bundle, flip_byte, run_python
@@ -287,6 +288,18 @@ def test_predict_with_several_adapters_and_images(succeed_json, branches, pictur
             assert [round(b["probability"], 4) for b in best] == [
                 round(float(shares[b["index"]]), 4) for b in best
             ]
+
+
+def test_predict_opens_a_few_pictures_at_once(succeed_json, branches, pictures, monkeypatch):
+    asked, real = [], Session.classify
+    monkeypatch.setattr(
+        Session, "classify", lambda self, *args: asked.append(len(args[0])) or real(self, *args)
+    )
+    many, names = pictures * 3, ("--adapter", "gamma", "--adapter", "alpha")
+    whole = succeed_json("predict", branches, *many, *names)
+    monkeypatch.setattr("hhdeploy.cli.predict._BATCH", 4)
+    assert succeed_json("predict", branches, *many, *names) == whole
+    assert asked == [18, 4, 4, 4, 4, 2]
 
 
 def test_predict_says_values_and_labels(succeed, succeed_json, heads, pictures):

@@ -29,6 +29,76 @@ def shaken(model):
     return model
 
 
+class Stem(nn.Module):
+    """A convolution with BatchNorm before tokens and a Linear or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.BatchNorm2d(24))
+        self.mix, self.head = nn.Linear(24, 24), nn.Linear(24, 7)
+
+    def forward(self, images):
+        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        return self.head((tokens + self.mix(tokens)).mean(1))
+
+
+def on_a_stem():
+    torch.manual_seed(1)
+    return attach(Stem(), AdapterConfig("mine", num_classes=2, target_modules=("mix",)))
+
+
+def step(model, parameters=None):
+    optimizer = torch.optim.AdamW(parameters or [p for p in model.parameters() if p.requires_grad])
+    nn.functional.cross_entropy(
+        model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 0, 1])
+    ).backward()
+    optimizer.step()
+
+
+def test_statistics_that_moved_are_held_by_no_adapter(tmp_path):
+    model = on_a_stem()
+    model.train()
+    step(model)
+    with pytest.raises(AdapterError, match=r"stem\.1\.running_mean .*eval\(\) on those modules"):
+        save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+    model = on_a_stem()
+    model.train()
+    model.stem[1].eval()
+    step(model)
+    save(model, tmp_path / "a")
+
+
+def test_weights_that_were_trained_too_are_held_by_no_adapter(tmp_path):
+    model = on_a_stem().eval()
+    step(model)  # what is the adapter's may change
+    extract(model)
+    model.requires_grad_(True)
+    step(model)
+    with pytest.raises(AdapterError, match=r"stem\.0\.weight is no more.*parameters that require"):
+        extract(model)
+
+
+def test_a_model_that_was_cast_is_the_same():
+    extract(on_a_stem().double())
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
+def test_a_wrapped_model_is_the_model_in_it(wrap, tmp_path):
+    model = shaken(on_a_stem().eval())
+    save(model, tmp_path / "bare")
+    wrapped = wrap(model)
+    save(wrapped, tmp_path / "wrapped")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "bare" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+    detach(wrapped)
+    with pytest.raises(AdapterError, match="wraps the model: attach the adapter to the model"):
+        attach(wrapped, AdapterConfig("mine", num_classes=2, target_modules=("mix",)))
+
+
 @pytest.mark.parametrize(
     ("make", "sites", "classifier"),
     [(authors_vit, 12, "head"), (torchvision_vit, 12, "heads.head"), (encoder, 12, "head")],

@@ -96,6 +96,28 @@ def test_labels_are_learnt_each_by_itself(settings, data, tmp_path):
     assert record["val_map"] == result.last.val_map
 
 
+def test_paths_from_the_root_are_the_same_images(settings, data, tmp_path, monkeypatch):
+    """A table that a data frame wrote, beside a folder that is named from here."""
+    monkeypatch.chdir(data.parent)
+    ours = replace(settings, data=Path(data.name))
+    table = tmp_path / "absolute.csv"
+    lines = (data / "tags.csv").read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{data}/{line}" for line in lines[1:])]))
+    found, wanted = read_labelled(ours, table), read_labelled(ours, data / "tags.csv")
+    assert found.digest == wanted.digest
+    assert found.skipped == wanted.skipped == {}
+    assert found.val.labels == wanted.val.labels
+
+
+def test_columns_of_the_validation_go_by_their_names(settings, data, tmp_path):
+    lines = (data / "values.csv").read_text().splitlines()
+    turned = tmp_path / "turned.csv"
+    turned.write_text("\n".join(",".join(line.split(",")[i] for i in (0, 2, 1)) for line in lines))
+    labels = data / "values.csv"
+    ours = replace(settings, labels=labels, val_labels=turned, val_data=data)
+    assert read_labelled(ours, labels).val == read_labelled(ours, labels).train
+
+
 def test_values_come_in_their_own_unit(settings, data, tmp_path):
     """One is in thousands, the other in thousandths: both are learnt, and neither is scaled."""
     ours = replace(settings, labels=data / "values.csv", out=tmp_path / "values")

@@ -256,6 +256,31 @@ def test_validation_folder_and_best_epoch(base_settings: TrainSettings, tmp_path
     assert result.last is result.history[-1]
 
 
+def test_paths_may_be_strings(base_settings: TrainSettings, tmp_path: Path) -> None:
+    settings = replace(base_settings, data=str(base_settings.data), out=str(tmp_path / "o"))
+    assert settings == replace(base_settings, out=tmp_path / "o")
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_class_is_a_name_whether_listed_or_a_folder(tmp_path: Path, turn: bool) -> None:
+    """Numbers above 9: a folder has them sorted as text, a list as numbers."""
+    numbers = [str(n) for n in range(12)]
+    folder = tmp_path / "folder"
+    for number in numbers:
+        (folder / number).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(folder / number / f"{i}.png")
+    listed = tmp_path / "list.txt"
+    paths = sorted(p.relative_to(tmp_path) for p in folder.rglob("*.png"))
+    listed.write_text("".join(f"{p.as_posix()} {p.parent.name}\n" for p in paths))
+    data, val = (listed, folder) if turn else (folder, listed)
+    found = read_image_folder(data, val, 0.1, 0)
+    for part in (found.train, found.val):
+        assert len(part.paths) == 24
+        for path, label in zip(part.paths, part.labels, strict=True):
+            assert found.class_names[label] == path.parent.name
+
+
 def test_lists_of_vtab(images: Path, tmp_path: Path) -> None:
     """train800val200.txt and test.txt, whose labels are numbers; they tell a resumed training."""
     paths = sorted(images.rglob("*.png"))
@@ -449,6 +474,10 @@ def test_unwritable_output_is_refused_first(base_settings: TrainSettings, tmp_pa
         ({"targets": ("fc7",)}, "'fc7' matches no site of vit_tiny.* sites are blocks"),
         ({"form": "sequential", "targets": ("q",)}, "after proj, fc2 only, .* of kind q"),
         ({"lr": 0.0}, "`lr`: expected a positive number, found 0.0"),
+        ({"form": "lora"}, "`form`: expected one of additive, sequential, found lora"),
+        ({"reflection": "orthogonl"}, "`reflection`: expected one of unnormalized, orthogonal, "),
+        ({"problem_type": "classes"}, "`problem_type`: expected one of .*, found classes"),
+        ({"device": "gpu"}, "`device`: expected one of auto, cpu, cuda, found gpu"),
         ({"warmup_epochs": EPOCHS}, "`warmup_epochs`: expected less than `epochs`"),
         ({"out": None}, "Only `linear_probe=True` works without `out`"),
         ({"checkpoint": Path("w.safetensors")}, "`checkpoint` and `pretrained=False` exclude"),

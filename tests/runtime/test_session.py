@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -103,6 +104,15 @@ def test_one_name_or_none_is_for_all_images(session, folded):
 def test_classify_refuses(own):
     with pytest.raises(SessionError, match="no image given"):
         own.classify([], "alpha")
+    for wrong, words in (
+        ("cat.png", r"images\[0\]: expected a PIL\.Image\.Image, found str.*open_image\(path\)"),
+        ([*pictures(1), Path("cat.png")], r"images\[1\]: .*found PosixPath"),
+        (np.zeros((2, 40, 40, 3), np.uint8), r"images\[0\]: .*found ndarray.*fromarray\(array\)"),
+        (pictures(1)[0], r"expected a sequence of pictures, found one: pass \[image\]"),
+    ):
+        for ask in (own.classify, own.preprocess):
+            with pytest.raises(SessionError, match=words):
+                ask(wrong, "alpha")
     with pytest.raises(SessionError, match="found 2 for 3 images"):
         own.classify(pictures(3), ["alpha", "gamma"])
     with pytest.raises(SessionError, match="unknown adapter 'omega'"):

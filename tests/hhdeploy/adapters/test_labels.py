@@ -64,6 +64,45 @@ def test_names_that_are_known_give_the_columns(root):
         table(root, "a.png,1\n", VALUES, ("age", "height"))
 
 
+def test_columns_of_values_go_by_their_names(root):
+    names = ("age", "height")
+    found = table(root, "path,height,age\na.png,1.5,40\nb.png,2,50\n", VALUES, names)
+    assert found.names == names
+    assert found.truths.tolist() == [[40, 1.5], [50, 2]]
+    # Where one of both has no names, their order is all there is.
+    assert table(root, "a.png,40,1.5\n", VALUES, names).truths.tolist() == [[40, 1.5]]
+    unnamed = table(root, "path,b,a\na.png,1,2\n", VALUES, ("value 1", "value 2"))
+    assert unnamed.truths.tolist() == [[1, 2]]
+    for header in ("age,weight", "height,height"):
+        with pytest.raises(DataError, match=f"{header.replace(',', ', ')}"):
+            table(root, f"path,{header}\na.png,1,2\n", VALUES, names)
+    with pytest.raises(DataError, match="names a column twice: age, age"):
+        table(root, "path,age,age\na.png,1,2\n")
+    with pytest.raises(DataError, match="a column for each of age, found 2"):
+        table(root, "path,age\na.png,1,2\n", VALUES, names)
+
+
+@pytest.mark.parametrize("gap", ["nan", "", "NA", "-", "inf", "1e39", "12 years"])
+def test_a_gap_among_values_makes_no_classes_of_them(root, gap):
+    text = f"path,age\na.png,41\nb.png,42.5\nc.png,{gap}\nsub/d.png,7\n"
+    with pytest.raises(
+        DataError, match=r"line 4: expected numbers, as in 3 of 4 lines.*regression"
+    ):
+        table(root, text)
+    assert len(table(root, text, LABELS).names) == (4 if gap else 3)  # where it is said
+
+
+def test_a_number_among_classes_is_asked_about(root):
+    text = "a.png,cat\nb.png,dog\nc.png,7\n"
+    with pytest.raises(
+        DataError, match="line 3: expected no numbers, as in 2 of 3 lines, found '7'"
+    ):
+        table(root, text)
+    assert table(root, text, CLASSES).names == ("7", "cat", "dog")
+    # Several labels of one image tell what all of them are.
+    assert table(root, "a.png,1;3\nb.png,3\nc.png,\n").problem_type == LABELS
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "words"),
     [
