@@ -67,10 +67,11 @@ class Preprocess:
             raise ValueError(f"preprocess.input_size must be [channels, H, W], found {list(size)}")
         mean = tuple(float(x) for x in content["mean"])
         std = tuple(float(x) for x in content["std"])
-        if len(mean) != size[0] or len(std) != size[0] or not all(x > 0 for x in std):
+        finite = all(math.isfinite(x) for x in (*mean, *std))
+        if len(mean) != size[0] or len(std) != size[0] or not finite or min(std) <= 0:
             raise ValueError(
                 f"preprocess.mean and preprocess.std must be {size[0]} numbers (a channel each), "
-                f"std positive; found {list(mean)} and {list(std)}"
+                f"finite, std positive; found {list(mean)} and {list(std)}"
             )
         interpolation = str(content.get("interpolation", "bicubic"))
         if interpolation not in _FILTERS:

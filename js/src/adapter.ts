@@ -1,35 +1,9 @@
 /** An adapter directory: adapter_config.json and adapter_model.safetensors. */
 
+import { checkClassNames, checkMeaning, parseConfig, type AdapterConfig } from "./config.js";
 import { HhdeployError } from "./errors.js";
-import type { Preprocess, ProblemType } from "./manifest.js";
 import { readSafetensors, type Tensor } from "./safetensors.js";
 import type { Source } from "./source.js";
-
-export interface AdapterConfig {
-  peft_type: string;
-  schema_version: number;
-  base_model_name_or_path: string;
-  base_sha256?: string | null;
-  form: "additive" | "sequential";
-  reflection?: "unnormalized" | "orthogonal";
-  target_modules: string[] | string;
-  num_classes?: number | null;
-  class_names?: string[] | null;
-  problem_type?: ProblemType;
-  fold_only?: boolean;
-  preprocess?: AdapterPreprocess | null;
-}
-
-/** What is absent is as `preprocessDefaults` has it. */
-export interface AdapterPreprocess extends Preprocess {
-  mean: number[];
-  std: number[];
-  interpolation?: string;
-  crop_pct?: number;
-  crop_mode?: string;
-}
-
-export const preprocessDefaults = { interpolation: "bicubic", crop_pct: 0.875, crop_mode: "center" } as const;
 
 /** What an adapter does at one site; see docs/formats.md of hhdeploy. */
 export interface SiteTensors {
@@ -49,10 +23,17 @@ export interface Adapter {
   config: AdapterConfig;
   sites: Map<string, SiteTensors>;
   /** The adapter's own classifier, if it has one; its path is that of the model's. */
-  head?: { path: string; weight: Tensor; bias: Tensor };
+  head?: Head;
 }
 
-const NEWEST_SCHEMA = 2;
+export interface Head {
+  path: string;
+  weight: Tensor;
+  bias: Tensor;
+}
+
+type Group = Record<string, Tensor>;
+
 const VECTORS = ["u", "v", "d", "s_in", "s_out", "db"] as const;
 const MATRICES = ["lora_A", "lora_B"] as const;
 const TENSORS: ReadonlySet<string> = new Set([...VECTORS, ...MATRICES]);
@@ -60,65 +41,80 @@ const TENSORS: ReadonlySet<string> = new Set([...VECTORS, ...MATRICES]);
 /**
  * Reads an adapter directory.
  *
- * @throws HhdeployError naming file and key: no adapter, a newer schema, one that can only be folded, unknown or
- *   missing tensors, wrong dimensions, NaN or infinity.
+ * @throws HhdeployError naming file and key: no adapter, a newer schema, one that can only be folded, a value that can
+ *   not be, unknown or missing tensors, wrong dimensions, NaN or infinity.
  */
 export async function readAdapter(source: Source): Promise<Adapter> {
-  const config = parsed(await source.read("adapter_config.json"), source.name);
+  const config = parseConfig(await source.read("adapter_config.json"), `${source.name}/adapter_config.json`);
   const where = `${source.name}/adapter_model.safetensors`;
-  const tensors = readSafetensors(await source.read("adapter_model.safetensors"), where);
-  const groups = new Map<string, Record<string, Tensor>>();
+  const groups = grouped(readSafetensors(await source.read("adapter_model.safetensors"), where), where);
+  const heads = [...groups].filter(([, group]) => group["weight"] ?? group["bias"]);
+  if (heads.length > 1) {
+    throw new HhdeployError(`${where}: expected one classifier, found ${heads.map(([path]) => path).join(", ")}.`);
+  }
+  const sites = new Map<string, SiteTensors>([...groups].filter(([owner]) => owner !== heads[0]?.[0]));
+  for (const [site, tensors] of sites) checkSite(`${where}: ${site}`, tensors);
+  const targets = config.target_modules.length;
+  if (sites.size && !targets) {
+    throw new HhdeployError(
+      `${where}: ${[...sites.keys()][0]}: found tensors of sites, and the configuration's target_modules are []: ` +
+        "expected the kinds or names of the sites.",
+    );
+  }
+  if (!sites.size && (!heads.length || targets)) {
+    throw new HhdeployError(
+      `${where}: zero sites found. Expected tensors such as blocks.0.attn.proj.u; an adapter that is a classifier ` +
+        "alone has the target_modules [].",
+    );
+  }
+  if (!heads[0]) return { source: source.name, config, sites };
+  const head = headOf(...heads[0], config, where);
+  const num_classes = head.weight.shape[0]!;
+  checkClassNames(config.class_names, num_classes, source.name);
+  checkMeaning(config.problem_type, num_classes, source.name);
+  return { source: source.name, config: { ...config, num_classes }, sites, head };
+}
+
+/** Tensors by what they belong to, and their last name. */
+function grouped(tensors: Map<string, Tensor>, where: string): Map<string, Group> {
+  const groups = new Map<string, Group>();
   for (const [key, tensor] of tensors) {
-    const dot = key.lastIndexOf(".");
+    const dot = Math.max(key.lastIndexOf("."), 0);
+    const [owner, name] = [key.slice(0, dot), key.slice(dot + 1)];
+    if (!owner || !(TENSORS.has(name) || name === "weight" || name === "bias")) {
+      throw new HhdeployError(
+        `${where}: unknown tensor key ${key}: expected ${[...TENSORS].join(", ")} of sites, and the classifier's ` +
+          "weight and bias.",
+      );
+    }
     if (!tensor.data.every(Number.isFinite)) {
       throw new HhdeployError(`${where}: ${key}: expected finite values, found NaN or infinity.`);
     }
-    const owner = key.slice(0, Math.max(dot, 0));
-    groups.set(owner, { ...groups.get(owner), [key.slice(dot + 1)]: tensor });
+    groups.set(owner, { ...groups.get(owner), [name]: tensor });
   }
-  const adapter: Adapter = { source: source.name, config, sites: new Map() };
-  for (const [owner, group] of groups) {
-    const { weight, bias, ...rest } = group;
-    if (weight && bias && Object.keys(rest).length === 0 && !adapter.head) {
-      adapter.head = { path: owner, weight, bias };
-      continue;
-    }
-    const unknown = Object.keys(group).find((name) => !TENSORS.has(name));
-    if (!owner || unknown !== undefined) {
-      throw new HhdeployError(`${where}: ${owner}.${unknown}: expected tensors of sites and one classifier.`);
-    }
-    checkSite(`${where}: ${owner}`, group);
-    adapter.sites.set(owner, group);
-  }
-  return adapter;
+  return groups;
 }
 
-function parsed(bytes: Uint8Array, where: string): AdapterConfig {
-  let config: AdapterConfig;
-  try {
-    config = JSON.parse(new TextDecoder().decode(bytes));
-  } catch (error) {
-    throw new HhdeployError(`${where}/adapter_config.json: expected JSON: ${error}`);
+function headOf(path: string, group: Group, config: AdapterConfig, where: string): Head {
+  const { weight, bias, ...rest } = group;
+  if (!weight || Object.keys(rest).length) {
+    const found = Object.keys(group).join(", ");
+    throw new HhdeployError(`${where}: ${path}: expected a classifier's weight and bias, found ${found}.`);
   }
-  if (config.peft_type !== "HTA") {
+  if (weight.shape.length !== 2) {
+    throw new HhdeployError(`${where}: ${path}.weight: expected [classes, features], found [${weight.shape}].`);
+  }
+  const rows = weight.shape[0]!;
+  if (rows !== (config.num_classes ?? rows)) {
     throw new HhdeployError(
-      `${where}/adapter_config.json: peft_type: expected HTA, found ${config.peft_type}. ` +
-        "`hhdeploy import` makes one of other adapters.",
+      `${where}: ${path}.weight: expected ${config.num_classes} rows (num_classes), found ${rows}.`,
     );
   }
-  if (!(config.schema_version <= NEWEST_SCHEMA)) {
-    throw new HhdeployError(
-      `${where}/adapter_config.json: schema_version: expected at most ${NEWEST_SCHEMA}, found ` +
-        `${config.schema_version}. A newer version of this package reads it.`,
-    );
+  const added = bias ?? { shape: [rows], data: new Float32Array(rows) };
+  if (String(added.shape) !== String([rows])) {
+    throw new HhdeployError(`${where}: ${path}.bias: expected [${rows}], found [${added.shape}].`);
   }
-  if (config.fold_only) {
-    throw new HhdeployError(
-      `${where}: the adapter replaces parameters, which no row of a bank can hold: it can only be folded, with ` +
-        "`hhdeploy export --fold`.",
-    );
-  }
-  return config;
+  return { path, weight, bias: added };
 }
 
 function checkSite(where: string, site: SiteTensors): void {

@@ -1,5 +1,6 @@
 /** Logits to answers: what an adapter's numbers mean. */
 
+import { HhdeployError } from "./errors.js";
 import type { AdapterEntry, ProblemType } from "./manifest.js";
 
 /** One class, label or value of one picture. */
@@ -28,8 +29,7 @@ export function answersOf(
   entry: AdapterEntry | undefined,
   classes: number,
 ): Answer[] {
-  const kind: ProblemType =
-    entry?.problem_type ?? (entry && classes === 1 ? "regression" : "single_label_classification");
+  const kind = meaningOf(entry, classes);
   const own = Array.from(logits.subarray(0, classes));
   const scores =
     kind === "regression" ? own : kind === "multi_label_classification" ? own.map(sigmoid) : softmax(own);
@@ -43,6 +43,32 @@ export function answersOf(
       (kind === "multi_label_classification" && scores[index]! >= SAID),
     index,
   }));
+}
+
+/**
+ * Throws where logits are no answers: -Infinity is one (a class that is ruled out), but no value of a regression; NaN and
+ * Infinity, or -Infinity alone, are none.
+ *
+ * @param where names picture and adapter in the message; otherwise as `answersOf`.
+ */
+export function checkNumbers(
+  logits: Float32Array,
+  entry: AdapterEntry | undefined,
+  classes: number,
+  where: string,
+): void {
+  const own = logits.subarray(0, classes);
+  const finite = meaningOf(entry, classes) === "regression" ? own.every(Number.isFinite) : own.some(Number.isFinite);
+  if (!finite || own.some((x) => Number.isNaN(x) || x === Infinity)) {
+    throw new HhdeployError(
+      `${where}: the logits are no numbers (NaN or infinity). Open the bundle in another precision; if float32 gives ` +
+        "none either, compare it with its reference: `hhdeploy verify`.",
+    );
+  }
+}
+
+function meaningOf(entry: AdapterEntry | undefined, classes: number): ProblemType {
+  return entry?.problem_type ?? (entry && classes === 1 ? "regression" : "single_label_classification");
 }
 
 function softmax(values: number[]): number[] {

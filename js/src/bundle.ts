@@ -3,8 +3,10 @@
 import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-common";
 import type * as OrtCommon from "onnxruntime-common";
 
-import { preprocessDefaults, readAdapter, type AdapterPreprocess } from "./adapter.js";
-import { answersOf, type Answer } from "./answers.js";
+import { readAdapter, type Adapter } from "./adapter.js";
+import { answersOf, checkNumbers, type Answer } from "./answers.js";
+import { BACKBONE, checkName } from "./checks.js";
+import { preprocessDefaults, type AdapterPreprocess } from "./config.js";
 import { HhdeployError } from "./errors.js";
 import { parseManifest, type AdapterEntry, type Manifest, type PreprocessGraph } from "./manifest.js";
 import { packRow } from "./row.js";
@@ -30,11 +32,9 @@ export interface OpenOptions {
   preprocessing?: Runtime;
 }
 
-/** The backbone without an adapter. */
-export const BACKBONE = "backbone";
-
 const MANIFEST = "hhdeploy.json";
 const TRIES = 3;
+const FLOAT16_MAX = 65504;
 // Graphs of pictures: to optimise one takes longer than it saves.
 const AS_IT_IS = { graphOptimizationLevel: "disabled" } as const;
 
@@ -131,24 +131,19 @@ export class Bundle {
   /**
    * Adds an adapter directory, or puts it in the place of one of its name. The bundle's files stay as they are.
    *
-   * @throws HhdeployError it is no adapter of this backbone, or there is no room for it.
+   * @throws HhdeployError a name that none may have, no adapter of this backbone, or there is no room for it.
    */
   async add(name: string, directory: Source): Promise<AdapterEntry> {
     const { row, backbone } = this.manifest;
     if (!row || this.manifest.bank_as_constant) {
       throw new HhdeployError(`${this.source.name}: its adapters are fixed. Export side branches without --fold.`);
     }
-    if (name === BACKBONE) throw new HhdeployError(`the name ${BACKBONE} is reserved for the bare model.`);
+    checkName(name);
     const adapter = await readAdapter(directory);
     const packed = packRow(adapter, row, backbone);
+    checkRoom(adapter, packed, this.manifest);
     const { config, head } = adapter;
     const own = config.preprocess ?? undefined;
-    const [found, expected] = [own ?? backbone.preprocess, backbone.preprocess].map((p) => String(p.input_size));
-    if (found !== expected) {
-      throw new HhdeployError(
-        `${adapter.source}: preprocess.input_size: expected the backbone's [${expected}], found [${found}].`,
-      );
-    }
     const graph = own ? this.#graphFor(own) : backbone.preprocess_graph;
     const entry: AdapterEntry = {
       name,
@@ -168,6 +163,7 @@ export class Bundle {
    *
    * @param pictures decoded and upright, of any sizes.
    * @param adapters one name for all, or one for each; {@link BACKBONE} is the bare model.
+   * @throws HhdeployError no picture, an unknown adapter, or logits that are no numbers.
    */
   async classify(pictures: Picture[], adapters: string | string[] = this.#only()): Promise<Answer[][]> {
     const names = typeof adapters === "string" ? pictures.map(() => adapters) : adapters;
@@ -186,7 +182,9 @@ export class Bundle {
     return names.map((name, i) => {
       const entry = this.#entry(name);
       const classes = entry?.classes ?? this.manifest.backbone.classes;
-      return answersOf(logits.subarray(i * columns, (i + 1) * columns), entry, classes);
+      const own = logits.subarray(i * columns, (i + 1) * columns);
+      checkNumbers(own, entry, classes, `picture ${i}, adapter ${name}`);
+      return answersOf(own, entry, classes);
     });
   }
 
@@ -215,9 +213,17 @@ export class Bundle {
    *
    * @param images float32 [batch, channels, H, W], flat.
    * @param adapters one name for each image.
+   * @throws HhdeployError another number of values than the names need, or an unknown adapter.
    */
   async run(images: Float32Array, adapters: string[]): Promise<Float32Array> {
     const [, ...shape] = this.manifest.tensors["images"] as [string, number, number, number];
+    const each = shape.reduce((a, b) => a * b, 1);
+    if (!adapters.length || images.length !== adapters.length * each) {
+      throw new HhdeployError(
+        `images: expected ${each} values ([${shape}]) for each of at least one name, found ${images.length} values ` +
+          `for ${adapters.length} names.`,
+      );
+    }
     const feeds: Record<string, OrtTensor> = {
       images: new this.ort.Tensor("float32", images, [adapters.length, ...shape]),
     };
@@ -327,6 +333,22 @@ export class Bundle {
       for (let c = 0; c < 3; c++) rgb[3 * i + c] = data[each * i + c]!;
     }
     return new this.small.Tensor("uint8", rgb, [height, width, 3]);
+  }
+}
+
+/** What rows of the graphs that there are can not hold. */
+function checkRoom({ source, head }: Adapter, packed: Float32Array, { row, classes, graphs }: Manifest): void {
+  if (head && classes && !row?.classes) {
+    throw new HhdeployError(
+      `${source}: it has a classifier, the bundle has room for none. Export with --max-classes ${head.weight.shape[0]}.`,
+    );
+  }
+  const beyond = "float16" in graphs && packed.find((x) => Number.isFinite(x) && Math.abs(x) > FLOAT16_MAX);
+  if (beyond) {
+    throw new HhdeployError(
+      `${source}: a value of ${beyond.toPrecision(3)} in its row is beyond float16's range (${FLOAT16_MAX}), and the ` +
+        "bundle has a float16 graph. Use bfloat16.",
+    );
   }
 }
 

@@ -1,6 +1,8 @@
-export { readAdapter, type Adapter, type AdapterConfig } from "./adapter.js";
+export { readAdapter, type Adapter } from "./adapter.js";
 export { type Answer } from "./answers.js";
-export { BACKBONE, Bundle, openBundle, type OpenOptions, type Picture, type Runtime } from "./bundle.js";
+export { Bundle, openBundle, type OpenOptions, type Picture, type Runtime } from "./bundle.js";
+export { BACKBONE } from "./checks.js";
+export { type AdapterConfig } from "./config.js";
 export { HhdeployError } from "./errors.js";
 export { parseManifest, type AdapterEntry, type Manifest, type ProblemType } from "./manifest.js";
 export { decodePicture } from "./pictures.js";

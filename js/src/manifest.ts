@@ -2,10 +2,9 @@
 
 import { HhdeployError } from "./errors.js";
 
-export type ProblemType =
-  | "single_label_classification"
-  | "multi_label_classification"
-  | "regression";
+/** What a head's numbers mean. */
+export const PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"] as const;
+export type ProblemType = (typeof PROBLEM_TYPES)[number];
 
 /** What a preprocessing graph takes beside the picture. */
 export interface PreprocessGraph {

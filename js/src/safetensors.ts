@@ -4,7 +4,7 @@ import { HhdeployError } from "./errors.js";
 
 export interface Tensor {
   shape: number[];
-  /** float16 and bfloat16 are widened, which is exact. */
+  /** float16 and bfloat16 are widened, which is exact; float64 is rounded. */
   data: Float32Array;
 }
 
@@ -14,14 +14,14 @@ interface Described {
   data_offsets: [number, number];
 }
 
-const BYTES: Record<string, number> = { F32: 4, F16: 2, BF16: 2 };
+const BYTES: Record<string, number> = { F64: 8, F32: 4, F16: 2, BF16: 2 };
 
 /**
  * All tensors of a file.
  *
  * @param where names the file in messages.
- * @throws HhdeployError it is damaged, or a tensor is of another type than float32, float16 or
- *   bfloat16.
+ * @throws HhdeployError it is damaged, or a tensor is of another type than float64, float32,
+ *   float16 or bfloat16.
  */
 export function readSafetensors(bytes: Uint8Array, where: string): Map<string, Tensor> {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -29,33 +29,58 @@ export function readSafetensors(bytes: Uint8Array, where: string): Map<string, T
   if (8 + length > bytes.byteLength) {
     throw new HhdeployError(`${where}: expected safetensors, found ${bytes.byteLength} bytes of none.`);
   }
-  let header: Record<string, Described>;
+  let header: unknown;
   try {
     header = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes.subarray(8, 8 + length)));
   } catch (error) {
     throw new HhdeployError(`${where}: expected safetensors, found a header that is no JSON: ${error}`);
   }
   const tensors = new Map<string, Tensor>();
-  for (const [name, described] of Object.entries(header)) {
-    if (name === "__metadata__") continue;
-    const { dtype, shape, data_offsets: [begin, end] } = described;
+  let position = 0; // one tensor follows the other, and nothing is between or behind them
+  for (const [name, { dtype, shape, data_offsets: [begin, end] }] of described(header, where)) {
     const width = BYTES[dtype];
     if (width === undefined) {
-      throw new HhdeployError(`${where}: ${name}: expected F32, F16 or BF16, found ${dtype}.`);
+      throw new HhdeployError(`${where}: ${name}: expected F64, F32, F16 or BF16, found ${dtype}.`);
     }
     const count = shape.reduce((a, b) => a * b, 1);
-    if (end - begin !== count * width || 8 + length + end > bytes.byteLength || begin < 0) {
+    if (begin !== position || end - begin !== count * width || 8 + length + end > bytes.byteLength) {
       throw new HhdeployError(`${where}: ${name}: its bytes are not those of [${shape}]: the file is damaged.`);
     }
+    position = end;
     tensors.set(name, { shape, data: widened(view, 8 + length + begin, count, dtype) });
   }
+  const behind = bytes.byteLength - 8 - length - position;
+  if (behind) throw new HhdeployError(`${where}: expected its end, found ${behind} more bytes: the file is damaged.`);
   return tensors;
+}
+
+/** What a header says of its tensors, in the order of their bytes. */
+function described(header: unknown, where: string): [string, Described][] {
+  const { __metadata__: _, ...all } = Object(header) as Record<string, Partial<Described> | null>;
+  for (const [name, each] of Object.entries(all)) {
+    const { dtype, shape, data_offsets: offsets } = each ?? {};
+    if (typeof dtype !== "string" || !isCounts(shape) || !isCounts(offsets) || offsets.length !== 2) {
+      throw new HhdeployError(
+        `${where}: ${name}: expected dtype, shape and data_offsets, found ${JSON.stringify(each)}: the file is damaged.`,
+      );
+    }
+  }
+  const entries = Object.entries(all) as [string, Described][];
+  return entries.sort(([, a], [, b]) => a.data_offsets[0] - b.data_offsets[0] || a.data_offsets[1] - b.data_offsets[1]);
+}
+
+function isCounts(x: unknown): x is number[] {
+  return Array.isArray(x) && x.every((n) => Number.isSafeInteger(n) && n >= 0);
 }
 
 function widened(view: DataView, begin: number, count: number, dtype: string): Float32Array {
   const data = new Float32Array(count);
   if (dtype === "F32") {
     for (let i = 0; i < count; i++) data[i] = view.getFloat32(begin + 4 * i, true);
+    return data;
+  }
+  if (dtype === "F64") {
+    for (let i = 0; i < count; i++) data[i] = view.getFloat64(begin + 8 * i, true);
     return data;
   }
   const bits = new Uint32Array(data.buffer);

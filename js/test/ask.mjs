@@ -9,6 +9,8 @@ const { HhdeployError, fromFolder, fromUrl, openBundle, packRow, parseManifest, 
   pathToFileURL(`${dist}/node.js`)
 );
 
+const { selectSites } = await import(pathToFileURL(`${dist}/sites.js`));
+
 const runtimes = { node: () => import("onnxruntime-node"), web: () => import("onnxruntime-web") };
 const encode = (x) => Buffer.from(x.buffer, x.byteOffset, x.byteLength).toString("base64");
 const decode = (text) => new Float32Array(new Uint8Array(Buffer.from(text, "base64")).buffer);
@@ -73,11 +75,42 @@ const questions = {
     await opened.close();
     return opened.adapters.get(adapter).preprocess_graph ?? null;
   },
+  /** Adds each of some adapters and lets it answer: its error, null without one. */
+  async refusals({ picture: seen, adapters, ...rest }) {
+    const opened = await bundle(rest);
+    const found = {};
+    for (const [name, folder] of Object.entries(adapters)) {
+      found[name] = await opened
+        .add("omega", fromFolder(folder))
+        .then(() => opened.classify([picture(seen)], "omega"))
+        .then(() => null, refused);
+    }
+    await opened.close();
+    return found;
+  },
+  /** The same adapter under some names: the error of each, null without one. */
+  async names({ names, adapter, ...rest }) {
+    const opened = await bundle(rest);
+    const found = [];
+    for (const name of names) found.push(await opened.add(name, fromFolder(adapter)).then(() => null, refused));
+    await opened.close();
+    return found;
+  },
+  /** What targets stand for among some Linears. */
+  async sites({ linears, targets }) {
+    return targets.map((target) => selectSites(linears, target));
+  },
   async row({ where, adapter }) {
     const manifest = parseManifest(readFileSync(`${where}/hhdeploy.json`, "utf8"), where);
     return encode(packRow(await readAdapter(fromFolder(adapter)), manifest.row, manifest.backbone));
   },
 };
+
+/** A message; what is no error of the package is a fault of it. */
+function refused(error) {
+  if (!(error instanceof HhdeployError)) throw error;
+  return error.message;
+}
 
 const answers = [];
 for (const { ask, ...rest } of JSON.parse(readFileSync(0, "utf8"))) {

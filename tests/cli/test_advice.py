@@ -460,6 +460,22 @@ def test_the_documents_show_no_flag_that_its_command_lacks():
     assert seen > 20
 
 
+def test_the_javascript_package_advises_what_there_is():
+    """Its flags are of `export`, where it names no other command."""
+    found, seen = [], 0
+    for path in sorted((ROOT / "js" / "src").glob("*.ts")):
+        text = re.sub(r"""["`] \+\n\s*["`]""", "", path.read_text(encoding="utf-8"))
+        for name in _COMMAND.findall(text):
+            seen += 1
+            if name not in COMMANDS and name.split()[0] not in COMMANDS:
+                found.append(f"{path.name}: there is no hhdeploy {name}")
+        for advice in advice_in(path.name, text):
+            seen += 1
+            found += [problem] if (problem := wrong(advice, ("export",))) else []
+    assert not found, "\n".join(found)
+    assert seen > 8
+
+
 # --- the translation itself ---------------------------------------------------------------------
 
 

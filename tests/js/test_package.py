@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import http.server
 import json
 import re
 import shutil
-import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +23,10 @@ from hhdeploy.files.tensors import read_tensors
 from hhdeploy.parity import LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
+from tests.js.conftest import PACKAGE, decoded, encoded, sent
 from tests.support import assert_caught, assert_parity, images
-from tests.workshop import COMMAND_SECONDS, ROOT, copy_bundle, flip_byte
+from tests.workshop import ROOT, copy_bundle, flip_byte
 
-PACKAGE = ROOT / "js"
 INT8 = ROOT / "tests" / "witnesses" / "v1" / "int8"
 PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
 BROWSER_FLAGS = (
@@ -37,50 +34,10 @@ BROWSER_FLAGS = (
     "--disable-background-networking --disable-component-update"
 )
 PATIENCE_MS = 60_000
-INSTALL = "npm ci --prefix js --ignore-scripts"
 OCTETS = "application/octet-stream"
 CHROMIUM = shutil.which("chromium")
 # Of a picture: columns and rows of the photograph that it is.
 PARTS = ((0, 0, 451, 300), (100, 20, 231, 299), (37, 11, 66, 64))
-
-
-@pytest.fixture(scope="session")
-def dist(tmp_path_factory) -> Path:
-    """The package, compiled."""
-    if shutil.which("node") is None:
-        pytest.skip("needs node")
-    if not (PACKAGE / "node_modules" / "onnxruntime-node").is_dir():
-        pytest.skip(f"needs the packages that js/package.json names: {INSTALL}")
-    dist = tmp_path_factory.mktemp("js") / "dist"
-    compiler = PACKAGE / "node_modules" / ".bin" / "tsc"
-    built = subprocess.run(
-        [compiler, "-p", PACKAGE, "--outDir", dist],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=COMMAND_SECONDS,
-    )
-    assert built.returncode == 0, built.stdout
-    return dist
-
-
-@pytest.fixture(scope="session")
-def ask(dist):
-    """Asks one Node process some questions, see js/test/ask.mjs."""
-
-    def answers(*questions: dict[str, Any]) -> list[Any]:
-        said = subprocess.run(
-            ["node", PACKAGE / "test" / "ask.mjs", dist],
-            input=json.dumps(questions),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert said.returncode == 0, said.stderr
-        return json.loads(said.stdout)
-
-    return answers
 
 
 @pytest.fixture
@@ -111,24 +68,9 @@ def served():
         server.server_close()
 
 
-def encoded(array) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-
-
-def decoded(answer: str, *shape: int):
-    assert isinstance(answer, str), answer
-    return np.frombuffer(base64.b64decode(answer), np.float32).reshape(shape)
-
-
 def pictures() -> list[Image.Image]:
     with Image.open(PHOTO) as photo:
         return [photo.convert("RGB").crop(box) for box in PARTS]
-
-
-def sent(pictures) -> list[dict[str, Any]]:
-    return [
-        {"data": encoded(np.asarray(p)), "width": p.width, "height": p.height} for p in pictures
-    ]
 
 
 def assert_levels(transform: Preprocess, picture: Image.Image, image) -> None:
@@ -331,7 +273,7 @@ def test_an_added_adapter_preprocesses_in_its_own_way(ask, small, preprocessing)
 def test_the_package_reads_what_python_writes():
     """Numbers that both have."""
     for file, newest in (
-        ("adapter", adapter_config.SCHEMA_VERSION),
+        ("config", adapter_config.SCHEMA_VERSION),
         ("manifest", manifest.SCHEMA_VERSION),
     ):
         text = (PACKAGE / "src" / f"{file}.ts").read_text()
@@ -402,7 +344,7 @@ def test_what_does_not_fit_is_refused(ask, small, folded, workshop, tmp_path):
     (foreign / "adapter_config.json").write_text(json.dumps(config | {"base_sha256": "0" * 64}))
     large = tmp_path / "large"
     save_adapter(other, large)
-    resized = {"preprocess": OWN.to_json() | {"input_size": [3, 40, 40]}}
+    resized = {"preprocess": OWN.to_json() | {"input_size": [3, 40, 40]}, "base_model_args": {}}
     (large / "adapter_config.json").write_text(json.dumps(config | resized))
     damaged = copy_bundle(small, tmp_path / "damaged")
     flip_byte(damaged / "model.onnx.data")

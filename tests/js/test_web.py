@@ -34,7 +34,8 @@ from hhdeploy.errors import (
 from hhdeploy.exporting import javascript, web
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
-from tests.js.test_package import BROWSER_FLAGS, CHROMIUM, INT8, OCTETS, PACKAGE, PATIENCE_MS
+from tests.js.conftest import PACKAGE
+from tests.js.test_package import BROWSER_FLAGS, CHROMIUM, INT8, OCTETS, PATIENCE_MS
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle, flip_byte
 

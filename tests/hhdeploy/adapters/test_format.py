@@ -470,6 +470,8 @@ def test_image_sizes_that_disagree(tmp_path, img_size):
         ({"input_size": [224, 224]}, ("preprocess.input_size", "[224, 224]")),
         ({"std": [0.5, 0.0, 0.5]}, ("preprocess.std", "[0.5, 0.0, 0.5]")),
         ({"mean": [0.5]}, ("preprocess.mean", "[0.5]")),
+        ({"mean": [0.5, float("nan"), 0.5]}, ("preprocess.mean", "finite", "[0.5, nan, 0.5]")),
+        ({"std": [0.5, float("inf"), 0.5]}, ("preprocess.std", "finite", "[0.5, inf, 0.5]")),
         ({"interpolation": "magic"}, ("preprocess.interpolation", "bicubic", "'magic'")),
         ({"crop_mode": "random"}, ("preprocess.crop_mode", "squash", "'random'")),
         ({"crop_pct": 0}, ("preprocess.crop_pct", "(0, 2]")),

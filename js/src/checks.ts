@@ -1,0 +1,111 @@
+/** Whether an adapter belongs to a bundle: name, backbone, sites, classifier, image size. The checks are Python's. */
+
+import type { Adapter } from "./adapter.js";
+import { checkClassNames } from "./config.js";
+import { HhdeployError } from "./errors.js";
+import type { Backbone, Branch, Row } from "./manifest.js";
+import { selectSites } from "./sites.js";
+
+/** The backbone without an adapter. */
+export const BACKBONE = "backbone";
+
+const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
+const SHOWN = 8;
+
+/** What an adapter may be called. */
+export function checkName(name: string): void {
+  if (name === BACKBONE) throw new HhdeployError(`the name ${BACKBONE} is reserved for the bare model.`);
+  if (!NAME.test(name)) {
+    throw new HhdeployError(
+      `adapter name ${JSON.stringify(name)}: expected letters, digits, '.', '-' and '_' (at most 128, first a letter ` +
+        "or digit).",
+    );
+  }
+}
+
+/**
+ * All that needs both the adapter and the bundle, but for room in its rows.
+ *
+ * @throws HhdeployError another backbone (name or digest), sites that are missing, a classifier of another place or
+ *   size, class names that are not one per class, another image size.
+ */
+export function checkBelongs(adapter: Adapter, row: Row, backbone: Backbone): void {
+  checkBase(adapter, backbone);
+  checkComplete(adapter, row);
+  checkHead(adapter, backbone);
+  const found = String((adapter.config.preprocess ?? backbone.preprocess).input_size);
+  const expected = String(backbone.preprocess.input_size);
+  if (found !== expected) {
+    throw new HhdeployError(
+      `${adapter.source}: preprocess.input_size: expected the backbone's [${expected}], found [${found}].`,
+    );
+  }
+}
+
+/** The digest of the weights decides; without one timm's names are compared. */
+function checkBase({ source, config }: Adapter, backbone: Backbone): void {
+  const { base_sha256: digest, base_model_name_or_path: model } = config;
+  if (digest === backbone.sha256) return;
+  if (!sameModel(model, backbone.model)) {
+    throw new HhdeployError(
+      `${source}: base_model_name_or_path: expected the backbone's ${backbone.model}, found ${model}.`,
+    );
+  }
+  if (typeof digest === "string") {
+    throw new HhdeployError(
+      `${source}: base_sha256: expected the backbone's ${backbone.sha256.slice(0, 12)}…, found ` +
+        `${digest.slice(0, 12)}…: the adapter was trained on other weights.`,
+    );
+  }
+}
+
+/** As far as names tell: those of timm have no colon, and a tag counts only where both have one. */
+function sameModel(one: string, other: string): boolean {
+  if (one.includes(":") || other.includes(":")) return true;
+  const [[mine, tag], [theirs, otherTag]] = [halves(one), halves(other)];
+  return mine === theirs && (!tag || !otherTag || tag === otherTag);
+}
+
+function halves(model: string): [string, string] {
+  const dot = model.indexOf(".");
+  return dot < 0 ? [model, ""] : [model.slice(0, dot), model.slice(dot + 1)];
+}
+
+/** Every site that `target_modules` name has tensors; what is named in full has, whether the row knows it or not. */
+function checkComplete({ source, config, sites }: Adapter, row: Row): void {
+  // The sequential form needs the outputs alone, which any branch tells.
+  const fitting = row.branches.filter((b) => config.form === "sequential" || b.form === config.form);
+  const linears = [...new Map(fitting.map((b): [string, Branch] => [b.linear, b])).values()];
+  const targets = [config.target_modules].flat();
+  const selected = targets.map((target) => selectSites(linears, target));
+  const others = targets.filter((target, i) => target.includes(".") && !selected[i]!.length);
+  const missing = [...new Set(selected.flat()), ...others].filter((site) => !sites.has(site));
+  if (missing.length) {
+    const shown = missing.slice(0, SHOWN).join(", ") + (missing.length > SHOWN ? `, … (${missing.length} in all)` : "");
+    throw new HhdeployError(
+      `${source}: missing tensor keys for ${shown}: target_modules ${JSON.stringify(targets)} name these sites. Save ` +
+        "the adapter whole, or list the sites it has by their full names in target_modules.",
+    );
+  }
+}
+
+/** There is a classifier, the adapter's at the backbone's place, and it is named whole. */
+function checkHead({ source, config, head }: Adapter, backbone: Backbone): void {
+  if (head) {
+    const { path, weight } = head;
+    if (path !== backbone.classifier || weight.shape[1] !== backbone.dim) {
+      throw new HhdeployError(
+        `${source}: expected a classifier ${backbone.classifier}.weight of [classes, ${backbone.dim}], found ` +
+          `${path}.weight of [${weight.shape}].`,
+      );
+    }
+  } else if (!backbone.classes && backbone.classifier) {
+    throw new HhdeployError(`${source}: it has no classifier ${backbone.classifier}, and the backbone has none either.`);
+  } else if ((config.num_classes ?? backbone.classes) !== backbone.classes) {
+    throw new HhdeployError(
+      `${source}: num_classes: expected ${backbone.classes} (the backbone's classifier; the adapter brings none), ` +
+        `found ${config.num_classes}.`,
+    );
+  }
+  checkClassNames(config.class_names, head?.weight.shape[0] ?? backbone.classes, source);
+}

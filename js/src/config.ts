@@ -1,0 +1,182 @@
+/** adapter_config.json: what it says, and whether it can. The checks are Python's; a test gives both the same files. */
+
+import { HhdeployError } from "./errors.js";
+import { PROBLEM_TYPES, type Preprocess, type ProblemType } from "./manifest.js";
+import { expressionOf, KINDS, SEQUENTIAL_KINDS } from "./sites.js";
+
+export interface AdapterConfig {
+  peft_type: string;
+  schema_version: number;
+  base_model_name_or_path: string;
+  base_sha256?: string | null;
+  form: "additive" | "sequential";
+  reflection?: "unnormalized" | "orthogonal";
+  target_modules: string[] | string;
+  num_classes?: number | null;
+  class_names?: string[] | null;
+  problem_type?: ProblemType | null;
+  fold_only?: boolean;
+  preprocess?: AdapterPreprocess | null;
+}
+
+/** What is absent is as `preprocessDefaults` has it. */
+export interface AdapterPreprocess extends Preprocess {
+  mean: number[];
+  std: number[];
+  interpolation?: string;
+  crop_pct?: number;
+  crop_mode?: string;
+}
+
+export const preprocessDefaults = { interpolation: "bicubic", crop_pct: 0.875, crop_mode: "center" } as const;
+
+type Json = Record<string, unknown>;
+
+const NEWEST_SCHEMA = 2;
+const FORMS = ["additive", "sequential"];
+const REFLECTIONS = ["unnormalized", "orthogonal"];
+const FILTERS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"];
+const CROP_MODES = ["center", "squash", "border"];
+
+/**
+ * Reads the bytes of an adapter_config.json; `where` names the file in messages. What the file leaves out of form,
+ * reflection and targets is filled in.
+ *
+ * @throws HhdeployError naming file and key: no JSON object, a newer schema, an adapter that can only be folded, or a
+ *   value that can not be.
+ */
+export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
+  const content = objectOf(bytes, where);
+  if (content.peft_type !== "HTA") {
+    throw new HhdeployError(
+      `${where}: peft_type: expected HTA, found ${content.peft_type}. \`hhdeploy adapter import\` makes one of other ` +
+        "adapters.",
+    );
+  }
+  const { schema_version: version, base_model_args: given, num_classes: classes, problem_type: means } = content;
+  const { form = "additive", reflection = "unnormalized", r = 1, fold_only = false, class_names: names } = content;
+  const { target_modules = ["q", "k", "v", "proj"], base_sha256: digest, license, compressed } = content;
+  const expect = expecting(content, where);
+  expect("schema_version", isCount(version), `an integer up to ${NEWEST_SCHEMA}`);
+  if ((version as number) > NEWEST_SCHEMA) {
+    throw new HhdeployError(
+      `${where}: schema_version: expected at most ${NEWEST_SCHEMA}, found ${version}. A newer version of this package ` +
+        "reads it.",
+    );
+  }
+  const model = content.base_model_name_or_path;
+  expect("base_model_name_or_path", typeof model === "string" && model !== "", "the name of a model");
+  const args = given || {}; // as Python, which takes whatever is empty
+  expect("base_model_args", isObject(args), "an object");
+  expect("form", FORMS.includes(form as string), `one of ${FORMS.join(", ")}`);
+  expect("reflection", REFLECTIONS.includes(reflection as string), `one of ${REFLECTIONS.join(", ")}`);
+  expect("r", isCount(r), "a rank of 0 or more");
+  expect("fold_only", typeof fold_only === "boolean", "true or false");
+  const targets = typeof target_modules === "string" ? [target_modules] : target_modules;
+  expect(
+    "target_modules",
+    isStrings(targets) && targets.every((t) => t !== "" && expressionOf(t) !== undefined),
+    `a list of ${KINDS.join(", ")}, site names or expressions that JavaScript reads too`,
+  );
+  expect(
+    "target_modules",
+    form !== "sequential" || !KINDS.some((k) => (targets as string[]).includes(k) && !SEQUENTIAL_KINDS.includes(k)),
+    `${SEQUENTIAL_KINDS.join(", ")} or site names (form ${form})`,
+  );
+  expect("num_classes", isNone(classes) || (isCount(classes) && classes > 0), "a positive integer or null");
+  expect("class_names", isNone(names) || isStrings(names), "a list of strings or null");
+  const known = [...PROBLEM_TYPES, null, undefined] as unknown[];
+  expect("problem_type", known.includes(means), `one of ${PROBLEM_TYPES.join(", ")}, or null`);
+  expect("compressed", isNone(compressed) || isCompression(compressed), "rank, max_range_error and worst_site, or null");
+  const licensed = isNone(license) || typeof license === "string" || isStrings(license);
+  expect("license", licensed, "the name of a licence, a list of them, or null");
+  expect("base_sha256", isNone(digest) || typeof digest === "string", "64 hex digits or null");
+  checkPreprocess(content.preprocess, (args as Json).img_size, where);
+  const config = { ...content, form, reflection, target_modules: targets } as AdapterConfig;
+  checkClassNames(config.class_names, config.num_classes ?? undefined, where);
+  checkMeaning(config.problem_type, config.num_classes ?? undefined, where);
+  if (fold_only) {
+    throw new HhdeployError(
+      `${where}: fold_only: the adapter replaces parameters, which no row of a bank can hold: it can only be folded, ` +
+        "with `hhdeploy export --fold`.",
+    );
+  }
+  return config;
+}
+
+/** There is a name for each class, where both are known. */
+export function checkClassNames(names: AdapterConfig["class_names"], classes: number | undefined, where: string): void {
+  if (names && classes !== undefined && names.length !== classes) {
+    throw new HhdeployError(
+      `${where}: class_names: expected ${classes} names, one per class, found ${names.length}.`,
+    );
+  }
+}
+
+/** The softmax of one class is always 1. */
+export function checkMeaning(means: AdapterConfig["problem_type"], classes: number | undefined, where: string): void {
+  if (means === "single_label_classification" && classes === 1) {
+    throw new HhdeployError(
+      `${where}: problem_type: ${means} needs 2 classes or more, found 1, which would always be certain. Say ` +
+        "regression (the output is a value) or multi_label_classification (a yes or no).",
+    );
+  }
+}
+
+function checkPreprocess(given: unknown, imgSize: unknown, where: string): void {
+  if (isNone(given)) return;
+  const own: Json = { ...preprocessDefaults, exif: false, ...(isObject(given) ? given : {}) };
+  const missing = ["input_size", "mean", "std"].filter((key) => own[key] === undefined);
+  if (missing.length) throw new HhdeployError(`${where}: preprocess lacks ${missing.join(", ")}.`);
+  const { input_size: size, mean, std, crop_pct: share } = own;
+  const expect = expecting(own, where, "preprocess.");
+  expect("input_size", isNumbers(size, 3) && size.every((n) => isCount(n) && n > 0), "[channels, H, W]");
+  const [channels, ...sides] = size as number[];
+  expect("mean", isNumbers(mean, channels!), `${channels} finite numbers (a channel each)`);
+  const positive = isNumbers(std, channels!) && std.every((x) => x > 0);
+  expect("std", positive, `${channels} finite, positive numbers (a channel each)`);
+  expect("interpolation", FILTERS.includes(own.interpolation as string), `one of ${FILTERS.join(", ")}`);
+  expect("crop_mode", CROP_MODES.includes(own.crop_mode as string), `one of ${CROP_MODES.join(", ")}`);
+  expect("crop_pct", typeof share === "number" && share > 0 && share <= 2, "a number in (0, 2]");
+  expect("exif", typeof own.exif === "boolean", "true or false");
+  const made = Array.isArray(imgSize) ? imgSize : [imgSize, imgSize];
+  if (!isNone(imgSize) && String(made) !== String(sides)) {
+    throw new HhdeployError(
+      `${where}: the image sizes disagree: base_model_args.img_size is ${imgSize}, preprocess.input_size is [${size}].`,
+    );
+  }
+}
+
+/** `expect(key, fits, expected)` throws, naming file, key and what was found there, where it does not fit. */
+function expecting(content: Json, where: string, prefix = "") {
+  return (key: string, fits: boolean, expected: string): void => {
+    if (fits) return;
+    const found = JSON.stringify(content[key]);
+    throw new HhdeployError(`${where}: ${prefix}${key}: expected ${expected}, found ${found}.`);
+  };
+}
+
+function objectOf(bytes: Uint8Array, where: string): Json {
+  let content: unknown;
+  try {
+    content = JSON.parse(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes));
+  } catch (error) {
+    throw new HhdeployError(`${where}: expected JSON: ${error}`);
+  }
+  if (!isObject(content)) throw new HhdeployError(`${where}: expected a JSON object, found ${JSON.stringify(content)}.`);
+  return content;
+}
+
+const isNone = (x: unknown): x is null | undefined => x === null || x === undefined;
+const isObject = (x: unknown): x is Json => typeof x === "object" && x !== null && !Array.isArray(x);
+const isCount = (x: unknown): x is number => Number.isSafeInteger(x) && (x as number) >= 0;
+const isStrings = (x: unknown): x is string[] => Array.isArray(x) && x.every((each) => typeof each === "string");
+const isNumbers = (x: unknown, length: number): x is number[] =>
+  Array.isArray(x) && x.length === length && x.every(Number.isFinite);
+
+function isCompression(x: unknown): boolean {
+  if (!isObject(x)) return false;
+  const { rank, max_range_error: lost, worst_site: worst, ...more } = x;
+  const none = Object.keys(more).length === 0;
+  return none && Number.isInteger(rank) && typeof lost === "number" && typeof worst === "string";
+}
