@@ -100,11 +100,15 @@ def admit(
 def _facts(backbone: BackboneFacts, layout: RowLayout, form: Form) -> BackboneFacts:
     """A bundle's backbone with the Linears whose size its row tells an adapter of this form.
 
-    The sequential form needs the outputs alone, which any branch tells.
+    The sequential form needs the outputs alone, which any branch tells. So does it tell whether a
+    fused qkv is three sites: in some models (TinyViT, MaxViT) it is one.
     """
     branches = {b.linear: b for b in layout.branches if form in (b.form, "sequential")}
-    linears = [linear_spec(b.linear, b.out * len(b.sites), b.in_) for b in branches.values()]
-    return replace(backbone, linears=tuple(spec for spec in linears if spec is not None))
+    linears = tuple(
+        linear_spec(b.linear, b.out * len(b.sites), b.in_, thirds=len(b.sites) > 1)
+        for b in branches.values()
+    )
+    return replace(backbone, linears=linears)
 
 
 def add_adapter(

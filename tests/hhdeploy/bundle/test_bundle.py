@@ -12,8 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.backbones.licences import CARD
+from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, Manifest, hash_files, write_manifest
+from hhdeploy.bundle.membership import admit
 from hhdeploy.errors import (
     AdapterError,
     BundleError,
@@ -273,6 +276,17 @@ def test_an_adapter_without_a_head_where_the_backbone_s_was_kept(branches, works
     x = images(2)
     with open_session(copy, device="cpu", threads=1) as session:
         assert np.array_equal(session.run(x, "second"), session.run(x, "headless"))
+
+
+def test_a_fused_qkv_that_is_one_site(small):
+    """As of TinyViT, which keeps q, k and v together head by head."""
+    manifest = Bundle.open(small).manifest
+    whole = linear_spec("blocks.0.attn.qkv", 144, 48, thirds=False)
+    adapter = random_adapter(replace(manifest.backbone, linears=(whole,)), targets=("qkv",))
+    branch = Branch(whole.path, "additive", (whole.path,), 144, 48, 3)
+    layout = RowLayout((branch,), 7, manifest.backbone.dim, False)
+    row = admit(replace(manifest, layout=layout), "omega", adapter)
+    assert np.array_equal(row, layout.pack("omega", adapter))
 
 
 @pytest.fixture
