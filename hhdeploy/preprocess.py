@@ -5,7 +5,9 @@ Pillow is imported when an image is touched: a session that is fed arrays needs 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +28,14 @@ CROP_MODES = ("center", "squash", "border")
 GRAPH_FILTERS = ("bicubic", "bilinear")
 # TIFF's and EXIF's tags, with the same numbers.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
-_WHITE_IS_ZERO, _SHORT = 0, 3
+_WHITE_IS_ZERO = 0
+# EXIF's types of an orientation (a short, but some write a long), as `struct` has them.
+_WIDTHS = {3: "H", 4: "I"}
+_RAW_EXIF = "Raw profile type exif"
+_IN_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
+# Pixels that a picture is resized to before it is cropped, a gigabyte in RGB; a line of 60,000
+# pixels would take eleven.
+_MOST_RESIZED = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,11 @@ class Preprocess:
             rgb = rgb.convert("L")
         resample = Image.Resampling[self.interpolation.upper()]
         size = self.resized(*rgb.size)
+        if size[0] * size[1] > _MOST_RESIZED:
+            raise DataError(
+                f"a picture of {rgb.width} x {rgb.height} pixels: its shorter edge as long as the "
+                f"model wants it makes {size[0]} x {size[1]} of it. Cut it first."
+            )
         rgb = rgb if size == rgb.size else rgb.resize(size, resample)
         fill = self._fill
         rgb = _center_crop(rgb, width, height, fill if channels > 1 else fill[0])
@@ -239,27 +253,44 @@ def upright(image: Image.Image) -> Image.Image:
         8: Transpose.ROTATE_90,
     }
     image.load()
-    turn = turns.get(_orientation(image.info.get("exif", b"")))
+    turn = turns.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def _orientation(exif: object) -> int:
-    """The orientation that a file's EXIF block tells, 1 if it tells none.
+def _orientation(image: Image.Image) -> int:
+    """The orientation that a picture's metadata tell, 1 if they tell none: its EXIF block, which
+    ImageMagick writes into a PNG as text; else XMP.
 
     Read here, because Pillow warns of every other damage in a block that anybody may have sent.
     """
+    exif = image.info.get("exif")
+    if exif is None and isinstance(profile := image.info.get(_RAW_EXIF), str):
+        with contextlib.suppress(ValueError):  # name, length, and hex digits in lines
+            exif = bytes.fromhex("".join(profile.split()[2:]))
+    if (told := _in_exif(exif)) is not None:
+        return told
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        content = image.info.get(key, b"")
+        text = content if isinstance(content, bytes) else str(content).encode()
+        if found := _IN_XMP.search(text):
+            return int(found[1])
+    return 1
+
+
+def _in_exif(exif: object) -> int | None:
+    """The orientation of an EXIF block, None if it has none."""
     block = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     try:
         (at,) = struct.unpack_from(f"{order}I", block, 4)
         (entries,) = struct.unpack_from(f"{order}H", block, at)
         for entry in range(at + 2, at + 2 + 12 * entries, 12):
-            tag, kind, count, value = struct.unpack_from(f"{order}HHIH", block, entry)
-            if (tag, kind, count) == (_ORIENTATION, _SHORT, 1):
-                return int(value)
+            tag, kind, count = struct.unpack_from(f"{order}HHI", block, entry)
+            if tag == _ORIENTATION and kind in _WIDTHS and count == 1:
+                return int(struct.unpack_from(f"{order}{_WIDTHS[kind]}", block, entry + 8)[0])
     except struct.error:  # no block, or it ends early
-        return 1
-    return 1
+        return None
+    return None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -318,7 +349,7 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: naming the file: not there, not an image, or of a depth that says nothing.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
@@ -330,5 +361,6 @@ def open_image(path: Path) -> Image.Image:
         raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. An image file was expected there.") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be decoded as an image: {error}") from error
+    except (Exception, MemoryError) as error:  # each of Pillow's formats has its own for damage
+        said = str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be decoded as an image: {said}") from error

@@ -22,6 +22,7 @@ from hhdeploy.errors import BackboneError, require
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 # What timm's folders call their weights.
@@ -42,7 +43,8 @@ def load_timm(spec: BackboneSpec) -> Loaded:
     if spec.checkpoint is not None and spec.checkpoint.suffix == ".npz":
         model, classes = _from_npz(spec, spec.checkpoint)
     elif spec.checkpoint is not None:
-        model, classes, converted = _from_checkpoint(spec)
+        model, classes, converted, resampled = _from_checkpoint(spec)
+        notes += resampled
         if converted:
             lines, eps = agree(model, spec.checkpoint)
             notes += lines
@@ -167,9 +169,9 @@ def _from_timm(spec: BackboneSpec) -> tuple[nn.Module, int]:
     return model, classes
 
 
-def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool]:
+def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str]]:
     """Load a file through the architecture's own checkpoint filter; also whether its names were
-    those of transformers."""
+    those of transformers, and a line if something was resampled."""
     assert spec.checkpoint is not None
     state = read_state(spec.checkpoint)
     model = _create(spec, pretrained=False, num_classes=1)
@@ -178,15 +180,39 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool]:
     if converted:
         state = timm_state(state, model, classifier, spec.checkpoint)
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    resampled: list[str] = []
     if filter_fn is not None:
-        state = filter_fn(state, model)
+        given, state = state, filter_fn(state, model)
+        resampled = _resampled(given, state, spec)
     head = state.get(f"{classifier}.weight")
     classes = 0 if head is None else int(head.shape[0])
     if classes > 1:
         del model  # never two of them in memory
         model = _create(spec, pretrained=False, num_classes=classes)
     load_strictly(model, state, classifier, spec)
-    return model, classes, converted
+    return model, classes, converted, resampled
+
+
+def _resampled(
+    given: Mapping[str, torch.Tensor], fitted: Mapping[str, torch.Tensor], spec: BackboneSpec
+) -> list[str]:
+    """What timm's filter resampled, which it does without a word: positions, patches.
+
+    Raises:
+        BackboneError: nobody asked for another geometry than the file's.
+    """
+    found = [
+        f"{name} from {list(given[name].shape)} to {list(tensor.shape)}"
+        for name, tensor in fitted.items()
+        if name in given and given[name].numel() != tensor.numel()
+    ]
+    if found and not {"img_size", "patch_size"} & spec.args.keys():
+        raise BackboneError(
+            f"`checkpoint`: {spec.checkpoint} is of another geometry than {spec.model}: timm would "
+            f"resample {', '.join(found[:3])}. Say in `model_args` what it was trained with (such "
+            "as img_size or patch_size); or give the model's own there, to have it resampled."
+        )
+    return [f"weights resampled to another geometry: {', '.join(found)}"] if found else []
 
 
 def _from_npz(spec: BackboneSpec, path: Path) -> tuple[nn.Module, int]:

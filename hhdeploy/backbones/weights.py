@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Where trainings keep the weights in a larger checkpoint; the averaged ones first, as timm does.
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Statistics of batch norms, which an average of the parameters alone does not have.
+_COUNTED = ("running_mean", "running_var")
 # What distributed and compiled modules put before every key.
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -77,8 +79,9 @@ def load_strictly(
     """
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.startswith(f"{classifier}.")]
-    # Buffers that follow from the architecture are often left out of, or left over in, files.
-    persistent = dict(model.named_parameters())
+    # Buffers that follow from the architecture are often left out of, or left over in, files. What
+    # a norm has counted is none of them.
+    persistent = {*dict(model.named_parameters()), *(k for k in own if k.endswith(_COUNTED))}
     missing = [k for k in missing if k in persistent]
     unexpected = [k for k in state if k not in own and not _derived(k)]
     wrong = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from timm.data import create_transform
 
 from hhdeploy.errors import DataError
@@ -253,3 +256,85 @@ def test_open_image(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cut\.png cannot be decoded"):
         open_image(tmp_path / "cut.png")
+
+
+# --- what metadata and damage there are ---------------------------------------------------------
+
+
+def sideways():
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+    return coarse.resize((80, 60), Image.Resampling.NEAREST)
+
+
+def with_long_exif(path):
+    entry = struct.pack("<HHII", 274, 4, 1, 6)
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + b"\0" * 4
+    sideways().save(path.with_suffix(".jpg"), exif=block)
+    return path.with_suffix(".jpg")
+
+
+def with_xmp(path):
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    sideways().save(path.with_suffix(".jpg"), xmp=xmp)
+    return path.with_suffix(".jpg")
+
+
+def with_profile(path):
+    exif = Image.Exif()
+    exif[274] = 6
+    digits = (b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")).hex()
+    lines = "\n".join(digits[i : i + 72] for i in range(0, len(digits), 72))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(digits) // 2:8}\n{lines}\n", zip=True)
+    sideways().save(path.with_suffix(".png"), pnginfo=info)
+    return path.with_suffix(".png")
+
+
+@pytest.mark.parametrize("write", [with_long_exif, with_xmp, with_profile])
+def test_orientation_as_other_programs_write_it(tmp_path, write):
+    path = write(tmp_path / "picture")
+    with Image.open(path) as opened:
+        wanted = ImageOps.exif_transpose(opened)
+        assert wanted.size == (60, 80)
+        assert np.array_equal(upright(opened), wanted)
+    assert upright(open_image(path)).size == (60, 80)
+
+
+def test_exif_goes_before_xmp(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 3
+    xmp = b'<x tiff:Orientation="6"/>'
+    sideways().save(tmp_path / "both.jpg", exif=exif, xmp=xmp)
+    seen = upright(open_image(tmp_path / "both.jpg"))
+    assert seen.size == (80, 60)
+    assert not np.array_equal(seen, open_image(tmp_path / "both.jpg"))
+
+
+@pytest.mark.parametrize("kind", ["QOI", "DDS", "PNG", "PPM", "JPEG", "BMP", "GIF", "TIFF", "WEBP"])
+def test_whatever_is_damaged_is_one_error(tmp_path, kind):
+    """Pillow's formats have errors of many kinds for it."""
+    written = io.BytesIO()
+    sideways().save(written, kind)
+    whole, rng = written.getvalue(), np.random.default_rng(1)
+    path, said = tmp_path / f"damaged.{kind.lower()}", []
+    for _ in range(60):
+        content = bytearray(whole[: rng.integers(1, len(whole))])
+        for at in rng.integers(0, min(len(content), 40), 3):
+            content[at] = rng.integers(0, 256)
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                open_image(path)
+            except DataError as error:
+                said.append(str(error))
+    assert len(said) > 10
+    assert all(str(path) in message for message in said)
+
+
+def test_a_line_of_pixels_is_no_gigabytes():
+    line = Image.new("RGB", (60_000, 1))
+    preprocess = Preprocess((3, 224, 224), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(DataError, match=r"60000 x 1 pixels: .*Cut it first"):
+        preprocess(line)

@@ -302,6 +302,61 @@ def test_an_image_processor_gives_the_same_pixels(stated):
 # -- functions --------------------------------------------------------------------------------
 
 
+H = [0.5] * 3
+NUMBERS = {"image_mean": H, "image_std": H, "do_normalize": True, "do_resize": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stated"),
+    [
+        ("ViT", {"size": 32}),
+        ("ViT", {"size": 32, "resample": 3}),
+        ("Beit", {"size": 32, "do_center_crop": False, "crop_size": 32}),
+        ("DeiT", {"size": 40, "do_center_crop": True, "crop_size": 32}),
+        ("CLIP", {"size": 32, "do_center_crop": True, "crop_size": 32}),
+        ("CLIP", {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}),
+        ("ConvNext", {"size": {"shortest_edge": 32}, "crop_pct": 0.875, "resample": 3}),
+        ("Levit", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}),
+        ("Siglip", {"size": {"height": 32, "width": 32}}),
+    ],
+)
+def test_a_processor_is_read_as_its_kind_reads_itself(kind, stated):
+    """Of a wide picture, with what the file leaves to the processor left to it. What is cut off is
+    an even number of pixels: of an odd one, they cut the smaller half off first."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8))
+    picture = coarse.resize((160, 80), Image.Resampling.BICUBIC)
+    name = f"{kind}ImageProcessor"
+    theirs = getattr(transformers, name)(**NUMBERS, **stated)
+    wanted = np.asarray(theirs(picture, return_tensors="np")["pixel_values"][0])
+    found = from_image_processor({**NUMBERS, **stated, "image_processor_type": name}, (3, 32, 32))
+    assert np.abs(found(picture) - wanted).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"size": 40, "do_center_crop": True}, "size 40 is a square to some image processors"),
+        ({"size": {"shortest_edge": 32}, "crop_pct": 0.9}, "crop_pct of a processor that is not"),
+        ({"size": 32, "do_flip_channel_order": True}, "do_flip_channel_order: the transform here"),
+        ({"size": 32, "do_pad": True}, "do_pad: the transform here has no such step"),
+        ({"size": 32, "do_resize": False}, "do_resize: false: the transform here"),
+        (
+            {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 24},
+            "crop_size: pictures are cut to 24 x 24, and the model's inputs are 32 x 32",
+        ),
+    ],
+)
+def test_what_a_processor_does_and_we_do_not_is_refused(stated, message):
+    with pytest.raises(BackboneError, match=message):
+        from_image_processor({**NUMBERS, **stated}, (3, 32, 32))
+
+
+def test_a_processor_that_names_no_kind_and_cuts_nothing_squashes():
+    """google/vit-base-patch16-224 is such a file."""
+    assert from_image_processor({**NUMBERS, "size": 32}, (3, 32, 32)).crop_mode == "squash"
+
+
 def test_a_crop_without_a_resize_is_refused():
     stated = {"do_resize": False, "do_center_crop": True, "crop_size": 32, "size": 40}
     stated |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -242,6 +242,33 @@ def test_position_embeddings_are_resampled_to_the_image_size(tmp_path, tiny):
     )
 
 
+def test_what_was_resampled_is_said(tmp_path, tiny):
+    file = checkpoint(tmp_path / "x.safetensors", tiny.model)
+    (note,) = load_backbone(with_checkpoint(file, img_size=48)).notes
+    assert note == (
+        "weights resampled to another geometry: pos_embed from [1, 17, 48] to [1, 37, 48]"
+    )
+    assert load_backbone(with_checkpoint(file)).notes == ()
+
+
+def test_nothing_is_resampled_that_nobody_asked_for(tmp_path):
+    """A file of 112 px, for a model whose images are of 224."""
+    small = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1)
+    file = checkpoint(tmp_path / "x.safetensors", small)
+    with pytest.raises(BackboneError, match=r"another geometry .*pos_embed from \[1, 50, 192\] to"):
+        load_backbone(BackboneSpec("vit_tiny_patch16_224", {"depth": 1}, checkpoint=file))
+
+
+def test_statistics_of_batch_norms_are_needed(tmp_path):
+    """An average of the parameters alone has none."""
+    model = timm.create_model("tiny_vit_5m_224", num_classes=2)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    file = tmp_path / "x.safetensors"
+    save_file(parameters, file)
+    with pytest.raises(BackboneError, match=r"missing: \S+running_mean"):
+        load_backbone(BackboneSpec("tiny_vit_5m_224", checkpoint=file))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
