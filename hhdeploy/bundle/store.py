@@ -8,7 +8,8 @@ New files are written and fsynced under names of their own, then the manifest is
 step: whoever reads meanwhile has the old bundle or the new one. What the new manifest no longer
 names moves into ``.old``, where those who opened the old bundle find it until the next edit. A
 crash at any point leaves the old or the new bundle, and files that nobody names, which the next
-edit removes. The model card is written again, and a signature, which fits no more, is removed.
+edit removes: at the top those with names of ours, of adapters those that a journal has. The model
+card is written again, and a signature, which fits no more, is removed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from hhdeploy.errors import (
     WriteError,
 )
 from hhdeploy.files.directories import Replaceable
+from hhdeploy.files.journal import JOURNAL, follow_journal, write_journal
 from hhdeploy.files.scratch import scratch_directory, sweep
 from hhdeploy.files.writing import (
     json_bytes,
@@ -63,7 +65,7 @@ _WORK = "work"
 # Names that hhdeploy gives to files at the top of a bundle, and nobody else.
 _OURS = re.compile(
     r"(bank|reference)\.safetensors|parity\.json|bank\.safetensors\.previous"
-    r"|calibration\.[\w-]+\.(json|safetensors)"
+    r"|calibration\.(int8|int8-weights|fp8)\.(json|safetensors)"
     r"|model(\.(float16|bfloat16|int8|int8-weights|fp8))?\.onnx(\.data)?"
     r"|preprocess\.(center|squash|border)\.(bicubic|bilinear)\.onnx"
     r"|model\.[\w-]+\.tensorrt(-rtx)?\.[\w.+-]+\.engine"
@@ -147,7 +149,14 @@ class Change:
 
         Raises:
             AdapterError: it was changed since.
+            WriteError: a folder of somebody else's is there, or a link.
         """
+        if os.path.lexists(folder := self.bundle.path / ADAPTERS / name):
+            raise WriteError(
+                f"{folder} is there and is none of the bundle's adapters. Move it out of the "
+                "bundle, and add it from there."
+            )
+        write_journal(self.bundle.path, [f"{ADAPTERS}/{name}/{file}" for file in hashes])
         for file, digest in hashes.items():
             content = (source / file).read_bytes()
             if sha256_of_bytes(content) != digest:
@@ -162,6 +171,7 @@ class Change:
     def forget_adapter(self, name: str) -> None:
         """Name the files of ``adapters/NAME`` no more."""
         own = f"{ADAPTERS}/{name}/"
+        write_journal(self.bundle.path, [n for n in self.manifest.files if n.startswith(own)])
         files = {n: d for n, d in self.manifest.files.items() if not n.startswith(own)}
         self.manifest = replace(self.manifest, files=files)
 
@@ -328,6 +338,7 @@ def _tidy(bundle: Bundle) -> None:
     _heal(bundle)
     _settle_card(bundle)
     _remove_leftovers(bundle)
+    follow_journal(bundle.path, ADAPTERS, bundle.manifest.files)
 
 
 def _heal(bundle: Bundle) -> None:
@@ -357,16 +368,11 @@ def _remove_leftovers(bundle: Bundle) -> None:
     """What changes that ended half-way left: files of ours that the manifest does not name."""
     sweep(bundle.path, _WORK)
     named = bundle.manifest.files
-    adapters = {name.split("/")[1] for name in named if name.startswith(f"{ADAPTERS}/")}
     with contextlib.suppress(OSError):
         for name in os.listdir(bundle.path):
             ours = name == _NEW_MANIFEST or _OURS.fullmatch(plain_name(name))
             if ours and name not in named:
                 os.unlink(bundle.path / name)
-    with contextlib.suppress(OSError):
-        for name in os.listdir(bundle.path / ADAPTERS):
-            if name not in adapters:
-                shutil.rmtree(bundle.path / ADAPTERS / name, ignore_errors=True)
 
 
 def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
@@ -378,7 +384,9 @@ def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
         return f"it has no {MANIFEST} that can be read"
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        hidden = name.split("/")[0] in (LOCK, OLD) or name.startswith(f".{_WORK}.hhdeploy-")
+        hidden = name.split("/")[0] in (LOCK, OLD, JOURNAL) or name.startswith(
+            f".{_WORK}.hhdeploy-"
+        )
         ours = name in {*named, MANIFEST, _NEW_MANIFEST, NEW_CARD, SIGNATURE, *beside} or hidden
         if file.is_file() and not ours and not _OURS.fullmatch(plain_name(name)):
             return f"it holds {name}, which no bundle has"

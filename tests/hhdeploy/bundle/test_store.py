@@ -496,7 +496,63 @@ def test_an_unfinished_add_of_an_earlier_version_is_read_and_mended(bundle):
     add(bundle)
     answer(bundle, "alpha", "float32/alpha")
     answer(bundle, "guest")
-    assert hash_files(bundle) == dict(Bundle.open(bundle).manifest.files)
+    # Such a version kept no journal: nobody can tell whose the folder is, so it stays.
+    found = {n: d for n, d in hash_files(bundle).items() if not n.startswith("adapters/half/")}
+    assert found == dict(Bundle.open(bundle).manifest.files)
+    with pytest.raises(WriteError, match=r"adapters/half is there and is none of the bundle's"):
+        add(bundle, "half")
+
+
+def test_folders_beside_the_adapters_are_their_owner_s(bundle, tmp_path):
+    """Somebody made an adapter in the bundle's own folder, and notes in one of the bundle's."""
+    mine = bundle / "adapters" / "mine"
+    shutil.copytree(WITNESS / "rival", mine)
+    (bundle / "adapters" / "alpha" / "NOTES.md").write_text("mine")
+    before = contents(mine)
+    with pytest.raises(BundleError, match="unknown adapter"):
+        remove_adapter(bundle, "nobody")
+    with pytest.raises(WriteError, match=r"adapters/mine is there and is none of the bundle's"):
+        add_adapter(bundle, "mine", mine)
+    assert add_adapter(bundle, "guest", mine).row == 3
+    remove_adapter(bundle, "alpha")
+    remove_adapter(bundle, "guest")
+    assert contents(mine) == before
+    assert os.listdir(bundle / "adapters" / "alpha") == ["NOTES.md"]
+    assert not (bundle / "adapters" / "guest").exists()
+    assert not (bundle / ".changing").exists()
+
+
+@pytest.mark.parametrize("linked", ["adapters", "adapters/alpha"])
+def test_what_a_link_leads_to_is_not_changed(bundle, tmp_path, linked):
+    shutil.move(bundle / linked, tmp_path / "shared")
+    (bundle / linked).symlink_to(tmp_path / "shared")
+    before = contents(tmp_path / "shared")
+    with pytest.raises(WriteError, match=rf"{linked} is a symbolic link: what it leads to"):
+        remove_adapter(bundle, "alpha")
+    if linked == "adapters":
+        with pytest.raises(WriteError, match="adapters is a symbolic link"):
+            add(bundle)
+    else:
+        add(bundle)
+    assert contents(tmp_path / "shared") == before
+    answer(bundle, "alpha", "float32/alpha")
+
+
+@pytest.mark.parametrize(
+    "journal", [b"", b"{", b"5", b'["../away/x", "model.onnx", "adapters/x", 3, "adapters/../a/b"]']
+)
+def test_a_journal_that_nobody_wrote_removes_nothing(bundle, tmp_path, journal):
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "x").write_text("mine")
+    (bundle / ".changing").write_bytes(journal)
+    before = contents(bundle)
+    remove_adapter(bundle, add(bundle).name)
+    after = contents(bundle)
+    assert (tmp_path / "away" / "x").exists()
+    assert {n: after[n] for n in before if n in after and n.startswith("model")} == {
+        n: c for n, c in before.items() if n.startswith("model")
+    }
+    assert not (bundle / ".changing").exists()
 
 
 def test_files_of_the_user_s_are_not_swept(bundle):
