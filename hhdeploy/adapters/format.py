@@ -241,7 +241,7 @@ def _foreign(path: Path) -> str | None:
 
 
 # What `import`, `train` and `save_adapter` may replace.
-ADAPTER = Replaceable("an adapter directory", _foreign)
+ADAPTER = Replaceable("an adapter directory", _foreign, last=CONFIG_FILE)
 
 
 def _tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:

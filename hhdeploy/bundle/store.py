@@ -394,4 +394,4 @@ def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
 
 
 # What `export` may replace.
-BUNDLE = Replaceable("a bundle", foreign, locked)
+BUNDLE = Replaceable("a bundle", foreign, locked, last=MANIFEST)

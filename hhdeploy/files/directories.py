@@ -4,6 +4,7 @@ A new directory is made beside its place and renamed there: rename(2) refuses a 
 not an empty directory, at that very moment. With ``overwrite`` the two are exchanged in one step
 (renameat2). Where the system has no exchange, the old one is moved away first, and for that
 moment nothing is in its place; what a crash leaves of that moment the next command puts back.
+An empty directory in which this process stands is filled instead, and stays the same directory.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ class Replaceable:
         what: in words, e.g. ``a bundle``.
         foreign: why a directory is not one that hhdeploy wrote, or None if it is.
         locked: held while it is replaced, so that nobody changes it meanwhile.
+        last: the file without which a directory is none of these; where a directory has to be
+            filled file by file, it comes last.
     """
 
     what: str
     foreign: Callable[[Path], str | None]
     locked: Callable[[Path], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # type: ignore[assignment]
+    last: str = ""
 
 
 def strangers(path: Path, known: Collection[str], which: str) -> str | None:
@@ -80,7 +84,22 @@ def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
             f"{target} is not {kind.what} that hhdeploy wrote: {reason}. `overwrite=True` replaces "
             "nothing else. Choose another output directory, or remove this one yourself."
         )
+    if _stood_in(path):
+        raise WriteError(
+            f"{target} is the directory you are in, or above it, and replacing it would leave you "
+            "in one that is removed. Go to another directory, and name it from there. Nothing was "
+            "changed."
+        )
     return path
+
+
+def _stood_in(path: Path) -> bool:
+    """Whether this process, and so the shell that started it, stands in a directory or below."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return False
+    return here.is_relative_to(os.path.realpath(path)) and not path.is_symlink()
 
 
 @contextlib.contextmanager
@@ -106,6 +125,9 @@ def atomic_directory(target: Path, *, overwrite: bool, kind: Replaceable) -> Ite
 
 
 def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -> None:
+    if path.is_dir() and not path.is_symlink() and not os.listdir(path) and _stood_in(path):
+        _fill(scratch, path, kind)
+        return
     try:
         os.rename(scratch, path)  # onto nothing, or an empty directory
         return
@@ -123,6 +145,20 @@ def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -
             if error.errno not in _NO_EXCHANGE:
                 raise
             _replace(scratch, path)
+
+
+def _fill(scratch: Path, path: Path, kind: Replaceable) -> None:
+    """Into an empty directory that stays itself: a rename would remove the one a shell is in."""
+    moved: list[str] = []
+    try:
+        for name in sorted(os.listdir(scratch), key=lambda name: (name == kind.last, name)):
+            os.rename(scratch / name, path / name)
+            moved.append(name)
+        sync_directory(path)
+    except BaseException:
+        for name in moved:
+            os.rename(path / name, scratch / name)
+        raise
 
 
 def _exists(path: Path) -> WriteError:

@@ -384,3 +384,58 @@ def test_a_crash_between_the_two_renames_is_mended_by_the_next_command(tmp_path)
         pytest.fail("the block must not run")
     assert contents(tmp_path / "out") == contents(WITNESS / "rival")
     assert names(tmp_path) == ["out"]
+
+
+def test_the_empty_directory_one_stands_in_is_filled_and_stays_itself(tmp_path, monkeypatch):
+    here = tmp_path / "out"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    before = here.stat()
+    kind = Replaceable("anything", lambda path: None, last="a")
+    with atomic_directory(Path(), overwrite=False, kind=kind) as scratch:
+        (scratch / "a").write_text("x")
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "b").write_text("y")
+    assert os.path.samestat(before, here.stat())
+    assert sorted(os.listdir()) == ["a", "deep"], "seen from where the shell stands"
+    assert (here / "deep" / "b").read_text() == "y"
+    assert names(tmp_path) == ["out"]
+
+
+def test_filling_ends_with_the_last_file_and_is_undone_where_it_fails(tmp_path, monkeypatch):
+    here = tmp_path / "out"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    order, rename = [], os.rename
+
+    def renamed(source, target):
+        if Path(target).parent == here:
+            order.append(Path(target).name)
+            if Path(target).name == "a":
+                raise OSError(errno.EIO, "planted")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    kind = Replaceable("anything", lambda path: None, last="a")
+    with (  # noqa: PT012  (the failure is in the end of the block)
+        pytest.raises(WriteError, match="planted"),
+        atomic_directory(Path(), overwrite=False, kind=kind) as scratch,
+    ):
+        for name in "abc":
+            (scratch / name).write_text(name)
+    assert order == ["b", "c", "a"]
+    assert names(here) == []
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("below", ["", "deep"])
+def test_what_one_stands_in_is_not_replaced(tmp_path, monkeypatch, below):
+    old = old_directory(tmp_path)
+    (old / "deep").mkdir()
+    monkeypatch.chdir(old / below)
+    with (
+        pytest.raises(WriteError, match="the directory you are in, or above it"),
+        atomic_directory(old, overwrite=True, kind=ANY),
+    ):
+        pytest.fail("it is refused before any work")
+    assert names(old) == ["deep", "old.txt"]
