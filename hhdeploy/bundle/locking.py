@@ -60,7 +60,8 @@ def locked(
                         try:
                             yield
                         finally:
-                            with contextlib.suppress(FileNotFoundError):
+                            # Another user's stays where only its owner may remove it.
+                            with contextlib.suppress(FileNotFoundError, PermissionError):
                                 os.unlink(LOCK, dir_fd=handle)
                         return
                 finally:
@@ -132,7 +133,7 @@ def _tried(path: Path, directory: int) -> int | None:
     the directory or the file went meanwhile."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        lock = os.open(LOCK, flags, 0o666, dir_fd=directory)
+        lock = _opened(flags, directory)
     except FileNotFoundError:  # no file can be made in a directory that was removed
         return None
     except OSError as error:
@@ -150,6 +151,21 @@ def _tried(path: Path, directory: int) -> int | None:
         if not held:
             os.close(lock)
     return lock if held else None
+
+
+def _opened(flags: int, directory: int) -> int:
+    """The lock's file, made if it is absent; another user's is only read, as flock needs no more.
+
+    Writing is asked for first: NFS gives a lock that excludes others to such a handle alone. One
+    that may not even be read is not removed, since a living process may hold it.
+    """
+    try:
+        return os.open(LOCK, flags, 0o666, dir_fd=directory)
+    except PermissionError:
+        reading = flags & ~(os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            return os.open(LOCK, reading | os.O_RDONLY, dir_fd=directory)
+        raise
 
 
 def _no_lock(path: Path, error: OSError) -> WriteError:

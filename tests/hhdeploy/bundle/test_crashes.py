@@ -6,6 +6,8 @@ one, never another. Graph, engine and calibration are made once and handed in.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -18,8 +20,10 @@ import hhdeploy.exporters.writer  # noqa: F401
 from hhdeploy.building import _enter
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.engines import engine_name
+from hhdeploy.bundle.locking import LOCK, locked
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.bundle.store import BUNDLE, Basis, edit
+from hhdeploy.errors import ConflictError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.parity import ParityReport, StageResult, compare
@@ -29,6 +33,7 @@ from hhdeploy.verifying.graphs import add_graph
 from hhdeploy.verifying.reference import Reference
 from tests.crashing import calls_of, deaths, killed_at_every_call, power_cuts
 from tests.support import assert_parity
+from tests.workshop import copy_bundle
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 IMAGES, RIVAL = (
@@ -240,3 +245,41 @@ def test_the_harness_catches_a_missing_fsync(tmp_path, monkeypatch):
     origin, calls, judge = judged(name, write, tmp_path)
     with pytest.raises(Exception, match="missing"):
         judge.look_at_all(power_cuts(calls, origin, tmp_path))
+
+
+@pytest.mark.parametrize("sticky", [False, True])
+def test_a_lock_that_another_users_process_left_is_taken(tmp_path, monkeypatch, sticky):
+    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    (bundle / LOCK).touch()
+    opened, unlink = os.open, os.unlink
+
+    def refused(path, flags, *rest, **at):
+        if path == LOCK and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, flags, *rest, **at)
+
+    def kept(path, **at):
+        if path == LOCK and sticky:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+        unlink(path, **at)
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "unlink", kept)
+    remove_adapter(bundle, "alpha")
+    assert [a.name for a in Bundle.open(bundle).manifest.adapters] == ["gamma"]
+    assert (bundle / LOCK).exists() == sticky
+
+
+def test_anothers_lock_that_may_only_be_read_still_keeps_out(tmp_path, monkeypatch):
+    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    opened = os.open
+
+    def refused(path, flags, *rest, **at):
+        if path == LOCK and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, flags, *rest, **at)
+
+    with locked(bundle):
+        monkeypatch.setattr(os, "open", refused)
+        with pytest.raises(ConflictError):
+            remove_adapter(bundle, "alpha", lock_timeout=0)
