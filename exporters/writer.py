@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import WHOLE
 from hhdeploy.adapters.config import problem_type_of
-from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.format import Adapter, load_adapter, tensors_of
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import (
     BANK_FILE,
@@ -26,7 +26,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.membership import entry_of
 from hhdeploy.choices import Precision, TypedPrecision
-from hhdeploy.errors import PlanError
+from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
@@ -183,6 +183,9 @@ def write_bundle(
         reference: computes the training-time reference; called once the graphs are written and
             released. None writes none (the bundle then counts as unverified).
         form: of the graphs.
+
+    Raises:
+        AdapterError: an adapter's directory was changed since it was loaded.
     """
     form.apply(contents.model, contents.manifest)
     graphs: dict[Precision, str] = {"float32": graph_name("float32")}
@@ -195,12 +198,27 @@ def write_bundle(
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})
     for name, adapter in contents.adapters.items():
-        copy_directory(Path(adapter.source), path / "adapters" / name)
+        _copy_adapter(adapter, path / "adapters" / name)
     if reference is not None:
         write_tensors(path / REFERENCE_FILE, reference().tensors(contents.manifest))
     manifest = replace(contents.manifest, graphs=graphs, files=hash_files(path))
     write_manifest(path, manifest)
     return manifest
+
+
+def _copy_adapter(adapter: Adapter, target: Path) -> None:
+    """Copy an adapter's directory, which minutes may have passed since it was loaded: what lies in
+    the bundle is what the graphs, the bank and the reference were made of."""
+    copy_directory(Path(adapter.source), target)
+    copied = load_adapter(target)
+    was, now = tensors_of(adapter), tensors_of(copied)
+    # A bundle of features makes nothing of the head, and of what the configuration says of it.
+    same = adapter.head is None or copied.config == adapter.config
+    same = same and copied.sites.keys() == adapter.sites.keys()
+    if not same or not all(key in now and np.array_equal(was[key], now[key]) for key in was):
+        raise AdapterError(
+            f"{adapter.source} was changed while it was exported. Export again once it is complete."
+        )
 
 
 def versions() -> dict[str, str]:

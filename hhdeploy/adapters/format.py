@@ -223,7 +223,7 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
         write_bytes(
             scratch / CONFIG_FILE, json_bytes(adapter.config.to_json(adapter.schema_version))
         )
-        write_bytes(scratch / TENSOR_FILE, tensor_bytes(_tensors_of(adapter), {"format": "pt"}))
+        write_bytes(scratch / TENSOR_FILE, tensor_bytes(tensors_of(adapter), {"format": "pt"}))
         load_adapter(scratch)
 
 
@@ -244,7 +244,8 @@ def _foreign(path: Path) -> str | None:
 ADAPTER = Replaceable("an adapter directory", _foreign, last=CONFIG_FILE)
 
 
-def _tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:
+def tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:
+    """All of an adapter's tensors by their keys."""
     tensors = {}
     for name, site in adapter.sites.items():
         for key in _SITE_TENSORS:

@@ -11,7 +11,7 @@ import pytest
 
 from hhdeploy.adapters.checks import check, notes, unbound
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
-from hhdeploy.adapters.format import Adapter, SiteTensors, _tensors_of, load_adapter
+from hhdeploy.adapters.format import Adapter, SiteTensors, load_adapter, tensors_of
 from hhdeploy.adapters.importers import ImportOptions, import_adapter
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.errors import AdapterError, CapacityError, HhdeployError
@@ -147,7 +147,7 @@ def enter(workshop, branches, tmp_path) -> Callable[[str, Adapter], str]:
 
     def imported(adapter: Adapter, path: Path) -> None:
         torch = pytest.importorskip("torch")
-        tensors = {key: torch.from_numpy(value) for key, value in _tensors_of(adapter).items()}
+        tensors = {key: torch.from_numpy(value) for key, value in tensors_of(adapter).items()}
         torch.save(tensors, path / "x")
         options = ImportOptions(form=adapter.form, preprocess=adapter.config.preprocess)
         import_adapter(path / "x", workshop.backbone, options)
@@ -176,7 +176,7 @@ def written(adapter: Adapter, path: Path) -> Path:
     """The adapter's directory, without the checks of `save_adapter`."""
     (path / "x").mkdir()
     (path / "x" / CONFIG_FILE).write_bytes(json_bytes(adapter.config.to_json()))
-    (path / "x" / TENSOR_FILE).write_bytes(tensor_bytes(_tensors_of(adapter)))
+    (path / "x" / TENSOR_FILE).write_bytes(tensor_bytes(tensors_of(adapter)))
     return path / "x"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
@@ -345,6 +346,30 @@ def test_names_and_adapters_that_are_refused(workshop, tmp_path):
     with pytest.raises(BackboneError, match=r"nowhere.safetensors does not exist"):
         workshop.export(tmp_path / "out", ("alpha",), checkpoint=tmp_path / "nowhere.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("changed", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_is_saved_again_meanwhile(workshop, tmp_path, fold, changed):
+    """What lies in the bundle is what its graphs were made of, or there is no bundle."""
+    from hhdeploy.exporting.bundles import export
+
+    source = shutil.copytree(workshop.directory("alpha"), tmp_path / "source")
+
+    def again(step):
+        if step == "writing graphs" and changed.endswith(".json"):
+            config = json.loads((source / changed).read_text())
+            config["class_names"] = [f"new {i}" for i in range(CLASSES["alpha"])]
+            (source / changed).write_text(json.dumps(config))
+        elif step == "writing graphs":
+            tensors = load_file(source / changed)
+            save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, source / changed)
+
+    out, model = tmp_path / "out", workshop.adapters["alpha"].config.base_model
+    options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify_images": 2}
+    with pytest.raises(AdapterError, match=r"source was changed while it was exported"):
+        export(model, {"alpha": source}, out, fold=fold, progress=again, **options)
+    assert not out.exists()
 
 
 def test_adapters_that_disagree_on_the_model_s_arguments(workshop, tmp_path):
