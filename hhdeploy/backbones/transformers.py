@@ -70,6 +70,9 @@ def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     path = classifier_path(model) if classifies else ""
     classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
     preprocess, notes = _preprocess(config, spec, where)
+    means = getattr(config, "problem_type", None)
+    if classes > 1 and means not in (None, "single_label_classification"):
+        notes += (f"{means}, as config.json says, is not kept: its own outputs show as classes",)
     traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
     name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
     return Loaded(

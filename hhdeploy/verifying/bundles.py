@@ -263,7 +263,10 @@ def verify_graphs(
             f"{as_code('verify_against_torch', bundle.path)}"
         )
     stages: list[StageResult] = []
-    for precision in precisions or _default_precisions(bundle, device):
+    has_data = data is not None or bundle.manifest.has(PARITY_FILE)
+    described = data.to_json() if data is not None else bundle.parity()["data"] if has_data else {}
+    noise = described.get("kind") == "noise"
+    for precision in precisions or _default_precisions(bundle, device, noise=noise):
         really = _really(bundle.manifest, device, precision)
         stage = stage_of(bundle.manifest.kind, really, precision)
         with scratch_directory(None, "twin") as scratch:
@@ -285,7 +288,6 @@ def verify_graphs(
                         overflow = find_overflow(twin, low, images[own], ids[own])
                     judged = StageResult.of(stage, precision, runtime, name, comparison, overflow)
                     stages.append(replace(judged, output=output))
-    described = data.to_json() if data is not None else bundle.parity()["data"]
     return ParityReport(described, stages)
 
 
@@ -295,9 +297,10 @@ def _shows_pictures(bundle: Bundle, device: Device, precisions: Sequence[Precisi
     return float32 and _really(bundle.manifest, device, "float32") == "cpu"
 
 
-def _default_precisions(bundle: Bundle, device: Device) -> tuple[Precision, ...]:
+def _default_precisions(bundle: Bundle, device: Device, *, noise: bool) -> tuple[Precision, ...]:
     """All that the device can show: graphs, or engines. Graphs that came from calibration were
-    judged on real images then; on noise, far outside their ranges, they would prove nothing."""
+    judged on real images then; where these images are noise, far outside their ranges, they would
+    prove nothing."""
     if device in BACKENDS:
         engines = [e for e in bundle.manifest.engines if e.backend == device]
         return tuple(dict.fromkeys(e.precision for e in engines))
@@ -306,7 +309,7 @@ def _default_precisions(bundle: Bundle, device: Device) -> tuple[Precision, ...]
         from hhdeploy.runtime.openvino_backend import computes_bfloat16
 
         graphs = tuple(p for p in graphs if p != "bfloat16" or computes_bfloat16())
-    if bundle.manifest.has(PARITY_FILE) and bundle.parity()["data"].get("kind") == "noise":
+    if noise:
         return tuple(p for p in graphs if p in _UNCALIBRATED)
     return graphs
 

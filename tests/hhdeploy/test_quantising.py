@@ -25,6 +25,7 @@ from hhdeploy.quantising import (
     calibrate_bundle,
 )
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.bundles import verify_against_torch
 from tests.labelled import make_undecided, write_close_calls
 from tests.workshop import AGE, PROBE, TAGS, contents, copy_bundle
 
@@ -156,6 +157,22 @@ def test_a_reference_of_images_judges_the_graph(workshop, images, cache):
     result = calibrate_bundle(path, images, RANGES, options)
     assert {stage.comparison.images for stage in result.parity} == {2}
     assert {stage.runtime for stage in result.parity} == {"onnxruntime CPUExecutionProvider"}
+
+
+def test_graphs_are_judged_by_the_images_that_they_are_compared_on(workshop, images, cache):
+    """Not by those of the reference that was there before: noise says nothing of INT8."""
+    path = workshop.export(workshop.root / "judged", ("alpha", "gamma")).path  # on noise
+    calibrate_bundle(path, images, RANGES, CalibrationOptions(cache=cache, threads=1))
+
+    def compared(**options):
+        report = verify_against_torch(
+            path, checkpoint=workshop.checkpoint, verify_images=2, **options
+        )
+        return {stage.precision for stage in report.stages}
+
+    assert compared() == {"float32"}
+    assert compared(verify_data=images) == {"float32", "int8"}
+    assert compared() == {"float32"}
 
 
 def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkeypatch):
