@@ -51,6 +51,30 @@ class Encoder(nn.Module):
         return self.head(self.encoder(tokens.transpose(0, 1)).mean(0))
 
 
+class TorchsEncoder(nn.Module):
+    """torch's own TransformerEncoder behind patches."""
+
+    input_size = (3, 32, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 8, 8)
+        layer = nn.TransformerEncoderLayer(48, 4, 96, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(48, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        found: Tensor = self.head(self.encoder(tokens).mean(1))
+        return found
+
+
+def torchs_encoder() -> nn.Module:
+    """Random weights, alike whenever it is made."""
+    torch.manual_seed(4)
+    return TorchsEncoder()
+
+
 def encoder(depth: int = 2) -> nn.Module:
     """[batch, tokens, features] throughout."""
     return Encoder(images_first=True, depth=depth)

@@ -71,13 +71,21 @@ def _features(loaded: Loaded) -> int:
     """How many features a model without a classifier gives an image.
 
     Raises:
-        BackboneError: what it returns is not [batch, features].
+        BackboneError: it does not compute on images alone, or returns no [batch, features].
     """
     import torch
 
     images = torch.zeros(1, *loaded.preprocess.input_size)
-    with torch.no_grad():
-        found = loaded.model(images)
+    try:
+        with torch.no_grad():
+            found = loaded.model(images)
+    except Exception as error:  # the model's own, whatever it is
+        said = (str(error).splitlines() or [""])[0]
+        raise BackboneError(
+            f"{loaded.name}: it does not compute on images {list(images.shape)} alone: "
+            f"{type(error).__name__}: {said}. Expected a classifier or an image tower; of a model "
+            "of texts and images, save its tower (vision_model) by itself and pass that."
+        ) from error
     if found.ndim != 2:
         raise BackboneError(
             f"{loaded.name}: no classifier was found, and what it returns is {list(found.shape)}: "

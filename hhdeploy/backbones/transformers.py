@@ -41,10 +41,7 @@ _KINDS: dict[str, tuple[bool, int]] = {
 # Which of them cut out the centre by default, and whose size is a share of the one resized to.
 _CROPPING = frozenset(("DeiT", "CLIP", "Bit", "Levit", "MobileViT", "PoolFormer"))
 _SHARES = frozenset(("ConvNext", "PoolFormer"))
-_OTHER_STEPS = (
-    "do_flip_channel_order", "do_pad", "do_thumbnail", "do_align_long_axis", "do_split_image",
-    "do_image_splitting", "keep_aspect_ratio",
-)  # fmt: skip
+_OTHER_STEPS = ("do_flip_channel_order", "do_pad", "do_align_long_axis", "keep_aspect_ratio")
 
 
 def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
@@ -247,7 +244,7 @@ def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess
     """The transform of preprocessor_config.json, else what has to be assumed."""
     seen = getattr(config, "vision_config", config)
     channels = getattr(seen, "num_channels", 3)
-    size = spec.input_size or (channels, *_pair(seen.image_size))
+    size = spec.input_size or (channels, *_pair(getattr(seen, "image_size", None)))
     stated = image_processor(where)
     if stated is not None:
         return from_image_processor(stated, size), ()
@@ -260,6 +257,8 @@ def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess
 
 
 def _pair(size: Any) -> tuple[int, int]:
+    if size is None:
+        raise BackboneError("config.json has no image_size: give `input_size`.")
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

@@ -158,6 +158,7 @@ def _loaded(
     import torch
 
     kept = _without_saved(config)
+    known = [name for name, _ in model.named_parameters()]  # PEFT renames them
     try:
         described = peft.PeftConfig.from_peft_type(**kept)
         if described.is_prompt_learning or described.is_adaption_prompt:
@@ -171,7 +172,7 @@ def _loaded(
             "checkpoint that has it merged comes in too: `extract_adapter()`."
         ) from error
     _compare(own, tensors, config, where)
-    _check_target_parameters(model, config, where)
+    _check_target_parameters(known, config, where)
     state = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in tensors.items()}
     try:
         peft.set_peft_model_state_dict(tuned, state)
@@ -182,9 +183,8 @@ def _loaded(
     return tuned
 
 
-def _check_target_parameters(model: nn.Module, config: Mapping[str, Any], where: Path) -> None:
+def _check_target_parameters(known: list[str], config: Mapping[str, Any], where: Path) -> None:
     """PEFT passes over parameters that the model does not have."""
-    known = [name for name, _ in model.named_parameters()]
     for target in config.get("target_parameters") or ():
         if not any(name == target or name.endswith(f".{target}") for name in known):
             raise AdapterError(
@@ -233,6 +233,20 @@ def _compare(
         )
 
 
+@contextlib.contextmanager
+def _module_by_module() -> Iterator[None]:
+    """torch computes a whole TransformerEncoderLayer from its weights where nothing is trained, and
+    passes by what PEFT put around its Linears."""
+    import torch
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[str, Array]:
     import torch
 
@@ -240,7 +254,7 @@ def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[st
     generator = torch.Generator().manual_seed(0)
     dtype = next(tuned.parameters()).dtype
     images = torch.randn(_IMAGES, *size, generator=generator).to(dtype)
-    with torch.no_grad():
+    with torch.no_grad(), _module_by_module():
         unmerged = _attempt(lambda: tuned(images))
         whole = _attempt(lambda: tuned.merge_and_unload(safe_merge=True))
         inner = whole.get_submodule(prefix.rstrip(".")) if prefix else whole

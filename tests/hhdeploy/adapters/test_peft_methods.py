@@ -26,6 +26,8 @@ from benchmarks.peft_methods import (
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.adapters.importers import ImportOptions, import_adapter
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import AdapterError, OptionError
 from tests.support import MISTAKE
 
@@ -141,6 +143,30 @@ def test_no_tensor_is_for_nothing(tmp_path, vit):
         found = answers(vit, replace(adapter, sites=less))
         assert range_error(expected, found) > MISTAKE, part
     assert range_error(expected, answers(vit, replace(adapter, head=None))) > MISTAKE
+
+
+def test_parameters_that_are_targets(tmp_path, vit):
+    """PEFT renames them once it is on the model."""
+    source, expected = saved(
+        tmp_path, vit, "LORA", target_modules=[], target_parameters=["mlp.fc1.weight"]
+    )
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+    edit(source, target_parameters=["mlp.fc1.weight", "mlp.fc7.weight"])
+    with pytest.raises(AdapterError, match=r"fc7"):
+        import_adapter(source, vit)
+
+
+def test_beside_torch_s_own_encoder(tmp_path):
+    """Which passes by what stands around its Linears, where nothing is trained."""
+    backbone = load_backbone(BackboneSpec("python:tests.own_models:torchs_encoder"))
+    changes = {"target_modules": ["linear1"], "use_dora": True, "modules_to_save": None}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        source, expected = saved(tmp_path, backbone, "LORA", **changes)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert range_error(expected, answers(backbone, import_adapter(source, backbone))) <= BOUND
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_on_a_model_of_transformers(tmp_path, hf_vit):

@@ -302,6 +302,16 @@ def test_an_image_processor_gives_the_same_pixels(stated):
 # -- functions --------------------------------------------------------------------------------
 
 
+def test_a_model_of_texts_and_images_is_refused(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config={**sizes, "vocab_size": 99}, vision_config=vision)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    with pytest.raises(BackboneError, match=r"on images \[1, 3, 32, 32\] alone: .*vision_model"):
+        load_backbone(spec(tmp_path / "clip"))
+
+
 def test_what_the_model_s_own_outputs_mean_is_said(folder):
     assert not any(
         "problem" in note or "label" in note for note in load_backbone(spec(folder)).notes
