@@ -374,11 +374,11 @@ def _check_options(options: CalibrationOptions, exam: Exam) -> None:
         return
     if not max_drop >= 0:
         raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop}.")
-    if not exam.labelled:
+    if exam.unknown or not exam.labelled:
+        whose = "".join(f" of {name}" for name in exam.unknown if name)
         raise PlanError(
-            f"`max_drop={max_drop:g}` needs true classes, which {exam.source} does not tell. Pass "
-            "a folder as `eval_data`, DIR: DIR/CLASS/image, for side branches "
-            "DIR/ADAPTER/CLASS/image."
+            f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
+            "tell. Pass `eval_data`: DIR/CLASS/image, of side branches DIR/ADAPTER/CLASS/image."
         )
     if not exam.held_out:
         raise PlanError(

@@ -55,12 +55,15 @@ class Exam:
         held_out: False: they are the calibration images themselves, for want of others.
         source: name of the folder or file.
         warnings: what limits the verdict, in words.
+        unknown: adapters of classes that were calibrated on, and none of whose images has a true
+            class here: whether they lost any is not known. None: the bare backbone.
     """
 
     questions: tuple[Question, ...]
     held_out: bool
     source: str
     warnings: tuple[str, ...]
+    unknown: tuple[str | None, ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -100,12 +103,17 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
             "fewer `images`."
         )
     questions = fresh or [question for _, question in pairs]
+    calibrated = dict.fromkeys(sample.adapter for sample in used.samples)
+    unjudged = [task for task in calibrated if task not in _tasks([q for _, q in pairs])]
+    warnings += [f"{_whose(task)}no image to judge on" for task in unjudged]
     warnings += [
         f"{_whose(task)}judged on {count} images only: one image is {100 / count:.1f} points"
         for task, count in _tasks(questions).items()
         if count < FEW_JUDGED
     ]
-    return Exam(tuple(questions), bool(fresh), name, tuple(warnings))
+    told = {question.adapter for question in questions if question.truth is not None}
+    unknown = [a for a in calibrated if feeder.problem_type(a) == CLASSES and a not in told]
+    return Exam(tuple(questions), bool(fresh), name, tuple(warnings), tuple(unknown))
 
 
 def _from_folder(

@@ -70,6 +70,15 @@ def test_truths_are_the_columns_of_the_class_folders(bundle, folder):
     assert len({q.adapter for q in exam.questions[:2]}) == 2, "tasks in turn"
 
 
+def test_who_is_not_judged_is_named(bundle, folder, tmp_path):
+    """Calibrated for two adapters, judged on the images of one."""
+    assert exam_of(bundle, folder)[1].unknown == ()
+    shutil.copytree(folder / "alpha", tmp_path / "judge" / "alpha")
+    _, exam = exam_of(bundle, folder, eval_data=tmp_path / "judge")
+    assert exam.unknown == ("gamma",)
+    assert "adapter 'gamma': no image to judge on" in exam.warnings
+
+
 def test_class_names_decide_where_there_are_any(bundle, folder):
     ours = named(bundle, gamma=("2", "zero", "1"))
     _, exam = exam_of(ours, folder)

@@ -177,6 +177,10 @@ def test_graphs_are_judged_by_the_images_that_they_are_compared_on(workshop, ima
 
 def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkeypatch):
     before = contents(calibrate.path)
+    shutil.copytree(images / "alpha", tmp_path / "judge" / "alpha")
+    of_alpha = CalibrationOptions(eval_data=tmp_path / "judge", max_drop=0.0)
+    with pytest.raises(PlanError, match=r"`max_drop=0` needs true classes of gamma, which judge"):
+        calibrate_bundle(calibrate.path, images, SETTINGS, of_alpha)
     unlabelled = [{"images": np.ones((9, 3, 32, 32), np.float32), "adapters": ["alpha"] * 9}]
     everything = replace(SETTINGS, images=2 * PER_ADAPTER)
     refused = (
