@@ -200,9 +200,9 @@ class RowLayout:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RowLayout:
-        """Read what `to_json` wrote; the part table is derived again, not trusted."""
+        """Read what `to_json` wrote; the part table is derived again, and has to agree."""
         branches: Sequence[Mapping[str, Any]] = content["branches"]
-        return cls(
+        layout = cls(
             tuple(
                 Branch(
                     b["linear"],
@@ -219,6 +219,9 @@ class RowLayout:
             content["dim"],
             content["backbone_head"],
         )
+        if layout.to_json()["parts"] != content["parts"]:
+            raise ValueError("row.parts: expected those of row.branches, in their order")
+        return layout
 
 
 def in_row_order(parts: Iterable[str]) -> tuple[Part, ...]:

@@ -35,6 +35,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.choices import TYPED, Precision
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
+from hhdeploy.files.bundle_json import check_bundle_json, without_duplicates
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 
@@ -80,24 +81,26 @@ class Bundle:
         path = Path(path)
         file = path / MANIFEST
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            content = json.loads(text, object_pairs_hook=without_duplicates)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"{path} is not a bundle: {MANIFEST} was expected in it. Make one with `export()`."
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BundleError(
                 f"{file} cannot be read: {error}. Export the bundle again."
             ) from error
         version = content.get("schema_version") if isinstance(content, dict) else None
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
+        if type(version) is not int or version > SCHEMA_VERSION:
             raise BundleError(
                 f"{file}: schema_version: expected at most {SCHEMA_VERSION}, found {version!r}. "
                 "Upgrade with pip install -U hhdeploy, or export the bundle again."
             )
         try:
+            check_bundle_json(content)
             return cls(path, Manifest.from_json(content))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"{file} is damaged ({type(error).__name__}: {error}). Export the bundle again."
             ) from error

@@ -1,0 +1,107 @@
+"""What hhdeploy.json may say: the types of its values, and what of it belongs together.
+
+It is edited by hand, merged by version control and written by other tools, and whatever is wrong in
+it would be an answer that is wrong, or an error far from its cause.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_LARGEST = 2**31 - 1
+
+
+def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``object_pairs_hook``. Raises ValueError: a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return found
+
+
+def check_bundle_json(content: Mapping[str, Any]) -> None:
+    """Compare a manifest's content with what it can be.
+
+    Raises:
+        ValueError: naming the key, what was expected and what was found.
+        KeyError: a key is not there.
+    """
+    classes = _value(content, "classes", _is_count, "a number of classes")
+    adapters = _value(content, "adapters", _is_list, "a list")
+    for number, entry in enumerate(adapters):
+        _check_adapter(f"adapters[{number}]", entry, classes)
+    for key in ("name", "row"):
+        values = [entry[key] for entry in adapters if entry[key] is not None]
+        if len(set(values)) < len(values):
+            raise ValueError(f"adapters: expected every {key} once, found {values}")
+    for key in ("backbone", "graphs", "files", "versions", "tensors"):
+        _value(content, key, _is_object, "an object")
+    _value(content["backbone"], "sha256", _is_text, "a text", "backbone.")
+    for key in content["files"]:
+        _value(content["files"], key, _is_digest, "64 hex digits", "files.")
+    for key in content["graphs"]:
+        _value(content["graphs"], key, _is_text, "the name of a file", "graphs.")
+        if content["graphs"][key] not in content["files"]:
+            raise ValueError(f"graphs.{key}: {content['graphs'][key]} is not among the files")
+    if content["row"] is not None:
+        row = _value(content, "row", _is_object, "an object or null")
+        for key in ("classes", "dim"):
+            _value(row, key, _is_count, "a number", "row.")
+
+
+def _check_adapter(where: str, entry: Any, most: int) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object, found {entry!r}")
+    prefix = f"{where}."
+    _value(entry, "name", _is_text, "a name", prefix)
+    _value(
+        entry, "row", lambda x: x is None or (_is_count(x) and x > 0), "1 or more, or null", prefix
+    )
+    _value(entry, "verified", lambda x: isinstance(x, bool), "true or false", prefix)
+    classes = _value(entry, "classes", _is_count, "a number of classes", prefix)
+    if 0 < most < classes:
+        raise ValueError(f"{where}.classes: expected at most the graph's {most}, found {classes}")
+    names = _value(entry, "class_names", _are_names, "a list of names, or null", prefix)
+    if names and len(names) != classes:
+        raise ValueError(f"{where}.class_names: expected {classes} names, found {len(names)}")
+
+
+def _value(
+    content: Mapping[str, Any],
+    key: str,
+    fits: Callable[[Any], bool],
+    expected: str,
+    prefix: str = "",
+) -> Any:
+    if not fits(found := content[key]):
+        shown = repr(found)
+        raise ValueError(f"{prefix}{key}: expected {expected}, found {shown[:80]}")
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(map(_is_text, value)))
