@@ -25,7 +25,7 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
 from hhdeploy.bundle.answers import answers_of, best, label_of, probabilities, problem_type
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
-from hhdeploy.runtime.serving.errors import RequestError
+from hhdeploy.runtime.serving.errors import FailedError, RequestError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
     FP32,
@@ -98,24 +98,37 @@ def answered_by(entries: Sequence[AdapterEntry | None], digests: Sequence[str]) 
 
 
 def check_finite(
-    pixels: NDArray[np.float32], logits: NDArray[np.float32], classes: Sequence[int]
+    pixels: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    classes: Sequence[int],
+    entries: Sequence[AdapterEntry | None],
 ) -> None:
-    """Refuses images whose NaN or infinities left no numbers: their best class would be one.
+    """Refuses logits that are no numbers: the best class of them would be the first.
 
     Args:
         pixels: float32 [n, 3, H, W], as the graph got them.
         logits: float32 [n, classes of the graph].
         classes: of each image's adapter.
+        entries: of each image's adapter; None: the backbone.
 
     Raises:
-        RequestError: naming the first such image.
+        RequestError: naming the first image that holds none itself.
+        FailedError: naming the first image and the adapter that makes none of it.
     """
-    for index, (image, row, own) in enumerate(zip(pixels, logits, classes, strict=True)):
-        if not np.isfinite(row[:own].max()) and not np.isfinite(image).all():
+    for index, (row, own) in enumerate(zip(logits, classes, strict=True)):
+        if np.isfinite(row[:own].max()):
+            continue
+        if not np.isfinite(pixels[index]).all():
             raise RequestError(
                 f"input images: image {index} holds NaN or infinities, or numbers beyond float32: "
                 "its answer is no number either. Ask for logits to see them."
             )
+        entry = entries[index]
+        raise FailedError(
+            f"image {index}, adapter {entry.name if entry is not None else BACKBONE!r}: the logits "
+            "are no numbers (NaN or infinity). Ask for logits to see them. An adapter whose "
+            "training diverged gives such, and float16 of large activations."
+        )
 
 
 def output_of(

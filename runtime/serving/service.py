@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -174,7 +174,7 @@ class Service:
             raise
 
     def _failed(self, request: InferRequest, reason: str) -> None:
-        known = self.fleet is None or request.model in self.fleet.names
+        known = request.model in self._adapter_names()  # any other name would be kept
         self.metrics.failed(reason, request.model if known else None)
 
     def alias(self, model: str, version: str = "") -> str | None:
@@ -195,10 +195,14 @@ class Service:
             )
         return only
 
+    def _adapter_names(self) -> Collection[str]:
+        if self.fleet is not None:
+            return self.fleet.names
+        return {adapter.name for adapter in self._manifest.adapters}
+
     def now(self) -> Now:
         """The numbers of this moment."""
-        fleet = self.fleet
-        names = fleet.names if fleet is not None else {a.name for a in self._manifest.adapters}
+        fleet, names = self.fleet, self._adapter_names()
         return Now(
             rows_used=fleet.rows.used if fleet is not None else 0,
             rows=fleet.rows.total if fleet is not None else 0,
@@ -245,7 +249,7 @@ class Service:
         found = self._manifest.split(answer.logits)
         if any(w.top or w.name not in found for w in wanted):
             try:
-                check_finite(pixels, found[LOGITS], classes)
+                check_finite(pixels, found[LOGITS], classes, entries)
             except RequestError:
                 if asked:
                     raise

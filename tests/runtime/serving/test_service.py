@@ -315,6 +315,8 @@ def test_a_folded_bundle(play, folded, workshop):
             with pytest.raises(NotFoundError, match="gamma"):
                 await s.infer(request)
         assert s.now().rows == 0
+        assert "gamma" not in s.metrics.tallies  # a name that was refused is not kept
+        assert sum(s.metrics.failures.values()) == 2
 
     play(scene, bundle=folded, slots=None, adapters_dir=None)
 

@@ -1,0 +1,34 @@
+"""Logits that are no numbers are no answer, whoever made them so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hhdeploy.runtime.serving.errors import FailedError, RequestError
+from hhdeploy.runtime.serving.outputs import check_finite
+
+NUMBERS, OWN = np.zeros((2, 3, 4, 4), np.float32), [2, 3]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_of_a_picture_that_holds_none_it_is_the_picture(value):
+    pixels, logits = NUMBERS.copy(), np.zeros((2, 3), np.float32)
+    pixels[1, 0, 0, 0], logits[1] = value, np.nan
+    with pytest.raises(RequestError, match="image 1 holds NaN or infinities") as caught:
+        check_finite(pixels, logits, OWN, [None, None])
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("row", [[np.nan] * 3, [0, np.nan, 0], [np.inf, 0, 0], [-np.inf] * 3])
+def test_of_any_other_picture_it_is_the_adapter(row):
+    """Its training diverged; its numbers are finite, and what they make is not."""
+    logits = np.zeros((2, 3), np.float32)
+    logits[1] = row
+    with pytest.raises(FailedError, match="image 1, adapter 'backbone': the logits are no numbers"):
+        check_finite(NUMBERS, logits, OWN, [None, None])
+
+
+def test_classes_of_others_and_ones_that_are_ruled_out_are_no_fault():
+    logits = np.array([[0, 1, -np.inf], [-np.inf, 1, 0]], np.float32)
+    check_finite(NUMBERS, logits, OWN, [None, None])
