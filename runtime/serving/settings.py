@@ -227,6 +227,15 @@ class ServeSettings:
                 f"`adapters_dir`: {self.adapters_dir} is not a directory. Expected a folder with "
                 "one adapter directory a task."
             )
+        if self.adapters_dir is not None:
+            from hhdeploy.bundle.manifest import MANIFEST  # the command line reads this module
+
+            own = self.adapters_dir.resolve()
+            if any((folder / MANIFEST).exists() for folder in (own, own.parent)):
+                raise PlanError(
+                    f"`adapters_dir`: {self.adapters_dir} belongs to a bundle, which an upload "
+                    "would damage. Expected a folder of its own, with one adapter directory a task."
+                )
         if self.watch_seconds is not None and self.adapters_dir is None:
             raise OptionError("`watch_seconds`: there is nothing to watch without `adapters_dir`.")
 
