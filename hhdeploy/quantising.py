@@ -374,8 +374,8 @@ def _check_options(options: CalibrationOptions, exam: Exam) -> None:
         return
     if not max_drop >= 0:
         raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop}.")
-    if exam.unknown or not exam.labelled:
-        whose = "".join(f" of {name}" for name in exam.unknown if name)
+    if exam.unjudged or not exam.labelled:
+        whose = "".join(f" of {name}" for name in exam.unjudged if name)
         raise PlanError(
             f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
             "tell. Pass `eval_data`: DIR/CLASS/image, of side branches DIR/ADAPTER/CLASS/image."

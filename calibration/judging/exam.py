@@ -55,15 +55,15 @@ class Exam:
         held_out: False: they are the calibration images themselves, for want of others.
         source: name of the folder or file.
         warnings: what limits the verdict, in words.
-        unknown: adapters of classes that were calibrated on, and none of whose images has a true
-            class here: whether they lost any is not known. None: the bare backbone.
+        unjudged: adapters that were calibrated on, and have no image here: whether they lost any
+            of their top-1 is not known. None: the bare backbone.
     """
 
     questions: tuple[Question, ...]
     held_out: bool
     source: str
     warnings: tuple[str, ...]
-    unknown: tuple[str | None, ...] = ()
+    unjudged: tuple[str | None, ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -111,9 +111,7 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
         for task, count in _tasks(questions).items()
         if count < FEW_JUDGED
     ]
-    told = {question.adapter for question in questions if question.truth is not None}
-    unknown = [a for a in calibrated if feeder.problem_type(a) == CLASSES and a not in told]
-    return Exam(tuple(questions), bool(fresh), name, tuple(warnings), tuple(unknown))
+    return Exam(tuple(questions), bool(fresh), name, tuple(warnings), tuple(unjudged))
 
 
 def _from_folder(

@@ -72,10 +72,10 @@ def test_truths_are_the_columns_of_the_class_folders(bundle, folder):
 
 def test_who_is_not_judged_is_named(bundle, folder, tmp_path):
     """Calibrated for two adapters, judged on the images of one."""
-    assert exam_of(bundle, folder)[1].unknown == ()
+    assert exam_of(bundle, folder)[1].unjudged == ()
     shutil.copytree(folder / "alpha", tmp_path / "judge" / "alpha")
     _, exam = exam_of(bundle, folder, eval_data=tmp_path / "judge")
-    assert exam.unknown == ("gamma",)
+    assert exam.unjudged == ("gamma",)
     assert "adapter 'gamma': no image to judge on" in exam.warnings
 
 
