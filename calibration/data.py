@@ -75,8 +75,8 @@ class CalibrationData:
         if len(samples) < LEAST_IMAGES:
             raise DataError(
                 f"{description['source']}: expected at least {LEAST_IMAGES} calibration images, "
-                f"found {len(samples)}. Pass images like those that the model will see: "
-                f"{FEW_IMAGES} or more, of every class."
+                f"found {len(samples)}. Pass images like those that the model will see, and a "
+                f"bound of `images` that takes them: {FEW_IMAGES} or more, of every class."
             )
         self.samples = tuple(samples)
         self.feeder = feeder

@@ -21,12 +21,12 @@ from hhdeploy.calibration.data import CalibrationData, ImageSource
 from hhdeploy.calibration.judging.accuracy import Accuracy, answers, compare_answers
 from hhdeploy.calibration.judging.exam import Exam, make_exam
 from hhdeploy.calibration.judging.findings import Findings, changed_images
-from hhdeploy.calibration.judging.guard import Guarded, guard, most_sensitive_first
+from hhdeploy.calibration.judging.guard import Guarded, check_bound, guard, most_sensitive_first
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, one_of
-from hhdeploy.errors import ParityError, PlanError, WriteError, require
+from hhdeploy.errors import ParityError, WriteError, require
 from hhdeploy.files.writing import atomic_file, default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import Session
@@ -362,29 +362,14 @@ def _stages(
 
 
 def _check_options(options: CalibrationOptions, exam: Exam) -> None:
-    """Before anything slow: the report can be written, and the guard has what it needs, which
-    is true classes of images that were not calibrated on."""
+    """Before anything slow: the report can be written, and the guard has what it needs."""
     if options.report is not None and not Path(options.report).resolve().parent.is_dir():
         raise WriteError(
             f"`report`: {options.report}: {Path(options.report).parent} is not a directory. Make "
             "it first, or choose another."
         )
-    max_drop = options.max_drop
-    if max_drop is None:
-        return
-    if not max_drop >= 0:
-        raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop}.")
-    if exam.unjudged or not exam.labelled:
-        whose = "".join(f" of {name}" for name in exam.unjudged if name)
-        raise PlanError(
-            f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
-            "tell. Pass `eval_data`: DIR/CLASS/image, of side branches DIR/ADAPTER/CLASS/image."
-        )
-    if not exam.held_out:
-        raise PlanError(
-            f"`max_drop={max_drop:g}` needs images that calibration does not use; of "
-            f"{exam.source} none is left. Pass others as `eval_data`, or fewer `images`."
-        )
+    if options.max_drop is not None:
+        check_bound(options.max_drop, exam)
 
 
 def _reference_of_images(bundle: Bundle) -> bool:

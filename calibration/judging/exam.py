@@ -70,6 +70,11 @@ class Exam:
         """Some true classes are known."""
         return any(q.truth is not None for q in self.questions)
 
+    @property
+    def has_classes(self) -> bool:
+        """Some image's task has classes, of which one is true: neither labels nor values."""
+        return any(q.problem_type == CLASSES for q in self.questions)
+
 
 def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     """All images of ``source`` that calibration did not use; all of them if none is left.

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hhdeploy.errors import ParityError
+from hhdeploy.calibration.judging.exam import Exam
+from hhdeploy.errors import ParityError, PlanError
 
 # Sites to keep in floating point -> drop of mean top-1, in points.
 DropOf = Callable[[tuple[str, ...]], float]
@@ -54,6 +55,32 @@ class Guarded:
             "kept": list(self.kept),
             "trials": [asdict(trial) for trial in self.trials],
         }
+
+
+def check_bound(max_drop: float, exam: Exam) -> None:
+    """The images to judge on can tell whether the bound is kept.
+
+    Raises:
+        PlanError: no bound, or images without true classes, or those that were calibrated on.
+    """
+    if not max_drop >= 0:
+        raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop}.")
+    if not exam.has_classes:
+        raise PlanError(
+            f"`max_drop={max_drop:g}` bounds top-1, and the adapters of {exam.source} answer with "
+            "labels or values. Keep sites in floating point with `exclude`."
+        )
+    if exam.unjudged or not exam.labelled:
+        whose = "".join(f" of {name}" for name in exam.unjudged if name)
+        raise PlanError(
+            f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
+            "tell. Pass `eval_data`: DIR/CLASS/image, of side branches DIR/ADAPTER/CLASS/image."
+        )
+    if not exam.held_out:
+        raise PlanError(
+            f"`max_drop={max_drop:g}` needs images that calibration does not use; of "
+            f"{exam.source} none is left. Pass others as `eval_data`, or fewer `images`."
+        )
 
 
 def most_sensitive_first(sqnr_db: Mapping[str, float]) -> tuple[str, ...]:

@@ -6,8 +6,10 @@ import math
 
 import pytest
 
-from hhdeploy.calibration.judging.guard import guard, most_sensitive_first
-from hhdeploy.errors import ParityError
+from hhdeploy.adapters.config import VALUES
+from hhdeploy.calibration.judging.exam import Exam, Question
+from hhdeploy.calibration.judging.guard import check_bound, guard, most_sensitive_first
+from hhdeploy.errors import ParityError, PlanError
 
 SITES = tuple(f"blocks.{i}.mlp.fc1" for i in range(37))
 
@@ -50,3 +52,10 @@ def test_the_noisiest_come_first():
     assert most_sensitive_first({"a": 40.0, "b": 12.5, "c": math.inf, "d": 12.5}) == (
         "b", "d", "a", "c",
     )  # fmt: skip
+
+
+def test_adapters_without_classes_have_no_top_1_to_bound():
+    """No folder of classes could help them."""
+    value = Question("a", None, "1.png", lambda: None, VALUES, (0.5,))
+    with pytest.raises(PlanError, match=r"answer with labels or values.*`exclude`"):
+        check_bound(1.0, Exam((value,), True, "judge", ()))

@@ -75,7 +75,7 @@ def test_checking_an_adapter_changes_nothing(succeed, succeed_json, bundle, comm
     [
         (("--data", "nowhere"), "nowhere is not a directory"),
         (("--data", "{images}/alpha"), "expected DIR/ADAPTER/CLASS/image"),
-        (("--data", "{images}", "--images", 3), "expected at least 4 calibration images"),
+        (("--data", "{images}", "--images", 3), "and a bound of --images that takes them"),
         (("--data", "{images}", "--images", 999, "--max-drop", 1), "Pass others as --eval-data"),
         (("--data", "{images}", "--report", "no/where.html"), "no is not a directory"),
         (("--data", "{images}", "--check", "nobody"), "unknown adapter 'nobody'"),
