@@ -5,6 +5,7 @@
     http, grpc  the protocol's two wires; http/page: the third, for people
     errors      what a request can be refused with, and the status that says so
     messages    a request, its response and its deadline, whatever carried them
+    tensors     numbers and texts of JSON and protobuf to arrays
     service     a message in, a message out; what HTTP, gRPC and Ray share
     images      encoded pictures to inputs, within limits
     batcher     requests of all tasks to batches of one session

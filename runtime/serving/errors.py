@@ -37,6 +37,12 @@ def refusal_kind(error: HhdeployError) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", known.removesuffix("Error")).lower()
 
 
+def shown(value: object) -> str:
+    """What a message quotes of a request: never long, never control characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 class NotFoundError(RequestError):
     """No model, adapter or version of that name."""
 

@@ -9,14 +9,14 @@ import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.runtime.serving.errors import RequestError, TimedOutError
+from hhdeploy.runtime.serving.errors import RequestError, TimedOutError, shown
+from hhdeploy.runtime.serving.tensors.values import array_of, flat_values
 
 # The inputs of a model of ours, and its one version.
 IMAGES, ADAPTERS = "images", "adapters"
@@ -248,8 +248,8 @@ def check_shape(name: str, shape: Any) -> tuple[int, ...]:
     )
     if not good:
         raise RequestError(
-            f"input {_shown(name)}: shape: expected a list of 1 to 8 whole numbers, with a product "
-            f"below {_MOST}, found {_shown(shape)}."
+            f"input {shown(name)}: shape: expected a list of 1 to 8 whole numbers, with a product "
+            f"below {_MOST}, found {shown(shape)}."
         )
     return tuple(shape)
 
@@ -271,7 +271,7 @@ def tensor_from_raw(name: str, datatype: str, shape: Any, raw: memoryview) -> Te
     expected = count * dtype.itemsize
     if expected != raw.nbytes:
         raise RequestError(
-            f"input {_shown(name)}: {datatype} {list(shape)} is {expected} bytes, found "
+            f"input {shown(name)}: {datatype} {list(shape)} is {expected} bytes, found "
             f"{raw.nbytes}."
         )
     return Tensor(name, datatype, np.frombuffer(raw, dtype).reshape(shape))
@@ -281,37 +281,22 @@ def tensor_from_values(name: str, datatype: str, shape: Any, values: Any) -> Ten
     """A tensor of the JSON form or of gRPC's typed contents: values flat or nested, in C order.
 
     Raises:
-        RequestError: an unknown type, values of another type, or another number of them.
+        RequestError: an unknown type, values that it cannot hold, another number of them, or
+            lists that are not nested as ``shape`` says.
     """
     shape = check_shape(name, shape)
     dtype = check_datatype(name, datatype)
     count = math.prod(shape)
     if datatype == BYTES:
         _check_elements(name, count)
-        flat = list(islice(_flat(name, values), count + 1))
-        array = np.empty(len(flat), object)
-        for index, item in enumerate(flat):
-            if not isinstance(item, (str, bytes)):
-                raise RequestError(f"input {_shown(name)}: BYTES: expected strings.")
-            array[index] = item.encode("utf-8", "replace") if isinstance(item, str) else item
-    else:
-        try:
-            with np.errstate(over="ignore"):  # an infinity is refused with the values
-                # Integers of their own type at once: NumPy would go through float64 else.
-                found = np.asarray(values, dtype if dtype.kind in "iu" else None)
-                if found.dtype.kind not in "biuf":  # NumPy would read numbers out of strings
-                    raise TypeError(f"found {found.dtype}")
-                array = found.astype(dtype, casting="unsafe").reshape(-1)
-        except (ValueError, TypeError, OverflowError, RecursionError, RuntimeWarning) as error:
-            raise RequestError(
-                f"input {_shown(name)}: data: expected numbers of type {datatype}: {error}"
-            ) from error
-    if array.size != count:
+    where = f"input {shown(name)}"
+    flat = flat_values(where, shape, values)
+    if len(flat) != count:
         raise RequestError(
-            f"input {_shown(name)}: shape {list(shape)} holds {count} values, data "
-            f"{'more' if array.size > count else array.size}."
+            f"{where}: shape {list(shape)} holds {count} values, data "
+            f"{'more' if len(flat) > count else len(flat)}."
         )
-    return Tensor(name, datatype, array.reshape(shape))
+    return Tensor(name, datatype, array_of(where, shape, flat, datatype, dtype))
 
 
 def check_datatype(name: str, datatype: Any) -> np.dtype[Any]:
@@ -319,8 +304,8 @@ def check_datatype(name: str, datatype: Any) -> np.dtype[Any]:
     dtype = DTYPES.get(datatype) if isinstance(datatype, str) else None
     if dtype is None:
         raise RequestError(
-            f"input {_shown(name)}: datatype: expected one of {', '.join(DTYPES)}, found "
-            f"{_shown(datatype)}."
+            f"input {shown(name)}: datatype: expected one of {', '.join(DTYPES)}, found "
+            f"{shown(datatype)}."
         )
     return dtype
 
@@ -342,7 +327,7 @@ def raw_of(tensor: Tensor) -> bytes:
 def _check_elements(name: str, count: int) -> None:
     if count > _MOST_ELEMENTS:
         raise RequestError(
-            f"input {_shown(name)}: BYTES: expected at most {_MOST_ELEMENTS} elements, found "
+            f"input {shown(name)}: BYTES: expected at most {_MOST_ELEMENTS} elements, found "
             f"{count}."
         )
 
@@ -355,34 +340,13 @@ def _elements(name: str, raw: memoryview, count: int) -> NDArray[np.object_]:
         position = start + int.from_bytes(raw[start - 4 : start], "little")
         if position > raw.nbytes or start > raw.nbytes:
             raise RequestError(
-                f"input {_shown(name)}: BYTES: element {len(items)} ends beyond the data. Expected "
+                f"input {shown(name)}: BYTES: element {len(items)} ends beyond the data. Expected "
                 "a four-byte little-endian length before each."
             )
         items.append(bytes(raw[start:position]))
     if len(items) != count:
         raise RequestError(
-            f"input {_shown(name)}: BYTES: shape holds {count} elements, data "
+            f"input {shown(name)}: BYTES: shape holds {count} elements, data "
             f"{'more' if len(items) > count else len(items)}."
         )
     return bytes_array(items)
-
-
-def _flat(name: str, values: Any) -> Any:
-    """Depth-first; a request nests tensors a few levels deep, not thousands."""
-    stack = [iter([values])]
-    while stack:
-        for item in stack[-1]:
-            if isinstance(item, (list, tuple)):
-                stack.append(iter(item))
-                break
-            yield item
-        else:
-            stack.pop()
-        if len(stack) > 10:
-            raise RequestError(f"input {_shown(name)}: data is nested too deeply.")
-
-
-def _shown(value: Any) -> str:
-    """What a message quotes of a request: never long, never control characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -128,17 +129,34 @@ def test_raw_data_that_is_refused(datatype, shape, raw, message):
     ("datatype", "shape", "values", "message"),
     [
         ("FP32", [2], [1.0], "shape [2] holds 2 values, data 1."),
-        ("FP32", [2], [[1, 2, 3]], "shape [2] holds 2 values, data more."),
-        ("FP32", [2], [[1], [2, 3]], "data: expected numbers of type FP32"),
-        ("FP32", [1], ["1.5"], "data: expected numbers of type FP32"),
-        ("FP32", [1], [None], "data: expected numbers of type FP32"),
-        ("FP32", [1], [{}], "data: expected numbers of type FP32"),
-        ("FP32", [1], "1", "data: expected numbers of type FP32"),
-        ("INT8", [1], [300], "data: expected numbers of type INT8"),
-        ("UINT64", [1], [-1], "data: expected numbers of type UINT64"),
+        ("FP32", [2], [1, 2, 3], "shape [2] holds 2 values, data more."),
+        ("FP32", [1], ["1.5"], "data: expected numbers of type FP32, at most 3.40282e+38, found"),
+        ("FP32", [1], [None], "found None at [0]."),
+        ("FP32", [1], [{}], "found an object at [0]."),
+        ("FP32", [1], "1", "found '1' at [0]."),
+        ("FP32", [2, 2], [1, 2, 3, True], "found True at [1, 1]."),
+        ("FP32", [2], [1e300, 0.0], "found 1e+300 at [0]."),
+        ("FP32", [2], [0, 10**39], "at [1]."),
+        ("FP32", [2], [0, 10**4000], "at [1]."),
+        ("FP16", [1], [70000], "numbers of type FP16, at most 65504, found 70000 at [0]."),
+        (
+            "INT8",
+            [1],
+            [300],
+            "numbers of type INT8, -128 to 127 without a point, found 300 at [0].",
+        ),
+        ("UINT8", [3], [0, 255, 256], "found 256 at [2]."),
+        ("UINT8", [2, 2], [[0, 1], [0.35, 1]], "found 0.35 at [1, 0]."),
+        ("UINT8", [2], [7, 1.0], "found 1.0 at [1]."),
+        ("UINT8", [2], [True, False], "found True at [0]."),
+        ("UINT8", [3], [2, 1, True], "found True at [2]."),
+        ("UINT8", [2], ["1", "2"], "found '1' at [0]."),
+        ("UINT64", [1], [-1], "found -1 at [0]."),
         ("INT64", [1], [10**4000], "data: expected numbers of type INT64"),
-        ("BYTES", [1], [1], "BYTES: expected strings."),
-        ("BYTES", [1], None, "BYTES: expected strings."),
+        ("BOOL", [2], [True, 1], "data: expected true or false, found 1 at [1]."),
+        ("BYTES", [1], [1], "data: expected strings, found 1 at [0]."),
+        ("BYTES", [1], None, "data: expected strings, found None at [0]."),
+        ("BYTES", [2], ["a", ["b"]], "data: expected strings, found a list of 1 at [1]."),
         ("BYTES", [2], ["a"], "shape [2] holds 2 values, data 1."),
         ("BYTES", [1], ["a", "b", "c"], "shape [1] holds 1 values, data more."),
         ("BYTES", [2, 2**20], [], "BYTES: expected at most 16384 elements, found 2097152."),
@@ -149,12 +167,58 @@ def test_values_that_are_refused(datatype, shape, values, message):
         tensor_from_values("x", datatype, shape, values)
 
 
+@pytest.mark.parametrize(
+    ("shape", "values", "message"),
+    [
+        ([1, 3, 2], [[[1, 2, 3], [4, 5, 6]]], "a list of 3 at data[0], found a list of 2."),
+        ([2, 3], [[1, 2], [3, 4], [5, 6]], "a list of 2 at data, found a list of 3."),
+        ([2, 2], [[1, 2], [3]], "a list of 2 at data[1], found a list of 1."),
+        ([2, 2], [[1, 2], 3], "a list of 2 at data[1], found 3."),
+        ([4], [[1, 2], [3, 4]], "a list of 4 at data, found a list of 2."),
+        ([3, 0], [[]], "a list of 3 at data, found a list of 1."),
+    ],
+)
+@pytest.mark.parametrize("datatype", ["FP32", "UINT8", BYTES])
+def test_lists_of_another_shape_are_refused(datatype, shape, values, message):
+    nested = f"data: expected a flat list, or lists nested as shape {shape}: {message}"
+    with pytest.raises(RequestError, match=re.escape(nested)):
+        tensor_from_values("x", datatype, shape, values)
+
+
+def test_numbers_keep_their_value():
+    most = 2**64 - 1
+    assert tensor_from_values("x", "UINT64", [3], [0, 2**63, most]).array.tolist() == [
+        0,
+        2**63,
+        most,
+    ]
+    floats = tensor_from_values("x", "FP32", [5], [0, 1, 10**30, float("inf"), float("nan")])
+    np.testing.assert_array_equal(floats.array, np.float32([0, 1, 1e30, np.inf, np.nan]))
+
+
+def test_a_long_string_among_many_takes_no_memory():
+    values = ["a" * 100_000, *["b"] * 3000]
+    tracemalloc.start()
+    with pytest.raises(RequestError, match="expected numbers of type FP32"):
+        tensor_from_values("x", "FP32", [len(values)], values)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_the_first_of_many_wrong_values_is_named():
+    values = [0] * 100_000
+    values[70_001] = values[90_000] = -1
+    with pytest.raises(RequestError, match=r"found -1 at \[70001\]"):
+        tensor_from_values("x", "UINT8", [100_000], values)
+
+
 def test_values_nested_without_end_are_refused():
     nested: list = []
     for _ in range(5000):
         nested = [nested]
     for datatype in (BYTES, "FP32"):
-        with pytest.raises(RequestError, match=r"nested too deeply|expected numbers"):
+        with pytest.raises(RequestError, match=r"found a list of 1 at \[0\]"):
             tensor_from_values("x", datatype, [1], nested)
 
 

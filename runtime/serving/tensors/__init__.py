@@ -1,0 +1,1 @@
+"""Numbers and texts of requests to arrays."""
