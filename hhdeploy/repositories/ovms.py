@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from hhdeploy.repositories.graphs import (
 __all__ = ["OvmsOptions", "write_ovms_repository"]
 
 _CONFIG, _GRAPH, _MODELS = "config.json", "model.onnx", "model_config_list"
+# Lists whose names the server serves beside models' names.
+_GRAPHS = ("mediapipe_config_list", "pipeline_config_list")
 _SERVER = "OpenVINO Model Server"
 
 
@@ -67,8 +70,9 @@ def write_ovms_repository(
     """Write OUT/NAME/ (adapters.json and version 1 of the model) and enter it in OUT/config.json.
 
     The bank as it is now is baked into the graph: after ``adapter add`` or ``remove`` write the
-    model again. The configuration's other models and settings stay as they are. It is written
-    last: a crash before leaves a model that no configuration names.
+    model again. The configuration's other models and settings stay as they are, also those of the
+    model's own entry. It is written last: a crash before leaves a model that no configuration
+    names.
 
     Args:
         path: the bundle.
@@ -81,8 +85,8 @@ def write_ovms_repository(
         BundleError: no adapter, no such graph, or a damaged file.
         PlanError: a name that is none, or a bundle that gives more than logits.
         MissingDependencyError: the ``export`` extra is not installed (onnx_ir, no torch).
-        WriteError: OUT/NAME exists, OUT/config.json is none of the server's, or the file system
-            refused.
+        WriteError: OUT/NAME exists, OUT/config.json is none of the server's or names another model
+            so, or the file system refused.
     """
     options, out = options or OvmsOptions(), Path(out)
     one_of(PRECISIONS, options.precision, "precision")
@@ -93,7 +97,7 @@ def write_ovms_repository(
     exists = out.is_dir()
     target = out / name if exists else out
     check_target(target, _MODEL, overwrite=overwrite)
-    _read_config(out / _CONFIG)  # refused before any work is
+    _check_name(out, _read_config(out / _CONFIG), name, overwrite)  # before any work is done
     with atomic_directory(target, overwrite=overwrite, kind=_MODEL) as scratch:
         root = scratch if exists else scratch / name
         (root / VERSION).mkdir(parents=True)
@@ -106,7 +110,9 @@ def write_ovms_repository(
         files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     if exists:
         with alone_in(out):  # another model may be entered at the same time
-            write_json(out / _CONFIG, _entered(_read_config(out / _CONFIG), name, options))
+            config = _read_config(out / _CONFIG)
+            _check_name(out, config, name, overwrite=True)  # OUT/NAME is this one by now
+            write_json(out / _CONFIG, _entered(config, name, options))
     written = (_CONFIG, *(f"{name}/{file}" for file in files))
     return ServedModel(out, name, written, **served_facts(manifest))
 
@@ -128,15 +134,52 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_name(out: Path, config: Mapping[str, Any], name: str, overwrite: bool) -> None:
+    """Compare a model's name with those that the server serves already.
+
+    Raises:
+        WriteError: it is that of a graph, of a model elsewhere, or of OUT/NAME itself, which
+            ``overwrite`` alone renews.
+    """
+    where = f"{out / _CONFIG} names {name!r} already"
+    for key in _GRAPHS:
+        if any(isinstance(e, dict) and e.get("name") == name for e in config.get(key) or ()):
+            raise WriteError(f"{where}, in {key}. Choose another name with `name`.")
+    place = Path(os.path.realpath(out))
+    for model in (entry["config"] for entry in config[_MODELS]):
+        if model["name"] != name:
+            continue
+        base = place / str(model.get("base_path"))
+        if Path(os.path.realpath(base.parent)) / base.name != place / name:
+            raise WriteError(
+                f"{where}, with base_path {model.get('base_path')!r}; expected {name!r}, which "
+                "alone `overwrite=True` renews. Choose another name with `name`, or remove that "
+                "entry yourself."
+            )
+        if not overwrite:
+            raise WriteError(
+                f"{where}. Choose another name with `name`, or pass `overwrite=True` to renew the "
+                "model."
+            )
+
+
 def _entered(config: Mapping[str, Any], name: str, options: OvmsOptions) -> dict[str, Any]:
-    """The configuration with a model, in the place of one of its name."""
+    """The configuration with a model; what else its entry says already is its operator's."""
+    entries = [dict(entry) for entry in config[_MODELS]]
+    entry = next((e for e in entries if e["config"]["name"] == name), None)
+    if entry is None:
+        entries.append(entry := {"config": {}})
+    there = entry["config"].get("plugin_config")
     # Unsaid, some processors would compute float32 in bfloat16.
     hint = "bf16" if options.precision == "bfloat16" else "f32"
-    model = {
+    entry["config"] = {
+        **entry["config"],
         "name": name,
         "base_path": name,  # relative to the configuration
         "target_device": options.target_device,
-        "plugin_config": {"INFERENCE_PRECISION_HINT": hint},
+        "plugin_config": {
+            **(there if isinstance(there, dict) else {}),
+            "INFERENCE_PRECISION_HINT": hint,
+        },
     }
-    others = [entry for entry in config[_MODELS] if entry["config"]["name"] != name]
-    return {**config, _MODELS: [*others, {"config": model}]}
+    return {**config, _MODELS: entries}

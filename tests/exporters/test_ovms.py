@@ -214,6 +214,74 @@ def test_a_repository_that_exists(small, folded, tmp_path):
     FakeOvms(config, "other")
 
 
+def with_entries(out: Path, *models: dict[str, Any], **lists: Any) -> bytes:
+    """A configuration of an operator's own."""
+    out.mkdir(exist_ok=True)
+    content = {"model_config_list": [{"config": model} for model in models], **lists}
+    (out / "config.json").write_text(json.dumps(content))
+    return (out / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("base", ["/srv/models/vit", "vit2", "../vit", "", None])
+def test_a_model_elsewhere_is_not_taken_over(small, tmp_path, base, overwrite):
+    mine = {"name": "vit", "base_path": base, "nireq": 8, "target_device": "GPU"}
+    before = with_entries(tmp_path / "models", mine)
+    with pytest.raises(
+        WriteError, match=r"config\.json names 'vit' already, with base_path .*; exp"
+    ):
+        write(small, tmp_path / "models", name="vit", overwrite=overwrite)
+    assert contents(tmp_path / "models") == {"config.json": before}
+
+
+@pytest.mark.parametrize("key", ["mediapipe_config_list", "pipeline_config_list"])
+def test_a_graph_of_that_name_is_not_hidden(small, tmp_path, key):
+    before = with_entries(tmp_path / "models", **{key: [{"name": "vit"}]})
+    with pytest.raises(WriteError, match=f"names 'vit' already, in {key}"):
+        write(small, tmp_path / "models", name="vit", overwrite=True)
+    assert contents(tmp_path / "models") == {"config.json": before}
+    write(small, tmp_path / "models", name="other")
+
+
+def test_a_model_that_is_entered_meanwhile_is_not_taken_over(small, tmp_path, monkeypatch):
+    out = tmp_path / "models"
+    with_entries(out)
+    real = ovms.write_graph
+
+    def slowly(*arguments):
+        real(*arguments)
+        with_entries(out, {"name": "vit", "base_path": "/srv/models/vit"})
+
+    monkeypatch.setattr(ovms, "write_graph", slowly)
+    with pytest.raises(WriteError, match="names 'vit' already, with base_path '/srv/models/vit'"):
+        write(small, out, name="vit")
+    (entry,) = json.loads((out / "config.json").read_text())["model_config_list"]
+    assert entry["config"]["base_path"] == "/srv/models/vit"
+
+
+@pytest.mark.parametrize("base", ["vit", "./vit", "OUT/vit"])
+def test_an_operator_s_settings_of_a_model_are_kept(small, tmp_path, base):
+    out = tmp_path / "models"
+    own = {"name": "vit", "base_path": base.replace("OUT", str(out)), "nireq": 8}
+    plugin = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16"}
+    with_entries(
+        out, {**own, "plugin_config": plugin}, {"name": "other", "base_path": "/srv/other"}
+    )
+    with pytest.raises(WriteError, match=r"names 'vit' already\. .*`overwrite=True` to renew"):
+        write(small, out, name="vit")
+    write(small, out, name="vit", overwrite=True)
+    first, second = json.loads((out / "config.json").read_text())["model_config_list"]
+    assert first["config"] == {
+        "name": "vit",
+        "base_path": "vit",
+        "nireq": 8,
+        "target_device": "CPU",
+        "plugin_config": {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"},
+    }
+    assert second == {"config": {"name": "other", "base_path": "/srv/other"}}
+    FakeOvms(out / "config.json", "vit")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_config_list": [{"name": "x"}]}'])
 def test_a_configuration_that_is_another_s(small, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
