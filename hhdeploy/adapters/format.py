@@ -32,7 +32,7 @@ from hhdeploy.algebra import (
 )
 from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import AdapterError
-from hhdeploy.files.directories import Replaceable, atomic_directory
+from hhdeploy.files.directories import Replaceable, atomic_directory, strangers
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.files.writing import json_bytes, write_bytes
 
@@ -236,8 +236,7 @@ def _foreign(path: Path) -> str | None:
         read_config(path / CONFIG_FILE)
     except AdapterError:
         return f"it has no {CONFIG_FILE} of peft_type HTA that can be read"
-    other = sorted(found - {CONFIG_FILE, TENSOR_FILE, METRICS_FILE})
-    return f"it holds {', '.join(other[:3])}, which no adapter has" if other else None
+    return strangers(path, {CONFIG_FILE, TENSOR_FILE, METRICS_FILE}, "no adapter has")
 
 
 # What `import`, `train` and `save_adapter` may replace.

@@ -16,7 +16,7 @@ from typing import Any
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.signing import check_signature
-from hhdeploy.bundle.store import BUNDLE, Progress, foreign, locked
+from hhdeploy.bundle.store import BUNDLE, Progress, foreign, undisturbed
 from hhdeploy.errors import (
     BundleError,
     ConflictError,
@@ -154,7 +154,9 @@ def pull(
         ReadError: the hub has no such repository, or is not there. Others as `push`.
     """
     place = _place(str(source))
-    kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
+    kind = replace(
+        BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
+    )
     with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         found = Bundle.open(_downloaded(place, progress) if isinstance(place, _Hub) else place)
         progress("copying, and comparing hashes")

@@ -5,6 +5,9 @@ may be another directory by then, or none for the moment in which one is replace
 askings everything goes by a handle of the directory, since what the path names may change at any
 moment. (Libraries for locks take paths, and make a directory that is missing: an empty one, in the
 place where the bundle that replaces the old one is about to be put.)
+
+Who holds it ends or undoes first what a change that was killed left half-way; only then can be said
+whether all that lies there is the bundle's.
 """
 
 from __future__ import annotations
@@ -12,17 +15,43 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST
-from hhdeploy.bundle.reading import Bundle
-from hhdeploy.errors import ConflictError, WriteError
+from hhdeploy.backbones.licences import CARD
+from hhdeploy.bundle.manifest import (
+    ADAPTERS,
+    BANK_FILE,
+    LOCK_TIMEOUT,
+    MANIFEST,
+    OLD,
+    PREVIOUS_BANK,
+    SIGNATURE,
+    plain_name,
+)
+from hhdeploy.bundle.reading import NEW_CARD, Bundle
+from hhdeploy.errors import BundleError, ConflictError, WriteError
+from hhdeploy.files.directories import Replaceable, strangers
+from hhdeploy.files.journal import JOURNAL, follow_journal
+from hhdeploy.files.scratch import sweep
+from hhdeploy.files.writing import os_errors, sha256_of
 
 LOCK = ".lock"
 # Seconds: between two tries, until a line says so, and until a bundle that was there is gone.
 _POLL, _SAY_AFTER, _GONE_AFTER = 0.01, 1.0, 2.0
+NEW_MANIFEST = f".{MANIFEST}.new"
+# Stem of the scratch directories inside a bundle.
+WORK = "work"
+# Names that hhdeploy gives to files at the top of a bundle, and nobody else.
+_OURS = re.compile(
+    r"(bank|reference)\.safetensors|parity\.json|bank\.safetensors\.previous"
+    r"|calibration\.(int8|int8-weights|fp8)\.(json|safetensors)"
+    r"|model(\.(float16|bfloat16|int8|int8-weights|fp8))?\.onnx(\.data)?"
+    r"|preprocess\.(center|squash|border)\.(bicubic|bilinear)\.onnx"
+    r"|model\.[\w-]+\.tensorrt(-rtx)?\.[\w.+-]+\.engine"
+)
 
 Progress = Callable[[str], None]
 
@@ -174,3 +203,90 @@ def _no_lock(path: Path, error: OSError) -> WriteError:
         "written to and its file system has locks (flock): copy it to such a place, and change it "
         "there. Nothing was changed."
     )
+
+
+def tidy(bundle: Bundle) -> None:
+    """End or undo what changes before this one left half-way."""
+    _heal(bundle)
+    _settle_card(bundle)
+    _remove_leftovers(bundle)
+    follow_journal(bundle.path, ADAPTERS, bundle.manifest.files)
+
+
+def _heal(bundle: Bundle) -> None:
+    """A change that an earlier version did not finish left the valid bank under another name."""
+    previous, current = bundle.path / PREVIOUS_BANK, bundle.path / BANK_FILE
+    expected = bundle.manifest.files.get(BANK_FILE)
+    if expected is not None and previous.is_file() and sha256_of(previous) == expected:
+        with os_errors(bundle.path):
+            os.replace(previous, current)
+
+
+def _settle_card(bundle: Bundle) -> None:
+    """Put the new card in the old one's place, which moves into ``.old``, once the manifest names
+    it; else it belongs to a change that was not committed. Readers find it at either place."""
+    new, card, old = (bundle.path / n for n in (NEW_CARD, CARD, f"{OLD}/{CARD}"))
+    with contextlib.suppress(OSError):
+        if sha256_of(new) != bundle.manifest.files.get(CARD):
+            os.unlink(new)
+            return
+        if card.exists():
+            old.parent.mkdir(exist_ok=True)
+            os.replace(card, old)
+        os.replace(new, card)
+
+
+def _remove_leftovers(bundle: Bundle) -> None:
+    """What changes that ended half-way left: files of ours that the manifest does not name."""
+    sweep(bundle.path, WORK)
+    named = bundle.manifest.files
+    with contextlib.suppress(OSError):
+        for name in os.listdir(bundle.path):
+            if _is_ours(name) and name not in named:
+                os.unlink(bundle.path / name)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a change, and nobody else, makes a file of this name at the top of a bundle."""
+    return name == NEW_MANIFEST or _OURS.fullmatch(plain_name(name)) is not None
+
+
+def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
+    """Why a directory is not a bundle, or what is in it that no bundle has, nor is named by
+    ``beside``. Nobody may be changing it, and it is tidy: see `undisturbed`."""
+    try:
+        named = Bundle.open(path).manifest.files
+    except BundleError:
+        return f"it has no {MANIFEST} that can be read"
+    known = {*named, MANIFEST, NEW_CARD, SIGNATURE, ADAPTERS, *beside}
+    return strangers(path, known, "no bundle has", passing=_passes)
+
+
+def _passes(name: str) -> bool:
+    top = name.split("/")[0]
+    hidden = top in (LOCK, OLD, JOURNAL) or top.startswith(f".{WORK}.hhdeploy-")
+    return hidden or _is_ours(name)
+
+
+@contextlib.contextmanager
+def undisturbed(
+    path: Path,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    progress: Progress = lambda step: None,
+) -> Iterator[None]:
+    """Hold what may be a bundle, and is to be judged and replaced; where there is none nothing is
+    written. Arguments and errors as `locked`."""
+    try:
+        Bundle.open(path)
+    except BundleError:
+        yield
+        return
+    with locked(path, lock_timeout=lock_timeout, progress=progress):
+        with os_errors(path):
+            tidy(Bundle.open(path))
+        yield
+
+
+# What `export` may replace.
+BUNDLE = Replaceable("a bundle", foreign, undisturbed, last=MANIFEST)

@@ -16,23 +16,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle.card import card_of
-from hhdeploy.bundle.locking import LOCK
+from hhdeploy.bundle.locking import BUNDLE as BUNDLE
+from hhdeploy.bundle.locking import NEW_MANIFEST, WORK, tidy
 from hhdeploy.bundle.locking import Progress as Progress
+from hhdeploy.bundle.locking import foreign as foreign
 from hhdeploy.bundle.locking import locked as locked
+from hhdeploy.bundle.locking import undisturbed as undisturbed
 from hhdeploy.bundle.manifest import (
     ADAPTERS,
-    BANK_FILE,
     MANIFEST,
     OLD,
-    PREVIOUS_BANK,
     SIGNATURE,
     Manifest,
     name_with_digits,
@@ -47,28 +47,14 @@ from hhdeploy.errors import (
     HhdeployError,
     WriteError,
 )
-from hhdeploy.files.directories import Replaceable
-from hhdeploy.files.journal import JOURNAL, follow_journal, write_journal
-from hhdeploy.files.scratch import scratch_directory, sweep
+from hhdeploy.files.journal import write_journal
+from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import (
     json_bytes,
     os_errors,
-    sha256_of,
     sha256_of_bytes,
     sync_directory,
     write_bytes,
-)
-
-_NEW_MANIFEST = f".{MANIFEST}.new"
-# Stem of the scratch directories inside a bundle.
-_WORK = "work"
-# Names that hhdeploy gives to files at the top of a bundle, and nobody else.
-_OURS = re.compile(
-    r"(bank|reference)\.safetensors|parity\.json|bank\.safetensors\.previous"
-    r"|calibration\.(int8|int8-weights|fp8)\.(json|safetensors)"
-    r"|model(\.(float16|bfloat16|int8|int8-weights|fp8))?\.onnx(\.data)?"
-    r"|preprocess\.(center|squash|border)\.(bicubic|bilinear)\.onnx"
-    r"|model\.[\w-]+\.tensorrt(-rtx)?\.[\w.+-]+\.engine"
 )
 
 
@@ -201,8 +187,8 @@ class Change:
         folders = {f for path in self._written for f in path.parents if f.is_relative_to(root)}
         for folder in sorted(folders, reverse=True):  # what is inside before what names it
             sync_directory(folder)
-        write_bytes(root / _NEW_MANIFEST, json_bytes(self.manifest.to_json()))
-        os.replace(root / _NEW_MANIFEST, root / MANIFEST)
+        write_bytes(root / NEW_MANIFEST, json_bytes(self.manifest.to_json()))
+        os.replace(root / NEW_MANIFEST, root / MANIFEST)
         sync_directory(root)
 
     def _renew_card(self) -> None:
@@ -222,7 +208,7 @@ class Change:
     def undo(self) -> None:
         """Remove what was written, unless it is committed by now."""
         with contextlib.suppress(BundleError):
-            _tidy(Bundle.open(self.bundle.path))
+            tidy(Bundle.open(self.bundle.path))
 
     def retire(self) -> None:
         """Move what the manifest names no more out of the way. Only tidiness: it may fail."""
@@ -234,7 +220,7 @@ class Change:
             for name in sorted(gone):
                 (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(root / name, root / OLD / name)
-            _tidy(Bundle(root, self.manifest))
+            tidy(Bundle(root, self.manifest))
 
     def drop_signature(self) -> bool:
         """Remove the signature of a bundle that is another one now; whether there was one."""
@@ -276,7 +262,7 @@ def edit(
         bundle = Bundle.open(root)
         if basis is not None and basis.graphs["float32"] != bundle.manifest.graph_digest("float32"):
             raise _exported_again(path)
-        _tidy(bundle)
+        tidy(bundle)
         change = Change(bundle)
         try:
             with os_errors(root):
@@ -303,7 +289,7 @@ def settled(
     root = Path(os.path.realpath(path))
     with locked(root, lock_timeout=lock_timeout, progress=progress), os_errors(root):
         bundle = Bundle.open(root)
-        _tidy(bundle)
+        tidy(bundle)
         shutil.rmtree(root / OLD, ignore_errors=True)
         yield bundle
 
@@ -317,7 +303,7 @@ def work_directory(bundle: Path) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         with os_errors(bundle):
-            scratch = stack.enter_context(scratch_directory(bundle, _WORK))
+            scratch = stack.enter_context(scratch_directory(bundle, WORK))
         try:
             yield scratch
         except (HhdeployError, OSError) as error:
@@ -331,67 +317,3 @@ def _exported_again(path: str | Path) -> ConflictError:
         f"{path} was exported again meanwhile, and this is the result of its old graph: nothing "
         "was written. Run the command again."
     )
-
-
-def _tidy(bundle: Bundle) -> None:
-    """End or undo what changes before this one left half-way."""
-    _heal(bundle)
-    _settle_card(bundle)
-    _remove_leftovers(bundle)
-    follow_journal(bundle.path, ADAPTERS, bundle.manifest.files)
-
-
-def _heal(bundle: Bundle) -> None:
-    """A change that an earlier version did not finish left the valid bank under another name."""
-    previous, current = bundle.path / PREVIOUS_BANK, bundle.path / BANK_FILE
-    expected = bundle.manifest.files.get(BANK_FILE)
-    if expected is not None and previous.is_file() and sha256_of(previous) == expected:
-        with os_errors(bundle.path):
-            os.replace(previous, current)
-
-
-def _settle_card(bundle: Bundle) -> None:
-    """Put the new card in the old one's place, which moves into ``.old``, once the manifest names
-    it; else it belongs to a change that was not committed. Readers find it at either place."""
-    new, card, old = (bundle.path / n for n in (NEW_CARD, CARD, f"{OLD}/{CARD}"))
-    with contextlib.suppress(OSError):
-        if sha256_of(new) != bundle.manifest.files.get(CARD):
-            os.unlink(new)
-            return
-        if card.exists():
-            old.parent.mkdir(exist_ok=True)
-            os.replace(card, old)
-        os.replace(new, card)
-
-
-def _remove_leftovers(bundle: Bundle) -> None:
-    """What changes that ended half-way left: files of ours that the manifest does not name."""
-    sweep(bundle.path, _WORK)
-    named = bundle.manifest.files
-    with contextlib.suppress(OSError):
-        for name in os.listdir(bundle.path):
-            ours = name == _NEW_MANIFEST or _OURS.fullmatch(plain_name(name))
-            if ours and name not in named:
-                os.unlink(bundle.path / name)
-
-
-def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
-    """Why a directory is not a bundle, or what is in it that no bundle has, nor is named by
-    ``beside``."""
-    try:
-        named = Bundle.open(path).manifest.files
-    except BundleError:
-        return f"it has no {MANIFEST} that can be read"
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        hidden = name.split("/")[0] in (LOCK, OLD, JOURNAL) or name.startswith(
-            f".{_WORK}.hhdeploy-"
-        )
-        ours = name in {*named, MANIFEST, _NEW_MANIFEST, NEW_CARD, SIGNATURE, *beside} or hidden
-        if file.is_file() and not ours and not _OURS.fullmatch(plain_name(name)):
-            return f"it holds {name}, which no bundle has"
-    return None
-
-
-# What `export` may replace.
-BUNDLE = Replaceable("a bundle", foreign, locked, last=MANIFEST)

@@ -30,7 +30,7 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.rounding import check_row_survives
-from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, locked
+from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, undisturbed
 from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, require
 from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
@@ -148,7 +148,9 @@ def export(
     check_outputs(outputs, reserve)
     if fold:
         _check_fold(len(adapters), reserve, bank_as_constant)
-    kind = replace(BUNDLE, locked=partial(locked, lock_timeout=lock_timeout, progress=progress))
+    kind = replace(
+        BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
+    )
     with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
         loaded = _loaded(adapters, strengths)

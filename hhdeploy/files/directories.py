@@ -16,15 +16,20 @@ import functools
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from hhdeploy.errors import WriteError
+from hhdeploy.errors import ConflictError, WriteError
 from hhdeploy.files.scratch import RETIRED, scratch_directory, sweep
 from hhdeploy.files.writing import os_errors, sync_directory, sync_tree
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # A kernel or a file system that cannot exchange says one of these.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}
+
+
+def _unlocked(path: Path, *, lock_timeout: float = 0.0) -> contextlib.AbstractContextManager[None]:
+    """Of what nobody changes."""
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -34,37 +39,69 @@ class Replaceable:
     Attributes:
         what: in words, e.g. ``a bundle``.
         foreign: why a directory is not one that hhdeploy wrote, or None if it is.
-        locked: held while it is replaced, so that nobody changes it meanwhile.
+        locked: held while it is judged and replaced, so that nobody changes it meanwhile; with
+            ``lock_timeout`` it raises `ConflictError` after so many seconds.
         last: the file without which a directory is none of these; where a directory has to be
             filled file by file, it comes last.
     """
 
     what: str
     foreign: Callable[[Path], str | None]
-    locked: Callable[[Path], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # type: ignore[assignment]
+    locked: Callable[..., contextlib.AbstractContextManager[object]] = _unlocked
     last: str = ""
 
 
-def strangers(path: Path, known: Collection[str], which: str) -> str | None:
-    """Of `Replaceable.foreign`: which files of a directory are none of ``known``, or None.
+def strangers(
+    path: Path,
+    known: Collection[str],
+    which: str,
+    passing: Callable[[str], bool] = lambda name: False,
+) -> str | None:
+    """Of `Replaceable.foreign`: what in a directory is none of ``known``, or None.
 
     Args:
         path: the directory.
-        known: names relative to it, with slashes.
+        known: names relative to it, with slashes; the folders that these are in are known as well.
         which: of the others, in words, e.g. ``the page does not have``.
+        passing: whether a name that is not known is none of a stranger's.
     """
-    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-    other = sorted(found.difference(known))
+    folders = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
+    found = set(_held_by(path)).difference(known, folders)
+    other = sorted(name for name in found if not passing(name))
     return f"it holds {', '.join(other[:3])}, which {which}" if other else None
+
+
+def _held_by(path: Path) -> Iterator[str]:
+    """Names of all that would be lost with a directory: files, links, pipes, empty folders."""
+    for folder, below, names in os.walk(path):
+        place = Path(folder)
+        leaves = [*names, *(name for name in below if (place / name).is_symlink())]
+        yield from ((place / name).relative_to(path).as_posix() for name in leaves)
+        if not below and not names:
+            yield place.relative_to(path).as_posix()
 
 
 def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
     """Where a new directory goes; what can be refused before any work is.
 
-    A link is replaced itself, never what it leads to, which may be anybody's.
+    A link is replaced itself, never what it leads to, which may be anybody's. What somebody is
+    changing at the moment is judged when it is replaced.
 
     Raises:
         WriteError: something is there that may not be replaced.
+    """
+    path = _place(target, overwrite=overwrite)
+    if overwrite:
+        with contextlib.suppress(ConflictError), kind.locked(path, lock_timeout=0.0):
+            _judge(target, path, kind)
+    return path
+
+
+def _place(target: Path, *, overwrite: bool) -> Path:
+    """A target's path, its parents' links resolved.
+
+    Raises:
+        WriteError: a file is there, or, without ``overwrite``, anything but an empty directory.
     """
     absolute = Path(os.path.abspath(target))
     path = Path(os.path.realpath(absolute.parent)) / absolute.name
@@ -73,11 +110,20 @@ def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
         return path
     if not path.is_dir():
         raise WriteError(f"{target} is a file, not a directory. Choose another output directory.")
-    with os_errors(path):
-        if not path.is_symlink() and not os.listdir(path):
-            return path
-    if not overwrite:
+    if not overwrite and not _is_empty(path):
         raise _exists(target)
+    return path
+
+
+def _is_empty(path: Path) -> bool:
+    with os_errors(path):
+        return not path.is_symlink() and not os.listdir(path)
+
+
+def _judge(target: Path, path: Path, kind: Replaceable) -> None:
+    """Raise `WriteError` for a directory that is none of a kind, or that one stands in."""
+    if not os.path.lexists(path) or _is_empty(path):
+        return
     reason = kind.foreign(path)
     if reason is not None:
         raise WriteError(
@@ -90,7 +136,6 @@ def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
             "in one that is removed. Go to another directory, and name it from there. Nothing was "
             "changed."
         )
-    return path
 
 
 def _stood_in(path: Path) -> bool:
@@ -136,9 +181,8 @@ def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -
             raise
         if not overwrite:
             raise _exists(path) from error
-    check_target(path, kind, overwrite=True)  # before anything is written there
-    with kind.locked(path):
-        check_target(path, kind, overwrite=True)  # as it is now
+    with kind.locked(_place(path, overwrite=True)):
+        _judge(path, path, kind)
         try:
             _exchange(scratch, path)
         except OSError as error:

@@ -207,6 +207,10 @@ def test_a_repository_that_exists(small, folded, tmp_path):
     with pytest.raises(WriteError, match="holds mine, which no such model has"):
         write(small, out, name="vit", overwrite=True)
     (out / "vit" / "mine").unlink()
+    (out / "vit" / "2").mkdir()
+    with pytest.raises(WriteError, match="holds 2, which no such model has"):
+        write(small, out, name="vit", overwrite=True)
+    (out / "vit" / "2").rmdir()
     assert contents(out) == before
     write(small, out, name="vit", overwrite=True, target_device="GPU")
     after = contents(out)

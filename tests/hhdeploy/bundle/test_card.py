@@ -167,9 +167,9 @@ def test_what_calibration_found_is_told():
 
 def test_a_card_that_was_committed_and_not_yet_moved(bundle, workshop, monkeypatch):
     """A crash after the manifest: readers find the new card, and the next change ends the move."""
-    from hhdeploy.bundle import store
+    from hhdeploy.bundle import locking
 
-    monkeypatch.setattr(store, "_settle_card", lambda bundle: None)
+    monkeypatch.setattr(locking, "_settle_card", lambda bundle: None)
     old = (bundle / CARD).read_text()
     add_adapter(bundle, "rival", workshop.directory("rival"))
     assert (bundle / CARD).read_text() == old

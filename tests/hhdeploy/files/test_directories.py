@@ -9,14 +9,18 @@ import stat
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import hhdeploy.files.directories
 from hhdeploy.adapters.format import ADAPTER
-from hhdeploy.bundle.store import BUNDLE, locked
-from hhdeploy.errors import WriteError
+from hhdeploy.bundle import add_adapter, remove_adapter
+from hhdeploy.bundle.manifest import hash_files
+from hhdeploy.bundle.store import BUNDLE, Change, edit, locked, undisturbed
+from hhdeploy.errors import ConflictError, WriteError
 from hhdeploy.files.directories import Replaceable, atomic_directory
 from tests.workshop import COMMAND_SECONDS, contents, copy_bundle, small_disk
 
@@ -327,6 +331,95 @@ def test_a_bundle_is_replaced_under_its_lock(tmp_path):
     assert child.communicate(timeout=60)[0] == "replaced\n"
     assert contents(path) == contents(WITNESS / "added")
     assert names(tmp_path) == ["bundle"]
+
+
+@pytest.fixture
+def half_added(tmp_path, monkeypatch):
+    """A bundle of which a process was killed between an adapter's files and its row."""
+    path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Change, "store", killed)
+    monkeypatch.setattr(Change, "undo", lambda change: None)
+    with pytest.raises(KeyboardInterrupt):
+        add_adapter(path, "pets", WITNESS / "rival")
+    monkeypatch.undo()
+    assert (path / "adapters" / "pets").is_dir()
+    return path
+
+
+def test_what_a_crash_left_is_not_somebody_s(half_added):
+    with atomic_directory(half_added, overwrite=True, kind=BUNDLE) as scratch:
+        shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True)
+    assert contents(half_added) == contents(WITNESS / "added")
+
+
+def test_what_lies_beside_what_a_crash_left_is(half_added):
+    (half_added / "adapters" / "pets" / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(WriteError, match=r"it holds adapters/pets/notes\.txt, which no bundle has"),
+        atomic_directory(half_added, overwrite=True, kind=BUNDLE),
+    ):
+        pytest.fail("the block must not run")
+    assert names(half_added / "adapters" / "pets") == ["notes.txt"]
+
+
+def test_a_bundle_that_is_being_changed_is_judged_once_the_change_ended(tmp_path):
+    """Half of an adapter lies in it meanwhile, which is nobody's."""
+    path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    worked = []
+
+    def replaced():
+        kind = replace(BUNDLE, locked=partial(undisturbed, lock_timeout=0.1))
+        with atomic_directory(path, overwrite=True, kind=kind) as scratch:
+            worked.append(shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True))
+
+    with edit(path) as change:
+        change.copy_adapter("pets", WITNESS / "rival", hash_files(WITNESS / "rival"))
+        with pytest.raises(ConflictError, match="another process has been changing"):
+            replaced()
+        change.forget_adapter("pets")
+    assert worked, "the work before was done while the other one changed it"
+    assert contents(path / "adapters") == contents(WITNESS / "branches" / "adapters")
+    replaced()
+    assert contents(path) == contents(WITNESS / "added")
+
+
+@pytest.mark.parametrize("what", ["link", "dangling", "pipe", "folder"])
+@pytest.mark.parametrize(
+    ("source", "kind", "where"),
+    [("branches", BUNDLE, "adapters/alpha/mine"), ("rival", ADAPTER, "mine")],
+)
+def test_what_is_no_plain_file_is_somebody_s_too(tmp_path, source, kind, where, what):
+    path = copy_bundle(WITNESS / source, tmp_path / "out")
+    mine = path / where
+    if what == "link":
+        mine.symlink_to(tmp_path)
+    elif what == "dangling":
+        mine.symlink_to("nowhere")
+    elif what == "pipe":
+        os.mkfifo(mine)
+    else:
+        mine.mkdir()
+    with (
+        pytest.raises(WriteError, match=f"it holds {where}, which no"),
+        atomic_directory(path, overwrite=True, kind=kind),
+    ):
+        pytest.fail("the block must not run")
+    assert os.path.lexists(mine)
+
+
+def test_a_bundle_without_adapters_is_one(tmp_path):
+    """Their empty folder stays when the last one is removed."""
+    path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    for name in names(path / "adapters"):
+        remove_adapter(path, name)
+    assert names(path / "adapters") == []
+    with atomic_directory(path, overwrite=True, kind=BUNDLE) as scratch:
+        shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True)
+    assert contents(path) == contents(WITNESS / "added")
 
 
 # --- systems without an exchange ------------------------------------------------------------------
