@@ -28,6 +28,7 @@ import onnx_ir as ir
 
 from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.facts import LOGITS, BackboneFacts
+from hhdeploy.backbones.meaning import UNSTATED
 from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
@@ -357,7 +358,7 @@ def _with_execution_order(
                 ordered.setdefault(path, by_path[path])
     # A Linear that the forward pass never uses (the keys of an unused branch) cannot be adapted.
     if LOGITS not in outputs:
-        facts = replace(facts, classifier="", classes=0)
+        facts = replace(facts, classifier="", classes=0, meaning=UNSTATED)
     elif facts.classifier not in tagged:
         raise BackboneError(
             f"{facts.model}: the classifier {facts.classifier} was not found in the traced graph."

@@ -81,8 +81,9 @@ def whole_contents(base: BaseGraph) -> Contents:
             f"{facts.model} as loaded has no classifier, so its graph has no logits. Give weights "
             "that have one, or an adapter with a head."
         )
-    task = problem_type_of(None, facts.classes)
-    entry = AdapterEntry(WHOLE, None, facts.classes, None, facts.preprocess, False, task)
+    names, kind = facts.meaning.class_names, facts.meaning.problem_type
+    task = problem_type_of(kind, facts.classes)
+    entry = AdapterEntry(WHOLE, None, facts.classes, names, facts.preprocess, False, task)
     return Contents(base.model.clone(), _folded_manifest(base, entry), None, {})
 
 

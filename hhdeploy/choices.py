@@ -1,4 +1,4 @@
-"""What is chosen by name: the precision of a graph, and the device that computes.
+"""What is chosen by name: the precision of a graph, the device that computes, what logits mean.
 
 Every name is a member of one `Literal`, and its `typing.get_args` is the list that the command
 line offers and messages show. A name is checked once, where it enters (a command, a function of
@@ -22,6 +22,8 @@ TensorRt = Literal["tensorrt", "tensorrt-rtx"]
 Runner = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", TensorRt]
 # ``auto``: the fastest that is available.
 Device = Literal["auto", Runner]
+# What logits mean, as transformers names it; they are compared by it.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 # Where training computes.
 TorchDevice = Literal["auto", "cpu", "cuda"]
 
@@ -32,6 +34,8 @@ BACKENDS: Final[tuple[TensorRt, ...]] = get_args(TensorRt)
 RUNNERS: Final[tuple[Runner, ...]] = get_args(Runner)
 DEVICES: Final[tuple[Device, ...]] = get_args(Device)
 TORCH_DEVICES: Final[tuple[TorchDevice, ...]] = get_args(TorchDevice)
+PROBLEM_TYPES: Final[tuple[ProblemType, ...]] = get_args(ProblemType)
+CLASSES, LABELS, VALUES = PROBLEM_TYPES
 
 _Name = TypeVar("_Name", bound=str)
 

@@ -14,13 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.choices import CLASSES as CLASSES
+from hhdeploy.choices import LABELS as LABELS
+from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import Precision, Runner
-
-# What logits mean, as transformers names it; they are compared by it.
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-CLASSES: ProblemType = "single_label_classification"
-LABELS: ProblemType = "multi_label_classification"
-VALUES: ProblemType = "regression"
+from hhdeploy.choices import ProblemType as ProblemType
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.licences import (
@@ -18,19 +18,16 @@ from hhdeploy.backbones.licences import (
     together,
 )
 from hhdeploy.backbones.sites import FORMS, KINDS, SEQUENTIAL_KINDS, Form
+from hhdeploy.choices import CLASSES as CLASSES
+from hhdeploy.choices import LABELS as LABELS
+from hhdeploy.choices import PROBLEM_TYPES as PROBLEM_TYPES
+from hhdeploy.choices import VALUES as VALUES
+from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
-from hhdeploy.parity import CLASSES as CLASSES
-from hhdeploy.parity import LABELS as LABELS
-from hhdeploy.parity import VALUES as VALUES
-from hhdeploy.parity import ProblemType as ProblemType
 from hhdeploy.preprocess import Preprocess
 
 # 2 has s_in, s_out, db, values of parameters, and fold_only; written only where they are used.
 SCHEMA_VERSION = 2
-
-# What the numbers of a head mean, by transformers' names.
-PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
-
 
 CONFIG_FILE = "adapter_config.json"
 

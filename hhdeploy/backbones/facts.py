@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
+from hhdeploy.backbones.meaning import UNSTATED, Meaning
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
@@ -31,6 +32,7 @@ class BackboneFacts:
         classes: classes of the backbone's own classifier, 0 if it has none.
         preprocess: how the model's images become inputs.
         license: of the weights, as their source states it; empty where it says nothing.
+        meaning: of the classifier's numbers, as far as their source says it.
         extra: further keys of a manifest's entry, kept as they came.
     """
 
@@ -43,6 +45,7 @@ class BackboneFacts:
     classes: int
     preprocess: Preprocess
     license: Licences = ()
+    meaning: Meaning = UNSTATED
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +59,7 @@ class BackboneFacts:
             "classes": self.classes,
             "preprocess": self.preprocess.to_json(),
             **({"license": licences_to_json(self.license)} if self.license else {}),
+            **self.meaning.to_json(),
             **self.extra,
         }
 
@@ -74,6 +78,9 @@ class BackboneFacts:
             classes=rest.pop("classes"),
             preprocess=Preprocess.from_json(rest.pop("preprocess")),
             license=licences_of(rest.pop("license", None)),
+            meaning=Meaning.from_json(
+                {key: rest.pop(key, None) for key in ("class_names", "problem_type")}
+            ),
             extra=rest,
         )
 

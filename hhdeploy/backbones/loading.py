@@ -63,6 +63,7 @@ def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
         classes=loaded.classes,
         preprocess=loaded.preprocess,
         license=loaded.license,
+        meaning=loaded.meaning,
         extra={"assumed": list(loaded.notes)} if loaded.notes else {},
     )
 

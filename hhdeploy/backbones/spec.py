@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.licences import Licences
+from hhdeploy.backbones.meaning import UNSTATED, Meaning
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Loaded:
         traced_with: what the traced graph depends on beside the weights, for the cache's key;
             None where nobody can tell, so that the graph is never cached.
         license: of the weights, as their source states it; empty where it says nothing.
+        meaning: of the classifier's numbers, as far as the source says it.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
     traced_with: tuple[str, ...] | None = None
     license: Licences = ()
+    meaning: Meaning = UNSTATED
 
 
 @dataclass(frozen=True)

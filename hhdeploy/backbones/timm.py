@@ -15,6 +15,7 @@ import numpy as np
 from hhdeploy.backbones.converting import agree, is_transformers, timm_state
 from hhdeploy.backbones.facts import check_timm_args
 from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card, together
+from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.weights import load_strictly, read_state
@@ -63,7 +64,16 @@ def load_timm(spec: BackboneSpec) -> Loaded:
         tuple(notes),
         traced_with=tuple(traced_with),
         license=_licences(spec, model),
+        meaning=_meaning(spec, model, classes),
     )
+
+
+def _meaning(spec: BackboneSpec, model: nn.Module, classes: int) -> Meaning:
+    """What is said beside the weights of their classifier, or by timm of its own."""
+    if spec.checkpoint is not None:
+        return meaning_beside(spec.checkpoint, classes)
+    stated = getattr(model, "pretrained_cfg", {}) if spec.pretrained else {}
+    return meaning_of(stated, classes)
 
 
 def _licences(spec: BackboneSpec, model: nn.Module) -> Licences:

@@ -20,6 +20,7 @@ from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.meaning import UNSTATED
 from hhdeploy.backbones.sites import Form, linear_spec
 from hhdeploy.bundle.layout import RowLayout, check_row_range
 from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
@@ -48,14 +49,16 @@ def entry_of(
             license=config.license,
         )
     classes = adapter.head.weight.shape[0] if adapter.head is not None else backbone.classes
+    # Without a head of its own it answers with the backbone's, and with what that means.
+    theirs = backbone.meaning if adapter.head is None else UNSTATED
     return AdapterEntry(
         name,
         row,
         classes,
-        config.class_names,
+        config.class_names or theirs.class_names,
         config.preprocess or backbone.preprocess,
         verified,
-        problem_type_of(config.problem_type, classes),
+        problem_type_of(config.problem_type or theirs.problem_type, classes),
         adapter.strength,
         config.compressed,
         config.license,

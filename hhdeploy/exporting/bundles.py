@@ -33,7 +33,12 @@ from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, undisturbed
 from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, require
-from hhdeploy.exporting.outputs import check_outputs, outputs_of_graph, without_heads
+from hhdeploy.exporting.outputs import (
+    check_outputs,
+    outputs_of_graph,
+    unkept_meaning,
+    without_heads,
+)
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.parity import ParityReport
@@ -166,6 +171,7 @@ def export(
         backbone = load_backbone(spec)
         for note in backbone.notes:
             progress(note)
+        say(progress, [unkept_meaning(backbone.facts, reserve)])
         for name, adapter in loaded.items():
             say(progress, notes(name, adapter, backbone.facts))
         if loaded or not fold:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hhdeploy.adapters.checks import headless, unused_head
+from hhdeploy.adapters.config import CLASSES
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import FEATURES, LOGITS, OUTPUTS, BackboneFacts
 from hhdeploy.bundle.store import Progress
@@ -52,6 +53,20 @@ def outputs_of_graph(
         return (LOGITS,)
     progress("no classifier in the model and the adapters: the graph gives features")
     return (FEATURES,)
+
+
+def unkept_meaning(facts: BackboneFacts, reserve: Reserve) -> str | None:
+    """A line where the backbone's own classifier, kept for requests, means more than such a
+    request tells: classes, by their numbers."""
+    kind, names = facts.meaning.problem_type, facts.meaning.class_names
+    said = [str(kind)] if kind not in (None, CLASSES) else []
+    said += ["the names of its classes"] if names else []
+    if not said or not reserve.keep_backbone_head:
+        return None
+    return (
+        f"the backbone's own classifier answers with numbered classes: {' and '.join(said)}, as "
+        "its source says, is for a whole model (`fold=True`) and for adapters"
+    )
 
 
 def without_heads(adapters: Mapping[str, Adapter], progress: Progress) -> dict[str, Adapter]:

@@ -40,7 +40,11 @@ def check_bundle_json(content: Mapping[str, Any]) -> None:
             raise ValueError(f"adapters: expected every {key} once, found {values}")
     for key in ("backbone", "graphs", "files", "versions", "tensors"):
         _value(content, key, _is_object, "an object")
-    _value(content["backbone"], "sha256", _is_text, "a text", "backbone.")
+    backbone = content["backbone"]
+    _value(backbone, "sha256", _is_text, "a text", "backbone.")
+    if "class_names" in backbone:
+        own = _value(backbone, "classes", _is_count, "a number of classes", "backbone.")
+        _check_names("backbone", backbone, own)
     for key in content["files"]:
         _value(content["files"], key, _is_digest, "64 hex digits", "files.")
     for key in content["graphs"]:
@@ -65,7 +69,11 @@ def _check_adapter(where: str, entry: Any, most: int) -> None:
     classes = _value(entry, "classes", _is_count, "a number of classes", prefix)
     if 0 < most < classes:
         raise ValueError(f"{where}.classes: expected at most the graph's {most}, found {classes}")
-    names = _value(entry, "class_names", _are_names, "a list of names, or null", prefix)
+    _check_names(where, entry, classes)
+
+
+def _check_names(where: str, entry: Any, classes: int) -> None:
+    names = _value(entry, "class_names", _are_names, "a list of names, or null", f"{where}.")
     if names and len(names) != classes:
         raise ValueError(f"{where}.class_names: expected {classes} names, found {len(names)}")
 

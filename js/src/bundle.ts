@@ -145,12 +145,14 @@ export class Bundle {
     const { config, head } = adapter;
     const own = config.preprocess ?? undefined;
     const graph = own ? this.#graphFor(own) : backbone.preprocess_graph;
+    const theirs = head ? {} : { names: backbone.class_names, means: backbone.problem_type };
+    const means = config.problem_type ?? theirs.means;
     const entry: AdapterEntry = {
       name,
       classes: head?.weight.shape[0] ?? backbone.classes,
-      class_names: config.class_names ?? null,
+      class_names: config.class_names ?? theirs.names ?? null,
       preprocess: own ?? backbone.preprocess,
-      ...(config.problem_type ? { problem_type: config.problem_type } : {}),
+      ...(means ? { problem_type: means } : {}),
       ...(graph ? { preprocess_graph: graph } : {}),
     };
     this.rows.set(name, packed);

@@ -23,6 +23,9 @@ export interface Backbone {
   classifier: string | null;
   dim: number;
   classes: number;
+  /** What its classifier means to an adapter without one of its own. */
+  class_names?: string[];
+  problem_type?: ProblemType;
   preprocess: Preprocess;
   preprocess_graph?: PreprocessGraph;
 }

@@ -20,7 +20,7 @@ from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, manifest
 from hhdeploy.bundle.answers import answers_of
 from hhdeploy.files.tensors import read_tensors
-from hhdeploy.parity import LEVELS
+from hhdeploy.parity import LABELS, LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
 from tests.js.conftest import PACKAGE, decoded, encoded, sent
@@ -317,6 +317,26 @@ def test_an_adapter_that_is_added(ask, small, workshop):
     (answer,) = ask(question)
     found = decoded(answer, 3, 7)
     assert_parity(workshop.mixed_truth(names, inputs, 7), found, "branches", "float32")
+
+
+def test_an_added_adapter_without_a_classifier_means_what_the_backbone_s_does(
+    ask, branches, workshop, tmp_path
+):
+    bundle, names = copy_bundle(branches, tmp_path / "bundle"), ["a", "b", "c", "d", "e"]
+    content = json.loads((bundle / "hhdeploy.json").read_text())
+    content["backbone"] |= {"class_names": names, "problem_type": LABELS}
+    (bundle / "hhdeploy.json").write_text(json.dumps(content))
+    question = {
+        "ask": "classify",
+        "where": str(bundle),
+        "pictures": sent(pictures()[:1]),
+        "adapters": ["later"],
+        "added": {"later": str(workshop.directory("headless"))},
+    }
+    ((answers,),) = ask(question)
+    assert sorted(answer["label"] for answer in answers) == names
+    assert [a["positive"] for a in answers] == [a["score"] >= 0.5 for a in answers]
+    assert abs(sum(answer["score"] for answer in answers) - 1) > 0.01
 
 
 def test_a_bundle_that_changes_while_it_is_opened_is_read_again(ask, small, branches):

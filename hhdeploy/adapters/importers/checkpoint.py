@@ -78,6 +78,12 @@ def extract_adapter(
         extra={"imported_from": {"format": "checkpoint"}},
     )
     stated = stated_preprocess(path.parent, backbone)
+    told = tuned.facts.meaning
+    options = replace(
+        options,
+        class_names=options.class_names or told.class_names,
+        problem_type=options.problem_type or told.problem_type,
+    )
     return finish(tensors, config, path, backbone, options, stated)
 
 

@@ -123,7 +123,7 @@ def test_transformers(tmp_path, monkeypatch):
     (folder.parents[1] / "refs").mkdir()
     (folder.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    from hhdeploy.backbones.transformers import _licences
+    from hhdeploy.backbones.transformers.models import _licences
 
     found = _licences("me/vit")
     assert found == ("cc-by-4.0",)
