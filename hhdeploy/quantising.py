@@ -26,8 +26,9 @@ from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, one_of
-from hhdeploy.errors import ParityError, WriteError, require
-from hhdeploy.files.writing import atomic_file, default_cache, write_json
+from hhdeploy.errors import ParityError, require
+from hhdeploy.files.outputs import check_output, output_file
+from hhdeploy.files.writing import default_cache, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
@@ -216,7 +217,7 @@ class _Trials:
                 progress=self._progress,
             )
         if options.report is not None:
-            with atomic_file(Path(options.report)) as scratch:
+            with output_file(Path(options.report)) as scratch:
                 scratch.write_text(report_html(findings), encoding="utf-8")
         file = added.manifest.graphs[precision]
         return CalibrationResult(self._bundle.path, file, findings, tuple(stages))
@@ -363,11 +364,8 @@ def _stages(
 
 def _check_options(options: CalibrationOptions, exam: Exam) -> None:
     """Before anything slow: the report can be written, and the guard has what it needs."""
-    if options.report is not None and not Path(options.report).resolve().parent.is_dir():
-        raise WriteError(
-            f"`report`: {options.report}: {Path(options.report).parent} is not a directory. Make "
-            "it first, or choose another."
-        )
+    if options.report is not None:
+        check_output(Path(options.report), "`report`: ")
     if options.max_drop is not None:
         check_bound(options.max_drop, exam)
 

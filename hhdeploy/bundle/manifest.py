@@ -28,16 +28,17 @@ from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, QuantisedPrecision, TensorRt, member
 from hhdeploy.errors import BundleError, PlanError
+from hhdeploy.files.bundle_json import MANIFEST as MANIFEST
+from hhdeploy.files.bundle_json import SIGNATURE as SIGNATURE
+from hhdeploy.files.bundle_json import plain_name as plain_name
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
 # 2 has rows with s_in, s_out or db, or a graph without logits; written only for a bundle that
 # has them.
 SCHEMA_VERSION = 2
-MANIFEST, BANK_FILE = "hhdeploy.json", "bank.safetensors"
+BANK_FILE = "bank.safetensors"
 REFERENCE_FILE, PARITY_FILE = "reference.safetensors", "parity.json"
-# Of all other files of a bundle; no manifest names it.
-SIGNATURE = "model.sig"
 # Where adapters are kept as they came, a directory each.
 ADAPTERS = "adapters"
 # Files of the state before the last change, for those who opened it.
@@ -46,18 +47,11 @@ OLD = ".old"
 LOCK_TIMEOUT = 600.0
 # Earlier versions: the bank before a change that has not been committed by its manifest.
 PREVIOUS_BANK = "bank.safetensors.previous"
-# A file that a change put there has eight digits of its content before its suffix.
-_DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 BundleKind = Literal["folded", "branches"]
 # Fewest, most common and most; TensorRT's min, opt and max of one dimension.
 Range = tuple[int, int, int]
 _Name = TypeVar("_Name", bound=str)
-
-
-def plain_name(name: str) -> str:
-    """The name that a file has in a fresh export: its role in the bundle."""
-    return _DIGITS.sub("", name)
 
 
 def name_with_digits(name: str, digest: str) -> str:

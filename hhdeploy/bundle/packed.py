@@ -21,7 +21,7 @@ from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.bundle.reading import Bundle, read_bundle
 from hhdeploy.errors import AdapterError, PlanError, WriteError, require
-from hhdeploy.files.writing import atomic_file
+from hhdeploy.files.outputs import output_file
 
 _BANK = "adapter_bank"
 _VERSION = 1
@@ -52,7 +52,7 @@ def pack_adapter(path: str | Path, name: str, file: str | Path) -> None:
     form.set_adapter_version(_VERSION)
     form.set_model_version(model_version(manifest))
     form.set_parameters({_BANK: ort.OrtValue.ortvalue_from_numpy(row)})  # no copy: row has to stay
-    with atomic_file(Path(file)) as scratch:
+    with output_file(Path(file)) as scratch:
         try:
             form.export_adapter(str(scratch))
         except RuntimeError as error:  # it does not say what the file system did

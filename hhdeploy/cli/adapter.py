@@ -112,18 +112,16 @@ def inspect(directories: tuple[Path, ...], rank: bool, page: Path | None, as_jso
 def _write_page(directories: tuple[Path, ...], page: Path) -> None:
     from hhdeploy.adapters.format import load_adapter
     from hhdeploy.cli.adapter_page import adapter_page
-    from hhdeploy.errors import WriteError
-    from hhdeploy.files.writing import atomic_file
+    from hhdeploy.files.outputs import check_output, output_file
 
-    if not page.resolve().parent.is_dir():
-        raise WriteError(f"{page}: {page.parent} is not a directory. Make it first.")
+    check_output(page)
     names = [path.resolve().name for path in directories]  # "." has none
     if len(set(names)) < len(names):
         names = [str(path) for path in directories]
     adapters = {name: load_adapter(path) for name, path in zip(names, directories, strict=True)}
     with ui.steps(quiet=False) as step:
         document = adapter_page(adapters, step)
-    with atomic_file(page) as scratch:
+    with output_file(page) as scratch:
         scratch.write_text(document, encoding="utf-8")
     click.echo(f"Wrote {page}")
 

@@ -19,12 +19,12 @@ def command(bundle: Path, out: Path | None) -> None:
     measured. Every hash is compared first.
     """
     from hhdeploy.bundle.bom import bill_of_materials
-    from hhdeploy.files.writing import atomic_file
+    from hhdeploy.files.outputs import output_file
 
     content = bill_of_materials(bundle)
     if out is None:
         click.echo(content.decode(), nl=False)
         return
-    with atomic_file(out) as scratch:
+    with output_file(out) as scratch:
         scratch.write_bytes(content)
     click.echo(f"Wrote {out}")

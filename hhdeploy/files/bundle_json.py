@@ -10,8 +10,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+MANIFEST = "hhdeploy.json"
+# Of all other files of a bundle; no manifest names it.
+SIGNATURE = "model.sig"
+# A file that a change put there has eight digits of its content before its suffix.
+_DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGEST = 2**31 - 1
+
+
+def plain_name(name: str) -> str:
+    """The name that a file has in a fresh export: its role in the bundle."""
+    return _DIGITS.sub("", name)
 
 
 def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from hhdeploy.errors import ConflictError, WriteError
+from hhdeploy.files.outputs import check_outside
 from hhdeploy.files.scratch import RETIRED, scratch_directory, sweep
 from hhdeploy.files.writing import os_errors, sync_directory, sync_tree
 
@@ -101,7 +102,8 @@ def _place(target: Path, *, overwrite: bool) -> Path:
     """A target's path, its parents' links resolved.
 
     Raises:
-        WriteError: a file is there, or, without ``overwrite``, anything but an empty directory.
+        WriteError: a file is there, a part of a bundle, or, without ``overwrite``, anything but
+            an empty directory.
     """
     absolute = Path(os.path.abspath(target))
     path = Path(os.path.realpath(absolute.parent)) / absolute.name
@@ -110,6 +112,7 @@ def _place(target: Path, *, overwrite: bool) -> Path:
         return path
     if not path.is_dir():
         raise WriteError(f"{target} is a file, not a directory. Choose another output directory.")
+    check_outside(path)
     if not overwrite and not _is_empty(path):
         raise _exists(target)
     return path

@@ -11,12 +11,13 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import ReadError, WriteError
-from hhdeploy.files.scratch import scratch_file
+from hhdeploy.files.scratch import scratch_directory, scratch_file
 
 _CHUNK = 1 << 22
 # What only writing runs into, whatever file it names.
@@ -188,17 +189,49 @@ def fsync(handle: int) -> None:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a scratch path beside ``target`` that replaces it, in one step, on success.
 
+    A link is followed, and a file keeps its permissions. What is no plain file, a pipe or
+    /dev/null, stays what it is: it is given the content once that is whole.
+
     Raises:
         WriteError: the file system refused; the old file is there.
     """
+    with os_errors(target):
+        place = _place_of(target)
+    if place is None:
+        with scratch_directory(None, "content") as scratch, os_errors(target):
+            yield scratch / "content"
+            copied(scratch / "content", target)
+        return
     with contextlib.ExitStack() as stack:
-        with os_errors(target):
-            scratch = stack.enter_context(scratch_file(target.parent, target.name))
-        with os_errors(target):
+        with os_errors(place):
+            scratch = stack.enter_context(scratch_file(place.parent, place.name))
+        with os_errors(place):
             yield scratch
             sync_file(scratch)
-            os.replace(scratch, target)
-            sync_directory(target.parent)
+            _keep_mode(place, scratch)
+            os.replace(scratch, place)
+            sync_directory(place.parent)
+
+
+def _place_of(target: Path) -> Path | None:
+    """Where a link leads, or the target; None: something there is no plain file.
+
+    (What /dev/stdout and /dev/fd/N lead to may have no path.)
+    """
+    place = Path(os.path.realpath(target)) if target.is_symlink() else target
+    try:
+        there = os.stat(target)
+    except FileNotFoundError:
+        return place
+    if stat.S_ISDIR(there.st_mode):
+        return place  # which replacing it refuses
+    plain = stat.S_ISREG(there.st_mode) and place.exists() and place.samefile(target)
+    return place if plain else None
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        os.chmod(new, stat.S_IMODE(os.stat(old).st_mode) & 0o777)
 
 
 def write_json(target: Path, content: Any) -> None:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,77 @@ def test_messages_of_the_file_system(tmp_path, number, hint):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+# --- what is there already ------------------------------------------------------------------------
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("deep/real.json")
+    (tmp_path / "dangling.json").symlink_to("deep/new.json")
+    for name in ("link", "dangling"):
+        write_json(tmp_path / f"{name}.json", 1)
+        assert (tmp_path / f"{name}.json").is_symlink()
+    assert names(tmp_path / "deep") == ["new.json", "real.json"]
+    assert {p.read_text() for p in (tmp_path / "deep").iterdir()} == {"1\n"}
+
+
+def test_a_link_to_itself_is_an_error(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(WriteError, match=r"Could not write .*loop"):
+        write_json(tmp_path / "loop", 1)
+    assert names(tmp_path) == ["loop"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_permissions_are_kept(tmp_path, mode):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    target.chmod(mode)
+    write_json(target, 1)
+    assert (target.read_text(), stat.S_IMODE(target.stat().st_mode)) == ("1\n", mode)
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit((tmp_path / "pipe").read_bytes)
+        write_json(tmp_path / "pipe", {"a": 1})
+        assert json.loads(found.result(timeout=10)) == {"a": 1}
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_process_substitution_is_written_to():
+    """bash's ``>(wc -c)``: a pipe that has no path but /dev/fd/N."""
+    reading, writing = os.pipe()
+    try:
+        write_json(Path(f"/dev/fd/{writing}"), 1)
+        assert os.read(reading, 10) == b"1\n"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_device_stays_one(tmp_path):
+    null = tmp_path / "null"
+    try:
+        os.mknod(null, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        null.write_bytes(b"")
+    except PermissionError:
+        pytest.skip("devices need root")
+    write_json(null, 1)
+    assert null.is_char_device()
+    assert names(tmp_path) == ["null"]
+
+
+def test_nothing_reaches_a_pipe_when_the_content_fails(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "pipe"):
+        raise RuntimeError
+    assert (tmp_path / "pipe").is_fifo()
 
 
 # --- reading is not writing -----------------------------------------------------------------------
