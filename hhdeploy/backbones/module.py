@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
-from hhdeploy.backbones.weights import load_strictly, read_state
+from hhdeploy.backbones.weights import load_strictly, read_state, state_of
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
 
@@ -53,12 +53,17 @@ def load_module(spec: BackboneSpec, name: str) -> Loaded:
     path = classifier_path(model)
     classifier = model.get_submodule(path) if path else None
     classes = classifier.out_features if isinstance(classifier, nn.Linear) else 0
+    said: tuple[str, ...] = ()
     if spec.checkpoint is not None:
-        state = read_state(spec.checkpoint)
+        state, taken = read_state(spec.checkpoint)
+        state, part = state_of(model, state, path, spec.checkpoint)
         load_strictly(model, state, path, spec)
         classes = classes if f"{path}.weight" in state else 0
+        said = (*taken, *part)
     preprocess, notes = _preprocess(model, spec, name)
-    return Loaded(returns_tensor(model), f"python:{name}", path, classes, preprocess, notes)
+    return Loaded(
+        returns_tensor(model), f"python:{name}", path, classes, preprocess, (*said, *notes)
+    )
 
 
 def _function(name: str) -> Any:

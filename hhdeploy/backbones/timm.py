@@ -18,7 +18,7 @@ from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card,
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
-from hhdeploy.backbones.weights import load_strictly, read_state
+from hhdeploy.backbones.weights import load_strictly, read_state, state_of
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.preprocess import Preprocess
 
@@ -44,8 +44,8 @@ def load_timm(spec: BackboneSpec) -> Loaded:
     if spec.checkpoint is not None and spec.checkpoint.suffix == ".npz":
         model, classes = _from_npz(spec, spec.checkpoint)
     elif spec.checkpoint is not None:
-        model, classes, converted, resampled = _from_checkpoint(spec)
-        notes += resampled
+        model, classes, converted, said = _from_checkpoint(spec)
+        notes += said
         if converted:
             lines, eps = agree(model, spec.checkpoint)
             notes += lines
@@ -181,26 +181,27 @@ def _from_timm(spec: BackboneSpec) -> tuple[nn.Module, int]:
 
 def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str]]:
     """Load a file through the architecture's own checkpoint filter; also whether its names were
-    those of transformers, and a line if something was resampled."""
+    those of transformers, and lines about which weights were taken and what was resampled."""
     assert spec.checkpoint is not None
-    state = read_state(spec.checkpoint)
+    state, taken = read_state(spec.checkpoint)
     model = _create(spec, pretrained=False, num_classes=1)
     classifier = classifier_path(model)
+    state, part = state_of(model, state, classifier, spec.checkpoint)
     converted = is_transformers(state)
     if converted:
         state = timm_state(state, model, classifier, spec.checkpoint)
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    resampled: list[str] = []
+    said = [*taken, *part]
     if filter_fn is not None:
         given, state = state, filter_fn(state, model)
-        resampled = _resampled(given, state, spec)
+        said += _resampled(given, state, spec)
     head = state.get(f"{classifier}.weight")
     classes = 0 if head is None else int(head.shape[0])
     if classes > 1:
         del model  # never two of them in memory
         model = _create(spec, pretrained=False, num_classes=classes)
     load_strictly(model, state, classifier, spec)
-    return model, classes, converted, resampled
+    return model, classes, converted, said
 
 
 def _resampled(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,58 +18,194 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Where trainings keep the weights in a larger checkpoint; the averaged ones first, as timm does.
-_ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+_ENTRIES = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
+    *("state_dict", "model"),
+)
+# What an average of the weights is called, as a part of a name.
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged)(?![a-z])")
+# Beside the weights in what torch's AveragedModel saves: how many they are the average of.
+_COUNTER = "n_averaged"
 # Statistics of batch norms, which an average of the parameters alone does not have.
 _COUNTED = ("running_mean", "running_var")
 # What distributed and compiled modules put before every key.
 _WRAPPERS = ("module.", "_orig_mod.")
+# The list of the files that a model's weights were divided into.
+_INDEX = ".index.json"
+
+State = dict[str, "torch.Tensor"]
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path) -> tuple[State, tuple[str, ...]]:
     """The state dict of a .safetensors file or of a file of torch.save.
 
-    Nothing is unpickled but tensors. Of a training's checkpoint the averaged weights (EMA) are
-    taken where there are some; prefixes of distributed and compiled modules are cut.
+    Nothing is unpickled but tensors and plain values. Of a training's checkpoint the averaged
+    weights (EMA) are taken where there are some; prefixes of distributed and compiled modules are
+    cut. The list of a divided model's files (``model.safetensors.index.json``) stands for them all.
+
+    Returns:
+        The state dict, and a line where the file has others beside it.
 
     Raises:
         BackboneError: there is no such file, or it holds something else.
     """
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not path.is_file():
         raise BackboneError(f"`checkpoint`: {path} does not exist.")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError,
-    ) as error:  # fmt: skip
+        state, notes = unwrapped(_content(path))
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise BackboneError(
             f"`checkpoint`: {path} cannot be read: {error}. Expected a safetensors file "
             "or a PyTorch state dict without other pickled objects."
         ) from error
-    state = unwrapped(content)
     if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
         raise BackboneError(f"`checkpoint`: {path}: expected a state dict of tensors.")
-    return dict(state)
+    return dict(state), notes
 
 
-def unwrapped(content: Any) -> Any:
-    """The state dict inside a checkpoint, its keys without what a wrapper put before them all."""
-    for entry in _ENTRIES:
-        if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
-            content = content[entry]
-            break
+def _content(path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    if path.name.endswith(_INDEX):
+        whole: dict[str, Any] = {}
+        for file in _shards(path):
+            whole |= _content(file)
+        return whole
+    return load_file(path) if path.suffix == ".safetensors" else unpickled(path)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index lists. Raises ValueError: it is no such list."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    files = sorted(set(names.values())) if isinstance(names, dict) else []
+    if not files or not all(isinstance(n, str) and Path(n).name == n for n in files):
+        raise ValueError("expected a weight_map of files beside it")
+    return [index.parent / name for name in files]
+
+
+def unpickled(path: Path) -> Any:
+    """What a file of torch.save holds: tensors and plain values, nothing that runs code.
+
+    The arguments of a training (``argparse.Namespace``) are plain values; timm's are among them.
+
+    Raises:
+        ValueError: there is something else in it; the message names it.
+        RuntimeError, EOFError, OSError: it is damaged.
+    """
+    import torch
+
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(_in_the_way(path, str(error).partition("\n")[0])) from error
+
+
+def _in_the_way(path: Path, reason: str) -> str:
+    """What keeps a file from being read; torch's own words advise options that nobody has here."""
+    import torch
+
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001  # damaged in any way
+        found = []
+    if not found:
+        return reason
+    return (
+        f"beside tensors it holds {', '.join(sorted(found)[:5])}, which are never loaded. If you "
+        "trust it, keep its weights alone in another file: "
+        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
+    )
+
+
+def unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
+    """The state dict inside a checkpoint, its keys without what a wrapper put before them all.
+
+    Returns:
+        The state dict, and a line where there are others beside it.
+
+    Raises:
+        ValueError: there are several, and none by a name that is known.
+    """
     if not isinstance(content, Mapping) or not content:
-        return content
-    state = {str(key): value for key, value in content.items()}
+        return content, ()
+    entries = {str(key): value for key, value in content.items() if _is_state(key, value)}
+    known = [entry for entry in _ENTRIES if entry in entries]
+    averaged = [entry for entry in (*known, *entries) if _AVERAGED.search(entry)]
+    taken = next(iter((*averaged, *known)), None)
+    if taken is None and entries and not any(map(_is_tensor, content.values())):
+        if len(entries) > 1:
+            raise ValueError(
+                f"it has several state dicts, {', '.join(entries)}: keep one of them, as state_dict"
+            )
+        (taken,) = entries
+    if taken is not None:
+        state, notes = unwrapped(entries.pop(taken))
+        line = f"weights taken from {taken} of the checkpoint, not from {', '.join(entries)}"
+        return state, (*((line,) if entries else ()), *notes)
+    state = {str(key): value for key, value in content.items() if key != _COUNTER}
     while wrapper := next((w for w in _WRAPPERS if all(k.startswith(w) for k in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    return state
+    return state, ()
+
+
+def _is_state(key: Any, value: Any) -> bool:
+    """Whether an entry of a checkpoint holds weights, or has them inside by its name."""
+    if not isinstance(value, Mapping):
+        return False
+    inside = key in _ENTRIES and any(_is_state(k, v) for k, v in value.items())
+    return inside or any(map(_is_tensor, value.values()))
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return torch.is_tensor(value)
+
+
+def state_of(
+    model: nn.Module, state: State, classifier: str, file: Path
+) -> tuple[State, tuple[str, ...]]:
+    """The state dict of a model that was saved as a part of another module: Lightning's, or an
+    average's. What stands before all of its names is cut; where several parts are such a model,
+    the averaged one is taken.
+
+    Args:
+        model: whose names are looked for.
+        state: as it was saved; without such a prefix it comes back as it is.
+        classifier: path of its classifier, which may be called something else.
+        file: for the message.
+
+    Returns:
+        The state dict, and a line where there are others beside it.
+
+    Raises:
+        BackboneError: there are several, and nobody knows which is meant.
+    """
+    own = [n for n, _ in model.named_parameters() if not n.startswith(f"{classifier}.")]
+    if not own or any(name in state for name in own):
+        return state, ()
+    starts = [key.removesuffix(own[0]) for key in state if key.endswith(f".{own[0]}")]
+    starts = [start for start in starts if all(start + name in state for name in own)]
+    if not starts:
+        return state, ()
+    chosen = [start for start in starts if _AVERAGED.search(start)] if len(starts) > 1 else starts
+    if len(chosen) != 1:
+        raise BackboneError(
+            f"`checkpoint`: {file} has this model several times, as {', '.join(starts)}: expected "
+            "one. Keep the tensors of one of them, without what stands before."
+        )
+    rest = {key: value for key, value in state.items() if not key.startswith(tuple(starts))}
+    # One number beside a wrapper's tensors is its count of steps.
+    kept = {key: value for key, value in rest.items() if value.numel() > 1}
+    mine = {k.removeprefix(chosen[0]): v for k, v in state.items() if k.startswith(chosen[0])}
+    others = [start for start in starts if start != chosen[0]]
+    line = f"weights taken from {chosen[0]}* of the checkpoint, not from {', '.join(others)}"
+    return kept | mine, (line,) if others else ()
 
 
 def load_strictly(

@@ -238,6 +238,8 @@ def _write(adapter: Adapter, out: Path, overwrite: bool) -> None:
     config = adapter.config
     head = f"{config.num_classes} classes" if adapter.head else "no classifier"
     click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {config.base_model}, {head}")
+    for line in config.extra["imported_from"].get("assumed", ()):
+        ui.note(line)
     if config.fold_only:
         names = ", ".join(list(adapter.values)[:3]) + (" …" if len(adapter.values) > 3 else "")
         ui.note(

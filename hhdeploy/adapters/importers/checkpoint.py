@@ -75,7 +75,7 @@ def extract_adapter(
         backbone.facts.model,
         r=max(ranks, default=0),
         license=licences_of_card(path if path.is_dir() else path.parent),
-        extra={"imported_from": {"format": "checkpoint"}},
+        extra={"imported_from": {"format": "checkpoint", **_said(tuned, backbone)}},
     )
     stated = stated_preprocess(path.parent, backbone)
     told = tuned.facts.meaning
@@ -98,6 +98,12 @@ def _tuned_spec(spec: BackboneSpec, path: Path) -> BackboneSpec:
             )
         return replace(spec, model=f"transformers:{path}", checkpoint=None)
     return replace(spec, checkpoint=path)
+
+
+def _said(tuned: Backbone, backbone: Backbone) -> dict[str, list[str]]:
+    """What had to be assumed of the checkpoint alone: which of several weights it is, say."""
+    notes = [note for note in tuned.notes if note not in backbone.notes]
+    return {"assumed": notes} if notes else {}
 
 
 def _check_buffers(backbone: Backbone, tuned: Backbone, path: Path) -> None:

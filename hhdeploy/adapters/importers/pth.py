@@ -5,7 +5,6 @@ Read with ``weights_only=True``: nothing is unpickled but tensors.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from hhdeploy.adapters.importers.template import (
     split_thirds,
     stated_preprocess,
 )
-from hhdeploy.backbones.weights import unwrapped
+from hhdeploy.backbones.weights import unpickled, unwrapped
 from hhdeploy.errors import AdapterError, require
 
 if TYPE_CHECKING:
@@ -95,14 +94,13 @@ def read_pth(path: Path) -> Tensors:
     """
     torch = require("torch", "export", f"reading {path.name}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        content, _ = unwrapped(unpickled(path))
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise AdapterError(
-            f"{path} cannot be read: {reason} Expected a state dict of tensors written by "
+            f"{path} cannot be read: {reason}. Expected a state dict of tensors written by "
             "torch.save; other pickled objects are never loaded."
         ) from error
-    content = unwrapped(content)
     if not isinstance(content, Mapping):
         raise AdapterError(f"{path}: expected a state dict, found {type(content).__name__}.")
     tensors: Tensors = {}

@@ -23,7 +23,7 @@ from hhdeploy.backbones.transformers.processors import (
     from_image_processor,
     image_processor,
 )
-from hhdeploy.backbones.weights import read_state
+from hhdeploy.backbones.weights import State, read_state, state_of
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.preprocess import Preprocess
 
@@ -54,7 +54,7 @@ def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
 def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     config = _config(transformers, spec, where)
     classifies = _classifies(config, where)
-    model, given = _model(transformers, spec, where, config, classifies)
+    model, given, taken = _model(transformers, spec, where, config, classifies)
     path = classifier_path(model) if classifies else ""
     classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
     preprocess, notes = _preprocess(config, spec, where)
@@ -66,7 +66,7 @@ def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
         path,
         classes,
         preprocess,
-        notes,
+        (*taken, *notes),
         traced_with,
         license=_licences(where) if spec.pretrained and spec.checkpoint is None else (),
         meaning=_meaning(config, spec, classes),
@@ -167,8 +167,8 @@ def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:
 
 def _model(
     transformers: Any, spec: BackboneSpec, where: str, config: Any, classifies: bool
-) -> tuple[nn.Module, frozenset[str]]:
-    """The model, and which of its tensors are more than random.
+) -> tuple[nn.Module, frozenset[str], tuple[str, ...]]:
+    """The model, which of its tensors are more than random, and which were taken of several.
 
     Weights go through transformers' own reader also from ``spec.checkpoint``: files keep the
     names of older versions.
@@ -179,10 +179,11 @@ def _model(
     options = {"attn_implementation": _ATTENTION, "trust_remote_code": False}
     random = torch.random.get_rng_state()
     torch.manual_seed(spec.seed)
+    taken: tuple[str, ...] = ()
     try:
         if spec.checkpoint is None and not spec.pretrained:
             model: nn.Module = auto.from_config(config, **options)
-            return model, frozenset(model.state_dict())
+            return model, frozenset(model.state_dict()), ()
         common = {
             "config": config,
             "attn_implementation": _ATTENTION,
@@ -191,9 +192,9 @@ def _model(
         }
         if spec.checkpoint is not None:
             with torch.device("meta"):
-                kind: Any = type(auto.from_config(config, **options))
-            state = read_state(spec.checkpoint)
-            model, loading = kind.from_pretrained(None, state_dict=state, **common)
+                empty: Any = auto.from_config(config, **options)
+            state, taken = _state(spec.checkpoint, empty, classifies)
+            model, loading = type(empty).from_pretrained(None, state_dict=state, **common)
         else:
             model, loading = auto.from_pretrained(
                 where, weights_only=True, trust_remote_code=False, **common
@@ -212,7 +213,21 @@ def _model(
         classifier_path(model) if classifies else "",
         whole=spec.checkpoint is not None and classifies,
     )
-    return model, frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
+    return model, frozenset(model.state_dict()) - frozenset(loading["missing_keys"]), taken
+
+
+def _state(file: Path, model: Any, classifies: bool) -> tuple[State, tuple[str, ...]]:
+    """The weights of a file, without what a module around the model put before all names.
+
+    A file may have names of older versions, which are not the model's own: what nothing of the
+    model is called is such a prefix as well.
+    """
+    state, taken = read_state(file)
+    state, part = state_of(model, state, classifier_path(model) if classifies else "", file)
+    first = {key.partition(".")[0] for key in state}
+    if len(first) == 1 and not hasattr(model, (outer := first.pop())):
+        state = {key.removeprefix(f"{outer}."): value for key, value in state.items()}
+    return state, (*taken, *part)
 
 
 def _check_loading(what: str | Path, loading: Mapping[str, Any], head: str, *, whole: bool) -> None:

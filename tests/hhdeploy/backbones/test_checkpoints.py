@@ -1,0 +1,196 @@
+"""Files that trainings write: which weights are taken of one, and what keeps it from being read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from fractions import Fraction
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from timm.utils import CheckpointSaver
+
+from hhdeploy.adapters.importers.checkpoint import extract_adapter
+from hhdeploy.adapters.importers.pth import read_pth
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.backbones.weights import unwrapped
+from hhdeploy.errors import AdapterError, BackboneError
+from tests.own_models import encoder
+from tests.support import TINY_ARGS, TINY_MODEL, perturb, tiny_spec
+
+VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 1}
+VIT |= {"num_attention_heads": 3, "intermediate_size": 80, "num_labels": 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """What is to be read. Read only."""
+    found = load_backbone(tiny_spec(num_classes=7)).model
+    perturb(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def raw(model):
+    """The weights beside their average. Read only."""
+    return {key: value + 1 for key, value in model.state_dict().items()}
+
+
+def named(state, start):
+    return {f"{start}{key}": value for key, value in state.items()}
+
+
+def average(state):
+    """As torch's AveragedModel saves it."""
+    return {"n_averaged": torch.tensor(3), **named(state, "module.")}
+
+
+def spec(file):
+    return BackboneSpec(TINY_MODEL, TINY_ARGS, checkpoint=file)
+
+
+def assert_taken(file, model, *lines):
+    """It is that model's weights, and what was said of it."""
+    found = load_backbone(spec(file))
+    for key, value in model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value), key
+    assert len(found.notes) == len(lines)
+    for note, line in zip(found.notes, lines, strict=True):
+        assert line in note
+
+
+@pytest.mark.parametrize(
+    ("wrap", "line"),
+    [
+        (lambda raw, own: {"state_dict": named(own, "model."), "epoch": 1}, None),
+        (lambda raw, own: {"state_dict": named(own, "net.backbone._orig_mod.")}, None),
+        (lambda raw, own: average(own), None),
+        (lambda raw, own: {"net": own, "epoch": 1}, None),
+        (lambda raw, own: {"model": raw, "model_ema": average(own)}, "model_ema of the"),
+        (lambda raw, own: {"model": raw, "ema": own}, "ema of the checkpoint, not from model"),
+        (lambda raw, own: {"state_dict": raw, "ema_state_dict": own}, "ema_state_dict of the"),
+        (lambda raw, own: {"model": raw, "ema_model": own, "steps": 3}, "ema_model of the"),
+        (lambda raw, own: {"model": raw, "swa_weights": own}, "swa_weights of the"),
+        (lambda raw, own: {"model": raw, "ema": {"decay": 0.9, "model": own}}, "ema of the"),
+        (lambda raw, own: {"model": own, "teacher": raw}, "model of the checkpoint, not from t"),
+        (
+            lambda raw, own: {
+                **named(raw, "online_model."),
+                **named(own, "ema_model."),
+                "step": torch.tensor(3),
+            },
+            "ema_model.* of the checkpoint, not from online_model.",
+        ),
+    ],
+)
+def test_what_trainings_write(tmp_path, model, raw, wrap, line):
+    torch.save(wrap(raw, model.state_dict()), tmp_path / "x.pth")
+    assert_taken(tmp_path / "x.pth", model, *([line] if line else []))
+
+
+def test_what_timm_s_own_training_writes(tmp_path, model):
+    saver = CheckpointSaver(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        args=argparse.Namespace(model=TINY_MODEL),
+        checkpoint_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(1, metric=0.5)
+    assert_taken(tmp_path / "model_best.pth.tar", model)
+
+
+def test_a_model_that_is_there_twice_is_refused(tmp_path, model, raw):
+    both = named(raw, "student.") | named(model.state_dict(), "teacher.")
+    torch.save(both, tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=r"several times, as student\., teacher\."):
+        load_backbone(spec(tmp_path / "x.pth"))
+    torch.save({"a": raw, "b": raw}, tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match="several state dicts, a, b: keep one"):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_what_is_no_part_of_the_model_stays_an_error(tmp_path, model):
+    more = {"criterion.weight": torch.ones(7), "steps": torch.tensor(3)}
+    torch.save(named(model.state_dict(), "model.") | more, tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=r"keys unexpected: criterion\.weight\. Is"):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_what_cannot_be_read_is_named(tmp_path, model):
+    file = tmp_path / "x.pth"
+    torch.save({"state_dict": model.state_dict(), "share": Fraction(1, 2)}, file)
+    message = r"it holds fractions\.Fraction, which are never loaded.*torch\.save\("
+    for error, read in (
+        (BackboneError, lambda f: load_backbone(spec(f))),
+        (AdapterError, read_pth),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            read(file)
+        assert "In PyTorch 2.6" not in str(caught.value)
+    file.write_bytes(b"no file of torch")
+    with pytest.raises(BackboneError, match="cannot be read"):
+        load_backbone(spec(file))
+
+
+def test_an_adapter_s_file_is_read_alike(tmp_path):
+    tensor = torch.ones(2)
+    args = argparse.Namespace(lr=0.1)
+    torch.save({"model": {}, "ema": {"x.u": tensor}, "args": args}, tmp_path / "x.pth")
+    assert list(read_pth(tmp_path / "x.pth")) == ["x.u"]
+
+
+def test_a_divided_model_is_read_by_its_list(tmp_path, model):
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+    files = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(whole)}
+    for name in set(files.values()):
+        save_file({k: v for k, v in whole.items() if files[k] == name}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    assert_taken(index, model)
+    for damaged in ({}, {"weight_map": {"x": "../x.safetensors"}}, []):
+        index.write_text(json.dumps(damaged))
+        with pytest.raises(BackboneError, match="expected a weight_map of files beside it"):
+            load_backbone(spec(index))
+
+
+def test_a_function_s_model_inside_of_another(tmp_path):
+    torch.manual_seed(5)
+    own = encoder(depth=1)
+    state = {"ema": average(own.state_dict()), "model": own.state_dict()}
+    torch.save(state, tmp_path / "x.pth")
+    found = load_backbone(
+        BackboneSpec("python:tests.own_models:encoder", {"depth": 1}, checkpoint=tmp_path / "x.pth")
+    )
+    assert "ema of the checkpoint" in found.notes[0]
+    assert all(torch.equal(v, found.model.state_dict()[k]) for k, v in own.state_dict().items())
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_transformers_model_inside_of_another(tmp_path, old):
+    """Also by the names that it had before version 5."""
+    torch.manual_seed(5)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+    transformers.ViTForImageClassification(model.config).save_pretrained(tmp_path / "base")
+    if old:
+        model.save_pretrained(tmp_path / "own")
+        state = load_file(tmp_path / "own" / "model.safetensors")
+    else:
+        state = model.state_dict()
+    torch.save({"state_dict": named(state, "model.")}, tmp_path / "x.ckpt")
+    where = f"transformers:{tmp_path / 'base'}"
+    found = load_backbone(BackboneSpec(where, checkpoint=tmp_path / "x.ckpt"))
+    assert (state.keys() != model.state_dict().keys()) == old
+    for key, value in model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value), key
+
+
+def test_an_extracted_adapter_says_which_weights_it_is_of(tmp_path, model, raw):
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    torch.save({"model": raw, "ema": raw}, tmp_path / "tuned.pth")
+    config = extract_adapter(tmp_path / "tuned.pth", spec(tmp_path / "base.pth")).config
+    (line,) = config.extra["imported_from"]["assumed"]
+    assert line.startswith("weights taken from ema")
+    assert unwrapped({}) == ({}, ())
