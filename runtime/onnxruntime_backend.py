@@ -6,6 +6,9 @@ No GPU has run the GPU half yet; see `onnxruntime_gpu` for its other part.
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -49,10 +52,10 @@ def open_onnxruntime(
         BundleError: a graph that does not load. DeviceError: the GPU refused.
     """
     ort = require("onnxruntime", "cpu" if device == "cpu" else "gpu", f"`device={device!r}`")
-    session = _open_session(ort, graph, device, options)
+    session, mapped = _open_session(ort, graph, device, options)
     name = f"onnxruntime {_PROVIDERS[device]}"
     if device == "cpu":
-        return OnnxRuntimeBackend(session, bank, name)
+        return OnnxRuntimeBackend(session, bank, name, mapped)
     from hhdeploy.runtime.onnxruntime_gpu import OnnxRuntimeGpuBackend, OnnxRuntimeGraphBackend
 
     if device == "cuda":
@@ -61,7 +64,10 @@ def open_onnxruntime(
     return kind(ort, session, bank, name)
 
 
-def _open_session(ort: ModuleType, graph: Path, device: Runner, options: BackendOptions) -> Any:
+def _open_session(
+    ort: ModuleType, graph: Path, device: Runner, options: BackendOptions
+) -> tuple[Any, Mapped | None]:
+    """The session, and the file that it goes on reading, if any."""
     provider, there = _PROVIDERS[device], ort.get_available_providers()
     if provider not in there:
         raise SessionError(
@@ -91,7 +97,12 @@ def _open_session(ort: ModuleType, graph: Path, device: Runner, options: Backend
     chosen = dict(_PROVIDER_OPTIONS.get(device, {}))
     if options.cuda_graphs:
         chosen |= _RECORDING[device]
+    weights = graph.with_name(f"{graph.name}.data")
+    # A GPU has weights of its own; a graph of a single file is read whole.
+    stays = device == "cpu" and weights.exists()
     try:
+        handed = _hand_over(settings, weights) if stays else None
+        mapped = Mapped(weights) if stays and handed is None else None
         session = ort.InferenceSession(
             str(graph),
             settings,
@@ -101,12 +112,40 @@ def _open_session(ort: ModuleType, graph: Path, device: Runner, options: Backend
     except Exception as error:
         failure = BundleError if device == "cpu" else DeviceError
         raise failure(f"ONNX Runtime cannot load {graph} with {provider}: {error}") from error
+    if handed is not None:
+        del handed
+        _trim()
     if session.get_providers()[0] != provider:
         raise SessionError(
             f"ONNX Runtime could not start {provider} on this machine and would have used "
             f"{session.get_providers()[0]}. Check the driver with: hhdeploy doctor"
         )
-    return session
+    return session, mapped
+
+
+def _hand_over(settings: Any, weights: Path) -> NDArray[np.uint8] | None:
+    """Give ONNX Runtime a graph's weights in memory, of which it copies what it needs.
+
+    Left alone it maps what it does not pack, for as long as the session is open: a file that
+    becomes shorter then ends the process, see `Mapped` for the rest.
+
+    Returns:
+        What must live until the session is made: a mapping, which takes no memory of its own.
+        None before ONNX Runtime 1.24, which reads the file itself.
+    """
+    give = getattr(settings, "add_external_initializers_from_files_in_memory", None)
+    if give is None:
+        return None
+    content = np.memmap(weights, np.uint8, mode="r")
+    give([weights.name], [content], [content.size])
+    return content
+
+
+def _trim() -> None:
+    """What opening took goes back to the kernel, with glibc: a third of the weights' size."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _placed(session: Any, provider: str, version: str) -> str:
@@ -135,17 +174,51 @@ def _placed(session: Any, provider: str, version: str) -> str:
     return f" ({left.total()} of {len(nodes)} nodes on the CPU: {kinds})"
 
 
+class Mapped:
+    """A file that ONNX Runtime computes with where it lies; held open, as its name may pass on.
+
+    What is written into it changes answers in silence; so they are not given out then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._state = self._now()
+
+    def check(self) -> None:
+        """Raises `BundleError` if the file was written since."""
+        if self._now() != self._state:
+            raise BundleError(
+                f"{self._path} was written while it is in use: answers would be another model's. "
+                "Put the new bundle beside the old one and start again, or use onnxruntime 1.24 "
+                "or newer, or `device='openvino'`, which hold weights in memory."
+            )
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self._file)
+        return found.st_size, found.st_mtime_ns
+
+
 class OnnxRuntimeBackend:
     """One InferenceSession on the CPU; the bank is handed over by reference, never copied."""
 
-    def __init__(self, session: Any, bank: Bank | None, name: str) -> None:
+    def __init__(
+        self, session: Any, bank: Bank | None, name: str, mapped: Mapped | None = None
+    ) -> None:
+        """``mapped``: the file that the session goes on reading, if any."""
         self._session = session
+        self._mapped = mapped
         self._bank = bank
         self._outputs = [output.name for output in session.get_outputs()]
         self.name = name
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
-        """See `Backend.run`. Raises `DeviceError` if ONNX Runtime fails, e.g. out of memory."""
+        """See `Backend.run`.
+
+        Raises:
+            DeviceError: ONNX Runtime failed, e.g. out of memory. BundleError: see `Mapped`.
+        """
         feeds: dict[str, NDArray[Any]] = {"images": images}
         if ids is not None:
             feeds["adapter_ids"] = ids
@@ -155,6 +228,8 @@ class OnnxRuntimeBackend:
             outputs: list[NDArray[np.float32]] = self._session.run(self._outputs, feeds)
         except Exception as error:  # its exceptions have no base of their own
             raise DeviceError(f"{self.name} failed: {error}") from error
+        if self._mapped is not None:
+            self._mapped.check()
         return side_by_side(outputs)
 
     def row_changed(self, row: int) -> None:

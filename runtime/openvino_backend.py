@@ -234,6 +234,9 @@ def shared_core() -> Any:
     def load() -> Any:
         core = ov.Core()
         core.get_property(_CPU, _NAME)  # loads the plugin
+        # Else weights stay the file: what is written into it is answered with, and the process
+        # ends where it becomes shorter.
+        core.set_property({"ENABLE_MMAP": False})
         return core
 
     with ThreadPoolExecutor(1) as pool:
