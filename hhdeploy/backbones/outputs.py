@@ -17,7 +17,7 @@ def returns_tensor(model: nn.Module) -> nn.Module:
     """Make a model's call return a tensor, in place; its module paths stay as they are.
 
     A model of transformers returns an object: its ``logits`` are taken, of a model without a
-    classifier its ``pooler_output``.
+    classifier its ``image_embeds`` (an image tower's with a projection) or ``pooler_output``.
     """
     model.register_forward_hook(_as_tensor)
     return model
@@ -28,13 +28,13 @@ def _as_tensor(model: nn.Module, images: Any, output: Any) -> Tensor:
 
     if isinstance(output, Tensor):
         return output
-    for name in ("logits", "pooler_output"):
+    for name in ("logits", "image_embeds", "pooler_output"):
         found = getattr(output, name, None)
         if isinstance(found, Tensor):
             return found
     raise BackboneError(
         f"{type(model).__name__} returned {type(output).__name__}; expected a tensor, or an "
-        "object with logits or pooler_output."
+        "object with logits, image_embeds or pooler_output."
     )
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # The exporter writes attention out; with the fused kernels some models do not trace.
 _ATTENTION = "eager"
 _CLASSIFIER = "ForImageClassification"
+_PROJECTION = "VisionModelWithProjection"
 
 
 def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
@@ -175,14 +176,13 @@ def _model(
     """
     import torch
 
-    auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
-    options = {"attn_implementation": _ATTENTION, "trust_remote_code": False}
+    kind = _class(transformers, config, classifies)
     random = torch.random.get_rng_state()
     torch.manual_seed(spec.seed)
     taken: tuple[str, ...] = ()
     try:
         if spec.checkpoint is None and not spec.pretrained:
-            model: nn.Module = auto.from_config(config, **options)
+            model: nn.Module = _fresh(kind, config)
             return model, frozenset(model.state_dict()), ()
         common = {
             "config": config,
@@ -192,11 +192,11 @@ def _model(
         }
         if spec.checkpoint is not None:
             with torch.device("meta"):
-                empty: Any = auto.from_config(config, **options)
+                empty = _fresh(kind, config)
             state, taken = _state(spec.checkpoint, empty, classifies)
             model, loading = type(empty).from_pretrained(None, state_dict=state, **common)
         else:
-            model, loading = auto.from_pretrained(
+            model, loading = kind.from_pretrained(
                 where, weights_only=True, trust_remote_code=False, **common
             )
     except (
@@ -213,7 +213,33 @@ def _model(
         classifier_path(model) if classifies else "",
         whole=spec.checkpoint is not None and classifies,
     )
-    return model, frozenset(model.state_dict()) - frozenset(loading["missing_keys"]), taken
+    given = frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
+    return model, given, (*taken, *_left_out(loading))
+
+
+def _class(transformers: Any, config: Any, classifies: bool) -> Any:
+    """What makes and loads the model. An image tower with a projection is no model of AutoModel,
+    which makes the tower alone of it."""
+    for name in map(str, config.architectures or ()):
+        kind = getattr(transformers, name, None) if name.endswith(_PROJECTION) else None
+        if kind is not None and isinstance(config, kind.config_class):
+            return kind
+    return transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+
+
+def _fresh(kind: Any, config: Any) -> Any:
+    """A model with random weights, of a class of transformers or one that chooses it."""
+    if hasattr(kind, "from_config"):
+        return kind.from_config(config, attn_implementation=_ATTENTION, trust_remote_code=False)
+    return kind._from_config(config, attn_implementation=_ATTENTION)
+
+
+def _left_out(loading: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line about weights of the file that the model has no place for."""
+    found = dict.fromkeys(key.partition(".")[0] for key in sorted(loading["unexpected_keys"]))
+    if not found:
+        return ()
+    return (f"weights of the file that the model has no place for, left out: {', '.join(found)}",)
 
 
 def _state(file: Path, model: Any, classifies: bool) -> tuple[State, tuple[str, ...]]:

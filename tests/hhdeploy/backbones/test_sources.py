@@ -23,7 +23,7 @@ from hhdeploy.backbones.transformers import from_image_processor, with_classifie
 from hhdeploy.errors import AdapterError, BackboneError
 from tests.own_models import encoder
 from tests.parity.architectures import save_transformers_config
-from tests.support import assert_parity, images, random_adapter
+from tests.support import assert_parity, images, logits_of, random_adapter
 
 SMALL = {
     "image_size": 32,
@@ -310,6 +310,38 @@ def test_a_model_of_texts_and_images_is_refused(tmp_path):
     transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
     with pytest.raises(BackboneError, match=r"on images \[1, 3, 32, 32\] alone: .*vision_model"):
         load_backbone(spec(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize("way", ["directory", "checkpoint", "random"])
+def test_a_tower_with_a_projection_gives_what_it_projects(tmp_path, way):
+    sizes = {key: value for key, value in SMALL.items() if key != "num_labels"}
+    torch.manual_seed(4)
+    config = transformers.CLIPVisionConfig(**sizes, projection_dim=16)
+    own = transformers.CLIPVisionModelWithProjection(config).eval()
+    own.save_pretrained(tmp_path / "clip")
+    options = {
+        "directory": {},
+        "checkpoint": {"checkpoint": tmp_path / "clip" / "model.safetensors"},
+        "random": {"pretrained": False},
+    }[way]
+    found = load_backbone(spec(tmp_path / "clip", **options))
+    assert (found.facts.classes, found.facts.dim) == (0, 16)
+    assert "visual_projection" in {linear.path for linear in found.facts.linears}
+    if way != "random":
+        x = images(2)
+        with torch.no_grad():
+            right = own(torch.from_numpy(x)).image_embeds.double().numpy()
+        assert_parity(right, logits_of(found.model, x), "algebra", "float32")
+
+
+def test_weights_without_a_place_are_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["ViTModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(folder / "model.safetensors")
+    pooler = {"vit.pooler.dense.weight": torch.eye(48), "vit.pooler.dense.bias": torch.zeros(48)}
+    save_file(state | pooler, folder / "model.safetensors", {"format": "pt"})
+    assert any("left out: classifier" in note for note in load_backbone(spec(folder)).notes)
 
 
 H = [0.5] * 3
