@@ -33,6 +33,12 @@ _WRAPPERS = ("module.", "_orig_mod.")
 # The list of the files that a model's weights were divided into.
 _INDEX = ".index.json"
 
+# What transformers calls a directory's weights, in the order in which it looks for them.
+_IN_DIRECTORY = (
+    *("model.safetensors", f"model.safetensors{_INDEX}"),
+    *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
+)
+
 State = dict[str, "torch.Tensor"]
 
 
@@ -71,20 +77,32 @@ def _content(path: Path) -> Any:
 
     if path.name.endswith(_INDEX):
         whole: dict[str, Any] = {}
-        for file in _shards(path):
+        for file in files_of(path):
             whole |= _content(file)
         return whole
     return load_file(path) if path.suffix == ".safetensors" else unpickled(path)
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index lists. Raises ValueError: it is no such list."""
-    content = json.loads(index.read_text(encoding="utf-8"))
+def files_of(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint: those that an index lists, else it alone.
+
+    Raises:
+        ValueError: it is called an index, and is no such list.
+    """
+    if not checkpoint.name.endswith(_INDEX):
+        return [checkpoint]
+    content = json.loads(checkpoint.read_text(encoding="utf-8"))
     names = content.get("weight_map") if isinstance(content, dict) else None
     files = sorted(set(names.values())) if isinstance(names, dict) else []
     if not files or not all(isinstance(n, str) and Path(n).name == n for n in files):
         raise ValueError("expected a weight_map of files beside it")
-    return [index.parent / name for name in files]
+    return [checkpoint.parent / name for name in files]
+
+
+def weights_in(directory: Path) -> Path:
+    """The checkpoint of a directory of save_pretrained; the first name where there is none."""
+    found = [directory / name for name in _IN_DIRECTORY]
+    return next((file for file in found if file.is_file()), found[0])
 
 
 def unpickled(path: Path) -> Any:

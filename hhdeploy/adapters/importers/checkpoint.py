@@ -14,6 +14,7 @@ from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_p
 from hhdeploy.backbones.licences import licences_of_card
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
+from hhdeploy.backbones.weights import weights_in
 from hhdeploy.errors import AdapterError, OptionError
 
 _DEFAULTS = ImportOptions()
@@ -33,8 +34,9 @@ def extract_adapter(
     compressed (`ImportOptions.compress_rank`).
 
     Args:
-        checkpoint: any file of weights of this model; of a training's checkpoint the averaged
-            weights (EMA) where there are some.
+        checkpoint: any file of weights of this model, of transformers also a directory of
+            save_pretrained; of a training's checkpoint the averaged weights (EMA) where there are
+            some.
         spec: the backbone as it was before.
         backbone: what ``spec`` loads, where that is done; None: it is loaded here.
         options: see `ImportOptions`; what concerns keys is for adapters alone.
@@ -57,6 +59,7 @@ def extract_adapter(
             "adapters; a checkpoint is read as the backbone's own weights are."
         )
     path = Path(checkpoint)
+    directory = path if path.is_dir() else path.parent
     backbone = backbone or load_backbone(spec)
     tuned = load_backbone(_tuned_spec(spec, path))
     _check_buffers(backbone, tuned, path)
@@ -74,17 +77,18 @@ def extract_adapter(
     config = AdapterConfig(
         backbone.facts.model,
         r=max(ranks, default=0),
-        license=licences_of_card(path if path.is_dir() else path.parent),
+        license=licences_of_card(directory),
         extra={"imported_from": {"format": "checkpoint", **_said(tuned, backbone)}},
     )
-    stated = stated_preprocess(path.parent, backbone)
+    stated = stated_preprocess(directory, backbone)
     told = tuned.facts.meaning
     options = replace(
         options,
         class_names=options.class_names or told.class_names,
         problem_type=options.problem_type or told.problem_type,
     )
-    return finish(tensors, config, path, backbone, options, stated)
+    file = weights_in(path) if path.is_dir() else path
+    return finish(tensors, config, file, backbone, options, stated)
 
 
 def _tuned_spec(spec: BackboneSpec, path: Path) -> BackboneSpec:

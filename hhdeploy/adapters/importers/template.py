@@ -21,8 +21,9 @@ from hhdeploy.adapters.importers.compressing import compressed
 from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
+from hhdeploy.backbones.weights import files_of
 from hhdeploy.errors import AdapterError, BackboneError, OptionError
-from hhdeploy.files.writing import sha256_of
+from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def finish(
     origin = {
         **config.extra["imported_from"],
         "file": file.name,
-        "sha256": sha256_of(file),
+        "sha256": _digest(file),
         "preprocess_assumed": preprocess is None,
     }
     completed = replace(
@@ -177,6 +178,12 @@ def finish(
         raise OptionError("`accept_error` is for `compress_rank`.")
     check(file.name, adapter, facts)
     return adapter
+
+
+def _digest(file: Path) -> str:
+    """sha256 of what was read: of a divided model's index, over those of the files it lists."""
+    digests = [sha256_of(each) for each in files_of(file)]
+    return digests[0] if len(digests) == 1 else sha256_of_bytes(" ".join(digests).encode())
 
 
 def _targets(linears: Sequence[LinearSpec], sites: set[str]) -> tuple[str, ...]:

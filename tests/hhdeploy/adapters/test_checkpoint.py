@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from hhdeploy.adapters.applying import logits_with, parameters_with
 from hhdeploy.adapters.importers import ImportOptions, difference
@@ -15,7 +17,11 @@ from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import AdapterError, BackboneError, OptionError
+from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 from tests.support import MISTAKE, TINY_ARGS, TINY_MODEL, assert_parity, images, tiny_backbone
+
+HF = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 1}
+HF |= {"num_attention_heads": 3, "intermediate_size": 80, "num_labels": 3}
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +230,33 @@ def test_what_is_no_fine_tuning_is_refused(tmp_path, base):
         extract_adapter(tmp_path, base)
     with pytest.raises(OptionError, match="`prefix`"):
         extract_adapter(base.checkpoint, base, ImportOptions(prefix="net."))
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_a_directory_of_transformers(tmp_path, size):
+    """Whole or divided; its own processor counts, not one that lies beside it."""
+    torch.manual_seed(3)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF))
+    model.save_pretrained(tmp_path / "base")
+    for parameter in model.parameters():
+        parameter.data += 0.01
+    tuned = tmp_path / "tuned"
+    model.save_pretrained(tuned, max_shard_size=size)
+    processor = {"image_mean": [0.25] * 3, "image_std": [0.5] * 3, "size": 32}
+    processor["image_processor_type"] = "ViTImageProcessor"
+    (tuned / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "preprocessor_config.json").write_text("of somebody else")
+    spec = BackboneSpec(f"transformers:{tmp_path / 'base'}")
+    config = extract_adapter(tuned, spec).config
+    told = config.extra["imported_from"]
+    files = sorted(tuned.glob("*.safetensors"))
+    digests = [sha256_of(file) for file in files]
+    assert (len(files) > 1) == (size != "5GB")
+    if len(files) == 1:
+        assert (told["file"], told["sha256"]) == ("model.safetensors", digests[0])
+    else:
+        assert told["file"] == "model.safetensors.index.json"
+        assert told["sha256"] == sha256_of_bytes(" ".join(digests).encode())
+    assert config.preprocess is not None and config.preprocess.mean == (0.25,) * 3
+    from_file = extract_adapter(tuned / told["file"], spec)
+    assert from_file.config.extra["imported_from"]["sha256"] == told["sha256"]
