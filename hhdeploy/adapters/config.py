@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -254,6 +255,22 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         license=stated,
         extra={key: value for key, value in content.items() if key not in known},
     )
+
+
+def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
+    """A configuration that was made in Python as it will be read once it is written.
+
+    Raises:
+        AdapterError: it could not be written, or not be read: see `parse_config`.
+    """
+    for key in ("target_modules", "class_names"):
+        if isinstance(value := getattr(config, key), str):
+            raise AdapterError(f"{where}: {key}: expected a list of strings, found {value!r}.")
+    try:  # NumPy's integers are integers
+        written = json.dumps(config.to_json(), default=operator.index)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{where}: it cannot be written as JSON: {error}.") from error
+    return parse_config(json.loads(written), where)
 
 
 def check_problem_type(where: str, problem_type: ProblemType | None, classes: int | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hhdeploy.adapters.checks import check, check_targets
-from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.config import AdapterConfig, checked_config
 from hhdeploy.adapters.format import PARTS, Adapter, Head, SiteTensors, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.parameters import (
@@ -91,7 +91,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
 
     Raises:
         AdapterError: the adapter does not belong to the model (see `check`), or one is attached
-            already, or the model is wrapped (compiled, data parallel): attach first, then wrap.
+            already, or the model is wrapped (compiled, data parallel): attach first, then wrap;
+            or a new adapter's configuration is one that could not be saved.
             The model is then as it was.
     """
     if _bare(model) is not model:
@@ -101,6 +102,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         )
     if hasattr(model, _STATE):
         raise AdapterError("an adapter is attached to this model already; call detach first.")
+    if isinstance(adapter, AdapterConfig):
+        adapter = checked_config(adapter, "the new adapter")  # not after hours, by `save`
     config = adapter.config if isinstance(adapter, Adapter) else adapter
     generator = torch.Generator().manual_seed(seed)
     facts = _facts_of(model, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,9 +43,12 @@ class Stem(nn.Module):
         return self.head((tokens + self.mix(tokens)).mean(1))
 
 
+STEM_S = AdapterConfig("mine", num_classes=2, target_modules=("mix",))
+
+
 def on_a_stem():
     torch.manual_seed(1)
-    return attach(Stem(), AdapterConfig("mine", num_classes=2, target_modules=("mix",)))
+    return attach(Stem(), STEM_S)
 
 
 def step(model, parameters=None):
@@ -78,6 +82,37 @@ def test_weights_that_were_trained_too_are_held_by_no_adapter(tmp_path):
     step(model)
     with pytest.raises(AdapterError, match=r"stem\.0\.weight is no more.*parameters that require"):
         extract(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_names": ("cat", "dog", "owl")}, "class_names: expected 2 names"),
+        ({"class_names": (0, 1)}, "class_names: expected a list of strings"),
+        ({"class_names": "ab"}, "class_names: expected a list of strings, found 'ab'"),
+        ({"target_modules": "mix"}, "target_modules: expected a list of strings, found 'mix'"),
+        ({"reflection": "orthogonl"}, "reflection: expected one of"),
+        ({"problem_type": "multi_label"}, "problem_type: expected one of"),
+        ({"form": "lora"}, "form: expected one of"),
+        ({"r": -1}, "r: expected a rank"),
+        ({"num_classes": 0}, "num_classes: expected a positive integer"),
+        ({"extra": {"weights": torch.ones(2)}}, "cannot be written as JSON"),
+    ],
+)
+def test_what_could_not_be_saved_is_refused_before_training(settings, message):
+    torch.manual_seed(1)
+    config = AdapterConfig("mine", **{"num_classes": 2, "target_modules": ("mix",), **settings})
+    model = Stem()
+    with pytest.raises(AdapterError, match=f"^the new adapter: .*{message}"):
+        attach(model, config)
+    attach(model, replace(STEM_S, extra={"note": "it is as it was"}))
+
+
+def test_numpy_s_integers_are_integers(tmp_path):
+    torch.manual_seed(1)
+    model = attach(Stem(), replace(STEM_S, num_classes=np.int64(2)))
+    save(model, tmp_path / "a")
+    assert load_adapter(tmp_path / "a").config.num_classes == 2
 
 
 def test_a_model_that_was_cast_is_the_same():
