@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import Body, read_encoding
+from hhdeploy.runtime.serving.http.upgrades import RequestParser
 
 # Of everything but bodies: request line, headers, trailers, lengths of chunks.
 MOST_HEAD_BYTES: Final = 1 << 16
@@ -61,6 +62,10 @@ def bounded_protocol(
         _beside = 0
         # Bytes of the body that is arriving.
         _of_body = 0
+
+        def __init__(self, *arguments: Any, **others: Any) -> None:
+            super().__init__(*arguments, **others)
+            self.parser = RequestParser(self)
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -128,6 +133,8 @@ def bounded_protocol(
             super().send_400_response(msg)
 
         def on_headers_complete(self) -> None:
+            if self.parser.should_upgrade():
+                return  # it is read once more, without the offer
             limit = self.limit_concurrency
             if limit is not None and max(len(self.connections), len(self.tasks)) >= limit:
                 refused(BusyError("too many connections."))  # uvicorn answers 503
@@ -140,6 +147,8 @@ def bounded_protocol(
             self._of_body += len(body)
 
         def on_message_complete(self) -> None:
+            if self.parser.should_upgrade():
+                return
             super().on_message_complete()
             self._beside = self._of_body = 0
             self._arrived()
@@ -242,17 +251,25 @@ class Bodies:
         Raises:
             TooLargeError: it is.
             BusyError: all bodies together are beyond the server's limit.
-            RequestError: see `read_encoding`.
+            RequestError: it is not as long as its header says; see `read_encoding`.
         """
         return _Held(self, request, limit)
 
     async def take(self, request: Request, limit: int) -> Body:
         """See `read`: a body whose bytes are counted as held until `give_back`."""
         declared = header(request, b"content-length") or ""
-        if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
-            raise TooLargeError(f"the body is {declared[:18]} bytes, at most {limit} are taken.")
+        told = int(declared[:18]) if declared.isascii() and declared.isdigit() else None
+        if told is not None and told > limit:
+            raise TooLargeError(f"the body is {told} bytes, at most {limit} are taken.")
         encoding = read_encoding(header(request, b"content-encoding"))
-        return Body(await self._arrived(request, limit), encoding, limit)
+        content = await self._arrived(request, limit)
+        if told is not None and told != len(content):  # not this server's own connections: Ray's
+            self.give_back(len(content))
+            raise RequestError(
+                f"Content-Length: expected a body of {told} bytes, {len(content)} arrived: "
+                "something between lost them. Send the request without the header Upgrade."
+            )
+        return Body(content, encoding, limit)
 
     def give_back(self, held: int) -> None:
         """Bytes that are held no more."""
