@@ -106,6 +106,18 @@ class WriteError(HhdeployError):
     """The file system refused to write; what was there before is untouched."""
 
 
+class OccupiedError(WriteError):
+    """Something is in the place that is to be written and may not be replaced.
+
+    Attributes:
+        reason: what it is or holds, a part of a sentence that names no path.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class ReadError(HhdeployError):
     """The file system refused to read a file that is there."""
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from hhdeploy.errors import ConflictError, WriteError
+from hhdeploy.errors import ConflictError, OccupiedError, WriteError
 from hhdeploy.files.outputs import check_outside
 from hhdeploy.files.scratch import RETIRED, scratch_directory, sweep
 from hhdeploy.files.writing import os_errors, sync_directory, sync_tree
@@ -89,7 +89,8 @@ def check_target(target: Path, kind: Replaceable, *, overwrite: bool) -> Path:
     changing at the moment is judged when it is replaced.
 
     Raises:
-        WriteError: something is there that may not be replaced.
+        OccupiedError: something is there that may not be replaced.
+        WriteError: it exists, and nothing is to be; or this process stands in it.
     """
     path = _place(target, overwrite=overwrite)
     if overwrite:
@@ -102,7 +103,8 @@ def _place(target: Path, *, overwrite: bool) -> Path:
     """A target's path, its parents' links resolved.
 
     Raises:
-        WriteError: a file is there, a part of a bundle, or, without ``overwrite``, anything but
+        OccupiedError: a file is there.
+        WriteError: it is a part of a bundle, or, without ``overwrite``, anything but
             an empty directory.
     """
     absolute = Path(os.path.abspath(target))
@@ -111,7 +113,8 @@ def _place(target: Path, *, overwrite: bool) -> Path:
     if not os.path.lexists(path):
         return path
     if not path.is_dir():
-        raise WriteError(f"{target} is a file, not a directory. Choose another output directory.")
+        what = "is a file, not a directory"
+        raise OccupiedError(f"{target} {what}. Choose another output directory.", f"it {what}")
     check_outside(path)
     if not overwrite and not _is_empty(path):
         raise _exists(target)
@@ -124,14 +127,16 @@ def _is_empty(path: Path) -> bool:
 
 
 def _judge(target: Path, path: Path, kind: Replaceable) -> None:
-    """Raise `WriteError` for a directory that is none of a kind, or that one stands in."""
+    """Raise `OccupiedError` for a directory that is none of a kind, `WriteError` for one that this
+    process stands in."""
     if not os.path.lexists(path) or _is_empty(path):
         return
     reason = kind.foreign(path)
     if reason is not None:
-        raise WriteError(
+        raise OccupiedError(
             f"{target} is not {kind.what} that hhdeploy wrote: {reason}. `overwrite=True` replaces "
-            "nothing else. Choose another output directory, or remove this one yourself."
+            "nothing else. Choose another output directory, or remove this one yourself.",
+            reason,
         )
     if _stood_in(path):
         raise WriteError(

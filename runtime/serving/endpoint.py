@@ -50,6 +50,8 @@ EXTENSIONS: Final = (
 )
 # The one file of an upload beside its configuration, as Triton's load API names files.
 _UPLOAD: Final = re.compile(rf"file:(?:[^/]*/)?{re.escape(TENSOR_FILE)}")
+# What Triton's clients may send with any change of the repository; no adapter has dependents.
+_OF_NO_MEANING: Final = "unload_dependents"
 _TYPES: Final = {"FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
 
 
@@ -338,19 +340,21 @@ def read_upload(parameters: Mapping[str, Any], most_bytes: int) -> Upload | None
     ``file:adapter_model.safetensors``, the file's bytes (base64 if they are text).
 
     Raises:
-        RequestError: other parameters. TooLargeError: more than ``most_bytes``.
+        RequestError: other parameters, of which none is passed over: who sends them believes that
+            they were taken. TooLargeError: more than ``most_bytes``.
     """
-    config = parameters.get("config")
-    files = {key: value for key, value in parameters.items() if key.startswith("file:")}
-    if config is None and not files:
+    given = {key: value for key, value in parameters.items() if key != _OF_NO_MEANING}
+    if not given:
         return None
-    if not isinstance(config, str) or len(files) != 1 or not _UPLOAD.fullmatch(next(iter(files))):
+    config = given.pop("config", None)
+    files = [key for key in given if _UPLOAD.fullmatch(key)]
+    if not isinstance(config, str) or not files or len(given) != 1:
         raise RequestError(
             "an upload has two parameters: config, the text of adapter_config.json, and "
-            f"file:{TENSOR_FILE}, its bytes. Found: "
-            f"{', '.join(sorted(str(k)[:80] for k in parameters))}."
+            f"file:{TENSOR_FILE}, its bytes; to load what the server has on its disk there are "
+            f"none. Found: {', '.join(sorted(str(k)[:80] for k in parameters))}."
         )
-    (content,) = files.values()
+    content = given[files[0]]
     if isinstance(content, str):
         try:
             content = base64.b64decode(content, validate=True)

@@ -21,7 +21,7 @@ from typing import TypeVar
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
-from hhdeploy.errors import HhdeployError, PlanError, WriteError
+from hhdeploy.errors import HhdeployError, OccupiedError, PlanError, WriteError
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
 from hhdeploy.runtime.serving.errors import (
     FailedError,
@@ -190,6 +190,7 @@ class Fleet:
         Raises:
             ForbiddenError: there is no fleet directory.
             FailedError: it cannot be written, e.g. the disk is full.
+            RequestError: its folder is there, and is not one that an upload replaces.
             HhdeployError: the name or the adapter is not acceptable; nothing is changed.
         """
         check_name(name)
@@ -204,6 +205,12 @@ class Fleet:
         begin = time.perf_counter()
         try:
             source, packed = await self._on_thread(self._files.write, name, config, tensors)
+        except OccupiedError as error:
+            raise RequestError(
+                f"the folder {name!r} of the fleet directory is in the way: {error.reason}. An "
+                "upload replaces nothing but an adapter that can be read and has no other files. "
+                "Upload it under another name, or have the operator move that folder away."
+            ) from error
         except WriteError as error:  # a full disk is not the request's fault
             raise FailedError(str(error)) from error
         self._known[name] = Known(source)

@@ -46,7 +46,7 @@ from hhdeploy.runtime.serving.http.arrival import Bodies, header
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     compact_json,
-    read_parameters,
+    read_only_parameters,
     read_truth,
     write_response,
 )
@@ -135,7 +135,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
         held = bodies.read(request, most)
         async with held as body:
-            parameters = read_parameters(await parser.content(body), "the request")
+            parameters = read_only_parameters(await parser.content(body))
             upload = read_upload(parameters, settings.adapter_bytes)
             if body.encoding and upload is not None:
                 held.add(len(upload.config) + len(upload.tensors))

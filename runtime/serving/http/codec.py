@@ -343,6 +343,22 @@ def read_parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
     return check_parameters({k: v for k, v in found.items() if v is not None}, where)
 
 
+def read_only_parameters(content: Mapping[str, Any]) -> dict[str, Value]:
+    """`read_parameters` of a request that has nothing else: what stands beside them was meant.
+
+    Raises:
+        RequestError: it has other members; or as `read_parameters`.
+    """
+    others = [key for key, value in content.items() if key != "parameters" and value is not None]
+    if others:
+        raise RequestError(
+            "the request: expected one member, parameters, or none, found "
+            f"{', '.join(sorted(key[:80] for key in others[:20]))}. What is to be loaded belongs "
+            "into parameters."
+        )
+    return read_parameters(content, "the request")
+
+
 def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) -> list[Any]:
     items = content.get(key)
     if items is None and optional:

@@ -1171,6 +1171,29 @@ def test_an_upload_onto_a_full_disk_is_the_servers_fault(play, tmp_path, monkeyp
     play(scene)
 
 
+def test_an_upload_replaces_no_folder_that_holds_more_and_says_what(play, tmp_path):
+    """It is not the server's fault, and the message is for who uploads: what is in the way."""
+    reasons = {"a": "it holds README.md, which", "b": "it has no adapter_conf", "c": "it is a file"}
+
+    async def scene(s):
+        files = files_of(make_adapter(s.workshop, 7), tmp_path)
+        (s.directory / "a" / "README.md").write_text("as a hub has it")
+        (s.directory / "b" / CONFIG_FILE).write_text("{")
+        shutil.rmtree(s.directory / "c")
+        (s.directory / "c").write_text("no folder")
+        before = contents(s.directory)
+        for name, reason in reasons.items():
+            with pytest.raises(RequestError, match=reason) as caught:
+                await s.fleet.upload(name, *files)
+            assert caught.value.status == 400 and repr(name) in str(caught.value)
+            for word in (str(s.directory), "overwrite", "output directory"):
+                assert word not in str(caught.value)
+            assert contents(s.directory) == before
+        await s.fleet.upload("fresh", *files)
+
+    play(scene)
+
+
 def test_an_upload_without_a_directory(play, tmp_path):
     async def scene(s):
         with pytest.raises(ForbiddenError, match="`adapters_dir`"):

@@ -398,6 +398,7 @@ def test_what_loading_refuses(loading, workshop):
     assert load("tiny")[0] == "INVALID_ARGUMENT"
     assert load("newcomer", config=config, files={"file:evil.py": b""})[0] == "INVALID_ARGUMENT"
     assert load("newcomer", config=config)[0] == "INVALID_ARGUMENT"
+    assert load("alpha", files={"files": tensors})[0] == "INVALID_ARGUMENT"
     assert load("newcomer", config="{", files=good)[0] == "INVALID_ARGUMENT"
     cut = {f"file:{TENSOR_FILE}": tensors[:-1]}
     assert load("newcomer", config=config, files=cut)[0] == "INVALID_ARGUMENT"

@@ -477,12 +477,17 @@ def test_adapters_are_loaded_uploaded_and_unloaded(branches, workshop, tmp_path)
         assert server.json("POST", path, loaded, **AUTHORISED) == (200, None)
         assert np.array_equal(logits("fresh"), session.run(x, "second")[:, :7])
 
+        beside = {"config": config, "parameters": {}}
+        status, said = server.json("POST", path, beside, **AUTHORISED)
+        assert (status, "found config" in said["error"]) == (400, True)
+
         load, unload = client.load_model, client.unload_model
         wrong = [
             (404, "unknown adapter 'nobody'", partial(load, "nobody", AUTHORISED)),
             (404, "unknown adapter 'nobody'", partial(unload, "nobody", AUTHORISED)),
             (400, "is the bundle", partial(unload, "tiny", AUTHORISED)),
             (400, "two parameters", partial(load, "a", AUTHORISED, config=config)),
+            (400, "Found: model.bin", partial(load, "fresh", AUTHORISED, files={"model.bin": b""})),
             (400, "config.json: peft_type", partial(load, "a", AUTHORISED, None, "{}", content)),
         ]  # fmt: skip
         for status, said, call in wrong:

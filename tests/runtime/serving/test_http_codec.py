@@ -21,6 +21,7 @@ from hhdeploy.runtime.serving.http.codec import (
     decompressed,
     read_encoding,
     read_object,
+    read_only_parameters,
     read_request,
     write_response,
 )
@@ -225,6 +226,14 @@ def test_what_clients_call_deflate_and_gzip_of_several_members():
         decompressed(gzip.compress(b"") * 1025, "gzip", 256)
     with pytest.raises(RequestError, match="something follows"):
         decompressed(zlib.compress(PICTURE) * 2, "deflate", 2560)
+
+
+def test_a_request_of_parameters_alone_has_nothing_beside_them():
+    for content in ({}, {"parameters": None}, {"parameters": {}, "config": None}):
+        assert read_only_parameters(content) == {}
+    assert read_only_parameters({"parameters": {"a": 1}}) == {"a": 1}
+    with pytest.raises(RequestError, match="one member, parameters, or none, found b, config"):
+        read_only_parameters({"parameters": {"a": 1}, "config": "{}", "b": 0})
 
 
 def test_null_is_the_same_as_absent():
