@@ -149,7 +149,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     ]
     names = names_of(inside, backbone, file)
     split = split_saved(tensors, head, names, config, backbone, file)
-    if unknown_option(config) is None:
+    if unknown_option(config) is None and not _adapts_attention(split.tuned, names, backbone):
         result = _read_as_it_is(config, split, names, backbone, options, file)
     else:
         result = _merged_by_peft(config, split, names, backbone, options, where)
@@ -161,6 +161,17 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
         extra={"imported_from": _facts_of(config)},
     )
     return finish(result, described, file, backbone, options, stated_preprocess(path, backbone))
+
+
+def _adapts_attention(tuned: Tensors, names: Names, backbone: Backbone) -> bool:
+    """Whether a target is a whole nn.MultiheadAttention: PEFT adapts its packed weight, and the
+    Linear behind it as a part of the same target."""
+    from torch import nn
+
+    owners = {module.module for key in tuned if (module := tuned_tensor(key)) is not None}
+    found = (names.here(owner) for owner in owners)
+    modules = dict(backbone.model.named_modules())
+    return any(isinstance(modules.get(path), nn.MultiheadAttention) for path in found)
 
 
 def _check_values(config: Mapping[str, Any], where: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.importers.lora import tuned_tensor
 from hhdeploy.adapters.importers.naming import Names
 from hhdeploy.adapters.importers.targets import in_saved_module
 from hhdeploy.adapters.importers.template import Tensors
@@ -61,7 +62,7 @@ def head_of_file(
     found = set()
     for key, tensor in keys.items():
         owner, _, leaf = bare_key(key).rpartition(".")
-        if leaf != "weight" or tensor.ndim != 2:
+        if leaf != "weight" or tensor.ndim != 2 or tuned_tensor(key) is not None:
             continue
         marked = bare_key(key) != key or in_saved_module(config, bare_key(key))
         if (

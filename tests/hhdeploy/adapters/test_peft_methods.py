@@ -169,6 +169,45 @@ def test_beside_torch_s_own_encoder(tmp_path):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize(
+    ("model", "target", "changes"),
+    [
+        ("torchs_encoder", "self_attn", {}),
+        ("torchs_encoder", "self_attn", {"use_rslora": True, "rank_pattern": {"1.self_attn": 2}}),
+        ("torchvision_vit", "self_attention", {"modules_to_save": ["head"]}),
+        ("open_clip_vit", "attn", {}),
+        ("tokens_first", "self_attn", {}),
+        ("encoder", "self_attn", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    ],
+    ids=in_order,
+)
+def test_a_whole_attention_of_torch(tmp_path, model, target, changes):
+    """Its packed weight is a parameter, and no Linear's."""
+    backbone = load_backbone(
+        BackboneSpec(f"python:tests.own_models:{model}", seed=4, input_size=(3, 32, 32))
+    )
+    # Of open_clip's tower the size of images is not stated.
+    changes = {"modules_to_save": None, "target_modules": [target, "linear1", "mlp.0"], **changes}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        source, expected = saved(tmp_path, backbone, "LORA", **changes)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    adapter = import_adapter(source, backbone)
+    assert range_error(expected, answers(backbone, adapter)) <= BOUND
+    assert not adapter.config.fold_only
+    names = {name.rpartition(".")[2] for name in adapter.sites}
+    assert {"q", "k", "v", "out_proj"} <= names
+    with pytest.raises(AdapterError, match="without the backbone's weights"):
+        import_adapter(source, backbone, ImportOptions(weights_known=False))
+    tensors = load_file(source / TENSOR_FILE)
+    lost = next(key for key in tensors if "out_proj" in key)
+    del tensors[lost]
+    save_file(tensors, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=r"the tensors lack: .*out_proj"):
+        import_adapter(source, backbone)
+
+
 def test_on_a_model_of_transformers(tmp_path, hf_vit):
     vit, names = hf_vit
     source, expected = saved(tmp_path, vit, "LORA", names, use_dora=True)
