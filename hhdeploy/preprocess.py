@@ -109,6 +109,25 @@ class Preprocess:
             exif,
         )
 
+    @classmethod
+    def stated(cls, content: Mapping[str, Any]) -> Preprocess:
+        """As `from_json`, of what a user or another tool states: also `check_scale`. Files that
+        are there already are read as they are: their clients may feed arrays."""
+        preprocess = cls.from_json(content)
+        preprocess.check_scale()
+        return preprocess
+
+    def check_scale(self) -> None:
+        """Raise ValueError for mean and std of a picture's values from 0 to 255. (Inputs of other
+        channels than a picture has are in any unit.)"""
+        largest = max(map(abs, (*self.mean, *self.std)))
+        if self.input_size[0] in (1, 3) and largest > 1:
+            raise ValueError(
+                "preprocess.mean and preprocess.std must be of values from 0 to 1, found "
+                f"{list(self.mean)} and {list(self.std)}. Divide those of values from 0 to 255 by "
+                "255"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """The JSON form that adapter_config.json and the manifest hold."""
         content = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

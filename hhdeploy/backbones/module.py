@@ -126,7 +126,7 @@ def _preprocess(
         )
     if stated:
         try:
-            return Preprocess.from_json({**stated, "input_size": size, "exif": True}), ()
+            return Preprocess.stated({**stated, "input_size": size, "exif": True}), ()
         except (ValueError, TypeError) as error:
             raise BackboneError(f"python:{name}: its pretrained_cfg: {error}.") from error
     channels = size[0]

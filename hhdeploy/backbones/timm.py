@@ -258,6 +258,9 @@ def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
     """timm's evaluation transform of a model, its images as ``args`` made them.
 
     Channels that are not red, green and blue have the average of their mean and std each.
+
+    Raises:
+        BackboneError: what its configuration states is no such transform.
     """
     config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
     height, width = config["input_size"][1:]
@@ -268,4 +271,9 @@ def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
     if channels != 3:
         config |= {k: [sum(config[k]) / len(config[k])] * channels for k in ("mean", "std")}
     size = (channels, height, width)
-    return Preprocess.from_json({**config, "input_size": size, "exif": True})
+    try:
+        return Preprocess.stated({**config, "input_size": size, "exif": True})
+    except (ValueError, TypeError) as error:
+        raise BackboneError(
+            f"{type(model).__name__} of timm: its pretrained_cfg: {error}."
+        ) from error

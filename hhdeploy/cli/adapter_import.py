@@ -225,7 +225,7 @@ def _preprocess(stated: dict[str, Any] | None, facts: BackboneFacts) -> Preproce
             f"--preprocess: expected keys among {', '.join(known)}, found {', '.join(unknown)}."
         )
     try:
-        return Preprocess.from_json({**known, **stated})
+        return Preprocess.stated({**known, **stated})
     except (ValueError, TypeError) as error:
         raise click.UsageError(f"--preprocess: {error}") from error
 

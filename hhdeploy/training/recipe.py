@@ -203,7 +203,7 @@ def _with_preprocess(backbone: Backbone, changes: Mapping[str, Any]) -> Backbone
             f"{', '.join(backbone.facts.preprocess.to_json())}."
         )
     try:
-        changed = Preprocess.from_json({**backbone.facts.preprocess.to_json(), **changes})
+        changed = Preprocess.stated({**backbone.facts.preprocess.to_json(), **changes})
     except (ValueError, TypeError) as error:
         raise TrainingError(f"`preprocess`: {error}") from error
     if changed.input_size != backbone.facts.preprocess.input_size:

@@ -42,7 +42,12 @@ def test_import_says_what_it_assumed(workshop, model, tmp_path):
     found = load_adapter(tmp_path / "out").config.preprocess
     assert (found.mean, found.crop_pct) == ((0.1, 0.2, 0.3), 1.0)
     assert found.std == workshop.backbone.facts.preprocess.std
-    for odd, message in (('{"men": [1]}', "found men"), ('{"mean": [1]}', "--preprocess: ")):
+    for odd, message in (
+        ('{"men": [1]}', "found men"),
+        ('{"mean": [1]}', "--preprocess: "),
+        ('{"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}', "by 255"),
+        ('{"mean": [NaN, 0.5, 0.5]}', "finite"),
+    ):
         code, said = run("import", tmp_path / "a.pth", tmp_path / "x", *model, "--preprocess", odd)
         assert code == 2
         assert message in said

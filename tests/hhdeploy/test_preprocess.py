@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 from timm.data import create_transform
 
-from hhdeploy.errors import DataError
+from hhdeploy.adapters.importers import ImportOptions
+from hhdeploy.errors import DataError, OptionError
 from hhdeploy.preprocess import Preprocess, eight_bits, open_image, upright
 from tests.support import assert_caught
 
@@ -115,6 +116,24 @@ def test_json_round_trip_and_defaults():
     assert Preprocess.from_json(before).to_json() == before  # files without it stay as they are
     with pytest.raises(ValueError, match=r"preprocess\.exif must be true or false, found 1"):
         Preprocess.from_json({**before, "exif": 1})
+
+
+def test_numbers_of_another_scale_are_refused_where_they_are_stated():
+    """Files that are there already are read as they are."""
+    of_bytes = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+    content = {**BASE.to_json(), **of_bytes}
+    assert Preprocess.from_json(content).to_json() == content
+    for wrong in (content, {**content, "std": [1, 1, 1]}, {**content, "mean": [0, 0, 0]}):
+        with pytest.raises(ValueError, match=r"values from 0 to 1, found .* by 255"):
+            Preprocess.stated(wrong)
+    assert Preprocess.stated(BASE.to_json()) == BASE
+    raw = {"input_size": [12, 8, 8], "mean": [1353.0] * 12, "std": [897.0] * 12}
+    assert Preprocess.stated(raw).mean[0] == 1353.0  # of a satellite, say
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            Preprocess.stated({**BASE.to_json(), "mean": [number, 0.5, 0.5]})
+    with pytest.raises(OptionError, match=r"`preprocess`: preprocess\.mean"):
+        ImportOptions(preprocess=Preprocess.from_json(content))
 
 
 # -- orientation --------------------------------------------------------------------------------

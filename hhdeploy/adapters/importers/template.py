@@ -70,6 +70,14 @@ class ImportOptions:
     compress_rank: int | None = None
     accept_error: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.preprocess is None:
+            return
+        try:
+            self.preprocess.check_scale()
+        except ValueError as error:
+            raise OptionError(f"`preprocess`: {error}.") from error
+
 
 def head_keys(backbone: Backbone) -> tuple[str, str]:
     """Keys of the classifier's weight and bias in the backbone's state dict."""

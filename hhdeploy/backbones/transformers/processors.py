@@ -154,7 +154,7 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
         mode, pct = "center", min(height, width) / edge
     elif crops and "height" in size:
         pct = height / size["height"]
-    return Preprocess.from_json(
+    return Preprocess.stated(
         {
             "input_size": input_size,
             "mean": mean,

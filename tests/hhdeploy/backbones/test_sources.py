@@ -268,6 +268,7 @@ def test_the_image_transform_of_the_source(folder):
         ("[]", "expected a JSON object, found list"),
         ('{"image_mean": [0.5], "image_std": [0.5]}', "cannot be read: .*3 numbers"),
         ('{"image_mean": 1, "image_std": 1, "resample": "x"}', "cannot be read: "),
+        ('{"image_mean": [127.5, 127.5, 127.5], "image_std": [1, 1, 1]}', "by 255"),
     ],
 )
 def test_a_damaged_image_processor(folder, content, message):

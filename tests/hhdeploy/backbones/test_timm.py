@@ -378,6 +378,10 @@ def test_a_folder_of_timm(tmp_path, tiny):
     assert facts.args == {**TINY_ARGS, "num_classes": 1000}
     assert facts.preprocess.mean == (0.1, 0.2, 0.3)
     assert str(tmp_path) not in json.dumps(facts.to_json())
+    config["pretrained_cfg"]["mean"] = [123.7, 116.3, 103.5]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=r"its pretrained_cfg: .*from 0 to 1, found"):
+        load_backbone(BackboneSpec(str(tmp_path)))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(BackboneError, match=r"has no weights: expected model\.safetensors or"):
         load_backbone(BackboneSpec(str(tmp_path)))
