@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -30,6 +31,9 @@ _KEPT = 48 << 20
 _LENGTH = struct.Struct("<Q")
 # Below the server's own threads.
 _NICE = 5
+# Whoever signals the server's whole group (Ctrl-C, a supervisor) means the server, which needs what
+# is done here to answer what it took. The process ends when the server does, or kills it.
+_SERVERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Elsewhere:
@@ -100,12 +104,17 @@ class Elsewhere:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import answer_parent; answer_parent()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-    )
+    # A new process has its thread's mask, from its first moment on.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SERVERS_SIGNALS)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import answer_parent; answer_parent()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _send(stream: IO[bytes], content: Any) -> None:
@@ -142,7 +151,10 @@ def answer_parent() -> None:
             return
         good, found = _answer(function, arguments)
         del arguments
-        _send(out, (good, found, _resident_bytes() > most))
+        try:
+            _send(out, (good, found, _resident_bytes() > most))
+        except BrokenPipeError:  # the server is gone
+            os._exit(1)  # what is left in the buffer is for nobody
         del found
 
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import operator
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -217,6 +218,35 @@ def test_a_process_that_dies_fails_one_request():
             assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
     run(scene)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_ends_nothing_that_was_taken(number):
+    """Neither while the process starts nor while it is at something; the server decides."""
+    process = elsewhere.Elsewhere("waits")
+    try:
+        process.start()
+        os.kill(process._process.pid, number)
+        assert process.call(operator.add, 2, 3) == 5
+        timer = threading.Timer(0.1, os.kill, (process._process.pid, number))
+        timer.start()
+        assert process.call(time.sleep, 0.3) is None
+        timer.join()
+        assert process.call(operator.add, 3, 4) == 7
+        process._process.stdin.close()  # as it is where the server has ended
+        assert process._process.wait(PATIENCE) == 0
+    finally:
+        process.end()
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_process_whose_server_is_gone_ends_without_a_word(capfd):
+    process = elsewhere._start()
+    elsewhere._send(process.stdin, (bytes, (1 << 20,)))
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(PATIENCE) == 1
+    assert capfd.readouterr() == ("", "")
 
 
 def test_memory_has_an_end():
