@@ -240,6 +240,16 @@ def _summary(result: TrainResult) -> Iterator[str]:
         yield f"trained on {result.train_data}, validated on {result.val_data}"
     if result.skipped:
         yield f"left out: {in_words(result.skipped)}"
+    if result.val_images_trained_on:
+        yield (
+            f"of the {result.val_images} validation images {result.val_images_trained_on} are "
+            "trained on too, by content: the score is no score of new images"
+        )
+    if result.contrary_pictures:
+        yield (
+            f"{result.contrary_pictures} pictures are there again, by content, with another truth: "
+            "one of them is wrong"
+        )
     last, best = result.last, result.best
     if best is None:
         yield f"last epoch {last.epoch}: no validation images"

@@ -175,10 +175,12 @@ def _listed(file: Path) -> list[tuple[Path, str]]:
     """Every image of a list, with its label.
 
     Raises:
-        DataError: naming file and line, of one that is no path and label, or whose image is not
-            there; or an empty list.
+        DataError: naming file and line, of one that is no path and label, whose image is not
+            there, or has another label in a line above; or an empty list.
     """
     found = []
+    # By the file's own number: links, and a path written otherwise, are the same image.
+    known: dict[tuple[int, int], tuple[int, str]] = {}
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -193,6 +195,13 @@ def _listed(file: Path) -> list[tuple[Path, str]]:
                 f"{file}, line {number}: expected the path of an image below {file.parent} and its "
                 f"label, as in images/0.png 3; found {line.strip()!r}"
                 f"{', and no such image' if name.strip() else ''}."
+            )
+        stat = path.stat()
+        first, before = known.setdefault((stat.st_dev, stat.st_ino), (number, label))
+        if label != before:
+            raise DataError(
+                f"{file}, line {number}: expected the label of {name.strip()} to be {before!r}, as "
+                f"in line {first}, found {label!r}. An image has one class: mend one of them."
             )
         found.append((path, label))
     if not found:

@@ -30,6 +30,7 @@ from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import Classes, find_splits, is_list, list_classes, place_of
 from hhdeploy.preprocess import Preprocess, open_image
+from hhdeploy.training.pictures import number_pictures
 
 # Mild, because an adapter sees few images: at least 60 % of the area, at most 5:4 stretched.
 CROP_AREA = (0.6, 1.0)
@@ -69,6 +70,9 @@ class ImageFolder:
             was held out.
         skipped: how many files were left out, by what they are.
         problem_type: what is true of the images.
+        val_trained_on: how many of ``val`` show a picture that is in ``train`` too. Of a part
+            that was held out none does.
+        contrary: pictures of which different things are said to be true.
     """
 
     class_names: tuple[str, ...]
@@ -78,6 +82,8 @@ class ImageFolder:
     sources: tuple[Path, Path]
     skipped: Mapping[str, int]
     problem_type: ProblemType = CLASSES
+    val_trained_on: int = 0
+    contrary: int = 0
 
 
 def derived_seed(seed: int, purpose: str, epoch: int = 0) -> int:
@@ -93,8 +99,8 @@ def read_image_folder(
 
     A ``data`` of DIR/train/CLASS/image and DIR/val/CLASS/image is split already; a ``val_data``
     goes before its val. All of the rest is for training then. Otherwise ``val_fraction`` of
-    every class is held out (seeded; at least one image unless the fraction is 0, and never a
-    class's only image).
+    every class's pictures is held out (seeded; at least one unless the fraction is 0, and never a
+    class's only one), with all of their copies.
 
     Raises:
         DataError: fewer than 2 classes, a class without images, or class names in ``val_data``
@@ -111,14 +117,33 @@ def read_image_folder(
         )
     names = tuple(classes)
     if val_data is None:
-        train, val = split_classes(classes, val_fraction, seed)
+        whole = _samples(classes)
+        pictures = number_pictures(whole.paths)
+        train, val = split_classes(classes, val_fraction, seed, pictures)
     else:
         judging = list_classes(val_data)
         skipped.update(judging.skipped)
         train, val = _samples(classes), _samples(_matching(judging, names, val_data))
+        pictures = number_pictures((*train.paths, *val.paths))
     sources = (data, val_data or data)
     digest = _digest(data, train, sources[1], val)
-    return ImageFolder(names, train, val, digest, sources, dict(skipped))
+    doubts = count_doubts(train, val, pictures)
+    return ImageFolder(names, train, val, digest, sources, dict(skipped), CLASSES, *doubts)
+
+
+def count_doubts(train: Samples, val: Samples, pictures: Mapping[Path, int]) -> tuple[int, int]:
+    """How many images of ``val`` are trained on too, and of how many pictures the truths differ.
+
+    ``pictures``: of `number_pictures`.
+    """
+    trained = {pictures[path] for path in train.paths}
+    said: dict[int, set[int | tuple[float, ...]]] = {}
+    for part in (train, val):
+        truths: Sequence[int | tuple[float, ...]] = part.labels
+        for path, truth in zip(part.paths, truths, strict=True):
+            said.setdefault(pictures[path], set()).add(truth)
+    both = sum(pictures[path] in trained for path in val.paths)
+    return both, sum(len(truths) > 1 for truths in said.values())
 
 
 def _matching(
@@ -149,19 +174,35 @@ def _samples(classes: Mapping[str, Sequence[Path]]) -> Samples:
 
 
 def split_classes(
-    classes: Mapping[str, Sequence[Path]], fraction: float, seed: int
+    classes: Mapping[str, Sequence[Path]],
+    fraction: float,
+    seed: int,
+    pictures: Mapping[Path, int],
 ) -> tuple[Samples, Samples]:
-    """Hold out the same share of every class; both parts keep the sorted order."""
+    """Hold out the same share of every class; both parts keep the sorted order.
+
+    What is one picture by ``pictures`` is on one side; one of several classes is trained on.
+    """
     generator = torch.Generator().manual_seed(derived_seed(seed, "split"))
+    shown = {name: dict.fromkeys(pictures[p] for p in paths) for name, paths in classes.items()}
+    classes_of = Counter(number for numbers in shown.values() for number in numbers)
     train: dict[str, list[Path]] = {}
     val: dict[str, list[Path]] = {}
     for name, paths in classes.items():
-        wanted = max(1, round(fraction * len(paths))) if fraction > 0 else 0
-        count = min(wanted, len(paths) - 1)
-        held = set(torch.randperm(len(paths), generator=generator)[:count].tolist())
-        train[name] = [p for i, p in enumerate(paths) if i not in held]
-        val[name] = [p for i, p in enumerate(paths) if i in held]
+        own = [number for number in shown[name] if classes_of[number] == 1]
+        held = set(draw_held(own, len(shown[name]), fraction, generator))
+        train[name] = [p for p in paths if pictures[p] not in held]
+        val[name] = [p for p in paths if pictures[p] in held]
     return _samples(train), _samples(val)
+
+
+def draw_held(
+    pictures: Sequence[int], count: int, fraction: float, generator: torch.Generator
+) -> list[int]:
+    """Those of ``pictures`` to hold out, a share of ``count``, of which one at least is left."""
+    wanted = max(1, round(fraction * count)) if fraction > 0 else 0
+    drawn = torch.randperm(len(pictures), generator=generator)[: min(wanted, count - 1)]
+    return [pictures[i] for i in drawn.tolist()]
 
 
 def _digest(train_root: Path, train: Samples, val_root: Path, val: Samples) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,15 @@ from hhdeploy.adapters.config import CLASSES
 from hhdeploy.adapters.labels import LabelTable, read_labels
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import list_images
-from hhdeploy.training.data import ImageFolder, Samples, derived_seed, split_classes
+from hhdeploy.training.data import (
+    ImageFolder,
+    Samples,
+    count_doubts,
+    derived_seed,
+    draw_held,
+    split_classes,
+)
+from hhdeploy.training.pictures import number_pictures
 from hhdeploy.training.settings import TrainSettings
 
 _UNLABELLED = "pictures without a label"
@@ -23,7 +31,7 @@ def read_labelled(settings: TrainSettings, labels: Path) -> ImageFolder:
     """The images that ``labels`` names below ``settings.data``, and those to validate on.
 
     Without ``val_labels`` a seeded part is held out: of classes the same share of each, else of
-    all images (at least one, unless the fraction is 0).
+    all pictures (at least one, unless the fraction is 0), with their copies.
 
     Raises:
         DataError: see `read_labels`; fewer than 2 classes; one image, and a part to hold out.
@@ -36,8 +44,10 @@ def read_labelled(settings: TrainSettings, labels: Path) -> ImageFolder:
     if s.val_labels is not None:
         judging = read_labels(s.val_labels, sources[1], table.problem_type, table.names)
         train, val = _samples(table), _samples(judging)
+        pictures = number_pictures((*train.paths, *val.paths))
     else:
-        train, val = _split(table, s.val_fraction, s.seed)
+        pictures = number_pictures(table.paths)
+        train, val = _split(table, s.val_fraction, s.seed, pictures)
     known = {os.path.abspath(path) for path in (*train.paths, *val.paths)}
     listed = {path for source in dict.fromkeys(sources) for path in list_images(source).paths}
     unlabelled = len({os.path.abspath(path) for path in listed} - known)
@@ -49,6 +59,7 @@ def read_labelled(settings: TrainSettings, labels: Path) -> ImageFolder:
         sources,
         {_UNLABELLED: unlabelled} if unlabelled else {},
         table.problem_type,
+        *count_doubts(train, val, pictures),
     )
 
 
@@ -60,19 +71,22 @@ def _samples(table: LabelTable, rows: Sequence[int] | None = None) -> Samples:
     return Samples(paths, tuple(tuple(map(float, table.truths[i])) for i in chosen))
 
 
-def _split(table: LabelTable, fraction: float, seed: int) -> tuple[Samples, Samples]:
+def _split(
+    table: LabelTable, fraction: float, seed: int, pictures: Mapping[Path, int]
+) -> tuple[Samples, Samples]:
     if table.problem_type == CLASSES:
         classes = {
             name: [p for p, row in zip(table.paths, table.truths, strict=True) if row[column]]
             for column, name in enumerate(table.names)
         }
-        return split_classes(classes, fraction, seed)
-    count = len(table.paths)
-    held = min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
+        return split_classes(classes, fraction, seed, pictures)
+    shown = list(dict.fromkeys(pictures[path] for path in table.paths))
     generator = torch.Generator().manual_seed(derived_seed(seed, "split"))
-    chosen = set(torch.randperm(count, generator=generator)[:held].tolist())
-    kept = [i for i in range(count) if i not in chosen]
-    return _samples(table, kept), _samples(table, sorted(chosen))
+    held = set(draw_held(shown, len(shown), fraction, generator))
+    parts: tuple[list[int], list[int]] = ([], [])
+    for row, path in enumerate(table.paths):
+        parts[pictures[path] in held].append(row)
+    return _samples(table, parts[0]), _samples(table, parts[1])
 
 
 def _digest(sources: Sequence[Path], parts: Sequence[Samples]) -> str:

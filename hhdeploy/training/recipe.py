@@ -304,6 +304,8 @@ def _result(task: _Task, trainer: Trainer, history: tuple[EpochReport, ...]) -> 
         device=trainer.device.type,
         history=history,
         problem_type=task.folder.problem_type,
+        val_images_trained_on=task.folder.val_trained_on,
+        contrary_pictures=task.folder.contrary,
     )
 
 
@@ -350,6 +352,7 @@ def _record(task: _Task, result: TrainResult, objective: Objective) -> dict[str,
         "seed": s.seed,
         "train_images": result.train_images,
         "val_images": result.val_images,
+        "val_images_trained_on": result.val_images_trained_on,
         "train_loss": result.last.loss,
         "val_top1": result.last.val_top1,
         **_other_scores(result.last),

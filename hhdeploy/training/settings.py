@@ -53,7 +53,8 @@ class TrainSettings:
         checkpoint: backbone weights; None: those of the source.
         pretrained: False gives a random backbone (``seed``).
         val_data: image folder with the same class names; None: part of ``data`` is held out.
-        val_fraction: share of every class that is held out, in [0, 1); 0: no validation.
+        val_fraction: share of every class's pictures that is held out, in [0, 1), with all copies
+            of each; 0: no validation.
         labels: CSV file of a line an image, its path below ``data`` and then its classes, with
             ``;`` between, or its values; see `hhdeploy.adapters.labels`.
         val_labels: the same of the images to validate on, below ``val_data`` (None: ``data``).
@@ -244,6 +245,9 @@ class TrainResult:
         history: one report an epoch, those before a resume included.
         problem_type: what is true of the images.
         notes: what had to be assumed of the backbone, a line each.
+        val_images_trained_on: validation images whose picture is trained on too, under whatever
+            name: the scores are flattered by them.
+        contrary_pictures: pictures of several classes, or of different labels or values.
     """
 
     out: Path | None
@@ -261,6 +265,8 @@ class TrainResult:
     history: tuple[EpochReport, ...]
     problem_type: ProblemType = CLASSES
     notes: tuple[str, ...] = ()
+    val_images_trained_on: int = 0
+    contrary_pictures: int = 0
 
     @property
     def last(self) -> EpochReport:
@@ -282,6 +288,8 @@ class TrainResult:
             "class_names": list(self.class_names),
             "train_images": self.train_images,
             "val_images": self.val_images,
+            "val_images_trained_on": self.val_images_trained_on,
+            "contrary_pictures": self.contrary_pictures,
             "train_data": str(self.train_data),
             "val_data": str(self.val_data),
             "skipped": dict(self.skipped),

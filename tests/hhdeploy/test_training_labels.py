@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,31 @@ def test_the_split_is_seeded_and_whole(settings, data):
     assert read_labelled(ours, ours.labels) == folder
     assert read_labelled(replace(ours, seed=1), ours.labels).val != folder.val
     assert len(read_labelled(replace(ours, val_fraction=0.0), ours.labels).val) == 0
+
+
+def test_copies_are_on_one_side(settings, data, tmp_path):
+    """Of labels as of classes; by content, and by another way to the same file."""
+    lines = (data / "tags.csv").read_text().splitlines()
+    for i in range(COUNT):
+        shutil.copy(data / f"{i}.png", tmp_path / f"{i}.png")
+        shutil.copy(data / f"{i}.png", tmp_path / f"copy-{i}.png")
+    (tmp_path / "in").mkdir()
+    lines += [f"copy-{line}" for line in lines[1:]] + [f"in/../{line}" for line in lines[1:]]
+    (tmp_path / "tags.csv").write_text("\n".join(lines))
+    paths = [line.split(",")[0] for line in lines[1:]]
+    classes = [f"{path},{'even' if path[-5] in '02468' else 'odd'}" for path in paths]
+    (tmp_path / "classes.csv").write_text("\n".join(classes))
+    ours = replace(settings, data=tmp_path)
+    for name in ("tags", "classes"):
+        folder = read_labelled(ours, tmp_path / f"{name}.csv")
+        assert len(folder.train) + len(folder.val) == 3 * COUNT
+        train, val = ({p.read_bytes() for p in part.paths} for part in (folder.train, folder.val))
+        assert val
+        assert not train & val
+        assert folder.val_trained_on == 0
+    (tmp_path / "val.csv").write_text("\n".join(lines[:4]))
+    folder = read_labelled(replace(ours, val_labels=tmp_path / "val.csv"), tmp_path / "tags.csv")
+    assert (folder.val_trained_on, folder.contrary) == (3, 0)
 
 
 def test_a_table_of_its_own_validates(settings, data, tmp_path):

@@ -610,6 +610,58 @@ def test_split_is_stratified_seeded_and_never_takes_the_only_image(tmp_path: Pat
     assert len(read_image_folder(data, None, 0.0, seed=4).val) == 0
 
 
+def _repeated(root: Path, how: str) -> Path:
+    """Ten pictures of each of two classes, every one of them three times."""
+    data = draw_folder(root / "once", ["bars", "discs"], 10, seed=2)
+    lines = [f"once/{p.parent.name}/{p.name} {p.parent.name}" for p in data.rglob("*.png")]
+    if how == "list":
+        (root / "thrice.txt").write_text("\n".join(lines * 3))
+        return root / "thrice.txt"
+    for source in data.rglob("*.png"):
+        for i in range(3):
+            target = root / how / source.parent.name / f"{source.stem}-{i}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if how == "links":
+                target.symlink_to(source)
+            else:
+                shutil.copy(source, target)
+    return root / how
+
+
+@pytest.mark.parametrize("how", ["list", "links", "copies"])
+def test_what_is_held_out_is_not_trained_on_under_any_name(tmp_path: Path, how: str) -> None:
+    folder = read_image_folder(_repeated(tmp_path, how), None, 0.3, seed=4)
+    contents = [{p.read_bytes() for p in part.paths} for part in (folder.train, folder.val)]
+    assert (len(folder.train), len(folder.val)) == (42, 18)
+    assert [len(part) for part in contents] == [14, 6]
+    assert not contents[0] & contents[1]
+    assert (folder.val_trained_on, folder.contrary) == (0, 0)
+
+
+def test_a_picture_of_two_classes_judges_neither(tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "d", ["bars", "discs"], 4, seed=2)
+    for i in range(3):
+        shutil.copy(data / "bars" / f"{i:03}.png", data / "discs" / f"also-{i}.png")
+    folder = read_image_folder(data, None, 0.9, seed=4)
+    assert (folder.val_trained_on, folder.contrary) == (0, 3)
+    assert {p.name for p in folder.val.paths} == {f"{i:03}.png" for i in range(4)}
+    assert [folder.val.labels.count(c) for c in range(2)] == [1, 4]
+
+
+def test_validation_images_that_are_trained_on_are_counted(
+    base_settings: TrainSettings, tmp_path: Path
+) -> None:
+    val = draw_folder(tmp_path / "val", list(CLASSES), 2, seed=9)
+    shutil.copy(base_settings.data / "bars" / "003.png", val / "bars" / "mine.png")
+    shutil.copy(base_settings.data / "bars" / "004.png", val / "discs" / "mine.png")
+    result = train(replace(base_settings, val_data=val, epochs=1, out=tmp_path / "o"))
+    assert (result.val_images_trained_on, result.contrary_pictures) == (2, 1)
+    assert load_adapter(tmp_path / "o").config.extra["training"]["val_images_trained_on"] == 2
+    said = cli(*cli_arguments(base_settings.data, "--linear-probe", "--val-data", str(val))).stdout
+    assert "of the 8 validation images 2 are trained on too" in said
+    assert "1 pictures are there again" in said
+
+
 def test_epochs_shuffle_and_augment_differently_but_repeatably(images: Path) -> None:
     samples = read_image_folder(images, None, 0.0, 0).train
     with BatchSource(VIEW, batch_size=64, cache=PixelCache(1 << 20)) as source:

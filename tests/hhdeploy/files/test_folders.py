@@ -158,11 +158,15 @@ def test_a_list_of_paths_and_labels_stands_for_a_folder(tmp_path):
     [
         ("", "names no image"),
         ("a.png 1\na.png\n", r"line 2: expected the path .* found 'a\.png'\."),
+        (
+            "a.png 1\na.png 1\nin/../a.png 2\n",
+            r"line 3: expected the label of in/\.\./a\.png to be '1', as in line 1, found '2'",
+        ),
         ("a.png 1\ngone.png 2\n", r"line 2: .* found 'gone\.png 2', and no such image"),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path, text, message):
-    write(tmp_path, "a.png")
+    write(tmp_path, "a.png", "in/b.png")
     (tmp_path / "l.txt").write_text(text)
     for reader in (list_classes, list_images):
         with pytest.raises(DataError, match=message):
