@@ -25,6 +25,7 @@ from hhdeploy.choices import PROBLEM_TYPES as PROBLEM_TYPES
 from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
 # 2 has s_in, s_out, db, values of parameters, and fold_only; written only where they are used.
@@ -159,7 +160,7 @@ def read_config(path: Path) -> AdapterConfig:
         AdapterError: it is missing, no JSON object, or see `parse_config`.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path).decode())
     except FileNotFoundError:
         raise AdapterError(
             f"{path} does not exist. An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}."

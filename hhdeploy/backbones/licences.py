@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
+
+from hhdeploy.files.plain import open_plain
 
 # Names as a source states them, each once; empty: nobody says.
 Licences = tuple[str, ...]
@@ -57,10 +60,12 @@ def licences_of_card(folder: Path) -> Licences:
     Of ``license: other`` the ``license_name`` counts, if there is one.
     """
     try:
-        with (folder / CARD).open(encoding="utf-8", errors="replace") as stream:
-            front = _front_matter(stream.read(_LONGEST_CARD))
+        card = open_plain(folder / CARD)
+        with TextIOWrapper(card, encoding="utf-8", errors="replace") as stream:
+            text = stream.read(_LONGEST_CARD)
     except OSError:
         return ()
+    front = _front_matter(text)
     stated, name = together(front.get("license", ())), together(front.get("license_name", ()))
     other = [n for n in stated if n.lower() == "other"]
     return together([n for n in stated if n not in other], name if other and name else other)

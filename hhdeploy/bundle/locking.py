@@ -139,12 +139,17 @@ def _bundle_at(path: Path) -> Iterator[int | None]:
     except (FileNotFoundError, NotADirectoryError):
         yield None
         return
+    except OSError as error:
+        Bundle.open(path)  # says what is wrong with such a path
+        raise _no_lock(path, error) from error
     try:
         there = True
         try:
             os.stat(MANIFEST, dir_fd=handle)
         except FileNotFoundError:
             there = False
+        except OSError as error:
+            raise _no_lock(path, error) from error
         yield handle if there else None
     finally:
         os.close(handle)

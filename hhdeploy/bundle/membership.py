@@ -17,6 +17,7 @@ from hhdeploy.adapters.checks import (
     unused_head,
 )
 from hhdeploy.adapters.config import problem_type_of
+from hhdeploy.adapters.directory import adapter_files
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import BackboneFacts
@@ -138,7 +139,8 @@ def add_adapter(
         ConflictError, WriteError: see `edit`.
     """
     source = Path(directory)
-    hashes = _hashes(source) if source.is_dir() else {}
+    with os_errors(Path(path)):
+        hashes = {n: sha256_of(source / n) for n in adapter_files(source, Path(path))}
     adapter = at_strength(load_adapter(source), strength)
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
@@ -189,12 +191,3 @@ def remove_adapter(
         change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
         kept = tuple(a for a in manifest.adapters if a.name != name)
         change.manifest = replace(change.manifest, adapters=kept)
-
-
-def _hashes(directory: Path) -> dict[str, str]:
-    with os_errors(directory):
-        return {
-            file.relative_to(directory).as_posix(): sha256_of(file)
-            for file in sorted(directory.rglob("*"))
-            if file.is_file()
-        }

@@ -35,7 +35,8 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.choices import TYPED, Precision
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
-from hhdeploy.files.bundle_json import check_bundle_json, without_duplicates
+from hhdeploy.files.bundle_json import check_bundle_json, read_bundle_json
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 
@@ -79,30 +80,14 @@ class Bundle:
             BundleError: no bundle there, a damaged manifest, or one of a newer version.
         """
         path = Path(path)
-        file = path / MANIFEST
-        try:
-            text = file.read_text(encoding="utf-8")
-            content = json.loads(text, object_pairs_hook=without_duplicates)
-        except (FileNotFoundError, NotADirectoryError):
-            raise BundleError(
-                f"{path} is not a bundle: {MANIFEST} was expected in it. Make one with `export()`."
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise BundleError(
-                f"{file} cannot be read: {error}. Export the bundle again."
-            ) from error
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if type(version) is not int or version > SCHEMA_VERSION:
-            raise BundleError(
-                f"{file}: schema_version: expected at most {SCHEMA_VERSION}, found {version!r}. "
-                "Upgrade with pip install -U hhdeploy, or export the bundle again."
-            )
+        content = read_bundle_json(path, SCHEMA_VERSION)
         try:
             check_bundle_json(content)
             return cls(path, Manifest.from_json(content))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
-                f"{file} is damaged ({type(error).__name__}: {error}). Export the bundle again."
+                f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}). Export the "
+                "bundle again."
             ) from error
 
     def add(
@@ -191,21 +176,26 @@ class Bundle:
             return self.held[name]
 
         def hashed(path: Path) -> tuple[bytes, str]:
-            content = path.read_bytes()
+            content = read_plain(path)
             return content, sha256_of_bytes(content)
 
         return self._found(name, hashed)
 
     def _found(self, name: str, look: Callable[[Path], tuple[_T, str]]) -> _T:
         """What ``look`` gives, with its digest, at the first place that has the right one."""
-        expected, wrong = self.manifest.files.get(name), None
+        expected, wrong, unread = self.manifest.files.get(name), None, None
         for path in self._places(name) if expected is not None else ():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 found, digest = look(path)
-                if digest == expected:
-                    return found
-                wrong = wrong or digest
-        raise self._damage(name, expected, wrong)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                unread = unread or error
+                continue
+            if digest == expected:
+                return found
+            wrong = wrong or digest
+        raise self._damage(name, expected, wrong, unread) from unread
 
     def _places(self, name: str) -> tuple[Path, ...]:
         """Where a file is, where the last change moved it, and where an interrupted change, of an
@@ -214,12 +204,19 @@ class Bundle:
         more = {BANK_FILE: PREVIOUS_BANK, CARD: NEW_CARD}.get(name)
         return (*places, self.path / more) if more else places
 
-    def _damage(self, name: str, expected: str | None, found: str | None) -> BundleError:
+    def _damage(
+        self, name: str, expected: str | None, found: str | None, unread: OSError | None = None
+    ) -> BundleError:
         path = self.path / name
         if self.changed():
             return ConflictError(
                 f"{self.path} was changed by another process meanwhile ({name} is no longer a part "
                 "of it). Nothing was written. Run the command again."
+            )
+        if unread is not None:
+            return BundleError(
+                f"{path} cannot be read: {unread.strerror}. Give it its permissions, or copy or "
+                "export the bundle again."
             )
         if expected is None or found is None:
             return BundleError(f"{path} is missing. Export the bundle again.")
@@ -334,7 +331,7 @@ class Bundle:
     def _intact(self, root: Path, names: Sequence[str]) -> bool:
         try:
             return all(sha256_of(root / n) == self.manifest.files[n] for n in names)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return False
 
 

@@ -19,6 +19,7 @@ from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.store import Progress, settled
 from hhdeploy.errors import BundleError, ReadError, require
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import atomic_file
 
@@ -88,7 +89,7 @@ def check_signature(path: str | Path, public_key: str | Path) -> None:
     with _reading("public_key", public_key):
         config.use_elliptic_key_verifier(public_key=Path(public_key))
     try:
-        _check_form((root / SIGNATURE).read_bytes())
+        _check_form(read_plain(root / SIGNATURE))
         _check_kinds(root)
         config.set_hashing_config(_hashing(library)).verify(root, root / SIGNATURE)
     except FileNotFoundError:

@@ -48,6 +48,7 @@ from hhdeploy.errors import (
     WriteError,
 )
 from hhdeploy.files.journal import write_journal
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import (
     json_bytes,
@@ -144,7 +145,7 @@ class Change:
             )
         write_journal(self.bundle.path, [f"{ADAPTERS}/{name}/{file}" for file in hashes])
         for file, digest in hashes.items():
-            content = (source / file).read_bytes()
+            content = read_plain(source / file)
             if sha256_of_bytes(content) != digest:
                 raise AdapterError(
                     f"{source / file} was changed while it was read. Add the adapter again once "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import click
 
@@ -43,7 +44,8 @@ class Group(click.Group):
 
         Raises:
             UsageError: for an OptionError, as if click had found it.
-            ClickException: for every other error of hhdeploy's.
+            ClickException: for every other error of hhdeploy's, and of a file that the system
+                names and refuses.
         """
         try:
             return super().invoke(ctx)
@@ -53,6 +55,13 @@ class Group(click.Group):
             if isinstance(error, OptionError):
                 raise click.UsageError(message, context) from error
             raise click.ClickException(message) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(
+                f"{os.fsdecode(error.filename)}: {error.strerror}. See that it is there, is what "
+                "was expected, and may be read or written to."
+            ) from error
 
     def _context_of(self, ctx: click.Context) -> click.Context:
         """The subcommand's, which is gone by now, for the usage line."""

@@ -30,9 +30,16 @@ def command(bundle: Path, key: Path, password_file: Path | None, lock_timeout: f
       hhdeploy verify bundle/ --signature --public-key key.pub
     """
     from hhdeploy.bundle.signing import sign
+    from hhdeploy.errors import ReadError
 
     password = None
     if password_file is not None:
-        password = password_file.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+        try:
+            text = password_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ReadError(
+                f"{password_file}: expected a text whose first line is the key's password: {error}."
+            ) from error
+        password = text.partition("\n")[0].rstrip("\r")
     written = sign(bundle, key, password=password, lock_timeout=lock_timeout, progress=ui.note)
     click.echo(f"Wrote {written}")

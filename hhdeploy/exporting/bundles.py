@@ -17,6 +17,7 @@ from hhdeploy.adapters.checks import (
     model_args_of,
     notes,
 )
+from hhdeploy.adapters.directory import adapter_files
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import LOGITS
@@ -156,6 +157,8 @@ def export(
     kind = replace(
         BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
     )
+    for directory in adapters.values():
+        adapter_files(Path(directory), Path(out))
     with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
         loaded = _loaded(adapters, strengths)

@@ -6,9 +6,14 @@ it would be an answer that is wrong, or an error far from its cause.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from hhdeploy.errors import BundleError
+from hhdeploy.files.plain import read_plain
 
 MANIFEST = "hhdeploy.json"
 # Of all other files of a bundle; no manifest names it.
@@ -31,6 +36,36 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
     return found
+
+
+def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
+    """A bundle's hhdeploy.json, as it is: see `check_bundle_json`.
+
+    Args:
+        path: the bundle.
+        newest: version that is known.
+
+    Raises:
+        BundleError: it is missing, cannot be read, or is of a newer version.
+    """
+    file = path / MANIFEST
+    try:
+        text = read_plain(file).decode()
+        content = json.loads(text, object_pairs_hook=without_duplicates)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{path} is not a bundle: {MANIFEST} was expected in it. Make one with `export()`."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{file} cannot be read: {error}. Export the bundle again.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is not int or version > newest:
+        raise BundleError(
+            f"{file}: schema_version: expected at most {newest}, found {version!r}. "
+            "Upgrade with pip install -U hhdeploy, or export the bundle again."
+        )
+    assert isinstance(content, dict)
+    return content
 
 
 def check_bundle_json(content: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hhdeploy.errors import WriteError
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.writing import json_bytes, sync_directory, write_bytes
 
 JOURNAL = ".changing"
@@ -41,7 +42,7 @@ def follow_journal(root: Path, folder: str, named: Collection[str]) -> None:
     """
     journal, top = root / JOURNAL, root / folder
     try:
-        files = [str(file) for file in json.loads(journal.read_bytes())]
+        files = [str(file) for file in json.loads(read_plain(journal))]
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError):  # it was not written whole: nothing happened after it

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hhdeploy.errors import WriteError, as_code
 from hhdeploy.files.bundle_json import MANIFEST, SIGNATURE, plain_name
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.writing import atomic_file
 
 
@@ -38,7 +39,7 @@ def check_outside(target: Path) -> None:
 def _has(folder: Path, name: str) -> bool:
     """Whether a folder is a bundle that has something of a name, whatever digits are in it."""
     try:
-        named = json.loads((folder / MANIFEST).read_bytes())["files"]
+        named = json.loads(read_plain(folder / MANIFEST))["files"]
         files = {plain_name(file) for file in (MANIFEST, SIGNATURE, *named)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no bundle
         return False

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
+from hhdeploy.files.plain import open_plain
 from hhdeploy.files.writing import atomic_file
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -28,8 +29,14 @@ def read_tensors(
         error: when the file is missing, truncated or not a safetensors file, or holds a
             tensor of a type that is none of these.
     """
-    if not path.is_file():
-        raise error(f"{path} does not exist. A safetensors file was expected there.")
+    try:
+        open_plain(path).close()  # safetensors would wait for a pipe, and hides who may not read
+    except FileNotFoundError:
+        raise error(f"{path} does not exist. A safetensors file was expected there.") from None
+    except OSError as reason:
+        raise error(
+            f"{path} cannot be read: {reason.strerror}. A safetensors file was expected there."
+        ) from reason
     try:
         with safe_open(path, framework="numpy") as stream:
             metadata = dict(stream.metadata() or {})

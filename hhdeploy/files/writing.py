@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import ReadError, WriteError
+from hhdeploy.files.plain import open_plain, plain_files, read_plain
 from hhdeploy.files.scratch import scratch_directory, scratch_file
 
 _CHUNK = 1 << 22
@@ -33,9 +34,9 @@ def default_cache() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's bytes. Raises as `open_plain`."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -115,7 +116,7 @@ def _reason(error: OSError) -> str:
 def copied(source: Path, target: Path) -> str:
     """Copy a file's bytes, in parts; hex SHA-256 of what was written. Nothing is fsynced."""
     digest = hashlib.sha256()
-    with source.open("rb") as given, target.open("wb") as taken:
+    with open_plain(source) as given, target.open("wb") as taken:
         while chunk := given.read(_CHUNK):
             digest.update(chunk)
             taken.write(chunk)
@@ -123,19 +124,14 @@ def copied(source: Path, target: Path) -> str:
 
 
 def copy_directory(source: Path, target: Path) -> None:
-    """Copy a directory's files, links followed, and fsync them; the first error is raised as is.
+    """Copy a directory's `plain_files` and fsync them; the first error is raised as is.
 
     (`shutil.copytree` collects errors in one of its own, which no longer tells a full disk.)
     """
-    for folder, _, names in os.walk(source, followlinks=True, onerror=_raise):
-        place = target / Path(folder).relative_to(source)
-        place.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            write_bytes(place / name, (Path(folder) / name).read_bytes())
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    target.mkdir(parents=True, exist_ok=True)
+    for name in plain_files(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(target / name, read_plain(source / name))
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

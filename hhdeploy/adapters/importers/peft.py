@@ -38,6 +38,7 @@ from hhdeploy.backbones.licences import licences_of, licences_of_card, together
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import parameters_of
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     """``adapter_config.json`` of a PEFT directory. Raises `AdapterError` naming the file."""
     file = path / CONFIG_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(file).decode())
     except FileNotFoundError:
         raise AdapterError(
             f"{file} does not exist. Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."

@@ -361,15 +361,15 @@ def test_an_adapter_that_is_replaced_while_it_is_read(bundle, tmp_path, monkeypa
 
 
 def test_a_source_that_cannot_be_read_is_not_called_written(bundle, monkeypatch):
-    real = Path.read_bytes
+    real = os.open
 
-    def refuse(self):
-        if "rival" in self.parts:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-        return real(self)
+    def refuse(path, *arguments, **options):
+        if "rival" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **options)
 
     before = contents(bundle)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ReadError, match=r"^Could not read .*rival.*adapter_config\.json"):
         add(bundle)
     monkeypatch.undo()

@@ -179,14 +179,14 @@ def test_a_rename_from_elsewhere_is_of_writing(tmp_path):
 def test_a_source_that_cannot_be_copied(tmp_path, monkeypatch, number):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a").write_text("x")
-    real = open
+    real = os.open
 
     def refuse(path, *arguments, **options):
         if str(path).endswith("source/a"):
             raise OSError(number, os.strerror(number), str(path))
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr("io.open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(HhdeployError) as caught, os_errors(tmp_path / "copy"):
         copy_directory(tmp_path / "source", tmp_path / "copy")
     assert isinstance(caught.value, ReadError)

@@ -1,0 +1,60 @@
+"""Plain files, opened as what they are: a pipe in the place of one would be waited for, for ever.
+
+Errors are `OSError`, which names the file; callers say what it was for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = (
+    (stat.S_ISDIR, errno.EISDIR, "it is a directory"),
+    (stat.S_ISFIFO, errno.EINVAL, "it is a pipe"),
+    (stat.S_ISCHR, errno.EINVAL, "it is a device"),
+    (stat.S_ISBLK, errno.EINVAL, "it is a device"),
+)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading; links are followed.
+
+    Raises:
+        OSError: it is missing, may not be read, or is a directory, a pipe or a device.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        for is_kind, number, what in _KINDS:
+            if is_kind(mode):
+                raise OSError(number, f"{what}; a plain file was expected", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_plain(path: Path) -> bytes:
+    """A plain file's content. Raises as `open_plain`."""
+    with open_plain(path) as stream:
+        return stream.read()
+
+
+def plain_files(directory: Path) -> list[str]:
+    """Names of the plain files below a directory, with slashes, sorted.
+
+    Links to files are followed, links to folders are not; what is neither a file nor leads to one
+    (a pipe, a dangling link) is left out. Raises `OSError` for a folder that cannot be read.
+    """
+    found = []
+    for folder, _, names in os.walk(directory, onerror=_raise):
+        files = (Path(folder) / name for name in names)
+        found += [f.relative_to(directory).as_posix() for f in files if f.is_file()]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error

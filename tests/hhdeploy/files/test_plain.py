@@ -1,0 +1,141 @@
+"""Plain files: what is none is an error that says what it is, and nothing waits for a pipe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hhdeploy.adapters.format import load_adapter
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
+from hhdeploy.bundle.hub import pull, push
+from hhdeploy.cli import main
+from hhdeploy.errors import AdapterError, BundleError, HhdeployError
+from hhdeploy.files.plain import open_plain, plain_files, read_plain
+from hhdeploy.files.writing import copied, copy_directory, sha256_of
+from tests.workshop import contents, copy_bundle
+
+WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return Path(shutil.copytree(WITNESS / "rival", tmp_path / "rival"))
+
+
+def in_its_place(path: Path, what: str) -> None:
+    path.unlink()
+    if what == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a directory"])
+@pytest.mark.parametrize("read", [open_plain, read_plain, sha256_of])
+def test_what_it_is_is_said(tmp_path, read, what):
+    (tmp_path / "a").touch()
+    in_its_place(tmp_path / "a", what)
+    with pytest.raises(OSError, match=f"it is {what}; a plain file was expected") as caught:
+        read(tmp_path / "a")
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match=f"it is {what}"):
+        copied(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_device_is_none():
+    with pytest.raises(OSError, match="it is a device"):
+        read_plain(Path("/dev/null"))
+
+
+def test_a_directory_s_plain_files(tmp_path):
+    place = tmp_path / "place"
+    (place / "deep").mkdir(parents=True)
+    (place / "deep" / "a").write_text("a")
+    (place / "file").symlink_to("deep/a")
+    (place / "dangling").symlink_to("nowhere")
+    (place / "self").symlink_to(".")
+    os.mkfifo(place / "pipe")
+    assert plain_files(place) == ["deep/a", "file"]
+    copy_directory(place, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == {"deep/a": b"a", "file": b"a"}
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a directory"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "parity.json", "adapters/alpha/adapter_config.json"]
+)
+def test_a_bundle_s_file_that_is_none(bundle, tmp_path, name, what):
+    in_its_place(bundle / name, what)
+    said = rf"{name} cannot be read: it is {what}; a plain file was expected"
+    opened = Bundle.open(bundle)
+    for work in (
+        opened.check_files,
+        lambda: opened.read(name),
+        lambda: push(bundle, tmp_path / "pushed"),
+        lambda: pull(bundle, tmp_path / "pulled"),
+    ):
+        with pytest.raises(BundleError, match=said):
+            work()
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a directory"])
+def test_a_manifest_that_is_none(bundle, what):
+    in_its_place(bundle / "hhdeploy.json", what)
+    with pytest.raises(BundleError, match=f"hhdeploy.json cannot be read: .*it is {what}"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a directory"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_s_file_that_is_none(adapter, name, what):
+    in_its_place(adapter / name, what)
+    with pytest.raises(AdapterError, match=f"{name} .*it is {what}"):
+        load_adapter(adapter)
+
+
+def test_what_is_no_file_beside_an_adapter_is_left_out(bundle, adapter):
+    os.mkfifo(adapter / "control")
+    os.mkfifo(adapter / "README.md")
+    (adapter / "old").symlink_to("/nowhere")
+    add_adapter(bundle, "guest", adapter)
+    assert contents(bundle / "adapters" / "guest") == contents(WITNESS / "rival")
+
+
+def test_a_name_that_no_repository_takes_is_refused(bundle, adapter):
+    (adapter / "a\\b").touch()
+    before = contents(bundle)
+    with pytest.raises(AdapterError, match="expected a name without a backslash"):
+        add_adapter(bundle, "guest", adapter)
+    assert contents(bundle) == before
+
+
+def test_a_bundle_in_the_adapter_that_it_is_to_have_is_refused(adapter):
+    inside = copy_bundle(WITNESS / "branches", adapter / "onnx")
+    with pytest.raises(AdapterError, match=r"onnx is in the adapter's directory .*rival"):
+        add_adapter(inside, "guest", adapter)
+
+
+@pytest.mark.parametrize("work", [remove_adapter, lambda path, name: Bundle.open(path)])
+def test_a_bundle_s_path_that_cannot_be(tmp_path, work):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / ("n" * 300), tmp_path / "loop"):
+        with pytest.raises(HhdeployError, match=r"cannot be read: .*(too long|Too many levels)"):
+            work(path, "alpha")
+
+
+def test_a_file_that_the_system_refuses_is_a_message(monkeypatch, capsys, bundle):
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "/srv/x")
+
+    monkeypatch.setattr(Bundle, "open", refused)
+    with pytest.raises(SystemExit):
+        main(["adapter", "list", str(bundle)])
+    assert capsys.readouterr().err.startswith("Error: /srv/x: Permission denied. See that")
