@@ -124,6 +124,19 @@ class RowLayout:
             for name, offset in self.offsets.items()
         }
 
+    def misfit(self, bank: NDArray[np.float32], row: int | None, classes: int) -> str | None:
+        """What is wrong with the row and the number of classes that an adapter is said to have in
+        a bank, or None: a softmax over a part of its classes would be wrong without a word."""
+        if row is None or not 0 < row < len(bank):
+            return f"expected a row from 1 to {len(bank) - 1}, found {row!r}"
+        if not self.classes:
+            return None
+        head = self.views(bank[row])
+        own = int(np.count_nonzero(head["head.bias"] != -np.inf))
+        if head["head.own"][0] and own != classes:
+            return f"expected {own} classes, which its row has, found {classes}"
+        return None
+
     def pack(self, name: str, adapter: Adapter) -> NDArray[np.float32]:
         """One adapter as a row: canonical deltas in float64, cast once to float32.
 

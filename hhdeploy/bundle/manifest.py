@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +29,9 @@ from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, QuantisedPrecision
 from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files.bundle_json import MANIFEST as MANIFEST
 from hhdeploy.files.bundle_json import SIGNATURE as SIGNATURE
+from hhdeploy.files.bundle_json import name_with_digits as name_with_digits
 from hhdeploy.files.bundle_json import plain_name as plain_name
+from hhdeploy.files.bundle_json import unknown_keys, unknown_keys_of_adapter
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
@@ -47,16 +48,10 @@ OLD = ".old"
 LOCK_TIMEOUT = 600.0
 # Earlier versions: the bank before a change that has not been committed by its manifest.
 PREVIOUS_BANK = "bank.safetensors.previous"
-_SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 BundleKind = Literal["folded", "branches"]
 # Fewest, most common and most; TensorRT's min, opt and max of one dimension.
 Range = tuple[int, int, int]
 _Name = TypeVar("_Name", bound=str)
-
-
-def name_with_digits(name: str, digest: str) -> str:
-    """``bank.safetensors`` as ``bank.3fa9c1d2.safetensors``."""
-    return _SUFFIX.sub(f".{digest[:8]}", name, count=1)
 
 
 def calibration_files(precision: QuantisedPrecision) -> tuple[str, str]:
@@ -81,6 +76,7 @@ class AdapterEntry:
         license: as its files state it; empty where they say nothing.
         digest: sha256 of its tensors' file, of one that was read from a directory; "" of others.
             No part of the manifest, which has the digests of its files.
+        extra: JSON keys that this version does not know, kept as they are.
     """
 
     name: str
@@ -94,6 +90,7 @@ class AdapterEntry:
     compressed: Compression | None = None
     license: Licences = ()
     digest: str = field(default="", compare=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def label(self, index: int) -> str:
         """Name of a class, its number if it has none."""
@@ -113,6 +110,7 @@ class AdapterEntry:
             **({"problem_type": self.problem_type} if self.problem_type != absent else {}),
             **({"strength": self.strength} if self.strength != 1.0 else {}),
             **({"compressed": self.compressed.to_json()} if self.compressed else {}),
+            **self.extra,
         }
 
     @classmethod
@@ -132,6 +130,7 @@ class AdapterEntry:
             float(content.get("strength", 1.0)),
             Compression.from_json(content.get("compressed")),
             licences_of(content.get("license")),
+            extra=unknown_keys_of_adapter(content),
         )
 
 
@@ -204,6 +203,7 @@ class Manifest:
         files: relative name -> sha256.
         versions: of what wrote the bundle.
         features: name -> shape of an image's part, of every output of the graph but the logits.
+        extra: as of `AdapterEntry`.
     """
 
     kind: BundleKind
@@ -217,6 +217,7 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     features: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
@@ -343,6 +344,7 @@ class Manifest:
             "engines": [e.to_json() for e in self.engines],
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
+            **self.extra,
         }
 
     @classmethod
@@ -364,6 +366,7 @@ class Manifest:
                 for name, shape in content["tensors"].items()
                 if name in (FEATURES, TOKENS)
             },
+            unknown_keys(content),
         )
         expected = "folded" if manifest.layout is None else "branches"
         if manifest.kind != expected:

@@ -259,7 +259,8 @@ class Bundle:
         """Path of the graph in a precision, graph and weights checked.
 
         Raises:
-            BundleError: the bundle has no graph of this precision.
+            BundleError: the bundle has no graph of this precision, a damaged one, or weights
+                without a hash.
         """
         name = self.manifest.graphs.get(precision)
         if name is None:
@@ -267,8 +268,14 @@ class Bundle:
                 f"{self.path} has no {precision} graph; it has "
                 f"{', '.join(self.manifest.graphs)}. {graph_hint(self.path, precision)}"
             )
-        if f"{name}.data" in self.manifest.files:
-            self.file(f"{name}.data")
+        weights = f"{name}.data"
+        if weights in self.manifest.files:
+            self.file(weights)
+        elif (self.path / weights).exists():
+            raise BundleError(
+                f"{self.path / MANIFEST}: files: expected the sha256 of {weights}, found none. "
+                "Export the bundle again."
+            )
         return self.file(name)
 
     def bank(self) -> NDArray[np.float32]:
@@ -287,10 +294,10 @@ class Bundle:
                 f"{self.manifest.layout.size}]. Export the bundle again."
             )
         for entry in self.manifest.adapters:
-            if not isinstance(entry.row, int) or not 0 < entry.row < len(bank):
+            if wrong := self.manifest.layout.misfit(bank, entry.row, entry.classes):
                 raise BundleError(
-                    f"{self.path / MANIFEST}: adapter {entry.name!r}: expected a row from 1 to "
-                    f"{len(bank) - 1}, found {entry.row!r}. Export the bundle again."
+                    f"{self.path / MANIFEST}: adapter {entry.name!r}: {wrong}. Export the bundle "
+                    "again."
                 )
         return bank.astype(np.float32, copy=False)
 

@@ -20,6 +20,34 @@ MANIFEST = "hhdeploy.json"
 SIGNATURE = "model.sig"
 # A file that a change put there has eight digits of its content before its suffix.
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+_SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+_KEYS = {
+    "schema_version",
+    "kind",
+    "backbone",
+    "classes",
+    "adapters",
+    "row",
+    "tensors",
+    "bank_as_constant",
+    "graphs",
+    "engines",
+    "files",
+    "versions",
+}
+_ADAPTER_KEYS = {
+    "name",
+    "row",
+    "classes",
+    "class_names",
+    "preprocess",
+    "preprocess_graph",
+    "verified",
+    "license",
+    "problem_type",
+    "strength",
+    "compressed",
+}
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGEST = 2**31 - 1
 
@@ -27,6 +55,21 @@ _LARGEST = 2**31 - 1
 def plain_name(name: str) -> str:
     """The name that a file has in a fresh export: its role in the bundle."""
     return _DIGITS.sub("", name)
+
+
+def name_with_digits(name: str, digest: str) -> str:
+    """``bank.safetensors`` as ``bank.3fa9c1d2.safetensors``."""
+    return _SUFFIX.sub(f".{digest[:8]}", name, count=1)
+
+
+def unknown_keys(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a manifest this version does not know: its owner's, or a later version's."""
+    return {key: value for key, value in content.items() if key not in _KEYS}
+
+
+def unknown_keys_of_adapter(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of an adapter's entry."""
+    return {key: value for key, value in content.items() if key not in _ADAPTER_KEYS}
 
 
 def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

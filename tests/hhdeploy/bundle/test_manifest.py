@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
-from hhdeploy.bundle import Bundle
+from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.manifest import (
     MANIFEST,
     AdapterEntry,
@@ -19,8 +19,10 @@ from hhdeploy.choices import QUANTISED, TYPED
 from hhdeploy.errors import BundleError
 from hhdeploy.parity import PARITY
 from hhdeploy.preprocess import Preprocess
+from tests.workshop import copy_bundle
 
 WITNESSES = Path(__file__).parents[2] / "witnesses"
+WITNESS = WITNESSES / "v1"
 WRITTEN = sorted(WITNESSES.glob(f"*/*/{MANIFEST}"), key=str)
 ENGINE = {
     "file": "model.float16.tensorrt.sm89.engine",
@@ -111,3 +113,55 @@ def test_an_entry_says_what_its_numbers_mean_where_that_is_not_clear(
 def test_every_precision_has_its_bounds():
     bounds = {kind: {p for stage, p in PARITY if stage == kind} for kind in ("twin", "quantised")}
     assert bounds == {"twin": set(TYPED), "quantised": set(QUANTISED)}
+
+
+# --- what is edited by hand -----------------------------------------------------------------------
+
+
+def edited(tmp_path, change):
+    path = copy_bundle(WITNESS / "branches", tmp_path / "edited")
+    content = json.loads((path / MANIFEST).read_text())
+    change(content)
+    (path / MANIFEST).write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("classes", [1, 3, 6])
+def test_fewer_classes_than_a_row_has_are_refused(tmp_path, classes):
+    """The softmax over a part of them would be another answer."""
+
+    def fewer(content):
+        content["adapters"][0].update(classes=classes, class_names=None)
+
+    bundle = Bundle.open(edited(tmp_path, fewer))
+    with pytest.raises(BundleError, match=f"'alpha': expected 7 classes, .*found {classes}"):
+        bundle.bank()
+
+
+def test_weights_without_a_hash_are_refused(tmp_path):
+    bundle = Bundle.open(edited(tmp_path, lambda c: c["files"].pop("model.onnx.data")))
+    with pytest.raises(BundleError, match=r"expected the sha256 of model\.onnx\.data, found none"):
+        bundle.graph("float32")
+
+
+def test_keys_that_are_not_known_are_kept(tmp_path):
+    """Of another tool, of the bundle's owner, of a later version."""
+
+    def told(content):
+        content["notes"] = {"by": "me"}
+        content["adapters"][0]["owner"] = "me"
+
+    path = edited(tmp_path, told)
+    add_adapter(path, "guest", WITNESS / "rival")
+    remove_adapter(path, "gamma")
+    content = json.loads((path / MANIFEST).read_text())
+    assert content["notes"] == {"by": "me"}
+    assert [entry.get("owner") for entry in content["adapters"]] == ["me", None]
+
+
+@pytest.mark.parametrize("file", WRITTEN, ids=lambda f: f.parent.name)
+def test_every_key_of_a_manifest_is_known(file):
+    manifest = Bundle.open(file.parent).manifest
+    for known in (manifest, Manifest.from_json(manifest.to_json())):
+        assert not known.extra
+        assert not any(entry.extra for entry in known.adapters)
