@@ -224,11 +224,21 @@ class Change:
             tidy(Bundle(root, self.manifest))
 
     def drop_signature(self) -> bool:
-        """Remove the signature of a bundle that is another one now; whether there was one."""
+        """Remove the signature of a bundle that is another one now; whether there was one.
+
+        Raises:
+            WriteError: it cannot be removed; the change is committed all the same.
+        """
         signature = self.bundle.path / SIGNATURE
         if self.manifest == self.bundle.manifest or not signature.exists():
             return False
-        os.unlink(signature)
+        try:
+            os.unlink(signature)
+        except OSError as error:
+            raise WriteError(
+                f"{self.bundle.path} was changed, and {signature}, which signs it as it was, could "
+                f"not be removed: {error.strerror}. Remove it yourself."
+            ) from error
         return True
 
 
@@ -273,9 +283,8 @@ def edit(
             change.undo()
             raise
         change.retire()
-        with os_errors(root):
-            if change.drop_signature():
-                progress(f"{SIGNATURE} signed the bundle as it was and was removed: sign it again")
+        if change.drop_signature():
+            progress(f"{SIGNATURE} signed the bundle as it was and was removed: sign it again")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import PRECISIONS, Precision, one_of
-from hhdeploy.errors import WriteError
+from hhdeploy.errors import PlanError, WriteError
 from hhdeploy.exporters.triton import ADAPTERS_FILE, adapters_json, check_model_name
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
 from hhdeploy.files.scratch import alone_in
@@ -92,6 +92,10 @@ def write_ovms_repository(
     one_of(PRECISIONS, options.precision, "precision")
     bundle = open_servable(path, out, _SERVER)
     name = check_model_name(options.name or bundle.path.resolve().name, _SERVER)
+    if name == _CONFIG:
+        raise PlanError(
+            f"`name`: {name} is the file that the server is configured by. Choose another name."
+        )
     manifest = bundle.manifest
     # A new repository appears whole; in one that exists, the model does.
     exists = out.is_dir()

@@ -298,6 +298,8 @@ def test_what_it_refuses(small, workshop, tmp_path):
     out = tmp_path / "models"
     with pytest.raises(PlanError, match=r"OpenVINO Model Server model name 'a/b'.*`name`"):
         write(small, out, name="a/b")
+    with pytest.raises(PlanError, match=r"`name`: config\.json is the file that the server"):
+        write(small, out, name="config.json")
     with pytest.raises(BundleError, match="no int8 graph; it has float32"):
         write(small, out, precision="int8")
     copy = copy_bundle(small, tmp_path / "copy")

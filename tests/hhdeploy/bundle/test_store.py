@@ -376,6 +376,14 @@ def test_a_source_that_cannot_be_read_is_not_called_written(bundle, monkeypatch)
     assert contents(bundle) == before
 
 
+def test_a_signature_that_cannot_be_removed_does_not_hide_the_change(bundle):
+    """The change is committed by then: that nothing was changed would be false."""
+    (bundle / "model.sig").mkdir()
+    with pytest.raises(WriteError, match=r"bundle was changed, and .*model\.sig, which .* Remove"):
+        remove_adapter(bundle, "alpha")
+    assert [entry.name for entry in Bundle.open(bundle).manifest.adapters] == ["gamma"]
+
+
 # --- what the work relied on ----------------------------------------------------------------------
 
 
