@@ -22,6 +22,7 @@ from hhdeploy.calibration.judging.accuracy import Accuracy, answers, compare_ans
 from hhdeploy.calibration.judging.exam import Exam, make_exam
 from hhdeploy.calibration.judging.findings import Findings, changed_images
 from hhdeploy.calibration.judging.guard import Guarded, check_bound, guard, most_sensitive_first
+from hhdeploy.calibration.judging.order import settle_order
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
@@ -185,10 +186,13 @@ class _Trials:
         progress: Progress,
     ) -> None:
         self._bundle, self._graph, self._found, self._used = bundle, graph, found, used
-        self._exam, self._settings, self._options = exam, settings, options
+        self._settings, self._options = settings, options
         self._plain, self._progress = plain, progress
         progress(f"answering {len(exam.questions)} images in float32")
         self._reference: Logits = answers(plain.run, exam.questions)
+        self._exam = settle_order(exam, self._reference)
+        if options.max_drop is not None:  # again: whose classes are whose is known only now
+            check_bound(options.max_drop, self._exam)
 
     def add(self) -> CalibrationResult:
         """Choose the sites, judge the graph and add it to the bundle, with what was found."""

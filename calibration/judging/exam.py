@@ -36,6 +36,8 @@ class Question:
         load: makes float32 [3, H, W], normalised.
         problem_type: what the adapter's logits mean.
         truths: of labels 1 or 0 each, or the values; None if unknown, and of classes.
+        as_text: the true class's column, should the training have sorted its folders, which are
+            numbers, as text; None where there is no such doubt, and once it is settled.
     """
 
     adapter: str | None
@@ -44,6 +46,15 @@ class Question:
     load: Callable[[], NDArray[np.float32]]
     problem_type: ProblemType = CLASSES
     truths: tuple[float, ...] | None = None
+    as_text: int | None = None
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Of a class folder: by its name or number; and ``as_text`` as of `Question`."""
+
+    truth: int
+    as_text: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ class Exam:
         warnings: what limits the verdict, in words.
         unjudged: adapters that were calibrated on, and have no image here: whether they lost any
             of their top-1 is not known. None: the bare backbone.
+        undecided: adapters without class names, whose folders are numbers in one of two orders
+            that float32's answers do not tell apart.
     """
 
     questions: tuple[Question, ...]
@@ -64,6 +77,7 @@ class Exam:
     source: str
     warnings: tuple[str, ...]
     unjudged: tuple[str | None, ...] = ()
+    undecided: tuple[str | None, ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -138,11 +152,12 @@ def _from_folder(
             continue  # a folder that is no class of the adapter: a warning says so
         question = Question(
             picked.adapter,
-            column,
+            column.truth if column is not None else None,
             picked.path.name,
             _loader(feeder, picked.adapter, picked.path),
             feeder.problem_type(picked.adapter),
             picked.truths,
+            column.as_text if column is not None else None,
         )
         pairs.append((hashlib.sha256(picked.path.read_bytes()).hexdigest(), question))
     return pairs
@@ -167,11 +182,11 @@ def _from_arrays(feeder: Feeder, source: ImageSource, seed: int) -> list[tuple[s
 
 def _columns(
     feeder: Feeder, adapter: str | None, folders: Sequence[str], warnings: list[str]
-) -> dict[str, int] | None:
+) -> dict[str, _Column] | None:
     """Class folder -> column of the logits; None if nothing tells."""
     names = feeder.class_names(adapter)
     if names is not None:
-        found = {name: names.index(name) for name in folders if name in names}
+        found = {name: _Column(names.index(name)) for name in folders if name in names}
         if not found:
             warnings.append(
                 f"{_whose(adapter)}none of the folders ({_some(folders)}) is one of its classes "
@@ -179,19 +194,40 @@ def _columns(
             )
         return found or None
     count = feeder.class_count(adapter)
-    if all(name.isdecimal() and int(name) < count for name in folders):
-        return {name: int(name) for name in folders}
+    numbered = _numbered(folders, count)
+    if numbered is not None:
+        return numbered
     if len(folders) == count:
         warnings.append(
             f"{_whose(adapter)}the adapter has no class names: its folders are taken as classes "
             "in alphabetical order, as torchvision's ImageFolder does"
         )
-        return {name: column for column, name in enumerate(folders)}
+        return {name: _Column(column) for column, name in enumerate(folders)}
     warnings.append(
         f"{_whose(adapter)}{len(folders)} folders, {count} classes without names: which folder "
         "is which class is unknown, so only agreement is reported"
     )
     return None
+
+
+def _numbered(folders: Sequence[str], count: int) -> dict[str, _Column] | None:
+    """Of folders that are numbers: columns, or else places in the order of all that there were."""
+    if not all(name.isdecimal() for name in folders):
+        return None
+    if all(int(name) < count for name in folders):
+        columns = {name: int(name) for name in folders}
+        # Where they are written with zeros in front both orders are the same.
+        plain = all(name == str(column) for name, column in columns.items())
+        as_text = sorted(map(str, range(count))) if plain else []
+    else:
+        columns = {name: column for column, name in enumerate(sorted(folders, key=int))}
+        as_text = sorted(folders)
+        if len(folders) != count or as_text == list(columns):
+            return None
+    return {
+        name: _Column(column, as_text.index(name) if as_text else None)
+        for name, column in columns.items()
+    }
 
 
 def _tasks(questions: Sequence[Question]) -> dict[str | None, int]:

@@ -76,6 +76,14 @@ def check_bound(max_drop: float, exam: Exam) -> None:
             f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
             "tell. Pass `eval_data`: DIR/CLASS/image, of side branches DIR/ADAPTER/CLASS/image."
         )
+    if exam.undecided:
+        whose = "".join(f" of {name}" for name in exam.undecided if name)
+        raise PlanError(
+            f"`max_drop={max_drop:g}` needs true classes{whose}, which has no class names, and the "
+            f"numbers that the folders of {exam.source} have may be sorted as numbers or as text: "
+            "float32 answers neither clearly better. Pass more images as `eval_data`, or write the "
+            "names of the classes into its adapter_config.json and add the adapter anew."
+        )
     if not exam.held_out:
         raise PlanError(
             f"`max_drop={max_drop:g}` needs images that calibration does not use; of "

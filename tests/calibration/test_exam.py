@@ -111,6 +111,38 @@ def test_folders_that_tell_no_column(bundle, folder):
     assert any("alphabetical order" in w for w in exam.warnings)
 
 
+@pytest.mark.parametrize(
+    ("names", "count", "columns"),
+    [
+        (
+            ("0", "2", "10"),
+            12,
+            {"0": (0, 0), "2": (2, 4), "10": (10, 2)},
+        ),  # of 0, 1, 10, 11, 2, ...
+        (("00", "02", "10"), 12, {"00": (0, None), "02": (2, None), "10": (10, None)}),
+        (("5", "7", "40"), 3, {"5": (0, 1), "7": (1, 2), "40": (2, 0)}),
+        (("5", "6", "7"), 3, {"5": (0, None), "6": (1, None), "7": (2, None)}),
+        (("0", "2", "6"), 7, {"0": (0, 0), "2": (2, 2), "6": (6, 6)}),
+    ],
+)
+def test_folders_of_numbers_have_two_orders(bundle, tmp_path, names, count, columns):
+    """By their value, or sorted as text; past ten they differ."""
+    adapters = tuple(
+        replace(a, classes=count) if a.name == "gamma" else a for a in bundle.manifest.adapters
+    )
+    ours = Bundle(bundle.path, replace(bundle.manifest, adapters=adapters))
+    for seed, name in enumerate(names):
+        write_pictures(tmp_path / "gamma" / name, 3, seed)
+        for file in (tmp_path / "gamma" / name).iterdir():
+            file.rename(file.with_name(f"{name}-{file.name}"))
+    _, exam = exam_of(ours, tmp_path, images=4)
+    found = {q.source.split("-")[0]: (q.truth, q.as_text) for q in exam.questions}
+    assert found == {name: columns[name] for name in found}
+    assert len(found) == 3
+    guessed = any("alphabetical order" in w for w in exam.warnings)
+    assert guessed is (names == ("5", "6", "7"))
+
+
 def test_too_few_left_is_said(bundle, folder):
     _, exam = exam_of(bundle, folder, images=16)
     assert any("judged on 2 images only: one image is 50.0 points" in w for w in exam.warnings)
