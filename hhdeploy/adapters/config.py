@@ -77,6 +77,10 @@ class Compression:
         return cls(**cast(dict[str, Any], content))
 
 
+# Keys of ``extra`` that speak of the very tensors beside them: of others they are not true.
+_ORIGIN = ("training", "imported_from", "merged_from", "started_from")
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """What ``adapter_config.json`` says; see `load_adapter` for the checks.
@@ -115,6 +119,17 @@ class AdapterConfig:
     compressed: Compression | None = None
     license: Licences = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it says of the very tensors: how they were trained, imported, merged, compressed."""
+        said = {key: self.extra[key] for key in _ORIGIN if key in self.extra}
+        return {**said, **({"compressed": self.compressed.to_json()} if self.compressed else {})}
+
+    def of_other_tensors(self, **origin: Any) -> AdapterConfig:
+        """The configuration of tensors that were made of these; ``origin`` (extra) says how."""
+        rest = {key: value for key, value in self.extra.items() if key not in _ORIGIN}
+        return replace(self, compressed=None, extra={**rest, **origin})
 
     def to_json(self, schema_version: int = 1) -> dict[str, Any]:
         """The JSON form, in the order of the format's description.

@@ -92,14 +92,12 @@ def merge_adapters(
         _check_fit(named, backbone)
     chosen = named[_head_of(named, head)]
     config = replace(
-        chosen.config,
+        chosen.config.of_other_tensors(
+            merged_from={name: weight for name, (_, weight) in adapters.items()}
+        ),
         **_base_of(chosen.config, [adapter.config for adapter in named.values()]),
         compressed=_worst([adapter.config.compressed for adapter in named.values()]),
         license=together(*(adapter.config.license for adapter in named.values())),
-        extra={
-            **{k: v for k, v in chosen.config.extra.items() if k != "imported_from"},
-            "merged_from": {name: weight for name, (_, weight) in adapters.items()},
-        },
     )
     return _mixed(adapters, chosen.head, config, backbone)
 

@@ -7,7 +7,7 @@ classifies nothing in particular, and never enters the bundle.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,5 @@ def vary(adapter: Adapter, rng: np.random.Generator) -> Adapter:
     head = adapter.head
     if head is not None:
         head = Head(head.path, noisy(head.weight, _HEAD), noisy(head.bias, _HEAD))
-    note = {"note": "a variant with random values, made for a load test"}
-    config = replace(adapter.config, extra={**adapter.config.extra, **note})
-    return Adapter(config, sites, head)
+    note = "a variant with random values, made for a load test"
+    return Adapter(adapter.config.of_other_tensors(note=note), sites, head)

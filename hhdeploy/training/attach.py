@@ -23,7 +23,7 @@ from hhdeploy.backbones.parameters import (
     put_values,
     restore_values,
 )
-from hhdeploy.backbones.sites import LinearSpec, select_sites
+from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import (
     base_sha256,
     classifier_path,
@@ -33,6 +33,12 @@ from hhdeploy.backbones.structure import (
 from hhdeploy.backbones.timm import preprocess_of, resolved_name
 from hhdeploy.errors import AdapterError
 from hhdeploy.preprocess import Preprocess
+from hhdeploy.training.beginning import (
+    new_matrices,
+    tensors_digest,
+    trained_matrices,
+    trained_parts,
+)
 from hhdeploy.training.frozen import FrozenTensors, check_frozen, frozen_tensors
 from hhdeploy.training.householder import (
     AdditiveDelta,
@@ -41,7 +47,6 @@ from hhdeploy.training.householder import (
     HouseholderMatrix,
     Scaling,
     SequentialTransform,
-    new_site,
 )
 
 _STATE = "_hhdeploy_attached"
@@ -60,6 +65,7 @@ class _Attached:
         new_biases: (module, name of its bias) of Linears that had none.
         strength: of the adapter as it was attached.
         frozen: what the adapter does not hold, see `hhdeploy.training.frozen`.
+        began: sha256 of the tensors of an adapter that was trained before; None of a new one.
     """
 
     config: AdapterConfig
@@ -70,6 +76,7 @@ class _Attached:
     new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
     strength: float = 1.0
     frozen: FrozenTensors = field(default_factory=dict)
+    began: str | None = None
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0) -> nn.Module:
@@ -114,11 +121,11 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     if isinstance(adapter, Adapter):
         check(Path(adapter.source).name, adapter, facts)
         state.old_values = put_values(model, adapter.values, adapter.source)
-        matrices, parts = _trained_matrices(adapter), _trained_parts(adapter)
+        matrices, parts = trained_matrices(adapter), trained_parts(adapter)
     else:
         check_targets(adapter, facts, "the new adapter")
         _check_classifier(model, facts, config)
-        matrices, parts = _new_matrices(adapter, linears, generator), {}
+        matrices, parts = new_matrices(adapter, linears, generator), {}
     model.requires_grad_(False)
     for name in state.old_values:
         model.get_parameter(name).requires_grad_(True)
@@ -136,6 +143,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         weight = torch.randn(config.num_classes, int(dim), generator=generator) * 0.02  # type: ignore[arg-type]
         state.old_head = _set_head(model, path, weight, torch.zeros(config.num_classes))
     state.frozen = frozen_tensors(model)
+    if isinstance(adapter, Adapter):
+        state.began = tensors_digest(_tensors_of(model, state))
     object.__setattr__(model, _STATE, state)
     return model
 
@@ -158,6 +167,9 @@ def detach(model: nn.Module) -> nn.Module:
 def extract(model: nn.Module) -> Adapter:
     """The attached adapter's tensors and head as they are now, float32 on the CPU.
 
+    What its configuration says of the tensors that it began with (how they were trained, imported,
+    merged or compressed) stands under ``started_from`` once they are others.
+
     Raises:
         AdapterError: none is attached; or the backbone is no more what it was then, which no
             adapter holds: frozen weights, or statistics that BatchNorm took in training mode.
@@ -165,6 +177,14 @@ def extract(model: nn.Module) -> Adapter:
     model = _bare(model)
     state = _state(model)
     check_frozen(model, state.frozen)
+    adapter = _tensors_of(model, state)
+    origin = state.config.origin
+    if not origin or state.began == tensors_digest(adapter):
+        return adapter
+    return replace(adapter, config=state.config.of_other_tensors(started_from=origin))
+
+
+def _tensors_of(model: nn.Module, state: _Attached) -> Adapter:
     found: dict[str, dict[str, NDArray[np.float32]]] = {}
     for module, name in state.parametrized:
         chain: Any = module.parametrizations[name]  # type: ignore[index]
@@ -328,41 +348,6 @@ def _register(module: nn.Module, name: str, added: nn.Module, state: _Attached) 
     if (module, name) not in state.parametrized:
         state.parametrized.append((module, name))
     parametrize.register_parametrization(module, name, added)
-
-
-def _trained_parts(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {part: torch.from_numpy(np.ascontiguousarray(t)) for part, t in site.parts.items()}
-        for name, site in adapter.sites.items()
-        if site.parts
-    }
-
-
-def _trained_matrices(adapter: Adapter) -> dict[str, HouseholderMatrix]:
-    matrices = {}
-    for name, site in adapter.sites.items():
-        tensors = {
-            key: torch.from_numpy(np.ascontiguousarray(value))
-            for key in ("u", "v", "d", "lora_A", "lora_B")
-            if (value := getattr(site, key)) is not None
-        }
-        if not tensors:
-            continue
-        matrices[name] = HouseholderMatrix(tensors, adapter.config.reflection)
-    return matrices
-
-
-def _new_matrices(
-    config: AdapterConfig, linears: tuple[LinearSpec, ...], generator: torch.Generator
-) -> dict[str, HouseholderMatrix]:
-    matrices = {}
-    for sites in select_sites(linears, config.target_modules).values():
-        for site in sites:
-            in_ = site.out if config.form == "sequential" else site.in_
-            matrices[site.name] = new_site(
-                site.out, in_, config.r, config.form, config.reflection, generator
-            )
-    return matrices
 
 
 def _set_head(model: nn.Module, path: str, weight: Tensor, bias: Tensor) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -117,6 +118,49 @@ def test_numpy_s_integers_are_integers(tmp_path):
 
 def test_a_model_that_was_cast_is_the_same():
     extract(on_a_stem().double())
+
+
+RECORDS = {"training": {"val_top1": 1.0}, "imported_from": {"format": "peft"}}
+
+
+def with_records(directory):
+    """An adapter on disk whose configuration says how its tensors came about."""
+    model = shaken(on_a_stem().eval())
+    save(model, directory)
+    file = directory / "adapter_config.json"
+    lost = {"rank": 3, "max_range_error": 0.25, "worst_site": "mix"}
+    said = {**json.loads(file.read_text()), **RECORDS, "note": "mine", "compressed": lost}
+    file.write_text(json.dumps(said))
+    return load_adapter(directory), {**RECORDS, "compressed": lost}
+
+
+def test_what_is_said_of_tensors_is_not_said_of_others(tmp_path):
+    adapter, records = with_records(tmp_path / "a")
+    model = attach(detach(on_a_stem()).eval(), adapter)
+    same = extract(model).config
+    assert (same.extra, same.compressed) == (adapter.config.extra, adapter.config.compressed)
+    step(model)
+    save(model, tmp_path / "warm")
+    warm = load_adapter(tmp_path / "warm").config
+    assert warm.extra == {"note": "mine", "started_from": records}
+    assert warm.compressed is None
+    model = attach(detach(model), load_adapter(tmp_path / "warm"))
+    step(model)
+    assert extract(model).config.extra == {"note": "mine", "started_from": warm.origin}
+
+
+def test_a_classifier_alone_that_was_trained_is_another_adapter(tmp_path):
+    adapter, records = with_records(tmp_path / "a")
+    model = attach(detach(on_a_stem()).eval(), adapter)
+    step(model, [model.head.bias])
+    assert extract(model).config.origin == {"started_from": records}
+
+
+def test_a_new_adapter_of_an_old_configuration_has_none_of_its_records(tmp_path):
+    adapter, records = with_records(tmp_path / "a")
+    new = extract(attach(detach(on_a_stem()), adapter.config)).config
+    assert new.extra == {"note": "mine", "started_from": records}
+    assert new.compressed is None
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,16 @@ def test_a_mixture_is_the_sum(tmp_path, tiny, names, weights):
     }
 
 
+def test_a_mixture_has_none_of_the_records_of_its_parts(tiny):
+    """How one of them was trained, and how good it was, is not so of the sum."""
+    said = {"training": {"val_top1": 1.0}, "imported_from": {}, "merged_from": {}}
+    said |= {"started_from": {}, "note": "mine"}
+    other = random_adapter(tiny.facts, seed=1)
+    one = replace(other, config=replace(other.config, extra=said))
+    mixed = merge_adapters({"one": (one, -4.0), "other": (other, 3.0)}, "one")
+    assert mixed.config.extra == {"note": "mine", "merged_from": {"one": -4.0, "other": 3.0}}
+
+
 def test_what_is_no_sum_is_refused(tiny):
     parts = adapters(tiny.facts)
     both = with_parts(random_adapter(tiny.facts, targets=("fc2",)), "s_in", "s_out")
