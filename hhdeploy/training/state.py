@@ -3,13 +3,14 @@
 ``OUT.training/state.json`` names the epoch that is done, the settings, the history and the
 tensor file ``epoch-N.safetensors`` (trained values and AdamW's two moments) with its sha256.
 Replacing state.json is the commit: an interrupt at any moment leaves the last whole epoch.
-Nothing is pickled.
+Nothing is pickled. Other files in that directory are somebody's own, and stay.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from hhdeploy.training.settings import EpochReport, TrainingError
 
 STATE_VERSION = 2
 STATE_FILE = "state.json"
+# No other name is written or removed: an own loop may keep its epoch-best.safetensors here.
+_EPOCH_FILE = re.compile(r"epoch-[0-9]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ class StateDirectory:
         return (self.path / STATE_FILE).is_file()
 
     def check(self, *, resume: bool) -> None:
-        """Raise `TrainingError` unless there is a state exactly when ``resume`` asks for one."""
+        """Raise `TrainingError` unless there is a state exactly when ``resume`` asks for one.
+
+        Without one, files that have a state's names are not of a training that could be continued:
+        they are not written over.
+        """
         if self.exists and not resume:
             raise TrainingError(
                 f"{self.path} holds an unfinished training. Continue it with `resume=True`, or "
@@ -63,6 +70,12 @@ class StateDirectory:
             raise TrainingError(
                 f"`resume`: {self.path / STATE_FILE} does not exist, so there is nothing to "
                 "continue. Leave out `resume=True` to start from the beginning."
+            )
+        if not self.exists and (files := self._epoch_files()):
+            raise TrainingError(
+                f"{self.path}: expected no {files[0].name} without {STATE_FILE}: a training keeps "
+                "its own there, under that name, and would write over it. Move or delete it, or "
+                "write to another directory than `out`."
             )
 
     def write(self, saved: SavedTraining, settings: Mapping[str, Any]) -> None:
@@ -80,7 +93,7 @@ class StateDirectory:
             "history": [asdict(report) for report in saved.history],
         }
         write_json(self.path / STATE_FILE, content)
-        for old in self.path.glob("epoch-*.safetensors"):
+        for old in self._epoch_files():
             if old != tensor_file:
                 old.unlink(missing_ok=True)
 
@@ -110,10 +123,16 @@ class StateDirectory:
         with os_errors(self.path):
             # state.json first: without it nothing of the rest counts.
             (self.path / STATE_FILE).unlink(missing_ok=True)
-            for tensor_file in self.path.glob("epoch-*.safetensors"):
+            for tensor_file in self._epoch_files():
                 tensor_file.unlink()
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
+
+    def _epoch_files(self) -> list[Path]:
+        """Those of a state, sorted; none where there is no directory."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p for p in self.path.iterdir() if _EPOCH_FILE.fullmatch(p.name))
 
     def _read_json(self) -> dict[str, Any]:
         path = self.path / STATE_FILE

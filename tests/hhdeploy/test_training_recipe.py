@@ -424,9 +424,29 @@ def test_a_directory_of_that_name_keeps_its_other_files(
     base_settings: TrainSettings, tmp_path: Path
 ) -> None:
     (tmp_path / "o.training").mkdir()
-    (tmp_path / "o.training" / "notes.txt").write_text("mine")
-    train(replace(base_settings, epochs=1, out=tmp_path / "o"))
-    assert contents(tmp_path / "o.training") == {"notes.txt": b"mine"}
+    names = (
+        "notes.txt",
+        "epoch-best.safetensors",
+        "epoch-1.safetensors.old",
+        "my-epoch-1.safetensors",
+    )
+    for name in names:
+        (tmp_path / "o.training" / name).write_text("mine")
+    settings = replace(base_settings, epochs=2, out=tmp_path / "o")
+    with pytest.raises(StopError):
+        train(settings, interrupt_at(1, 0))
+    train(replace(settings, resume=True))
+    assert contents(tmp_path / "o.training") == dict.fromkeys(names, b"mine")
+
+
+def test_a_file_of_a_state_s_name_that_is_none_is_not_written_over(
+    base_settings: TrainSettings, tmp_path: Path
+) -> None:
+    (tmp_path / "o.training").mkdir()
+    (tmp_path / "o.training" / "epoch-1.safetensors").write_text("mine")
+    with pytest.raises(TrainingError, match=r"no epoch-1\.safetensors without state\.json.* Move"):
+        train(replace(base_settings, epochs=1, out=tmp_path / "o"))
+    assert contents(tmp_path / "o.training") == {"epoch-1.safetensors": b"mine"}
 
 
 # --- refused before any work ------------------------------------------------------------------
