@@ -114,6 +114,11 @@ def _summary(model: TritonModel) -> str:
     for ensemble in dict.fromkeys(model.ensembles.values()):
         asked = ", ".join(name for name, other in model.ensembles.items() if other == ensemble)
         needs += f"{ensemble} takes pictures, for {asked}.\n"
+    if model.removed:
+        needs += (
+            f"Removed {', '.join(model.removed)}: made for the {model.name} that was there before. "
+            "--ensemble writes what takes pictures.\n"
+        )
     shape = ", ".join(map(str, model.input_size))
     return (
         f"Wrote Triton model {model.name}:\n{written}\n{needs}\n"

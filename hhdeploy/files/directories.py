@@ -177,6 +177,20 @@ def atomic_directory(target: Path, *, overwrite: bool, kind: Replaceable) -> Ite
             sync_directory(path.parent)
 
 
+def remove_directory(target: Path, kind: Replaceable) -> None:
+    """Remove a directory that hhdeploy wrote, at once: away from its name first.
+
+    Raises:
+        WriteError: it is not of this ``kind``, or the file system refused.
+    """
+    path = check_target(target, kind, overwrite=True)
+    with os_errors(path), kind.locked(path):
+        _judge(target, path, kind)
+        with scratch_directory(path.parent, path.name) as scratch:
+            os.rename(path, scratch / path.name)
+        sync_directory(path.parent)
+
+
 def _install(scratch: Path, path: Path, kind: Replaceable, *, overwrite: bool) -> None:
     if path.is_dir() and not path.is_symlink() and not os.listdir(path) and _stood_in(path):
         _fill(scratch, path, kind)

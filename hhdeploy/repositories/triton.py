@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +29,13 @@ from hhdeploy.exporters.triton import (
     labels_txt,
     requestable,
 )
-from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
+from hhdeploy.files.directories import (
+    Replaceable,
+    atomic_directory,
+    check_target,
+    remove_directory,
+    strangers,
+)
 from hhdeploy.files.writing import write_bytes
 from hhdeploy.packages import own_version
 from hhdeploy.repositories.graphs import (
@@ -43,6 +50,10 @@ __all__ = ["TritonModel", "TritonOptions", "write_triton_repository"]
 
 # Writes a model into its directory.
 _Writer = Callable[[Path], None]
+# Beside an ensemble: the models of its first and its last step.
+_STEPS = ("preprocess", "answer")
+# A step in the configuration of an ensemble, as `triton_ensemble` writes it.
+_RUNS = re.compile(r'^\s*model_name:\s"(.*)"$', re.MULTILINE)
 
 
 def _foreign(path: Path) -> str | None:
@@ -65,10 +76,12 @@ class TritonModel(ServedModel):
     Attributes:
         engine: that was copied, None with the ``onnxruntime`` backend.
         ensembles: adapter -> the model that takes pictures for it, with ``ensemble`` alone.
+        removed: models of ensembles that ran the model that was replaced.
     """
 
     engine: EngineEntry | None
     ensembles: Mapping[str, str]
+    removed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """See `ServedModel.to_json`."""
@@ -76,6 +89,7 @@ class TritonModel(ServedModel):
             **super().to_json(),
             "engine": self.engine.to_json() if self.engine is not None else None,
             "ensembles": dict(self.ensembles),
+            "removed": list(self.removed),
         }
 
 
@@ -94,7 +108,9 @@ def write_triton_repository(
     already stay as they are; the model itself is replaced whole, or not at all.
 
     With ``ensemble`` there is beside it, for each crop mode and filter that adapters have, an
-    ensemble NAME_pictures and the models of its first and last step.
+    ensemble NAME_pictures and the models of its first and last step. Those of an earlier writing
+    that are not written again are removed: they would run the new model, and have the rows and the
+    names of the old one's adapters.
 
     Args:
         path: the bundle.
@@ -110,7 +126,7 @@ def write_triton_repository(
             an ensemble, an adapter whose pictures no graph makes.
         MissingDependencyError: the ``onnxruntime`` backend and ensembles need the ``export`` extra
             here (onnx_ir, no torch).
-        WriteError: OUT/NAME exists, or the file system refused.
+        WriteError: OUT/NAME or an ensemble of it exists, or the file system refused.
     """
     options, out = options or TritonOptions(), Path(out)
     check_triton_options(options)
@@ -126,14 +142,35 @@ def write_triton_repository(
     }
     for group, entries in groups.items():
         models |= _ensemble(bundle, name, group, entries, options)
-    files = _install(out, models, overwrite=overwrite)
+    former = tuple(model for model in _around(out, name) if model not in models)
+    files = _install(out, models, former, overwrite=overwrite)
+    facts = served_facts(bundle.manifest)
     return TritonModel(
-        out, name, files, **served_facts(bundle.manifest), engine=engine, ensembles=ensembles
+        out, name, files, **facts, engine=engine, ensembles=ensembles, removed=former
     )
 
 
-def _install(out: Path, models: Mapping[str, _Writer], *, overwrite: bool) -> tuple[str, ...]:
-    """Write models into a repository: the files, relative to it.
+def _around(out: Path, name: str) -> list[str]:
+    """What earlier writings made for a model in a repository: ensembles that run it, their steps.
+
+    An ensemble goes before its steps: while they are removed, nothing lacks a part.
+    """
+    found = []
+    for config in sorted(out.glob(f"*/{CONFIG_FILE}")):
+        ensemble = config.parent.name
+        if (config.parent / ADAPTERS_FILE).is_file() and name in _RUNS.findall(
+            config.read_text(encoding="utf-8", errors="replace")
+        ):
+            steps = (f"{ensemble}_{step}" for step in _STEPS)
+            found += [ensemble, *(step for step in steps if (out / step).is_dir())]
+    return found
+
+
+def _install(
+    out: Path, models: Mapping[str, _Writer], former: Iterable[str], *, overwrite: bool
+) -> tuple[str, ...]:
+    """Write models into a repository and remove those of a ``former`` writing: the files, relative
+    to it.
 
     A new repository appears whole. In one that exists each model does, an ensemble after those that
     it is made of.
@@ -144,11 +181,13 @@ def _install(out: Path, models: Mapping[str, _Writer], *, overwrite: bool) -> tu
             for name, write in models.items():
                 files += _written(scratch / name, name, write)
         return tuple(files)
-    for name in models:  # before any of them is replaced
+    for name in (*models, *former):  # before any of them is replaced
         check_target(out / name, _MODEL, overwrite=overwrite)
     for name, write in models.items():
         with atomic_directory(out / name, overwrite=overwrite, kind=_MODEL) as scratch:
             files += _written(scratch, name, write)
+    for name in former:
+        remove_directory(out / name, _MODEL)
     return tuple(files)
 
 
@@ -191,7 +230,7 @@ def _ensemble(
     manifest = bundle.manifest
     role = entries[0].preprocess.graph_file or ""
     graph = bundle.read(manifest.named(role))
-    preprocess, answer = (check_model_name(f"{name}_{step}") for step in ("preprocess", "answer"))
+    preprocess, answer = (check_model_name(f"{name}_{step}") for step in _STEPS)
     graphs = {
         preprocess: preprocessing(graph, entries),
         answer: answering(manifest.classes, entries, graph),

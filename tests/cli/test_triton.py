@@ -89,6 +89,7 @@ def test_as_json(succeed_json, branches, tmp_path):
         "unverified": [],
         "engine": None,
         "ensembles": {},
+        "removed": [],
     }
     assert rows["backbone"] == 0
 
@@ -147,3 +148,12 @@ def test_calls_that_are_no_commands_show_the_usage(call, small, tmp_path, flags)
     assert result.exit_code == 2
     assert result.stderr.startswith("Usage: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_it_names_the_ensembles_that_it_removes(succeed, small, tmp_path):
+    out = tmp_path / "models"
+    succeed("triton", small, out, "--name", "vit", "--ensemble")
+    text = succeed("triton", small, out, "--name", "vit", "--overwrite")
+    assert "Removed vit_pictures, vit_pictures_preprocess, vit_pictures_answer: made for" in text
+    assert [p.name for p in out.iterdir()] == ["vit"]
+    assert "Removed" not in succeed("triton", small, out, "--name", "vit", "--overwrite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,50 @@ def test_a_repository_that_exists(small, folded, tmp_path):
     write(small, out, name="vit", overwrite=True, max_batch=7)
     after = contents(out)
     assert [name for name in before if before[name] != after[name]] == ["vit/config.pbtxt"]
+
+
+def test_ensembles_of_an_earlier_writing_go_with_their_model(small, mixed, folded, tmp_path):
+    """They would run the new model, and have the old one's rows and names."""
+    out = tmp_path / "models"
+    write(folded, out, name="other")
+    write(mixed, out, name="vit")
+    mine = out / "mine" / "config.pbtxt"  # an operator's own, which runs it too
+    mine.parent.mkdir()
+    mine.write_text('ensemble_scheduling {\n  step {\n    model_name: "vit"\n  }\n}\n')
+    others = {n: b for n, b in contents(out).items() if n.startswith(("other", "mine"))}
+    former = [
+        f"vit_pictures_{way}{step}"
+        for way in ("border_bicubic", "squash_bilinear")
+        for step in ("", "_preprocess", "_answer")
+    ]
+    before = contents(out)
+    (out / former[0] / "notes").touch()
+    with pytest.raises(WriteError, match=rf"{former[0]} .*holds notes"):
+        write(small, out, name="vit", overwrite=True)
+    (out / former[0] / "notes").unlink()
+    assert contents(out) == before, "nothing is replaced before all may be"
+    result = write(small, out, name="vit", overwrite=True)
+    assert list(result.removed) == result.to_json()["removed"] == former
+    left = contents(out)
+    assert set(left) == {*result.files, *others}
+    assert {name: left[name] for name in others} == others
+    assert set(result.ensembles.values()) == {"vit_pictures"}
+    plain = write_triton_repository(small, out, TritonOptions(name="vit"), overwrite=True)
+    assert plain.removed == ("vit_pictures", "vit_pictures_preprocess", "vit_pictures_answer")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "mine", "other", "other_pictures", "other_pictures_answer", "other_pictures_preprocess",
+        "vit",
+    ]  # fmt: skip
+
+
+def test_an_ensemble_whose_model_was_removed_by_hand(small, tmp_path):
+    """Without `overwrite` nothing is removed, and a model that it would run is not written."""
+    out = tmp_path / "models"
+    write(small, out, name="vit")
+    shutil.rmtree(out / "vit")
+    with pytest.raises(WriteError, match=r"vit_pictures already exists.*`overwrite=True`"):
+        write_triton_repository(small, out, TritonOptions(name="vit"))
+    assert not (out / "vit").exists()
 
 
 def test_pictures_that_no_graph_makes(small, tmp_path):

@@ -21,7 +21,7 @@ from hhdeploy.bundle import add_adapter, remove_adapter
 from hhdeploy.bundle.manifest import hash_files
 from hhdeploy.bundle.store import BUNDLE, Change, edit, locked, undisturbed
 from hhdeploy.errors import ConflictError, WriteError
-from hhdeploy.files.directories import Replaceable, atomic_directory
+from hhdeploy.files.directories import Replaceable, atomic_directory, remove_directory
 from tests.workshop import COMMAND_SECONDS, contents, copy_bundle, small_disk
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
@@ -532,3 +532,21 @@ def test_what_one_stands_in_is_not_replaced(tmp_path, monkeypatch, below):
     ):
         pytest.fail("it is refused before any work")
     assert names(old) == ["deep", "old.txt"]
+
+
+def test_a_directory_is_removed_whole_and_only_of_its_kind(tmp_path, monkeypatch):
+    old = old_directory(tmp_path)
+    with pytest.raises(WriteError, match=r"out is not anything that hhdeploy wrote: it is mine"):
+        remove_directory(old, Replaceable("anything", lambda path: "it is mine"))
+    assert names(old) == ["old.txt"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "link").symlink_to(other)
+    remove_directory(tmp_path / "link", ANY)
+    assert names(tmp_path) == ["other", "out"], "what a link leads to is anybody's"
+    monkeypatch.chdir(old)
+    with pytest.raises(WriteError, match="the directory you are in"):
+        remove_directory(old, ANY)
+    monkeypatch.chdir(tmp_path)
+    remove_directory(old, ANY)
+    assert names(tmp_path) == ["other"]
