@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.adapters.config import VALUES
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.answers import Answer, answers_of, problem_type
+from hhdeploy.bundle.answers import Answer, answers_of, are_numbers
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, one_of
@@ -167,7 +166,13 @@ class Session:
         answers = []
         for index, (entry, row) in enumerate(zip(entries, logits, strict=True)):
             classes = entry.classes if entry is not None else manifest.backbone_classes
-            _check_numbers(row[:classes], entry, index, names[index], self.precision)
+            if not are_numbers(row[:classes], entry):
+                raise SessionError(
+                    f"image {index}, adapter {names[index] or BACKBONE!r}: the logits are no "
+                    f"numbers (NaN or infinity) in {self.precision}. Open the bundle in another "
+                    "precision; if float32 gives none either, compare it with its reference: "
+                    "`verify()`."
+                )
             answers.append(answers_of(row, entry, classes))
         return answers
 
@@ -261,27 +266,6 @@ def _names(adapters: str | Sequence[str | None] | None, images: int) -> list[str
             f"expected one adapter per image, found {len(names)} for {images} images."
         )
     return names
-
-
-def _check_numbers(
-    logits: NDArray[np.float32],
-    entry: AdapterEntry | None,
-    image: int,
-    adapter: str | None,
-    precision: Precision,
-) -> None:
-    """-inf is an answer (a class that is ruled out); NaN and +inf, or -inf alone, are none.
-
-    No value of a regression is infinite.
-    """
-    values = problem_type(entry) == VALUES
-    least = logits.min(initial=np.inf) if values else logits.max(initial=-np.inf)
-    if not np.isfinite(least) or not np.isfinite(logits.max(initial=-np.inf)):
-        raise SessionError(
-            f"image {image}, adapter {adapter or BACKBONE!r}: the logits are no numbers (NaN or "
-            f"infinity) in {precision}. Open the bundle in another precision; if float32 gives "
-            "none either, compare it with its reference: `verify()`."
-        )
 
 
 def open_session(

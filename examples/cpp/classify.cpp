@@ -26,11 +26,26 @@ std::string label_of(const Json& entry, size_t index) {
     return names.is_array() && index < names.size() ? names[index].get<std::string>() : std::to_string(index);
 }
 
+std::string kind_of(const Json& entry, size_t classes) {
+    const std::string fallback =
+        classes == 1 && entry.at("name") != "backbone" ? "regression" : "single_label_classification";
+    return entry.value("problem_type", fallback);
+}
+
+// -infinity is an answer (a class that is ruled out), but no value of a regression; NaN and infinity, or -infinity
+// alone, are none: the best class of them would be the first.
+bool are_numbers(const Json& entry, const std::vector<float>& logits) {
+    const auto finite = [](float value) { return std::isfinite(value); };
+    const auto wrong = [](float value) { return std::isnan(value) || value == INFINITY; };
+    const bool values = kind_of(entry, logits.size()) == "regression";
+    return (values ? std::all_of(logits.begin(), logits.end(), finite)
+                   : std::any_of(logits.begin(), logits.end(), finite)) &&
+           std::none_of(logits.begin(), logits.end(), wrong);
+}
+
 // What an adapter says: the most probable class, every label of 0.5 or more, or all values.
 Json said(const Json& entry, const std::vector<float>& logits) {
-    const std::string fallback =
-        logits.size() == 1 && entry.at("name") != "backbone" ? "regression" : "single_label_classification";
-    const std::string kind = entry.value("problem_type", fallback);
+    const std::string kind = kind_of(entry, logits.size());
     Json answers = Json::array();
     const auto say = [&](size_t index, double score) {
         answers.push_back({{"label", label_of(entry, index)}, {"score", score}});
@@ -91,8 +106,13 @@ Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::str
         const float* row = logits.data<float>() + i * logits.get_shape()[1];
         // What follows an adapter's own columns is padding.
         const std::vector<float> own(row, row + asks[i].entry.at("classes").get<size_t>());
+        const std::string name = asks[i].entry.at("name");
+        if (!are_numbers(asks[i].entry, own))
+            throw Error(asks[i].picture + ", adapter " + name + ": the logits are no numbers (NaN or infinity) in " +
+                        precision + ". Try another --precision; if float32 gives none either, compare the bundle " +
+                        "with its reference: hhdeploy verify.");
         results.push_back({{"picture", asks[i].picture},
-                           {"adapter", asks[i].entry.at("name")},
+                           {"adapter", name},
                            {"answers", said(asks[i].entry, own)},
                            {"logits", own}});
     }

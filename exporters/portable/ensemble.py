@@ -4,7 +4,8 @@ One makes the model's images of a picture, one tells what its logits mean.
 
 A request brings a picture and a row of the bank. The numbers of every adapter's transform and the
 names of its classes are tables inside of the graphs, looked up by that row; a row that no adapter
-has fails the request. A folded bundle's tables have one line, and its graphs take no row.
+has fails the request, and so do logits that are no numbers. A folded bundle's tables have one line,
+and its graphs take no row.
 
 All take and give one request: [1, ...], though the first dimension has a name, as servers that
 batch want it.
@@ -78,7 +79,7 @@ def answering(classes: int, adapters: Sequence[AdapterEntry], like: bytes) -> on
     Inputs: ``logits`` float32 [1, classes] and ``adapter_ids`` int64 [1, 1].
     Outputs: ``scores`` float32 [1, classes], of classes softmax, of labels sigmoid, of values
     themselves (columns past the adapter's own: 0, and of values -inf); ``label`` string [1, 1], the
-    name of the largest; of values "".
+    name of the largest; of values "". Neither of logits that are no numbers.
 
     Args:
         classes: columns of the logits.
@@ -94,8 +95,11 @@ def answering(classes: int, adapters: Sequence[AdapterEntry], like: bytes) -> on
         numpy_helper.from_array(np.asarray(_KINDS.index(LABELS), np.int64), "labels_kind"),
         numpy_helper.from_array(np.asarray(_KINDS.index(VALUES), np.int64), "values_kind"),
     ]
+    checking, limits = _answered(classes, adapters)
+    tables += limits
     nodes += [
-        helper.make_node("Gather", ["kind_by_adapter", "place"], ["kind"]),
+        *checking,
+        helper.make_node("Gather", ["kind_by_adapter", "answered"], ["kind"]),
         helper.make_node("Equal", ["kind", "labels_kind"], ["of_labels"]),
         helper.make_node("Equal", ["kind", "values_kind"], ["of_values"]),
         helper.make_node("Softmax", [LOGITS], ["shares"], axis=-1),
@@ -104,7 +108,7 @@ def answering(classes: int, adapters: Sequence[AdapterEntry], like: bytes) -> on
         helper.make_node("Where", ["of_values", LOGITS, "probabilities"], [SCORES]),
         helper.make_node("ArgMax", [LOGITS], ["best"], axis=1, keepdims=1),
         # One by one: of several strings in a row ONNX Runtime's Gather copies the first.
-        helper.make_node("Mul", ["place", "width"], ["first_name"]),
+        helper.make_node("Mul", ["answered", "width"], ["first_name"]),
         helper.make_node("Add", ["first_name", "best"], ["which_name"]),
         helper.make_node("Gather", ["names_by_adapter", "which_name"], [LABEL]),
     ]
@@ -142,6 +146,38 @@ def _place(
         helper.make_node("Less", ["row", "first_row"], ["is_negative"]),
         helper.make_node("Where", ["is_negative", "no_row", "row"], ["row_or_none"]),
         helper.make_node("Gather", ["places", "row_or_none"], ["place"]),
+    ]
+    return nodes, tables
+
+
+def _answered(
+    classes: int, adapters: Sequence[AdapterEntry]
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Nodes and tables that make ``answered`` of ``place``: itself where the logits are numbers, as
+    `hhdeploy.bundle.answers.are_numbers` has it, else past the end of every table.
+
+    Of NaN no comparison holds. Values are numbers in all own columns, classes and labels in one.
+    """
+    least = [a.classes if a.problem_type == VALUES else 1 for a in adapters]
+    tables = [
+        numpy_helper.from_array(np.asarray(np.inf, np.float32), "infinity"),
+        numpy_helper.from_array(np.asarray(-np.inf, np.float32), "minus_infinity"),
+        numpy_helper.from_array(np.asarray(least, np.int64), "least_by_adapter"),
+        numpy_helper.from_array(np.asarray(classes, np.int64), "all_columns"),
+        numpy_helper.from_array(np.asarray(len(adapters), np.int64), "nowhere"),
+    ]
+    nodes = [
+        helper.make_node("Less", [LOGITS, "infinity"], ["is_below"]),
+        helper.make_node("Greater", [LOGITS, "minus_infinity"], ["is_above"]),
+        helper.make_node("Cast", ["is_below"], ["below"], to=TensorProto.INT64),
+        helper.make_node("Cast", ["is_above"], ["above"], to=TensorProto.INT64),
+        helper.make_node("ReduceSum", ["below"], ["columns_below"], keepdims=0),
+        helper.make_node("ReduceSum", ["above"], ["columns_above"], keepdims=0),
+        helper.make_node("Gather", ["least_by_adapter", "place"], ["least"]),
+        helper.make_node("Equal", ["columns_below", "all_columns"], ["none_is_more"]),
+        helper.make_node("GreaterOrEqual", ["columns_above", "least"], ["enough"]),
+        helper.make_node("And", ["none_is_more", "enough"], ["are_numbers"]),
+        helper.make_node("Where", ["are_numbers", "place", "nowhere"], ["answered"]),
     ]
     return nodes, tables
 

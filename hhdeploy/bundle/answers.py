@@ -79,6 +79,17 @@ def best(answers: Sequence[Answer], top: int) -> Sequence[Answer]:
     return answers[: max(top, sum(a.positive for a in answers))]
 
 
+def are_numbers(logits: NDArray[Any], entry: AdapterEntry | None) -> bool:
+    """Whether an adapter's own logits of one image say anything.
+
+    -inf does (a class that is ruled out), but is no value of a regression; NaN and +inf, or -inf
+    alone, do not: the best class of them would be the first.
+    """
+    values = problem_type(entry) == VALUES
+    least = logits.min(initial=np.inf) if values else logits.max(initial=-np.inf)
+    return bool(np.isfinite(least) and np.isfinite(logits.max(initial=-np.inf)))
+
+
 def problem_type(entry: AdapterEntry | None) -> ProblemType:
     """Of an adapter; of the backbone (None) classes."""
     return entry.problem_type if entry is not None else CLASSES

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
-from hhdeploy.bundle.answers import answers_of, best, label_of, probabilities, problem_type
+from hhdeploy.bundle.answers import (
+    answers_of,
+    are_numbers,
+    best,
+    label_of,
+    probabilities,
+    problem_type,
+)
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
 from hhdeploy.runtime.serving.errors import FailedError, RequestError
 from hhdeploy.runtime.serving.messages import (
@@ -103,7 +110,7 @@ def check_finite(
     classes: Sequence[int],
     entries: Sequence[AdapterEntry | None],
 ) -> None:
-    """Refuses logits that are no numbers: the best class of them would be the first.
+    """Refuses logits that are no numbers, see `are_numbers`.
 
     Args:
         pixels: float32 [n, 3, H, W], as the graph got them.
@@ -116,14 +123,14 @@ def check_finite(
         FailedError: naming the first image and the adapter that makes none of it.
     """
     for index, (row, own) in enumerate(zip(logits, classes, strict=True)):
-        if np.isfinite(row[:own].max()):
+        entry = entries[index]
+        if are_numbers(row[:own], entry):
             continue
         if not np.isfinite(pixels[index]).all():
             raise RequestError(
                 f"input images: image {index} holds NaN or infinities, or numbers beyond float32: "
                 "its answer is no number either. Ask for logits to see them."
             )
-        entry = entries[index]
         raise FailedError(
             f"image {index}, adapter {entry.name if entry is not None else BACKBONE!r}: the logits "
             "are no numbers (NaN or infinity). Ask for logits to see them. An adapter whose "

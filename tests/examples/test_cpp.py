@@ -25,6 +25,7 @@ from hhdeploy.runtime import open_session
 from tests.once import made_once
 from tests.support import assert_caught, assert_parity, random_adapter, tiny_spec
 from tests.workshop import ROOT, copy_bundle, flip_byte
+from tests.wrong_logits import LOGITS, bundle_of_logits
 
 EXAMPLE = ROOT / "examples" / "cpp"
 PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
@@ -257,6 +258,18 @@ def test_a_tampered_file_is_refused(program, small, pictures, tmp_path, file):
     assert (done.returncode, done.stdout) == (1, "")
     expected = Bundle.open(small).manifest.files[file]
     assert f"{bundle / file}: expected sha256 {expected}, found " in done.stderr
+
+
+def test_logits_that_are_no_numbers(program, small, pictures, tmp_path):
+    bundle = bundle_of_logits(small, tmp_path / "bundle")
+    for name, (_, _, said) in LOGITS.items():
+        done = run(program, bundle, pictures[1], "--adapter", name)
+        if said is None:
+            assert (done.returncode, done.stdout) == (1, ""), name
+            assert f"adapter {name}: the logits are no numbers" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
+            assert sorted(line.split("\t")[2] for line in done.stdout.splitlines()) == sorted(said)
 
 
 def test_pictures_that_it_does_not_take(program, small, tmp_path):

@@ -25,6 +25,7 @@ from hhdeploy.repositories.triton import write_triton_repository
 from hhdeploy.runtime import open_session
 from tests.support import assert_caught, assert_parity
 from tests.workshop import ROOT, contents, copy_bundle
+from tests.wrong_logits import LOGITS, bundle_of_logits
 
 PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
 # Of the photograph: one part shrinks, one grows.
@@ -216,6 +217,28 @@ def test_an_ensemble_for_each_way_to_make_images(mixed, pictures, tmp_path):
     for row in (0, result.rows["gamma"], 3, -1, -2, 2**40):
         with pytest.raises(Exception, match=r"out of data bounds|invalid index"):
             squash.ask(pictures[0], row)
+
+
+def test_logits_that_are_no_numbers_fail_the_request(small, pictures, tmp_path):
+    """Scores alone as well: a server runs what is asked for."""
+    bundle = bundle_of_logits(small, tmp_path / "bundle")
+    result = write(bundle, tmp_path / "models", name="vit")
+    server = FakeEnsemble(tmp_path / "models", "vit_pictures")
+    answer = server.steps[-1][1]
+    for name, (kind, logits, said) in LOGITS.items():
+        row = result.rows[name]
+        if said is None:
+            own = np.full((1, 7), -np.inf, np.float32)
+            own[0, :3] = logits
+            feeds = {"logits": own, "adapter_ids": np.asarray([[row]], np.int64)}
+            for outputs in (["scores"], ["label"]):
+                with pytest.raises(Exception, match="out of data bounds"):
+                    answer.run(outputs, feeds)
+            with pytest.raises(Exception, match="out of data bounds"):
+                server.ask(pictures[0], row)
+        else:
+            found = server.ask(pictures[0], row)["label"].tolist()
+            assert found == [["" if kind == "regression" else said[0]]], name
 
 
 def test_the_comparison_of_answers_can_fail(branches, pictures, tmp_path):

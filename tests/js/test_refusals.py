@@ -26,6 +26,7 @@ from hhdeploy.runtime import open_session
 from tests.js.conftest import decoded, encoded, sent
 from tests.support import images
 from tests.workshop import copy_bundle
+from tests.wrong_logits import LOGITS, bundle_of_logits
 
 Edit = Callable[[Path], object]
 Tensors = dict[str, NDArray[Any]]
@@ -354,6 +355,18 @@ def test_what_python_takes_javascript_takes(ask, small, edited):
     for folder, row in zip(folders.values(), packed, strict=True):
         expected = layout.pack("omega", load_adapter(folder))
         np.testing.assert_array_max_ulp(decoded(row, layout.size), expected, 1)
+
+
+def test_logits_that_are_no_numbers(ask, small, tmp_path):
+    bundle = bundle_of_logits(small, tmp_path / "bundle")
+    shown = {"ask": "classify", "where": str(bundle), "pictures": sent([PICTURE])}
+    there = ask(*({**shown, "adapters": [name]} for name in LOGITS))
+    for (name, (kind, _, said)), found in zip(LOGITS.items(), there, strict=True):
+        if said is None:
+            assert f"adapter {name}: the logits are no numbers" in found["error"]
+        else:
+            chosen = [a["label"] for a in found[0] if a["positive"] or kind == "regression"]
+            assert chosen == said
 
 
 def test_names_that_python_refuses(ask, small, workshop):

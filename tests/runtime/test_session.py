@@ -19,6 +19,7 @@ from hhdeploy.exporters.writer import save_graph
 from hhdeploy.runtime import open_session
 from tests.support import MISTAKE, assert_caught, assert_parity, images
 from tests.workshop import AGE, BACKBONE_CLASSES, CLASSES, TAGS, WIDTH, copy_bundle, transform_of
+from tests.wrong_logits import LOGITS, bundle_of_logits
 
 NAMES = ("alpha", None, "gamma", "beta", "headless", "rival")
 
@@ -90,6 +91,18 @@ def test_an_infinite_value_is_none(heads, monkeypatch):
         session.classify(pictures(1), TAGS)  # a label that is ruled out
         with pytest.raises(SessionError, match=r"adapter 'age': the logits are no numbers"):
             session.classify(pictures(1), AGE)
+
+
+def test_what_is_an_answer(small, tmp_path):
+    with open_session(bundle_of_logits(small, tmp_path / "bundle"), threads=1) as session:
+        for name, (_, _, said) in LOGITS.items():
+            if said is None:
+                with pytest.raises(SessionError, match=f"adapter '{name}': the logits are no num"):
+                    session.classify(pictures(1), name)
+            else:
+                (answers,) = session.classify(pictures(1), name)
+                chosen = [a for a in answers if a.positive or a.problem_type == "regression"]
+                assert [a.label for a in chosen] == said
 
 
 def test_one_name_or_none_is_for_all_images(session, folded):

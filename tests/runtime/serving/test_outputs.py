@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hhdeploy.bundle import Bundle
 from hhdeploy.runtime.serving.errors import FailedError, RequestError
 from hhdeploy.runtime.serving.outputs import check_finite
+from tests.wrong_logits import LOGITS, bundle_of_logits
 
 NUMBERS, OWN = np.zeros((2, 3, 4, 4), np.float32), [2, 3]
 
@@ -27,6 +29,17 @@ def test_of_any_other_picture_it_is_the_adapter(row):
     logits[1] = row
     with pytest.raises(FailedError, match="image 1, adapter 'backbone': the logits are no numbers"):
         check_finite(NUMBERS, logits, OWN, [None, None])
+
+
+def test_an_answer_is_what_a_session_takes_for_one(small, tmp_path):
+    manifest = Bundle.open(bundle_of_logits(small, tmp_path / "bundle")).manifest
+    for name, (_, own, said) in LOGITS.items():
+        logits, entry = np.array([own], np.float32), manifest.adapter(name)
+        if said is None:
+            with pytest.raises(FailedError, match=f"adapter '{name}': the logits are no numbers"):
+                check_finite(NUMBERS, logits, [3], [entry])
+        else:
+            check_finite(NUMBERS, logits, [3], [entry])
 
 
 def test_classes_of_others_and_ones_that_are_ruled_out_are_no_fault():
