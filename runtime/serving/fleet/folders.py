@@ -23,10 +23,13 @@ from hhdeploy.runtime.bank import AdapterBank, Packed
 from hhdeploy.runtime.serving.errors import FailedError
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
-# What a change of an adapter's files cannot leave as it was: inode, size, time of each.
-Stamp = tuple[tuple[int, int, int], ...]
+# What a change of an adapter's files cannot leave as it was, of each file: which one it is, its
+# size, and its times. Whoever writes may set the time of a change of content back, as archives and
+# copies that keep times do; that of any change is the kernel's own.
+_FileStamp = tuple[int, int, int, int, int]
+Stamp = tuple[_FileStamp, ...]
 _FILES = (CONFIG_FILE, TENSOR_FILE)
-_ABSENT = (0, 0, 0)
+_ABSENT: _FileStamp = (0, 0, 0, 0, 0)
 _TRIES = 3
 # Of a configuration: thousands of class names; and of tensors beside those of a row.
 _MOST_CONFIG, _SPARE_BYTES = 4 << 20, 4 << 20
@@ -217,12 +220,13 @@ def _most_bytes(bank: AdapterBank) -> int:
 
 
 def _stamp(directory: Path) -> Stamp:
-    stamps = []
-    for file in _FILES:
-        try:
-            found = (directory / file).stat()
-        except OSError:
-            stamps.append(_ABSENT)
-        else:
-            stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
-    return tuple(stamps)
+    return tuple(_stamp_of(directory / file) for file in _FILES)
+
+
+def _stamp_of(file: Path) -> _FileStamp:
+    try:
+        found = file.stat()
+    except OSError:
+        return _ABSENT
+    which, times = (found.st_dev, found.st_ino), (found.st_mtime_ns, found.st_ctime_ns)
+    return *which, found.st_size, *times

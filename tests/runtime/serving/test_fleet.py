@@ -577,6 +577,31 @@ def test_new_changed_and_removed_adapters_are_found(play):
     play(scene)
 
 
+@pytest.mark.parametrize("unpacked", ["written over", "moved there"])
+def test_a_change_that_sets_the_old_times_is_found(play, tmp_path, unpacked):
+    """As archives whose times are fixed do, and copies that keep times."""
+
+    async def scene(s):
+        await s.asked("a")
+        config, tensors = files_of(make_adapter(s.workshop, 7), tmp_path)
+        for name, content in ((CONFIG_FILE, config), (TENSOR_FILE, tensors)):
+            file = s.directory / "a" / name
+            before = file.stat()
+            new = file if unpacked == "written over" else tmp_path / name
+            new.write_bytes(content)
+            os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+            if new != file:
+                new.replace(file)
+            assert (file.stat().st_size, file.stat().st_mtime_ns) == (
+                before.st_size,
+                before.st_mtime_ns,
+            )
+        await s.looks(2)
+        assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+
+    play(scene)
+
+
 def test_a_broken_adapter_is_reported_and_skipped(play, workshop, caplog):
     async def scene(s):
         (s.directory / "half").mkdir()
