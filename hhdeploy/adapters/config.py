@@ -172,7 +172,7 @@ def read_config(path: Path) -> AdapterConfig:
     The licence that a model card beside it states joins the one of the configuration.
 
     Raises:
-        AdapterError: it is missing, no JSON object, or see `parse_config`.
+        AdapterError: it is missing, no file, no JSON object, or see `parse_config`.
     """
     try:
         content = json.loads(read_plain(path).decode())
@@ -180,7 +180,7 @@ def read_config(path: Path) -> AdapterConfig:
         raise AdapterError(
             f"{path} does not exist. An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # e.g. a number of 5,000 digits
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}.")

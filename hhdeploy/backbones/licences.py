@@ -57,7 +57,8 @@ def in_words(licences: Licences) -> str:
 def licences_of_card(folder: Path) -> Licences:
     """What the model card in a folder states in its front matter; nothing without a card.
 
-    Of ``license: other`` the ``license_name`` counts, if there is one.
+    Of ``license: other`` the ``license_name`` counts, if there is one. What is no plain file is no
+    card.
     """
     try:
         card = open_plain(folder / CARD)

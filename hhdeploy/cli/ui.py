@@ -157,7 +157,7 @@ def json_object(
     expected = "expected a JSON object such as '{\"img_size\": 384}', found"
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"{expected} {text!r} ({error}).") from error
     if not isinstance(content, dict):
         raise click.BadParameter(f"{expected} {text!r}.")

@@ -138,7 +138,7 @@ class StateDirectory:
         path = self.path / STATE_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self._damaged(f"{STATE_FILE}: {error}") from error
         if not isinstance(content, dict) or content.get("schema_version") != STATE_VERSION:
             raise self._damaged(f"{STATE_FILE} is not of schema version {STATE_VERSION}")

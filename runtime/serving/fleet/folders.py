@@ -8,6 +8,7 @@ on a thread of its own.
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.adapters.format import ADAPTER
+from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError, HhdeployError, PlanError
 from hhdeploy.files.directories import atomic_directory
@@ -29,6 +31,8 @@ _LOG = logging.getLogger("hhdeploy.serve.fleet")
 _FileStamp = tuple[int, int, int, int, int]
 Stamp = tuple[_FileStamp, ...]
 _FILES = (CONFIG_FILE, TENSOR_FILE)
+# All that is opened in a folder: its model card may state a licence.
+_READ = (*_FILES, CARD)
 _ABSENT: _FileStamp = (0, 0, 0, 0, 0)
 _TRIES = 3
 # Of a configuration: thousands of class names; and of tensors beside those of a row.
@@ -72,6 +76,7 @@ class AdapterFiles:
         self._bundle = bundle
         self._bank = bank
         self._directory = directory
+        # Of a model card the beginning is read, however long it is.
         self._most = {CONFIG_FILE: _MOST_CONFIG, TENSOR_FILE: _most_bytes(bank)}
         # The name that no folder may have, and whether it was said that one has.
         self.reserved: str | None = None
@@ -92,7 +97,7 @@ class AdapterFiles:
             for path in sorted(self._directory.iterdir()):
                 if path.name == self.reserved:
                     self._refuse_reserved(path)
-                elif not path.name.startswith(".") and path.is_dir():
+                elif not path.name.startswith(".") and _is_folder(path):
                     # What cannot even be printed is no name either: refused when it is read.
                     name = path.name if path.name.isprintable() else ascii(path.name)
                     found[name] = Source(name, path, _stamp(path))
@@ -106,7 +111,7 @@ class AdapterFiles:
             return None
         if name == self.reserved:
             return None
-        if self._directory is not None and (self._directory / name).is_dir():
+        if self._directory is not None and _is_folder(self._directory / name):
             return Source(name, self._directory / name, _stamp(self._directory / name))
         return self.bundled().get(name)
 
@@ -146,8 +151,10 @@ class AdapterFiles:
             self._check_files(source.path)
             packed = self._bank.pack(source.name, source.path, verified=source.verified)
             return _with_digest(packed, source.path)
-        except (OSError, RecursionError) as error:  # no permission; JSON nested without end
-            raise AdapterError(f"{source.path} cannot be read: {error}") from error
+        except HhdeployError:
+            raise
+        except Exception as error:
+            raise _of_this_adapter(f"{source.path} cannot be read", error) from error
 
     def write(self, name: str, config: bytes, tensors: bytes) -> tuple[Source, Packed]:
         """Write an adapter into the fleet directory, checked before it is seen there.
@@ -164,11 +171,13 @@ class AdapterFiles:
             (scratch / TENSOR_FILE).write_bytes(tensors)
             try:
                 packed = _with_digest(self._bank.pack(name, scratch), scratch)
-            except (HhdeployError, RecursionError) as error:
+            except HhdeployError as error:
                 # Not the scratch directory's name, which is gone when somebody reads it.
                 raise AdapterError(str(error).replace(str(scratch), name)) from error
             except OSError as error:  # which is no failure to write
                 raise FailedError(f"{name} cannot be read back from the disk: {error}") from error
+            except Exception as error:
+                raise _of_this_adapter(f"{name} cannot be read", error) from error
         return Source(name, target, _stamp(target)), packed
 
     def _refuse_reserved(self, path: Path) -> None:
@@ -185,14 +194,15 @@ class AdapterFiles:
         Raises:
             AdapterError: naming it.
         """
-        for name, most in self._most.items():
+        for name in _READ:
             try:
                 found = (path / name).stat()
             except FileNotFoundError:
                 continue  # whoever reads says so
             if not stat.S_ISREG(found.st_mode):
                 raise AdapterError(f"{path / name}: expected a file, found something else.")
-            if found.st_size > most:
+            most = self._most.get(name)
+            if most is not None and found.st_size > most:
                 raise AdapterError(
                     f"{path / name}: {found.st_size} bytes, an adapter of this bundle has at most "
                     f"{most} there."
@@ -201,12 +211,31 @@ class AdapterFiles:
     def _check_inside(self, path: Path) -> None:
         assert self._directory is not None
         root = self._directory.resolve()
-        for file in (path, *(path / name for name in _FILES)):
-            if not file.resolve().is_relative_to(root):
+        for file in (path, *(path / name for name in _READ)):
+            # Not `resolve`, which has an error of its own for links that turn in a circle.
+            if not Path(os.path.realpath(file)).is_relative_to(root):
                 raise AdapterError(
                     f"{file} is a link that leads out of the fleet directory. Copy the adapter "
                     "there."
                 )
+
+
+def _of_this_adapter(what: str, error: Exception) -> AdapterError:
+    """What came up while one adapter was read is said of that one: it stops no other, and neither
+    the look through the directory nor the start. What nobody thought of is in the log as a whole.
+    """
+    if not isinstance(error, OSError):
+        _LOG.error("an adapter's files raise what is not expected", exc_info=error)
+    return AdapterError(f"{what}: {error}")
+
+
+def _is_folder(path: Path) -> bool:
+    """True also of what cannot be looked at, e.g. a link with a name that is too long: whoever
+    reads it says why."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def _with_digest(packed: Packed, directory: Path) -> Packed:

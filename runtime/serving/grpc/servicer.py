@@ -194,7 +194,9 @@ class Servicer:
     async def RepositoryIndex(self, request: Any, context: Context) -> Any:
         """The bundle and its adapters, with their states."""
         models = await self._endpoint.repository_index(request.ready)
-        return ParseDict({"models": models}, pb.RepositoryIndexResponse())
+        # A reason quotes names of files, which protobuf takes in UTF-8 alone.
+        said = [{**model, "reason": _writable(model["reason"], "utf-8")} for model in models]
+        return ParseDict({"models": said}, pb.RepositoryIndexResponse())
 
     @_unary(pb.RepositoryModelLoadResponse, "model_name", logging.INFO, Access.check_loading)
     async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
@@ -316,7 +318,11 @@ class Servicer:
 
 def _details(error: RequestError) -> str:
     """In ASCII: whatever a request or a file's name made us quote can be written."""
-    return str(error).encode("ascii", "backslashreplace").decode()[:_MOST_DETAILS]
+    return _writable(str(error), "ascii")[:_MOST_DETAILS]
+
+
+def _writable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 async def until(stop: asyncio.Event, items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -370,7 +371,11 @@ def test_missing_files(tmp_path):
 # -- configurations that are refused ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", "peft_type: HTA", '{"peft_type": "HTA",}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "peft_type: HTA", '{"peft_type": "HTA",}', '{"x": ' + "9" * 5000 + "}", "[" * 10**5],
+    ids=["empty", "cut", "YAML", "comma", "digits", "deep"],
+)
 def test_non_json(tmp_path, text):
     directory = write(tmp_path / "a")
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -383,6 +388,13 @@ def test_json_that_is_not_text_or_not_an_object(tmp_path):
     refused(directory, directory / CONFIG_FILE, "is not valid JSON")
     (directory / CONFIG_FILE).write_text("[1, 2]", encoding="utf-8")
     refused(directory, directory / CONFIG_FILE, "expected a JSON object, found list")
+
+
+def test_a_configuration_that_is_a_pipe(tmp_path):
+    directory = write(tmp_path / "a")
+    (directory / CONFIG_FILE).unlink()
+    os.mkfifo(directory / CONFIG_FILE)
+    refused(directory, directory / CONFIG_FILE, "expected a file")
 
 
 @pytest.mark.parametrize("kind", ["LORA", "HRA", None])

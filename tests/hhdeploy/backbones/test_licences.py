@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import onnx
@@ -57,6 +58,18 @@ def test_no_front_matter(tmp_path, text):
     (tmp_path / CARD).write_bytes(text.encode("latin-1"))
     assert licences_of_card(tmp_path) == ()
     (tmp_path / CARD).unlink()
+    assert licences_of_card(tmp_path) == ()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "loop"])
+def test_a_card_that_is_no_file(tmp_path, kind):
+    """Of a pipe nobody would ever come back."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / CARD)
+    elif kind == "directory":
+        (tmp_path / CARD).mkdir()
+    else:
+        (tmp_path / CARD).symlink_to(CARD)
     assert licences_of_card(tmp_path) == ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import shutil
 import stat
@@ -18,7 +19,7 @@ import pytest
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.bundle import add_adapter, remove_adapter
-from hhdeploy.errors import DeviceError, HhdeployError, PlanError, SessionError
+from hhdeploy.errors import AdapterError, DeviceError, HhdeployError, PlanError, SessionError
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.errors import (
     FailedError,
@@ -46,10 +47,10 @@ class Scene:
     """A fleet over `small` (alpha and gamma), its directory, and a reader that can be held up."""
 
     def __init__(self, session, directory, workshop, pinned=()):
-        self.bank = session.adapters
+        self.bundle, self.bank = session.bundle, session.adapters
         self.directory = directory
         self.workshop = workshop
-        self.fleet = Fleet(session.bundle, self.bank, directory, frozenset(pinned))
+        self.fleet = Fleet(self.bundle, self.bank, directory, frozenset(pinned))
         self.reads = []
         self._open = threading.Event()
         self._open.set()
@@ -1270,14 +1271,19 @@ def test_an_upload_during_a_refresh_is_not_taken_for_removed(play, tmp_path):
 # --- what is no adapter ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("kind", ["pipe", "directory", "huge"])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        *itertools.product((CONFIG_FILE, TENSOR_FILE), ("pipe", "directory", "huge")),
+        *itertools.product(("README.md",), ("pipe", "directory")),
+    ],
+)
 def test_files_that_are_none_or_too_large_are_refused_unread(play, file, kind):
     """A pipe would hold the reading thread for ever, a sparse file take its size in memory."""
 
     async def scene(s):
         path = s.put("odd") / file
-        path.unlink()
+        path.unlink(missing_ok=True)
         if kind == "pipe":
             os.mkfifo(path)
         elif kind == "directory":
@@ -1292,6 +1298,74 @@ def test_files_that_are_none_or_too_large_are_refused_unread(play, file, kind):
         with pytest.raises(RequestError, match="cannot be loaded"):
             await s.ask("odd")
         await s.asked("b")  # the thread reads on
+
+    play(scene)
+
+
+def long_number(folder):
+    text = (folder / CONFIG_FILE).read_text()
+    (folder / CONFIG_FILE).write_text(text.replace("{", '{"x": ' + "9" * 5000 + ",", 1))
+
+
+def link_to_itself(folder):
+    (folder / CONFIG_FILE).unlink()
+    (folder / CONFIG_FILE).symlink_to(CONFIG_FILE)
+
+
+def link_without_end(folder):
+    shutil.rmtree(folder)
+    folder.symlink_to("x" * 300)
+
+
+def nothing_of_it(folder):
+    """What nobody thought of."""
+
+
+@pytest.mark.parametrize("odd", [long_number, link_to_itself, link_without_end, nothing_of_it])
+def test_an_odd_folder_stops_no_other(play, monkeypatch, odd):
+    """One that is sorted behind it is found and removed, and another server starts."""
+
+    async def scene(s):
+        odd(s.put("b"))
+        if odd is nothing_of_it:
+            pack = s.bank.pack
+
+            def fail(name, *rest, **options):
+                if name == "b":
+                    raise LookupError("nobody thought of it")
+                return pack(name, *rest, **options)
+
+            monkeypatch.setattr(s.bank, "pack", fail)
+        s.put("d", seed=9)
+        shutil.rmtree(s.directory / "c")
+        await s.looks(2)
+        assert s.state("b") == "broken" and s.fleet.status("b").problem
+        assert "c" not in s.fleet.names
+        assert np.array_equal((await s.asked("d"))["d"], s.row(9))
+        with pytest.raises(HhdeployError):
+            await s.fleet.load("b")
+        with open_session(s.bundle.path, device="cpu", threads=1) as opened:
+            another = Fleet(opened.bundle, opened.adapters, s.directory)
+            await another.start()
+            assert "d" in another.names
+            await another.close()
+
+    play(scene)
+
+
+def test_an_upload_that_raises_what_nobody_thought_of_is_refused(play, tmp_path, monkeypatch):
+    async def scene(s):
+        config, tensors = files_of(make_adapter(s.workshop, 3), tmp_path)
+        with pytest.raises(AdapterError, match="is not valid JSON"):
+            await s.fleet.upload("new", b'{"x": ' + b"9" * 5000 + b"}", tensors)
+
+        def fail(*_, **__):
+            raise LookupError("nobody thought of it")
+
+        monkeypatch.setattr(s.bank, "pack", fail)
+        with pytest.raises(AdapterError, match="new cannot be read: nobody thought of it"):
+            await s.fleet.upload("new", config, tensors)
+        assert not (s.directory / "new").exists()
 
     play(scene)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -382,6 +383,21 @@ def test_adapters_come_and_go(loading, workshop):
     index = client.get_model_repository_index().models
     assert [m.state for m in index if m.name == "newcomer"] == ["READY"]
     assert (fleet / "newcomer" / TENSOR_FILE).is_file()
+
+
+def test_an_index_of_names_that_are_no_text(small, tmp_path):
+    """A folder's name is bytes: one that is no UTF-8 is in the reason why it is not loaded."""
+    fleet = tmp_path / "fleet"
+    folder = os.fsencode(fleet) + b"/\xff"
+    os.makedirs(folder)
+    os.mkfifo(folder + b"/adapter_config.json")
+    with (
+        running_server(small, tmp_path / "log", "--adapters-dir", fleet) as server,
+        triton.InferenceServerClient(server.grpc) as client,
+    ):
+        index = client.get_model_repository_index().models
+    (reason,) = [m.reason for m in index if m.name == r"'\udcff'"]
+    assert r"fleet/\udcff/adapter_config.json: expected a file" in reason
 
 
 def test_what_loading_refuses(loading, workshop):
