@@ -8,6 +8,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -23,7 +24,7 @@ class Tls:
     def __init__(self, cert: Path, key: Path) -> None:
         """See `read`."""
         self._cert, self._key = cert, key
-        self.http, self.grpc = _context("http/1.1"), _context("h2")
+        self.http, self.grpc = _Latest("http/1.1"), _Latest("h2")
         self.read()
 
     @classmethod
@@ -41,14 +42,45 @@ class Tls:
         """
         try:
             with _as_it_is(self._cert) as cert, _as_it_is(self._key) as key:
-                # Tried on another one: a pair that does not fit would be half of it in the others.
-                for context in (_context("h2"), self.http, self.grpc):
-                    context.load_cert_chain(cert, key, _no_password)
+                fresh = [each.with_files(cert, key) for each in (self.http, self.grpc)]
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise PlanError(
                 f"`tls_cert`, `tls_key`: {self._cert} and {self._key}: expected a certificate "
                 f"chain and its key, both PEM and not encrypted: {error}"
             ) from error
+        self.http.latest, self.grpc.latest = fresh
+
+
+class _Latest(ssl.SSLContext):
+    """What asyncio holds for as long as it listens: connections are taken with the latest context.
+
+    Files that are read into one that has a certificate join it: OpenSSL keeps one for each type of
+    key, and an old one would be shown to clients that prefer its type.
+
+    Attributes:
+        latest: with a certificate and its key; None until there is one.
+    """
+
+    latest: ssl.SSLContext | None = None
+    _protocol: str
+
+    def __new__(cls, protocol: str) -> _Latest:
+        """``protocol``: that connections speak, as ALPN calls it."""
+        made = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+        made._protocol = protocol
+        return made
+
+    def with_files(self, cert: str, key: str) -> ssl.SSLContext:
+        """One that has these files alone. Raises `OSError` or `ValueError`: they do not fit."""
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.set_alpn_protocols([self._protocol])
+        made.load_cert_chain(cert, key, _no_password)
+        return made
+
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        """See `ssl.SSLContext.wrap_bio`: what asyncio calls for each connection."""
+        assert self.latest is not None
+        return self.latest.wrap_bio(*arguments, **options)
 
 
 @contextlib.contextmanager
@@ -64,12 +96,6 @@ def _as_it_is(path: Path) -> Iterator[str]:
     with open(descriptor, "wb", buffering=0) as copy:
         copy.write(path.read_bytes())
         yield f"/proc/self/fd/{descriptor}"
-
-
-def _context(protocol: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols([protocol])
-    return context
 
 
 def _no_password() -> str:

@@ -8,15 +8,21 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 
-def make_certificate(folder: Path, name: str = "hhdeploy test") -> tuple[Path, Path]:
+def make_certificate(
+    folder: Path, name: str = "hhdeploy test", kind: str = "ec"
+) -> tuple[Path, Path]:
     """A certificate that vouches for itself, of localhost and 127.0.0.1, and its key: their files.
 
-    A second call replaces both: another key, another ``name``.
+    A second call replaces both: another key, another ``name``. ``kind``: ec or rsa.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+    if kind == "ec":
+        key = ec.generate_private_key(ec.SECP256R1())
+    else:
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     called = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]

@@ -160,6 +160,25 @@ def test_certificates_that_are_none(tmp_path):
             Tls(*files)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("ec", "rsa"), ("rsa", "ec"), ("ec", "ec"), ("rsa", "rsa")]
+)
+def test_a_renewed_certificate_is_the_only_one(tmp_path, old, new):
+    """Also with a key of another type, beside which OpenSSL would keep the old certificate."""
+    tls = Tls(*make_certificate(tmp_path, "old", old))
+    trusts_old = (tmp_path / "tls.crt").read_text()
+    cert, _ = make_certificate(tmp_path, "new", new)
+    tls.read()
+    for context, protocol in ((tls.http, "http/1.1"), (tls.grpc, "h2")):
+        assert served(context, protocol, ssl.create_default_context(cafile=str(cert)))
+        for types in ("aRSA", "aECDSA"):  # whatever a client takes
+            client = ssl.create_default_context(cadata=trusts_old)
+            client.maximum_version = ssl.TLSVersion.TLSv1_2
+            client.set_ciphers(types)
+            with pytest.raises(ssl.SSLError):
+                served(context, protocol, client)
+
+
 def test_files_that_are_renewed_while_they_are_read(tmp_path, monkeypatch):
     """Certificate first, key later: what is read once is one pair for both wires."""
     cert, key = make_certificate(tmp_path)
@@ -176,7 +195,7 @@ def test_files_that_are_renewed_while_they_are_read(tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", slowly)
     tls = Tls(cert, key)
-    assert len(loads) == 3
+    assert len(loads) == 2
     for context, protocol in ((tls.http, "http/1.1"), (tls.grpc, "h2")):
         assert served(context, protocol, trusted)
     with pytest.raises(PlanError, match="tls_cert"):
