@@ -45,11 +45,12 @@ def test_there_is_a_pause_after_each_while_the_server_is_crowded():
         loop, crowded = asyncio.get_running_loop(), [True]
         turns = Turns(lambda: crowded[0])
         went: list[float] = []
+        begun = loop.time()  # a turn is noted late where another process has the core
         for _ in range(4):
             turns.wait(lambda: went.append(loop.time()))
         while len(went) < 3:
             await asyncio.sleep(0)
-        assert went[2] - went[0] >= 2 * PAUSE_SECONDS - loop._clock_resolution  # type: ignore[attr-defined]
+        assert went[2] - begun >= 2 * PAUSE_SECONDS - loop._clock_resolution  # type: ignore[attr-defined]
         crowded[0] = False
         while len(went) < 4:
             await asyncio.sleep(0)
