@@ -33,6 +33,8 @@ _GIVEN_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # What every record has. `color_message`: uvicorn's messages once more, with terminal colours.
 _NO_EXTRAS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 _JSON = json.JSONEncoder(default=str)
+# Of which all lines are ours.
+_OWN = "hhdeploy"
 # Of what a line quotes.
 _MOST_TEXT = 200
 
@@ -157,6 +159,9 @@ class Repeats(logging.Filter):
 def log_as_json(level: str, logger: str | None = None) -> None:
     """Write what is logged from ``level`` on.
 
+    Of other packages debug lines are left out whatever the level: what they are told of headers,
+    tokens included, would be in them.
+
     Args:
         level: debug, info, warning or error.
         logger: the one whose lines they are; None: all of the process.
@@ -166,7 +171,9 @@ def log_as_json(level: str, logger: str | None = None) -> None:
     handler.addFilter(Repeats())
     chosen = logging.getLogger(logger)
     chosen.handlers[:] = [handler]
-    chosen.setLevel(level.upper())
+    number: int = getattr(logging, level.upper())
+    chosen.setLevel(max(number, logging.INFO))
+    logging.getLogger(_OWN).setLevel(number)
 
 
 class JsonFormatter(logging.Formatter):

@@ -254,7 +254,7 @@ def secured(small, tmp_path_factory) -> Iterator[Secured]:
     options = {
         "tls-cert": cert, "tls-key": key, "token-file": folder / "token",
         "inference-token-file": folder / "tokens", "adapters-dir": folder / "fleet",
-        "model-name": "tiny", "host": "127.0.0.1",
+        "model-name": "tiny", "host": "127.0.0.1", "log-level": "debug",
     }  # fmt: skip
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     with running_server(small, folder / "log", "--allow-adapter-loading", *flags) as server:

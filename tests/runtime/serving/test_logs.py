@@ -9,10 +9,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from hhdeploy.runtime.serving import logs
-from hhdeploy.runtime.serving.logs import JsonFormatter, Repeats, WaitlessHandler
+from hhdeploy.runtime.serving.logs import JsonFormatter, Repeats, WaitlessHandler, log_as_json
 from tests.runtime.serving.servers import running_server
 
 
@@ -106,6 +109,29 @@ def test_a_line_is_one_object():
     line = JsonFormatter().format(said)
     assert "\n" not in line
     assert json.loads(line)["exc_info"].endswith("ValueError: two\nlines")
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """Handlers and levels are as they were afterwards."""
+    found = [logging.getLogger(), logging.getLogger("hhdeploy")]
+    before = [(each, each.handlers[:], each.level) for each in found]
+    yield
+    for each, handlers, level in before:
+        each.handlers[:] = handlers
+        each.setLevel(level)
+
+
+@pytest.mark.parametrize("logger", [None, "hhdeploy"])
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_debug_lines_are_our_own_alone(loggers, logger, level):
+    """HTTP/2's package writes every header then, with the tokens that clients present."""
+    log_as_json(level, logger)
+    number = getattr(logging, level.upper())
+    assert logging.getLogger("hhdeploy.serve.grpc").getEffectiveLevel() == number
+    assert not logging.getLogger("hpack.hpack").isEnabledFor(logging.DEBUG)
+    if logger is None:
+        assert logging.getLogger("asyncio").getEffectiveLevel() == max(number, logging.INFO)
 
 
 def test_a_blocked_standard_error_does_not_block_the_server(small, tmp_path):
