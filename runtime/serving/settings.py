@@ -13,6 +13,7 @@ from typing import Any
 
 from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, one_of
 from hhdeploy.errors import OptionError, PlanError
+from hhdeploy.runtime.serving.access.hosts import allowed_name
 
 # What the loopback is called.
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -70,7 +71,8 @@ class ServeSettings:
         inference_token_file: holds the tokens, one a line, of which all other requests but health
             must present one; None: they need none.
         tls_cert, tls_key: certificate chain and key, PEM; None: no TLS.
-        allowed_hosts: names by which HTTP requests may call the server, see `hosts`.
+        allowed_hosts: names by which HTTP requests may call the server, whatever the port, see
+            `hosts`.
         no_access_log: write no line for each request.
         log_level: debug, info, warning or error.
         max_json: bytes of JSON in an inference, decompressed; None: see `json_limit`.
@@ -207,6 +209,7 @@ class ServeSettings:
             object.__setattr__(self, "model_name", self.bundle.resolve().name)
         for each in fields(self):
             _check_range(each.name, getattr(self, each.name), each.metadata.get("option"))
+        object.__setattr__(self, "allowed_hosts", frozenset(map(allowed_name, self.allowed_hosts)))
         one_of(DEVICES, self.device, "device")
         one_of(PRECISIONS, self.precision, "precision")
         one_of(LEVELS, self.log_level, "log_level")
@@ -274,7 +277,7 @@ class ServeSettings:
         that name.
         """
         if self.allowed_hosts or _is_loopback(self.host):
-            return frozenset(map(str.lower, self.allowed_hosts | _LOOPBACK | {self.host}))
+            return self.allowed_hosts | _LOOPBACK | {self.host.lower()}
         return None
 
     def exposed(self) -> str:

@@ -18,9 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -29,6 +27,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from hhdeploy.errors import HhdeployError
+from hhdeploy.runtime.serving.access.hosts import host_name
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
@@ -289,20 +288,11 @@ def _asked(request: Request) -> Asked:
 
 def _check_host(host: str, hosts: Collection[str] | None) -> None:
     """Refuse a page whose name was pointed at this machine: its requests have its name."""
-    if hosts is not None and _host_name(host) not in hosts:
+    if hosts is not None and host_name(host) not in hosts:
         raise ForbiddenError(
             f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
             "can allow another among `allowed_hosts`."
         )
-
-
-@lru_cache(64)
-def _host_name(host: str) -> str | None:
-    """Without the port; None if it is none."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
 
 
 def error_response(error: HhdeployError) -> Response:

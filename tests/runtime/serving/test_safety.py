@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import gzip
 import hmac
 import io
@@ -23,8 +24,10 @@ import pytest
 from PIL import Image
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.errors import OptionError
 from hhdeploy.runtime.serving import server as server_module
 from hhdeploy.runtime.serving.access import tokens as tokens_module
+from hhdeploy.runtime.serving.access.hosts import host_name
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.errors import UnauthorizedError
 from hhdeploy.runtime.serving.http import arrival
@@ -204,6 +207,25 @@ def test_names_that_the_operator_allows(small, tmp_path):
             ("evil.example", 403),
         ):
             assert found.request("GET", "/v2", headers={"host": host})[0] == status
+    shown = ServeSettings(
+        small,
+        host="0.0.0.0",
+        allowed_hosts=frozenset(
+            {"Example.org:8080", "[2001:DB8::1]:443", "2001:db8:0::2", "a_b.c"}
+        ),
+    )
+    assert shown.hosts() == {
+        "localhost", "127.0.0.1", "::1", "0.0.0.0",
+        "example.org", "2001:db8::1", "2001:db8::2", "a_b.c",
+    }  # fmt: skip
+    for host in ("example.org", "EXAMPLE.org:80", "[2001:db8::1]:8000", "[2001:db8::2]"):
+        assert host_name(host) in shown.hosts()
+    # Another copy, e.g. a replica's.
+    assert dataclasses.replace(shown).hosts() == shown.hosts()
+    for none in ("https://example.org", "*", "*.example", "b\u00fccher.example", "", "a/b", "a@b.c",
+                 "a b", ":80", "[", "[abc", "a:b"):  # fmt: skip
+        with pytest.raises(OptionError, match="`allowed_hosts`: expected a name"):
+            ServeSettings(small, allowed_hosts=frozenset({none}))
     assert ServeSettings(small, host="0.0.0.0").hosts() is None
     here = {"localhost", "127.0.0.1", "::1", "127.0.0.5"}
     assert ServeSettings(small, host="127.0.0.5").hosts() == here
