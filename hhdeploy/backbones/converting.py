@@ -74,12 +74,27 @@ _INDEX = ".relative_position_index"
 # What transformers' classifiers, and its features, read of CLIP's and SigLIP's tokens: timm's
 # global_pool, whether its last norm comes before, and the arguments that make a timm model so. Its
 # fc_norm, behind the pooling, is none of theirs.
-_READS = {
+_Reads = tuple[str, bool, Mapping[str, Any]]
+_READS: Mapping[tuple[str, str], _Reads] = {
     ("CLIP", "classifier"): ("avg", False, {"global_pool": "avg", "final_norm": False}),
     ("CLIP", "features"): ("token", True, {"global_pool": "token"}),
     ("SigLIP", "classifier"): ("avg", True, {"global_pool": "avg", "fc_norm": False}),
     ("SigLIP", "features"): ("map", True, {"global_pool": "map"}),
 }
+_TOKEN: _Reads = ("token", True, {"global_pool": "token"})
+# The same of transformers' classes of which it is known, whatever a checkpoint was saved as.
+CLASSIFIERS: Mapping[str, _Reads] = {
+    "CLIPForImageClassification": _READS["CLIP", "classifier"],
+    "DeiTForImageClassification": _TOKEN,
+    "IJepaForImageClassification": _READS["SigLIP", "classifier"],
+    "SiglipForImageClassification": _READS["SigLIP", "classifier"],
+    "ViTForImageClassification": _TOKEN,
+    "ViTMSNForImageClassification": _TOKEN,
+}
+_SAVED_FIRST = (
+    " For an adapter that was trained on transformers' class with a classifier, save the "
+    "checkpoint as that class first."
+)
 # Within the config.json of a whole CLIP or SigLIP what is the default is left out.
 _TOWER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "clip": {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
@@ -167,16 +182,14 @@ def _as_read(
 ) -> dict[str, torch.Tensor]:
     """The weights of a CLIP or SigLIP tower that its classifier, or its features, depend on, in
     timm's shapes."""
-    from torch import nn
-
     kind = "CLIP" if "norm_pre.weight" in found else "SigLIP"
     purpose = "classifier" if f"{classifier}.weight" in found else "features"
     pool, normed, args = _READS[kind, purpose]
-    norm, late = (not isinstance(getattr(model, n, None), nn.Identity) for n in ("norm", "fc_norm"))
-    if (getattr(model, "global_pool", None), norm, late) != (pool, normed, False):
+    if reads(model) != (pool, normed, False):
         raise BackboneError(
             f"`checkpoint`: {file} is of a {kind} whose {purpose} read other tokens than the timm "
             f"model's. Pass `model_args={args}`, or give transformers:DIR as the model."
+            + (_SAVED_FIRST if purpose == "features" else "")
         )
     unread = [] if pool == "map" else ["attn_pool."]
     unread += [] if normed else ["norm."]
@@ -190,6 +203,18 @@ def _as_read(
             state[f"attn_pool.q.{leaf}"] = packed[:width]
             state[f"attn_pool.kv.{leaf}"] = packed[width:]
     return state
+
+
+def reads(model: nn.Module) -> tuple[str | None, bool, bool]:
+    """What the classifier of a timm model reads: its pooling, and whether a norm comes before it
+    and behind it."""
+    from torch import nn
+
+    norm, late = (
+        not isinstance(getattr(model, name, nn.Identity()), nn.Identity)
+        for name in ("norm", "fc_norm")
+    )
+    return getattr(model, "global_pool", None), norm, late
 
 
 def _name(key: str) -> str | None:

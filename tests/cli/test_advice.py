@@ -109,6 +109,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "adapter import",
     ),
     "hhdeploy/adapters/importers/": ("adapter import",),
+    "hhdeploy/adapters/origin.py::check_reading": ("adapter import",),
     "hhdeploy/adapters/labels.py::_kind": ("train",),  # calibrate knows the kind
     "hhdeploy/adapters/mixing.py::_value": ("adapter merge",),
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),

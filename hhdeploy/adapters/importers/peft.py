@@ -33,6 +33,7 @@ from hhdeploy.adapters.importers.template import (
     split_thirds,
     stated_preprocess,
 )
+from hhdeploy.adapters.origin import check_reading
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.licences import licences_of, licences_of_card, together
 from hhdeploy.backbones.sites import LinearSpec
@@ -150,6 +151,9 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     ]
     names = names_of(inside, backbone, file)
     split = split_saved(tensors, head, names, config, backbone, file)
+    assumed: list[str] = []
+    if head is not None:
+        assumed += check_reading(config, backbone, file, translated=bool(names.translated))
     if unknown_option(config) is None and not _adapts_attention(split.tuned, names, backbone):
         result = _read_as_it_is(config, split, names, backbone, options, file)
     else:
@@ -159,7 +163,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
         backbone.facts.model,
         r=rank if isinstance(rank, int) else 1,
         license=together(licences_of(config.get("license")), licences_of_card(path)),
-        extra={"imported_from": _facts_of(config)},
+        extra={"imported_from": _facts_of(config, assumed)},
     )
     return finish(result, described, file, backbone, options, stated_preprocess(path, backbone))
 
@@ -202,10 +206,10 @@ def _read(path: Path, prefix: str) -> tuple[Path, Tensors]:
     return file, found
 
 
-def _facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the imported adapter remembers of its PEFT configuration."""
+def _facts_of(config: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+    """What the imported adapter remembers of its PEFT configuration, and what it does not say."""
     kept = {key: config[key] for key in _FACTS if config.get(key) not in (None, False, "none")}
-    return {"format": "peft", **kept}
+    return {"format": "peft", **kept, **({"assumed": assumed} if assumed else {})}
 
 
 def _read_as_it_is(

@@ -13,7 +13,7 @@ from hhdeploy.adapters.importers import import_adapter
 from hhdeploy.backbones.converting import _TOWER_DEFAULTS
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
-from hhdeploy.errors import BackboneError
+from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.parity import bound, compare
 from hhdeploy.training import attach
 from tests.support import assert_parity, images, logits_of, perturb
@@ -238,27 +238,81 @@ def test_a_tower_that_reads_other_tokens_is_refused(case, model, args, said, tmp
         loaded(tmp_path, model, {**TIMM, **args})
 
 
-# PEFT 0.21 reads its own adapter_config.json without closing it when it saves.
-@pytest.mark.filterwarnings(r"ignore:unclosed file .*adapter_config\.json:ResourceWarning")
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_of_the_tower_comes_onto_timm_s(tmp_path):
+def tuned(folder, name, config):
+    """PEFT's model on a tower with a classifier, random, and saved beside the tower's weights."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        r=3, target_modules=["q_proj", "out_proj", "fc2"], modules_to_save=["classifier"]
+    lora = peft.LoraConfig(
+        r=3,
+        target_modules=["q_proj", "out_proj", "fc2"],
+        exclude_modules=r".*\.head\..*",
+        modules_to_save=["classifier"],
     )
-    theirs = peft.get_peft_model(saved(tmp_path, *SAME["clip"][:2]), config)
+    theirs = peft.get_peft_model(saved(folder, name, config), lora)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (p for p in theirs.parameters() if p.requires_grad):
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    theirs.save_pretrained(tmp_path / "lora")
-    backbone = loaded(tmp_path, *SAME["clip"][2:])
+    theirs.save_pretrained(folder / "lora")
+    return theirs
+
+
+# PEFT 0.21 reads its own adapter_config.json without closing it when it saves.
+PEFT_S_OWN = (
+    pytest.mark.filterwarnings(r"ignore:unclosed file .*adapter_config\.json:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+)
+
+
+def by_peft(test):
+    """The marks of a test that saves with PEFT."""
+    for mark in PEFT_S_OWN:
+        test = mark(test)
+    return test
+
+
+@by_peft
+@pytest.mark.parametrize("case", ["clip", "siglip"])
+def test_an_adapter_of_the_tower_comes_onto_timm_s(case, tmp_path):
+    theirs = tuned(tmp_path, *SAME[case][:2])
+    backbone = loaded(tmp_path, *SAME[case][2:])
     adapter = import_adapter(tmp_path / "lora", backbone)
+    assert "assumed" not in adapter.config.extra["imported_from"]
     assert {site.rpartition(".")[2] for site in adapter.sites} == {"q", "proj", "fc2"}
     x = images(3)
     with torch.no_grad():
         expected = theirs.double()(torch.from_numpy(x).double()).logits.numpy()
     assert_parity(expected, logits_of(attach(backbone.model, adapter), x), "algebra", "float32")
+
+
+@by_peft
+@pytest.mark.parametrize(
+    ("case", "args"),
+    [
+        ("clip", "'global_pool': 'avg', 'final_norm': False"),
+        ("siglip", "'global_pool': 'avg', 'fc_norm': False"),
+    ],
+)
+def test_a_classifier_that_read_other_tokens_is_refused(case, args, tmp_path):
+    """Trained on transformers' class, brought onto the tower's features as timm pools them."""
+    name, config = SAME[case][:2]
+    tuned(tmp_path, name, config)
+    features = SAME[f"{case} features"]
+    saved(tmp_path, *features[:2])
+    backbone = loaded(tmp_path, *features[2:])
+    with pytest.raises(AdapterError, match=rf"trained on {name}, .*{args}.*saved as {name}"):
+        import_adapter(tmp_path / "lora", backbone)
+
+
+@by_peft
+def test_of_a_class_that_is_not_told_a_line_says_what_is_assumed(tmp_path):
+    """PEFT writes no auto_mapping where the task is named."""
+    tuned(tmp_path, *SAME["clip"][:2])
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_mapping": None}))
+    adapter = import_adapter(tmp_path / "lora", loaded(tmp_path, *SAME["clip"][2:]))
+    (line,) = adapter.config.extra["imported_from"]["assumed"]
+    assert "is not known: assumed" in line
+    assert line.endswith("global_pool 'avg' with no norm")
 
 
 def test_what_a_towers_configuration_leaves_out():
