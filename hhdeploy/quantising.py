@@ -222,7 +222,9 @@ class _Trials:
             )
         if options.report is not None:
             with output_file(Path(options.report)) as scratch:
-                scratch.write_text(report_html(findings), encoding="utf-8")
+                # Names of images are not always text.
+                page = report_html(findings)
+                scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
         file = added.manifest.graphs[precision]
         return CalibrationResult(self._bundle.path, file, findings, tuple(stages))
 

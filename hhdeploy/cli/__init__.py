@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
+import sys
 
 import click
 
@@ -116,3 +118,6 @@ def main() -> None:
 
     Start with:  hhdeploy demo
     """
+    # Names of files are not always text: what cannot be printed is shown as stderr shows it.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -112,7 +112,8 @@ def list_classes(directory: Path) -> Classes:
     """Image files of a DIR/CLASS/image folder by class; of a list by label, numbers in order.
 
     Raises:
-        DataError: no class folders, one of them without an image, or see `list_images`.
+        DataError: no class folders, one of them without an image, or whose name is not UTF-8, or
+            see `list_images`.
     """
     if is_list(directory):
         return Classes(_by_label(_listed(directory)), {})
@@ -123,6 +124,7 @@ def list_classes(directory: Path) -> Classes:
     for child in visible(directory):
         _check_link(child)
         if child.is_dir():
+            _check_class_name(child)
             images = list_images(child)
             classes[child.name] = images.paths
             skipped.update(images.skipped)
@@ -162,6 +164,11 @@ def in_words(skipped: Mapping[str, int]) -> str:
     """``3 .heic, 1 .txt``: what was left out, the most frequent first."""
     ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind}" for kind, count in ordered)
+
+
+def name_bytes(text: str) -> bytes:
+    """Text that has names of files in it, as bytes: UTF-8, but for names that are none."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:
@@ -207,6 +214,17 @@ def _listed(file: Path) -> list[tuple[Path, str]]:
     if not found:
         raise DataError(f"{file} names no image. Expected lines of a path and a label.")
     return found
+
+
+def _check_class_name(folder: Path) -> None:
+    """A class's name goes into files that are text; that of a picture may be any."""
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{str(folder)!r}: expected the name of a class in UTF-8, found bytes that are none. "
+            "Rename the folder."
+        ) from error
 
 
 def _by_label(listed: Sequence[tuple[Path, str]]) -> dict[str, tuple[Path, ...]]:

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.errors import DataError
-from hhdeploy.files.folders import Classes, find_splits, is_list, list_classes, place_of
+from hhdeploy.files.folders import (
+    Classes,
+    find_splits,
+    is_list,
+    list_classes,
+    name_bytes,
+    place_of,
+)
 from hhdeploy.preprocess import Preprocess, open_image
 from hhdeploy.training.pictures import number_pictures
 
@@ -213,7 +220,7 @@ def _digest(train_root: Path, train: Samples, val_root: Path, val: Samples) -> s
     for part, root, samples in (("train", train_root, train), ("val", val_root, val)):
         for path in samples.paths:
             name = Path(os.path.relpath(path, place_of(root))).as_posix()
-            digest.update(f"{part}\0{name}\0{path.stat().st_size}\n".encode())
+            digest.update(name_bytes(f"{part}\0{name}\0{path.stat().st_size}\n"))
     return digest.hexdigest()
 
 

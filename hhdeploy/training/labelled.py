@@ -12,7 +12,7 @@ import torch
 from hhdeploy.adapters.config import CLASSES
 from hhdeploy.adapters.labels import LabelTable, read_labels
 from hhdeploy.errors import DataError
-from hhdeploy.files.folders import list_images
+from hhdeploy.files.folders import list_images, name_bytes
 from hhdeploy.training.data import (
     ImageFolder,
     Samples,
@@ -95,5 +95,5 @@ def _digest(sources: Sequence[Path], parts: Sequence[Samples]) -> str:
         digest.update(f"{len(samples)}\n".encode())
         for path, label in zip(samples.paths, samples.labels, strict=True):
             name = Path(os.path.relpath(path, root)).as_posix()  # a table may name it from the root
-            digest.update(f"{name}\0{path.stat().st_size}\0{label!r}\n".encode())
+            digest.update(name_bytes(f"{name}\0{path.stat().st_size}\0{label!r}\n"))
     return digest.hexdigest()

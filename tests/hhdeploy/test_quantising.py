@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,13 @@ def test_other_images_to_judge_on(calibrate, images, tmp_path):
     result = calibrate(eval_data=other)
     assert [task.task for task in result.findings.accuracy.tasks] == ["gamma"]
     assert result.findings.exam.source == "other"
+
+
+def test_a_report_has_names_that_are_not_utf8(calibrate, images, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(images, odd)
+    calibrate(settings=RANGES, eval_data=odd, report=tmp_path / "report.html")
+    assert "images from “caf\\udce9”" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_arrays_give_agreement_and_are_read_once(calibrate):

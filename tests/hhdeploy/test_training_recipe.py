@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -779,6 +780,24 @@ def test_cli_names_splits_and_what_it_left_out(tmp_path: Path) -> None:
     refused = cli(*cli_arguments(data, "--linear-probe", "--val-fraction", "0.3"))
     assert refused.exit_code == 2
     assert "--val-fraction does not go with" in refused.stderr
+
+
+def test_cli_takes_names_that_are_not_utf8(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of pictures and of OUT, where what is printed has to be UTF-8."""
+    data = shutil.copytree(images, tmp_path / "d")
+    odd = Path(os.fsdecode(os.fsencode(data / "bars") + b"/caf\xe9.png"))
+    (data / "bars" / "000.png").rename(odd)
+    first = read_image_folder(data, None, 0.25, 0).digest
+    odd.rename(Path(os.fsdecode(os.fsencode(data / "bars") + b"/caf\xe8.png")))
+    assert read_image_folder(data, None, 0.25, 0).digest != first
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/out\xe9")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    code = "from hhdeploy.cli import main; import sys; main(sys.argv[1:])"
+    done = run_python(code, "train", *cli_arguments(data), "--epochs", "1", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"wrote {tmp_path}/out\\udce9\n")
 
 
 def test_cli_says_last_and_best(images: Path, tmp_path: Path) -> None:

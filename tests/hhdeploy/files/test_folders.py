@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from hhdeploy.files.folders import (
     in_words,
     list_classes,
     list_images,
+    name_bytes,
     part_of,
     place_of,
     spread,
@@ -105,6 +107,21 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match="b cannot be read: Permission denied"):
         list_classes(tmp_path)
     (tmp_path / "b").chmod(0o700)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Of pictures any will do, also as bytes; a class is called by its name, in text."""
+    picture = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d/dark/caf\xe9.png"))
+    write(tmp_path, "d/dark/1.png", "d/light/2.png")
+    picture.write_bytes(b"")
+    assert list_classes(tmp_path / "d").paths["dark"] == (
+        tmp_path / "d" / "dark" / "1.png",
+        picture,
+    )
+    assert name_bytes(f"{picture.name}\0é") == b"caf\xe9.png\0\xc3\xa9"
+    (tmp_path / "d" / "dark").rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/d/d\xe9")))
+    with pytest.raises(DataError, match=r"d/d\\udce9': expected .* in UTF-8, .* Rename the folder"):
+        list_classes(tmp_path / "d")
 
 
 @pytest.mark.parametrize(
