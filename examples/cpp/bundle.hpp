@@ -4,6 +4,7 @@
 
 #include <openssl/evp.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
@@ -12,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <openvino/openvino.hpp>
 #include <regex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -61,15 +63,63 @@ inline ov::Tensor float_tensor(const std::string& bytes, const std::string& name
     return tensor;
 }
 
+// Throws where a manifest's value is not what it can be, naming it.
+inline void expect(bool fits, const std::string& key, const std::string& expected, const Json& found) {
+    if (!fits) throw Error(key + ": expected " + expected + ", found " + found.dump() + ".");
+}
+
+inline bool is_count(const Json& value) { return value.is_number_unsigned(); }
+
+// What the answers depend on: wrong, they would be of other classes, or another adapter's.
+inline void check_entry(const Json& entry, const std::string& where, const Json& manifest) {
+    expect(entry.is_object(), where, "an object", entry);
+    const auto value = [&](const char* key) { return entry.value(key, Json()); };
+    const Json name = value("name"), row = value("row"), classes = value("classes"), names = value("class_names");
+    expect(name.is_string(), where + ".name", "a name", name);
+    const bool placed = is_count(row) && row > 0;
+    expect(placed || (row.is_null() && manifest.at("kind") == "folded"), where + ".row", "1 or more", row);
+    expect(is_count(classes), where + ".classes", "a number of classes", classes);
+    const Json& most = manifest.at("classes");
+    expect(most == 0 || classes <= most, where + ".classes", "at most the graph's " + most.dump(), classes);
+    expect(names.is_null() || names.is_array(), where + ".class_names", "a list of names, or null", names);
+    for (const Json& each : names) expect(each.is_string(), where + ".class_names", "a list of names", each);
+    expect(names.empty() || names.size() == classes, where + ".class_names", classes.dump() + " names", names.size());
+    static const Json kinds = {nullptr, "single_label_classification", "multi_label_classification", "regression"};
+    const Json kind = value("problem_type");
+    expect(std::find(kinds.begin(), kinds.end(), kind) != kinds.end(), where + ".problem_type", kinds.dump(), kind);
+}
+
+inline void check_manifest(const Json& manifest, const std::string& file) {
+    const std::string in = file + ": ";
+    expect(manifest.is_object(), file, "an object", manifest.type_name());
+    const auto value = [&](const char* key) { return manifest.value(key, Json()); };
+    const Json schema = value("schema_version"), kind = value("kind"), classes = value("classes");
+    expect(is_count(schema) && schema <= 2 && schema > 0, in + "schema_version", "1 or 2", schema);
+    const char* const fitting = value("row").is_null() ? "folded" : "branches";
+    expect(kind == fitting, in + "kind", std::string(fitting) + ", as its row has it", kind);
+    expect(is_count(classes), in + "classes", "a number of classes", classes);
+    for (const char* key : {"backbone", "graphs", "files"})
+        expect(value(key).is_object(), in + key, "an object", value(key));
+    expect(value("adapters").is_array(), in + "adapters", "a list", value("adapters"));
+    std::set<Json> names, rows;
+    size_t number = 0;
+    for (const Json& entry : manifest.at("adapters")) {
+        check_entry(entry, in + "adapters[" + std::to_string(number++) + "]", manifest);
+        expect(names.insert(entry.at("name")).second, in + "adapters", "every name once", entry.at("name"));
+        const Json row = entry.value("row", Json());
+        if (!row.is_null()) expect(rows.insert(row).second, in + "adapters", "every row once", row);
+    }
+    for (const auto& graph : manifest.at("graphs").items())
+        expect(graph.value().is_string(), in + "graphs." + graph.key(), "the name of a file", graph.value());
+}
+
 class Bundle {
 public:
     explicit Bundle(fs::path directory) : path(std::move(directory)) {
         const fs::path file = path / "hhdeploy.json";
         if (!fs::is_regular_file(file)) throw Error(path.string() + " is not a bundle: it has no hhdeploy.json.");
         manifest = Json::parse(read_file(file));
-        const int schema = manifest.at("schema_version");
-        if (schema < 1 || schema > 2)
-            throw Error(file.string() + ": expected schema_version 1 or 2, found " + std::to_string(schema) + ".");
+        check_manifest(manifest, file.string());
     }
 
     // Side branches: requests choose an adapter by its row. (A folded bundle has one adapter, in the weights.)
@@ -109,8 +159,20 @@ public:
     ov::Tensor bank() const {
         static const std::regex role(R"(bank(\.[0-9a-f]{8})?\.safetensors)");
         for (const auto& file : manifest.at("files").items())
-            if (std::regex_match(file.key(), role)) return float_tensor(read(file.key()), "adapter_bank", file.key());
+            if (std::regex_match(file.key(), role))
+                return complete(float_tensor(read(file.key()), "adapter_bank", file.key()), file.key());
         throw Error(path.string() + ": hhdeploy.json names no bank.");
+    }
+
+    // The bank, which has a row for every adapter.
+    ov::Tensor complete(ov::Tensor bank, const std::string& file) const {
+        const ov::Shape shape = bank.get_shape();
+        const Json size = manifest.at("row").value("size", Json());
+        expect(shape.size() == 2 && shape[1] == size, file, "rows of " + size.dump() + " values", shape);
+        for (const Json& entry : manifest.at("adapters"))
+            expect(entry.at("row") < shape[0], "adapter " + entry.at("name").get<std::string>(),
+                   "a row from 1 to " + std::to_string(shape[0] - 1), entry.at("row"));
+        return bank;
     }
 
     // Adapters by name, and "backbone" where its classifier was kept, as the manifest's entries are.

@@ -6,9 +6,9 @@ import type * as OrtCommon from "onnxruntime-common";
 import { readAdapter, type Adapter } from "./adapter.js";
 import { answersOf, checkNumbers, type Answer } from "./answers.js";
 import { BACKBONE, checkName } from "./checks.js";
-import { preprocessDefaults, type AdapterPreprocess } from "./config.js";
 import { HhdeployError } from "./errors.js";
 import { parseManifest, type AdapterEntry, type Manifest, type PreprocessGraph } from "./manifest.js";
+import { preprocessDefaults, type AdapterPreprocess } from "./preprocess.js";
 import { packRow } from "./row.js";
 import { readSafetensors } from "./safetensors.js";
 import { DamagedError, readChecked, type Source } from "./source.js";
@@ -80,6 +80,14 @@ async function rowsOf(source: Source, manifest: Manifest): Promise<Map<string, F
   const { data, shape } = bank.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
   const size = manifest.row.size;
   if (shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
+  for (const { name, row } of manifest.adapters) {
+    if (row! >= shape[0]!) {
+      throw new HhdeployError(
+        `${source.name}/${MANIFEST}: adapter ${name}: expected a row from 1 to ${shape[0]! - 1}, found ${row}. Export ` +
+          "the bundle again.",
+      );
+    }
+  }
   rows.set(BACKBONE, data.subarray(0, size));
   for (const { name, row } of manifest.adapters) rows.set(name, data.subarray(row! * size, (row! + 1) * size));
   return rows;

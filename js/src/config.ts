@@ -1,7 +1,9 @@
 /** adapter_config.json: what it says, and whether it can. The checks are Python's; a test gives both the same files. */
 
 import { HhdeployError } from "./errors.js";
-import { PROBLEM_TYPES, type Preprocess, type ProblemType } from "./manifest.js";
+import { expecting, isCount, isNone, isObject, isStrings, type Json } from "./json.js";
+import { PROBLEM_TYPES, type ProblemType } from "./manifest.js";
+import { checkPreprocess, type AdapterPreprocess } from "./preprocess.js";
 import { expressionOf, KINDS, SEQUENTIAL_KINDS } from "./sites.js";
 
 export interface AdapterConfig {
@@ -19,24 +21,9 @@ export interface AdapterConfig {
   preprocess?: AdapterPreprocess | null;
 }
 
-/** What is absent is as `preprocessDefaults` has it. */
-export interface AdapterPreprocess extends Preprocess {
-  mean: number[];
-  std: number[];
-  interpolation?: string;
-  crop_pct?: number;
-  crop_mode?: string;
-}
-
-export const preprocessDefaults = { interpolation: "bicubic", crop_pct: 0.875, crop_mode: "center" } as const;
-
-type Json = Record<string, unknown>;
-
 const NEWEST_SCHEMA = 2;
 const FORMS = ["additive", "sequential"];
 const REFLECTIONS = ["unnormalized", "orthogonal"];
-const FILTERS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"];
-const CROP_MODES = ["center", "squash", "border"];
 
 /**
  * Reads the bytes of an adapter_config.json; `where` names the file in messages. What the file leaves out of form,
@@ -123,39 +110,6 @@ export function checkMeaning(means: AdapterConfig["problem_type"], classes: numb
   }
 }
 
-function checkPreprocess(given: unknown, imgSize: unknown, where: string): void {
-  if (isNone(given)) return;
-  const own: Json = { ...preprocessDefaults, exif: false, ...(isObject(given) ? given : {}) };
-  const missing = ["input_size", "mean", "std"].filter((key) => own[key] === undefined);
-  if (missing.length) throw new HhdeployError(`${where}: preprocess lacks ${missing.join(", ")}.`);
-  const { input_size: size, mean, std, crop_pct: share } = own;
-  const expect = expecting(own, where, "preprocess.");
-  expect("input_size", isNumbers(size, 3) && size.every((n) => isCount(n) && n > 0), "[channels, H, W]");
-  const [channels, ...sides] = size as number[];
-  expect("mean", isNumbers(mean, channels!), `${channels} finite numbers (a channel each)`);
-  const positive = isNumbers(std, channels!) && std.every((x) => x > 0);
-  expect("std", positive, `${channels} finite, positive numbers (a channel each)`);
-  expect("interpolation", FILTERS.includes(own.interpolation as string), `one of ${FILTERS.join(", ")}`);
-  expect("crop_mode", CROP_MODES.includes(own.crop_mode as string), `one of ${CROP_MODES.join(", ")}`);
-  expect("crop_pct", typeof share === "number" && share > 0 && share <= 2, "a number in (0, 2]");
-  expect("exif", typeof own.exif === "boolean", "true or false");
-  const made = Array.isArray(imgSize) ? imgSize : [imgSize, imgSize];
-  if (!isNone(imgSize) && String(made) !== String(sides)) {
-    throw new HhdeployError(
-      `${where}: the image sizes disagree: base_model_args.img_size is ${imgSize}, preprocess.input_size is [${size}].`,
-    );
-  }
-}
-
-/** `expect(key, fits, expected)` throws, naming file, key and what was found there, where it does not fit. */
-function expecting(content: Json, where: string, prefix = "") {
-  return (key: string, fits: boolean, expected: string): void => {
-    if (fits) return;
-    const found = JSON.stringify(content[key]);
-    throw new HhdeployError(`${where}: ${prefix}${key}: expected ${expected}, found ${found}.`);
-  };
-}
-
 function objectOf(bytes: Uint8Array, where: string): Json {
   let content: unknown;
   try {
@@ -166,13 +120,6 @@ function objectOf(bytes: Uint8Array, where: string): Json {
   if (!isObject(content)) throw new HhdeployError(`${where}: expected a JSON object, found ${JSON.stringify(content)}.`);
   return content;
 }
-
-const isNone = (x: unknown): x is null | undefined => x === null || x === undefined;
-const isObject = (x: unknown): x is Json => typeof x === "object" && x !== null && !Array.isArray(x);
-const isCount = (x: unknown): x is number => Number.isSafeInteger(x) && (x as number) >= 0;
-const isStrings = (x: unknown): x is string[] => Array.isArray(x) && x.every((each) => typeof each === "string");
-const isNumbers = (x: unknown, length: number): x is number[] =>
-  Array.isArray(x) && x.length === length && x.every(Number.isFinite);
 
 function isCompression(x: unknown): boolean {
   if (!isObject(x)) return false;

@@ -1,6 +1,9 @@
 /** hhdeploy.json: what a bundle holds. Only the parts that a client needs are described. */
 
 import { HhdeployError } from "./errors.js";
+import { expecting, isCount, isNone, isObject, isStrings, type Json } from "./json.js";
+import { partsOf } from "./layout.js";
+import { checkPreprocess, type Preprocess } from "./preprocess.js";
 
 /** What a head's numbers mean. */
 export const PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"] as const;
@@ -10,11 +13,6 @@ export type ProblemType = (typeof PROBLEM_TYPES)[number];
 export interface PreprocessGraph {
   file: string;
   inputs: Record<string, { dtype: "float32" | "int64"; value: number[] }>;
-}
-
-export interface Preprocess {
-  input_size: [number, number, number];
-  exif?: boolean;
 }
 
 export interface Backbone {
@@ -74,11 +72,12 @@ export interface Manifest {
 }
 
 const NEWEST_SCHEMA = 2;
+const SHA256 = /^[0-9a-f]{64}$/;
 
 /**
  * A manifest from its JSON.
  *
- * @throws HhdeployError it is none, or of a newer schema.
+ * @throws HhdeployError it is none, of a newer schema, or says what cannot be.
  */
 export function parseManifest(text: string, where: string): Manifest {
   let content: unknown;
@@ -87,15 +86,108 @@ export function parseManifest(text: string, where: string): Manifest {
   } catch (error) {
     throw new HhdeployError(`${where}: expected a bundle's manifest, found no JSON: ${error}`);
   }
-  const manifest = content as Manifest;
-  if (typeof manifest?.schema_version !== "number" || typeof manifest.files !== "object") {
+  if (!isObject(content) || !Number.isInteger(content.schema_version) || !isObject(content.files)) {
     throw new HhdeployError(`${where}: expected a bundle's manifest, found other JSON.`);
   }
-  if (manifest.schema_version > NEWEST_SCHEMA) {
+  if ((content.schema_version as number) > NEWEST_SCHEMA) {
     throw new HhdeployError(
       `${where}: schema_version: expected at most ${NEWEST_SCHEMA}, found ` +
-        `${manifest.schema_version}. A newer version of this package reads it.`,
+        `${content.schema_version}. A newer version of this package reads it.`,
     );
   }
-  return manifest;
+  checkManifest(content, where);
+  return content as unknown as Manifest;
 }
+
+/** What of a manifest belongs together; wrong, it would be an answer that is wrong. The checks are Python's. */
+function checkManifest(content: Json, where: string): void {
+  const expect = expecting(content, where);
+  for (const key of ["backbone", "graphs", "files", "versions", "tensors"]) {
+    expect(key, isObject(content[key]), "an object");
+  }
+  expect("kind", content.kind === (isNone(content.row) ? "folded" : "branches"), "branches with a row, else folded");
+  expect("classes", isCount(content.classes), "a number of classes");
+  expect("adapters", Array.isArray(content.adapters), "a list");
+  const adapters = content.adapters as Json[];
+  adapters.forEach((entry, i) => {
+    const place = `adapters[${i}]`;
+    expecting({ [place]: entry }, where)(place, isObject(entry), "an object");
+    checkEntry(entry, content, where, `${place}.`);
+  });
+  for (const key of ["name", "row"]) {
+    const values = adapters.map((entry) => entry[key]).filter((value) => !isNone(value));
+    if (new Set(values).size < values.length) {
+      throw new HhdeployError(`${where}: adapters: expected every ${key} once, found ${JSON.stringify(values)}.`);
+    }
+  }
+  checkBackbone(content.backbone as Json, where, "backbone.");
+  const files = content.files as Json;
+  for (const [name, digest] of Object.entries(files)) {
+    expecting(files, where, "files.")(name, typeof digest === "string" && SHA256.test(digest), "64 hex digits");
+  }
+  for (const [precision, name] of Object.entries(content.graphs as Json)) {
+    const there = typeof name === "string" && Object.hasOwn(files, name);
+    expecting(content.graphs as Json, where, "graphs.")(precision, there, "the name of one of its files");
+  }
+  if (!isNone(content.row)) checkRow(content.row, where);
+}
+
+function checkEntry(entry: Json, { classes: most, row }: Json, where: string, prefix: string): void {
+  const { name, classes, problem_type: means, verified } = entry;
+  const expect = expecting(entry, where, prefix);
+  expect("name", typeof name === "string", "a name");
+  const placed = isCount(entry.row) && entry.row > 0;
+  expect("row", placed || (isNone(row) && isNone(entry.row)), "1 or more, or null in a folded bundle");
+  expect("verified", typeof verified === "boolean", "true or false");
+  expect("classes", isCount(classes), "a number of classes");
+  expect("classes", !most || (classes as number) <= (most as number), `at most the graph's ${most}`);
+  checkNames(entry, where, prefix);
+  expect("problem_type", isNone(means) || isMeaning(means), `one of ${PROBLEM_TYPES.join(", ")}, or null`);
+  expect("preprocess", isObject(entry.preprocess), "an object");
+  checkPreprocess(entry.preprocess, undefined, where, prefix);
+}
+
+function checkBackbone(backbone: Json, where: string, prefix: string): void {
+  const expect = expecting(backbone, where, prefix);
+  expect("sha256", typeof backbone.sha256 === "string", "a text");
+  expect("classes", isCount(backbone.classes), "a number of classes");
+  checkNames(backbone, where, prefix);
+  const { problem_type: means } = backbone;
+  expect("problem_type", isNone(means) || isMeaning(means), `one of ${PROBLEM_TYPES.join(", ")}, or null`);
+  expect("preprocess", isObject(backbone.preprocess), "an object");
+  checkPreprocess(backbone.preprocess, undefined, where, prefix);
+}
+
+function checkNames(entry: Json, where: string, prefix: string): void {
+  const { class_names: names, classes } = entry;
+  expecting(entry, where, prefix)("class_names", isNone(names) || isStrings(names), "a list of names, or null");
+  if (isStrings(names) && names.length && names.length !== classes) {
+    throw new HhdeployError(`${where}: ${prefix}class_names: expected ${classes} names, found ${names.length}.`);
+  }
+}
+
+function checkRow(row: unknown, where: string): void {
+  expecting({ row }, where)("row", isObject(row) && Array.isArray(row.branches), "an object with branches, or null");
+  const given = row as Json;
+  (given.branches as unknown[]).forEach((branch, i) => {
+    const place = `row.branches[${i}]`;
+    expecting({ [place]: branch }, where)(place, isBranch(branch), "a Linear's path, form, sites, sizes and rank");
+  });
+  for (const key of ["classes", "dim"]) expecting(given, where, "row.")(key, isCount(given[key]), "a number");
+  const parts = partsOf(given as unknown as Row);
+  const told = Array.isArray(given.parts) ? (given.parts as Json[]) : [];
+  const same = told.map(({ part, offset, shape }) => ({ part, offset, shape }));
+  if (JSON.stringify(same) !== JSON.stringify(parts)) {
+    throw new HhdeployError(`${where}: row.parts: expected those of row.branches, in their order.`);
+  }
+  const size = parts.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
+  expecting(given, where, "row.")("size", given.size === size, `the ${size} values of its parts`);
+}
+
+function isBranch(x: unknown): boolean {
+  if (!isObject(x)) return false;
+  const sizes = [x.out, x.in, x.rank].every(isCount) && (isNone(x.parts) || isStrings(x.parts));
+  return sizes && typeof x.linear === "string" && typeof x.form === "string" && isStrings(x.sites);
+}
+
+const isMeaning = (x: unknown): x is ProblemType => PROBLEM_TYPES.includes(x as ProblemType);

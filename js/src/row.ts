@@ -9,6 +9,7 @@
 import type { Adapter, SiteTensors } from "./adapter.js";
 import { checkBelongs } from "./checks.js";
 import { HhdeployError } from "./errors.js";
+import { partsOf } from "./layout.js";
 import type { Backbone, Branch, Row } from "./manifest.js";
 
 /** diag + left @ right; `left` holds its columns, `right` its rows. */
@@ -20,31 +21,7 @@ interface Delta {
 
 /** First index of every part of a row, by its name. */
 function offsetsOf(row: Row): Map<string, number> {
-  const offsets = new Map<string, number>();
-  let position = 0;
-  const part = (name: string, size: number) => {
-    offsets.set(name, position);
-    position += size;
-  };
-  for (const b of row.branches) {
-    const n = b.sites.length;
-    const name = `${b.linear}/${b.form}`;
-    part(`${name}/diag`, n * Math.min(b.out, b.in));
-    part(`${name}/right`, n * b.rank * b.in);
-    part(`${name}/left_t`, n * b.rank * b.out);
-    for (const extra of ["s_in", "s_out", "db"] as const) {
-      if (b.parts?.includes(extra)) part(`${name}/${extra}`, extra === "s_in" ? b.in : n * b.out);
-    }
-  }
-  if (row.classes) {
-    part("head.weight", row.classes * row.dim);
-    part("head.bias", row.classes);
-    part("head.own", 1);
-  }
-  if (position !== row.size) {
-    throw new HhdeployError(`the manifest's row: expected ${row.size} values, its parts have ${position}.`);
-  }
-  return offsets;
+  return new Map(partsOf(row).map(({ part, offset }) => [part, offset]));
 }
 
 /**

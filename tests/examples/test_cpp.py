@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from hhdeploy.bundle.answers import best
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, write_manifest
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
+from tests.broken_manifests import BROKEN, broken, first
 from tests.once import made_once
 from tests.support import assert_caught, assert_parity, random_adapter, tiny_spec
 from tests.workshop import ROOT, copy_bundle, flip_byte
@@ -318,8 +320,16 @@ def test_what_it_refuses(program, small, pictures, tmp_path, arguments, message)
     assert message in done.stderr
 
 
-def test_a_bundle_of_a_newer_version(program, small, pictures, tmp_path):
-    bundle = copy_bundle(small, tmp_path / "bundle")
-    content = json.loads((bundle / MANIFEST).read_text())
-    (bundle / MANIFEST).write_text(json.dumps({**content, "schema_version": 3}))
-    assert "expected schema_version 1 or 2, found 3" in run(program, bundle, pictures[0]).stderr
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_manifest_that_cannot_be_right(program, branches, pictures, tmp_path, name):
+    change, message = BROKEN[name]
+    done = run(program, broken(branches, tmp_path / "bundle", change), pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_a_row_past_the_bank(program, branches, pictures, tmp_path):
+    bundle = broken(branches, tmp_path / "bundle", lambda c: first(c).update(row=99))
+    done = run(program, bundle, pictures[0])
+    assert done.returncode == 1
+    assert re.search(r"adapter alpha: expected a row from 1 to \d+, found 99", done.stderr)

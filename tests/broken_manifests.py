@@ -1,0 +1,87 @@
+"""Manifests that cannot be right: what is edited, and what every reader's message names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hhdeploy.bundle.manifest import MANIFEST
+from tests.workshop import copy_bundle
+
+Content = dict[str, Any]
+
+
+def first(content: Content) -> Content:
+    entry: Content = content["adapters"][0]
+    return entry
+
+
+# Of a bundle of side branches; alpha, its first adapter, has seven classes.
+BROKEN: dict[str, tuple[Callable[[Content], object], str]] = {
+    "names_word": (
+        lambda c: first(c).update(class_names="abcdefg"),
+        r"adapters\[0\]\.class_names: .*names",
+    ),
+    "names_few": (
+        lambda c: first(c).update(class_names=["a"]), r"class_names: expected 7 names, found 1",
+    ),
+    "names_many": (
+        lambda c: first(c).update(class_names=["a"] * 9), r"class_names: expected 7 names, found 9",
+    ),
+    "names_numbers": (lambda c: first(c).update(class_names=[1] * 7), r"class_names: .*names"),
+    "classes_word": (
+        lambda c: first(c).update(classes="7"), r"adapters\[0\]\.classes: .*found ['\"]7",
+    ),
+    "classes_true": (
+        lambda c: first(c).update(classes=True), r"adapters\[0\]\.classes: .*found [Tt]rue",
+    ),
+    "classes_more": (
+        lambda c: c.update(classes=3), "classes: expected at most the graph's 3, found 7",
+    ),
+    "row_twice": (
+        lambda c: first(c).update(row=c["adapters"][1]["row"]), "adapters: expected every row once",
+    ),
+    "row_zero": (lambda c: first(c).update(row=0), r"adapters\[0\]\.row: expected 1 or more"),
+    "row_negative": (lambda c: first(c).update(row=-1), r"adapters\[0\]\.row: expected 1 or more"),
+    "row_word": (lambda c: first(c).update(row="1"), r"adapters\[0\]\.row: expected 1 or more"),
+    "name_twice": (
+        lambda c: first(c).update(name=c["adapters"][1]["name"]),
+        "adapters: expected every name once",
+    ),
+    "name_number": (lambda c: first(c).update(name=5), r"adapters\[0\]\.name: expected a name"),
+    "meaning": (lambda c: first(c).update(problem_type="x"), "problem_type.*['\"]?x"),
+    "entry_number": (
+        lambda c: c.update(adapters=[5]), r"adapters\[0\]: expected an object, found 5",
+    ),
+    "adapters_object": (lambda c: c.update(adapters={}), "adapters: expected a list"),
+    "kind": (lambda c: c.update(kind="folded"), "kind.*folded.*branches|kind.*branches.*folded"),
+    "graph_gone": (lambda c: c["files"].pop("model.onnx"), "model.onnx"),
+    "schema_true": (lambda c: c.update(schema_version=True), "schema_version|other JSON"),
+    "schema_newer": (lambda c: c.update(schema_version=3), "schema_version: expected .*found 3"),
+}  # fmt: skip
+# What the C++ example does not read: it makes no rows of adapters, and its pictures are made by the
+# numbers of `preprocess_graph`.
+BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
+    "verified": (lambda c: first(c).update(verified="no"), "verified: expected true or false"),
+    "tensors": (lambda c: c.update(tensors=[]), "tensors: expected an object"),
+    "digest": (lambda c: c["files"].update({"x.onnx": 5}), r"files\.x\.onnx: expected 64 hex"),
+    "backbone": (
+        lambda c: c["backbone"].update(sha256=None), r"backbone\.sha256: expected a text",
+    ),
+    "dim": (lambda c: c["row"].update(dim=10**30), r"row\.dim: expected a number"),
+    "branches": (
+        lambda c: c["row"]["branches"].reverse(), r"row\.parts: expected those of row\.branches",
+    ),
+    "std": (lambda c: first(c)["preprocess"].update(std=[0] * 3), r"preprocess\.std"),
+}  # fmt: skip
+
+
+def broken(source: Path, target: Path, change: Callable[[Content], object]) -> Path:
+    """A copy of a bundle whose manifest says something else."""
+    path = copy_bundle(source, target)
+    content = json.loads((path / MANIFEST).read_text())
+    change(content)
+    (path / MANIFEST).write_text(json.dumps(content))
+    return path

@@ -1,0 +1,54 @@
+"""Manifests that cannot be right: JavaScript refuses what Python refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.errors import BundleError
+from hhdeploy.runtime import open_session
+from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken, first
+from tests.js.conftest import encoded
+from tests.support import images
+
+
+def asked(bundle):
+    return {
+        "ask": "logits",
+        "where": str(bundle),
+        "images": encoded(images(1)),
+        "adapters": ["alpha"],
+    }
+
+
+def test_what_python_refuses_javascript_refuses(ask, branches, tmp_path):
+    all_of_them = BROKEN | BROKEN_ELSEWHERE
+    bundles = [broken(branches, tmp_path / n, change) for n, (change, _) in all_of_them.items()]
+    for (name, (_, message)), said in zip(
+        all_of_them.items(), ask(*map(asked, bundles)), strict=True
+    ):
+        assert "error" in said, name
+        assert re.search(rf"{MANIFEST}.*({message})", said["error"]), (name, said)
+
+
+@pytest.mark.parametrize("which", ["branches", "heads", "folded", "constant"])
+def test_as_they_are_they_are_taken(request, ask, which):
+    bundle = request.getfixturevalue(which)
+    ((said),) = ask(asked(bundle) | {"adapters": [_first_of(bundle)]})
+    assert isinstance(said, str), said
+
+
+def _first_of(bundle):
+    return first(json.loads((bundle / MANIFEST).read_text()))["name"]
+
+
+def test_a_row_past_the_bank(ask, branches, tmp_path):
+    """Of zeros, and so the bare backbone's."""
+    bundle = broken(branches, tmp_path / "bundle", lambda c: first(c).update(row=99))
+    (said,) = ask(asked(bundle))
+    assert re.search(r"adapter alpha: expected a row from 1 to \d+, found 99", said["error"])
+    with pytest.raises(BundleError, match="adapter 'alpha': expected a row from 1 to"):
+        open_session(bundle)
