@@ -50,6 +50,8 @@ PEFT_MERGE_BOUND = 1e-6
 COMPRESSION_BOUND = 1e-2
 # Of the logits' range: what float32 rounds away is no effect.
 NO_EFFECT = 1e-8
+# Of a frozen tensor's norm: averaging (EMA) rounds 3e-6 at a decay of 0.999, 4e-5 at 0.9999.
+AVERAGING_BOUND = 1e-4
 
 # Shares of images that add up to 1 in float64.
 _ROUNDING = 1e-12

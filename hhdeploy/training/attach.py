@@ -224,6 +224,14 @@ def _bare(model: nn.Module) -> nn.Module:
 def _state(model: nn.Module) -> _Attached:
     state = getattr(model, _STATE, None)
     if state is None:
+        # timm's ModelEma is no module.
+        inside = model.named_modules() if isinstance(model, nn.Module) else vars(model).items()
+        inner = next((name for name, module in inside if hasattr(module, _STATE)), None)
+        if inner is not None:
+            raise AdapterError(
+                f"the adapter is attached to a module inside of this {type(model).__name__}, at "
+                f"{inner!r}: pass that one."
+            )
         raise AdapterError("no adapter is attached to this model; call attach first.")
     assert isinstance(state, _Attached)
     return state

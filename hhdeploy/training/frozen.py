@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hhdeploy.errors import AdapterError
+from hhdeploy.parity import AVERAGING_BOUND
 
-# Name -> type and sha256 of a frozen parameter or a buffer.
-FrozenTensors = Mapping[str, tuple[torch.dtype, str]]
+# Sums of a sketch: the norm of a difference is met within some 10 per cent.
+_SUMS = 64
+
+
+@dataclass(frozen=True)
+class FrozenTensor:
+    """What is kept of a frozen parameter or a buffer, instead of a second copy of the model.
+
+    Attributes:
+        dtype: its type.
+        sha256: of its bits.
+        sketch: tells by how much a changed one differs, see `_sketch`; None: any change counts.
+    """
+
+    dtype: torch.dtype
+    sha256: str
+    sketch: Tensor | None
+
+    def holds(self, now: Tensor) -> bool:
+        """True while ``now`` has the same values, but for what averaging them rounds away.
+
+        A tensor of another type was cast, which trains nothing: it is not compared.
+        """
+        if now.dtype != self.dtype or _sha256(now) == self.sha256:
+            return True
+        if self.sketch is None:
+            return False
+        difference = torch.linalg.vector_norm(_sketch(now) - self.sketch)
+        return bool(difference <= AVERAGING_BOUND * torch.linalg.vector_norm(self.sketch))
+
+
+FrozenTensors = Mapping[str, FrozenTensor]
 
 
 def frozen_tensors(model: nn.Module) -> FrozenTensors:
@@ -20,7 +52,9 @@ def frozen_tensors(model: nn.Module) -> FrozenTensors:
     named = model.named_parameters(remove_duplicate=False)
     trained = {name for name, parameter in named if parameter.requires_grad}
     return {
-        name: (tensor.dtype, _sha256(tensor))
+        name: FrozenTensor(
+            tensor.dtype, _sha256(tensor), _sketch(tensor) if tensor.is_floating_point() else None
+        )
         for name, tensor in model.state_dict().items()
         if name not in trained and not tensor.is_meta
     }
@@ -29,16 +63,12 @@ def frozen_tensors(model: nn.Module) -> FrozenTensors:
 def check_frozen(model: nn.Module, before: FrozenTensors) -> None:
     """Compare a model with what it was.
 
-    A tensor of another type was cast, which trains nothing: it is not compared.
-
     Raises:
         AdapterError: naming the first tensor that changed.
     """
     now = model.state_dict()
     changed = [
-        name
-        for name, (dtype, digest) in before.items()
-        if name in now and now[name].dtype == dtype and _sha256(now[name]) != digest
+        name for name, frozen in before.items() if name in now and not frozen.holds(now[name])
     ]
     if changed:
         raise AdapterError(
@@ -46,10 +76,22 @@ def check_frozen(model: nn.Module, before: FrozenTensors) -> None:
             f"frozen tensors {len(changed)} have changed). The adapter does not hold it, so a "
             "bundle would not answer as this model does. Statistics of BatchNorm change in "
             "training mode: call eval() on those modules after every model.train(). Weights: give "
-            "the optimizer the parameters that require gradients alone."
+            "the optimizer, or what averages them, the parameters that require gradients alone."
         )
 
 
 def _sha256(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def _sketch(tensor: Tensor) -> Tensor:
+    """Sums of the values under random signs, every value in one of them, in float64.
+
+    The distance of two tensors' sketches is about that of the tensors (a count sketch).
+    """
+    values = tensor.detach().cpu().reshape(-1).double()
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, values.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    padding = -len(values) % _SUMS
+    return nn.functional.pad(values * signs, (0, padding)).reshape(-1, _SUMS).sum(0)

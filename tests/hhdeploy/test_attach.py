@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import load_adapter
@@ -83,6 +85,43 @@ def test_weights_that_were_trained_too_are_held_by_no_adapter(tmp_path):
     step(model)
     with pytest.raises(AdapterError, match=r"stem\.0\.weight is no more.*parameters that require"):
         extract(model)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_averaged_weights_are_saved(decay, tmp_path):
+    model = on_a_stem().eval()
+    average = AveragedModel(model, avg_fn=lambda old, new, _: decay * old + (1 - decay) * new)
+    before = model.mix.parametrizations.weight.original.clone()
+    for _ in range(100):
+        step(model)
+        average.update_parameters(model)
+    moved = average.module
+    assert not torch.equal(moved.mix.parametrizations.weight.original, before)  # is rounded
+    save(moved, tmp_path / "a")
+    np.testing.assert_array_equal(
+        load_adapter(tmp_path / "a").head.weight, moved.head.weight.detach().numpy()
+    )
+    assert not np.array_equal(extract(moved).head.weight, extract(model).head.weight)
+
+
+@pytest.mark.parametrize("share", [1e-3, float("nan")])
+def test_a_small_part_of_a_frozen_weight_that_moved_is_seen(share):
+    model = on_a_stem()
+    weight = model.stem[0].weight
+    with torch.no_grad():
+        weight.view(-1)[7] += share * weight.norm()
+    with pytest.raises(AdapterError, match=r"stem\.0\.weight is no more.*what averages them"):
+        extract(model)
+
+
+@pytest.mark.parametrize("use", [extract, detach])
+def test_of_a_wrapper_the_module_with_the_adapter_is_named(use):
+    model = on_a_stem()
+    for outer in (nn.ModuleDict({"ema": model}), SimpleNamespace(ema=model)):  # timm's: no module
+        with pytest.raises(AdapterError, match=r"inside of this \w+, at 'ema': pass that one"):
+            use(outer)
+    with pytest.raises(AdapterError, match="no adapter is attached to this model"):
+        use(Stem())
 
 
 @pytest.mark.parametrize(
