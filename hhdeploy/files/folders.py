@@ -189,7 +189,8 @@ def _listed(file: Path) -> list[tuple[Path, str]]:
     # By the file's own number: links, and a path written otherwise, are the same image.
     known: dict[tuple[int, int], tuple[int, str]] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Editors of Windows put a mark before the first line.
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as a list of images: {error}.") from error
     for number, line in enumerate(lines, start=1):

@@ -82,7 +82,8 @@ def _match(key: str, rules: list[_Rule], file: Path, source: Path) -> tuple[re.M
 
 def _read(file: Path) -> tuple[list[_Rule], bool]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        # Written by hand: editors of Windows put a mark before it.
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict) or set(content) - {"rules", "row_vectors"}:

@@ -103,7 +103,8 @@ def _tokens(path: Path, name: str, most: int) -> tuple[str, ...]:
     into containers like that. What a file holds is never shown.
     """
     try:
-        lines = path.read_text(encoding="utf-8").strip().split("\n")
+        # Editors of Windows put a mark before the first line, which is no part of the token.
+        lines = path.read_text(encoding="utf-8-sig").strip().split("\n")
         readable = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{name}: {path} cannot be read: {error}") from error

@@ -223,6 +223,9 @@ def test_a_key_map(tmp_path, tiny):
         for name in names:
             assert np.array_equal(getattr(found.sites[site], name), getattr(tensors, name)), name
     assert np.array_equal(found.head.weight, adapter.head.weight)
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + EXAMPLE.read_bytes())
+    marked = ImportOptions(key_map=tmp_path / "marked.json")
+    assert import_adapter(tmp_path / "hta.pth", tiny, marked).sites.keys() == adapter.sites.keys()
     state["encoder.0.odd"] = torch.ones(1)
     torch.save(state, tmp_path / "hta.pth")
     with pytest.raises(AdapterError, match=r"encoder\.0\.odd: no rule of .* matches it"):

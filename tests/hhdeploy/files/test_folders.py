@@ -165,6 +165,9 @@ def test_a_list_of_paths_and_labels_stands_for_a_folder(tmp_path):
     assert find_splits(file).train == file
     file.write_text("images/a.png cat\nimages/d.png 10\n")
     assert list(list_classes(file).paths) == ["10", "cat"]
+    file.write_bytes(b"\xef\xbb\xbfimages/a.png cat\r\nimages/d.png 10\r\n")  # of Notepad
+    assert names(list_classes(file).paths["cat"], tmp_path) == ["images/a.png"]
+    assert names(list_images(file).paths, tmp_path) == ["images/a.png", "images/d.png"]
     assert part_of(tmp_path, "train800val200") == file
     assert part_of(tmp_path, "images") == tmp_path / "images"
     assert part_of(tmp_path, "other") == tmp_path

@@ -71,8 +71,9 @@ def test_the_token_of_loading_is_one(tmp_path):
     file.unlink()
     with pytest.raises(PlanError, match=r"`token_file`.*cannot be read"):
         Access.of(settings)
-    file.write_text(f"{ONE}\n")
-    Access.of(settings).check_loading(f"Bearer {ONE}")
+    for mark in ("", "\ufeff"):  # of Notepad
+        file.write_text(f"{mark}{ONE}\n", encoding="utf-8")
+        Access.of(settings).check_loading(f"Bearer {ONE}")
 
 
 def test_a_file_that_everybody_may_read_is_warned_of(tmp_path, caplog):
