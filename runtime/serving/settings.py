@@ -7,6 +7,7 @@ tests build the class as it is.
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.model_name:
             object.__setattr__(self, "model_name", self.bundle.resolve().name)
+        _check_model_name(self.model_name)
         for each in fields(self):
             _check_range(each.name, getattr(self, each.name), each.metadata.get("option"))
         object.__setattr__(self, "allowed_hosts", frozenset(map(allowed_name, self.allowed_hosts)))
@@ -293,10 +295,20 @@ class ServeSettings:
 def _check_range(name: str, value: Any, option: Option | None) -> None:
     if option is None or value is None:
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"`{name}`: expected a number, found {value}.")
     if option.least is not None and value < option.least:
         raise OptionError(f"`{name}`: expected {option.least:g} or more, found {value}.")
     if option.above is not None and value <= option.above:
         raise OptionError(f"`{name}`: expected more than {option.above:g}, found {value}.")
+
+
+def _check_model_name(name: str) -> None:
+    """It is a part of paths, ``/v2/models/NAME``, and of messages in UTF-8."""
+    if "/" in name or name in ("", ".", "..") or any("\ud800" <= c <= "\udfff" for c in name):
+        raise OptionError(
+            f"`model_name`: expected a name that can be a part of a path, e.g. vit, found {name!r}."
+        )
 
 
 def _is_loopback(host: str) -> bool:

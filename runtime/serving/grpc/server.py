@@ -59,7 +59,7 @@ class GrpcServer:
         self._settings = endpoint.settings
         self._access, self._tls = access, tls
         self._servicer = Servicer(endpoint, access)
-        self._scratch = tempfile.TemporaryDirectory(prefix="hhdeploy-grpc-")
+        self._scratch = _scratch_directory()
         self._front = Front(Path(self._scratch.name) / "socket")
         self._servers: list[Any] = []
         self._watch: asyncio.Task[None] | None = None
@@ -166,11 +166,21 @@ async def start_grpc(
         tls: None: no TLS.
 
     Raises:
-        DeviceError: the port is taken, or may not be listened on.
+        DeviceError: the port is taken, or may not be listened on, or no file may be written.
     """
     server = GrpcServer(endpoint, access, tls)
     await server.start(port)
     return server
+
+
+def _scratch_directory() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="hhdeploy-grpc-")
+    except OSError as error:  # e.g. of a container all is read only
+        raise DeviceError(
+            f"cannot make a socket for gRPC: {error}. Expected a directory for temporary files "
+            "that may be written: set TMPDIR, or serve without gRPC (`grpc_port=-1`)."
+        ) from error
 
 
 def method_handlers(servicer: Servicer, most: Mapping[str, int]) -> dict[str, Any]:

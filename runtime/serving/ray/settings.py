@@ -35,7 +35,7 @@ class RaySettings(ServeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("replicas", 1), ("ingresses", 1), ("gpus", 0)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # NaN is not either
                 raise OptionError(f"{name}: expected {least} or more, found {getattr(self, name)}.")
 
 

@@ -125,6 +125,17 @@ def test_every_kind_of_error_has_its_code():
     asyncio.run(run())
 
 
+def test_without_a_directory_for_temporary_files(monkeypatch):
+    """As in a container of which all is read only."""
+
+    def none(**_):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", none)
+    with pytest.raises(DeviceError, match=r"No usable temporary.* set TMPDIR, or serve without"):
+        asyncio.run(start_grpc(Endpoint(), 0, Access()))
+
+
 def test_a_bug_is_logged_and_not_told(caplog):
     async def run() -> None:
         endpoint = Endpoint()

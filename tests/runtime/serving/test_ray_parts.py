@@ -512,6 +512,8 @@ def test_arguments_are_checked(tmp_path):
         read_settings({"bundle": tmp_path, "threads": "many"})
     with pytest.raises(PlanError, match="replicas: expected 1 or more"):
         read_settings({"bundle": tmp_path, "replicas": 0})
+    with pytest.raises(PlanError, match="gpus: expected 0 or more, found nan"):
+        read_settings({"bundle": tmp_path, "gpus": float("nan")})
     with pytest.raises(PlanError, match="`token_file`"):
         read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
 

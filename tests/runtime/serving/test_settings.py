@@ -60,6 +60,10 @@ def test_what_a_server_beyond_the_loopback_is_without(tmp_path):
         ({"contexts": 0}, "`contexts`: expected 1"),
         ({"slots": 1}, "`slots`: expected 2"),
         ({"request_seconds": 0.0}, "`request_seconds`: expected more than 0"),
+        ({"request_seconds": float("inf")}, "`request_seconds`: expected a number, found inf"),
+        ({"request_seconds": float("nan")}, "`request_seconds`: expected a number, found nan"),
+        ({"max_wait_ms": float("nan")}, "`max_wait_ms`: expected a number, found nan"),
+        ({"watch_seconds": float("nan")}, "`watch_seconds`: expected a number, found nan"),
         ({"log_level": "loud"}, "`log_level='loud'`: expected one of debug"),
     ],
 )
@@ -73,6 +77,15 @@ def test_the_bundle_is_called_as_its_directory_unless_told(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "served")
     assert ServeSettings(Path()).model_name == "served"
     assert ServeSettings(Path(), model_name="vit").model_name == "vit"
+    assert ServeSettings(Path(), model_name="vit \u00e9?").model_name == "vit \u00e9?"
+
+
+@pytest.mark.parametrize("name", ["org/vit", "/", ".", "..", "\udcff"])
+def test_a_model_name_that_no_request_can_have(name):
+    with pytest.raises(OptionError, match="`model_name`: expected a name that can be a part"):
+        ServeSettings(Path("tiny"), model_name=name)
+    with pytest.raises(OptionError, match="`model_name`"):
+        ServeSettings(Path("/"))  # which has no name
 
 
 def test_the_command_line_has_every_option_with_its_default():
