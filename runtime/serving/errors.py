@@ -8,6 +8,7 @@
     ├── BusyError              429  UNAVAILABLE          the queue is full: try again later
     ├── StoppingError          503  UNAVAILABLE          the server is starting or shutting down
     ├── TimedOutError          504  DEADLINE_EXCEEDED    not answered before its deadline
+    ├── NoNumbersError         500  INTERNAL             an adapter's answer is NaN or infinite
     └── FailedError            500  INTERNAL             the session failed, e.g. out of memory
         └── LoadFailedError    503  UNAVAILABLE          the device failed while it loaded
 
@@ -92,6 +93,13 @@ class TimedOutError(RequestError):
     status = 504
     code = "DEADLINE_EXCEEDED"
     reason = "CANCELED"
+
+
+class NoNumbersError(RequestError):
+    """What an adapter answered is no number; the session that computed it is well."""
+
+    status = 500
+    code = "INTERNAL"
 
 
 class FailedError(RequestError):

@@ -32,7 +32,7 @@ from hhdeploy.bundle.answers import (
     problem_type,
 )
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
-from hhdeploy.runtime.serving.errors import FailedError, RequestError
+from hhdeploy.runtime.serving.errors import NoNumbersError, RequestError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
     FP32,
@@ -43,6 +43,8 @@ from hhdeploy.runtime.serving.messages import (
 )
 
 LOGITS, PROBABILITIES, LABELS, ANSWERS = "logits", "probabilities", "labels", "answers"
+# No picture has such numbers, however it is preprocessed: 16 bits have 65,535 at most.
+_VAST = 1e6
 _OF_LOGITS = (LOGITS, PROBABILITIES, LABELS, ANSWERS)
 
 
@@ -119,8 +121,8 @@ def check_finite(
         entries: of each image's adapter; None: the backbone.
 
     Raises:
-        RequestError: naming the first image that holds none itself.
-        FailedError: naming the first image and the adapter that makes none of it.
+        RequestError: naming the first image that holds none itself, or vast ones.
+        NoNumbersError: naming the first image and the adapter that makes none of it.
     """
     for index, (row, own) in enumerate(zip(logits, classes, strict=True)):
         entry = entries[index]
@@ -131,7 +133,13 @@ def check_finite(
                 f"input images: image {index} holds NaN or infinities, or numbers beyond float32: "
                 "its answer is no number either. Ask for logits to see them."
             )
-        raise FailedError(
+        if (largest := float(np.abs(pixels[index]).max())) > _VAST:
+            raise RequestError(
+                f"input images: image {index}: expected numbers of a picture, found ones of "
+                f"{largest:.2g} once it is preprocessed: its answer is no number. Ask for logits "
+                "to see them."
+            )
+        raise NoNumbersError(
             f"image {index}, adapter {entry.name if entry is not None else BACKBONE!r}: the logits "
             "are no numbers (NaN or infinity). Ask for logits to see them. An adapter whose "
             "training diverged gives such, and float16 of large activations."

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.runtime.serving.errors import FailedError, RequestError
+from hhdeploy.runtime.serving.errors import NoNumbersError, RequestError
 from hhdeploy.runtime.serving.outputs import check_finite
 from tests.wrong_logits import LOGITS, bundle_of_logits
 
@@ -22,13 +22,26 @@ def test_of_a_picture_that_holds_none_it_is_the_picture(value):
     assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e7])
+def test_of_a_picture_of_vast_numbers_it_is_the_picture(value):
+    """They are finite, and no model computes with them."""
+    pixels, logits = NUMBERS.copy(), np.zeros((2, 3), np.float32)
+    pixels[1, 0, 0, 0], logits[1] = value, np.nan
+    with pytest.raises(RequestError, match="image 1: expected numbers of a picture") as caught:
+        check_finite(pixels, logits, OWN, [None, None])
+    assert caught.value.status == 400
+
+
 @pytest.mark.parametrize("row", [[np.nan] * 3, [0, np.nan, 0], [np.inf, 0, 0], [-np.inf] * 3])
 def test_of_any_other_picture_it_is_the_adapter(row):
     """Its training diverged; its numbers are finite, and what they make is not."""
     logits = np.zeros((2, 3), np.float32)
     logits[1] = row
-    with pytest.raises(FailedError, match="image 1, adapter 'backbone': the logits are no numbers"):
+    said = "image 1, adapter 'backbone': the logits are no numbers"
+    with pytest.raises(NoNumbersError, match=said) as caught:
         check_finite(NUMBERS, logits, OWN, [None, None])
+    # The server's answer, and no reason to replace the session.
+    assert (caught.value.status, caught.value.reason) == (500, "OTHER")
 
 
 def test_an_answer_is_what_a_session_takes_for_one(small, tmp_path):
@@ -36,7 +49,9 @@ def test_an_answer_is_what_a_session_takes_for_one(small, tmp_path):
     for name, (_, own, said) in LOGITS.items():
         logits, entry = np.array([own], np.float32), manifest.adapter(name)
         if said is None:
-            with pytest.raises(FailedError, match=f"adapter '{name}': the logits are no numbers"):
+            with pytest.raises(
+                NoNumbersError, match=f"adapter '{name}': the logits are no numbers"
+            ):
                 check_finite(NUMBERS, logits, [3], [entry])
         else:
             check_finite(NUMBERS, logits, [3], [entry])
