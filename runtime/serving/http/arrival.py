@@ -11,7 +11,7 @@ import asyncio
 import io
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -103,10 +103,13 @@ def bounded_protocol(
         def eof_received(self) -> bool | None:  # type: ignore[override]
             """A client that has said all may wait for its answer, or may have left.
 
-            The one sees interim answers and skips them, the other's machine refuses them.
+            The one sees interim answers and skips them, the other's machine refuses them. A proxy
+            of HTTP/1.0, which knows none, has left.
             """
             cycle = self.pipeline[0][0] if self.pipeline else self.cycle
             if cycle is None or cycle.response_complete or cycle.more_body or self._encrypted():
+                return None
+            if _of_old_proxy(cycle.scope):
                 return None
             cycle.keep_alive = False
             self._look_for_it()
@@ -160,6 +163,15 @@ def bounded_protocol(
                 self._deadline = None
 
     return BoundedProtocol
+
+
+def _of_old_proxy(scope: Mapping[str, Any]) -> bool:
+    """Whether a request is of HTTP/1.0 and says what is so in any case: nginx does, as it comes.
+
+    Of what else speaks HTTP/1.0, some close their half once they have said all (netcat).
+    """
+    closes = (b"connection", b"close") in ((k, v.lower()) for k, v in scope["headers"])
+    return scope["http_version"] == "1.0" and closes
 
 
 class Turns:

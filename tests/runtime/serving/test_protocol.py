@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import re
+import signal
 import socket
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.bundle import Bundle
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.grpc_requests import INFER, PATIENCE, message, own
-from tests.runtime.serving.servers import Server
+from tests.runtime.serving.servers import Server, running_server
 from tests.support import images
 
 ADAPTERS = {"alpha", "rival", "beta", "gamma", "headless"}
@@ -268,6 +269,26 @@ def test_a_client_that_says_no_more_is_answered(server, version):
         assert answer.status == 200
         assert json.loads(answer.read())["parameters"]["adapter"] == "alpha"
         assert client.recv(1) == b""
+
+
+def test_a_proxy_of_http_1_0_that_leaves_is_noticed(small, tmp_path):
+    """nginx as it comes: it says `Connection: close`, and passes on that its client has left."""
+    content = json.dumps(body(images(7), parameters={"adapter": "alpha"})).encode()
+    head = "POST /v2/models/tiny/infer HTTP/1.0\r\nhost: localhost\r\nConnection: close\r\n"
+    flags = ["--model-name", "tiny", "--grpc-port", "-1"]
+    with running_server(small, tmp_path / "log", *flags) as found:
+        with socket.create_connection(found.http.split(":"), PATIENCE) as client:
+            found.process.send_signal(signal.SIGSTOP)  # else it might be faster
+            client.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+            client.shutdown(socket.SHUT_WR)
+            found.process.send_signal(signal.SIGCONT)
+            assert client.recv(1) == b""  # closed, without an answer
+        asked = [r for r in found.records() if r["message"] == "request"]
+        assert [r["status"] for r in asked] == [499]
+        # Of who stays there is an answer.
+        with socket.create_connection(found.http.split(":"), PATIENCE) as client:
+            client.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 def test_half_a_request_is_not_waited_for(server):
