@@ -119,6 +119,15 @@ async function sessionOf(
   return ort.InferenceSession.create(bytes, { ...options, externalData });
 }
 
+/** An adapter as it is at one moment: another one may get its name while a call is under way. */
+interface Found {
+  name: string;
+  /** Undefined: the backbone. */
+  entry: AdapterEntry | undefined;
+  /** Its values of the bank; undefined where the graph holds them. */
+  row: Float32Array | undefined;
+}
+
 export class Bundle {
   /** Adapters by name: those of the bundle, then those that were added. */
   readonly adapters = new Map<string, AdapterEntry>();
@@ -183,14 +192,14 @@ export class Bundle {
           `${pictures.length} pictures.`,
       );
     }
-    const images = await Promise.all(pictures.map((picture, i) => this.preprocess(picture, names[i]!)));
+    const found = this.#found(names);
+    const images = await Promise.all(pictures.map((picture, i) => this.#preprocess(picture, found[i]!)));
     const size = images[0]!.length;
     const batch = new Float32Array(images.length * size);
     images.forEach((image, i) => batch.set(image, i * size));
-    const logits = await this.run(batch, names);
-    const columns = logits.length / names.length;
-    return names.map((name, i) => {
-      const entry = this.#entry(name);
+    const logits = await this.#run(batch, found);
+    const columns = logits.length / found.length;
+    return found.map(({ name, entry }, i) => {
       const classes = entry?.classes ?? this.manifest.backbone.classes;
       const own = logits.subarray(i * columns, (i + 1) * columns);
       checkNumbers(own, entry, classes, `picture ${i}, adapter ${name}`);
@@ -200,7 +209,11 @@ export class Bundle {
 
   /** A picture as the model takes it for an adapter: float32 [channels, H, W], flat. */
   async preprocess(picture: Picture, adapter: string): Promise<Float32Array> {
-    const graph = (this.#entry(adapter) ?? this.manifest.backbone).preprocess_graph;
+    return this.#preprocess(picture, this.#found([adapter])[0]!);
+  }
+
+  async #preprocess(picture: Picture, { name: adapter, entry }: Found): Promise<Float32Array> {
+    const graph = (entry ?? this.manifest.backbone).preprocess_graph;
     if (!graph) {
       throw new HhdeployError(
         `${adapter}: the bundle has no graph that preprocesses pictures for it. Export it again with a newer ` +
@@ -234,11 +247,16 @@ export class Bundle {
           `for ${adapters.length} names.`,
       );
     }
+    return this.#run(images, this.#found(adapters));
+  }
+
+  async #run(images: Float32Array, found: Found[]): Promise<Float32Array> {
+    const [, ...shape] = this.manifest.tensors["images"] as [string, number, number, number];
     const feeds: Record<string, OrtTensor> = {
-      images: new this.ort.Tensor("float32", images, [adapters.length, ...shape]),
+      images: new this.ort.Tensor("float32", images, [found.length, ...shape]),
     };
-    if (this.manifest.row) Object.assign(feeds, this.#branches(adapters));
-    else adapters.forEach((name) => this.#folded(name));
+    if (this.manifest.row) Object.assign(feeds, this.#branches(found));
+    else found.forEach(({ name }) => this.#folded(name));
     const outputs = await this.session.run(feeds);
     const logits = outputs["logits"];
     if (!logits) throw new HhdeployError(`${this.source.name}: its graph has no logits.`);
@@ -252,24 +270,24 @@ export class Bundle {
   }
 
   /** Row numbers, and a bank of no more rows than the batch needs: the runtime copies it at every run. */
-  #branches(adapters: string[]): Record<string, OrtTensor> {
-    const ids = new this.ort.Tensor("int64", new BigInt64Array(adapters.length), [adapters.length]);
+  #branches(found: Found[]): Record<string, OrtTensor> {
+    const ids = new this.ort.Tensor("int64", new BigInt64Array(found.length), [found.length]);
     const numbers = ids.data as BigInt64Array;
     if (this.manifest.bank_as_constant) {
-      adapters.forEach((name, i) => (numbers[i] = BigInt(this.#entry(name)?.row ?? 0)));
+      found.forEach(({ entry }, i) => (numbers[i] = BigInt(entry?.row ?? 0)));
       return { adapter_ids: ids };
     }
-    const used = [...new Set(adapters)];
-    adapters.forEach((name, i) => (numbers[i] = BigInt(used.indexOf(name))));
+    const used = [...new Set(found.map(({ row }) => row!))];
+    found.forEach(({ row }, i) => (numbers[i] = BigInt(used.indexOf(row!))));
     const size = this.manifest.row!.size;
     const bank = new Float32Array(used.length * size);
-    used.forEach((name, i) => bank.set(this.#row(name), i * size));
+    used.forEach((row, i) => bank.set(row, i * size));
     return { adapter_ids: ids, adapter_bank: new this.ort.Tensor("float32", bank, [used.length, size]) };
   }
 
-  #row(name: string): Float32Array {
-    this.#entry(name);
-    return this.rows.get(name)!;
+  /** Adapters with their rows, all at the same moment. */
+  #found(names: string[]): Found[] {
+    return names.map((name) => ({ name, entry: this.#entry(name), row: this.rows.get(name) }));
   }
 
   /** The entry of an adapter; undefined for the backbone. */

@@ -60,6 +60,26 @@ const questions = {
     await opened.close();
     return [error, answers.length];
   },
+  /** What an adapter says of a picture while another one takes its place and back: answers that neither gives. */
+  async replaced({ picture: seen, name, folders, rounds, ...rest }) {
+    const opened = await bundle(rest);
+    const ask = () => opened.classify([picture(seen)], name).then(([said]) => JSON.stringify(said));
+    const right = new Set();
+    for (const folder of folders) {
+      await opened.add(name, fromFolder(folder));
+      right.add(await ask());
+    }
+    const wrong = [];
+    for (let i = 0; i < rounds; i++) {
+      const adding = opened.add(name, fromFolder(folders[i % 2]));
+      // Now the one, now the other is under way first.
+      for (let turn = 0; turn < (i >> 1) % 30; turn++) await new Promise((resolve) => setImmediate(resolve));
+      wrong.push(...(await Promise.all([ask(), ask()])).filter((said) => !right.has(said)));
+      await adding;
+    }
+    await opened.close();
+    return { right: right.size, wrong };
+  },
   async images({ pictures, adapters, ...rest }) {
     const opened = await bundle(rest);
     const found = [];

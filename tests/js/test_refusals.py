@@ -357,6 +357,30 @@ def test_what_python_takes_javascript_takes(ask, small, edited):
         np.testing.assert_array_max_ulp(decoded(row, layout.size), expected, 1)
 
 
+def test_an_answer_is_of_one_adapter(ask, small, edited):
+    """Another one of its name, with other labels and another transform, comes while it is asked."""
+    folders = [
+        edited("old", says(class_names=[f"old {i}" for i in range(CLASSES)])),
+        edited(
+            "new",
+            both(
+                says(class_names=[f"new {i}" for i in range(CLASSES)]),
+                sees(mean=[0.1] * 3, std=[0.9] * 3),
+                times(-1, "weight"),
+            ),
+        ),
+    ]
+    levels = np.random.default_rng(5).integers(0, 256, (120, 200, 3), np.uint8)
+    (shown,) = sent([Image.fromarray(levels)])
+    (found,) = ask(
+        {
+            "ask": "replaced", "where": str(small), "picture": shown, "name": "omega",
+            "folders": [str(folder) for folder in folders], "rounds": 120,
+        }
+    )  # fmt: skip
+    assert found == {"right": 2, "wrong": []}
+
+
 def test_logits_that_are_no_numbers(ask, small, tmp_path):
     bundle = bundle_of_logits(small, tmp_path / "bundle")
     shown = {"ask": "classify", "where": str(bundle), "pictures": sent([PICTURE])}
