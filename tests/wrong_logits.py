@@ -18,10 +18,10 @@ from tests.workshop import copy_bundle
 NAN, INF = float("nan"), float("inf")
 # Name of an adapter -> what its numbers mean, the numbers, and what it says: None, an error.
 LOGITS: dict[str, tuple[ProblemType, list[float], list[str] | None]] = {
+    "class-first-nan": (CLASSES, [NAN, 0, 1], None),
     "classes": (CLASSES, [0, 2, 1], ["1"]),
     "class-out": (CLASSES, [-INF, 1, 2], ["2"]),
     "class-nan": (CLASSES, [0, NAN, 1], None),
-    "class-first-nan": (CLASSES, [NAN, 0, 1], None),
     "class-inf": (CLASSES, [0, 1, INF], None),
     "classes-nan": (CLASSES, [NAN] * 3, None),
     "classes-out": (CLASSES, [-INF] * 3, None),

@@ -166,18 +166,26 @@ function show(left: number, ms: number): void {
   said.sort((a, b) => confidence(b) - confidence(a) || (a.adapter < b.adapter ? -1 : 1));
   at("answers").classList.remove("older");
   at("answers").replaceChildren(...said.map(card));
+  const all = said.length + left;
+  const answered = said.filter(({ error }) => error === undefined).length;
+  const who = answered === all ? plural(all, "adapter") : `${answered} of ${plural(all, "adapter")}`;
   at("said").textContent = left
-    ? `${said.length} of ${plural(said.length + left, "adapter")} answered …`
-    : `${plural(said.length, "adapter")} answered in ${ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`}.`;
+    ? `${answered} of ${plural(all, "adapter")} answered …`
+    : `${who} answered in ${ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`}.`;
 }
 
-/** How sure an adapter is of its best answer; values have no such thing, and come last. */
-function confidence({ kind, answers }: Said): number {
+/** How sure an adapter is of its best answer; values have no such thing, and come behind, errors last. */
+function confidence({ kind, answers, error }: Said): number {
+  if (error !== undefined) return -2;
   return kind === "regression" ? -1 : Math.max(0, ...answers.map((answer) => answer.score));
 }
 
-function card({ adapter, kind, answers }: Said): HTMLElement {
+function card({ adapter, kind, answers, error }: Said): HTMLElement {
   const made = element("li");
+  if (error !== undefined) {
+    made.append(element("h3", "", adapter), element("p", "failed", error));
+    return made;
+  }
   const list = element("ol");
   const shown = kind === "regression" ? answers : answers.filter((a, i) => i < TOP || a.positive);
   list.append(...shown.map((answer) => line(answer, kind === "regression")));

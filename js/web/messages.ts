@@ -16,6 +16,8 @@ export interface Said {
   adapter: string;
   kind: ProblemType;
   answers: Answer[];
+  /** Why it has none. */
+  error?: string;
 }
 
 /** What the address asks for, as ?engine=wasm; without, the page chooses. */

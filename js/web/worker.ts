@@ -1,7 +1,17 @@
 /** Runs the model beside the page, which stays quick meanwhile. */
 
-import { BACKBONE, decodePicture, fromUrl, openBundle, type Bundle, type Runtime, type Source } from "../src/index.js";
-import type { Engine, FromWorker, ToWorker } from "./messages.js";
+import {
+  BACKBONE,
+  decodePicture,
+  fromUrl,
+  HhdeployError,
+  openBundle,
+  type Bundle,
+  type Picture,
+  type Runtime,
+  type Source,
+} from "../src/index.js";
+import type { Engine, FromWorker, Said, ToWorker } from "./messages.js";
 
 const MOST_THREADS = 4;
 // It cuts a row of the bank into more pieces than a shader may write.
@@ -31,7 +41,7 @@ async function open({ base, cache, precision, engine }: ToWorker & { ask: "open"
         runs += "; WebGPU does not run this graph";
       }
     }
-    opened ??= await ran(openBundle(source, cpu, { precision, session: onCpu(precision) }));
+    opened ??= await ran(openBundle(source, cpu, { precision, session: onCpu(precision) }), false);
     tell({ tell: "ready", adapters: names(opened), engine: runs });
   } catch (error) {
     tell({ tell: "broken", error: text(error) });
@@ -51,7 +61,7 @@ async function openOnGpu(source: Source, base: string, preprocessing: Runtime, p
   const ort = await build(base, "jspi", ".jspi", 1);
   const provider = { name: "webgpu" as const, forceCpuNodeNames: WIDE };
   const session = { executionProviders: [provider, "wasm"] };
-  return ran(openBundle(source, ort, { precision, preprocessing, session }));
+  return ran(openBundle(source, ort, { precision, preprocessing, session }), true);
 }
 
 /** One of the runtime's builds; it loads its own code of WebAssembly when it is first used. */
@@ -82,14 +92,36 @@ function names(bundle: Bundle): string[] {
   return adapters.length ? adapters : [BACKBONE];
 }
 
-/** A bundle of which everything ran once: then all that answers need is loaded, and kept. */
-async function ran(opening: Promise<Bundle>): Promise<Bundle> {
+/**
+ * A bundle of which everything ran once: then all that answers need is loaded, and kept. An adapter that has no answer
+ * says so on its card; where none has one, a GPU may be why.
+ */
+async function ran(opening: Promise<Bundle>, onGpu: boolean): Promise<Bundle> {
   const bundle = await opening;
   const picture = { data: new Uint8Array(3 * 8 * 8), width: 8, height: 8 };
   const asked = names(bundle);
   for (const name of asked) await bundle.preprocess(picture, name);
-  await bundle.classify([picture], asked[0]!);
+  for (const name of asked) {
+    try {
+      await bundle.classify([picture], name);
+      break;
+    } catch (error) {
+      if (!(error instanceof HhdeployError) || (onGpu && name === asked.at(-1))) throw error;
+    }
+  }
   return bundle;
+}
+
+/** What one adapter says; an error is its own, and takes no other's answer away. */
+async function saidBy(bundle: Bundle, adapter: string, picture: Picture): Promise<Said> {
+  const entry = bundle.adapters.get(adapter);
+  const kind = entry?.problem_type ?? (entry?.classes === 1 ? "regression" : "single_label_classification");
+  try {
+    const [answers] = await bundle.classify([picture], adapter);
+    return { adapter, kind, answers: answers! };
+  } catch (error) {
+    return { adapter, kind, answers: [], error: text(error) };
+  }
 }
 
 async function classify(number: number, file: Blob): Promise<void> {
@@ -100,13 +132,11 @@ async function classify(number: number, file: Blob): Promise<void> {
     const begin = performance.now();
     const asked = names(bundle);
     for (const [i, adapter] of asked.entries()) {
-      const [answers] = await bundle.classify([picture], adapter);
+      const said = await saidBy(bundle, adapter, picture);
       await new Promise((resolve) => setTimeout(resolve)); // a newer picture is heard of
       if (number !== newest) return;
-      const entry = bundle.adapters.get(adapter);
-      const kind = entry?.problem_type ?? (entry?.classes === 1 ? "regression" : "single_label_classification");
       const [left, ms] = [asked.length - i - 1, performance.now() - begin];
-      tell({ tell: "answers", number, said: { adapter, kind, answers: answers! }, left, ms });
+      tell({ tell: "answers", number, said, left, ms });
     }
   } catch (error) {
     tell({ tell: "refused", number, error: text(error) });

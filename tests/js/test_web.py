@@ -38,6 +38,7 @@ from tests.js.conftest import PACKAGE
 from tests.js.test_package import BROWSER_FLAGS, CHROMIUM, INT8, OCTETS, PATIENCE_MS
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle, flip_byte
+from tests.wrong_logits import LOGITS, bundle_of_logits
 
 EVIL = "<img src=x onerror=alert(1)> & co"
 # Of one colour: whatever way it is resized, its levels stay.
@@ -418,6 +419,31 @@ def test_what_is_damaged_or_no_picture_is_said(write, serve, page, small, tmp_pa
     page.goto(serve(damaged).url)
     expect(page.locator("#state")).to_have_text("Not running", timeout=PATIENCE_MS)
     expect(alert).to_contain_text("bundle/: model.onnx.data: expected the sha256")
+
+
+@in_browser
+def test_an_adapter_without_an_answer_takes_no_others_away(write, serve, page, small, tmp_path):
+    """Its error is on its card; also of the first one, which is asked when the page opens."""
+    from playwright.sync_api import expect
+
+    written = write(bundle_of_logits(small, tmp_path / "bundle"), tmp_path / "site")
+    opened(page, serve(tmp_path / "site").url)
+    page.evaluate(AXE.read_text())
+    file = {"name": "picture.png", "mimeType": "image/png", "buffer": png(COLOURS[0])}
+    page.set_input_files("#file", file)
+    right = [name for name, (_, _, said) in LOGITS.items() if said is not None]
+    told = re.compile(rf"^{len(right)} of {len(written.adapters)} adapters answered in")
+    expect(page.locator("#said")).to_have_text(told, timeout=PATIENCE_MS)
+    cards = page.locator("#answers > li").evaluate_all(
+        """(cards) => cards.map((card) =>
+          [card.querySelector("h3").textContent, card.querySelector(".failed")?.textContent])"""
+    )
+    assert {name for name, error in cards if error is None} == set(right)
+    assert all(error is None for _, error in cards[: len(right)]), "errors are last"
+    for name, error in cards[len(right) :]:
+        assert f"adapter {name}: the logits are no numbers" in error
+    assert page.locator("#preview").is_visible()
+    assert axe(page) == []
 
 
 def axe(page) -> list[str]:
