@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a backbone: names, digests, sites, sizes, classifier."""
+"""Whether an adapter belongs to a backbone: its base, sites, sizes, classifier."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hhdeploy.adapters.bases import check_base, computing
+from hhdeploy.adapters.bases import unbound as unbound
 from hhdeploy.adapters.config import AdapterConfig, check_class_names
 from hhdeploy.adapters.format import Adapter, Part
 from hhdeploy.backbones.facts import BackboneFacts
@@ -76,7 +78,7 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
             sites that are missing, wrong sizes, a classifier under another path, class names that
             are not one per class, image sizes that disagree.
     """
-    _check_base(name, adapter, facts)
+    check_base(name, adapter, facts)
     known = sites_of(facts.linears)
     for site in adapter.sites:
         if site in known:
@@ -116,56 +118,9 @@ def check_targets(config: AdapterConfig, facts: BackboneFacts, source: str) -> N
             _check_form(config.form, site, source)
 
 
-def _check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
-    """The adapter was trained on this backbone, as far as both sides say.
-
-    The digest of the weights decides, whatever the model is called on either side. Without one,
-    timm's names are compared; of other sources sites and sizes alone can tell.
-    """
-    config = adapter.config
-    if config.base_sha256 is not None and config.base_sha256 == facts.sha256:
-        return
-    if _timm(config.base_model, facts.model) and not same_model(config.base_model, facts.model):
-        raise AdapterError(
-            f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
-            f"{config.base_model}, the backbone is {facts.model}."
-        )
-    if config.base_sha256 is not None:
-        raise AdapterError(
-            f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
-            f"{config.base_sha256[:12]}…, the backbone's are {facts.sha256[:12]}…. Use the "
-            "checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
-        )
-
-
-def same_model(one: str, other: str) -> bool:
-    """Whether two names are of one model: of timm's a tag counts only where both have one."""
-    (mine, _, tag), (theirs, _, other_tag) = one.partition("."), other.partition(".")
-    tags = not tag or not other_tag or tag == other_tag
-    return one == other or (_timm(one, other) and mine == theirs and tags)
-
-
-def _timm(*names: str) -> bool:
-    return not any(":" in name for name in names)
-
-
-def unbound(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
-    """A line about an adapter that names and sizes of sites alone bind to the backbone, or None.
-
-    It has no digest, and names of other sources than timm say nothing of the weights.
-    """
-    config = adapter.config
-    if config.base_sha256 is not None or _timm(config.base_model, facts.model):
-        return None
-    return (
-        f"adapter {name!r} ({config.base_model}) has no base_sha256: that it was trained on these "
-        f"weights of {facts.model} is not known, its sites and sizes fit"
-    )
-
-
 def notes(name: str, adapter: Adapter, facts: BackboneFacts) -> list[str]:
-    """Lines about an adapter that passed `check`: what is assumed of weights and preprocessing, and
-    a licence that is not the backbone's."""
+    """Lines about an adapter that passed `check`: what is assumed of weights, of what they compute
+    and of preprocessing, and a licence that is not the backbone's."""
     stated, own = adapter.config.preprocess, facts.preprocess
     line = None
     if stated is None:
@@ -178,7 +133,12 @@ def notes(name: str, adapter: Adapter, facts: BackboneFacts) -> list[str]:
             f"adapter {name!r} takes its images in its own way, {stated.described()}; the "
             f"backbone's is {own.described()}"
         )
-    lines = (unbound(name, adapter, facts), line, _other_licence(name, adapter, facts))
+    lines = (
+        unbound(name, adapter, facts),
+        computing(name, adapter, facts),
+        line,
+        _other_licence(name, adapter, facts),
+    )
     return [found for found in lines if found]
 
 

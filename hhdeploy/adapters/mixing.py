@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import check, same_model
+from hhdeploy.adapters.bases import deciding, same_model
+from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig, Compression
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors
 from hhdeploy.algebra import Array, SiteDelta
@@ -257,7 +258,8 @@ def _form_of(adapters: Mapping[str, Adapter]) -> Form:
 
 
 def _check_bases(adapters: Mapping[str, Adapter]) -> None:
-    """All belong to one backbone, as far as they say: digests decide, then names."""
+    """All belong to one backbone, as far as they say: digests decide, then names; arguments that
+    make another model of the same weights are the same."""
     for (first, one), (second, other) in combinations(adapters.items(), 2):
         digests = one.config.base_sha256, other.config.base_sha256
         names = one.config.base_model, other.config.base_model
@@ -266,6 +268,14 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
             key, (mine, theirs) = ("base_sha256", digests) if known else ("base_model", names)
             raise AdapterError(
                 f"{first} and {second} belong to different backbones: {key} is {mine} and {theirs}."
+            )
+        args = one.config.base_model_args, other.config.base_model_args
+        stated = zip(names, args, strict=True)
+        if different := deciding(*stated, pooled=False):
+            key, mine, theirs = map(str, different)
+            raise AdapterError(
+                f"{first} and {second} were trained with base_model_args that compute otherwise: "
+                f"{key} is {mine} and {theirs}. Mix adapters of one model."
             )
 
 

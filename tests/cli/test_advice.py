@@ -117,7 +117,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/verifying/": ("export", "verify"),
     "hhdeploy/adapters/checks.py::model_args_of": ("export", "adapter merge"),
     "hhdeploy/adapters/checks.py::no_place": ("export", "adapter import"),
-    "hhdeploy/adapters/checks.py::_check_base": (
+    "hhdeploy/adapters/bases.py::check_base": (
         "export",
         "adapter add",
         "adapter import",
@@ -417,7 +417,7 @@ def test_the_check_sees_what_is_wrong():
         ("hhdeploy/x.py::f", "Add it with: hhdeploy predict OUT --against-torch"),
         ("hhdeploy/x.py::f", "Export the bundle again with --max-slots 9."),
         ("hhdeploy/backbone.py::f", "Check --model and --model-args."),
-        ("hhdeploy/adapters/checks.py::_check_base", "Pass the checkpoint with --checkpoint."),
+        ("hhdeploy/adapters/bases.py::check_base", "Pass the checkpoint with --checkpoint."),
         ("exporters/engine.py::f", "--min-{}: expected 1 or more."),
         ("hhdeploy/nobody.py::f", "Use --overwrite."),
     ]

@@ -69,6 +69,10 @@ FAULTS: dict[str, tuple[Callable[[Adapter], Adapter], str]] = {
         lambda a: config(a, base_sha256="cd" * 32),
         "base_sha256: adapter 'x' was trained on the weights cdcdcdcdcdcd…",
     ),
+    "other heads with the same weights": (
+        lambda a: config(a, base_model_args={**a.config.base_model_args, "num_heads": 2}),
+        "base_model_args: adapter 'x' was trained with num_heads 2, the backbone has 3",
+    ),
     "wrong shape": (
         lambda a: sites(a, blocks__0__attn__proj=low_rank(DIM, DIM + 1)),
         f"{SITE}: expected tensors for a 48 x 48 matrix (additive), found 48 x 49.",
@@ -108,12 +112,13 @@ FAULTS: dict[str, tuple[Callable[[Adapter], Adapter], str]] = {
     ),
 }
 ENTRANCES = ("export", "export --fold", "add", "session", "attach", "import")
-# What an entrance cannot meet: a model in hand does not say its image size; the importers make
-# the configuration themselves, from the backbone and the tensors there are, and know no head but
-# at the backbone's place.
+# What an entrance cannot meet: a model in hand does not say its arguments or image size; the
+# importers make the configuration themselves, from the backbone and the tensors there are, and know
+# no head but at the backbone's place.
 UNMET = {
-    "attach": {"another image size"},
+    "attach": {"another image size", "other heads with the same weights"},
     "import": {
+        "other heads with the same weights",
         "another model",
         "other weights",
         "site missing",
@@ -251,3 +256,39 @@ def test_assumed_and_other_preprocessing_is_said(workshop, branches, tmp_path):
     (line,) = notes("x", config(adapter, preprocess=other), facts)
     assert "in its own way, 32x32" in line
     assert "mean 0.25, 0.5, 0.75" in line
+
+
+def test_other_names_and_arguments_of_the_same_weights_are_said(workshop, branches, tmp_path):
+    """The digest has no activation, heads or pooling; what changes nothing of these is no line."""
+    facts = workshop.backbone.facts
+    adapter = random_adapter(facts, seed=33)
+    args = dict(facts.args)
+    alike = config(adapter, base_model=facts.model.partition(".")[0])
+    alike = config(alike, base_model_args={**args, "drop_rate": 0.1, "num_classes": 3})
+    assert notes("x", alike, facts) == []
+    assert notes("x", config(adapter, base_model="python:m:f"), facts) == []
+    for other, said in (
+        ({"base_model": "deit_tiny_patch16_224"}, "trained with model 'deit_tiny_patch16_224'; "),
+        (
+            {"base_model_args": {**args, "global_pool": "avg", "fc_norm": False}},
+            "trained with global_pool 'avg', fc_norm False; the backbone says no global_pool, ",
+        ),
+    ):
+        unlike = config(adapter, **other)
+        check("x", unlike, facts)
+        (line,) = notes("x", unlike, facts)
+        assert said in line
+        assert line.endswith("whether they compute the same is not known")
+    lines: list[str] = []
+    source = written(unlike, tmp_path)
+    add_adapter(copy_bundle(branches, tmp_path / "b"), "x", source, progress=lines.append)
+    assert line in lines
+
+
+def test_another_pooling_is_refused_where_a_classifier_was_trained_on_it(tiny):
+    facts = replace(tiny.facts, args={**tiny.facts.args, "global_pool": "token"})
+    args = {**facts.args, "global_pool": "avg"}
+    adapter = config(random_adapter(facts, seed=34), base_model_args=args)
+    with pytest.raises(AdapterError, match="trained with global_pool 'avg', the backbone has 'tok"):
+        check("x", adapter, facts)
+    check("x", headless(adapter, class_names=None), facts)

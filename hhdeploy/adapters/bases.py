@@ -1,0 +1,132 @@
+"""Whether the model that an adapter was trained on is the backbone: names, arguments, digests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hhdeploy.adapters.format import Adapter
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.errors import AdapterError
+
+# Arguments of timm's models that change nothing of what a trained one computes, or that are
+# compared by themselves: classes and the size of images.
+_NEUTRAL = frozenset(
+    {
+        *("num_classes", "img_size", "dynamic_img_size", "drop_rate", "drop_path_rate"),
+        *("attn_drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"),
+    }
+)
+# Those that shape no parameter, and of which two values are never the same: of any model, and of
+# what a classifier reads.
+_HEADS, _POOL = "num_heads", "global_pool"
+
+
+def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
+    """The adapter was trained on this backbone, as far as both sides say.
+
+    The digest of the weights decides, whatever the model is called on either side, unless both
+    say that they compute otherwise with them. Without one, timm's names are compared; of other
+    sources sites and sizes alone can tell.
+    """
+    config = adapter.config
+    stated = (config.base_model, config.base_model_args)
+    known = (facts.model, facts.args)
+    if different := deciding(stated, known, pooled=adapter.head is not None):
+        key, mine, theirs = different
+        raise AdapterError(
+            f"{adapter.source}: base_model_args: adapter {name!r} was trained with {key} {mine!r}, "
+            f"the backbone has {theirs!r}: the weights may be the same, what they compute is not. "
+            "Export a bundle with the arguments of the adapter."
+        )
+    if config.base_sha256 is not None and config.base_sha256 == facts.sha256:
+        return
+    if _timm(config.base_model, facts.model) and not same_model(config.base_model, facts.model):
+        raise AdapterError(
+            f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
+            f"{config.base_model}, the backbone is {facts.model}."
+        )
+    if config.base_sha256 is not None:
+        raise AdapterError(
+            f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
+            f"{config.base_sha256[:12]}…, the backbone's are {facts.sha256[:12]}…. Use the "
+            "checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
+        )
+
+
+_Stated = tuple[str, Mapping[str, Any]]
+
+
+def deciding(one: _Stated, other: _Stated, *, pooled: bool) -> tuple[str, object, object] | None:
+    """An argument that makes another model of the same weights, where both sides state it.
+
+    Args:
+        one: a model's name and its arguments.
+        other: the other's.
+        pooled: a classifier was trained on what is pooled.
+
+    Returns:
+        Which it is, and what they say; None without one, or where they are not timm's.
+    """
+    mine, theirs = _plain(one[1]), _plain(other[1])
+    keys = (_HEADS, _POOL) if pooled else (_HEADS,)
+    for key in keys if _timm(one[0], other[0]) else ():
+        alike = key in mine and key in theirs and type(mine[key]) is type(theirs[key])
+        if alike and mine[key] != theirs[key]:
+            return key, mine[key], theirs[key]
+    return None
+
+
+def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON has them, without those that change nothing."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in args.items()
+        if key not in _NEUTRAL
+    }
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model: of timm's a tag counts only where both have one."""
+    (mine, _, tag), (theirs, _, other_tag) = one.partition("."), other.partition(".")
+    tags = not tag or not other_tag or tag == other_tag
+    return one == other or (_timm(one, other) and mine == theirs and tags)
+
+
+def _timm(*names: str) -> bool:
+    return not any(":" in name for name in names)
+
+
+def unbound(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
+    """A line about an adapter that names and sizes of sites alone bind to the backbone, or None.
+
+    It has no digest, and names of other sources than timm say nothing of the weights.
+    """
+    config = adapter.config
+    if config.base_sha256 is not None or _timm(config.base_model, facts.model):
+        return None
+    return (
+        f"adapter {name!r} ({config.base_model}) has no base_sha256: that it was trained on these "
+        f"weights of {facts.model} is not known, its sites and sizes fit"
+    )
+
+
+def computing(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
+    """A line where names or arguments differ and only the digest says that the models are one, or
+    None: activation, heads and pooling are no weights."""
+    config = adapter.config
+    if config.base_sha256 is None or not _timm(config.base_model, facts.model):
+        return None
+    mine = {"model": config.base_model.partition(".")[0], **_plain(config.base_model_args)}
+    theirs = {"model": facts.model.partition(".")[0], **_plain(facts.args)}
+    keys = [key for key in dict.fromkeys((*mine, *theirs)) if mine.get(key) != theirs.get(key)]
+    if not keys:
+        return None
+    said, found = (
+        ", ".join(f"{key} {side[key]!r}" if key in side else f"no {key}" for key in keys)
+        for side in (mine, theirs)
+    )
+    return (
+        f"adapter {name!r} says that it was trained with {said}; the backbone says {found}. Their "
+        "weights are the same, whether they compute the same is not known"
+    )
