@@ -6,15 +6,39 @@ read other tokens than timm's models of the same weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hhdeploy.adapters.bases import same_model
 from hhdeploy.backbones.converting import CLASSIFIERS, reads
+from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.errors import AdapterError
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
+
+
+_HUB = re.compile(r"(hf[-_]hub:)?(timm/)?")
+
+
+def other_name(config: Mapping[str, Any], facts: BackboneFacts) -> list[str]:
+    """A line where the configuration names another model than the backbone.
+
+    No more than that: with a checkpoint the same weights may come under many names, and a folder's
+    says nothing.
+    """
+    stated = config.get("base_model_name_or_path")
+    if not isinstance(stated, str) or not stated:
+        return []
+    own = facts.model.removeprefix("transformers:")
+    if stated == own or same_model(_HUB.sub("", stated, count=1), own):
+        return []
+    return [
+        f"the adapter says that it was trained on {stated} and is taken for one of {facts.model}: "
+        "from now on it belongs to the weights that were given"
+    ]
 
 
 def check_reading(

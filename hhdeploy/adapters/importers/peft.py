@@ -33,7 +33,7 @@ from hhdeploy.adapters.importers.template import (
     split_thirds,
     stated_preprocess,
 )
-from hhdeploy.adapters.origin import check_reading
+from hhdeploy.adapters.origin import check_reading, other_name
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.licences import licences_of, licences_of_card, together
 from hhdeploy.backbones.sites import LinearSpec
@@ -151,7 +151,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     ]
     names = names_of(inside, backbone, file)
     split = split_saved(tensors, head, names, config, backbone, file)
-    assumed: list[str] = []
+    assumed = other_name(config, backbone.facts)
     if head is not None:
         assumed += check_reading(config, backbone, file, translated=bool(names.translated))
     if unknown_option(config) is None and not _adapts_attention(split.tuned, names, backbone):

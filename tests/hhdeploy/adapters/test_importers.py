@@ -86,6 +86,30 @@ def hra(**changes):
     )
 
 
+@pytest.mark.parametrize(
+    ("stated", "other"),
+    [
+        (None, False),
+        (TINY_MODEL, False),
+        ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", False),
+        ("hf-hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", False),
+        ("timm/vit_tiny_patch16_224.dino", True),
+        ("vit_small_patch16_224", True),
+        ("facebook/dinov2-small", True),
+    ],
+)
+def test_another_name_than_the_backbone_s_is_said(copy, stated, other):
+    source = copy("lora")
+    file = source / CONFIG_FILE
+    config = {**json.loads(file.read_text()), "base_model_name_or_path": stated}
+    file.write_text(json.dumps(config))
+    adapter = import_adapter(source, tiny_backbone(num_classes=CLASSES))
+    lines = adapter.config.extra["imported_from"].get("assumed", [])
+    assert [str(stated) in line and adapter.config.base_model in line for line in lines] == (
+        [True] if other else []
+    )
+
+
 # -- PEFT, accepted -----------------------------------------------------------------------------
 
 
