@@ -10,7 +10,7 @@ Images are resized to a square without a crop.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,12 @@ _SSF = re.compile(
     r"transformer\.(?:encoder\.(?:layer\.(?P<block>\d+)\.)?|embeddings\.)"
     r"ssf_(?P<part>scale|shift)_(?P<where>attn_norm|ffn_norm|enc_norm|patch)"
 )
+# What files of the methods have, once or in every block.
+_RLRR_PARTS = (
+    *("q", "k", "v", "proj", "fc1", "fc2"),
+    *("attn_norm", "ffn_norm", "enc_norm", "patch", "head"),
+)
+_ARC_PARTS = ("att", "mlp", "head")
 _HEADS = ("head", "head_mlp.head")
 _ARC_SHARED = {
     "att": ("att_down_projection", "left_u_att"),
@@ -69,7 +75,8 @@ def import_rlrr(
     """RLRR: every key belongs to a Linear, to a norm (as SSF scales it) or to the head.
 
     Raises:
-        AdapterError: a key that does not, or a backbone without these modules.
+        AdapterError: a key that does not, a backbone without these modules, or modules that some
+            blocks lack.
     """
     where = _Backbone(backbone, path)
     after: dict[str, Array] = {}
@@ -103,7 +110,10 @@ def import_rlrr(
         else:
             where.need(group, ("scale", "shift"), f"{block}.{name}")
             where.scale(block, name, group["scale"], group["shift"], after)
-    return _finished("RLRR", after, path, backbone, options, _HALF)
+    where.complete({(int(block), name) for _, block, name in groups if block})
+    has = {kind_of(f"{block}.{name}") if k == "linear" else name for k, block, name in groups}
+    absent = where.absent(_RLRR_PARTS, has, after)
+    return _finished("RLRR", after, absent, path, backbone, options, _HALF)
 
 
 def import_arc(tensors: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
@@ -112,7 +122,8 @@ def import_arc(tensors: Tensors, path: Path, backbone: Backbone, options: Import
 
     Raises:
         AdapterError: a shared projection that is missing, other weights, keys that are neither
-            ARC's nor hold a parameter of the backbone, or a backbone without these modules.
+            ARC's nor hold a parameter of the backbone, a backbone without these modules, or modules
+            that some blocks lack.
     """
     where = _Backbone(backbone, path)
     after: dict[str, Array] = {}
@@ -148,7 +159,9 @@ def import_arc(tensors: Tensors, path: Path, backbone: Backbone, options: Import
         read = np.eye(len(u)) + (u * scale) @ u.T
         for kind in ("q", "k", "v") if name == "att" else ("fc1",):
             where.change(block, kind, lambda w, b, r=read, c=bias: (w @ r, b + w @ c), after)
-    return _finished("ARC", after, path, backbone, options, _IMAGENET)
+    where.complete(set(groups))
+    absent = where.absent(_ARC_PARTS, {name for _, name in groups}, after)
+    return _finished("ARC", after, absent, path, backbone, options, _IMAGENET)
 
 
 class _Backbone:
@@ -257,6 +270,26 @@ class _Backbone:
                 f"{self.file}: {what}: expected {', '.join(parts)}, found no {', '.join(missing)}."
             )
 
+    def complete(self, found: Collection[tuple[int, str]]) -> None:
+        """What one block has, all have: no configuration says what was trained."""
+        blocks = sorted({block for block, _ in self.sites})
+        names = dict.fromkeys(name for _, name in sorted(found))
+        lacking = [f"{n} of block {b}" for b in blocks for n in names if (b, n) not in found]
+        if lacking:
+            raise AdapterError(
+                f"{self.file}: expected what one block has in all {len(blocks)} blocks of "
+                f"{self.backbone.facts.model}, found no {abbreviate(lacking)}. Without them the "
+                "numbers would be those of another adapter: save it whole."
+            )
+
+    def absent(
+        self, expected: Sequence[str], has: Collection[str], after: Mapping[str, Array]
+    ) -> list[str]:
+        """Parts of the method that the file has nowhere."""
+        head = any(name.startswith(f"{self.backbone.facts.classifier}.") for name in after)
+        known = {*has, "head"} if head else has
+        return [part for part in expected if part not in known]
+
     def _rows(self, linear: LinearSpec, index: int) -> slice:
         out = linear.sites[index].out
         return slice(index * out, (index + 1) * out)
@@ -276,6 +309,7 @@ _ARC_KINDS = {
 def _finished(
     method: str,
     after: dict[str, Array],
+    absent: list[str],
     path: Path,
     backbone: Backbone,
     options: ImportOptions,
@@ -288,10 +322,12 @@ def _finished(
         )
     tensors = changed_parameters(backbone, after, {})
     ranks = [len(t) for name, t in tensors.items() if name.endswith(".lora_A")]
+    line = f"the file has no {', '.join(absent)}, which {method} trains: taken as untrained"
+    assumed = {"assumed": [line]} if absent else {}
     config = AdapterConfig(
         backbone.facts.model,
         r=max(ranks, default=0),
-        extra={"imported_from": {"format": "torch.save", "method": method}},
+        extra={"imported_from": {"format": "torch.save", "method": method, **assumed}},
     )
     size = backbone.facts.preprocess.input_size
     stated = Preprocess(size, *statistics, "bicubic", 1.0, "squash")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -200,6 +201,51 @@ def test_arc(tmp_path, second_naming):
     assert adapter.config.target_modules == ("q", "k", "v", "fc1")
     assert {t.lora_A.shape[0] for t in adapter.sites.values()} == {5}
     assert not adapter.config.extra["imported_from"]["preprocess_assumed"]
+
+
+@pytest.mark.parametrize(
+    ("method", "lost", "said"),
+    [
+        (rlrr, "layer.1.", "in all 2 blocks of vit.*, found no .* of block 1"),
+        (rlrr, "layer.0.ffn.fc2.", r"found no ffn\.fc2 of block 0\. Without them"),
+        (rlrr, "layer.1.ssf_scale_attn|layer.1.ssf_shift_attn", "found no attn_norm of block 1"),
+        (arc, "layer.1.", "found no att of block 1, mlp of block 1"),
+        (arc, "layer.0.att_", "found no att of block 0"),
+    ],
+)
+def test_what_one_block_has_all_have(tmp_path, method, lost, said):
+    backbone = tiny_backbone()
+    file, _ = method(tmp_path, backbone, *([False] if method is arc else []))
+    state = torch.load(file, weights_only=True)
+    kept = {
+        k: v
+        for k, v in state.items()
+        if not any(part in k for part in lost.split("|")) or not re.search("adapter|scale|shift", k)
+    }
+    assert 0 < len(kept) < len(state)
+    torch.save(kept, file)
+    with pytest.raises(AdapterError, match=said):
+        import_adapter(file, backbone)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("head", "the file has no head, which RLRR trains"),
+        ("ssf_", "no attn_norm, ffn_norm, enc_norm, patch, "),
+        ("ssf_scale_enc|ssf_shift_enc", "no enc_norm, "),
+    ],
+)
+def test_what_a_file_has_nowhere_is_said(tmp_path, lost, said):
+    backbone = tiny_backbone()
+    file, _ = rlrr(tmp_path, backbone)
+    whole = torch.load(file, weights_only=True)
+    assert "assumed" not in import_adapter(file, backbone).config.extra["imported_from"]
+    kept = {k: v for k, v in whole.items() if not any(part in k for part in lost.split("|"))}
+    torch.save(kept, file)
+    (line,) = import_adapter(file, backbone).config.extra["imported_from"]["assumed"]
+    assert said in line
+    assert line.endswith("taken as untrained")
 
 
 def test_a_key_map(tmp_path, tiny):
