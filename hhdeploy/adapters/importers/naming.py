@@ -55,7 +55,8 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
     """How the tensors ``names`` of a file (all of them inside the backbone) are to be read.
 
     Raises:
-        AdapterError: they are neither the backbone's nor those of a known implementation of it.
+        AdapterError: they are neither the backbone's nor those of a known implementation of it, or
+            two modules of the file would be one of the backbone.
     """
     parameters = (name for name, _ in backbone.model.named_parameters())
     # Modules that have parameters of their own: any name starts with that of some outer one.
@@ -68,7 +69,8 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
         for site in sites_of(backbone.facts.linears).values()
         if site.kind
     }
-    translated = {}
+    translated: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for name in names:
         path = _by_kind(name)
         target = sites.get((numbers_in(path), kind_of(path))) if path else None
@@ -78,6 +80,13 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
                 f"those of {', '.join(list(sites_of(backbone.facts.linears))[:4])}, …. Give the "
                 "model that the adapter was trained on; keys of an outer module of your own are "
                 "stripped with `prefix`."
+            )
+        if paths.setdefault(target, path) != path:
+            raise AdapterError(
+                f"{file}: {paths[target]} and {path} would both be {target} of "
+                f"{backbone.facts.model}: expected the adapter of one encoder, found those of two. "
+                "Say with `prefix` which part of the model is meant, or leave the other's tensors "
+                "out of the file."
             )
         translated[path] = target
     return Names("", modules, translated)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hhdeploy.adapters.checks import no_place
+from hhdeploy.adapters.checks import abbreviate, no_place
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
-from hhdeploy.adapters.importers.keys import PEFT_MODEL, PEFT_ROOT, bare_keys
+from hhdeploy.adapters.importers.keys import PEFT_MODEL, PEFT_ROOT, bare_keys, owner_of
 from hhdeploy.adapters.importers.lora import HRA, LORA, low_rank_of, tuned_tensor, unknown_option
 from hhdeploy.adapters.importers.merging import merged_parameters
 from hhdeploy.adapters.importers.naming import Names, names_of
@@ -140,8 +140,11 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     if config.get("peft_type") == _HTA:
         raise AdapterError(f"{where}: peft_type is HTA: this adapter needs no import.")
     _check_values(config, where)
-    file, tensors = _read(path, options.prefix)
-    head = head_of_file(tensors, config, backbone)
+    file, tensors, outside = _read(path, options.prefix)
+    own = {key: tensor for key, tensor in tensors.items() if key not in outside}
+    head = head_of_file(own, config, backbone) or head_of_file(tensors, config, backbone)
+    left = [key for key in outside if _of_another(key, head, backbone)]
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in left}
     if head is not None and not backbone.facts.classifier:
         raise AdapterError(f"{file}: {no_place(head, backbone.facts)}")
     inside = [
@@ -152,6 +155,8 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     names = names_of(inside, backbone, file)
     split = split_saved(tensors, head, names, config, backbone, file)
     assumed = other_name(config, backbone.facts)
+    if left:
+        assumed.append(f"left out, as they are not in {options.prefix}: {abbreviate(left, 3)}")
     if head is not None:
         assumed += check_reading(config, backbone, file, translated=bool(names.translated))
     if unknown_option(config) is None and not _adapts_attention(split.tuned, names, backbone):
@@ -187,8 +192,9 @@ def _check_values(config: Mapping[str, Any], where: Path) -> None:
             raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
 
 
-def _read(path: Path, prefix: str) -> tuple[Path, Tensors]:
-    """The tensors by `bare` key; of those inside the model without PEFT's prefix."""
+def _read(path: Path, prefix: str) -> tuple[Path, Tensors, frozenset[str]]:
+    """The tensors by `bare` key; of those inside the model without PEFT's prefix. And the keys of
+    those that lack ``prefix`` where others inside have it."""
     file = path / TENSOR_FILE
     if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():
         tensors, _ = read_tensors(file, AdapterError)
@@ -196,14 +202,32 @@ def _read(path: Path, prefix: str) -> tuple[Path, Tensors]:
         file = path / _OLD_TENSOR_FILE
         tensors = read_pth(file)
     found: Tensors = {}
+    outside = set()
     for key, tensor in bare_keys(tensors, prefix, file).items():
         if not key.startswith(PEFT_ROOT):
             raise AdapterError(f"{file}: {key}: expected keys that start with {PEFT_MODEL}")
         inside = key.removeprefix(PEFT_MODEL)
-        found[inside.removeprefix(prefix) if inside != key else key] = tensor
+        name = inside.removeprefix(prefix) if inside != key else key
+        if name in found:
+            raise AdapterError(
+                f"{file}: {key}: expected one tensor for {name}, found two, with and without the "
+                f"prefix {prefix}. Leave the other module's out of the file."
+            )
+        found[name] = tensor
+        outside |= {name} if name == inside and prefix else set()
     if not found:
         raise AdapterError(f"{file}: expected the adapter's tensors, found none.")
-    return file, found
+    before = prefix != "" and any(key.startswith(prefix) for key in tensors)
+    return file, found, frozenset() if before or len(outside) == len(found) else frozenset(outside)
+
+
+def _of_another(key: str, head: str | None, backbone: Backbone) -> bool:
+    """Whether a tensor outside of the part that ``prefix`` names is of another part of the model:
+    neither the classifier's nor of a module by the backbone's own names."""
+    plain = bare_key(key)
+    parameters = (name for name, _ in backbone.model.named_parameters())
+    modules = frozenset(name.rpartition(".")[0] for name in parameters)
+    return plain.rpartition(".")[0] != head and owner_of(plain, modules) is None
 
 
 def _facts_of(config: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:

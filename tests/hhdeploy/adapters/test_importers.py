@@ -243,6 +243,51 @@ def test_a_raw_state_dict_s_modules_to_save_and_an_outer_module(tmp_path):
     assert_parity(expected, found, "algebra", "float32")
 
 
+class Two(torch.nn.Module):
+    """One training of two encoders of a kind."""
+
+    def __init__(self, rgb, thermal):
+        super().__init__()
+        self.rgb, self.thermal = rgb, thermal
+
+    def forward(self, x):
+        return self.rgb(x) + self.thermal(x)
+
+
+@pytest.mark.parametrize("saved_whole", [None, ["head"]])
+def test_two_encoders_are_not_one(tmp_path, saved_whole):
+    """Their tensors have the same numbers of blocks and kinds; a prefix says whose are meant."""
+    vits = [tiny_backbone(num_classes=CLASSES).model for _ in range(2)]
+    config = lora(target_modules=["attn.proj", "fc1"], modules_to_save=saved_whole)
+    model = peft.get_peft_model(Two(*vits), config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "a")
+    merged = model.double().merge_and_unload()
+    said = r"rgb\.head.*`prefix`" if saved_whole else r"rgb\.blocks.*thermal\..*both be .*`prefix`"
+    with pytest.raises(AdapterError, match=said):
+        imported_logits(tmp_path / "a")
+    for name in ("rgb", "thermal"):
+        adapter, found = imported_logits(tmp_path / "a", ImportOptions(prefix=f"{name}."))
+        expected = logits_of(getattr(merged, name), images(3))
+        assert_parity(expected, found, "algebra", "float32")
+        (line,) = adapter.config.extra["imported_from"]["assumed"]
+        assert f"left out, as they are not in {name}.: " in line
+
+
+def test_two_encoders_in_a_pth_file(tmp_path, tiny):
+    adapter = random_adapter(tiny.facts, targets=("proj",), classes=None)
+    pth(tmp_path / "a.pth", adapter, "rgb.")
+    one = torch.load(tmp_path / "a.pth", weights_only=True)
+    two = {key.replace("rgb.", "thermal."): tensor for key, tensor in one.items()}
+    torch.save(one | two, tmp_path / "a.pth")
+    for prefix in ("", "rgb."):
+        with pytest.raises(AdapterError, match=r"thermal\.blocks.* both be blocks\.0\.attn\.proj"):
+            import_adapter(tmp_path / "a.pth", tiny, ImportOptions(prefix=prefix))
+
+
 def test_an_older_directory_with_a_bin_file(tmp_path):
     expected = peft_directory(tmp_path / "a", lora())
     tensors = load_file(tmp_path / "a" / TENSOR_FILE)
