@@ -40,6 +40,7 @@ from hhdeploy.training.beginning import (
     trained_parts,
 )
 from hhdeploy.training.frozen import FrozenTensors, check_frozen, frozen_tensors
+from hhdeploy.training.heads import OldHead, put_head, restore_head
 from hhdeploy.training.householder import (
     AdditiveDelta,
     Between,
@@ -47,6 +48,7 @@ from hhdeploy.training.householder import (
     HouseholderMatrix,
     Scaling,
     SequentialTransform,
+    SharedTransform,
 )
 
 _STATE = "_hhdeploy_attached"
@@ -70,7 +72,7 @@ class _Attached:
 
     config: AdapterConfig
     classifier: str
-    old_head: nn.Module | None = None
+    old_head: OldHead | None = None
     old_values: dict[str, nn.Parameter] = field(default_factory=dict)
     parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
     new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -135,13 +137,13 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         _weaken(model, state, adapter.strength)
     path = facts.classifier
     if isinstance(adapter, Adapter) and adapter.head is not None:
-        state.old_head = _set_head(
-            model, path, torch.from_numpy(adapter.head.weight), torch.from_numpy(adapter.head.bias)
-        )
+        weight, bias = (torch.from_numpy(t) for t in (adapter.head.weight, adapter.head.bias))
+        state.old_head = put_head(model, path, weight, bias, config)
     elif isinstance(adapter, AdapterConfig) and config.num_classes is not None:
         dim = model.get_submodule(path).in_features
         weight = torch.randn(config.num_classes, int(dim), generator=generator) * 0.02  # type: ignore[arg-type]
-        state.old_head = _set_head(model, path, weight, torch.zeros(config.num_classes))
+        bias = torch.zeros(config.num_classes)
+        state.old_head = put_head(model, path, weight, bias, config)
     state.frozen = frozen_tensors(model)
     if isinstance(adapter, Adapter):
         state.began = tensors_digest(_tensors_of(model, state))
@@ -159,7 +161,7 @@ def detach(model: nn.Module) -> nn.Module:
         module.register_parameter(name, None)
     restore_values(bare, state.old_values)
     if state.old_head is not None:
-        _replace_module(bare, state.classifier, state.old_head)
+        restore_head(bare, state.classifier, state.old_head)
     object.__delattr__(bare, _STATE)
     return model
 
@@ -313,7 +315,7 @@ def _parametrize(
     transform = SequentialTransform(name, matrix)
     _register(module, weight, transform, state)
     if getattr(module, bias) is not None:
-        _register(module, bias, transform, state)
+        _register(module, bias, SharedTransform(matrix), state)
 
 
 def _shift_bias(
@@ -356,23 +358,6 @@ def _register(module: nn.Module, name: str, added: nn.Module, state: _Attached) 
     if (module, name) not in state.parametrized:
         state.parametrized.append((module, name))
     parametrize.register_parametrization(module, name, added)
-
-
-def _set_head(model: nn.Module, path: str, weight: Tensor, bias: Tensor) -> nn.Module:
-    """Put a new classifier in place; returns the old one."""
-    old = model.get_submodule(path)
-    head = nn.Linear(weight.shape[1], weight.shape[0])
-    head = head.to(next(model.parameters()).device, next(model.parameters()).dtype)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
-    _replace_module(model, path, head)
-    return old
-
-
-def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _numpy(tensor: Tensor) -> NDArray[np.float32]:

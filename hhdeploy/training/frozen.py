@@ -48,7 +48,7 @@ FrozenTensors = Mapping[str, FrozenTensor]
 
 def frozen_tensors(model: nn.Module) -> FrozenTensors:
     """Every parameter that requires no gradient, and every buffer that a state dict has."""
-    # Under all its names: the sequential form has one transform of weight and bias.
+    # Under all its names: modules may share one.
     named = model.named_parameters(remove_duplicate=False)
     trained = {name for name, parameter in named if parameter.requires_grad}
     return {

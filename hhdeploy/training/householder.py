@@ -9,6 +9,7 @@ Parametrizing the weight, not the module, also reaches models that call ``F.line
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,7 @@ class BiasShift(nn.Module):
 
 
 class SequentialTransform(nn.Module):
-    """Parametrization W -> M W and b -> M b (Eq. 7): the same module on weight and bias."""
+    """Parametrization W -> M W (Eq. 7); `SharedTransform` does the same to the bias."""
 
     def __init__(self, name: str, matrix: HouseholderMatrix) -> None:
         super().__init__()
@@ -189,8 +190,32 @@ class SequentialTransform(nn.Module):
         yield self.name, self.matrix.tensors()
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """Weight (out, in) or bias (out,)."""
+        """Weight (out, in) -> the transformed weight."""
         return torch.as_tensor(self.matrix() @ tensor)
+
+
+class SharedTransform(nn.Module):
+    """Parametrization b -> M b (Eq. 7) with the matrix of the weight's `SequentialTransform`.
+
+    It holds the matrix without owning it, so that the model's state dict has every tensor once.
+    """
+
+    def __init__(self, matrix: HouseholderMatrix) -> None:
+        super().__init__()
+        self._shared = (matrix,)  # nn.Module takes no notice of a tuple
+
+    def site_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Nothing: they are the weight's."""
+        return iter(())
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """bias (out,) -> the transformed bias."""
+        (matrix,) = self._shared
+        # A replica of DataParallel has the matrix of the model that it was made of.
+        return torch.as_tensor(matrix().to(bias.device) @ bias)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing; older state dicts had the matrix here too."""
 
 
 class Between(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -274,6 +275,62 @@ def test_a_new_adapter_is_bound_to_timm_s_preprocessing(channels, tmp_path):
 def test_of_another_model_preprocessing_is_not_guessed():
     model = attach(authors_vit(), AdapterConfig("python:m:f", num_classes=2))
     assert extract(model).config.preprocess is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "loss"),
+    [
+        ({"num_classes": 2, "class_names": ("cat", "dog")}, torch.tensor([0, 1]), "cross_entropy"),
+        (
+            {"num_classes": 2, "problem_type": "multi_label_classification"},
+            torch.tensor([[0.0, 1.0], [1.0, 1.0]]),
+            "binary_cross_entropy_with_logits",
+        ),
+        ({"num_classes": None}, torch.tensor([3, 8]), "cross_entropy"),
+    ],
+)
+def test_transformers_computes_its_loss_of_the_adapter_s_classes(settings, labels, loss):
+    import transformers
+
+    torch.manual_seed(1)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 32}
+    known = transformers.ViTConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=2, num_labels=9
+    )
+    model = transformers.ViTForImageClassification(known).eval()
+    own = model.config
+    attach(model, AdapterConfig("transformers:mine", target_modules=("q",), **settings))
+    found = model(pixel_values=torch.randn(2, 3, 32, 32), labels=labels)
+    assert torch.equal(found.loss, getattr(nn.functional, loss)(found.logits, labels))
+    if "class_names" in settings:
+        assert model.config.id2label == {0: "cat", 1: "dog"}
+        assert model.config.label2id == {"cat": 0, "dog": 1}
+    assert model.config.num_labels == model.num_labels == (settings["num_classes"] or 9)
+    detach(model)
+    assert model.config is own
+    assert model.config.num_labels == model.num_labels == 9
+
+
+def test_a_state_dict_has_every_tensor_of_the_sequential_form_once():
+    config = replace(STEM_S, form="sequential", target_modules=("fc2",), r=1)
+    torch.manual_seed(1)
+    model = shaken(attach(authors_vit(), config))
+    state = model.state_dict()
+    places = [tensor.data_ptr() for tensor in state.values()]
+    assert len(set(places)) == len(places)
+    # As it was written before: the matrix under the bias too.
+    older = {k.replace(".weight.0.", ".bias.0."): v for k, v in state.items()} | state
+    assert len(older) > len(state)
+    torch.manual_seed(1)
+    again = attach(authors_vit(), config)
+    again.load_state_dict(older)
+    inputs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(inputs), model(inputs))
+        copied = deepcopy(model)
+        shaken(copied)
+        assert not torch.equal(copied(inputs), model(inputs))
+        assert torch.equal(again(inputs), model(inputs))
 
 
 def test_the_packed_weight_gets_its_thirds():

@@ -1,0 +1,77 @@
+"""The classifier of a model, exchanged for an adapter's and put back."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hhdeploy.adapters.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class OldHead:
+    """What a model had before it got an adapter's classifier.
+
+    Attributes:
+        classifier: the module.
+        attributes: (module, name, value) of what said how many classes it has.
+    """
+
+    classifier: nn.Module
+    attributes: tuple[tuple[nn.Module, str, Any], ...]
+
+
+def put_head(
+    model: nn.Module, path: str, weight: Tensor, bias: Tensor, config: AdapterConfig
+) -> OldHead:
+    """Put a new classifier of an adapter in place; returns the old one for `restore_head`."""
+    old = model.get_submodule(path)
+    head = nn.Linear(weight.shape[1], weight.shape[0])
+    head = head.to(next(model.parameters()).device, next(model.parameters()).dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    replace_module(model, path, head)
+    return OldHead(old, _tell_classes(model, path, len(weight), config))
+
+
+def restore_head(model: nn.Module, path: str, old: OldHead) -> None:
+    """The classifier as it was, and what the model says of it."""
+    replace_module(model, path, old.classifier)
+    for module, name, value in old.attributes:
+        setattr(module, name, value)
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of a model."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _tell_classes(
+    model: nn.Module, path: str, count: int, config: AdapterConfig
+) -> tuple[tuple[nn.Module, str, Any], ...]:
+    """Models of transformers compute their loss by what their configuration says of the classes."""
+    names = config.class_names or tuple(f"LABEL_{i}" for i in range(count))
+    changed: list[tuple[nn.Module, str, Any]] = []
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if not hasattr(said := getattr(module, "config", None), "id2label"):
+            continue
+        # A copy: others may share the configuration.
+        own: Any = deepcopy(said)
+        own.id2label = dict(enumerate(names))
+        own.label2id = {name: i for i, name in enumerate(names)}
+        own.problem_type = config.problem_type
+        new = {"config": own}
+        if isinstance(getattr(module, "num_labels", None), int):
+            new["num_labels"] = count
+        for name, value in new.items():
+            changed.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+    return tuple(changed)
