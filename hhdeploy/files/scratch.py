@@ -141,6 +141,38 @@ def _flock(handle: int) -> None:
 
 
 @contextlib.contextmanager
+def held_file(path: Path) -> Iterator[None]:
+    """A file that one process at a time has, with its number in it; gone after the block. Where
+    nothing can be locked nobody is kept out.
+
+    Raises:
+        BlockingIOError: a living process has it.
+        OSError: it cannot be made.
+    """
+    for _ in range(_TRIES):
+        try:
+            _make_file(path)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                dead = _hold(path, by_maker=True)
+                path.unlink()
+                os.close(dead)
+            continue
+        # Another one may take a file that nobody holds yet for that of a dead process.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            handle = _hold(path, by_maker=True)
+            break
+    else:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+    try:
+        path.write_text(f"{os.getpid()}\n", encoding="ascii")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
     """Wait until no other process is in this block for a directory. It leaves no file there; where
     nothing can be locked nobody waits."""

@@ -9,7 +9,6 @@ same bits, interrupted and resumed or not.
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.backbones.transformers import with_classifier
 from hhdeploy.choices import TorchDevice
 from hhdeploy.files.directories import atomic_directory, check_target
-from hhdeploy.files.writing import os_errors, write_json
+from hhdeploy.files.writing import write_json
 from hhdeploy.packages import own_version
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.attach import attach, extract
@@ -116,7 +115,8 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
 
     Raises:
         TrainingError: settings that make no sense, an unfinished state without ``resume``, a
-            state of other settings, a diverged loss, a device that is not there.
+            state of other settings, another training into ``out`` that runs, a diverged loss, a
+            device that is not there.
         DataError: the image folders or an image.
         BackboneError: the model or its checkpoint.
         AdapterError: targets that the model does not have, or where the form cannot act.
@@ -124,9 +124,8 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
         WriteError: ``out`` cannot be written; checked before the training starts.
     """
     settings.check()
-    state = _check_output(settings)
     device = _device(settings.device)
-    with _torch_threads(settings.threads):
+    with _output(settings) as state, _torch_threads(settings.threads):
         folder = _data(settings)
         backbone = _with_preprocess(
             load_backbone(with_classifier(_backbone_spec(settings))), settings.preprocess
@@ -153,18 +152,18 @@ def _data(settings: TrainSettings) -> ImageFolder:
     return read_image_folder(settings.data, settings.val_data, settings.val_fraction, settings.seed)
 
 
-def _check_output(settings: TrainSettings) -> StateDirectory | None:
-    """Refuse an output that exists or cannot be written, before any work is done."""
+@contextmanager
+def _output(settings: TrainSettings) -> Iterator[StateDirectory | None]:
+    """Hold the output; one that exists or cannot be written is refused before any work is done."""
     out = settings.out
     if out is None:
-        return None
-    check_target(out, ADAPTER, overwrite=settings.overwrite)
+        yield None
+        return
     state = StateDirectory.beside(out)
-    state.check(resume=settings.resume)
-    with os_errors(out):
-        state.path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=".hhdeploy.", dir=state.path.parent).cleanup()
-    return state
+    with state.held():
+        check_target(out, ADAPTER, overwrite=settings.overwrite)
+        state.check(resume=settings.resume)
+        yield state
 
 
 def _device(name: TorchDevice) -> torch.device:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.files.scratch import held_file
 from hhdeploy.files.tensors import read_tensors, write_tensors
 from hhdeploy.files.writing import os_errors, sha256_of, write_json
 from hhdeploy.training.settings import EpochReport, TrainingError
@@ -54,6 +56,25 @@ class StateDirectory:
     def exists(self) -> bool:
         """True when an unfinished training lies there."""
         return (self.path / STATE_FILE).is_file()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other trainings of the same output out, from the first check to the last file.
+
+        Raises:
+            TrainingError: another one runs.
+            WriteError: nothing can be written here.
+        """
+        # Beside it: the directory comes with the first epoch, and goes with the last.
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with ExitStack() as stack:
+            with os_errors(self.path):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(held_file(lock))
+                except BlockingIOError as error:
+                    raise self._held_by(lock) from error
+            yield
 
     def check(self, *, resume: bool) -> None:
         """Raise `TrainingError` unless there is a state exactly when ``resume`` asks for one.
@@ -128,11 +149,23 @@ class StateDirectory:
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
 
+<<<<<<< HEAD
     def _epoch_files(self) -> list[Path]:
         """Those of a state, sorted; none where there is no directory."""
         if not self.path.is_dir():
             return []
         return sorted(p for p in self.path.iterdir() if _EPOCH_FILE.fullmatch(p.name))
+=======
+    def _held_by(self, lock: Path) -> TrainingError:
+        try:
+            number = lock.read_text(encoding="utf-8").strip()
+        except OSError:
+            number = ""
+        return TrainingError(
+            f"another training into {self.path.with_suffix('')} is running (process "
+            f"{number or 'unknown'}). Give this one another `out`, or wait until that has ended."
+        )
+>>>>>>> 92e5b19 (A second training into the same output is refused while the first runs)
 
     def _read_json(self) -> dict[str, Any]:
         path = self.path / STATE_FILE

@@ -421,6 +421,38 @@ def test_resume_without_a_state(base_settings: TrainSettings, tmp_path: Path) ->
         train(replace(base_settings, out=tmp_path / "none", resume=True))
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_training_at_a_time_has_an_output(
+    base_settings: TrainSettings, tmp_path: Path, overwrite: bool
+) -> None:
+    settings = replace(base_settings, out=tmp_path / "o", epochs=2, overwrite=overwrite)
+    refused = []
+
+    def callback(report: StepReport | EpochReport) -> None:
+        # Before there is a state, and once there is one.
+        with pytest.raises(TrainingError, match=rf"into .*/o is running \(process {os.getpid()}\)"):
+            train(replace(settings, seed=1, resume=report.epoch == 2))
+        refused.append(report.epoch)
+        if report.epoch == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(settings, callback)
+    assert set(refused) == {1, 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.training"]  # no lock is left
+    train(replace(settings, resume=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_the_lock_of_a_training_that_was_killed_keeps_nobody_out(
+    base_settings: TrainSettings, tmp_path: Path
+) -> None:
+    (tmp_path / ".o.training.lock").write_text("123")
+    (tmp_path / ".o.training.lock").chmod(0o444)
+    train(replace(base_settings, epochs=1, out=tmp_path / "o"))
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
 def test_a_directory_of_that_name_keeps_its_other_files(
     base_settings: TrainSettings, tmp_path: Path
 ) -> None:

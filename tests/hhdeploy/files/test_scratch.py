@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hhdeploy.files.scratch import scratch_directory, scratch_file, sweep
+from hhdeploy.files.scratch import held_file, scratch_directory, scratch_file, sweep
 
 _CHILD = """
 import sys, time
@@ -106,3 +107,36 @@ def test_in_the_directory_of_temporary_files_it_is_private(tmp_path, monkeypatch
     with scratch_directory(None, "twin") as folder:
         assert folder.parent == tmp_path
         assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_held_file_is_one_holder_s(tmp_path):
+    path = tmp_path / "lock"
+    with held_file(path):
+        assert path.read_text() == f"{os.getpid()}\n"
+        with pytest.raises(BlockingIOError), held_file(path):
+            pass
+        assert path.read_text() == f"{os.getpid()}\n"
+    assert not path.exists()
+    path.write_text("99999")  # of a process that was killed
+    with held_file(path):
+        assert path.read_text() == f"{os.getpid()}\n"
+
+
+def test_of_many_at_once_one_holds_the_file(tmp_path):
+    path, inside, most = tmp_path / "lock", [], []
+    path.write_text("99999")
+
+    def ask(number):
+        for _ in range(50):
+            try:
+                with held_file(path):
+                    inside.append(number)
+                    most.append(len(inside))
+                    inside.remove(number)
+            except BlockingIOError:
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert set(most) == {1}
+    assert not path.exists()
