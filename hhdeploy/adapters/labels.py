@@ -1,15 +1,15 @@
 """Truths of images that no folder tells: a table of labels or values, and how answers are scored.
 
 A table is a CSV file, a line an image: its path below the images' folder, then its classes with
-``;`` between, or its values, a column each. A first line that begins with ``path`` names the
-columns.
+``;`` between, or its values, a column each, or 0 and 1, a column for each of several classes. A
+first line that begins with ``path`` names the columns.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,26 @@ def read_labels(
     Args:
         file: the CSV file.
         root: what its paths are relative to.
-        problem_type: None: values where all cells are numbers; independent labels where an image
-            has several or none; else classes.
+        problem_type: None: values where all cells are numbers, but for columns of 0 and 1;
+            independent labels where an image has several or none; else classes.
         names: what there is, in the order of the truths; None: the classes of the file, sorted,
             or the header's names of the values. Columns of values go by the header's names.
 
     Raises:
         DataError: naming the file and the line: no file, no line, an image that is not there or
-            is there twice, no number, numbers in some lines and none in others where the kind is
-            not told, columns that are not ``names``, a class that is none of them, several classes
-            of one image where one is right.
+            is there twice, no number, numbers in some lines and none in others or numbers that
+            may be classes' where the kind is not told, columns that are not ``names``, a class
+            that is none of them, several classes of one image where one is right.
     """
     header, lines = _read(file, root)
-    kind = problem_type or _kind(lines)
+    if problem_type != VALUES and _are_marks(lines):
+        marked = _marked_names(file, header or names or (), len(lines[0].cells))
+        lines = [_named(line, marked) for line in lines]
+        kind = problem_type or _kind_of_names(lines)
+        # A label that is true of no image is one all the same.
+        names = names or (marked if kind == LABELS else None)
+    else:
+        kind = problem_type or _kind(lines)
     if kind == VALUES:
         truths = np.asarray([_values(line, len(lines[0].cells)) for line in lines], np.float32)
         found, columns_of_values = _value_columns(file, header, truths.shape[1], names)
@@ -155,6 +162,7 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
 def _kind(lines: Sequence[_Line]) -> ProblemType:
     numbers = [line for line in lines if all(map(_is_number, line.cells))]
     if len(numbers) == len(lines):
+        _check_values(lines)
         return VALUES
     several = any(_SEPARATOR in cell for line in lines for cell in line.cells)
     if numbers and not several:  # one gap among ten thousand values makes no classes of them
@@ -166,7 +174,50 @@ def _kind(lines: Sequence[_Line]) -> ProblemType:
             f"or leave out such lines, or say what all of them are with `problem_type`: {VALUES}, "
             f"{CLASSES} or {LABELS}."
         )
+    return _kind_of_names(lines)
+
+
+def _kind_of_names(lines: Sequence[_Line]) -> ProblemType:
     return CLASSES if all(len(line.labels) == 1 for line in lines) else LABELS
+
+
+def _check_values(lines: Sequence[_Line]) -> None:
+    """One column of whole numbers from 0 or 1 on, none left out, is what classes are given too."""
+    found = {float(line.cells[0]) for line in lines}
+    low, high = min(found), max(found)
+    gapless = low in (0, 1) and all(map(float.is_integer, found)) and high - low == len(found) - 1
+    if gapless and 1 < len(found) < len(lines) and all(len(line.cells) == 1 for line in lines):
+        raise DataError(
+            f"{lines[0].where} and the following: {low:.0f} to {high:.0f}, all of them whole, may "
+            f"be the numbers of {len(found)} classes or values. Say which with `problem_type`: "
+            f"{CLASSES} or {VALUES}."
+        )
+
+
+def _are_marks(lines: Sequence[_Line]) -> bool:
+    """True of several columns of nothing but 0 and 1."""
+    return all(
+        len(line.cells) == len(lines[0].cells) > 1
+        and all(_is_number(cell) and float(cell) in (0, 1) for cell in line.cells)
+        for line in lines
+    )
+
+
+def _marked_names(file: Path, names: Sequence[str], count: int) -> tuple[str, ...]:
+    """What columns of 0 and 1 stand for."""
+    if len(set(filter(None, names))) != count or len(names) != count:
+        raise DataError(
+            f"{file}: {count} columns of 0 and 1: expected a first line that begins with {_HEADER} "
+            f"and names each of them differently, found {', '.join(names) or 'none'}. Where "
+            f"they are values, the problem type is {VALUES}."
+        )
+    return tuple(names)
+
+
+def _named(line: _Line, names: Sequence[str]) -> _Line:
+    """A line of 0 and 1 as one of the names that are true."""
+    true = [name for name, cell in zip(names, line.cells, strict=True) if float(cell)]
+    return replace(line, cells=(_SEPARATOR.join(true),))
 
 
 def _is_number(text: str) -> bool:

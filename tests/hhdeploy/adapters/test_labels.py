@@ -82,6 +82,53 @@ def test_columns_of_values_go_by_their_names(root):
         table(root, "path,age\na.png,1,2\n", VALUES, names)
 
 
+def test_columns_of_0_and_1_are_labels(root):
+    text = "path,dog,cat,owl\na.png,1,0,0\nb.png,1,1,0\nc.png,0.0,0,0\n"
+    found = table(root, text)
+    assert (found.problem_type, found.names) == (LABELS, ("dog", "cat", "owl"))
+    assert found.truths.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    known = table(root, text, LABELS, ("owl", "cat", "dog"))
+    assert known.truths.tolist() == [[0, 0, 1], [0, 1, 1], [0, 0, 0]]
+    assert table(root, "a.png,1,0\n", LABELS, ("cat", "dog")).truths.tolist() == [[1, 0]]
+    assert table(root, text, VALUES).names == ("dog", "cat", "owl")
+    with pytest.raises(DataError, match=r"line 3: expected one class, found dog;cat"):
+        table(root, text, CLASSES)
+    with pytest.raises(DataError, match=r"expected labels among cat, dog, found owl"):
+        table(root, "path,dog,owl\na.png,0,1\n", LABELS, ("cat", "dog"))
+
+
+def test_columns_of_0_and_1_of_which_one_is_1_are_classes(root):
+    found = table(root, "path,dog,cat\na.png,1,0\nb.png,0,1\nc.png,1,0\n")
+    assert (found.problem_type, found.names) == (CLASSES, ("cat", "dog"))
+    assert found.truths.tolist() == [[0, 1], [1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("header", ["", "path,a\n", "path,a,a\n", "path,a,\n"])
+def test_columns_of_0_and_1_without_a_name_each_are_asked_about(root, header):
+    with pytest.raises(
+        DataError, match=r"labels\.csv: 2 columns of 0 and 1: expected a first line.*regression"
+    ):
+        table(root, f"{header}a.png,1,0\nb.png,1,1\n")
+
+
+@pytest.mark.parametrize("numbers", ["0101", "2131", "1.0 0 0 1"])
+def test_numbers_that_may_be_classes_are_asked_about(root, numbers):
+    paths = ("a.png", "b.png", "c.png", "sub/d.png")
+    numbers = numbers.split() if " " in numbers else numbers
+    text = "path,label\n" + "\n".join(f"{p},{n}" for p, n in zip(paths, numbers, strict=True))
+    with pytest.raises(DataError, match=r"line 2 and the following: [01] to [13], all of them"):
+        table(root, text)
+    assert table(root, text, VALUES).names == ("label",)
+    assert table(root, text, CLASSES).problem_type == CLASSES
+
+
+@pytest.mark.parametrize("numbers", ["3 3 4 4", "0 1 2 3", "1 1 1 1", "0 0 2 2", "0 0.5 1 1"])
+def test_other_numbers_are_values(root, numbers):
+    paths = ("a.png", "b.png", "c.png", "sub/d.png")
+    text = "\n".join(f"{p},{n}" for p, n in zip(paths, numbers.split(), strict=True))
+    assert table(root, text).problem_type == VALUES
+
+
 @pytest.mark.parametrize("gap", ["nan", "", "NA", "-", "inf", "1e39", "12 years"])
 def test_a_gap_among_values_makes_no_classes_of_them(root, gap):
     text = f"path,age\na.png,41\nb.png,42.5\nc.png,{gap}\nsub/d.png,7\n"
