@@ -180,7 +180,9 @@ def read_config(path: Path) -> AdapterConfig:
         raise AdapterError(
             f"{path} does not exist. An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}."
         ) from None
-    except (ValueError, RecursionError, OSError) as error:  # e.g. a number of 5,000 digits
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}.")

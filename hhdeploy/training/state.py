@@ -149,13 +149,12 @@ class StateDirectory:
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
 
-<<<<<<< HEAD
     def _epoch_files(self) -> list[Path]:
         """Those of a state, sorted; none where there is no directory."""
         if not self.path.is_dir():
             return []
         return sorted(p for p in self.path.iterdir() if _EPOCH_FILE.fullmatch(p.name))
-=======
+
     def _held_by(self, lock: Path) -> TrainingError:
         try:
             number = lock.read_text(encoding="utf-8").strip()
@@ -165,7 +164,6 @@ class StateDirectory:
             f"another training into {self.path.with_suffix('')} is running (process "
             f"{number or 'unknown'}). Give this one another `out`, or wait until that has ended."
         )
->>>>>>> 92e5b19 (A second training into the same output is refused while the first runs)
 
     def _read_json(self) -> dict[str, Any]:
         path = self.path / STATE_FILE

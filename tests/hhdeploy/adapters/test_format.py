@@ -394,7 +394,7 @@ def test_a_configuration_that_is_a_pipe(tmp_path):
     directory = write(tmp_path / "a")
     (directory / CONFIG_FILE).unlink()
     os.mkfifo(directory / CONFIG_FILE)
-    refused(directory, directory / CONFIG_FILE, "expected a file")
+    refused(directory, directory / CONFIG_FILE, "it is a pipe; a plain file was expected")
 
 
 @pytest.mark.parametrize("kind", ["LORA", "HRA", None])
