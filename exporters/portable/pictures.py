@@ -16,7 +16,12 @@ import onnx
 import onnx.parser
 from PIL import Image
 
-from hhdeploy.exporters.portable.resizing import resize_nodes, resize_numbers
+from hhdeploy.exporters.portable.resizing import (
+    needed_nodes,
+    resize_nodes,
+    resize_numbers,
+    scale_nodes,
+)
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, graph_file
 
 # What older runtimes take too: Pad takes axes since 18.
@@ -59,7 +64,7 @@ _IN_TURN = """
 
 # Pillow's grey, in its integers: float32 holds all sums below 2^24.
 _GREY = """
-    colours = Cast<to=1>(image)
+    colours = Cast<to=1>(seen)
     weighted = Mul(colours, grey_weights)
     sums = ReduceSum<keepdims=1>(weighted, last_axis)
     rounding = Add(sums, grey_half)
@@ -71,16 +76,18 @@ _GREY_NUMBERS = """,
     float grey_half = {32768}, float grey_unit = {0.0000152587890625}"""
 
 # A step resizes the rows of a matrix: of a picture, [height, width * channels], or of one that is
-# turned, [width, channels * height].
+# turned, [width, channels * height]. Of the result it makes what the crop leaves alone, and of
+# the picture it takes what that needs: a line of a thousand pixels is resized to one of a quarter
+# of a million.
 _GRAPH = """
 <ir_version: %(ir)d, opset_import: ["": %(opset)d]>
 preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, int64[2] resize,
             int64[2] crop, float[%(c)d] fill) => (float[1, %(c)d, out_height, out_width] images)
 <
     int64[1] zero = {0}, int64[1] first = {1}, int64[2] nothing = {0, 0}, int64[2] ones = {1, 1},
-    int64[2] two = {2, 2}, int64[2] sides = {0, 1}, int64[2] axes = {1, 2},
-    int64[1] channels = {%(c)d}, int64[3] by_channel = {%(c)d, 1, 1}, float half = {0.5},
-    float white = {255},
+    int64[2] two = {2, 2}, int64[2] sides = {0, 1},
+    int64[2] axes = {1, 2},
+    int64[1] channels = {%(c)d}, int64[3] by_channel = {%(c)d, 1, 1}, float white = {255},
     %(numbers)s%(grey_numbers)s
 >
 {
@@ -100,25 +107,55 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
     b_from = Where(is_height_first, columns, rows)
     b_to = Where(is_height_first, target_w, target_h)
 
+    beyond = Sub(target, crop)
+    surplus = Max(beyond, nothing)
+    surplus_wide = Cast<to=11>(surplus)
+    offset = Mul(surplus_wide, half_a_pixel)
+    offset_round = Round(offset)
+    start = Cast<to=7>(offset_round)
+    inside = Min(target, crop)
+    start_h = Gather(start, zero)
+    start_w = Gather(start, first)
+    inside_h = Gather(inside, zero)
+    inside_w = Gather(inside, first)
+    a_begin = Where(is_height_first, start_h, start_w)
+    a_many = Where(is_height_first, inside_h, inside_w)
+    b_begin = Where(is_height_first, start_w, start_h)
+    b_many = Where(is_height_first, inside_w, inside_h)
+
+    %(needed)s
+    cut_columns = Concat<axis=0>(zero, b_needed)
+    cut_rows = Concat<axis=0>(b_needed, zero)
+    cut = Where(is_height_first, cut_columns, cut_rows)
+    end_columns = Concat<axis=0>(rows, b_needed_end)
+    end_rows = Concat<axis=0>(b_needed_end, columns)
+    cut_end = Where(is_height_first, end_columns, end_rows)
+    seen = Slice(image, cut, cut_end, sides)
+    seen_rows = Shape<end=1>(seen)
+    a_cut = Identity(zero)
+    a_kept = Identity(a_from)
+    b_cut = Identity(b_needed)
+    b_kept = Sub(b_needed_end, b_needed)
+
     %(source)s
-    by_row = Concat<axis=0>(rows, last_axis)
+    by_row = Concat<axis=0>(seen_rows, last_axis)
     lines = Reshape(source, by_row)
     a_lines = If(is_height_first) <
         then_branch = high () => (as_is) { as_is = Identity(lines) },
         else_branch = wide () => (turned) { turned = Transpose<perm=[1, 0]>(lines) }
     >
-    a_by_row = Concat<axis=0>(a_from, last_axis)
+    a_by_row = Concat<axis=0>(a_kept, last_axis)
     a_matrix = Reshape(a_lines, a_by_row)
     %(first_step)s
-    high_shape = Concat<axis=0>(target_h, last_axis)
-    wide_shape = Concat<axis=0>(last_axis, rows)
+    high_shape = Concat<axis=0>(inside_h, last_axis)
+    wide_shape = Concat<axis=0>(last_axis, seen_rows)
     ab_shape = Where(is_height_first, high_shape, wide_shape)
     a_joined_again = Reshape(a_resized, ab_shape)
     b_lines = Transpose<perm=[1, 0]>(a_joined_again)
-    b_by_row = Concat<axis=0>(b_from, last_axis)
+    b_by_row = Concat<axis=0>(b_kept, last_axis)
     b_matrix = Reshape(b_lines, b_by_row)
     %(second_step)s
-    back_shape = Concat<axis=0>(last_axis, target_h)
+    back_shape = Concat<axis=0>(last_axis, inside_h)
     small_lines = If(is_height_first) <
         then_branch = high_back () => (turned_back) {
             columns_joined = Reshape(b_resized, back_shape)
@@ -126,18 +163,9 @@ preprocess (uint8[height, width, 3] image, float[%(c)d] mean, float[%(c)d] std, 
         },
         else_branch = wide_back () => (as_was) { as_was = Identity(b_resized) }
     >
-    small_shape = Concat<axis=0>(target, channels)
+    small_shape = Concat<axis=0>(inside, channels)
     small = Reshape(small_lines, small_shape)
-
-    beyond = Sub(target, crop)
-    surplus = Max(beyond, nothing)
-    surplus_float = Cast<to=1>(surplus)
-    offset = Mul(surplus_float, half)
-    offset_round = Round(offset)
-    start = Cast<to=7>(offset_round)
-    end = Add(start, crop)
-    cropped = Slice(small, start, end, sides)
-    channels_first = Transpose<perm=[2, 0, 1]>(cropped)
+    channels_first = Transpose<perm=[2, 0, 1]>(small)
     levels = Cast<to=1>(channels_first)
 
     lacking_or_less = Sub(crop, target)
@@ -190,10 +218,11 @@ def picture_graph(crop_mode: str, interpolation: str, channels: int) -> bytes:
             "opset": _OPSET,
             "c": channels,
             "wanted": _WANTED[crop_mode],
-            "source": _GREY if grey else "source = Identity(image)",
+            "source": _GREY if grey else "source = Identity(seen)",
             "grey_numbers": _GREY_NUMBERS if grey else "",
             "numbers": resize_numbers(interpolation),
             "order": _IN_TURN if _resizes_in_turn() else _ALWAYS,
+            "needed": scale_nodes("a") + scale_nodes("b") + needed_nodes("b"),
             "first_step": resize_nodes("a", interpolation),
             "second_step": resize_nodes("b", interpolation),
         }

@@ -54,22 +54,45 @@ _SHARED_NUMBERS = """
     double[1] eleven = {11}, double[1] precision = {4194304}, double[1] coarse = {0.0078125},
     float half_a_unit = {0.5}, float level_unit = {32768}, uint8 no_level = {0}"""
 
-_PASS = """
+_SCALE = """
     @there = Cast<to=11>(@from)
     @here = Cast<to=11>(@to)
     @scale = Div(@there, @here)
     @stretch = Max(@scale, one)
     @support = Mul(@stretch, reach)
+"""
+
+# A pixel more on both sides than the windows of the wanted rows reach.
+_NEEDED = """
+    @begin_wide = Cast<to=11>(@begin)
+    @above = Mul(@begin_wide, @scale)
+    @above_support = Sub(@above, @support)
+    @above_one = Sub(@above_support, one)
+    @above_int = Floor(@above_one)
+    @needed_wide = Max(@above_int, nought)
+    @needed = Cast<to=7>(@needed_wide)
+    @end = Add(@begin, @many)
+    @end_wide = Cast<to=11>(@end)
+    @below_begin = Mul(@end_wide, @scale)
+    @below_support = Add(@below_begin, @support)
+    @below_one = Add(@below_support, one)
+    @below_int = Ceil(@below_one)
+    @needed_end_wide = Min(@below_int, @there)
+    @needed_end = Cast<to=7>(@needed_end_wide)
+"""
+
+_PASS = """
     @closeness = Div(one, @stretch)
 
-    @with_rest = Add(@to, one_less_than_block)
+    @with_rest = Add(@many, one_less_than_block)
     @blocks = Div(@with_rest, block)
     @whole_blocks = Mul(@blocks, block)
     @count = Squeeze(@whole_blocks)
     @any = Range(none, @count, single)
-    @final = Sub(@to, first)
+    @final = Sub(@many, first)
     @some = Min(@any, @final)
-    @blockwise = Reshape(@some, block_shape)
+    @places = Add(@some, @begin)
+    @blockwise = Reshape(@places, block_shape)
     @index = Cast<to=11>(@blockwise)
     @middle = Add(@index, half_a_pixel)
     @centre = Mul(@middle, @scale)
@@ -115,7 +138,11 @@ _PASS = """
     @fine_part = Cast<to=1>(@fine_wide)
 
     @pixel_int = Cast<to=7>(@pixel)
-    @pixels = Squeeze(@pixel_int, first)
+    @pixel_after = Sub(@pixel_int, @cut)
+    @pixel_cut = Max(@pixel_after, zero)
+    @kept_last = Sub(@kept, first)
+    @pixel_kept = Min(@pixel_cut, @kept_last)
+    @pixels = Squeeze(@pixel_kept, first)
     @windows_8 = Gather<axis=0>(@matrix, @pixels)
     @windows = Cast<to=1>(@windows_8)
     @coarse_sum = MatMul(@coarse_part, @windows)
@@ -126,17 +153,32 @@ _PASS = """
     @levels = QuantizeLinear(@sum, level_unit, no_level)
     @shape = Concat<axis=0>(@whole_blocks, last_axis)
     @joined = Reshape(@levels, @shape)
-    @resized = Slice(@joined, zero, @to, zero)
+    @resized = Slice(@joined, zero, @many, zero)
 """
+
+
+def scale_nodes(name: str) -> str:
+    """Nodes that go before those of `resize_nodes`, of ``NAME_from`` and ``NAME_to``."""
+    return _SCALE.replace("@", f"{name}_")
+
+
+def needed_nodes(name: str) -> str:
+    """Nodes that find which rows those of `resize_nodes` need; they go behind `scale_nodes`.
+
+    They make ``NAME_needed`` and ``NAME_needed_end``, int64 [1].
+    """
+    return _NEEDED.replace("@", f"{name}_")
 
 
 def resize_nodes(name: str, interpolation: str) -> str:
     """Nodes that resize the rows of a matrix, in the words of `onnx.parser`.
 
-    They read ``NAME_matrix``, levels [from, m] in uint8 or float32, ``NAME_from`` and ``NAME_to``,
-    int64 [1], and the numbers ``zero`` and ``first``, int64 [1] 0 and 1, beside `resize_numbers`;
-    they make ``NAME_resized``, uint8 [to, m]. Exact where a pixel of the result is made of up to a
-    thousand (at more, fine_sum may reach 2^24).
+    They read ``NAME_from`` and ``NAME_to``, int64 [1], and ``NAME_begin`` and ``NAME_many``, which
+    of the ``to`` rows are wanted; ``NAME_matrix``, levels [kept, m] in uint8 or float32, and
+    ``NAME_cut`` and ``NAME_kept``, which of the ``from`` rows that has, at least those that are
+    needed (what is beside them has no weight); and the numbers ``zero`` and ``first``, int64 [1] 0
+    and 1, beside `resize_numbers`. They make ``NAME_resized``, uint8 [many, m]. Exact where a pixel
+    of the result is made of up to a thousand (at more, fine_sum may reach 2^24).
 
     Args:
         interpolation: of `hhdeploy.preprocess.GRAPH_FILTERS`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from hhdeploy.parity import LEVELS
 from hhdeploy.preprocess import CROP_MODES, GRAPH_FILTERS, Preprocess
 from hhdeploy.runtime.openvino_backend import shared_core
 from hhdeploy.verifying.pictures import PHOTO
+from tests.workshop import COMMAND_SECONDS, ROOT
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SQUARE = Preprocess((3, 32, 32), MEAN, STD)
@@ -92,6 +95,45 @@ def test_noise_and_white_beside_black(interpolation):
             assert np.array_equal(run_it(picture), transform(picture)), (width, height)
 
 
+# Width and height that the crop leaves little of.
+LINES = ((1, 300), (300, 1), (2, 211), (307, 3), (5, 401), (1, 7), (23, 1))
+
+
+@pytest.mark.parametrize("interpolation", GRAPH_FILTERS)
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+@pytest.mark.parametrize("transform", [SQUARE, WIDE, LOOSE, GREY], ids=lambda t: f"{t.input_size}")
+def test_lines_are_as_pillow_makes_them_to_the_bit(transform, crop_mode, interpolation):
+    transform = replace(transform, crop_mode=crop_mode, interpolation=interpolation)
+    run_it, random = runner(transform), np.random.default_rng(5)
+    for width, height in LINES:
+        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+        assert np.array_equal(run_it(picture), transform(picture)), (width, height)
+
+
+LONG = """
+import resource, sys
+import numpy as np
+from tests.exporters.test_pictures import MEAN, STD, runner
+from hhdeploy.preprocess import Preprocess
+run_it = runner(Preprocess((3, 224, 224), MEAN, STD))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+for shape in ((1, 60_000, 3), (60_000, 1, 3)):
+    run_it(np.zeros(shape, np.uint8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_long_line_takes_no_gigabytes():
+    """Resized whole it has 3.7 billion pixels."""
+    done = subprocess.run(
+        [sys.executable, "-c", LONG], capture_output=True, text=True, check=False, cwd=ROOT,
+        timeout=COMMAND_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200 * 1024
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -152,7 +194,7 @@ def test_the_files_are_small_and_of_an_old_format(tmp_path):
     files = sorted(p.name for p in tmp_path.iterdir())
     assert files == sorted(f"preprocess.{c}.{f}.onnx" for c in CROP_MODES for f in GRAPH_FILTERS)
     for file in files:
-        assert (tmp_path / file).stat().st_size < 15_000
+        assert (tmp_path / file).stat().st_size < 17_000
         model = onnx.load(tmp_path / file)
         assert (model.ir_version, model.opset_import[0].version) == (9, 18)
 
