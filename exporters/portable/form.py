@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from hhdeploy.backbones.licences import in_words
-from hhdeploy.bundle.manifest import MANIFEST, AdapterEntry, Manifest
+from hhdeploy.bundle.manifest import MANIFEST, Manifest
 from hhdeploy.errors import OptionError, PlanError
 from hhdeploy.exporters.inserter import Inserter
 from hhdeploy.exporters.trace import OPSET
@@ -22,6 +21,8 @@ from hhdeploy.packages import own_version
 OPSETS = (18, OPSET)
 # Opset 20 needs no newer one, and ONNX Runtime before 1.18 reads no newer one.
 IR_VERSION = 9
+# Of metadata_props: which adapters there are.
+ADAPTERS_KEY = "adapters"
 # Bytes of a protobuf message, less room for all that is no weight.
 _LARGEST = 2**31 - 2**24
 
@@ -146,12 +147,13 @@ def _described(manifest: Manifest) -> dict[str, str]:
         "backbone_sha256": facts.sha256,
         "license": in_words(facts.license),
         **{name: json.dumps(value) for name, value in told.items()},
-        "adapters": json.dumps(_entries(manifest.adapters)) if fixed else f"see {MANIFEST}",
+        ADAPTERS_KEY: fixed_adapters(manifest) if fixed else f"see {MANIFEST}",
     }
 
 
-def _entries(adapters: Sequence[AdapterEntry]) -> dict[str, Any]:
-    return {
+def fixed_adapters(manifest: Manifest) -> str:
+    """`ADAPTERS_KEY` of a graph whose adapters are fixed: JSON, as no manifest is beside it."""
+    entries = {
         entry.name: {
             "row": entry.row,
             "classes": entry.classes,
@@ -159,5 +161,6 @@ def _entries(adapters: Sequence[AdapterEntry]) -> dict[str, Any]:
             "problem_type": entry.problem_type,
             "license": in_words(entry.license),
         }
-        for entry in adapters
+        for entry in manifest.adapters
     }
+    return json.dumps(entries)

@@ -90,6 +90,7 @@ def write_graph(
     require("onnx", "export", purpose)
     ir = require("onnx_ir", "export", purpose)
     from hhdeploy.exporters.bake import baked
+    from hhdeploy.exporters.portable.form import ADAPTERS_KEY, fixed_adapters
     from hhdeploy.exporters.writer import save_graph
 
     progress(f"writing the {precision} graph")
@@ -97,4 +98,5 @@ def write_graph(
     model = ir.load(bundle.graph(precision))
     if manifest.layout is not None and not manifest.bank_as_constant:
         model = baked(model, bundle.bank())
+        model.metadata_props[ADAPTERS_KEY] = fixed_adapters(manifest)
     save_graph(model, target)

@@ -10,13 +10,15 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.errors import BundleError, PlanError, WriteError
-from hhdeploy.exporters.triton import requestable
+from hhdeploy.exporters.triton import TritonOptions, requestable
 from hhdeploy.repositories import ovms
 from hhdeploy.repositories.ovms import OvmsOptions, write_ovms_repository
+from hhdeploy.repositories.triton import write_triton_repository
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.openvino_backend import shared_core
 from tests.support import assert_caught, assert_parity, images
@@ -311,3 +313,20 @@ def test_what_it_refuses(small, workshop, tmp_path):
     with pytest.raises(BundleError, match=r"model\.onnx\.data: expected sha256"):
         write(copy, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("which", ["small", "folded"])
+def test_the_graph_says_which_adapters_are_in_it(request, which, tmp_path):
+    """No manifest is beside it."""
+    bundle = request.getfixturevalue(which)
+    write(bundle, tmp_path / "served", name="vit")
+    write_triton_repository(bundle, tmp_path / "models", TritonOptions(name="vit"))
+    expected = {
+        entry.name: (entry.row, list(entry.class_names or ()))
+        for entry in Bundle.open(bundle).manifest.adapters
+    }
+    for place in ("served", "models"):
+        model = onnx.load(tmp_path / place / "vit" / "1" / "model.onnx", load_external_data=False)
+        (said,) = (p.value for p in model.metadata_props if p.key == "adapters")
+        found = json.loads(said)
+        assert {n: (e["row"], e["labels"]) for n, e in found.items()} == expected
