@@ -251,7 +251,9 @@ def _summary(result: TrainResult) -> Iterator[str]:
             "one of them is wrong"
         )
     last, best = result.last, result.best
-    if best is None:
+    if best is None and result.val_images:
+        yield f"last epoch {last.epoch}: val {last}, no label is true of any validation image"
+    elif best is None:
         yield f"last epoch {last.epoch}: no validation images"
     else:
         yield (f"last epoch {last.epoch}: val {last} (kept); best epoch {best.epoch}: {best}")

@@ -197,7 +197,8 @@ class EpochReport:
         val_top1: share of the validation images classified right after the epoch; None
             without validation, and of other truths than classes.
         val_loss: mean loss of the validation images; None without validation.
-        val_map: the same as ``val_top1`` of labels: mean average precision, a share.
+        val_map: the same as ``val_top1`` of labels: mean average precision, a share; None also
+            where no label is true of any validation image.
         val_mae: and of values: mean absolute error, in their own unit.
     """
 
@@ -220,8 +221,12 @@ class EpochReport:
         """Its score in words, ``top-1 81.3 %``."""
         if self.val_mae is not None:
             return f"MAE {self.val_mae:.4g}"
-        kind, share = "top-1" if self.val_map is None else "mAP", self.quality
-        return f"{kind} n/a" if share is None else f"{kind} {100 * share:.1f} %"
+        if self.val_top1 is not None:
+            return f"top-1 {100 * self.val_top1:.1f} %"
+        if self.val_map is not None:
+            return f"mAP {100 * self.val_map:.1f} %"
+        # Of images the mean average precision alone may have none.
+        return "n/a" if self.val_loss is None else "mAP n/a"
 
 
 OnReport = Callable[[StepReport | EpochReport], None]

@@ -248,6 +248,16 @@ def test_cli(data, tmp_path):
     assert result.exit_code == 0, result.output
     assert "2 values, 26 training and 3 validation images" in result.stdout
     assert "last epoch 1: val MAE" in result.stdout
+    (tmp_path / "none.csv").write_text("0.png,\n1.png,\n")
+    unjudged = run(
+        "--labels", data / "tags.csv", "--val-labels", tmp_path / "none.csv", tmp_path / "c"
+    )
+    assert unjudged.exit_code == 0, unjudged.output
+    assert "2 validation images" in unjudged.stdout
+    assert (
+        "last epoch 1: val mAP n/a, no label is true of any validation image\n" in unjudged.stdout
+    )
+    assert "top-1" not in unjudged.output
     refused = run("--problem-type", LABELS, tmp_path / "b")
     assert refused.exit_code == 2
     assert "--labels" in refused.stderr
