@@ -40,7 +40,7 @@ from hhdeploy.training.beginning import (
     trained_parts,
 )
 from hhdeploy.training.frozen import FrozenTensors, check_frozen, frozen_tensors
-from hhdeploy.training.heads import OldHead, put_head, restore_head
+from hhdeploy.training.heads import OldHead, put_head, restore_head, trained_head
 from hhdeploy.training.householder import (
     AdditiveDelta,
     Between,
@@ -174,7 +174,8 @@ def extract(model: nn.Module) -> Adapter:
 
     Raises:
         AdapterError: none is attached; or the backbone is no more what it was then, which no
-            adapter holds: frozen weights, or statistics that BatchNorm took in training mode.
+            adapter holds: frozen weights, or statistics that BatchNorm took in training mode; or
+            the classifier was replaced by one that an adapter does not hold.
     """
     model = _bare(model)
     state = _state(model)
@@ -202,8 +203,8 @@ def _tensors_of(model: nn.Module, state: _Attached) -> Adapter:
     values = {path: _numpy(original_parameter(model, path)) for path in state.old_values}
     head = None
     if state.old_head is not None:
-        classifier: Any = model.get_submodule(state.classifier)
-        head = Head(state.classifier, _numpy(classifier.weight), _numpy(classifier.bias))
+        weight, bias = trained_head(model, state.classifier, state.config.num_classes)
+        head = Head(state.classifier, _numpy(weight), _numpy(bias))
     return Adapter(state.config, sites, head, values=values, strength=state.strength)
 
 

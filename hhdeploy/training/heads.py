@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,29 @@ def restore_head(model: nn.Module, path: str, old: OldHead) -> None:
     replace_module(model, path, old.classifier)
     for module, name, value in old.attributes:
         setattr(module, name, value)
+
+
+def trained_head(model: nn.Module, path: str, classes: int | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the classifier as it is now.
+
+    Raises:
+        AdapterError: it is no more what an adapter holds.
+    """
+    found: Any = dict(model.named_modules()).get(path)
+    weight, bias = getattr(found, "weight", None), getattr(found, "bias", None)
+    if (
+        isinstance(weight, Tensor)
+        and isinstance(bias, Tensor)
+        and weight.ndim == 2
+        and classes in (None, len(weight))
+    ):
+        return weight, bias
+    shown = "nothing" if found is None else " ".join(str(found).split())
+    raise AdapterError(
+        f"{path}: expected the classifier that attach put there, a Linear of {classes} classes "
+        f"with a bias, found {shown}. An adapter holds such a classifier alone: call attach on a "
+        "new model, and train the classifier that it makes."
+    )
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType
 from hhdeploy.algebra import REFLECTIONS, Reflection
@@ -21,6 +26,18 @@ DEFAULT_TARGETS: Mapping[Form, tuple[str, ...]] = {
 }
 
 _PATHS = ("data", "out", "checkpoint", "val_data", "labels", "val_labels")
+_WHOLE = (
+    "r",
+    "epochs",
+    "batch_size",
+    "warmup_epochs",
+    "seed",
+    "num_workers",
+    "threads",
+    "cache_mb",
+)
+_NUMBERS = ("lr", "weight_decay", "val_fraction")
+_SEEDS = range(-(2**63), 2**64)  # what torch takes
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -114,6 +131,13 @@ class TrainSettings:
         for name in _PATHS:
             if isinstance(given := getattr(self, name), str):
                 object.__setattr__(self, name, Path(given))
+        # NumPy's numbers are numbers; JSON knows Python's alone.
+        for name in _WHOLE:
+            with contextlib.suppress(TypeError):
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+        for name in _NUMBERS:
+            if isinstance(given := getattr(self, name), np.floating):
+                object.__setattr__(self, name, float(given))
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -129,6 +153,7 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raise `SettingsError` naming the first setting that makes no sense."""
+        self._check_types()
         rules = (
             (self.form in FORMS, "`form`", _one_of(FORMS), self.form),
             (
@@ -150,6 +175,7 @@ class TrainSettings:
             (0 <= self.weight_decay < math.inf, "`weight_decay`", "0 or more", self.weight_decay),
             (0 <= self.val_fraction < 1, "`val_fraction`", "a share in [0, 1)", self.val_fraction),
             (self.r >= 0, "`r`", "a rank of 0 or more", self.r),
+            (self.seed in _SEEDS, "`seed`", "a number of 64 bits", self.seed),
             (self.num_workers >= 0, "`num_workers`", "0 or more", self.num_workers),
             (self.threads is None or self.threads >= 1, "`threads`", "1 or more", self.threads),
             (self.cache_mb >= 0, "`cache_mb`", "0 or more", self.cache_mb),
@@ -174,6 +200,34 @@ class TrainSettings:
             raise SettingsError("`val_data` needs `val_labels` where `labels` are given.")
         if self.checkpoint is not None and not self.pretrained:
             raise SettingsError("`checkpoint` and `pretrained=False` exclude each other: give one.")
+
+    def _check_types(self) -> None:
+        """What is compared, or written once an epoch is done, can be."""
+        whole, number = (int, "a whole number"), (int | float, "a number")
+        perhaps = (int | None, "a whole number")
+        rules: tuple[tuple[Any, tuple[Any, str], str], ...] = (
+            (self.r, whole, "`r`"),
+            (self.epochs, whole, "`epochs`"),
+            (self.batch_size, whole, "`batch_size`"),
+            (self.warmup_epochs, perhaps, "`warmup_epochs`"),
+            (self.seed, whole, "`seed`"),
+            (self.num_workers, whole, "`num_workers`"),
+            (self.threads, perhaps, "`threads`"),
+            (self.cache_mb, whole, "`cache_mb`"),
+            (self.lr, number, "`lr`"),
+            (self.weight_decay, number, "`weight_decay`"),
+            (self.val_fraction, number, "`val_fraction`"),
+        )
+        for found, (types, expected), name in rules:
+            if not isinstance(found, types):
+                raise SettingsError(f"{name}: expected {expected}, found {found!r}.")
+        try:
+            json.dumps(dict(self.model_args) if self.out is not None else {})
+        except (TypeError, ValueError) as error:
+            raise SettingsError(
+                f"`model_args`: expected values that can be written as JSON, found "
+                f"{dict(self.model_args)}: {error}."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,24 @@ def test_a_small_part_of_a_frozen_weight_that_moved_is_seen(share):
         extract(model)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.Dropout(0.1), nn.Linear(24, 2)),
+        nn.Linear(24, 2, bias=False),
+        nn.Linear(24, 3),
+        None,
+    ],
+)
+def test_a_classifier_that_no_adapter_holds_is_named(head):
+    model = on_a_stem()
+    model.head = head
+    with pytest.raises(AdapterError, match=r"(?s)^head: expected .* a Linear of 2 classes.*found"):
+        extract(model)
+    model.head = nn.Linear(24, 2)
+    assert extract(model).head.weight.shape == (2, 24)
+
+
 @pytest.mark.parametrize("use", [extract, detach])
 def test_of_a_wrapper_the_module_with_the_adapter_is_named(use):
     model = on_a_stem()

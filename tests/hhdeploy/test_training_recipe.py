@@ -532,6 +532,13 @@ def test_unwritable_output_is_refused_first(base_settings: TrainSettings, tmp_pa
         ({"problem_type": "classes"}, "`problem_type`: expected one of .*, found classes"),
         ({"device": "gpu"}, "`device`: expected one of auto, cpu, cuda, found gpu"),
         ({"warmup_epochs": EPOCHS}, "`warmup_epochs`: expected less than `epochs`"),
+        ({"epochs": 2.5}, r"^`epochs`: expected a whole number, found 2\.5\.$"),
+        ({"batch_size": 2.0}, "^`batch_size`: expected a whole number"),
+        ({"r": 1.5}, "^`r`: expected a whole number"),
+        ({"epochs": None}, "^`epochs`: expected a whole number, found None"),
+        ({"lr": "1e-3"}, r"^`lr`: expected a number, found '1e-3'\.$"),
+        ({"seed": 2**64}, "^`seed`: expected a number of 64 bits"),
+        ({"model_args": {"norm_layer": torch.nn.LayerNorm}}, "^`model_args`: .* written as JSON"),
         ({"out": None}, "Only `linear_probe=True` works without `out`"),
         ({"checkpoint": Path("w.safetensors")}, "`checkpoint` and `pretrained=False` exclude"),
     ],
@@ -543,6 +550,15 @@ def test_settings_that_make_no_sense(
     with pytest.raises(error, match=message):
         train(replace(base_settings, **{"out": tmp_path / "o", **change}))
     assert not list(tmp_path.iterdir())
+
+
+def test_numpy_s_numbers_are_numbers(base_settings: TrainSettings, tmp_path: Path) -> None:
+    """Also in what an epoch leaves on disk."""
+    numbers = {"epochs": np.int64(1), "seed": np.uint8(3), "r": np.int32(1), "lr": np.float32(0.5)}
+    settings = replace(base_settings, out=tmp_path / "o", **numbers)
+    assert (settings.epochs, settings.seed, settings.r, settings.lr) == (1, 3, 1, 0.5)
+    train(settings)
+    assert load_adapter(tmp_path / "o").config.r == 1
 
 
 def test_a_diverged_training_says_so_and_leaves_nothing(
