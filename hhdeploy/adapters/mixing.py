@@ -181,6 +181,11 @@ def _site(name: str, form: Form, parts: Sequence[tuple[Adapter, float]]) -> Site
             f"{name}: one adapter multiplies the Linear's input, another its output: together that "
             "is a product, no sum. Use them apart."
         )
+    if form == "sequential" and deltas and sums:
+        raise AdapterError(
+            f"{name}: one adapter's matrix would multiply another's {' and '.join(sums)}: that is "
+            "a product, no sum. Use them apart."
+        )
     found = {key: value.astype(np.float32) for key, value in sums.items()}
     return SiteTensors(**found, **_matrix(deltas, form))
 
@@ -206,12 +211,14 @@ def _check_sum(adapter: Adapter) -> None:
     """What the adapter does at its sites can be multiplied by a number, or added to another's."""
     for name, site in adapter.sites.items():
         factors: list[str] = [part for part in ("s_in", "s_out") if part in site.parts]
-        if adapter.form == "sequential":
-            factors += ["a matrix"] if site.shape is not None else []
+        if adapter.form == "sequential" and site.shape is not None:
+            # It multiplies the shift of the bias, too.
+            factors += ["a matrix", *(["db"] if "db" in site.parts else [])]
         if len(factors) > 1:
             raise AdapterError(
-                f"{adapter.source}: {name} multiplies by {' and '.join(factors)}: at another "
-                "strength, or beside another adapter, that product is no sum. Use it whole."
+                f"{adapter.source}: {name} has {' and '.join(factors)}, of which one multiplies "
+                "the other: at another strength, or beside another adapter, that product is no "
+                "sum. Use it whole."
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.format import load_adapter, save_adapter
+from hhdeploy.adapters.format import SiteTensors, load_adapter, save_adapter
 from hhdeploy.adapters.mixing import at_strength, merge_adapters
 from hhdeploy.errors import AdapterError, OptionError
 from hhdeploy.training import attach, detach, save
@@ -123,7 +123,7 @@ def test_what_is_no_sum_is_refused(tiny):
         with pytest.raises((AdapterError, OptionError), match=message):
             merge_adapters(chosen, head)
 
-    refused("multiplies by s_in and s_out", both)
+    refused("has s_in and s_out, of which one multiplies", both)
     refused("another its output", rows, parts["columns"])
     refused("different forms", parts["hta"], parts["sequential"])
     refused("different classifiers", parts["hta"], parts["lora"], head=None)
@@ -151,7 +151,14 @@ def test_what_is_no_sum_is_refused(tiny):
             replace(parts["lora"], values=values),
         )
     refused("no sum", with_parts(parts["sequential"], "s_out"))
+    # M (b + db): the matrix multiplies the shift as well, whose ever it is.
+    shifted = with_parts(parts["sequential"], "db")
+    refused("has a matrix and db, of which one multiplies the other", shifted)
+    only = {name: SiteTensors(db=site.db) for name, site in shifted.sites.items()}
+    refused("would multiply another's db", parts["sequential"], replace(shifted, sites=only))
     refused("found none")
+    with pytest.raises(AdapterError, match="no sum"):
+        at_strength(shifted, 0.5)
     with pytest.raises(AdapterError, match="no sum"):
         at_strength(both, 0.5)
 
