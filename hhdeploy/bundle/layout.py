@@ -132,8 +132,10 @@ class RowLayout:
         if not self.classes:
             return None
         head = self.views(bank[row])
-        own = int(np.count_nonzero(head["head.bias"] != -np.inf))
-        if head["head.own"][0] and own != classes:
+        # Columns that are none of its own have a bias of -inf.
+        beyond = np.flatnonzero(head["head.bias"][classes:] != -np.inf)
+        if head["head.own"][0] and beyond.size:
+            own = classes + int(beyond[-1]) + 1
             return f"expected {own} classes, which its row has, found {classes}"
         return None
 
