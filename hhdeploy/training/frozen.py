@@ -33,14 +33,17 @@ class FrozenTensor:
     def holds(self, now: Tensor) -> bool:
         """True while ``now`` has the same values, but for what averaging them rounds away.
 
-        A tensor of another type was cast, which trains nothing: it is not compared.
+        One of another floating-point type was cast, which trains nothing: it may also differ by
+        what that type rounds.
         """
-        if now.dtype != self.dtype or _sha256(now) == self.sha256:
+        cast = now.dtype != self.dtype
+        if not cast and _sha256(now) == self.sha256:
             return True
-        if self.sketch is None:
-            return False
+        if self.sketch is None or not now.is_floating_point():
+            return cast
+        bound = max(AVERAGING_BOUND, torch.finfo(now.dtype).eps if cast else 0.0)
         difference = torch.linalg.vector_norm(_sketch(now) - self.sketch)
-        return bool(difference <= AVERAGING_BOUND * torch.linalg.vector_norm(self.sketch))
+        return bool(difference <= bound * torch.linalg.vector_norm(self.sketch))
 
 
 FrozenTensors = Mapping[str, FrozenTensor]

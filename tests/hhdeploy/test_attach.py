@@ -174,8 +174,21 @@ def test_numpy_s_integers_are_integers(tmp_path):
     assert load_adapter(tmp_path / "a").config.num_classes == 2
 
 
-def test_a_model_that_was_cast_is_the_same():
-    extract(on_a_stem().double())
+CASTS = [torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", CASTS)
+def test_a_model_that_was_cast_is_the_same(dtype):
+    extract(on_a_stem().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", CASTS)
+def test_of_a_model_that_was_cast_what_moved_is_seen(dtype):
+    model = on_a_stem()
+    model.train()
+    step(model)
+    with pytest.raises(AdapterError, match=r"stem\.1\.running_mean is no more what it was"):
+        extract(model.to(dtype))
 
 
 RECORDS = {"training": {"val_top1": 1.0}, "imported_from": {"format": "peft"}}
