@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,9 +42,16 @@ class FrozenTensor:
             return True
         if self.sketch is None or not now.is_floating_point():
             return cast
-        bound = max(AVERAGING_BOUND, torch.finfo(now.dtype).eps if cast else 0.0)
-        difference = torch.linalg.vector_norm(_sketch(now) - self.sketch)
-        return bool(difference <= bound * torch.linalg.vector_norm(self.sketch))
+        norm = float(torch.linalg.vector_norm(self.sketch))
+        difference = float(torch.linalg.vector_norm(_sketch(now) - self.sketch))
+        return difference <= AVERAGING_BOUND * norm + (_rounded(now, norm) if cast else 0.0)
+
+
+def _rounded(now: Tensor, norm: float) -> float:
+    """The norm of what a cast to the type of ``now`` rounds at most."""
+    kind = torch.finfo(now.dtype)
+    # Values near 0 (a fresh class token) are rounded to the type's smallest step.
+    return kind.eps * (norm + kind.smallest_normal * math.sqrt(now.numel()))
 
 
 FrozenTensors = Mapping[str, FrozenTensor]
@@ -55,9 +63,7 @@ def frozen_tensors(model: nn.Module) -> FrozenTensors:
     named = model.named_parameters(remove_duplicate=False)
     trained = {name for name, parameter in named if parameter.requires_grad}
     return {
-        name: FrozenTensor(
-            tensor.dtype, _sha256(tensor), _sketch(tensor) if tensor.is_floating_point() else None
-        )
+        name: FrozenTensor(tensor.dtype, _sha256(tensor), _finite_sketch(tensor))
         for name, tensor in model.state_dict().items()
         if name not in trained and not tensor.is_meta
     }
@@ -86,6 +92,13 @@ def check_frozen(model: nn.Module, before: FrozenTensors) -> None:
 def _sha256(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def _finite_sketch(tensor: Tensor) -> Tensor | None:
+    """None of what is no number, e.g. indices or a mask of infinities."""
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        return None
+    return _sketch(tensor)
 
 
 def _sketch(tensor: Tensor) -> Tensor:
