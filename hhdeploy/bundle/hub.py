@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hhdeploy.bundle.locking import BUNDLE, Progress, foreign, undisturbed
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.signing import check_signature
-from hhdeploy.bundle.store import BUNDLE, Progress, foreign, undisturbed
 from hhdeploy.errors import (
     BundleError,
     ConflictError,

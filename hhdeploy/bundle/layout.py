@@ -131,10 +131,11 @@ class RowLayout:
             return f"expected a row from 1 to {len(bank) - 1}, found {row!r}"
         if not self.classes:
             return None
-        head = self.views(bank[row])
+        # Not `views`, all of whose parts a bank of a thousand adapters would have to make.
+        bias = bank[row, self.offsets["head.bias"] :][: self.classes]
         # Columns that are none of its own have a bias of -inf.
-        beyond = np.flatnonzero(head["head.bias"][classes:] != -np.inf)
-        if head["head.own"][0] and beyond.size:
+        beyond = np.flatnonzero(bias[classes:] != -np.inf)
+        if bank[row, self.offsets["head.own"]] and beyond.size:
             own = classes + int(beyond[-1]) + 1
             return f"expected {own} classes, which its row has, found {classes}"
         return None

@@ -23,12 +23,9 @@ from pathlib import Path
 
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle.card import card_of
-from hhdeploy.bundle.locking import BUNDLE as BUNDLE
 from hhdeploy.bundle.locking import NEW_MANIFEST, WORK, tidy
 from hhdeploy.bundle.locking import Progress as Progress
-from hhdeploy.bundle.locking import foreign as foreign
 from hhdeploy.bundle.locking import locked as locked
-from hhdeploy.bundle.locking import undisturbed as undisturbed
 from hhdeploy.bundle.manifest import (
     ADAPTERS,
     MANIFEST,

@@ -23,7 +23,9 @@ from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.card import write_card
+from hhdeploy.bundle.locking import BUNDLE, Progress, undisturbed
 from hhdeploy.bundle.manifest import (
+    LOCK_TIMEOUT,
     PARITY_FILE,
     REFERENCE_FILE,
     AdapterEntry,
@@ -31,7 +33,6 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.rounding import check_row_survives
-from hhdeploy.bundle.store import BUNDLE, LOCK_TIMEOUT, Progress, undisturbed
 from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
 from hhdeploy.errors import OptionError, ParityError, require
 from hhdeploy.exporting.outputs import (

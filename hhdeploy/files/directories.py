@@ -186,7 +186,10 @@ def remove_directory(target: Path, kind: Replaceable) -> None:
     path = check_target(target, kind, overwrite=True)
     with os_errors(path), kind.locked(path):
         _judge(target, path, kind)
-        with scratch_directory(path.parent, path.name) as scratch:
+        with (
+            scratch_directory(path.parent, path.name) as scratch,
+            contextlib.suppress(FileNotFoundError),  # another process removed it
+        ):
             os.rename(path, scratch / path.name)
         sync_directory(path.parent)
 

@@ -23,28 +23,17 @@ from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import CLASSES, LABELS, VALUES
 from hhdeploy.plan import Reserve
 from hhdeploy.runtime import open_session
-from tests.support import random_adapter, tiny_spec
+from tests.hhdeploy.backbones.small_vit import save_small_vit
+from tests.support import assert_parity, random_adapter, tiny_spec
 
 NAMES = ("cat", "dog", "bird")
-SMALL = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 3,
-    "intermediate_size": 80,
-}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Labels that are true or not, with their names, as transformers saves them. Read only."""
-    path = tmp_path_factory.mktemp("meaning") / "vit"
-    torch.manual_seed(3)
     labels = {"id2label": dict(enumerate(NAMES)), "problem_type": LABELS}
-    config = transformers.ViTConfig(**SMALL, **labels)
-    transformers.ViTForImageClassification(config).save_pretrained(path)
-    return path
+    return save_small_vit(tmp_path_factory.mktemp("meaning") / "vit", **labels)
 
 
 @pytest.fixture
@@ -92,7 +81,7 @@ def test_a_whole_model_answers_with_its_labels(saved, tmp_path):
     with torch.no_grad():
         shares = own(torch.from_numpy(pixels)).logits.sigmoid()[0]
     found = {answer.label: answer.score for answer in answers}
-    np.testing.assert_allclose([found[n] for n in NAMES], shares, atol=1e-5)
+    assert_parity(shares.numpy(), np.array([found[n] for n in NAMES]), "folded", "float32")
 
 
 def test_a_checkpoint_brings_its_own(saved, tuned, tmp_path):

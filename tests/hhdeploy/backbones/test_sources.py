@@ -21,30 +21,19 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.transformers import from_image_processor, with_classifier
 from hhdeploy.errors import AdapterError, BackboneError
+from tests.hhdeploy.backbones.small_vit import SMALL_VIT, save_small_vit
 from tests.own_models import encoder
 from tests.parity.architectures import save_transformers_config
 from tests.support import assert_parity, images, logits_of, random_adapter
 
-SMALL = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 3,
-    "intermediate_size": 80,
-    "num_labels": 7,
-}
+SMALL = {**SMALL_VIT, "num_labels": 7}
 OWN = "python:tests.own_models"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A directory of save_pretrained. Read only."""
-    path = tmp_path_factory.mktemp("saved") / "vit"
-    torch.manual_seed(3)
-    config = transformers.ViTConfig(**SMALL)
-    transformers.ViTForImageClassification(config).save_pretrained(path)
-    return path
+    return save_small_vit(tmp_path_factory.mktemp("saved") / "vit", num_labels=7)
 
 
 @pytest.fixture

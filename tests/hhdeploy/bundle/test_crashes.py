@@ -20,9 +20,9 @@ import hhdeploy.exporters.writer  # noqa: F401
 from hhdeploy.building import _enter
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.engines import engine_name
-from hhdeploy.bundle.locking import LOCK, locked
+from hhdeploy.bundle.locking import BUNDLE, LOCK, locked
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
-from hhdeploy.bundle.store import BUNDLE, Basis, edit
+from hhdeploy.bundle.store import Basis, edit
 from hhdeploy.errors import ConflictError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors, tensor_bytes

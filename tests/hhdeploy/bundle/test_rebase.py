@@ -10,7 +10,7 @@ import pytest
 
 import hhdeploy.quantising
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
-from hhdeploy.bundle.store import BUNDLE
+from hhdeploy.bundle.locking import BUNDLE
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import ConflictError
 from hhdeploy.files.directories import atomic_directory

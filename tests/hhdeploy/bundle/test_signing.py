@@ -192,7 +192,7 @@ def test_keys(signed, keys, tmp_path):
 
 
 def test_export_replaces_a_signed_bundle(signed, tmp_path):
-    from hhdeploy.bundle.store import BUNDLE
+    from hhdeploy.bundle.locking import BUNDLE
     from hhdeploy.files.directories import atomic_directory
 
     with atomic_directory(signed, overwrite=True, kind=BUNDLE) as scratch:

@@ -18,8 +18,9 @@ import pytest
 import hhdeploy.files.directories
 from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.bundle import add_adapter, remove_adapter
+from hhdeploy.bundle.locking import BUNDLE, locked, undisturbed
 from hhdeploy.bundle.manifest import hash_files
-from hhdeploy.bundle.store import BUNDLE, Change, edit, locked, undisturbed
+from hhdeploy.bundle.store import Change, edit
 from hhdeploy.errors import ConflictError, WriteError
 from hhdeploy.files.directories import Replaceable, atomic_directory, remove_directory
 from tests.workshop import COMMAND_SECONDS, contents, copy_bundle, small_disk
@@ -310,7 +311,7 @@ def test_a_bundle_is_replaced_under_its_lock(tmp_path):
     script = """
         import shutil, sys
         from hhdeploy.files.directories import atomic_directory
-        from hhdeploy.bundle.store import BUNDLE
+        from hhdeploy.bundle.locking import BUNDLE
         from pathlib import Path
         with atomic_directory(Path(sys.argv[1]), overwrite=True, kind=BUNDLE) as scratch:
             shutil.copytree(sys.argv[2], scratch, dirs_exist_ok=True)

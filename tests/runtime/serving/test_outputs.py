@@ -13,21 +13,18 @@ from tests.wrong_logits import LOGITS, bundle_of_logits
 NUMBERS, OWN = np.zeros((2, 3, 4, 4), np.float32), [2, 3]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_of_a_picture_that_holds_none_it_is_the_picture(value):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        *((value, "image 1 holds NaN or infinities") for value in (np.nan, np.inf)),
+        # Finite, and no model computes with them.
+        *((value, "image 1: expected numbers of a picture") for value in (3e38, -3e38, 1e7)),
+    ],
+)
+def test_of_a_picture_that_holds_none_or_vast_ones_it_is_the_picture(value, said):
     pixels, logits = NUMBERS.copy(), np.zeros((2, 3), np.float32)
     pixels[1, 0, 0, 0], logits[1] = value, np.nan
-    with pytest.raises(RequestError, match="image 1 holds NaN or infinities") as caught:
-        check_finite(pixels, logits, OWN, [None, None])
-    assert caught.value.status == 400
-
-
-@pytest.mark.parametrize("value", [3e38, -3e38, 1e7])
-def test_of_a_picture_of_vast_numbers_it_is_the_picture(value):
-    """They are finite, and no model computes with them."""
-    pixels, logits = NUMBERS.copy(), np.zeros((2, 3), np.float32)
-    pixels[1, 0, 0, 0], logits[1] = value, np.nan
-    with pytest.raises(RequestError, match="image 1: expected numbers of a picture") as caught:
+    with pytest.raises(RequestError, match=said) as caught:
         check_finite(pixels, logits, OWN, [None, None])
     assert caught.value.status == 400
 
