@@ -32,6 +32,8 @@ RECORDING_DEVICES: tuple[Runner, ...] = ("cuda", *BACKENDS)
 _ALL_OUTPUTS: tuple[Runner, ...] = ("cpu", "openvino")
 # What a CPU may be tuned for: one answer at a time, or many.
 HINTS = ("latency", "throughput")
+# Threads, and batches at the same time: a hundred thousand take all of a machine's memory.
+MOST_AT_ONCE = 1024
 
 
 class Backend(Protocol):

@@ -23,6 +23,7 @@ from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import default_cache
 from hhdeploy.runtime.backends import (
     HINTS,
+    MOST_AT_ONCE,
     Backend,
     BackendOptions,
     Run,
@@ -293,7 +294,7 @@ def open_session(
         slots: rows of the bank, row 0 (the backbone) included; None: 64, as far as an engine
             takes that many, or what is needed.
         threads: of one run on the CPU, with ``hint="throughput"`` of all together; None leaves it
-            to the runtime.
+            to the runtime. 1 to 1024, as ``contexts``.
         contexts: runs at the same time on ``tensorrt`` and ``tensorrt-rtx``, each with buffers
             of its own; further calls wait. Other runtimes take calls as they come.
         cuda_graphs: ``cuda``, ``tensorrt`` and ``tensorrt-rtx``: record a run of each batch size
@@ -352,8 +353,8 @@ def open_bundle(
 ) -> Session:
     """`open_session` for a bundle whose manifest is read already; by default without a cache."""
     for option, given in (("threads", threads), ("contexts", contexts)):
-        if given is not None and given < 1:
-            raise SessionError(f"{option}: expected 1 or more, found {given}.")
+        if given is not None and not 1 <= given <= MOST_AT_ONCE:
+            raise SessionError(f"{option}: expected 1 to {MOST_AT_ONCE}, found {given}.")
     if hint not in HINTS:
         raise SessionError(f"hint: expected {' or '.join(HINTS)}, found {hint!r}.")
     target = find_target(bundle.manifest, device, precision)

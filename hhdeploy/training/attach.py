@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     Raises:
         AdapterError: the adapter does not belong to the model (see `check`), or one is attached
             already, or the model is wrapped (compiled, data parallel): attach first, then wrap;
+            or a Linear to be changed has no weight of its own (weight norm, shared weights);
             or a new adapter's configuration is one that could not be saved.
             The model is then as it was.
     """
@@ -128,6 +129,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         check_targets(adapter, facts, "the new adapter")
         _check_classifier(model, facts, config)
         matrices, parts = new_matrices(adapter, linears, generator), {}
+    changed = {*matrices, *parts}
+    _check_weights(model, [x for x in linears if any(site.name in changed for site in x.sites)])
     model.requires_grad_(False)
     for name in state.old_values:
         model.get_parameter(name).requires_grad_(True)
@@ -286,6 +289,28 @@ def _check_classifier(model: nn.Module, facts: BackboneFacts, config: AdapterCon
             f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
             "adapter without classes (num_classes None) needs none."
         )
+
+
+def _check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:
+    """Each Linear's weight is a parameter of its own: `save` and the graphs know no other."""
+    paths: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(path)
+    for linear in linears:
+        module, weight, _ = parameters_of(model, linear.path)
+        own = dict(module.named_parameters(recurse=False)).get(weight)
+        if own is None:
+            raise AdapterError(
+                f"{linear.path}: its weight is computed from other parameters (weight norm, or "
+                "another parametrization), which no adapter holds. Remove that before attach, or "
+                "leave the Linear out of target_modules."
+            )
+        if len(names := paths[id(own)]) > 1:
+            raise AdapterError(
+                f"{linear.path}: one parameter is the weight of several modules "
+                f"({', '.join(names)}), and an adapter changes one Linear. Give each a copy, or "
+                "leave them out of target_modules."
+            )
 
 
 def _parametrize(

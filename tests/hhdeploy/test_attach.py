@@ -167,6 +167,54 @@ def test_what_could_not_be_saved_is_refused_before_training(settings, message):
     attach(model, replace(STEM_S, extra={"note": "it is as it was"}))
 
 
+def with_a_norm(fc1, fc2):
+    nn.utils.parametrizations.weight_norm(fc1)
+
+
+def with_an_old_norm(fc1, fc2):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(fc1)
+
+
+def with_one_weight(fc1, fc2):
+    fc2.weight = fc1.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_a_norm, r"^0: its weight is computed from other parameters"),
+        (with_an_old_norm, r"^0: its weight is computed from other parameters"),
+        (
+            with_one_weight,
+            r"^0: one parameter is the weight of several modules \(0.weight, 1.weight",
+        ),
+    ],
+)
+def test_a_weight_that_is_no_linear_s_own_is_refused_before_training(change, message):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    change(model[0], model[1])
+    keys = list(model.state_dict())
+    config = AdapterConfig("own", num_classes=None, r=2, target_modules=("0",))
+    with pytest.raises(AdapterError, match=message):
+        attach(model, config)
+    assert list(model.state_dict()) == keys and all(p.requires_grad for p in model.parameters())
+    others = replace(config, target_modules=("1",))
+    if change is with_one_weight:
+        with pytest.raises(AdapterError, match=r"^1: one parameter"):
+            attach(model, others)
+    else:  # what the adapter leaves alone may be as it likes
+        assert set(extract(attach(model, others)).sites) == {"1"}
+
+
+def test_one_module_under_two_names_is_refused_before_training():
+    twice = nn.Linear(6, 6)
+    model = nn.Sequential(nn.Sequential(twice), nn.Sequential(twice), nn.Linear(6, 2))
+    config = AdapterConfig("own", num_classes=None, r=2, target_modules=("0.0",))
+    with pytest.raises(AdapterError, match=r"several modules \(0.0.weight, 1.0.weight\)"):
+        attach(model, config)
+
+
 def test_numpy_s_integers_are_integers(tmp_path):
     torch.manual_seed(1)
     model = attach(Stem(), replace(STEM_S, num_classes=np.int64(2)))
