@@ -8,6 +8,7 @@ import { answersOf, checkNumbers, type Answer } from "./answers.js";
 import { BACKBONE, checkName } from "./checks.js";
 import { HhdeployError } from "./errors.js";
 import { parseManifest, type AdapterEntry, type Manifest, type PreprocessGraph } from "./manifest.js";
+import { upright } from "./orientation.js";
 import { preprocessDefaults, type AdapterPreprocess } from "./preprocess.js";
 import { packRow } from "./row.js";
 import { readSafetensors } from "./safetensors.js";
@@ -16,11 +17,13 @@ import { DamagedError, readChecked, type Source } from "./source.js";
 /** onnxruntime-web or onnxruntime-node, imported by whoever opens a bundle. */
 export type Runtime = Pick<typeof OrtCommon, "InferenceSession" | "Tensor">;
 
-/** A decoded picture, upright: `data` has 3 (RGB) or 4 (RGBA, as a canvas has it) bytes a pixel. */
+/** A decoded picture: `data` has 3 (RGB) or 4 (RGBA, as a canvas has it) bytes a pixel. */
 export interface Picture {
   data: Uint8Array | Uint8ClampedArray;
   width: number;
   height: number;
+  /** EXIF's number, 1 to 8, by which adapters that see pictures upright have it turned. Default 1: it is upright. */
+  orientation?: number;
 }
 
 export interface OpenOptions {
@@ -180,7 +183,7 @@ export class Bundle {
   /**
    * All answers of each picture, the most probable first.
    *
-   * @param pictures decoded and upright, of any sizes.
+   * @param pictures decoded, of any sizes.
    * @param adapters one name for all, or one for each; {@link BACKBONE} is the bare model.
    * @throws HhdeployError no picture, an unknown adapter, or logits that are no numbers.
    */
@@ -213,7 +216,7 @@ export class Bundle {
   }
 
   async #preprocess(picture: Picture, { name: adapter, entry }: Found): Promise<Float32Array> {
-    const graph = (entry ?? this.manifest.backbone).preprocess_graph;
+    const { preprocess, preprocess_graph: graph } = entry ?? this.manifest.backbone;
     if (!graph) {
       throw new HhdeployError(
         `${adapter}: the bundle has no graph that preprocesses pictures for it. Export it again with a newer ` +
@@ -221,7 +224,9 @@ export class Bundle {
       );
     }
     const session = await this.#graph(graph.file);
-    const feeds: Record<string, OrtTensor> = { image: this.#image(picture) };
+    const feeds: Record<string, OrtTensor> = {
+      image: this.#image(preprocess.exif ? upright(picture) : picture),
+    };
     for (const [name, { dtype, value }] of Object.entries(graph.inputs)) {
       feeds[name] =
         dtype === "int64"

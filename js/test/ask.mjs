@@ -9,6 +9,7 @@ const { HhdeployError, fromFolder, fromUrl, openBundle, packRow, parseManifest, 
   pathToFileURL(`${dist}/node.js`)
 );
 
+const { orientationOf, upright } = await import(pathToFileURL(`${dist}/orientation.js`));
 const { selectSites } = await import(pathToFileURL(`${dist}/sites.js`));
 
 const runtimes = { node: () => import("onnxruntime-node"), web: () => import("onnxruntime-web") };
@@ -114,6 +115,16 @@ const questions = {
     const found = [];
     for (const name of names) found.push(await opened.add(name, fromFolder(adapter)).then(() => null, refused));
     await opened.close();
+    return found;
+  },
+  /** Files and their stored pictures: the pictures turned as the files say, and the files without that. */
+  async upright({ cases }) {
+    const found = {};
+    for (const [name, { file, picture: stored }] of Object.entries(cases)) {
+      const { orientation, parts } = await orientationOf(new Uint8Array(Buffer.from(file, "base64")));
+      const { data, ...size } = upright({ ...picture(stored), orientation });
+      found[name] = { data: encode(data), ...size, plain: Buffer.concat(parts).toString("base64") };
+    }
     return found;
   },
   /** What targets stand for among some Linears. */

@@ -167,16 +167,21 @@ import * as ort from "./ort/ort.wasm.bundle.min.mjs";
 import { decodePicture, fromUrl, openBundle } from "./dist/index.js";
 const files = [];
 const bundle = await openBundle(fromUrl("./bundle", { progress: (file) => files.push(file) }), ort);
-const picture = await decodePicture(await (await fetch("picture.png")).blob());
+const read = async (name) => decodePicture(await (await fetch(name)).blob());
+const seen = {};
+for (const kind of ["png", "jpeg", "webp"]) {
+  const { data, ...rest } = await read(`picture.${kind}`);
+  seen[kind] = { data: Array.from(data), ...rest };
+}
+const picture = await read("picture.png");
 const [answers] = await bundle.classify([picture], "alpha");
 const image = Array.from(await bundle.preprocess(picture, "alpha"));
-window.answer = { answers, image, files: [...new Set(files)], data: Array.from(picture.data),
-  size: [picture.width, picture.height] };
+window.answer = { answers, image, files: [...new Set(files)], seen };
 </script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open a bundle in")
-def test_a_browser_decodes_pictures_upright_and_answers(dist, branches, served, tmp_path):
+def test_a_browser_decodes_pictures_and_answers(dist, branches, served, tmp_path):
     from playwright.sync_api import sync_playwright
 
     for name, place in (
@@ -189,7 +194,8 @@ def test_a_browser_decodes_pictures_upright_and_answers(dist, branches, served, 
     exif = Image.Exif()
     exif[0x0112] = 6  # its right side is up: a quarter turn is missing
     stored = pictures()[1]
-    stored.save(tmp_path / "picture.png", exif=exif)
+    for kind, options in (("png", {}), ("jpeg", {"quality": 100}), ("webp", {"lossless": True})):
+        stored.save(tmp_path / f"picture.{kind}", exif=exif, **options)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
         page = browser.new_page()
@@ -204,9 +210,12 @@ def test_a_browser_decodes_pictures_upright_and_answers(dist, branches, served, 
         answer = page.evaluate("window.answer")
         browser.close()
     upright = stored.transpose(Image.Transpose.ROTATE_270)
-    assert answer["size"] == list(upright.size)
-    pixels = np.asarray(answer["data"], np.uint8).reshape(upright.height, upright.width, 4)
-    assert np.array_equal(pixels[..., :3], np.asarray(upright))
+    for kind, seen in answer["seen"].items():
+        assert seen["orientation"] == 6
+        assert (seen["width"], seen["height"]) == stored.size
+        pixels = np.asarray(seen["data"], np.int16).reshape(stored.height, stored.width, 4)
+        off = np.abs(pixels[..., :3] - np.asarray(stored, np.int16))
+        assert off.mean() < 1 if kind == "jpeg" else not off.any(), kind
     assert {"hhdeploy.json", "model.onnx", "bank.safetensors"} <= set(answer["files"])
     with open_session(branches, device="cpu", threads=1) as session:
         entry = session.entry("alpha")
