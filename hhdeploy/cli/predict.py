@@ -122,7 +122,13 @@ def command(
     rows = [
         (path.name, *cells[i * len(names) : (i + 1) * len(names)]) for i, path in enumerate(images)
     ]
-    ui.console().print(ui.table(None, ("image", *names), rows))
+    side_by_side = ui.table(None, ("image", *names), rows)
+    below = [(path.name, name, cell) for (path, name), cell in zip(pairs, cells, strict=True)]
+    ui.console().print(
+        side_by_side
+        if ui.fits(side_by_side)
+        else ui.table(None, ("image", "adapter", "answers"), below)
+    )
 
 
 def _numbers(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ import click
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from hhdeploy.bundle.manifest import Manifest
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_UNCUT = 100_000  # columns
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 IMAGES = click.Path(path_type=Path)  # a folder, or a list of paths and labels
@@ -46,8 +50,12 @@ lock_timeout_option = click.option(
 
 
 def console() -> Console:
-    """Standard output, made anew so that redirection (and click's test runner) is honoured."""
-    return Console(soft_wrap=False, highlight=False)
+    """Standard output, made anew so that redirection (and click's test runner) is honoured.
+
+    A table is as wide as what is in it: one that has to fit leaves figures and whole columns out,
+    and a pipe counts as 80 columns. A terminal wraps what is longer.
+    """
+    return Console(width=_UNCUT, highlight=False)
 
 
 def say_unverified(bundle: Path, adapters: Iterable[str]) -> None:
@@ -87,6 +95,12 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
         result.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
     # Not rich's own title, which is wrapped to the width of the table.
     return Group(Text.from_markup(title), result) if title else Group(result)
+
+
+def fits(shown: Group) -> bool:
+    """Whether a table is no wider than the terminal; than 80 columns where there is none."""
+    wide = Measurement.get(console(), console().options, shown).maximum
+    return wide <= shutil.get_terminal_size().columns
 
 
 def verdict(good: bool, yes: str, no: str) -> Text:

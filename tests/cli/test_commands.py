@@ -343,6 +343,18 @@ def test_export_and_predict_of_features(workshop, succeed, succeed_json, call, p
     assert "has features" in call("predict", out, pictures[0], "--output", "tokens").stderr
 
 
+def test_predict_of_many_adapters_leaves_nothing_out(succeed, branches, pictures, monkeypatch):
+    names = [a.name for a in Bundle.open(branches).manifest.adapters]
+    wide = succeed("predict", branches, *pictures, "--top", 1)
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = succeed("predict", branches, *pictures, "--top", 1)
+    for shown in (wide, narrow):
+        assert all(name in shown for name in (*names, *(p.name for p in pictures)))
+        assert shown.count("%") == len(names) * len(pictures)
+    assert len(wide.splitlines()) == 2 + len(pictures)
+    assert len(narrow.splitlines()) == 2 + len(names) * len(pictures)
+
+
 def test_predict_defaults_to_all_adapters(succeed, succeed_json, branches, small, pictures):
     answers = succeed_json("predict", small, pictures[0])
     assert [a["adapter"] for a in answers] == ["alpha", "gamma"]
