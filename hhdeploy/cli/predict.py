@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,17 +119,25 @@ def command(
             ]
         )
         return
+    titles = _titles(images)
     cells = ["\n".join(map(str, answers)) for answers in shown]
     rows = [
-        (path.name, *cells[i * len(names) : (i + 1) * len(names)]) for i, path in enumerate(images)
+        (titles[path], *cells[i * len(names) : (i + 1) * len(names)])
+        for i, path in enumerate(images)
     ]
     side_by_side = ui.table(None, ("image", *names), rows)
-    below = [(path.name, name, cell) for (path, name), cell in zip(pairs, cells, strict=True)]
+    below = [(titles[path], name, cell) for (path, name), cell in zip(pairs, cells, strict=True)]
     ui.console().print(
         side_by_side
         if ui.fits(side_by_side)
         else ui.table(None, ("image", "adapter", "answers"), below)
     )
+
+
+def _titles(images: Iterable[Path]) -> dict[Path, str]:
+    """What a table calls pictures: their names; where several have one, the paths as given."""
+    several = {name for name, n in Counter(path.name for path in set(images)).items() if n > 1}
+    return {path: str(path) if path.name in several else path.name for path in images}
 
 
 def _numbers(
@@ -156,9 +165,10 @@ def _show(
             ]
         )
         return
+    titles = _titles([path for path, _ in pairs])
     rows = [
         (
-            path.name,
+            titles[path],
             name,
             " x ".join(map(str, numbers.shape)),
             f"{float((numbers**2).sum() ** 0.5):.6g}",

@@ -343,6 +343,16 @@ def test_export_and_predict_of_features(workshop, succeed, succeed_json, call, p
     assert "has features" in call("predict", out, pictures[0], "--output", "tokens").stderr
 
 
+@pytest.mark.parametrize("output", [(), ("--output", "features")])
+def test_pictures_of_one_name_are_told_apart(succeed, branches, pictures, tmp_path, output):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / pictures[0].name
+    twin.write_bytes(pictures[0].read_bytes())
+    shown = succeed("predict", branches, *pictures, twin, "--adapter", "alpha", *output)
+    called = [line.split("  ")[0] for line in shown.splitlines()]
+    assert {str(pictures[0]), str(twin), pictures[1].name, pictures[2].name} <= set(called)
+
+
 def test_predict_of_many_adapters_leaves_nothing_out(succeed, branches, pictures, monkeypatch):
     names = [a.name for a in Bundle.open(branches).manifest.adapters]
     wide = succeed("predict", branches, *pictures, "--top", 1)
