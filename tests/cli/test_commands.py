@@ -343,7 +343,7 @@ def test_export_and_predict_of_features(workshop, succeed, succeed_json, call, p
     assert "has features" in call("predict", out, pictures[0], "--output", "tokens").stderr
 
 
-@pytest.mark.parametrize("output", [(), ("--output", "features")])
+@pytest.mark.parametrize("output", [(), ("--output", "logits")])
 def test_pictures_of_one_name_are_told_apart(succeed, branches, pictures, tmp_path, output):
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / pictures[0].name
