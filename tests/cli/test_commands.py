@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import re
 import sys
 from dataclasses import replace
@@ -341,14 +342,20 @@ def test_export_and_predict_of_features(workshop, succeed, succeed_json, call, p
     assert listed["classes"] == 0
     assert call("predict", out, pictures[0], "--top", 2).exit_code == 2
     assert "has features" in call("predict", out, pictures[0], "--output", "tokens").stderr
+    both = pictures[0], twin_of(pictures[0], tmp_path / "other")
+    shown = succeed("predict", out, *both)
+    assert all(str(path) in shown for path in both)
 
 
-@pytest.mark.parametrize("output", [(), ("--output", "logits")])
-def test_pictures_of_one_name_are_told_apart(succeed, branches, pictures, tmp_path, output):
-    (tmp_path / "other").mkdir()
-    twin = tmp_path / "other" / pictures[0].name
-    twin.write_bytes(pictures[0].read_bytes())
-    shown = succeed("predict", branches, *pictures, twin, "--adapter", "alpha", *output)
+def twin_of(picture, directory):
+    directory.mkdir()
+    shutil.copy(picture, directory)
+    return directory / picture.name
+
+
+def test_pictures_of_one_name_are_told_apart(succeed, branches, pictures, tmp_path):
+    twin = twin_of(pictures[0], tmp_path / "other")
+    shown = succeed("predict", branches, *pictures, twin, "--adapter", "alpha")
     called = [line.split("  ")[0] for line in shown.splitlines()]
     assert {str(pictures[0]), str(twin), pictures[1].name, pictures[2].name} <= set(called)
 
