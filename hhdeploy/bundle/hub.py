@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from hhdeploy.bundle.locking import BUNDLE, Progress, foreign, undisturbed
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
@@ -173,7 +174,7 @@ def _place(text: str) -> Path | _Hub:
         return _Hub(found["id"], found["branch"])
     if text.startswith("hf:") or ("://" in text and not text.startswith(_FILE)):
         raise OptionError(f"{text}: expected a folder, hf://owner/name, or hf://owner/name@branch.")
-    return Path(text.removeprefix(_FILE))
+    return Path(unquote(text.removeprefix(_FILE)) if text.startswith(_FILE) else text)
 
 
 def _check_name(bundle: Bundle, name: str) -> None:

@@ -43,16 +43,16 @@ def own(path):
     return {n: c for n, c in contents(path).items() if not n.startswith((OLD, ".lock"))}
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"])
-def test_there_and_back(bundle, tmp_path, scheme):
-    repository = tmp_path / "hub" / "me" / "tasks"
-    plan = push(bundle, f"{scheme}{repository}")
+@pytest.mark.parametrize("address", [str, Path.as_uri])
+def test_there_and_back(bundle, tmp_path, address):
+    repository = tmp_path / "hub" / "me" / "my tasks, 100%25"
+    plan = push(bundle, address(repository))
     written = contents(repository)
     assert written.pop(ATTRIBUTES) == plan.attributes.encode()
     assert written == own(bundle)
     assert set(plan.files) == set(written)
     assert {"README.md", MANIFEST} <= set(written)
-    back = pull(f"{scheme}{repository}", tmp_path / "back")
+    back = pull(address(repository), tmp_path / "back")
     assert contents(tmp_path / "back") == own(bundle)
     assert back.manifest == Bundle.open(bundle).manifest
     with open_session(back.path, device="cpu", threads=1) as session:
