@@ -3,7 +3,8 @@
 The size is read from the header and checked before a pixel is decoded, and only three decoders
 are ever asked: a picture that says it is something else is refused. So are the shapes and the
 codings that make few bytes cost much: a picture that is a line, since resizing its short side
-would make the long one a mile, and a JPEG of thousands of scans, each decoded over all pixels.
+would make the long one a mile, a JPEG of thousands of scans, each decoded over all pixels, and a
+file of millions of segments or chunks, which Pillow reads one by one in Python.
 """
 
 from __future__ import annotations
@@ -37,8 +38,47 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 _MOST_RATIO = 50
 # A progressive JPEG has about 10. Inside a scan 0xFF is always followed by something else.
 _START_OF_SCAN, _MOST_SCANS = b"\xff\xda", 100
+# Encoders of PNG write a chunk for every 4 KiB of pixels or more, cameras some ten segments.
+_MOST_PIECES, _LEAST_PIECE = 5000, 512
 # `warnings` keeps its filters for the process: two threads would restore each other's.
 _OPENING = threading.Lock()
+
+
+class _Encoded(io.BytesIO):
+    """A picture that is read in as many pieces as ones of its size are.
+
+    A segment or chunk is some three of them; what belongs to none is read byte by byte.
+
+    Raises:
+        TooLargeError: when it is made, of a WebP; else when it is read.
+    """
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name = name
+        self._left = _MOST_PIECES + len(content) // _LEAST_PIECE
+        if content.startswith(b"RIFF"):  # libwebp reads its chunks
+            self._count(content)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes."""
+        self._take()
+        return super().read(size)
+
+    def _count(self, content: bytes) -> None:
+        at = 12
+        while at + 8 <= len(content):
+            self._take()
+            length = int.from_bytes(content[at + 4 : at + 8], "little")
+            at += 8 + length + length % 2
+
+    def _take(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise TooLargeError(
+                f"{self._name}: expected a picture's few segments or chunks, found thousands of "
+                "them. Save it again with another program."
+            )
 
 
 class Pictures:
@@ -172,7 +212,7 @@ def open_picture(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
     # Pillow's limit on pixels is a warning below twice as much; ours is an error, and below.
     with _readable(name), _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+        opened = Image.open(_Encoded(content, name), formats=FORMATS)
     width, height = opened.size
     if width * height > most_pixels:
         raise TooLargeError(f"{name}: {width} x {height} pixels, at most {most_pixels} are taken.")
@@ -201,6 +241,8 @@ def _readable(name: str) -> Iterator[None]:
 
     try:
         yield
+    except RequestError:
+        raise
     except DataError as error:
         raise RequestError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:

@@ -28,13 +28,13 @@ def encoded(form: str, size: tuple[int, int] = (40, 30), **options) -> bytes:
     return file.getvalue()
 
 
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG that says it has that many pixels, whatever its data are."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
@@ -130,6 +130,55 @@ def test_lines_are_refused():
     assert decode(encoded("PNG", (50, 1))).size == (50, 1)
     for size in ((51, 1), (1, 51), (2, 110)):
         assert "at most 50 times the other" in refused(encoded("PNG", size), TooLargeError)
+
+
+def webp(chunks: bytes) -> bytes:
+    """Of the extended format, which may have chunks that nobody knows."""
+    size = bytes([39, 0, 0, 29, 0, 0])
+    parts = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size + encoded("WEBP", lossless=True)[12:]
+    body = b"WEBP" + parts + chunks
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def of_parts(kind: str, number: int) -> bytes:
+    """A picture with so many parts that say nothing."""
+    jpeg, start, empty = encoded("JPEG"), b"\xff\xd8", b"\xff\xef\0\2"
+    whole = encoded("PNG")
+    pixels = whole.index(b"IDAT") - 4
+    made = {
+        "segments": start + number * empty + jpeg[2:],
+        "segments behind an end": start + b"\xff\xd9" + number * empty + jpeg[2:],
+        "bytes of none": start + empty + bytes(number) + jpeg[2:],
+        "padding": start + number * b"\xff" + jpeg[2:],
+        "chunks": whole[:pixels] + number * chunk(b"prVt") + whole[pixels:],
+        "empty pixels": whole[:pixels] + number * chunk(b"IDAT") + whole[pixels:],
+        "chunks behind": whole[:-12] + number * chunk(b"prVt") + whole[-12:],
+        "chunks of WebP": webp(number * b"abcd\0\0\0\0"),
+    }
+    return made[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "segments", "segments behind an end", "bytes of none", "padding",
+        "chunks", "empty pixels", "chunks behind", "chunks of WebP",
+    ],
+)  # fmt: skip
+def test_pictures_of_many_parts_are_refused(kind):
+    open_picture(of_parts(kind, 200), most_pixels=MOST, name="image 3")
+    assert "few segments or chunks" in refused(of_parts(kind, 20_000), TooLargeError)
+
+
+def test_a_large_picture_of_small_chunks_is_taken():
+    rows = np.random.default_rng(1).integers(0, 256, (4000, 1501), np.uint8)
+    rows[:, 0] = 0  # no filter
+    data = zlib.compress(rows.tobytes(), 0)
+    pixels = b"".join(chunk(b"IDAT", data[i : i + 4096]) for i in range(0, len(data), 4096))
+    content = png(500, 4000)
+    content = content[:33] + pixels + chunk(b"IEND")
+    opened = open_picture(content, most_pixels=2_000_000, name="image 0")
+    assert np.array_equal(load_picture(opened, name="image 0"), rows[:, 1:].reshape(4000, 500, 3))
 
 
 def test_a_jpeg_of_a_thousand_scans_is_refused():
