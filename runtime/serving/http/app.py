@@ -120,7 +120,10 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         return _json(await endpoint.model_statistics(**request.path_params))
 
     async def all_stats(request: Request) -> Response:
-        return _json(await endpoint.model_statistics(""))
+        try:
+            return _json(await endpoint.model_metadata("stats"))  # a model may be called so
+        except NotFoundError:
+            return _json(await endpoint.model_statistics(""))
 
     async def index(request: Request) -> Response:
         async with bodies.read(request, _SMALL_BYTES) as body:

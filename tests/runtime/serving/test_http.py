@@ -266,22 +266,32 @@ def test_many_requests_at_once(server, session):
         assert_parity(own(name, session.run(array, name)), found, "branches", "float32")
 
 
-def test_a_folded_bundle(folded, tmp_path):
+def test_a_folded_bundle_with_the_name_of_a_path(folded, tmp_path):
     x = images(3)
     with (
         open_session(folded, device="cpu", threads=1) as session,
-        running_server(folded, tmp_path / "log", "--model-name", "one") as server,
+        running_server(folded, tmp_path / "log", "--model-name", "stats") as server,
         triton.InferenceServerClient(server.http) as client,
     ):
         expected = session.run(x)
-        for model, parameters in (("one", None), ("alpha", None), ("one", {"adapter": "alpha"})):
+        for model, parameters in (
+            ("stats", None),
+            ("alpha", None),
+            ("stats", {"adapter": "alpha"}),
+        ):
             found = client.infer(model, [tensor("images", x)], parameters=parameters)
             assert np.array_equal(found.as_numpy("logits"), expected)
-        assert {m["name"] for m in client.get_model_repository_index()} == {"one", "alpha"}
-        assert client.get_model_metadata("one")["outputs"][0]["shape"] == [-1, CLASSES["alpha"]]
+        assert {m["name"] for m in client.get_model_repository_index()} == {"stats", "alpha"}
+        metadata = client.get_model_metadata("stats")  # of the model, not all statistics
+        assert metadata["name"] == "stats"
+        assert metadata["outputs"][0]["shape"] == [-1, CLASSES["alpha"]]
+        (one,) = client.get_inference_statistics("stats")["model_stats"]
+        assert one["name"] == "stats"
         x_ = tensor("images", x)
         assert error_of(lambda: client.infer("beta", [x_]))[0] == 404
-        assert error_of(lambda: client.infer("one", [x_], parameters={"adapter": "beta"}))[0] == 404
+        assert (
+            error_of(lambda: client.infer("stats", [x_], parameters={"adapter": "beta"}))[0] == 404
+        )
 
 
 # --- by hand --------------------------------------------------------------------------------------

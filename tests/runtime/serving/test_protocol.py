@@ -3,8 +3,10 @@ model, who answered, refusals that are counted, half-closed connections."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
+import io
 import json
 import re
 import signal
@@ -273,7 +275,11 @@ def test_a_client_that_says_no_more_is_answered(server, version):
 
 def test_a_proxy_of_http_1_0_that_leaves_is_noticed(small, tmp_path):
     """nginx as it comes: it says `Connection: close`, and passes on that its client has left."""
-    content = json.dumps(body(images(7), parameters={"adapter": "alpha"})).encode()
+    vast = io.BytesIO()  # a second of work: it is noticed long before that
+    Image.new("L", (7000, 7000)).save(vast, "PNG")
+    picture = {"name": "images", "datatype": "BYTES", "shape": [1],
+               "data": [base64.b64encode(vast.getvalue()).decode()]}  # fmt: skip
+    content = json.dumps({"inputs": [picture], "parameters": {"adapter": "alpha"}}).encode()
     head = "POST /v2/models/tiny/infer HTTP/1.0\r\nhost: localhost\r\nConnection: close\r\n"
     flags = ["--model-name", "tiny", "--grpc-port", "-1"]
     with running_server(small, tmp_path / "log", *flags) as found:
