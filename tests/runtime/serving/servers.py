@@ -103,6 +103,17 @@ class Server:
             time.sleep(0.05)
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
+    def requests(self, count: int, *, since: int = 0) -> list[dict[str, Any]]:
+        """What the log says of requests behind its first lines; ``count`` are waited for.
+
+        An answer may arrive before its line is written.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            found = [r for r in self.records()[since:] if r["message"] == "request"]
+            if len(found) >= count or time.monotonic() > end:
+                return found
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Ask it to stop and wait: its exit code."""
         self.process.send_signal(number)

@@ -275,7 +275,8 @@ def test_every_request_is_one_line_of_the_log(server, client):
     before = len(server.records())
     client.infer("alpha", [raw("images", images(1))])
     code_of(lambda: client.infer("nobody\n", []))
-    found = [r for r in server.records()[before:] if r["logger"] == "hhdeploy.serve.grpc"]
+    found = server.requests(2, since=before)
+    assert {r["logger"] for r in found} == {"hhdeploy.serve.grpc"}
     assert [(r["method"], r["model"], r["code"]) for r in found] == [
         ("ModelInfer", "alpha", "OK"),
         ("ModelInfer", "nobody\n", "NOT_FOUND"),

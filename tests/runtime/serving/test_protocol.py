@@ -289,8 +289,7 @@ def test_a_proxy_of_http_1_0_that_leaves_is_noticed(small, tmp_path):
             client.shutdown(socket.SHUT_WR)
             found.process.send_signal(signal.SIGCONT)
             assert client.recv(1) == b""  # closed, without an answer
-        asked = [r for r in found.records() if r["message"] == "request"]
-        assert [r["status"] for r in asked] == [499]
+        assert [r["status"] for r in found.requests(1)] == [499]
         # Of who stays there is an answer.
         with socket.create_connection(found.http.split(":"), PATIENCE) as client:
             client.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)

@@ -34,7 +34,7 @@ from hhdeploy.runtime.serving.metrics import OTHERS, Metrics
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from tests.runtime.serving.grpc_requests import message
-from tests.runtime.serving.servers import Server, running_server
+from tests.runtime.serving.servers import running_server
 from tests.runtime.serving.test_metrics import NOW, of, scrape
 from tests.workshop import COMMAND_SECONDS, ROOT
 
@@ -45,17 +45,13 @@ RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 # --- the log --------------------------------------------------------------------------------------
 
 
-def lines_since(server: Server, before: int) -> list[dict[str, Any]]:
-    return [r for r in server.records()[before:] if r["message"] == "request"]
-
-
 def test_a_line_says_who_asked_what_and_how_it_ended(server):
     before = len(server.records())
     path = "/v2/models/nobody/infer"
     _, named, _ = server.request("POST", path, b'{"inputs": []}', {REQUEST_ID: "order-66"})
     _, forged, _ = server.request("POST", path, b"{}", {REQUEST_ID: "two words"})
     _, plain, _ = server.request("POST", "/v2/repository/index", b"{}")
-    one, two, three = lines_since(server, before)
+    one, two, three = server.requests(3, since=before)
     assert named[REQUEST_ID] == one["request_id"] == "order-66"
     for line, headers in ((two, forged), (three, plain)):
         assert re.fullmatch("[0-9a-f]{16}", line["request_id"])
@@ -79,7 +75,7 @@ def test_grpc_has_the_same_line(server):
         pytest.raises(InferenceServerException, match="unknown adapter"),
     ):
         client.infer("nobody", [], headers={REQUEST_ID: "order-67"})
-    (line,) = lines_since(server, before)
+    (line,) = server.requests(1, since=before)
     assert (line["method"], line["code"]) == ("ModelInfer", "NOT_FOUND")
     assert line["request_id"] == "order-67"
     assert line["reason"].startswith("unknown adapter 'nobody'")
