@@ -44,6 +44,10 @@ Value = bool | int | float | str
 _MOST = 1 << 31
 # Elements of a BYTES tensor, each an object of its own; a batch has a few hundred images at most.
 _MOST_ELEMENTS = 1 << 14
+# Inputs and outputs of a request; a model has two and three.
+_MOST_TENSORS = 16
+# Of a request, an input or an output; a handful have a meaning.
+_MOST_PARAMETERS = 64
 # Of the shared memory extension, which is not served: ignored, a client would read garbage.
 _SHARED_MEMORY = "shared_memory_region"
 
@@ -209,8 +213,13 @@ def check_parameters(found: Mapping[str, Any], where: str) -> dict[str, Value]:
     """The parameters of a request, an input or an output.
 
     Raises:
-        RequestError: one is no finite number, string or truth value, or is about shared memory.
+        RequestError: too many, or one is no finite number, string or truth value, or is about
+            shared memory.
     """
+    if len(found) > _MOST_PARAMETERS:
+        raise RequestError(
+            f"{where}: parameters: expected at most {_MOST_PARAMETERS}, found {len(found)}."
+        )
     for key, value in found.items():
         if not isinstance(value, (bool, int, float, str)) or (
             isinstance(value, float) and not math.isfinite(value)
@@ -224,6 +233,12 @@ def check_parameters(found: Mapping[str, Any], where: str) -> dict[str, Value]:
             "from the answer."
         )
     return dict(found)
+
+
+def check_tensors(key: str, count: int) -> None:
+    """Raises `RequestError` for more ``inputs`` or ``outputs`` than a request may have."""
+    if count > _MOST_TENSORS:
+        raise RequestError(f"{key}: expected at most {_MOST_TENSORS}, found {count}.")
 
 
 def top_of(parameters: Mapping[str, Value], where: str) -> int:

@@ -76,7 +76,8 @@ class ServeSettings:
             `hosts`.
         no_access_log: write no line for each request.
         log_level: debug, info, warning or error.
-        max_json: bytes of JSON in an inference, decompressed; None: see `json_limit`.
+        max_json: bytes of JSON in an inference, decompressed, or of large typed contents over gRPC;
+            None: see `json_limit`.
         body_bytes: of a request, also once it is decompressed.
         image_pixels: of one encoded picture, read from its header before it is decoded.
         request_pixels: of all pictures of a request.
@@ -174,8 +175,8 @@ class ServeSettings:
     max_json: int | None = field(
         default=None,
         metadata=_asked(
-            "Bytes of JSON in an inference, decompressed.  [default: what a full batch of numbers "
-            "needs, from 8 to 32 MiB]",
+            "Bytes of JSON in an inference, decompressed, or of typed contents over gRPC.  "
+            "[default: what a full batch of numbers needs, from 8 to 32 MiB]",
             least=1024,
         ),
     )

@@ -23,6 +23,7 @@ from hhdeploy.runtime.serving.messages import (
     Wanted,
     check_datatype,
     check_parameters,
+    check_tensors,
     raw_of,
     tensor_from_raw,
     tensor_from_values,
@@ -52,6 +53,8 @@ def read_request(message: Any) -> InferRequest:
     Raises:
         RequestError: what is wrong with it.
     """
+    check_tensors("inputs", len(message.inputs))
+    check_tensors("outputs", len(message.outputs))
     raws: list[bytes] = list(message.raw_input_contents)
     if raws and len(raws) != len(message.inputs):
         raise RequestError(

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
-from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.grpc.front import Front
+from hhdeploy.runtime.serving.grpc.parsing import parse
 from hhdeploy.runtime.serving.grpc.probes import add_probes
 from hhdeploy.runtime.serving.grpc.servicer import Context, Servicer
 from hhdeploy.runtime.serving.listening import listen
@@ -94,6 +94,7 @@ class GrpcServer:
         # What gRPC has written by now is on its way through the front.
         await self._front.drain(_FLUSH_SECONDS)
         self._front.abort()
+        self._servicer.close()
         self._scratch.cleanup()
 
     async def _end_lost(self) -> None:
@@ -204,7 +205,7 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
 
     async def unary(raw: bytes, context: Context) -> Any:
         try:
-            request = _parse(kind, raw, most)
+            request = parse(kind, raw, most)
         except RequestError as error:
             servicer.refuse(context, error)
             return None
@@ -212,7 +213,7 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
             return await behaviour(request, context)
 
     async def stream(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-        requests = (_parse(kind, raw, most) async for raw in raws)
+        requests = (parse(kind, raw, most) async for raw in raws)
         with servicer.under_way():
             async with contextlib.aclosing(behaviour(requests, context)) as responses:
                 async for response in responses:
@@ -228,16 +229,6 @@ async def _unimplemented(request: Any, context: Context) -> None:
     context.set_details(
         "shared memory, tracing and log settings are not served here: send tensors in the request."
     )
-
-
-def _parse(kind: Any, raw: bytes, most: int) -> Any:
-    if len(raw) > most:
-        raise TooLargeError(f"the request is {len(raw)} bytes, at most {most} are taken.")
-    try:
-        return kind.FromString(raw)
-    except DecodeError as error:
-        name = kind.DESCRIPTOR.full_name
-        raise RequestError(f"the bytes are no message {name}: {error}") from error
 
 
 def _serialise(message: Any) -> bytes:

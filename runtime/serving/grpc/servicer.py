@@ -39,8 +39,10 @@ from hhdeploy.runtime.serving.errors import (
     StoppingError,
     UnauthorizedError,
 )
-from hhdeploy.runtime.serving.grpc.codec import read_request, write_response
+from hhdeploy.runtime.serving.grpc.codec import write_response
 from hhdeploy.runtime.serving.grpc.headers import PEER
+from hhdeploy.runtime.serving.grpc.parsing import read_inference
+from hhdeploy.runtime.serving.http.parsing import Parser
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.tracing import Tracing
@@ -125,9 +127,13 @@ class Servicer:
     def __init__(self, endpoint: Endpoint, access: Access) -> None:
         """``access``: who may ask; health is there for all."""
         self._endpoint, self._access = endpoint, access
-        self._tracing = Tracing()
+        self._tracing, self._parser = Tracing(), Parser()
         self.stopping = asyncio.Event()
         self._under_way = 0
+
+    def close(self) -> None:
+        """End what reads large requests."""
+        self._parser.close()
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
@@ -257,7 +263,8 @@ class Servicer:
         return pb.ModelStreamInferResponse(infer_response=response)
 
     async def _infer(self, request: Any) -> Any:
-        return write_response(await self._endpoint.infer(read_request(request)))
+        read = await read_inference(self._parser, request, self._endpoint.most_json)
+        return write_response(await self._endpoint.infer(read))
 
     async def _bounded(
         self,

@@ -28,6 +28,7 @@ from hhdeploy.runtime.serving.messages import (
     Wanted,
     bytes_array,
     check_parameters,
+    check_tensors,
     raw_of,
     tensor_from_raw,
     tensor_from_values,
@@ -45,10 +46,6 @@ _MOST_OBJECTS = 1024
 _LIST_BYTES = 32
 # Of JSON whose brackets are counted at once.
 _CHECKED_BYTES = 64 << 10
-# Inputs and outputs of a request; a model has two and three.
-_MOST_TENSORS = 16
-# Of a request, an input or an output; a handful have a meaning.
-_MOST_PARAMETERS = 64
 _COMPACT = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
@@ -336,10 +333,6 @@ def read_parameters(item: Mapping[str, Any], where: str) -> dict[str, Value]:
     found = {} if found is None else found
     if not isinstance(found, dict):
         raise RequestError(f"{where}: parameters: expected an object, found {_kind(found)}.")
-    if len(found) > _MOST_PARAMETERS:
-        raise RequestError(
-            f"{where}: parameters: expected at most {_MOST_PARAMETERS}, found {len(found)}."
-        )
     return check_parameters({k: v for k, v in found.items() if v is not None}, where)
 
 
@@ -365,8 +358,7 @@ def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) ->
         return []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RequestError(f"{key}: expected a list of objects, found {_kind(items)}.")
-    if len(items) > _MOST_TENSORS:
-        raise RequestError(f"{key}: expected at most {_MOST_TENSORS}, found {len(items)}.")
+    check_tensors(key, len(items))
     return items
 
 

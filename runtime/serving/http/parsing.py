@@ -47,7 +47,7 @@ class Parser:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "hhdeploy-json")
         self._lock = threading.Lock()
-        self._process = Elsewhere("reads large JSON")
+        self._process = Elsewhere("reads large requests")
         # Bytes of the bodies that the process is at or that wait for it.
         self._waiting = 0
         # The body that the process is at.
@@ -60,7 +60,7 @@ class Parser:
         content = _at_once(body)
         if content is not None and json_length(content, header_length, most_json) <= SMALL:
             return read_request(model, version, content, header_length)
-        message: InferRequest = await self._elsewhere(
+        message: InferRequest = await self.elsewhere(
             _size(body), _read_request, model, version, body, header_length, most_json
         )
         return message
@@ -70,7 +70,7 @@ class Parser:
         content = _at_once(body)
         if content is not None and len(content) <= SMALL:
             return read_object(content)
-        found: dict[str, Any] = await self._elsewhere(_size(body), _read_object, body)
+        found: dict[str, Any] = await self.elsewhere(_size(body), _read_object, body)
         return found
 
     def close(self) -> None:
@@ -79,11 +79,21 @@ class Parser:
         self._thread.shutdown(wait=True)
         self._process.end()
 
-    async def _elsewhere(self, size: int, read: Callable[..., Any], *arguments: object) -> Any:
+    async def elsewhere(self, size: int, read: Callable[..., Any], *arguments: object) -> Any:
+        """What a function makes of a body in the process.
+
+        Args:
+            size: bytes that it counts as while it waits.
+            read: a function of a module.
+            arguments: its own.
+
+        Raises:
+            RequestError: as the function does; or too much waits, or it takes too much memory.
+        """
         if self._waiting and self._waiting + size > _MOST_WAITING:
             raise BusyError(
-                f"{self._waiting} bytes of JSON wait to be read, at most {_MOST_WAITING} may. Try "
-                "again later, or send tensors as binary data."
+                f"{self._waiting} bytes of JSON or typed contents wait to be read, at most "
+                f"{_MOST_WAITING} may. Try again later, or send tensors as binary data."
             )
         ticket = _Ticket()
         self._waiting += size
@@ -118,7 +128,7 @@ class Parser:
             return self._process.call(read, *arguments)
         except MemoryError:
             raise TooLargeError(
-                "the JSON takes too much memory: send tensors as binary data."
+                "the request takes too much memory: send tensors as binary data."
             ) from None
         finally:
             with self._lock:

@@ -132,6 +132,20 @@ def _parameter(**value):
     return message
 
 
+def _parameters(count: int):
+    message = request()
+    for index in range(count):
+        message.parameters[str(index)].bool_param = True
+    return message
+
+
+def _outputs(count: int):
+    message = request()
+    for _ in range(count):
+        message.outputs.add(name="logits")
+    return message
+
+
 def _shared_memory(field: str):
     message = request(tensor("images", "FP32", 0))
     message.outputs.add(name="logits")
@@ -183,6 +197,12 @@ def _classification(**value):
             "expected numbers of type UINT8",
         ),
         "twice": (request(tensor("x", "FP32", 0), tensor("x", "FP32", 0)), "'x' is given twice"),
+        "many inputs": (
+            request(*(tensor(f"x{i}", "FP32", 0) for i in range(17))),
+            "inputs: expected",
+        ),
+        "many outputs": (_outputs(17), "outputs: expected at most 16, found 17"),
+        "many parameters": (_parameters(65), "parameters: expected at most 64, found 65"),
         "parameter not set": (_parameter(), "parameter 'x': expected"),
         "parameter infinite": (_parameter(double_param=np.inf), "parameter 'x': expected"),
         "parameter NaN": (_parameter(double_param=np.nan), "parameter 'x': expected"),

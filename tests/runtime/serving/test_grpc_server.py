@@ -44,6 +44,7 @@ class Endpoint:
         self.failure: Exception | None = None
         self.loaded: list[str] = []
         self.refusals: list[HhdeployError] = []
+        self.most_json = 1 << 20
 
     async def infer(self, request: InferRequest) -> InferResponse:
         self.taken.set()
@@ -173,6 +174,31 @@ def test_the_servers_limit_ends_the_work():
             await soon(endpoint.gone.wait())
             (answer,) = [a async for a in stub.ModelStreamInfer(iter([message(images(1))]))]
             assert "within 0.05 s" in answer.error_message
+
+    asyncio.run(run())
+
+
+def test_much_typed_and_messages_of_many_fields():
+    """The one is answered as any other, the other refused and counted."""
+    much, many = message(images(16)), message(images(1))
+    values = images(16).ravel().tolist()
+    del much.raw_input_contents[:]
+    much.inputs[0].contents.fp32_contents.extend(values)
+    for _ in range(1 << 14):
+        many.outputs.add()
+
+    async def run() -> None:
+        endpoint = Endpoint()
+        endpoint.gate.set()
+        async with served(endpoint) as (_, stub):
+            assert (await soon(stub.ModelInfer(much))).id == "seven"
+            (answer,) = [a async for a in stub.ModelStreamInfer(iter([much]))]
+            assert answer.infer_response.id == "seven"
+            assert (await failing(stub.ModelInfer(many)))[0] == "INVALID_ARGUMENT"
+            endpoint.most_json = 1 << 16
+            code, said = await failing(stub.ModelInfer(much))
+            assert code == "INVALID_ARGUMENT" and "at most 65536 are taken" in said
+            assert len(endpoint.refusals) == 2
 
     asyncio.run(run())
 

@@ -153,7 +153,7 @@ def test_one_that_is_given_up_ends_with_its_process(monkeypatch):
 
     async def scene() -> None:
         async with reading() as parser:
-            long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
+            long = asyncio.create_task(parser.elsewhere(1, time.sleep, 10 * PATIENCE))
             next_one = asyncio.create_task(parser.request("tiny", "", plain(body()), None, MOST))
             left = asyncio.create_task(parser.request("tiny", "", plain(body()), None, MOST))
             while parser._process._process is None:
@@ -178,7 +178,7 @@ def test_more_than_may_wait_is_refused():
     async def scene() -> None:
         async with reading() as parser:
             most = 32 << 20
-            long = asyncio.create_task(parser._elsewhere(most, time.sleep, 10 * PATIENCE))
+            long = asyncio.create_task(parser.elsewhere(most, time.sleep, 10 * PATIENCE))
             await asyncio.sleep(0)
             with pytest.raises(BusyError, match="wait to be read"):
                 await parser.request("tiny", "", plain(body()), None, MOST)
@@ -201,7 +201,7 @@ def test_one_that_is_given_up_while_its_process_starts_is_not_begun(monkeypatch)
 
     async def scene() -> None:
         async with reading() as parser:
-            long = asyncio.create_task(parser._elsewhere(1, time.sleep, 10 * PATIENCE))
+            long = asyncio.create_task(parser.elsewhere(1, time.sleep, 10 * PATIENCE))
             await asyncio.to_thread(begun.wait)
             long.cancel()
             await asyncio.wait([long])
@@ -214,7 +214,7 @@ def test_a_process_that_dies_fails_one_request():
     async def scene() -> None:
         async with reading() as parser:
             with pytest.raises(FailedError, match="has ended"):
-                await parser._elsewhere(1, os.abort)
+                await parser.elsewhere(1, os.abort)
             assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
     run(scene)
@@ -253,7 +253,7 @@ def test_memory_has_an_end():
     async def scene() -> None:
         async with reading() as parser:
             with pytest.raises(TooLargeError, match="too much memory"):
-                await parser._elsewhere(1, bytearray, 4 << 30)
+                await parser.elsewhere(1, bytearray, 4 << 30)
             assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
     run(scene)
@@ -266,7 +266,7 @@ def test_a_process_whose_memory_has_grown_ends():
         async with reading() as parser:
             await parser.content(plain(body()))
             first = parser._process._process
-            await parser._elsewhere(1, operator.mul, b"x", 100 << 20)
+            await parser.elsewhere(1, operator.mul, b"x", 100 << 20)
             assert first.poll() is not None
             assert (await parser.request("tiny", "", plain(body()), None, MOST)).id == "seven"
 
