@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from hhdeploy.choices import QUANTISED, QuantisedPrecision, one_of
+from hhdeploy.choices import QUANTISED, QuantisedPrecision, listed, one_of
 from hhdeploy.errors import OptionError, PlanError
 
 
@@ -39,6 +39,7 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         one_of(QUANTISED, self.precision, "precision")
         one_of(PRESETS, self.preset, "preset")
+        object.__setattr__(self, "exclude", tuple(listed(self.exclude, "exclude", "patterns")))
         if self.images < 1:
             raise OptionError(f"`images`: expected 1 or more, found {self.images}.")
         if self.smooth_quant is not None and not 0.0 <= self.smooth_quant <= 1.0:

@@ -2,15 +2,16 @@
 
 Every name is a member of one `Literal`, and its `typing.get_args` is the list that the command
 line offers and messages show. A name is checked once, where it enters (a command, a function of
-the Python API, a manifest), and typed from there on.
+the Python API, a manifest), and typed from there on. Several come in a list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final, Literal, TypeVar, get_args
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal, TypeVar, cast, get_args
 
-from hhdeploy.errors import OptionError
+from hhdeploy.errors import HhdeployError, OptionError
 
 # Graphs beside float32: made of it alone, or of it and calibration data.
 TypedPrecision = Literal["float16", "bfloat16"]
@@ -64,6 +65,34 @@ def one_of(names: Iterable[_Name], given: object, parameter: str, hint: str = ""
     raise OptionError(f"`{shown}`: expected one of {', '.join(names)}.{hint}")
 
 
+def listed(
+    given: object, parameter: str, what: str, error: type[HhdeployError] = OptionError
+) -> list[Any]:
+    """What a user gave for a parameter that takes several values, as a list.
+
+    A set has no order that anybody chose, it is another one in the next process; the letters of a
+    string and the keys of a mapping are no values.
+
+    Args:
+        given: for it.
+        parameter: for the message.
+        what: its values are, in the plural.
+        error: to raise.
+    """
+    if not isinstance(given, str | bytes | set | frozenset | Mapping):
+        try:
+            return list(cast(Iterable[Any], given))
+        except TypeError:
+            pass  # nothing that can be gone through
+    raise error(
+        f"`{parameter}`: expected {what} in a list or tuple, found {type(given).__name__} "
+        f"{reprlib.repr(given)}."
+    )
+
+
 def as_precisions(given: Iterable[str] | None) -> tuple[Precision, ...] | None:
-    """A ``precisions`` parameter, None as it is. Raises `OptionError`: see `one_of`."""
-    return None if given is None else tuple(one_of(PRECISIONS, p, "precisions[]") for p in given)
+    """A ``precisions`` parameter, None as it is. Raises `OptionError`: see `one_of`, `listed`."""
+    if given is None:
+        return None
+    names = listed(given, "precisions", "names")
+    return tuple(one_of(PRECISIONS, name, "precisions[]") for name in names)

@@ -22,6 +22,7 @@ from hhdeploy.backbones.sites import (
     split_target,
 )
 from hhdeploy.bundle.layout import Branch, RowLayout, in_row_order
+from hhdeploy.choices import listed
 from hhdeploy.errors import OptionError, PlanError
 
 
@@ -49,6 +50,8 @@ class Reserve:
                 f"`max_rank` and `max_classes`: expected 0 or more, found {self.max_rank} and "
                 f"{self.max_classes}."
             )
+        for name in ("sites", "parts"):
+            object.__setattr__(self, name, tuple(listed(getattr(self, name), name, "names")))
         for target in self.sites:
             try:
                 split_target(target)

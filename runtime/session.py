@@ -18,7 +18,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Answer, answers_of, are_numbers
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, one_of
+from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, listed, one_of
 from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import default_cache
 from hhdeploy.runtime.backends import (
@@ -237,13 +237,15 @@ class Session:
         return np.ascontiguousarray(images, np.float32)
 
 
-def _pictures(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
+def _pictures(images: object) -> Sequence[Image.Image]:
     """Decoded pictures, at least one: what else users hold is told how it becomes one."""
     from PIL import Image
 
     if isinstance(images, Image.Image):
         raise SessionError("images: expected a sequence of pictures, found one: pass [image].")
-    pictures = list(images)
+    if isinstance(images, str | Path):
+        images = [images]  # which is told below how it becomes a picture
+    pictures: list[Image.Image] = listed(images, "images", "pictures", SessionError)
     if not pictures:
         raise SessionError("no image given: expected a sequence of at least one.")
     for index, picture in enumerate(pictures):
@@ -261,11 +263,14 @@ def _names(adapters: str | Sequence[str | None] | None, images: int) -> list[str
     """One name per image."""
     if adapters is None or isinstance(adapters, str):
         return [adapters] * images
-    names = list(adapters)
+    names = listed(adapters, "adapters", "names, one an image,", SessionError)
     if len(names) != images:
         raise SessionError(
             f"expected one adapter per image, found {len(names)} for {images} images."
         )
+    for index, name in enumerate(names):
+        if not isinstance(name, str | None):
+            raise SessionError(f"adapters[{index}]: expected a name or None, found {name!r}.")
     return names
 
 

@@ -282,7 +282,7 @@ def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
         AdapterError: it could not be written, or not be read: see `parse_config`.
     """
     for key in ("target_modules", "class_names"):
-        if isinstance(value := getattr(config, key), str):
+        if isinstance(value := getattr(config, key), str | set | frozenset | Mapping):
             raise AdapterError(f"{where}: {key}: expected a list of strings, found {value!r}.")
     try:  # NumPy's integers are integers
         written = json.dumps(config.to_json(), default=operator.index)

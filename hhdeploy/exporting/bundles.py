@@ -33,7 +33,7 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.rounding import check_row_survives
-from hhdeploy.choices import TYPED, Precision, TypedPrecision, one_of
+from hhdeploy.choices import TYPED, Precision, TypedPrecision, listed, one_of
 from hhdeploy.errors import OptionError, ParityError, require
 from hhdeploy.exporting.outputs import (
     check_outputs,
@@ -150,6 +150,10 @@ def export(
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
 
+    outputs, precisions = (
+        listed(outputs, "outputs", "names"),
+        listed(precisions, "precisions", "names"),
+    )
     _check_precisions(precisions)
     form = GraphForm(opset, single_file)
     check_outputs(outputs, reserve)

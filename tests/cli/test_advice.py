@@ -345,6 +345,7 @@ def known(code: ast.Call) -> bool:
 # Messages about any parameter of a kind, and one of that kind.
 ONE_OF_MANY = {
     "hhdeploy/bundle/signing.py::_reading": "`key`",
+    "hhdeploy/choices.py::listed": "`precision`",
     "hhdeploy/choices.py::one_of": "`precision='float8'`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",

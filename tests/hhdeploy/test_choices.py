@@ -7,12 +7,14 @@ import json
 from typing import Any, get_args
 
 import click
+import numpy as np
 import pytest
 
 from hhdeploy import (
     Bundle,
     Device,
     Precision,
+    Reserve,
     build,
     export,
     open_session,
@@ -20,8 +22,9 @@ from hhdeploy import (
     verify_against_torch,
     write_triton,
 )
+from hhdeploy.adapters.importers.template import ImportOptions
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.choices import PRECISIONS, TORCH_DEVICES, as_precisions, member, one_of
+from hhdeploy.choices import PRECISIONS, TORCH_DEVICES, as_precisions, listed, member, one_of
 from hhdeploy.cli.wording import all_commands
 from hhdeploy.errors import BundleError, HhdeployError, OptionError
 from hhdeploy.exporters.triton import TritonOptions
@@ -42,6 +45,46 @@ def test_one_of_says_what_there_is():
     assert as_precisions(None) is None
     with pytest.raises(OptionError, match=r"`precisions=\['fp9'\]`: expected one of float32, "):
         as_precisions(["fp8", "fp9"])
+
+
+@pytest.mark.parametrize("given", [{"a", "b"}, frozenset("a"), {"a": 1}, "ab", b"ab", 3, None])
+def test_several_values_come_in_a_list(given):
+    assert listed(("a", "b"), "letters", "names") == ["a", "b"]
+    assert listed(iter("ab"), "letters", "names") == ["a", "b"]
+    assert listed({"a": 1}.keys(), "letters", "names") == ["a"]
+    words = rf"`letters`: expected names in a list or tuple, found {type(given).__name__} .*\."
+    with pytest.raises(OptionError, match=words):
+        listed(given, "letters", "names")
+
+
+# Everything that takes several values from a user.
+LISTS = {
+    "session adapters": lambda b, two: two_images(b, "run", two),
+    "session images": lambda b, two: two_images(b, "classify", two),
+    "verify precisions": lambda b, two: verify(b, precisions=two),
+    "verify_against_torch precisions": lambda b, two: verify_against_torch(b, precisions=two),
+    "export precisions": lambda b, two: export("x", {}, b, fold=True, precisions=two),
+    "export outputs": lambda b, two: export("x", {}, b, fold=True, outputs=two),
+    "Reserve sites": lambda b, two: Reserve(sites=two),
+    "Reserve parts": lambda b, two: Reserve(parts=two),
+    "CalibrationSettings exclude": lambda b, two: CalibrationSettings(exclude=two),
+    "ImportOptions class_names": lambda b, two: ImportOptions(class_names=two),
+}
+
+
+def two_images(bundle, method, given):
+    with open_session(bundle, device="cpu", threads=1, cache=None) as session:
+        if method == "classify":
+            return session.classify(given)
+        return session.run(np.zeros((2, *session.bundle.manifest.input_size), np.float32), given)
+
+
+@pytest.mark.parametrize("entrance", LISTS)
+def test_a_set_is_refused_where_it_comes_in(small, entrance):
+    """Which image had which adapter's answer was another in every process."""
+    with pytest.raises(HhdeployError, match=r"in a list or tuple, found set \{'") as caught:
+        LISTS[entrance](small, {"q", "k"})
+    assert caught.value.parameter == entrance.split()[1]
 
 
 # Everything that takes a name from a user, given one that is none.

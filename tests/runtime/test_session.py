@@ -118,7 +118,9 @@ def test_classify_refuses(own):
     with pytest.raises(SessionError, match="no image given"):
         own.classify([], "alpha")
     for wrong, words in (
+        (None, "`images`: expected pictures in a list or tuple, found NoneType None"),
         ("cat.png", r"images\[0\]: expected a PIL\.Image\.Image, found str.*open_image\(path\)"),
+        (Path("cat.png"), r"images\[0\]: .*found PosixPath.*open_image\(path\)"),
         ([*pictures(1), Path("cat.png")], r"images\[1\]: .*found PosixPath"),
         (np.zeros((2, 40, 40, 3), np.uint8), r"images\[0\]: .*found ndarray.*fromarray\(array\)"),
         (pictures(1)[0], r"expected a sequence of pictures, found one: pass \[image\]"),
@@ -301,6 +303,13 @@ def test_images_of_another_shape_or_type(session, wrong, found):
 def test_the_number_of_names(session, names):
     with pytest.raises(SessionError, match=f"found {len(names)} for 2 images"):
         session.run(images(2), names)
+
+
+def test_a_name_an_image(session):
+    with pytest.raises(SessionError, match=r"adapters\[1\]: expected a name or None, found \['be"):
+        session.run(images(2), ["alpha", ["beta"]])
+    with pytest.raises(SessionError, match="`adapters`: expected names, one an image, in a list"):
+        session.run(images(2), 1)
 
 
 def test_an_unknown_adapter_lists_the_names(session):

@@ -22,6 +22,7 @@ from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
 from hhdeploy.backbones.weights import files_of
+from hhdeploy.choices import listed
 from hhdeploy.errors import AdapterError, BackboneError, OptionError
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 from hhdeploy.preprocess import Preprocess
@@ -71,6 +72,9 @@ class ImportOptions:
     accept_error: float | None = None
 
     def __post_init__(self) -> None:
+        if self.class_names is not None:
+            names = listed(self.class_names, "class_names", "names, one a class,")
+            object.__setattr__(self, "class_names", tuple(names))
         if self.preprocess is None:
             return
         try:
