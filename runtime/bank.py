@@ -37,9 +37,10 @@ class Packed:
     row: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hold:
-    """A row that a request uses: it keeps its values until `AdapterBank.release`.
+    """A row that a request uses: it keeps its values until `AdapterBank.release`. Each is one of
+    its own, though others hold the same row.
 
     Attributes:
         row: its number.
@@ -95,6 +96,7 @@ class AdapterBank:
             assert row is not None
             self.rows[row] = stored[entry.row]
             self._entries[entry.name] = replace(entry, row=row)
+        self._given: set[Hold] = set()  # and not released
         # Row -> requests that hold it.
         self._holds = dict.fromkeys((a.row for a in self._entries.values()), 0)
         self._retired: set[int] = set()
@@ -188,11 +190,25 @@ class AdapterBank:
         with self._lock:
             row = self._row(name)
             self._take(row)
-            return Hold(row, None if name is None or row == BACKBONE_ROW else self._entries[name])
+            hold = Hold(row, None if name is None or row == BACKBONE_ROW else self._entries[name])
+            self._given.add(hold)
+            return hold
 
     def release(self, hold: Hold) -> None:
-        """Give a row back. Every `hold` needs exactly one."""
+        """Give a row back. Every `hold` needs exactly one.
+
+        Raises:
+            SessionError: it was given back already, or is another bank's. (It would be counted as
+                another request's, and the row be cleared while that one uses it.)
+        """
         with self._lock:
+            if hold not in self._given:
+                of = hold.entry.name if hold.entry is not None else BACKBONE
+                raise SessionError(
+                    f"release: expected a hold of this bank that is not released, found one of row "
+                    f"{hold.row} ({of!r}) that is, or is another bank's. Release each exactly once."
+                )
+            self._given.remove(hold)
             idle = self._release([hold.row])
         self._clear(idle)
 

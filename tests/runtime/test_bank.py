@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError, CapacityError, DeviceError, PlanError, SessionError
 from hhdeploy.runtime import AdapterBank, open_session
+from hhdeploy.runtime.bank import Hold
 from tests.support import assert_caught, assert_parity, images, random_adapter
 from tests.workshop import HEAVY, TOO_WIDE, contents, run_python
 
@@ -219,10 +220,29 @@ def test_a_held_row_keeps_its_values_until_it_is_released(own, workshop):
     assert bank.free_rows == 1
 
 
+def test_a_hold_is_released_once(own):
+    """The second one's row was cleared while another request held it."""
+    bank = own.adapters
+    old = bank.rows[1].copy()
+    hold = bank.hold("alpha")
+    bank.release(hold)
+    other = bank.hold("alpha")
+    for wrong in (hold, Hold(other.row, other.entry)):
+        with pytest.raises(SessionError, match=r"found one of row 1 \('alpha'\) that is, or is an"):
+            bank.release(wrong)
+    bank.remove("alpha")
+    assert np.array_equal(bank.rows[1], old)
+    bank.release(other)
+    assert not bank.rows[1].any()
+    assert bank.free_rows == bank.slots - 2
+
+
 def test_the_backbone_is_held_like_an_adapter(session, own):
     hold = session.adapters.hold(None)
     assert (hold.row, hold.entry) == (0, None)
     session.adapters.release(hold)
+    with pytest.raises(SessionError, match=r"row 0 \('backbone'\)"):
+        session.adapters.release(hold)
     with pytest.raises(SessionError, match="no classifier of the bare backbone"):
         own.adapters.hold(None)
 
