@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
+from hhdeploy.cli.naming import adapters_and_strengths
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -167,7 +168,7 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
     """
     from hhdeploy.bundle import add_adapter
 
-    named, strengths = ui.adapters_and_strengths([adapter])
+    named, strengths = adapters_and_strengths([adapter])
     ((name, directory),) = named.items()
     entry = add_adapter(
         bundle,

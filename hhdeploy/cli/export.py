@@ -10,6 +10,7 @@ import click
 from hhdeploy.backbones.facts import OUTPUTS
 from hhdeploy.choices import TypedPrecision
 from hhdeploy.cli import ui
+from hhdeploy.cli.naming import adapters_and_strengths
 
 
 @click.command()
@@ -139,7 +140,7 @@ def command(
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
 
-    named, strengths = ui.adapters_and_strengths(adapters)
+    named, strengths = adapters_and_strengths(adapters)
     cache = ui.check_cache_options(cache_dir, no_cache)
     if not adapters and not fold and not sites:
         raise click.UsageError(

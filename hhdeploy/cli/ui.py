@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from hhdeploy.adapters.checks import check_name
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
 from hhdeploy.choices import DEVICES, PRECISIONS
 from hhdeploy.files.folders import in_words
@@ -216,73 +214,6 @@ def check_backbone_options(checkpoint: Path | None, pretrained: bool, *, noise: 
         raise click.UsageError("--checkpoint and --no-pretrained exclude each other: give one.")
     if pretrained and not noise:
         refuse_unused({"seed"}, "has nothing to draw: neither weights nor noise are random here")
-
-
-def named_directories(values: Sequence[str]) -> dict[str, Path]:
-    """``NAME=DIR`` or ``DIR`` (named after the directory); a name given twice is an error.
-
-    Paths may hold ``=`` too (``runs/lr=0.1``): see `_named_directory`.
-    """
-    named: dict[str, Path] = {}
-    for value in values:
-        name, directory = _named_directory(value)
-        check_name(name)
-        if name in named:
-            raise click.UsageError(
-                f"two adapters are called {name!r} ({named[name]} and {directory}). Name them "
-                "as NAME=DIR."
-            )
-        named[name] = directory
-    return named
-
-
-def adapters_and_strengths(values: Sequence[str]) -> tuple[dict[str, Path], dict[str, float]]:
-    """`named_directories` whose directories may end in ``@0.7``, and the strengths by name."""
-    parts = [_strength(value) for value in values]
-    named = named_directories([value for value, _ in parts])
-    strengths = {
-        name: strength
-        for name, (_, strength) in zip(named, parts, strict=True)
-        if strength is not None
-    }
-    return named, strengths
-
-
-def _strength(value: str) -> tuple[str, float | None]:
-    """A value without ``@`` and a number after the last ``/``, unless a directory is so called."""
-    found = re.fullmatch(r"(.*[^/])@([-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", value)
-    written = (value, value.partition("=")[2])
-    if found is None or any(text and Path(text).is_dir() for text in written):
-        return value, None
-    return found[1], float(found[2])
-
-
-def _named_directory(value: str) -> tuple[str, Path]:
-    """(name, directory): a value that is a directory as it stands is one, ``=`` or not.
-
-    Raises:
-        UsageError: it can be read both ways, or has no directory behind its ``=``.
-    """
-    whole = Path(value)
-    name, separator, path = value.partition("=")
-    if not separator:
-        return whole.resolve().name, whole
-    if not path:
-        raise click.UsageError(
-            f"{value!r}: expected NAME=DIR or DIR, found no directory after '='."
-        )
-    inside = Path(name).name != name  # the "=" of a path: no name has a separator in it
-    if not whole.is_dir():
-        # Neither is there: a path that is wrong is named whole in the message that follows.
-        missing = inside and not Path(path).is_dir()
-        return (whole.resolve().name, whole) if missing else (name, Path(path))
-    if not inside and Path(path).is_dir():
-        raise click.UsageError(
-            f"{value!r}: both {whole} and {path} are directories. Write "
-            f"NAME={whole.resolve()} for the first and {name}={Path(path).resolve()} for the "
-            "second."
-        )
-    return whole.resolve().name, whole
 
 
 def input_size(

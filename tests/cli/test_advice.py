@@ -97,6 +97,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/adapter_mix.py": ("adapter merge",),
     "hhdeploy/cli/bench_serve.py": ("bench",),
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
+    "hhdeploy/cli/naming.py": (ANY,),
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/cli/wording.py": (ANY,),
     "hhdeploy/cli/starter.py": ("demo",),

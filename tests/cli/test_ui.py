@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from click import UsageError
 
-from hhdeploy.cli.ui import _named_directory, describe_data, named_directories
+from hhdeploy.cli.naming import _named_directory, named_directories
+from hhdeploy.cli.ui import describe_data
 from hhdeploy.errors import OptionError
 
 

@@ -12,7 +12,7 @@ import torch
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle import Bundle, add_adapter
-from hhdeploy.cli import ui
+from hhdeploy.cli.naming import adapters_and_strengths
 from hhdeploy.errors import AdapterError, OptionError
 from hhdeploy.runtime import open_session
 from hhdeploy.training import attach, detach, extract
@@ -142,7 +142,7 @@ def test_the_command_line_reads_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "c@0.5", "d=e@2"):
         (tmp_path / name).mkdir()
-    named, strengths = ui.adapters_and_strengths(
+    named, strengths = adapters_and_strengths(
         ["a@0.7", "x=b@-1e-1", "y=c@0.5", f"w={tmp_path / 'd=e@2'}", "z=./a@.5", "v=./c@0.5@2"]
     )
     assert strengths == {"a": 0.7, "x": -0.1, "z": 0.5, "v": 2.0}
@@ -150,4 +150,4 @@ def test_the_command_line_reads_it(tmp_path, monkeypatch):
     assert {name: path.resolve() for name, path in named.items()} == {
         name: tmp_path / path for name, path in read.items()
     }
-    assert ui.adapters_and_strengths(["q=a@nine"])[1] == {}
+    assert adapters_and_strengths(["q=a@nine"])[1] == {}
