@@ -27,7 +27,8 @@ class BackboneSpec:
         checkpoint: a file with the weights; None: weights come from the source.
         pretrained: False gives random weights (``seed``), for benchmarks and tests.
         seed: of the random weights.
-        input_size: (channels, height, width) of the images, where the source does not say.
+        input_size: (channels, height, width) of the images, where the source does not say; timm
+            does, and another one is refused.
     """
 
     model: str

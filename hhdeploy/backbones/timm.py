@@ -36,7 +36,7 @@ def load_timm(spec: BackboneSpec) -> Loaded:
     Raises:
         BackboneError: an unknown model, arguments that timm does not take or that do not shape
             the model, a checkpoint that does not fit (missing and unexpected keys are named),
-            several classifiers.
+            several classifiers, an ``input_size`` that is not the model's.
     """
     check_timm_args(spec.args)
     notes: list[str] = []
@@ -53,6 +53,7 @@ def load_timm(spec: BackboneSpec) -> Loaded:
     else:
         model, classes = _from_timm(spec)
     preprocess = preprocess_of(model, spec.args)
+    _check_input_size(spec, preprocess)
     if preprocess.input_size[0] != 3:
         notes.append(f"image transform assumed: {preprocess.described()}")
     return Loaded(
@@ -65,6 +66,28 @@ def load_timm(spec: BackboneSpec) -> Loaded:
         traced_with=tuple(traced_with),
         license=_licences(spec, model),
         meaning=_meaning(spec, model, classes),
+    )
+
+
+def _check_input_size(spec: BackboneSpec, preprocess: Preprocess) -> None:
+    """Of timm's models the arguments make the size: one that is asked for beside them would mean
+    nothing.
+
+    Raises:
+        BackboneError: it is another one.
+    """
+    made, asked = preprocess.input_size, spec.input_size
+    if asked is None or tuple(asked) == made:
+        return
+    args: dict[str, Any] = {}
+    if tuple(asked[1:]) != made[1:]:
+        args["img_size"] = asked[1] if asked[1] == asked[2] else list(asked[1:])
+    if asked[0] != made[0]:
+        args["in_chans"] = asked[0]
+    raise BackboneError(
+        f"`input_size`: expected {list(made)}, as timm makes {spec.model} with these arguments, "
+        f"found {list(asked)}. Leave it out, or have the model made for that size, if it takes "
+        f"others: `model_args={args}`, beside its other arguments."
     )
 
 

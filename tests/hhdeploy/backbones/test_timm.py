@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +110,28 @@ def test_any_argument_that_timm_takes():
 def test_arguments_that_timm_refuses():
     with pytest.raises(BackboneError, match=r"could not create .*\{'embed_dim': 49"):
         load_backbone(BackboneSpec(TINY_MODEL, {"embed_dim": 49, "depth": 1}, pretrained=False))
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [
+        ((3, 64, 64), r"\{'img_size': 64\}"),
+        ((3, 64, 32), r"\{'img_size': \[64, 32\]\}"),
+        ((1, 32, 32), r"\{'in_chans': 1\}"),
+        ((1, 64, 64), r"\{'img_size': 64, 'in_chans': 1\}"),
+        ((3, 999999999, 999999999), r"\{'img_size': 999999999\}"),
+    ],
+)
+def test_an_input_size_that_is_not_the_model_s(asked, advice):
+    found = rf"expected \[3, 32, 32\].*found {re.escape(str(list(asked)))}.*model_args={advice}"
+    with pytest.raises(BackboneError, match=found):
+        load_backbone(replace(tiny_spec(), input_size=asked))
+
+
+def test_the_advice_of_an_input_size_is_taken():
+    asked = (1, 64, 32)
+    backbone = load_backbone(replace(tiny_spec(img_size=[64, 32], in_chans=1), input_size=asked))
+    assert backbone.facts.preprocess.input_size == asked
 
 
 def test_no_single_classifier():
