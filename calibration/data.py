@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,13 @@ class CalibrationImage:
         adapter: whose image it is; None: the bare backbone's.
         digest: sha256 of its content.
         load: makes float32 [3, H, W], normalised.
+        source: name of the file, or number of the array.
     """
 
     adapter: str | None
     digest: str
     load: Callable[[], NDArray[np.float32]]
+    source: str
 
 
 class CalibrationData:
@@ -102,8 +103,9 @@ class CalibrationData:
                 branches ``DIR/ADAPTER.txt``), an ``.npz`` file, or an iterable of mappings. The
                 latter two hold ``images`` (float32 [n, 3, H, W], normalised) and, for side
                 branches, ``adapter_ids`` (rows, int64 [n]) or ``adapters`` (n names).
-            images: at most this many, over all adapters, spread over adapters and classes.
-            seed: of the choice and the order of folder images.
+            images: at most this many, over all adapters, spread over adapters and, of a folder,
+                classes.
+            seed: of the choice and the order of the images.
 
         Raises:
             DataError: no images, too few, an unknown adapter, or arrays that do not fit.
@@ -114,10 +116,10 @@ class CalibrationData:
     def of(cls, feeder: Feeder, source: ImageSource, *, images: int, seed: int) -> CalibrationData:
         """As `open`, of a bundle whose adapters are known already."""
         if not isinstance(source, str | Path):
-            return cls._from_arrays(feeder, "a Python iterable", source, images)
+            return cls._from_arrays(feeder, "a Python iterable", source, images, seed)
         path = Path(source)
         if path.suffix == ".npz":
-            return cls._from_arrays(feeder, path.name, [_read_npz(path)], images)
+            return cls._from_arrays(feeder, path.name, [_read_npz(path)], images, seed)
         return cls._from_folder(feeder, path, images, seed)
 
     @classmethod
@@ -128,6 +130,7 @@ class CalibrationData:
                 picked.adapter,
                 hashlib.sha256(picked.path.read_bytes()).hexdigest(),
                 _loader(picked.path, feeder.preprocess(picked.adapter)),
+                picked.path.name,
             )
             for picked in chosen.images
         ]
@@ -136,17 +139,30 @@ class CalibrationData:
 
     @classmethod
     def _from_arrays(
-        cls, feeder: Feeder, source: str, batches: Iterable[Mapping[str, Any]], images: int
+        cls,
+        feeder: Feeder,
+        source: str,
+        batches: Iterable[Mapping[str, Any]],
+        images: int,
+        seed: int,
     ) -> CalibrationData:
-        def singles() -> Iterator[CalibrationImage]:
-            for batch in batches:
-                for adapter, image in feeder.checked(source, batch):
-                    yield CalibrationImage(
-                        adapter, hashlib.sha256(image.data).hexdigest(), image.copy
-                    )
-
-        samples = list(islice(singles(), images))
-        return cls(feeder, samples, {"kind": "arrays", "source": source}, ())
+        """All are read: such a file has one adapter's images behind another's."""
+        singles = (single for batch in batches for single in feeder.checked(source, batch))
+        found: dict[str | None, list[tuple[int, NDArray[np.float32]]]] = {}
+        for number, (adapter, image) in enumerate(singles):
+            found.setdefault(adapter, []).append((number, image))
+        rng = np.random.default_rng(seed)
+        shuffled = [
+            [(adapter, *numbered[i]) for i in rng.permutation(len(numbered))]
+            for adapter, numbered in found.items()
+        ]
+        samples = [
+            CalibrationImage(
+                adapter, hashlib.sha256(image.data).hexdigest(), image.copy, f"image {number}"
+            )
+            for adapter, number, image in _in_turn(shuffled)[:images]
+        ]
+        return cls(feeder, samples, {"kind": "arrays", "source": source, "seed": seed}, ())
 
     def __len__(self) -> int:
         return len(self.samples)

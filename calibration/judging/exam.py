@@ -171,12 +171,12 @@ def _from_arrays(feeder: Feeder, source: ImageSource, seed: int) -> list[tuple[s
             Question(
                 sample.adapter,
                 None,
-                f"image {index}",
+                sample.source,
                 sample.load,
                 feeder.problem_type(sample.adapter),
             ),
         )
-        for index, sample in enumerate(data.samples)
+        for sample in data.samples
     ]
 
 

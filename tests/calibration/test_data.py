@@ -173,18 +173,47 @@ def test_arrays_by_name_and_by_row_are_the_same(bundle, tmp_path):
     batches = ({"images": images[i : i + 1], "adapter_ids": [rows[i]]} for i in range(5))
     from_python = opened(bundle, batches)  # a generator can be read only once
     assert from_file.digest == from_python.digest
+    order = [int(s.source.removeprefix("image ")) for s in from_python.samples]
+    assert sorted(order) == list(range(5))
     for _ in range(2):
-        assert_array_equal(np.concatenate([f["images"] for f in from_python]), images)
-    bank = bundle.bank()
-    assert_array_equal(np.concatenate([f["adapter_bank"] for f in from_file]), bank[rows])
+        assert_array_equal(np.concatenate([f["images"] for f in from_python]), images[order])
+    bank = bundle.bank()[[rows[i] for i in order]]
+    assert_array_equal(np.concatenate([f["adapter_bank"] for f in from_file]), bank)
 
 
-def test_no_more_arrays_are_read_than_asked_for(bundle):
-    def endless():
-        while True:
-            yield {"images": noise(3), "adapters": ["alpha"] * 3}
+def test_adapters_have_their_turn_in_arrays_too(bundle, tmp_path):
+    """One behind another is how such a file is made: the first images are all of one adapter."""
+    images, names = noise(30), ["alpha"] * 20 + ["gamma"] * 8 + ["beta"] * 2
+    np.savez(tmp_path / "data.npz", images=images, adapters=names)
+    data = opened(bundle, tmp_path / "data.npz", images=12)
+    assert data.description["images_per_adapter"] == {"alpha": 5, "gamma": 5, "beta": 2}
+    assert data.description["seed"] == 0
+    assert [s.adapter for s in data.samples[:4]] == ["alpha", "gamma", "beta", "alpha"]
+    for sample in data.samples:
+        number = int(sample.source.removeprefix("image "))
+        assert names[number] == sample.adapter
+        assert_array_equal(sample.load(), images[number])
+    batches = [{"images": images[i : i + 7], "adapters": names[i : i + 7]} for i in (0, 7, 14, 21)]
+    batches.append({"images": images[28:], "adapters": names[28:]})
+    assert opened(bundle, batches, images=12).digest == data.digest
 
-    assert len(opened(bundle, endless(), images=7)) == 7
+
+def test_the_seed_chooses_among_arrays(bundle, tmp_path):
+    np.savez(tmp_path / "data.npz", images=noise(40), adapters=["alpha", "gamma"] * 20)
+
+    def chosen(seed):
+        found = opened(bundle, tmp_path / "data.npz", images=10, seed=seed)
+        return [s.source for s in found.samples]
+
+    assert chosen(0) == chosen(0)
+    assert set(chosen(0)) != set(chosen(1))
+
+
+def test_arrays_of_a_folded_bundle_are_shuffled(folded):
+    data = opened(Bundle.open(folded), [{"images": noise(40)}], images=10)
+    numbers = [int(s.source.removeprefix("image ")) for s in data.samples]
+    assert len(set(numbers)) == 10
+    assert max(numbers) >= 10  # a file that is sorted by class has one class in front
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,23 @@ def test_arrays_are_held_out_too(bundle, tmp_path):
     images = np.random.default_rng(3).standard_normal((11, 3, 32, 32)).astype(np.float32)
     file = tmp_path / "data.npz"
     np.savez(file, images=images, adapters=["alpha", "gamma"] * 5 + ["alpha"])
-    _, exam = exam_of(bundle, file, images=8)
-    assert [q.source for q in exam.questions] == ["image 8", "image 9", "image 10"]
+    used, exam = exam_of(bundle, file, images=8)
+    left = {f"image {i}" for i in range(11)} - {s.source for s in used.samples}
+    assert {q.source for q in exam.questions} == left
+    assert len(left) == 3
     assert not exam.labelled
-    assert np.array_equal(exam.questions[1].load(), images[9])
+    for question in exam.questions:
+        assert np.array_equal(question.load(), images[int(question.source.split()[1])])
+
+
+def test_arrays_are_judged_on_by_tasks_in_turn(bundle, tmp_path):
+    images = np.random.default_rng(3).standard_normal((40, 3, 32, 32)).astype(np.float32)
+    file = tmp_path / "data.npz"
+    np.savez(file, images=images, adapters=["alpha"] * 20 + ["gamma"] * 20)
+    used, exam = exam_of(bundle, file, images=20)
+    assert [q.adapter for q in exam.questions] == ["alpha", "gamma"] * 10
+    assert not [w for w in used.warnings if "no calibration images" in w and "gamma" in w]
+    assert not [w for w in exam.warnings if "no image" in w]
 
 
 @pytest.fixture
