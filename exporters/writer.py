@@ -12,8 +12,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import WHOLE
-from hhdeploy.adapters.config import problem_type_of
 from hhdeploy.adapters.format import Adapter, load_adapter, tensors_of
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.manifest import (
@@ -24,7 +22,7 @@ from hhdeploy.bundle.manifest import (
     hash_files,
     write_manifest,
 )
-from hhdeploy.bundle.membership import entry_of
+from hhdeploy.bundle.membership import entry_of, entry_of_whole
 from hhdeploy.choices import Precision, TypedPrecision
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.exporters.bake import baked
@@ -81,10 +79,8 @@ def whole_contents(base: BaseGraph) -> Contents:
             f"{facts.model} as loaded has no classifier, so its graph has no logits. Give weights "
             "that have one, or an adapter with a head."
         )
-    names, kind = facts.meaning.class_names, facts.meaning.problem_type
-    task = problem_type_of(kind, facts.classes)
-    entry = AdapterEntry(WHOLE, None, facts.classes, names, facts.preprocess, False, task)
-    return Contents(base.model.clone(), _folded_manifest(base, entry), None, {})
+    manifest = _folded_manifest(base, entry_of_whole(facts))
+    return Contents(base.model.clone(), manifest, None, {})
 
 
 def _folded_manifest(base: BaseGraph, entry: AdapterEntry) -> Manifest:

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from hhdeploy.bundle.locking import BUNDLE, Progress, foreign, undisturbed
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
+from hhdeploy.bundle.membership import check_copies
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.signing import check_signature
 from hhdeploy.errors import (
@@ -190,7 +191,7 @@ def _check_name(bundle: Bundle, name: str) -> None:
 
 
 def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
-    """Copy what is planned; the manifest is the one that was opened, to the byte.
+    """Copy what is planned; the manifest is the one that was opened, to the byte, and compared.
 
     Raises:
         ConflictError: the bundle was changed meanwhile. BundleError: a damaged file.
@@ -206,6 +207,7 @@ def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
         if direct.is_file() and copied(direct, place) == digest:
             continue
         copied(bundle.file(name), place)  # where a change moved it, or it says what is wrong
+    check_copies(bundle)
     now = (bundle.path / MANIFEST).read_bytes()
     if bundle.changed() or not before == now == (target / MANIFEST).read_bytes():
         raise ConflictError(f"{bundle.path} was changed meanwhile. Run the command again.")

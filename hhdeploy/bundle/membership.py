@@ -1,14 +1,18 @@
-"""Which adapters a bundle has: whether one fits, adding it, removing it. No torch, no timm."""
+"""Which adapters a bundle has: whether one fits, adding it, removing it, and whether the manifest
+says of them what their files say. No torch, no timm."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import (
+    WHOLE,
     check,
     check_live,
     check_name,
@@ -16,7 +20,7 @@ from hhdeploy.adapters.checks import (
     notes,
     unused_head,
 )
-from hhdeploy.adapters.config import problem_type_of
+from hhdeploy.adapters.config import CONFIG_FILE, problem_type_of
 from hhdeploy.adapters.directory import adapter_files
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
@@ -24,12 +28,25 @@ from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.meaning import UNSTATED
 from hhdeploy.backbones.sites import Form, linear_spec
 from hhdeploy.bundle.layout import RowLayout, check_row_range
-from hhdeploy.bundle.manifest import BANK_FILE, AdapterEntry, Manifest
+from hhdeploy.bundle.manifest import (
+    ADAPTERS,
+    BANK_FILE,
+    MANIFEST,
+    SCHEMA_VERSION,
+    AdapterEntry,
+    Manifest,
+)
+from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
-from hhdeploy.errors import PlanError
+from hhdeploy.errors import BundleError, PlanError
+from hhdeploy.files.bundle_json import read_bundle_json
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of
+
+_GRAPH = "preprocess_graph"
+# An entry of the manifest, what it says, where that is from, and what is said there.
+_Copy = tuple[str, Mapping[str, Any], str, Mapping[str, Any]]
 
 
 def entry_of(
@@ -64,6 +81,13 @@ def entry_of(
         config.compressed,
         config.license,
     )
+
+
+def entry_of_whole(backbone: BackboneFacts) -> AdapterEntry:
+    """The manifest's one entry for a model that is exported as it is."""
+    names, kind = backbone.meaning.class_names, backbone.meaning.problem_type
+    task = problem_type_of(kind, backbone.classes)
+    return AdapterEntry(WHOLE, None, backbone.classes, names, backbone.preprocess, False, task)
 
 
 def admit(
@@ -191,3 +215,72 @@ def remove_adapter(
         change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
         kept = tuple(a for a in manifest.adapters if a.name != name)
         change.manifest = replace(change.manifest, adapters=kept)
+
+
+def check_copies(bundle: Bundle) -> None:
+    """Compare adapters' entries with the adapters' files, which have their hashes, and what clients
+    without Python feed to graphs of pictures with the preprocessing: no hash covers the manifest,
+    and a name or a mean that is another one there is another answer.
+
+    Raises:
+        BundleError: naming the first that differs. ConflictError: see `Bundle.load_adapter`.
+    """
+    for where, says, source, right in (*_entries(bundle), *_graphs(bundle)):
+        found, expected = dict(_values(says)), dict(_values(right))
+        for key in {**expected, **found}:
+            if found.get(key) != expected.get(key):
+                raise BundleError(
+                    f"{bundle.path / MANIFEST}: {where}: {key}: expected {expected.get(key)!r}, as "
+                    f"{source} says, found {found.get(key)!r}: the manifest is not the one that "
+                    "was written. Copy or export the bundle again."
+                )
+
+
+def _entries(bundle: Bundle) -> Iterator[_Copy]:
+    manifest = bundle.manifest
+    for entry in manifest.adapters:
+        if manifest.whole:
+            source, right = "backbone", entry_of_whole(manifest.backbone)
+        else:
+            source = f"{ADAPTERS}/{entry.name}/{CONFIG_FILE}"
+            adapter = bundle.load_adapter(entry.name)
+            right = entry_of(entry.name, entry.row, adapter, manifest.backbone, verified=False)
+        yield f"adapter {entry.name!r}", _answering(entry), source, _answering(right)
+
+
+def _answering(entry: AdapterEntry) -> dict[str, Any]:
+    """What of an entry decides on answers and their names, apart from its row."""
+    return {
+        "classes": entry.classes,
+        "class_names": list(entry.class_names or ()),
+        "problem_type": entry.problem_type,
+        "preprocess": entry.preprocess.to_json(),
+    }
+
+
+def _graphs(bundle: Bundle) -> Iterator[_Copy]:
+    """Of the file itself: Python does not read them."""
+    content = read_bundle_json(bundle.path, SCHEMA_VERSION)
+    if bundle.changed():  # what is there by now is for those who read that
+        return
+    ours = bundle.manifest.to_json()
+    entries = [("backbone", content["backbone"], ours["backbone"])]
+    entries += [
+        (f"adapter {right['name']!r}", found, right)
+        for found, right in zip(content["adapters"], ours["adapters"], strict=True)
+    ]
+    for where, found, right in entries:
+        if _GRAPH in found:
+            yield where, {_GRAPH: found[_GRAPH]}, "preprocess", {_GRAPH: right.get(_GRAPH)}
+
+
+def _values(content: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """``a.b[0]`` and its value, of all that JSON holds."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _values(value, f"{where}.{key}" if where else key)
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            yield from _values(value, f"{where}[{number}]")
+    else:
+        yield where, content

@@ -45,10 +45,7 @@ if TYPE_CHECKING:
 
 # The card of a manifest that was committed, until it takes the place of the old one.
 NEW_CARD = f".{CARD}.new"
-# How often reading starts again when the bundle is changed meanwhile.
-_TRIES = 3
-
-
+_TRIES = 3  # how often reading starts again when the bundle is changed meanwhile
 _T = TypeVar("_T")
 
 
@@ -239,7 +236,7 @@ class Bundle:
         return replace(self, held=MappingProxyType(held))
 
     def check_files(self) -> None:
-        """Compare every file that the manifest names with its hash.
+        """Compare every file that the manifest names with its hash, and the manifest with them.
 
         Raises:
             BundleError: naming all that are missing or were damaged. ConflictError: see `file`.
@@ -254,6 +251,9 @@ class Bundle:
                 broken.append(str(error))
         if broken:
             raise BundleError("\n".join(broken))
+        from hhdeploy.bundle.membership import check_copies  # which builds on this module
+
+        check_copies(self)
 
     def graph(self, precision: Precision) -> Path:
         """Path of the graph in a precision, graph and weights checked.
