@@ -29,6 +29,8 @@ STATE_VERSION = 2
 STATE_FILE = "state.json"
 # No other name is written or removed: an own loop may keep its epoch-best.safetensors here.
 _EPOCH_FILE = re.compile(r"epoch-[0-9]+\.safetensors")
+# Settings that states of this version from before there were they do not have.
+_ADDED = ("`problem_type`", "the list of class names")
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class StateDirectory:
         # What JSON makes of tuples and the like is what was stored.
         wanted = json.loads(json.dumps(dict(wanted)))
         for name, value in wanted.items():
+            if name in _ADDED and name not in stored:
+                continue
             if stored.get(name) != value:
                 raise TrainingError(
                     f"`resume`: {name} is {value!r}, but the unfinished training in {self.path} "

@@ -24,7 +24,8 @@ from hhdeploy.preprocess import open_image
 from hhdeploy.training import attach
 from hhdeploy.training.labelled import read_labelled
 from hhdeploy.training.objective import Objective
-from hhdeploy.training.recipe import TrainingError, TrainSettings, train
+from hhdeploy.training.recipe import EpochReport, TrainingError, TrainSettings, train
+from hhdeploy.training.state import STATE_FILE
 from tests.support import TINY_ARGS, TINY_MODEL, assert_parity
 
 COUNT = 29
@@ -197,6 +198,49 @@ def test_other_labels_are_other_data(settings, data, tmp_path):
     lines[3] = lines[3].split(",")[0] + ",red" * ("red" not in lines[3])
     (tmp_path / "tags.csv").write_text("\n".join(lines).replace(".png,red,", ".png,"))
     assert read_labelled(settings, tmp_path / "tags.csv").digest != before.digest
+
+
+class StopError(Exception):
+    """Stands for Ctrl-C."""
+
+
+def stop_after_an_epoch(report):
+    if isinstance(report, EpochReport):
+        raise StopError
+
+
+@pytest.fixture
+def unfinished(settings, data, tmp_path):
+    """Of two columns of 0 and 1, which are labels or values; it ended after its first epoch."""
+    lines = (f"{i}.png,{i % 2},{i // 2 % 2}" for i in range(COUNT))
+    (tmp_path / "marks.csv").write_text("\n".join(["path,a,b", *lines]))
+    ours = replace(settings, labels=tmp_path / "marks.csv", epochs=2, out=tmp_path / "o")
+    with pytest.raises(StopError):
+        train(ours, stop_after_an_epoch)
+    return replace(ours, resume=True)
+
+
+def test_a_training_is_resumed_as_what_it_was(unfinished, tmp_path):
+    table = unfinished.labels
+    with pytest.raises(
+        TrainingError, match=f"`problem_type` is '{VALUES}', but the .* has '{LABELS}'. Use that"
+    ):
+        train(replace(unfinished, problem_type=VALUES))
+    text = table.read_text()
+    table.write_text(text.replace("path,a,b", "path,b,a"))
+    with pytest.raises(TrainingError, match=r"class names is \['b', 'a'\], but .* \['a', 'b'\]"):
+        train(unfinished)
+    table.write_text(text)
+    # Said or told by the table is the same.
+    assert train(replace(unfinished, problem_type=LABELS)).problem_type == LABELS
+
+
+def test_a_state_from_before_kinds_were_compared_goes_on(unfinished, tmp_path):
+    file = tmp_path / "o.training" / STATE_FILE
+    content = json.loads(file.read_text())
+    del content["settings"]["`problem_type`"], content["settings"]["the list of class names"]
+    file.write_text(json.dumps(content))
+    assert len(train(unfinished).history) == 2
 
 
 @pytest.mark.parametrize(
