@@ -69,15 +69,17 @@ def read_labels(
         file: the CSV file.
         root: what its paths are relative to.
         problem_type: None: values where all cells are numbers, but for columns of 0 and 1;
-            independent labels where an image has several or none; else classes.
+            independent labels where an image has several, or no column of 0 and 1 is 1; else
+            classes.
         names: what there is, in the order of the truths; None: the classes of the file, sorted,
             or the header's names of the values. Columns of values go by the header's names.
 
     Raises:
         DataError: naming the file and the line: no file, no line, an image that is not there or
-            is there twice, no number, numbers in some lines and none in others or numbers that
-            may be classes' where the kind is not told, columns that are not ``names``, a class
-            that is none of them, several classes of one image where one is right.
+            is there twice, no number, numbers in some lines and none in others, numbers that may
+            be classes' or an image without a class where the kind is not told, columns that are
+            not ``names``, a class that is none of them, several classes of one image where one is
+            right.
     """
     header, lines = _read(file, root)
     if problem_type != VALUES and _are_marks(lines):
@@ -174,11 +176,23 @@ def _kind(lines: Sequence[_Line]) -> ProblemType:
             f"or leave out such lines, or say what all of them are with `problem_type`: {VALUES}, "
             f"{CLASSES} or {LABELS}."
         )
+    if not several:
+        _check_gaps(lines)
     return _kind_of_names(lines)
 
 
 def _kind_of_names(lines: Sequence[_Line]) -> ProblemType:
     return CLASSES if all(len(line.labels) == 1 for line in lines) else LABELS
+
+
+def _check_gaps(lines: Sequence[_Line]) -> None:
+    """Among single classes an empty cell may be a picture that nobody labelled, or one of none."""
+    if gaps := [line for line in lines if not line.labels]:
+        raise DataError(
+            f"{gaps[0].where}: expected a class, as in {len(lines) - len(gaps)} of {len(lines)} "
+            "lines, found none. Fill in or leave out such lines, or, where a picture may have no "
+            f"label, say so with `problem_type`: {LABELS}."
+        )
 
 
 def _check_values(lines: Sequence[_Line]) -> None:

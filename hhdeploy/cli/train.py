@@ -88,7 +88,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
     "--problem-type",
     type=click.Choice(PROBLEM_TYPES),
     help="What --labels holds. Default: numbers are values (columns of 0 and 1 are classes), "
-    "several or no classes of an image are labels of their own.",
+    "several classes of an image are labels of their own.",
 )
 @click.option("--form", type=click.Choice(FORMS), default="additive", help="The adapter's form.")
 @click.option("--reflection", type=click.Choice(REFLECTIONS), default="unnormalized")

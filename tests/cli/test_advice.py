@@ -112,7 +112,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/adapters/importers/": ("adapter import",),
     "hhdeploy/adapters/origin.py::check_reading": ("adapter import",),
     "hhdeploy/adapters/labels.py::_kind": ("train",),  # calibrate knows the kind
-    "hhdeploy/adapters/labels.py::_check_values": ("train",),
+    "hhdeploy/adapters/labels.py::_check_": ("train",),
     "hhdeploy/adapters/mixing.py::_value": ("adapter merge",),
     "hhdeploy/adapters/mixing.py::_head_of": ("adapter merge",),
     "hhdeploy/plan.py": ("export",),

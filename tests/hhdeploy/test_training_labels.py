@@ -187,6 +187,7 @@ def test_a_table_of_its_own_validates(settings, data, tmp_path):
     (tmp_path / "train.csv").write_text("\n".join(lines[:11]))
     (tmp_path / "val.csv").write_text("\n".join(lines[11:16]))
     ours = replace(settings, labels=tmp_path / "train.csv", val_labels=tmp_path / "val.csv")
+    ours = replace(ours, problem_type=LABELS)  # these few have one each, or none
     folder = read_labelled(ours, ours.labels)
     assert (len(folder.train), len(folder.val)) == (10, 5)
     assert folder.skipped == {"pictures without a label": COUNT - 15}

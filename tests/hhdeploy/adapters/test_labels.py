@@ -139,6 +139,20 @@ def test_a_gap_among_values_makes_no_classes_of_them(root, gap):
     assert len(table(root, text, LABELS).names) == (4 if gap else 3)  # where it is said
 
 
+@pytest.mark.parametrize("gap", ["", " ", '""'])
+def test_a_gap_among_classes_makes_no_labels_of_them(root, gap):
+    text = f"path,label\na.png,cat\nb.png,{gap}\nc.png,dog\nsub/d.png,{gap}\n"
+    with pytest.raises(
+        DataError,
+        match=rf"line 3: expected a class, as in 2 of 4 lines, found none.*_type`: {LABELS}",
+    ):
+        table(root, text)
+    assert table(root, text, LABELS).truths.tolist() == [[1, 0], [0, 0], [0, 1], [0, 0]]
+    # An image of several says what all of them are; so do columns of 0 and 1.
+    assert table(root, text.replace("dog", "dog;cat")).problem_type == LABELS
+    assert table(root, "path,cat,dog\na.png,1,0\nb.png,0,0\n").problem_type == LABELS
+
+
 def test_a_number_among_classes_is_asked_about(root):
     text = "a.png,cat\nb.png,dog\nc.png,7\n"
     with pytest.raises(
