@@ -8,6 +8,7 @@ first line that begins with ``path`` names the columns.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ LABELS_FILE = "labels.csv"
 _SEPARATOR = ";"
 _HEADER = "path"
 _LARGEST = float(np.finfo(np.float32).max)
+# What Python reads as a number and may be a code: 007, 1_1, a well's 1E2, digits of other scripts.
+# Programs that write values put a point or a sign there: 1.0e2, 1e-07.
+_CODE = re.compile(r"[+-]?0\d.*|\d+[eE]\d+|.*_.*|.*[^\x00-\x7f].*")
 
 
 @dataclass(frozen=True)
@@ -162,13 +166,13 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
 
 
 def _kind(lines: Sequence[_Line]) -> ProblemType:
-    numbers = [line for line in lines if all(map(_is_number, line.cells))]
+    numbers = [line for line in lines if all(map(_may_be_number, line.cells))]
     if len(numbers) == len(lines):
         _check_values(lines)
         return VALUES
     several = any(_SEPARATOR in cell for line in lines for cell in line.cells)
     if numbers and not several:  # one gap among ten thousand values makes no classes of them
-        others = [line for line in lines if not all(map(_is_number, line.cells))]
+        others = [line for line in lines if not all(map(_may_be_number, line.cells))]
         few, many = sorted((numbers, others), key=len)
         raise DataError(
             f"{few[0].where}: expected {'numbers' if many is numbers else 'no numbers'}, as in "
@@ -196,7 +200,15 @@ def _check_gaps(lines: Sequence[_Line]) -> None:
 
 
 def _check_values(lines: Sequence[_Line]) -> None:
-    """One column of whole numbers from 0 or 1 on, none left out, is what classes are given too."""
+    """Codes of classes may be read as numbers. One column of whole numbers from 0 or 1 on, none
+    left out, is what classes are given too."""
+    for where, cell in ((line.where, cell) for line in lines for cell in line.cells):
+        if not _is_number(cell) or _CODE.fullmatch(cell):
+            raise DataError(
+                f"{where}: {cell!r} may be the code of a class or the value "
+                f"{float(_with_point(cell)):g}. Say which with `problem_type`: {CLASSES}, or, with "
+                f"a decimal point, {VALUES}."
+            )
     found = {float(line.cells[0]) for line in lines}
     low, high = min(found), max(found)
     gapless = low in (0, 1) and all(map(float.is_integer, found)) and high - low == len(found) - 1
@@ -240,6 +252,15 @@ def _is_number(text: str) -> bool:
         return abs(float(text)) <= _LARGEST
     except ValueError:
         return False
+
+
+def _may_be_number(text: str) -> bool:
+    """One, or one with a decimal comma."""
+    return _is_number(_with_point(text))
+
+
+def _with_point(text: str) -> str:
+    return text.replace(",", ".")
 
 
 def _values(line: _Line, count: int) -> list[float]:

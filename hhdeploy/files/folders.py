@@ -112,11 +112,13 @@ def list_classes(directory: Path) -> Classes:
     """Image files of a DIR/CLASS/image folder by class; of a list by label, numbers in order.
 
     Raises:
-        DataError: no class folders, one of them without an image, or whose name is not UTF-8, or
-            see `list_images`.
+        DataError: no class folders, one of them without an image, or whose name is not UTF-8; a
+            list of values; or see `list_images`.
     """
     if is_list(directory):
-        return Classes(_by_label(_listed(directory)), {})
+        listed = _listed(directory)
+        _check_classes(directory, [label for _, label in listed])
+        return Classes(_by_label(listed), {})
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory. Expected DIR/CLASS/image.")
     classes: dict[str, tuple[Path, ...]] = {}
@@ -226,6 +228,20 @@ def _check_class_name(folder: Path) -> None:
             f"{str(folder)!r}: expected the name of a class in UTF-8, found bytes that are none. "
             "Rename the folder."
         ) from error
+
+
+def _check_classes(file: Path, labels: Sequence[str]) -> None:
+    """Numbers with fractions are values, of which each would be a class of its own."""
+    try:
+        numbers = [float(label.replace(",", ".")) for label in labels]
+    except ValueError:
+        return
+    if fractions := [x for x, n in zip(labels, numbers, strict=True) if not n.is_integer()]:
+        raise DataError(
+            f"{file}: expected a class for each image, found numbers alone, {fractions[0]} among "
+            "them, which are values. They are trained from a CSV file of lines 'path,value', "
+            "`labels`."
+        )
 
 
 def _by_label(listed: Sequence[tuple[Path, str]]) -> dict[str, tuple[Path, ...]]:

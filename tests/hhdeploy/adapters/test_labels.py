@@ -122,6 +122,40 @@ def test_numbers_that_may_be_classes_are_asked_about(root, numbers):
     assert table(root, text, CLASSES).problem_type == CLASSES
 
 
+@pytest.mark.parametrize(
+    ("codes", "first", "value"),
+    [
+        ("1_1 1_2 2_1 2_2", "1_1", "11"),
+        ("1E2 3E4 2E1 1E2", "1E2", "100"),
+        ("1 2 3 04", "04", "4"),
+        ("001 008 015 008", "001", "1"),
+        ("7.5 -07.5 1 1", "-07.5", "-7.5"),
+        ("1 7 ٣ ٧", "٣", "3"),
+        ("20 1,5 2,5 3", "1,5", "1.5"),
+    ],
+)
+def test_codes_that_may_be_values_are_asked_about(root, codes, first, value):
+    lines = zip(("a.png", "b.png", "c.png", "sub/d.png"), codes.split(), strict=True)
+    text = "".join(f'{path},"{code}"\n' for path, code in lines)
+    line = codes.split().index(first) + 1
+    with pytest.raises(
+        DataError,
+        match=rf"line {line}: '{first}' may be the code of a class or the value {value}\.",
+    ):
+        table(root, text)
+    assert table(root, text, CLASSES).names == tuple(sorted(set(codes.split())))
+    if "," not in codes:
+        assert table(root, text, VALUES).problem_type == VALUES
+    # A gap among them makes no classes of them either.
+    with pytest.raises(DataError, match="expected numbers, as in 3 of 4 lines"):
+        table(root, text.replace(text.splitlines()[-1], "sub/d.png,NA"))
+
+
+@pytest.mark.parametrize("number", ["1e-07", "1.5E3", "-3e1", "0.5", "+7", "1e+16", "-0", ".5"])
+def test_what_programs_write_for_values_is_not_asked_about(root, number):
+    assert table(root, f"a.png,{number}\nb.png,10\n").problem_type == VALUES
+
+
 @pytest.mark.parametrize("numbers", ["3 3 4 4", "0 1 2 3", "1 1 1 1", "0 0 2 2", "0 0.5 1 1"])
 def test_other_numbers_are_values(root, numbers):
     paths = ("a.png", "b.png", "c.png", "sub/d.png")

@@ -193,6 +193,26 @@ def test_a_list_that_is_none_is_refused(tmp_path, text, message):
             reader(tmp_path / "l.txt")
 
 
+@pytest.mark.parametrize(
+    ("labels", "fraction"), [("20.37 21", r"20\.37"), ("3 -0,5", "-0,5"), ("1.0 nan", "nan")]
+)
+def test_values_in_a_list_are_no_classes(tmp_path, labels, fraction):
+    lines = zip(("a.png", "b.png"), labels.split(), strict=True)
+    file = write(tmp_path, "a.png", "b.png") / "ages.txt"
+    file.write_text("".join(f"{name} {label}\n" for name, label in lines))
+    with pytest.raises(DataError, match=rf"ages\.txt: .* {fraction} among them.*`labels`"):
+        list_classes(file)
+    assert len(list_images(file).paths) == 2  # pictures whose labels nobody asks for
+
+
+@pytest.mark.parametrize("labels", ["10 2", "-30 15", "1.0 2.0", "1.5 old"])
+def test_other_labels_of_a_list_are_classes(tmp_path, labels):
+    lines = zip(("a.png", "b.png"), labels.split(), strict=True)
+    file = write(tmp_path, "a.png", "b.png") / "l.txt"
+    file.write_text("".join(f"{name} {label}\n" for name, label in lines))
+    assert sorted(list_classes(file).paths) == sorted(labels.split())
+
+
 def test_a_list_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "l.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read as a list of images"):
