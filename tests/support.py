@@ -70,15 +70,17 @@ def tiny_spec(model: str = TINY_MODEL, **args: Any) -> BackboneSpec:
 
 
 def tiny_backbone(model: str = TINY_MODEL, **args: Any) -> Backbone:
-    """A tiny random backbone, perturbed, with the digest of what it is now."""
+    """A tiny random backbone, perturbed, with the digests of what it is now."""
     from hhdeploy.backbones.loading import load_backbone
-    from hhdeploy.backbones.structure import base_sha256
+    from hhdeploy.backbones.structure import base_sha256, signs_sha256
 
     read_operators_once()
     backbone = load_backbone(tiny_spec(model, **args))
     perturb(backbone.model, classifier=backbone.facts.classifier)
-    digest = base_sha256(backbone.model, backbone.facts.classifier)
-    return replace(backbone, facts=replace(backbone.facts, sha256=digest))
+    digest, signs = (
+        made(backbone.model, backbone.facts.classifier) for made in (base_sha256, signs_sha256)
+    )
+    return replace(backbone, facts=replace(backbone.facts, sha256=digest, signs=signs))
 
 
 @functools.cache

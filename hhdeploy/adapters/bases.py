@@ -29,7 +29,7 @@ def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
     say that they compute otherwise with them. Without one, timm's names are compared; of other
     sources sites and sizes alone can tell.
     """
-    config = adapter.config
+    config, digests = adapter.config, _digests(adapter, facts)
     stated = (config.base_model, config.base_model_args)
     known = (facts.model, facts.args)
     if different := deciding(stated, known, pooled=adapter.head is not None):
@@ -39,19 +39,31 @@ def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
             f"the backbone has {theirs!r}: the weights may be the same, what they compute is not. "
             "Export a bundle with the arguments of the adapter."
         )
-    if config.base_sha256 is not None and config.base_sha256 == facts.sha256:
+    if digests is not None and digests[1] == digests[2]:
         return
     if _timm(config.base_model, facts.model) and not same_model(config.base_model, facts.model):
         raise AdapterError(
             f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
             f"{config.base_model}, the backbone is {facts.model}."
         )
-    if config.base_sha256 is not None:
+    if digests is not None:
+        key, own, theirs = digests
         raise AdapterError(
-            f"{adapter.source}: base_sha256: adapter {name!r} was trained on the weights "
-            f"{config.base_sha256[:12]}…, the backbone's are {facts.sha256[:12]}…. Use the "
+            f"{adapter.source}: {key}: adapter {name!r} was trained on the weights "
+            f"{own[:12]}…, the backbone's are {theirs[:12]}…. Use the "
             "checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
         )
+
+
+def _digests(adapter: Adapter, facts: BackboneFacts) -> tuple[str, str, str] | None:
+    """The adapter's key of the weights, what it says, and what the backbone has; None where one
+    of them says nothing."""
+    config = adapter.config
+    if config.base_sha256 is not None:
+        return "base_sha256", config.base_sha256, facts.sha256
+    if config.base_signs is not None and facts.signs:  # bundles of older versions have none
+        return "base_signs_sha256", config.base_signs, facts.signs
+    return None
 
 
 _Stated = tuple[str, Mapping[str, Any]]
@@ -98,16 +110,12 @@ def _timm(*names: str) -> bool:
 
 
 def unbound(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
-    """A line about an adapter that names and sizes of sites alone bind to the backbone, or None.
-
-    It has no digest, and names of other sources than timm say nothing of the weights.
-    """
-    config = adapter.config
-    if config.base_sha256 is not None or _timm(config.base_model, facts.model):
+    """A line about an adapter that names and sizes of sites alone bind to the backbone, or None."""
+    if _digests(adapter, facts) is not None:
         return None
     return (
-        f"adapter {name!r} ({config.base_model}) has no base_sha256: that it was trained on these "
-        f"weights of {facts.model} is not known, its sites and sizes fit"
+        f"adapter {name!r} ({adapter.config.base_model}) has no base_sha256: that it was trained "
+        f"on these weights of {facts.model} is not known, its sites and sizes fit"
     )
 
 
@@ -115,7 +123,7 @@ def computing(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
     """A line where names or arguments differ and only the digest says that the models are one, or
     None: activation, heads and pooling are no weights."""
     config = adapter.config
-    if config.base_sha256 is None or not _timm(config.base_model, facts.model):
+    if _digests(adapter, facts) is None or not _timm(config.base_model, facts.model):
         return None
     mine = {"model": config.base_model.partition(".")[0], **_plain(config.base_model_args)}
     theirs = {"model": facts.model.partition(".")[0], **_plain(facts.args)}

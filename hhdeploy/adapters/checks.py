@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hhdeploy.adapters.bases import check_base, computing
-from hhdeploy.adapters.bases import unbound as unbound
+from hhdeploy.adapters.bases import check_base, computing, unbound
 from hhdeploy.adapters.config import AdapterConfig, check_class_names
 from hhdeploy.adapters.format import Adapter, Part
 from hhdeploy.backbones.facts import BackboneFacts

@@ -94,6 +94,7 @@ class AdapterConfig:
             regular expressions that match whole names.
         base_model_args: further arguments that the model was made with.
         base_sha256: digest of the frozen weights, None if unknown.
+        base_signs: digest of their signs, of weights that were not float32; else None.
         num_classes: classes of the adapter's head, None without one.
         class_names: one per class, or None.
         preprocess: how images become inputs, None if unknown.
@@ -118,6 +119,7 @@ class AdapterConfig:
     fold_only: bool = False
     compressed: Compression | None = None
     license: Licences = ()
+    base_signs: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,6 +145,7 @@ class AdapterConfig:
             "base_model_name_or_path": self.base_model,
             "base_model_args": dict(self.base_model_args),
             "base_sha256": self.base_sha256,
+            **({"base_signs_sha256": self.base_signs} if self.base_signs else {}),
             "form": self.form,
             "reflection": self.reflection,
             "r": self.r,
@@ -197,7 +200,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         return AdapterError(f"{where}: {key}: expected {expected}, found {content.get(key)!r}.")
 
     known = {*AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json()}
-    known |= {"compressed", "license"}
+    known |= {"compressed", "license", "base_signs_sha256"}
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
@@ -253,9 +256,9 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         stated = licences_of(content.get("license"))
     except ValueError as error:
         raise fail("license", str(error)) from error
-    base_sha256 = content.get("base_sha256")
-    if base_sha256 is not None and not isinstance(base_sha256, str):
-        raise fail("base_sha256", "64 hex digits or null")
+    for key in ("base_sha256", "base_signs_sha256"):
+        if not isinstance(content.get(key), str | None):
+            raise fail(key, "64 hex digits or null")
     return AdapterConfig(
         base_model=base_model,
         form=form,
@@ -263,7 +266,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         r=content.get("r", 1),
         target_modules=tuple(targets),
         base_model_args=args,
-        base_sha256=base_sha256,
+        base_sha256=content.get("base_sha256"),
         num_classes=num_classes,
         class_names=tuple(class_names) if class_names is not None else None,
         preprocess=_parse_preprocess(content, where, args),
@@ -271,6 +274,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         fold_only=fold_only,
         compressed=compressed,
         license=stated,
+        base_signs=content.get("base_signs_sha256"),
         extra={key: value for key, value in content.items() if key not in known},
     )
 

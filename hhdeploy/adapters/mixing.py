@@ -268,11 +268,14 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
     """All belong to one backbone, as far as they say: digests decide, then names; arguments that
     make another model of the same weights are the same."""
     for (first, one), (second, other) in combinations(adapters.items(), 2):
-        digests = one.config.base_sha256, other.config.base_sha256
+        digests = {
+            "base_sha256": (one.config.base_sha256, other.config.base_sha256),
+            "base_signs_sha256": (one.config.base_signs, other.config.base_signs),
+        }
         names = one.config.base_model, other.config.base_model
-        known = None not in digests
-        if digests[0] != digests[1] if known else not same_model(*names):
-            key, (mine, theirs) = ("base_sha256", digests) if known else ("base_model", names)
+        known = next((key for key, both in digests.items() if None not in both), None)
+        key, (mine, theirs) = (known, digests[known]) if known else ("base_model", names)
+        if mine != theirs if known else not same_model(*names):
             raise AdapterError(
                 f"{first} and {second} belong to different backbones: {key} is {mine} and {theirs}."
             )
@@ -300,12 +303,14 @@ def _check_fit(adapters: Mapping[str, Adapter], backbone: Frozen) -> None:
 
 
 def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[str, Any]:
-    """What any of them says of the backbone binds the sum: timm's tag, and the digest."""
+    """What any of them says of the backbone binds the sum: timm's tag, and a digest."""
     names = [c.base_model for c in configs if same_model(c.base_model, chosen.base_model)]
-    digests = [c.base_sha256 for c in configs if c.base_sha256 is not None]
+    digest = next((c.base_sha256 for c in configs if c.base_sha256 is not None), None)
+    signs = next((c.base_signs for c in configs if c.base_signs is not None), None)
     return {
         "base_model": max((chosen.base_model, *names), key=len),
-        "base_sha256": next(iter(digests), None),
+        "base_sha256": digest,
+        "base_signs": signs if digest is None else None,
     }
 
 

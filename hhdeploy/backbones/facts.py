@@ -33,6 +33,8 @@ class BackboneFacts:
         preprocess: how the model's images become inputs.
         license: of the weights, as their source states it; empty where it says nothing.
         meaning: of the classifier's numbers, as far as their source says it.
+        signs: digest of the weights' signs, for adapters that were trained on them in another
+            type; "" if unknown.
         extra: further keys of a manifest's entry, kept as they came.
     """
 
@@ -46,6 +48,7 @@ class BackboneFacts:
     preprocess: Preprocess
     license: Licences = ()
     meaning: Meaning = UNSTATED
+    signs: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ class BackboneFacts:
             "model": self.model,
             "args": dict(self.args),
             "sha256": self.sha256,
+            **({"signs_sha256": self.signs} if self.signs else {}),
             "classifier": self.classifier,
             "dim": self.dim,
             "classes": self.classes,
@@ -81,6 +85,7 @@ class BackboneFacts:
             meaning=Meaning.from_json(
                 {key: rest.pop(key, None) for key in ("class_names", "problem_type")}
             ),
+            signs=rest.pop("signs_sha256", ""),
             extra=rest,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.spec import Backbone, BackboneSpec, Loaded
-from hhdeploy.backbones.structure import base_sha256, find_linears
+from hhdeploy.backbones.structure import base_sha256, find_linears, signs_sha256
 from hhdeploy.errors import BackboneError, require
 
 _SOURCES = ("transformers:", "python:")
@@ -57,6 +57,7 @@ def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
         model=loaded.name,
         args=dict(spec.args),
         sha256=base_sha256(model, path),
+        signs=signs_sha256(model, path),
         linears=find_linears(model, path),
         classifier=path,
         dim=_features(loaded) if classifier is None else classifier.in_features,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.sites import LinearSpec, kind_of, linear_spec
 from hhdeploy.errors import BackboneError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-# Left out of the digest: what differs between tasks (classifier), is resampled to the image
+# Left out of the digests: what differs between tasks (classifier), is resampled to the image
 # size, or follows from the architecture (buffers).
 _RESAMPLED = ("pos_embed", "relative_position", "rel_pos")
 _PACKED = ".in_proj"
@@ -116,15 +117,38 @@ def base_sha256(model: nn.Module, classifier: str) -> str:
     """Digest of the frozen weights: what an adapter was trained on.
 
     sha256 over the sorted (name, dtype, shape, little-endian bytes) of the state dict without
-    classifier, position embeddings, relative-position tables and buffers.
+    classifier, position embeddings, relative-position tables and buffers. float64 is digested as
+    the float32 that it is loaded as.
     """
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if name.startswith(f"{classifier}.") or any(part in name for part in _RESAMPLED):
-            continue
+    for name, tensor in _frozen_weights(model, classifier):
+        if tensor.dtype == torch.float64:
+            tensor = tensor.float()
         kind = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name}\0{kind}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def signs_sha256(model: nn.Module, classifier: str) -> str:
+    """Digest of the signs of the same weights, which no rounding to another type changes.
+
+    What binds an adapter that was trained on a model in bfloat16 or float16: sha256 over the
+    sorted (name, shape, a bit for each value, set where it is negative).
+    """
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for name, tensor in _frozen_weights(model, classifier):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(np.packbits(tensor.float().signbit().cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def _frozen_weights(model: nn.Module, classifier: str) -> Iterator[tuple[str, Tensor]]:
+    """What the digests are of, sorted by name."""
+    for name, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if not name.startswith(f"{classifier}.") and not any(part in name for part in _RESAMPLED):
+            yield name, tensor.detach()

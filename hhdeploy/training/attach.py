@@ -29,6 +29,7 @@ from hhdeploy.backbones.structure import (
     classifier_path,
     find_linears,
     parameters_of,
+    signs_sha256,
 )
 from hhdeploy.backbones.timm import preprocess_of, resolved_name
 from hhdeploy.errors import AdapterError
@@ -85,9 +86,10 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     """Turn a model, in place, into the training-time model of one adapter.
 
     The backbone is frozen; the adapter's tensors and its new classifier are the only parameters
-    that require gradients. A new adapter is bound to the model: to the digest of its weights and,
-    where it is of timm and ``preprocess`` is None, to timm's preprocessing of it. Of another model
-    give ``preprocess``: `hhdeploy.export` says what it assumes without one.
+    that require gradients. A new adapter is bound to the model: to the digest of its weights (in
+    bfloat16 or float16: of their signs, which rounding keeps) and, where it is of timm and
+    ``preprocess`` is None, to timm's preprocessing of it. Of another model give ``preprocess``:
+    `hhdeploy.export` says what it assumes without one.
 
     Args:
         model: any module with Linears: of timm, transformers, torchvision, or your own.
@@ -118,7 +120,10 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     facts = _facts_of(model, config)
     linears = facts.linears
-    state = _Attached(replace(config, base_sha256=facts.sha256 or None), facts.classifier)
+    digest = facts.sha256 or None
+    signs = None if digest else facts.signs or None
+    config = replace(config, base_sha256=digest, base_signs=signs)
+    state = _Attached(config, facts.classifier)
     if isinstance(adapter, AdapterConfig) and config.preprocess is None and _is_timms(model):
         state.config = replace(state.config, preprocess=facts.preprocess)
     if isinstance(adapter, Adapter):
@@ -246,18 +251,21 @@ def _state(model: nn.Module) -> _Attached:
 def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
     """What a model in hand says of itself; what it does not say is taken from the adapter.
 
-    Its digest is that of float32 weights, which a bundle has; other types have none to compare.
+    Its digest is that of float32 weights, which a bundle has; of other types it is the signs'.
     """
     path = classifier_path(model)
     classifier: Any = model.get_submodule(path) if path else None
-    digest = config.base_sha256
-    if all(p.dtype == torch.float32 and not p.is_meta for p in model.parameters()):
-        digest = base_sha256(model, path)
+    digest, signs = config.base_sha256, ""
+    if not any(p.is_meta for p in model.parameters()):
+        signs = signs_sha256(model, path)
+        if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
+            digest = base_sha256(model, path)
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
     return BackboneFacts(
         model=resolved_name(model, name) if name else config.base_model,
         args=config.base_model_args,
         sha256=digest or "",
+        signs=signs,
         linears=find_linears(model, path),
         classifier=path,
         dim=int(classifier.in_features) if path else 0,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hhdeploy.adapters.bases import check_base, unbound
 from hhdeploy.adapters.checks import BACKBONE, headless
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
@@ -125,6 +126,7 @@ def verify_against_torch(
     Raises:
         BackboneError: the weights are not the ones that the bundle was exported from, or the
             model has to be named.
+        AdapterError: one was trained on other weights.
         BundleError: a file of the bundle is damaged.
         ConflictError: the bundle was exported again meanwhile.
         OptionError: no such device or precision anywhere.
@@ -155,6 +157,10 @@ def verify_against_torch(
         )
     names = [a.name for a in bundle.manifest.adapters if not bundle.manifest.whole]
     adapters = {name: bundle.load_adapter(name) for name in names}
+    for name, adapter in adapters.items():  # older bundles could not compare all that they took
+        check_base(name, adapter, backbone.facts)
+        if line := unbound(name, adapter, backbone.facts):
+            progress(line)
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = rows_of(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.outputs)

@@ -44,8 +44,13 @@ export function checkBelongs(adapter: Adapter, row: Row, backbone: Backbone): vo
 
 /** The digest of the weights decides; without one timm's names are compared. */
 function checkBase({ source, config }: Adapter, backbone: Backbone): void {
-  const { base_sha256: digest, base_model_name_or_path: model } = config;
-  if (digest === backbone.sha256) return;
+  const { base_sha256, base_signs_sha256: signs, base_model_name_or_path: model } = config;
+  // Of weights that were not float32 the signs alone are the same in every type.
+  const bySigns = !base_sha256 && signs && backbone.signs_sha256;
+  const [key, digest, expected] = bySigns
+    ? ["base_signs_sha256", signs, backbone.signs_sha256!]
+    : ["base_sha256", base_sha256, backbone.sha256];
+  if (digest === expected) return;
   if (!sameModel(model, backbone.model)) {
     throw new HhdeployError(
       `${source}: base_model_name_or_path: expected the backbone's ${backbone.model}, found ${model}.`,
@@ -53,7 +58,7 @@ function checkBase({ source, config }: Adapter, backbone: Backbone): void {
   }
   if (typeof digest === "string") {
     throw new HhdeployError(
-      `${source}: base_sha256: expected the backbone's ${backbone.sha256.slice(0, 12)}…, found ` +
+      `${source}: ${key}: expected the backbone's ${expected!.slice(0, 12)}…, found ` +
         `${digest.slice(0, 12)}…: the adapter was trained on other weights.`,
     );
   }

@@ -18,6 +18,8 @@ export interface PreprocessGraph {
 export interface Backbone {
   model: string;
   sha256: string;
+  /** Of the weights' signs, for adapters that were trained on them in another type; newer bundles have it. */
+  signs_sha256?: string;
   classifier: string | null;
   dim: number;
   classes: number;

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import load_adapter
-from hhdeploy.backbones.structure import base_sha256, classifier_path
+from hhdeploy.backbones.structure import base_sha256, classifier_path, signs_sha256
 from hhdeploy.errors import AdapterError
 from hhdeploy.training import attach, detach, extract, save
 from tests.own_models import authors_vit, encoder, torchvision_vit
@@ -427,9 +427,15 @@ def test_the_packed_weight_gets_its_thirds():
     assert changed.tolist() == [False] * 48 + [True] * 48 + [False] * 48
 
 
-def test_weights_of_another_type_bind_nothing():
-    config = AdapterConfig("mine", num_classes=5)
-    assert extract(attach(authors_vit().half(), config)).config.base_sha256 is None
+def test_weights_of_another_type_bind_by_their_signs():
+    model, config = authors_vit(), AdapterConfig("mine", num_classes=5)
+    signs, digest = signs_sha256(model, "head"), base_sha256(model, "head")
+    half = extract(attach(model.half(), config))
+    assert (half.config.base_sha256, half.config.base_signs) == (None, signs)
+    # Back in float32 the digest says more; these are the rounded weights.
+    again = extract(attach(detach(model).float(), half)).config
+    assert (again.base_sha256, again.base_signs) == (base_sha256(detach(model), "head"), None)
+    assert again.base_sha256 != digest
 
 
 def test_a_model_without_a_classifier():

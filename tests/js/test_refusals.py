@@ -148,6 +148,8 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "other_weights": (says(base_sha256="0" * 64), "base_sha256"),
     "digest_number": (says(base_sha256=3), "base_sha256"),
+    "other_signs": (says(base_sha256=None, base_signs_sha256="0" * 64), "base_signs_sha256"),
+    "signs_number": (says(base_signs_sha256=3), "base_signs_sha256"),
     "args": (says(base_model_args=[1]), "base_model_args"),
     "form": (says(form="multiplicative"), "form"),
     "form_null": (says(form=None), "form"),

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.checks import check, notes, unbound
+from hhdeploy.adapters.bases import unbound
+from hhdeploy.adapters.checks import check, notes
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter, SiteTensors, load_adapter, tensors_of
 from hhdeploy.adapters.importers import ImportOptions, import_adapter
+from hhdeploy.adapters.mixing import merge_adapters
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.errors import AdapterError, CapacityError, HhdeployError
 from hhdeploy.exporting.bundles import export
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes
 from hhdeploy.runtime.bank import AdapterBank
+from hhdeploy.verifying.bundles import verify_against_torch
 from tests.support import random_adapter
 from tests.workshop import copy_bundle
 
@@ -220,24 +225,82 @@ def test_a_new_adapter_s_targets(workshop, tmp_path):
 
 
 def test_an_adapter_that_nothing_binds_is_taken_with_a_line(workshop, branches, tmp_path):
-    """Of another source and without a digest: sites and sizes are all that there is to compare."""
+    """Without a digest: sites and sizes, of timm names, are all that there is to compare."""
     adapter = random_adapter(workshop.backbone.facts, seed=31)
     loose = config(adapter, base_model="python:m:f", base_sha256=None)
     line = unbound("x", loose, workshop.backbone.facts)
     assert line is not None
     assert "'x' (python:m:f) has no base_sha256" in line
-    bound = config(loose, base_sha256=workshop.backbone.facts.sha256)
-    for other in (adapter, bound, config(adapter, base_sha256=None)):
-        assert unbound("x", other, workshop.backbone.facts) is None
+    named = config(adapter, base_sha256=None)
+    assert "'x' (vit_tiny_patch16_224" in str(unbound("x", named, workshop.backbone.facts))
+    facts = workshop.backbone.facts
+    rounded = config(loose, base_signs=facts.signs)
+    for other in (adapter, config(loose, base_sha256=facts.sha256), rounded):
+        assert unbound("x", other, facts) is None
+    assert unbound("x", rounded, replace(facts, signs="")) is not None  # of an older bundle
     source = written(loose, tmp_path)
     said: list[str] = []
     add_adapter(copy_bundle(branches, tmp_path / "b"), "x", source, progress=said.append)
     assert line in said
     said.clear()
-    facts = workshop.backbone.facts
     options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify": False}
     export(facts.model, {"x": source}, tmp_path / "out", progress=said.append, **options)
     assert line in said
+    said.clear()
+    verify_against_torch(tmp_path / "b", checkpoint=workshop.checkpoint, progress=said.append)
+    assert line in said
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_an_adapter_of_a_model_in_another_type_is_bound_to_it(workshop, branches, tmp_path, dtype):
+    """Rounding its weights changes no sign, and float64 is loaded as float32."""
+    import torch
+
+    from hhdeploy.training import attach, save
+
+    facts, paths = workshop.backbone.facts, {"own": tmp_path / "own", "other": tmp_path / "other"}
+    for name, path in paths.items():
+        model = deepcopy(workshop.backbone.model)
+        if name == "other":
+            torch.nn.init.normal_(model.get_parameter("blocks.1.mlp.fc1.weight"))
+        new = AdapterConfig(facts.model, num_classes=3, base_model_args=facts.args)
+        save(attach(model.to(getattr(torch, dtype)), new), path)
+    key = "base_sha256" if dtype == "float64" else "base_signs_sha256"
+    said = json.loads((paths["own"] / CONFIG_FILE).read_text())
+    assert said[key] == {"base_sha256": facts.sha256, "base_signs_sha256": facts.signs}[key]
+    own, other = (load_adapter(path) for path in paths.values())
+    assert own.config.to_json() == said
+    assert unbound("own", own, facts) is None
+    bundle = copy_bundle(branches, tmp_path / "b")
+    add_adapter(bundle, "own", paths["own"])
+    with pytest.raises(AdapterError, match=f"{key}: adapter 'other' was trained on the weights"):
+        add_adapter(bundle, "other", paths["other"])
+    with pytest.raises(AdapterError, match=key):
+        attach(deepcopy(workshop.backbone.model).to(getattr(torch, dtype)), other)
+    with pytest.raises(AdapterError, match=f"different backbones: {key}"):
+        merge_adapters({"a": (own, 0.5), "b": (other, 0.5)}, "a")
+    merged = merge_adapters({"a": (own, 0.5), "b": (own, 0.5)}).config
+    assert (merged.base_sha256, merged.base_signs) == (
+        own.config.base_sha256,
+        own.config.base_signs,
+    )
+
+
+def test_what_an_older_bundle_took_is_refused_by_torch(workshop, branches, tmp_path):
+    """Its manifest has no digest of signs, so that nothing was compared when it was added."""
+    bundle = copy_bundle(branches, tmp_path / "b")
+    content = json.loads((bundle / "hhdeploy.json").read_text())
+    assert content["backbone"].pop("signs_sha256") == workshop.backbone.facts.signs
+    (bundle / "hhdeploy.json").write_text(json.dumps(content))
+    adapter = random_adapter(workshop.backbone.facts, seed=31)
+    source = written(config(adapter, base_sha256=None, base_signs="0" * 64), tmp_path)
+    said: list[str] = []
+    add_adapter(bundle, "x", source, progress=said.append)
+    assert [line for line in said if "has no base_sha256" in line]
+    with pytest.raises(
+        AdapterError, match="base_signs_sha256: adapter 'x' was trained on the weig"
+    ):
+        verify_against_torch(bundle, checkpoint=workshop.checkpoint)
 
 
 def test_assumed_and_other_preprocessing_is_said(workshop, branches, tmp_path):

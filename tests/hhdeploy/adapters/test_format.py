@@ -437,6 +437,7 @@ def test_newer_schema_version(tmp_path):
         ({"class_names": "abcde"}, "class_names", "'abcde'"),
         ({"class_names": [1, 2, 3, 4, 5]}, "class_names", "[1, 2"),
         ({"base_sha256": 5}, "base_sha256", "5"),
+        ({"base_signs_sha256": 5}, "base_signs_sha256", "5"),
         ({"problem_type": "ranking"}, "problem_type", "'ranking'"),
     ],
 )

@@ -17,7 +17,7 @@ from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import sites_of
 from hhdeploy.backbones.spec import BackboneSpec
-from hhdeploy.backbones.structure import base_sha256, find_linears
+from hhdeploy.backbones.structure import base_sha256, find_linears, signs_sha256
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.plan import Reserve, plan_branches
 from tests.support import (
@@ -343,6 +343,14 @@ def test_what_the_digest_sees(tiny, name, changes_digest):
 def test_the_digest_sees_the_type_and_not_the_image_size(tiny):
     assert base_sha256(tiny.model.half(), "head") != tiny.facts.sha256
     assert base_sha256(tiny.model, "head") != base_sha256(tiny.model.bfloat16(), "head")
+
+
+def test_the_digest_of_signs_sees_no_type(tiny):
+    digests = {signs_sha256(tiny.model.to(t), "head") for t in (torch.float64, torch.bfloat16)}
+    assert digests == {tiny.facts.signs} == {signs_sha256(tiny.model.half(), "head")}
+    with torch.no_grad():
+        tiny.model.get_parameter("blocks.1.mlp.fc2.weight").view(-1)[0].neg_()
+    assert signs_sha256(tiny.model, "head") != tiny.facts.signs
 
 
 def test_buffers_and_tables_are_not_in_the_digest():
