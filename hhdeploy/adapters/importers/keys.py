@@ -1,8 +1,8 @@
 """What tensor files call things: keys without the wrappers of a training, and the backbone's names.
 
 A model that was compiled, distributed or checkpointed when it was saved has that in its keys; one
-that was a member of the user's own module has the member's name before them all. Pure functions
-of names.
+that was a member of the user's own module has the member's name before them all; and PEFT's has the
+names of its adapters in them. Pure functions of names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,19 @@ PEFT_MODEL = "base_model.model."
 _ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # What DistributedDataParallel puts first; further inside it would be a module of the user's.
 _FIRST = "module"
+# What PEFT puts an adapter's name behind: the copies of a module that was saved, and its methods'
+# tensors. Those of AdaMSS, GLoRA, OSF, PSOFT and TinyLoRA have parts of their own there, which
+# nobody could tell from a name.
+_METHODS = (
+    r"(?:lora|hada|lokr|ia3|hra|oft|boft|p?vera|randlora|fourierft|vblora|unilora|c3a|hira|shira"
+    r"|waveft|delora|gralora|ln_tuning)_\w+|miss_block|road_(?:alpha|theta)|beft_bias"
+)
+_OF_ADAPTER = re.compile(
+    rf"(?P<start>.+\.(?:modules_to_save(?=\.[^.]+\.)|(?:{_METHODS})(?=\.[^.]+(\.weight|\.bias)?$)))"
+    r"\.(?!(?:weight|bias)$)(?P<adapter>[^.]+)(?P<rest>.*)"
+)
+# PEFT saves DoRA's vector as it was when it was no module.
+_DORA = "lora_magnitude_vector"
 
 
 def bare(key: str) -> str:
@@ -53,6 +66,50 @@ def bare_keys(
             )
         found[name] = tensor
     return found
+
+
+def of_one_adapter(
+    tensors: Mapping[str, NDArray[Any]], wanted: str | None, file: Path
+) -> dict[str, NDArray[Any]]:
+    """The tensors of one adapter of PEFT, by their keys without its name. What has no name in its
+    key, as PEFT saves it, is of that adapter too.
+
+    Args:
+        tensors: by `bare` key.
+        wanted: which adapter; None: the only one.
+        file: for messages.
+
+    Raises:
+        AdapterError: there are several, or not this one, or a tensor is there with and without the
+            name.
+    """
+    found = {key: _OF_ADAPTER.fullmatch(key) for key in tensors}
+    names = sorted({match["adapter"] for match in found.values() if match})
+    if len(names) > 1 and wanted is None:
+        raise AdapterError(
+            f"{file}: holds the adapters {', '.join(names)}: say which one with `adapter_name`."
+        )
+    if wanted is not None and wanted not in names:
+        there = (
+            f"the adapters {', '.join(names)}" if names else "one adapter, which it does not name"
+        )
+        raise AdapterError(
+            f"{file}: `adapter_name`: expected an adapter of the file, found {wanted!r}. It holds "
+            f"{there}: {'give one of them' if names else 'leave `adapter_name` out'}."
+        )
+    result: dict[str, NDArray[Any]] = {}
+    for key, match in found.items():
+        if match and match["adapter"] != (wanted or match["adapter"]):
+            continue
+        name = match["start"] + match["rest"] if match else key
+        name = name.removesuffix(".weight") if name.endswith(f".{_DORA}.weight") else name
+        if name in result:
+            raise AdapterError(
+                f"{file}: {key}: expected one tensor for {name}, found two, with and without an "
+                "adapter's name. Leave out of the file what is not of the adapter."
+            )
+        result[name] = tensors[key]
+    return result
 
 
 def owner_of(name: str, modules: Collection[str]) -> str | None:

@@ -41,19 +41,15 @@ _KNOWN_KEYS = {
 # Initialisations after which the adapter still belongs to the backbone as it was.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-_TENSOR = re.compile(
-    r"(?P<module>.+)\.(?:(?P<pair>lora_[AB])(?:\.(?P<of_pair>[^.]+))?\.weight"
-    r"|(?P<hra>hra_u)(?:\.(?P<of_hra>[^.]+))?)"
-)
+_TENSOR = re.compile(r"(?P<module>.+)\.(?:(?P<pair>lora_[AB])\.weight|(?P<hra>hra_u))")
 
 
 @dataclass(frozen=True)
 class TunedTensor:
-    """A tensor of LoRA or HRA: of which module, which one, and of which adapter, if it says."""
+    """A tensor of LoRA or HRA: of which module, and which one."""
 
     module: str
     name: str
-    adapter: str | None
 
 
 def tuned_tensor(key: str) -> TunedTensor | None:
@@ -61,8 +57,7 @@ def tuned_tensor(key: str) -> TunedTensor | None:
     found = _TENSOR.fullmatch(key)
     if found is None:
         return None
-    adapter = found["of_pair"] or found["of_hra"]
-    return TunedTensor(found["module"], found["pair"] or found["hra"], adapter)
+    return TunedTensor(found["module"], found["pair"] or found["hra"])
 
 
 def unknown_option(config: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,13 @@ from hhdeploy.adapters.checks import abbreviate, no_place
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
-from hhdeploy.adapters.importers.keys import PEFT_MODEL, PEFT_ROOT, bare_keys, owner_of
+from hhdeploy.adapters.importers.keys import (
+    PEFT_MODEL,
+    PEFT_ROOT,
+    bare_keys,
+    of_one_adapter,
+    owner_of,
+)
 from hhdeploy.adapters.importers.lora import HRA, LORA, low_rank_of, tuned_tensor, unknown_option
 from hhdeploy.adapters.importers.merging import merged_parameters
 from hhdeploy.adapters.importers.naming import Names, names_of
@@ -140,7 +146,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     if config.get("peft_type") == _HTA:
         raise AdapterError(f"{where}: peft_type is HTA: this adapter needs no import.")
     _check_values(config, where)
-    file, tensors, outside = _read(path, options.prefix)
+    file, tensors, outside = _read(path, options)
     own = {key: tensor for key, tensor in tensors.items() if key not in outside}
     head = head_of_file(own, config, backbone) or head_of_file(tensors, config, backbone)
     left = [key for key in outside if _of_another(key, head, backbone)]
@@ -192,10 +198,10 @@ def _check_values(config: Mapping[str, Any], where: Path) -> None:
             raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
 
 
-def _read(path: Path, prefix: str) -> tuple[Path, Tensors, frozenset[str]]:
-    """The tensors by `bare` key; of those inside the model without PEFT's prefix. And the keys of
-    those that lack ``prefix`` where others inside have it."""
-    file = path / TENSOR_FILE
+def _read(path: Path, options: ImportOptions) -> tuple[Path, Tensors, frozenset[str]]:
+    """The tensors of one adapter by `bare` key; of those inside the model without PEFT's prefix.
+    And the keys of those that lack the options' prefix where others inside have it."""
+    file, prefix = path / TENSOR_FILE, options.prefix
     if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():
         tensors, _ = read_tensors(file, AdapterError)
     else:
@@ -203,7 +209,8 @@ def _read(path: Path, prefix: str) -> tuple[Path, Tensors, frozenset[str]]:
         tensors = read_pth(file)
     found: Tensors = {}
     outside = set()
-    for key, tensor in bare_keys(tensors, prefix, file).items():
+    own = of_one_adapter(bare_keys(tensors, prefix, file), options.adapter_name, file)
+    for key, tensor in own.items():
         if not key.startswith(PEFT_ROOT):
             raise AdapterError(f"{file}: {key}: expected keys that start with {PEFT_MODEL}")
         inside = key.removeprefix(PEFT_MODEL)
@@ -245,7 +252,7 @@ def _read_as_it_is(
     file: Path,
 ) -> Tensors:
     """LoRA and HRA: products of low rank; on a convolution or the classifier, new values."""
-    groups = _groups(split.tuned, options, file)
+    groups = _groups(split.tuned, file)
     compare_targets(config, groups, names, backbone, file)
     result: Tensors = {}
     whole = dict(split.whole)
@@ -268,10 +275,9 @@ def _read_as_it_is(
     return result | changed_parameters(backbone, whole, {})
 
 
-def _groups(tuned: Tensors, options: ImportOptions, file: Path) -> dict[str, Tensors]:
-    """Tensors of LoRA or HRA by module path of the file and name, of one adapter."""
+def _groups(tuned: Tensors, file: Path) -> dict[str, Tensors]:
+    """Tensors of LoRA or HRA by module path of the file and name."""
     groups: dict[str, Tensors] = {}
-    adapters = set()
     for key, tensor in tuned.items():
         found = tuned_tensor(key)
         if found is None:
@@ -279,14 +285,7 @@ def _groups(tuned: Tensors, options: ImportOptions, file: Path) -> dict[str, Ten
                 f"{file}: unknown tensor key {key}. Expected <module>.lora_A.weight, "
                 ".lora_B.weight or .hra_u, and what modules_to_save and bias name."
             )
-        adapters.add(found.adapter)
-        if found.adapter == (options.adapter_name or found.adapter):
-            groups.setdefault(found.module, {})[found.name] = tensor
-    if len(adapters) > 1 and options.adapter_name is None:
-        raise AdapterError(
-            f"{file}: holds the adapters {', '.join(sorted(map(str, adapters)))}: say which one "
-            "with `adapter_name`."
-        )
+        groups.setdefault(found.module, {})[found.name] = tensor
     return groups
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
 
 # What a raw state dict says between the path of a saved or wrapped module and its parameter.
-_WRAPPED = re.compile(r"\.(modules_to_save(\.[^.]+)?|base_layer|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.(modules_to_save|base_layer|original_module)(?=\.)")
 _ORIGINAL = re.compile(r"\.original_module\.")
 # PEFT adds both to modules_to_save for these tasks; a model has one of them.
 _ADDED = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}}
@@ -85,7 +85,7 @@ def split_saved(
     """Separate a method's tensors from parameters that were trained whole.
 
     Args:
-        tensors: by `bare` key, without PEFT's prefix.
+        tensors: of one adapter by `bare` key, without PEFT's prefix.
         head: path of the classifier in the file.
         names: how its other paths are to be read.
         config: of PEFT.
@@ -93,7 +93,8 @@ def split_saved(
         file: for messages.
 
     Raises:
-        AdapterError: modules_to_save or bias and the tensors disagree, or a shape does.
+        AdapterError: modules_to_save or bias and the tensors disagree, or a shape does, or a
+            parameter is there twice.
     """
     parameters = dict(backbone.model.named_parameters())
     classifier = backbone.facts.classifier
@@ -113,6 +114,12 @@ def split_saved(
             raise AdapterError(
                 f"{file}: {key}: expected shape {list(parameters[name].shape)}, found "
                 f"{list(tensor.shape)}."
+            )
+        # With bias="all" PEFT writes a saved module's bias under both of its names.
+        if name in whole and not np.array_equal(whole[name], tensor):
+            raise AdapterError(
+                f"{file}: {key}: expected one tensor for {plain}, found two that differ. Leave out "
+                "of the file the one that was not trained, the backbone's own."
             )
         whole[name], named[name] = tensor.astype(np.float64), plain
     _check_named(named, config, file)

@@ -306,6 +306,94 @@ def test_several_adapters_in_one_folder(tmp_path, vit):
     assert import_adapter(tmp_path / "all" / "second", vit).sites
 
 
+def of_two(tmp_path, vit, method, **changes):
+    """A folder with all that two adapters of one model train; name -> PEFT's logits with it."""
+    arguments = {**arguments_of(method, TIMM), "modules_to_save": ["head", "norm"], **changes}
+    model = trained(vit, method, arguments)
+    model.add_adapter("cars", model.peft_config["default"])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".cars" in name and p.is_floating_point():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) * 0.1)
+    expected = {}
+    for name in ("cars", "default"):
+        model.set_adapter(name)
+        expected[name] = logits_of(model)
+    model.save_pretrained(str(tmp_path / "peft"), selected_adapters=["default"])
+    own = {"default", "cars"}
+    tensors = {k: t for k, t in model.state_dict().items() if own.intersection(k.split("."))}
+    save_file({k: t.clone() for k, t in tensors.items()}, tmp_path / "peft" / TENSOR_FILE)
+    return tmp_path / "peft", expected
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("LORA", {}),
+        ("LORA", {"use_dora": True}),
+        ("HRA", {}),
+        ("LOHA", {}),
+        ("IA3", {}),
+        ("OFT", {}),
+        ("MISS", {}),
+        ("LN_TUNING", {"modules_to_save": ["head"]}),
+    ],
+    ids=in_order,
+)
+def test_several_adapters_in_one_file(tmp_path, vit, method, changes):
+    """The one that is named, with its own head and norm: the last one's come in with none."""
+    source, expected = of_two(tmp_path, vit, method, **changes)
+    for name, logits in expected.items():
+        adapter = import_adapter(source, vit, ImportOptions(adapter_name=name))
+        assert range_error(logits, answers(vit, adapter)) <= BOUND
+    assert range_error(expected["default"], expected["cars"]) > MISTAKE
+    with pytest.raises(AdapterError, match=r"the adapters cars, default: say .*`adapter_name`"):
+        import_adapter(source, vit)
+    with pytest.raises(AdapterError, match=r"found 'planes'\. It holds the adapters cars, default"):
+        import_adapter(source, vit, ImportOptions(adapter_name="planes"))
+
+
+def test_heads_of_several_adapters_beside_one(tmp_path, vit):
+    source, expected = of_two(tmp_path, vit, "LORA", modules_to_save=["head"])
+    tensors = load_file(source / TENSOR_FILE)
+    one = {k: t for k, t in tensors.items() if ".cars." not in k or ".head." in k}
+    assert len(one) < len(tensors)
+    save_file(one, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match="holds the adapters cars, default"):
+        import_adapter(source, vit)
+    adapter = import_adapter(source, vit, ImportOptions(adapter_name="default"))
+    assert range_error(expected["default"], answers(vit, adapter)) <= BOUND
+
+
+def test_the_name_of_the_only_adapter(tmp_path, vit):
+    source, _ = saved(tmp_path, vit, "LORA")
+    with pytest.raises(AdapterError, match=r"does not name: leave `adapter_name` out"):
+        import_adapter(source, vit, ImportOptions(adapter_name="default"))
+
+
+@pytest.mark.parametrize("first", ["own", "trained"])
+def test_a_parameter_that_is_there_twice(tmp_path, vit, first):
+    """The backbone's own head beside the trained one, or a tensor with and without a name."""
+    source, _ = saved(tmp_path, vit, "LORA")
+    tensors = load_file(source / TENSOR_FILE)
+    head = "base_model.model.head"
+    own = {f"{head}.{leaf}": vit.model.get_parameter(f"head.{leaf}") for leaf in ("weight", "bias")}
+    new = {
+        f"{head}.modules_to_save.default.{leaf}": tensors.pop(f"{head}.{leaf}")
+        for leaf in ("weight", "bias")
+    }
+    both = {**own, **new} if first == "own" else {**new, **own}
+    (source / TENSOR_FILE).unlink()
+    torch.save({**tensors, **both}, source / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"one tensor for head\.weight, found two"):
+        import_adapter(source, vit)
+    key = next(k for k in tensors if k.endswith(".lora_A.weight"))
+    again = {key.replace("lora_A.", "lora_A.default."): tensors[key]}
+    torch.save({**tensors, **new, **again}, source / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"one tensor for .*lora_A\.weight, found two"):
+        import_adapter(source, vit)
+
+
 def test_a_processor_beside_the_adapter(tmp_path, vit):
     source, _ = saved(tmp_path, vit, "LORA")
     assert import_adapter(source, vit).config.extra["imported_from"]["preprocess_assumed"]
