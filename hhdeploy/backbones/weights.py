@@ -6,7 +6,7 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,13 +229,13 @@ def state_of(
 def load_strictly(
     model: nn.Module, state: Mapping[str, torch.Tensor], classifier: str, spec: BackboneSpec
 ) -> None:
-    """load_state_dict where only the classifier, whose path is given, may be missing.
+    """load_state_dict where only the classifier, whose path is given, may be missing, and whole.
 
     Raises:
         BackboneError: naming the keys that are missing, unexpected or of another shape.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state and not k.startswith(f"{classifier}.")]
+    missing = besides_classifier([k for k in own if k not in state], own, classifier)
     # Buffers that follow from the architecture are often left out of, or left over in, files. What
     # a norm has counted is none of them.
     persistent = {*dict(model.named_parameters()), *(k for k in own if k.endswith(_COUNTED))}
@@ -259,9 +259,29 @@ def load_strictly(
         raise BackboneError(
             f"`checkpoint`: {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
             f"keys {'; '.join(problems)}. Is it this model's, with these arguments?"
+            f"{half_classifier(missing, classifier)}"
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
+
+
+def besides_classifier(
+    missing: Collection[str], own: Collection[str], classifier: str
+) -> list[str]:
+    """What is missing of a model's ``own`` tensors but its classifier, where that is missing whole:
+    half of one beside what the model was initialised with is nobody's."""
+    head = {key for key in own if key.startswith(f"{classifier}.")}
+    return [key for key in missing if key not in head or not head.issubset(missing)]
+
+
+def half_classifier(missing: Collection[str], classifier: str) -> str:
+    """What to do where half of the classifier is missing, behind a message that names it."""
+    if not any(key.startswith(f"{classifier}.") for key in missing):
+        return ""
+    return (
+        " A classifier is there whole or not at all; a bias that the training did not have is one "
+        "of zeros."
+    )
 
 
 def _derived(key: str) -> bool:

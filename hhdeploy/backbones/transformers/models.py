@@ -23,7 +23,13 @@ from hhdeploy.backbones.transformers.processors import (
     from_image_processor,
     image_processor,
 )
-from hhdeploy.backbones.weights import State, read_state, state_of
+from hhdeploy.backbones.weights import (
+    State,
+    besides_classifier,
+    half_classifier,
+    read_state,
+    state_of,
+)
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.preprocess import Preprocess
 
@@ -210,6 +216,7 @@ def _model(
     _check_loading(
         spec.checkpoint or f"transformers:{where}",
         loading,
+        model,
         classifier_path(model) if classifies else "",
         whole=spec.checkpoint is not None and classifies,
     )
@@ -256,14 +263,14 @@ def _state(file: Path, model: Any, classifies: bool) -> tuple[State, tuple[str, 
     return state, (*taken, *part)
 
 
-def _check_loading(what: str | Path, loading: Mapping[str, Any], head: str, *, whole: bool) -> None:
-    """Nothing may be missing but all of the classifier at ``head``; of a ``whole`` model's file
-    nothing is too much."""
-    missing = set(loading["missing_keys"])
-    if head and f"{head}.weight" in missing:
-        missing = {key for key in missing if key.rpartition(".")[0] != head}
+def _check_loading(
+    what: str | Path, loading: Mapping[str, Any], model: nn.Module, head: str, *, whole: bool
+) -> None:
+    """Nothing of the model may be missing but all of the classifier at ``head``; of a ``whole``
+    model's file nothing is too much."""
+    missing = besides_classifier(loading["missing_keys"], model.state_dict(), head)
     found = {
-        "missing": list(missing),
+        "missing": missing,
         "of another shape": list(loading["mismatched_keys"]),
         "unexpected": list(loading["unexpected_keys"]) if whole else [],
     }
@@ -274,6 +281,7 @@ def _check_loading(what: str | Path, loading: Mapping[str, Any], head: str, *, w
         raise BackboneError(
             f"{what}: the weights do not fit the model's configuration; keys "
             f"{'; '.join(problems)}. Parts of the model would stay random."
+            f"{half_classifier(missing, head)}"
         )
 
 

@@ -16,6 +16,7 @@ from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError, BackboneError
 from tests.own_models import encoder
@@ -117,6 +118,34 @@ def test_what_is_no_part_of_the_model_stays_an_error(tmp_path, model):
     torch.save(named(model.state_dict(), "model.") | more, tmp_path / "x.pth")
     with pytest.raises(BackboneError, match=r"keys unexpected: criterion\.weight\. Is"):
         load_backbone(spec(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize("lost", ["head.weight", "head.bias"])
+def test_half_a_classifier_is_refused(tmp_path, model, lost):
+    """The other half would be what the model was initialised with."""
+    state = {key: value for key, value in model.state_dict().items() if key != lost}
+    torch.save(state, tmp_path / "x.pth")
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    message = rf"keys missing: {lost}.* is there whole or not at all; a bias .* is one of zeros"
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(spec(tmp_path / "x.pth"))
+    with pytest.raises(BackboneError, match=message):
+        extract_adapter(tmp_path / "x.pth", spec(tmp_path / "base.pth"))
+    del state[{"head.weight": "head.bias", "head.bias": "head.weight"}[lost]]
+    torch.save(state, tmp_path / "x.pth")
+    assert load_backbone(spec(tmp_path / "x.pth")).facts.classes == 0
+
+
+def test_half_a_classifier_of_a_function_s_model_is_refused(tmp_path):
+    own = encoder(depth=1)
+    classifier = classifier_path(own)
+    state = {k: v for k, v in own.state_dict().items() if k != f"{classifier}.bias"}
+    torch.save(state, tmp_path / "x.pth")
+    at = BackboneSpec(
+        "python:tests.own_models:encoder", {"depth": 1}, checkpoint=tmp_path / "x.pth"
+    )
+    with pytest.raises(BackboneError, match=rf"keys missing: {classifier}\.bias\."):
+        load_backbone(at)
 
 
 def test_what_cannot_be_read_is_named(tmp_path, model):

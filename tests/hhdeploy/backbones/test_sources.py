@@ -138,10 +138,11 @@ def test_half_a_classifier_is_none(folder):
     whole = {k: v for k, v in state.items() if not k.startswith("classifier.")}
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
     assert load_backbone(spec(folder)).facts.classes == 0
-    half = {k: v for k, v in state.items() if k != "classifier.bias"}
-    save_file(half, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BackboneError, match=r"missing: classifier\.bias"):
-        load_backbone(spec(folder))
+    for name in ("classifier.bias", "classifier.weight"):
+        half = {k: v for k, v in state.items() if k != name}
+        save_file(half, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(BackboneError, match=rf"missing: {name}\..* whole or not at all"):
+            load_backbone(spec(folder))
 
 
 def test_two_classifiers_are_refused_and_one_of_the_adapters_is_offered(tmp_path):
