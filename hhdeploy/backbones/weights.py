@@ -6,7 +6,7 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,12 @@ _ENTRIES = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
     *("state_dict", "model"),
 )
-# What an average of the weights is called, as a part of a name.
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged)(?![a-z])")
+# What an average of the weights is called, as a word of a name; the best weights are no average.
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averages|shadow|polyak)(?![a-z])")
+# Where a word begins in a name such as modelEma or EMAModel.
+_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+# What every optimizer's state has; what it keeps of a weight has that weight's shape.
+_OPTIMIZED = "param_groups"
 # Beside the weights in what torch's AveragedModel saves: how many they are the average of.
 _COUNTER = "n_averaged"
 # Statistics of batch norms, which an average of the parameters alone does not have.
@@ -151,38 +155,83 @@ def unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
     """
     if not isinstance(content, Mapping) or not content:
         return content, ()
+    state, path = _taken(content)
+    notes = _beside(content, path) if path else ()
+    state = {str(key): value for key, value in state.items() if key != _COUNTER}
+    while wrapper := next((w for w in _WRAPPERS if all(k.startswith(w) for k in state)), None):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state, notes
+
+
+def _taken(content: Mapping[Any, Any], path: str = "") -> tuple[Mapping[Any, Any], str]:
+    """The state dict of a checkpoint that is meant by its name, and where that is."""
     entries = {str(key): value for key, value in content.items() if _is_state(key, value)}
     known = [entry for entry in _ENTRIES if entry in entries]
-    averaged = [entry for entry in (*known, *entries) if _AVERAGED.search(entry)]
+    averaged = [entry for entry in (*known, *entries) if _averaged(entry)]
     taken = next(iter((*averaged, *known)), None)
-    if taken is None and entries and not any(map(_is_tensor, content.values())):
+    if taken is None and entries and not any(map(_is_weight, content.values())):
         if len(entries) > 1:
             raise ValueError(
                 f"it has several state dicts, {', '.join(entries)}: keep one of them, as state_dict"
             )
         (taken,) = entries
-    if taken is not None:
-        state, notes = unwrapped(entries.pop(taken))
-        line = f"weights taken from {taken} of the checkpoint, not from {', '.join(entries)}"
-        return state, (*((line,) if entries else ()), *notes)
-    state = {str(key): value for key, value in content.items() if key != _COUNTER}
-    while wrapper := next((w for w in _WRAPPERS if all(k.startswith(w) for k in state)), None):
-        state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    return state, ()
+    return (content, path) if taken is None else _taken(entries[taken], _inside(path, taken))
+
+
+def _beside(content: Any, taken: str) -> tuple[str, ...]:
+    """A line where a checkpoint has weights of the shapes of those that were taken elsewhere, too,
+    however deep: torch_ema keeps a list of them, Lightning what its callbacks have."""
+    groups = dict(_groups(content))
+    shapes = groups.pop(taken, set())
+    others = [path or "its own tensors" for path, found in groups.items() if found & shapes]
+    if not others:
+        return ()
+    more = " …" if len(others) > 4 else ""
+    return (
+        f"weights taken from {taken} of the checkpoint, not from {', '.join(others[:4])}{more}",
+    )
+
+
+def _groups(content: Any, path: str = "") -> Iterator[tuple[str, set[tuple[int, ...]]]]:
+    """Where in a checkpoint weights are, mappings and lists of them, and their shapes."""
+    if isinstance(content, Mapping) and _OPTIMIZED not in content:
+        members = dict(content)
+    elif isinstance(content, (list, tuple)):
+        members = dict(enumerate(content))
+    else:
+        return
+    if shapes := {tuple(value.shape) for value in members.values() if _is_weight(value)}:
+        yield path, shapes
+    for key, value in members.items():
+        yield from _groups(value, _inside(path, key))
+
+
+def _inside(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _averaged(name: str) -> bool:
+    """Whether it is called an average of the weights."""
+    return _AVERAGED.search(_WORD.sub("_", name).lower()) is not None
 
 
 def _is_state(key: Any, value: Any) -> bool:
     """Whether an entry of a checkpoint holds weights, or has them inside by its name."""
     if not isinstance(value, Mapping):
         return False
-    inside = key in _ENTRIES and any(_is_state(k, v) for k, v in value.items())
-    return inside or any(map(_is_tensor, value.values()))
+    named = key in _ENTRIES or _averaged(str(key))
+    inside = named and any(_is_state(k, v) for k, v in value.items())
+    return inside or any(map(_is_weight, value.values()))
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_weight(value: Any) -> bool:
+    """Whether it is a tensor that may be of weights: one number is a count or a score, and whole
+    numbers are the state of a random generator."""
     import torch
 
-    return torch.is_tensor(value)
+    if not torch.is_tensor(value) or value.numel() < 2:
+        return False
+    return value.is_floating_point() or value.is_quantized
 
 
 def state_of(
@@ -211,7 +260,7 @@ def state_of(
     starts = [start for start in starts if all(start + name in state for name in own)]
     if not starts:
         return state, ()
-    chosen = [start for start in starts if _AVERAGED.search(start)] if len(starts) > 1 else starts
+    chosen = [start for start in starts if _averaged(start)] if len(starts) > 1 else starts
     if len(chosen) != 1:
         raise BackboneError(
             f"`checkpoint`: {file} has this model several times, as {', '.join(starts)}: expected "

@@ -146,7 +146,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     if config.get("peft_type") == _HTA:
         raise AdapterError(f"{where}: peft_type is HTA: this adapter needs no import.")
     _check_values(config, where)
-    file, tensors, outside = _read(path, options)
+    file, tensors, outside, notes = _read(path, options)
     own = {key: tensor for key, tensor in tensors.items() if key not in outside}
     head = head_of_file(own, config, backbone) or head_of_file(tensors, config, backbone)
     left = [key for key in outside if _of_another(key, head, backbone)]
@@ -160,7 +160,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     ]
     names = names_of(inside, backbone, file)
     split = split_saved(tensors, head, names, config, backbone, file)
-    assumed = other_name(config, backbone.facts)
+    assumed = [*notes, *other_name(config, backbone.facts)]
     if left:
         assumed.append(f"left out, as they are not in {options.prefix}: {abbreviate(left, 3)}")
     if head is not None:
@@ -198,15 +198,19 @@ def _check_values(config: Mapping[str, Any], where: Path) -> None:
             raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
 
 
-def _read(path: Path, options: ImportOptions) -> tuple[Path, Tensors, frozenset[str]]:
+def _read(
+    path: Path, options: ImportOptions
+) -> tuple[Path, Tensors, frozenset[str], tuple[str, ...]]:
     """The tensors of one adapter by `bare` key; of those inside the model without PEFT's prefix.
-    And the keys of those that lack the options' prefix where others inside have it."""
+    And the keys of those that lack the options' prefix where others inside have it, and what
+    `read_pth` notes."""
     file, prefix = path / TENSOR_FILE, options.prefix
+    notes: tuple[str, ...] = ()
     if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():
         tensors, _ = read_tensors(file, AdapterError)
     else:
         file = path / _OLD_TENSOR_FILE
-        tensors = read_pth(file)
+        tensors, notes = read_pth(file)
     found: Tensors = {}
     outside = set()
     own = of_one_adapter(bare_keys(tensors, prefix, file), options.adapter_name, file)
@@ -225,7 +229,8 @@ def _read(path: Path, options: ImportOptions) -> tuple[Path, Tensors, frozenset[
     if not found:
         raise AdapterError(f"{file}: expected the adapter's tensors, found none.")
     before = prefix != "" and any(key.startswith(prefix) for key in tensors)
-    return file, found, frozenset() if before or len(outside) == len(found) else frozenset(outside)
+    all_alike = before or len(outside) == len(found)
+    return file, found, frozenset() if all_alike else frozenset(outside), notes
 
 
 def _of_another(key: str, head: str | None, backbone: Backbone) -> bool:

@@ -5,7 +5,8 @@ Read with ``weights_only=True``: nothing is unpickled but tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,25 @@ _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
 def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
     """The adapter of a state dict; see `hhdeploy.adapters.importers.import_adapter`."""
-    read = bare_keys(read_pth(path), options.prefix, path)
+    tensors, notes = read_pth(path)
+    read = bare_keys(tensors, options.prefix, path)
     if options.key_map is not None:
         read = mapped(read, options.key_map, path)
+    return _noted(_converted(read, path, backbone, options), notes)
+
+
+def _noted(adapter: Adapter, notes: Sequence[str]) -> Adapter:
+    """The adapter, which says which weights were taken of several beside what else was assumed."""
+    if not notes:
+        return adapter
+    origin = adapter.config.extra["imported_from"]
+    noted = {**origin, "assumed": [*notes, *origin.get("assumed", ())]}
+    extra = {**adapter.config.extra, "imported_from": noted}
+    return replace(adapter, config=replace(adapter.config, extra=extra))
+
+
+def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
+    """The adapter of a file's tensors: of the authors' own kinds, or by sites."""
     for belongs, import_file in ((is_rlrr, import_rlrr), (is_arc, import_arc)):
         if belongs(read):
             return import_file(read, path, backbone, options)
@@ -87,14 +104,15 @@ def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: Import
     return found
 
 
-def read_pth(path: Path) -> Tensors:
+def read_pth(path: Path) -> tuple[Tensors, tuple[str, ...]]:
     """The tensors of a file of ``torch.save``, as float32 (integers as they are).
 
-    Of a training's checkpoint the averaged weights (EMA) where there are some, as timm reads it.
+    Of a training's checkpoint the averaged weights (EMA) where there are some, as timm reads it;
+    and a line where it has others beside those that were taken.
     """
     torch = require("torch", "export", f"reading {path.name}")
     try:
-        content, _ = unwrapped(unpickled(path))
+        content, notes = unwrapped(unpickled(path))
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise AdapterError(
@@ -109,4 +127,4 @@ def read_pth(path: Path) -> Tensors:
             raise AdapterError(f"{path}: {key}: expected a tensor, found {type(value).__name__}.")
         plain = value.detach().cpu()  # a Parameter, or a tensor that a GPU saved
         tensors[str(key)] = (plain.float() if plain.is_floating_point() else plain).numpy()
-    return tensors
+    return tensors, notes

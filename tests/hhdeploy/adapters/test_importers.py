@@ -296,6 +296,29 @@ def test_an_older_directory_with_a_bin_file(tmp_path):
     assert_parity(expected, imported_logits(tmp_path / "a")[1], "algebra", "float32")
 
 
+def assumed(adapter):
+    return adapter.config.extra["imported_from"].get("assumed", [])
+
+
+def test_an_adapter_says_which_of_several_weights_it_is_of(tmp_path, tiny, copy):
+    """Of a .pth file and of PEFT's older one, as a checkpoint of a model does."""
+    said = "weights taken from model_avg of the checkpoint, not from model"
+    state = torch.load(pth(tmp_path / "a.pth", random_adapter(tiny.facts)), weights_only=True)
+    half = {key: value / 2 for key, value in state.items()}
+    torch.save({"model": state, "model_avg": half}, tmp_path / "a.pth")
+    found = import_adapter(tmp_path / "a.pth", tiny)
+    assert assumed(found) == [said]
+    assert np.array_equal(found.head.bias, half["head.bias"].numpy())
+    torch.save({"model": state, "ema": {"shadow_params": list(half.values())}}, tmp_path / "a.pth")
+    (line,) = assumed(import_adapter(tmp_path / "a.pth", tiny))
+    assert line == "weights taken from model of the checkpoint, not from ema.shadow_params"
+    source = copy()
+    tensors = load_file(source / TENSOR_FILE)
+    (source / TENSOR_FILE).unlink()
+    torch.save({"model": tensors, "model_avg": tensors}, source / "adapter_model.bin")
+    assert assumed(import_adapter(source, tiny_backbone(num_classes=CLASSES))) == [said]
+
+
 @pytest.mark.parametrize("gram_schmidt", [False, True])
 @pytest.mark.parametrize("r", [1, 2, 5])
 def test_hra_s_product_against_dense_reflections(r, gram_schmidt):

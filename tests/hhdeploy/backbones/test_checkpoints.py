@@ -49,6 +49,19 @@ def average(state):
     return {"n_averaged": torch.tensor(3), **named(state, "module.")}
 
 
+def listed(state):
+    """As torch_ema keeps its averages: without names."""
+    return list(state.values())
+
+
+def optimizer(state):
+    """As Adam saves what it keeps of every weight."""
+    return {
+        "state": {i: {"exp_avg": value} for i, value in enumerate(state.values())},
+        "param_groups": [{"lr": 0.1}],
+    }
+
+
 def spec(file):
     return BackboneSpec(TINY_MODEL, TINY_ARGS, checkpoint=file)
 
@@ -75,7 +88,40 @@ def assert_taken(file, model, *lines):
         (lambda raw, own: {"state_dict": raw, "ema_state_dict": own}, "ema_state_dict of the"),
         (lambda raw, own: {"model": raw, "ema_model": own, "steps": 3}, "ema_model of the"),
         (lambda raw, own: {"model": raw, "swa_weights": own}, "swa_weights of the"),
-        (lambda raw, own: {"model": raw, "ema": {"decay": 0.9, "model": own}}, "ema of the"),
+        (lambda raw, own: {"model": raw, "ema": {"decay": 0.9, "model": own}}, "ema.model of the"),
+        (lambda raw, own: {"model": raw, "EMA": own}, "EMA of the checkpoint, not from model"),
+        (lambda raw, own: {"model": raw, "modelEma": {"model": own}}, "modelEma.model of the"),
+        (lambda raw, own: {"model": raw, "EMAModel": own}, "EMAModel of the"),
+        (lambda raw, own: {"model": raw, "model_avg": own}, "model_avg of the"),
+        (lambda raw, own: {"model": raw, "ema": {"shadow": own, "backup": raw}}, "ema.shadow of"),
+        (lambda raw, own: {"model": raw, "polyak_average": own}, "polyak_average of the"),
+        (lambda raw, own: {**raw, "ema": own}, "ema of the checkpoint, not from its own tensors"),
+        # No average, and not what was taken: said.
+        (lambda raw, own: {"model": own, "best_state_dict": raw}, "model of the checkpoint, not f"),
+        (
+            lambda raw, own: {"model": own, "ema": {"decay": 0.9, "shadow_params": listed(raw)}},
+            "weights taken from model of the checkpoint, not from ema.shadow_params",
+        ),
+        (
+            lambda raw, own: {
+                "state_dict": own,
+                "callbacks": {"EMA": {"ema_state_dict": raw}},
+                "optimizer_states": [{"opt": optimizer(raw), "ema": listed(raw)}],
+            },
+            "not from callbacks.EMA.ema_state_dict, optimizer_states.0.ema",
+        ),
+        # Of a training, and no weights.
+        (
+            lambda raw, own: {
+                "state_dict": own,
+                "optimizer": optimizer(raw),
+                "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9)}},
+                "rng": {"torch": torch.get_rng_state()},
+                "train_avg": {"loss": torch.tensor(0.1)},
+            },
+            None,
+        ),
+        (lambda raw, own: {"net": own, "rng": {"torch": torch.get_rng_state()}}, None),
         (lambda raw, own: {"model": own, "teacher": raw}, "model of the checkpoint, not from t"),
         (
             lambda raw, own: {
@@ -168,7 +214,11 @@ def test_an_adapter_s_file_is_read_alike(tmp_path):
     tensor = torch.ones(2)
     args = argparse.Namespace(lr=0.1)
     torch.save({"model": {}, "ema": {"x.u": tensor}, "args": args}, tmp_path / "x.pth")
-    assert list(read_pth(tmp_path / "x.pth")) == ["x.u"]
+    assert read_pth(tmp_path / "x.pth")[0].keys() == {"x.u"}
+    torch.save({"state_dict": {"x.u": tensor}, "EMA": {"x.u": 2 * tensor}}, tmp_path / "x.pth")
+    tensors, notes = read_pth(tmp_path / "x.pth")
+    assert list(tensors["x.u"]) == [2, 2]
+    assert notes == ("weights taken from EMA of the checkpoint, not from state_dict",)
 
 
 def test_a_divided_model_is_read_by_its_list(tmp_path, model):
