@@ -80,6 +80,14 @@ def encoder(depth: int = 2) -> nn.Module:
     return Encoder(images_first=True, depth=depth)
 
 
+def compiled_encoder() -> nn.Module:
+    """Its block compiled, which is in its names."""
+    torch.manual_seed(4)
+    model = Encoder(images_first=True, depth=1)
+    model.encoder.layers[0] = torch.compile(model.encoder.layers[0], backend="eager")
+    return model
+
+
 class Tower(Encoder):
     """An encoder without a classifier: its features are what it returns."""
 

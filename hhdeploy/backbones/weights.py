@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Where trainings keep the weights in a larger checkpoint; the averaged ones first, as timm does.
 _ENTRIES = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
-    *("state_dict", "model"),
+    *("state_dict", "model", "module"),
 )
 # What an average of the weights is called, as a word of a name; the best weights are no average.
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averages|shadow|polyak)(?![a-z])")
@@ -32,8 +32,10 @@ _OPTIMIZED = "param_groups"
 _COUNTER = "n_averaged"
 # Statistics of batch norms, which an average of the parameters alone does not have.
 _COUNTED = ("running_mean", "running_var")
-# What distributed and compiled modules put before every key.
-_WRAPPERS = ("module.", "_orig_mod.")
+# Components that torch.compile, FSDP and activation checkpointing put anywhere into a path.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What DistributedDataParallel puts first; further inside it would be a module of the user's.
+DISTRIBUTED = "module"
 # The list of the files that a model's weights were divided into.
 _INDEX = ".index.json"
 
@@ -158,9 +160,15 @@ def unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
     state, path = _taken(content)
     notes = _beside(content, path) if path else ()
     state = {str(key): value for key, value in state.items() if key != _COUNTER}
-    while wrapper := next((w for w in _WRAPPERS if all(k.startswith(w) for k in state)), None):
-        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    starts = [f"{wrapper}." for wrapper in (DISTRIBUTED, *_WRAPPERS)]
+    while start := next((s for s in starts if state and all(k.startswith(s) for k in state)), ""):
+        state = {key.removeprefix(start): value for key, value in state.items()}
     return state, notes
+
+
+def without_wrappers(key: str) -> str:
+    """A key without what torch.compile, FSDP and activation checkpointing put into it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _taken(content: Mapping[Any, Any], path: str = "") -> tuple[Mapping[Any, Any], str]:
@@ -237,13 +245,13 @@ def _is_weight(value: Any) -> bool:
 def state_of(
     model: nn.Module, state: State, classifier: str, file: Path
 ) -> tuple[State, tuple[str, ...]]:
-    """The state dict of a model that was saved as a part of another module: Lightning's, or an
-    average's. What stands before all of its names is cut; where several parts are such a model,
-    the averaged one is taken.
+    """The state dict of a model that was wrapped when it was saved (compiled, distributed), or a
+    part of another module: Lightning's, or an average's. What stands in and before all of its names
+    is cut; where several parts are such a model, the averaged one is taken.
 
     Args:
         model: whose names are looked for.
-        state: as it was saved; without such a prefix it comes back as it is.
+        state: as it was saved; without a wrapper or prefix it comes back as it is.
         classifier: path of its classifier, which may be called something else.
         file: for the message.
 
@@ -253,6 +261,7 @@ def state_of(
     Raises:
         BackboneError: there are several, and nobody knows which is meant.
     """
+    state = _by_names_of(model, state, file)
     own = [n for n, _ in model.named_parameters() if not n.startswith(f"{classifier}.")]
     if not own or any(name in state for name in own):
         return state, ()
@@ -273,6 +282,22 @@ def state_of(
     others = [start for start in starts if start != chosen[0]]
     line = f"weights taken from {chosen[0]}* of the checkpoint, not from {', '.join(others)}"
     return kept | mine, (line,) if others else ()
+
+
+def _by_names_of(model: nn.Module, state: State, file: Path) -> State:
+    """The state dict without what wrappers put into names, but where the model's own have it."""
+    own = {without_wrappers(name): name for name in model.state_dict()}
+    found: State = {}
+    for key, value in state.items():
+        bare = without_wrappers(key)
+        name = own.get(bare, bare)
+        if name in found:
+            raise BackboneError(
+                f"`checkpoint`: {file}: {key}: expected one tensor for {name}, found two that "
+                "differ by a wrapper's prefix. Save the model's tensors once."
+            )
+        found[name] = value
+    return found
 
 
 def load_strictly(

@@ -14,14 +14,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from hhdeploy.backbones.weights import DISTRIBUTED, without_wrappers
 from hhdeploy.errors import AdapterError
 
 PEFT_ROOT = "base_model."
 PEFT_MODEL = "base_model.model."
-# Components that torch.compile, FSDP and activation checkpointing put anywhere into a path.
-_ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# What DistributedDataParallel puts first; further inside it would be a module of the user's.
-_FIRST = "module"
 # What PEFT puts an adapter's name behind: the copies of a module that was saved, and its methods'
 # tensors. Those of AdaMSS, GLoRA, OSF, PSOFT and TinyLoRA have parts of their own there, which
 # nobody could tell from a name.
@@ -39,11 +36,10 @@ _DORA = "lora_magnitude_vector"
 
 def bare(key: str) -> str:
     """A key without the components of wrappers, before and after PEFT's own prefix."""
-    parts = [part for part in key.split(".") if part not in _ANYWHERE]
-    while len(parts) > 1 and parts[0] == _FIRST:
-        parts = parts[1:]
-    name = ".".join(parts)
-    if name.startswith(f"{PEFT_MODEL}{_FIRST}."):
+    name = without_wrappers(key)
+    while name.startswith(f"{DISTRIBUTED}."):
+        name = name.removeprefix(f"{DISTRIBUTED}.")
+    if name.startswith(f"{PEFT_MODEL}{DISTRIBUTED}."):
         return PEFT_MODEL + bare(name.removeprefix(PEFT_MODEL))
     return name
 

@@ -19,7 +19,7 @@ from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError, BackboneError
-from tests.own_models import encoder
+from tests.own_models import compiled_encoder, encoder
 from tests.support import TINY_ARGS, TINY_MODEL, perturb, tiny_spec
 
 VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 1}
@@ -42,6 +42,11 @@ def raw(model):
 
 def named(state, start):
     return {f"{start}{key}": value for key, value in state.items()}
+
+
+def within(state, wrapper):
+    """Of a model whose blocks were wrapped one by one."""
+    return {key.replace("blocks.1.", f"blocks.1.{wrapper}."): v for key, v in state.items()}
 
 
 def average(state):
@@ -81,6 +86,17 @@ def assert_taken(file, model, *lines):
     [
         (lambda raw, own: {"state_dict": named(own, "model."), "epoch": 1}, None),
         (lambda raw, own: {"state_dict": named(own, "net.backbone._orig_mod.")}, None),
+        (lambda raw, own: {"state_dict": named(within(own, "_orig_mod"), "model.")}, None),
+        (lambda raw, own: within(own, "_orig_mod"), None),
+        (lambda raw, own: within(own, "_checkpoint_wrapped_module"), None),
+        (
+            lambda raw, own: named(
+                within(own, "_fsdp_wrapped_module"), "module._fsdp_wrapped_module."
+            ),
+            None,
+        ),
+        # As DeepSpeed saves it.
+        (lambda raw, own: {"module": own, "random": {"x": torch.ones(2)}}, None),
         (lambda raw, own: average(own), None),
         (lambda raw, own: {"net": own, "epoch": 1}, None),
         (lambda raw, own: {"model": raw, "model_ema": average(own)}, "model_ema of the"),
@@ -156,6 +172,28 @@ def test_a_model_that_is_there_twice_is_refused(tmp_path, model, raw):
         load_backbone(spec(tmp_path / "x.pth"))
     torch.save({"a": raw, "b": raw}, tmp_path / "x.pth")
     with pytest.raises(BackboneError, match="several state dicts, a, b: keep one"):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_a_model_that_is_wrapped_itself(tmp_path):
+    """Its own names have what others are rid of; a file comes in with it and without."""
+    own = compiled_encoder().state_dict()
+    assert any("._orig_mod." in key for key in own)
+    for state in (own, {key.replace("_orig_mod.", ""): value for key, value in own.items()}):
+        torch.save(named(state, "module."), tmp_path / "x.pth")
+        found = load_backbone(
+            BackboneSpec("python:tests.own_models:compiled_encoder", checkpoint=tmp_path / "x.pth")
+        )
+        assert all(torch.equal(v, found.model.state_dict()[k]) for k, v in own.items())
+
+
+def test_names_that_differ_by_a_wrapper_alone_are_refused(tmp_path, model, raw):
+    both = model.state_dict() | within(raw, "_orig_mod")
+    torch.save(both, tmp_path / "x.pth")
+    message = (
+        r"expected one tensor for blocks\.1\.norm1\.weight, found two that differ by a wrapper"
+    )
+    with pytest.raises(BackboneError, match=message):
         load_backbone(spec(tmp_path / "x.pth"))
 
 
@@ -272,4 +310,4 @@ def test_an_extracted_adapter_says_which_weights_it_is_of(tmp_path, model, raw):
     config = extract_adapter(tmp_path / "tuned.pth", spec(tmp_path / "base.pth")).config
     (line,) = config.extra["imported_from"]["assumed"]
     assert line.startswith("weights taken from ema")
-    assert unwrapped({}) == ({}, ())
+    assert unwrapped({}) == unwrapped({"n_averaged": torch.tensor(3)}) == ({}, ())
