@@ -5,12 +5,14 @@ lines "path label", the paths beginning at the list's own folder.
 
 What is no part of the data never becomes one: hidden folders and files, and those that systems
 leave beside pictures. What else is left out is counted and named, and a link that leads nowhere
-is an error.
+is an error. So is what looks like the parts of a split and is not in the places of one.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,11 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 _LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"})
 _TRAIN, _VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 _SPLITS = frozenset({*_TRAIN, *_VAL, "test", "testing"})
+# A word by which a folder tells that it is a part of a split: train2017, seg_test, fold1.
+_PART = re.compile(
+    r"(?<![a-z])(?:(?P<train>train|training)|(?P<judging>val|valid|validation|dev|test|testing|eval"
+    r"|evaluation|holdout)|fold|split)(?:set|data|images?)?(?![a-z])"
+)
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,8 @@ def list_images(directory: Path) -> FoundImages:
     """All image files below ``directory``, links followed; or those of a list.
 
     Raises:
-        DataError: not a directory, no image in it, a directory that cannot be read, or a link of
-            an image's name that leads nowhere.
+        DataError: not a directory, no image in it, a directory that cannot be read, or a link
+            that leads nowhere.
     """
     if is_list(directory):
         return FoundImages(tuple(sorted(path for path, _ in _listed(directory))), {})
@@ -95,7 +102,6 @@ def list_images(directory: Path) -> FoundImages:
     skipped: Counter[str] = Counter()
     for file in _files(directory):
         if file.suffix.lower() in IMAGE_SUFFIXES:
-            _check_link(file)
             found.append(file)
         else:
             skipped[file.suffix.lower() or "without a suffix"] += 1
@@ -112,8 +118,8 @@ def list_classes(directory: Path) -> Classes:
     """Image files of a DIR/CLASS/image folder by class; of a list by label, numbers in order.
 
     Raises:
-        DataError: no class folders, one of them without an image, or whose name is not UTF-8; a
-            list of values; or see `list_images`.
+        DataError: no class folders, one of them without an image, or whose name is not UTF-8;
+            parts of a split among or in them; a list of values; or see `list_images`.
     """
     if is_list(directory):
         listed = _listed(directory)
@@ -124,7 +130,6 @@ def list_classes(directory: Path) -> Classes:
     classes: dict[str, tuple[Path, ...]] = {}
     skipped: Counter[str] = Counter()
     for child in visible(directory):
-        _check_link(child)
         if child.is_dir():
             _check_class_name(child)
             images = list_images(child)
@@ -136,6 +141,7 @@ def list_classes(directory: Path) -> Classes:
             skipped[child.suffix.lower() or "without a suffix"] += 1
     if not classes:
         raise DataError(f"{directory} has no class folders. Expected DIR/CLASS/image.")
+    _check_no_parts(directory, classes)
     return Classes(classes, dict(skipped))
 
 
@@ -144,22 +150,40 @@ def find_splits(directory: Path) -> Splits:
 
     They are classes where train has no folders in it, or where there are others beside it: a train
     is also a vehicle.
+
+    Raises:
+        DataError: two folders for one part, or a link that leads nowhere.
     """
     whole = Splits(directory, None)
     if not directory.is_dir():
         return whole
-    parts = {d.name.lower(): d for d in visible(directory) if d.is_dir()}
-    train = next((parts[name] for name in _TRAIN if name in parts), None)
-    if train is None or not set(parts) <= _SPLITS:
+    parts = [d for d in visible(directory) if d.is_dir()]
+    trains = [d for d in parts if d.name.lower() in _TRAIN]
+    if not trains or not {d.name.lower() for d in parts} <= _SPLITS:
         return whole
-    if not any(child.is_dir() for child in visible(train)):
+    if not any(child.is_dir() for train in trains for child in visible(train)):
         return whole
-    return Splits(train, next((parts[name] for name in _VAL if name in parts), None))
+    vals = [d for d in parts if d.name.lower() in _VAL]
+    for same in (trains, vals):
+        if len(same) > 1:
+            raise DataError(
+                f"{same[0]} and {same[1]}: expected one folder for this part of a split, found "
+                f"{len(same)}. Put their pictures together, or move what is not to be used "
+                "elsewhere."
+            )
+    return Splits(trains[0], vals[0] if vals else None)
 
 
 def visible(directory: Path) -> list[Path]:
-    """What a directory holds, sorted, but for what is hidden or was left behind by a system."""
-    return sorted(p for p in directory.iterdir() if _is_visible(p.name))
+    """What a directory holds, sorted, but for what is hidden or was left behind by a system.
+
+    Raises:
+        DataError: a link that leads nowhere: what it led to may have been a part of the data.
+    """
+    found = sorted(p for p in directory.iterdir() if _is_visible(p.name))
+    for path in found:
+        _check_link(path)
+    return found
 
 
 def in_words(skipped: Mapping[str, int]) -> str:
@@ -244,6 +268,36 @@ def _check_classes(file: Path, labels: Sequence[str]) -> None:
         )
 
 
+def _check_no_parts(directory: Path, classes: Mapping[str, Sequence[Path]]) -> None:
+    """A split by other names, or within the classes, is neither classes nor one pile.
+
+    Raises:
+        DataError: two folders of names of parts hold folders of one name, or a class has a folder
+            to train on and one to judge on.
+    """
+    below: dict[str, set[str]] = {}
+    for name, paths in classes.items():
+        folders = {path.parent.relative_to(directory / name) for path in paths}
+        below[name] = {part for folder in folders for part in folder.parts}
+        said = {m.lastgroup: part for part in below[name] if (m := _PART.search(part.lower()))}
+        if {"train", "judging"} <= said.keys():
+            raise DataError(
+                f"{directory / name} holds {said['train']} and {said['judging']}: expected images "
+                "of one class, found parts of a split. Move them to DIR/train/CLASS and "
+                "DIR/val/CLASS, or name the images that are to be used in a list, a text file of "
+                "lines of a path and a label."
+            )
+    parts = [name for name in classes if _PART.search(name.lower())]
+    for one, other in itertools.combinations(parts, 2):
+        if same := sorted(below[one] & below[other]):
+            raise DataError(
+                f"{directory}: expected DIR/CLASS/image, found {one} and {other}, which both hold "
+                f"{', '.join(same[:3])}: parts of a split. In training, pass one of them as `data` "
+                "and what judges as `val_data`; in calibration, as `data` and `eval_data`; or call "
+                "them DIR/train and DIR/val, with nothing but DIR/test beside them."
+            )
+
+
 def _by_label(listed: Sequence[tuple[Path, str]]) -> dict[str, tuple[Path, ...]]:
     labels = {label for _, label in listed}
     numbers = all(label.isdecimal() for label in labels)
@@ -272,7 +326,10 @@ def _files(directory: Path) -> list[Path]:
             continue
         walked.add((here.st_dev, here.st_ino))
         folders[:] = sorted(name for name in folders if _is_visible(name))
-        found += [Path(root, name) for name in files if _is_visible(name)]
+        own = [Path(root, name) for name in files if _is_visible(name)]
+        for path in own:
+            _check_link(path)
+        found += own
     return found
 
 

@@ -101,6 +101,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/ui.py": (ANY,),
     "hhdeploy/cli/wording.py": (ANY,),
     "hhdeploy/cli/starter.py": ("demo",),
+    "hhdeploy/files/folders.py": (ANY,),
     "hhdeploy/files/folders.py::_check_classes": ("train",),  # who has values there
     "hhdeploy/files/directories.py": (
         "export",

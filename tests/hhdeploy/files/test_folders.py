@@ -73,12 +73,14 @@ def test_what_is_hidden_or_left_behind_is_no_class_and_no_image(tmp_path):
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     write(tmp_path, "a/1.png")
-    (tmp_path / "a" / "notes.txt").symlink_to("gone.txt")  # no image: none is missed
-    assert list_classes(tmp_path).skipped == {".txt": 1}
     (tmp_path / "a" / "2.png").symlink_to("gone.png")
     with pytest.raises(DataError, match=r"a/2\.png is a link to gone\.png, which does not exist"):
         list_images(tmp_path)
     (tmp_path / "a" / "2.png").unlink()
+    (tmp_path / "a" / "part2").symlink_to("/mnt/gone")  # a folder, once
+    with pytest.raises(DataError, match=r"a/part2 is a link to /mnt/gone, which does not exist"):
+        list_classes(tmp_path)
+    (tmp_path / "a" / "part2").unlink()
     (tmp_path / "b").symlink_to("elsewhere")
     with pytest.raises(DataError, match=r"b is a link to elsewhere"):
         list_classes(tmp_path)
@@ -134,7 +136,6 @@ def test_names_that_are_not_utf8(tmp_path):
         (("train/1.png", "val/2.png"), ".", None),  # two classes of these names
         (("train/a/1.png", "bus/2.png"), ".", None),  # vehicles
         (("train/a/1.png", "train/loose.png", "val/2.png", "test/3.png"), "train", "val"),
-        (("val/a/1.png", "test/a/1.png"), ".", None),
         (("a/1.png", "b/1.png"), ".", None),
     ],
 )
@@ -142,6 +143,73 @@ def test_splits(tmp_path, files, train, val):
     found = find_splits(write(tmp_path, *files))
     assert found.train == tmp_path / train
     assert found.val == (tmp_path / val if val else None)
+
+
+@pytest.mark.parametrize(
+    ("files", "both"),
+    [
+        (("train/a/1.png", "Train/b/2.png"), "Train and .*/train"),
+        (("train/a/1.png", "training/2.png"), "train and .*/training"),
+        (("train/a/1.png", "dev/a/1.png", "valid/a/1.png"), "dev and .*/valid"),
+    ],
+)
+def test_two_folders_for_one_part_of_a_split(tmp_path, files, both):
+    with pytest.raises(DataError, match=f"/{both}: expected one folder for this part"):
+        find_splits(write(tmp_path, *files))
+
+
+@pytest.mark.parametrize("part", ["val", "train"])
+def test_a_part_of_a_split_that_is_not_mounted(tmp_path, part):
+    write(tmp_path, "train/a/1.png", "test/a/1.png")
+    (tmp_path / "train").rename(tmp_path / ("train" if part == "val" else "training"))
+    (tmp_path / part).symlink_to("/mnt/gone")
+    with pytest.raises(DataError, match=f"{part} is a link to /mnt/gone"):
+        find_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("train2017", "val2017"),
+        ("eval", "train"),
+        ("seg_test/seg_test", "seg_train/seg_train"),
+        ("fold1", "fold2"),
+        ("Images_Train", "Images_Val"),
+        ("test", "val"),
+        ("TestSet", "TrainSet"),
+        ("holdout", "split-1"),
+    ],
+)
+def test_a_split_by_other_names_is_no_classes(tmp_path, one, other):
+    write(tmp_path, f"{one}/a/1.png", f"{other}/a/2.png", f"{other}/b/3.png", "masks/a/1.png")
+    assert find_splits(tmp_path).train == tmp_path
+    names = f"{one.split('/')[0]} and {other.split('/')[0]}, which both hold a: parts of a split"
+    with pytest.raises(DataError, match=f"{names}.*`data`.*`val_data`"):
+        list_classes(tmp_path)
+
+
+@pytest.mark.parametrize("deeper", ["", "good/"])
+def test_a_split_within_the_classes_is_not_one_pile(tmp_path, deeper):
+    write(tmp_path, f"a/train/{deeper}1.png", f"a/test/{deeper}2.png", "b/train/3.png")
+    with pytest.raises(DataError, match="a holds train and test: expected images of one class"):
+        list_classes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("train/night/1.png", "bus/night/2.png"),  # vehicles
+        ("indoor/a/1.png", "outdoor/a/2.png"),
+        ("test tube/1.png", "fold/2.png", "train/3.png"),
+        ("valley/a/1.png", "tests/b/2.png", "contest/a/3.png"),
+        ("a/train/1.png", "b/test/2.png"),
+        ("a/fold1/1.png", "a/fold2/2.png"),  # of one class, for any use
+    ],
+)
+def test_classes_whose_names_are_words_of_splits_too(tmp_path, files):
+    assert [*list_classes(write(tmp_path, *files)).paths] == sorted(
+        {f.split("/")[0] for f in files}
+    )
 
 
 def test_spread_meets_every_part(tmp_path):
