@@ -366,11 +366,15 @@ def open_image(path: Path) -> Image.Image:
     Its EXIF orientation is left to `Preprocess`.
 
     Raises:
-        DataError: naming the file: not there, not an image, or of a depth that says nothing.
+        DataError: naming the file: not there, a pipe, not an image, or of a depth that says
+            nothing.
     """
     from PIL import Image
 
     try:
+        # It would be waited for, for ever; what a shell passes as /dev/fd/N has its writer.
+        if (place := Path(path)).is_fifo() and Path("/dev") not in place.parents:
+            raise DataError("it is a pipe; an image file was expected.")
         with Image.open(path) as image:
             image.load()
             shallow = eight_bits(image)

@@ -91,8 +91,8 @@ def list_images(directory: Path) -> FoundImages:
     """All image files below ``directory``, links followed; or those of a list.
 
     Raises:
-        DataError: not a directory, no image in it, a directory that cannot be read, or a link
-            that leads nowhere.
+        DataError: not a directory, no image in it, a directory that cannot be read, a link that
+            leads nowhere, or a pipe by an image's name.
     """
     if is_list(directory):
         return FoundImages(tuple(sorted(path for path, _ in _listed(directory))), {})
@@ -102,6 +102,11 @@ def list_images(directory: Path) -> FoundImages:
     skipped: Counter[str] = Counter()
     for file in _files(directory):
         if file.suffix.lower() in IMAGE_SUFFIXES:
+            if not file.is_file():  # reading it might never end
+                raise DataError(
+                    f"{file} is a pipe, a socket or a device; an image file was expected. Remove "
+                    "it, or its link."
+                )
             found.append(file)
         else:
             skipped[file.suffix.lower() or "without a suffix"] += 1

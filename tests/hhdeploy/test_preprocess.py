@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +277,21 @@ def test_open_image(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cut\.png cannot be decoded"):
         open_image(tmp_path / "cut.png")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Pillow's handle
+def test_a_pipe_is_not_waited_for_unless_a_shell_passes_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png: it is a pipe; an image file was expected"):
+        open_image(tmp_path / "pipe.png")
+    picture(9, 7).save(tmp_path / "a.png")
+    reading, writing = os.pipe()
+    os.write(writing, (tmp_path / "a.png").read_bytes())
+    os.close(writing)
+    try:
+        assert open_image(Path(f"/dev/fd/{reading}")).size == picture(9, 7).size
+    finally:
+        os.close(reading)
 
 
 # --- what metadata and damage there are ---------------------------------------------------------

@@ -90,6 +90,16 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
         list_classes(tmp_path)
 
 
+def test_a_pipe_among_the_pictures_is_named(tmp_path):
+    write(tmp_path, "a/1.png", "b/2.png")
+    os.mkfifo(tmp_path / "a" / "control")  # no image: left out
+    assert list_classes(tmp_path).skipped == {"without a suffix": 1}
+    os.mkfifo(tmp_path / "b" / "3.png")
+    for reader in (list_classes, list_images):
+        with pytest.raises(DataError, match=r"b/3\.png is a pipe, a socket or a device; an"):
+            reader(tmp_path)
+
+
 def test_links_are_followed_and_circles_end(tmp_path):
     write(tmp_path, "elsewhere/1.png", "elsewhere/2.png", "d/a/3.png")
     (tmp_path / "d" / "b").symlink_to(tmp_path / "elsewhere")
