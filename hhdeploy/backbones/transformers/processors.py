@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,20 @@ _KINDS: dict[str, tuple[bool, int]] = {
     "Segformer": (True, 2), "CLIP": (False, 3), "Bit": (False, 3), "ConvNext": (False, 2),
     "Levit": (False, 3), "MobileViT": (False, 2), "PoolFormer": (False, 3),
 }  # fmt: skip
-# Which of them cut out the centre by default, and whose size is a share of the one resized to.
+# Which of them cut out the centre by default, and whose size is a share of the one resized to (by
+# default, which).
 _CROPPING = frozenset(("DeiT", "CLIP", "Bit", "Levit", "MobileViT", "PoolFormer"))
-_SHARES = frozenset(("ConvNext", "PoolFormer"))
-_OTHER_STEPS = ("do_flip_channel_order", "do_pad", "do_align_long_axis", "keep_aspect_ratio")
+_SHARES = {"ConvNext": 224 / 256, "PoolFormer": 0.9}
+# What is read here or changes no picture. Every other key that sounds like a step is refused where
+# it is set: new processors bring new ones. (EfficientNet's include_top normalises once more.)
+_STEPS = ("do_", "rescale_", "crop", "pad", "keep_aspect_ratio", "include_top")
+_KNOWN_STEPS = frozenset(
+    {
+        *("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb"),
+        *("do_reduce_labels", "do_convert_annotations"),
+        *("rescale_factor", "crop_size", "crop_pct"),
+    }
+)
 
 
 def image_processor(where: str) -> dict[str, Any] | None:
@@ -99,7 +110,11 @@ def _is_square(stated: Mapping[str, Any], kind: str, crops: bool) -> bool:
 
 def _check_steps(stated: Mapping[str, Any], kind: str, cut: tuple[int, int] | None) -> None:
     """Refuse what is no step of our transform; ``cut`` is what is cut out, if anything is."""
-    steps = [step for step in _OTHER_STEPS if stated.get(step)]
+    steps = [
+        key
+        for key, value in stated.items()
+        if value and key.startswith(_STEPS) and key not in _KNOWN_STEPS
+    ]
     if not stated.get("do_resize", True):
         steps.append("do_resize: false")
     if stated.get("crop_pct") and kind not in _SHARES:
@@ -113,11 +128,39 @@ def _check_steps(stated: Mapping[str, Any], kind: str, cut: tuple[int, int] | No
         return
     given = (crop["height"], crop["width"]) if isinstance(crop, dict) else edges(crop)
     if given != cut:
+        key = "size" if kind == "ConvNext" else "crop_size"
         raise BackboneError(
-            f"{_PROCESSOR}: crop_size: pictures are cut to {given[0]} x {given[1]}, and the "
+            f"{_PROCESSOR}: {key}: pictures are cut to {given[0]} x {given[1]}, and the "
             f"model's inputs are {cut[0]} x {cut[1]}. Say which with `input_size`, and mend the "
             "other."
         )
+
+
+def _check_size(size: Mapping[str, Any], kind: str, crops: bool) -> None:
+    """Refuse a ``size`` that is neither a height and a width nor the shortest edge of a crop."""
+    if set(size) not in (set(), {"height", "width"}, {"shortest_edge"}):
+        raise BackboneError(
+            f"{_PROCESSOR}: size: expected height and width, or shortest_edge, found "
+            f"{', '.join(size)}: the transform here has no such size. Write size so in a copy of "
+            "the directory, and give the model pictures that are prepared so."
+        )
+    if not size and kind in _KINDS and not _KINDS[kind][0]:
+        raise BackboneError(
+            f"{_PROCESSOR}: size: expected the shortest_edge that {kind}'s pictures are resized "
+            "to, found none. Write it there."
+        )
+    if "shortest_edge" in size and not crops:
+        raise BackboneError(
+            f"{_PROCESSOR}: size: a shortest_edge of {size['shortest_edge']} and no "
+            "do_center_crop leave pictures of many shapes, and the model's inputs have one. Write "
+            "size as its height and width, or say do_center_crop and crop_size."
+        )
+
+
+def _share(crop: int, edge: int) -> float:
+    """The share that a crop is of an edge; the transform finds the edge again, rounding down."""
+    share = crop / edge
+    return share if math.floor(crop / share) == edge else math.nextafter(share, 0.0)
 
 
 def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> Preprocess:
@@ -136,25 +179,31 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     if isinstance(size, int):
         square = _is_square(stated, kind, crops)
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    size = {key: value for key, value in size.items() if value is not None}
+    if kind == "ConvNext" and (edge := size.get("shortest_edge")) is not None:
+        crops, stated = True, {**stated, "crop_size": edge}  # it has no other
+        if edge >= 384:  # large pictures are squashed whole
+            size = {"height": edge, "width": edge}
+    _check_steps(stated, kind, (height, width) if crops else None)
+    _check_size(size, kind, crops)
     edge = size.get("shortest_edge")
     if edge is not None and kind == "Levit":
         edge = int(256 / 224 * edge)
-    if edge is not None and (share := stated.get("crop_pct")) and kind in _SHARES:
-        # ConvNeXT's large pictures are squashed whole.
-        edge = None if kind == "ConvNext" and edge >= 384 else int(edge / share)
+    if edge is not None and (share := stated.get("crop_pct", _SHARES.get(kind))):
+        edge = int(edge / share)
     rescale = float(stated.get("rescale_factor", 1 / 255)) if stated.get("do_rescale", True) else 1
     if mean is None or std is None or abs(rescale * 255 - 1) > 1e-3:
         raise BackboneError(
             "preprocessor_config.json: expected image_mean, image_std and a rescale_factor of "
             f"1/255, found {mean}, {std} and {rescale}."
         )
-    _check_steps(stated, kind, (height, width) if crops else None)
     mode, pct = "squash", 1.0
     if edge is not None:
-        mode, pct = "center", min(height, width) / edge
-    elif crops and "height" in size:
-        pct = height / size["height"]
-    return Preprocess.stated(
+        mode, pct = "center", _share(min(height, width), edge)
+        size = {"height": edge, "width": edge}
+    elif crops and size:
+        pct = min(_share(height, size["height"]), _share(width, size["width"]))
+    made = Preprocess.stated(
         {
             "input_size": input_size,
             "mean": mean,
@@ -165,3 +214,12 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
             "exif": True,
         }
     )
+    # A square picture is resized to what the file says, be it squashed or cut.
+    if size and made.resized(1, 1) != (size["width"], size["height"]):
+        raise BackboneError(
+            f"{_PROCESSOR}: size: pictures are resized to {size['height']} x {size['width']}, and "
+            f"the model's inputs are {height} x {width}: the transform here resizes to these, or "
+            "cuts them out of a size of the same ratio. Say which with `input_size`, and mend the "
+            "other."
+        )
+    return made

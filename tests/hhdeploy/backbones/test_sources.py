@@ -348,7 +348,9 @@ NUMBERS = {"image_mean": H, "image_std": H, "do_normalize": True, "do_resize": T
         ("DeiT", {"size": 40, "do_center_crop": True, "crop_size": 32}),
         ("CLIP", {"size": 32, "do_center_crop": True, "crop_size": 32}),
         ("CLIP", {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}),
+        ("CLIP", {"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}}),
         ("ConvNext", {"size": {"shortest_edge": 32}, "crop_pct": 0.875, "resample": 3}),
+        ("ConvNext", {"size": {"shortest_edge": 32}}),
         ("Levit", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}),
         ("Siglip", {"size": {"height": 32, "width": 32}}),
     ],
@@ -378,11 +380,53 @@ def test_a_processor_is_read_as_its_kind_reads_itself(kind, stated):
             {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 24},
             "crop_size: pictures are cut to 24 x 24, and the model's inputs are 32 x 32",
         ),
+        ({"size": 64}, "size: pictures are resized to 64 x 64, and the model's inputs are 32 x 32"),
+        ({"size": {"height": 32, "width": 64}}, "size: pictures are resized to 32 x 64"),
+        ({"size": {"height": 40, "width": 60}, "do_center_crop": True}, "resized to 40 x 60"),
+        ({"size": {"max_height": 32, "max_width": 32}}, "size: .*found max_height, max_width"),
+        ({"size": {"longest_edge": 32}}, "size: .*found longest_edge"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "found shortest_edge, longest_edge"),
+        ({"size": {"shortest_edge": 32}}, "a shortest_edge of 32 and no do_center_crop leave"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "size: expected the shortest_edge"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 64}},
+            "size: pictures are cut to 64 x 64, and the model's inputs are 32 x 32",
+        ),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}},
+            "size: pictures are cut to 384 x 384",
+        ),
+        ({"size": 32, "rescale_offset": True}, "rescale_offset: the transform here has no such"),
+        ({"size": 32, "do_color_quantize": True}, "do_color_quantize: the transform here has no"),
+        ({"size": 32, "pad_size": {"height": 64, "width": 64}}, "pad_size: the transform here"),
+        ({"size": 32, "crop_to_patches": True}, "crop_to_patches: the transform here"),
+        ({"size": 32, "include_top": True}, "include_top: the transform here"),
     ],
 )
 def test_what_a_processor_does_and_we_do_not_is_refused(stated, message):
     with pytest.raises(BackboneError, match=message):
         from_image_processor({**NUMBERS, **stated}, (3, 32, 32))
+
+
+def test_a_shortest_edge_is_of_a_square_alone():
+    """The transform here covers a rectangle, theirs resizes to the edge and pads."""
+    stated = {**NUMBERS, "size": {"shortest_edge": 40}, "do_center_crop": True}
+    with pytest.raises(BackboneError, match=r"size: pictures are resized to 40 x 40, .* 32 x 48"):
+        from_image_processor(stated, (3, 32, 48))
+
+
+@pytest.mark.parametrize("size", [375, {"height": 375, "width": 375}, {"shortest_edge": 375}])
+def test_the_edge_that_a_share_stands_for_is_found_again(size):
+    """224 / (224 / 375) is less than 375 in floating point, and is rounded down."""
+    stated = {**NUMBERS, "size": size, "image_processor_type": "CLIPImageProcessor"}
+    found = from_image_processor({**stated, "do_center_crop": True}, (3, 224, 224))
+    assert found.resized(1, 1) == (375, 375)
+
+
+def test_what_changes_no_picture_is_no_step():
+    stated = {"do_convert_rgb": True, "do_reduce_labels": True, "do_pad": False, "pad_size": None}
+    stated |= {"size": {"height": 32, "width": 32, "longest_edge": None}}
+    assert from_image_processor({**NUMBERS, **stated}, (3, 32, 32)).crop_mode == "squash"
 
 
 def test_a_processor_that_names_no_kind_and_cuts_nothing_squashes():
