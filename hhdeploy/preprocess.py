@@ -27,8 +27,8 @@ CROP_MODES = ("center", "squash", "border")
 # Filters that an ONNX graph computes as Pillow does; see `Preprocess.graph_file`.
 GRAPH_FILTERS = ("bicubic", "bilinear")
 # TIFF's and EXIF's tags, with the same numbers.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
-_WHITE_IS_ZERO = 0
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 # EXIF's types of an orientation (a short, but some write a long), as `struct` has them.
 _WIDTHS = {3: "H", 4: "I"}
 _RAW_EXIF = "Raw profile type exif"
@@ -330,14 +330,20 @@ def eight_bits(image: Image.Image) -> Image.Image:
     0 to 1.
 
     Raises:
-        DataError: 32-bit integers, and floats outside 0 to 1: nothing says what is white.
+        DataError: 32-bit integers, and floats outside 0 to 1: nothing says what is white. A TIFF
+            of signed integers, of which Pillow reads those of 8 bits as if they had no sign.
     """
     from PIL import Image
 
+    tags = getattr(image, "tag_v2", {})
     if not image.mode.startswith(("I", "F")):
+        if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+            raise DataError(
+                f"an image of mode {image.mode} with signed integers (SampleFormat {_SIGNED}): "
+                "nothing says which number is black. Save it with unsigned ones, scaled."
+            )
         return image
     image.load()
-    tags = getattr(image, "tag_v2", {})
     values = np.asarray(image, np.float32)
     low, high = float(values.min()), float(values.max())
     # Pillow before 11.3 opens PNG's and PNM's 16 bits as 32.

@@ -240,6 +240,17 @@ def test_twelve_bits_of_a_tiff_are_its_range(tmp_path):
     assert np.asarray(open_image(tmp_path / "x.tiff")).tolist() == [[255, 0]]
 
 
+def test_signed_integers_of_a_tiff_are_refused(tmp_path):
+    """Pillow says of 8 bits that they have no sign: -1 would be white."""
+    Image.fromarray(ramp()).save(tmp_path / "x.tiff", tiffinfo={339: (2,)})
+    with Image.open(tmp_path / "x.tiff") as image:
+        assert image.tag_v2[339] == (2,)
+        with pytest.raises(DataError, match="signed integers"):
+            BASE(image)
+    with pytest.raises(DataError, match=r"x\.tiff: .* with signed integers \(SampleFormat 2\)"):
+        open_image(tmp_path / "x.tiff")
+
+
 @pytest.mark.parametrize(
     ("pixels", "words"),
     [
