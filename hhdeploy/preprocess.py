@@ -26,6 +26,8 @@ _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 # Filters that an ONNX graph computes as Pillow does; see `Preprocess.graph_file`.
 GRAPH_FILTERS = ("bicubic", "bilinear")
+# Of models that take pictures, in grey or in colours.
+PICTURE_CHANNELS = (1, 3)
 # TIFF's and EXIF's tags, with the same numbers.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -121,7 +123,7 @@ class Preprocess:
         """Raise ValueError for mean and std of a picture's values from 0 to 255. (Inputs of other
         channels than a picture has are in any unit.)"""
         largest = max(map(abs, (*self.mean, *self.std)))
-        if self.input_size[0] in (1, 3) and largest > 1:
+        if self.input_size[0] in PICTURE_CHANNELS and largest > 1:
             raise ValueError(
                 "preprocess.mean and preprocess.std must be of values from 0 to 1, found "
                 f"{list(self.mean)} and {list(self.std)}. Divide those of values from 0 to 255 by "
@@ -154,7 +156,7 @@ class Preprocess:
         from PIL import Image
 
         channels, height, width = self.input_size
-        if channels not in (1, 3):
+        if channels not in PICTURE_CHANNELS:
             raise DataError(
                 f"the model takes {channels} channels and a picture has 1 or 3: feed arrays "
                 f"float32 [batch, {channels}, {height}, {width}], normalised."
@@ -203,7 +205,7 @@ class Preprocess:
     def graph_file(self) -> str | None:
         """What a bundle calls the graph that does the same as this transform; None where none
         does: for filters beside `GRAPH_FILTERS`, and models that take no pictures."""
-        if self.interpolation not in GRAPH_FILTERS or self.input_size[0] not in (1, 3):
+        if self.interpolation not in GRAPH_FILTERS or self.input_size[0] not in PICTURE_CHANNELS:
             return None
         return graph_file(self.crop_mode, self.interpolation)
 

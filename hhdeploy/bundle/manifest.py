@@ -238,9 +238,10 @@ class Manifest:
     def check_logits_alone(self, what: str) -> None:
         """Raise `PlanError` where the graph has other outputs, for ``what`` knows logits only."""
         if self.features:
+            has = "" if self.classes else ", of a model that has a classifier"
             raise PlanError(
                 f"{what} is for logits alone, this bundle gives {', '.join(self.outputs)}. Export "
-                "it once more, with `outputs=['logits']`."
+                f"it once more, with `outputs=['logits']`{has}."
             )
 
     @property

@@ -18,6 +18,7 @@ from hhdeploy.exporting.javascript import page_code
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
 from hhdeploy.files.writing import json_bytes, sha256_of_bytes, write_bytes
 from hhdeploy.packages import own_version
+from hhdeploy.preprocess import GRAPH_FILTERS, PICTURE_CHANNELS, Preprocess
 
 FACTS: Final = "page.json"
 _SERVICE: Final = "sw.js"
@@ -166,9 +167,22 @@ def _picture_graphs(bundle: Bundle) -> Iterable[str]:
     if without:
         raise BundleError(
             f"{bundle.path} has no graph that preprocesses pictures for {', '.join(without)}. "
-            "Export it again with a newer hhdeploy; filters beside bicubic and bilinear have none."
+            f"{_why_none(needed[without[0]])}"
         )
     return sorted({graph["preprocess_graph"]["file"] for graph in graphs.values()})
+
+
+def _why_none(transform: Preprocess) -> str:
+    """Why a bundle has no graph that takes pictures as a transform says, and what helps."""
+    channels = transform.input_size[0]
+    if channels not in PICTURE_CHANNELS:
+        return f"The model takes {channels} channels, a picture has 1 or 3: no page can feed it."
+    if transform.interpolation not in GRAPH_FILTERS:
+        return (
+            f"Graphs resize by {' or '.join(GRAPH_FILTERS)}, and this takes "
+            f"{transform.interpolation}: train and export with one of these."
+        )
+    return "It was exported by an older hhdeploy: export it again."
 
 
 def _part(manifest: Manifest, precision: Precision, names: list[str]) -> Manifest:

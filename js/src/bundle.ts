@@ -220,7 +220,7 @@ export class Bundle {
     if (!graph) {
       throw new HhdeployError(
         `${adapter}: the bundle has no graph that preprocesses pictures for it. Export it again with a newer ` +
-          "hhdeploy; filters beside bicubic and bilinear have none.",
+          "hhdeploy; filters beside bicubic and bilinear have none, nor have models of other channels than 1 or 3.",
       );
     }
     const session = await this.#graph(graph.file);

@@ -135,13 +135,24 @@ def test_what_no_browser_runs_is_refused_before_any_work(small, tmp_path, monkey
         write_web(small, out, precision="fp8")
     with pytest.raises(BundleError, match="no int8 graph; it has float32"):
         write_web(small, out, precision="int8")
-    with pytest.raises(BundleError, match="no graph that preprocesses pictures for alpha, gamma"):
+    older = r"no graph that preprocesses pictures for alpha, gamma.*\. It was exported by an older"
+    with pytest.raises(BundleError, match=older):
         write_web(INT8, out)
     bundle = Bundle.open(small).manifest
     other = copy_bundle(small, tmp_path / "other")
     write_manifest(other, replace(bundle, graphs={"bfloat16": bundle.graphs["float32"]}))
     with pytest.raises(BundleError, match="which browsers compute, found bfloat16"):
         write_web(other, out)
+    two = replace(bundle.backbone.preprocess, input_size=(2, 32, 32), mean=(0, 0), std=(1, 1))
+    box = replace(bundle.backbone.preprocess, interpolation="box")
+    for transform, why in (
+        (two, "takes 2 channels, a picture has 1 or 3"),
+        (box, "this takes box"),
+    ):
+        entries = tuple(replace(entry, preprocess=transform) for entry in bundle.adapters)
+        write_manifest(other, replace(bundle, adapters=entries))
+        with pytest.raises(BundleError, match=f"no graph that preprocesses .*{why}"):
+            write_web(other, out)
     write_manifest(other, replace(bundle, features={"tokens": (4, 8)}))
     with pytest.raises(PlanError, match=r"a page is for logits alone.*`outputs="):
         write_web(other, out)

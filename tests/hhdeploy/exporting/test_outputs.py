@@ -241,6 +241,8 @@ def test_what_has_no_classifier_or_tells_no_tokens(tmp_path):
         export(tower, {}, tmp_path / "out", fold=True, outputs=[LOGITS], verify=False)
     result = export(tower, {}, tmp_path / "out", fold=True, verify_images=2)
     assert result.manifest.outputs == {FEATURES: (48,)}
+    with pytest.raises(PlanError, match=r"`outputs=\['logits'\]`, of a model that has a cl"):
+        calibrate_bundle(tmp_path / "out", tmp_path)
 
 
 def test_what_is_about_classifiers_is_refused(workshop, features, tmp_path):
