@@ -376,7 +376,7 @@ def open_bundle(
         else None
     )
     rows = adapters.rows if adapters is not None and not manifest.bank_as_constant else None
-    where = Path(cache) if cache is not None else None
+    where = Path(cache).absolute() if cache is not None else None
     options = BackendOptions(precision, threads, contexts, cuda_graphs, hint, where)
     backend = open_backend(bundle, rows, target, options)
     if adapters is not None:

@@ -58,7 +58,7 @@ class Bundle:
         bundle = bundle.remove("digits")
 
     Attributes:
-        path: the directory.
+        path: the directory, absolute: the process may change its own.
         manifest: as it was when the bundle was opened.
         held: files that were read already: name -> content; see `hold`.
     """
@@ -80,7 +80,7 @@ class Bundle:
         content = read_bundle_json(path, SCHEMA_VERSION)
         try:
             check_bundle_json(content)
-            return cls(path, Manifest.from_json(content))
+            return cls(path.absolute(), Manifest.from_json(content))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}). Export the "

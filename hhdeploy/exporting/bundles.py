@@ -63,7 +63,7 @@ class ExportResult:
     """What an export made.
 
     Attributes:
-        path: the bundle.
+        path: the bundle, absolute.
         manifest: its manifest.
         parity: the verification, None with ``verify=False``.
     """
@@ -219,7 +219,7 @@ def export(
         manifest = write_card(Bundle(scratch, manifest))
     if found is not None and found.overflowed:
         raise _overflow_error(Path(out), found)
-    return ExportResult(Path(out), manifest, report)
+    return ExportResult(Path(out).absolute(), manifest, report)
 
 
 def _loaded(

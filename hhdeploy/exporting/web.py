@@ -34,7 +34,7 @@ class WebPage:
     """What was written.
 
     Attributes:
-        path: the folder.
+        path: the folder, absolute.
         precision: of the graph that the page runs.
         adapters: that answer.
         files: path in the folder -> bytes.
@@ -118,7 +118,8 @@ def write_web_page(
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(scratch / name, content)
     adapters = tuple(entry.name for entry in bundle.manifest.adapters)
-    return WebPage(out, chosen, adapters, {name: len(content) for name, content in files.items()})
+    sizes = {name: len(content) for name, content in files.items()}
+    return WebPage(out.absolute(), chosen, adapters, sizes)
 
 
 def _precision(bundle: Bundle, wanted: Precision | None) -> Precision:

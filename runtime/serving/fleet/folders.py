@@ -75,7 +75,7 @@ class AdapterFiles:
         """``directory``: the fleet directory, one adapter a folder; None: the bundle alone."""
         self._bundle = bundle
         self._bank = bank
-        self._directory = directory
+        self._directory = directory.absolute() if directory is not None else None
         # Of a model card the beginning is read, however long it is.
         self._most = {CONFIG_FILE: _MOST_CONFIG, TENSOR_FILE: _most_bytes(bank)}
         # The name that no folder may have, and whether it was said that one has.

@@ -421,6 +421,32 @@ def test_a_bundle_is_changed_by_its_methods(bundle, workshop):
     assert Bundle.open(bundle).manifest.versions == {"tool": "1"}
 
 
+def test_a_bundle_stays_the_one_that_was_opened(bundle, workshop, tmp_path, monkeypatch):
+    """Of a relative path, too, when the process goes to where another bundle has its name."""
+    other = copy_bundle(bundle, tmp_path / "elsewhere" / "bundle")
+    before = contents(other)
+    monkeypatch.chdir(tmp_path)
+    opened = Bundle.open("bundle")
+    with open_session("bundle", device="cpu", threads=1) as session:
+        assert opened == session.bundle == Bundle.open(bundle)
+        monkeypatch.chdir(other.parent)
+        added = opened.add("rival", workshop.directory("rival"))
+        assert session.bundle.changed()
+    removed = added.remove("alpha")
+    assert rows_of(bundle) == {"gamma": 2, "rival": 3}
+    with removed.edit() as change:
+        change.manifest = replace(change.manifest, versions={"tool": "1"})
+    assert Bundle.open(bundle).manifest.versions == {"tool": "1"}
+    assert contents(other) == before
+
+
+def test_a_link_to_a_bundle_is_followed_when_it_is_used(bundle, tmp_path, monkeypatch):
+    link = tmp_path / "current"
+    link.symlink_to("bundle")
+    monkeypatch.chdir(tmp_path)
+    assert Bundle.open("current").path == link
+
+
 def test_an_edit_relies_on_the_graph_that_was_opened(bundle):
     opened = Bundle.open(bundle)
     files = {**opened.manifest.files, "model.onnx.data": "0" * 64}

@@ -59,6 +59,11 @@ def test_there_and_back(bundle, tmp_path, address):
         session.run(images(1), "rival")
 
 
+def test_what_was_pulled_is_found_wherever_one_goes(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pull(bundle, "back").path == tmp_path / "back"
+
+
 def test_large_files_go_to_lfs(bundle, tmp_path):
     plan = plan_of(Bundle.open(bundle))
     suffixes = {line.split()[0].removeprefix("*") for line in plan.attributes.splitlines()}

@@ -156,6 +156,12 @@ def test_an_export_without_verification(workshop, tmp_path):
     assert Bundle.open(result.path).manifest.adapters[0].verified
 
 
+def test_the_path_of_the_result_holds_wherever_one_goes(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = workshop.export("out", ("alpha",), verify=False)
+    assert result.path == tmp_path / "out"
+
+
 def test_random_weights_need_no_checkpoint(workshop, tmp_path, traces):
     adapter = workshop.adapters["alpha"]
     unknown = replace(adapter, config=replace(adapter.config, base_sha256=None))

@@ -154,6 +154,18 @@ def test_an_adapter_on_disk_is_loaded_when_it_is_asked_for(play):
     play(scene)
 
 
+def test_a_fleet_stays_in_its_directory(small, workshop, tmp_path, monkeypatch):
+    """Of a relative path, too, when the process goes to where another one has its name."""
+    for directory, name in ((tmp_path / "fleet", "a"), (tmp_path / "elsewhere" / "fleet", "b")):
+        directory.mkdir(parents=True)
+        put_adapter(make_adapter(workshop, 0), directory, name)
+    monkeypatch.chdir(tmp_path)
+    with open_session(small, device="cpu", threads=1) as opened:
+        files = Fleet(opened.bundle, opened.adapters, Path("fleet"))._files
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert "a" in files.sources() and "b" not in files.sources()
+
+
 def test_an_adapter_that_there_is_not(play):
     async def scene(s):
         with pytest.raises(
