@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from hhdeploy.choices import QUANTISED, QuantisedPrecision, listed, one_of
+from hhdeploy.choices import QUANTISED, QuantisedPrecision, as_seed, listed, one_of, whole
 from hhdeploy.errors import OptionError, PlanError
 
 
@@ -40,8 +40,8 @@ class CalibrationSettings:
         one_of(QUANTISED, self.precision, "precision")
         one_of(PRESETS, self.preset, "preset")
         object.__setattr__(self, "exclude", tuple(listed(self.exclude, "exclude", "patterns")))
-        if self.images < 1:
-            raise OptionError(f"`images`: expected 1 or more, found {self.images}.")
+        object.__setattr__(self, "images", whole(self.images, "images", 1))
+        object.__setattr__(self, "seed", as_seed(self.seed))
         if self.smooth_quant is not None and not 0.0 <= self.smooth_quant <= 1.0:
             raise OptionError(
                 f"`smooth_quant`: expected a number from 0 to 1, or None, "

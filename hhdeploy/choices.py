@@ -3,12 +3,16 @@
 Every name is a member of one `Literal`, and its `typing.get_args` is the list that the command
 line offers and messages show. A name is checked once, where it enters (a command, a function of
 the Python API, a manifest), and typed from there on. Several come in a list.
+So are numbers that many functions take.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import reprlib
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, Final, Literal, TypeVar, cast, get_args
 
 from hhdeploy.errors import HhdeployError, OptionError
@@ -37,6 +41,8 @@ DEVICES: Final[tuple[Device, ...]] = get_args(Device)
 TORCH_DEVICES: Final[tuple[TorchDevice, ...]] = get_args(TorchDevice)
 PROBLEM_TYPES: Final[tuple[ProblemType, ...]] = get_args(ProblemType)
 CLASSES, LABELS, VALUES = PROBLEM_TYPES
+# NumPy takes none below 0, torch none above.
+MOST_SEED: Final = 2**63 - 1
 
 _Name = TypeVar("_Name", bound=str)
 
@@ -88,6 +94,36 @@ def listed(
         f"`{parameter}`: expected {what} in a list or tuple, found {type(given).__name__} "
         f"{reprlib.repr(given)}."
     )
+
+
+def whole(
+    given: object,
+    parameter: str,
+    least: int,
+    most: int | None = None,
+    error: type[HhdeployError] = OptionError,
+) -> int:
+    """What a user gave for a whole number of a range, NumPy's among them; else ``error``."""
+    try:
+        number = operator.index(cast(Any, given))
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        ends = f"{least} or more" if most is None else f"{least} to {most}"
+        raise error(f"`{parameter}`: expected {ends}, a whole number, found {given!r}.")
+    return number
+
+
+def seconds(given: object, parameter: str) -> float:
+    """What a user gave for a time, endless (``inf``) or not. Raises `OptionError`."""
+    if not isinstance(given, Real) or math.isnan(given) or given < 0:
+        raise OptionError(f"`{parameter}`: expected 0 seconds or more, found {given!r}.")
+    return float(given)
+
+
+def as_seed(given: object) -> int:
+    """A ``seed`` parameter. Raises `OptionError`."""
+    return whole(given, "seed", 0, MOST_SEED)
 
 
 def as_precisions(given: Iterable[str] | None) -> tuple[Precision, ...] | None:

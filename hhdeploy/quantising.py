@@ -26,7 +26,7 @@ from hhdeploy.calibration.judging.order import settle_order
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
-from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, one_of
+from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, one_of, seconds
 from hhdeploy.errors import ParityError, require
 from hhdeploy.files.outputs import check_output, output_file
 from hhdeploy.files.writing import default_cache, write_json
@@ -72,6 +72,7 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         one_of(DEVICES, self.device, "device")
+        seconds(self.lock_timeout, "lock_timeout")  # not after the calibration
 
 
 @dataclass(frozen=True)

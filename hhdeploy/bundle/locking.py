@@ -32,6 +32,7 @@ from hhdeploy.bundle.manifest import (
     plain_name,
 )
 from hhdeploy.bundle.reading import NEW_CARD, Bundle
+from hhdeploy.choices import seconds
 from hhdeploy.errors import BundleError, ConflictError, WriteError
 from hhdeploy.files.directories import Replaceable, strangers
 from hhdeploy.files.journal import JOURNAL, follow_journal
@@ -74,6 +75,7 @@ def locked(
     Raises:
         BundleError: no bundle there; of one that was there, also two seconds later.
         ConflictError: the lock is held for too long.
+        OptionError: ``lock_timeout`` is no time.
         WriteError: it cannot be made here.
     """
     wait = _Wait(path, lock_timeout, progress)
@@ -101,7 +103,8 @@ class _Wait:
     """How long somebody has waited, and for what."""
 
     def __init__(self, path: Path, timeout: float, progress: Progress) -> None:
-        self._path, self._timeout, self._progress = path, timeout, progress
+        self._path, self._progress = path, progress
+        self._timeout = seconds(timeout, "lock_timeout")  # nan is never over
         self._start = time.monotonic()
         self._said = False
         self._seen = False  # a bundle

@@ -39,23 +39,23 @@ _OPTIONS = (
                  help="--serve: connections, each with one request at a time."),
     click.option(
         "--rate",
-        type=click.FloatRange(0, min_open=True),
+        type=ui.Number(0, min_open=True),
         help="--serve: images a second, at random times (open loop).  [default: closed loop]",
     ),
-    click.option("--skew", default=1.1, show_default=True, type=click.FloatRange(0),
+    click.option("--skew", default=1.1, show_default=True, type=ui.Number(0),
                  help="--serve: of the adapters' popularity, Zipf's exponent."),
     click.option(
         "--churn",
         default=5.0,
         show_default=True,
-        type=click.FloatRange(0),
+        type=ui.Number(0),
         help="--serve: adapters added, replaced, removed and loaded again, a second.",
     ),
     click.option("--images-per-request", default=1, show_default=True, type=click.IntRange(1),
                  help="--serve: all for the same adapter."),
     click.option("--slots", type=click.IntRange(2),
                  help="--serve: rows of the bank; less than --adapters to see evictions."),
-    click.option("--seed", default=0, show_default=True, type=click.IntRange(0),
+    click.option("--seed", default=0, show_default=True, type=ui.SEED,
                  help="--serve: of variants, images, times and changes."),
     click.option(
         "--abuse",
@@ -65,7 +65,7 @@ _OPTIONS = (
         "Repeatable.",
     ),
     click.option("--seconds", default=60.0, show_default=True,
-                 type=click.FloatRange(0, min_open=True),
+                 type=ui.Number(0, min_open=True),
                  help="--abuse: of each kind, and of its control."),
 )  # fmt: skip
 _ONLY_SERVE = frozenset(

@@ -42,13 +42,13 @@ _NOT_CHECKED = frozenset(
     show_default=True,
 )
 @click.option("--images", default=128, show_default=True, type=click.IntRange(1), metavar="N")
-@click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
+@click.option("--seed", default=0, show_default=True, type=ui.SEED, help="Of the choice of images.")
 @click.option(
     "--eval-data", type=ui.IMAGES, help="Images to judge on; default: what calibration leaves over."
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0),
+    type=ui.Number(0),
     metavar="POINTS",
     help="Of mean top-1: keep the fewest sites in floating point that hold it.",
 )

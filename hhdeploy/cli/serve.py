@@ -72,7 +72,7 @@ def _type(name: str, annotation: str, told: Option) -> Any:
     if annotation.startswith("int"):
         return click.IntRange(None if told.least is None else int(told.least))
     if annotation.startswith("float"):
-        return click.FloatRange(
+        return ui.Number(
             told.least if told.above is None else told.above, min_open=told.above is not None
         )
     return _TYPES[annotation]

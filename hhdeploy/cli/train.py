@@ -70,7 +70,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 )
 @click.option(
     "--val-fraction",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=ui.Number(0, 1, max_open=True),
     default=0.1,
     help="Share of every class held out when there is no --val-data.",
 )
@@ -107,9 +107,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 @click.option(
     "--warmup-epochs", type=click.IntRange(0), help="Default: a tenth of --epochs, at least 1."
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, help="Of split, weights, order, augmentation."
-)
+@click.option("--seed", type=ui.SEED, default=0, help="Of split, weights, order, augmentation.")
 @click.option(
     "--augment/--no-augment",
     default=True,

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
-from hhdeploy.choices import DEVICES, PRECISIONS
+from hhdeploy.choices import DEVICES, MOST_SEED, PRECISIONS
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
@@ -27,6 +27,21 @@ if TYPE_CHECKING:
     from hhdeploy.bundle.manifest import Manifest
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """Numbers of a range. For click ``nan`` is in every one: it is neither less nor more."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number. ``inf`` is one where the parameter is a time to wait."""
+        number = float(super().convert(value, param, ctx))
+        endless = param is not None and param.name == "lock_timeout"
+        if math.isnan(number) or (math.isinf(number) and not endless):
+            self.fail(f"expected a number, found {value}.", param, ctx)
+        return number
+
 
 _UNCUT = 100_000  # columns
 
@@ -36,10 +51,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 DEVICE = click.Choice(DEVICES)
 PRECISION = click.Choice(PRECISIONS)
 
+SEED = click.IntRange(0, MOST_SEED)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 lock_timeout_option = click.option(
     "--lock-timeout",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=LOCK_TIMEOUT,
     show_default=True,
     metavar="SECONDS",
@@ -252,7 +269,11 @@ def backbone_options(command: F) -> F:
     """--model-args, --checkpoint, --input-size, --pretrained/--no-pretrained, --seed."""
     for option in (
         click.option(
-            "--seed", default=0, show_default=True, help="Of random weights and of the noise."
+            "--seed",
+            default=0,
+            show_default=True,
+            type=SEED,
+            help="Of random weights and of the noise.",
         ),
         click.option(
             "--pretrained/--no-pretrained",

@@ -44,7 +44,9 @@ _AGAINST_TORCH = frozenset(
 @ui.input_size_option
 @click.option("--checkpoint", type=ui.FILE, help="--against-torch: the backbone's weights.")
 @click.option("--pretrained/--no-pretrained", default=True, help="--against-torch, as in export.")
-@click.option("--seed", default=0, show_default=True, help="--against-torch, as in export.")
+@click.option(
+    "--seed", default=0, show_default=True, type=ui.SEED, help="--against-torch, as in export."
+)
 @click.option("--verify-data", type=ui.IMAGES, help="--against-torch: images to use.")
 @click.option(
     "--verify-images",

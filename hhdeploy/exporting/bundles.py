@@ -33,7 +33,7 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.rounding import check_row_survives
-from hhdeploy.choices import TYPED, Precision, TypedPrecision, listed, one_of
+from hhdeploy.choices import TYPED, Precision, TypedPrecision, as_seed, listed, one_of, seconds
 from hhdeploy.errors import OptionError, ParityError, require
 from hhdeploy.exporting.outputs import (
     check_outputs,
@@ -154,6 +154,7 @@ def export(
         listed(outputs, "outputs", "names"),
         listed(precisions, "precisions", "names"),
     )
+    seed, lock_timeout = as_seed(seed), seconds(lock_timeout, "lock_timeout")
     _check_precisions(precisions)
     form = GraphForm(opset, single_file)
     check_outputs(outputs, reserve)

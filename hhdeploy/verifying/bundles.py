@@ -25,8 +25,10 @@ from hhdeploy.choices import (
     Runner,
     TypedPrecision,
     as_precisions,
+    as_seed,
     member,
     one_of,
+    seconds,
 )
 from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
@@ -133,6 +135,7 @@ def verify_against_torch(
         ParityError: outputs differ by more than the table allows.
     """
     device, precisions = one_of(DEVICES, device, "device"), as_precisions(precisions)
+    seed, lock_timeout = as_seed(seed), seconds(lock_timeout, "lock_timeout")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.verifying.reference import VerifyData, training_time_reference

@@ -83,6 +83,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "triton",
         "verify",
     ),
+    "hhdeploy/choices.py::seconds": ("build", "calibrate", "export", "verify"),
+    "hhdeploy/choices.py::whole": ("calibrate", "export", "verify"),
     "hhdeploy/exporting/": ("export",),
     "hhdeploy/exporting/javascript.py": ("web",),
     "hhdeploy/exporting/web.py": ("web",),
@@ -350,6 +352,8 @@ ONE_OF_MANY = {
     "hhdeploy/bundle/signing.py::_reading": "`key`",
     "hhdeploy/choices.py::listed": "`precision`",
     "hhdeploy/choices.py::one_of": "`precision='float8'`",
+    "hhdeploy/choices.py::seconds": "`lock_timeout`",
+    "hhdeploy/choices.py::whole": "`seed`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",
 }

@@ -1,14 +1,17 @@
-"""What commands share: reading ``[NAME=]DIR``."""
+"""What commands share: reading ``[NAME=]DIR``, numbers."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import click
 import pytest
 from click import UsageError
 
 from hhdeploy.cli.naming import _named_directory, named_directories
 from hhdeploy.cli.ui import describe_data
+from hhdeploy.cli.wording import all_commands
 from hhdeploy.errors import OptionError
 
 
@@ -72,3 +75,31 @@ def test_what_was_left_out_of_a_folder_is_said():
     assert describe_data(data) == "images in photos/"
     skipped = {".txt": 1, ".heic": 2}
     assert describe_data(data | {"skipped": skipped}).endswith("left out: 2 .heic, 1 .txt")
+
+
+NUMBERS = [
+    (name, parameter)
+    for name, command in all_commands().items()
+    for parameter in command.params
+    if isinstance(parameter.type, click.FloatRange) or parameter.name == "seed"
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), NUMBERS, ids=lambda each: getattr(each, "name", each)
+)
+def test_what_is_no_number_is_refused(command, option):
+    """nan is in every range of click's: one waited for ever, others ended in tracebacks."""
+    wrong = ["nan", "-1"]
+    wrong += ["1" + 20 * "0"] if option.name == "seed" else []
+    wrong += ["inf"] if option.name not in ("lock_timeout", "seed") else []
+    for text in wrong:
+        with pytest.raises(click.BadParameter):
+            option.type.convert(text, option, None)
+    assert option.type.convert("0.5" if option.name != "seed" else "5", option, None) > 0
+
+
+def test_a_wait_may_have_no_end():
+    options = [option for _, option in NUMBERS if option.name == "lock_timeout"]
+    assert options
+    assert {option.type.convert("inf", option, None) for option in options} == {math.inf}

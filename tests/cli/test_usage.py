@@ -27,6 +27,8 @@ USAGE = [
     (f"{EXPORT} --precision int8", "hhdeploy calibrate"),
     (f"{EXPORT} --sites fc1:around", "form must be one of"),
     (f"{EXPORT} --max-rank -1", "--max-rank and --max-classes: expected 0 or more"),
+    (f"{EXPORT} --seed -1", "'--seed': -1 is not in the range 0<=x<="),
+    (f"{EXPORT} --overwrite --lock-timeout nan", "'--lock-timeout': expected a number, found nan"),
     (f"{EXPORT} --verify-images 0", "'--verify-images'"),
     (f"{CALIBRATE} --precision int4", "'--precision'"),
     (f"{CALIBRATE} --max-drop -1", "'--max-drop'"),

@@ -18,13 +18,23 @@ from hhdeploy import (
     build,
     export,
     open_session,
+    remove_adapter,
     verify,
     verify_against_torch,
     write_triton,
 )
 from hhdeploy.adapters.importers.template import ImportOptions
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.choices import PRECISIONS, TORCH_DEVICES, as_precisions, listed, member, one_of
+from hhdeploy.choices import (
+    PRECISIONS,
+    TORCH_DEVICES,
+    as_precisions,
+    as_seed,
+    listed,
+    member,
+    one_of,
+    seconds,
+)
 from hhdeploy.cli.wording import all_commands
 from hhdeploy.errors import BundleError, HhdeployError, OptionError
 from hhdeploy.exporters.triton import TritonOptions
@@ -55,6 +65,32 @@ def test_several_values_come_in_a_list(given):
     words = rf"`letters`: expected names in a list or tuple, found {type(given).__name__} .*\."
     with pytest.raises(OptionError, match=words):
         listed(given, "letters", "names")
+
+
+@pytest.mark.parametrize("given", [-1, 2**63, 1.5, "4", None])
+def test_a_seed_is_a_number_that_numpy_and_torch_take(small, tmp_path, given):
+    assert as_seed(np.int64(7)) == 7
+    for ask in (
+        lambda: export("x", {}, tmp_path / "o", fold=True, seed=given),
+        lambda: verify_against_torch(small, seed=given),
+        lambda: CalibrationSettings(seed=given),
+    ):
+        with pytest.raises(OptionError, match="`seed`: expected 0 to 9223372036854775807, a whole"):
+            ask()
+
+
+@pytest.mark.parametrize("given", [float("nan"), -1, "4", None])
+def test_a_time_to_wait_is_checked_before_anything_slow(small, tmp_path, given):
+    assert seconds(float("inf"), "lock_timeout") == float("inf")
+    for ask in (
+        lambda: export("x", {}, tmp_path / "o", fold=True, lock_timeout=given),
+        lambda: verify_against_torch(small, lock_timeout=given),
+        lambda: build(small, backend="tensorrt", lock_timeout=given),
+        lambda: CalibrationOptions(lock_timeout=given),
+        lambda: remove_adapter(small, "alpha", lock_timeout=given),
+    ):
+        with pytest.raises(OptionError, match="`lock_timeout`: expected 0 seconds or more, found"):
+            ask()
 
 
 # Everything that takes several values from a user.
