@@ -51,6 +51,7 @@ from hhdeploy.training.householder import (
     SequentialTransform,
     SharedTransform,
 )
+from hhdeploy.training.wrapping import bare_model, check_bare, check_places, own_modules
 
 _STATE = "_hhdeploy_attached"
 
@@ -67,6 +68,8 @@ class _Attached:
         parametrized: (module, name of its tensor), each once.
         new_biases: (module, name of its bias) of Linears that had none.
         strength: of the adapter as it was attached.
+        sites: of the backbone, in the order of its Linears.
+        places: module path -> what was changed there.
         frozen: what the adapter does not hold, see `hhdeploy.training.frozen`.
         began: sha256 of the tensors of an adapter that was trained before; None of a new one.
     """
@@ -78,6 +81,8 @@ class _Attached:
     parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
     new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
     strength: float = 1.0
+    sites: tuple[str, ...] = ()
+    places: dict[str, nn.Module] = field(default_factory=dict)
     frozen: FrozenTensors = field(default_factory=dict)
     began: str | None = None
 
@@ -102,16 +107,13 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
 
     Raises:
         AdapterError: the adapter does not belong to the model (see `check`), or one is attached
-            already, or the model is wrapped (compiled, data parallel): attach first, then wrap;
+            already, or the model or a part of it is wrapped (compiled, data parallel,
+            checkpointed): attach first, then wrap;
             or a Linear to be changed has no weight of its own (weight norm, shared weights);
             or a new adapter's configuration is one that could not be saved.
             The model is then as it was.
     """
-    if _bare(model) is not model:
-        raise AdapterError(
-            f"{type(model).__name__} wraps the model: attach the adapter to the model itself, and "
-            "compile or wrap it after that."
-        )
+    check_bare(model)
     if hasattr(model, _STATE):
         raise AdapterError("an adapter is attached to this model already; call detach first.")
     if isinstance(adapter, AdapterConfig):
@@ -152,6 +154,11 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         weight = torch.randn(config.num_classes, int(dim), generator=generator) * 0.02  # type: ignore[arg-type]
         bias = torch.zeros(config.num_classes)
         state.old_head = put_head(model, path, weight, bias, config)
+    state.sites = tuple(site.name for linear in linears for site in linear.sites)
+    held = {module for module, _ in state.parametrized}
+    owners = {path.rpartition(".")[0] for path in state.old_values}
+    named = model.named_modules()
+    state.places = {path: m for path, m in named if m in held or path in owners}
     state.frozen = frozen_tensors(model)
     if isinstance(adapter, Adapter):
         state.began = tensors_digest(_tensors_of(model, state))
@@ -161,7 +168,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
 
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapter off, in place: the backbone's weights and classifier are as before."""
-    bare = _bare(model)
+    bare = bare_model(model)
     state = _state(bare)
     for module, name in state.parametrized:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
@@ -181,11 +188,12 @@ def extract(model: nn.Module) -> Adapter:
     merged or compressed) stands under ``started_from`` once they are others.
 
     Raises:
-        AdapterError: none is attached; or the backbone is no more what it was then, which no
+        AdapterError: none is attached; or modules that it changed were replaced, or put into a
+            wrapper that is not torch's; or the backbone is no more what it was then, which no
             adapter holds: frozen weights, or statistics that BatchNorm took in training mode; or
             the classifier was replaced by one that an adapter does not hold.
     """
-    model = _bare(model)
+    model = bare_model(model)
     state = _state(model)
     check_frozen(model, state.frozen)
     adapter = _tensors_of(model, state)
@@ -196,22 +204,22 @@ def extract(model: nn.Module) -> Adapter:
 
 
 def _tensors_of(model: nn.Module, state: _Attached) -> Adapter:
+    modules = own_modules(model)
+    check_places(state.places, modules)
     found: dict[str, dict[str, NDArray[np.float32]]] = {}
     for module, name in state.parametrized:
         chain: Any = module.parametrizations[name]  # type: ignore[index]
         for parametrization in chain:
             for site, tensors in parametrization.site_tensors():
                 found.setdefault(site, {}).update({k: _numpy(t) for k, t in tensors.items()})
-    sites = {
-        site.name: SiteTensors(**found[site.name])
-        for linear in find_linears(model, state.classifier)
-        for site in linear.sites
-        if site.name in found
-    }
-    values = {path: _numpy(original_parameter(model, path)) for path in state.old_values}
+    sites = {name: SiteTensors(**found[name]) for name in state.sites if name in found}
+    values = {}
+    for path in state.old_values:
+        owner, _, name = path.rpartition(".")
+        values[path] = _numpy(original_of(modules[owner], name))
     head = None
     if state.old_head is not None:
-        weight, bias = trained_head(model, state.classifier, state.config.num_classes)
+        weight, bias = trained_head(modules, state.classifier, state.config.num_classes)
         head = Head(state.classifier, _numpy(weight), _numpy(bias))
     return Adapter(state.config, sites, head, values=values, strength=state.strength)
 
@@ -219,17 +227,6 @@ def _tensors_of(model: nn.Module, state: _Attached) -> Adapter:
 def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) -> None:
     """Write the attached adapter as an adapter directory, atomically."""
     save_adapter(extract(model), directory, overwrite=overwrite)
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model itself, which `torch.compile` and data parallelism wrap."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _state(model: nn.Module) -> _Attached:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hhdeploy.backbones.weights import without_wrappers
 from hhdeploy.errors import AdapterError
 from hhdeploy.parity import AVERAGING_BOUND
 
@@ -75,7 +76,7 @@ def check_frozen(model: nn.Module, before: FrozenTensors) -> None:
     Raises:
         AdapterError: naming the first tensor that changed.
     """
-    now = model.state_dict()
+    now = {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
     changed = [
         name for name, frozen in before.items() if name in now and not frozen.holds(now[name])
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,15 @@ def restore_head(model: nn.Module, path: str, old: OldHead) -> None:
         setattr(module, name, value)
 
 
-def trained_head(model: nn.Module, path: str, classes: int | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the classifier as it is now.
+def trained_head(
+    modules: Mapping[str, nn.Module], path: str, classes: int | None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the classifier as it is now, of a model with these modules.
 
     Raises:
         AdapterError: it is no more what an adapter holds.
     """
-    found: Any = dict(model.named_modules()).get(path)
+    found: Any = modules.get(path)
     weight, bias = getattr(found, "weight", None), getattr(found, "bias", None)
     if (
         isinstance(weight, Tensor)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
 from hhdeploy.adapters.config import AdapterConfig
@@ -18,8 +19,9 @@ from hhdeploy.adapters.format import load_adapter
 from hhdeploy.backbones.structure import base_sha256, classifier_path, signs_sha256
 from hhdeploy.errors import AdapterError
 from hhdeploy.training import attach, detach, extract, save
+from hhdeploy.training.heads import replace_module
 from tests.own_models import authors_vit, encoder, torchvision_vit
-from tests.support import TINY_ARGS, TINY_MODEL, assert_parity
+from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, tiny_backbone
 
 EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -299,6 +301,80 @@ def test_a_wrapped_model_is_the_model_in_it(wrap, tmp_path):
     detach(wrapped)
     with pytest.raises(AdapterError, match="wraps the model: attach the adapter to the model"):
         attach(wrapped, AdapterConfig("mine", num_classes=2, target_modules=("mix",)))
+
+
+class Outer(nn.Module):
+    """A wrapper of the user's own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **options):
+        return self.inner(*args, **options)
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def small_vit():
+    config = AdapterConfig(TINY_MODEL, num_classes=5, target_modules=EVERY)
+    return shaken(attach(tiny_backbone().model, config))
+
+
+def replace_parts(model, paths, change):
+    for path in paths:
+        replace_module(model, path, change(model.get_submodule(path)))
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpoint_wrapper])
+@pytest.mark.parametrize(
+    "paths", [["blocks.1"], ["blocks.0", "blocks.1", "head"], ["blocks.0.attn.qkv", "blocks"]]
+)
+def test_a_model_of_which_a_part_is_wrapped_is_the_model(wrap, paths, tmp_path):
+    model = small_vit()
+    save(model, tmp_path / "bare")
+    norm = model.blocks[1].norm1
+    replace_parts(model, paths, wrap)
+    save(model, tmp_path / "wrapped")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "bare" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+    with torch.no_grad():
+        norm.weight.add_(0.1)
+    with pytest.raises(AdapterError, match=r"blocks\.1\.norm1\.weight is no more what it was"):
+        extract(model)
+
+
+def test_parameters_in_a_wrapper_are_saved(tmp_path):
+    """Those that an adapter replaces whole."""
+    model = tiny_backbone().model
+    adapter = extract(attach(model, AdapterConfig(TINY_MODEL, target_modules=("q", "v"))))
+    weight = np.full(model.blocks[1].norm1.weight.shape, 0.5, np.float32)
+    adapter = replace(adapter, values={"blocks.1.norm1.weight": weight})
+    attach(detach(model), adapter)
+    model.blocks[1] = compiled(model.blocks[1])
+    np.testing.assert_array_equal(extract(model).values["blocks.1.norm1.weight"], weight)
+
+
+@pytest.mark.parametrize(("change", "found"), [(Outer, "nothing"), (deepcopy, "another one")])
+def test_what_an_adapter_changed_is_in_its_place_or_not_saved(change, found, tmp_path):
+    model = small_vit()
+    replace_parts(model, ["blocks.1"], change)
+    with pytest.raises(
+        AdapterError,
+        match=rf"^blocks\.1\.\S+: expected the module .* found {found} \(of 8 .* 4 are",
+    ):
+        save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpoint_wrapper])
+def test_an_adapter_is_attached_before_a_part_is_wrapped(wrap):
+    model = tiny_backbone().model
+    replace_parts(model, ["blocks.1"], wrap)
+    with pytest.raises(AdapterError, match=r"^blocks\.1: a part of the model is wrapped: attach"):
+        attach(model, AdapterConfig(TINY_MODEL, num_classes=5, target_modules=("q",)))
 
 
 @pytest.mark.parametrize(
