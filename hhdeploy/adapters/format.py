@@ -33,7 +33,7 @@ from hhdeploy.algebra import (
 from hhdeploy.backbones.sites import Form
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.directories import Replaceable, atomic_directory, strangers
-from hhdeploy.files.tensors import read_tensors, tensor_bytes
+from hhdeploy.files.tensors import check_finite, read_tensors, tensor_bytes
 from hhdeploy.files.writing import json_bytes, write_bytes
 
 # Of `train`: the only file of a linear probe.
@@ -279,12 +279,7 @@ def assemble_adapter(
             raise AdapterError(f"{where}: {key}: expected a float tensor, found {tensor.dtype}.")
         with np.errstate(over="ignore"):  # a float64 beyond float32's range is reported below
             tensor = tensor.astype(np.float32)
-        bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
-        if bad:
-            raise AdapterError(
-                f"{where}: {key}: expected finite values, found NaN or infinity in {bad} of "
-                f"{tensor.size}. The training probably diverged."
-            )
+        check_finite(tensor, f"{where}: {key}", AdapterError)
         groups.setdefault(owner, {})[name] = tensor
     values = {o: g.pop(_VALUE) for o, g in groups.items() if _VALUE in g}
     groups = {o: g for o, g in groups.items() if g}

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hhdeploy.backbones.weights import advice_on_peft
 from hhdeploy.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -160,8 +161,11 @@ def timm_state(
     if unknown:
         raise BackboneError(
             f"`checkpoint`: {file} has transformers' names, and timm's {type(model).__name__} has "
-            f"nothing for {', '.join(unknown[:4])}{' …' if len(unknown) > 4 else ''}. Give the "
-            "directory that it was saved in as the model: transformers:DIR."
+            f"nothing for {', '.join(unknown[:4])}{' …' if len(unknown) > 4 else ''}."
+            + (
+                advice_on_peft(unknown)
+                or " Give the directory that it was saved in as the model: transformers:DIR."
+            )
         )
     if mark.endswith(_TOWER):
         found = _as_read(found, model, classifier, file)

@@ -6,7 +6,7 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ _COUNTED = ("running_mean", "running_var")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What DistributedDataParallel puts first; further inside it would be a module of the user's.
 DISTRIBUTED = "module"
+# In the names of a model that PEFT wraps; lora_A.weight is in those of own modules as well.
+_PEFT = re.compile(r"(^|\.)base_model\.model\.|\.(base_layer|modules_to_save|lora_[AB]\.default)\.")
 # The list of the files that a model's weights were divided into.
 _INDEX = ".index.json"
 
@@ -153,17 +155,46 @@ def unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
         The state dict, and a line where there are others beside it.
 
     Raises:
-        ValueError: there are several, and none by a name that is known.
+        ValueError: there are several, and none by a name that is known; or a tensor of it has no
+            values, or no one shape.
     """
     if not isinstance(content, Mapping) or not content:
         return content, ()
     state, path = _taken(content)
     notes = _beside(content, path) if path else ()
-    state = {str(key): value for key, value in state.items() if key != _COUNTER}
+    state = {str(key): _dense(key, value) for key, value in state.items() if key != _COUNTER}
     starts = [f"{wrapper}." for wrapper in (DISTRIBUTED, *_WRAPPERS)]
     while start := next((s for s in starts if state and all(k.startswith(s) for k in state)), ""):
         state = {key.removeprefix(start): value for key, value in state.items()}
     return state, notes
+
+
+def _dense(key: Any, value: Any) -> Any:
+    """A tensor that is stored as a sparse or quantised one as the numbers that it stands for;
+    anything else as it is."""
+    import torch
+
+    if not torch.is_tensor(value):
+        return value
+    if value.is_meta or value.is_nested:
+        kind = "of the device meta, which has none" if value.is_meta else "a nested one"
+        raise ValueError(f"{key}: expected a tensor with values in one shape, found one {kind}")
+    if value.is_quantized:
+        return value.dequantize()
+    return value if value.layout == torch.strided else value.to_dense()
+
+
+def advice_on_peft(keys: Iterable[str]) -> str:
+    """What to do with tensors of a model that PEFT wraps, behind a message that they do not fit;
+    "" of others."""
+    if not any(map(_PEFT.search, keys)):
+        return ""
+    return (
+        " They are of a model that PEFT wraps. Save its adapter there (save_pretrained) and bring "
+        "that directory: `import_adapter()`; the adapter's tensors alone are the adapter_model.bin "
+        "of one, beside its adapter_config.json. Or merge it there (merge_and_unload) and bring "
+        "the checkpoint: `extract_adapter()`."
+    )
 
 
 def without_wrappers(key: str) -> str:
@@ -330,10 +361,10 @@ def load_strictly(
             )
             if names
         ]
+        advice = advice_on_peft(unexpected) or " Is it this model's, with these arguments?"
         raise BackboneError(
             f"`checkpoint`: {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
-            f"keys {'; '.join(problems)}. Is it this model's, with these arguments?"
-            f"{half_classifier(missing, classifier)}"
+            f"keys {'; '.join(problems)}.{advice}{half_classifier(missing, classifier)}"
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)

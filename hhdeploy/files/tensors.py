@@ -56,6 +56,16 @@ def read_tensors(
     )
 
 
+def check_finite(tensor: NDArray[Any], where: str, error: type[Exception]) -> None:
+    """Every value is a number. Raises ``error``, which names ``where``: a file and a key."""
+    bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
+    if bad:
+        raise error(
+            f"{where}: expected finite values, found NaN or infinity in {bad} of {tensor.size}. "
+            "The training probably diverged."
+        )
+
+
 def _check_types(path: Path, types: Mapping[str, str], error: type[Exception]) -> None:
     """Before anything is read: safetensors fails in its own ways on types NumPy lacks."""
     for name, kind in types.items():

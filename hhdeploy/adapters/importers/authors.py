@@ -320,7 +320,7 @@ def _finished(
             f"{path}: {method} multiplies the backbone's weights and cannot be converted without "
             "them. Pass them with `checkpoint`."
         )
-    tensors = changed_parameters(backbone, after, {})
+    tensors = changed_parameters(backbone, after, {}, path)
     ranks = [len(t) for name, t in tensors.items() if name.endswith(".lora_A")]
     line = f"the file has no {', '.join(absent)}, which {method} trains: taken as untrained"
     assumed = {"assumed": [line]} if absent else {}

@@ -67,7 +67,7 @@ def extract_adapter(
     if tuned.facts.classes == 0:  # the file has no classifier, the model's is a placeholder
         head = f"{tuned.facts.classifier}."
         after = {name: value for name, value in after.items() if not name.startswith(head)}
-    tensors = changed_parameters(backbone, after, {})
+    tensors = changed_parameters(backbone, after, {}, path)
     if not tensors:
         raise AdapterError(
             f"{path}: every parameter is the backbone's: there is no change to extract. Is it the "

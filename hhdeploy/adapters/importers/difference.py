@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from hhdeploy.adapters.applying import path_of_parameters
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.errors import AdapterError
+from hhdeploy.files.tensors import check_finite
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -60,7 +63,10 @@ class WeightChange:
 
 
 def changed_parameters(
-    backbone: Backbone, after: Mapping[str, Array], hints: Mapping[str, Sequence[Array]]
+    backbone: Backbone,
+    after: Mapping[str, Array],
+    hints: Mapping[str, Sequence[Array]],
+    file: Path,
 ) -> Tensors:
     """New values of parameters as tensors of an adapter, by the keys of its file.
 
@@ -69,14 +75,20 @@ def changed_parameters(
         after: parameter path -> its value now, of the same shape but for the classifier's.
         hints: module path -> matrices; the rows of one that is (r, in) may span those of a product
             of low rank beside multiplied rows; without them such a sum is not recognised.
+        file: for messages.
 
     Returns:
         Tensors of the sites and of the head, and ``<parameter>.value`` for what has no such form.
+
+    Raises:
+        AdapterError: a new value is NaN or infinite, of which nothing can be said.
     """
     before = {
         name: p.detach().double().cpu().numpy() for name, p in backbone.model.named_parameters()
     }
     left = {name: value for name, value in after.items() if not _same(before.get(name), value)}
+    for name, value in left.items():
+        check_finite(value, f"{file}: {name}", AdapterError)
     head = f"{backbone.facts.classifier}."
     tensors = _head(before, left, head)
     for linear in backbone.facts.linears:

@@ -116,6 +116,12 @@ def read_peft_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{file}: expected a JSON object, found {type(content).__name__}.")
+    if "peft_type" not in content and isinstance(content.get("config"), dict):
+        raise AdapterError(
+            f"{file}: expected PEFT's peft_type, found an adapter of AdapterHub (the library "
+            "adapters). Merge it there (merge_adapter), save of the model's state dict what has "
+            "the names from before, and bring that checkpoint: `extract_adapter()`."
+        )
     return content
 
 
@@ -277,7 +283,7 @@ def _read_as_it_is(
             whole[f"{here}.weight"] = _added(backbone, here, b @ a, file)
     if any(not name.startswith(f"{backbone.facts.classifier}.") for name in whole):
         _need_weights(config, next(iter(whole)), options, file)
-    return result | changed_parameters(backbone, whole, {})
+    return result | changed_parameters(backbone, whole, {}, file)
 
 
 def _groups(tuned: Tensors, file: Path) -> dict[str, Tensors]:
@@ -349,7 +355,7 @@ def _merged_by_peft(
         owner = names.owner(key)
         if owner is not None and tensor.ndim == 2:
             hints.setdefault(names.here(owner), []).append(tensor.astype(np.float64))
-    return changed_parameters(backbone, after, hints)
+    return changed_parameters(backbone, after, hints, where)
 
 
 def _in_names_of(

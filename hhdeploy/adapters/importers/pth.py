@@ -27,7 +27,7 @@ from hhdeploy.adapters.importers.template import (
     split_thirds,
     stated_preprocess,
 )
-from hhdeploy.backbones.weights import unpickled, unwrapped
+from hhdeploy.backbones.weights import advice_on_peft, unpickled, unwrapped
 from hhdeploy.errors import AdapterError, require
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 
 
 _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
+
+# What to do with keys that are not known.
+_OTHER_KEYS = (
+    " A common start of your own is stripped with `prefix`; a checkpoint that has the backbone's "
+    "weights too comes in with `extract_adapter()`; other keys with `key_map`."
+)
 
 
 def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
@@ -95,9 +101,8 @@ def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: Import
         if key not in head_keys(backbone) and last not in _SITE_TENSORS:
             raise AdapterError(
                 f"{path}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
-                f".lora_B, and the classifier's ({', '.join(head_keys(backbone))}). A common start "
-                "of your own is stripped with `prefix`; a checkpoint that has the backbone's "
-                "weights too comes in with `extract_adapter()`; other keys with `key_map`."
+                f".lora_B, and the classifier's ({', '.join(head_keys(backbone))})."
+                + (advice_on_peft(options.prefix + key for key in read) or _OTHER_KEYS)
             )
         scaled = last == "lora_B" and options.lora_scale != 1.0
         found[key] = tensor.astype(np.float64) * options.lora_scale if scaled else tensor

@@ -25,6 +25,7 @@ from hhdeploy.backbones.transformers.processors import (
 )
 from hhdeploy.backbones.weights import (
     State,
+    advice_on_peft,
     besides_classifier,
     half_classifier,
     read_state,
@@ -281,7 +282,7 @@ def _check_loading(
         raise BackboneError(
             f"{what}: the weights do not fit the model's configuration; keys "
             f"{'; '.join(problems)}. Parts of the model would stay random."
-            f"{half_classifier(missing, head)}"
+            f"{advice_on_peft(found['unexpected'])}{half_classifier(missing, head)}"
         )
 
 

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.adapters.importers import ImportOptions, import_adapter, needs_weights
+from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.adapters.importers.lora import hra_low_rank, lora_scale
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.cli.adapter_import import command
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach
 from tests.support import (
     TINY_ARGS,
@@ -608,6 +610,36 @@ def test_pth_files_that_are_refused(tmp_path, tiny):
     refuse("cannot be read")
     torch.save({}, file)
     refuse("zero sites found")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_tensors_of_peft_in_a_pth_file_say_what_they_are(tmp_path, whole):
+    """And what the message advises can be done."""
+    model = trained(lora())
+    state = model.state_dict() if whole else peft.get_peft_model_state_dict(model)
+    file = tmp_path / "a.pth"
+    torch.save(state, file)
+    said = ("of a model that PEFT wraps", "adapter_model.bin", "`extract_adapter()`")
+    refused(file, "unknown tensor key", *said)
+    refused(file, "unknown tensor key", *said, options=ImportOptions(prefix="base_model.model."))
+    own = tiny_backbone(num_classes=CLASSES).model
+    torch.save(own.state_dict(), tmp_path / "base.pth")
+    base = BackboneSpec(TINY_MODEL, TINY_ARGS, checkpoint=tmp_path / "base.pth")
+    with pytest.raises(BackboneError, match=r"does not fit.*PEFT wraps.*merge_and_unload"):
+        extract_adapter(file, base)
+    if not whole:
+        model.save_pretrained(tmp_path / "a")
+        (tmp_path / "a" / TENSOR_FILE).unlink()
+        shutil.copy(file, tmp_path / "a" / "adapter_model.bin")
+        assert len(imported_logits(tmp_path / "a")[0].sites) == 10
+    torch.save(model.merge_and_unload().state_dict(), file)
+    assert len(extract_adapter(file, base).sites) == 10
+
+
+def test_an_adapter_of_adapterhub_says_what_it_is(tmp_path):
+    config = {"config": {"architecture": "lora", "r": 8}, "model_type": "vit", "name": "x"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    refused(tmp_path, "expected PEFT's peft_type, found an adapter of AdapterHub", "merge_adapter")
 
 
 # -- command line -------------------------------------------------------------------------------

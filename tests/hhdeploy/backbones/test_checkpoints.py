@@ -6,6 +6,8 @@ import argparse
 import json
 from fractions import Fraction
 
+import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -232,6 +234,50 @@ def test_half_a_classifier_of_a_function_s_model_is_refused(tmp_path):
         load_backbone(at)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of what it writes and reads
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda value: value.to_sparse(),
+        lambda value: value.to_sparse_csr(),
+        lambda value: torch.quantize_per_tensor(value, 0.01, 0, torch.qint8),
+    ],
+)
+def test_sparse_and_quantised_tensors_are_their_numbers(tmp_path, model, stored):
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["head.weight"] = (state["head.weight"] / 0.01).round() * 0.01
+    torch.save(
+        {key: stored(value) if value.ndim == 2 else value for key, value in state.items()},
+        tmp_path / "x.pth",
+    )
+    found = load_backbone(spec(tmp_path / "x.pth")).model.state_dict()["head.weight"]
+    assert torch.equal(found, state["head.weight"])
+    assert np.array_equal(read_pth(tmp_path / "x.pth")[0]["head.weight"], found.numpy())
+
+
+def test_a_tensor_without_values_is_named(tmp_path, model):
+    state = model.state_dict() | {"norm.bias": torch.empty(48, device="meta")}
+    torch.save(state, tmp_path / "x.pth")
+    message = r"norm\.bias: expected a tensor with values.*, found one of the device meta"
+    for error, read in (
+        (BackboneError, lambda f: load_backbone(spec(f))),
+        (AdapterError, read_pth),
+    ):
+        with pytest.raises(error, match=message):
+            read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_no_numbers_are_named(tmp_path, model, value):
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "base.pth")
+    state["blocks.1.mlp.fc1.weight"][0, 0] = value
+    torch.save(state, tmp_path / "tuned.pth")
+    message = r"tuned\.pth: blocks\.1\.mlp\.fc1\.weight: expected finite values.* in 1 of "
+    with pytest.raises(AdapterError, match=message):
+        extract_adapter(tmp_path / "tuned.pth", spec(tmp_path / "base.pth"))
+
+
 def test_what_cannot_be_read_is_named(tmp_path, model):
     file = tmp_path / "x.pth"
     torch.save({"state_dict": model.state_dict(), "share": Fraction(1, 2)}, file)
@@ -302,6 +348,20 @@ def test_a_transformers_model_inside_of_another(tmp_path, old):
     assert (state.keys() != model.state_dict().keys()) == old
     for key, value in model.state_dict().items():
         assert torch.equal(found.model.state_dict()[key], value), key
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads it
+def test_a_model_that_peft_wraps_says_what_to_do(tmp_path):
+    """Of transformers, read as its own model and as timm's."""
+    config = transformers.ViTConfig(**VIT)
+    own = transformers.ViTForImageClassification(config)
+    own.save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(own, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    torch.save(wrapped.state_dict(), tmp_path / "x.pth")
+    for model in (f"transformers:{tmp_path / 'base'}", TINY_MODEL):
+        args = TINY_ARGS if model == TINY_MODEL else {}
+        with pytest.raises(BackboneError, match=r"PEFT wraps.*save_pretrained.*merge_and_unload"):
+            load_backbone(BackboneSpec(model, args, checkpoint=tmp_path / "x.pth"))
 
 
 def test_an_extracted_adapter_says_which_weights_it_is_of(tmp_path, model, raw):
