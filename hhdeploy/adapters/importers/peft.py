@@ -372,6 +372,8 @@ def _in_names_of(
             f"{patterns[0] if patterns else 'q, k and v apart'} are converted on the model that "
             "they were trained on alone: give that `model`."
         )
+    owners = {owner for key in tuned if (owner := names.owner(key)) is not None}
+    compare_targets(config, owners, names, backbone, where)
     renamed = {names.here(key): tensor for key, tensor in tuned.items()}
     targets = sorted(set(names.translated.values()))
     dropped = ("layers_to_transform", "layers_pattern", "exclude_modules")

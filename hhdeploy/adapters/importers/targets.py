@@ -6,35 +6,50 @@ Source: PEFT, ``tuners/tuners_utils.py`` (check_target_module_exists).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.adapters.importers.keys import numbers_in, numbers_open
 from hhdeploy.adapters.importers.naming import Names
-from hhdeploy.backbones.sites import kind_of, sites_of
+from hhdeploy.backbones.sites import KINDS, kind_of, sites_of
 from hhdeploy.errors import AdapterError
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
 
 ALL_LINEAR = "all-linear"
+# What other implementations call the Linears of a block, of each of `KINDS`.
+_LAYOUTS = (
+    # transformers since 5; CLIP and SigLIP; Swin before 5; HTA's authors.
+    "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 mlp.fc2",
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj mlp.fc1 mlp.fc2",
+    "attention.self.query attention.self.key attention.self.value "
+    "attention.output.dense intermediate.dense output.dense",
+    "attn.query attn.key attn.value attn.out ffn.fc1 ffn.fc2",
+)
+# transformers before 5: ViT, DeiT and BEiT; and DINOv2, which a parameter tells from them.
+_BEFORE = (
+    "attention.attention.query attention.attention.key attention.attention.value "
+    "attention.output.dense"
+)
+_VIT_BEFORE = f"{_BEFORE} intermediate.dense output.dense"
+_DINOV2_BEFORE = f"{_BEFORE} mlp.fc1 mlp.fc2"
+_DINOV2_S = (".ls1.gamma", ".layer_scale1.lambda1")
 
 
 def names_module(config: Mapping[str, Any], path: str) -> bool | None:
     """Whether the configuration adapts the module at ``path``; None: it does not say.
 
     It does not for ``all-linear`` (a question of the module's type) and without targets (PEFT then
-    goes by the architecture).
+    goes by the architecture), but for what is excluded.
     """
     targets = config.get("target_modules")
-    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        return None
     if _fits(config.get("exclude_modules") or (), path) or saves_module(config, path):
         return False
-    if not _fits(targets, path):
-        return False
-    return isinstance(targets, str) or _in_layers(config, path)
+    if targets is None or _all_linear(config):
+        return None if _in_layers(config, path) else False
+    return _fits(targets, path) and (isinstance(targets, str) or _in_layers(config, path))
 
 
 def saves_module(config: Mapping[str, Any], path: str) -> bool:
@@ -42,6 +57,11 @@ def saves_module(config: Mapping[str, Any], path: str) -> bool:
     return any(
         re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ()
     )
+
+
+def _all_linear(config: Mapping[str, Any]) -> bool:
+    targets = config.get("target_modules")
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def in_saved_module(config: Mapping[str, Any], name: str) -> bool:
@@ -76,12 +96,21 @@ def compare_targets(
     found = sorted(found)
     extra = [path for path in found if names_module(config, path) is False]
     if names.translated:
-        missing = _missing_of_others(config, found, backbone)
+        ways = (
+            [*_missing(config, found, paths, paths), *_unknown(config, [*paths, *found])]
+            for paths in _of_others(found, backbone)
+        )
+        missing = min(ways, key=len)
     else:
-        own = (names.prefix + path for path in sorted(names.modules))
-        missing = [path for path in own if names_module(config, path) and path not in found]
+        own = [names.prefix + path for path in sorted(names.modules)]
+        linears = [names.prefix + path for path in _linears(backbone)]
+        missing = _missing(config, found, own, linears)
+    targets = config.get("target_modules")
+    said = (
+        "of what other blocks have" if targets is None else f"target_modules {targets} names them,"
+    )
     for title, paths in (
-        (f"target_modules {config.get('target_modules')} names them, the file lacks", missing),
+        (f"{said} the file lacks", missing),
         ("the file has tensors that target_modules does not name:", extra),
     ):
         if paths:
@@ -92,21 +121,78 @@ def compare_targets(
             )
 
 
-def _missing_of_others(
-    config: Mapping[str, Any], found: Sequence[str], backbone: Backbone
+def _missing(
+    config: Mapping[str, Any], found: Sequence[str], paths: Iterable[str], linears: Iterable[str]
 ) -> list[str]:
-    """What names of another implementation of the model lack: a target, or some of its blocks."""
+    """The modules of the file's model that the configuration names and the file lacks.
+
+    Without targets: what one block has, all have.
+
+    Args:
+        config: of PEFT.
+        found: module paths as the file has them.
+        paths: all modules, as the file calls them.
+        linears: those of them that ``all-linear`` is about.
+    """
+    if config.get("target_modules") is None:
+        alike = set(map(numbers_open, found))
+        paths = (path for path in paths if numbers_open(path) in alike)
+    elif _all_linear(config):
+        paths = linears
+    return [p for p in paths if names_module(config, p) is not False and p not in found]
+
+
+def _unknown(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
+    """Of a list of targets those that no module is called."""
     targets = config.get("target_modules")
-    if targets is None or isinstance(targets, str):
-        return []
-    missing = [t for t in targets if not any(_fits([t], path) for path in found)]
-    if config.get("layers_to_transform") is None and not any(map(numbers_in, targets)):
-        blocks = {(numbers_in(s.name), s.kind) for s in sites_of(backbone.facts.linears).values()}
-        for start, kind in {numbers_open(path): kind_of(path) for path in found}.items():
-            has = {numbers_in(path) for path in found if numbers_open(path) == start}
-            lacking = sorted({n for n, k in blocks if k == kind} - has)
-            missing += [f"{start} of block {'.'.join(map(str, n))}" for n in lacking]
-    return missing
+    listed = targets if isinstance(targets, list) else []
+    return [t for t in listed if not any(_fits([t], path) for path in paths)]
+
+
+def _linears(backbone: Backbone) -> list[str]:
+    """Paths of the Linears but the output layer. A MultiheadAttention's is no module that is
+    called, so that PEFT adapts none there."""
+    from torch import nn
+
+    within = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return [
+        path
+        for path, module in backbone.model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, within)
+        and path != backbone.facts.classifier
+    ]
+
+
+def _of_others(found: Sequence[str], backbone: Backbone) -> Iterator[list[str]]:
+    """The Linears of all blocks as another implementation of the model calls them, that of the
+    file: once for each implementation whose names those of the file may be. Where it is none that
+    is known: what one block has, all have."""
+    blocks = [(numbers_in(s.name), s.kind) for s in sites_of(backbone.facts.linears).values()]
+    kinds = {path: kind for path in found if (kind := kind_of(path))}
+    parameters = (name for name, _ in backbone.model.named_parameters())
+    dinov2 = any(name.endswith(_DINOV2_S) for name in parameters)
+    known = False
+    for words in (*_LAYOUTS, _DINOV2_BEFORE if dinov2 else _VIT_BEFORE):
+        ends = {k: f".{end}" for k, end in zip(KINDS, words.split(), strict=True)}
+        starts = {
+            numbers_open(path.removesuffix(ends[kind])) if path.endswith(ends[kind]) else None
+            for path, kind in kinds.items()
+        }
+        start = starts.pop() if len(starts) == 1 else None
+        if start is not None:
+            known = True
+            yield [_filled(start, numbers) + ends[kind] for numbers, kind in blocks if kind]
+    if not known:
+        alike = {(numbers_open(path), kind) for path, kind in kinds.items()}
+        yield [_filled(start, n) for start, k in sorted(alike) for n, kind in blocks if kind == k]
+
+
+def _filled(pattern: str, numbers: Sequence[int]) -> str:
+    """A path with its numbers left open, with these."""
+    for number in numbers:
+        pattern = pattern.replace("*", str(number), 1)
+    return pattern
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -216,25 +216,28 @@ def test_on_a_model_of_transformers(tmp_path, hf_vit):
     assert adapter.config.target_modules == ("q", "k", "v", "proj", "fc1", "fc2")
 
 
+BEFORE_5 = {
+    "vit.layers.": "vit.encoder.layer.",
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def old(name):
+    """A name of transformers' ViT before version 5."""
+    for new, was in BEFORE_5.items():
+        name = name.replace(new, was)
+    return name
+
+
 @pytest.mark.parametrize("method", ["LORA", "MISS"])
 def test_names_of_transformers_before_version_5(tmp_path, hf_vit, method):
     vit, names = hf_vit
     source, expected = saved(tmp_path, vit, method, names)
-    before = {
-        "vit.layers.": "vit.encoder.layer.",
-        "attention.q_proj": "attention.attention.query",
-        "attention.k_proj": "attention.attention.key",
-        "attention.v_proj": "attention.attention.value",
-        "attention.o_proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }
-
-    def old(name):
-        for new, was in before.items():
-            name = name.replace(new, was)
-        return name
-
     tensors = {old(k): v for k, v in load_file(source / TENSOR_FILE).items()}
     save_file(tensors, source / TENSOR_FILE)
     targets = ["query", "key", "value", "dense"]
@@ -242,9 +245,102 @@ def test_names_of_transformers_before_version_5(tmp_path, hf_vit, method):
     adapter = import_adapter(source, vit)
     assert range_error(expected, answers(vit, adapter)) <= BOUND
     edit(source, target_modules=[*targets, "absent"])
-    if method == "LORA":
-        with pytest.raises(AdapterError, match="the file lacks absent"):
-            import_adapter(source, vit)
+    with pytest.raises(AdapterError, match="the file lacks absent"):
+        import_adapter(source, vit)
+
+
+@pytest.mark.parametrize(
+    ("targets", "old_targets"),
+    [
+        (r".*\.([qv]_proj|o_proj|fc[12])", r".*\.(query|value|(output|intermediate)\.dense)"),
+        (["q_proj", "v_proj", "o_proj", "fc1", "fc2"], ["query", "value", "dense"]),
+        ("all-linear", "all-linear"),
+    ],
+    ids=["expression", "list", "all-linear"],
+)
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("layers.1.", "vit.layers.1.mlp.fc1"),
+        ("v_proj", "attention.v_proj"),
+        ("mlp.", "mlp.fc1"),
+        ("0.attention.o_proj", "vit.layers.0.attention.o_proj"),
+    ],
+)
+@pytest.mark.parametrize("rename", [str, old])
+def test_what_another_implementation_s_names_lack(
+    tmp_path, vit, hf_vit, targets, old_targets, lost, named, rename
+):
+    """transformers' ViT on timm's: what is lost is named, in the words of the file."""
+    theirs, names = hf_vit
+    source, _ = saved(tmp_path, theirs, "LORA", names, target_modules=targets)
+    edit(source, target_modules=old_targets if rename is old else targets)
+    tensors = load_file(source / TENSOR_FILE)
+    save_file({rename(k): t for k, t in tensors.items()}, source / TENSOR_FILE)
+    import_adapter(source, vit)
+    kept = {rename(k): t for k, t in tensors.items() if lost not in k}
+    save_file(kept, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=r"target_modules .* names them, the file lacks") as said:
+        import_adapter(source, vit)
+    assert rename(named) in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({"exclude_modules": ["layers.1.attention.v_proj"]}, True),
+        ({"exclude_modules": r".*\.1\.attention\.v_proj"}, True),
+        ({"layers_to_transform": [0]}, False),
+        ({"layers_to_transform": [0, 1]}, False),
+        ({"target_modules": None}, False),
+    ],
+    ids=in_order,
+)
+def test_what_the_configuration_leaves_out_may_be_absent(tmp_path, vit, hf_vit, said, wanted):
+    theirs, names = hf_vit
+    changes = {"target_modules": ["q_proj", "v_proj"]}
+    source, _ = saved(tmp_path, theirs, "LORA", names, **changes)
+    tensors = load_file(source / TENSOR_FILE)
+    kept = {k: t for k, t in tensors.items() if "1.attention.v_proj" not in k}
+    save_file(kept, source / TENSOR_FILE)
+    edit(source, **said)
+    if wanted:
+        assert len(import_adapter(source, vit).sites) == 3
+        save_file(tensors, source / TENSOR_FILE)
+        lacks = "does not name: vit.layers.1.attention.v_proj"
+    else:
+        lacks = "the file lacks vit.layers.1.attention.v_proj"
+    if said == {"layers_to_transform": [0]}:
+        lacks = "does not name: vit.layers.1.attention.q_proj"
+    with pytest.raises(AdapterError, match=lacks):
+        import_adapter(source, vit)
+
+
+def test_a_method_that_peft_merges_lacks_a_block_in_another_implementation_s_names(
+    tmp_path, vit, hf_vit
+):
+    theirs, names = hf_vit
+    source, _ = saved(tmp_path, theirs, "MISS", names, target_modules=["mlp.fc1"])
+    import_adapter(source, vit)
+    tensors = load_file(source / TENSOR_FILE)
+    kept = {k: t for k, t in tensors.items() if "layers.1." not in k}
+    save_file(kept, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=r"the file lacks vit\.layers\.1\.mlp\.fc1"):
+        import_adapter(source, vit)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_targets_that_name_no_module_are_those_of_all_blocks(tmp_path, vit, targets):
+    source, expected = saved(tmp_path, vit, "LORA")
+    edit(source, target_modules=targets)
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+    tensors = load_file(source / TENSOR_FILE)
+    kept = {k: t for k, t in tensors.items() if "blocks.1.mlp.fc1" not in k}
+    save_file(kept, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=r"the file lacks blocks\.1\.mlp\.fc1\."):
+        import_adapter(source, vit)
+    edit(source, exclude_modules=["blocks.1.mlp.fc1"])
+    import_adapter(source, vit)
 
 
 def edit(source, **values):
