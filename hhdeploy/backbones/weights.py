@@ -47,6 +47,10 @@ _IN_DIRECTORY = (
     *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
 )
 
+# How files of torch.save begin: zip archives, pickles of old ones. And what a clone without Git LFS
+# has in the place of a large file.
+_STARTS, _POINTER = (b"PK", b"\x80"), b"version https://git-lfs"
+
 State = dict[str, "torch.Tensor"]
 
 
@@ -119,15 +123,15 @@ def unpickled(path: Path) -> Any:
     The arguments of a training (``argparse.Namespace``) are plain values; timm's are among them.
 
     Raises:
-        ValueError: there is something else in it; the message names it.
-        RuntimeError, EOFError, OSError: it is damaged.
+        ValueError: there is something else in it, or it is damaged; the message says what.
+        OSError: it cannot be opened.
     """
     import torch
 
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(_in_the_way(path, str(error).partition("\n")[0])) from error
 
 
@@ -135,12 +139,20 @@ def _in_the_way(path: Path, reason: str) -> str:
     """What keeps a file from being read; torch's own words advise options that nobody has here."""
     import torch
 
+    with path.open("rb") as file:
+        start = file.read(24)
+    if not start:
+        return "it is empty"
+    if start.startswith(_POINTER):
+        return "it is Git LFS's pointer to the file, which git lfs pull puts in its place"
+    if not start.startswith(_STARTS):
+        return f"it begins with {start!r}, as no file of torch.save does"
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001  # damaged in any way
         found = []
     if not found:
-        return reason
+        return reason.partition(". ")[0] or "it ends early"
     return (
         f"beside tensors it holds {', '.join(sorted(found)[:5])}, which are never loaded. If you "
         "trust it, keep its weights alone in another file: "

@@ -289,9 +289,28 @@ def test_what_cannot_be_read_is_named(tmp_path, model):
         with pytest.raises(error, match=message) as caught:
             read(file)
         assert "In PyTorch 2.6" not in str(caught.value)
-    file.write_bytes(b"no file of torch")
-    with pytest.raises(BackboneError, match="cannot be read"):
-        load_backbone(spec(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><html><body>404", r"it begins with b'<!DOCTYPE html><html><bo', as no f"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS's pointer to the file"),
+        (b"PK\x03\x04 and no more", "not a ZIP archive"),
+        (b"\x80\x02no pickle", "Weights only load failed"),
+    ],
+)
+def test_a_file_that_is_none_of_torch_s_is_named(tmp_path, content, message):
+    file = tmp_path / "x.pth"
+    file.write_bytes(content)
+    for error, read in (
+        (BackboneError, lambda f: load_backbone(spec(f))),
+        (AdapterError, read_pth),
+    ):
+        with pytest.raises(error, match=f"x.pth cannot be read: .*{message}") as caught:
+            read(file)
+        assert "weights_only" not in str(caught.value)
 
 
 def test_an_adapter_s_file_is_read_alike(tmp_path):
