@@ -221,8 +221,14 @@ def _read(
     outside = set()
     own = of_one_adapter(bare_keys(tensors, prefix, file), options.adapter_name, file)
     for key, tensor in own.items():
-        if not key.startswith(PEFT_ROOT):
-            raise AdapterError(f"{file}: {key}: expected keys that start with {PEFT_MODEL}")
+        # A model that was wrapped twice has PEFT's start twice.
+        if not key.startswith(PEFT_ROOT) or key.startswith(PEFT_MODEL * 2):
+            start = key[: max(key.rfind(PEFT_MODEL), 0)]
+            way = f"Cut what is before it with `prefix={start!r}`." if start else ""
+            raise AdapterError(
+                f"{file}: {key}: expected keys that start with {PEFT_MODEL} (once). "
+                f"{way or 'Save the adapter with save_pretrained of PEFT, which writes it.'}"
+            )
         inside = key.removeprefix(PEFT_MODEL)
         name = inside.removeprefix(prefix) if inside != key else key
         if name in found:

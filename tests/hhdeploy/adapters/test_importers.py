@@ -245,6 +245,19 @@ def test_a_raw_state_dict_s_modules_to_save_and_an_outer_module(tmp_path):
     assert_parity(expected, found, "algebra", "float32")
 
 
+@pytest.mark.parametrize("before", ["model.", "base_model.model."])
+def test_what_is_before_peft_s_start_is_cut_by_a_prefix(tmp_path, before):
+    """A member of Lightning's module, and a model that was wrapped twice."""
+    expected = peft_directory(tmp_path / "a", lora())
+    old = load_file(tmp_path / "a" / TENSOR_FILE)
+    save_file({before + key: value for key, value in old.items()}, tmp_path / "a" / TENSOR_FILE)
+    said = rf"start with base_model\.model\. \(once\)\. Cut .* `prefix='{before}'`"
+    with pytest.raises(AdapterError, match=said):
+        imported_logits(tmp_path / "a")
+    _, found = imported_logits(tmp_path / "a", ImportOptions(prefix=before))
+    assert_parity(expected, found, "algebra", "float32")
+
+
 class Two(torch.nn.Module):
     """One training of two encoders of a kind."""
 
@@ -450,7 +463,7 @@ def test_configurations_that_are_refused(copy, kind, changes, parts):
             {"base_model.model.norm.weight": torch.ones(48)},
             ("norm.weight: the file has it",),
         ),
-        ("lora", {"head.weight": torch.ones(7, 48)}, ("head.weight", "base_model.model.")),
+        ("lora", {"head.weight": torch.ones(7, 48)}, ("head.weight", "with save_pretrained of")),
         (
             "lora",
             {f"{PROJ}.lora_B.weight": torch.ones(47, 3)},
