@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.text import Text
 
 from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
 from hhdeploy.cli.naming import adapters_and_strengths
@@ -89,7 +90,7 @@ def inspect(directories: tuple[Path, ...], rank: bool, page: Path | None, as_jso
         console.print(f"{key:24} {config[key]}")
     console.print(f"{'license':24} {in_words(adapter.config.license)}", markup=False)
     for key in adapter.config.extra:
-        console.print(f"{key:24} [dim](unknown key, kept)[/]")
+        console.print(Text.assemble(f"{key:24} ", ("(unknown key, kept)", "dim")))
     rows = [
         (
             s["site"],
@@ -180,7 +181,7 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
     )
     click.echo(
         f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
-        f"{bundle} --against-torch)"
+        f"{ui.quoted(bundle)} --against-torch)"
     )
 
 

@@ -61,9 +61,11 @@ def _show(report: AbuseReport, name: str) -> None:
     rates = ", ".join(f"{rate:.0f} over {wire}" for wire, rate in report.saturation.items())
     console.print(
         ui.table(
-            f"Beside abuse of {name}, {report.seconds:g} s each; saturation: {rates} a second\n"
-            "[dim]in parentheses: what is allowed, from a control whose abuser meets a listener "
-            "that closes[/]",
+            ui.titled(
+                f"Beside abuse of {name}, {report.seconds:g} s each; saturation: {rates} a second",
+                "in parentheses: what is allowed, from a control whose abuser meets a listener "
+                "that closes",
+            ),
             ("abuse", "asked", "wrong", "lost", "p99 ms", "health's", "MB"),
             [(kind, *_cells(siege)) for kind, siege in report.sieges.items()],
         )

@@ -180,8 +180,10 @@ def _show(report: Report, name: str, adapters: int) -> None:
     console = ui.console()
     console.print(
         ui.table(
-            f"{report.requests} requests over {adapters} adapters of {name}\n"
-            "[dim]the bundle's own and variants with random values, made for this test[/]",
+            ui.titled(
+                f"{report.requests} requests over {adapters} adapters of {name}",
+                "the bundle's own and variants with random values, made for this test",
+            ),
             ("answers", "requests"),
             [(verdict.value, number) for verdict, number in report.verdicts.items()],
         )

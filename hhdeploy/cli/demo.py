@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.text import Text
 
 from hhdeploy.cli import ui
 
@@ -48,7 +49,7 @@ def command(examples: Path, out: Path, threads: int | None) -> None:
 def _print_parity(console: Console, result: DemoResult) -> None:
     for title, export in (("folded", result.folded), ("side branches", result.branches)):
         assert export.parity is not None
-        console.print(f"\n[bold]{title}[/]: {export.path}")
+        console.print(Text.assemble((f"\n{title}", "bold"), f": {export.path}"))
         console.print(ui.parity_table(export.parity))
 
 
@@ -97,9 +98,9 @@ def _print_cost(console: Console, result: DemoResult) -> None:
         )
         for batch, pair in result.cost.items()
     ]
-    title = (
-        "Cost of side branches against the folded graph\n"
-        "[dim]on this very small model; on ViT-B/16 see docs/measured.md[/]"
+    title = ui.titled(
+        "Cost of side branches against the folded graph",
+        "on this very small model; on ViT-B/16 see docs/measured.md",
     )
     console.print()
     columns = ("", "branches ms", "folded ms", "ratio (quartiles)")
@@ -107,19 +108,20 @@ def _print_cost(console: Console, result: DemoResult) -> None:
 
 
 def _print_next(console: Console, starter: Starter, result: DemoResult) -> None:
-    bundle, task = result.branches.path, starter.tasks[0]
-    image = next(iter(starter.images(task).values()))[0]
-    console.print("\n[bold]Try next[/]")
+    bundle, task = ui.quoted(result.branches.path), starter.tasks[0]
+    image = ui.quoted(_relative(next(iter(starter.images(task).values()))[0]))
+    adapter = ui.quoted(_relative(starter.adapter(task)))
+    console.print("\nTry next", style="bold")
     for line in (
         f"hhdeploy serve {bundle}    # then open http://127.0.0.1:8000",
-        f"hhdeploy predict {bundle} {_relative(image)}",
-        f"hhdeploy adapter inspect {_relative(starter.adapter(task))}",
-        f"hhdeploy adapter add {bundle} again={_relative(starter.adapter(task))}",
+        f"hhdeploy predict {bundle} {image}",
+        f"hhdeploy adapter inspect {adapter}",
+        f"hhdeploy adapter add {bundle} again={adapter}",
         f"hhdeploy verify {bundle} --device openvino --precision float32",
-        f"hhdeploy bench {bundle} --against {result.folded.path}",
+        f"hhdeploy bench {bundle} --against {ui.quoted(result.folded.path)}",
         "hhdeploy train -h",
     ):
-        console.print(f"  {line}", soft_wrap=True)
+        console.print(f"  {line}")
 
 
 def _relative(path: Path) -> Path:

@@ -203,8 +203,9 @@ def command(
     if result.parity is not None:
         console.print(ui.parity_table(result.parity))
     else:
-        console.print("[yellow]Not verified[/] (--no-verify).")
+        console.print("Not verified (--no-verify).", style="yellow")
     ui.say_compressed(result.manifest)
     console.print(f"Wrote {result.manifest.kind} bundle {result.path}")
     example = result.manifest.adapters[0].name if result.manifest.adapters else "NAME"
-    console.print(f"Next: hhdeploy predict {result.path} IMAGE --adapter {example}")
+    where = ui.quoted(result.path)
+    console.print(f"Next: hhdeploy predict {where} IMAGE --adapter {ui.quoted(example)}")

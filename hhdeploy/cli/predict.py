@@ -86,7 +86,7 @@ def command(
         if not names:
             raise SessionError(
                 f"{bundle} has no adapter to classify with. Add one with: hhdeploy adapter add "
-                f"{bundle} NAME=DIR"
+                f"{ui.quoted(bundle)} NAME=DIR"
             )
         pairs = [(path, name) for path in images for name in names]
         if output is None and not manifest.classes:

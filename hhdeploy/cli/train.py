@@ -153,15 +153,12 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     if not options["augment"]:
         ui.refuse_unused({"flip"}, "does not go with --no-augment, which leaves out the flip too")
     require("torch", "export", "training")
-    from rich.console import Console
-
     from hhdeploy.training.recipe import TrainSettings, train
     from hhdeploy.training.state import StateDirectory
 
     settings = TrainSettings(**{**options, "targets": options["targets"] or None})
-    console = Console(stderr=True)
     try:
-        with _Bar(console, settings.epochs) as bar:
+        with _Bar(ui.error_console(), settings.epochs) as bar:
             result = train(settings, bar)
     except KeyboardInterrupt:
         kept = settings.out is not None and StateDirectory.beside(settings.out).exists
@@ -220,8 +217,7 @@ class _Bar:
         self.accuracy = f"  val {report}"
         self.console.print(
             f"epoch {report.epoch}/{self.epochs}  loss {report.loss:.4f}  lr {report.lr:.2e}"
-            f"{self.accuracy}",
-            highlight=False,
+            f"{self.accuracy}"
         )
 
 

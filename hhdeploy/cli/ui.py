@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
@@ -24,6 +25,8 @@ from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
 if TYPE_CHECKING:
+    from rich.progress import TextColumn
+
     from hhdeploy.bundle.manifest import Manifest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -68,18 +71,29 @@ def console() -> Console:
     """Standard output, made anew so that redirection (and click's test runner) is honoured.
 
     A table is as wide as what is in it: one that has to fit leaves figures and whole columns out,
-    and a pipe counts as 80 columns. A terminal wraps what is longer.
+    and a pipe counts as 80 columns. A terminal wraps what is longer. Text is no markup: names and
+    paths may hold ``[v2]``; a style is said beside it.
     """
-    return Console(width=_UNCUT, highlight=False)
+    return Console(width=_UNCUT, highlight=False, markup=False, emoji=False)
+
+
+def error_console() -> Console:
+    """`console` of standard error, for progress: as wide as the terminal, if that is one."""
+    options: Any = {"stderr": True, "highlight": False, "markup": False, "emoji": False}
+    found = Console(**options)
+    return found if found.is_terminal else Console(**options, width=_UNCUT)
+
+
+def quoted(word: object) -> str:
+    """A name or path as a command line to copy has it."""
+    return shlex.quote(str(word))
 
 
 def say_unverified(bundle: Path, adapters: Iterable[str]) -> None:
     """A line for each adapter of a bundle that was never compared with its training-time model."""
     for adapter in adapters:
-        console().print(
-            f"[yellow]{adapter}[/] is not verified: run hhdeploy verify {bundle} --against-torch",
-            soft_wrap=True,
-        )
+        line = f" is not verified: run hhdeploy verify {quoted(bundle)} --against-torch"
+        console().print(Text.assemble((adapter, "yellow"), line))
 
 
 def print_json(content: Any) -> None:
@@ -92,7 +106,9 @@ def note(line: str) -> None:
     click.echo(line, err=True)
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Group:
+def table(
+    title: str | Text | None, columns: Sequence[str], rows: Sequence[Sequence[object]]
+) -> Group:
     """A table; the first column is left-aligned, the others right-aligned.
 
     Cells are plain text (a class may be called ``[b]``); for colour pass a `Text`.
@@ -109,13 +125,18 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     for row in rows:
         result.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
     # Not rich's own title, which is wrapped to the width of the table.
-    return Group(Text.from_markup(title), result) if title else Group(result)
+    return Group(title, result) if title else Group(result)
 
 
 def fits(shown: Group) -> bool:
     """Whether a table is no wider than the terminal; than 80 columns where there is none."""
     wide = Measurement.get(console(), console().options, shown).maximum
     return wide <= shutil.get_terminal_size().columns
+
+
+def titled(title: str, remark: str) -> Text:
+    """A title of a `table`, and a remark below it."""
+    return Text.assemble(f"{title}\n", (remark, "dim"))
 
 
 def verdict(good: bool, yes: str, no: str) -> Text:
@@ -129,10 +150,11 @@ def steps(quiet: bool) -> Iterator[Callable[[str], None]]:
     if quiet:
         yield lambda step: None
         return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+    with Progress(
+        SpinnerColumn(), _description(), TimeElapsedColumn(), console=error_console()
+    ) as progress:
         current: list[Any] = []
 
         def step(description: str) -> None:
@@ -153,10 +175,11 @@ def phased_steps(
     if quiet:
         yield lambda step: None, lambda phase, done, total: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+    with Progress(
+        _description(), BarColumn(), TimeElapsedColumn(), console=error_console()
+    ) as progress:
         tasks: dict[str, Any] = {}
         current: list[Any] = []
 
@@ -175,6 +198,13 @@ def phased_steps(
         yield step, phase
         if current:
             progress.update(current[-1], total=1, completed=1)
+
+
+def _description() -> TextColumn:
+    """What is being done, whole: rich's own column cuts what is longer than the terminal."""
+    from rich.progress import TextColumn
+
+    return TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
 
 
 def json_object(
@@ -326,9 +356,9 @@ def parity_table(report: ParityReport) -> Group:
         )
     columns = ("adapter", "stage", "max abs", "of range", "cosine", "SQNR dB", "top-1", "parity")
     runtimes = ", ".join(dict.fromkeys(s.runtime for s in report.stages))
-    title = (
-        "Parity with the PyTorch training-time model (float64)\n"
-        f"[dim]{runtimes}, {describe_data(report.data)}[/]"
+    title = titled(
+        "Parity with the PyTorch training-time model (float64)",
+        f"{runtimes}, {describe_data(report.data)}",
     )
     return table(title, columns, rows)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.text import Text
 
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
@@ -128,9 +129,10 @@ def command(
         manifest = Bundle.open(bundle).manifest
         ui.say_compressed(manifest)
         for name in (a.name for a in manifest.adapters if not a.verified):
-            ui.console().print(
-                f"[yellow]{name}[/] was added later and is not in the reference: run "
-                "hhdeploy verify --against-torch"
+            line = (
+                " was added later and is not in the reference: run hhdeploy verify "
+                f"{ui.quoted(bundle)} --against-torch"
             )
+            ui.console().print(Text.assemble((name, "yellow"), line))
     if not report.passed:
         raise SystemExit(1)

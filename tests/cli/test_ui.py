@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+import shlex
 from pathlib import Path
 
 import click
 import pytest
 from click import UsageError
 
+from hhdeploy.cli import ui
 from hhdeploy.cli.naming import _named_directory, named_directories
 from hhdeploy.cli.ui import describe_data
 from hhdeploy.cli.wording import all_commands
 from hhdeploy.errors import OptionError
+from tests.test_house import found_by
 
 
 @pytest.fixture
@@ -103,3 +108,39 @@ def test_a_wait_may_have_no_end():
     options = [option for _, option in NUMBERS if option.name == "lock_timeout"]
     assert options
     assert {option.type.convert("inf", option, None) for option in options} == {math.inf}
+
+
+ODD = f"runs[v2] {20 * 'of-the-week-'}:car:"
+
+
+def test_what_is_said_is_no_markup_and_is_whole(capsys):
+    ui.say_unverified(Path(ODD), ["[b]"])
+    ui.console().print(ui.table(ODD, ("a",), [("b",)]))
+    with ui.steps(quiet=False) as step:
+        step(f"loading {ODD}")
+    with ui.phased_steps(quiet=False) as (step, _):
+        step(f"building {ODD}")
+    said = capsys.readouterr()
+    run = f"run hhdeploy verify {shlex.quote(ODD)} --against-torch"
+    assert said.out.splitlines()[:2] == [f"[b] is not verified: {run}", ODD]
+    assert f"loading {ODD} " in said.err
+    assert f"building {ODD} " in said.err
+
+
+def markup(tree):
+    """Text with rich's markup, and consoles that would read it."""
+    found = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"\[(/|bold|dim|red|green|yellow)\]", node.value)
+    ]
+    calls = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return found + [name for name in calls if name in ("Console", "Text.from_markup")]
+
+
+def test_nothing_that_is_printed_is_markup():
+    """Names and paths would be taken for it, too."""
+    assert found_by(markup) == {"hhdeploy/cli/ui.py": 3 * ["Console"]}
+    assert markup(ast.parse('print(f"[dim]{name}[/]")')) == ["[dim]", "[/]"]
