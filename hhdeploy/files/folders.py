@@ -21,8 +21,22 @@ from pathlib import Path
 from hhdeploy.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-# Left by archives, file servers and file systems.
-_LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"})
+# Left by archives, file servers and file systems, which spell them in several ways.
+_LEFT_BEHIND = frozenset(
+    {
+        "__macosx",
+        "__pycache__",
+        "@eadir",
+        "#recycle",
+        "@recycle",
+        "$recycle.bin",
+        "#snapshot",
+        "~snapshot",
+        "@recently-snapshot",
+        "lost+found",
+        "system volume information",
+    }
+)
 _TRAIN, _VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 _SPLITS = frozenset({*_TRAIN, *_VAL, "test", "testing"})
 # A word by which a folder tells that it is a part of a split: train2017, seg_test, fold1.
@@ -314,7 +328,7 @@ def _by_label(listed: Sequence[tuple[Path, str]]) -> dict[str, tuple[Path, ...]]
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name not in _LEFT_BEHIND
+    return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
 
 
 def _files(directory: Path) -> list[Path]:

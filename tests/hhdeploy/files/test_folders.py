@@ -66,6 +66,10 @@ def test_images_are_sorted_by_class_and_the_rest_is_counted(tmp_path):
 def test_what_is_hidden_or_left_behind_is_no_class_and_no_image(tmp_path):
     write(tmp_path, "a/1.png", "a/._1.png", "a/.cache/2.png", ".ipynb_checkpoints/1.png")
     write(tmp_path, "__MACOSX/a/._1.png", "a/@eaDir/1.png/thumb.jpg", "lost+found/x.png")
+    write(tmp_path, *(f"{name}/a.png" for name in (
+        "#recycle", "#snapshot", "@Recycle", "$RECYCLE.BIN", "$Recycle.Bin", "__pycache__",
+        "System Volume Information", "@Recently-Snapshot", "~snapshot",
+    )))  # fmt: skip
     classes = list_classes(tmp_path)
     assert {k: names(v, tmp_path) for k, v in classes.paths.items()} == {"a": ["a/1.png"]}
     assert not classes.skipped
