@@ -36,7 +36,7 @@ from hhdeploy.choices import seconds
 from hhdeploy.errors import BundleError, ConflictError, WriteError
 from hhdeploy.files.directories import Replaceable, strangers
 from hhdeploy.files.journal import JOURNAL, follow_journal
-from hhdeploy.files.scratch import sweep
+from hhdeploy.files.scratch import sweep_all
 from hhdeploy.files.writing import os_errors, sha256_of
 
 LOCK = ".lock"
@@ -246,7 +246,7 @@ def _settle_card(bundle: Bundle) -> None:
 
 def _remove_leftovers(bundle: Bundle) -> None:
     """What changes that ended half-way left: files of ours that the manifest does not name."""
-    sweep(bundle.path, WORK)
+    sweep_all(bundle.path)
     named = bundle.manifest.files
     with contextlib.suppress(OSError):
         for name in os.listdir(bundle.path):

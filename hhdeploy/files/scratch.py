@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ except ImportError:  # Windows: what a killed process leaves stays until somebod
     fcntl = None  # type: ignore[assignment]
 
 _TRIES = 100
+# What `_made` calls its paths.
+_NAME = re.compile(r"\.(?P<stem>.+)\.hhdeploy-[0-9a-f]{8}", re.DOTALL)
 # What a directory under replacement is called in its scratch directory; see `directories`.
 RETIRED = "replaced"
 
@@ -69,6 +72,14 @@ def sweep(parent: Path, stem: str) -> None:
         found = [n for n in os.listdir(parent) if n.startswith(_prefix(stem))]
         for name in found:
             _remove_if_dead(parent / name, parent / stem)
+
+
+def sweep_all(parent: Path) -> None:
+    """The same of whatever it was for: of a directory in which nobody else has scratch."""
+    with contextlib.suppress(OSError):
+        found = [m for n in os.listdir(parent) if (m := _NAME.fullmatch(n))]
+        for name in found:
+            _remove_if_dead(parent / name[0], parent / name["stem"])
 
 
 def _remove_if_dead(path: Path, target: Path) -> None:

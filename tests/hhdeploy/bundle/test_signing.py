@@ -17,6 +17,7 @@ from hhdeploy.bundle import Bundle, add_adapter, edit, remove_adapter
 from hhdeploy.bundle.manifest import OLD, SIGNATURE
 from hhdeploy.bundle.signing import check_signature, sign
 from hhdeploy.errors import BundleError, ReadError
+from hhdeploy.files.scratch import scratch_file
 from hhdeploy.runtime import open_session
 from tests.workshop import contents, copy_bundle, flip_byte
 
@@ -170,6 +171,21 @@ def test_what_is_damaged_or_strange_is_not_signed(signed, keys):
     (signed / "notes.txt").unlink()
     flip_byte(signed / "model.onnx.data")
     with pytest.raises(BundleError, match="expected sha256"):
+        sign(signed, keys[0])
+
+
+def test_what_killed_processes_left_is_swept(signed, keys):
+    """A signature that was being written, and a bill of materials that somebody had put there."""
+    for name in (f".{SIGNATURE}.hhdeploy-ae460791", ".bom.json.hhdeploy-00c0ffee"):
+        (signed / name).write_bytes(b"half")
+    sign(signed, keys[0])
+    check_signature(signed, keys[1])
+    assert not [p.name for p in signed.iterdir() if p.name.startswith(".")]
+    # Of a process that lives.
+    with (
+        scratch_file(signed, SIGNATURE),
+        pytest.raises(BundleError, match=r"holds \.model\.sig\.hh"),
+    ):
         sign(signed, keys[0])
 
 

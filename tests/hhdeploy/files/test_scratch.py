@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hhdeploy.files.scratch import held_file, scratch_directory, scratch_file, sweep
+from hhdeploy.files.scratch import held_file, scratch_directory, scratch_file, sweep, sweep_all
 
 _CHILD = """
 import sys, time
@@ -74,6 +74,16 @@ def test_what_only_looks_alike_stays(tmp_path):
         (tmp_path / name).mkdir()
     sweep(tmp_path, "out")
     assert len(os.listdir(tmp_path)) == 4
+
+
+def test_scratch_of_all_kinds_is_swept_where_it_is_asked_for(tmp_path, child):
+    """But for a living process's, and what only looks alike."""
+    living = {p.name for p in tmp_path.iterdir()}
+    stays = {".x.hhdeploy-1234567", ".x.hhdeploy-123456789", "x.hhdeploy-12345678"}
+    for name in (*stays, ".x.hhdeploy-12345678", ".y.sig.hhdeploy-0a0b0c0d"):
+        (tmp_path / name).touch()
+    sweep_all(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == living | stays
 
 
 def test_a_link_is_neither_followed_nor_a_crash(tmp_path):
