@@ -66,6 +66,16 @@ def check_finite(tensor: NDArray[Any], where: str, error: type[Exception]) -> No
         )
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; none of a file of another kind."""
+    try:
+        open_plain(path).close()  # as in `read_tensors`
+        with safe_open(path, framework="numpy") as stream:
+            return dict(stream.metadata() or {})
+    except (SafetensorError, OSError, ValueError, TypeError):
+        return {}
+
+
 def _check_types(path: Path, types: Mapping[str, str], error: type[Exception]) -> None:
     """Before anything is read: safetensors fails in its own ways on types NumPy lacks."""
     for name, kind in types.items():

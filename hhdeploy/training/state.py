@@ -3,7 +3,9 @@
 ``OUT.training/state.json`` names the epoch that is done, the settings, the history and the
 tensor file ``epoch-N.safetensors`` (trained values and AdamW's two moments) with its sha256.
 Replacing state.json is the commit: an interrupt at any moment leaves the last whole epoch.
-Nothing is pickled. Other files in that directory are somebody's own, and stay.
+Nothing is pickled. Tensor files say in their metadata whose they are: those that a killed training
+left without a state.json are written over. Other files in that directory are somebody's own, and
+stay.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.errors import WriteError
 from hhdeploy.files.scratch import held_file
-from hhdeploy.files.tensors import read_tensors, write_tensors
+from hhdeploy.files.tensors import metadata_of, read_tensors, write_tensors
 from hhdeploy.files.writing import os_errors, sha256_of, write_json
 from hhdeploy.training.settings import EpochReport, TrainingError
 
@@ -29,6 +32,8 @@ STATE_VERSION = 2
 STATE_FILE = "state.json"
 # No other name is written or removed: an own loop may keep its epoch-best.safetensors here.
 _EPOCH_FILE = re.compile(r"epoch-[0-9]+\.safetensors")
+# In the metadata of a state's tensor files.
+_OWN = {"made_by": "hhdeploy.training"}
 # Settings that states of this version from before there were they do not have.
 _ADDED = ("`problem_type`", "the list of class names")
 
@@ -81,8 +86,7 @@ class StateDirectory:
     def check(self, *, resume: bool) -> None:
         """Raise `TrainingError` unless there is a state exactly when ``resume`` asks for one.
 
-        Without one, files that have a state's names are not of a training that could be continued:
-        they are not written over.
+        Without one, files of others that have a state's names are not written over.
         """
         if self.exists and not resume:
             raise TrainingError(
@@ -94,19 +98,29 @@ class StateDirectory:
                 f"`resume`: {self.path / STATE_FILE} does not exist, so there is nothing to "
                 "continue. Leave out `resume=True` to start from the beginning."
             )
-        if not self.exists and (files := self._epoch_files()):
+        others = [p for p in self._epoch_files() if not _OWN.items() <= metadata_of(p).items()]
+        if not self.exists and others:
             raise TrainingError(
-                f"{self.path}: expected no {files[0].name} without {STATE_FILE}: a training keeps "
+                f"{self.path}: expected no {others[0].name} without {STATE_FILE}: a training keeps "
                 "its own there, under that name, and would write over it. Move or delete it, or "
                 "write to another directory than `out`."
             )
 
     def write(self, saved: SavedTraining, settings: Mapping[str, Any]) -> None:
-        """Store one whole epoch, atomically. Raises `WriteError`."""
+        """Store one whole epoch, atomically. Raises `WriteError`: all is as it was before."""
+        try:
+            self._write(saved, settings)
+        except BaseException:
+            if not self.exists:  # of a first epoch nothing counts by itself
+                with suppress(WriteError):
+                    self.discard()
+            raise
+
+    def _write(self, saved: SavedTraining, settings: Mapping[str, Any]) -> None:
         with os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         tensor_file = self.path / f"epoch-{saved.epoch}.safetensors"
-        write_tensors(tensor_file, saved.tensors)
+        write_tensors(tensor_file, saved.tensors, _OWN)
         content = {
             "schema_version": STATE_VERSION,
             "epoch": saved.epoch,
