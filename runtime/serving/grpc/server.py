@@ -42,6 +42,13 @@ _PAUSE_SECONDS = 1.0
 _LOST_SECONDS = 5.0
 # For clients to take the last answers, once all calls have ended.
 _FLUSH_SECONDS = 5.0
+# Calls of one connection at the same time. A client keeps further ones back, once it knows; what it
+# sends before that is refused, and not counted: it is no fewer than a job may send at once.
+_MOST_STREAMS = 1 << 12
+# Calls that have arrived and that Python has not looked at yet. What is beyond (1,000 by default),
+# gRPC ends at random with CANCELLED, whoever called, and nobody here hears of it: our own limits
+# come first.
+_LEAST_PENDING = 1 << 14
 # Pings that a client may send without a call under way, and how often.
 _PING_SECONDS = 10
 
@@ -107,14 +114,18 @@ class GrpcServer:
         most = dict.fromkeys(_SERVICE.methods_by_name, self._settings.body_bytes)
         if self._settings.allow_adapter_loading:
             most["RepositoryModelLoad"] = self._settings.adapter_bytes + _ENVELOPE_BYTES
+        calls = self._settings.connections
+        pending = max(_LEAST_PENDING, 4 * calls)
         options = [
+            ("grpc.max_concurrent_streams", _MOST_STREAMS),
+            ("grpc.server.max_pending_requests", pending),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * pending),
             ("grpc.max_receive_message_length", max(most.values())),
             # Clients keep connections alive through proxies; gRPC's defaults would end them.
             ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _PING_SECONDS),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
         # Calls at the same time, streams included; beyond them RESOURCE_EXHAUSTED.
-        calls = self._settings.connections
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         # Before it is waited for: whoever stops this one stops that.
         self._servers.append(server)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import grpc
+import hpack
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
@@ -26,9 +28,11 @@ from tests.runtime.serving.http2 import (
     END_STREAM,
     HEADERS,
     PING,
+    RST_STREAM,
     block,
     call,
     frame,
+    frames,
     greeting,
 )
 from tests.runtime.serving.test_grpc_server import Endpoint, served, soon
@@ -37,6 +41,7 @@ from tests.support import images
 pytestmark = pytest.mark.own_process
 
 LIVE = pb.ServerLiveRequest()
+LIVE_PATH = b"/inference.GRPCInferenceService/ServerLive"
 HEALTH = health_pb2.HealthCheckResponse
 
 
@@ -88,6 +93,34 @@ def test_a_method_name_that_is_no_text_is_that_call_s_alone():
                     assert (await soon(stub.ServerLive(LIVE))).live
             endpoint.gate.set()
             assert (await soon(waiting)).id == "seven"
+
+    asyncio.run(run())
+
+
+def test_calls_that_come_at_once_are_all_answered():
+    """More than gRPC keeps by itself for code that is slower than they come."""
+    count = 4000
+    attack = greeting() + b"".join(
+        frame(HEADERS, END_HEADERS, stream, block(call(LIVE_PATH)))
+        + frame(DATA, END_STREAM, stream, b"\0" * 5)
+        for stream in range(1, 2 * count, 2)
+    )
+
+    async def run() -> None:
+        async with (
+            served(Endpoint()) as (server, _),
+            connected(server, attack) as (reader, _),
+        ):
+            statuses, decoder, left = Counter(), hpack.Decoder(), b""
+            while statuses.total() < count:
+                left += await soon(reader.read(1 << 16))
+                while len(left) >= (end := 9 + int.from_bytes(left[:3], "big")):
+                    ((kind, flags, _, content),) = frames(left[:end])
+                    left = left[end:]
+                    said = dict(decoder.decode(content)) if kind == HEADERS else {}
+                    if kind == RST_STREAM or (flags & END_STREAM and kind == HEADERS):
+                        statuses[said.get("grpc-status", "reset")] += 1
+            assert statuses == {"0": count}
 
     asyncio.run(run())
 
