@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import BackboneError
+from hhdeploy.files.pickles import unpickled
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +45,6 @@ _IN_DIRECTORY = (
     *("model.safetensors", f"model.safetensors{_INDEX}"),
     *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
 )
-
-# How files of torch.save begin: zip archives, pickles of old ones. And what a clone without Git LFS
-# has in the place of a large file.
-_STARTS, _POINTER = (b"PK", b"\x80"), b"version https://git-lfs"
 
 State = dict[str, "torch.Tensor"]
 
@@ -115,49 +110,6 @@ def weights_in(directory: Path) -> Path:
     """The checkpoint of a directory of save_pretrained; the first name where there is none."""
     found = [directory / name for name in _IN_DIRECTORY]
     return next((file for file in found if file.is_file()), found[0])
-
-
-def unpickled(path: Path) -> Any:
-    """What a file of torch.save holds: tensors and plain values, nothing that runs code.
-
-    The arguments of a training (``argparse.Namespace``) are plain values; timm's are among them.
-
-    Raises:
-        ValueError: there is something else in it, or it is damaged; the message says what.
-        OSError: it cannot be opened.
-    """
-    import torch
-
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(_in_the_way(path, str(error).partition("\n")[0])) from error
-
-
-def _in_the_way(path: Path, reason: str) -> str:
-    """What keeps a file from being read; torch's own words advise options that nobody has here."""
-    import torch
-
-    with path.open("rb") as file:
-        start = file.read(24)
-    if not start:
-        return "it is empty"
-    if start.startswith(_POINTER):
-        return "it is Git LFS's pointer to the file, which git lfs pull puts in its place"
-    if not start.startswith(_STARTS):
-        return f"it begins with {start!r}, as no file of torch.save does"
-    try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # noqa: BLE001  # damaged in any way
-        found = []
-    if not found:
-        return reason.partition(". ")[0] or "it ends early"
-    return (
-        f"beside tensors it holds {', '.join(sorted(found)[:5])}, which are never loaded. If you "
-        "trust it, keep its weights alone in another file: "
-        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
-    )
 
 
 def unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:

@@ -27,8 +27,9 @@ from hhdeploy.adapters.importers.template import (
     split_thirds,
     stated_preprocess,
 )
-from hhdeploy.backbones.weights import advice_on_peft, unpickled, unwrapped
+from hhdeploy.backbones.weights import advice_on_peft, unwrapped
 from hhdeploy.errors import AdapterError, require
+from hhdeploy.files.pickles import unpickled
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
