@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.authors import import_arc, import_rlrr, is_arc, is_rlrr
@@ -88,10 +89,24 @@ def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOpt
         form=options.form or "additive",
         reflection=options.reflection or "unnormalized",
         r=max((t.shape[0] for n, t in result.items() if n.endswith(".lora_A")), default=0),
-        extra={"imported_from": {"format": "torch.save", "lora_scale": options.lora_scale}},
+        extra={"imported_from": {"format": "torch.save", **_scaling(tensors, options)}},
     )
     stated = stated_preprocess(path.parent, backbone)
     return finish(result, config, path, backbone, options, stated)
+
+
+def _scaling(tensors: Tensors, options: ImportOptions) -> dict[str, Any]:
+    """What LoRA's products were multiplied by; HTA's, beside u and v, are whole in the file."""
+    bare = [
+        n for n in tensors if n.endswith(".lora_B") and f"{n[: -len('lora_B')]}u" not in tensors
+    ]
+    said: dict[str, Any] = {"lora_scale": options.lora_scale}
+    if bare and options.lora_scale == 1.0:
+        said["assumed"] = [
+            f"{abbreviate(bare, 1)} is taken as it is: the file does not hold LoRA's alpha / r. "
+            "Where that is not 1, give it as the lora scale"
+        ]
+    return said
 
 
 def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Tensors:

@@ -550,6 +550,7 @@ def test_a_pth_file(tmp_path, tiny, form, targets, prefix, entry):
             assert np.array_equal(getattr(found.sites[name], tensor), getattr(site, tensor))
     assert np.array_equal(found.head.weight, adapter.head.weight)
     assert found.config.extra["imported_from"]["file"] == "a.pth"
+    assert "assumed" not in found.config.extra["imported_from"]  # HTA's own product has no alpha
 
 
 def test_a_pth_file_in_half_precision_and_with_a_scale(tmp_path, tiny):
@@ -566,7 +567,10 @@ def test_a_pth_file_in_half_precision_and_with_a_scale(tmp_path, tiny):
             found.sites[name].lora_B, state[f"{name}.lora_B"].float().numpy() * np.float32(0.5)
         )
         assert found.sites[name].u is None
-    assert found.config.extra["imported_from"]["lora_scale"] == 0.5
+    origin = found.config.extra["imported_from"]
+    assert (origin["lora_scale"], "assumed" in origin) == (0.5, False)
+    (line,) = import_adapter(tmp_path / "a.pth", tiny).config.extra["imported_from"]["assumed"]
+    assert line.startswith("blocks.0.attn.proj.lora_B, … (2 in all) is taken as it is: the file")
 
 
 def test_lora_of_a_fused_qkv_in_a_pth_file_is_split(tmp_path, tiny):
