@@ -31,7 +31,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
+import sys
 from pathlib import PurePath
 from types import ModuleType
 
@@ -169,6 +171,7 @@ def _parameters_in(mark: str) -> list[str]:
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import ``module`` or raise `MissingDependencyError` with the pip line that brings it."""
+    without_telemetry()
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -176,3 +179,14 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the Python package '{module}', which does not import here "
             f"({error}). Install it with: pip install 'hhdeploy[{extra}]'"
         ) from error
+
+
+def without_telemetry() -> None:
+    """Turn the telemetry of ONNX Runtime, OpenVINO and NNCF off, unless the user turned it on.
+
+    It starts when one of them is imported, also by another package, and leaves an id in the home
+    directory: this has to come before.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # processes started later inherit it
+    # Intel's has no such variable: OpenVINO and NNCF do without a package that is not there.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import get_args
 import pytest
 
 import hhdeploy
+from hhdeploy.errors import require
 from tests.workshop import HEAVY, ROOT, run_command, run_python
 
 # What the edge runs: no package of the export extra is there, nor any runtime's.
@@ -106,6 +108,74 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     done = run_command([sys.executable, "-c", textwrap.dedent(code), *names], cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+# --- what runtimes start when they are imported --------------------------------------------------
+
+# A home of its own; the variable as a user has it who never heard of it.
+AT_HOME = """
+    import os, sys
+    home, sys.argv[:2] = sys.argv[1], ["hhdeploy"]
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "HHDEPLOY_CACHE"):
+        os.environ.pop(name, None)
+    os.environ.update(HOME=home, TMPDIR=home)
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "verify BUNDLE --device cpu",
+        "verify BUNDLE --device openvino",
+        "adapter pack BUNDLE gamma OUT",
+        "doctor --json",
+    ],
+)
+def test_no_command_starts_telemetry(line, branches, tmp_path):
+    """With it ONNX Runtime leaves a device id in the home, and a session in TMPDIR, and OpenVINO
+    a client id."""
+    pytest.importorskip("openvino" if "openvino" in line else "onnxruntime")
+    (home := tmp_path / "home").mkdir()
+    words = {"BUNDLE": branches, "OUT": tmp_path / "gamma.onnx_adapter"}
+    code = textwrap.dedent(AT_HOME) + "from hhdeploy.cli import main\nmain()\n"
+    done = run_python(code, home, *(words.get(word, word) for word in line.split()))
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_no_package_starts_telemetry(tmp_path):
+    """NNCF, say, creates its own before it asks the variable that turns it off."""
+    code = """
+        import importlib.util
+        from hhdeploy.errors import require
+        for name in ("nncf", "transformers", "peft", "onnxscript", "openvino", "onnxruntime"):
+            if importlib.util.find_spec(name) is not None:
+                require(name, "calibrate", "a test")
+    """
+    done = run_python(textwrap.dedent(AT_HOME) + textwrap.dedent(code), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_telemetry_is_the_user_s_to_turn_on(monkeypatch):
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    require("json", "cpu", "a test")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    require("json", "cpu", "a test")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def test_onnx_runtime_is_imported_in_one_way():
+    """By `require`, which turns telemetry off before. `doctor` does so itself."""
+    direct = re.compile(r"^\s*(?:import onnxruntime|from onnxruntime)\b", re.MULTILINE)
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("hhdeploy", "runtime", "exporters", "calibration")
+        for path in (ROOT / folder).rglob("*.py")
+        if direct.search(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
 
 
 # --- import-linter ------------------------------------------------------------------------------

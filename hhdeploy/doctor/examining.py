@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hhdeploy.doctor.probes import PROBES, ProbeState
+from hhdeploy.errors import without_telemetry
 from hhdeploy.packages import EXTRAS, INCLUDED, is_older
 
 
@@ -34,6 +35,7 @@ _PATIENCE_S = 120
 
 def examine() -> list[Finding]:
     """All findings; a subprocess imports what is slow or may crash."""
+    without_telemetry()  # of those as well
     findings = [
         Finding(
             "machine",
