@@ -29,7 +29,7 @@ from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, one_of, seconds
 from hhdeploy.errors import ParityError, require
 from hhdeploy.files.outputs import check_output, output_file
-from hhdeploy.files.writing import default_cache, write_json
+from hhdeploy.files.writing import cache_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
@@ -134,8 +134,7 @@ def calibrate_bundle(
     _check_options(options, exam)
     graph = Float32Graph.open(bundle)
     progress(f"calibrating on {len(used)} images (cached for the next time)")
-    cache = default_cache() if options.cache == "default" else options.cache
-    found = find_scales(graph, used, settings, cache=Path(cache) if cache is not None else None)
+    found = find_scales(graph, used, settings, cache=cache_of(options.cache))
     with _session(bundle, "float32", options) as plain:
         trials = _Trials(bundle, graph, found, used, exam, settings, options, plain, progress)
         return trials.add()

@@ -20,7 +20,7 @@ from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, listed, one_of
 from hhdeploy.errors import SessionError
-from hhdeploy.files.writing import default_cache
+from hhdeploy.files.writing import cache_of
 from hhdeploy.runtime.backends import (
     HINTS,
     MOST_AT_ONCE,
@@ -336,7 +336,7 @@ def open_session(
             contexts=contexts,
             cuda_graphs=cuda_graphs,
             hint=hint,
-            cache=default_cache() if cache == "default" else cache,
+            cache=cache_of(cache),
             partial=partial,
         ),
         Session.close,

@@ -111,7 +111,7 @@ def push(
         WriteError: something else is there, the file system or the hub refused.
         MissingDependencyError: huggingface_hub is not installed.
     """
-    place = _place(str(destination))
+    place = _place(destination, "destination")
     if overwrite and isinstance(place, _Hub):
         raise OptionError("`overwrite=True` is for folders: a hub keeps every commit.")
     opened = Bundle.open(bundle)
@@ -155,7 +155,7 @@ def pull(
         BundleError: no bundle, a damaged file, or not what was signed.
         ReadError: the hub has no such repository, or is not there. Others as `push`.
     """
-    place = _place(str(source))
+    place = _place(source, "source")
     kind = replace(
         BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
     )
@@ -169,8 +169,11 @@ def pull(
     return Bundle.open(out)
 
 
-def _place(text: str) -> Path | _Hub:
+def _place(given: object, parameter: str) -> Path | _Hub:
     """Where a repository is. Raises `OptionError` for what is neither a folder nor a hub's."""
+    if not isinstance(given, str | Path) or not str(given):
+        raise OptionError(f"`{parameter}`: expected a folder or hf://owner/name, found {given!r}.")
+    text = str(given)
     if found := _HUB.fullmatch(text):
         return _Hub(found["id"], found["branch"])
     if text.startswith("hf:") or ("://" in text and not text.startswith(_FILE)):

@@ -42,7 +42,7 @@ from hhdeploy.exporting.outputs import (
     without_heads,
 )
 from hhdeploy.files.directories import atomic_directory
-from hhdeploy.files.writing import sha256_of, write_json
+from hhdeploy.files.writing import cache_of, sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
@@ -146,7 +146,6 @@ def export(
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.exporters.portable.form import GraphForm
-    from hhdeploy.exporters.trace import default_cache
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
 
@@ -189,9 +188,8 @@ def export(
         if LOGITS not in asked:
             loaded = without_heads(loaded, progress)
         progress("tracing the backbone (cached for the next export)")
-        where = default_cache() if cache == "default" else cache
         alone = next(iter(loaded.values()), None) if fold else None
-        base = _base(backbone, alone, Path(where) if where else None, asked)
+        base = _base(backbone, alone, cache_of(cache), asked)
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         say(progress, _rounded_away(backbone, contents, precisions, not allow_no_effect))

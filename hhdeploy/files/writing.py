@@ -28,9 +28,25 @@ _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCE
 
 
 def default_cache() -> Path:
-    """``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``."""
-    root = os.environ.get("HHDEPLOY_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "hhdeploy"
+    """``$HHDEPLOY_CACHE``, else ``~/.cache/hhdeploy``.
+
+    Raises:
+        WriteError: there is no home: HOME is not set and the user has none, as in some containers.
+    """
+    # No shell has read what a Dockerfile or .env sets.
+    root = Path(os.environ.get("HHDEPLOY_CACHE") or "~/.cache/hhdeploy")
+    try:
+        return root.expanduser()
+    except RuntimeError as error:
+        raise WriteError(
+            f"{root}, the cache: expected a home directory, found none: HOME is not set. Set it, "
+            "or HHDEPLOY_CACHE to a directory, or work without a cache: `cache=None`."
+        ) from error
+
+
+def cache_of(given: str | Path | None) -> Path | None:
+    """A ``cache`` parameter: "default" is `default_cache`; None and "" are none."""
+    return default_cache() if given == "default" else Path(given) if given else None
 
 
 def sha256_of(path: Path) -> str:

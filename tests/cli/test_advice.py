@@ -92,6 +92,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
     "hhdeploy/files/caches.py": (ANY,),
+    "hhdeploy/files/writing.py::default_cache": (ANY,),
     "hhdeploy/quantising.py": ("calibrate",),
     "hhdeploy/cli/__init__.py": (ANY,),
     "hhdeploy/cli/adapter.py::inspect": ("adapter inspect",),
@@ -349,6 +350,7 @@ def known(code: ast.Call) -> bool:
 
 # Messages about any parameter of a kind, and one of that kind.
 ONE_OF_MANY = {
+    "hhdeploy/bundle/hub.py::_place": "`destination`",
     "hhdeploy/bundle/signing.py::_reading": "`key`",
     "hhdeploy/choices.py::listed": "`precision`",
     "hhdeploy/choices.py::one_of": "`precision='float8'`",

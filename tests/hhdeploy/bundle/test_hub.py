@@ -277,3 +277,14 @@ def test_without_the_package(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match=r"hhdeploy\[hub\]"):
         push(bundle, "hf://me/x")
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_a_place_that_was_not_given_is_none(bundle, tmp_path, monkeypatch, nothing):
+    """``os.environ.get("DEST")`` that is not set was a folder called None."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="`destination`: expected a folder or hf://"):
+        push(bundle, nothing)
+    with pytest.raises(OptionError, match="`source`: expected a folder or hf://"):
+        pull(nothing, tmp_path / "out")
+    assert not list(tmp_path.glob("None"))

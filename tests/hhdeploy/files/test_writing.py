@@ -9,11 +9,20 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from hhdeploy import open_session
 from hhdeploy.errors import HhdeployError, ReadError, WriteError
-from hhdeploy.files.writing import atomic_file, copy_directory, os_errors, sha256_of, write_json
+from hhdeploy.files.writing import (
+    atomic_file,
+    cache_of,
+    copy_directory,
+    os_errors,
+    sha256_of,
+    write_json,
+)
 
 
 def names(directory):
@@ -217,3 +226,25 @@ def test_an_fsync_that_fails_is_an_error_and_leaves_the_old(tmp_path, monkeypatc
         write_json(tmp_path / "a.json", 2)
     assert (tmp_path / "a.json").read_text() == "1\n"
     assert names(tmp_path) == ["a.json"]
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HHDEPLOY_CACHE", raising=False)
+    assert cache_of("default") == tmp_path / ".cache/hhdeploy"
+    monkeypatch.setenv("HHDEPLOY_CACHE", "~/kept")  # no shell reads a Dockerfile's ENV
+    assert cache_of("default") == tmp_path / "kept"
+    assert cache_of("kept") == Path("kept")
+    assert cache_of(None) is cache_of("") is None
+
+
+@pytest.mark.parametrize("cache", [None, "~/kept"])
+def test_without_a_home_the_cache_says_what_to_set(small, monkeypatch, cache):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("HHDEPLOY_CACHE", raising=False)
+    if cache:
+        monkeypatch.setenv("HHDEPLOY_CACHE", cache)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=KeyError("uid not found")))
+    with pytest.raises(WriteError, match=r"found none: HOME is not set.*`cache=None`"):
+        open_session(small, device="cpu")
+    open_session(small, device="cpu", threads=1, cache=None).close()
