@@ -286,7 +286,7 @@ def agree(model: nn.Module, file: Path) -> tuple[tuple[str, ...], float]:
             f"weights of transformers without their config.json: norm eps {eps:g}, "
             f"{', '.join(_heads(model))} heads and timm's activation and pooling assumed",
         ), eps
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"{path} cannot be read: {error}.") from error
     if not isinstance(config, dict):
         raise BackboneError(f"{path}: expected a JSON object, found {type(config).__name__}.")

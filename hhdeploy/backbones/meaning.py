@@ -74,5 +74,5 @@ def meaning_beside(checkpoint: Path, classes: int) -> Meaning:
     try:
         content = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
         return meaning_of(content, classes)
-    except (OSError, ValueError, TypeError, AttributeError):  # somebody else's
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError):  # somebody else's
         return UNSTATED

@@ -133,7 +133,7 @@ def _of_folder(spec: BackboneSpec, folder: Path) -> BackboneSpec:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, architecture = config.get("model_type"), config.get("architecture")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise BackboneError(f"{folder} has no config.json that can be read: {error}.") from error
     if not isinstance(architecture, str):
         hint = f" Is it a model of transformers? Pass transformers:{folder}." if kind else ""

@@ -55,7 +55,7 @@ def _foreign(path: Path) -> str | None:
     """Why a directory is not a page that `write_web_page` wrote, or None."""
     try:
         known = set(json.loads((path / FACTS).read_text(encoding="utf-8"))["sizes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return f"it has no {FACTS} that lists its files"
     return strangers(path, {*known, FACTS, _SERVICE}, "the page does not have")
 

@@ -14,6 +14,7 @@ from hhdeploy.choices import PRECISIONS, Precision, one_of
 from hhdeploy.errors import PlanError, WriteError
 from hhdeploy.exporters.triton import ADAPTERS_FILE, adapters_json, check_model_name
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import alone_in
 from hhdeploy.files.writing import write_json
 from hhdeploy.repositories.graphs import (
@@ -123,13 +124,18 @@ def write_ovms_repository(
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A configuration that is there, or an empty one. Raises `WriteError` where it is neither."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {_MODELS: []}
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(read_plain(path))
         for entry in content[_MODELS]:
             str(entry["config"]["name"])
-    except (ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError as error:
+        raise WriteError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist. Restore what it leads "
+            "to, or remove the link."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WriteError(
             f"{path}: expected a configuration of {_SERVER}, an object with {_MODELS}, each of it "
             'an object {"config": {"name": ...}}; found something else '

@@ -288,12 +288,30 @@ def test_an_operator_s_settings_of_a_model_are_kept(small, tmp_path, base):
     FakeOvms(out / "config.json", "vit")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_config_list": [{"name": "x"}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"model_config_list": [{"name": "x"}]}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_a_configuration_that_is_another_s(small, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(WriteError, match=r"config\.json: expected a configuration of OpenVINO"):
         write(small, tmp_path)
     assert contents(tmp_path) == {"config.json": text.encode()}
+
+
+def test_a_configuration_that_is_a_link_to_nowhere(small, tmp_path):
+    (tmp_path / "config.json").symlink_to("/mnt/gone.json")
+    with pytest.raises(
+        WriteError, match=r"config\.json is a link to /mnt/gone\.json, which does not"
+    ):
+        write(small, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_what_it_refuses(small, workshop, tmp_path):

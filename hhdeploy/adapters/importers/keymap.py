@@ -84,7 +84,7 @@ def _read(file: Path) -> tuple[list[_Rule], bool]:
     try:
         # Written by hand: editors of Windows put a mark before it.
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict) or set(content) - {"rules", "row_vectors"}:
         raise AdapterError(f"{file}: expected an object with rules and, if need be, row_vectors.")

@@ -60,7 +60,7 @@ def image_processor(where: str) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise BackboneError(f"{path}: expected a JSON object, found {type(content).__name__}.")

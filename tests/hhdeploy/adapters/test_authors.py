@@ -282,6 +282,7 @@ def test_a_key_map(tmp_path, tiny):
     ("content", "message"),
     [
         ("[", "cannot be read"),
+        pytest.param("[" * 100_000, "cannot be read", id="deep"),
         ("[]", "expected an object with rules"),
         ('{"rules": []}', "expected a list of rules"),
         ('{"rules": [{"to": "a.u"}]}', "expected rules with key"),

@@ -15,10 +15,10 @@ from hhdeploy.adapters.format import save_adapter
 from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.adapters.importers.template import ImportOptions
 from hhdeploy.backbones.loading import load_backbone
-from hhdeploy.backbones.meaning import UNSTATED, Meaning, meaning_of
+from hhdeploy.backbones.meaning import UNSTATED, Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.bundle import Bundle, add_adapter
-from hhdeploy.errors import BundleError
+from hhdeploy.errors import BackboneError, BundleError
 from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import CLASSES, LABELS, VALUES
 from hhdeploy.plan import Reserve
@@ -27,6 +27,13 @@ from tests.hhdeploy.backbones.small_vit import save_small_vit
 from tests.support import assert_parity, random_adapter, tiny_spec
 
 NAMES = ("cat", "dog", "bird")
+
+
+def test_a_configuration_of_nothing_but_brackets_says_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert meaning_beside(tmp_path / "model.safetensors", 3) == UNSTATED
+    with pytest.raises(BackboneError, match=r"no config\.json that can be read"):
+        load_backbone(BackboneSpec(str(tmp_path)))
 
 
 @pytest.fixture(scope="module")

@@ -256,6 +256,7 @@ def test_the_image_transform_of_the_source(folder):
     ("content", "message"),
     [
         ("[]", "expected a JSON object, found list"),
+        pytest.param("[" * 100_000, "is not valid JSON", id="deep"),
         ('{"image_mean": [0.5], "image_std": [0.5]}', "cannot be read: .*3 numbers"),
         ('{"image_mean": 1, "image_std": 1, "resample": "x"}', "cannot be read: "),
         ('{"image_mean": [127.5, 127.5, 127.5], "image_std": [1, 1, 1]}', "by 255"),
