@@ -22,7 +22,7 @@ from hhdeploy.backbones.sites import (
     split_target,
 )
 from hhdeploy.bundle.layout import Branch, RowLayout, in_row_order
-from hhdeploy.choices import listed
+from hhdeploy.choices import listed, whole
 from hhdeploy.errors import OptionError, PlanError
 
 
@@ -45,11 +45,8 @@ class Reserve:
     parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_rank < 0 or self.max_classes < 0:
-            raise OptionError(
-                f"`max_rank` and `max_classes`: expected 0 or more, found {self.max_rank} and "
-                f"{self.max_classes}."
-            )
+        for name in ("max_rank", "max_classes"):
+            object.__setattr__(self, name, whole(getattr(self, name), name, 0))
         for name in ("sites", "parts"):
             object.__setattr__(self, name, tuple(listed(getattr(self, name), name, "names")))
         for target in self.sites:

@@ -23,6 +23,7 @@ from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.membership import admit, entry_of
+from hhdeploy.choices import whole
 from hhdeploy.errors import CapacityError, DeviceError, SessionError
 
 BACKBONE_ROW = 0
@@ -80,15 +81,22 @@ class AdapterBank:
         stored = bundle.bank()
         entries = bundle.manifest.adapters
         needed = max([BACKBONE_ROW, *(a.row for a in entries if a.row is not None)]) + 1
-        if slots is None:
-            slots = max(default, needed)
+        slots = (
+            max(default, needed) if slots is None else whole(slots, "slots", 1, None, SessionError)
+        )
         if slots < needed and not (partial and slots > 1):
             raise SessionError(
                 f"`slots={slots}` is too small: the bundle's adapters take rows up to "
                 f"{needed - 1}. Open it with `slots={needed}` or more."
             )
-        # np.zeros is lazy: rows that no adapter uses take no memory.
-        self.rows: NDArray[np.float32] = np.zeros((slots, stored.shape[1]), np.float32)
+        try:
+            # np.zeros is lazy: rows that no adapter uses take no memory.
+            self.rows: NDArray[np.float32] = np.zeros((slots, stored.shape[1]), np.float32)
+        except (MemoryError, ValueError) as error:
+            raise SessionError(
+                f"`slots={slots}`: there is no room for so many rows of {4 * stored.shape[1]} "
+                f"bytes: {error}. Open it with fewer."
+            ) from error
         self._entries: dict[str, AdapterEntry] = {}
         for index, entry in enumerate(entries[: slots - 1], 1):
             # An adapter keeps its row where it can: an engine may have the rows baked in.

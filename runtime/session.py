@@ -18,7 +18,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Answer, answers_of, are_numbers
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, listed, one_of
+from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, listed, one_of, whole
 from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import cache_of
 from hhdeploy.runtime.backends import (
@@ -70,6 +70,8 @@ class Session:
 
     def entry(self, adapter: str | None) -> AdapterEntry | None:
         """Classes, labels and preprocessing of an adapter; None for the backbone."""
+        if not isinstance(adapter, str | None):
+            raise SessionError(f"adapter: expected one name or None, found {adapter!r}.")
         if self._adapters is None:
             only = self.bundle.manifest.adapters[0]
             if adapter not in (None, only.name):
@@ -111,7 +113,7 @@ class Session:
         """
         has = self.bundle.manifest.outputs
         wanted = next(iter(has)) if output is None else output
-        if wanted not in has:
+        if wanted not in tuple(has):  # by no hash: it may be a list
             raise SessionError(f"output {wanted!r}: this bundle has {', '.join(has)}.")
         return self.bundle.manifest.split(self.answer(images, adapters))[wanted]
 
@@ -256,6 +258,13 @@ def _pictures(images: object) -> Sequence[Image.Image]:
                 "PIL.Image.fromarray(array) takes uint8 [H, W, 3] in the order red, green, blue "
                 "(OpenCV's is the other way round)."
             )
+        try:
+            picture.load()  # what was opened may be read only now
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SessionError(f"images[{index}]: it cannot be read: {error}.") from error
+        if not all(picture.size):
+            width, height = picture.size
+            raise SessionError(f"images[{index}]: expected pixels, found {width} x {height}.")
     return pictures
 
 
@@ -358,8 +367,8 @@ def open_bundle(
 ) -> Session:
     """`open_session` for a bundle whose manifest is read already; by default without a cache."""
     for option, given in (("threads", threads), ("contexts", contexts)):
-        if given is not None and not 1 <= given <= MOST_AT_ONCE:
-            raise SessionError(f"{option}: expected 1 to {MOST_AT_ONCE}, found {given}.")
+        if given is not None:
+            whole(given, option, 1, MOST_AT_ONCE, SessionError)
     if hint not in HINTS:
         raise SessionError(f"hint: expected {' or '.join(HINTS)}, found {hint!r}.")
     target = find_target(bundle.manifest, device, precision)

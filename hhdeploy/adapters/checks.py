@@ -27,7 +27,7 @@ def check_name(name: str) -> str:
     """An adapter's name: letters, digits, dot, dash, underscore; ``backbone`` is reserved."""
     if name == BACKBONE:
         raise OptionError(f"the adapter name {BACKBONE!r} is reserved for the bare model.")
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise OptionError(
             f"adapter name {name!r}: expected letters, digits, '.', '-' and '_' (at most 128, "
             "first a letter or digit). Give one: NAME=DIR."

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,8 +58,9 @@ def at_strength(adapter: Adapter, strength: float) -> Adapter:
             or after a replaced weight (their product is no sum).
         OptionError: a strength that is no finite number.
     """
-    if not math.isfinite(strength):
-        raise OptionError(f"`strength`: expected a finite number, found {strength}.")
+    if not isinstance(strength, Real) or not math.isfinite(strength):
+        raise OptionError(f"`strength`: expected a finite number, found {strength!r}.")
+    strength = float(strength)  # NumPy's cannot be written as JSON
     if strength == 1.0:
         return adapter
     _check_sum(adapter)
@@ -87,6 +89,7 @@ def merge_adapters(
     """
     if not adapters:
         raise OptionError("expected adapters to merge, found none.")
+    adapters = {name: _weighted(name, given) for name, given in adapters.items()}
     named = {name: adapter for name, (adapter, _) in adapters.items()}
     _check_bases(named)
     if backbone is not None:
@@ -101,6 +104,20 @@ def merge_adapters(
         license=together(*(adapter.config.license for adapter in named.values())),
     )
     return _mixed(adapters, chosen.head, config, backbone)
+
+
+def _weighted(name: str, given: object) -> tuple[Adapter, float]:
+    """An adapter and its weight, as `merge_adapters` is given them. Raises `OptionError`."""
+    found = type(given).__name__
+    if isinstance(given, Sequence) and len(given) == 2:
+        adapter, weight = given
+        if isinstance(adapter, Adapter) and isinstance(weight, Real) and math.isfinite(weight):
+            return adapter, float(weight)
+        found = f"({type(adapter).__name__}, {weight!r})"
+    raise OptionError(
+        f"adapter {name!r}: expected (adapter, weight), a loaded one and a finite number, found "
+        f"{found}."
+    )
 
 
 def _mixed(

@@ -6,6 +6,7 @@ A repository holds what a bundle holds, under the same names, its card at the to
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -171,7 +172,7 @@ def pull(
 
 def _place(given: object, parameter: str) -> Path | _Hub:
     """Where a repository is. Raises `OptionError` for what is neither a folder nor a hub's."""
-    if not isinstance(given, str | Path) or not str(given):
+    if not isinstance(given, str | os.PathLike) or not str(given):
         raise OptionError(f"`{parameter}`: expected a folder or hf://owner/name, found {given!r}.")
     text = str(given)
     if found := _HUB.fullmatch(text):

@@ -3,6 +3,7 @@ says of them what their files say. No torch, no timm."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from hhdeploy.bundle.manifest import (
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
-from hhdeploy.errors import BundleError, PlanError
+from hhdeploy.errors import AdapterError, BundleError, PlanError
 from hhdeploy.files.bundle_json import read_bundle_json
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of
@@ -162,6 +163,11 @@ def add_adapter(
         PlanError, AdapterError, CapacityError: see `admit`; nothing is changed.
         ConflictError, WriteError: see `edit`.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise AdapterError(
+            f"expected the directory of an adapter, found {type(directory).__name__}. "
+            "save_adapter(adapter, directory) writes one."
+        )
     source = Path(directory)
     with os_errors(Path(path)):
         hashes = {n: sha256_of(source / n) for n in adapter_files(source, Path(path))}

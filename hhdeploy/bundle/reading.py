@@ -35,7 +35,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.choices import TYPED, Precision
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
-from hhdeploy.files.bundle_json import check_bundle_json, read_bundle_json
+from hhdeploy.files.bundle_json import bundle_path, check_bundle_json, read_bundle_json
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
@@ -76,7 +76,7 @@ class Bundle:
         Raises:
             BundleError: no bundle there, a damaged manifest, or one of a newer version.
         """
-        path = Path(path)
+        path = bundle_path(path)
         content = read_bundle_json(path, SCHEMA_VERSION)
         try:
             check_bundle_json(content)
@@ -360,7 +360,7 @@ def read_bundle(
     """
     for _ in range(_TRIES):
         try:
-            before = os.stat(path)
+            before = os.stat(bundle_path(path))
         except OSError:
             before = None
         bundle = Bundle.open(path)

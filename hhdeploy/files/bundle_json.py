@@ -7,6 +7,7 @@ it would be an answer that is wrong, or an error far from its cause.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,13 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
     return found
+
+
+def bundle_path(given: object) -> Path:
+    """Where a user says that a bundle is. Raises `BundleError` for what is no path."""
+    if not isinstance(given, str | os.PathLike) or "\0" in str(given):
+        raise BundleError(f"expected the path of a bundle, found {given!r}.")
+    return Path(given)
 
 
 def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:

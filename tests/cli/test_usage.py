@@ -26,7 +26,7 @@ USAGE = [
     (f"{EXPORT} --precision float8", "'float8' is not one of 'float32', 'float16'"),
     (f"{EXPORT} --precision int8", "hhdeploy calibrate"),
     (f"{EXPORT} --sites fc1:around", "form must be one of"),
-    (f"{EXPORT} --max-rank -1", "--max-rank and --max-classes: expected 0 or more"),
+    (f"{EXPORT} --max-rank -1", "--max-rank: expected 0 or more, a whole number, found -1"),
     (f"{EXPORT} --seed -1", "'--seed': -1 is not in the range 0<=x<="),
     (f"{EXPORT} --overwrite --lock-timeout nan", "'--lock-timeout': expected a number, found nan"),
     (f"{EXPORT} --verify-images 0", "'--verify-images'"),

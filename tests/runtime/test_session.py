@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -312,6 +313,45 @@ def test_a_name_an_image(session):
         session.run(images(2), 1)
 
 
+def cut_off():
+    """A picture that is opened and not read, and that ends too early."""
+    whole = io.BytesIO()
+    Image.effect_noise((60, 60), 50).save(whole, "PNG")
+    return Image.open(io.BytesIO(whole.getvalue()[:900]))
+
+
+def test_pictures_without_pixels_are_named(own):
+    closed = pictures(1)[0].copy()
+    closed.close()
+    for wrong, words in (
+        (cut_off(), "it cannot be read: "),
+        (closed, "it cannot be read: "),
+        (Image.new("RGB", (0, 5)), "expected pixels, found 0 x 5"),
+        (Image.new("F", (0, 0)), "expected pixels, found 0 x 0"),
+    ):
+        for ask in (own.classify, own.preprocess):
+            with pytest.raises(SessionError, match=rf"images\[1\]: {words}"):
+                ask([*pictures(1), wrong], "alpha")
+
+
+def test_what_is_no_name_or_number_is_refused(session, small):
+    with pytest.raises(SessionError, match=r"output \['logits'\]: this bundle has logits"):
+        session.run(images(2), "alpha", ["logits"])
+    with pytest.raises(SessionError, match=r"adapter: expected one name or None, found \['alpha"):
+        session.preprocess(pictures(2), ["alpha", "gamma"])
+    for path in (None, 3, "a\0b"):
+        with pytest.raises(BundleError, match="expected the path of a bundle, found"):
+            open_session(path)
+    for options, words in (
+        ({"slots": "4"}, "`slots`: expected 1 or more, a whole number, found '4'"),
+        ({"slots": 10**13}, "`slots=10000000000000`: there is no room for so many rows"),
+        ({"threads": 1.5}, "`threads`: expected 1 to 1024, a whole number, found 1.5"),
+        ({"contexts": 0}, "`contexts`: expected 1 to 1024, a whole number, found 0"),
+    ):
+        with pytest.raises(SessionError, match=words):
+            open_session(small, device="cpu", cache=None, **options)
+
+
 def test_an_unknown_adapter_lists_the_names(session):
     known = "alpha, rival, beta, gamma, headless"
     for call in (lambda: session.run(images(2), ["alpha", "omega"]), lambda: session.entry("o")):
@@ -361,7 +401,7 @@ def test_the_device_says_what_computes(session):
 
 @pytest.mark.parametrize("threads", [0, -3, 100_000])
 def test_threads_that_no_machine_has(small, threads):
-    with pytest.raises(SessionError, match=f"1 to 1024, found {threads}"):
+    with pytest.raises(SessionError, match=f"`threads`: expected 1 to 1024, .* found {threads}"):
         open_session(small, device="cpu", threads=threads)
 
 

@@ -202,7 +202,7 @@ def test_more_slots_than_the_engine_takes(built, machine, slots):
 
 @pytest.mark.parametrize("contexts", [0, -1, 100_000])
 def test_contexts_that_no_machine_has(built, machine, contexts):
-    refuses(machine, built, "contexts: expected 1 to 1024", SessionError, contexts=contexts)
+    refuses(machine, built, "`contexts`: expected 1 to 1024", SessionError, contexts=contexts)
 
 
 # --- the engine's tensors -----------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -263,3 +265,17 @@ def test_files_hold_no_strength(tiny, tmp_path):
         detach(tiny.model)
     assert not (tmp_path / "a").exists()
     save_adapter(merge_adapters({"part": (part, 1.0)}), tmp_path / "a")
+
+
+def test_what_is_no_adapter_and_weight_is_refused(tiny):
+    adapter = random_adapter(tiny.facts)
+    for wrong, found in (
+        (adapter, "Adapter"),
+        ((adapter, "1"), "1"),
+        ((adapter, math.nan), "nan"),
+        (("a", 1.0), r"\(str, 1.0"),
+    ):
+        with pytest.raises(OptionError, match=rf"adapter 'a': expected \(adapter, wei.*{found}"):
+            merge_adapters({"a": wrong})
+    merged = merge_adapters({"a": (adapter, np.float32(0.5))})
+    assert json.dumps(merged.config.to_json()["merged_from"]) == '{"a": 0.5}'

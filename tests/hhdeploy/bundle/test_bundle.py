@@ -23,6 +23,7 @@ from hhdeploy.errors import (
     CapacityError,
     ConflictError,
     HhdeployError,
+    OptionError,
     PlanError,
 )
 from hhdeploy.runtime import open_session
@@ -474,3 +475,15 @@ def test_the_manifest_is_replaced_in_one_step(bundle, monkeypatch):
     with pytest.raises(TypeError):
         write_manifest(bundle, replace(manifest, versions={"python": object()}))
     assert contents(bundle) == before
+
+
+def test_what_is_no_directory_name_or_strength(small, tmp_path, workshop):
+    path, source = copy_bundle(small, tmp_path / "bundle"), workshop.directory("rival")
+    with pytest.raises(AdapterError, match=r"found Adapter\. save_adapter\(adapter, directory\)"):
+        add_adapter(path, "z", workshop.adapters["rival"])
+    with pytest.raises(OptionError, match="adapter name 3: expected letters"):
+        add_adapter(path, 3, source)
+    with pytest.raises(OptionError, match="`strength`: expected a finite number, found '1'"):
+        add_adapter(path, "z", source, strength="1")
+    add_adapter(path, "z", source, strength=np.float32(0.5))
+    assert Bundle.open(path).manifest.adapters[-1].strength == 0.5
