@@ -8,6 +8,7 @@ first line that begins with ``path`` names the columns.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -155,7 +156,13 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
         where, path = f"{file}, line {number}", root / row[0].strip()
         if len(row) < 2:
             raise DataError(f"{where}: expected a path and its label or values, found {row[0]!r}.")
-        if not path.is_file():
+        if not os.path.isfile(path):  # no error where a text is too long for a path
+            if not lines:  # a header, or another format, of which nothing was read yet
+                raise DataError(
+                    f"{where}: expected the path of an image below {root}, or a header that begins "
+                    f"with {_HEADER}; found {','.join(row)[:80]!r}, and no such image. The file is "
+                    "CSV, with the paths in the first column (of pandas: to_csv(index=False))."
+                )
             raise DataError(f"{where}: {path} does not exist. Paths are relative to {root}.")
         if path in lines:
             raise DataError(f"{where}: {row[0]} is there already: {lines[path].where}.")

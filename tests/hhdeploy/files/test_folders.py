@@ -264,6 +264,7 @@ def test_a_list_of_paths_and_labels_stands_for_a_folder(tmp_path):
             "a.png 1\na.png 1\nin/../a.png 2\n",
             r"line 3: expected the label of in/\.\./a\.png to be '1', as in line 1, found '2'",
         ),
+        ("a.png 1\n" + "x" * 5000 + " 2\n", r"line 2: .*, and no such image"),
         ("a.png 1\ngone.png 2\n", r"line 2: .* found 'gone\.png 2', and no such image"),
     ],
 )
