@@ -2,6 +2,7 @@
 
     RequestError               400  INVALID_ARGUMENT     the request is wrong
     ├── NotFoundError          404  NOT_FOUND            no such model, adapter or version
+    │   └── NotServedError     404  UNIMPLEMENTED        no such method, or one that is not served
     ├── UnauthorizedError      401  UNAUTHENTICATED      a token is missing or wrong
     ├── ForbiddenError         403  PERMISSION_DENIED    the operator did not allow it
     ├── TooLargeError          413  INVALID_ARGUMENT     over a limit on bytes or pixels
@@ -49,6 +50,12 @@ class NotFoundError(RequestError):
 
     status = 404
     code = "NOT_FOUND"
+
+
+class NotServedError(NotFoundError):
+    """gRPC: no such method, or one of the protocol's that is not served here."""
+
+    code = "UNIMPLEMENTED"
 
 
 class UnauthorizedError(RequestError):

@@ -13,10 +13,12 @@ import logging
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.runtime.serving.grpc.headers import BrokenError, Headers
+from hhdeploy.runtime.serving.errors import RequestError
+from hhdeploy.runtime.serving.grpc.headers import Answers, BrokenError, Headers
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")
 
@@ -28,10 +30,10 @@ class Front:
         port: it listens on.
     """
 
-    def __init__(self, inner: Path) -> None:
-        """``inner``: socket of gRPC's own server."""
+    def __init__(self, inner: Path, refused: Callable[[RequestError], None]) -> None:
+        """``inner``: socket of gRPC's own server; ``refused``: is told what that refuses."""
         self.port = 0
-        self.inner = inner
+        self.inner, self.refused = inner, refused
         self._servers: list[asyncio.Server] = []
         self._clients: set[_Client] = set()
         self._empty = asyncio.Event()
@@ -113,8 +115,9 @@ class _Client(_Half):
 
     async def _connect(self) -> None:
         loop, path = asyncio.get_running_loop(), str(self._front.inner)
+        refused = self._front.refused
         try:
-            _, self.other = await loop.create_unix_connection(lambda: _Server(self), path)
+            _, self.other = await loop.create_unix_connection(lambda: _Server(self, refused), path)
         except OSError as error:
             _LOG.error("gRPC's own server does not answer", extra={"error": str(error)})
             self.transport.abort()
@@ -147,12 +150,14 @@ class _Client(_Half):
 class _Server(_Half):
     """The connection to gRPC's own server on behalf of a client."""
 
-    def __init__(self, client: _Client) -> None:
+    def __init__(self, client: _Client, refused: Callable[[RequestError], None]) -> None:
         super().__init__()
         self.other = client
+        self._answers = Answers(refused)
 
     def data_received(self, data: bytes) -> None:
         assert self.other is not None
+        self._answers.feed(data)
         self.other.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:

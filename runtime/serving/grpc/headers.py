@@ -11,13 +11,17 @@ left out never shifts what the client's next block refers to.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Final
 
 import hpack
 
+from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
+
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEAD: Final = 9
-_HEADERS, _CONTINUATION = 1, 9
+_HEADERS, _RESET, _CONTINUATION = 1, 3, 9
 _END_STREAM, _END_HEADERS, _PADDED, _PRIORITY = 1, 4, 8, 32
 # Of a frame unless both sides agreed on more; and of a whole block, as gRPC takes it.
 _MOST_FRAME, _MOST_BLOCK = 1 << 14, 1 << 14
@@ -29,6 +33,12 @@ _MOST_MADE: Final = 1 << 23
 # up to which length.
 _ONE_REFERENCE, _LONG_REFERENCE, _MOST_KNOWN, _LONG_KNOWN = 0x80, 0xFF, 16, 1 << 12
 _PLAIN: Final = bytes(c if 0x20 <= c < 0x7F else ord("?") for c in range(256))
+# What says that gRPC refused a stream, or a call: its messages, a literal in the headers.
+_REFUSED_STREAM: Final = (7).to_bytes(4, "big")
+_ITS_OWN: Final = re.compile(
+    rb"\x0cgrpc-message[\0-\x7f](?:SERVER: )?"
+    rb"((?:Received|Decompressed) message larger than max|Concurrent RPC limit exceeded)"
+)
 # Who calls, as `host:port`: a client's own header of that name is left out.
 PEER: Final = "x-hhdeploy-peer"
 
@@ -147,6 +157,35 @@ class Headers:
         peer = PEER.encode()
         fields = [_literal(*_plain(name, value)) for name, value in found if name != peer]
         return b"".join(fields) + self._peer
+
+
+class Answers:
+    """What gRPC's own server sends on one connection: it tells nobody what it refuses by itself."""
+
+    def __init__(self, refused: Callable[[RequestError], None]) -> None:
+        """``refused``: is told of each call that gRPC refused."""
+        self._refused = refused
+        # A begun frame that may be of interest, or a begun head; bytes to come of others.
+        self._held, self._through = b"", 0
+
+    def feed(self, data: bytes) -> None:
+        """Some bytes more."""
+        data = self._held + data if self._held else data
+        position = self._through
+        while position + _HEAD <= len(data):
+            end = position + _HEAD + int.from_bytes(data[position : position + 3], "big")
+            kind = data[position + 3]
+            if kind in (_HEADERS, _RESET):
+                if end > len(data):
+                    break
+                content = data[position + _HEAD : end]
+                if kind == _RESET and content == _REFUSED_STREAM:
+                    self._refused(BusyError("too many calls on one connection."))
+                elif kind == _HEADERS and (found := _ITS_OWN.search(content)):
+                    error = BusyError if found[1].startswith(b"Conc") else TooLargeError
+                    self._refused(error(found[1].decode()))
+            position = end
+        self._through, self._held = max(0, position - len(data)), data[position:]
 
 
 def _plain(name: bytes, value: bytes) -> tuple[bytes, bytes]:

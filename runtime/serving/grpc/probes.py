@@ -13,18 +13,15 @@ from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
-from hhdeploy.runtime.serving.errors import (
-    NotFoundError,
-    StoppingError,
-    UnauthorizedError,
-)
+from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
+from hhdeploy.runtime.serving.grpc.parsing import parse
 from hhdeploy.runtime.serving.grpc.servicer import Servicer, until
 from hhdeploy.runtime.serving.messages import Deadline
 
@@ -32,16 +29,25 @@ SERVICE: Final = "inference.GRPCInferenceService"
 # Whose health is told to all.
 _OPEN: Final = ("", SERVICE)
 _STATUS = health_pb2.HealthCheckResponse
+# Of a request, which is a name.
+_MOST_BYTES = 64 << 10
 # How often the state is looked at for who watches it.
 _WATCH_SECONDS = 1.0
 
 
 def add_probes(server: Any, endpoint: Endpoint, access: Access, servicer: Servicer) -> None:
     """Let a server answer both services; see `Health` and `ServerReflection`."""
-    health_pb2_grpc.add_HealthServicer_to_server(Health(endpoint, access, servicer), server)
+    health = Health(endpoint, access, servicer)
+    said = health_pb2.HealthCheckResponse.SerializeToString
+    methods = {
+        "Check": grpc.unary_unary_rpc_method_handler(health.Check, None, said),
+        "Watch": grpc.unary_stream_rpc_method_handler(health.Watch, None, said),
+    }
+    handler = grpc.method_handlers_generic_handler("grpc.health.v1.Health", methods)
+    server.add_generic_rpc_handlers((handler,))
     method = grpc.stream_stream_rpc_method_handler(
-        ServerReflection(servicer.stopping).ServerReflectionInfo,
-        pb.ServerReflectionRequest.FromString,
+        ServerReflection(servicer).ServerReflectionInfo,
+        None,
         pb.ServerReflectionResponse.SerializeToString,
     )
     for version in ("v1", "v1alpha"):  # one form under two names
@@ -50,8 +56,8 @@ def add_probes(server: Any, endpoint: Endpoint, access: Access, servicer: Servic
         server.add_generic_rpc_handlers((handler,))
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Health as Kubernetes' probes and load balancers ask for it."""
+class Health:
+    """Health as Kubernetes' probes and load balancers ask for it; requests come as bytes."""
 
     # ruff: noqa: N802 - the service's names
 
@@ -60,40 +66,42 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._endpoint, self._access, self._servicer = endpoint, access, servicer
         self._stopping = servicer.stopping
 
-    async def Check(self, request: Any, context: Any) -> Any:
+    async def Check(self, raw: bytes, context: Any) -> Any:
         """Whether requests are answered now; NOT_FOUND for a service or model there is not."""
-        if not self._may_ask(request.service, context):
+        try:
+            service = _service(raw)
+            self._check_asking(service, context)
+            state = await self._state(service)
+            if state == _STATUS.SERVICE_UNKNOWN:
+                raise NotFoundError(
+                    "unknown service: expected none, the service's name or a model's."
+                )
+        except RequestError as error:
+            self._servicer.refuse(context, error)
             return _STATUS()
-        state = await self._state(request.service)
-        if state == _STATUS.SERVICE_UNKNOWN:
-            context.set_code(grpc.StatusCode.NOT_FOUND)
-            context.set_details("unknown service: expected none, the service's name or a model's.")
         return _STATUS(status=state)
 
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def Watch(self, raw: bytes, context: Any) -> AsyncIterator[Any]:
         """The state, and again whenever it is another one."""
         last = None
-        while last != _STATUS.NOT_SERVING or not self._stopping.is_set():
-            if not self._may_ask(request.service, context):  # a token may go meanwhile
-                return
-            if (state := await self._state(request.service)) != last:
-                last = state
-                yield _STATUS(status=state)
-            try:
-                await asyncio.wait_for(self._stopping.wait(), _WATCH_SECONDS)
-            except asyncio.TimeoutError:
-                continue
-
-    def _may_ask(self, service: str, context: Any) -> bool:
-        """False once the call has failed for want of a token."""
-        if service in _OPEN:
-            return True
         try:
-            self._access.check_asking(dict(context.invocation_metadata()).get("authorization"))
-        except UnauthorizedError as error:
+            service = _service(raw)
+            while last != _STATUS.NOT_SERVING or not self._stopping.is_set():
+                self._check_asking(service, context)  # a token may go meanwhile
+                if (state := await self._state(service)) != last:
+                    last = state
+                    yield _STATUS(status=state)
+                try:
+                    await asyncio.wait_for(self._stopping.wait(), _WATCH_SECONDS)
+                except asyncio.TimeoutError:
+                    continue
+        except RequestError as error:
             self._servicer.refuse(context, error)
-            return False
-        return True
+
+    def _check_asking(self, service: str, context: Any) -> None:
+        """Raises `UnauthorizedError` for want of a token."""
+        if service not in _OPEN:
+            self._access.check_asking(dict(context.invocation_metadata()).get("authorization"))
 
     async def _state(self, service: str) -> Any:
         if self._stopping.is_set():
@@ -114,16 +122,23 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 class ServerReflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]
     """The protocol's description, for grpcurl and its like; a stream of it ends with the server."""
 
-    def __init__(self, stopping: asyncio.Event) -> None:
+    def __init__(self, servicer: Servicer) -> None:
+        """``servicer``: as of `Health`."""
         super().__init__((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name))
-        self._stopping = stopping
+        self._servicer = servicer
 
-    async def ServerReflectionInfo(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+    async def ServerReflectionInfo(self, raws: Any, context: Any) -> AsyncIterator[Any]:
         """An answer to each request."""
+        requests = (parse(pb.ServerReflectionRequest, raw, _MOST_BYTES) async for raw in raws)
         try:
-            async with aclosing(until(self._stopping, requests)) as coming:
+            async with aclosing(until(self._servicer.stopping, requests)) as coming:
                 async for answer in super().ServerReflectionInfo(coming, context):
                     yield answer
-        except StoppingError as error:
-            context.set_code(grpc.StatusCode.UNAVAILABLE)
-            context.set_details(str(error))
+        except RequestError as error:
+            self._servicer.refuse(context, error)
+
+
+def _service(raw: bytes) -> str:
+    """Whose health is asked for."""
+    service: str = parse(health_pb2.HealthCheckRequest, raw, _MOST_BYTES).service
+    return service

@@ -22,7 +22,7 @@ from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
-from hhdeploy.runtime.serving.errors import RequestError
+from hhdeploy.runtime.serving.errors import NotServedError, RequestError, shown
 from hhdeploy.runtime.serving.grpc.front import Front
 from hhdeploy.runtime.serving.grpc.parsing import parse
 from hhdeploy.runtime.serving.grpc.probes import add_probes
@@ -43,7 +43,7 @@ _LOST_SECONDS = 5.0
 # For clients to take the last answers, once all calls have ended.
 _FLUSH_SECONDS = 5.0
 # Calls of one connection at the same time. A client keeps further ones back, once it knows; what it
-# sends before that is refused, and not counted: it is no fewer than a job may send at once.
+# sends before that is refused, so it is no fewer than a job may send at once.
 _MOST_STREAMS = 1 << 12
 # Calls that have arrived and that Python has not looked at yet. What is beyond (1,000 by default),
 # gRPC ends at random with CANCELLED, whoever called, and nobody here hears of it: our own limits
@@ -67,7 +67,7 @@ class GrpcServer:
         self._access, self._tls = access, tls
         self._servicer = Servicer(endpoint, access)
         self._scratch = _scratch_directory()
-        self._front = Front(Path(self._scratch.name) / "socket")
+        self._front = Front(Path(self._scratch.name) / "socket", endpoint.refused)
         self._servers: list[Any] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -133,6 +133,7 @@ class GrpcServer:
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
         add_probes(server, self._endpoint, self._access, self._servicer)
+        server.add_generic_rpc_handlers((_Others(self._servicer),))
         path = self._front.inner
         path.unlink(missing_ok=True)
         try:
@@ -212,11 +213,16 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
     the client's code would be UNKNOWN.
     """
     kind = getattr(pb, method.input_type.name)
-    behaviour: Any = getattr(servicer, method.name, _unimplemented)
+    behaviour: Any = getattr(servicer, method.name, None)
 
     async def unary(raw: bytes, context: Context) -> Any:
         try:
             request = parse(kind, raw, most)
+            if behaviour is None:
+                raise NotServedError(
+                    "shared memory, tracing and log settings are not served here: send tensors in "
+                    "the request."
+                )
         except RequestError as error:
             servicer.refuse(context, error)
             return None
@@ -235,11 +241,23 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
     return grpc.unary_unary_rpc_method_handler(unary, None, _serialise)
 
 
-async def _unimplemented(request: Any, context: Context) -> None:
-    context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-    context.set_details(
-        "shared memory, tracing and log settings are not served here: send tensors in the request."
-    )
+class _Others(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Refuses every method that nobody else has; gRPC itself would, without a word to anybody."""
+
+    def __init__(self, servicer: Servicer) -> None:
+        self._servicer = servicer
+
+    def service(self, handler_call_details: Any) -> Any:
+        """What answers a call, of whichever kind it is."""
+        method = shown(handler_call_details.method)
+
+        async def refuse(raws: AsyncIterator[bytes], context: Context) -> None:
+            error = NotServedError(
+                f"Method not found! Expected one that server reflection tells of, found {method}."
+            )
+            self._servicer.refuse(context, error)
+
+        return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 def _serialise(message: Any) -> bytes:

@@ -151,7 +151,7 @@ async def front_before(folder: Path, said: bytes):
         writer.close()
         gone.set()
 
-    front = Front(folder / "socket")
+    front = Front(folder / "socket", [].append)
     inner = await asyncio.start_unix_server(speak, front.inner)
     await front.listen(listen("127.0.0.1", 0, "grpc_port", 9), None)
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)

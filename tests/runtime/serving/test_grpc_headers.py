@@ -6,7 +6,8 @@ import hpack
 import numpy as np
 import pytest
 
-from hhdeploy.runtime.serving.grpc.headers import PEER, BrokenError, Headers
+from hhdeploy.runtime.serving.errors import RequestError, refusal_kind
+from hhdeploy.runtime.serving.grpc.headers import PEER, Answers, BrokenError, Headers
 from tests.runtime.serving.http2 import (
     CONTINUATION,
     DATA,
@@ -16,6 +17,7 @@ from tests.runtime.serving.http2 import (
     PADDED,
     PREFACE,
     PRIORITY,
+    RST_STREAM,
     block,
     call,
     frame,
@@ -104,6 +106,24 @@ def test_long_headers_are_several_frames():
     content = encoder.encode(long)
     assert len(content) < 1 << 14
     assert read(sent(frame(HEADERS, END_HEADERS, 1, content))) == [long]
+
+
+@pytest.mark.parametrize("step", [1, 7, 13, 1 << 20])
+def test_what_grpc_refuses_by_itself_is_told_in_whatever_pieces(step):
+    own = b"SERVER: Received message larger than max (9 vs. 8)"
+    said = [own, b"Decompressed message larger than max", b"Concurrent RPC limit exceeded!"]
+    quoted = b"unknown model " + own
+    data = b"".join(
+        frame(HEADERS, END_HEADERS | END_STREAM, 1, block([(b"grpc-message", text)]))
+        + frame(DATA, 0, 3, block([(b"grpc-message", own)]))
+        for text in (*said, quoted)
+    )
+    data += frame(RST_STREAM, 0, 5, b"\0\0\0\7") + frame(RST_STREAM, 0, 7, b"\0\0\0\0")
+    found: list[RequestError] = []
+    answers = Answers(found.append)
+    for start in range(0, len(data), step):
+        answers.feed(data[start : start + step])
+    assert list(map(refusal_kind, found)) == ["too_large", "too_large", "busy", "busy"]
 
 
 GOOD = block(call(INFER))

@@ -178,6 +178,49 @@ def test_the_servers_limit_ends_the_work():
     asyncio.run(run())
 
 
+def test_every_call_that_is_refused_is_counted():
+    """Also what gRPC refuses before any code of ours, and what is no method of the protocol."""
+    health, one = "/grpc.health.v1.Health/", message(images(1)).SerializeToString()
+    vast, bomb = bytes(20_001), bytes(9 << 20)
+    infer = "/inference.GRPCInferenceService/ModelInfer"
+    stream = "/inference.GRPCInferenceService/ModelStreamInfer"
+    shared = "/inference.GRPCInferenceService/SystemSharedMemoryStatus"
+    reflection = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+    gzip = grpc.Compression.Gzip
+    kinds = [
+        (infer + "s", one, None, "UNIMPLEMENTED", "not_served"),
+        ("/nobody/knows", one, None, "UNIMPLEMENTED", "not_served"),
+        (shared, b"", None, "UNIMPLEMENTED", "not_served"),
+        (infer, vast, None, "RESOURCE_EXHAUSTED", "too_large"),
+        (stream, vast, None, "RESOURCE_EXHAUSTED", "too_large"),
+        (infer, bomb, gzip, "RESOURCE_EXHAUSTED", "too_large"),
+        (infer, b"\xff", None, "INVALID_ARGUMENT", "request"),
+        (health + "Check", b"\x0a\6nobody", None, "NOT_FOUND", "not_found"),
+        (health + "Check", b"\xff", None, "INVALID_ARGUMENT", "request"),
+        (health + "Watch", b"\xff", None, "INVALID_ARGUMENT", "request"),
+        (health + "Nothing", b"", None, "UNIMPLEMENTED", "not_served"),
+        (reflection, b"\xff", None, "INVALID_ARGUMENT", "request"),
+    ]
+
+    async def run() -> None:
+        endpoint = Endpoint(body_bytes=20_000)
+        endpoint.model_ready = unknown
+        async with (
+            served(endpoint) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            for method, raw, compression, code, kind in kinds:
+                call = channel.stream_unary(method)(iter([raw]), compression=compression)
+                assert (await failing(call))[0] == code, (method, raw[:9])
+                assert list(map(errors.refusal_kind, endpoint.refusals)) == [kind], method
+                endpoint.refusals.clear()
+
+    async def unknown(name: str) -> bool:
+        raise errors.NotFoundError(f"no model {name}")
+
+    asyncio.run(run())
+
+
 def test_much_typed_and_messages_of_many_fields():
     """The one is answered as any other, the other refused and counted."""
     much, many = message(images(16)), message(images(1))
@@ -231,6 +274,7 @@ def test_calls_are_counted():
                 await soon(endpoint.taken.wait())
             code, _ = await failing(stub.ServerLive(pb.ServerLiveRequest()))
             assert code == "RESOURCE_EXHAUSTED"
+            assert [errors.refusal_kind(each) for each in endpoint.refusals] == ["busy"]
             endpoint.gate.set()
             for call in taken:
                 assert (await soon(call)).id == "seven"
