@@ -143,7 +143,7 @@ def signs_sha256(model: nn.Module, classifier: str) -> str:
     digest = hashlib.sha256()
     for name, tensor in _frozen_weights(model, classifier):
         digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(np.packbits(tensor.float().signbit().cpu().numpy()).data)
+        digest.update(np.packbits(np.signbit(tensor.float().cpu().numpy())).data)
     return digest.hexdigest()
 
 

@@ -138,6 +138,8 @@ def _check_steps(stated: Mapping[str, Any], kind: str, cut: tuple[int, int] | No
 
 def _check_size(size: Mapping[str, Any], kind: str, crops: bool) -> None:
     """Refuse a ``size`` that is neither a height and a width nor the shortest edge of a crop."""
+    if not all(edge > 0 for edge in size.values()):
+        raise ValueError(f"size is {dict(size)}")
     if set(size) not in (set(), {"height", "width"}, {"shortest_edge"}):
         raise BackboneError(
             f"{_PROCESSOR}: size: expected height and width, or shortest_edge, found "
@@ -169,7 +171,7 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
         mean, std = stated.get("image_mean"), stated.get("image_std")
     else:
         mean, std = [0.0] * channels, [1.0] * channels
-    size, kind = stated.get("size") or {}, _kind(stated)
+    size, kind = stated.get("size"), _kind(stated)
     crops = bool(stated.get("do_center_crop", kind in _CROPPING))
     if crops and not stated.get("do_resize", True):
         raise BackboneError(
@@ -179,7 +181,7 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     if isinstance(size, int):
         square = _is_square(stated, kind, crops)
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
-    size = {key: value for key, value in size.items() if value is not None}
+    size = {key: value for key, value in (size or {}).items() if value is not None}
     if kind == "ConvNext" and (edge := size.get("shortest_edge")) is not None:
         crops, stated = True, {**stated, "crop_size": edge}  # it has no other
         if edge >= 384:  # large pictures are squashed whole

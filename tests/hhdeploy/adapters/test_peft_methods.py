@@ -507,8 +507,7 @@ def test_a_processor_beside_the_adapter(tmp_path, vit):
     (source / "preprocessor_config.json").write_text("[]")
     with pytest.raises(AdapterError, match="expected a JSON object, found list"):
         import_adapter(source, vit)
-    cut = {"do_center_crop": True, "crop_size": 32}
-    for wrong in ({"size": {"shortest_edge": 0}, **cut}, {"resample": 9}, {"size": [32]}):
+    for wrong in ({"size": {"shortest_edge": 0}}, {"resample": 9}, {"size": [32]}):
         (source / "preprocessor_config.json").write_text(
             json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **wrong})
         )

@@ -387,6 +387,8 @@ def test_a_processor_is_read_as_its_kind_reads_itself(kind, stated):
         ({"size": {"max_height": 32, "max_width": 32}}, "size: .*found max_height, max_width"),
         ({"size": {"longest_edge": 32}}, "size: .*found longest_edge"),
         ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "found shortest_edge, longest_edge"),
+        ({"size": 0}, "cannot be read: size is {'height': 0, 'width': 0}"),
+        ({"size": {"height": -32, "width": 32}}, "cannot be read: size is"),
         ({"size": {"shortest_edge": 32}}, "a shortest_edge of 32 and no do_center_crop leave"),
         ({"image_processor_type": "CLIPImageProcessor"}, "size: expected the shortest_edge"),
         (
