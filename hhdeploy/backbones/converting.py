@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +114,17 @@ _ACTIVATIONS = {
 }
 
 
+def marked(names: Iterable[str]) -> tuple[str, str] | None:
+    """What stands before all of transformers' names of such a model, and the name that marks it;
+    None if these are no such names."""
+    found = ((name.removesuffix(m), m) for name in names for m in _MARKS if name.endswith(m))
+    return next(found, None)
+
+
 def is_transformers(state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a state dict has transformers' names of a ViT, DeiT, DINOv2, BEiT, Swin, CLIP or
     SigLIP."""
-    return any(key.endswith(_MARKS) for key in state)
+    return marked(state) is not None
 
 
 def timm_state(
@@ -135,8 +142,9 @@ def timm_state(
         BackboneError: tensors that no module of the timm model stands for, or a classifier that
             reads something else than timm's.
     """
-    mark = next(key for key in state if key.endswith(_MARKS))
-    prefix = mark[: -len(next(m for m in _MARKS if mark.endswith(m)))]
+    found_mark = marked(state)
+    assert found_mark is not None
+    prefix, mark = found_mark
     found: dict[str, torch.Tensor] = {}
     unknown = []
     for key, tensor in state.items():
@@ -146,7 +154,7 @@ def timm_state(
         if key.startswith("classifier."):
             found[key.replace("classifier", classifier, 1)] = tensor
             continue
-        name = _name(inside)
+        name = timm_name(inside)
         if name is None:
             unknown.append(key)
         else:
@@ -167,7 +175,7 @@ def timm_state(
                 or " Give the directory that it was saved in as the model: transformers:DIR."
             )
         )
-    if mark.endswith(_TOWER):
+    if mark == _TOWER:
         found = _as_read(found, model, classifier, file)
     return _fused(found, model)
 
@@ -221,8 +229,9 @@ def reads(model: nn.Module) -> tuple[str | None, bool, bool]:
     return getattr(model, "global_pool", None), norm, late
 
 
-def _name(key: str) -> str | None:
-    """timm's name of one tensor."""
+def timm_name(key: str) -> str | None:
+    """timm's name of one tensor of transformers', without what stands before them all; q, k and v
+    are apart. None if there is none."""
     for pattern, name in _OUTSIDE.items():
         if found := re.fullmatch(pattern, key):
             return found.expand(name)

@@ -8,7 +8,7 @@ names of its adapters in them. Pure functions of names.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,13 @@ def outer_prefix(names: Collection[str], modules: Collection[str]) -> str | None
 def numbers_in(path: str) -> tuple[int, ...]:
     """The numbered components of a path: which block of which stage."""
     return tuple(int(part) for part in path.split(".") if part.isdigit())
+
+
+def numbers_filled(pattern: str, numbers: Iterable[int]) -> str:
+    """A path whose numbers were left open, with these."""
+    for number in numbers:
+        pattern = pattern.replace("*", str(number), 1)
+    return pattern
 
 
 def numbers_open(path: str) -> str:

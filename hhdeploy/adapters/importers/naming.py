@@ -3,7 +3,8 @@
 Three ways that names differ: not at all; by the name of the user's outer module before them all;
 or because the file was trained on another implementation of the same architecture (transformers'
 names of either generation, those of HTA's authors, on a timm model). Then the number of the block
-and the kind of the Linear (q, k, v, proj, fc1, fc2) tell which is which.
+and the kind of the Linear (q, k, v, proj, fc1, fc2) tell which is which; of other modules of
+transformers (norms, patches, the classifier) the table by which its checkpoints become timm's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hhdeploy.adapters.importers.keys import numbers_in, outer_prefix, owner_of
+from hhdeploy.backbones.converting import marked, timm_name
 from hhdeploy.backbones.sites import kind_of, sites_of
 from hhdeploy.errors import AdapterError
 
@@ -28,8 +30,8 @@ class Names:
     Attributes:
         prefix: before every path of the file, "" or ending in a dot.
         modules: paths of the backbone's modules that have parameters of their own.
-        translated: path of the file -> site or Linear of the backbone; empty where the names are
-            the backbone's own.
+        translated: path of the file -> site, module or parameter of the backbone; empty where the
+            names are the backbone's own.
     """
 
     prefix: str
@@ -69,17 +71,29 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
         for site in sites_of(backbone.facts.linears).values()
         if site.kind
     }
-    translated: dict[str, str] = {}
-    paths: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for name in names:
         path = _by_kind(name)
         target = sites.get((numbers_in(path), kind_of(path))) if path else None
-        if target is None:
+        if target is not None:
+            found[name] = path, target
+    rest = [name for name in names if name not in found]
+    if rest:
+        table = _Table(backbone)
+        tries = [{n: p for n in rest if (p := table.find(n, s))} for s in _starts(names)]
+        tries.sort(key=len)
+        found |= tries[-1]
+    translated: dict[str, str] = {}
+    paths: dict[str, str] = {}
+    for name in names:
+        path, target = found.get(name, ("", ""))
+        if not target:
             raise AdapterError(
                 f"{file}: {name}: {backbone.facts.model} has no such module. Its own names are "
                 f"those of {', '.join(list(sites_of(backbone.facts.linears))[:4])}, …. Give the "
-                "model that the adapter was trained on; keys of an outer module of your own are "
-                "stripped with `prefix`."
+                "model that the adapter was trained on (of transformers transformers:DIR), or "
+                "merge it there (merge_and_unload) and bring the checkpoint: `extract_adapter()`. "
+                "Keys of an outer module of your own are stripped with `prefix`."
             )
         if paths.setdefault(target, path) != path:
             raise AdapterError(
@@ -98,3 +112,43 @@ def _by_kind(name: str) -> str:
     while path and not kind_of(path):
         path = path.rpartition(".")[0]
     return path
+
+
+def _starts(names: Collection[str]) -> Collection[str]:
+    """What may stand before all names of a model: components that no number precedes."""
+    starts = {"": None}
+    for name in names:
+        parts = name.split(".")[:-1]
+        count = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        starts |= dict.fromkeys(f"{'.'.join(parts[: i + 1])}." for i in range(count))
+    return starts
+
+
+class _Table:
+    """transformers' names of what no kind stands for, as the backbone has it."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        own = [name for name, _ in backbone.model.named_parameters()]
+        prefix, _ = marked(own) or ("", "")
+        self._classifier = backbone.facts.classifier
+        self._own = {timm_name(name.removeprefix(prefix)) or name: name for name in own}
+
+    def find(self, name: str, start: str) -> tuple[str, str] | None:
+        """The part of a tensor's name that is a module, or else a parameter, and what it is here.
+
+        Args:
+            name: of the file.
+            start: what stands before all its names but the classifier's.
+        """
+        if name.startswith("classifier.") and self._classifier:
+            return "classifier", self._classifier
+        if not name.startswith(start):
+            return None
+        path = name.removeprefix(start)
+        whole = self._own.get(timm_name(path) or "")
+        while "." in path:
+            path = path.rpartition(".")[0]
+            weight = self._own.get(timm_name(f"{path}.weight") or "", "")
+            if weight.endswith(".weight"):
+                return start + path, weight.removesuffix(".weight")
+        return None if whole is None else (name, whole)

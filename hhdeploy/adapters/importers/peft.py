@@ -169,7 +169,8 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     assumed = [*notes, *other_name(config, backbone.facts)]
     if left:
         assumed.append(f"left out, as they are not in {options.prefix}: {abbreviate(left, 3)}")
-    if head is not None:
+    adapted = {names.here(names.owner(key) or "") for key in split.tuned}
+    if head is not None or backbone.facts.classifier in adapted:
         assumed += check_reading(config, backbone, file, translated=bool(names.translated))
     if unknown_option(config) is None and not _adapts_attention(split.tuned, names, backbone):
         result = _read_as_it_is(config, split, names, backbone, options, file)
@@ -278,6 +279,8 @@ def _read_as_it_is(
         linear = linear_at(backbone.facts, here)
         if linear is None and here not in names.modules:
             raise AdapterError(f"{file}: {module}: {backbone.facts.model} has no such module.")
+        if here == backbone.facts.classifier and backbone.facts.classes == 0:
+            raise AdapterError(f"{file}: {no_place(module, backbone.facts)}")
         weight = None
         if linear is None or config["peft_type"] == HRA:
             _need_weights(config, here, options, file)
@@ -369,7 +372,10 @@ def _in_names_of(
 ) -> tuple[dict[str, Any], Tensors]:
     """Configuration and tensors in the backbone's own names, where every module is one of it."""
     modules = dict(backbone.model.named_modules())
-    thirds = [path for path in names.translated.values() if path not in modules]
+    owners = {owner for key in tuned if (owner := names.owner(key)) is not None}
+    compare_targets(config, owners, names, backbone, where)
+    targets = sorted(set(map(names.here, owners)))
+    thirds = [path for path in targets if path not in modules]
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
     if thirds or patterns:
         raise AdapterError(
@@ -378,10 +384,7 @@ def _in_names_of(
             f"{patterns[0] if patterns else 'q, k and v apart'} are converted on the model that "
             "they were trained on alone: give that `model`."
         )
-    owners = {owner for key in tuned if (owner := names.owner(key)) is not None}
-    compare_targets(config, owners, names, backbone, where)
     renamed = {names.here(key): tensor for key, tensor in tuned.items()}
-    targets = sorted(set(names.translated.values()))
     dropped = ("layers_to_transform", "layers_pattern", "exclude_modules")
     kept = {key: value for key, value in config.items() if key not in dropped}
     return {**kept, "target_modules": targets}, renamed

@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.applying import path_of_parameters
+from hhdeploy.adapters.importers.keys import numbers_filled, numbers_in, numbers_open
 from hhdeploy.adapters.importers.lora import tuned_tensor
 from hhdeploy.adapters.importers.naming import Names
 from hhdeploy.adapters.importers.targets import in_saved_module
 from hhdeploy.adapters.importers.template import Tensors
+from hhdeploy.backbones.sites import kind_of
 from hhdeploy.errors import AdapterError
 
 if TYPE_CHECKING:
+    import torch
+
     from hhdeploy.backbones.spec import Backbone
 
 # What a raw state dict says between the path of a saved or wrapped module and its parameter.
@@ -68,10 +73,16 @@ def head_of_file(
         if (
             owner == facts.classifier
             or owner.endswith(f".{facts.classifier}")
-            or (marked and owner not in modules and tensor.shape[1] == facts.dim)
+            or (marked and _may_be_head(owner, modules) and tensor.shape[1] == facts.dim)
         ):
             found.add(owner)
     return found.pop() if len(found) == 1 else None
+
+
+def _may_be_head(owner: str, modules: Collection[str]) -> bool:
+    """Whether a module that the backbone does not have may be a classifier: it is none of a
+    block's Linears in another implementation's names."""
+    return owner not in modules and not (kind_of(owner) and numbers_in(owner))
 
 
 def split_saved(
@@ -96,7 +107,8 @@ def split_saved(
         AdapterError: modules_to_save or bias and the tensors disagree, or a shape does, or a
             parameter is there twice.
     """
-    parameters = dict(backbone.model.named_parameters())
+    thirds = _thirds(backbone) if names.translated else {}
+    parameters = _parameters(backbone, thirds)
     classifier = backbone.facts.classifier
     tuned: Tensors = {}
     whole: dict[str, NDArray[np.float64]] = {}
@@ -123,8 +135,11 @@ def split_saved(
             )
         whole[name], named[name] = tensor.astype(np.float64), plain
     _check_named(named, config, file)
+    inside = [name for name in parameters if not _of(name, classifier)]
     own = (
-        () if names.translated else [names.prefix + n for n in parameters if not _of(n, classifier)]
+        _alike(named, inside, config)
+        if names.translated
+        else [names.prefix + name for name in inside]
     )
     _check_saved(set(named.values()), config, own, file)
     _check_classifier(named, config, parameters, classifier, file)
@@ -132,7 +147,72 @@ def split_saved(
     # Without classes the backbone's classifier is a placeholder that no training has seen.
     trained = [n for n in parameters if backbone.facts.classes or not _of(n, classifier)]
     _check_biases(split, names, config, trained, file)
-    return split
+    return Split(tuned, _put_together(whole, thirds, backbone))
+
+
+# Part of a parameter by the name that it has alone -> the parameter, and which rows of it.
+_Thirds = Mapping[str, tuple[str, slice]]
+
+
+def _thirds(backbone: Backbone) -> _Thirds:
+    """Weights and biases of q, k and v, which other implementations have apart; those of BEiT's
+    biases are, under names of their own."""
+    own = {name for name, _ in backbone.model.named_parameters()}
+    found = {}
+    for linear in backbone.facts.linears:
+        weight, bias = path_of_parameters(backbone, linear)
+        for i, site in enumerate(linear.sites if len(linear.sites) > 1 else ()):
+            rows = slice(i * site.out, (i + 1) * site.out)
+            attention, part = linear.path.rpartition(".")[0], site.name.rpartition(".")[2]
+            for leaf, name, at in (
+                ("weight", weight, rows),
+                ("bias", bias, rows),
+                ("bias", f"{attention}.{part}_bias", slice(None)),
+            ):
+                if name in own:
+                    found[f"{site.name}.{leaf}"] = name, at
+    return found
+
+
+def _parameters(backbone: Backbone, thirds: _Thirds) -> dict[str, torch.Tensor]:
+    """The backbone's parameters by the names that tensors of the file can have here."""
+    own: dict[str, torch.Tensor] = dict(backbone.model.named_parameters())
+    parts = {name: own[whole][rows] for name, (whole, rows) in thirds.items()}
+    fused = {whole for whole, _ in thirds.values()}
+    return {name: value for name, value in own.items() if name not in fused} | parts
+
+
+def _put_together(
+    whole: Mapping[str, NDArray[np.float64]], thirds: _Thirds, backbone: Backbone
+) -> dict[str, NDArray[np.float64]]:
+    """Parameters of the backbone: with the file's parts of them, else as they were."""
+    result = {name: value for name, value in whole.items() if name not in thirds}
+    for name, (parameter, rows) in thirds.items():
+        if name in whole:
+            if parameter not in result:
+                own = backbone.model.get_parameter(parameter)
+                result[parameter] = own.detach().double().cpu().numpy().copy()
+            result[parameter][rows] = whole[name]
+    return result
+
+
+def _alike(
+    named: Mapping[str, str], parameters: Collection[str], config: Mapping[str, Any]
+) -> list[str]:
+    """In another implementation's names: weights and biases that modules which were saved have, and
+    those of the same modules of other blocks."""
+    found = set()
+    for name, plain in named.items():
+        if not in_saved_module(config, plain):
+            continue
+        owner, theirs = name.rpartition(".")[0], plain.rpartition(".")[0]
+        for other in parameters:
+            path, _, leaf = other.rpartition(".")
+            numbers = numbers_in(path)
+            same = path and numbers_open(path) == numbers_open(owner)
+            if same and leaf in ("weight", "bias") and len(numbers) == len(numbers_in(theirs)):
+                found.add(f"{numbers_filled(numbers_open(theirs), numbers)}.{leaf}")
+    return sorted(found)
 
 
 def _check_named(named: Mapping[str, str], config: Mapping[str, Any], file: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.adapters.importers.keys import numbers_in, numbers_open
+from hhdeploy.adapters.importers.keys import numbers_filled, numbers_in, numbers_open
 from hhdeploy.adapters.importers.naming import Names
 from hhdeploy.backbones.sites import KINDS, kind_of, sites_of
 from hhdeploy.errors import AdapterError
@@ -36,6 +36,8 @@ _BEFORE = (
 _VIT_BEFORE = f"{_BEFORE} intermediate.dense output.dense"
 _DINOV2_BEFORE = f"{_BEFORE} mlp.fc1 mlp.fc2"
 _DINOV2_S = (".ls1.gamma", ".layer_scale1.lambda1")
+# How transformers' paths of a block begin, numbers left open.
+_BLOCK = re.compile(r"(encoder\.)?layers?\.\*(\.blocks\.\*)?$")
 
 
 def names_module(config: Mapping[str, Any], path: str) -> bool | None:
@@ -97,8 +99,11 @@ def compare_targets(
     extra = [path for path in found if names_module(config, path) is False]
     if names.translated:
         ways = (
-            [*_missing(config, found, paths, paths), *_unknown(config, [*paths, *found])]
-            for paths in _of_others(found, backbone)
+            [
+                *_missing(config, found, [*linears, *others], linears),
+                *_unknown(config, [*linears, *others, *found]),
+            ]
+            for linears, others in _of_others(found, backbone)
         )
         missing = min(ways, key=len)
     else:
@@ -164,12 +169,19 @@ def _linears(backbone: Backbone) -> list[str]:
     ]
 
 
-def _of_others(found: Sequence[str], backbone: Backbone) -> Iterator[list[str]]:
+def _of_others(found: Sequence[str], backbone: Backbone) -> Iterator[tuple[list[str], list[str]]]:
     """The Linears of all blocks as another implementation of the model calls them, that of the
-    file: once for each implementation whose names those of the file may be. Where it is none that
-    is known: what one block has, all have."""
-    blocks = [(numbers_in(s.name), s.kind) for s in sites_of(backbone.facts.linears).values()]
+    file, and its other modules that are known: once for each implementation whose names those of
+    the file may be. Where it is none that is known: what one block has, all have."""
+    sites = sites_of(backbone.facts.linears).values()
+    blocks = [(numbers_in(site.name), site.kind) for site in sites if site.kind]
     kinds = {path: kind for path in found if (kind := kind_of(path))}
+    others = [
+        numbers_filled(numbers_open(path), numbers)
+        for path in found
+        for numbers in dict(blocks)
+        if path not in kinds and len(numbers) == len(numbers_in(path))
+    ]
     parameters = (name for name, _ in backbone.model.named_parameters())
     dinov2 = any(name.endswith(_DINOV2_S) for name in parameters)
     known = False
@@ -182,17 +194,21 @@ def _of_others(found: Sequence[str], backbone: Backbone) -> Iterator[list[str]]:
         start = starts.pop() if len(starts) == 1 else None
         if start is not None:
             known = True
-            yield [_filled(start, numbers) + ends[kind] for numbers, kind in blocks if kind]
+            linears = [numbers_filled(start, n) + ends[kind] for n, kind in blocks]
+            patches = "patch_embedding" if "self_attn" in words else "patch_embeddings.projection"
+            yield linears, [*others, *_around(start, patches)]
     if not known:
-        alike = {(numbers_open(path), kind) for path, kind in kinds.items()}
-        yield [_filled(start, n) for start, k in sorted(alike) for n, kind in blocks if kind == k]
+        alike = sorted({(numbers_open(path), kind) for path, kind in kinds.items()})
+        yield [numbers_filled(p, n) for p, k in alike for n, kind in blocks if kind == k], others
 
 
-def _filled(pattern: str, numbers: Sequence[int]) -> str:
-    """A path with its numbers left open, with these."""
-    for number in numbers:
-        pattern = pattern.replace("*", str(number), 1)
-    return pattern
+def _around(start: str, patches: str) -> list[str]:
+    """What transformers has beside the blocks, whose paths start so, and LoRA can adapt: the
+    patches, and the classifier of a model that has the blocks in a part of it."""
+    before = _BLOCK.sub("", start)
+    if before == start:
+        return []
+    return [f"{before}embeddings.{patches}", *(["classifier"] if before else [])]
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -285,6 +285,99 @@ def test_what_another_implementation_s_names_lack(
     assert rename(named) in str(said.value)
 
 
+@pytest.fixture(scope="module")
+def twin(hf_vit, tmp_path_factory):
+    """timm's ViT with the weights of transformers'."""
+    theirs, folder = hf_vit[0].model, tmp_path_factory.mktemp("twin")
+    theirs.save_pretrained(folder)
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    return load_backbone(
+        BackboneSpec("vit_tiny_patch16_224", args, checkpoint=folder / "model.safetensors")
+    )
+
+
+QV = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "folded"),
+    [
+        ("LORA", {"exclude_modules": ["vit.layers.0.attention.q_proj"]}, False),
+        ("LORA", {"target_modules": [*QV, "classifier"], "modules_to_save": None}, False),
+        ("LORA", {"target_modules": "all-linear", "modules_to_save": None}, False),
+        ("LORA", {"bias": "lora_only"}, False),
+        ("LORA", {"bias": "all"}, True),
+        ("LORA", {"modules_to_save": ["classifier", "layernorm", "layernorm_before"]}, True),
+        ("LORA", {"modules_to_save": ["classifier", "k_proj"]}, True),
+        ("LORA", {"target_modules": [*QV, "projection"]}, True),
+        ("HRA", {"target_modules": [*QV, "o_proj"], "bias": "hra_only"}, False),
+        ("LORA", {"target_modules": ["o_proj", "fc1"], "use_dora": True, "bias": "all"}, True),
+        ("MISS", {"target_modules": ["fc1"], "modules_to_save": ["layernorm"]}, True),
+        ("LN_TUNING", {"target_modules": ["layernorm_before"]}, True),
+    ],
+    ids=in_order,
+)
+@pytest.mark.parametrize("rename", [str, old])
+def test_transformers_vit_onto_timm_s(tmp_path, twin, hf_vit, method, changes, folded, rename):
+    """Every option of the same function comes in: norms, biases, patches, the classifier."""
+    theirs, names = hf_vit
+    source, expected = saved(tmp_path, theirs, method, names, **{"target_modules": QV, **changes})
+    config = json.loads((source / CONFIG_FILE).read_text())
+    tensors = {rename(k): t for k, t in load_file(source / TENSOR_FILE).items()}
+    save_file(tensors, source / TENSOR_FILE)
+    words = {
+        "q_proj": "query",
+        "k_proj": "key",
+        "v_proj": "value",
+        "o_proj": "attention.output.dense",
+    }
+    words |= {"fc1": "intermediate.dense"}
+    if rename is old:
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            listed = config.get(key) or []
+            edit(source, **{key: [words.get(name, old(name)) for name in listed]})
+    adapter = import_adapter(source, twin)
+    assert range_error(expected, answers(twin, adapter)) <= BOUND
+    assert adapter.config.fold_only == folded
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost", "named"),
+    [
+        ({"bias": "lora_only"}, "1.attention.v_proj.base_layer", "blocks.1.attn.qkv.v.bias"),
+        ({"bias": "all"}, "1.attention.k_proj", "blocks.1.attn.qkv.k.bias"),
+        ({"modules_to_save": ["layernorm_before"]}, "1.layernorm", "layers.1.layernorm_before"),
+        ({"modules_to_save": ["layernorm"]}, "layernorm.bias", "vit.layernorm.bias"),
+        ({"modules_to_save": ["k_proj"]}, "1.attention.k_proj", "vit.layers.1.attention.k_proj"),
+        ({"target_modules": r".*(q_proj|classifier)"}, "classifier", "lacks classifier"),
+        ({"target_modules": r".*(q_proj|projection)"}, "projection", "projection"),
+    ],
+    ids=in_order,
+)
+def test_what_transformers_names_lack_beside_the_linears(
+    tmp_path, twin, hf_vit, changes, lost, named
+):
+    theirs, names = hf_vit
+    given = {"target_modules": QV, "modules_to_save": None, **changes}
+    source, _ = saved(tmp_path, theirs, "LORA", names, **given)
+    tensors = load_file(source / TENSOR_FILE)
+    kept = {k: t for k, t in tensors.items() if lost not in k}
+    assert len(kept) < len(tensors)
+    save_file(kept, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=rf"the file lacks .*{named}|{named}"):
+        import_adapter(source, twin)
+
+
+def test_what_has_no_place_in_timm_s_vit(tmp_path, twin, hf_vit):
+    theirs, names = hf_vit
+    source, _ = saved(tmp_path, theirs, "LORA", names, target_modules=[*QV, "projection"])
+    tensors = load_file(source / TENSOR_FILE)
+    tensors = {k.replace("patch_embeddings.projection", "tubes"): t for k, t in tensors.items()}
+    save_file(tensors, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=r"vit\.embeddings\.tubes.*transformers:DIR.*`extract_"):
+        import_adapter(source, twin)
+
+
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [

@@ -238,15 +238,15 @@ def test_a_tower_that_reads_other_tokens_is_refused(case, model, args, said, tmp
         loaded(tmp_path, model, {**TIMM, **args})
 
 
-def tuned(folder, name, config):
+def tuned(folder, name, config, **changes):
     """PEFT's model on a tower with a classifier, random, and saved beside the tower's weights."""
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(
-        r=3,
-        target_modules=["q_proj", "out_proj", "fc2"],
-        exclude_modules=r".*\.head\..*",
-        modules_to_save=["classifier"],
-    )
+    arguments = {
+        "target_modules": ["q_proj", "out_proj", "fc2"],
+        "exclude_modules": r".*\.head\..*",
+        "modules_to_save": ["classifier"],
+    }
+    lora = peft.LoraConfig(r=3, **{**arguments, **changes})
     theirs = peft.get_peft_model(saved(folder, name, config), lora)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -278,6 +278,28 @@ def test_an_adapter_of_the_tower_comes_onto_timm_s(case, tmp_path):
     adapter = import_adapter(tmp_path / "lora", backbone)
     assert "assumed" not in adapter.config.extra["imported_from"]
     assert {site.rpartition(".")[2] for site in adapter.sites} == {"q", "proj", "fc2"}
+    x = images(3)
+    with torch.no_grad():
+        expected = theirs.double()(torch.from_numpy(x).double()).logits.numpy()
+    assert_parity(expected, logits_of(attach(backbone.model, adapter), x), "algebra", "float32")
+
+
+@by_peft
+@pytest.mark.parametrize("case", ["vit", "beit", "deit", "clip", "swin"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": "lora_only", "target_modules": ["q_proj", "v_proj", "fc1"]},
+        {"target_modules": ["q_proj", "classifier"], "modules_to_save": None},
+        {"target_modules": "all-linear", "modules_to_save": None},
+    ],
+    ids=["biases", "classifier", "all-linear"],
+)
+def test_an_adapter_of_any_of_these_models_comes_onto_timm_s(case, changes, tmp_path):
+    """q, k and v apart, of which BEiT has two biases; Swin's stages with what is between them."""
+    theirs = tuned(tmp_path, *SAME[case][:2], **{"exclude_modules": None, **changes})
+    backbone = loaded(tmp_path, *SAME[case][2:])
+    adapter = import_adapter(tmp_path / "lora", backbone)
     x = images(3)
     with torch.no_grad():
         expected = theirs.double()(torch.from_numpy(x).double()).logits.numpy()
