@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
 import os
 import sys
+from typing import IO, Any
 
 import click
 
@@ -35,7 +38,19 @@ _COMMANDS = {
     "doctor": ("doctor", "Tell what this machine can do, and what is missing."),
 }
 
+# A stream that is open already has no name; what writes a file of its own says which.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Unprintable(click.ClickException):
+    """Standard output took no more, as far as can be told."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Say it, and keep Python from trying to write the rest once more when it ends."""
+        super().show(file)
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Group(click.Group):
@@ -59,7 +74,12 @@ class Group(click.Group):
             raise click.ClickException(message) from error
         except OSError as error:
             if error.filename is None:
-                raise
+                if error.errno not in _FULL:
+                    raise
+                raise _Unprintable(
+                    "What is printed, or a temporary file, could not be written: "
+                    f"{error.strerror}. Free some space, or print to another place."
+                ) from error
             raise click.ClickException(
                 f"{os.fsdecode(error.filename)}: {error.strerror}. See that it is there, is what "
                 "was expected, and may be read or written to."

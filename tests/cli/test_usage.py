@@ -7,6 +7,9 @@ and folders of this table are nowhere, so what is looked at first would exit wit
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -155,3 +158,19 @@ def test_a_wrong_command_line_exits_with_2(call, line, message):
 @pytest.mark.parametrize(("line", "message"), INPUT, ids=[line for line, _ in INPUT])
 def test_wrong_input_exits_with_1(refuse, line, message):
     assert message in refuse(*line.split())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("flag", ["--json", None])
+def test_a_full_disk_that_is_printed_to_is_said(small, flag):
+    code = "from hhdeploy.cli import main; main(prog_name='hhdeploy')"
+    words = [sys.executable, "-c", code, "adapter", "list", str(small), *([flag] if flag else [])]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "Error: What is printed, or a temporary file, could not be written: No space"
+    )
