@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -122,3 +123,11 @@ def test_calls_that_are_no_commands_show_the_usage(call, arguments):
     assert result.stderr.startswith("Usage: ")
     assert len(re.findall("^Error: ", result.stderr, re.MULTILINE)) == 1
     assert not result.stdout
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "hhdeploy", "--version"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("hhdeploy, version ")
