@@ -30,7 +30,7 @@ from hhdeploy.adapters.importers.merging import merged_parameters
 from hhdeploy.adapters.importers.naming import Names, names_of
 from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.adapters.importers.saved import Split, bare_key, head_of_file, split_saved
-from hhdeploy.adapters.importers.targets import compare_targets
+from hhdeploy.adapters.importers.targets import compare_targets, fits
 from hhdeploy.adapters.importers.template import (
     ImportOptions,
     Tensors,
@@ -199,9 +199,9 @@ def _adapts_attention(tuned: Tensors, names: Names, backbone: Backbone) -> bool:
 
 def _check_values(config: Mapping[str, Any], where: Path) -> None:
     """The keys that are read here have values of their types, and expressions that are some."""
-    for key, (expected, fits) in _VALUES.items():
+    for key, (expected, is_one) in _VALUES.items():
         value = config.get(key)
-        if value is not None and not fits(value):
+        if value is not None and not is_one(value):
             raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
 
 
@@ -387,4 +387,6 @@ def _in_names_of(
     renamed = {names.here(key): tensor for key, tensor in tuned.items()}
     dropped = ("layers_to_transform", "layers_pattern", "exclude_modules")
     kept = {key: value for key, value in config.items() if key not in dropped}
+    if forward := config.get("feedforward_modules"):  # of IA3: what is scaled before, not behind
+        kept["feedforward_modules"] = [names.here(o) for o in sorted(owners) if fits(forward, o)]
     return {**kept, "target_modules": targets}, renamed

@@ -47,11 +47,11 @@ def names_module(config: Mapping[str, Any], path: str) -> bool | None:
     goes by the architecture), but for what is excluded.
     """
     targets = config.get("target_modules")
-    if _fits(config.get("exclude_modules") or (), path) or saves_module(config, path):
+    if fits(config.get("exclude_modules") or (), path) or saves_module(config, path):
         return False
     if targets is None or _all_linear(config):
         return None if _in_layers(config, path) else False
-    return _fits(targets, path) and (isinstance(targets, str) or _in_layers(config, path))
+    return fits(targets, path) and (isinstance(targets, str) or _in_layers(config, path))
 
 
 def saves_module(config: Mapping[str, Any], path: str) -> bool:
@@ -151,7 +151,7 @@ def _unknown(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
     """Of a list of targets those that no module is called."""
     targets = config.get("target_modules")
     listed = targets if isinstance(targets, list) else []
-    return [t for t in listed if not any(_fits([t], path) for path in paths)]
+    return [t for t in listed if not any(fits([t], path) for path in paths)]
 
 
 def _linears(backbone: Backbone) -> list[str]:
@@ -219,7 +219,8 @@ def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -
     return default
 
 
-def _fits(targets: str | Collection[str], path: str) -> bool:
+def fits(targets: str | Collection[str], path: str) -> bool:
+    """Whether one of a configuration's names, or its expression, is about the module at a path."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     return path in targets or any(path.endswith(f".{target}") for target in targets)

@@ -314,6 +314,7 @@ QV = ["q_proj", "v_proj"]
         ("LORA", {"target_modules": ["o_proj", "fc1"], "use_dora": True, "bias": "all"}, True),
         ("MISS", {"target_modules": ["fc1"], "modules_to_save": ["layernorm"]}, True),
         ("LN_TUNING", {"target_modules": ["layernorm_before"]}, True),
+        ("IA3", {"target_modules": ["o_proj", "fc1"], "feedforward_modules": ["o_proj"]}, False),
     ],
     ids=in_order,
 )
@@ -333,7 +334,9 @@ def test_transformers_vit_onto_timm_s(tmp_path, twin, hf_vit, method, changes, f
     }
     words |= {"fc1": "intermediate.dense"}
     if rename is old:
-        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        for key in (
+            "target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"
+        ):  # fmt: skip
             listed = config.get(key) or []
             edit(source, **{key: [words.get(name, old(name)) for name in listed]})
     adapter = import_adapter(source, twin)
