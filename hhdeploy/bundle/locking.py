@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -54,6 +55,9 @@ _OURS = re.compile(
     r"|model\.[\w-]+\.tensorrt(-rtx)?\.[\w.+-]+\.engine"
 )
 
+# ``paths``: bundles that this thread has locked.
+_HELD = threading.local()
+
 Progress = Callable[[str], None]
 
 
@@ -74,11 +78,17 @@ def locked(
 
     Raises:
         BundleError: no bundle there; of one that was there, also two seconds later.
-        ConflictError: the lock is held for too long.
+        ConflictError: the lock is held for too long, or by this thread.
         OptionError: ``lock_timeout`` is no time.
         WriteError: it cannot be made here.
     """
     wait = _Wait(path, lock_timeout, progress)
+    held: set[Path] = _HELD.__dict__.setdefault("paths", set())
+    if path in held:  # it would wait for itself
+        raise ConflictError(
+            f"{path} is being changed here: one change began inside of another. End the first one, "
+            "or make both in it."
+        )
     while True:
         with _bundle_at(path) as handle:
             if handle is None:
@@ -88,9 +98,11 @@ def locked(
             else:
                 try:
                     if _is_there(path, handle):
+                        held.add(path)
                         try:
                             yield
                         finally:
+                            held.discard(path)
                             # Another user's stays where only its owner may remove it.
                             with contextlib.suppress(FileNotFoundError, PermissionError):
                                 os.unlink(LOCK, dir_fd=handle)

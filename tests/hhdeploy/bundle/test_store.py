@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,12 @@ def test_reading_needs_no_lock(bundle, holder):
     Bundle.open(bundle).check_files()
 
 
+def test_a_change_inside_of_another_does_not_wait_for_itself(bundle):
+    with edit(bundle), pytest.raises(ConflictError, match="one change began inside of another"):
+        add(bundle)
+    assert add(bundle).row == 3
+
+
 def test_the_lock_of_a_killed_process_is_free(bundle, holder):
     holder.kill()
     holder.wait(60)
@@ -288,10 +295,11 @@ def test_a_lock_that_its_holder_removed_is_none(bundle, monkeypatch):
         return real(handle, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with edit(bundle):
+    with edit(bundle), ThreadPoolExecutor(1) as other:
         assert len(removed) == 1
+        late_one = other.submit(add_adapter, bundle, "guest", WITNESS / "rival", lock_timeout=0)
         with pytest.raises(ConflictError, match="has been changing"):
-            add_adapter(bundle, "guest", WITNESS / "rival", lock_timeout=0)
+            late_one.result()
     assert not (bundle / ".lock").exists()
 
 
