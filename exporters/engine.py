@@ -6,6 +6,7 @@ strongly typed: the precision is in the graph, there are no precision flags.
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -141,7 +142,7 @@ def engine_from_onnx(
     log = Log()
     logger = log.logger(trt)
     start = time.perf_counter()
-    builder = _builder(trt, logger, log)
+    builder = new_builder(trt, logger, log)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
@@ -159,7 +160,11 @@ def engine_from_onnx(
     return BuiltEngine(plan, trt.__version__, time.perf_counter() - start)
 
 
-def _builder(trt: ModuleType, logger: Any, log: Log) -> Any:
+def new_builder(trt: ModuleType, logger: Any, log: Log) -> Any:
+    """TensorRT's builder. Raises `EngineError` where it cannot start."""
+    # One that an error's traceback kept, say, is freed now: TensorRT-RTX calls the logger under a
+    # lock that the end of a builder waits for, and Python may look for garbage in that call.
+    gc.collect()
     try:
         return trt.Builder(logger)
     except Exception as error:  # the bindings raise RuntimeError or TypeError, as versions go

@@ -9,6 +9,7 @@ import pytest
 
 from hhdeploy.calibration.quantised import quantise
 from hhdeploy.calibration.settings import CalibrationSettings
+from hhdeploy.exporters.engine import new_builder
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.packages import Log, import_tensorrt
 from tests.calibration.conftest import Calibrated, saved
@@ -24,7 +25,7 @@ def built(trt: Any, path: Path, architecture: str) -> tuple[bool, str]:
     """Whether an engine came out, and what went wrong."""
     log = Log()
     logger = log.logger(trt)
-    builder = trt.Builder(logger)
+    builder = new_builder(trt, logger, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):

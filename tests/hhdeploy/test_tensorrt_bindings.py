@@ -9,6 +9,7 @@ import pytest
 
 from hhdeploy.errors import MissingDependencyError
 from hhdeploy.packages import Log, import_tensorrt
+from tests.workshop import run_python
 
 
 def fake(monkeypatch, module, version):
@@ -93,3 +94,28 @@ def test_tensorrt_itself_writes_to_the_log(rtx):
     runtime = rtx.Runtime(log.logger(rtx))
     assert runtime.deserialize_cuda_engine(b"not an engine") is None
     assert log.text()
+
+
+_GARBAGE = """
+import gc
+from hhdeploy.exporters.engine import new_builder
+from hhdeploy.packages import Log, import_tensorrt
+
+trt = import_tensorrt("tensorrt-rtx")
+
+class Logger(trt.ILogger):
+    def log(self, severity, message):
+        gc.collect()  # as Python may anywhere
+
+gc.disable()
+kept = [trt.Builder(Log().logger(trt))]
+kept.append(kept)
+del kept
+new_builder(trt, Logger(), Log())
+print("there")
+"""
+
+
+def test_a_builder_that_is_garbage_does_not_stop_the_next_one(rtx):
+    """Its end waits for the lock under which the next one's logger is called."""
+    assert run_python(_GARBAGE).stdout.split() == ["there"]
