@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -377,10 +378,10 @@ def test_a_bundle_that_is_being_changed_is_judged_once_the_change_ended(tmp_path
         with atomic_directory(path, overwrite=True, kind=kind) as scratch:
             worked.append(shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True))
 
-    with edit(path) as change:
+    with edit(path) as change, ThreadPoolExecutor(1) as other:
         change.copy_adapter("pets", WITNESS / "rival", hash_files(WITNESS / "rival"))
         with pytest.raises(ConflictError, match="another process has been changing"):
-            replaced()
+            other.submit(replaced).result()
         change.forget_adapter("pets")
     assert worked, "the work before was done while the other one changed it"
     assert contents(path / "adapters") == contents(WITNESS / "branches" / "adapters")
