@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,19 +88,13 @@ def nncf_version() -> str:
 
 
 def _nncf() -> ModuleType:
-    """NNCF without telemetry, and without the logger class that importing it installs."""
-    before = os.environ.get("NNCF_CI")
+    """NNCF without the logger class that importing it installs."""
     logger_class = logging.getLoggerClass()
-    os.environ["NNCF_CI"] = "1"
     try:
         with _quiet():
             return require("nncf", "calibrate", "calibrating")
     finally:
         logging.setLoggerClass(logger_class)
-        if before is None:
-            del os.environ["NNCF_CI"]
-        else:
-            os.environ["NNCF_CI"] = before
 
 
 @contextlib.contextmanager

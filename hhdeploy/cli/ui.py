@@ -35,15 +35,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Number(click.FloatRange):
     """Numbers of a range. For click ``nan`` is in every one: it is neither less nor more."""
 
+    endless = False
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """The number. ``inf`` is one where the parameter is a time to wait."""
+        """The number; ``inf`` is one where it may be endless."""
         number = float(super().convert(value, param, ctx))
-        endless = param is not None and param.name == "lock_timeout"
-        if math.isnan(number) or (math.isinf(number) and not endless):
+        if math.isnan(number) or (math.isinf(number) and not self.endless):
             self.fail(f"expected a number, found {value}.", param, ctx)
         return number
+
+
+class Wait(Number):
+    """A time to wait, for ever (``inf``) as well."""
+
+    endless = True
 
 
 _UNCUT = 100_000  # columns
@@ -59,7 +66,7 @@ SEED = click.IntRange(0, MOST_SEED)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 lock_timeout_option = click.option(
     "--lock-timeout",
-    type=Number(0),
+    type=Wait(0),
     default=LOCK_TIMEOUT,
     show_default=True,
     metavar="SECONDS",

@@ -91,9 +91,16 @@ def asked(file: bytes) -> dict[str, object]:
     return {"file": base64.b64encode(file).decode(), "picture": picture}
 
 
-def test_javascript_reads_and_turns_as_python_does(ask):
+@pytest.fixture(scope="module")
+def answered(ask):
+    """The files, and what JavaScript makes of each."""
     made = files()
     (found,) = ask({"ask": "upright", "cases": {name: asked(file) for name, file in made.items()}})
+    return made, found
+
+
+def test_javascript_reads_and_turns_as_python_does(answered):
+    made, found = answered
     turned = 0
     for name, file in made.items():
         with Image.open(io.BytesIO(file)) as opened:
@@ -106,9 +113,8 @@ def test_javascript_reads_and_turns_as_python_does(ask):
     assert turned >= 7 * len(FORMATS) + 8
 
 
-def test_a_browser_has_nothing_left_to_turn_by(ask):
-    made = files()
-    (found,) = ask({"ask": "upright", "cases": {name: asked(file) for name, file in made.items()}})
+def test_a_browser_has_nothing_left_to_turn_by(answered):
+    made, found = answered
     for name, file in made.items():
         with (
             Image.open(io.BytesIO(file)) as opened,
