@@ -19,7 +19,7 @@ from hhdeploy.timing import paired
 
 SITES, DIM, RANK = 48, 768, 1
 # Rows of a block, as the fold takes them.
-ROWS = 128
+ROWS = 256
 
 
 @click.command()

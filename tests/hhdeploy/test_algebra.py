@@ -8,6 +8,7 @@ import pytest
 from hhdeploy.algebra import (
     Scales,
     SiteDelta,
+    constant_delta,
     effective_rank,
     fold_additive,
     fold_sequential,
@@ -215,6 +216,15 @@ def test_fold_sequential_over_several_blocks(monkeypatch, layout):
         folded = fold_sequential(weight, householder_delta(*draw(13, 13, 2), "orthogonal"))
         expected = dense(*draw(13, 13, 2), "orthogonal") @ weight.astype(np.float64)
         assert_parity(expected, folded, "algebra", "float32")
+
+
+def test_a_fold_leaves_numpy_as_it_was():
+    usual = np.getbufsize()
+    weight = np.full((3, 3), 3e38, np.float32)
+    fold_additive(weight, constant_delta(1, 3, 3))
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        fold_additive(weight, constant_delta(3e38, 3, 3))
+    assert np.getbufsize() == usual
 
 
 def test_fold_of_another_shape_is_refused():

@@ -30,7 +30,7 @@ HONEST: Final = 4
 # Of each: it asks when it wants to, not when it was answered. Over gRPC they share one.
 _CONNECTIONS = 16
 # Of its saturation the honest clients ask.
-_SHARE = 0.5
+SHARE: Final = 0.5
 _WARM_UP_REQUESTS = 200
 SATURATION_SECONDS: Final = 3.0
 # After which the server's memory must be what it was.
@@ -89,7 +89,7 @@ def run_abuse(
             saturation = {wire: honest.saturation(wire) for wire in wires}
             sieges = {}
             for kind in campaign.kinds:
-                sieges[kind] = _besiege(kind, honest, saturation[_wire(kind)] * _SHARE, step)
+                sieges[kind] = _besiege(kind, honest, saturation[_wire(kind)] * SHARE, step)
         return AbuseReport(campaign.seconds, saturation, sieges, server.code)
 
 
