@@ -104,18 +104,18 @@ def _place(target: Path, *, overwrite: bool) -> Path:
 
     Raises:
         OccupiedError: a file is there.
-        WriteError: it is a part of a bundle, or, without ``overwrite``, anything but
-            an empty directory.
+        WriteError: it is inside of a bundle, or, without ``overwrite``, anything but an empty
+            directory.
     """
     absolute = Path(os.path.abspath(target))
     path = Path(os.path.realpath(absolute.parent)) / absolute.name
+    check_outside(target)
     sweep(path.parent, path.name)
     if not os.path.lexists(path):
         return path
     if not path.is_dir():
         what = "is a file, not a directory"
         raise OccupiedError(f"{target} {what}. Choose another output directory.", f"it {what}")
-    check_outside(path)
     if not overwrite and not _is_empty(path):
         raise _exists(target)
     return path

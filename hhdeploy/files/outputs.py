@@ -1,7 +1,8 @@
-"""Places that a user names to be written to: nothing there may be a part of a bundle.
+"""Places that a user names to be written to: none of them is inside of a bundle.
 
-A bundle is changed in one way (`hhdeploy.bundle.edit`), which hashes what it writes; a part that is
-written over by anything else is damage, found when the bundle is used.
+A bundle is changed in one way (`hhdeploy.bundle.edit`), which hashes what it writes. A part that is
+written over by anything else is damage, found when the bundle is used; with other files beside its
+parts a bundle is neither signed nor replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hhdeploy.errors import WriteError, as_code
-from hhdeploy.files.bundle_json import MANIFEST, SIGNATURE, plain_name
+from hhdeploy.files.bundle_json import MANIFEST
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.writing import atomic_file
 
@@ -22,29 +23,29 @@ def check_outside(target: Path) -> None:
     """Compare a file or directory that is to be written with the bundles that it may lie in.
 
     Raises:
-        WriteError: it is one that a bundle's manifest names, holds such, or is the manifest.
+        WriteError: it is, or would be, inside of one.
     """
+    if (bundle := bundle_around(target)) is not None:
+        raise WriteError(
+            f"{target} is inside of the bundle {bundle}: a part that is written over is damage, "
+            "and with other files a bundle is neither signed nor replaced. Choose another place. "
+            f"An adapter is added to it with: {as_code('add_adapter', bundle, 'NAME', 'DIR')}"
+        )
+
+
+def bundle_around(target: Path) -> Path | None:
+    """The bundle that a path is inside of, by its own name or by what it links to; or None."""
     absolute = Path(os.path.abspath(target))
     path = Path(os.path.realpath(absolute.parent)) / absolute.name
-    for place in {path, Path(os.path.realpath(path))}:
-        for folder in place.parents:
-            if _has(folder, place.relative_to(folder).as_posix()):
-                raise WriteError(
-                    f"{target} is a part of the bundle {folder}, which that would damage. Choose "
-                    "another place. An adapter is added to it with: "
-                    f"{as_code('add_adapter', folder, 'NAME', 'DIR')}"
-                )
+    places = dict.fromkeys((path, Path(os.path.realpath(path))))
+    return next((f for place in places for f in place.parents if _is_bundle(f)), None)
 
 
-def _has(folder: Path, name: str) -> bool:
-    """Whether a folder is a bundle that has something of a name, whatever digits are in it."""
+def _is_bundle(folder: Path) -> bool:
     try:
-        named = json.loads(read_plain(folder / MANIFEST))["files"]
-        files = {plain_name(file) for file in (MANIFEST, SIGNATURE, *named)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no bundle
+        return isinstance(json.loads(read_plain(folder / MANIFEST))["files"], dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-    name = plain_name(name)
-    return any(f == name or f.startswith(f"{name}/") or name.startswith(f"{f}/") for f in files)
 
 
 def check_output(target: Path, what: str = "") -> None:
@@ -55,7 +56,7 @@ def check_output(target: Path, what: str = "") -> None:
         what: it is, for the message: its parameter, a colon and a blank.
 
     Raises:
-        WriteError: its folder is not there, or it is a part of a bundle.
+        WriteError: its folder is not there, or it is inside of a bundle.
     """
     if not target.resolve().parent.is_dir():
         raise WriteError(
@@ -69,7 +70,7 @@ def output_file(target: Path) -> Iterator[Path]:
     """`atomic_file` of a path that a user names.
 
     Raises:
-        WriteError: it is a part of a bundle, or the file system refused; the old file is there.
+        WriteError: it is inside of a bundle, or the file system refused; the old file is there.
     """
     check_outside(target)
     with atomic_file(target) as scratch:

@@ -27,6 +27,7 @@ from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.backbones.transformers import with_classifier
 from hhdeploy.choices import TorchDevice
 from hhdeploy.files.directories import atomic_directory, check_target
+from hhdeploy.files.outputs import check_outside
 from hhdeploy.files.writing import write_json
 from hhdeploy.packages import own_version
 from hhdeploy.preprocess import Preprocess
@@ -161,6 +162,7 @@ def _output(settings: TrainSettings) -> Iterator[StateDirectory | None]:
     if out is None:
         yield None
         return
+    check_outside(out)  # which is a folder where it is to be, too
     state = StateDirectory.beside(out)
     with state.held():
         check_target(out, ADAPTER, overwrite=settings.overwrite)

@@ -234,10 +234,9 @@ class ServeSettings:
                 "one adapter directory a task."
             )
         if self.adapters_dir is not None:
-            from hhdeploy.bundle.manifest import MANIFEST  # the command line reads this module
+            from hhdeploy.files.outputs import bundle_around  # the command line reads this module
 
-            own = self.adapters_dir.resolve()
-            if any((folder / MANIFEST).exists() for folder in (own, own.parent)):
+            if bundle_around(self.adapters_dir / "NAME") is not None:
                 raise PlanError(
                     f"`adapters_dir`: {self.adapters_dir} belongs to a bundle, which an upload "
                     "would damage. Expected a folder of its own, with one adapter directory a task."

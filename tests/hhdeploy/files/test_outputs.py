@@ -1,4 +1,4 @@
-"""What a user names to be written to: no part of a bundle is written over."""
+"""What a user names to be written to: nothing is written into a bundle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hhdeploy.adapters.format import ADAPTER, load_adapter, save_adapter
-from hhdeploy.bundle import add_adapter
+from hhdeploy.bundle.hub import pull, push
 from hhdeploy.bundle.packed import pack_adapter
 from hhdeploy.errors import WriteError
 from hhdeploy.files.directories import atomic_directory
@@ -16,7 +16,7 @@ from hhdeploy.files.outputs import check_output, output_file
 from tests.workshop import contents, copy_bundle
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
-PART = "is a part of the bundle .*bundle, which that would damage"
+INSIDE = "is inside of the bundle .*bundle: a part that is written over is damage"
 
 
 @pytest.fixture
@@ -33,36 +33,25 @@ def bundle(tmp_path):
         "adapters/alpha/adapter_config.json",
         "../bundle/bank.safetensors",
         "bank.0123abcd.safetensors",
+        "mine.json",
+        "adapters/mine.html",
     ],
 )
-def test_a_part_of_a_bundle_is_refused(bundle, name):
+def test_a_file_inside_of_a_bundle_is_refused(bundle, name):
     before = contents(bundle)
-    with pytest.raises(WriteError, match=PART), output_file(bundle / name):
+    with pytest.raises(WriteError, match=INSIDE), output_file(bundle / name):
         pytest.fail("the block must not run")
+    with pytest.raises(WriteError, match=INSIDE):
+        pack_adapter(bundle, "alpha", bundle / name)
     assert contents(bundle) == before
-
-
-def test_the_bank_that_has_digits_by_now_is_refused_under_its_plain_name(bundle):
-    """The next change would remove what has the name of a fresh export's bank."""
-    add_adapter(bundle, "guest", WITNESS / "rival")
-    assert not (bundle / "bank.safetensors").exists()
-    with pytest.raises(WriteError, match=PART):
-        pack_adapter(bundle, "guest", bundle / "bank.safetensors")
 
 
 def test_a_link_to_a_part_is_refused(bundle, tmp_path):
     (tmp_path / "link").symlink_to(bundle / "bank.safetensors")
     (tmp_path / "folder").symlink_to(bundle)
     for path in (tmp_path / "link", tmp_path / "folder" / "bank.safetensors"):
-        with pytest.raises(WriteError, match=PART):
+        with pytest.raises(WriteError, match=INSIDE):
             check_output(path)
-
-
-@pytest.mark.parametrize("name", ["mine.json", "adapters/mine.html", "bundle.json"])
-def test_what_lies_beside_the_parts_is_written(bundle, name):
-    with output_file(bundle / name) as scratch:
-        scratch.write_text("mine")
-    assert (bundle / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"files": 3}), "[" * 100_000])
@@ -71,17 +60,29 @@ def test_another_s_file_of_that_name_makes_no_bundle(tmp_path, text):
     check_output(tmp_path / "bank.safetensors")
 
 
-def test_an_adapter_of_a_bundle_is_not_replaced(bundle, tmp_path):
+@pytest.mark.parametrize("name", ["adapters/alpha", "adapters", "adapters/mine", "new/copy"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_inside_of_a_bundle_is_refused(bundle, name, overwrite):
     adapter, before = load_adapter(WITNESS / "rival"), contents(bundle)
-    for out in (bundle / "adapters" / "alpha", bundle / "adapters"):
-        with (
-            pytest.raises(WriteError, match=PART),
-            atomic_directory(out, overwrite=True, kind=ADAPTER),
-        ):
-            pytest.fail("the block must not run")
+    with (
+        pytest.raises(WriteError, match=INSIDE),
+        atomic_directory(bundle / name, overwrite=overwrite, kind=ADAPTER),
+    ):
+        pytest.fail("the block must not run")
+    for write in (
+        lambda out: push(bundle, out, overwrite=overwrite),
+        lambda out: pull(bundle, out, overwrite=overwrite),
+        lambda out: save_adapter(adapter, out, overwrite=overwrite),
+    ):
+        with pytest.raises(WriteError, match=INSIDE):
+            write(bundle / name)
     assert contents(bundle) == before
-    save_adapter(adapter, bundle / "adapters" / "mine")
-    save_adapter(adapter, bundle / "adapters" / "mine", overwrite=True)
+    assert not (bundle / "new").exists()
+
+
+def test_a_bundle_is_replaced_where_it_is(bundle):
+    push(bundle, bundle.parent / "copy")
+    pull(bundle.parent / "copy", bundle, overwrite=True)
 
 
 def test_a_folder_that_is_missing(tmp_path):

@@ -106,10 +106,11 @@ def test_a_fleet_directory_that_there_is_not(tmp_path):
     with pytest.raises(PlanError, match="is not a directory"):
         ServeSettings(Path("tiny"), adapters_dir=tmp_path / "none")
     (tmp_path / "bundle" / "adapters").mkdir(parents=True)
-    (tmp_path / "bundle" / "hhdeploy.json").write_text("{}")
-    for inside in (tmp_path / "bundle", tmp_path / "bundle" / "adapters"):
+    (tmp_path / "bundle" / "hhdeploy.json").write_text('{"files": {}}')
+    (tmp_path / "bundle" / "mine" / "fleet").mkdir(parents=True)
+    for inside in (".", "adapters", "mine/fleet"):
         with pytest.raises(PlanError, match="belongs to a bundle, which an upload would damage"):
-            ServeSettings(Path("tiny"), adapters_dir=inside)
+            ServeSettings(Path("tiny"), adapters_dir=tmp_path / "bundle" / inside)
     with pytest.raises(PlanError, match="nothing to watch without `adapters_dir`"):
         ServeSettings(Path("tiny"), watch_seconds=1.0)
     settings = ServeSettings(Path("tiny"), adapters_dir=tmp_path, watch_seconds=1.0)
