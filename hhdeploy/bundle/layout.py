@@ -332,7 +332,8 @@ def _pack_parts(
             _check_one_s_in(name, adapter, branch)
         neutral = 0.0 if part == "db" else 1.0
         row = 0 if part == "s_in" else index
-        parts[f"{branch.name}/{part}"][row] = trained.astype(np.float64) - neutral
+        change = adapter.strength * (trained.astype(np.float64) - neutral)
+        parts[f"{branch.name}/{part}"][row] = change
 
 
 def _check_one_s_in(name: str, adapter: Adapter, branch: Branch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapters.format import PARTS, SiteTensors
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.algebra import SiteDelta
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.errors import CapacityError
@@ -241,6 +242,19 @@ def test_parts_are_stored_so_that_zeros_are_the_backbone(form):
     for part, neutral in (("s_in", 1.0), ("s_out", 1.0), ("db", 0.0)):
         expected = (getattr(site, part).astype(np.float64) - neutral).astype(np.float32)
         assert np.array_equal(views[f"blocks.1.mlp.fc2/additive/{part}"][0], expected), part
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_an_adapter_at_another_strength(part):
+    adapter = random_adapter(FACTS, targets=("q", "k", "v", "fc2"), parts=(part,))
+    alone = {name: SiteTensors(**site.parts) for name, site in adapter.sites.items()}
+    adapter = replace(adapter, sites=alone)
+    layout = plan_branches(FACTS, {"a": adapter}, Reserve()).layout
+    whole = layout.views(layout.pack("a", adapter))
+    half = layout.views(layout.pack("a", at_strength(adapter, -0.5)))
+    for linear in (QKV, "blocks.1.mlp.fc2"):
+        name = f"{linear}/additive/{part}"
+        assert_parity(-0.5 * whole[name], half[name], "algebra", "float32")
 
 
 def test_one_s_in_for_the_thirds_and_an_s_out_for_each():
