@@ -12,6 +12,7 @@ bias, `SiteChange`. Only this module and the adapter reader know u, v, d and tau
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,6 +148,18 @@ class SiteChange:
     delta: SiteDelta | None
     scales: Scales = UNSCALED
     db: Array | None = None
+
+    def largest(self, *, around_identity: bool) -> float:
+        """No value of what is added is larger: of ΔW, or M - I, of s_in - 1, s_out - 1 and db."""
+        factors = [s - 1.0 for s in (self.scales.s_in, self.scales.s_out) if s is not None]
+        parts = [*factors, *([] if self.db is None else [self.db])]
+        product = 0.0
+        if self.delta is not None:
+            delta = self.delta.minus_identity() if around_identity else self.delta
+            parts.append(delta.diag)
+            ends = (float(np.max(np.abs(x), initial=0.0)) for x in (delta.left, delta.right))
+            product = delta.rank * math.prod(ends)
+        return max(product, *(float(np.max(np.abs(part), initial=0.0)) for part in parts), 0.0)
 
 
 def tau(x: Array, reflection: Reflection) -> float:

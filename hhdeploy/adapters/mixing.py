@@ -31,6 +31,8 @@ from hhdeploy.errors import AdapterError, OptionError
 
 # What is left of 1 when weights that make it up are subtracted, such as 0.7 and 0.3.
 _NOTHING = 1e-12
+# Its square is about the largest number of float32.
+_MOST = 1e19
 # Suffixes of the parameters of a module whose q, k and v are one.
 _PACKED = ("in_proj_weight", "in_proj_bias")
 
@@ -56,13 +58,14 @@ def at_strength(adapter: Adapter, strength: float) -> Adapter:
     Raises:
         AdapterError: a site that multiplies both input and output, or one of them before a matrix
             or after a replaced weight (their product is no sum).
-        OptionError: a strength that is no finite number.
+        OptionError: a strength that is no finite number, or beyond float32 with this adapter.
     """
     if not isinstance(strength, Real) or not math.isfinite(strength):
         raise OptionError(f"`strength`: expected a finite number, found {strength!r}.")
     strength = float(strength)  # NumPy's cannot be written as JSON
     if strength == 1.0:
         return adapter
+    _check_range(adapter, strength, "`strength`")
     _check_sum(adapter)
     _check_replaced([adapter])
     return replace(adapter, strength=strength)
@@ -106,12 +109,29 @@ def merge_adapters(
     return _mixed(adapters, chosen.head, config, backbone)
 
 
+def _check_range(adapter: Adapter, strength: float, what: str) -> None:
+    """Raise `OptionError` for a strength at which norms leave float32: they square what the Linears
+    give, and answers are no numbers then."""
+    whole = replace(adapter, strength=1.0)
+    sequential = adapter.form == "sequential"
+    changes = [whole.change(site).largest(around_identity=sequential) for site in adapter.sites]
+    values = [float(np.max(np.abs(value), initial=0.0)) for value in adapter.values.values()]
+    largest = max((*changes, *values), default=0.0)
+    if abs(strength) * largest > _MOST:
+        raise OptionError(
+            f"{what}: expected at most {_MOST / largest:.3g} for {adapter.source}, which changes "
+            f"the backbone by values of up to {largest:.3g} at 1, found {strength:g}: beyond that "
+            "the answers leave the range of float32. Strengths are near 1."
+        )
+
+
 def _weighted(name: str, given: object) -> tuple[Adapter, float]:
     """An adapter and its weight, as `merge_adapters` is given them. Raises `OptionError`."""
     found = type(given).__name__
     if isinstance(given, Sequence) and len(given) == 2:
         adapter, weight = given
         if isinstance(adapter, Adapter) and isinstance(weight, Real) and math.isfinite(weight):
+            _check_range(adapter, adapter.strength * float(weight), f"the weight of {name!r}")
             return adapter, float(weight)
         found = f"({type(adapter).__name__}, {weight!r})"
     raise OptionError(

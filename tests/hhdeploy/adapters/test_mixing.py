@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -279,3 +280,26 @@ def test_what_is_no_adapter_and_weight_is_refused(tiny):
             merge_adapters({"a": wrong})
     merged = merge_adapters({"a": (adapter, np.float32(0.5))})
     assert json.dumps(merged.config.to_json()["merged_from"]) == '{"a": 0.5}'
+
+
+@pytest.mark.parametrize("name", ["hta", "scaled", "columns", "sequential"])
+@pytest.mark.parametrize("strength", [1e30, -1e30, 1e300])
+def test_a_strength_beyond_float32_is_refused(tiny, name, strength):
+    adapter = adapters(tiny.facts)[name]
+    match = rf"expected at most [\d.]+e.\d+ for .*found {re.escape(f'{strength:g}')}"
+    with pytest.raises(OptionError, match=rf"`strength`: {match}"):
+        at_strength(adapter, strength)
+    with pytest.raises(OptionError, match=rf"the weight of 'a': {match}"):
+        merge_adapters({"a": (adapter, strength)})
+    with pytest.raises(OptionError, match="the weight of 'a': "):
+        merge_adapters({"a": (at_strength(adapter, 1e15), 1e15)})
+    assert at_strength(adapter, 1e3).strength == 1e3
+
+
+@pytest.mark.parametrize("part", ["s_in", "s_out", "db"])
+def test_no_part_of_an_adapter_is_beyond_float32(tiny, part):
+    """Where there is nothing else."""
+    whole = with_parts(random_adapter(tiny.facts), part)
+    sites = {name: SiteTensors(**site.parts) for name, site in whole.sites.items()}
+    with pytest.raises(OptionError, match="beyond that the answers leave"):
+        at_strength(replace(whole, sites=sites), 1e25)
