@@ -51,7 +51,12 @@ class Backend(Protocol):
         """A row of the bank was written; nobody is using it, others may be in use."""
 
     def close(self) -> None:
-        """Free the graph. Calling `run` after it is an error, `row_changed` does nothing."""
+        """Free the graph. `run` raises `closed` after it, `row_changed` does nothing."""
+
+
+def closed() -> SessionError:
+    """For a run of a backend that was closed, perhaps while it began."""
+    return SessionError("the session is closed.")
 
 
 def side_by_side(outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -25,7 +25,15 @@ from hhdeploy.errors import (
     SessionError,
     require,
 )
-from hhdeploy.runtime.backends import Backend, BackendOptions, Bank, Ids, Images, side_by_side
+from hhdeploy.runtime.backends import (
+    Backend,
+    BackendOptions,
+    Bank,
+    Ids,
+    Images,
+    closed,
+    side_by_side,
+)
 from hhdeploy.runtime.cuda import driver_library
 
 _PROVIDERS = {
@@ -218,14 +226,18 @@ class OnnxRuntimeBackend:
 
         Raises:
             DeviceError: ONNX Runtime failed, e.g. out of memory. BundleError: see `Mapped`.
+            SessionError: it is closed.
         """
+        session = self._session
+        if session is None:
+            raise closed()
         feeds: dict[str, NDArray[Any]] = {"images": images}
         if ids is not None:
             feeds["adapter_ids"] = ids
         if self._bank is not None:
             feeds["adapter_bank"] = self._bank
         try:
-            outputs: list[NDArray[np.float32]] = self._session.run(self._outputs, feeds)
+            outputs: list[NDArray[np.float32]] = session.run(self._outputs, feeds)
         except Exception as error:  # its exceptions have no base of their own
             raise DeviceError(f"{self.name} failed: {error}") from error
         if self._mapped is not None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hhdeploy.errors import DeviceError
-from hhdeploy.runtime.backends import Bank, Ids, Images
+from hhdeploy.runtime.backends import Bank, Ids, Images, closed
 
 # Where tensors on the GPU are allocated, in ONNX Runtime's words.
 MEMORY = "cuda"
@@ -62,15 +62,18 @@ class OnnxRuntimeGpuBackend:
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
         """See `Backend.run`."""
-        binding = self._session.io_binding()
+        bound, session = self._bound, self._session  # in this order: `close` frees the bank last
+        if session is None:
+            raise closed()
+        binding = session.io_binding()
         try:
             binding.bind_cpu_input("images", images)
             if ids is not None:
                 binding.bind_cpu_input("adapter_ids", ids)
-            if self._bound is not None:
-                binding.bind_ortvalue_input("adapter_bank", self._bound)
+            if bound is not None:
+                binding.bind_ortvalue_input("adapter_bank", bound)
             binding.bind_output("logits")
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
             logits: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
         except Exception as error:
             raise DeviceError(f"{self.name} failed: {error}") from error
@@ -86,8 +89,8 @@ class OnnxRuntimeGpuBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._bound = None
         self._session = None
+        self._bound = None
 
 
 class OnnxRuntimeGraphBackend:
@@ -117,7 +120,11 @@ class OnnxRuntimeGraphBackend:
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
         """See `Backend.run`. The first run of a batch size records it, and is slow."""
-        return self._thread.submit(self._run, images, ids).result()
+        try:
+            running = self._thread.submit(self._run, images, ids)
+        except RuntimeError:
+            raise closed() from None
+        return running.result()
 
     def row_changed(self, row: int) -> None:
         """See `Backend.row_changed`: copies the whole bank, between two runs."""

@@ -39,7 +39,7 @@ from hhdeploy.errors import (
 )
 from hhdeploy.files.caches import Entry
 from hhdeploy.packages import check_version
-from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images, side_by_side
+from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images, closed, side_by_side
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 
 _CPU: Final = "CPU"
@@ -95,7 +95,8 @@ class OpenVinoBackend:
         self._memory = [general.memory]
 
     def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
-        """See `Backend.run`. Raises `DeviceError` if OpenVINO fails, e.g. out of memory."""
+        """See `Backend.run`. Raises `DeviceError` if OpenVINO fails, e.g. out of memory;
+        `SessionError` where it is closed."""
         # OpenVINO reads the arrays where they are and holds no reference: they live until the
         # end of this call. Read-only ones, which it does not take, are copied.
         images = np.require(images, requirements=["C", "W"])
@@ -119,15 +120,17 @@ class OpenVinoBackend:
 
     def _request(self, *, single: bool) -> Any:
         """This thread's request for one image, or for any number of them."""
-        local = self._requests
-        if single and self._model is not None:
+        local, model = self._requests, self._model
+        if model is None:
+            raise closed()
+        if single:
             request = getattr(local, "one", None)
             if request is None:
                 own = self._for_one_image()
                 request = local.one = self._bound(own) if own else self._request(single=False)
             return request
         if not hasattr(local, "it"):
-            local.it = self._bound(self._model)
+            local.it = self._bound(model)
         return local.it
 
     def _for_one_image(self) -> Any:

@@ -27,6 +27,7 @@ from hhdeploy.runtime.backends import (
     Backend,
     BackendOptions,
     Run,
+    closed,
     find_target,
     open_backend,
 )
@@ -196,7 +197,8 @@ class Session:
         """The graph itself, for a server that checks a request where it comes in.
 
         Called with images, float32 [batch, 3, H, W] in C order, and rows, int64 [batch], each held
-        with `AdapterBank.hold`; None of a folded bundle. It gives what `answer` does.
+        with `AdapterBank.hold`; None of a folded bundle. It gives what `answer` does, and raises
+        `SessionError` once this is closed.
         """
         return self._open_backend().run
 
@@ -219,7 +221,7 @@ class Session:
 
     def _open_backend(self) -> Backend:
         if self._backend is None:
-            raise SessionError("the session is closed.")
+            raise closed()
         return self._backend
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -20,10 +20,10 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import check_slots, choose_engine, split_batch
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.choices import Precision, TensorRt
-from hhdeploy.errors import BundleError, SessionError, as_code
+from hhdeploy.errors import BundleError, as_code
 from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime import cuda
-from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images
+from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images, closed
 from hhdeploy.runtime.kernel_cache import kernels_entry
 from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import DeviceBank, Lane, open_lane
@@ -126,7 +126,7 @@ class TensorRtBackend:
         lane = self._free.get()
         try:
             if lane is None:
-                raise SessionError("the session is closed.")
+                raise closed()
             cuda.use_gpu()
             pieces = [
                 lane.run(images[start:stop], None if ids is None else ids[start:stop], size)

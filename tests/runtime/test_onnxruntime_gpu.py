@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from hhdeploy.errors import DeviceError
+from hhdeploy.errors import DeviceError, SessionError
 from hhdeploy.runtime import onnxruntime_gpu, open_session
 from tests.onnxruntime_double import stand_in
 from tests.support import assert_caught, assert_parity, images
@@ -60,6 +60,13 @@ def test_a_folded_graph_needs_no_bank(folded, workshop, monkeypatch):
 def test_a_run_that_the_gpu_refuses(bound):
     with pytest.raises(DeviceError, match=r"CPUExecutionProvider failed: .*adapter_ids"):
         bound._backend.run(images(2), None)
+
+
+def test_a_bound_session_that_is_closed_says_so(bound):
+    run = bound.unchecked()
+    bound.close()
+    with pytest.raises(SessionError, match="the session is closed"):
+        run(images(2), np.zeros(2, np.int64))
 
 
 @pytest.mark.skipif(
@@ -214,7 +221,7 @@ def test_a_recording_session_is_closed_with_its_thread(small, monkeypatch):
     session.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("hhdeploy-cuda-graphs")]
     bank.remove("alpha")  # tells the backend of the row, which is gone
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SessionError, match="the session is closed"):
         backend.run(images(1), None)
 
 

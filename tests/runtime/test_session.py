@@ -392,6 +392,17 @@ def test_a_closed_session(small):
             call()
 
 
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+def test_a_graph_that_is_closed_says_so(small, device):
+    """As to a call that began before the session was closed."""
+    with open_session(small, device=device, threads=1) as opened:
+        run = opened.unchecked()
+        assert run(images(2), np.zeros(2, np.int64)).shape[0] == 2
+    for batch in (2, 1):
+        with pytest.raises(SessionError, match=r"^the session is closed\.$"):
+            run(images(batch), np.zeros(batch, np.int64))
+
+
 # --- opening ------------------------------------------------------------------------------------
 
 
