@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,6 +207,9 @@ class Session:
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+
+    def __reduce__(self) -> NoReturn:
+        raise SessionError("a session cannot be copied or sent: open one in each process.")
 
     def __enter__(self) -> Session:
         return self

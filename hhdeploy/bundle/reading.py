@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -65,9 +64,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    held: Mapping[str, bytes] = field(
-        default_factory=lambda: MappingProxyType({}), repr=False, compare=False
-    )
+    held: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -233,7 +230,7 @@ class Bundle:
         """The same with all that later changes might take away, but for the graphs, in memory."""
         names = map(self.manifest.named, (BANK_FILE, REFERENCE_FILE, PARITY_FILE))
         held = {name: self.read(name) for name in names if name in self.manifest.files}
-        return replace(self, held=MappingProxyType(held))
+        return replace(self, held=held)
 
     def check_files(self) -> None:
         """Compare every file that the manifest names with its hash, and the manifest with them.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -25,6 +27,7 @@ from hhdeploy.errors import (
     HhdeployError,
     OptionError,
     PlanError,
+    SessionError,
 )
 from hhdeploy.runtime import open_session
 from tests.support import assert_parity, images, random_adapter
@@ -446,6 +449,19 @@ def test_a_link_to_a_bundle_is_followed_when_it_is_used(bundle, tmp_path, monkey
     link.symlink_to("bundle")
     monkeypatch.chdir(tmp_path)
     assert Bundle.open("current").path == link
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_bundle_goes_to_another_process_and_a_session_does_not(bundle, again):
+    for there in (Bundle.open(bundle), Bundle.open(bundle).hold()):
+        found = again(there)
+        assert (found, found.held) == (there, there.held)
+        assert np.array_equal(found.bank(), there.bank())
+    with (
+        open_session(bundle, device="cpu", threads=1) as session,
+        pytest.raises(SessionError, match="cannot be copied or sent: open one in each process"),
+    ):
+        again(session)
 
 
 def test_an_edit_relies_on_the_graph_that_was_opened(bundle):
