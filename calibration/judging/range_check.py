@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from hhdeploy.calibration.feeds import Feed, Feeder
 from hhdeploy.calibration.scales import read_scales
 from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import BundleError, PlanError, as_code, require
+from hhdeploy.files.bundle_json import json_object
 from hhdeploy.files.folders import list_images, part_of, spread
 from hhdeploy.preprocess import open_image
 
@@ -125,7 +125,8 @@ def check_adapter(
         raise PlanError(
             f"{precision} quantises no activations: there are no ranges to leave, any adapter fits."
         )
-    findings = json.loads(bundle.read(bundle.manifest.named(findings_file)))
+    name = bundle.manifest.named(findings_file)
+    findings = json_object(bundle.read(name), bundle.path / name)
     active = {name for name, info in findings["sites"].items() if info["quantised"]}
     scales = {
         n: s

@@ -18,6 +18,7 @@ from hhdeploy.backbones.licences import CARD, UNKNOWN, Licences, in_words, toget
 from hhdeploy.bundle.manifest import PARITY_FILE, AdapterEntry, Manifest, write_manifest
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.choices import QUANTISED, Precision
+from hhdeploy.files.bundle_json import json_object
 from hhdeploy.files.writing import sha256_of_bytes, write_bytes
 
 # Licences by the names that the Hugging Face hub has for them; others are its "other", with a name.
@@ -230,7 +231,8 @@ def _findings(bundle: Bundle) -> list[str]:
     for precision in QUANTISED:
         role = f"calibration.{precision}.json"
         if bundle.manifest.has(role):
-            verdict = json.loads(bundle.read(bundle.manifest.named(role))).get("verdict")
+            name = bundle.manifest.named(role)
+            verdict = json_object(bundle.read(name), bundle.path / name).get("verdict")
             found += [f"* {precision}: {_text(str(verdict))}"] if verdict else []
     return ["\n".join(found)] if found else []
 

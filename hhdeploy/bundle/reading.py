@@ -7,7 +7,6 @@ meanwhile, or is damaged: the manifest on disk tells which.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.choices import TYPED, Precision
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
-from hhdeploy.files.bundle_json import bundle_path, check_bundle_json, read_bundle_json
+from hhdeploy.files.bundle_json import bundle_path, check_bundle_json, json_object, read_bundle_json
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
@@ -314,8 +313,8 @@ class Bundle:
 
     def parity(self) -> dict[str, Any]:
         """Content of parity.json."""
-        content: dict[str, Any] = json.loads(self.read(self.manifest.named(PARITY_FILE)))
-        return content
+        name = self.manifest.named(PARITY_FILE)
+        return json_object(self.read(name), self.path / name)
 
     def load_adapter(self, name: str) -> Adapter:
         """An adapter as it came to the bundle, from files of the manifest's hashes, at the strength

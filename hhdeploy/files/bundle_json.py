@@ -119,6 +119,20 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
     return content
 
 
+def json_object(content: bytes, file: Path) -> dict[str, Any]:
+    """What another JSON file of a bundle holds. Raises `BundleError` where that is no object."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not valid JSON: {error}. Export the bundle again.") from error
+    if not isinstance(found, dict):
+        raise BundleError(
+            f"{file}: expected a JSON object, found {type(found).__name__}. Export the bundle "
+            "again."
+        )
+    return found
+
+
 def check_bundle_json(content: Mapping[str, Any]) -> None:
     """Compare a manifest's content with what it can be.
 

@@ -45,7 +45,7 @@ def follow_journal(root: Path, folder: str, named: Collection[str]) -> None:
         files = [str(file) for file in json.loads(read_plain(journal))]
     except FileNotFoundError:
         return
-    except (OSError, ValueError, TypeError):  # it was not written whole: nothing happened after it
+    except (OSError, ValueError, TypeError, RecursionError):  # not whole: nothing came after it
         files = []
     for file in files:
         below = [p for p in (root / file).parents if p.is_relative_to(top) and p != top]

@@ -555,7 +555,14 @@ def test_what_a_link_leads_to_is_not_changed(bundle, tmp_path, linked):
 
 
 @pytest.mark.parametrize(
-    "journal", [b"", b"{", b"5", b'["../away/x", "model.onnx", "adapters/x", 3, "adapters/../a/b"]']
+    "journal",
+    [
+        b"",
+        b"{",
+        b"5",
+        pytest.param(b"[" * 100_000, id="brackets"),
+        b'["../away/x", "model.onnx", "adapters/x", 3, "adapters/../a/b"]',
+    ],
 )
 def test_a_journal_that_nobody_wrote_removes_nothing(bundle, tmp_path, journal):
     (tmp_path / "away").mkdir()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.bundle.manifest import MANIFEST, PARITY_FILE
 from hhdeploy.errors import BundleError
 from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken
 from tests.workshop import copy_bundle
@@ -37,3 +39,11 @@ def test_nested_without_end(bundle):
     (bundle / MANIFEST).write_text("[" * 100_000)
     with pytest.raises(BundleError, match="cannot be read"):
         Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"{", b"[]"], ids=["brackets", "cut", "list"])
+def test_another_file_that_is_no_object(branches, text):
+    """Its hash is right: whoever wrote the bundle wrote that."""
+    bundle = replace(Bundle.open(branches), held={PARITY_FILE: text})
+    with pytest.raises(BundleError, match=r"parity\.json.*Export the bundle again"):
+        bundle.parity()
