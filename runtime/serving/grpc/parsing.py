@@ -17,8 +17,8 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.grpc.codec import read_request
-from hhdeploy.runtime.serving.http.parsing import Parser
 from hhdeploy.runtime.serving.messages import InferRequest
+from hhdeploy.runtime.serving.processes.parsing import Parser
 
 # Of a message and all in it. A batch of pictures, an element each, has a few hundred.
 _MOST_FIELDS: Final = 1 << 14

@@ -42,9 +42,9 @@ from hhdeploy.runtime.serving.errors import (
 from hhdeploy.runtime.serving.grpc.codec import write_response
 from hhdeploy.runtime.serving.grpc.headers import PEER
 from hhdeploy.runtime.serving.grpc.parsing import read_inference
-from hhdeploy.runtime.serving.http.parsing import Parser
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
+from hhdeploy.runtime.serving.processes.parsing import Parser
 from hhdeploy.runtime.serving.tracing import Tracing
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")

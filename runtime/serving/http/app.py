@@ -50,7 +50,7 @@ from hhdeploy.runtime.serving.http.codec import (
     write_response,
 )
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
-from hhdeploy.runtime.serving.http.parsing import Parser
+from hhdeploy.runtime.serving.http.parsing import BodyParser
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -75,7 +75,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     """
     settings = endpoint.settings
     bodies = Bodies(settings.bodies_bytes)
-    parser, most_json = Parser(), endpoint.most_json
+    parser, most_json = BodyParser(), endpoint.most_json
 
     async def infer(request: Request) -> Response:
         length = header(request, _HEADER_LENGTH)

@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.grpc.codec import read_request
 from hhdeploy.runtime.serving.grpc.parsing import Unread, parse, read_inference
-from hhdeploy.runtime.serving.http.parsing import Parser
+from hhdeploy.runtime.serving.processes.parsing import Parser
 from tests.runtime.serving.grpc_requests import PATIENCE, message
 from tests.support import images
 

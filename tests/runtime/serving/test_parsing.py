@@ -19,7 +19,7 @@ import pytest
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http import codec
 from hhdeploy.runtime.serving.http.codec import Body, json_length, read_object, read_request
-from hhdeploy.runtime.serving.http.parsing import Parser
+from hhdeploy.runtime.serving.http.parsing import BodyParser
 from hhdeploy.runtime.serving.processes import elsewhere
 
 PATIENCE = 60
@@ -42,7 +42,7 @@ def packed(content: bytes, limit: int = MOST) -> Body:
 
 @contextlib.asynccontextmanager
 async def reading():
-    parser = Parser()
+    parser = BodyParser()
     try:
         yield parser
     finally:
