@@ -169,6 +169,7 @@ def without_wrappers(key: str) -> str:
 def _taken(content: Mapping[Any, Any], path: str = "") -> tuple[Mapping[Any, Any], str]:
     """The state dict of a checkpoint that is meant by its name, and where that is."""
     entries = {str(key): value for key, value in content.items() if _is_state(key, value)}
+    entries = {key: value for key, value in entries.items() if _is_meant(key, entries, content)}
     known = [entry for entry in _ENTRIES if entry in entries]
     averaged = [entry for entry in (*known, *entries) if _averaged(entry)]
     taken = next(iter((*averaged, *known)), None)
@@ -179,6 +180,26 @@ def _taken(content: Mapping[Any, Any], path: str = "") -> tuple[Mapping[Any, Any
             )
         (taken,) = entries
     return (content, path) if taken is None else _taken(entries[taken], _inside(path, taken))
+
+
+def _is_meant(entry: str, entries: Mapping[str, Any], content: Mapping[Any, Any]) -> bool:
+    """Whether an entry that is called an average is one of weights, where others tell: losses over
+    a training have averages, too, and the shapes of no weights."""
+    if not _averaged(entry):
+        return True
+    own = {key: value for key, value in content.items() if _is_weight(value)}
+    rest = {key: value for key, value in entries.items() if key != entry}
+    plain = [value for key, value in rest.items() if not _averaged(key)]
+    others = _shapes([own, *plain]) or _shapes(rest.values())
+    mine, matrices = _shapes([entries[entry]]), {shape for shape in others if len(shape) > 1}
+    if matrices:
+        return not mine.isdisjoint(matrices)
+    # Of vectors alone are the smallest adapters.
+    return any(len(shape) > 1 for shape in mine) or not others or not mine.isdisjoint(others)
+
+
+def _shapes(contents: Iterable[Any]) -> set[tuple[int, ...]]:
+    return {shape for content in contents for _, found in _groups(content) for shape in found}
 
 
 def _beside(content: Any, taken: str) -> tuple[str, ...]:

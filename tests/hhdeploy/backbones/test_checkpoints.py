@@ -139,6 +139,18 @@ def assert_taken(file, model, *lines):
             },
             None,
         ),
+        # Averages, but of no weights: of losses, and of classes and their mistakes.
+        (lambda raw, own: {"loss_ema": {"x": torch.ones(50)}, "state_dict": own}, None),
+        (lambda raw, own: {"state_dict": own, "ema": {"x": torch.ones(50)}}, None),
+        (
+            lambda raw, own: {
+                "state_dict": own,
+                "val_avg": {"top1": torch.ones(7), "pairs": torch.ones(7, 7)},
+            },
+            "weights taken from state_dict of the checkpoint, not from val_avg",  # as of a bias
+        ),
+        (lambda raw, own: {"avg": {"loss": torch.ones(50)}, "net": own}, None),
+        (lambda raw, own: {"train_avg": {"loss": torch.ones(9)}, "net_avg": own}, None),
         (lambda raw, own: {"net": own, "rng": {"torch": torch.get_rng_state()}}, None),
         (lambda raw, own: {"model": own, "teacher": raw}, "model of the checkpoint, not from t"),
         (
