@@ -42,13 +42,20 @@ class Starter:
         """Read ``backbone.json``. Raises `DataError` when the directory has none."""
         try:
             content = json.loads((examples / "backbone.json").read_text(encoding="utf-8"))
-        except OSError:
+            tasks = tuple(sorted(d.name for d in (examples / "adapters").iterdir() if d.is_dir()))
+            model, args = content["model"], dict(content["model_args"])
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            said = f"{type(error).__name__}: {error}"
             raise DataError(
-                f"{examples} has no starter models: backbone.json was expected there. They are in "
-                "examples/starter of the source repository: pass --examples DIR."
-            ) from None
-        tasks = tuple(sorted(d.name for d in (examples / "adapters").iterdir() if d.is_dir()))
-        return cls(examples, content["model"], content["model_args"], tasks)
+                f"{examples} has no starter models: expected backbone.json there, with model and "
+                f"model_args, and a folder of adapters; found {said}. They are in examples/starter "
+                "of the source repository: pass --examples DIR."
+            ) from error
+        if not tasks:
+            raise DataError(
+                f"{examples / 'adapters'} holds no adapter: expected a folder for each task."
+            )
+        return cls(examples, model, args, tasks)
 
     def adapter(self, task: str) -> Path:
         """An adapter's directory."""
