@@ -221,6 +221,12 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
     """The model with a new classifier and, unless it is a probe, a new adapter. Mutates it."""
     seed = derived_seed(settings.seed, "weights")
     facts, classes = backbone.facts, len(folder.class_names)
+    if not facts.classifier:
+        raise TrainingError(
+            f"`model`: expected a model with a classifier, a Linear that stands alone at its end, "
+            f"which a new one replaces; {facts.model} has none. Give it one, of any number of "
+            "classes."
+        )
     if settings.linear_probe:
         return replace_classifier(backbone.model, facts.classifier, classes, seed=seed)
     check_sites(facts)

@@ -579,6 +579,23 @@ def test_a_backbone_without_sites_is_refused(base_settings: TrainSettings, tmp_p
 # --- linear probe -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("probe", [True, False])
+def test_a_model_without_a_classifier_is_refused(base_settings: TrainSettings, probe: bool) -> None:
+    settings = replace(
+        base_settings,
+        model="python:tests.own_models:tower",
+        model_args={},
+        input_size=(3, 32, 32),
+        pretrained=True,
+        linear_probe=probe,
+        out=None if probe else base_settings.data.with_name("none"),
+    )
+    with pytest.raises(
+        TrainingError, match=r"^`model`: expected a model with a classifier, .* none"
+    ):
+        train(settings)
+
+
 def test_linear_probe_trains_the_head_alone(base_settings: TrainSettings, tmp_path: Path) -> None:
     settings = replace(base_settings, linear_probe=True, lr=2e-2, epochs=8)
     result = train(settings)
