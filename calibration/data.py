@@ -30,6 +30,7 @@ from hhdeploy.files.folders import (
     list_images,
     visible,
 )
+from hhdeploy.files.tensors import open_arrays
 from hhdeploy.preprocess import open_image
 
 # Ranges of fewer images are accidents; with fewer than FEW a warning goes into the result.
@@ -198,8 +199,8 @@ def _loader(
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        with open_arrays(path) as arrays:
+            return dict(arrays)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. An .npz file was expected there.") from None
     except (OSError, ValueError) as error:

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hhdeploy.backbones.converting import agree, is_transformers, timm_state
 from hhdeploy.backbones.facts import check_timm_args
 from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card, together
@@ -20,6 +18,7 @@ from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.weights import load_strictly, read_state, state_of
 from hhdeploy.errors import BackboneError, require
+from hhdeploy.files.tensors import open_arrays
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -252,8 +251,8 @@ def _resampled(
 def _from_npz(spec: BackboneSpec, path: Path) -> tuple[nn.Module, int]:
     """A file of arrays as the JAX ViTs are published, through the architecture's own reader."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            heads = [arrays[name].shape[-1] for name in arrays.files if name.endswith("head/bias")]
+        with open_arrays(path) as arrays:
+            heads = [arrays[name].shape[-1] for name in arrays if name.endswith("head/bias")]
         classes = heads[0] if heads else 0
         model = _create(spec, pretrained=False, num_classes=classes or 1)
         reader = getattr(model, "load_pretrained", None)

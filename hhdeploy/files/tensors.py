@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,25 @@ def read_tensors(
     return {n: t.astype(np.float32) if t.dtype == np.float16 else t for n, t in tensors.items()}, (
         metadata
     )
+
+
+@contextlib.contextmanager
+def open_arrays(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The plain arrays of an .npz file by name, each read when it is asked for.
+
+    Raises:
+        OSError: it is not there, may not be read, or is no plain file.
+        ValueError: it is no such file, or damaged.
+    """
+    try:
+        with open_plain(path) as stream:
+            arrays = np.load(stream, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("it is a single array (.npy), which has no name")
+            with arrays:
+                yield arrays
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:  # empty, cut off, changed
+        raise ValueError(f"it is damaged: {error}") from error
 
 
 def check_finite(tensor: NDArray[Any], where: str, error: type[Exception]) -> None:

@@ -241,6 +241,17 @@ def test_a_file_that_is_no_npz_is_refused(bundle, tmp_path):
     path = tmp_path / "data.npz"
     with pytest.raises(DataError, match="does not exist"):
         opened(bundle, path)
-    path.write_bytes(b"no arrays")
-    with pytest.raises(DataError, match=r"cannot be read as an \.npz file"):
-        opened(bundle, path)
+    np.savez(path, images=noise(4))
+    whole = path.read_bytes()
+    with path.open("wb") as stream:
+        np.save(stream, noise(4))
+    for content in (b"no arrays", b"", whole[:-30], path.read_bytes(), _flipped(whole)):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot be read as an \.npz file"):
+            opened(bundle, path)
+
+
+def _flipped(content):
+    """One byte in the middle is another."""
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
