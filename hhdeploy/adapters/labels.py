@@ -145,7 +145,9 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
     """Header cells behind ``path`` (empty without a header) and the images' lines."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = [(n, row) for n, row in enumerate(csv.reader(stream), 1) if any(row)]
+            # People write a blank after the comma, before the quotes too.
+            reader = csv.reader(stream, skipinitialspace=True)
+            rows = [(n, row) for n, row in enumerate(reader, 1) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read as a CSV file in UTF-8: {error}") from error
     header: tuple[str, ...] = ()
@@ -154,6 +156,12 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
     lines: dict[Path, _Line] = {}
     for number, row in rows:
         where, path = f"{file}, line {number}", root / row[0].strip()
+        if lost := [cell for cell in row[1:] if "\n" in cell.strip()]:
+            raise DataError(
+                f"{where}: expected a path and its label or values in one line, found a cell of "
+                f"several, {lost[0][:80]!r}. A quotation mark that is opened in it is closed in a "
+                "later line, or never: close it, or leave it out."
+            )
         if len(row) < 2:
             raise DataError(f"{where}: expected a path and its label or values, found {row[0]!r}.")
         if not os.path.isfile(path):  # no error where a text is too long for a path

@@ -217,11 +217,19 @@ def test_a_number_among_classes_is_asked_about(root):
         ("a.png,cat\nb.png,cat;dog\n", CLASSES, "line 2: expected one class, found cat;dog"),
         ("a.png,cat\nb.png,\n", CLASSES, "line 2: expected one class, found none"),
         ("a.png,cat,dog\n", None, "line 1: expected one column of labels, found 2"),
+        ('a.png,cat\nb.png,"dog\nc.png,cat\n', None, r"line 2: .* in one line, found .*closed in"),
+        ('a.png,cat\nb.png,"dog\nc.png,"cat"\nd.png,x\n', None, "line 2: expected .* in one line"),
     ],
 )
 def test_lines_that_are_wrong_are_named(root, text, kind, words):
     with pytest.raises(DataError, match=rf"labels\.csv.*{words}"):
         table(root, text, kind)
+
+
+def test_quotes_behind_a_blank_are_quotes(root):
+    found = table(root, 'a.png, "cat;dog"\nb.png, "dog;cat"\nc.png, cat\n')
+    assert found.names == ("cat", "dog")
+    assert found.truths.tolist() == [[1, 1], [1, 1], [1, 0]]
 
 
 def test_a_table_that_is_none(root):
