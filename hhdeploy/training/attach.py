@@ -83,7 +83,7 @@ class _Attached:
     strength: float = 1.0
     sites: tuple[str, ...] = ()
     places: dict[str, nn.Module] = field(default_factory=dict)
-    frozen: FrozenTensors = field(default_factory=dict)
+    frozen: FrozenTensors = field(default_factory=FrozenTensors)
     began: str | None = None
 
 
@@ -130,7 +130,6 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         state.config = replace(state.config, preprocess=facts.preprocess)
     if isinstance(adapter, Adapter):
         check(Path(adapter.source).name, adapter, facts)
-        state.old_values = put_values(model, adapter.values, adapter.source)
         matrices, parts = trained_matrices(adapter), trained_parts(adapter)
     else:
         check_targets(adapter, facts, "the new adapter")
@@ -138,6 +137,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         matrices, parts = new_matrices(adapter, linears, generator), {}
     changed = {*matrices, *parts}
     _check_weights(model, [x for x in linears if any(site.name in changed for site in x.sites)])
+    if isinstance(adapter, Adapter):
+        state.old_values = put_values(model, adapter.values, adapter.source)
     model.requires_grad_(False)
     for name in state.old_values:
         model.get_parameter(name).requires_grad_(True)
@@ -190,13 +191,14 @@ def extract(model: nn.Module) -> Adapter:
     Raises:
         AdapterError: none is attached; or modules that it changed were replaced, or put into a
             wrapper that is not torch's; or the backbone is no more what it was then, which no
-            adapter holds: frozen weights, or statistics that BatchNorm took in training mode; or
-            the classifier was replaced by one that an adapter does not hold.
+            adapter holds: frozen weights, or statistics that BatchNorm took in training mode, or
+            modules that were replaced or added to be trained; or the classifier was replaced by
+            one that an adapter does not hold.
     """
     model = bare_model(model)
     state = _state(model)
-    check_frozen(model, state.frozen)
     adapter = _tensors_of(model, state)
+    check_frozen(model, state.frozen, state.classifier, own=state.old_head is not None)
     origin = state.config.origin
     if not origin or state.began == tensors_digest(adapter):
         return adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -55,39 +55,79 @@ def _rounded(now: Tensor, norm: float) -> float:
     return kind.eps * (norm + kind.smallest_normal * math.sqrt(now.numel()))
 
 
-FrozenTensors = Mapping[str, FrozenTensor]
+@dataclass(frozen=True)
+class FrozenTensors:
+    """What a model is while an adapter is attached, by the names of its tensors.
+
+    Attributes:
+        tensors: what the adapter does not hold.
+        trained: what it holds.
+    """
+
+    tensors: Mapping[str, FrozenTensor] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
 
 
 def frozen_tensors(model: nn.Module) -> FrozenTensors:
     """Every parameter that requires no gradient, and every buffer that a state dict has."""
     # Under all its names: modules may share one.
     named = model.named_parameters(remove_duplicate=False)
-    trained = {name for name, parameter in named if parameter.requires_grad}
-    return {
+    trained = frozenset(name for name, parameter in named if parameter.requires_grad)
+    tensors = {
         name: FrozenTensor(tensor.dtype, _sha256(tensor), _finite_sketch(tensor))
         for name, tensor in model.state_dict().items()
         if name not in trained and not tensor.is_meta
     }
+    return FrozenTensors(tensors, trained)
 
 
-def check_frozen(model: nn.Module, before: FrozenTensors) -> None:
+def check_frozen(model: nn.Module, before: FrozenTensors, classifier: str, *, own: bool) -> None:
     """Compare a model with what it was.
 
+    Args:
+        model: as it is now.
+        before: when the adapter was attached.
+        classifier: its path; one that is gone is nobody's: features may be all that is wanted.
+        own: whether the adapter brings one. A model without may get another from its user.
+
     Raises:
-        AdapterError: naming the first tensor that changed.
+        AdapterError: naming the first tensor that changed or is gone, or that was added to be
+            trained.
     """
     now = {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
-    changed = [
-        name for name, frozen in before.items() if name in now and not frozen.holds(now[name])
-    ]
+    count = len(before.tensors)
+    gone = [n for n in before.tensors if n not in now and not n.startswith(f"{classifier}.")]
+    if gone:
+        raise AdapterError(
+            f"{gone[0]} was in the model when the adapter was attached, and is in it no more (of "
+            f"{count} frozen tensors {len(gone)} are gone). A bundle is made of the model as it "
+            "was, and would not answer as this one does: put the modules back that were replaced "
+            "or parametrized, or change them before attach."
+        )
+    if own and (new := _added(model, before, classifier)):
+        raise AdapterError(
+            f"{new[0]} requires gradients and was not in the model when the adapter was attached "
+            f"(of such parameters there are {len(new)}). The adapter does not hold it, so a bundle "
+            "would not answer as this model does. What is for the training alone (another loss) "
+            "take off the model, or freeze, and save again."
+        )
+    changed = [n for n, frozen in before.tensors.items() if n in now and not frozen.holds(now[n])]
     if changed:
         raise AdapterError(
-            f"{changed[0]} is no more what it was when the adapter was attached (of {len(before)} "
+            f"{changed[0]} is no more what it was when the adapter was attached (of {count} "
             f"frozen tensors {len(changed)} have changed). The adapter does not hold it, so a "
             "bundle would not answer as this model does. Statistics of BatchNorm change in "
             "training mode: call eval() on those modules after every model.train(). Weights: give "
             "the optimizer, or what averages them, the parameters that require gradients alone."
         )
+
+
+def _added(model: nn.Module, before: FrozenTensors, classifier: str) -> list[str]:
+    """Parameters that require gradients and came later, but for the classifier's."""
+    known = {*before.tensors, *before.trained}
+    named = model.named_parameters(remove_duplicate=False)
+    trained = [without_wrappers(name) for name, parameter in named if parameter.requires_grad]
+    return [n for n in trained if n not in known and not n.startswith(f"{classifier}.")]
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.errors import AdapterError
+from hhdeploy.training.wrapping import own_modules
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ def put_head(
     model: nn.Module, path: str, weight: Tensor, bias: Tensor, config: AdapterConfig
 ) -> OldHead:
     """Put a new classifier of an adapter in place; returns the old one for `restore_head`."""
-    old = model.get_submodule(path)
+    old: Any = model.get_submodule(path)
     head = nn.Linear(weight.shape[1], weight.shape[0])
-    head = head.to(next(model.parameters()).device, next(model.parameters()).dtype)
+    head = head.to(old.weight.device, old.weight.dtype)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
@@ -42,7 +43,12 @@ def put_head(
 
 
 def restore_head(model: nn.Module, path: str, old: OldHead) -> None:
-    """The classifier as it was, and what the model says of it."""
+    """The classifier as it was, in the type and the place that the model has now, and what the
+    model says of it."""
+    found = own_modules(model).get(path)
+    now = None if found is None else next(found.parameters(), None)
+    if now is not None:
+        old.classifier.to(now.device, now.dtype)
     replace_module(model, path, old.classifier)
     for module, name, value in old.attributes:
         setattr(module, name, value)

@@ -523,3 +523,74 @@ def test_a_model_without_a_classifier():
     detach(model)
     with pytest.raises(AdapterError, match="Sequential has no classifier"):
         attach(model, AdapterConfig("mine", num_classes=5, target_modules=targets))
+
+
+def with_another_norm(model):
+    model.stem[1] = nn.Identity()
+
+
+def with_a_wrapped_norm(model):
+    model.stem[1] = nn.Sequential(model.stem[1], nn.Conv2d(24, 24, 1))
+
+
+def with_a_parametrized_one(model):
+    nn.utils.parametrizations.weight_norm(model.stem[0])
+
+
+def with_a_prompt(model):
+    model.prompt = nn.Parameter(torch.zeros(1, 1, 24))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_another_norm, r"^stem\.1\.weight was in the model .* 5 are gone"),
+        (with_a_wrapped_norm, r"^stem\.1\.weight was in the model"),
+        (with_a_parametrized_one, r"^stem\.0\.weight was in the model .* parametrized"),
+        (with_a_prompt, r"^prompt requires gradients and was not .* or freeze"),
+    ],
+)
+def test_what_came_or_went_after_attach_is_held_by_no_adapter(change, message):
+    model = on_a_stem()
+    change(model)
+    with pytest.raises(AdapterError, match=message):
+        extract(model)
+
+
+def test_what_is_for_the_training_alone_or_another_classifier_is_no_matter():
+    model = on_a_stem()
+    model.projector = nn.Linear(24, 8).requires_grad_(False)
+    nn.utils.parametrizations.weight_norm(model.head)
+    assert extract(model).head.weight.shape == (2, 24)
+    model = attach(Stem(), replace(STEM_S, num_classes=None))  # features: no classifier is wanted
+    model.head, model.projector = nn.Identity(), nn.Linear(24, 8)
+    assert extract(model).head is None
+
+
+def test_the_classifier_comes_back_in_the_type_that_the_model_has():
+    model = on_a_stem()
+    detach(model.bfloat16())
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).shape == (1, 7)
+    model = Stem()
+    model.head.bfloat16()  # the new one takes what the old one took
+    assert attach(model, STEM_S).head.weight.dtype == torch.bfloat16
+
+
+def with_values(model):
+    """An adapter that replaces a parameter too."""
+    adapter = extract(attach(model, STEM_S))
+    detach(model)
+    bias = np.full(24, 0.5, np.float32)
+    config = replace(adapter.config, fold_only=True)
+    return replace(adapter, config=config, values={"stem.0.bias": bias})
+
+
+def test_a_refused_adapter_replaces_no_parameter():
+    model = Stem()
+    adapter = with_values(model)
+    nn.utils.parametrizations.weight_norm(model.mix)
+    adapter = replace(adapter, config=replace(adapter.config, base_sha256=None))
+    before = model.stem[0].bias
+    with pytest.raises(AdapterError, match=r"^mix: its weight is computed from other parameters"):
+        attach(model, adapter)
+    assert model.stem[0].bias is before
