@@ -11,7 +11,7 @@
     ├── TimedOutError          504  DEADLINE_EXCEEDED    not answered before its deadline
     ├── NoNumbersError         500  INTERNAL             an adapter's answer is NaN or infinite
     └── FailedError            500  INTERNAL             the session failed, e.g. out of memory
-        └── LoadFailedError    503  UNAVAILABLE          the device failed while it loaded
+        └── LoadFailedError    503  UNAVAILABLE          machine or device failed as it loaded
 
 Each carries the HTTP status and the name of the gRPC code that say the same.
 """
@@ -118,7 +118,8 @@ class FailedError(RequestError):
 
 
 class LoadFailedError(FailedError):
-    """The device failed while an adapter was loaded; not the adapter's fault, nor the request's."""
+    """The machine or its device failed while an adapter was loaded; not the adapter's fault, nor
+    the request's."""
 
     status = 503
     code = "UNAVAILABLE"

@@ -26,6 +26,7 @@ from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     ForbiddenError,
+    LoadFailedError,
     NotFoundError,
     RequestError,
 )
@@ -289,7 +290,8 @@ class Fleet:
         try:
             packed = await self._on_thread(self._files.read, found)
         except HhdeployError as error:
-            if isinstance(error, UnsettledError) and not sure:
+            unsettled = isinstance(error, UnsettledError) and not sure
+            if unsettled or isinstance(error, LoadFailedError):  # the next look may read it
                 self._doubts[name] = found
                 return
             problem = str(error)
@@ -370,7 +372,7 @@ class Fleet:
                     await asyncio.sleep(_GAP_STEP_SECONDS)
                     continue
                 self.counters.failures += 1
-                if not unsettled:  # else for a look to judge
+                if not unsettled and not isinstance(error, LoadFailedError):  # else for a look
                     self._known[name] = replace(self._known[name], problem=str(error))
                 raise
 

@@ -7,6 +7,7 @@ on a thread of its own.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -22,7 +23,7 @@ from hhdeploy.errors import AdapterError, HhdeployError, PlanError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime.bank import AdapterBank, Packed
-from hhdeploy.runtime.serving.errors import FailedError
+from hhdeploy.runtime.serving.errors import FailedError, LoadFailedError
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 # What a change of an adapter's files cannot leave as it was, of each file: which one it is, its
@@ -37,6 +38,11 @@ _ABSENT: _FileStamp = (0, 0, 0, 0, 0)
 _TRIES = 3
 # Of a configuration: thousands of class names; and of tensors beside those of a row.
 _MOST_CONFIG, _SPARE_BYTES = 4 << 20, 4 << 20
+# What reading may fail with although nothing is wrong with an adapter: it may be over in a moment.
+_OF_THE_MOMENT = frozenset({
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EIO,
+    errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN,
+})  # fmt: skip
 
 
 class UnsettledError(AdapterError):
@@ -123,6 +129,7 @@ class AdapterFiles:
 
         Raises:
             UnsettledError: a file is not there, or they change all the time.
+            LoadFailedError: the machine cannot read them now, e.g. no more file may be opened.
             HhdeployError: what is wrong with its name or its files.
         """
         for _ in range(_TRIES):
@@ -130,6 +137,14 @@ class AdapterFiles:
             try:
                 packed = self._read(source)
             except HhdeployError as error:
+                if _is_of_the_moment(error):
+                    problem = (
+                        f"adapter {source.name!r} cannot be read now: {error} Try again later."
+                    )
+                    _LOG.error(
+                        "adapter not read", extra={"adapter": source.name, "problem": problem}
+                    )
+                    raise LoadFailedError(problem) from error
                 if _stamp(source.path) == before:
                     if _ABSENT in before:
                         raise UnsettledError(str(error)) from error
@@ -172,9 +187,13 @@ class AdapterFiles:
             try:
                 packed = _with_digest(self._bank.pack(name, scratch), scratch)
             except HhdeployError as error:
+                if _is_of_the_moment(error):
+                    raise FailedError(
+                        f"{name} cannot be read back from the disk: {error}"
+                    ) from error
                 # Not the scratch directory's name, which is gone when somebody reads it.
                 raise AdapterError(str(error).replace(str(scratch), name)) from error
-            except OSError as error:  # which is no failure to write
+            except (OSError, MemoryError) as error:  # which is no failure to write
                 raise FailedError(f"{name} cannot be read back from the disk: {error}") from error
             except Exception as error:
                 raise _of_this_adapter(f"{name} cannot be read", error) from error
@@ -224,9 +243,20 @@ def _of_this_adapter(what: str, error: Exception) -> AdapterError:
     """What came up while one adapter was read is said of that one: it stops no other, and neither
     the look through the directory nor the start. What nobody thought of is in the log as a whole.
     """
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError | MemoryError):
         _LOG.error("an adapter's files raise what is not expected", exc_info=error)
     return AdapterError(f"{what}: {error}")
+
+
+def _is_of_the_moment(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, is the machine's, and says nothing of an adapter."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno in _OF_THE_MOMENT:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_folder(path: Path) -> bool:

@@ -1193,6 +1193,39 @@ def test_an_upload_that_is_not_acceptable_changes_nothing(play, tmp_path):
     play(scene)
 
 
+@pytest.mark.parametrize("failure", [OSError(errno.EMFILE, "too many"), MemoryError()])
+def test_an_adapter_that_the_machine_cannot_read_now_is_not_broken(
+    play, monkeypatch, caplog, tmp_path, failure
+):
+    """E.g. idle connections have all the files that may be open: it is asked for again later."""
+
+    def fail(*_, **__):
+        raise failure
+
+    async def scene(s):
+        before = (await s.asked("b"))["b"]
+        s.put("b", 5)
+        s.put("d", 6)
+        with monkeypatch.context() as patched:
+            patched.setattr(s.bank, "pack", fail)
+            for ask in (s.ask, s.fleet.load):
+                with pytest.raises(LoadFailedError, match=r"'a' cannot be read now: .*again later"):
+                    await ask("a")
+            with pytest.raises(FailedError, match="cannot be read back"):
+                await s.fleet.upload("e", *files_of(make_adapter(s.workshop, 7), tmp_path))
+            await s.looks(3)
+            said = {r.adapter for r in caplog.records if r.message == "adapter not read"}
+            assert {"a", "b", "d"} <= said
+            assert np.array_equal((await s.asked("b"))["b"], before)
+        assert (s.state("a"), s.fleet.status("a").problem) == ("on disk", "")
+        assert np.array_equal((await s.asked("a"))["a"], s.row(0))
+        await s.looks(1)
+        assert np.array_equal((await s.asked("b"))["b"], s.row(5))
+        assert np.array_equal((await s.asked("d"))["d"], s.row(6))
+
+    play(scene, slots=8)
+
+
 def test_an_upload_onto_a_full_disk_is_the_servers_fault(play, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
