@@ -168,6 +168,11 @@ class InferResponse:
     outputs: tuple[Tensor, ...]
     parameters: Mapping[str, Value] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Of its outputs."""
+        return sum(tensor.nbytes for tensor in self.outputs)
+
 
 class Deadline:
     """``with Deadline(seconds):`` raises `TimedOutError` in a block that takes longer.

@@ -46,6 +46,10 @@ LOGITS, PROBABILITIES, LABELS, ANSWERS = "logits", "probabilities", "labels", "a
 # No picture has such numbers, however it is preprocessed: 16 bits have 65,535 at most.
 _VAST = 1e6
 _OF_LOGITS = (LOGITS, PROBABILITIES, LABELS, ANSWERS)
+# What a class of an image costs where texts are made of it, in bytes that are written.
+_TEXT_BYTES = 32
+# Answers that become JSON at once: others may have their turn in between.
+_AT_ONCE = 256
 
 
 def outputs_of(manifest: Manifest) -> tuple[str, ...]:
@@ -84,6 +88,15 @@ def all_outputs(
     values = any(entry is not None and entry.problem_type == VALUES for entry in entries)
     without = (PROBABILITIES, LABELS) if values else ()
     return tuple(Wanted(name, binary=binary) for name in there if name not in without)
+
+
+def work_of(wanted: Sequence[Wanted], classes: Sequence[int]) -> int:
+    """Bytes that making outputs counts as, see `Aside.run`; ``classes``: of each image's adapter.
+
+    Arrays are made in no time, texts one by one.
+    """
+    texts = sum(w.top > 0 or w.name in (LABELS, ANSWERS) for w in wanted)
+    return _TEXT_BYTES * texts * sum(classes)
 
 
 def answered_by(entries: Sequence[AdapterEntry | None], digests: Sequence[str]) -> dict[str, Value]:
@@ -218,7 +231,9 @@ def _answers(
         }
         for answer in best(found, top or classes)
     ]
-    return json.dumps({"problem_type": problem_type(entry), "answers": said})
+    pieces = (json.dumps(said[i : i + _AT_ONCE])[1:-1] for i in range(0, len(said), _AT_ONCE))
+    head = json.dumps({"problem_type": problem_type(entry), "answers": []})
+    return f"{head.removesuffix(']}')}{', '.join(pieces)}]}}"
 
 
 def _texts(texts: Sequence[str]) -> NDArray[np.object_]:

@@ -47,9 +47,11 @@ from hhdeploy.runtime.serving.outputs import (
     check_finite,
     output_of,
     outputs_of,
+    work_of,
 )
 from hhdeploy.runtime.serving.pictures.images import Pictures
 from hhdeploy.runtime.serving.pictures.inputs import as_pixels, check_images
+from hhdeploy.runtime.serving.processes.aside import Aside
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import trace_parts
 from hhdeploy.runtime.session import Session
@@ -100,6 +102,7 @@ class Service:
             contexts=settings.contexts,
         )
         self._pictures = Pictures(settings)
+        self._aside = Aside("hhdeploy-outputs")
         self._watch: asyncio.Task[None] | None = None
         self._since = time.monotonic()
 
@@ -155,6 +158,7 @@ class Service:
             await asyncio.wait([self._watch])
         if self.fleet is not None:
             await self.fleet.close()
+        self._aside.close()
         self._session.close()
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -254,7 +258,10 @@ class Service:
                 if asked:
                     raise
                 wanted = [w for w in wanted if w.name in found]  # which show what there is
-        outputs = tuple(output_of(w, found, entries, classes) for w in wanted)
+        outputs = await self._aside.run(
+            work_of(wanted, classes),
+            lambda: tuple(output_of(w, found, entries, classes) for w in wanted),
+        )
         self._count(entries, begin, prepared, ran, answer)
         digests = [self._manifest.tensors_digest(e) if e is not None else "" for e in entries]
         return InferResponse(request.model, request.id, outputs, answered_by(entries, digests))

@@ -44,6 +44,7 @@ from hhdeploy.runtime.serving.grpc.headers import PEER
 from hhdeploy.runtime.serving.grpc.parsing import read_inference
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
+from hhdeploy.runtime.serving.processes.aside import Aside
 from hhdeploy.runtime.serving.processes.parsing import Parser
 from hhdeploy.runtime.serving.tracing import Tracing
 
@@ -127,13 +128,14 @@ class Servicer:
     def __init__(self, endpoint: Endpoint, access: Access) -> None:
         """``access``: who may ask; health is there for all."""
         self._endpoint, self._access = endpoint, access
-        self._tracing, self._parser = Tracing(), Parser()
+        self._tracing, self._parser, self._aside = Tracing(), Parser(), Aside("hhdeploy-grpc")
         self.stopping = asyncio.Event()
         self._under_way = 0
 
     def close(self) -> None:
-        """End what reads large requests."""
+        """End what reads large requests, and writes large answers."""
         self._parser.close()
+        self._aside.close()
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
@@ -264,7 +266,8 @@ class Servicer:
 
     async def _infer(self, request: Any) -> Any:
         read = await read_inference(self._parser, request, self._endpoint.most_json)
-        return write_response(await self._endpoint.infer(read))
+        response = await self._endpoint.infer(read)
+        return await self._aside.run(response.nbytes, functools.partial(write_response, response))
 
     async def _bounded(
         self,

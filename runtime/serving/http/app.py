@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -53,6 +54,7 @@ from hhdeploy.runtime.serving.http.page import Handler, page_routes
 from hhdeploy.runtime.serving.http.parsing import BodyParser
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
+from hhdeploy.runtime.serving.processes.aside import Aside
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.runtime.serving.tracing import Tracing
 
@@ -75,7 +77,8 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     """
     settings = endpoint.settings
     bodies = Bodies(settings.bodies_bytes)
-    parser, most_json = BodyParser(), endpoint.most_json
+    parser, aside = BodyParser(), Aside("hhdeploy-http")
+    most_json = endpoint.most_json
 
     async def infer(request: Request) -> Response:
         length = header(request, _HEADER_LENGTH)
@@ -90,7 +93,8 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
                 held.add(message.nbytes)
             with _Connected(request):
                 response = await endpoint.infer(message)
-        content, head = write_response(response, message)
+        write = partial(write_response, response, message)
+        content, head = await aside.run(response.nbytes, write)
         headers = {HEADER_LENGTH: str(head)} if head is not None else {}
         kind = "application/octet-stream" if head is not None else "application/json"
         return Response(content, media_type=kind, headers=headers)
@@ -192,6 +196,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
             yield
         finally:
             parser.close()
+            aside.close()
 
     app = Starlette(
         routes=routes, exception_handlers=dict.fromkeys((404, 405), guard.missing), lifespan=running

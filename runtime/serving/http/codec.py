@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.messages import (
@@ -46,6 +47,8 @@ _MOST_OBJECTS = 1024
 _LIST_BYTES = 32
 # Of JSON whose brackets are counted at once.
 _CHECKED_BYTES = 64 << 10
+# Of a tensor's values that become JSON at once: others may have their turn in between.
+_WRITTEN_BYTES = 16 << 10
 _COMPACT = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
@@ -237,10 +240,13 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
 def write_response(response: InferResponse, request: InferRequest) -> tuple[bytes, int | None]:
     """The body of an answer, and the length of its JSON if binary tensors follow it.
 
+    Long lists are written in pieces, see `Aside`.
+
     Raises:
         RequestError: JSON cannot hold a value, e.g. -inf.
     """
-    outputs, tail = [], []
+    outputs: list[bytes] = []
+    tail: list[bytes] = []
     binary = {wanted.name: wanted.binary for wanted in request.outputs}
     for tensor in response.outputs:
         described: dict[str, Any] = {
@@ -252,16 +258,15 @@ def write_response(response: InferResponse, request: InferRequest) -> tuple[byte
             raw = raw_of(tensor)
             described["parameters"] = {"binary_data_size": len(raw)}
             tail.append(raw)
+            outputs.append(compact_json(described))
         else:
-            described["data"] = _values(tensor)
-        outputs.append(described)
+            outputs.append(b'%s,"data":[%s]}' % (compact_json(described)[:-1], _values(tensor)))
     content: dict[str, Any] = {"model_name": response.model, "model_version": "1"}
     if response.parameters:
         content["parameters"] = dict(response.parameters)
-    content["outputs"] = outputs
     if response.id:
         content["id"] = response.id
-    head = compact_json(content)
+    head = b'%s,"outputs":[%s]}' % (compact_json(content)[:-1], b",".join(outputs))
     return b"".join([head, *tail]), len(head) if tail else None
 
 
@@ -270,19 +275,27 @@ def compact_json(content: Any) -> bytes:
     return _COMPACT.encode(content).encode("ascii")
 
 
-def _values(tensor: Tensor) -> list[Any]:
+def _values(tensor: Tensor) -> bytes:
+    """A tensor's values as JSON, with commas between."""
     flat = tensor.array.reshape(-1)
-    if tensor.datatype == BYTES:
-        return [item.decode("utf-8", "replace") for item in flat]
-    if not np.isfinite(flat).all():
+    if tensor.datatype != BYTES and not np.isfinite(flat).all():
         raise RequestError(
             f"output {tensor.name!r} has values that JSON cannot hold: where one request mixes "
             "adapters with different numbers of classes, logits are padded with -inf. Ask for the "
             "output 'probabilities', for binary data, or for one adapter at a time; NaN comes from "
             "images that hold NaN or infinities."
         )
+    step = max(1, _WRITTEN_BYTES * flat.size // max(1, tensor.nbytes))
+    pieces = (flat[begin : begin + step] for begin in range(0, flat.size, step))
+    return b",".join(compact_json(_listed(piece, flat.size))[1:-1] for piece in pieces)
+
+
+def _listed(piece: NDArray[Any], count: int) -> list[Any]:
+    """Some of ``count`` values as JSON has them."""
+    if piece.dtype == object:
+        return [item.decode("utf-8", "replace") for item in piece]
     # A float32 has an exact shortest form; its double has 17 digits.
-    return [float(str(x)) for x in flat] if tensor.array.size < 4096 else flat.tolist()
+    return [float(str(x)) for x in piece] if count < 4096 else piece.tolist()
 
 
 def _from_json(name: str, item: Mapping[str, Any]) -> Tensor:
