@@ -146,6 +146,7 @@ class Service:
         image = np.zeros((1, *self._size), np.float32)
         with self._batcher.place(1) as place:
             await self._batcher.run(place, image, rows)
+        self._batcher.runs = 0  # nobody asked for that one
         self.ready = self._started = True
 
     async def stop(self) -> None:

@@ -193,6 +193,15 @@ def test_requests_of_many_tasks_go_in_one_batch(play, branches, workshop, closed
     play(scene, bundle=branches, slots=None)
 
 
+def test_the_run_at_the_start_is_not_counted(play):
+    async def scene(s):
+        assert s.now().runs == 0
+        await s.infer(request_of(images(1), adapter="alpha"))
+        assert (s.now().runs, s.metrics.images) == (1, 1)
+
+    play(scene)
+
+
 def test_one_image_and_several_adapters(play, branches, workshop):
     x = images(1)
 
