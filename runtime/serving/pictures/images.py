@@ -187,6 +187,8 @@ def _decode(
     decoded = load_picture(image, name=name)
     try:
         return {way: way(decoded) for way in ways}
+    except DataError as error:  # e.g. a model of other channels than a picture has
+        raise RequestError(f"{name}: {error}") from error
     except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
         raise RequestError(
             f"{name}: {image.width} x {image.height} pixels cannot be resized: {error}"

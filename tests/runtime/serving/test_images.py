@@ -15,7 +15,7 @@ from PIL import Image
 
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
-from hhdeploy.runtime.serving.pictures.images import load_picture, open_picture
+from hhdeploy.runtime.serving.pictures.images import load_picture, open_and_decode, open_picture
 
 MOST = 10_000
 
@@ -63,6 +63,14 @@ def test_a_picture_on_its_side_is_preprocessed_upright(form):
     assert np.array_equal(found, way(decode(encoded(form)).transpose(Image.Transpose.ROTATE_90)))
     assert np.abs(found - stored).max() > 0.1
     assert np.array_equal(replace(way, exif=False)(decode(encoded(form, exif=exif))), stored)
+
+
+def test_a_picture_for_a_model_of_other_channels_is_refused_by_its_number():
+    """Also where a process of its own decodes it, of which all else is the server's failure."""
+    way = Preprocess((5, 31, 29), (0.5,) * 5, (0.25,) * 5)
+    with pytest.raises(RequestError, match="image 3: the model takes 5 channels") as caught:
+        open_and_decode(encoded("PNG"), MOST, "image 3", [way])
+    assert caught.value.status == 400
 
 
 def test_sixteen_bits_are_scaled():
