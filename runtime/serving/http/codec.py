@@ -217,6 +217,10 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
             raise RequestError(
                 f"input {name[:80]!r}: binary_data_size: expected a number of bytes."
             )
+        if item.get("data") is not None:
+            raise RequestError(
+                f"input {name[:80]!r}: expected data or binary_data_size, found both. Send one."
+            )
         if position + size > len(body):
             raise RequestError(
                 f"input {name[:80]!r}: binary_data_size is {size}, the body has "

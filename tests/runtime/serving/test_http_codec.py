@@ -291,6 +291,18 @@ def test_damaged_data_are_refused(body, message):
         decompressed(body, "gzip", 1000)
 
 
+def test_an_input_with_data_twice_is_refused():
+    parameters = {"binary_data_size": 4}
+    item = {"name": "images", "datatype": "FP32", "shape": [1], "parameters": parameters}
+    for data, message in (([2.0], "found both"), (None, None)):
+        head = json.dumps({"inputs": [{**item, "data": data}]}).encode()
+        if message is None:
+            assert read_request("tiny", "", head + bytes(4), str(len(head))).inputs["images"].nbytes
+        else:
+            with pytest.raises(RequestError, match=message):
+                read_request("tiny", "", head + bytes(4), str(len(head)))
+
+
 def test_a_bomb_is_not_unpacked():
     bomb = gzip.compress(bytes(50 << 20))
     assert len(bomb) < 60_000
