@@ -50,11 +50,19 @@ class Names:
         if self.translated:
             return owner_of(name, self.translated)
         found = owner_of(name.removeprefix(self.prefix), self.modules)
-        return None if found is None else self.prefix + found
+        if found is None or not name.startswith(self.prefix):
+            return found
+        return self.prefix + found
 
 
-def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
+def names_of(names: Collection[str], backbone: Backbone, file: Path, start: str = "") -> Names:
     """How the tensors ``names`` of a file (all of them inside the backbone) are to be read.
+
+    Args:
+        names: of the file.
+        backbone: the model.
+        file: for messages.
+        start: what is known to stand before those of the model; not before all of them, perhaps.
 
     Raises:
         AdapterError: they are neither the backbone's nor those of a known implementation of it, or
@@ -63,30 +71,33 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path) -> Names:
     parameters = (name for name, _ in backbone.model.named_parameters())
     # Modules that have parameters of their own: any name starts with that of some outer one.
     modules = frozenset(name.rpartition(".")[0] for name in parameters) - {""}
-    prefix = outer_prefix(names, modules)
+    inner = {name.removeprefix(start): name for name in names}
+    prefix = outer_prefix(inner, modules)
     if prefix is not None:
-        return Names(prefix, modules)
+        cut = any(own != name for own, name in inner.items())
+        return Names((start if cut else "") + prefix, modules)
     sites = {
         (numbers_in(site.name), site.kind): site.name
         for site in sites_of(backbone.facts.linears).values()
         if site.kind
     }
     found: dict[str, tuple[str, str]] = {}
-    for name in names:
+    for name in inner:
         path = _by_kind(name)
         target = sites.get((numbers_in(path), kind_of(path))) if path else None
         if target is not None:
             found[name] = path, target
-    rest = [name for name in names if name not in found]
+    rest = [name for name in inner if name not in found]
     if rest:
         table = _Table(backbone)
-        tries = [{n: p for n in rest if (p := table.find(n, s))} for s in _starts(names)]
+        tries = [{n: p for n in rest if (p := table.find(n, s))} for s in _starts(inner)]
         tries.sort(key=len)
         found |= tries[-1]
     translated: dict[str, str] = {}
     paths: dict[str, str] = {}
-    for name in names:
-        path, target = found.get(name, ("", ""))
+    for own, name in inner.items():
+        path, target = found.get(own, ("", ""))
+        path = name.removesuffix(own) + path
         if not target:
             raise AdapterError(
                 f"{file}: {name}: {backbone.facts.model} has no such module. Its own names are "

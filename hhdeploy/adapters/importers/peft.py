@@ -164,7 +164,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
         for key in map(bare_key, tensors)
         if not key.startswith(PEFT_ROOT) and key.rpartition(".")[0] != head
     ]
-    names = names_of(inside, backbone, file)
+    names = names_of(inside, backbone, file, options.prefix)
     split = split_saved(tensors, head, names, config, backbone, file)
     assumed = [*notes, *other_name(config, backbone.facts)]
     if left:
@@ -208,9 +208,9 @@ def _check_values(config: Mapping[str, Any], where: Path) -> None:
 def _read(
     path: Path, options: ImportOptions
 ) -> tuple[Path, Tensors, frozenset[str], tuple[str, ...]]:
-    """The tensors of one adapter by `bare` key; of those inside the model without PEFT's prefix.
-    And the keys of those that lack the options' prefix where others inside have it, and what
-    `read_pth` notes."""
+    """The tensors of one adapter by `bare` key without PEFT's start: the options' prefix stays
+    where it comes behind that, as the configuration's names have it. And the keys of those that
+    lack the prefix where others inside have it, and what `read_pth` notes."""
     file, prefix = path / TENSOR_FILE, options.prefix
     notes: tuple[str, ...] = ()
     if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():
@@ -219,7 +219,7 @@ def _read(
         file = path / _OLD_TENSOR_FILE
         tensors, notes = read_pth(file)
     found: Tensors = {}
-    outside = set()
+    outside, names = set(), set()
     own = of_one_adapter(bare_keys(tensors, prefix, file), options.adapter_name, file)
     for key, tensor in own.items():
         # A model that was wrapped twice has PEFT's start twice.
@@ -231,14 +231,15 @@ def _read(
                 f"{way or 'Save the adapter with save_pretrained of PEFT, which writes it.'}"
             )
         inside = key.removeprefix(PEFT_MODEL)
-        name = inside.removeprefix(prefix) if inside != key else key
-        if name in found:
+        name = inside.removeprefix(prefix)
+        if name in names:
             raise AdapterError(
                 f"{file}: {key}: expected one tensor for {name}, found two, with and without the "
                 f"prefix {prefix}. Leave the other module's out of the file."
             )
-        found[name] = tensor
-        outside |= {name} if name == inside and prefix else set()
+        names.add(name)
+        found[inside] = tensor
+        outside |= {inside} if name == inside and prefix else set()
     if not found:
         raise AdapterError(f"{file}: expected the adapter's tensors, found none.")
     before = prefix != "" and any(key.startswith(prefix) for key in tensors)
@@ -285,7 +286,7 @@ def _read_as_it_is(
         if linear is None or config["peft_type"] == HRA:
             _need_weights(config, here, options, file)
             weight = _weight(backbone, here, linear)
-        a, b = low_rank_of(config, module.removeprefix(names.prefix), group, weight, file)
+        a, b = low_rank_of(config, module, group, weight, file)
         if linear is not None:
             result |= split_thirds(linear, a, b, file)
         else:
@@ -357,6 +358,11 @@ def _merged_by_peft(
     described, tensors = dict(config), split.tuned
     if names.translated:
         described, tensors = _in_names_of(backbone, config, split.tuned, names, where)
+    else:
+        tensors = {
+            k if k.startswith(PEFT_ROOT) else names.prefix + names.here(k): t
+            for k, t in tensors.items()
+        }
     keys = {k if k.startswith(PEFT_ROOT) else PEFT_MODEL + k: t for k, t in tensors.items()}
     after = merged_parameters(backbone, described, keys, split.whole, names.prefix, where)
     hints: dict[str, list[Array]] = {}

@@ -109,7 +109,9 @@ def compare_targets(
     else:
         own = [names.prefix + path for path in sorted(names.modules)]
         linears = [names.prefix + path for path in _linears(backbone)]
-        missing = _missing(config, found, own, linears)
+        # As the model would have them all: what is outside of a prefix belongs to it, too.
+        inside = [names.prefix + names.here(path) for path in found]
+        missing = _missing(config, inside, own, linears)
     targets = config.get("target_modules")
     said = (
         "of what other blocks have" if targets is None else f"target_modules {targets} names them,"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import peft
@@ -242,6 +243,35 @@ def test_a_raw_state_dict_s_modules_to_save_and_an_outer_module(tmp_path):
     _, found = imported_logits(tmp_path / "a", ImportOptions(prefix="net."))
     assert_parity(expected, found, "algebra", "float32")
     _, found = imported_logits(tmp_path / "a")  # told by the names alone
+    assert_parity(expected, found, "algebra", "float32")
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha_pattern": {"net.blocks.0.attn.qkv": 40}},
+        {"alpha_pattern": {"^blocks.0.attn.qkv": 40}},
+        {"rank_pattern": {"net.blocks.0.attn.qkv": 5}},
+        {"alpha_pattern": {"net.blocks.0.attn.qkv": 40}, "use_dora": True},
+        {"target_modules": ["qkv", "fc1"], "layers_to_transform": [1]},
+        {"target_modules": r"net\.blocks\.\d\.attn\.qkv"},
+        {"exclude_modules": ["net.blocks.0.attn.qkv"]},
+    ],
+    ids=str,
+)
+def test_a_configuration_s_names_are_those_of_the_outer_module(tmp_path, changes, prefix):
+    """PEFT compares them with whole paths, the member's name before them."""
+    outer = torch.nn.Sequential(OrderedDict(net=tiny_backbone(num_classes=CLASSES).model))
+    model = peft.get_peft_model(outer, lora(modules_to_save=None, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path / "a")
+    expected = logits_of(model.double().merge_and_unload(), images(3))
+    _, found = imported_logits(tmp_path / "a", ImportOptions(prefix=prefix))
     assert_parity(expected, found, "algebra", "float32")
 
 
