@@ -85,7 +85,13 @@ def _content(path: Path) -> Any:
     if path.name.endswith(_INDEX):
         whole: dict[str, Any] = {}
         for file in files_of(path):
-            whole |= _content(file)
+            part = _content(file)
+            if twice := sorted(whole.keys() & part.keys()):
+                raise ValueError(
+                    f"{twice[0]} is in {file.name} and in another of its files, of which one is of "
+                    "an earlier save; save the model into an empty directory"
+                )
+            whole |= part
         return whole
     return load_file(path) if path.suffix == ".safetensors" else unpickled(path)
 
@@ -336,13 +342,20 @@ def load_strictly(
         for k in own
         if k in state and own[k].shape != state[k].shape and k in persistent
     ]
-    if missing or unexpected or wrong:
+    # Integers are another's quantised weights without their scales; torch would copy the numbers.
+    untrue = [
+        f"{k} ({str(state[k].dtype).removeprefix('torch.')})"
+        for k in own
+        if k in persistent and k in state and not state[k].is_floating_point()
+    ]
+    if missing or unexpected or wrong or untrue:
         problems = [
             f"{title}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
             for title, names in (
                 ("missing", missing),
                 ("unexpected", unexpected),
                 ("of another shape", wrong),
+                ("of a type that no weights have", untrue),
             )
             if names
         ]

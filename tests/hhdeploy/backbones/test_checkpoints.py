@@ -350,6 +350,27 @@ def test_a_divided_model_is_read_by_its_list(tmp_path, model):
             load_backbone(spec(index))
 
 
+def test_a_tensor_in_two_files_of_a_divided_model_is_refused(tmp_path, model):
+    """One of them was left by an earlier save."""
+    state = model.state_dict()
+    first = {"pos_embed": state["pos_embed"]}
+    save_file(first, tmp_path / "a.safetensors")
+    save_file({**state, "pos_embed": state["pos_embed"] + 1}, tmp_path / "b.safetensors")
+    files = {key: f"{'a' if key in first else 'b'}.safetensors" for key in state}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(BackboneError, match=r"pos_embed is in b\.safetensors and in another"):
+        load_backbone(spec(index))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_numbers_that_are_no_weights_are_refused(tmp_path, model, kind):
+    state = {key: (value * 100).to(kind) for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=r"of a type that no weights have: cls_token \("):
+        load_backbone(spec(tmp_path / "w.pth"))
+
+
 def test_a_function_s_model_inside_of_another(tmp_path):
     torch.manual_seed(5)
     own = encoder(depth=1)
