@@ -219,7 +219,8 @@ def _store_verification(
     if manifest.has(PARITY_FILE):
         stages += [s for s in change.bundle.parity()["stages"] if s["precision"] not in checked]
     change.store(PARITY_FILE, json_bytes({**report.to_json(), "stages": stages}))
-    marked = tuple(replace(a, verified=a.verified or a.name in adapters) for a in manifest.adapters)
+    # Not those that another verification marked meanwhile: they are not in this reference.
+    marked = tuple(replace(a, verified=a.name in adapters) for a in manifest.adapters)
     change.manifest = replace(change.manifest, adapters=marked)
 
 
@@ -269,6 +270,12 @@ def verify_graphs(
     if not len(images):
         raise BundleError(
             f"{bundle.path}: nothing to verify: none of its adapters is in the reference. Run: "
+            f"{as_code('verify_against_torch', bundle.path)}"
+        )
+    if absent := [name for name, row in names.items() if row not in ids]:
+        raise BundleError(
+            f"{bundle.path}: {', '.join(absent)}: expected images of it in the reference, as it "
+            "counts as verified, found none. Run: "
             f"{as_code('verify_against_torch', bundle.path)}"
         )
     stages: list[StageResult] = []

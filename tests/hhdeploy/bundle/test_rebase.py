@@ -209,6 +209,23 @@ def test_verification_while_a_graph_is_added(bundle, monkeypatch):
     assert verify(bundle).passed
 
 
+def test_verification_while_another_verifies_more(bundle, monkeypatch):
+    """What was added and verified meanwhile is not in the reference that comes later."""
+    import hhdeploy.verifying.reference
+
+    def verified(path):
+        added(path)
+        verify_against_torch(path, checkpoint=WITNESS / "backbone.safetensors")
+        assert unverified(path) == set()
+
+    meanwhile(
+        monkeypatch, hhdeploy.verifying.reference, "training_time_reference", verified, bundle
+    )
+    verify_against_torch(bundle, checkpoint=WITNESS / "backbone.safetensors")
+    assert unverified(bundle) == {"guest"}
+    assert {s.adapter for s in verify(bundle).stages} == {"alpha", "gamma", "rival"}
+
+
 # --- calibrate -----------------------------------------------------------------------------------
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hhdeploy import verify
+from hhdeploy.bundle import add_adapter, edit
 from hhdeploy.choices import RUNNERS
+from hhdeploy.errors import BundleError
 from hhdeploy.parity import PARITY, bound, stage_of
 from hhdeploy.runtime import onnxruntime_backend as onnxruntime
 from tests.onnxruntime_double import stand_in
+from tests.workshop import copy_bundle
+
+WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +76,14 @@ def test_every_device_and_precision_has_a_bound(kind, device):
     assert all((stage, precision) in PARITY for precision, stage in found.items())
     on_cpu = device in ("cpu", "openvino")
     assert ("engine" not in found.values()) is on_cpu
+
+
+def test_an_adapter_that_is_not_in_the_reference(tmp_path):
+    """It counts as verified by somebody's edit: nothing shows that it is."""
+    path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    add_adapter(path, "guest", WITNESS / "rival")
+    with edit(path) as change:
+        marked = tuple(replace(a, verified=True) for a in change.manifest.adapters)
+        change.manifest = replace(change.manifest, adapters=marked)
+    with pytest.raises(BundleError, match=r"guest: expected images of it in the reference"):
+        verify(path)
