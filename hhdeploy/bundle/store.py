@@ -15,6 +15,7 @@ card is written again, and a signature, which fits no more, is removed.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ from hhdeploy.errors import (
     HhdeployError,
     WriteError,
 )
+from hhdeploy.files.bundle_json import check_bundle_json
 from hhdeploy.files.journal import write_journal
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import scratch_directory
@@ -181,6 +183,7 @@ class Change:
         if self.manifest == self.bundle.manifest:
             return
         root = self.bundle.path
+        self._check()
         self._renew_card()
         folders = {f for path in self._written for f in path.parents if f.is_relative_to(root)}
         for folder in sorted(folders, reverse=True):  # what is inside before what names it
@@ -188,6 +191,25 @@ class Change:
         write_bytes(root / NEW_MANIFEST, json_bytes(self.manifest.to_json()))
         os.replace(root / NEW_MANIFEST, root / MANIFEST)
         sync_directory(root)
+
+    def _check(self) -> None:
+        """Raise `BundleError` for a manifest that no reader would take."""
+        folders = {n.split("/")[1] for n in self.manifest.files if n.startswith(f"{ADAPTERS}/")}
+        try:
+            content = json.loads(json_bytes(self.manifest.to_json()))
+            check_bundle_json(content)
+            Manifest.from_json(content)
+            for entry in () if self.manifest.whole else self.manifest.adapters:
+                if entry.name not in folders:
+                    raise ValueError(
+                        f"adapter {entry.name!r}: expected its files in {ADAPTERS}/{entry.name}, "
+                        "found none; under another name an adapter is removed and added again"
+                    )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"{self.bundle.path} would have a manifest that cannot be right "
+                f"({type(error).__name__}: {error}). Nothing was changed."
+            ) from error
 
     def _renew_card(self) -> None:
         """The card of the new manifest, beside the old one. A README.md that the bundle does not

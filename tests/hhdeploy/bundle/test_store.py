@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -585,3 +586,21 @@ def test_files_of_the_user_s_are_not_swept(bundle):
     remove_adapter(bundle, "guest")
     for name in ("README.md", "model.best.onnx", "notes.json", "bank.old.safetensors"):
         assert (bundle / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"class_names": ("one", "two")}, r"class_names: expected 7 names, found 2"),
+        ({"row": 2}, r"expected every row once"),
+        ({"name": "other"}, r"adapter 'other': expected its files in adapters/other, found none"),
+        ({"extra": {"mine": Path("x")}}, r"PosixPath is not JSON serializable"),
+    ],
+)
+def test_an_edit_that_no_reader_would_take_is_refused(bundle, change, said):
+    before = contents(bundle)
+    alpha, gamma = Bundle.open(bundle).manifest.adapters
+    with pytest.raises(BundleError, match=rf"cannot be right .*{said}.* Nothing was changed"):  # noqa: SIM117
+        with edit(bundle) as made:
+            made.manifest = replace(made.manifest, adapters=(replace(alpha, **change), gamma))
+    assert contents(bundle) == before
