@@ -52,6 +52,7 @@ from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import (
     json_bytes,
     os_errors,
+    sha256_of,
     sha256_of_bytes,
     sync_directory,
     write_bytes,
@@ -169,11 +170,13 @@ class Change:
         """Enter a file; False if the bundle has it already, to the byte."""
         self.manifest = replace(self.manifest, files={**self.manifest.files, named: digest})
         there = self.bundle.manifest.files.get(named)
-        if there == digest:
-            return False
-        if there is not None:  # the same digits by chance: what is there is never written over
-            raise WriteError(f"{named} is taken by another content: export the bundle again.")
         path = self.bundle.path / named
+        if there == digest:
+            if _is_whole(path, digest):
+                return False
+            path.unlink(missing_ok=True)  # damaged: who has it open keeps that
+        elif there is not None:  # by chance: what is there is never written over
+            raise WriteError(f"{named} is taken by another content: export the bundle again.")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._written.append(path)
         return True
@@ -339,6 +342,13 @@ def work_directory(bundle: Path) -> Iterator[Path]:
             if scratch.is_dir():
                 raise
             raise _exported_again(bundle) from error
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    try:
+        return sha256_of(path) == digest
+    except OSError:
+        return False
 
 
 def _exported_again(path: str | Path) -> ConflictError:

@@ -604,3 +604,18 @@ def test_an_edit_that_no_reader_would_take_is_refused(bundle, change, said):
         with edit(bundle) as made:
             made.manifest = replace(made.manifest, adapters=(replace(alpha, **change), gamma))
     assert contents(bundle) == before
+
+
+def test_a_damaged_file_is_written_again(bundle):
+    """Its content comes once more, from the same calibration, say: the bundle is whole again."""
+    flip_byte(bundle / "parity.json")
+    content = (WITNESS / "branches" / "parity.json").read_bytes()
+    with edit(bundle) as change:
+        named = change.store("parity.json", content)
+    flip_byte(bundle / named)
+    with pytest.raises(BundleError, match="expected sha256"):
+        Bundle.open(bundle).read(named)
+    with edit(bundle) as change:
+        assert change.store("parity.json", content) == named
+    assert Bundle.open(bundle).read(named) == content
+    assert contents(bundle).keys() >= {named}
