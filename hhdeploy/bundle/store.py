@@ -18,9 +18,10 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle.card import card_of
@@ -31,6 +32,7 @@ from hhdeploy.bundle.manifest import (
     ADAPTERS,
     MANIFEST,
     OLD,
+    PARITY_FILE,
     SIGNATURE,
     Manifest,
     name_with_digits,
@@ -156,11 +158,26 @@ class Change:
                 write_bytes(self.bundle.path / named, content)
 
     def forget_adapter(self, name: str) -> None:
-        """Name the files of ``adapters/NAME`` no more."""
+        """Name the files of ``adapters/NAME`` no more, nor what was measured of the adapter."""
         own = f"{ADAPTERS}/{name}/"
         write_journal(self.bundle.path, [n for n in self.manifest.files if n.startswith(own)])
         files = {n: d for n, d in self.manifest.files.items() if not n.startswith(own)}
         self.manifest = replace(self.manifest, files=files)
+        self._forget_measured(name)
+
+    def _forget_measured(self, name: str) -> None:
+        """Another adapter of this name would have the errors of the one that is gone."""
+        if not self.manifest.has(PARITY_FILE):
+            return
+        before = Bundle(self.bundle.path, self.manifest).parity()
+        after = {**before, "stages": _of_others(before["stages"], name)}
+        if pictures := before.get("pictures"):
+            after["pictures"] = {
+                **pictures,
+                "answers": _of_others(pictures.get("answers", []), name),
+            }
+        if after != before:
+            self.store(PARITY_FILE, json_bytes(after))
 
     def _forget(self, name: str) -> None:
         files = {n: d for n, d in self.manifest.files.items() if plain_name(n) != name}
@@ -356,3 +373,7 @@ def _exported_again(path: str | Path) -> ConflictError:
         f"{path} was exported again meanwhile, and this is the result of its old graph: nothing "
         "was written. Run the command again."
     )
+
+
+def _of_others(stages: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    return [stage for stage in stages if stage["adapter"] != name]

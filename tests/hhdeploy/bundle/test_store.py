@@ -619,3 +619,12 @@ def test_a_damaged_file_is_written_again(bundle):
         assert change.store("parity.json", content) == named
     assert Bundle.open(bundle).read(named) == content
     assert contents(bundle).keys() >= {named}
+
+
+def test_what_was_measured_of_an_adapter_goes_with_it(bundle):
+    """Another one of its name in its row would have its errors for its own."""
+    remove_adapter(bundle, "alpha")
+    add(bundle, "alpha")
+    assert {s["adapter"] for s in Bundle.open(bundle).parity()["stages"]} == {"gamma"}
+    assert "(alpha)" not in (bundle / "README.md").read_text()
+    Bundle.open(bundle).check_files()
