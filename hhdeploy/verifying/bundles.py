@@ -106,8 +106,8 @@ def verify_against_torch(
 
     On success the bundle gets the new reference and report, and all its adapters count as
     verified but those that others added or replaced meanwhile; on failure it stays as it was. So
-    it does where ``precisions`` (graphs to check, None: all) leaves out float32: the other graphs'
-    bounds are too wide to vouch for an adapter.
+    it does where float32 is not among the graphs that are checked (``precisions``; None: all, of a
+    backend its engines): the other graphs' bounds are too wide to vouch for an adapter.
 
     Args:
         path: the bundle.
@@ -172,7 +172,7 @@ def verify_against_torch(
         raise parity_error(report)
     if _shows_pictures(bundle, device, precisions):
         report = replace(report, pictures=check_pictures(bundle, added_later=True))
-    if precisions is not None and "float32" not in precisions:
+    if "float32" not in {stage.precision for stage in report.stages}:
         return report
     basis = Basis.of(bundle.manifest)
     with edit(path, basis, lock_timeout=lock_timeout, progress=progress) as change:
@@ -319,6 +319,11 @@ def _default_precisions(bundle: Bundle, device: Device, *, noise: bool) -> tuple
     prove nothing."""
     if device in BACKENDS:
         engines = [e for e in bundle.manifest.engines if e.backend == device]
+        if not engines:
+            raise BundleError(
+                f"{bundle.path}: expected engines for {device} to compare, found none. Build one "
+                f"with: {as_code('build', bundle.path, backend=device)}"
+            )
         return tuple(dict.fromkeys(e.precision for e in engines))
     graphs = tuple(bundle.manifest.graphs)
     if device == "openvino":

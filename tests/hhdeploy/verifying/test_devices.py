@@ -10,7 +10,7 @@ import pytest
 
 from hhdeploy import verify
 from hhdeploy.bundle import add_adapter, edit
-from hhdeploy.choices import RUNNERS
+from hhdeploy.choices import BACKENDS, RUNNERS
 from hhdeploy.errors import BundleError
 from hhdeploy.parity import PARITY, bound, stage_of
 from hhdeploy.runtime import onnxruntime_backend as onnxruntime
@@ -87,3 +87,11 @@ def test_an_adapter_that_is_not_in_the_reference(tmp_path):
         change.manifest = replace(change.manifest, adapters=marked)
     with pytest.raises(BundleError, match=r"guest: expected images of it in the reference"):
         verify(path)
+
+
+@pytest.mark.parametrize("device", BACKENDS)
+def test_a_bundle_without_engines_has_none_to_compare(device):
+    with pytest.raises(
+        BundleError, match=rf"engines for {device} to compare, found none\. Build one"
+    ):
+        verify(WITNESS / "branches", device=device)
