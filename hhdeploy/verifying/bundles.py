@@ -38,6 +38,7 @@ from hhdeploy.parity import ParityReport, StageResult, stage_of
 from hhdeploy.verifying.answers import compared, logits_of, rows_covered
 from hhdeploy.verifying.overflow import find_overflow
 from hhdeploy.verifying.pictures import check_pictures
+from hhdeploy.verifying.survival import Effects, say
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
@@ -167,9 +168,14 @@ def verify_against_torch(
     data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = rows_of(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.outputs)
-    report = verify_graphs(bundle, device, precisions, reference, data)
+    effects = Effects.of_reference(bundle, reference)
+    also = effects.measure if device == "cpu" else _unmeasured  # others have no twins at hand
+    report = verify_graphs(bundle, device, precisions, reference, data, also=also)
     if not report.passed:
         raise parity_error(report)
+    if device == "cpu":
+        shown = dict.fromkeys(stage.precision for stage in report.stages)
+        say(progress, effects.lines([*shown], refuse=False))
     if _shows_pictures(bundle, device, precisions):
         report = replace(report, pictures=check_pictures(bundle, added_later=True))
     if "float32" not in {stage.precision for stage in report.stages}:
@@ -178,6 +184,10 @@ def verify_against_torch(
     with edit(path, basis, lock_timeout=lock_timeout, progress=progress) as change:
         _store_verification(change, basis, reference, report)
     return report
+
+
+def _unmeasured(shown: Bundle, run: Precision, precision: Precision) -> None:
+    """`Also` of those who ask no more of a graph than its answers."""
 
 
 def _check_named(bundle: Bundle) -> None:
@@ -256,7 +266,7 @@ def verify_graphs(
     reference: Reference | None = None,
     data: VerifyData | None = None,
     *,
-    also: Also = lambda shown, run, precision: None,
+    also: Also = _unmeasured,
 ) -> ParityReport:
     """Run every graph on the reference's images, in batches that mix adapters."""
     if reference is None:

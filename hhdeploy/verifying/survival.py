@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from hhdeploy.calibration.judging.exam import Exam
     from hhdeploy.calibration.quantised import Quantised
+    from hhdeploy.verifying.reference import Reference
 
 # What helps where a precision is too coarse.
 _FINER = "Use a finer precision, or train it further."
@@ -184,11 +185,14 @@ class Effects:
         self._found: dict[Precision, NDArray[np.float64]] = {}
 
     @classmethod
-    def of_reference(cls, bundle: Bundle) -> Effects:
-        """On an image each of the adapters in the reference; of other bundles than those with side
-        branches it has no adapter, and nothing to say."""
+    def of_reference(cls, bundle: Bundle, reference: Reference | None = None) -> Effects:
+        """On an image each of the adapters in a reference (None: the bundle's); of others than
+        bundles with side branches it has no adapter, and nothing to say."""
         manifest = bundle.manifest
-        images, ids, _ = bundle.reference()
+        if reference is None:
+            images, ids, _ = bundle.reference()
+        else:
+            images, ids = reference.images, reference.adapter_ids
         if manifest.layout is None or manifest.bank_as_constant:
             return cls(bundle, images[:0], ())
         first = {a.name: np.flatnonzero(ids == a.row) for a in manifest.adapters}

@@ -18,6 +18,7 @@ from hhdeploy.errors import CapacityError, PlanError
 from hhdeploy.exporters import fold as fold_module
 from hhdeploy.exporters.precision import typed
 from hhdeploy.exporting.bundles import export
+from hhdeploy.verifying.bundles import verify_against_torch
 from hhdeploy.verifying.graphs import add_typed_graph
 from hhdeploy.verifying.survival import _rounded, check_folded, check_quantised
 from tests.support import TINY_MODEL, random_adapter, tiny_backbone
@@ -198,3 +199,13 @@ def test_quantised_weights_have_a_step_a_row(precision):
     change = np.asarray([[0.0, 0.001, 0.001], [0.0, 0.0, 0.0]])
     left = _rounded(values + change, precision, values) - found
     assert share_left(change[:1], left[:1]) == 0.0, "gone"
+
+
+def test_what_a_precision_makes_of_a_later_adapter_is_said(coarse, tmp_path):
+    """Its rows come beside a graph that is there: parity alone would be as good without it."""
+    workshop, checkpoint = coarse
+    path, said = exported(coarse, tmp_path / "b", "large")[0].path, []
+    add_adapter(path, "small", workshop.directory("small"))
+    verify_against_torch(path, checkpoint=checkpoint, verify_images=1, progress=said.append)
+    assert ["'small': bfloat16 rounds all of it away" in line for line in said].count(True) == 1
+    assert not [line for line in said if "'large'" in line and "round" in line]
