@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
 
-from hhdeploy.choices import Device, Precision
+from hhdeploy.choices import QUANTISED, Device, Precision
 from hhdeploy.cli import ui
+
+if TYPE_CHECKING:
+    from hhdeploy.bundle.manifest import Manifest
+    from hhdeploy.parity import ParityReport
 
 _AGAINST_TORCH = frozenset(
     "model model_args input_size checkpoint pretrained seed verify_data verify_images "
@@ -128,6 +132,7 @@ def command(
             ui.console().print(overflow, style="red", markup=False, soft_wrap=True)
         manifest = Bundle.open(bundle).manifest
         ui.say_compressed(manifest)
+        _say_not_compared(bundle, manifest, report, precisions)
         for name in (a.name for a in manifest.adapters if not a.verified):
             line = (
                 " was added later and is not in the reference: run hhdeploy verify "
@@ -136,3 +141,18 @@ def command(
             ui.console().print(Text.assemble((name, "yellow"), line))
     if not report.passed:
         raise SystemExit(1)
+
+
+def _say_not_compared(
+    bundle: Path, manifest: Manifest, report: ParityReport, precisions: tuple[Precision, ...]
+) -> None:
+    """A line for each graph from calibration that noise cannot show, unless others were named."""
+    compared = {stage.precision for stage in report.stages}
+    if precisions or report.data.get("kind") != "noise":
+        return
+    for precision in (p for p in manifest.graphs if p in QUANTISED and p not in compared):
+        line = (
+            " was not compared: seeded noise leaves the ranges that it was calibrated for. Compare "
+            f"it on images: hhdeploy verify {ui.quoted(bundle)} --against-torch --verify-data DIR"
+        )
+        ui.console().print(Text.assemble((precision, "yellow"), line))

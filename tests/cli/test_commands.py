@@ -26,6 +26,8 @@ from hhdeploy.verifying.graphs import add_typed_graph
 from tests.support import TINY_MODEL, random_adapter
 from tests.workshop import AGE, HEAVY, TAGS, contents, copy_bundle, flip_byte, run_python
 
+WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+
 
 @pytest.fixture
 def bundle(small, tmp_path):
@@ -203,6 +205,11 @@ def test_verify_refuses(refuse, call, bundle, tmp_path):
     flip_byte(bundle / "model.onnx.data")
     assert "model.onnx.data: expected sha256" in refuse("verify", bundle)
     assert call("verify", bundle / "model.onnx").exit_code == 2  # click: a file, not a directory
+
+
+def test_verify_names_what_noise_cannot_show(succeed):
+    assert "int8 was not compared: seeded noise" in succeed("verify", WITNESS / "int8")
+    assert "not compared" not in succeed("verify", WITNESS / "int8", "--precision", "float32")
 
 
 def test_verify_against_torch(succeed, refuse, bundle, workshop):
