@@ -109,8 +109,10 @@ class Feeder:
         )
 
     def digest(self) -> str:
-        """sha256 of what turns an image into inputs: preprocessing and rows."""
-        described = {name: self.preprocess(name).to_json() for name in self.names}
+        """sha256 of what turns an image into inputs: preprocessing, and rows by name."""
+        described = {
+            name: [self._row(name), self.preprocess(name).to_json()] for name in self.names
+        }
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         if self._bank is not None:
             digest.update(np.ascontiguousarray(self._bank).data)

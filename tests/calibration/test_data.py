@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,17 @@ def test_the_digest_sees_the_content(bundle, copied):
     write_pictures(path.parent / "new", 1, seed=99)
     (path.parent / "new" / "0.png").rename(path)
     assert opened(bundle, copied).digest != before
+
+
+def test_the_digest_sees_whose_row_is_whose(bundle, pictures):
+    """The same rows under each other's names: other inputs of the same images."""
+    rows = {
+        "alpha": bundle.manifest.adapter("rival").row,
+        "rival": bundle.manifest.adapter("alpha").row,
+    }
+    entries = tuple(replace(a, row=rows.get(a.name, a.row)) for a in bundle.manifest.adapters)
+    other = replace(bundle, manifest=replace(bundle.manifest, adapters=entries))
+    assert opened(other, pictures).digest != opened(bundle, pictures).digest
 
 
 def test_images_are_decoded_when_they_are_asked_for(bundle, copied):
