@@ -12,7 +12,15 @@ from hhdeploy.adapters.config import AdapterConfig, check_class_names
 from hhdeploy.adapters.format import Adapter, Part
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.licences import in_words
-from hhdeploy.backbones.sites import SEQUENTIAL_KINDS, Form, Site, select_sites, sites_of
+from hhdeploy.backbones.sites import (
+    SEQUENTIAL_KINDS,
+    Form,
+    LinearSpec,
+    Site,
+    linear_spec,
+    select_sites,
+    sites_of,
+)
 from hhdeploy.errors import AdapterError, OptionError, PlanError
 
 BACKBONE = "backbone"
@@ -89,7 +97,7 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
                 f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site, "
                 f"or its forward pass does not use it. Its sites are {abbreviate(list(known))}."
             )
-    _check_complete(adapter, facts)
+    _check_complete(adapter, facts, whole)
     if whole:
         check_targets(adapter.config, facts, adapter.source)
     _check_classes(adapter, facts)
@@ -182,19 +190,29 @@ def _check_form(form: Form, site: Site, source: str) -> None:
         )
 
 
-def _check_complete(adapter: Adapter, facts: BackboneFacts) -> None:
-    """Every site that ``target_modules`` name has tensors; in full, whether it is known or not."""
+def _check_complete(adapter: Adapter, facts: BackboneFacts, whole: bool) -> None:
+    """Every site that ``target_modules`` name has tensors; in full, whether it is known or not. So
+    has every kind of which a bundle's row, which is not ``whole``, tells no site."""
     targets = adapter.config.target_modules
     selected = select_sites(facts.linears, targets)
     named = {site.name for sites in selected.values() for site in sites}
     known = [s for s in sites_of(facts.linears) if s in named]
-    others = [t for t, sites in selected.items() if "." in t and not sites]
+    own = select_sites(_linears_of(adapter), targets)
+    others = [t for t, s in selected.items() if not (s or own[t]) and ("." in t or not whole)]
     if missing := [s for s in (*known, *others) if s not in adapter.sites]:
         raise AdapterError(
             f"{adapter.source}: missing tensor keys for {abbreviate(missing)}: target_modules "
             f"{list(targets)} name these sites. Save the adapter whole, or list the sites it has "
             "by their full names in target_modules."
         )
+
+
+def _linears_of(adapter: Adapter) -> list[LinearSpec]:
+    """Of an adapter's sites, which have their names and kinds, whatever the backbone."""
+    alone = [linear_spec(site, 1, 1) for site in adapter.sites]
+    owners = dict.fromkeys(site.rpartition(".")[0] for site in adapter.sites)
+    fused = [x for x in (linear_spec(path, 3, 1) for path in owners) if len(x.sites) > 1]
+    return [*alone, *fused]  # a third is what its Linear makes it
 
 
 def _check_classes(adapter: Adapter, facts: BackboneFacts) -> None:

@@ -355,3 +355,16 @@ def test_another_pooling_is_refused_where_a_classifier_was_trained_on_it(tiny):
     with pytest.raises(AdapterError, match="trained with global_pool 'avg', the backbone has 'tok"):
         check("x", adapter, facts)
     check("x", headless(adapter, class_names=None), facts)
+
+
+def test_a_kind_that_a_bundle_s_row_tells_no_site_of(tiny_facts):
+    """The row cannot say which sites are missing, only that the adapter has none of them."""
+    facts = replace(tiny_facts, linears=tuple(x for x in tiny_facts.linears if "mlp" not in x.path))
+    adapter = random_adapter(tiny_facts, seed=31)
+    check("x", adapter, facts, whole=False)
+    lost = config(adapter, target_modules=(*adapter.config.target_modules, "fc1"))
+    with pytest.raises(AdapterError, match="missing tensor keys for fc1: target_modules"):
+        check("x", lost, facts, whole=False)
+    check("x", random_adapter(tiny_facts, targets=("q", "fc1")), facts, whole=False)
+    few = replace(facts, linears=tuple(x for x in facts.linears if "qkv" not in x.path))
+    check("x", adapter, few, whole=False)
