@@ -76,7 +76,7 @@ def build(
     if precision not in manifest.graphs:
         from hhdeploy.verifying.graphs import add_typed_graph
 
-        bundle = add_typed_graph(path, precision, progress=progress)
+        bundle = add_typed_graph(path, precision, lock_timeout=lock_timeout, progress=progress)
         manifest = bundle.manifest
     graph = bundle.graph(precision)
     architectures = options.architectures

@@ -190,3 +190,17 @@ def test_a_full_disk_while_adding_leaves_the_bundle(small, tmp_path):
         add_graph(bundle, "int8", save, lambda candidate: [])
     assert (bundle.path / MANIFEST).read_bytes() == before
     assert not list(bundle.path.glob("*int8*")) + list(bundle.path.glob(".*"))
+
+
+def test_a_missing_graph_waits_no_longer_than_the_engine(small, monkeypatch):
+    said = []
+
+    def made(path, precision, **options):
+        said.append(options["lock_timeout"])
+        raise ParityError("enough")
+
+    monkeypatch.setattr("hhdeploy.building.import_tensorrt", lambda backend: None)
+    monkeypatch.setattr("hhdeploy.verifying.graphs.add_typed_graph", made)
+    with pytest.raises(ParityError, match="enough"):
+        build(small, backend=RTX, precision="float16", lock_timeout=0.5)
+    assert said == [0.5]
