@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from hhdeploy.bundle.manifest import Range
-from hhdeploy.choices import Precision, TensorRt
+from hhdeploy.choices import Precision, TensorRt, listed, whole
 from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
 from hhdeploy.packages import Log, import_tensorrt
@@ -53,6 +53,19 @@ class BuildOptions:
     optimization_level: int | None = None
     workspace_mib: int | None = None
     tf32: bool = False
+
+    def __post_init__(self) -> None:
+        given = listed(self.batch, "batch", "numbers of images")
+        batch = tuple(whole(number, "batch", 0) for number in given)
+        if len(batch) != 3:
+            raise OptionError(f"`batch`: expected min, opt and max, found {self.batch!r}.")
+        names = listed(self.architectures, "architectures", "names")
+        found: dict[str, Any] = {"batch": batch, "architectures": tuple(dict.fromkeys(names))}
+        for name, least in (("max_slots", 1), ("optimization_level", 0), ("workspace_mib", 1)):
+            if (value := getattr(self, name)) is not None:
+                found[name] = whole(value, name, least)
+        for name, value in found.items():  # as the manifest has them
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import choose_engine, stale
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, EngineEntry, plain_name, write_manifest
-from hhdeploy.errors import BundleError, ParityError, PlanError
+from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
 from hhdeploy.verifying.graphs import add_graph, add_typed_graph
@@ -204,3 +206,27 @@ def test_a_missing_graph_waits_no_longer_than_the_engine(small, monkeypatch):
     with pytest.raises(ParityError, match="enough"):
         build(small, backend=RTX, precision="float16", lock_timeout=0.5)
     assert said == [0.5]
+
+
+def test_options_are_as_the_manifest_has_them():
+    """Lists and NumPy's numbers; an engine was built before it could not be entered with them."""
+    given = BuildOptions(
+        [1, np.int64(2), 3], np.int64(9), ["sm89", "sm89"], workspace_mib=np.int8(4)
+    )
+    assert given == BuildOptions((1, 2, 3), 9, ("sm89",), workspace_mib=4)
+    assert json.dumps([given.batch, given.max_slots, given.workspace_mib]) == "[[1, 2, 3], 9, 4]"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch": 4}, "`batch`: expected numbers of images in a list or tuple, found int 4"),
+        ({"batch": (1, 2)}, "`batch`: expected min, opt and max, found (1, 2)"),
+        ({"batch": (1.0, 2, 3)}, "`batch`: expected 0 or more, a whole number, found 1.0"),
+        ({"architectures": "sm89"}, "`architectures`: expected names in a list or tuple"),
+        ({"max_slots": 9.5}, "`max_slots`: expected 1 or more, a whole number, found 9.5"),
+    ],
+)
+def test_options_that_are_none_are_refused_before_anything_is_built(options, said):
+    with pytest.raises(OptionError, match=re.escape(said)):
+        BuildOptions(**options)
