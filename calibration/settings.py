@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Final
 
 from hhdeploy.choices import QUANTISED, QuantisedPrecision, as_seed, listed, one_of, whole
@@ -42,11 +43,13 @@ class CalibrationSettings:
         object.__setattr__(self, "exclude", tuple(listed(self.exclude, "exclude", "patterns")))
         object.__setattr__(self, "images", whole(self.images, "images", 1))
         object.__setattr__(self, "seed", as_seed(self.seed))
-        if self.smooth_quant is not None and not 0.0 <= self.smooth_quant <= 1.0:
-            raise OptionError(
-                f"`smooth_quant`: expected a number from 0 to 1, or None, "
-                f"found {self.smooth_quant}."
-            )
+        if (alpha := self.smooth_quant) is not None:
+            if not isinstance(alpha, Real) or not 0.0 <= alpha <= 1.0:
+                raise OptionError(
+                    f"`smooth_quant`: expected a number from 0 to 1, or None, found {alpha!r}."
+                )
+            # NumPy's cannot be written as JSON.
+            object.__setattr__(self, "smooth_quant", float(alpha))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form."""

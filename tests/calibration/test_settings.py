@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
@@ -17,6 +18,12 @@ def test_settings_survive_json():
     assert CalibrationSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
 
 
+def test_numpy_s_numbers_survive_json_too():
+    """They were written once everything had been calibrated and judged."""
+    settings = CalibrationSettings(smooth_quant=np.float32(0.5), images=np.int64(7))
+    assert CalibrationSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -24,6 +31,7 @@ def test_settings_survive_json():
         ({"preset": "safe"}, "`preset='safe'`: expected one of none, robust"),
         ({"images": 0}, "`images`: expected 1 or more"),
         ({"smooth_quant": 1.5}, "`smooth_quant`: expected a number from 0 to 1"),
+        ({"smooth_quant": "0.5"}, "`smooth_quant`: expected a number from 0 to 1"),
     ],
 )
 def test_impossible_settings_are_refused(values, message):
