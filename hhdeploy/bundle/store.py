@@ -185,6 +185,10 @@ class Change:
 
     def _begin(self, named: str, digest: str) -> bool:
         """Enter a file; False if the bundle has it already, to the byte."""
+        if os.path.isabs(named) or not {"", "..", "."}.isdisjoint(named.split("/")):
+            raise WriteError(
+                f"{named!r}: expected the name of a file inside of {self.bundle.path}."
+            )
         self.manifest = replace(self.manifest, files={**self.manifest.files, named: digest})
         there = self.bundle.manifest.files.get(named)
         path = self.bundle.path / named

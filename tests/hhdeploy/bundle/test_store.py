@@ -628,3 +628,17 @@ def test_what_was_measured_of_an_adapter_goes_with_it(bundle):
     assert {s["adapter"] for s in Bundle.open(bundle).parity()["stages"]} == {"gamma"}
     assert "(alpha)" not in (bundle / "README.md").read_text()
     Bundle.open(bundle).check_files()
+
+
+@pytest.mark.parametrize(
+    "name", ["../mine.json", "adapters/../../mine.json", "/mine.json", "", "."]
+)
+def test_what_is_stored_stays_in_the_bundle(bundle, tmp_path, name):
+    named = str(tmp_path / "mine.json") if name.startswith("/") else name
+    before = contents(tmp_path)
+    with (
+        pytest.raises(WriteError, match="expected the name of a file inside of"),
+        edit(bundle) as made,
+    ):
+        made.store(named, b"mine")
+    assert contents(tmp_path) == before
