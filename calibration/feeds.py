@@ -78,6 +78,11 @@ class Feeder:
             DataError: a missing or unknown key, a wrong shape or type, values that are not
                 finite, or an adapter that the bundle does not have.
         """
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"{source}: expected mappings such as {{'images': ...}} in a list, found "
+                f"{type(batch).__name__}."
+            )
         allowed = {"images"} if self.folded else {"images", "adapter_ids", "adapters"}
         if "images" not in batch or not set(batch) <= allowed:
             raise DataError(

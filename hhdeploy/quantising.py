@@ -26,8 +26,8 @@ from hhdeploy.calibration.judging.order import settle_order
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
-from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, one_of, seconds
-from hhdeploy.errors import ParityError, require
+from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, listed, one_of, seconds
+from hhdeploy.errors import DataError, ParityError, require
 from hhdeploy.files.outputs import check_output, output_file
 from hhdeploy.files.writing import cache_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
@@ -127,7 +127,8 @@ def calibrate_bundle(
     from hhdeploy.calibration.quantised import Float32Graph, find_scales
 
     if not isinstance(data, str | Path):
-        data = list(data)  # it is read twice: to calibrate, and for what is left over
+        # It is read twice: to calibrate, and for what is left over.
+        data = listed(data, "data", "mappings of arrays", DataError)
     used = CalibrationData.open(bundle, data, images=settings.images, seed=settings.seed)
     source = data if options.eval_data is None else options.eval_data
     exam = make_exam(source, used, seed=settings.seed)

@@ -193,6 +193,12 @@ def test_arrays_by_name_and_by_row_are_the_same(bundle, tmp_path):
     assert_array_equal(np.concatenate([f["adapter_bank"] for f in from_file]), bank)
 
 
+def test_what_is_no_mapping_is_named(bundle):
+    for given, found in (({"images": noise(5)}, "str"), (noise(5), "ndarray")):
+        with pytest.raises(DataError, match=rf"expected mappings .* in a list, found {found}\."):
+            opened(bundle, given)
+
+
 def test_adapters_have_their_turn_in_arrays_too(bundle, tmp_path):
     """One behind another is how such a file is made: the first images are all of one adapter."""
     images, names = noise(30), ["alpha"] * 20 + ["gamma"] * 8 + ["beta"] * 2

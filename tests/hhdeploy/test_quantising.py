@@ -271,3 +271,9 @@ def test_labels_and_values_are_judged_by_their_own_scores(heads, cache, tmp_path
     (values,) = [s for s in result.parity if s.adapter == AGE]
     assert (values.comparison.top1, values.comparison.cosine) == (None, None)
     assert "MAE" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("data", [None, {"images": 1}, 5])
+def test_what_is_no_data_is_refused_by_its_name(undecided, data):
+    with pytest.raises(DataError, match="`data`: expected mappings of arrays in a list or tuple"):
+        calibrate_bundle(undecided, data)
