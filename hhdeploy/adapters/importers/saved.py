@@ -19,7 +19,7 @@ from hhdeploy.adapters.applying import path_of_parameters
 from hhdeploy.adapters.importers.keys import numbers_filled, numbers_in, numbers_open
 from hhdeploy.adapters.importers.lora import tuned_tensor
 from hhdeploy.adapters.importers.naming import Names
-from hhdeploy.adapters.importers.targets import in_saved_module
+from hhdeploy.adapters.importers.targets import in_saved_module, saved_in_saved
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.backbones.sites import kind_of
 from hhdeploy.errors import AdapterError
@@ -117,6 +117,8 @@ def split_saved(
         if _ORIGINAL.search(key):
             continue  # the module as it was before training
         plain = bare_key(key)
+        if _is_untrained(key, plain, config, file):
+            continue
         owner, _, leaf = plain.rpartition(".")
         name = f"{classifier}.{leaf}" if owner == head else names.here(plain)
         if name not in parameters and not (owner == head and leaf in ("weight", "bias")):
@@ -148,6 +150,32 @@ def split_saved(
     trained = [n for n in parameters if backbone.facts.classes or not _of(n, classifier)]
     _check_biases(split, names, config, trained, file)
     return Split(tuned, _put_together(whole, thirds, backbone))
+
+
+def _is_untrained(key: str, plain: str, config: Mapping[str, Any], file: Path) -> bool:
+    """Whether a tensor is of the copy of a module that PEFT puts beside the one that it trains.
+
+    Args:
+        key: of the file.
+        plain: its `bare_key`.
+        config: of PEFT.
+        file: for messages.
+
+    Raises:
+        AdapterError: the file has the copy alone, as PEFT saves it.
+    """
+    nested = saved_in_saved(config, plain)
+    if nested is None or key.startswith(f"{nested[0]}.modules_to_save."):
+        return False
+    if key == plain:
+        outer, inner = nested
+        raise AdapterError(
+            f"{file}: {plain}: modules_to_save names both {outer} and {inner} in it, of which PEFT "
+            "saves a copy that was not trained: what was is not in the file. Where the model is "
+            "still in memory, merge the adapter (merge_and_unload) and bring the checkpoint: "
+            "`extract_adapter()`. Else train it again, with the whole path of one of them alone."
+        )
+    return True
 
 
 # Part of a parameter by the name that it has alone -> the parameter, and which rows of it.

@@ -80,6 +80,24 @@ def in_saved_module(config: Mapping[str, Any], name: str) -> bool:
     return False
 
 
+def saved_in_saved(config: Mapping[str, Any], name: str) -> tuple[str, str] | None:
+    """Of a parameter: a saved module and one right inside of it that is saved too, or None.
+
+    PEFT then writes a copy of the inner one that nothing computes with and no training changed, in
+    the place of what the outer one's copy has. ``embeddings`` is the end of patch_embeddings, too.
+
+    Source: as `in_saved_module`; the copy becomes a part of the outer one's wrapper.
+    """
+    saved = tuple(config.get("modules_to_save") or ())
+    found, inner = None, name.rpartition(".")[0]
+    while saved and inner:
+        outer = inner.rpartition(".")[0]
+        if inner.endswith(saved) and outer.endswith(saved):
+            found = outer, inner
+        inner = outer
+    return found
+
+
 def compare_targets(
     config: Mapping[str, Any], found: Iterable[str], names: Names, backbone: Backbone, file: Path
 ) -> None:

@@ -344,6 +344,35 @@ def test_transformers_vit_onto_timm_s(tmp_path, twin, hf_vit, method, changes, f
     assert adapter.config.fold_only == folded
 
 
+def test_a_saved_module_right_inside_of_another(tmp_path, hf_vit):
+    """``embeddings`` ends patch_embeddings too, of which PEFT saves what no training changed."""
+    theirs, names = hf_vit
+    model = trained(
+        theirs, "LORA", {"target_modules": QV, "modules_to_save": ["embeddings", names.head]}
+    )
+    source = tmp_path / "peft"
+    model.save_pretrained(str(source))
+    with pytest.raises(
+        AdapterError, match=r"both vit\.embeddings and .*merge_and_unload.*`extract"
+    ):
+        import_adapter(source, theirs)
+    # The whole state of PEFT's model has the trained ones, too.
+    state = {k: t.clone() for k, t in model.state_dict().items() if "default" in k.split(".")}
+    save_file(state, source / TENSOR_FILE)
+    adapter = import_adapter(source, theirs)
+    assert range_error(logits_of(model), answers(theirs, adapter)) <= BOUND
+
+
+@pytest.mark.parametrize("whole", ["vit.embeddings", "vit.layers.0", "patch_embeddings"])
+def test_a_module_that_holds_more_than_weights(tmp_path, hf_vit, twin, whole):
+    """The classifier's token and the positions in it, say."""
+    theirs, names = hf_vit
+    given = {"target_modules": ["layers.1.mlp.fc1"], "modules_to_save": [whole, names.head]}
+    source, expected = saved(tmp_path, theirs, "LORA", names, **given)
+    for backbone in (theirs, twin):
+        assert range_error(expected, answers(backbone, import_adapter(source, backbone))) <= BOUND
+
+
 @pytest.mark.parametrize(
     ("changes", "lost", "named"),
     [
