@@ -28,8 +28,8 @@ REFLECTIONS: tuple[Reflection, ...] = ("unnormalized", "orthogonal")
 
 # Rows of a weight that are folded at once: 256 x 768 float64. Fewer take longer.
 _BLOCK_BYTES = 3 << 19
-# Where types differ NumPy casts so many numbers at a time. Of the 8,192 that it takes by itself most
-# have left a processor's nearest cache when they are used: a fold takes 1.4 times as long.
+# Where types differ NumPy casts so many numbers at a time. Of the 8,192 that it takes by itself
+# most have left a processor's nearest cache when they are used: a fold takes 1.4 times as long.
 _NUMBERS_AT_A_TIME = 512
 
 
