@@ -346,7 +346,8 @@ def load_strictly(
     untrue = [
         f"{k} ({str(state[k].dtype).removeprefix('torch.')})"
         for k in own
-        if k in persistent and k in state and not state[k].is_floating_point()
+        if k in persistent and k in state
+        if own[k].is_floating_point() and not state[k].is_floating_point()
     ]
     if missing or unexpected or wrong or untrue:
         problems = [
