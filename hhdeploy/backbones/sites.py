@@ -39,7 +39,7 @@ _SUFFIXES = {
 }
 _KIND_OF = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 # Fused q, k and v: a Linear, or the packed weight of a MultiheadAttention.
-_FUSED = ("attn.qkv", "attention.qkv", "in_proj")
+_FUSED, _PACKED = ("attn.qkv", "attention.qkv"), "in_proj"
 # What pools the tokens for the classifier is reached by its path, never by a kind.
 _POOLING = frozenset({"attn_pool", "head", "pooler"})
 
@@ -82,12 +82,23 @@ def linear_spec(path: str, out: int, in_: int, *, thirds: bool = True) -> Linear
         out, in_: its features.
         thirds: of a fused qkv: its rows are all of q, then all of k, then all of v.
     """
-    if thirds and out % 3 == 0 and any(_ends_in(path, suffix) for suffix in _FUSED):
+    if thirds and _is_fused(path, out, in_):
         kinds = ("",) * 3 if _pools(path) else _QKV_PARTS
         parts = zip(_QKV_PARTS, kinds, strict=True)
         sites = (Site(f"{path}.{part}", kind, out // 3, in_) for part, kind in parts)
         return LinearSpec(path, out, in_, tuple(sites))
     return LinearSpec(path, out, in_, (Site(path, kind_of(path), out, in_),))
+
+
+def _is_fused(path: str, out: int, in_: int) -> bool:
+    """Whether the rows of a Linear are q, k and v and no more.
+
+    Blocks that compute MLP and attention side by side (timm's ``vit_*_xp_*``) have the rows of both
+    in ``in_proj``.
+    """
+    if _ends_in(path, _PACKED):
+        return out == 3 * in_
+    return out % 3 == 0 and any(_ends_in(path, suffix) for suffix in _FUSED)
 
 
 def kind_of(path: str) -> str:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from hhdeploy.runtime.serving.tensors.values import array_of, flat_values
 
 # The inputs of a model of ours, and its one version.
 IMAGES, ADAPTERS = "images", "adapters"
+# What is said of parameters that are a request's, and not an input's or an output's.
+REQUEST: Final = "the request"
 VERSION = "1"
 # The protocol's names of the types that a model of ours takes and gives.
 UINT8, FP16, FP32, BYTES = "UINT8", "FP16", "FP32", "BYTES"
@@ -237,7 +239,19 @@ def check_parameters(found: Mapping[str, Any], where: str) -> dict[str, Value]:
             f"{where}: shared memory is not served: send tensors in the request and take them "
             "from the answer."
         )
+    check_place(found.keys() - ({"adapter"} if where == REQUEST else set()), f"{where}: parameters")
     return dict(found)
+
+
+def check_place(keys: Collection[str], where: str) -> None:
+    """Raises `RequestError` for a key that names an adapter where none is read: it would be passed
+    over, and the bare backbone would answer."""
+    for key in ("adapter", "adapters"):
+        if key in keys:
+            raise RequestError(
+                f"{where}: {key} is not read there. An adapter is the model that is asked, or the "
+                "request's parameter adapter; several are the input adapters, BYTES [n]."
+            )
 
 
 def check_tensors(key: str, count: int) -> None:

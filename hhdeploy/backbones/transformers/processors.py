@@ -13,6 +13,8 @@ from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
 
 _PROCESSOR = "preprocessor_config.json"
+# What transformers 5 writes for a model of several inputs: each one's processor by its name.
+_PROCESSORS, _OF_IMAGES = "processor_config.json", "image_processor"
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
 
 # Processors, by name: whether a size that is a number is both edges, and the filter by default.
@@ -38,18 +40,26 @@ _KNOWN_STEPS = frozenset(
 
 
 def image_processor(where: str) -> dict[str, Any] | None:
-    """The content of preprocessor_config.json, of a directory or of the hub; None without.
+    """What a directory or the hub has on the image processor; None without.
+
+    That is in processor_config.json, which transformers reads first, or preprocessor_config.json.
 
     Raises:
-        BackboneError: it is no JSON object.
+        BackboneError: they are no JSON objects.
     """
-    path = Path(where) / _PROCESSOR
+    several = _content(where, _PROCESSORS) or {}
+    own = several.get(_OF_IMAGES)
+    return own if isinstance(own, dict) else _content(where, _PROCESSOR)
+
+
+def _content(where: str, name: str) -> dict[str, Any] | None:
+    path = Path(where) / name
     if not Path(where).is_dir():
         from transformers.utils.hub import cached_file
 
         found = cached_file(
             where,
-            _PROCESSOR,
+            name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

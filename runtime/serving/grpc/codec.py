@@ -15,6 +15,7 @@ from tritonclient.grpc import service_pb2
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
+    REQUEST,
     VERSION,
     InferRequest,
     InferResponse,
@@ -73,7 +74,7 @@ def read_request(message: Any) -> InferRequest:
         message.id,
         inputs,
         tuple(_wanted(item) for item in message.outputs),
-        _parameters(message.parameters, "the request"),
+        _parameters(message.parameters, REQUEST),
     )
 
 

@@ -22,6 +22,7 @@ from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
 from hhdeploy.runtime.serving.messages import (
     BYTES,
     IMAGES,
+    REQUEST,
     InferRequest,
     InferResponse,
     Tensor,
@@ -29,6 +30,7 @@ from hhdeploy.runtime.serving.messages import (
     Wanted,
     bytes_array,
     check_parameters,
+    check_place,
     check_tensors,
     raw_of,
     tensor_from_raw,
@@ -203,6 +205,7 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
     split = json_length(body, header_length)
     view = memoryview(body)
     content = read_object(view[:split])
+    check_place([key for key, value in content.items() if value is not None], REQUEST)
     inputs: dict[str, Tensor] = {}
     position = split
     for item in _objects(content, "inputs"):
@@ -231,7 +234,7 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
         position += size
     if position != len(body):
         raise RequestError(f"the body has {len(body) - position} bytes that no input names.")
-    parameters = read_parameters(content, "the request")
+    parameters = read_parameters(content, REQUEST)
     identity = content.get("id")
     identity = "" if identity is None else identity  # null is the same as absent, everywhere
     if not isinstance(identity, str):
@@ -366,7 +369,7 @@ def read_only_parameters(content: Mapping[str, Any]) -> dict[str, Value]:
             f"{', '.join(sorted(key[:80] for key in others[:20]))}. What is to be loaded belongs "
             "into parameters."
         )
-    return read_parameters(content, "the request")
+    return read_parameters(content, REQUEST)
 
 
 def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) -> list[Any]:

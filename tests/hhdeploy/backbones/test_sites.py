@@ -100,10 +100,14 @@ def test_a_kind_is_an_alias_for_the_names_of_every_library(path, kind):
     assert (site.name, site.kind) == (path, kind)
 
 
-@pytest.mark.parametrize(("out", "thirds"), [(22, True), (21, False)])
-def test_a_qkv_that_is_not_three_equal_parts_is_one_site(out, thirds):
-    (site,) = linear_spec("blocks.0.attn.qkv", out, 5, thirds=thirds).sites
-    assert (site.name, site.kind, site.out) == ("blocks.0.attn.qkv", "", out)
+@pytest.mark.parametrize(
+    ("path", "out", "thirds"),
+    [("attn.qkv", 22, True), ("attn.qkv", 21, False), ("in_proj", 42, True)],
+)
+def test_a_qkv_that_is_not_three_equal_parts_is_one_site(path, out, thirds):
+    """``in_proj`` has the rows of an MLP, too, where it is no MultiheadAttention's."""
+    (site,) = linear_spec(f"blocks.0.{path}", out, 6, thirds=thirds).sites
+    assert (site.name, site.kind, site.out) == (f"blocks.0.{path}", "", out)
 
 
 def test_a_packed_weight_has_three_sites():

@@ -250,6 +250,13 @@ def test_the_image_transform_of_the_source(folder):
     found = backbone.facts.preprocess
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (found.interpolation, found.crop_mode, found.crop_pct) == ("bicubic", "squash", 1.0)
+    # transformers 5 writes it among those of other inputs, and reads that first.
+    nested = {"image_processor": stated | {"image_mean": [0.7, 0.8, 0.9]}}
+    (folder / "processor_config.json").write_text(json.dumps(nested))
+    assert load_backbone(spec(folder)).facts.preprocess.mean == (0.7, 0.8, 0.9)
+    (folder / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert load_backbone(spec(folder)).facts.preprocess.mean == (0.1, 0.2, 0.3)
+    (folder / "processor_config.json").unlink()
 
 
 @pytest.mark.parametrize(

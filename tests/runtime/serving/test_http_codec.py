@@ -303,6 +303,27 @@ def test_an_input_with_data_twice_is_refused():
                 read_request("tiny", "", head + bytes(4), str(len(head)))
 
 
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"adapter": "gamma"}, "the request: adapter is not read"),
+        ({"adapters": ["gamma"]}, "the request: adapters is not read"),
+        ({"parameters": {"adapters": "gamma"}}, "the request: parameters: adapters is not read"),
+        ({"outputs": [{"name": "logits", "parameters": {"adapter": "x"}}]}, "adapter is not read"),
+    ],
+)
+def test_an_adapter_that_is_named_where_none_is_read(change, where):
+    """It would be passed over, and the bare backbone would answer."""
+    item = {"name": "images", "datatype": "FP32", "shape": [1], "data": [2.0]}
+    good = {"inputs": [item], "parameters": {"adapter": "gamma"}, "adapter": None}
+    assert read_request("tiny", "", json.dumps(good).encode(), None).parameters["adapter"]
+    inside = {"inputs": [{**item, "parameters": {"adapter": "gamma"}}]}
+    with pytest.raises(RequestError, match="input 'images': parameters: adapter is not read"):
+        read_request("tiny", "", json.dumps(inside).encode(), None)
+    with pytest.raises(RequestError, match=where):
+        read_request("tiny", "", json.dumps({"inputs": [item], **change}).encode(), None)
+
+
 def test_a_bomb_is_not_unpacked():
     bomb = gzip.compress(bytes(50 << 20))
     assert len(bomb) < 60_000
