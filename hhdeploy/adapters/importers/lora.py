@@ -95,6 +95,12 @@ def low_rank_of(
     a, b = low_rank_pair(group, module, file)
     a, b = (t.reshape(t.shape[0], -1).astype(np.float64) if t.ndim > 2 else t for t in (a, b))
     where = file.with_name(CONFIG_FILE)
+    if a.ndim == b.ndim == 2 and b.shape[1] != a.shape[0]:
+        raise AdapterError(
+            f"{file}: {module}: expected lora_A [r, in] and lora_B [out, r] of one rank, found "
+            f"{list(a.shape)} and {list(b.shape)}. Save it whole; LoRA of a convolution in "
+            "groups has no product that could be merged: leave such modules out of its targets."
+        )
     # A wrong shape is no rank: whoever adds the product refuses it.
     scale = lora_scale(config, module, a.shape[0], where) if a.ndim == 2 else 1.0
     return a.astype(np.float64), b.astype(np.float64) * scale

@@ -246,6 +246,18 @@ def test_a_raw_state_dict_s_modules_to_save_and_an_outer_module(tmp_path):
     assert_parity(expected, found, "algebra", "float32")
 
 
+@pytest.mark.parametrize("target", ["head", "patch_embed.proj"])
+def test_ranks_that_differ_within_a_pair_are_named(tmp_path, target):
+    """Of what becomes a new value, where no site's shapes are compared; on a convolution in groups
+    PEFT's own pairs are so."""
+    peft_directory(tmp_path / "a", lora(target_modules=[target], modules_to_save=None))
+    tensors = load_file(tmp_path / "a" / TENSOR_FILE)
+    key = f"base_model.model.{target}.lora_B.weight"
+    tensors[key] = tensors[key][:, :1].contiguous()
+    save_file(tensors, tmp_path / "a" / TENSOR_FILE)
+    refused(tmp_path / "a", f"{target}: expected lora_A [r, in] and lora_B [out, r] of one rank")
+
+
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("prefix", ["", "net."])
 @pytest.mark.parametrize(
