@@ -39,7 +39,7 @@ _SUFFIXES = {
 }
 _KIND_OF = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 # Fused q, k and v: a Linear, or the packed weight of a MultiheadAttention.
-_FUSED, _PACKED = ("attn.qkv", "attention.qkv"), "in_proj"
+_FUSED, PACKED = ("attn.qkv", "attention.qkv"), "in_proj"
 # What pools the tokens for the classifier is reached by its path, never by a kind.
 _POOLING = frozenset({"attn_pool", "head", "pooler"})
 
@@ -96,7 +96,7 @@ def _is_fused(path: str, out: int, in_: int) -> bool:
     Blocks that compute MLP and attention side by side (timm's ``vit_*_xp_*``) have the rows of both
     in ``in_proj``.
     """
-    if _ends_in(path, _PACKED):
+    if _ends_in(path, PACKED):
         return out == 3 * in_
     return out % 3 == 0 and any(_ends_in(path, suffix) for suffix in _FUSED)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hhdeploy.backbones.sites import LinearSpec, kind_of, linear_spec
+from hhdeploy.backbones.sites import PACKED, LinearSpec, kind_of, linear_spec
 from hhdeploy.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Left out of the digests: what differs between tasks (classifier), is resampled to the image
 # size, or follows from the architecture (buffers).
 _RESAMPLED = ("pos_embed", "relative_position", "rel_pos")
-_PACKED = ".in_proj"
 
 
 def find_linears(model: nn.Module, classifier: str | None = None) -> tuple[LinearSpec, ...]:
@@ -39,7 +38,7 @@ def find_linears(model: nn.Module, classifier: str | None = None) -> tuple[Linea
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             width = module.embed_dim
-            found.append(linear_spec(f"{path}{_PACKED}", 3 * width, width))
+            found.append(linear_spec(f"{path}.{PACKED}", 3 * width, width))
         elif isinstance(module, nn.Linear) and path != head and "rel_pos" not in path:
             # "rel_pos": makes a table of positions, not from the image
             out, in_ = module.out_features, module.in_features
@@ -62,7 +61,7 @@ def parameters_of(model: nn.Module, path: str) -> tuple[nn.Module, str, str]:
     """The module that holds a Linear's parameters, and what weight and bias are called there."""
     from torch import nn
 
-    owner = path.removesuffix(_PACKED)
+    owner = path.removesuffix(f".{PACKED}")
     if owner != path and isinstance(module := model.get_submodule(owner), nn.MultiheadAttention):
         return module, "in_proj_weight", "in_proj_bias"
     return model.get_submodule(path), "weight", "bias"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
@@ -239,15 +239,15 @@ def check_parameters(found: Mapping[str, Any], where: str) -> dict[str, Value]:
             f"{where}: shared memory is not served: send tensors in the request and take them "
             "from the answer."
         )
-    check_place(found.keys() - ({"adapter"} if where == REQUEST else set()), f"{where}: parameters")
+    check_place(found, f"{where}: parameters", read=("adapter",) if where == REQUEST else ())
     return dict(found)
 
 
-def check_place(keys: Collection[str], where: str) -> None:
-    """Raises `RequestError` for a key that names an adapter where none is read: it would be passed
-    over, and the bare backbone would answer."""
+def check_place(found: Mapping[str, Any], where: str, read: Sequence[str] = ()) -> None:
+    """Raises `RequestError` for a member that names an adapter where none but ``read`` is read: it
+    would be passed over, and the bare backbone would answer."""
     for key in ("adapter", "adapters"):
-        if key in keys:
+        if found.get(key) is not None and key not in read:
             raise RequestError(
                 f"{where}: {key} is not read there. An adapter is the model that is asked, or the "
                 "request's parameter adapter; several are the input adapters, BYTES [n]."

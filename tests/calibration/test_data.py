@@ -14,6 +14,7 @@ from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.errors import DataError
 from hhdeploy.preprocess import open_image
 from tests.calibration.conftest import ADAPTERS, write_pictures
+from tests.workshop import flip_byte
 
 
 @pytest.fixture
@@ -263,13 +264,10 @@ def test_a_file_that_is_no_npz_is_refused(bundle, tmp_path):
     whole = path.read_bytes()
     with path.open("wb") as stream:
         np.save(stream, noise(4))
-    for content in (b"no arrays", b"", whole[:-30], path.read_bytes(), _flipped(whole)):
+    array = path.read_bytes()
+    path.write_bytes(whole)
+    flip_byte(path, len(whole) // 2)
+    for content in (b"no arrays", b"", whole[:-30], array, path.read_bytes()):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"cannot be read as an \.npz file"):
             opened(bundle, path)
-
-
-def _flipped(content):
-    """One byte in the middle is another."""
-    half = len(content) // 2
-    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]

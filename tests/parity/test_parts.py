@@ -10,15 +10,16 @@ import pytest
 
 from hhdeploy import Reserve
 from hhdeploy.adapters.format import PARTS, SiteTensors, save_adapter
-from hhdeploy.bundle import Bundle, add_adapter
+from hhdeploy.bundle import Bundle, add_adapter, layout
 from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.errors import CapacityError
+from hhdeploy.errors import CapacityError, ParityError
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.plan import plan_branches
 from hhdeploy.quantising import CalibrationOptions, calibrate_bundle
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.bundles import verify_against_torch
 from hhdeploy.verifying.graphs import add_typed_graph
 from tests.calibration.conftest import write_pictures
 from tests.exporters.synthetic import base_of, graph, random
@@ -185,6 +186,22 @@ def test_a_part_of_another_size_is_not_added(scaled, scaled_workshop, tmp_path, 
     with pytest.raises(CapacityError, match=rf"'late': {name}\.{part} has {size + 1} .* {size}\."):
         add_adapter(path, "late", tmp_path / "late")
     assert contents(path) == before
+
+
+def test_another_strength_is_the_training_side_s(scaled, scaled_workshop, tmp_path, monkeypatch):
+    """And rows with parts at their full strength, as earlier versions wrote them, are seen."""
+
+    def verified(path):
+        add_adapter(path, "late", scaled_workshop.directory("ia3"), strength=0.5)
+        verify_against_torch(path, checkpoint=scaled_workshop.checkpoint, verify_images=1)
+
+    verified(copy_bundle(scaled, tmp_path / "right"))
+    pack = layout._pack_parts
+    monkeypatch.setattr(
+        layout, "_pack_parts", lambda n, a, *rest: pack(n, replace(a, strength=1.0), *rest)
+    )
+    with pytest.raises(ParityError, match="late"):
+        verified(copy_bundle(scaled, tmp_path / "wrong"))
 
 
 def test_served(scaled, scaled_workshop, tmp_path):

@@ -205,7 +205,7 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
     split = json_length(body, header_length)
     view = memoryview(body)
     content = read_object(view[:split])
-    check_place([key for key, value in content.items() if value is not None], REQUEST)
+    check_place(content, REQUEST)
     inputs: dict[str, Tensor] = {}
     position = split
     for item in _objects(content, "inputs"):
