@@ -1,7 +1,7 @@
 """`bench --serve --abuse`: a server, the honest clients and every abuser, each 10 s.
 
 What it says about the machine's speed is not held here: the control is short, the machine is not
-alone, and the honest ask for less, since their requests would be most of what the suite computes.
+alone, and both sides ask for less, since their requests would be most of what the suite computes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ def test_abuse_of_every_kind_costs_nobody_else_an_answer(call, branches, monkeyp
     monkeypatch.setattr(run, "CONTROL_SHARE", 0.05)
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)  # memory needs the real one
     monkeypatch.setattr(run, "SHARE", 0.05)
+    monkeypatch.setattr(run, "PAUSE_SECONDS", 0.5)
     result = call(
         "bench", branches, "--serve", "--abuse", "all", "--seconds", "10", "--device", "cpu",
         "--threads", "1", "--adapters", "6", "--json",

@@ -31,6 +31,8 @@ HONEST: Final = 4
 _CONNECTIONS = 16
 # Of its saturation the honest clients ask.
 SHARE: Final = 0.5
+# Of each connection of the abuser, between two attacks.
+PAUSE_SECONDS: Final = 0.0
 _WARM_UP_REQUESTS = 200
 SATURATION_SECONDS: Final = 3.0
 # After which the server's memory must be what it was.
@@ -168,9 +170,10 @@ class _Honest:
         number = max(1, int(rate * seconds))
         workers = HONEST * _CONNECTIONS
         load = Load(number, workers, rate, self.campaign.skew, seed=self.campaign.seed)
+        attack = {"kind": kind, "victim": asdict(victim), "pause": PAUSE_SECONDS}
         with (
             child("health", self.server.url) as health,
-            child("abuser", {"kind": kind, "victim": asdict(victim)}) as abuser,
+            child("abuser", attack) as abuser,
         ):
             record = self._ask(_wire(kind), load)
         return seen(record, self.stage.expected, health.found), abuser.found

@@ -99,7 +99,7 @@ def test_health_is_asked_again_and_again(status, well):
 def test_an_abuser_meets_the_control_again_and_again(tmp_path):
     with child("listener", "127.0.0.1") as listener:
         victim = replace(VICTIM, http_port=listener.begun, fleet=str(tmp_path))
-        with child("abuser", {"kind": "idle", "victim": vars(victim)}) as abuser:
+        with child("abuser", {"kind": "idle", "victim": vars(victim), "pause": 0.0}) as abuser:
             time.sleep(0.5)
     assert abuser.found["closed"] > 3
     assert set(abuser.found) == {"closed"}
