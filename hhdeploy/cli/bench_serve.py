@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SERVER = "import sys; from hhdeploy.cli import main; sys.exit(main())"
+_SERVER = """
+import sys
+from hhdeploy.loadtest.process import stop_with_input
+stop_with_input()
+from hhdeploy.cli import main
+sys.exit(main())
+"""
 _OPTIONS = (
     click.option(
         "--serve",
@@ -95,7 +101,7 @@ def check_load_options(serve: bool, abuse: bool) -> None:
 
 
 def server_command(bundle: Path, **options: object) -> list[str]:
-    """The command line of ``hhdeploy serve`` on a free port, HTTP alone.
+    """The command line of ``hhdeploy serve`` on a free port, HTTP alone, for `running_server`.
 
     Args:
         bundle: what is served.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,8 @@ class Server:
 def running_server(command: Sequence[str], log: Path) -> Iterator[Server]:
     """Start a server, give it once it has announced its address, ask it to stop at the end.
 
+    Its standard input ends with this process, however that ends: `stop_with_input` hears it.
+
     Args:
         command: prints a line with its address, ``http://HOST:PORT``, once it answers.
         log: file for its standard error.
@@ -56,7 +60,9 @@ def running_server(command: Sequence[str], log: Path) -> Iterator[Server]:
         SessionError: it ended instead.
     """
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
     with process:
         try:
             assert process.stdout is not None
@@ -74,6 +80,18 @@ def running_server(command: Sequence[str], log: Path) -> Iterator[Server]:
                 server.code = process.wait(_STOP_SECONDS)
         finally:
             process.kill()
+
+
+def stop_with_input() -> None:
+    """In the server: it is asked to stop (SIGTERM) when its standard input ends."""
+
+    def wait() -> None:
+        # Not of `sys.stdin`, whose lock a thread that waits keeps from an interpreter that ends.
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _resident_bytes(pid: int) -> int:

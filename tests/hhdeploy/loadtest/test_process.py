@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 
 import pytest
 
 from hhdeploy.errors import SessionError
 from hhdeploy.loadtest.process import running_server
 
+_PATIENCE = 60.0
 _SERVER = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[1])))
 print("at http://127.0.0.1:1234", flush=True)
 while True:
     time.sleep(0.01)
+"""
+
+
+# Starts a server and says so.
+_BENCH = """
+import sys, time
+from pathlib import Path
+from hhdeploy.loadtest.process import running_server
+with running_server([sys.executable, "-c", sys.argv[1], "0"], Path(sys.argv[2])):
+    print("started", flush=True)
+    time.sleep(600)
 """
 
 
@@ -37,3 +51,23 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
         running_server(command, tmp_path / "log"),
     ):
         pass
+
+
+def test_a_server_stops_when_who_started_it_is_killed(tmp_path):
+    server = f"""
+import atexit
+from hhdeploy.loadtest.process import stop_with_input
+stop_with_input()
+atexit.register(lambda: sys.stderr.write("stopped"))
+{_SERVER}"""
+    log = tmp_path / "log"
+    command = python(_BENCH, server, str(log))
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as bench:
+        assert bench.stdout is not None
+        assert bench.stdout.readline() == b"started\n"
+        assert log.read_text() == ""
+        bench.kill()
+    end = time.monotonic() + _PATIENCE
+    while log.read_text() != "stopped":
+        assert time.monotonic() < end, "the server is still there"
+        time.sleep(0.01)
