@@ -34,6 +34,7 @@ from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.batches import check_batch, images_apart
+from hhdeploy.exporters.classifiers import check_classifier
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
@@ -95,7 +96,7 @@ def base_graph(
 
     Raises:
         BackboneError: when torch cannot trace the architecture with a dynamic batch, the model's
-            code fixes the batch, or it does not tell an output.
+            code fixes the batch, it does not tell an output, or its classifier is none.
         WriteError: the cache cannot be written.
     """
     if cache is None or backbone.traced_with is None:
@@ -192,6 +193,7 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     example = torch.zeros(2, *backbone.facts.preprocess.input_size)
     try:
         with plain_attention(backbone.model), _quiet(), torch.no_grad():
+            check_classifier(backbone.model, backbone.facts)
             apart = images_apart(
                 backbone.model, backbone.facts.linears, backbone.facts.preprocess.input_size
             )
@@ -207,6 +209,8 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
                     optimize=False,
                     verbose=False,
                 )
+    except BackboneError:
+        raise
     except Exception as error:
         # torch wraps the reason in a page of advice.
         cause = error.__cause__ or error

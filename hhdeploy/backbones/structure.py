@@ -68,7 +68,8 @@ def parameters_of(model: nn.Module, path: str) -> tuple[nn.Module, str, str]:
 
 
 def classifier_path(model: nn.Module) -> str:
-    """Path of the classifier: timm's, else the last Linear unless it is one of many.
+    """Path of the classifier: what the model states, as timm's do, else the last Linear unless it
+    is one of many, which is a guess (`hhdeploy.exporters.classifiers`).
 
     "" if there is none, as in timm's models with ``num_classes=0``.
 
@@ -77,9 +78,8 @@ def classifier_path(model: nn.Module) -> str:
     """
     from torch import nn
 
-    # A module of the user's may state its image transform there, and no more.
-    if not {"architecture", "classifier"}.isdisjoint(getattr(model, "pretrained_cfg", ())):
-        return _timm_classifier(model)
+    if states_classifier(model):
+        return _stated_classifier(model)
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears or kind_of(linears[-1]) or "pooler" in linears[-1].split("."):
         return ""
@@ -87,12 +87,18 @@ def classifier_path(model: nn.Module) -> str:
     return linears[-1] if len(alike) == 1 else ""
 
 
+def states_classifier(model: nn.Module) -> bool:
+    """Whether a model itself says which module is its classifier, in timm's ``pretrained_cfg``."""
+    # A module of the user's may state its image transform there, and no more.
+    return not {"architecture", "classifier"}.isdisjoint(getattr(model, "pretrained_cfg", ()))
+
+
 def _pattern(path: str) -> str:
     """A path with its numbers left open: the Linears of a stack of blocks have the same one."""
     return re.sub(r"\b\d+\b", "*", path)
 
 
-def _timm_classifier(model: nn.Module) -> str:
+def _stated_classifier(model: nn.Module) -> str:
     from torch import nn
 
     path = getattr(model, "pretrained_cfg", {}).get("classifier")
@@ -102,7 +108,7 @@ def _timm_classifier(model: nn.Module) -> str:
             "with several heads (distilled or auxiliary) are not supported."
         )
     module = dict(model.named_modules()).get(path)
-    if isinstance(module, nn.Identity):
+    if not path or isinstance(module, nn.Identity):
         return ""
     if not isinstance(module, nn.Linear):
         raise BackboneError(

@@ -431,8 +431,12 @@ def test_a_new_adapter_is_bound_to_timm_s_preprocessing(channels, tmp_path):
     assert extract(model).config.preprocess == own
 
 
-def test_of_another_model_preprocessing_is_not_guessed():
-    model = attach(authors_vit(), AdapterConfig("python:m:f", num_classes=2))
+@pytest.mark.parametrize("stated", [None, {"classifier": "head"}])
+def test_of_another_model_preprocessing_is_not_guessed(stated):
+    model = authors_vit()
+    if stated is not None:
+        model.pretrained_cfg = stated
+    attach(model, AdapterConfig("python:m:f", num_classes=2))
     assert extract(model).config.preprocess is None
 
 
