@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import BackboneError
-from hhdeploy.files.pickles import unpickled
+from hhdeploy.files.weights import content_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,15 +36,6 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 DISTRIBUTED = "module"
 # In the names of a model that PEFT wraps; lora_A.weight is in those of own modules as well.
 _PEFT = re.compile(r"(^|\.)base_model\.model\.|\.(base_layer|modules_to_save|lora_[AB]\.default)\.")
-# The list of the files that a model's weights were divided into.
-_INDEX = ".index.json"
-
-# What transformers calls a directory's weights, in the order in which it looks for them.
-_IN_DIRECTORY = (
-    *("model.safetensors", f"model.safetensors{_INDEX}"),
-    *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
-)
-
 State = dict[str, "torch.Tensor"]
 
 
@@ -63,13 +53,12 @@ def read_state(path: Path) -> tuple[State, tuple[str, ...]]:
         BackboneError: there is no such file, or it holds something else.
     """
     import torch
-    from safetensors import SafetensorError
 
     if not path.is_file():
         raise BackboneError(f"`checkpoint`: {path} does not exist.")
     try:
-        state, notes = unwrapped(_content(path))
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        state, notes = unwrapped(content_of(path))
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise BackboneError(
             f"`checkpoint`: {path} cannot be read: {error}. Expected a safetensors file "
             "or a PyTorch state dict without other pickled objects."
@@ -77,45 +66,6 @@ def read_state(path: Path) -> tuple[State, tuple[str, ...]]:
     if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
         raise BackboneError(f"`checkpoint`: {path}: expected a state dict of tensors.")
     return dict(state), notes
-
-
-def _content(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    if path.name.endswith(_INDEX):
-        whole: dict[str, Any] = {}
-        for file in files_of(path):
-            part = _content(file)
-            if twice := sorted(whole.keys() & part.keys()):
-                raise ValueError(
-                    f"{twice[0]} is in {file.name} and in another of its files, of which one is of "
-                    "an earlier save; save the model into an empty directory"
-                )
-            whole |= part
-        return whole
-    return load_file(path) if path.suffix == ".safetensors" else unpickled(path)
-
-
-def files_of(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint: those that an index lists, else it alone.
-
-    Raises:
-        ValueError: it is called an index, and is no such list.
-    """
-    if not checkpoint.name.endswith(_INDEX):
-        return [checkpoint]
-    content = json.loads(checkpoint.read_text(encoding="utf-8"))
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    files = sorted(set(names.values())) if isinstance(names, dict) else []
-    if not files or not all(isinstance(n, str) and Path(n).name == n for n in files):
-        raise ValueError("expected a weight_map of files beside it")
-    return [checkpoint.parent / name for name in files]
-
-
-def weights_in(directory: Path) -> Path:
-    """The checkpoint of a directory of save_pretrained; the first name where there is none."""
-    found = [directory / name for name in _IN_DIRECTORY]
-    return next((file for file in found if file.is_file()), found[0])
 
 
 def unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:

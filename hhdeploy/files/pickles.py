@@ -7,9 +7,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-# How files of torch.save begin: zip archives, pickles of old ones. And what a clone without Git LFS
-# has in the place of a large file.
-_STARTS, _POINTER = (b"PK", b"\x80"), b"version https://git-lfs"
+from hhdeploy.files.plain import what_instead
+
+# How files of torch.save begin: zip archives, pickles of old ones.
+_STARTS = (b"PK", b"\x80")
 
 
 def unpickled(path: Path) -> Any:
@@ -34,12 +35,10 @@ def _in_the_way(path: Path, reason: str) -> str:
     """What keeps a file from being read; torch's own words advise options that nobody has here."""
     import torch
 
+    if instead := what_instead(path):
+        return instead
     with path.open("rb") as file:
         start = file.read(24)
-    if not start:
-        return "it is empty"
-    if start.startswith(_POINTER):
-        return "it is Git LFS's pointer to the file, which git lfs pull puts in its place"
     if not start.startswith(_STARTS):
         return f"it begins with {start!r}, as no file of torch.save does"
     try:

@@ -5,6 +5,7 @@ Errors are `OSError`, which names the file; callers say what it was for.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
@@ -16,6 +17,16 @@ _KINDS = (
     (stat.S_ISFIFO, errno.EINVAL, "it is a pipe"),
     (stat.S_ISCHR, errno.EINVAL, "it is a device"),
     (stat.S_ISBLK, errno.EINVAL, "it is a device"),
+)
+
+# What a clone without Git LFS has in a large file's place, and a download that got a page instead.
+_INSTEAD = (
+    (
+        b"version https://git-lfs",
+        "it is Git LFS's pointer to the file, which git lfs pull puts in its place",
+    ),
+    (b"<!doctype html", "it is a page of HTML: download the file itself"),
+    (b"<html", "it is a page of HTML: download the file itself"),
 )
 
 
@@ -41,6 +52,16 @@ def read_plain(path: Path) -> bytes:
     """A plain file's content. Raises as `open_plain`."""
     with open_plain(path) as stream:
         return stream.read()
+
+
+def what_instead(path: Path) -> str | None:
+    """What lies in the place of a file of tensors, in words; None: nothing that is known."""
+    with open_plain(path) as stream:
+        start = stream.read(64)
+    if not start:
+        return "it is empty"
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return next((what for begin, what in _INSTEAD if start.startswith(begin)), None)
 
 
 def plain_files(directory: Path) -> list[str]:

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from hhdeploy.files.plain import open_plain
+from hhdeploy.files.plain import open_plain, what_instead
 from hhdeploy.files.writing import atomic_file
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# How zip archives and single arrays of NumPy begin; of others it advises to unpickle them.
+_ARRAYS = (b"PK", b"\x93NUMPY")
+_DAMAGED = " The file may be truncated or of another format; copy or save it again."
 
 
 def read_tensors(
@@ -48,9 +51,10 @@ def read_tensors(
             _check_types(path, types, error)
             tensors = {n: stream.get_tensor(n) for n in names if types[n] != "BF16"}
     except (SafetensorError, OSError, ValueError, TypeError) as reason:
+        instead = what_instead(path)
         raise error(
-            f"{path} cannot be read as safetensors: {reason}. The file may be truncated or of "
-            "another format; copy or save it again."
+            f"{path} cannot be read as safetensors: {instead or reason}."
+            + ("" if instead else _DAMAGED)
         ) from reason
     if any(kind == "BF16" for kind in types.values()):
         tensors.update(_read_bfloat16(path, [n for n in names if types[n] == "BF16"]))
@@ -67,14 +71,20 @@ def open_arrays(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
         OSError: it is not there, may not be read, or is no plain file.
         ValueError: it is no such file, or damaged.
     """
+    if instead := what_instead(path):
+        raise ValueError(instead)
     try:
         with open_plain(path) as stream:
+            start = stream.read(24)
+            if not start.startswith(_ARRAYS):
+                raise ValueError(f"it begins with {start!r}, as no file of numpy.savez does")
+            stream.seek(0)
             arrays = np.load(stream, allow_pickle=False)
             if isinstance(arrays, np.ndarray):
                 raise ValueError("it is a single array (.npy), which has no name")
             with arrays:
                 yield arrays
-    except (EOFError, zipfile.BadZipFile, zlib.error) as error:  # empty, cut off, changed
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:  # cut off, changed
         raise ValueError(f"it is damaged: {error}") from error
 
 
@@ -134,10 +144,7 @@ def tensors_of(content: bytes, where: Path, error: type[Exception]) -> dict[str,
     try:
         return load(content)
     except (SafetensorError, ValueError, TypeError, KeyError) as reason:
-        raise error(
-            f"{where} cannot be read as safetensors: {reason}. The file may be truncated or of "
-            "another format; copy or save it again."
-        ) from reason
+        raise error(f"{where} cannot be read as safetensors: {reason}.{_DAMAGED}") from reason
 
 
 def _read_bfloat16(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:

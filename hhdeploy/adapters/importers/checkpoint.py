@@ -14,8 +14,8 @@ from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_p
 from hhdeploy.backbones.licences import licences_of_card
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
-from hhdeploy.backbones.weights import weights_in
 from hhdeploy.errors import AdapterError, OptionError
+from hhdeploy.files.weights import weights_in
 
 _DEFAULTS = ImportOptions()
 

@@ -21,9 +21,9 @@ from hhdeploy.adapters.importers.compressing import compressed
 from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
-from hhdeploy.backbones.weights import files_of
 from hhdeploy.choices import listed
 from hhdeploy.errors import AdapterError, BackboneError, OptionError
+from hhdeploy.files.weights import files_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 from hhdeploy.preprocess import Preprocess
 

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from hhdeploy.backbones.licences import CARD, Licences, licences_of_card
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.outputs import returns_tensor
@@ -32,6 +34,8 @@ from hhdeploy.backbones.weights import (
     state_of,
 )
 from hhdeploy.errors import BackboneError, require
+from hhdeploy.files.plain import what_instead
+from hhdeploy.files.weights import files_of, weights_in
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -208,9 +212,10 @@ def _model(
             )
     except (
         OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError,
+        SafetensorError, EOFError,
     ) as error:  # fmt: skip
         raise BackboneError(
-            f"transformers:{where} cannot be loaded: {_first_line(error)}"
+            f"transformers:{where} cannot be loaded: {_in_the_way(spec, where, error)}"
         ) from error
     finally:
         torch.random.set_rng_state(random)
@@ -223,6 +228,21 @@ def _model(
     )
     given = frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
     return model, given, (*taken, *_left_out(loading))
+
+
+def _in_the_way(spec: BackboneSpec, where: str, error: Exception) -> str:
+    """What keeps weights from being read; torch's own words advise options that nobody has here."""
+    weights = weights_in(Path(where))
+    if spec.checkpoint is None and weights.is_file():
+        try:
+            files = files_of(weights)
+        except ValueError as unlisted:
+            return f"{weights.name}: {unlisted}."
+        for file in filter(Path.is_file, files):
+            if instead := what_instead(file):
+                return f"{file.name}: {instead}."
+    reason = "a file of weights ends early" if isinstance(error, EOFError) else _first_line(error)
+    return reason.partition(". ")[0] if isinstance(error, pickle.UnpicklingError) else reason
 
 
 def _class(transformers: Any, config: Any, classifies: bool) -> Any:

@@ -21,6 +21,7 @@ from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError, BackboneError
+from hhdeploy.files.tensors import read_tensors
 from tests.own_models import compiled_encoder, encoder
 from tests.support import TINY_ARGS, TINY_MODEL, perturb, tiny_spec
 
@@ -307,7 +308,8 @@ def test_what_cannot_be_read_is_named(tmp_path, model):
     ("content", "message"),
     [
         (b"", "it is empty"),
-        (b"<!DOCTYPE html><html><body>404", r"it begins with b'<!DOCTYPE html><html><bo', as no f"),
+        (b"<!DOCTYPE html><html><body>404", "it is a page of HTML: download the file"),
+        (b"no tensors at all, a text", r"it begins with b'no tensors at all, a tex', as no f"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS's pointer to the file"),
         (b"PK\x03\x04 and no more", "not a ZIP archive"),
         (b"\x80\x02no pickle", "Weights only load failed"),
@@ -323,6 +325,54 @@ def test_a_file_that_is_none_of_torch_s_is_named(tmp_path, content, message):
         with pytest.raises(error, match=f"x.pth cannot be read: .*{message}") as caught:
             read(file)
         assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS's pointer to the file"),
+        (b"\xef\xbb\xbf\n<html><body>404", "a page of HTML"),
+        (b"", "it is empty"),
+        (
+            b"no arrays or tensors",
+            "header too large|it begins with b'no arrays or tensors', as no f",
+        ),
+    ],
+)
+def test_what_lies_in_the_place_of_tensors_is_named(tmp_path, content, message):
+    for name in ("x.safetensors", "x.npz"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BackboneError, match=message) as caught:
+            load_backbone(spec(tmp_path / name))
+        assert "pickle" not in str(caught.value).partition("Expected")[0]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "x.safetensors"}}))
+    with pytest.raises(BackboneError, match=rf"x\.safetensors: .*({message})"):
+        load_backbone(spec(index))
+    index.unlink()
+    with pytest.raises(AdapterError, match=message):
+        read_tensors(tmp_path / "x.safetensors", AdapterError)
+    transformers.ViTConfig(num_hidden_layers=1, architectures=["ViTModel"]).save_pretrained(
+        tmp_path
+    )
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BackboneError, match=r"transformers:.* cannot be loaded") as caught:
+            load_backbone(BackboneSpec(f"transformers:{tmp_path}"))
+        assert "weights_only" not in str(caught.value)
+        assert content[:2] == b"no" or f"{name}: it is" in str(caught.value)
+        (tmp_path / name).unlink()
+
+
+def test_a_list_of_files_that_is_none_is_named(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid")
+    transformers.ViTConfig(num_hidden_layers=1, architectures=["ViTModel"]).save_pretrained(
+        tmp_path
+    )
+    for backbone in (spec(index), BackboneSpec(f"transformers:{tmp_path}")):
+        with pytest.raises(BackboneError, match=r"index\.json.*: it is Git LFS's pointer"):
+            load_backbone(backbone)
 
 
 def test_an_adapter_s_file_is_read_alike(tmp_path):

@@ -1,0 +1,76 @@
+"""Files of weights as they lie on a disk: of safetensors, of torch.save, or a list of several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hhdeploy.files.pickles import unpickled
+from hhdeploy.files.plain import what_instead
+
+# The list of the files that a model's weights were divided into.
+_INDEX = ".index.json"
+
+# What transformers calls a directory's weights, in the order in which it looks for them.
+_IN_DIRECTORY = (
+    *("model.safetensors", f"model.safetensors{_INDEX}"),
+    *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
+)
+
+
+def content_of(path: Path) -> Any:
+    """What a file of weights holds; of the list of a divided model's, what all of them do.
+
+    Raises:
+        ValueError: it is none, or damaged, or a tensor is in two of its files.
+        OSError: it cannot be opened.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.name.endswith(_INDEX):
+        whole: dict[str, Any] = {}
+        for file in files_of(path):
+            try:
+                part = content_of(file)
+            except ValueError as error:
+                raise ValueError(f"{file.name}: {error}") from error
+            if twice := sorted(whole.keys() & part.keys()):
+                raise ValueError(
+                    f"{twice[0]} is in {file.name} and in another of its files, of which one is of "
+                    "an earlier save; save the model into an empty directory"
+                )
+            whole |= part
+        return whole
+    if path.suffix != ".safetensors":
+        return unpickled(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(what_instead(path) or str(error)) from error
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint: those that an index lists, else it alone.
+
+    Raises:
+        ValueError: it is called an index, and is no such list.
+    """
+    if not checkpoint.name.endswith(_INDEX):
+        return [checkpoint]
+    try:
+        content = json.loads(checkpoint.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(what_instead(checkpoint) or str(error)) from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    files = sorted(set(names.values())) if isinstance(names, dict) else []
+    if not files or not all(isinstance(n, str) and Path(n).name == n for n in files):
+        raise ValueError("expected a weight_map of files beside it")
+    return [checkpoint.parent / name for name in files]
+
+
+def weights_in(directory: Path) -> Path:
+    """The checkpoint of a directory of save_pretrained; the first name where there is none."""
+    found = [directory / name for name in _IN_DIRECTORY]
+    return next((file for file in found if file.is_file()), found[0])
