@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# Weights with the geometry of images, as timm's models call them.
+_GEOMETRY = ("pos_embed", "patch_embed.proj.weight", "position_bias_table")
+# A model whose positions are made for the size of the images wherever it runs.
+_RADIO = "radio_model."
 # What timm's folders call their weights.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -215,7 +219,7 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     said = [*taken, *part]
     if filter_fn is not None:
-        given, state = state, filter_fn(state, model)
+        given, state = state, filter_fn(dict(state), model)  # timm's may take out of what it gets
         said += _resampled(given, state, spec)
     head = state.get(f"{classifier}.weight")
     classes = 0 if head is None else int(head.shape[0])
@@ -231,14 +235,23 @@ def _resampled(
 ) -> list[str]:
     """What timm's filter resampled, which it does without a word: positions, patches.
 
+    What it only cuts or calls by another name (OpenAI's, DINOv2's) is the file's own memory still.
+
     Raises:
         BackboneError: nobody asked for another geometry than the file's.
     """
-    found = [
-        f"{name} from {list(given[name].shape)} to {list(tensor.shape)}"
-        for name, tensor in fitted.items()
-        if name in given and given[name].numel() != tensor.numel()
-    ]
+    own = {_memory(tensor) for tensor in given.values()}
+    if any(name.startswith(_RADIO) for name in given):
+        return []
+    found = []
+    for name, tensor in fitted.items():
+        was = given.get(name)
+        if _memory(tensor) in own or (was is not None and was.numel() == tensor.numel()):
+            continue
+        if was is not None:
+            found.append(f"{name} from {list(was.shape)} to {list(tensor.shape)}")
+        elif name.endswith(_GEOMETRY):
+            found.append(f"{name} to {list(tensor.shape)}")
     if found and not {"img_size", "patch_size"} & spec.args.keys():
         raise BackboneError(
             f"`checkpoint`: {spec.checkpoint} is of another geometry than {spec.model}: timm would "
@@ -246,6 +259,11 @@ def _resampled(
             "as img_size or patch_size); or give the model's own there, to have it resampled."
         )
     return [f"weights resampled to another geometry: {', '.join(found)}"] if found else []
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where a tensor's values lie; views of it have the same."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _from_npz(spec: BackboneSpec, path: Path) -> tuple[nn.Module, int]:

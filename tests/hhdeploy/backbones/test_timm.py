@@ -283,6 +283,60 @@ def test_nothing_is_resampled_that_nobody_asked_for(tmp_path):
         load_backbone(BackboneSpec("vit_tiny_patch16_224", {"depth": 1}, checkpoint=file))
 
 
+def openai_s(state):
+    """CLIP's image tower in OpenAI's names."""
+    new = {"cls_token": "class_embedding", "pos_embed": "positional_embedding", "norm.": "ln_post."}
+    new |= {"blocks.": "transformer.resblocks.", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    new |= {"patch_embed.proj": "conv1", "qkv.": "in_proj_", "attn.proj": "attn.out_proj"}
+    new |= {"head.weight": "proj", "norm": "ln_", "ln__pre": "ln_pre"}
+    renamed = {}
+    for name, value in state.items():
+        for timm_s, other in new.items():
+            name = name.replace(timm_s, other)
+        value = value.T if name == "proj" else value.squeeze()
+        renamed[f"visual.{name}"] = value.clone().contiguous()
+    del renamed["visual.head.bias"]
+    return renamed
+
+
+def dinov2_s(state):
+    """DINOv2's names and positions, of which the first is the class token's."""
+    width = state["pos_embed"].shape[-1]
+    positions = torch.cat([torch.zeros(1, 1, width), state.pop("pos_embed")], 1)
+    mask, registers = torch.zeros(1, width), state.pop("reg_token")
+    return state | {"mask_token": mask, "register_tokens": registers, "pos_embed": positions}
+
+
+@pytest.mark.parametrize(
+    ("name", "renamed", "grid"),
+    [
+        ("vit_base_patch32_clip_224", openai_s, 7),
+        ("vit_small_patch14_reg4_dinov2", dinov2_s, 37),
+    ],
+)
+def test_nothing_is_resampled_under_other_names(tmp_path, name, renamed, grid):
+    shape = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    side = timm.create_model(name, **shape).patch_embed.patch_size[0]
+    classes = 5 if renamed is openai_s else 0
+    for size, patch, message in (
+        (side * grid, side, ""),
+        (side * 3, side, "resample pos_embed .*to "),
+        (side * grid // 2, side // 2, r"resample patch_embed\.proj\.weight .*to"),
+    ):
+        model = timm.create_model(
+            name, img_size=size, patch_size=patch, num_classes=classes, **shape
+        )
+        save_file(renamed(dict(model.state_dict())), tmp_path / "x.safetensors")
+        spec = BackboneSpec(name, shape, checkpoint=tmp_path / "x.safetensors")
+        if not message:
+            assert load_backbone(spec).notes == ()
+            continue
+        with pytest.raises(BackboneError, match=f"another geometry .*{message}"):
+            load_backbone(spec)
+        asked = replace(spec, args={**shape, "img_size": side * grid})
+        assert load_backbone(asked).notes[0].startswith("weights resampled to another geometry")
+
+
 def test_statistics_of_batch_norms_are_needed(tmp_path):
     """An average of the parameters alone has none."""
     model = timm.create_model("tiny_vit_5m_224", num_classes=2)
