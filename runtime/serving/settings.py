@@ -85,7 +85,8 @@ class ServeSettings:
             take half of them at most.
         decoding_pixels: of the vast pictures that are decoded at the same time.
         adapter_bytes: of an uploaded adapter's files together.
-        bodies_bytes: HTTP bodies of all requests that are read or answered; more are refused (429).
+        bodies_bytes: HTTP bodies of all requests that are read or answered, and answers until they
+            are taken; more are refused (429).
         connections: at the same time, of each wire; more are refused (HTTP: 503; gRPC: closed),
             and of gRPC's calls as many.
     """

@@ -37,6 +37,7 @@ from hhdeploy.runtime.serving.endpoint import (
     server_metadata,
 )
 from hhdeploy.runtime.serving.errors import (
+    BusyError,
     FailedError,
     ForbiddenError,
     NotFoundError,
@@ -50,6 +51,7 @@ from hhdeploy.runtime.serving.http.codec import (
     read_truth,
     write_response,
 )
+from hhdeploy.runtime.serving.http.leaving import send_answer
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
 from hhdeploy.runtime.serving.http.parsing import BodyParser
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
@@ -159,7 +161,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         content, kind = await endpoint.metrics()
         return Response(content, headers={"content-type": kind})
 
-    guard = _Guard(settings, endpoint.refused)
+    guard = _Guard(settings, endpoint.refused, bodies)
 
     def open_to_all(path: str, handler: Handler) -> Route:
         return Route(path, _Guarded(guard, path, handler), methods=["GET"])
@@ -208,9 +210,11 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
 class _Guard:
     """Errors as the protocol has them, one line in the log for each request, and its span."""
 
-    def __init__(self, settings: ServeSettings, refused: Callable[[HhdeployError], None]) -> None:
-        """``refused``: is told of every request that is."""
-        self._refused = refused
+    def __init__(
+        self, settings: ServeSettings, refused: Callable[[HhdeployError], None], bodies: Bodies
+    ) -> None:
+        """``refused``: is told of every request that is; ``bodies``: count answers as well."""
+        self._refused, self._bodies = refused, bodies
         self._limit, self._hosts = settings.request_seconds, settings.hosts()
         self._logs = not settings.no_access_log
         self._tracing = Tracing()
@@ -232,6 +236,14 @@ class _Guard:
         if self._logs:
             asked.write(_LOG, logging.INFO if method == "POST" else logging.DEBUG)
         return response
+
+    async def send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send an answer; see `send_answer`."""
+        try:
+            await send_answer(response, scope, receive, send, self._bodies.leaving)
+        except BusyError as error:
+            self._refused(error)
+            await error_response(error)(scope, receive, send)
 
     async def missing(self, request: Request, error: Exception) -> Response:
         """The answer where there is no such path (404), or not by this method (405)."""
@@ -281,7 +293,7 @@ class _Guarded:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
         response = await self._guard.answer(request, self._route, self._handler, self._check)
-        await response(scope, receive, send)
+        await self._guard.send(response, scope, receive, send)
 
 
 def _asked(request: Request) -> Asked:

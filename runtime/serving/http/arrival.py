@@ -8,10 +8,11 @@ Bodies are counted as long as they are held.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import Body, read_encoding
+from hhdeploy.runtime.serving.http.leaving import LeavingProtocol
 from hhdeploy.runtime.serving.http.upgrades import RequestParser
 
 # Of everything but bodies: request line, headers, trailers, lengths of chunks.
@@ -45,7 +47,8 @@ def bounded_protocol(
 
     Args:
         seconds: after which a connection is closed whose request has not arrived as a whole, from
-            its first byte or, of the first request, from the beginning of the connection.
+            its first byte or, of the first request, from the beginning of the connection; or whose
+            client takes nothing of an answer, see `LeavingProtocol`.
         refused: is told of every request that the application does not see: what is no HTTP, and
             those of connections beyond their limit.
         crowded: whether more requests wait than are answered soon, see `Turns`.
@@ -54,7 +57,8 @@ def bounded_protocol(
     turns = Turns(crowded)
     room = memoryview(bytearray(PIECE_BYTES))  # of the connection that is read just now
 
-    class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
+    class BoundedProtocol(LeavingProtocol, asyncio.BufferedProtocol):
+        patience = seconds
         _deadline: asyncio.TimerHandle | None = None
         # A request has begun, and not arrived as a whole.
         _arriving = False
@@ -234,10 +238,13 @@ def header(request: Request, name: bytes) -> str | None:
 
 
 @dataclass(eq=False)
-class _Arriving:
-    """A body that has not arrived as a whole; ``held`` bytes have."""
+class _OnTheWay:
+    """A body that has not arrived as a whole, ``held`` bytes have; or an answer that is not taken.
 
-    task: asyncio.Task[Any] | None
+    ``end``: gives it up.
+    """
+
+    end: Callable[[], object]
     since: float
     held: int = 0
     given_up: bool = False
@@ -246,15 +253,15 @@ class _Arriving:
 class Bodies:
     """The bodies that one server holds. Many small requests may be large together.
 
-    Where they are too large together, those that arrive slowly make room: nobody can keep others
-    out with bodies that never end.
+    Where they are too large together, those that arrive slowly make room, and answers that are
+    taken slowly: nobody can keep others out with bodies that never end, or that nobody reads.
     """
 
     def __init__(self, most: int) -> None:
         """``most``: bytes of all bodies at the same time."""
         self._most = most
         self._held = 0
-        self._arriving: set[_Arriving] = set()
+        self._on_the_way: set[_OnTheWay] = set()
 
     def read(self, request: Request, limit: int) -> _Held:
         """``async with`` it: the whole body; refused as soon as it is longer than ``limit``. It is
@@ -294,8 +301,9 @@ class Bodies:
             self._take(len(piece))
             return piece
         body = io.BytesIO()  # grows as one piece, which the kernel moves and takes back
-        arriving = _Arriving(asyncio.current_task(), time.monotonic())
-        self._arriving.add(arriving)
+        task = asyncio.current_task()
+        arriving = _OnTheWay(getattr(task, "cancel", int), time.monotonic())
+        self._on_the_way.add(arriving)
         try:
             while True:
                 self._take(len(piece), arriving)
@@ -308,34 +316,49 @@ class Bodies:
         except asyncio.CancelledError:
             if not arriving.given_up:
                 raise
-            getattr(arriving.task, "uncancel", int)()  # Python 3.10 does not count
+            getattr(task, "uncancel", int)()  # Python 3.10 does not count
             raise self._busy() from None
         finally:
-            self._arriving.discard(arriving)
+            self._on_the_way.discard(arriving)
             self._held -= arriving.held
         return body.getvalue()
 
-    def _take(self, size: int, own: _Arriving | None = None) -> None:
+    @contextlib.contextmanager
+    def leaving(self, size: int, end: Callable[[], object]) -> Iterator[None]:
+        """Count an answer's bytes until the end of the block; ``end``: ends its connection.
+
+        Raises:
+            BusyError: see `read`.
+        """
+        self._take(size)
+        leaving = _OnTheWay(end, time.monotonic(), size)
+        self._on_the_way.add(leaving)
+        try:
+            yield
+        finally:
+            self._on_the_way.discard(leaving)
+            self._held -= leaving.held
+
+    def _take(self, size: int, own: _OnTheWay | None = None) -> None:
         while self._held + size > self._most:
             begun = time.monotonic() - SLOW_SECONDS
-            slow = [each for each in self._arriving if each.since < begun and each.held]
+            slow = [each for each in self._on_the_way if each.since < begun and each.held]
             largest = max(slow, key=lambda each: each.held, default=own)
             if largest is None or largest is own:
                 raise self._busy()
             self._give_up(largest)
         self._held += size
 
-    def _give_up(self, slow: _Arriving) -> None:
-        self._arriving.discard(slow)
+    def _give_up(self, slow: _OnTheWay) -> None:
+        self._on_the_way.discard(slow)
         self._held -= slow.held
         slow.held, slow.given_up = 0, True
-        if slow.task is not None:
-            slow.task.cancel()
+        slow.end()
 
     def _busy(self) -> BusyError:
         return BusyError(
-            f"the bodies of all requests are {self._held} bytes, at most {self._most} are taken, "
-            f"and of those that take longer than {SLOW_SECONDS:g} s to arrive less. Try again "
+            f"the bodies of all requests and answers are {self._held} bytes, at most {self._most} "
+            f"are held, and of those under way for more than {SLOW_SECONDS:g} s less. Try again "
             "later."
         )
 
