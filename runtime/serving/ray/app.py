@@ -33,7 +33,9 @@ later finds it on disk, and is told what was unloaded before it is ready.
     disk
 
 Numbers. ``/metrics`` has each replica's samples, labelled with its name, so that a restart is a
-new series and not a counter that falls; `status` adds them up. The ingress' own are Ray Serve's.
+new series and not a counter that falls; `status` adds them up. What was refused is counted by each
+ingress and by gRPC's side, as ``ingress-...`` and ``grpc-...``; the registry hears of all. The
+ingress' other numbers are Ray Serve's.
 
 gRPC is answered by the command's own process (`grpc`), for Ray's gRPC proxy listens on all
 addresses whatever it is told, and takes messages of any size. What ``serve deploy`` runs has HTTP

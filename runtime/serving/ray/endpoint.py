@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import secrets
 from collections import defaultdict
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.endpoint import Upload
@@ -19,6 +23,8 @@ from hhdeploy.runtime.serving.settings import ServeSettings
 
 # For a replica that is busy to say that it is ready.
 _READY_SECONDS = 5.0
+# Between two words to the registry of what was refused here.
+_TELL_SECONDS = 0.5
 
 
 class RayEndpoint:
@@ -31,13 +37,24 @@ class RayEndpoint:
         stopping: not ready any more, for load balancers.
     """
 
-    def __init__(self, settings: ServeSettings, replicas: Any, registry: Any) -> None:
-        """``replicas``, ``registry``: handles of the deployments of that name."""
+    def __init__(
+        self, settings: ServeSettings, replicas: Any, registry: Any, name: str = "ingress"
+    ) -> None:
+        """An endpoint of these.
+
+        Args:
+            settings: what the operator chose.
+            replicas, registry: handles of the deployments of that name.
+            name: what it is called in the metrics, with a word that a restart changes.
+        """
         self._settings = settings
         self._replicas = replicas
         self._registry = registry
         self.stopping = False
+        self._name = f"{name}-{secrets.token_hex(4)}"
         self._refusals: dict[str, int] = defaultdict(int)
+        self._telling: asyncio.Task[None] | None = None
+        self._tells_soon = False
 
     @property
     def settings(self) -> ServeSettings:
@@ -83,8 +100,11 @@ class RayEndpoint:
         return {"model_stats": [summed(several) for several in by_name.values()]}
 
     def refused(self, error: HhdeployError) -> None:
-        """See `Endpoint.refused`: counted where it was told."""
+        """See `Endpoint.refused`: counted where it was told, and the registry hears of it soon."""
         self._refusals[refusal_kind(error)] += 1
+        if not self._tells_soon:
+            self._tells_soon = True
+            asyncio.get_running_loop().call_later(_TELL_SECONDS, self._tell)
 
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """See `Endpoint.repository_index`."""
@@ -100,10 +120,33 @@ class RayEndpoint:
         await ask(self._registry.change, name, None, True)
 
     async def metrics(self) -> tuple[bytes, str]:
-        """See `Endpoint.metrics`: each replica's, with a label of its name."""
+        """See `Endpoint.metrics`: each replica's, with a label of its name.
+
+        What was refused is of all that take requests, the other ingresses and gRPC's side as well.
+        """
         texts = dict(await self._all("named_metrics"))
-        texts["ingress"] = refusals_text(self._refusals)
+        refusals = {self._name: dict(self._refusals)}
+        with contextlib.suppress(HhdeployError):  # else these alone: the registry is gone
+            refusals = await self._told()
+        texts |= {name: refusals_text(counts) for name, counts in refusals.items()}
         return merged_metrics(texts), CONTENT_TYPE_LATEST
+
+    def _tell(self) -> None:
+        async def tell() -> None:
+            # The next word has these as well.
+            with contextlib.suppress(HhdeployError, RayError, RayServeException):
+                await self._told()
+
+        self._tells_soon = False
+        self._telling = asyncio.create_task(tell())
+
+    async def _told(self) -> dict[str, dict[str, int]]:
+        """What was refused here, told to the registry, and what it heard of all."""
+        with Deadline(_READY_SECONDS):
+            found: dict[str, dict[str, int]] = await ask(
+                self._registry.refused, self._name, dict(self._refusals)
+            )
+        return found
 
     async def status(self) -> dict[str, Any]:
         """See `Endpoint.status`: see `merged_status`."""

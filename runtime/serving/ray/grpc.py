@@ -44,7 +44,7 @@ def grpc_side(
         def run(work: Coroutine[Any, Any, Any]) -> Any:
             return asyncio.run_coroutine_threadsafe(work, loop).result()
 
-        endpoint = RayEndpoint(settings, replicas, registry)
+        endpoint = RayEndpoint(settings, replicas, registry, "grpc")
         server = run(start_grpc(endpoint, port, access, tls))
         try:
             yield server.port

@@ -8,6 +8,9 @@ meanwhile is not waited for: it is gone once Ray's list of actors has it no more
 A registry that is started again knows nothing. It waits until every replica of Ray's list has
 joined anew, and takes the changes that they know; until then nothing can be loaded or unloaded,
 and requests are answered as before.
+
+It also hears what was refused where requests come in, so that whoever is asked for the metrics can
+tell of all.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ class Registry:
         self._latest: dict[str, Latest] = {}
         self._done: dict[str, int] = {}
         self._problems: list[str] = []
+        self._refusals: dict[str, dict[str, int]] = {}
         self._moved = asyncio.Condition()
         self._changing = asyncio.Lock()
         self._joining = set(_actors())
@@ -136,6 +140,16 @@ class Registry:
                     "not do what another one could. Is the fleet directory the same on all "
                     f"machines? {self._problems[0]}"
                 )
+
+    async def refused(self, teller: str, counts: dict[str, int]) -> dict[str, dict[str, int]]:
+        """Keep what was refused where requests come in, by kind; and what all others told so far.
+
+        Args:
+            teller: who counted.
+            counts: since its start.
+        """
+        self._refusals[teller] = counts
+        return self._refusals
 
     @functools.cached_property
     def _replicas(self) -> Any:

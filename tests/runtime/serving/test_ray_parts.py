@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +34,10 @@ pytest.importorskip("ray.serve", reason="needs the package 'ray'")
 
 from pydantic import ValidationError
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from hhdeploy.runtime.serving.ray import app as ray_app
+from hhdeploy.runtime.serving.ray import endpoint as ray_endpoint
 from hhdeploy.runtime.serving.ray import registry as ray_registry
 from hhdeploy.runtime.serving.ray import run as ray_run
 from hhdeploy.runtime.serving.ray.calls import answered, ask
@@ -349,6 +351,42 @@ def test_metrics_keep_each_replica_apart():
     assert 'hhdeploy_adapter_images_total{adapter="alpha",replica="r4"} 4.0' in lines
     assert 'hhdeploy_adapter_load_seconds_bucket{le="0.01",replica="r4"} 1.0' in lines
     assert 'hhdeploy_adapter_load_seconds_sum{replica="r3"} 0.5' in lines
+
+
+def test_what_was_refused_is_told_wherever_requests_come_in(monkeypatch):
+    """By two ingresses and gRPC's side: each has its own numbers, and tells those of all."""
+    monkeypatch.setattr(ray_endpoint, "_TELL_SECONDS", 0.0)
+
+    async def run() -> None:
+        registry = Cluster(monkeypatch).registry
+        calls = SimpleNamespace(refused=SimpleNamespace(remote=registry.refused))
+        settings, replicas = ServeSettings(Path("tiny")), SimpleNamespace(broadcast=no_replica)
+        names = ("ingress", "ingress", "grpc")
+        one, other, grpc = (RayEndpoint(settings, replicas, calls, name) for name in names)
+        monkeypatch.setattr(ray_endpoint, "answered", lambda answers: [])
+        for _ in range(3):
+            grpc.refused(errors.TooLargeError("too large"))
+        other.refused(errors.NotFoundError("not found"))
+        while len(registry._refusals) < 2:
+            await asyncio.sleep(0.001)
+        one.refused(errors.NotFoundError("not found"))
+        for _ in range(2):
+            told = (await one.metrics())[0].decode()
+            pattern = r'^hhdeploy_refused_requests_total{reason="(.*)",replica="(.*)-.*"} (.*)$'
+            assert sorted(re.findall(pattern, told, re.MULTILINE)) == [
+                ("not_found", "ingress", "1.0"),
+                ("not_found", "ingress", "1.0"),
+                ("too_large", "grpc", "3.0"),
+            ]
+        calls.refused = Handle(errors.FailedError("it is gone"))
+        alone = (await one.metrics())[0].decode()
+        assert re.findall(pattern, alone, re.MULTILINE) == [("not_found", "ingress", "1.0")]
+
+    asyncio.run(run())
+
+
+def no_replica(method: str) -> Any:
+    raise DeploymentUnavailableError("Replica")
 
 
 # --- the registry -------------------------------------------------------------------------------
