@@ -55,10 +55,11 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
-from hhdeploy.runtime.serving.logs import log_as_json
+from hhdeploy.runtime.serving.logs import REQUEST_ID, log_as_json
 from hhdeploy.runtime.serving.ray.draining import Draining
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint
 from hhdeploy.runtime.serving.ray.registry import INGRESS, REGISTRY, REPLICA, Registry
@@ -87,7 +88,7 @@ class Ingress:
         start_tracing()
         self._endpoint = RayEndpoint(settings, replicas, registry)
         self._settings, self._access = settings, Access.of(settings)
-        self._app = Draining(http_app(self._endpoint, self._access))
+        self._app = Draining(named_by_proxy(http_app(self._endpoint, self._access)))
 
     def __serve_build_asgi_app__(self) -> Draining:
         """The application that Ray Serve hands requests to."""
@@ -101,6 +102,28 @@ class Ingress:
         """Take nothing new, and wait until everything that was taken is answered."""
         self._endpoint.stopping = True
         await self._app.drain()
+
+
+def named_by_proxy(app: ASGIApp) -> ASGIApp:
+    """An application whose answers leave the id of their request out.
+
+    Ray's proxy names a request that has none, and adds the name to every answer: clients would find
+    it twice.
+    """
+    name = REQUEST_ID.encode()
+
+    async def once(scope: Scope, receive: Receive, send: Send) -> None:
+        given = [each for each in scope.get("headers", ()) if each[0] == name]
+
+        async def without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = [each for each in message["headers"] if each not in given]
+                message = {**message, "headers": kept}
+            await send(message)
+
+        await app(scope, receive, without)
+
+    return once
 
 
 def application(args: dict[str, Any]) -> Application:

@@ -220,6 +220,28 @@ def test_who_watches_is_answered_while_it_drains():
     asyncio.run(run())
 
 
+def test_a_request_s_id_is_left_to_the_proxy_that_adds_it():
+    """One that the server does not take is another one in the log: the answer says that."""
+    app = ray_app.named_by_proxy(http_app(endpoint(Handle()), Access()))
+
+    async def ids(given: bytes) -> list[bytes]:
+        said: list[Any] = []
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        scope = {
+            "type": "http", "method": "GET", "path": "/v2/health/live", "query_string": b"",
+            "headers": [(b"host", b"localhost"), (b"x-request-id", given)],
+        }  # fmt: skip
+        await app(scope, asyncio.Event().wait, send)
+        assert (said[0]["status"], said[1]["body"]) == (200, b'{"live":true}')
+        return [value for name, value in said[0]["headers"] if name == b"x-request-id"]
+
+    assert asyncio.run(ids(b"abc")) == []
+    assert len(asyncio.run(ids(b"a b c"))) == 1
+
+
 # --- routing ------------------------------------------------------------------------------------
 
 
