@@ -111,17 +111,13 @@ def bounded_protocol(
             of HTTP/1.0, which knows none, has left.
             """
             cycle = self.pipeline[0][0] if self.pipeline else self.cycle
-            if cycle is None or cycle.response_complete or cycle.more_body or self._encrypted():
+            if cycle is None or cycle.response_complete or cycle.more_body:
                 return None
-            if _of_old_proxy(cycle.scope):
+            if self.scheme == "https" or _of_old_proxy(cycle.scope):  # TLS has no half of one
                 return None
             cycle.keep_alive = False
             self._look_for_it()
             return True
-
-        def _encrypted(self) -> bool:
-            # TLS has no half of a connection.
-            return self.transport.get_extra_info("sslcontext") is not None
 
         def _look_for_it(self) -> None:
             cycle = self.cycle
@@ -138,6 +134,10 @@ def bounded_protocol(
         def send_400_response(self, msg: str) -> None:
             refused(RequestError(msg))
             super().send_400_response(msg)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if "method" not in self.scope:  # else behind the body, where no header is looked for
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             if self.parser.should_upgrade():

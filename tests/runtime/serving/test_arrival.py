@@ -116,10 +116,10 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": said})
 
 
-def factory() -> Any:
+def factory(answers: Any = app) -> Any:
     """Makes protocols of one server."""
     config = Config(
-        app, http=bounded_protocol(PATIENCE, lambda error: None, lambda: False), log_config=None
+        answers, http=bounded_protocol(PATIENCE, lambda error: None, lambda: False), log_config=None
     )
     config.load()
     return partial(config.http_protocol_class, config, ServerState(), {})
@@ -172,6 +172,37 @@ def test_a_small_body_in_several_pieces_waits_for_no_turn():
         protocol.connection_lost(None)
 
     asyncio.run(scene())
+
+
+def test_what_stands_behind_a_body_is_no_header():
+    """Trailers: whether the application saw them depended on how the request was cut."""
+    pipe = Pipe("/taken", b"")
+    pipe.left = (
+        b"POST /taken HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"4\r\nbody\r\n0\r\nContent-Encoding: gzip\r\nAuthorization: Bearer x\r\n\r\n"
+        b"GET /taken HTTP/1.1\r\nHost: y\r\nAccept: z\r\n\r\n"
+    )
+
+    seen: list[Any] = []
+
+    async def seeing(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+        seen.append(scope["headers"])
+
+    async def scene() -> None:
+        protocol = factory(seeing)()
+        protocol.connection_made(pipe)
+        assert pipe.deliver(protocol)
+        while len(seen) < 2:
+            await asyncio.sleep(0)
+        protocol.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+    assert seen == [
+        [(b"host", b"x"), (b"transfer-encoding", b"chunked")],
+        [(b"host", b"y"), (b"accept", b"z")],
+    ]
+    assert sha256(b"body").hexdigest().encode() in pipe.said
 
 
 @pytest.mark.parametrize("secure", [False, True])
