@@ -70,7 +70,7 @@ def _type(name: str, annotation: str, told: Option) -> Any:
     if name in _OF_ONE:
         return _OF_ONE[name]
     if annotation.startswith("int"):
-        return click.IntRange(None if told.least is None else int(told.least))
+        return click.IntRange(None if told.least is None else int(told.least), told.most)
     if annotation.startswith("float"):
         return ui.Number(
             told.least if told.above is None else told.above, min_open=told.above is not None

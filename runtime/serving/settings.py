@@ -20,6 +20,8 @@ from hhdeploy.runtime.serving.access.hosts import allowed_name
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # A float32 as text, with its comma; and what `ServeSettings.json_limit` keeps to.
 _NUMBER_BYTES, _LEAST_JSON, _MOST_JSON = 12, 8 << 20, 32 << 20
+# Of a message of protobuf, and of gRPC's options.
+_MOST_BYTES = (1 << 31) - 1
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -31,12 +33,14 @@ class Option:
         help: what is shown.
         least: smallest number that is taken.
         above: every number above it is taken.
+        most: largest number that is taken.
         flag: if it is not the field's name with dashes.
     """
 
     help: str = ""
     least: float | None = None
     above: float | None = None
+    most: int | None = None
     flag: str = ""
 
 
@@ -183,7 +187,9 @@ class ServeSettings:
     )
     body_bytes: int = field(
         default=64 << 20,
-        metadata=_asked("Bytes of a request, also once it is decompressed.", least=1024),
+        metadata=_asked(
+            "Bytes of a request, also once it is decompressed.", least=1024, most=_MOST_BYTES
+        ),
     )
     image_pixels: int = field(
         default=50_000_000, metadata=_asked("Pixels of one encoded picture.", least=1)
@@ -192,7 +198,8 @@ class ServeSettings:
         default=400_000_000, metadata=_asked("Pixels of all pictures of a request.", least=1)
     )
     decoders: int = field(
-        default=2, metadata=_asked("Pictures that are decoded at the same time.", least=1)
+        default=2,
+        metadata=_asked("Pictures that are decoded at the same time.", least=1, most=1024),
     )
     decoding_pixels: int = field(
         default=100_000_000,
@@ -204,7 +211,9 @@ class ServeSettings:
     bodies_bytes: int = 1 << 30
     connections: int = field(
         default=4096,
-        metadata=_asked("Connections at the same time, of HTTP and of gRPC.", least=1),
+        metadata=_asked(
+            "Connections at the same time, of HTTP and of gRPC.", least=1, most=1 << 20
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -302,6 +311,8 @@ def _check_range(name: str, value: Any, option: Option | None) -> None:
         raise OptionError(f"`{name}`: expected {option.least:g} or more, found {value}.")
     if option.above is not None and value <= option.above:
         raise OptionError(f"`{name}`: expected more than {option.above:g}, found {value}.")
+    if option.most is not None and value > option.most:
+        raise OptionError(f"`{name}`: expected {option.most} or less, found {value}.")
 
 
 def _check_model_name(name: str) -> None:

@@ -64,6 +64,9 @@ def test_what_a_server_beyond_the_loopback_is_without(tmp_path):
         ({"request_seconds": float("nan")}, "`request_seconds`: expected a number, found nan"),
         ({"max_wait_ms": float("nan")}, "`max_wait_ms`: expected a number, found nan"),
         ({"watch_seconds": float("nan")}, "`watch_seconds`: expected a number, found nan"),
+        ({"body_bytes": 1 << 31}, "`body_bytes`: expected 2147483647 or less, found 2147483648"),
+        ({"connections": 10**10}, "`connections`: expected 1048576 or less, found 10000000000"),
+        ({"decoders": 10**10}, "`decoders`: expected 1024 or less"),
         ({"log_level": "loud"}, "`log_level='loud'`: expected one of debug"),
     ],
 )
