@@ -166,7 +166,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     ]
     names = names_of(inside, backbone, file, options.prefix)
     split = split_saved(tensors, head, names, config, backbone, file)
-    assumed = [*notes, *other_name(config, backbone.facts)]
+    assumed = [*notes, *split.notes, *other_name(config, backbone.facts)]
     if left:
         assumed.append(f"left out, as they are not in {options.prefix}: {abbreviate(left, 3)}")
     adapted = {names.here(names.owner(key) or "") for key in split.tuned}

@@ -34,6 +34,10 @@ _WRAPPED = re.compile(r"\.(modules_to_save|base_layer|original_module)(?=\.)")
 _ORIGINAL = re.compile(r"\.original_module\.")
 # PEFT adds both to modules_to_save for these tasks; a model has one of them.
 _ADDED = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}}
+_STATISTICS = ".running_mean"  # of batch norms
+_UNSAVED = (
+    "statistics of BatchNorm as the backbone's: PEFT saves none that moved while it was trained"
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,12 @@ class Split:
     Attributes:
         tuned: by the key of the file.
         whole: by the path of the backbone's parameter.
+        notes: what the file does not say, and is assumed.
     """
 
     tuned: Tensors
     whole: dict[str, NDArray[np.float64]]
+    notes: tuple[str, ...] = ()
 
 
 def bare_key(key: str) -> str:
@@ -105,12 +111,14 @@ def split_saved(
 
     Raises:
         AdapterError: modules_to_save or bias and the tensors disagree, or a shape does, or a
-            parameter is there twice.
+            parameter is there twice, or a buffer is no more the backbone's.
     """
     thirds = _thirds(backbone) if names.translated else {}
     parameters = _parameters(backbone, thirds)
+    buffers = dict(backbone.model.named_buffers())
     classifier = backbone.facts.classifier
     tuned: Tensors = {}
+    same: set[str] = set()
     whole: dict[str, NDArray[np.float64]] = {}
     named: dict[str, str] = {}
     for key, tensor in tensors.items():
@@ -121,6 +129,10 @@ def split_saved(
             continue
         owner, _, leaf = plain.rpartition(".")
         name = f"{classifier}.{leaf}" if owner == head else names.here(plain)
+        if name in buffers:
+            _check_buffer(key, tensor, buffers[name], file)
+            same.add(name)
+            continue
         if name not in parameters and not (owner == head and leaf in ("weight", "bias")):
             tuned[key] = tensor
             continue
@@ -149,7 +161,20 @@ def split_saved(
     # Without classes the backbone's classifier is a placeholder that no training has seen.
     trained = [n for n in parameters if backbone.facts.classes or not _of(n, classifier)]
     _check_biases(split, names, config, trained, file)
-    return Split(tuned, _put_together(whole, thirds, backbone))
+    statistics = {name for name in buffers if name.endswith(_STATISTICS)}
+    notes = (_UNSAVED,) if statistics - same else ()
+    return Split(tuned, _put_together(whole, thirds, backbone), notes)
+
+
+def _check_buffer(key: str, tensor: NDArray[Any], own: torch.Tensor, file: Path) -> None:
+    """What a saved module holds beside its parameters is the backbone's own."""
+    if not np.array_equal(own.cpu().numpy(), tensor):
+        raise AdapterError(
+            f"{file}: {key}: expected the backbone's own values, found others: statistics of "
+            "BatchNorm move in training mode, and no adapter holds them. Merge it where it was "
+            "trained (merge_and_unload) and export the checkpoint as a model of its own, with "
+            "`checkpoint`; or train it again with eval() called on those modules."
+        )
 
 
 def _is_untrained(key: str, plain: str, config: Mapping[str, Any], file: Path) -> bool:

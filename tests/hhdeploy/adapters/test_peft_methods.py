@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -111,6 +112,46 @@ def test_what_can_only_be_folded(tmp_path, vit, method, changes, values):
     assert range_error(expected, answers(vit, adapter)) <= BOUND
     assert adapter.config.fold_only
     assert {name.rpartition(".")[2] for name in adapter.values} == values
+
+
+@pytest.fixture(scope="module")
+def tiny_vit():
+    """With BatchNorm in its patches and blocks."""
+    shape = {"embed_dims": (8, 8, 8, 8), "depths": (1,) * 4, "num_heads": (1,) * 4}
+    args = {**shape, "window_sizes": (7,) * 4, "num_classes": 5}
+    return load_backbone(BackboneSpec("tiny_vit_5m_224", args, pretrained=False, seed=1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=in_order)
+@pytest.mark.parametrize("moved", [False, True])
+def test_statistics_of_a_saved_module(tmp_path, tiny_vit, changes, moved):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["bn"], **changes)
+    model = peft.get_peft_model(copy.deepcopy(tiny_vit.model), config)
+    if moved:
+        model.train()
+        model(torch.ones(2, 3, 224, 224))
+    model.save_pretrained(str(tmp_path))
+    if not moved:
+        adapter = import_adapter(tmp_path, tiny_vit)
+        assert not any("BatchNorm" in line for line in said_of(adapter))
+        return
+    with pytest.raises(AdapterError, match=r"bn\.num_batches_tracked: expected the backbone's own"):
+        import_adapter(tmp_path, tiny_vit)
+
+
+def test_statistics_that_peft_does_not_save_are_said(tmp_path, tiny_vit):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["qkv"])
+    peft.get_peft_model(copy.deepcopy(tiny_vit.model), config).save_pretrained(str(tmp_path))
+    assert any("BatchNorm" in line for line in said_of(import_adapter(tmp_path, tiny_vit)))
+
+
+def said_of(adapter):
+    """What the import had to assume."""
+    return adapter.config.extra["imported_from"].get("assumed", [])
 
 
 @pytest.mark.parametrize("method", ["LORA", "MISS"])
