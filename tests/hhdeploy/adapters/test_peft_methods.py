@@ -210,6 +210,31 @@ def test_beside_torch_s_own_encoder(tmp_path):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.fixture(scope="module")
+def beit():
+    """Its attention computes with the weight of qkv and biases of its own."""
+    shape = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+    args = {**shape, "init_values": 0.5}
+    return load_backbone(BackboneSpec("beit_base_patch16_224", args, pretrained=False, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("LORA", {"init_lora_weights": "pissa"}), ("FOURIERFT", {})],
+    ids=in_order,
+)
+def test_modules_that_the_model_does_not_call(tmp_path, beit, method, changes):
+    """PEFT's adapter there does nothing, and merged it does something."""
+    source, _ = saved(tmp_path, beit, method, **changes)
+    with pytest.raises(AdapterError, match=r"the weight of blocks\.0\.attn\.qkv without calling"):
+        import_adapter(source, beit)
+
+
+def test_beside_modules_that_the_model_does_not_call(tmp_path, beit):
+    source, expected = saved(tmp_path, beit, "FOURIERFT", exclude_modules=["attn.qkv"])
+    assert range_error(expected, answers(beit, import_adapter(source, beit))) <= BOUND
+
+
 @pytest.mark.parametrize(
     ("model", "target", "changes"),
     [
