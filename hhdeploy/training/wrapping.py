@@ -9,6 +9,9 @@ from torch import nn
 from hhdeploy.backbones.weights import without_wrappers
 from hhdeploy.errors import AdapterError
 
+# Where torch has the modules of models that it quantised, or prepared for it.
+_QUANTISED = "torch.ao.nn."
+
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The model itself, which `torch.compile` and data parallelism wrap."""
@@ -22,11 +25,20 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def check_bare(model: nn.Module) -> None:
-    """An adapter's sites are called what the modules of the model alone are called.
+    """An adapter's sites are called what the modules of the model alone are called, and change
+    weights that are numbers.
 
     Raises:
-        AdapterError: the model is wrapped, or a part of it.
+        AdapterError: the model is wrapped or quantised, or a part of it.
     """
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTISED):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise AdapterError(
+                f"{path}: expected a module with the weights that were trained, found {kind}, "
+                "which quantises. Attach the adapter to the model as it was before; the bundle "
+                "that is exported can be quantised."
+            )
     paths = ((path, without_wrappers(path)) for path, _ in model.named_modules())
     wrapped = next((own for path, own in paths if own != path), None)
     if bare_model(model) is not model:

@@ -377,6 +377,31 @@ def test_an_adapter_is_attached_before_a_part_is_wrapped(wrap):
         attach(model, AdapterConfig(TINY_MODEL, num_classes=5, target_modules=("q",)))
 
 
+@pytest.mark.filterwarnings("ignore")  # of what torch will move to another package
+@pytest.mark.parametrize("part", ["", "blocks", "blocks.1"])
+def test_an_adapter_is_attached_before_a_model_is_quantised(part):
+    model = tiny_backbone().model
+    owner = model.get_submodule(part) if part else model
+    quantised = torch.ao.quantization.quantize_dynamic(owner, {nn.Linear})
+    if part:
+        replace_module(model, part, quantised)
+    else:
+        model = quantised
+    with pytest.raises(AdapterError, match=rf"^{part}.*found torch\.ao\.nn\..*Linear, which quan"):
+        attach(model, AdapterConfig(TINY_MODEL, num_classes=5, target_modules=("q",)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_attached_to_no_model_that_is_prepared_for_quantisation():
+    model = tiny_backbone().model.train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    torch.ao.quantization.prepare_qat(model, inplace=True)
+    with pytest.raises(
+        AdapterError, match=r"expected a module with the weights.*torch\.ao\.nn\.qat"
+    ):
+        attach(model, AdapterConfig(TINY_MODEL, num_classes=5, target_modules=("q",)))
+
+
 @pytest.mark.parametrize(
     ("make", "sites", "classifier"),
     [(authors_vit, 12, "head"), (torchvision_vit, 12, "heads.head"), (encoder, 12, "head")],
