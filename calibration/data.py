@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.config import CLASSES
+from hhdeploy.adapters.config import CLASSES, LABELS
 from hhdeploy.adapters.labels import LABELS_FILE, read_labels
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.feeds import Feed, Feeder
@@ -248,11 +248,12 @@ def choose_images(
     """
     owners = _owners(feeder, _part(folder, judging))
     rng = np.random.default_rng(seed)
-    queues, described, warnings = [], {}, []
+    queues, described = [], {}
+    warnings: list[str] = []
     for adapter, place in owners.items():
         place = _part(place, judging)
         if feeder.problem_type(adapter) != CLASSES:
-            images = _labelled(feeder, adapter, place)
+            images = _labelled(feeder, adapter, place, warnings)
             described[adapter or ""] = 1
             queues.append([images[i] for i in rng.permutation(len(images))])
             continue
@@ -268,20 +269,40 @@ def choose_images(
     return Choice(tuple(picked), {"classes_per_adapter": described}, tuple(warnings))
 
 
-def _labelled(feeder: Feeder, adapter: str | None, place: Path) -> list[Picked]:
+def _labelled(
+    feeder: Feeder, adapter: str | None, place: Path, warnings: list[str]
+) -> list[Picked]:
     """Images of labels or values, with their truths where there is a table of them."""
     file = place / LABELS_FILE
     if not file.is_file():
         return [Picked(adapter, path) for path in list_images(place).paths]
     kind, names = feeder.problem_type(adapter), feeder.class_names(adapter)
-    table = read_labels(file, place, kind, names)
-    if len(table.names) != (count := feeder.class_count(adapter)):
+    table, count = read_labels(file, place, kind, names), feeder.class_count(adapter)
+    if kind == LABELS and names is None:
+        if all(name.isdecimal() for name in table.names):
+            table = read_labels(file, place, kind, _by_number(table.names, count))
+        else:
+            warnings.append(
+                f"{f'adapter {adapter!r}: ' if adapter else ''}the adapter has no names of its "
+                f"labels: those of {LABELS_FILE} are taken in the order {', '.join(table.names)}"
+            )
+    if len(table.names) != count:
         raise DataError(
             f"{file}: expected {count} labels or values, as many as the adapter has, found "
             f"{', '.join(table.names)}."
         )
     rows = zip(table.paths, table.truths, strict=True)
     return [Picked(adapter, path, truths=tuple(map(float, row))) for path, row in rows]
+
+
+def _by_number(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """Labels that are numbers, in the order of the columns: sorted as text, 10 comes before 2.
+
+    A column whose number is there is its label; of others, as 1 to 10 and 01, the place tells.
+    """
+    ordered = sorted(names, key=int)
+    columns = tuple(map(str, range(count)))
+    return columns if set(ordered) <= set(columns) else tuple(ordered)
 
 
 def _part(folder: Path, judging: bool) -> Path:

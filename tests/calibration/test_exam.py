@@ -259,3 +259,29 @@ def test_a_table_that_does_not_fit_the_adapter(heads, tables):
     nameless = named(Bundle.open(heads), age=None)
     with pytest.raises(DataError, match=r"expected 1 labels or values, .* found value 1, value 2"):
         exam_of(nameless, tables)
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        (("2", "10", "1"), (1, 2, 0)),  # as text 10 comes before 2
+        (("2", "0", "2"), (2, 0, 2)),  # 1 is true of no image
+        (("03", "02", "01"), (2, 1, 0)),
+    ],
+)
+def test_labels_without_names_are_columns_by_their_numbers(heads, tables, labels, columns):
+    lines = [f"{i}.png,{label}" for i, label in enumerate(labels)]
+    (tables / TAGS / "labels.csv").write_text("\n".join(lines))
+    used, exam = exam_of(named(Bundle.open(heads), tags=None), tables, eval_data=tables)
+    found = {q.source: q.truths for q in exam.questions if q.adapter == TAGS}
+    assert found
+    for source, truths in found.items():
+        wanted = columns[int(source.split(".")[0])]
+        assert truths == tuple(float(i == wanted) for i in range(3))
+    assert not [w for w in used.warnings if "no names" in w]
+
+
+def test_words_for_labels_without_names_are_taken_with_a_warning(heads, tables):
+    (tables / TAGS / "labels.csv").write_text("0.png,dog\n1.png,cat;owl\n")
+    used, _ = exam_of(named(Bundle.open(heads), tags=None), tables)
+    assert [w for w in used.warnings if "no names of its labels" in w and "cat, dog, owl" in w]
