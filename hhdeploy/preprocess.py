@@ -73,11 +73,13 @@ class Preprocess:
         missing = [name for name in ("input_size", "mean", "std") if name not in content]
         if missing:
             raise ValueError(f"preprocess lacks {', '.join(missing)}")
-        size = tuple(int(n) for n in content["input_size"])
-        if len(size) != 3 or min(size) < 1:
-            raise ValueError(f"preprocess.input_size must be [channels, H, W], found {list(size)}")
-        mean = tuple(float(x) for x in content["mean"])
-        std = tuple(float(x) for x in content["std"])
+        sizes = tuple(map(_number, content["input_size"]))
+        if len(sizes) != 3 or not all(n >= 1 and n.is_integer() for n in sizes):
+            raise ValueError(
+                f"preprocess.input_size must be [channels, H, W], found {content['input_size']}"
+            )
+        size = tuple(map(int, sizes))
+        mean, std = (tuple(map(_number, content[name])) for name in ("mean", "std"))
         finite = all(math.isfinite(x) for x in (*mean, *std))
         if len(mean) != size[0] or len(std) != size[0] or not finite or min(std) <= 0:
             raise ValueError(
@@ -95,21 +97,13 @@ class Preprocess:
             raise ValueError(
                 f"preprocess.crop_mode must be one of {', '.join(CROP_MODES)}, found {crop_mode!r}"
             )
-        crop_pct = float(content.get("crop_pct", 0.875))
+        crop_pct = _number(content.get("crop_pct", 0.875))
         if not 0.0 < crop_pct <= 2.0:
             raise ValueError(f"preprocess.crop_pct must be in (0, 2], found {crop_pct}")
         exif = content.get("exif", False)
         if not isinstance(exif, bool):
             raise ValueError(f"preprocess.exif must be true or false, found {exif!r}")
-        return cls(
-            (size[0], size[1], size[2]),
-            mean,
-            std,
-            interpolation,
-            crop_pct,
-            crop_mode,
-            exif,
-        )
+        return cls((size[0], size[1], size[2]), mean, std, interpolation, crop_pct, crop_mode, exif)
 
     @classmethod
     def stated(cls, content: Mapping[str, Any]) -> Preprocess:
@@ -234,6 +228,14 @@ class Preprocess:
     def _fill(self) -> tuple[int, ...]:
         border = self.crop_mode == "border"
         return tuple(round(255 * m) if border else 0 for m in self.mean)
+
+
+def _number(value: Any) -> float:
+    """One of JSON, where an integer may have more digits than a float holds."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def graph_file(crop_mode: str, interpolation: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from hhdeploy.choices import PROBLEM_TYPES as PROBLEM_TYPES
 from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.bundle_json import without_duplicates
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
@@ -72,7 +74,7 @@ class Compression:
             return None
         keys = {"rank": int, "max_range_error": float, "worst_site": str}
         fits = isinstance(content, dict) and {k: type(v) for k, v in content.items()} == keys
-        if not fits:
+        if not fits or not math.isfinite(cast(dict[str, Any], content)["max_range_error"]):
             raise ValueError("an object of rank, max_range_error and worst_site, or null")
         return cls(**cast(dict[str, Any], content))
 
@@ -178,7 +180,8 @@ def read_config(path: Path) -> AdapterConfig:
         AdapterError: it is missing, no file, no JSON object, or see `parse_config`.
     """
     try:
-        content = json.loads(read_plain(path).decode())
+        text = read_plain(path).decode()
+        content = json.loads(text, object_pairs_hook=without_duplicates)
     except FileNotFoundError:
         raise AdapterError(
             f"{path} does not exist. An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}."
@@ -206,6 +209,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
             "PEFT (LoRA, HRA) are converted with `import_adapter()`."
         )
+    _check_text(content, where)
     version = content.get("schema_version")
     if not isinstance(version, int) or not _is_count(version):
         raise fail("schema_version", f"an integer up to {SCHEMA_VERSION}")
@@ -323,13 +327,25 @@ def _parse_preprocess(
         raise AdapterError(f"{where}: {error}") from error
     img_size = args.get("img_size")
     if img_size is not None:
-        expected = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if preprocess.input_size[1:] != expected:
+        expected = list(img_size) if isinstance(img_size, list | tuple) else [img_size] * 2
+        if list(preprocess.input_size[1:]) != expected:
             raise AdapterError(
-                f"{where}: the image sizes disagree: base_model_args.img_size is {img_size}, "
+                f"{where}: the image sizes disagree: base_model_args.img_size is {img_size!r}, "
                 f"preprocess.input_size is {list(preprocess.input_size)}."
             )
     return preprocess
+
+
+def _check_text(content: Mapping[str, Any], where: str) -> None:
+    """JSON can spell half of a character, and nothing that names it can be written."""
+    for key, value in content.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise AdapterError(
+                f"{where}: {key!a}: expected text that UTF-8 has, found "
+                f"{error.object[error.start]!a}, half of a character. Write the whole of it."
+            ) from error
 
 
 def _is_target(value: object) -> bool:

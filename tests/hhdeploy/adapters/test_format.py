@@ -439,6 +439,11 @@ def test_newer_schema_version(tmp_path):
         ({"base_sha256": 5}, "base_sha256", "5"),
         ({"base_signs_sha256": 5}, "base_signs_sha256", "5"),
         ({"problem_type": "ranking"}, "problem_type", "'ranking'"),
+        (
+            {"compressed": {"rank": 1, "max_range_error": float("nan"), "worst_site": "x"}},
+            "compressed",
+            "nan",
+        ),
     ],
 )
 def test_wrong_values(tmp_path, changes, key, found):
@@ -464,13 +469,27 @@ def test_class_names_count(tmp_path):
     )
 
 
-@pytest.mark.parametrize("img_size", [240, [224, 240]])
+def test_a_key_that_is_there_twice(tmp_path):
+    directory = write(tmp_path / "a")
+    text = (directory / CONFIG_FILE).read_text().rstrip()
+    (directory / CONFIG_FILE).write_text(text[:-1] + ', "form": "additive"}')
+    refused(directory, directory / CONFIG_FILE, "'form' is there twice")
+
+
+def test_half_a_character(tmp_path):
+    names = ["\ud800", *"bcde"]
+    refused_config(tmp_path / "a", {"class_names": names}, "'class_names'", r"found '\ud800', half")
+    with pytest.raises(AdapterError, match="'note': expected text that UTF-8 has"):
+        parse_config(content() | {"note": {"of": "\udfff"}}, "here")
+
+
+@pytest.mark.parametrize("img_size", [240, [224, 240], 240.0, "224", {"of": 224}])
 def test_image_sizes_that_disagree(tmp_path, img_size):
     refused_config(
         tmp_path / "a",
         {"base_model_args": {"img_size": img_size}},
         "the image sizes disagree",
-        f"img_size is {img_size}",
+        f"img_size is {img_size!r}",
         "[3, 224, 224]",
     )
 
@@ -489,6 +508,10 @@ def test_image_sizes_that_disagree(tmp_path, img_size):
         ({"crop_mode": "random"}, ("preprocess.crop_mode", "squash", "'random'")),
         ({"crop_pct": 0}, ("preprocess.crop_pct", "(0, 2]")),
         ({"crop_pct": "most"}, ("most",)),
+        ({"crop_pct": 10**400}, ("preprocess.crop_pct", "(0, 2]")),
+        ({"mean": [10**400, 0.5, 0.5]}, ("preprocess.mean", "finite")),
+        ({"input_size": [3, 224, 224.5]}, ("preprocess.input_size", "224.5")),
+        ({"input_size": [3, 224, float("inf")]}, ("preprocess.input_size", "inf")),
     ],
 )
 def test_preprocess_that_is_wrong(tmp_path, changes, parts):
