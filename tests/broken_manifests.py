@@ -74,6 +74,20 @@ BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
     "branches": (
         lambda c: c["row"]["branches"].reverse(), r"row\.parts: expected those of row\.branches",
     ),
+    "bank_word": (
+        lambda c: c.update(bank_as_constant="false"), "bank_as_constant: expected true or false",
+    ),
+    "head_word": (
+        lambda c: c["row"].update(backbone_head="no"), r"row\.backbone_head: expected true",
+    ),
+    "classes_none": (lambda c: c.update(classes=0), r"classes: expected those of tensors\.logits"),
+    "classes_all": (
+        lambda c: c.update(classes=2**31 - 1), r"classes: expected those of tensors\.logits",
+    ),
+    "own_size": (
+        lambda c: first(c)["preprocess"].update(input_size=[3, 64, 64]),
+        r"preprocess\.input_size: expected the backbone's \[3,.*found \[3, ?64, ?64\]",
+    ),
     "std": (lambda c: first(c)["preprocess"].update(std=[0] * 3), r"preprocess\.std"),
 }  # fmt: skip
 

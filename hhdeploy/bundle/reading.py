@@ -77,7 +77,7 @@ class Bundle:
         try:
             check_bundle_json(content)
             return cls(path.absolute(), Manifest.from_json(content))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(
                 f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}). Export the "
                 "bundle again."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,14 @@ def check_bundle_json(content: Mapping[str, Any]) -> None:
     for key in ("backbone", "graphs", "files", "versions", "tensors"):
         _value(content, key, _is_object, "an object")
     backbone = content["backbone"]
-    _value(backbone, "sha256", _is_text, "a text", "backbone.")
+    for key in ("model", "sha256"):
+        _value(backbone, key, _is_text, "a text", "backbone.")
+    own = _value(backbone, "classes", _is_count, "a number of classes", "backbone.")
     if "class_names" in backbone:
-        own = _value(backbone, "classes", _is_count, "a number of classes", "backbone.")
         _check_names("backbone", backbone, own)
+    _value(content, "bank_as_constant", _is_bool, "true or false")
+    _check_logits(content["tensors"], classes)
+    _check_sizes(adapters, _size(backbone))
     for key in content["files"]:
         _value(content["files"], key, _is_digest, "64 hex digits", "files.")
     for key in content["graphs"]:
@@ -165,6 +170,28 @@ def check_bundle_json(content: Mapping[str, Any]) -> None:
         row = _value(content, "row", _is_object, "an object or null")
         for key in ("classes", "dim"):
             _value(row, key, _is_count, "a number", "row.")
+        _value(row, "backbone_head", _is_bool, "true or false", "row.")
+
+
+def _check_logits(tensors: Mapping[str, Any], classes: int) -> None:
+    """The columns of the graph's logits are told twice: by the shape of what it gives, too."""
+    if (logits := tensors.get("logits")) is not None and logits != ["batch", classes]:
+        raise ValueError(f"classes: expected those of tensors.logits, {logits}, found {classes}")
+
+
+def _check_sizes(adapters: Sequence[Mapping[str, Any]], wanted: Any) -> None:
+    """All images go into one graph; what a size may be is for `Preprocess` to say."""
+    for number, entry in enumerate(adapters):
+        if (found := _size(entry)) != wanted:
+            raise ValueError(
+                f"adapters[{number}].preprocess.input_size: expected the backbone's {wanted}, "
+                f"found {found}"
+            )
+
+
+def _size(owner: Mapping[str, Any]) -> Any:
+    transform = owner.get("preprocess")
+    return transform.get("input_size") if isinstance(transform, dict) else None
 
 
 def _check_adapter(where: str, entry: Any, most: int) -> None:
@@ -175,7 +202,9 @@ def _check_adapter(where: str, entry: Any, most: int) -> None:
     _value(
         entry, "row", lambda x: x is None or (_is_count(x) and x > 0), "1 or more, or null", prefix
     )
-    _value(entry, "verified", lambda x: isinstance(x, bool), "true or false", prefix)
+    _value(entry, "verified", _is_bool, "true or false", prefix)
+    if "strength" in entry:
+        _value(entry, "strength", _is_finite, "a finite number", prefix)
     classes = _value(entry, "classes", _is_count, "a number of classes", prefix)
     if 0 < most < classes:
         raise ValueError(f"{where}.classes: expected at most the graph's {most}, found {classes}")
@@ -203,6 +232,14 @@ def _value(
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_list(value: Any) -> bool:

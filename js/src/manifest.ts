@@ -123,6 +123,16 @@ function checkManifest(content: Json, where: string): void {
     }
   }
   checkBackbone(content.backbone as Json, where, "backbone.");
+  expect("bank_as_constant", typeof content.bank_as_constant === "boolean", "true or false");
+  const { logits } = content.tensors as Json;
+  const columns = isNone(logits) || String(logits) === `batch,${content.classes}`;
+  expect("classes", columns, `those of tensors.logits, [${logits}]`);
+  const { input_size: size } = (content.backbone as Json).preprocess as Json;
+  adapters.forEach(({ preprocess: own }, i) => {
+    const given = own as Json;
+    const same = String(given.input_size) === String(size);
+    expecting(given, where, `adapters[${i}].preprocess.`)("input_size", same, `the backbone's [${size}]`);
+  });
   const files = content.files as Json;
   for (const [name, digest] of Object.entries(files)) {
     expecting(files, where, "files.")(name, typeof digest === "string" && SHA256.test(digest), "64 hex digits");
@@ -176,6 +186,7 @@ function checkRow(row: unknown, where: string): void {
     expecting({ [place]: branch }, where)(place, isBranch(branch), "a Linear's path, form, sites, sizes and rank");
   });
   for (const key of ["classes", "dim"]) expecting(given, where, "row.")(key, isCount(given[key]), "a number");
+  expecting(given, where, "row.")("backbone_head", typeof given.backbone_head === "boolean", "true or false");
   const parts = partsOf(given as unknown as Row);
   const told = Array.isArray(given.parts) ? (given.parts as Json[]) : [];
   const same = told.map(({ part, offset, shape }) => ({ part, offset, shape }));

@@ -151,6 +151,7 @@ OTHER_MEANING = {
     ("exporters/portable/triton_ensemble.py", "model_name"),
     ("hhdeploy/adapters/config.py", "class_names"),
     ("hhdeploy/files/bundle_json.py", "class_names"),
+    ("hhdeploy/files/bundle_json.py", "input_size"),
     ("hhdeploy/adapters/format.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),
     ("hhdeploy/adapters/config.py", "input_size"),

@@ -9,7 +9,7 @@ import pytest
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST, PARITY_FILE
 from hhdeploy.errors import BundleError
-from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken
+from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken, first
 from tests.workshop import copy_bundle
 
 
@@ -26,6 +26,13 @@ def test_what_cannot_be_is_refused(branches, tmp_path, name):
     change, message = ALL[name]
     with pytest.raises(BundleError, match=rf"{MANIFEST}.*({message})"):
         Bundle.open(broken(branches, tmp_path / "bundle", change))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), 10**400, "2", True, None])
+def test_a_strength_that_is_no_number(branches, tmp_path, strength):
+    path = broken(branches, tmp_path / "b", lambda c: first(c).update(strength=strength))
+    with pytest.raises(BundleError, match=r"adapters\[0\]\.strength: expected a finite number"):
+        Bundle.open(path)
 
 
 def test_a_key_twice_is_no_choice(bundle):
