@@ -68,11 +68,13 @@ def plain_files(directory: Path) -> list[str]:
     """Names of the plain files below a directory, with slashes, sorted.
 
     Links to files are followed, links to folders are not; what is neither a file nor leads to one
-    (a pipe, a dangling link) is left out. Raises `OSError` for a folder that cannot be read.
+    (a pipe, a dangling link) is left out, and what is hidden: a clone's .git has all that ever was
+    in it, and perhaps a password. Raises `OSError` for a folder that cannot be read.
     """
     found = []
-    for folder, _, names in os.walk(directory, onerror=_raise):
-        files = (Path(folder) / name for name in names)
+    for folder, folders, names in os.walk(directory, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(folder) / name for name in names if not name.startswith("."))
         found += [f.relative_to(directory).as_posix() for f in files if f.is_file()]
     return sorted(found)
 

@@ -109,6 +109,17 @@ def test_what_is_no_file_beside_an_adapter_is_left_out(bundle, adapter):
     assert contents(bundle / "adapters" / "guest") == contents(WITNESS / "rival")
 
 
+def test_what_is_hidden_beside_an_adapter_is_left_out(bundle, adapter):
+    """That of a clone names where it is from, at times with a password."""
+    for name in (".git/config", ".git/objects/ab/c", ".DS_Store", "deep/.cache/x"):
+        (adapter / name).parent.mkdir(parents=True, exist_ok=True)
+        (adapter / name).write_text("https://me:secret@example.org/adapter")
+    add_adapter(bundle, "guest", adapter)
+    assert contents(bundle / "adapters" / "guest") == contents(WITNESS / "rival")
+    copy_directory(adapter, bundle.parent / "copy")  # as an export does
+    assert contents(bundle.parent / "copy") == contents(WITNESS / "rival")
+
+
 def test_a_name_that_no_repository_takes_is_refused(bundle, adapter):
     (adapter / "a\\b").touch()
     before = contents(bundle)
