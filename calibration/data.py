@@ -317,7 +317,14 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory. Expected a folder of calibration images.")
     lists = {} if feeder.folded else {f.stem: f for f in visible(folder) if is_list(f)}
-    found = {**lists, **{d.name: d for d in visible(folder) if d.is_dir()}}
+    folders = {d.name: d for d in visible(folder) if d.is_dir()}
+    if both := sorted(lists.keys() & folders.keys()):
+        raise DataError(
+            f"{folder}: expected a folder or a list of an adapter's images, found both {both[0]} "
+            f"and {lists[both[0]].name}. Move the one that is not meant elsewhere; a list may name "
+            "pictures elsewhere, as ../pictures/1.png."
+        )
+    found = {**lists, **folders}
     if feeder.folded:
         # A folder made for side branches holds this adapter's images and others'.
         own = found.get(feeder.names[0])
@@ -325,12 +332,12 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
             d.is_dir() or feeder.problem_type(None) != CLASSES for d in visible(own)
         )
         return {None: folder if own is None or whole else own}
-    unknown = [name for name in found if name not in feeder.names]
+    unknown = [place.name for name, place in found.items() if name not in feeder.names]
     if unknown or not found:
         raise DataError(
             f"{folder}: expected DIR/ADAPTER/CLASS/image with the adapters "
             f"{', '.join(feeder.names)}; found "
-            f"{'the folders ' + ', '.join(unknown) if unknown else 'no folder'}."
+            f"{', '.join(unknown) or 'no folder'}. Move what is no adapter's elsewhere."
         )
     return {name: found[name] for name in found}
 

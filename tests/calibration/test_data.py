@@ -147,7 +147,18 @@ def test_lists_stand_for_folders(bundle, folded, copied):
 
 def test_an_unknown_adapter_folder_is_refused(bundle, copied):
     (copied / "beta").rename(copied / "betta")
-    with pytest.raises(DataError, match=r"DIR/ADAPTER/CLASS/image.*alpha.*found the folders betta"):
+    (copied / "README.txt").write_text("Of whom the pictures are.")
+    with pytest.raises(
+        DataError, match=r"DIR/ADAPTER/CLASS.*alpha.*found README\.txt, betta\. Move"
+    ):
+        opened(bundle, copied)
+
+
+def test_a_folder_and_a_list_for_one_adapter(bundle, copied):
+    """The list was passed over, and may name a part of the folder."""
+    picture = next((copied / "beta").rglob("*.png"))
+    (copied / "beta.txt").write_text(f"{picture.relative_to(copied)} a\n")
+    with pytest.raises(DataError, match=r"found both beta and beta\.txt"):
         opened(bundle, copied)
 
 
