@@ -163,7 +163,10 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
                 "later line, or never: close it, or leave it out."
             )
         if len(row) < 2:
-            raise DataError(f"{where}: expected a path and its label or values, found {row[0]!r}.")
+            raise DataError(
+                f"{where}: expected a path, a comma, and its label or values, found "
+                f"{row[0][:80]!r}. Of a file with semicolons or tabs between make one with commas."
+            )
         if not os.path.isfile(path):  # no error where a text is too long for a path
             if not lines:  # a header, or another format, of which nothing was read yet
                 raise DataError(

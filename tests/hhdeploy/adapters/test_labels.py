@@ -203,7 +203,12 @@ def test_a_number_among_classes_is_asked_about(root):
     [
         ("", None, "names no image"),
         ("path,label\n", None, "names no image"),
-        ("a.png\n", None, r"line 1: expected a path and its label"),
+        ("a.png\n", None, r"line 1: expected a path, a comma, and its label"),
+        (
+            "path;label\na.png;x\n",
+            None,
+            r"line 1: .*found 'path;label'\. Of a file with semicolons",
+        ),
         ("a.png,x\n\ngone.png,x\n", None, r"line 3: .*gone\.png does not exist"),
         (",path,label\n0,a.png,x\n", None, r"line 1: .* found ',path,label', .*pandas"),
         ("file_name,label\na.png,x\n", None, r"line 1: .*begins with path; found 'file_name,"),
