@@ -93,6 +93,12 @@ def states_classifier(model: nn.Module) -> bool:
     return not {"architecture", "classifier"}.isdisjoint(getattr(model, "pretrained_cfg", ()))
 
 
+def states_transform(model: nn.Module) -> bool:
+    """Whether a model itself says how its images are made, in timm's ``pretrained_cfg``."""
+    # A module of the user's may state its classifier there, and no more.
+    return not {"architecture", "mean"}.isdisjoint(getattr(model, "pretrained_cfg", ()))
+
+
 def _pattern(path: str) -> str:
     """A path with its numbers left open: the Linears of a stack of blocks have the same one."""
     return re.sub(r"\b\d+\b", "*", path)

@@ -30,6 +30,7 @@ from hhdeploy.backbones.structure import (
     find_linears,
     parameters_of,
     signs_sha256,
+    states_transform,
 )
 from hhdeploy.backbones.timm import preprocess_of, resolved_name
 from hhdeploy.errors import AdapterError
@@ -126,11 +127,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     signs = None if digest else facts.signs or None
     config = replace(config, base_sha256=digest, base_signs=signs)
     state = _Attached(config, facts.classifier)
-    if (
-        isinstance(adapter, AdapterConfig)
-        and config.preprocess is None
-        and _states_transform(model)
-    ):
+    if isinstance(adapter, AdapterConfig) and config.preprocess is None and states_transform(model):
         state.config = replace(state.config, preprocess=facts.preprocess)
     if isinstance(adapter, Adapter):
         check(Path(adapter.source).name, adapter, facts)
@@ -280,7 +277,7 @@ def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
 def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
     """The transform that a model states, as timm's do; of another one that nothing is compared
     with."""
-    if not _states_transform(model):
+    if not states_transform(model):
         return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
     made: dict[str, Any] = {}
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -289,11 +286,6 @@ def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
     if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
         made["img_size"] = size
     return preprocess_of(model, {**made, **config.base_model_args})
-
-
-def _states_transform(model: nn.Module) -> bool:
-    # A module of the user's may state its classifier there, and no more.
-    return not {"architecture", "mean"}.isdisjoint(getattr(model, "pretrained_cfg", ()))
 
 
 def _check_classifier(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -> None:
