@@ -152,7 +152,8 @@ def test_what_no_browser_runs_is_refused_before_any_work(small, tmp_path, monkey
         (box, "this takes box"),
     ):
         entries = tuple(replace(entry, preprocess=transform) for entry in bundle.adapters)
-        write_manifest(other, replace(bundle, adapters=entries))
+        backbone = replace(bundle.backbone, preprocess=transform)
+        write_manifest(other, replace(bundle, backbone=backbone, adapters=entries))
         with pytest.raises(BundleError, match=f"no graph that preprocesses .*{why}"):
             write_web(other, out)
     write_manifest(other, replace(bundle, features={"tokens": (4, 8)}))
