@@ -40,8 +40,8 @@ def check_classifier(model: nn.Module, facts: BackboneFacts) -> None:
     images, others = torch.randn(2, 2, *facts.preprocess.input_size, generator=generator)
     answer, logits = _called(model, path, images)
     if not logits:
-        return  # the graph says so
-    if answer.shape[-1] != logits[0].shape[-1]:
+        why = "the model never calls it"
+    elif answer.shape[-1] != logits[0].shape[-1]:
         why = f"it gives {logits[0].shape[-1]} numbers, the model {answer.shape[-1]}"
     elif not torch.equal(_called(model, path, others, logits)[0], answer):
         why = "the model's answer is made of more than its output"

@@ -59,8 +59,9 @@ def test_what_the_answer_is_made_of_is_the_classifier(answer):
         (lambda m, x: nn.functional.normalize(m.last(m.first(x)), dim=-1), (6, 5), "mixes its cl"),
         (lambda m, x: m.last(m.first(x)).softmax(-1), (6, 5), "mixes its classes"),
         (lambda m, x: m.first(m.last(x)), (12, 12), "it gives 12 numbers, the model 6"),
+        (lambda m, x: nn.functional.linear(m.first(x), m.last.weight), (6, 5), "never calls it"),
     ],
-    ids=["residual", "gate", "normalised", "softmax", "registered last"],
+    ids=["residual", "gate", "normalised", "softmax", "registered last", "weight alone"],
 )
 def test_what_else_is_called_the_classifier_is_refused(answer, last, why):
     model = Model(answer, last)
