@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hhdeploy.adapters.checks import abbreviate, check, check_live, check_name, check_sites
+from hhdeploy.adapters.checks import (
+    check,
+    check_live,
+    check_name,
+    check_sites,
+    sites_there_are,
+)
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.sites import (
@@ -18,7 +24,6 @@ from hhdeploy.backbones.sites import (
     LinearSpec,
     Site,
     select_sites,
-    sites_of,
     split_target,
 )
 from hhdeploy.bundle.layout import Branch, RowLayout, in_row_order
@@ -161,8 +166,7 @@ def _reserved_sites(facts: BackboneFacts, targets: Sequence[str]) -> dict[Form, 
         sites: list[Site] = select_sites(facts.linears, [name])[name]
         if not sites:
             raise PlanError(
-                f"`sites`: {name!r} matches no site of {facts.model}. Its sites are "
-                f"{abbreviate(list(sites_of(facts.linears)))}."
+                f"`sites`: {name!r} matches no site of {facts.model}. {sites_there_are(facts)}"
             )
         if form == "sequential" and any(s.kind not in SEQUENTIAL_KINDS for s in sites):
             raise PlanError(

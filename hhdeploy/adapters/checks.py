@@ -95,7 +95,7 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
         elif whole:
             raise AdapterError(
                 f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site, "
-                f"or its forward pass does not use it. Its sites are {abbreviate(list(known))}."
+                f"or its forward pass does not use it. {sites_there_are(facts)}"
             )
     _check_complete(adapter, facts, whole)
     if whole:
@@ -118,8 +118,8 @@ def check_targets(config: AdapterConfig, facts: BackboneFacts, source: str) -> N
     for target, sites in select_sites(facts.linears, config.target_modules).items():
         if not sites:
             raise AdapterError(
-                f"{source}: target_modules: {target!r} matches no site of {facts.model}. Its "
-                f"sites are {abbreviate(list(sites_of(facts.linears)))}."
+                f"{source}: target_modules: {target!r} matches no site of {facts.model}. "
+                f"{sites_there_are(facts)}"
             )
         for site in sites:
             _check_form(config.form, site, source)
@@ -295,6 +295,12 @@ def check_sites(facts: BackboneFacts) -> None:
             f"zero sites found in {facts.model}: expected Linears before the classifier. This "
             "architecture is not supported."
         )
+
+
+def sites_there_are(facts: BackboneFacts) -> str:
+    """A sentence that names the sites of a backbone, or says that it has none."""
+    known = list(sites_of(facts.linears))
+    return f"Its sites are {abbreviate(known)}." if known else "It has no Linear but a classifier."
 
 
 def abbreviate(names: Sequence[str], limit: int = 8) -> str:

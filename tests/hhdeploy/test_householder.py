@@ -314,6 +314,12 @@ def test_a_target_the_model_does_not_have(tiny):
         attach(tiny.model, AdapterConfig("x", target_modules=("gate",)))
 
 
+def test_a_target_of_a_model_of_convolutions():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.Flatten())
+    with pytest.raises(AdapterError, match=r"'q' matches no site of x\. It has no Linear but a"):
+        attach(model, AdapterConfig("x", target_modules=("q",)))
+
+
 def test_sizes_of_another_model_leave_the_model_alone(tiny):
     before = tiny.model.state_dict()
     adapter = random_adapter(tiny.facts, targets=("proj",))
