@@ -161,9 +161,15 @@ def split_saved(
     # Without classes the backbone's classifier is a placeholder that no training has seen.
     trained = [n for n in parameters if backbone.facts.classes or not _of(n, classifier)]
     _check_biases(split, names, config, trained, file)
-    statistics = {name for name in buffers if name.endswith(_STATISTICS)}
-    notes = (_UNSAVED,) if statistics - same else ()
+    notes = (_UNSAVED,) if _moving(buffers) - same else ()
     return Split(tuned, _put_together(whole, thirds, backbone), notes)
+
+
+def _moving(buffers: Collection[str]) -> set[str]:
+    """Which buffers are statistics that move in training mode: a norm that is frozen for good (of
+    timm, torchvision, transformers) has its weight among its buffers, too."""
+    found = {name for name in buffers if name.endswith(_STATISTICS)}
+    return {name for name in found if f"{name.removesuffix(_STATISTICS)}.weight" not in buffers}
 
 
 def _check_buffer(key: str, tensor: NDArray[Any], own: torch.Tensor, file: Path) -> None:

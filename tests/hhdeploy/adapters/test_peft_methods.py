@@ -149,6 +149,16 @@ def test_statistics_that_peft_does_not_save_are_said(tmp_path, tiny_vit):
     assert any("BatchNorm" in line for line in said_of(import_adapter(tmp_path, tiny_vit)))
 
 
+def test_statistics_that_never_move_are_not_said(tmp_path, tiny_vit):
+    import peft
+    from timm.layers import freeze_batch_norm_2d
+
+    frozen = replace(tiny_vit, model=freeze_batch_norm_2d(copy.deepcopy(tiny_vit.model)))
+    config = peft.LoraConfig(r=2, target_modules=["qkv"])
+    peft.get_peft_model(copy.deepcopy(frozen.model), config).save_pretrained(str(tmp_path))
+    assert not any("BatchNorm" in line for line in said_of(import_adapter(tmp_path, frozen)))
+
+
 def said_of(adapter):
     """What the import had to assume."""
     return adapter.config.extra["imported_from"].get("assumed", [])
