@@ -16,6 +16,7 @@ from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card,
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
+from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
 from hhdeploy.backbones.weights import load_strictly, read_state, state_of
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.files.tensors import open_arrays
@@ -39,10 +40,12 @@ def load_timm(spec: BackboneSpec) -> Loaded:
     Raises:
         BackboneError: an unknown model, arguments that timm does not take or that do not shape
             the model, a checkpoint that does not fit (missing and unexpected keys are named),
-            several classifiers, an ``input_size`` that is not the model's.
+            several classifiers, an ``input_size`` that is not the model's, an image processor
+            beside the checkpoint whose steps cannot be expressed.
     """
     check_timm_args(spec.args)
     notes: list[str] = []
+    converted = False
     traced_with = [f"timm {_timm().__version__}"]
     if spec.checkpoint is not None and spec.checkpoint.suffix == ".npz":
         model, classes = _from_npz(spec, spec.checkpoint)
@@ -55,21 +58,74 @@ def load_timm(spec: BackboneSpec) -> Loaded:
             traced_with.append(f"norm eps {eps!r}")
     else:
         model, classes = _from_timm(spec)
-    preprocess = preprocess_of(model, spec.args)
+    preprocess, line = _transform(spec, model, converted)
     _check_input_size(spec, preprocess)
-    if preprocess.input_size[0] != 3:
-        notes.append(f"image transform assumed: {preprocess.described()}")
     return Loaded(
         model,
         resolved_name(model, spec.model),
         classifier_path(model),
         classes,
         preprocess,
-        tuple(notes),
+        (*notes, *line),
         traced_with=tuple(traced_with),
         license=_licences(spec, model),
         meaning=_meaning(spec, model, classes),
     )
+
+
+def _transform(
+    spec: BackboneSpec, model: nn.Module, converted: bool
+) -> tuple[Preprocess, tuple[str, ...]]:
+    """The image transform, and a line about one that is assumed, or not the model's own: what is
+    said beside a checkpoint goes before. ``converted``: weights of transformers."""
+    own = preprocess_of(model, spec.args)
+    found = transform_beside(spec.checkpoint, model, spec.args) if spec.checkpoint else None
+    if found is not None:
+        stated, name = found
+        line = f"image transform taken from {name} beside the weights: {stated.described()}"
+        return stated, () if stated == own else (line,)
+    if converted:
+        return own, (f"image transform assumed, for want of {PROCESSOR}: {own.described()}",)
+    return own, (f"image transform assumed: {own.described()}",) if own.input_size[0] != 3 else ()
+
+
+def transform_beside(
+    checkpoint: Path, model: nn.Module, args: Mapping[str, Any]
+) -> tuple[Preprocess, str] | None:
+    """What is said beside a file of weights of how images become inputs, as of a folder that is
+    itself the model: timm's config.json, or transformers' image processor.
+
+    Args:
+        checkpoint: the file.
+        model: of timm.
+        args: that it was made with.
+
+    Returns:
+        The transform, and the file that says it; None where nothing does.
+
+    Raises:
+        BackboneError: what is said is no transform of this model's images.
+    """
+    size = preprocess_of(model, args).input_size
+    if (stated := _timm_config(checkpoint.parent)) is not None:
+        made = preprocess_of(model, args, stated)
+        # Of a model that is made for one size, arguments and weights say which.
+        fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
+        return replace(made, input_size=size) if fixed else made, "config.json"
+    beside = processor_beside(checkpoint, size)
+    return None if beside is None else (beside, PROCESSOR)
+
+
+def _timm_config(folder: Path) -> Mapping[str, Any] | None:
+    """What timm's config.json in a folder states of images; None without, or of another's."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
+        return None
+    stated = content.get("pretrained_cfg", content)  # older ones have all in one
+    return stated if isinstance(stated, dict) and "mean" in stated else None
 
 
 def _check_input_size(spec: BackboneSpec, preprocess: Preprocess) -> None:
@@ -294,15 +350,22 @@ def resolved_name(model: nn.Module, name: str) -> str:
     return name if "." in name or not tag else f"{name}.{tag}"
 
 
-def preprocess_of(model: nn.Module, args: Mapping[str, Any]) -> Preprocess:
+def preprocess_of(
+    model: nn.Module, args: Mapping[str, Any], stated: Mapping[str, Any] | None = None
+) -> Preprocess:
     """timm's evaluation transform of a model, its images as ``args`` made them.
 
     Channels that are not red, green and blue have the average of their mean and std each.
 
+    Args:
+        model: of timm, or with a ``pretrained_cfg`` as theirs.
+        args: that it was made with.
+        stated: what another ``pretrained_cfg`` than the model's says.
+
     Raises:
         BackboneError: what its configuration states is no such transform.
     """
-    config: dict[str, Any] = _timm().data.resolve_model_data_config(model)
+    config: dict[str, Any] = _timm().data.resolve_model_data_config(model, pretrained_cfg=stated)
     height, width = config["input_size"][1:]
     if "img_size" in args:
         img = args["img_size"]

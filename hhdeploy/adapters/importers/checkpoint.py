@@ -14,8 +14,10 @@ from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_p
 from hhdeploy.backbones.licences import licences_of_card
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
+from hhdeploy.backbones.timm import transform_beside
 from hhdeploy.errors import AdapterError, OptionError
 from hhdeploy.files.weights import weights_in
+from hhdeploy.preprocess import Preprocess
 
 _DEFAULTS = ImportOptions()
 
@@ -80,7 +82,7 @@ def extract_adapter(
         license=licences_of_card(directory),
         extra={"imported_from": {"format": "checkpoint", **_said(tuned, backbone)}},
     )
-    stated = stated_preprocess(directory, backbone)
+    stated = _stated(path, tuned) or stated_preprocess(directory, backbone)
     told = tuned.facts.meaning
     options = replace(
         options,
@@ -102,6 +104,14 @@ def _tuned_spec(spec: BackboneSpec, path: Path) -> BackboneSpec:
             )
         return replace(spec, model=f"transformers:{path}", checkpoint=None)
     return replace(spec, checkpoint=path)
+
+
+def _stated(path: Path, tuned: Backbone) -> Preprocess | None:
+    """The transform that timm's config.json states beside a file of weights of a timm model."""
+    if path.is_dir() or "architecture" not in getattr(tuned.model, "pretrained_cfg", {}):
+        return None
+    found = transform_beside(path, tuned.model, tuned.facts.args)
+    return None if found is None else found[0]
 
 
 def _said(tuned: Backbone, backbone: Backbone) -> dict[str, list[str]]:

@@ -21,9 +21,11 @@ from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers.processors import (
+    PROCESSOR,
     edges,
     from_image_processor,
     image_processor,
+    processor_beside,
 )
 from hhdeploy.backbones.weights import (
     State,
@@ -312,19 +314,22 @@ def _first_line(error: Exception) -> str:
 
 
 def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess, tuple[str, ...]]:
-    """The transform of preprocessor_config.json, else what has to be assumed."""
+    """The transform of preprocessor_config.json, beside a checkpoint before the configuration's;
+    else what has to be assumed."""
     seen = getattr(config, "vision_config", config)
     channels = getattr(seen, "num_channels", 3)
     stated_size = getattr(seen, "image_size", None)
     if spec.input_size is None and stated_size is None:
         raise BackboneError("config.json has no image_size: give `input_size`.")
     size = spec.input_size or (channels, *edges(stated_size))
+    if spec.checkpoint and (beside := processor_beside(spec.checkpoint, size)) is not None:
+        return beside, (
+            f"image transform taken from {PROCESSOR} beside the weights: {beside.described()}",
+        )
     stated = image_processor(where)
     if stated is not None:
         return from_image_processor(stated, size), ()
     assumed = Preprocess(
         size, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash", True
     )
-    return assumed, (
-        f"image transform assumed, for want of preprocessor_config.json: {assumed.described()}",
-    )
+    return assumed, (f"image transform assumed, for want of {PROCESSOR}: {assumed.described()}",)

@@ -12,7 +12,7 @@ from typing import Any
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
 
-_PROCESSOR = "preprocessor_config.json"
+PROCESSOR = "preprocessor_config.json"
 # What transformers 5 writes for a model of several inputs: each one's processor by its name.
 _PROCESSORS, _OF_IMAGES = "processor_config.json", "image_processor"
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
@@ -49,7 +49,23 @@ def image_processor(where: str) -> dict[str, Any] | None:
     """
     several = _content(where, _PROCESSORS) or {}
     own = several.get(_OF_IMAGES)
-    return own if isinstance(own, dict) else _content(where, _PROCESSOR)
+    return own if isinstance(own, dict) else _content(where, PROCESSOR)
+
+
+def processor_beside(checkpoint: Path, input_size: tuple[int, int, int]) -> Preprocess | None:
+    """The transform of the image processor beside a file of weights; None without.
+
+    Raises:
+        BackboneError: it is none of images of this size.
+    """
+    try:
+        stated = image_processor(str(checkpoint.parent))
+        return None if stated is None else from_image_processor(stated, input_size)
+    except BackboneError as error:
+        raise BackboneError(
+            f"`checkpoint`: {checkpoint.parent}: {error} Weights in a folder without it have the "
+            "image transform of the model that they are loaded into."
+        ) from error
 
 
 def _content(where: str, name: str) -> dict[str, Any] | None:
@@ -96,7 +112,7 @@ def from_image_processor(stated: Mapping[str, Any], input_size: tuple[int, int, 
     try:
         return _transform(stated, input_size)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise BackboneError(f"{_PROCESSOR} cannot be read: {error}.") from error
+        raise BackboneError(f"{PROCESSOR} cannot be read: {error}.") from error
 
 
 def _kind(stated: Mapping[str, Any]) -> str:
@@ -112,7 +128,7 @@ def _is_square(stated: Mapping[str, Any], kind: str, crops: bool) -> bool:
     if not crops:  # a shortest edge alone would leave pictures of all shapes
         return True
     raise BackboneError(
-        f"{_PROCESSOR}: size {stated['size']} is a square to some image processors and the "
+        f"{PROCESSOR}: size {stated['size']} is a square to some image processors and the "
         f"shortest edge to others: expected image_processor_type to be of {', '.join(_KINDS)}, "
         f"found {kind or 'none'}. Write size as its height and width, or as its shortest_edge."
     )
@@ -131,7 +147,7 @@ def _check_steps(stated: Mapping[str, Any], kind: str, cut: tuple[int, int] | No
         steps.append(f"crop_pct of {kind or 'a processor that is not named'}")
     if steps:
         raise BackboneError(
-            f"{_PROCESSOR}: {steps[0]}: the transform here has no such step. Take it out of a "
+            f"{PROCESSOR}: {steps[0]}: the transform here has no such step. Take it out of a "
             "copy of the directory, and give the model pictures that are prepared so."
         )
     if cut is None or (crop := stated.get("crop_size")) is None:
@@ -140,7 +156,7 @@ def _check_steps(stated: Mapping[str, Any], kind: str, cut: tuple[int, int] | No
     if given != cut:
         key = "size" if kind == "ConvNext" else "crop_size"
         raise BackboneError(
-            f"{_PROCESSOR}: {key}: pictures are cut to {given[0]} x {given[1]}, and the "
+            f"{PROCESSOR}: {key}: pictures are cut to {given[0]} x {given[1]}, and the "
             f"model's inputs are {cut[0]} x {cut[1]}. Say which with `input_size`, and mend the "
             "other."
         )
@@ -152,18 +168,18 @@ def _check_size(size: Mapping[str, Any], kind: str, crops: bool) -> None:
         raise ValueError(f"size is {dict(size)}")
     if set(size) not in (set(), {"height", "width"}, {"shortest_edge"}):
         raise BackboneError(
-            f"{_PROCESSOR}: size: expected height and width, or shortest_edge, found "
+            f"{PROCESSOR}: size: expected height and width, or shortest_edge, found "
             f"{', '.join(size)}: the transform here has no such size. Write size so in a copy of "
             "the directory, and give the model pictures that are prepared so."
         )
     if not size and kind in _KINDS and not _KINDS[kind][0]:
         raise BackboneError(
-            f"{_PROCESSOR}: size: expected the shortest_edge that {kind}'s pictures are resized "
+            f"{PROCESSOR}: size: expected the shortest_edge that {kind}'s pictures are resized "
             "to, found none. Write it there."
         )
     if "shortest_edge" in size and not crops:
         raise BackboneError(
-            f"{_PROCESSOR}: size: a shortest_edge of {size['shortest_edge']} and no "
+            f"{PROCESSOR}: size: a shortest_edge of {size['shortest_edge']} and no "
             "do_center_crop leave pictures of many shapes, and the model's inputs have one. Write "
             "size as its height and width, or say do_center_crop and crop_size."
         )
@@ -185,7 +201,7 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     crops = bool(stated.get("do_center_crop", kind in _CROPPING))
     if crops and not stated.get("do_resize", True):
         raise BackboneError(
-            f"{_PROCESSOR}: do_center_crop without do_resize: images would be cut as they are, and "
+            f"{PROCESSOR}: do_center_crop without do_resize: images would be cut as they are, and "
             "the transform here resizes first. Say in that file how images are resized."
         )
     if isinstance(size, int):
@@ -229,7 +245,7 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     # A square picture is resized to what the file says, be it squashed or cut.
     if size and made.resized(1, 1) != (size["width"], size["height"]):
         raise BackboneError(
-            f"{_PROCESSOR}: size: pictures are resized to {size['height']} x {size['width']}, and "
+            f"{PROCESSOR}: size: pictures are resized to {size['height']} x {size['width']}, and "
             f"the model's inputs are {height} x {width}: the transform here resizes to these, or "
             "cuts them out of a size of the same ratio. Say which with `input_size`, and mend the "
             "other."

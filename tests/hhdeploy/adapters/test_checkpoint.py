@@ -260,3 +260,15 @@ def test_a_directory_of_transformers(tmp_path, size):
     assert config.preprocess is not None and config.preprocess.mean == (0.25,) * 3
     from_file = extract_adapter(tuned / told["file"], spec)
     assert from_file.config.extra["imported_from"]["sha256"] == told["sha256"]
+
+
+def test_the_transform_beside_a_checkpoint_of_timm(tmp_path, base):
+    torch.save(tuned(base, low_rank), tmp_path / "tuned.pth")
+    config = {"architecture": TINY_MODEL, "pretrained_cfg": {"mean": [0.1] * 3, "std": [0.3] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    adapter = extract_adapter(tmp_path / "tuned.pth", base)
+    assert adapter.config.preprocess.mean == (0.1,) * 3
+    assert not adapter.config.extra["imported_from"]["preprocess_assumed"]
+    (tmp_path / "config.json").unlink()
+    adapter = extract_adapter(tmp_path / "tuned.pth", base)
+    assert adapter.config.extra["imported_from"]["preprocess_assumed"]

@@ -24,7 +24,7 @@ from hhdeploy.errors import AdapterError, BackboneError
 from tests.hhdeploy.backbones.small_vit import SMALL_VIT, save_small_vit
 from tests.own_models import encoder
 from tests.parity.architectures import save_transformers_config
-from tests.support import assert_parity, images, logits_of, random_adapter
+from tests.support import TINY_ARGS, assert_parity, images, logits_of, random_adapter
 
 SMALL = {**SMALL_VIT, "num_labels": 7}
 OWN = "python:tests.own_models"
@@ -257,6 +257,34 @@ def test_the_image_transform_of_the_source(folder):
     (folder / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
     assert load_backbone(spec(folder)).facts.preprocess.mean == (0.1, 0.2, 0.3)
     (folder / "processor_config.json").unlink()
+
+
+def test_what_lies_beside_a_checkpoint_goes_before(saved, folder):
+    """As of a directory that is itself the model, on a timm model and on one of transformers."""
+    file, tiny = (
+        folder / "model.safetensors",
+        ("vit_tiny_patch16_224", {**TINY_ARGS, "depth": 1, "mlp_ratio": 1.67}),
+    )
+    specs = [BackboneSpec(*tiny, checkpoint=file), spec(saved, checkpoint=file)]
+    for one in specs:
+        (line,) = load_backbone(one).notes
+        assert line.startswith("image transform assumed, for want of preprocessor_config.json: 32")
+    stated = {"size": {"height": 32, "width": 32}, "image_mean": [0.1, 0.2, 0.3], "resample": 1}
+    stated |= {"image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(stated))
+    whole = load_backbone(spec(folder)).facts.preprocess
+    assert whole.mean == (0.1, 0.2, 0.3)
+    for one in specs:
+        backbone = load_backbone(one)
+        assert backbone.facts.preprocess == whole
+        assert backbone.notes == (
+            "image transform taken from preprocessor_config.json beside the weights: "
+            f"{whole.described()}",
+        )
+    change(folder / "preprocessor_config.json", do_pad=True)
+    for one in specs:
+        with pytest.raises(BackboneError, match=r"`checkpoint`: .*vit: .*do_pad: .* without it"):
+            load_backbone(one)
 
 
 @pytest.mark.parametrize(

@@ -476,6 +476,22 @@ def test_a_folder_of_timm(tmp_path, tiny):
         load_backbone(BackboneSpec(str(tmp_path)))
 
 
+def test_what_is_beside_a_checkpoint_of_timm(tmp_path, tiny):
+    """The transform is that of the folder as a model, but for the size, which the model has."""
+    save_file(tiny.model.state_dict(), tmp_path / "model.safetensors")
+    own = {**tiny.model.pretrained_cfg, "mean": [0.1, 0.2, 0.3], "input_size": [3, 224, 224]}
+    for config in ({"pretrained_cfg": own}, own):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": TINY_MODEL, **config}))
+        backbone = load_backbone(with_checkpoint(tmp_path / "model.safetensors"))
+        assert backbone.facts.preprocess == replace(tiny.facts.preprocess, mean=(0.1, 0.2, 0.3))
+        (line,) = backbone.notes
+        assert line.startswith("image transform taken from config.json beside the weights: 32x32")
+    for content in ("[" * 10**5, "[]", '{"architecture": "other", "pretrained_cfg": 1}'):
+        (tmp_path / "config.json").write_text(content)
+        backbone = load_backbone(with_checkpoint(tmp_path / "model.safetensors"))
+        assert (backbone.facts.preprocess, backbone.notes) == (tiny.facts.preprocess, ())
+
+
 def test_a_folder_that_is_called_as_a_model_of_timm(tmp_path, monkeypatch, tiny):
     """A bundle of it, say, in the current directory is not the model."""
     monkeypatch.chdir(tmp_path)
