@@ -29,12 +29,11 @@ import onnx_ir as ir
 from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.facts import LOGITS, BackboneFacts
 from hhdeploy.backbones.meaning import UNSTATED
-from hhdeploy.backbones.outputs import giving
+from hhdeploy.backbones.outputs import check_classifier, giving
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.batches import check_batch, images_apart
-from hhdeploy.exporters.classifiers import check_classifier
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json

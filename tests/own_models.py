@@ -101,6 +101,24 @@ def tower() -> nn.Module:
     return Tower()
 
 
+class Gated(Encoder):
+    """An encoder whose last Linear weighs its logits: no classifier, though it stands alone."""
+
+    def __init__(self) -> None:
+        super().__init__(images_first=True, depth=1)
+        self.gate = nn.Linear(7, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        logits = super().forward(images)
+        return logits * self.gate(logits).sigmoid()
+
+
+def gated() -> nn.Module:
+    """See `Gated`."""
+    return Gated()
+
+
 def tokens_first(depth: int = 2) -> nn.Module:
     """[tokens, batch, features] throughout."""
     return Encoder(images_first=False, depth=depth)

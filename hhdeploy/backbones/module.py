@@ -118,7 +118,7 @@ def _preprocess(
     """The transform that the module states as ``pretrained_cfg``, else what has to be assumed."""
     config = getattr(model, "pretrained_cfg", None)
     stated = config if isinstance(config, Mapping) and "mean" in config else {}
-    size = spec.input_size or stated.get("input_size") or _stated_size(model)
+    size = spec.input_size or stated.get("input_size") or stated_size(model)
     if size is None:
         raise BackboneError(
             f"python:{name}: the size of its images is not known. Pass `input_size`, (channels, "
@@ -134,7 +134,7 @@ def _preprocess(
     return assumed, (f"image transform assumed: {assumed.described()}",)
 
 
-def _stated_size(model: nn.Module) -> tuple[int, int, int] | None:
+def stated_size(model: nn.Module) -> tuple[int, int, int] | None:
     """``input_size`` of the module, or transformers' ``config.image_size``."""
     config = getattr(model, "config", None)
     size = getattr(model, "input_size", None) or getattr(config, "image_size", None)

@@ -1,4 +1,5 @@
-"""What a model returns, as tensors: logits, the features they are made of, the last tokens."""
+"""What a model returns, as tensors: logits, the features they are made of, the last tokens; and
+whether what is taken for its classifier is what the logits are the output of."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS
+from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS, BackboneFacts
+from hhdeploy.backbones.structure import states_classifier
 from hhdeploy.errors import BackboneError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_SEED = 3  # of the images that a guess is tried on
 
 
 def returns_tensor(model: nn.Module) -> nn.Module:
@@ -115,3 +119,66 @@ def _in_a_row(tokens: Tensor, layout: str) -> Tensor:
     if tokens.ndim != 4:
         return tokens
     return tokens.flatten(1, 2) if layout == "NHWC" else tokens.flatten(2).transpose(1, 2)
+
+
+def check_classifier(model: nn.Module, facts: BackboneFacts) -> None:
+    """Raise `BackboneError` where `no_classifier` says something."""
+    if (fault := no_classifier(model, facts)) is not None:
+        raise BackboneError(fault)
+
+
+def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
+    """Compare a model's answer with the output of its classifier, where that is a guess.
+
+    Adapters have classifiers of their own, and features are a classifier's input: of the last
+    Linear of a pooling, or of a gate, both would be wrong. The answer has to come from the
+    classifier alone, and each of its numbers from the class of that place (a scale is no fault).
+
+    Args:
+        model: returns logits, or an object with them; in eval mode.
+        facts: of it.
+
+    Returns:
+        What is wrong, and what to do; None if nothing is.
+    """
+    import torch
+
+    path = facts.classifier
+    if not path or states_classifier(model):
+        return None
+    like = next(model.parameters())
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = torch.randn(2, 2, *facts.preprocess.input_size, generator=generator)
+    images, others = drawn.to(like.device, like.dtype)
+    answer, logits = _called(model, path, images)
+    if not logits:
+        why = "the model never calls it"
+    elif answer.shape[-1] != logits[0].shape[-1]:
+        why = f"it gives {logits[0].shape[-1]} numbers, the model {answer.shape[-1]}"
+    elif not torch.equal(_called(model, path, others, logits)[0], answer):
+        why = "the model's answer is made of more than its output"
+    else:
+        for given in logits:
+            given[..., 0] += 1
+        if torch.equal(_called(model, path, images, logits)[0][..., 1:], answer[..., 1:]):
+            return None
+        why = "what comes after it mixes its classes"
+    return (
+        f"{facts.model}: {path}, the last Linear, was taken for the classifier, and is none: "
+        f"{why}. A module can state which Linear its logits are the output of, pretrained_cfg = "
+        "{'classifier': 'PATH'}, or that it has none and returns features, {'classifier': ''}."
+    )
+
+
+def _called(
+    model: nn.Module, path: str, images: Tensor, logits: Sequence[Tensor] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """A model's answer, and what a module of it returned at each call, or returns instead."""
+    outputs: list[Tensor] = []
+
+    def kept(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        outputs.append(output.clone())
+        return logits[len(outputs) - 1] if logits else output
+
+    with model.get_submodule(path).register_forward_hook(kept):
+        return _as_tensor(model, images, model(images)), outputs

@@ -69,7 +69,7 @@ def parameters_of(model: nn.Module, path: str) -> tuple[nn.Module, str, str]:
 
 def classifier_path(model: nn.Module) -> str:
     """Path of the classifier: what the model states, as timm's do, else the last Linear unless it
-    is one of many, which is a guess (`hhdeploy.exporters.classifiers`).
+    is one of many, which is a guess (`hhdeploy.backbones.outputs.no_classifier`).
 
     "" if there is none, as in timm's models with ``num_classes=0``.
 

@@ -42,7 +42,7 @@ from hhdeploy.training.beginning import (
     trained_parts,
 )
 from hhdeploy.training.frozen import FrozenTensors, check_frozen, frozen_tensors
-from hhdeploy.training.heads import OldHead, put_head, restore_head, trained_head
+from hhdeploy.training.heads import OldHead, check_place, put_head, restore_head, trained_head
 from hhdeploy.training.householder import (
     AdditiveDelta,
     Between,
@@ -113,6 +113,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
             or a Linear to be changed has no weight of its own (weight norm, shared weights);
             or a new adapter's configuration is one that could not be saved.
             The model is then as it was.
+        BackboneError: the last Linear was taken for the classifier, and is none (of a new adapter,
+            where the model runs here on images of its size): `hhdeploy.export` would refuse it.
     """
     check_bare(model)
     if hasattr(model, _STATE):
@@ -134,7 +136,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         matrices, parts = trained_matrices(adapter), trained_parts(adapter)
     else:
         check_targets(adapter, facts, "the new adapter")
-        _check_classifier(model, facts, config)
+        check_place(model, facts, config)
         matrices, parts = new_matrices(adapter, linears, generator), {}
     changed = {*matrices, *parts}
     _check_weights(model, [x for x in linears if any(site.name in changed for site in x.sites)])
@@ -286,14 +288,6 @@ def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
     if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
         made["img_size"] = size
     return preprocess_of(model, {**made, **config.base_model_args})
-
-
-def _check_classifier(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -> None:
-    if not facts.classifier and config.num_classes is not None:
-        raise AdapterError(
-            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
-            "adapter without classes (num_classes None) needs none."
-        )
 
 
 def _check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:

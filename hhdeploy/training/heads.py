@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hhdeploy.adapters.config import AdapterConfig
-from hhdeploy.errors import AdapterError
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.module import stated_size
+from hhdeploy.backbones.outputs import no_classifier
+from hhdeploy.backbones.structure import states_classifier, states_transform
+from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training.wrapping import own_modules
 
 
@@ -26,6 +32,51 @@ class OldHead:
 
     classifier: nn.Module
     attributes: tuple[tuple[nn.Module, str, Any], ...]
+
+
+def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -> None:
+    """Whether a new adapter's classifier has a place: an export compares the same, hours later.
+
+    A guess is tried where the size of the images is known. A model that does not run on such
+    alone here, or returns no logits, may do so where it is exported.
+
+    Raises:
+        AdapterError: the model has no classifier, and the adapter is to have one.
+        BackboneError: the Linear that was taken for the classifier is none.
+    """
+    if not facts.classifier:
+        if config.num_classes is None:
+            return
+        raise AdapterError(
+            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
+            "adapter without classes (num_classes None) needs none."
+        )
+    known = config.preprocess is not None or states_transform(model)
+    size = facts.preprocess.input_size if known else stated_size(model)
+    if size is None or states_classifier(model):
+        return
+    sized = replace(facts, preprocess=replace(facts.preprocess, input_size=size))
+    fault = None
+    with contextlib.suppress(Exception), _evaluated(model):
+        fault = no_classifier(model, sized)
+    if fault is not None:
+        raise BackboneError(fault)
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model as it answers, without gradients; its modes, random states and warnings after it
+    as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def put_head(

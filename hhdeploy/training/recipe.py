@@ -41,6 +41,7 @@ from hhdeploy.training.data import (
     derived_seed,
     read_image_folder,
 )
+from hhdeploy.training.heads import check_place
 from hhdeploy.training.labelled import read_labelled
 from hhdeploy.training.loop import Trainer
 from hhdeploy.training.objective import Objective
@@ -228,6 +229,7 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
             "classes."
         )
     if settings.linear_probe:
+        check_place(backbone.model, facts, AdapterConfig(facts.model, preprocess=facts.preprocess))
         return replace_classifier(backbone.model, facts.classifier, classes, seed=seed)
     check_sites(facts)
     config = AdapterConfig(

@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import load_adapter
 from hhdeploy.backbones.structure import base_sha256, classifier_path, signs_sha256
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach, detach, extract, save
 from hhdeploy.training.heads import replace_module
-from tests.own_models import authors_vit, encoder, torchvision_vit
+from tests.own_models import authors_vit, encoder, gated, torchvision_vit
 from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, tiny_backbone
 
 EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -168,6 +168,30 @@ def test_what_could_not_be_saved_is_refused_before_training(settings, message):
     with pytest.raises(AdapterError, match=f"^the new adapter: .*{message}"):
         attach(model, config)
     attach(model, replace(STEM_S, extra={"note": "it is as it was"}))
+
+
+@pytest.mark.parametrize("classes", [2, None])
+def test_a_classifier_that_an_export_would_refuse_is_refused_before_training(classes):
+    model = gated().train()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    config = AdapterConfig("mine", num_classes=classes, target_modules=("fc1",))
+    random = torch.get_rng_state()
+    with pytest.raises(BackboneError, match=r"^mine: gate, the last Linear, was taken for the cl"):
+        attach(model, config)
+    assert torch.equal(random, torch.get_rng_state())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.pretrained_cfg = {"classifier": "head"}
+    attach(model, config)
+
+
+@pytest.mark.parametrize("size", [None, (5, 9, 9)])
+def test_a_guess_that_cannot_be_tried_is_none_s_fault(size):
+    """Of a model that does not say its images, or runs on other things where it is trained."""
+    model = gated()
+    model.input_size = size
+    attach(model, AdapterConfig("mine", num_classes=2, target_modules=("fc1",)))
 
 
 def with_a_norm(fc1, fc2):

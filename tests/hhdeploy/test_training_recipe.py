@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.adapters.format import load_adapter
 from hhdeploy.cli import main
-from hhdeploy.errors import AdapterError, DataError, PlanError, WriteError
+from hhdeploy.errors import AdapterError, BackboneError, DataError, PlanError, WriteError
 from hhdeploy.preprocess import Preprocess, open_image
 from hhdeploy.training import attach
 from hhdeploy.training.data import (
@@ -594,6 +594,22 @@ def test_a_model_without_a_classifier_is_refused(base_settings: TrainSettings, p
         TrainingError, match=r"^`model`: expected a model with a classifier, .* none"
     ):
         train(settings)
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_what_is_no_classifier_is_refused_before_the_training(
+    base_settings: TrainSettings, probe: bool
+) -> None:
+    settings = replace(
+        base_settings,
+        model="python:tests.own_models:gated",
+        model_args={},
+        pretrained=True,
+        linear_probe=probe,
+        out=None if probe else base_settings.data.with_name("gated"),
+    )
+    with pytest.raises(BackboneError, match=r"gated: gate, the last Linear, was taken for the cl"):
+        train(settings, lambda report: pytest.fail(f"{report}"))
 
 
 def test_linear_probe_trains_the_head_alone(base_settings: TrainSettings, tmp_path: Path) -> None:

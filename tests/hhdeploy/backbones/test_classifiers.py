@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hhdeploy.backbones.facts import FEATURES, BackboneFacts
-from hhdeploy.backbones.outputs import giving
+from hhdeploy.backbones.outputs import check_classifier, giving
 from hhdeploy.backbones.structure import classifier_path, find_linears
 from hhdeploy.errors import BackboneError
-from hhdeploy.exporters.classifiers import check_classifier
 from hhdeploy.preprocess import Preprocess
 
 
