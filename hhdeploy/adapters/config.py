@@ -27,6 +27,7 @@ from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.bundle_json import without_duplicates
+from hhdeploy.files.folders import alike
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
@@ -296,7 +297,14 @@ def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
         written = json.dumps(config.to_json(), default=operator.index)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{where}: it cannot be written as JSON: {error}.") from error
-    return parse_config(json.loads(written), where)
+    checked = parse_config(json.loads(written), where)
+    # Files may have a name twice, as ImageNet's has two cranes; nobody tells their answers apart.
+    if (same := alike(checked.class_names or ())) is not None:
+        raise AdapterError(
+            f"{where}: class_names: expected a name of its own for each class, found {same[0]!a} "
+            f"and {same[1]!a}, which are one word. Name them differently."
+        )
+    return checked
 
 
 def check_problem_type(where: str, problem_type: ProblemType | None, classes: int | None) -> None:

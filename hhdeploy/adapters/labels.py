@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES, ProblemType
 from hhdeploy.errors import DataError
+from hhdeploy.files.folders import check_words
 
 # What `calibrate` looks for in a folder of images.
 LABELS_FILE = "labels.csv"
@@ -84,7 +85,7 @@ def read_labels(
             is there twice, no number, numbers in some lines and none in others, numbers that may
             be classes' or an image without a class where the kind is not told, columns that are
             not ``names``, a class that is none of them, several classes of one image where one is
-            right.
+            right, one word in two ways of Unicode.
     """
     header, lines = _read(file, root)
     if problem_type != VALUES and _are_marks(lines):
@@ -101,7 +102,9 @@ def read_labels(
         truths = truths[:, columns_of_values]
     else:
         _check_columns(lines)
-        found = tuple(names or sorted({name for line in lines for name in line.labels}))
+        written = {name for line in lines for name in line.labels}
+        check_words((*(names or ()), *written), file)
+        found = tuple(names or sorted(written))
         columns = {name: column for column, name in enumerate(found)}
         truths = np.zeros((len(lines), len(found)), np.float32)
         for row, line in zip(truths, lines, strict=True):
@@ -305,6 +308,7 @@ def _value_columns(
         raise DataError(f"{file}: the header names a column twice: {', '.join(header)}.")
     if not header or found == unnamed:  # one of both has no names: the order is all there is
         return found, list(range(count))
+    check_words((*header, *found), file)
     if set(header) != set(found):
         raise DataError(
             f"{file}: expected the columns {', '.join(found)} in any order, found "

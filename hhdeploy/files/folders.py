@@ -13,8 +13,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +144,7 @@ def list_classes(directory: Path) -> Classes:
     if is_list(directory):
         listed = _listed(directory)
         _check_classes(directory, [label for _, label in listed])
+        check_words({label for _, label in listed}, directory)
         return Classes(_by_label(listed), {})
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory. Expected DIR/CLASS/image.")
@@ -161,7 +163,31 @@ def list_classes(directory: Path) -> Classes:
     if not classes:
         raise DataError(f"{directory} has no class folders. Expected DIR/CLASS/image.")
     _check_no_parts(directory, classes)
+    check_words(classes, directory)
     return Classes(classes, dict(skipped))
+
+
+def alike(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two of some names that are one word: the same, or the same but for how Unicode writes it."""
+    seen: dict[str, str] = {}
+    for name in names:
+        word = unicodedata.normalize("NFC", name)
+        if word in seen:
+            return seen[word], name
+        seen[word] = name
+    return None
+
+
+def check_words(names: Iterable[str], where: Path) -> None:
+    """Raise `DataError` where two different names are written as one word: file systems and
+    editors write é as one character or as two."""
+    if (same := alike(sorted(set(names)))) is not None:
+        one, other = map(ascii, same)
+        raise DataError(
+            f"{where}: expected {same[0]} to be written in one way, found two ways of Unicode, "
+            f"{one} and {other}. Write it alike everywhere (in Python "
+            "unicodedata.normalize('NFC', name))."
+        )
 
 
 def find_splits(directory: Path) -> Splits:

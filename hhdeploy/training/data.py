@@ -30,6 +30,7 @@ from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import (
     Classes,
+    check_words,
     find_splits,
     is_list,
     list_classes,
@@ -157,6 +158,7 @@ def _matching(
     found: Classes, names: tuple[str, ...], directory: Path
 ) -> Mapping[str, tuple[Path, ...]]:
     classes = found.paths
+    check_words((*names, *classes), directory)
     missing = [n for n in names if n not in classes]
     unexpected = [n for n in classes if n not in names]
     if missing or unexpected:

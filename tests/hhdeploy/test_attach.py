@@ -150,6 +150,8 @@ def test_of_a_wrapper_the_module_with_the_adapter_is_named(use):
     [
         ({"class_names": ("cat", "dog", "owl")}, "class_names: expected 2 names"),
         ({"class_names": (0, 1)}, "class_names: expected a list of strings"),
+        ({"class_names": ("a", "a")}, "class_names: expected a name of its own .*'a' and 'a'"),
+        ({"class_names": ("\u00e9", "e\u0301")}, r"class_names: expected .*'\\xe9' and 'e\\u0301'"),
         ({"class_names": "ab"}, "class_names: expected a list of strings, found 'ab'"),
         ({"class_names": {"a", "b"}}, "class_names: expected a list of strings, found {'"),
         ({"target_modules": "mix"}, "target_modules: expected a list of strings, found 'mix'"),

@@ -505,6 +505,15 @@ def test_other_validation_classes_are_refused(base_settings: TrainSettings, tmp_
         train(replace(base_settings, val_data=val, out=tmp_path / "o"))
 
 
+def test_validation_classes_in_another_way_of_unicode_are_refused(tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", ["discs", "bars"], 2, seed=1)
+    val = draw_folder(tmp_path / "val", ["discs", "bars"], 2, seed=2)
+    (data / "discs").rename(data / "caf\u00e9")
+    (val / "discs").rename(val / "cafe\u0301")
+    with pytest.raises(DataError, match=r"val: expected cafe. .* 'cafe\\u0301' and 'caf\\xe9'"):
+        read_image_folder(data, val, 0.1, seed=0)
+
+
 def test_unwritable_output_is_refused_first(base_settings: TrainSettings, tmp_path: Path) -> None:
     """Before the model is even looked up: its name is wrong here."""
     settings = replace(base_settings, model="no_such_model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -149,6 +151,23 @@ def test_codes_that_may_be_values_are_asked_about(root, codes, first, value):
     # A gap among them makes no classes of them either.
     with pytest.raises(DataError, match="expected numbers, as in 3 of 4 lines"):
         table(root, text.replace(text.splitlines()[-1], "sub/d.png,NA"))
+
+
+CAFE = unicodedata.normalize("NFC", "caf\u00e9"), unicodedata.normalize("NFD", "caf\u00e9")
+
+
+def test_one_word_in_two_ways_of_unicode_is_refused(root):
+    text = f"a.png,{CAFE[0]}\nb.png,{CAFE[1]}\nc.png,tea\n"
+    said = r"labels\.csv: expected caf.*found two ways of Unicode, 'cafe\\u0301' and 'caf\\xe9'"
+    for kind in (None, CLASSES, LABELS):
+        with pytest.raises(DataError, match=said):
+            table(root, text, kind)
+    with pytest.raises(DataError, match=said):
+        table(root, f"a.png,{CAFE[1]}\nb.png,tea\n", CLASSES, (CAFE[0], "tea"))
+    with pytest.raises(DataError, match=said):
+        table(root, f"path,{CAFE[1]}\na.png,1.5\n", VALUES, (CAFE[0],))
+    with pytest.raises(DataError, match=said):
+        table(root, f"path,{CAFE[0]},{CAFE[1]}\na.png,1,0\nb.png,0,1\n")
 
 
 @pytest.mark.parametrize("number", ["1e-07", "1.5E3", "-3e1", "0.5", "+7", "1e+16", "-0", ".5"])

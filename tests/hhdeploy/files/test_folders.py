@@ -276,6 +276,17 @@ def test_a_list_that_is_none_is_refused(tmp_path, text, message):
             reader(tmp_path / "l.txt")
 
 
+def test_one_word_in_two_ways_of_unicode_is_refused(tmp_path):
+    write(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "tea/3.png")
+    said = r"expected cafe. to be written in one way, found .* 'cafe\\u0301' and 'caf\\xe9'"
+    with pytest.raises(DataError, match=said):
+        list_classes(tmp_path)
+    lines = "caf\u00e9/1.png caf\u00e9\ncafe\u0301/2.png cafe\u0301\ntea/3.png tea\n"
+    (tmp_path / "list.txt").write_text(lines, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        list_classes(tmp_path / "list.txt")
+
+
 @pytest.mark.parametrize(
     ("labels", "fraction"), [("20.37 21", r"20\.37"), ("3 -0,5", "-0,5"), ("1.0 nan", "nan")]
 )
