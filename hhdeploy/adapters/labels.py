@@ -30,6 +30,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 # What Python reads as a number and may be a code: 007, 1_1, a well's 1E2, digits of other scripts.
 # Programs that write values put a point or a sign there: 1.0e2, 1e-07.
 _CODE = re.compile(r"[+-]?0\d.*|\d+[eE]\d+|.*_.*|.*[^\x00-\x7f].*")
+# A number as people write it, with a sign of its unit or thousands apart: 50%, $5, 1,000.5.
+_WRITTEN = re.compile(
+    r"[$€£¥]?\s*[+-]?(\d+([.,]\d+)?|\d{1,3}([., '’]\d{3})+([.,]\d+)?)\s*(%|‰|°[CF]?|[$€£¥])?"
+)
 
 
 @dataclass(frozen=True)
@@ -225,10 +229,11 @@ def _check_values(lines: Sequence[_Line]) -> None:
     left out, is what classes are given too."""
     for where, cell in ((line.where, cell) for line in lines for cell in line.cells):
         if not _is_number(cell) or _CODE.fullmatch(cell):
+            read = _with_point(cell)
+            value = f"the value {float(read):g}" if _is_number(read) else "a value with its unit"
             raise DataError(
-                f"{where}: {cell!r} may be the code of a class or the value "
-                f"{float(_with_point(cell)):g}. Say which with `problem_type`: {CLASSES}, or, with "
-                f"a decimal point, {VALUES}."
+                f"{where}: {cell!r} may be the code of a class or {value}. Say which with "
+                f"`problem_type`: {CLASSES}, or, as numbers alone with a decimal point, {VALUES}."
             )
     found = {float(line.cells[0]) for line in lines}
     low, high = min(found), max(found)
@@ -276,8 +281,8 @@ def _is_number(text: str) -> bool:
 
 
 def _may_be_number(text: str) -> bool:
-    """One, or one with a decimal comma."""
-    return _is_number(_with_point(text))
+    """One, or one with a decimal comma, thousands apart or the sign of a unit."""
+    return _is_number(_with_point(text)) or _WRITTEN.fullmatch(text) is not None
 
 
 def _with_point(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import numpy as np
@@ -151,6 +152,29 @@ def test_codes_that_may_be_values_are_asked_about(root, codes, first, value):
     # A gap among them makes no classes of them either.
     with pytest.raises(DataError, match="expected numbers, as in 3 of 4 lines"):
         table(root, text.replace(text.splitlines()[-1], "sub/d.png,NA"))
+
+
+@pytest.mark.parametrize(
+    "cells",
+    ["50% 12.5%", "50 % 7", "$5 1.50€", "1,000.5 20", "1.234.567,8 3", "1 000 2", "20°C -3°C"],
+)
+def test_numbers_with_signs_are_asked_about(root, cells):
+    cells = cells.split(" ") if cells.count(" ") == 1 else cells.rsplit(" ", 1)
+    text = f'a.png,"{cells[0]}"\nb.png,"{cells[1]}"\n'
+    with pytest.raises(
+        DataError,
+        match=rf"line 1: '{re.escape(cells[0])}' may be .*a value with its unit\. Say which",
+    ):
+        table(root, text)
+    assert table(root, text, CLASSES).names == tuple(sorted(cells))
+    with pytest.raises(DataError, match=r"line 1: expected 1 number"):
+        table(root, text, VALUES)
+
+
+@pytest.mark.parametrize("cells", ["0-10 10-20", "65+ <65", "1.2.3 1.2.4", "2D 3D", "1st 2nd"])
+def test_names_that_begin_with_numbers_are_classes(root, cells):
+    one, other = cells.split()
+    assert table(root, f"a.png,{one}\nb.png,{other}\n").problem_type == CLASSES
 
 
 CAFE = unicodedata.normalize("NFC", "caf\u00e9"), unicodedata.normalize("NFD", "caf\u00e9")
