@@ -34,6 +34,8 @@ _CODE = re.compile(r"[+-]?0\d.*|\d+[eE]\d+|.*_.*|.*[^\x00-\x7f].*")
 _WRITTEN = re.compile(
     r"[$€£¥]?\s*[+-]?(\d+([.,]\d+)?|\d{1,3}([., '’]\d{3})+([.,]\d+)?)\s*(%|‰|°[CF]?|[$€£¥])?"
 )
+# The part of what a column's values differ by that float32, which models compute in, may round.
+_ROUNDED = 0.01
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def read_labels(
             is there twice, no number, numbers in some lines and none in others, numbers that may
             be classes' or an image without a class where the kind is not told, columns that are
             not ``names``, a class that is none of them, several classes of one image where one is
-            right, one word in two ways of Unicode.
+            right, one word in two ways of Unicode, values that float32 does not tell apart.
     """
     header, lines = _read(file, root)
     if problem_type != VALUES and _are_marks(lines):
@@ -101,9 +103,9 @@ def read_labels(
     else:
         kind = problem_type or _kind(lines)
     if kind == VALUES:
-        truths = np.asarray([_values(line, len(lines[0].cells)) for line in lines], np.float32)
-        found, columns_of_values = _value_columns(file, header, truths.shape[1], names)
-        truths = truths[:, columns_of_values]
+        wide = np.asarray([_values(line, len(lines[0].cells)) for line in lines], np.float64)
+        found, columns_of_values = _value_columns(file, header, wide.shape[1], names)
+        truths = _in_float32(wide[:, columns_of_values], found, file)
     else:
         _check_columns(lines)
         written = {name for line in lines for name in line.labels}
@@ -296,6 +298,28 @@ def _values(line: _Line, count: int) -> list[float]:
             f"line, found {', '.join(map(repr, line.cells))}."
         )
     return [float(cell) for cell in line.cells]
+
+
+def _in_float32(
+    values: NDArray[np.float64], names: Sequence[str], file: Path
+) -> NDArray[np.float32]:
+    """The values as models compute them, where their differences are left.
+
+    Raises:
+        DataError: naming the column of which they are not.
+    """
+    narrow = values.astype(np.float32)
+    low, high = values.min(axis=0), values.max(axis=0)
+    lost = np.abs(narrow - values).max(axis=0)
+    for name, least, most, step in zip(names, low, high, lost, strict=True):
+        if least < most and step > _ROUNDED * (most - least):
+            raise DataError(
+                f"{file}: {name}: expected values that float32, which models compute in, tells "
+                f"apart, found {least:.15g} to {most:.15g}, which it rounds by {step:.1g}. "
+                "Subtract what they have in common; where they are codes of classes, the problem "
+                f"type is {CLASSES}."
+            )
+    return narrow
 
 
 def _value_columns(

@@ -177,6 +177,17 @@ def test_names_that_begin_with_numbers_are_classes(root, cells):
     assert table(root, f"a.png,{one}\nb.png,{other}\n").problem_type == CLASSES
 
 
+@pytest.mark.parametrize("numbers", ["0.1234567891 0.1234567892", "16777216 16777217 16777218"])
+def test_values_that_float32_does_not_tell_apart_are_refused(root, numbers):
+    lines = zip(("a.png", "b.png", "c.png"), numbers.split(), strict=False)
+    text = "path,size,age\n" + "".join(f"{path},{number},1.5\n" for path, number in lines)
+    low, high = numbers.split()[0], numbers.split()[-1]
+    with pytest.raises(DataError, match=rf"csv: size: .*apart, found {low} to {high}, which"):
+        table(root, text)
+    assert table(root, text.replace(f",{low},", ",-5000000,").replace(f",{high},", ",3.0e7,"))
+    assert table(root, "a.png,0.1234567891\nb.png,0.1234567891\n").problem_type == VALUES
+
+
 CAFE = unicodedata.normalize("NFC", "caf\u00e9"), unicodedata.normalize("NFD", "caf\u00e9")
 
 
