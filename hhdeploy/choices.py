@@ -43,6 +43,8 @@ PROBLEM_TYPES: Final[tuple[ProblemType, ...]] = get_args(ProblemType)
 CLASSES, LABELS, VALUES = PROBLEM_TYPES
 # NumPy takes none below 0, torch none above.
 MOST_SEED: Final = 2**63 - 1
+# The least and the largest that torch alone takes.
+SEEDS: Final = (-(2**63), 2**64 - 1)
 
 _Name = TypeVar("_Name", bound=str)
 

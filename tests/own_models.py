@@ -181,6 +181,13 @@ def authors_vit(classes: int = 7) -> nn.Module:
     return AuthorsVit(classes)
 
 
+def lazy() -> nn.Module:
+    """An encoder whose classifier has no weights before it runs."""
+    model = Encoder(images_first=True, depth=1)
+    model.head = nn.LazyLinear(7)
+    return model
+
+
 def no_module() -> str:
     """What is no model."""
     return "a model"

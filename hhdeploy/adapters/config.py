@@ -293,6 +293,13 @@ def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
     for key in ("target_modules", "class_names"):
         if isinstance(value := getattr(config, key), str | set | frozenset | Mapping):
             raise AdapterError(f"{where}: {key}: expected a list of strings, found {value!r}.")
+    for key, kind in (("preprocess", Preprocess), ("compressed", Compression)):
+        if not isinstance(value := getattr(config, key), kind | None):
+            raise AdapterError(
+                f"{where}: {key}: expected a {kind.__name__} or None, found {value!r}."
+            )
+    if isinstance(config.license, str):  # one name is meant, not its letters
+        config = replace(config, license=(config.license,))
     try:  # NumPy's integers are integers
         written = json.dumps(config.to_json(), default=operator.index)
     except (TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded
-from hhdeploy.backbones.structure import classifier_path
+from hhdeploy.backbones.structure import check_values, classifier_path
 from hhdeploy.backbones.weights import load_strictly, read_state, state_of
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
@@ -34,7 +34,7 @@ def load_module(spec: BackboneSpec, name: str) -> Loaded:
 
     Raises:
         BackboneError: no such module or function, arguments it does not take, a result that is no
-            ``nn.Module``, or one whose image size is not known.
+            ``nn.Module``, one without all of its values, or whose image size is not known.
     """
     import torch
     from torch import nn
@@ -50,6 +50,7 @@ def load_module(spec: BackboneSpec, name: str) -> Loaded:
         raise BackboneError(
             f"python:{name} returned {type(model).__name__}; expected a torch.nn.Module."
         )
+    check_values(model)
     path = classifier_path(model)
     classifier = model.get_submodule(path) if path else None
     classes = classifier.out_features if isinstance(classifier, nn.Linear) else 0

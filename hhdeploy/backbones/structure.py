@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.sites import PACKED, LinearSpec, kind_of, linear_spec
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
 # Left out of the digests: what differs between tasks (classifier), is resampled to the image
 # size, or follows from the architecture (buffers).
 _RESAMPLED = ("pos_embed", "relative_position", "rel_pos")
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise `BackboneError` for a model that has not got all of its values yet."""
+    from torch.nn.parameter import is_lazy
+
+    for path, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise BackboneError(
+                f"{type(model).__name__}: {path}: expected a tensor with values, found one of a "
+                "lazy module that has not run yet. Call the model once on images as it takes "
+                "them, or say the size there (Linear for LazyLinear)."
+            )
 
 
 def find_linears(model: nn.Module, classifier: str | None = None) -> tuple[LinearSpec, ...]:

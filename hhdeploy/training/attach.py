@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from hhdeploy.backbones.structure import (
     states_transform,
 )
 from hhdeploy.backbones.timm import preprocess_of, resolved_name
+from hhdeploy.choices import SEEDS, whole
 from hhdeploy.errors import AdapterError
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.beginning import (
@@ -52,7 +54,13 @@ from hhdeploy.training.householder import (
     SequentialTransform,
     SharedTransform,
 )
-from hhdeploy.training.wrapping import bare_model, check_bare, check_places, own_modules
+from hhdeploy.training.wrapping import (
+    bare_model,
+    check_bare,
+    check_places,
+    check_weights,
+    own_modules,
+)
 
 _STATE = "_hhdeploy_attached"
 
@@ -111,14 +119,21 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
             already, or the model or a part of it is wrapped (compiled, data parallel,
             checkpointed): attach first, then wrap;
             or a Linear to be changed has no weight of its own (weight norm, shared weights);
-            or a new adapter's configuration is one that could not be saved.
-            The model is then as it was.
-        BackboneError: the last Linear was taken for the classifier, and is none (of a new adapter,
-            where the model runs here on images of its size): `hhdeploy.export` would refuse it.
+            or a new adapter's configuration is one that could not be saved; or what is given is no
+            model, adapter or seed, or a model of inference mode. The model is then as it was.
+        BackboneError: the model has not got all of its values yet; or the last Linear was taken
+            for the classifier, and is none (of a new adapter, where the model runs here on images
+            of its size): `hhdeploy.export` would refuse it.
     """
     check_bare(model)
     if hasattr(model, _STATE):
         raise AdapterError("an adapter is attached to this model already; call detach first.")
+    if not isinstance(adapter, Adapter | AdapterConfig):
+        raise AdapterError(
+            f"expected an Adapter or an AdapterConfig to attach, found {type(adapter).__name__} "
+            f"{reprlib.repr(adapter)}. load_adapter reads a directory."
+        )
+    seed = whole(seed, "seed", *SEEDS, AdapterError)
     if isinstance(adapter, AdapterConfig):
         adapter = checked_config(adapter, "the new adapter")  # not after hours, by `save`
     config = adapter.config if isinstance(adapter, Adapter) else adapter
@@ -139,7 +154,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         check_place(model, facts, config)
         matrices, parts = new_matrices(adapter, linears, generator), {}
     changed = {*matrices, *parts}
-    _check_weights(model, [x for x in linears if any(site.name in changed for site in x.sites)])
+    check_weights(model, [x for x in linears if any(site.name in changed for site in x.sites)])
     if isinstance(adapter, Adapter):
         state.old_values = put_values(model, adapter.values, adapter.source)
     model.requires_grad_(False)
@@ -238,7 +253,8 @@ def _state(model: nn.Module) -> _Attached:
     state = getattr(model, _STATE, None)
     if state is None:
         # timm's ModelEma is no module.
-        inside = model.named_modules() if isinstance(model, nn.Module) else vars(model).items()
+        own = getattr(model, "__dict__", {})
+        inside = model.named_modules() if isinstance(model, nn.Module) else own.items()
         inner = next((name for name, module in inside if hasattr(module, _STATE)), None)
         if inner is not None:
             raise AdapterError(
@@ -288,28 +304,6 @@ def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
     if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
         made["img_size"] = size
     return preprocess_of(model, {**made, **config.base_model_args})
-
-
-def _check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:
-    """Each Linear's weight is a parameter of its own: `save` and the graphs know no other."""
-    paths: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(path)
-    for linear in linears:
-        module, weight, _ = parameters_of(model, linear.path)
-        own = dict(module.named_parameters(recurse=False)).get(weight)
-        if own is None:
-            raise AdapterError(
-                f"{linear.path}: its weight is computed from other parameters (weight norm, or "
-                "another parametrization), which no adapter holds. Remove that before attach, or "
-                "leave the Linear out of target_modules."
-            )
-        if len(names := paths[id(own)]) > 1:
-            raise AdapterError(
-                f"{linear.path}: one parameter is the weight of several modules "
-                f"({', '.join(names)}), and an adapter changes one Linear. Give each a copy, or "
-                "leave them out of target_modules."
-            )
 
 
 def _parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
-from hhdeploy.choices import TORCH_DEVICES, TorchDevice
+from hhdeploy.choices import SEEDS, TORCH_DEVICES, TorchDevice
 from hhdeploy.errors import HhdeployError, OptionError
 
 # What the paper adapts: q, k, v and proj beside, proj and fc2 behind.
@@ -37,7 +37,6 @@ _WHOLE = (
     "cache_mb",
 )
 _NUMBERS = ("lr", "weight_decay", "val_fraction")
-_SEEDS = range(-(2**63), 2**64)  # what torch takes
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -175,7 +174,7 @@ class TrainSettings:
             (0 <= self.weight_decay < math.inf, "`weight_decay`", "0 or more", self.weight_decay),
             (0 <= self.val_fraction < 1, "`val_fraction`", "a share in [0, 1)", self.val_fraction),
             (self.r >= 0, "`r`", "a rank of 0 or more", self.r),
-            (self.seed in _SEEDS, "`seed`", "a number of 64 bits", self.seed),
+            (SEEDS[0] <= self.seed <= SEEDS[1], "`seed`", "a number of 64 bits", self.seed),
             (self.num_workers >= 0, "`num_workers`", "0 or more", self.num_workers),
             (self.threads is None or self.threads >= 1, "`threads`", "1 or more", self.threads),
             (self.cache_mb >= 0, "`cache_mb`", "0 or more", self.cache_mb),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
+from hhdeploy.backbones.sites import LinearSpec
+from hhdeploy.backbones.structure import check_values, parameters_of
 from hhdeploy.backbones.weights import without_wrappers
 from hhdeploy.errors import AdapterError
 
@@ -29,8 +33,22 @@ def check_bare(model: nn.Module) -> None:
     weights that are numbers.
 
     Raises:
-        AdapterError: the model is wrapped or quantised, or a part of it.
+        AdapterError: it is no model, is wrapped or quantised, or a part of it is, or was made in
+            torch's inference mode.
+        BackboneError: it has not got all of its values yet.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"expected the model, a torch.nn.Module, found {type(model).__name__} "
+            f"{reprlib.repr(model)}."
+        )
+    check_values(model)
+    frozen = next((path for path, p in model.named_parameters() if p.is_inference()), None)
+    if frozen is not None and not torch.is_inference_mode_enabled():
+        raise AdapterError(
+            f"{frozen} was made in torch.inference_mode(), where nothing can be trained. Make or "
+            "load the model outside of it, or attach to copy.deepcopy(model)."
+        )
     for path, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTISED):
             kind = f"{type(module).__module__}.{type(module).__name__}"
@@ -50,6 +68,29 @@ def check_bare(model: nn.Module) -> None:
     raise AdapterError(
         f"{what}: attach the adapter to the model itself, and compile or wrap it after that."
     )
+
+
+def check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:
+    """Each Linear's weight is a parameter of its own: an adapter's files and the graphs know no
+    other. Raises `AdapterError`."""
+    paths: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(path)
+    for linear in linears:
+        module, weight, _ = parameters_of(model, linear.path)
+        own = dict(module.named_parameters(recurse=False)).get(weight)
+        if own is None:
+            raise AdapterError(
+                f"{linear.path}: its weight is computed from other parameters (weight norm, or "
+                "another parametrization), which no adapter holds. Remove that before attach, or "
+                "leave the Linear out of target_modules."
+            )
+        if len(names := paths[id(own)]) > 1:
+            raise AdapterError(
+                f"{linear.path}: one parameter is the weight of several modules "
+                f"({', '.join(names)}), and an adapter changes one Linear. Give each a copy, or "
+                "leave them out of target_modules."
+            )
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,6 +161,8 @@ def test_of_a_wrapper_the_module_with_the_adapter_is_named(use):
         ({"form": "lora"}, "form: expected one of"),
         ({"r": -1}, "r: expected a rank"),
         ({"num_classes": 0}, "num_classes: expected a positive integer"),
+        ({"preprocess": {"mean": 1}}, "preprocess: expected a Preprocess or None, found {'mean"),
+        ({"compressed": "rank 3"}, "compressed: expected a Compression or None, found 'rank 3'"),
         ({"extra": {"weights": torch.ones(2)}}, "cannot be written as JSON"),
     ],
 )
@@ -194,6 +197,64 @@ def test_a_guess_that_cannot_be_tried_is_none_s_fault(size):
     model = gated()
     model.input_size = size
     attach(model, AdapterConfig("mine", num_classes=2, target_modules=("fc1",)))
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "seed", "message"),
+    [
+        (
+            Stem,
+            "adapters/mine",
+            0,
+            r"AdapterConfig to attach, found str 'adapters/mine'\. load_a",
+        ),
+        (Stem, Path("mine"), 0, r"found PosixPath .*load_adapter reads"),
+        (Stem, AdapterConfig, 0, "expected an Adapter or an AdapterConfig to attach, found type"),
+        (lambda: STEM_S, Stem, 0, r"expected the model, a torch\.nn\.Module, found AdapterConfig"),
+        (lambda: Stem, STEM_S, 0, r"expected the model, a torch\.nn\.Module, found type"),
+        (Stem, STEM_S, 3.5, r"^`seed`: expected -?\d+ to \d+, a whole number, found 3\.5"),
+        (Stem, STEM_S, 2**64, "`seed`: expected .* found 18446744073709551616"),
+    ],
+)
+def test_what_cannot_be_attached_is_named(model, adapter, seed, message):
+    with pytest.raises(AdapterError, match=message):
+        attach(model(), adapter, seed=seed)
+
+
+def test_a_seed_of_numpy_is_the_number():
+    one, other = (attach(Stem(), STEM_S, seed=seed) for seed in (np.int64(3), 3))
+    np.testing.assert_array_equal(extract(one).head.weight, extract(other).head.weight)
+
+
+@pytest.mark.parametrize("given", ["a model", None, STEM_S])
+def test_of_what_is_no_model_nothing_is_taken_off(given):
+    for use in (extract, detach):
+        with pytest.raises(AdapterError, match="no adapter is attached to this model"):
+            use(given)
+
+
+def test_a_model_without_its_values_is_refused():
+    model = Stem()
+    model.head = nn.LazyLinear(7)
+    with pytest.raises(
+        BackboneError, match=r"Stem: head\.weight: .*a lazy module that has not run"
+    ):
+        attach(model, STEM_S)
+    model(torch.ones(2, 3, 32, 32))
+    attach(model, STEM_S)
+
+
+def test_a_model_of_inference_mode_is_refused_and_its_copy_is_taken():
+    with torch.inference_mode():
+        model = Stem()
+    with pytest.raises(AdapterError, match=r"^stem\.0\.weight was made in .*copy\.deepcopy\(model"):
+        attach(model, STEM_S)
+    step(attach(deepcopy(model), STEM_S))
+
+
+def test_one_licence_is_no_list_of_letters():
+    model = attach(Stem(), replace(STEM_S, license="mit"))
+    assert extract(model).config.license == ("mit",)
 
 
 def with_a_norm(fc1, fc2):

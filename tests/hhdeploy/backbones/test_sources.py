@@ -542,6 +542,7 @@ def test_a_module_of_the_current_directory_is_found_last(tmp_path, monkeypatch):
         ("tests.own_models:authors_vit", {"width": 3}, r"arguments \{'width': 3\}.*width"),
         ("tests.own_models:authors_vit", {}, "the size of its images is not known"),
         ("tests.own_models:no_module", {}, "returned str; expected a torch.nn.Module"),
+        ("tests.own_models:lazy", {}, r"Encoder: head\.weight: .*lazy module that has not run"),
     ],
 )
 def test_functions_that_give_no_model(name, args, message):
