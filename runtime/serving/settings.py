@@ -90,7 +90,7 @@ class ServeSettings:
         decoding_pixels: of the vast pictures that are decoded at the same time.
         adapter_bytes: of an uploaded adapter's files together.
         bodies_bytes: HTTP bodies of all requests that are read or answered, and answers until they
-            are taken; more are refused (429).
+            are taken; more are refused (429). gRPC's answers until they are taken, as much again.
         connections: at the same time, of each wire; more are refused (HTTP: 503; gRPC: closed),
             and of gRPC's calls as many.
     """

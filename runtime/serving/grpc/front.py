@@ -66,6 +66,11 @@ class Front:
         for client in list(self._clients):
             client.end()
 
+    def end_of(self, peer: str) -> None:
+        """End the connection of a client, by its address as `Headers` tells it."""
+        for client in [each for each in self._clients if each.peer == peer]:
+            client.end()
+
     def join(self, client: _Client) -> None:
         """One more."""
         self._clients.add(client)
@@ -103,13 +108,15 @@ class _Client(_Half):
     def __init__(self, front: Front) -> None:
         super().__init__()
         self._front = front
+        self.peer = ""
         self._headers: Headers | None = None
         self._connecting: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._front.join(self)
-        self._headers = Headers(_address(transport.get_extra_info("peername")))
+        self.peer = _address(transport.get_extra_info("peername"))
+        self._headers = Headers(self.peer)
         self.transport.pause_reading()
         self._connecting = asyncio.create_task(self._connect())
 

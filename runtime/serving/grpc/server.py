@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from hhdeploy.errors import DeviceError
 from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
-from hhdeploy.runtime.serving.errors import NotServedError, RequestError, shown
+from hhdeploy.runtime.serving.errors import BusyError, NotServedError, RequestError, shown
 from hhdeploy.runtime.serving.grpc.front import Front
+from hhdeploy.runtime.serving.grpc.headers import PEER
+from hhdeploy.runtime.serving.grpc.leaving import SMALL_BYTES, Leaving
 from hhdeploy.runtime.serving.grpc.parsing import parse
 from hhdeploy.runtime.serving.grpc.probes import add_probes
 from hhdeploy.runtime.serving.grpc.servicer import Context, Servicer
@@ -68,6 +70,7 @@ class GrpcServer:
         self._servicer = Servicer(endpoint, access)
         self._scratch = _scratch_directory()
         self._front = Front(Path(self._scratch.name) / "socket", endpoint.refused)
+        self._leaving = Leaving(self._settings.bodies_bytes, self._front.end_of)
         self._servers: list[Any] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -129,7 +132,7 @@ class GrpcServer:
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         # Before it is waited for: whoever stops this one stops that.
         self._servers.append(server)
-        handlers = method_handlers(self._servicer, most)
+        handlers = method_handlers(self._servicer, most, self._leaving)
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
         add_probes(server, self._endpoint, self._access, self._servicer)
@@ -196,26 +199,36 @@ def _scratch_directory() -> tempfile.TemporaryDirectory[str]:
         ) from error
 
 
-def method_handlers(servicer: Servicer, most: Mapping[str, int]) -> dict[str, Any]:
+def method_handlers(
+    servicer: Servicer, most: Mapping[str, int], leaving: Leaving
+) -> dict[str, Any]:
     """The service's methods as gRPC registers them: bytes to bytes.
 
     Args:
         servicer: whose methods.
         most: of each method the bytes that a message may have.
+        leaving: counts answers.
     """
-    return {m.name: _handler(servicer, m, most[m.name]) for m in _SERVICE.methods}
+    return {m.name: _handler(servicer, m, most[m.name], leaving) for m in _SERVICE.methods}
 
 
-def _handler(servicer: Servicer, method: Any, most: int) -> Any:
+def _handler(servicer: Servicer, method: Any, most: int, leaving: Leaving) -> Any:
     """A method of the service as gRPC registers it, for messages of ``most`` bytes.
 
     Messages are parsed here: what cannot be parsed would be a traceback in the log otherwise, and
-    the client's code would be UNKNOWN.
+    the client's code would be UNKNOWN. They are written here as well: gRPC would hold an answer and
+    its bytes, until these are gone.
     """
     kind = getattr(pb, method.input_type.name)
     behaviour: Any = getattr(servicer, method.name, None)
 
-    async def unary(raw: bytes, context: Context) -> Any:
+    def leaves(content: bytes, context: Context) -> Callable[[], None] | None:
+        """Count an answer: what is to be called once it is gone; None: it is small."""
+        if len(content) <= SMALL_BYTES:
+            return None
+        return leaving.add(str(dict(context.invocation_metadata()).get(PEER, "")), len(content))
+
+    async def unary(raw: bytes, context: Context) -> bytes:
         try:
             request = parse(kind, raw, most)
             if behaviour is None:
@@ -223,22 +236,36 @@ def _handler(servicer: Servicer, method: Any, most: int) -> Any:
                     "shared memory, tracing and log settings are not served here: send tensors in "
                     "the request."
                 )
+            with servicer.under_way():
+                content: bytes = (await behaviour(request, context)).SerializeToString()
+            if (gone := leaves(content, context)) is not None:
+                context.add_done_callback(lambda _: gone())
         except RequestError as error:
             servicer.refuse(context, error)
-            return None
-        with servicer.under_way():
-            return await behaviour(request, context)
+            return b""
+        return content
 
-    async def stream(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+    async def stream(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         requests = (parse(kind, raw, most) async for raw in raws)
         with servicer.under_way():
             async with contextlib.aclosing(behaviour(requests, context)) as responses:
                 async for response in responses:
-                    yield response
+                    content, gone = response.SerializeToString(), None
+                    try:
+                        gone = leaves(content, context)
+                    except BusyError as error:
+                        said = servicer.stream_error(response.infer_response.id, error)
+                        content = said.SerializeToString()
+                    del response
+                    try:
+                        yield content  # goes on once gRPC has sent it
+                    finally:
+                        if gone is not None:
+                            gone()
 
     if method.client_streaming:
-        return grpc.stream_stream_rpc_method_handler(stream, None, _serialise)
-    return grpc.unary_unary_rpc_method_handler(unary, None, _serialise)
+        return grpc.stream_stream_rpc_method_handler(stream)
+    return grpc.unary_unary_rpc_method_handler(unary)
 
 
 class _Others(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -258,8 +285,3 @@ class _Others(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._servicer.refuse(context, error)
 
         return grpc.stream_unary_rpc_method_handler(refuse)
-
-
-def _serialise(message: Any) -> bytes:
-    content: bytes = message.SerializeToString()
-    return content

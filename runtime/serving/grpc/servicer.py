@@ -67,6 +67,9 @@ class Context(Protocol):
     def time_remaining(self) -> float | None:
         """Seconds to the client's deadline; None without one."""
 
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """What is called once the call has ended, its answer sent or given up."""
+
     def set_code(self, code: Any) -> None:
         """The `grpc.StatusCode` of a call that fails."""
 
@@ -249,6 +252,12 @@ class Servicer:
         context.set_code(grpc.StatusCode[error.code])
         context.set_details(_details(error))
 
+    def stream_error(self, request_id: str, error: RequestError) -> Any:
+        """What a stream answers to one request that fails, which is counted; it goes on."""
+        self._endpoint.refused(error)
+        empty = pb.ModelInferResponse(id=request_id)
+        return pb.ModelStreamInferResponse(error_message=_details(error), infer_response=empty)
+
     async def _stream_answer(self, request: Any, context: Context) -> Any:
         called = ("ModelStreamInfer", request.model_name, logging.INFO, Access.check_asking)
         try:
@@ -257,9 +266,7 @@ class Servicer:
         except UnauthorizedError:  # ends the stream: a token may go while it is open
             raise
         except RequestError as error:
-            self._endpoint.refused(error)
-            empty = pb.ModelInferResponse(id=request.id)
-            return pb.ModelStreamInferResponse(error_message=_details(error), infer_response=empty)
+            return self.stream_error(request.id, error)
         # Triton's mark of a request's last answer; here there is one.
         response.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=response)

@@ -27,6 +27,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
+from hhdeploy.runtime.serving.grpc.leaving import Leaving
 from hhdeploy.runtime.serving.grpc.server import method_handlers
 from hhdeploy.runtime.serving.grpc.servicer import Servicer
 from hhdeploy.runtime.serving.http.app import http_app
@@ -229,7 +230,9 @@ def test_a_grpc_call_that_is_refused(small, kind, streamed):
     async def scene() -> int:
         async with started(small) as service:
             handlers = method_handlers(
-                Servicer(LocalEndpoint(service), Access()), defaultdict(lambda: 64 << 20)
+                Servicer(LocalEndpoint(service), Access()),
+                defaultdict(lambda: 64 << 20),
+                Leaving(1 << 30, [].append),
             )
             if kind == "late":
                 service.gate.open.clear()
@@ -248,7 +251,10 @@ def test_a_grpc_call_that_is_refused(small, kind, streamed):
 
                 stream = handlers["ModelStreamInfer"].stream_stream(coming(), context)
                 answers = [answer async for answer in stream]
-                assert context.code == code or answers[0].error_message
+                assert (
+                    context.code == code
+                    or pb.ModelStreamInferResponse.FromString(answers[0]).error_message
+                )
 
             if kind == "late":
                 await once()
