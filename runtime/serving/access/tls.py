@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
+import logging
 import os
+import re
 import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.serving.settings import ServeSettings
+
+_LOG = logging.getLogger("hhdeploy.serve")
+# As OpenSSL finds them in a file, between whatever other text.
+_CERTIFICATE: Final = re.compile(
+    rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", re.DOTALL
+)
+# Tags of ASN.1, and which field of a certificate its time is, see RFC 5280, 4.1.
+_VERSION, _SHORT_YEAR, _VALIDITY = 0xA0, 0x17, 3
 
 
 class Tls:
@@ -37,17 +49,30 @@ class Tls:
     def read(self) -> None:
         """Read both files again, each once: whoever renews them may do so meanwhile.
 
+        A certificate out of its time is taken, with a warning, where there is no other one yet: the
+        clock of a machine that starts may be wrong.
+
         Raises:
-            PlanError: they cannot be read, or do not belong together; then nothing is changed.
+            PlanError: they cannot be read, do not belong together, or are out of their time; then
+                nothing is changed.
         """
         try:
             with _as_it_is(self._cert) as cert, _as_it_is(self._key) as key:
                 fresh = [each.with_files(cert, key) for each in (self.http, self.grpc)]
+                problem = _out_of_time(Path(cert).read_bytes())
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise PlanError(
                 f"`tls_cert`, `tls_key`: {self._cert} and {self._key}: expected a certificate "
                 f"chain and its key, both PEM and not encrypted: {error}"
             ) from error
+        if problem and self.http.latest is not None:
+            raise PlanError(
+                f"`tls_cert`: {self._cert}: expected certificates that are valid now, found one "
+                f"that {problem}. Renew it, or set this machine's clock."
+            )
+        if problem:
+            extra = {"file": str(self._cert), "problem": problem}
+            _LOG.warning("clients will refuse the certificate", extra=extra)
         self.http.latest, self.grpc.latest = fresh
 
 
@@ -100,3 +125,46 @@ def _as_it_is(path: Path) -> Iterator[str]:
 
 def _no_password() -> str:
     raise ValueError("the key is encrypted")
+
+
+def _out_of_time(pem: bytes) -> str:
+    """What is wrong with the first certificate of a chain that is not valid now; "" for none.
+
+    Args:
+        pem: that OpenSSL has read: what stands in it is well formed.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc)
+    for content in _CERTIFICATE.findall(pem):
+        (_, certificate), *_ = _values(base64.b64decode(content))
+        (_, signed), *_ = _values(certificate)
+        # What may stand before the serial number and the names: a version, in brackets.
+        fields = [value for tag, value in _values(signed) if tag != _VERSION]
+        begin, end = (_moment(*value) for value in _values(fields[_VALIDITY]))
+        if now < begin:
+            return f"begins at {begin.isoformat()}"
+        if now > end:
+            return f"ended at {end.isoformat()}"
+    return ""
+
+
+def _values(der: bytes) -> list[tuple[int, bytes]]:
+    """Tag and content of each value that stands there, in ASN.1's DER."""
+    found, position = [], 0
+    while position < len(der):
+        tag, length = der[position], der[position + 1]
+        position += 2
+        if length & 0x80:  # the number of bytes that the length has
+            begin, position = position, position + (length & 0x7F)
+            length = int.from_bytes(der[begin:position], "big")
+        found.append((tag, der[position : position + length]))
+        position += length
+    return found
+
+
+def _moment(tag: int, written: bytes) -> datetime.datetime:
+    """A time of a certificate: two digits of a year until 2049, four afterwards."""
+    text = written.decode("ascii")
+    if tag == _SHORT_YEAR:
+        text = ("20" if text < "50" else "19") + text
+    moment = datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ")
+    return moment.replace(tzinfo=datetime.timezone.utc)

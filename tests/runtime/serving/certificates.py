@@ -12,11 +12,15 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 
 def make_certificate(
-    folder: Path, name: str = "hhdeploy test", kind: str = "ec"
+    folder: Path,
+    name: str = "hhdeploy test",
+    kind: str = "ec",
+    hours: tuple[float, float] = (-0.1, 2),
 ) -> tuple[Path, Path]:
     """A certificate that vouches for itself, of localhost and 127.0.0.1, and its key: their files.
 
-    A second call replaces both: another key, another ``name``. ``kind``: ec or rsa.
+    A second call replaces both: another key, another ``name``. ``kind``: ec or rsa. ``hours``: from
+    now, it is valid from the one to the other.
     """
     key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
     if kind == "ec":
@@ -32,8 +36,8 @@ def make_certificate(
         .issuer_name(called)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(hours=2))
+        .not_valid_before(now + datetime.timedelta(hours=hours[0]))
+        .not_valid_after(now + datetime.timedelta(hours=hours[1]))
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())

@@ -180,6 +180,38 @@ def test_a_renewed_certificate_is_the_only_one(tmp_path, old, new):
                 served(context, protocol, client)
 
 
+EXPIRED, LATER = (-48, -24), (24, 24 * 365 * 200)  # years beyond 2049 are written in another way
+
+
+@pytest.mark.parametrize(("hours", "said"), [(EXPIRED, "ended at 2"), (LATER, "begins at 2")])
+def test_a_certificate_out_of_its_time(tmp_path, caplog, hours, said):
+    cert, key = make_certificate(tmp_path)
+    tls = Tls(cert, key)
+    trusts = ssl.create_default_context(cafile=str(cert))
+    assert not caplog.records
+    make_certificate(tmp_path, hours=hours)
+    with pytest.raises(PlanError, match=rf"`tls_cert`: .*tls.crt: .* that {said}"):
+        tls.read()
+    for context, protocol in ((tls.http, "http/1.1"), (tls.grpc, "h2")):  # the old one still
+        assert served(context, protocol, trusts)
+    # A server that has no other one begins with it: a clock may be wrong until it is set.
+    Tls(cert, key)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and said in record.problem
+
+
+def test_a_chain_is_as_good_as_its_worst_certificate(tmp_path):
+    (tmp_path / "old").mkdir()
+    cert, key = make_certificate(tmp_path)
+    tls = Tls(cert, key)
+    old, _ = make_certificate(tmp_path / "old", hours=EXPIRED)
+    cert.write_text(
+        f"Subject: this one's, as openssl writes it\n{cert.read_text()}\n{old.read_text()}"
+    )
+    with pytest.raises(PlanError, match="ended at"):
+        tls.read()
+
+
 def test_files_that_are_renewed_while_they_are_read(tmp_path, monkeypatch):
     """Certificate first, key later: what is read once is one pair for both wires."""
     cert, key = make_certificate(tmp_path)
