@@ -8,6 +8,8 @@ are large, the request is read in a process of its own, as large JSON is.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,6 +30,8 @@ _CONTENTS: Final = pb.InferTensorContents.DESCRIPTOR
 # Fields that hold everything of an inference but its tensors' values: `inputs` and
 # `raw_input_contents` are the others.
 _VALUES: Final = frozenset((5, 7))
+# The one that holds its `id`, behind the model's name and version.
+_ID: Final = 3
 # How a field is written: a varint, eight bytes, a length and so many bytes, four bytes.
 _VARINT, _EIGHT, _LENGTH, _FOUR = 0, 1, 2, 5
 
@@ -46,6 +50,32 @@ class Unread:
     id: str
     raw: bytes
     typed: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An inference of a stream that cannot be read; the others of the stream are none the worse.
+
+    No exception, which would keep the frames that it passed.
+
+    Attributes:
+        model_name: not known.
+        id: as far as it is known.
+        kind, problem: of the error.
+    """
+
+    id: str
+    kind: type[RequestError]
+    problem: str
+    model_name: str = ""
+
+
+def parse_or_refuse(kind: Any, raw: bytes, most: int) -> Any:
+    """See `parse`; `Refused` instead of an error."""
+    try:
+        return parse(kind, raw, most)
+    except RequestError as error:
+        return Refused(_id_of(raw), type(error), str(error))
 
 
 def parse(kind: Any, raw: bytes, most: int) -> Any:
@@ -82,12 +112,14 @@ async def read_inference(parser: Parser, request: Any, most: int) -> InferReques
 
     Args:
         parser: whose process reads what is large.
-        request: the message, or `Unread`.
+        request: the message, `Unread` or `Refused`.
         most: bytes that large typed contents may have.
 
     Raises:
         RequestError: what is wrong with it.
     """
+    if isinstance(request, Refused):
+        raise request.kind(request.problem)
     if not isinstance(request, Unread):
         return read_request(request)
     if request.typed > most:
@@ -101,6 +133,15 @@ async def read_inference(parser: Parser, request: Any, most: int) -> InferReques
 
 def _read(raw: bytes) -> InferRequest:
     return read_request(pb.ModelInferRequest.FromString(raw))
+
+
+def _id_of(raw: bytes) -> str:
+    """What an inference is called: among its first fields, as every library writes them."""
+    with contextlib.suppress(DecodeError, UnicodeDecodeError):
+        for number, way, _, begin, end in itertools.islice(_fields(raw, 0, len(raw)), _ID):
+            if number == _ID and way == _LENGTH:
+                return raw[begin:end].decode()
+    return ""
 
 
 class _Count:

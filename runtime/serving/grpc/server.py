@@ -26,7 +26,7 @@ from hhdeploy.runtime.serving.errors import BusyError, NotServedError, RequestEr
 from hhdeploy.runtime.serving.grpc.front import Front
 from hhdeploy.runtime.serving.grpc.headers import PEER
 from hhdeploy.runtime.serving.grpc.leaving import SMALL_BYTES, Leaving
-from hhdeploy.runtime.serving.grpc.parsing import parse
+from hhdeploy.runtime.serving.grpc.parsing import parse, parse_or_refuse
 from hhdeploy.runtime.serving.grpc.probes import add_probes
 from hhdeploy.runtime.serving.grpc.servicer import Context, Servicer
 from hhdeploy.runtime.serving.listening import listen
@@ -246,7 +246,7 @@ def _handler(servicer: Servicer, method: Any, most: int, leaving: Leaving) -> An
         return content
 
     async def stream(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        requests = (parse(kind, raw, most) async for raw in raws)
+        requests = (parse_or_refuse(kind, raw, most) async for raw in raws)
         with servicer.under_way():
             async with contextlib.aclosing(behaviour(requests, context)) as responses:
                 async for response in responses:

@@ -16,7 +16,7 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from PIL import Image
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
@@ -321,13 +321,14 @@ def test_an_error_in_a_stream_says_whose_it_is(server):
     assert not right.error_message and right.infer_response.id == "seven"
 
 
-def test_bytes_that_are_no_message_end_a_stream(server):
+def test_bytes_that_are_no_message_are_answered_in_a_stream(server):
     method = INFER.replace("ModelInfer", "ModelStreamInfer")
+    right = message(images(1), "alpha").SerializeToString()
     with grpc.insecure_channel(server.grpc) as channel:
-        call = channel.stream_stream(method)(iter([b"\xff" * 10]), timeout=PATIENCE)
-        with pytest.raises(grpc.RpcError) as caught:
-            list(call)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        call = channel.stream_stream(method)(iter([b"\xff" * 10, right]), timeout=PATIENCE)
+        wrong, good = map(service_pb2.ModelStreamInferResponse.FromString, call)
+    assert "no message inference.ModelInferRequest" in wrong.error_message
+    assert not good.error_message and good.infer_response.id == "seven"
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -246,6 +246,44 @@ def test_much_typed_and_messages_of_many_fields():
     asyncio.run(run())
 
 
+def test_a_stream_goes_on_after_a_message_that_cannot_be_read():
+    """Each gets its own answer, with its id where it can be found."""
+    good = message(images(1)).SerializeToString()
+    many = good + b"\x32\0" * (1 << 14)
+    cases = {
+        good: ("seven", ""),
+        many: ("seven", "has more than 16384 fields"),
+        b"\xff": ("", "no message inference.ModelInferRequest"),
+        b"\x1a\2\xff\xfe" + many: ("", "has more than"),
+        b"\x1a\1x" + bytes(100_000): ("x", "the request is 100003 bytes, at most 90000"),
+    }
+
+    async def run() -> None:
+        # A load may be longer: else gRPC itself ends the stream.
+        loads = {"allow_adapter_loading": True, "token_file": Path("token")}
+        endpoint = Endpoint(body_bytes=90_000, **loads)
+        endpoint.gate.set()
+        async with (
+            served(endpoint, inference=["a-token-of-one-client"]) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            method = channel.stream_stream(
+                INFER.replace("ModelInfer", "ModelStreamInfer"),
+                response_deserializer=pb.ModelStreamInferResponse.FromString,
+            )
+            metadata = (("authorization", "Bearer a-token-of-one-client"),)
+            answers = [a async for a in method(iter([*cases, good]), metadata=metadata)]
+            for answer, (name, said) in zip(answers, [*cases.values(), ("seven", "")], strict=True):
+                assert answer.infer_response.id == name
+                assert said in answer.error_message and bool(said) == bool(answer.error_message)
+            kinds = [errors.refusal_kind(each) for each in endpoint.refusals]
+            assert kinds == ["request"] * 3 + ["too_large"]
+            code, _ = await failing(anext(aiter(method(iter([many])))))
+            assert code == "UNAUTHENTICATED"
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_leaves_ends_the_work(streamed):
     async def run() -> None:
