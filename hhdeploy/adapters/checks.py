@@ -38,7 +38,7 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise OptionError(
             f"adapter name {name!r}: expected letters, digits, '.', '-' and '_' (at most 128, "
-            "first a letter or digit). Give one: NAME=DIR."
+            "first a letter or digit). Choose such a name."
         )
     return name
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from hhdeploy.adapters.checks import check_name
+from hhdeploy.errors import OptionError
 
 
 def named_directories(values: Sequence[str]) -> dict[str, Path]:
@@ -19,7 +20,10 @@ def named_directories(values: Sequence[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for value in values:
         name, directory = _named_directory(value)
-        check_name(name)
+        try:
+            check_name(name)
+        except OptionError as error:
+            raise OptionError(f"{error} Give it as NAME=DIR.") from error
         if name in named:
             raise click.UsageError(
                 f"two adapters are called {name!r} ({named[name]} and {directory}). Name them "

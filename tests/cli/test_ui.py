@@ -51,7 +51,7 @@ def test_a_path_may_hold_an_equals_sign(here, value, name, directory):
 
 def test_a_name_that_is_none_says_how_to_give_one(here):
     for value in ("runs/lr=0.1", "a/b=plain", "=plain", "backbone=plain"):
-        with pytest.raises(OptionError, match=r"NAME=DIR|reserved"):
+        with pytest.raises(OptionError, match=r"Give it as NAME=DIR\.$"):
             named_directories([value])
     assert named_directories(["cars=runs/lr=0.1"]) == {"cars": Path("runs/lr=0.1")}
 
