@@ -343,7 +343,7 @@ def read_upload(parameters: Mapping[str, Any], most_bytes: int) -> Upload | None
         RequestError: other parameters, of which none is passed over: who sends them believes that
             they were taken. TooLargeError: more than ``most_bytes``.
     """
-    given = {key: value for key, value in parameters.items() if key != _OF_NO_MEANING}
+    given = _meant(parameters)
     if not given:
         return None
     config = given.pop("config", None)
@@ -365,3 +365,24 @@ def read_upload(parameters: Mapping[str, Any], most_bytes: int) -> Upload | None
     if len(content) + len(config) > most_bytes:
         raise TooLargeError(f"the adapter is beyond {most_bytes} bytes.")
     return Upload(config.encode("utf-8", "replace"), content)
+
+
+def check_unload(parameters: Mapping[str, Any]) -> None:
+    """Raises `RequestError` for what a request to unload an adapter may not carry: see `_meant`."""
+    if given := _meant(parameters):
+        raise RequestError(
+            f"a request to unload an adapter has no parameters but {_OF_NO_MEANING}. Found: "
+            f"{', '.join(sorted(str(key)[:80] for key in given))}."
+        )
+
+
+def _meant(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request carries beside the word of Triton's clients that says nothing here."""
+    given = dict(parameters)
+    word = given.pop(_OF_NO_MEANING, False)
+    if not isinstance(word, bool):
+        raise RequestError(
+            f"{_OF_NO_MEANING}: expected true or false, found {str(word)[:80]!r}. No adapter has "
+            "dependents."
+        )
+    return given

@@ -29,6 +29,7 @@ from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
+    check_unload,
     model_config,
     read_upload,
     server_metadata,
@@ -212,17 +213,14 @@ class Servicer:
     @_unary(pb.RepositoryModelLoadResponse, "model_name", logging.INFO, Access.check_loading)
     async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
         """Load an adapter that the server has, or one that is uploaded."""
-        given = {
-            key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
-            for key, value in request.parameters.items()
-        }
-        upload = read_upload(given, self._endpoint.settings.adapter_bytes)
+        upload = read_upload(_parameters_of(request), self._endpoint.settings.adapter_bytes)
         await self._endpoint.load_adapter(request.model_name, upload)
         return pb.RepositoryModelLoadResponse()
 
     @_unary(pb.RepositoryModelUnloadResponse, "model_name", logging.INFO, Access.check_loading)
     async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
         """Answer no request for an adapter any more."""
+        check_unload(_parameters_of(request))
         await self._endpoint.unload_adapter(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
@@ -331,6 +329,14 @@ class Servicer:
         remaining = context.time_remaining()
         limit = self._endpoint.settings.request_seconds
         return limit if remaining is None else min(limit, remaining)
+
+
+def _parameters_of(request: Any) -> dict[str, Any]:
+    """Those of a request that changes the repository."""
+    return {
+        key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
+        for key, value in request.parameters.items()
+    }
 
 
 def _details(error: RequestError) -> str:

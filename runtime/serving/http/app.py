@@ -32,6 +32,7 @@ from hhdeploy.runtime.serving.access.hosts import host_name
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
+    check_unload,
     model_config,
     read_upload,
     server_metadata,
@@ -152,8 +153,8 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
 
     async def unload(request: Request) -> Response:
         access.check_loading(request.headers.get("authorization"))
-        async with bodies.read(request, _SMALL_BYTES):
-            pass
+        async with bodies.read(request, _SMALL_BYTES) as body:
+            check_unload(read_only_parameters(await parser.content(body)))
         await endpoint.unload_adapter(request.path_params["adapter"])
         return Response(status_code=200)
 

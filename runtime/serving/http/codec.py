@@ -366,8 +366,8 @@ def read_only_parameters(content: Mapping[str, Any]) -> dict[str, Value]:
     if others:
         raise RequestError(
             "the request: expected one member, parameters, or none, found "
-            f"{', '.join(sorted(key[:80] for key in others[:20]))}. What is to be loaded belongs "
-            "into parameters."
+            f"{', '.join(sorted(key[:80] for key in others[:20]))}. What the server is to "
+            "take belongs into parameters."
         )
     return read_parameters(content, REQUEST)
 
