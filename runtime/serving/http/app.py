@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,6 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.access.hosts import host_name
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import (
     Endpoint,
@@ -40,11 +39,10 @@ from hhdeploy.runtime.serving.endpoint import (
 from hhdeploy.runtime.serving.errors import (
     BusyError,
     FailedError,
-    ForbiddenError,
     NotFoundError,
     RequestError,
 )
-from hhdeploy.runtime.serving.http.arrival import Bodies, header
+from hhdeploy.runtime.serving.http.arrival import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     compact_json,
@@ -52,6 +50,7 @@ from hhdeploy.runtime.serving.http.codec import (
     read_truth,
     write_response,
 )
+from hhdeploy.runtime.serving.http.heads import check_head, header
 from hhdeploy.runtime.serving.http.leaving import send_answer
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
 from hhdeploy.runtime.serving.http.parsing import BodyParser
@@ -139,7 +138,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         return _json(await endpoint.repository_index(ready_only))
 
     async def load(request: Request) -> Response:
-        access.check_loading(request.headers.get("authorization"))
+        access.check_loading(header(request, b"authorization"))
         # An uploaded file travels as base64, which is a third longer.
         most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
         held = bodies.read(request, most)
@@ -152,7 +151,7 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         return Response(status_code=200)
 
     async def unload(request: Request) -> Response:
-        access.check_loading(request.headers.get("authorization"))
+        access.check_loading(header(request, b"authorization"))
         async with bodies.read(request, _SMALL_BYTES) as body:
             check_unload(read_only_parameters(await parser.content(body)))
         await endpoint.unload_adapter(request.path_params["adapter"])
@@ -262,7 +261,7 @@ class _Guard:
         self, handler: Handler, check: Admission | None, request: Request, asked: Asked
     ) -> Response:
         try:
-            _check_host(header(request, b"host") or "", self._hosts)
+            check_head(request, self._hosts)
             if check is not None:
                 check(header(request, b"authorization"))
             # The body's bytes may come as slowly as the client likes: its time counts too.
@@ -303,17 +302,10 @@ def _asked(request: Request) -> Asked:
         host, port = client
         peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path = request.scope["path"][:200]
-    given = header(request, _REQUEST_ID)
+    # One of several is as good as none: it is in the log alone, and no reason to refuse.
+    ids = [value for name, value in request.scope["headers"] if name == _REQUEST_ID]
+    given = ids[0].decode("latin-1") if len(ids) == 1 else None
     return Asked(peer, given, method=request.method, path=path)
-
-
-def _check_host(host: str, hosts: Collection[str] | None) -> None:
-    """Refuse a page whose name was pointed at this machine: its requests have its name."""
-    if hosts is not None and host_name(host) not in hosts:
-        raise ForbiddenError(
-            f"Host: expected one of {', '.join(sorted(hosts))}, found {host[:200]!r}. The operator "
-            "can allow another among `allowed_hosts`."
-        )
 
 
 def error_response(error: HhdeployError) -> Response:

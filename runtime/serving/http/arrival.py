@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import Body, read_encoding
+from hhdeploy.runtime.serving.http.heads import header
 from hhdeploy.runtime.serving.http.leaving import LeavingProtocol
 from hhdeploy.runtime.serving.http.upgrades import RequestParser
 
@@ -226,15 +227,6 @@ class _InTurn(FlowControl):
     def _go_on(self) -> None:
         self._waits = False
         super().resume_reading()
-
-
-def header(request: Request, name: bytes) -> str | None:
-    """The first header of a name in lower case. As starlette's mapping, without its exceptions."""
-    for each, value in request.scope["headers"]:
-        if each == name:
-            text: str = value.decode("latin-1")
-            return text
-    return None
 
 
 @dataclass(eq=False)
