@@ -34,8 +34,8 @@ later finds it on disk, and is told what was unloaded before it is ready.
 
 Numbers. ``/metrics`` has each replica's samples, labelled with its name, so that a restart is a
 new series and not a counter that falls; `status` adds them up. What was refused is counted by each
-ingress and by gRPC's side, as ``ingress-...`` and ``grpc-...``; the registry hears of all. The
-ingress' other numbers are Ray Serve's.
+ingress and by gRPC's side, as ``ingress-...`` and ``grpc-...``; the registry hears of all, and
+leaves out those that are gone. The ingress' other numbers are Ray Serve's.
 
 gRPC is answered by the command's own process (`grpc`), for Ray's gRPC proxy listens on all
 addresses whatever it is told, and takes messages of any size. What ``serve deploy`` runs has HTTP
@@ -53,6 +53,7 @@ only.
 import logging
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,7 +87,8 @@ class Ingress:
         """``replicas``, ``registry``: handles of those deployments."""
         log_as_json(settings.log_level, "hhdeploy")
         start_tracing()
-        self._endpoint = RayEndpoint(settings, replicas, registry)
+        actor = ray.get_runtime_context().get_actor_name()
+        self._endpoint = RayEndpoint(settings, replicas, registry, actor=actor)
         self._settings, self._access = settings, Access.of(settings)
         self._app = Draining(named_by_proxy(http_app(self._endpoint, self._access)))
 
@@ -107,17 +109,17 @@ class Ingress:
 def named_by_proxy(app: ASGIApp) -> ASGIApp:
     """An application whose answers leave the id of their request out.
 
-    Ray's proxy names a request that has none, and adds the name to every answer: clients would find
-    it twice.
+    Ray's proxy names a request that has none, and adds the name to every answer, also one that this
+    server does not take: clients would find two.
     """
     name = REQUEST_ID.encode()
 
     async def once(scope: Scope, receive: Receive, send: Send) -> None:
-        given = [each for each in scope.get("headers", ()) if each[0] == name]
+        given = any(each[0] == name for each in scope.get("headers", ()))
 
         async def without(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                kept = [each for each in message["headers"] if each not in given]
+            if given and message["type"] == "http.response.start":
+                kept = [each for each in message["headers"] if each[0] != name]
                 message = {**message, "headers": kept}
             await send(message)
 

@@ -38,7 +38,12 @@ class RayEndpoint:
     """
 
     def __init__(
-        self, settings: ServeSettings, replicas: Any, registry: Any, name: str = "ingress"
+        self,
+        settings: ServeSettings,
+        replicas: Any,
+        registry: Any,
+        name: str = "ingress",
+        actor: str | None = None,
     ) -> None:
         """An endpoint of these.
 
@@ -46,12 +51,13 @@ class RayEndpoint:
             settings: what the operator chose.
             replicas, registry: handles of the deployments of that name.
             name: what it is called in the metrics, with a word that a restart changes.
+            actor: whose it is; None: that of the command, which ends with all others.
         """
         self._settings = settings
         self._replicas = replicas
         self._registry = registry
         self.stopping = False
-        self._name = f"{name}-{secrets.token_hex(4)}"
+        self._name, self._actor = f"{name}-{secrets.token_hex(4)}", actor
         self._refusals: dict[str, int] = defaultdict(int)
         self._telling: asyncio.Task[None] | None = None
         self._tells_soon = False
@@ -144,7 +150,7 @@ class RayEndpoint:
         """What was refused here, told to the registry, and what it heard of all."""
         with Deadline(_READY_SECONDS):
             found: dict[str, dict[str, int]] = await ask(
-                self._registry.refused, self._name, dict(self._refusals)
+                self._registry.refused, self._name, dict(self._refusals), self._actor
             )
         return found
 

@@ -65,7 +65,7 @@ class Registry:
         self._latest: dict[str, Latest] = {}
         self._done: dict[str, int] = {}
         self._problems: list[str] = []
-        self._refusals: dict[str, dict[str, int]] = {}
+        self._refusals: dict[str, tuple[str | None, dict[str, int]]] = {}
         self._moved = asyncio.Condition()
         self._changing = asyncio.Lock()
         self._joining = set(_actors())
@@ -141,15 +141,23 @@ class Registry:
                     f"machines? {self._problems[0]}"
                 )
 
-    async def refused(self, teller: str, counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    async def refused(
+        self, teller: str, counts: dict[str, int], actor: str | None
+    ) -> dict[str, dict[str, int]]:
         """Keep what was refused where requests come in, by kind; and what all others told so far.
+
+        Those that are gone are left out, as replicas are: their numbers would stay for ever, and
+        with every restart there would be more of them.
 
         Args:
             teller: who counted.
             counts: since its start.
+            actor: name of its actor; None: it has none, and is there as long as this registry is.
         """
-        self._refusals[teller] = counts
-        return self._refusals
+        self._refusals[teller] = actor, counts
+        alive = {None, actor, *await asyncio.to_thread(_actors, INGRESS)}
+        self._refusals = {t: told for t, told in self._refusals.items() if told[0] in alive}
+        return {t: told for t, (_, told) in self._refusals.items()}
 
     @functools.cached_property
     def _replicas(self) -> Any:
@@ -230,9 +238,9 @@ class Follower:
         self._done = max((c.revision for c in self._known.values()), default=0)
 
 
-def _actors() -> set[str]:
-    """Names of the replicas' actors, as Ray has them now: started, or being started."""
+def _actors(deployment: str = REPLICA) -> set[str]:
+    """Names of a deployment's actors, as Ray has them now: started, or being started."""
     own = ray.get_runtime_context().get_actor_name()
     assert own is not None  # Ray Serve names all its actors
-    ours = own.rpartition("#")[0].removesuffix(REGISTRY) + REPLICA + "#"
+    ours = own.rpartition("#")[0].removesuffix(REGISTRY) + deployment + "#"
     return {a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].startswith(ours)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -245,6 +247,27 @@ def test_a_registry_that_is_killed_is_told_everything_by_the_replicas(fleet, wor
     gone = fleet.logits_of_each(IMAGES, "gamma")
     assert [type(answer.cause) for answer in gone] == [errors.NotFoundError] * 2
     assert fleet.load("gamma") == (200, None)
+
+
+@pytest.mark.parametrize("given", ["of-mine", "none that is taken"])
+def test_an_answer_has_one_id(fleet, given):
+    with contextlib.closing(http.client.HTTPConnection(fleet.server.http, timeout=60)) as client:
+        client.request("GET", "/v2", headers={"X-Request-Id": given})
+        assert client.getresponse().headers.get_all("x-request-id") == [given]
+
+
+def test_an_ingress_that_is_killed_takes_its_numbers_with_it(fleet):
+    def refusing() -> set[str]:
+        fleet.server.request("GET", "/v2/models/nobody")
+        text = fleet.server.request("GET", "/metrics")[2].decode()
+        return set(re.findall(r'refused_requests_total{.*replica="(ingress-[0-9a-f]*)"}', text))
+
+    wait_until(lambda: len(refusing()) == 2)
+    before = refusing()
+    old = fleet.processes_of("Ingress")[0]
+    old.kill()
+    old.wait(60)
+    wait_until(lambda: len(there := refusing()) == 2 and len(there & before) == 1)
 
 
 # --- the command --------------------------------------------------------------------------------

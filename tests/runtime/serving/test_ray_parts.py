@@ -72,6 +72,8 @@ def test_an_ingress_sends_spans_where_its_environment_says(tmp_path, monkeypatch
     monkeypatch.setattr(tracing, "_EXPORTER", "opentelemetry.exporter.that_there_is_not")
     monkeypatch.setattr(tracing, "_tracer", lambda: None)
     monkeypatch.setattr(ray_app, "log_as_json", lambda *_: None)
+    actor = SimpleNamespace(get_actor_name=lambda: "ingress")
+    monkeypatch.setattr(ray_app.ray, "get_runtime_context", lambda: actor)
     ray_app.Ingress(read_settings({"bundle": tmp_path}), None, None)
     assert [record.getMessage()[:8] for record in caplog.records] == ["no spans"]
 
@@ -221,10 +223,10 @@ def test_who_watches_is_answered_while_it_drains():
 
 
 def test_a_request_s_id_is_left_to_the_proxy_that_adds_it():
-    """One that the server does not take is another one in the log: the answer says that."""
+    """Also of one that the server does not take, which is another one in the log."""
     app = ray_app.named_by_proxy(http_app(endpoint(Handle()), Access()))
 
-    async def ids(given: bytes) -> list[bytes]:
+    async def ids(*given: bytes) -> list[bytes]:
         said: list[Any] = []
 
         async def send(message: Any) -> None:
@@ -232,14 +234,16 @@ def test_a_request_s_id_is_left_to_the_proxy_that_adds_it():
 
         scope = {
             "type": "http", "method": "GET", "path": "/v2/health/live", "query_string": b"",
-            "headers": [(b"host", b"localhost"), (b"x-request-id", given)],
+            "headers": [(b"host", b"localhost"), *((b"x-request-id", each) for each in given)],
         }  # fmt: skip
         await app(scope, asyncio.Event().wait, send)
         assert (said[0]["status"], said[1]["body"]) == (200, b'{"live":true}')
         return [value for name, value in said[0]["headers"] if name == b"x-request-id"]
 
     assert asyncio.run(ids(b"abc")) == []
-    assert len(asyncio.run(ids(b"a b c"))) == 1
+    assert asyncio.run(ids(b"a b c")) == []
+    assert asyncio.run(ids(b"x" * 129)) == []
+    assert len(asyncio.run(ids())) == 1  # no proxy, or one that names none
 
 
 # --- routing ------------------------------------------------------------------------------------
@@ -380,11 +384,14 @@ def test_what_was_refused_is_told_wherever_requests_come_in(monkeypatch):
     monkeypatch.setattr(ray_endpoint, "_TELL_SECONDS", 0.0)
 
     async def run() -> None:
-        registry = Cluster(monkeypatch).registry
+        cluster = Cluster(monkeypatch, "first", "second")
+        registry = cluster.registry
         calls = SimpleNamespace(refused=SimpleNamespace(remote=registry.refused))
         settings, replicas = ServeSettings(Path("tiny")), SimpleNamespace(broadcast=no_replica)
-        names = ("ingress", "ingress", "grpc")
-        one, other, grpc = (RayEndpoint(settings, replicas, calls, name) for name in names)
+        names = {"first": "ingress", "second": "ingress", None: "grpc"}
+        one, other, grpc = (
+            RayEndpoint(settings, replicas, calls, name, actor) for actor, name in names.items()
+        )
         monkeypatch.setattr(ray_endpoint, "answered", lambda answers: [])
         for _ in range(3):
             grpc.refused(errors.TooLargeError("too large"))
@@ -400,6 +407,12 @@ def test_what_was_refused_is_told_wherever_requests_come_in(monkeypatch):
                 ("not_found", "ingress", "1.0"),
                 ("too_large", "grpc", "3.0"),
             ]
+        cluster.alive.remove("second")  # it died, and takes its numbers with it
+        told = (await one.metrics())[0].decode()
+        assert sorted(kind for kind, *_ in re.findall(pattern, told, re.MULTILINE)) == [
+            "not_found", "too_large",
+        ]  # fmt: skip
+        assert len(registry._refusals) == 2
         calls.refused = Handle(errors.FailedError("it is gone"))
         alone = (await one.metrics())[0].decode()
         assert re.findall(pattern, alone, re.MULTILINE) == [("not_found", "ingress", "1.0")]
@@ -422,7 +435,7 @@ class Cluster:
         self.seen: dict[str, list[Latest]] = {}
         self.first = SimpleNamespace(load_adapter=Handle(None), unload_adapter=Handle(None))
         self.asking: set[asyncio.Task[None]] = set()
-        monkeypatch.setattr(ray_registry, "_actors", lambda: set(self.alive))
+        monkeypatch.setattr(ray_registry, "_actors", lambda *_: set(self.alive))
         monkeypatch.setattr(ray_registry.serve, "get_deployment_handle", lambda _: self.first)
         monkeypatch.setattr(ray_registry, "_LOOK_SECONDS", 0.01)
         self.registry = Registry()
