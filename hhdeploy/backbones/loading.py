@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.spec import Backbone, BackboneSpec, Loaded
 from hhdeploy.backbones.structure import base_sha256, find_linears, signs_sha256
 from hhdeploy.errors import BackboneError, require
+from hhdeploy.files.tensors import check_finite
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SOURCES = ("transformers:", "python:")
 
@@ -25,7 +31,15 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
         spec = named_as_timm_does(spec)
     loaded = _load(spec)
     model = loaded.model.eval().requires_grad_(False).float()
+    file = spec.checkpoint
+    _check_finite(model, loaded.name if file is None else f"`checkpoint`: {file}")
     return Backbone(model, _facts(loaded, spec), loaded.notes, loaded.traced_with)
+
+
+def _check_finite(model: nn.Module, where: str) -> None:
+    """Every weight is a number. Buffers are left out: a mask may be of infinities."""
+    for name, weight in model.named_parameters():
+        check_finite(weight.numpy(), f"{where}: {name}", BackboneError)
 
 
 def _load(spec: BackboneSpec) -> Loaded:

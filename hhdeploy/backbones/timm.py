@@ -336,7 +336,8 @@ def _from_npz(spec: BackboneSpec, path: Path) -> tuple[nn.Module, int]:
     except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         raise BackboneError(
             f"`checkpoint`: {path} does not fit {spec.model} with {dict(spec.args)}, or cannot be "
-            f"read: {type(error).__name__}: {error}."
+            f"read: {type(error).__name__}: {str(error).rstrip('.')}. Expected the arrays of a ViT "
+            "as JAX published it; tensors by the model's own names go into a safetensors file."
         ) from error
     return model, classes
 

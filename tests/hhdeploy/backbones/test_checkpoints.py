@@ -287,8 +287,27 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, model, value):
     state["blocks.1.mlp.fc1.weight"][0, 0] = value
     torch.save(state, tmp_path / "tuned.pth")
     message = r"tuned\.pth: blocks\.1\.mlp\.fc1\.weight: expected finite values.* in 1 of "
-    with pytest.raises(AdapterError, match=message):
-        extract_adapter(tmp_path / "tuned.pth", spec(tmp_path / "base.pth"))
+    for read in (
+        lambda: extract_adapter(tmp_path / "tuned.pth", spec(tmp_path / "base.pth")),
+        lambda: load_backbone(spec(tmp_path / "tuned.pth")),
+    ):
+        with pytest.raises(BackboneError, match=f"`checkpoint`: .*{message}"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("write", "how"),
+    [
+        (lambda m, x, f: torch.jit.save(torch.jit.trace(m, x), f), r"jit\.load\(FILE\).*ct\(\)\)"),
+        (lambda m, x, f: torch.export.save(torch.export.export(m, (x,)), f), r"export\.load"),
+    ],
+    ids=["script", "exported"],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_program_of_torch_is_no_file_of_weights(tmp_path, write, how):
+    write(torch.nn.Linear(2, 2), torch.zeros(1, 2), file := tmp_path / "x.pt2")
+    with pytest.raises(AdapterError, match=rf"it holds a program.*torch\.save\(dict\(torch\.{how}"):
+        read_pth(file)
 
 
 def test_what_cannot_be_read_is_named(tmp_path, model):
