@@ -48,8 +48,9 @@ def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -
         if config.num_classes is None:
             return
         raise AdapterError(
-            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. An "
-            "adapter without classes (num_classes None) needs none."
+            f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. A "
+            "module can state which one it is, pretrained_cfg = {'classifier': 'PATH'}; an adapter "
+            "without classes (num_classes None) needs none."
         )
     known = config.preprocess is not None or states_transform(model)
     size = facts.preprocess.input_size if known else stated_size(model)

@@ -226,7 +226,7 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
         raise TrainingError(
             f"`model`: expected a model with a classifier, a Linear that stands alone at its end, "
             f"which a new one replaces; {facts.model} has none. Give it one, of any number of "
-            "classes."
+            "classes; or state which it is, pretrained_cfg = {'classifier': 'PATH'}."
         )
     if settings.linear_probe:
         check_place(backbone.model, facts, AdapterConfig(facts.model, preprocess=facts.preprocess))
