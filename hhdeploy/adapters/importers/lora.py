@@ -40,6 +40,8 @@ _KNOWN_KEYS = {
 }
 # Initialisations after which the adapter still belongs to the backbone as it was.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Of |B| |A|: float32 leaves 1e-7 of a product that is none, as PEFT's orthogonal start.
+_NO_PRODUCT = 1e-6
 
 _TENSOR = re.compile(r"(?P<module>.+)\.(?:(?P<pair>lora_[AB])\.weight|(?P<hra>hra_u))")
 
@@ -58,6 +60,20 @@ def tuned_tensor(key: str) -> TunedTensor | None:
     if found is None:
         return None
     return TunedTensor(found["module"], found["pair"] or found["hra"])
+
+
+def tuned_groups(tuned: Tensors, file: Path) -> dict[str, Tensors]:
+    """Tensors of LoRA or HRA by module path of the file and name."""
+    groups: dict[str, Tensors] = {}
+    for key, tensor in tuned.items():
+        found = tuned_tensor(key)
+        if found is None:
+            raise AdapterError(
+                f"{file}: unknown tensor key {key}. Expected <module>.lora_A.weight, "
+                ".lora_B.weight or .hra_u, and what modules_to_save and bias name."
+            )
+        groups.setdefault(found.module, {})[found.name] = tensor
+    return groups
 
 
 def unknown_option(config: Mapping[str, Any]) -> str | None:
@@ -104,6 +120,11 @@ def low_rank_of(
     # A wrong shape is no rank: whoever adds the product refuses it.
     scale = lora_scale(config, module, a.shape[0], where) if a.ndim == 2 else 1.0
     return a.astype(np.float64), b.astype(np.float64) * scale
+
+
+def changes_weight(a: Array, b: Array) -> bool:
+    """Whether B A is more than what rounding leaves of an adapter that never learnt anything."""
+    return bool(np.linalg.norm(b @ a) > _NO_PRODUCT * np.linalg.norm(a) * np.linalg.norm(b))
 
 
 def lora_scale(config: Mapping[str, Any], module: str, rank: int, where: Path) -> float:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import abbreviate
+from hhdeploy.adapters.calls import module_by_module, never_called, noise, passed_by
 from hhdeploy.adapters.importers.keys import PEFT_MODEL
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array
@@ -235,29 +235,12 @@ def _compare(
         )
 
 
-@contextlib.contextmanager
-def _module_by_module() -> Iterator[None]:
-    """torch computes a whole TransformerEncoderLayer from its weights where nothing is trained, and
-    passes by what PEFT put around its Linears."""
-    import torch
-
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[str, Array]:
     import torch
 
-    size = backbone.facts.preprocess.input_size
-    generator = torch.Generator().manual_seed(0)
-    dtype = next(tuned.parameters()).dtype
-    images = torch.randn(_IMAGES, *size, generator=generator).to(dtype)
-    with torch.no_grad(), _module_by_module():
-        with _never_called(tuned) as passed_by:
+    images = noise(_IMAGES, backbone).to(next(tuned.parameters()).dtype)
+    with torch.no_grad(), module_by_module():
+        with never_called(_adapted(tuned)) as idle:
             unmerged = _attempt(lambda: tuned(images))
         whole = _attempt(lambda: tuned.merge_and_unload(safe_merge=True))
         inner = whole.get_submodule(prefix.rstrip(".")) if prefix else whole
@@ -270,50 +253,31 @@ def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[st
             f"{where}: merging changes the structure of the model ({', '.join(changed[:4])}); "
             "only weights can be folded. Bring the merged model as a model of its own."
         )
-    _judge(unmerged.double().numpy(), merged.double().numpy(), passed_by, where)
+    _judge(unmerged.double().numpy(), merged.double().numpy(), idle, where)
     return found
 
 
-@contextlib.contextmanager
-def _never_called(tuned: Any) -> Iterator[list[str]]:
-    """The adapted modules that the model does not call in it, once it is over.
-
-    Some attentions (BEiT, EVA, Swin v2, torch's own) compute with a Linear's weight themselves.
-    """
+def _adapted(tuned: Any) -> dict[str, Any]:
+    """The modules that PEFT put something around, by path; what is within another one is that
+    one's to call."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    named = tuned.named_modules()
-    adapted: dict[str, Any] = {n: m for n, m in named if isinstance(m, BaseTunerLayer)}
-    called: set[Any] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda module, _: called.add(module))
-        for module in adapted.values()
-    ]
-    found: list[str] = []
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-        # What is within another one is that one's to call.
-        outer = [n for n in adapted if not any(n.startswith(f"{name}.") for name in adapted)]
-        idle = [name for name in outer if adapted[name] not in called]
-        found += [name.removeprefix(PEFT_MODEL) for name in idle]
+    adapted = {n: m for n, m in tuned.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {
+        name.removeprefix(PEFT_MODEL): module
+        for name, module in adapted.items()
+        if not any(name.startswith(f"{other}.") for other in adapted)
+    }
 
 
-def _judge(
-    unmerged: NDArray[Any], merged: NDArray[Any], passed_by: Sequence[str], where: Path
-) -> None:
+def _judge(unmerged: NDArray[Any], merged: NDArray[Any], idle: Sequence[str], where: Path) -> None:
     span = float(unmerged.max() - unmerged.min()) or 1.0
     error = float(np.abs(merged - unmerged).max()) / span
     if not error <= PEFT_MERGE_BOUND:
-        if passed_by:
-            raise AdapterError(
-                f"{where}: the model computes with the weight of {abbreviate(passed_by, 3)} "
-                "without calling the module, so that PEFT's adapter there did nothing, in training "
-                f"either; merged it would move the logits by {error:.1e} of their range. Train it "
-                "again with such modules in exclude_modules."
-            )
+        if idle:
+            effect = f"move the logits by {error:.1e} of their range"
+            way = "Train it again with such modules in exclude_modules."
+            raise passed_by(idle, where, effect, way)
         raise AdapterError(
             f"{where}: PEFT's merged model differs from its unmerged one by {error:.1e} of the "
             f"logits' range (at most {PEFT_MERGE_BOUND:.0e}): its change depends on the image, or "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hhdeploy.adapters.calls import check_called
 from hhdeploy.adapters.checks import abbreviate, no_place
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter
@@ -25,7 +26,15 @@ from hhdeploy.adapters.importers.keys import (
     of_one_adapter,
     owner_of,
 )
-from hhdeploy.adapters.importers.lora import HRA, LORA, low_rank_of, tuned_tensor, unknown_option
+from hhdeploy.adapters.importers.lora import (
+    HRA,
+    LORA,
+    changes_weight,
+    low_rank_of,
+    tuned_groups,
+    tuned_tensor,
+    unknown_option,
+)
 from hhdeploy.adapters.importers.merging import merged_parameters
 from hhdeploy.adapters.importers.naming import Names, names_of
 from hhdeploy.adapters.importers.pth import read_pth
@@ -271,10 +280,11 @@ def _read_as_it_is(
     file: Path,
 ) -> Tensors:
     """LoRA and HRA: products of low rank; on a convolution or the classifier, new values."""
-    groups = _groups(split.tuned, file)
+    groups = tuned_groups(split.tuned, file)
     compare_targets(config, groups, names, backbone, file)
     result: Tensors = {}
     whole = dict(split.whole)
+    called: list[str] = []
     for module, group in groups.items():
         here = names.here(module)
         linear = linear_at(backbone.facts, here)
@@ -287,27 +297,18 @@ def _read_as_it_is(
             _need_weights(config, here, options, file)
             weight = _weight(backbone, here, linear)
         a, b = low_rank_of(config, module, group, weight, file)
+        # In another implementation's names they are modules of that one, which calls its own.
+        if not names.translated and here in names.modules and changes_weight(a, b):
+            called.append(here)
         if linear is not None:
             result |= split_thirds(linear, a, b, file)
         else:
             whole[f"{here}.weight"] = _added(backbone, here, b @ a, file)
+    if called:
+        check_called(backbone, called, file)
     if any(not name.startswith(f"{backbone.facts.classifier}.") for name in whole):
         _need_weights(config, next(iter(whole)), options, file)
     return result | changed_parameters(backbone, whole, {}, file)
-
-
-def _groups(tuned: Tensors, file: Path) -> dict[str, Tensors]:
-    """Tensors of LoRA or HRA by module path of the file and name."""
-    groups: dict[str, Tensors] = {}
-    for key, tensor in tuned.items():
-        found = tuned_tensor(key)
-        if found is None:
-            raise AdapterError(
-                f"{file}: unknown tensor key {key}. Expected <module>.lora_A.weight, "
-                ".lora_B.weight or .hra_u, and what modules_to_save and bias name."
-            )
-        groups.setdefault(found.module, {})[found.name] = tensor
-    return groups
 
 
 def _need_weights(

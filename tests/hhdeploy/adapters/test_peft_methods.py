@@ -230,7 +230,12 @@ def beit():
 
 @pytest.mark.parametrize(
     ("method", "changes"),
-    [("LORA", {"init_lora_weights": "pissa"}), ("FOURIERFT", {})],
+    [
+        ("LORA", {"init_lora_weights": "pissa"}),
+        ("FOURIERFT", {}),
+        ("LORA", {"init_lora_weights": False}),
+        ("HRA", {"init_weights": False}),
+    ],
     ids=in_order,
 )
 def test_modules_that_the_model_does_not_call(tmp_path, beit, method, changes):
@@ -243,6 +248,36 @@ def test_modules_that_the_model_does_not_call(tmp_path, beit, method, changes):
 def test_beside_modules_that_the_model_does_not_call(tmp_path, beit):
     source, expected = saved(tmp_path, beit, "FOURIERFT", exclude_modules=["attn.qkv"])
     assert range_error(expected, answers(beit, import_adapter(source, beit))) <= BOUND
+
+
+@pytest.mark.parametrize("init", [True, "orthogonal"])
+def test_modules_that_the_model_does_not_call_with_an_adapter_of_nothing(tmp_path, beit, init):
+    """No training moves it there."""
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=init)
+    model = peft.get_peft_model(copy.deepcopy(beit.model), config).eval()
+    model.save_pretrained(str(tmp_path))
+    assert range_error(logits_of(model), answers(beit, import_adapter(tmp_path, beit))) <= BOUND
+
+
+@pytest.mark.parametrize("weights_known", [True, False])
+def test_the_output_of_torch_s_attention_that_nobody_calls(tmp_path, weights_known):
+    backbone = load_backbone(BackboneSpec("python:tests.own_models:torchs_encoder"))
+    changes = {"target_modules": ["out_proj", "linear1"], "modules_to_save": None}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        source, expected = saved(tmp_path, backbone, "LORA", **changes, init_lora_weights=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    options = ImportOptions(weights_known=weights_known)
+    with pytest.raises(AdapterError, match=r"weight of encoder\.layers\.0\.self_attn\.out_proj, "):
+        import_adapter(source, backbone, options)
+    tensors = load_file(source / TENSOR_FILE)
+    save_file({k: t for k, t in tensors.items() if "out_proj" not in k}, source / TENSOR_FILE)
+    edit(source, exclude_modules=["out_proj"])
+    adapter = import_adapter(source, backbone, options)
+    assert range_error(expected, answers(backbone, adapter)) <= BOUND
 
 
 @pytest.mark.parametrize(
