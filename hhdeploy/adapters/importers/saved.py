@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # What a raw state dict says between the path of a saved or wrapped module and its parameter.
 _WRAPPED = re.compile(r"\.(modules_to_save|base_layer|original_module)(?=\.)")
 _ORIGINAL = re.compile(r"\.original_module\.")
+# What PEFT before 0.21 looked for anywhere in a name to find the biases that ``all`` trains: also
+# BEiT's q_bias and Swin's relative_position_bias_table.
+_BIAS = "bias"
 # PEFT adds both to modules_to_save for these tasks; a model has one of them.
 _ADDED = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}}
 _STATISTICS = ".running_mean"  # of batch norms
@@ -160,7 +163,7 @@ def split_saved(
     split = Split(tuned, whole)
     # Without classes the backbone's classifier is a placeholder that no training has seen.
     trained = [n for n in parameters if backbone.facts.classes or not _of(n, classifier)]
-    _check_biases(split, names, config, trained, file)
+    _check_biases(split, named, names, config, trained, file)
     notes = (_UNSAVED,) if _moving(buffers) - same else ()
     return Split(tuned, _put_together(whole, thirds, backbone), notes)
 
@@ -276,9 +279,10 @@ def _alike(
 
 def _check_named(named: Mapping[str, str], config: Mapping[str, Any], file: Path) -> None:
     """Every parameter in the file is one that the configuration names."""
-    biases = config.get("bias", "none") != "none"
+    bias = config.get("bias", "none")
     for name, plain in named.items():
-        if not in_saved_module(config, plain) and not (biases and name.endswith(".bias")):
+        trained = bias != "none" and (name.endswith(".bias") or (bias == "all" and _BIAS in plain))
+        if not in_saved_module(config, plain) and not trained:
             raise AdapterError(
                 f"{file}: {plain}: the file has it, but the configuration does not name it: "
                 f"modules_to_save is {config.get('modules_to_save')}, bias "
@@ -342,25 +346,40 @@ def _check_classifier(
 
 def _check_biases(
     split: Split,
+    named: Mapping[str, str],
     names: Names,
     config: Mapping[str, Any],
     parameters: Collection[str],
     file: Path,
 ) -> None:
-    """``all``: every bias of the backbone; ``lora_only`` and the like: of the adapted modules."""
+    """``all``: every bias of the backbone, also by `_BIAS` where the file has some that were not
+    saved otherwise; ``lora_only`` and the like: of the adapted modules."""
     bias = config.get("bias", "none")
     if bias == "none":
         return
+    trained = [name for name, plain in named.items() if not in_saved_module(config, plain)]
+    before = bias == "all" and not all(name.endswith(".bias") for name in trained)
     owners = {names.owner(key) for key in split.tuned} - {None}
     adapted = {f"{names.here(str(owner))}.bias" for owner in owners}
     expected = [
-        name for name in parameters if name.endswith(".bias") and (bias == "all" or name in adapted)
+        name
+        for name in parameters
+        if name in adapted
+        or (bias == "all" and name.endswith(".bias"))
+        or (before and _BIAS in name)
     ]
     missing = [name for name in expected if name not in split.whole]
     if missing:
+        way = "Save the adapter whole."
+        if bias != "all":
+            way = (
+                "PEFT from 0.7 to 0.20 saves none of adapted modules. Where the model is still in "
+                "memory, merge the adapter (merge_and_unload) and bring the checkpoint: "
+                "`extract_adapter()`. Else train it again."
+            )
         raise AdapterError(
             f"{file}: bias is {bias!r}, but the file lacks {', '.join(missing[:4])}"
-            f"{' …' if len(missing) > 4 else ''}. Save the adapter whole."
+            f"{' …' if len(missing) > 4 else ''}. {way}"
         )
 
 

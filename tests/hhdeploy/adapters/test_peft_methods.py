@@ -115,6 +115,67 @@ def test_what_can_only_be_folded(tmp_path, vit, method, changes, values):
 
 
 @pytest.fixture(scope="module")
+def swin():
+    """Its attention has a table of biases that are no module's ``bias``."""
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depths": (1, 1), "window_size": 4}
+    args = {**shape, "num_heads": (1, 2), "num_classes": 5}
+    return load_backbone(
+        BackboneSpec("swin_tiny_patch4_window7_224", args, pretrained=False, seed=1)
+    )
+
+
+def saved_before_0_21(folder, backbone, targets, **changes):
+    """A folder as PEFT's of before 0.21, which had whatever is called bias trained and saved; the
+    logits of its unmerged model."""
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=targets, bias="all", **changes)
+    model = peft.get_peft_model(copy.deepcopy(backbone.model), config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "bias" in name or p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    model.save_pretrained(str(folder))
+    biases = {k: t for k, t in model.state_dict().items() if "bias" in k}
+    save_file({**load_file(folder / TENSOR_FILE), **biases}, folder / TENSOR_FILE)
+    return logits_of(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "biases"),
+    [
+        ("beit", ["attn.proj", "fc1"], {"q_bias", "v_bias"}),
+        ("swin", ["qkv", "fc1"], set()),
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=in_order)
+def test_biases_by_any_name(tmp_path, request, model, targets, biases, changes):
+    backbone = request.getfixturevalue(model)
+    expected = saved_before_0_21(tmp_path, backbone, targets, **changes)
+    adapter = import_adapter(tmp_path, backbone)
+    assert range_error(expected, answers(backbone, adapter)) <= BOUND
+    biases = {"bias", "relative_position_bias_table", *biases}
+    assert {name.rpartition(".")[2] for name in adapter.values} == biases
+    tensors = load_file(tmp_path / TENSOR_FILE)
+    lost = [key for key in tensors if "bias" in key and not key.endswith(".bias")][-1]
+    del tensors[lost]
+    save_file(tensors, tmp_path / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=f"lacks {lost.removeprefix('base_model.model.')}"):
+        import_adapter(tmp_path, backbone)
+
+
+def test_biases_that_peft_did_not_save(tmp_path, vit):
+    source, _ = saved(tmp_path, vit, "LORA", bias="lora_only")
+    tensors = load_file(source / TENSOR_FILE)
+    kept = {key: t for key, t in tensors.items() if not key.endswith("base_layer.bias")}
+    assert len(kept) < len(tensors)
+    save_file(kept, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=r"lacks blocks\.0\..*PEFT from 0\.7 to 0\.20"):
+        import_adapter(source, vit)
+
+
+@pytest.fixture(scope="module")
 def tiny_vit():
     """With BatchNorm in its patches and blocks."""
     shape = {"embed_dims": (8, 8, 8, 8), "depths": (1,) * 4, "num_heads": (1,) * 4}
