@@ -11,7 +11,7 @@ import copy
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +158,10 @@ def _loaded(
 ) -> Any:
     """PEFT's model with the file's tensors, which are compared with it both ways."""
     import torch
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kept = _without_saved(config)
+    method = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    kept = _of_method(config, method.__dataclass_fields__)
     known = [name for name, _ in model.named_parameters()]  # PEFT renames them
     try:
         described = peft.PeftConfig.from_peft_type(**kept)
@@ -194,12 +196,20 @@ def _check_target_parameters(known: list[str], config: Mapping[str, Any], where:
             )
 
 
-def _without_saved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the method alone; what was saved whole is no target of it."""
+def _of_method(config: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The configuration of the method alone, as PEFT is to read it.
+
+    What was saved whole is no target of it, whether or not the PEFT that wrote it had a key for
+    that.
+
+    Args:
+        config: of PEFT.
+        known: options of the method in the PEFT that is installed.
+    """
     kept = {key: value for key, value in config.items() if key not in _DROPPED}
     saved = config.get("modules_to_save") or ()
-    if saved and "exclude_modules" in config:
-        excluded = config["exclude_modules"] or ()
+    if saved and "exclude_modules" in known:
+        excluded = config.get("exclude_modules") or ()
         names = [rf"(.*\.)?({'|'.join(saved)})(\..*)?"]
         names += (
             [excluded]

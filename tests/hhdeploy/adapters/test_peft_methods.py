@@ -640,6 +640,23 @@ def test_targets_that_name_no_module_are_those_of_all_blocks(tmp_path, vit, targ
     import_adapter(source, vit)
 
 
+@pytest.mark.parametrize("method", ["LORA", "LOHA"])
+def test_a_configuration_without_a_key_for_what_is_excluded(tmp_path, vit, method):
+    """PEFT before 0.14 had none, and passed over targets that were saved whole, too."""
+    changes = {"use_dora": True} if method == "LORA" else {}
+    source, expected = saved(tmp_path, vit, method, target_modules=r".*(qkv|head)", **changes)
+    leave_out(source, "exclude_modules")
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+
+
+def leave_out(source, *keys):
+    """A configuration as a PEFT wrote it that did not have these keys."""
+    content = json.loads((source / CONFIG_FILE).read_text())
+    kept = {key: value for key, value in content.items() if key not in keys}
+    assert len(kept) == len(content) - len(keys)
+    (source / CONFIG_FILE).write_text(json.dumps(kept))
+
+
 def edit(source, **values):
     content = json.loads((source / CONFIG_FILE).read_text())
     (source / CONFIG_FILE).write_text(json.dumps({**content, **values}))
