@@ -38,6 +38,8 @@ _DROPPED = (
 # Initialisations that are exact when PEFT makes them again from the same weights.
 _REPEATABLE = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
 _IMAGES = 2
+# What the configurations of these methods have since PEFT 0.14, and all since 0.18.
+_SINCE_14, _SINCE_18 = "exclude_modules", "peft_version"
 
 
 def merged_parameters(
@@ -65,6 +67,7 @@ def merged_parameters(
     """
     peft = require("peft", "peft", f"reading {config.get('peft_type')} adapters")
     _check_method(config, where)
+    _check_age(config, tensors, where)
     import torch
 
     with _quiet(), torch.random.fork_rng(devices=[]):
@@ -96,8 +99,9 @@ def _check_method(config: Mapping[str, Any], where: Path) -> None:
     if kind not in known:
         raise AdapterError(
             f"{where}: peft_type: expected a method of the PEFT that is installed, found {kind!r}. "
-            "Upgrade it with pip install -U peft, or merge the adapter where it was trained "
-            "(merge_and_unload) and bring the checkpoint: `extract_adapter()`."
+            "A newer one may have it (pip install -U peft); BONE is of older ones. Or merge the "
+            "adapter where it was trained (merge_and_unload) and bring the checkpoint: "
+            "`extract_adapter()`."
         )
     fields = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
     for key, value in config.items():
@@ -120,6 +124,40 @@ def _check_method(config: Mapping[str, Any], where: Path) -> None:
             f"{where}: megatron_config: expected none: it names code to import. Merge the adapter "
             "where it was trained and bring the checkpoint: `extract_adapter()`."
         )
+
+
+def _check_age(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
+    """The PEFT that is installed makes of the numbers what the one that wrote them did. What some
+    mean was changed; the files say it by what their configurations lack alone.
+
+    Source: PEFT, ``tuners/oft/layer.py`` (Cayley-Neumann) and ``tuners/boft/layer.py`` (Conv2d).
+    """
+    kind = config.get("peft_type")
+    scales = [tensor for key, tensor in tensors.items() if key.endswith(".boft_s")]
+    # (1, out) of a convolution, (out, 1) of a Linear.
+    convolutions = any(scale.shape[-1] > 1 for scale in scales)
+    for changed, key, since in (
+        (kind == "OFT" and config.get("use_cayley_neumann", True), _SINCE_18, "0.18"),
+        (kind == "BOFT" and convolutions, _SINCE_14, "0.14"),
+    ):
+        if changed and key not in config:
+            raise AdapterError(
+                f"{where}: expected {kind} of PEFT {since} or newer, found none of its {key}: an "
+                "older PEFT made another change of the same numbers. Merge the adapter with that "
+                "one, where it was trained (merge_and_unload), and bring the checkpoint: "
+                "`extract_adapter()`."
+            )
+
+
+def said_of_age(config: Mapping[str, Any]) -> list[str]:
+    """A line where a configuration is read otherwise than PEFT reads it today."""
+    if not _unscaled(config):
+        return []
+    return ["LoKr without its alpha / r: PEFT before 0.14, which wrote this, did not apply it"]
+
+
+def _unscaled(config: Mapping[str, Any]) -> bool:
+    return config.get("peft_type") == "LOKR" and _SINCE_14 not in config
 
 
 def _with_replaced(backbone: Backbone, replaced: Mapping[str, Array]) -> nn.Module:
@@ -217,6 +255,8 @@ def _of_method(config: Mapping[str, Any], known: Collection[str]) -> dict[str, A
             else [rf"(.*\.)?{re.escape(name)}" for name in excluded]
         )
         kept["exclude_modules"] = "|".join(f"(?:{name})" for name in names)
+    if _unscaled(config):
+        kept |= {"alpha": config.get("r", 8), "alpha_pattern": config.get("rank_pattern") or {}}
     return kept
 
 

@@ -657,6 +657,46 @@ def leave_out(source, *keys):
     (source / CONFIG_FILE).write_text(json.dumps(kept))
 
 
+OLD = ("exclude_modules", "peft_version")
+
+
+@pytest.mark.parametrize("ranks", [{}, {"attn.qkv": 2}], ids=in_order)
+def test_lokr_before_it_had_a_scale(tmp_path, vit, ranks):
+    """The factor alpha / r came with PEFT 0.14."""
+    patterns = {"rank_pattern": ranks, "alpha_pattern": ranks}
+    source, expected = saved(tmp_path, vit, "LOKR", r=3, alpha=3, **patterns)
+    edit(source, alpha=8, alpha_pattern={"fc1": 5})
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) > MISTAKE
+    leave_out(source, *OLD)
+    adapter = import_adapter(source, vit)
+    assert range_error(expected, answers(vit, adapter)) <= BOUND
+    assert any("PEFT before 0.14" in line for line in said_of(adapter))
+
+
+CONVOLUTION = {"target_modules": ["qkv", "patch_embed.proj"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "refused"),
+    [
+        ("OFT", {}, "OFT of PEFT 0.18"),
+        ("OFT", {"use_cayley_neumann": False}, None),
+        ("BOFT", {}, None),
+        ("BOFT", CONVOLUTION, "BOFT of PEFT 0.14"),
+    ],
+    ids=in_order,
+)
+def test_methods_that_peft_changed(tmp_path, vit, method, changes, refused):
+    source, expected = saved(tmp_path, vit, method, **changes)
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+    leave_out(source, *OLD)
+    if refused is None:
+        assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+        return
+    with pytest.raises(AdapterError, match=rf"{refused} or newer.*`extract_adapter"):
+        import_adapter(source, vit)
+
+
 def edit(source, **values):
     content = json.loads((source / CONFIG_FILE).read_text())
     (source / CONFIG_FILE).write_text(json.dumps({**content, **values}))
