@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.calls import module_by_module, never_called, noise, passed_by
+from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.importers.keys import PEFT_MODEL
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array
@@ -289,8 +290,10 @@ def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[st
     import torch
 
     images = noise(_IMAGES, backbone).to(next(tuned.parameters()).dtype)
+    adapted = _adapted(tuned)
+    turning = _turning(adapted)
     with torch.no_grad(), module_by_module():
-        with never_called(_adapted(tuned)) as idle:
+        with never_called(adapted) as idle:
             unmerged = _attempt(lambda: tuned(images))
         whole = _attempt(lambda: tuned.merge_and_unload(safe_merge=True))
         inner = whole.get_submodule(prefix.rstrip(".")) if prefix else whole
@@ -303,7 +306,7 @@ def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[st
             f"{where}: merging changes the structure of the model ({', '.join(changed[:4])}); "
             "only weights can be folded. Bring the merged model as a model of its own."
         )
-    _judge(unmerged.double().numpy(), merged.double().numpy(), idle, where)
+    _judge(unmerged.double().numpy(), merged.double().numpy(), idle, turning, where)
     return found
 
 
@@ -320,7 +323,25 @@ def _adapted(tuned: Any) -> dict[str, Any]:
     }
 
 
-def _judge(unmerged: NDArray[Any], merged: NDArray[Any], idle: Sequence[str], where: Path) -> None:
+def _turning(adapted: Mapping[str, Any]) -> list[str]:
+    """The convolutions of larger kernels that OFT adapts: PEFT turns the image in front of them,
+    window by window of those that overlap, and merges a kernel that is turned.
+
+    Source: PEFT, ``tuners/oft/layer.py`` (OFTRotationModule).
+    """
+    from peft.tuners.oft.layer import Conv2d
+
+    found = [name for name, module in adapted.items() if isinstance(module, Conv2d)]
+    return [name for name in found if max(adapted[name].get_base_layer().kernel_size) > 1]
+
+
+def _judge(
+    unmerged: NDArray[Any],
+    merged: NDArray[Any],
+    idle: Sequence[str],
+    turning: Sequence[str],
+    where: Path,
+) -> None:
     span = float(unmerged.max() - unmerged.min()) or 1.0
     error = float(np.abs(merged - unmerged).max()) / span
     if not error <= PEFT_MERGE_BOUND:
@@ -328,6 +349,13 @@ def _judge(unmerged: NDArray[Any], merged: NDArray[Any], idle: Sequence[str], wh
             effect = f"move the logits by {error:.1e} of their range"
             way = "Train it again with such modules in exclude_modules."
             raise passed_by(idle, where, effect, way)
+        if turning:
+            raise AdapterError(
+                f"{where}: OFT of the convolution {abbreviate(turning, 3)}: PEFT turns the image "
+                "in front of it, window by window, as no kernel does; merged it would move the "
+                f"logits by {error:.1e} of their range. Train it again with such modules in "
+                "exclude_modules, or by BOFT or HRA, which turn the kernel."
+            )
         raise AdapterError(
             f"{where}: PEFT's merged model differs from its unmerged one by {error:.1e} of the "
             f"logits' range (at most {PEFT_MERGE_BOUND:.0e}): its change depends on the image, or "

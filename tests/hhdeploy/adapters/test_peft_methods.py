@@ -676,6 +676,12 @@ def test_lokr_before_it_had_a_scale(tmp_path, vit, ranks):
 CONVOLUTION = {"target_modules": ["qkv", "patch_embed.proj"]}
 
 
+def test_a_convolution_whose_image_is_turned(tmp_path, vit):
+    source, _ = saved(tmp_path, vit, "OFT", **CONVOLUTION)
+    with pytest.raises(AdapterError, match=r"OFT of the convolution patch_embed\.proj: .*BOFT"):
+        import_adapter(source, vit)
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "refused"),
     [
