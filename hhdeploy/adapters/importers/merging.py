@@ -280,10 +280,20 @@ def _compare(
         if names
     ]
     if problems:
+        names = {name for key in extra for name in _named_within(key, own)}
+        several = f", with what may be names of adapters in them ({', '.join(sorted(names))})"
         raise AdapterError(
             f"{where}: configuration and tensors of this {config['peft_type']} adapter disagree; "
-            f"{'; '.join(problems)}. Save the adapter whole, with the model that it belongs to."
+            f"{'; '.join(problems)}{several if names else ''}. Save the adapter whole, with the "
+            "model that it belongs to, by PEFT's save_pretrained(DIR); one of several by "
+            "save_pretrained(DIR, selected_adapters=['NAME'])."
         )
+
+
+def _named_within(key: str, own: Collection[str]) -> list[str]:
+    """The components of a key without which it would be one of PEFT's own."""
+    parts = key.split(".")
+    return [p for i, p in enumerate(parts) if ".".join([*parts[:i], *parts[i + 1 :]]) in own]
 
 
 def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[str, Array]:

@@ -809,6 +809,21 @@ def test_several_adapters_in_one_file(tmp_path, vit, method, changes):
         import_adapter(source, vit, ImportOptions(adapter_name="planes"))
 
 
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("PSOFT", r"names of adapters in them \(cars, default\)"),
+        ("DEFT", r"names of adapters in them \(cars, default\)"),
+        ("VERA", r"the tensors have, the configuration does not name: .*\.vera_A"),
+    ],
+)
+def test_several_adapters_of_methods_whose_names_nobody_can_tell(tmp_path, vit, method, reason):
+    source, _ = of_two(tmp_path, vit, method)
+    options = ImportOptions(adapter_name="cars")
+    with pytest.raises(AdapterError, match=rf"{reason}.*selected_adapters=\['NAME'\]\)\."):
+        import_adapter(source, vit, options)
+
+
 def test_heads_of_several_adapters_beside_one(tmp_path, vit):
     source, expected = of_two(tmp_path, vit, "LORA", modules_to_save=["head"])
     tensors = load_file(source / TENSOR_FILE)
