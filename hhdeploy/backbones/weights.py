@@ -26,6 +26,8 @@ _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averages|shadow|polyak
 _WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 # What every optimizer's state has; what it keeps of a weight has that weight's shape.
 _OPTIMIZED = "param_groups"
+# What a loss or a metric is called, as a word of a name: their numbers are those of a training.
+_JUDGING = re.compile(r"(?<![a-z])(loss|losses|criterion|criteria|metrics?)(?![a-z])")
 # Beside the weights in what torch's AveragedModel saves: how many they are the average of.
 _COUNTER = "n_averaged"
 # Statistics of batch norms, which an average of the parameters alone does not have.
@@ -228,19 +230,21 @@ def state_of(
         file: for the message.
 
     Returns:
-        The state dict, and a line where there are others beside it.
+        The state dict, and lines about what is beside it: others, and what is of a loss.
 
     Raises:
-        BackboneError: there are several, and nobody knows which is meant.
+        BackboneError: there are several, or several of one tensor, and nobody knows which is meant.
     """
-    state = _by_names_of(model, state, file)
+    import torch
+
+    state, judging = _without_losses(model, _by_names_of(model, state, file))
     own = [n for n, _ in model.named_parameters() if not n.startswith(f"{classifier}.")]
-    if not own or any(name in state for name in own):
-        return state, ()
+    if not own or all(name in state for name in own):
+        return state, judging
     starts = [key.removesuffix(own[0]) for key in state if key.endswith(f".{own[0]}")]
     starts = [start for start in starts if all(start + name in state for name in own)]
     if not starts:
-        return state, ()
+        return state, judging
     chosen = [start for start in starts if _averaged(start)] if len(starts) > 1 else starts
     if len(chosen) != 1:
         raise BackboneError(
@@ -251,9 +255,33 @@ def state_of(
     # One number beside a wrapper's tensors is its count of steps.
     kept = {key: value for key, value in rest.items() if value.numel() > 1}
     mine = {k.removeprefix(chosen[0]): v for k, v in state.items() if k.startswith(chosen[0])}
+    # A member that is another's of the same module has its values as well.
+    if twice := [k for k, v in kept.items() if k in mine and not torch.equal(v, mine[k])]:
+        raise BackboneError(
+            f"`checkpoint`: {file} has {twice[0]} beside {chosen[0]}{twice[0]}: expected one, the "
+            "one that the training computed with. Leave the other out of the file."
+        )
     others = [start for start in starts if start != chosen[0]]
     line = f"weights taken from {chosen[0]}* of the checkpoint, not from {', '.join(others)}"
-    return kept | mine, (line,) if others else ()
+    return kept | mine, (*judging, *((line,) if others else ()))
+
+
+def _without_losses(model: nn.Module, state: State) -> tuple[State, tuple[str, ...]]:
+    """The state dict without what a module of a training has beside the model to judge it: weights
+    of a loss (one a class), counts of a metric. A line where there is some.
+
+    A matrix is none of them: what is called a loss may have the classifier in it (ArcFace).
+    """
+    own = {name.partition(".")[0] for name in model.state_dict()}
+    firsts = {key.partition(".")[0] for key in state} - own
+    matrices = {key.partition(".")[0] for key, value in state.items() if value.ndim > 1}
+    found = {f for f in firsts - matrices if _JUDGING.search(_WORD.sub("_", f).lower())}
+    left = sorted(key for key in state if key.partition(".")[0] in found)
+    if not left:
+        return state, ()
+    more = " …" if len(left) > 4 else ""
+    line = f"left out of the checkpoint, as of a loss or a metric: {', '.join(left[:4])}{more}"
+    return {key: value for key, value in state.items() if key not in left}, (line,)
 
 
 def _by_names_of(model: nn.Module, state: State, file: Path) -> State:
@@ -310,13 +338,29 @@ def load_strictly(
             )
             if names
         ]
-        advice = advice_on_peft(unexpected) or " Is it this model's, with these arguments?"
+        whole = not (missing or wrong or untrue)
+        advice = advice_on_peft(unexpected) or (
+            advice_on_more(classifier) if whole else " Is it this model's, with these arguments?"
+        )
         raise BackboneError(
             f"`checkpoint`: {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
             f"keys {'; '.join(problems)}.{advice}{half_classifier(missing, classifier)}"
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
+
+
+def advice_on_more(classifier: str) -> str:
+    """What to do where a file has all of the model and something beside it."""
+    called = f"{classifier}.weight and {classifier}.bias"
+    head = (
+        f"If that is a classifier right behind the model, call it {called}. " if classifier else ""
+    )
+    return (
+        f" All of the model is there, and these beside it. {head}If more than that computes on "
+        "what the model returns, give the whole as a model of your own, python:MODULE:FUNCTION; "
+        "what does not compute answers, leave out of the file."
+    )
 
 
 def besides_classifier(

@@ -29,6 +29,7 @@ from hhdeploy.backbones.transformers.processors import (
 )
 from hhdeploy.backbones.weights import (
     State,
+    advice_on_more,
     advice_on_peft,
     besides_classifier,
     half_classifier,
@@ -301,10 +302,12 @@ def _check_loading(
         f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
     ]
     if problems:
+        random = found["missing"] or found["of another shape"]
+        more = " Parts of the model would stay random." if random else advice_on_more(head)
         raise BackboneError(
             f"{what}: the weights do not fit the model's configuration; keys "
-            f"{'; '.join(problems)}. Parts of the model would stay random."
-            f"{advice_on_peft(found['unexpected'])}{half_classifier(missing, head)}"
+            f"{'; '.join(problems)}.{advice_on_peft(found['unexpected']) or more}"
+            f"{half_classifier(missing, head)}"
         )
 
 

@@ -212,10 +212,61 @@ def test_names_that_differ_by_a_wrapper_alone_are_refused(tmp_path, model, raw):
         load_backbone(spec(tmp_path / "x.pth"))
 
 
-def test_what_is_no_part_of_the_model_stays_an_error(tmp_path, model):
-    more = {"criterion.weight": torch.ones(7), "steps": torch.tensor(3)}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"criterion.weight": torch.ones(7)},
+        {"train_loss.pos_weight": torch.ones(7), "valMetrics.tp": torch.zeros(7).long()},
+    ],
+)
+@pytest.mark.parametrize("start", ["model.", ""])
+def test_what_a_training_judges_by_is_left_out(tmp_path, model, more, start):
+    torch.save(named(model.state_dict(), start) | more, tmp_path / "x.pth")
+    line = f"as of a loss or a metric: {', '.join(sorted(more))}"
+    assert_taken(tmp_path / "x.pth", model, line)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"fc.weight": torch.ones(7, 8), "fc.bias": torch.ones(7)},
+        # Of a loss that has the classifier in it (ArcFace).
+        {"criterion.weight": torch.ones(7, 8)},
+    ],
+)
+def test_what_is_beside_the_model_stays_an_error(tmp_path, model, more):
     torch.save(named(model.state_dict(), "model.") | more, tmp_path / "x.pth")
-    with pytest.raises(BackboneError, match=r"keys unexpected: criterion\.weight\. Is"):
+    message = rf"keys unexpected: {', '.join(more)}\. All of .*call it head\.weight and head\.bias"
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_what_is_beside_a_model_of_transformers(tmp_path):
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+    model.save_pretrained(tmp_path / "base")
+    where = f"transformers:{tmp_path / 'base'}"
+    more = {"loss_fn.weight": torch.ones(3), "fc.weight": torch.ones(3, 48)}
+    torch.save(named(model.state_dict(), "model.") | more, tmp_path / "x.ckpt")
+    message = r"unexpected: fc\.weight\. All of .*call it classifier\.weight"
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(BackboneSpec(where, checkpoint=tmp_path / "x.ckpt"))
+    del more["fc.weight"]
+    torch.save(named(model.state_dict(), "model.") | more, tmp_path / "x.ckpt")
+    found = load_backbone(BackboneSpec(where, checkpoint=tmp_path / "x.ckpt"))
+    assert any("loss_fn.weight" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("twice", ["head", "norm"])
+def test_a_tensor_beside_the_model_s_of_its_name_is_refused(tmp_path, model, twice):
+    """A head of the user's own module, say: nobody knows which one made the answers."""
+    leaves = [f"{twice}.{leaf}" for leaf in ("weight", "bias")]
+    own = {leaf: model.get_parameter(leaf) for leaf in leaves}
+    torch.save(named(model.state_dict(), "model.") | own, tmp_path / "x.pth")
+    assert_taken(tmp_path / "x.pth", model)
+    more = {leaf: value + 1 for leaf, value in own.items()}
+    torch.save(named(model.state_dict(), "model.") | more, tmp_path / "x.pth")
+    message = rf"has {twice}\.weight beside model\.{twice}\.weight: expected one"
+    with pytest.raises(BackboneError, match=message):
         load_backbone(spec(tmp_path / "x.pth"))
 
 
