@@ -19,7 +19,9 @@ _NEUTRAL = frozenset(
 )
 # Those that shape no parameter, and of which two values are never the same: of any model, and of
 # what a classifier reads.
-_HEADS, _POOL = "num_heads", "global_pool"
+_HEADS, _POOL, _ACTIVATION = "num_heads", "global_pool", "act_layer"
+# timm's second names of an activation.
+_SECOND = {"swish": "silu"}
 
 
 def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
@@ -81,7 +83,7 @@ def deciding(one: _Stated, other: _Stated, *, pooled: bool) -> tuple[str, object
         Which it is, and what they say; None without one, or where they are not timm's.
     """
     mine, theirs = _plain(one[1]), _plain(other[1])
-    keys = (_HEADS, _POOL) if pooled else (_HEADS,)
+    keys = (_HEADS, _ACTIVATION, *((_POOL,) if pooled else ()))
     for key in keys if _timm(one[0], other[0]) else ():
         alike = key in mine and key in theirs and type(mine[key]) is type(theirs[key])
         if alike and mine[key] != theirs[key]:
@@ -90,12 +92,15 @@ def deciding(one: _Stated, other: _Stated, *, pooled: bool) -> tuple[str, object
 
 
 def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as JSON has them, without those that change nothing."""
-    return {
+    """Arguments as JSON has them, without those that change nothing, what has two names by one."""
+    found = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in args.items()
         if key not in _NEUTRAL
     }
+    if activation := found.pop(_ACTIVATION, None):  # "" is the model's own
+        found[_ACTIVATION] = _SECOND.get(str(activation), activation)
+    return found
 
 
 def same_model(one: str, other: str) -> bool:

@@ -357,6 +357,26 @@ def test_another_pooling_is_refused_where_a_classifier_was_trained_on_it(tiny):
     check("x", headless(adapter, class_names=None), facts)
 
 
+@pytest.mark.parametrize(
+    ("mine", "theirs", "refused"),
+    [
+        ("relu", "gelu", True),
+        ("gelu_tanh", "gelu", True),
+        ("swish", "silu", False),
+        ("", "gelu", False),
+    ],
+)
+def test_another_activation_that_both_state_is_refused(tiny, mine, theirs, refused):
+    facts = replace(tiny.facts, args={**tiny.facts.args, "act_layer": theirs})
+    args = {**facts.args, "act_layer": mine}
+    adapter = headless(random_adapter(facts, seed=34), class_names=None, base_model_args=args)
+    if not refused:
+        check("x", adapter, facts)
+        return
+    with pytest.raises(AdapterError, match=f"act_layer '{mine}', the backbone has '{theirs}'"):
+        check("x", adapter, facts)
+
+
 def test_a_kind_that_a_bundle_s_row_tells_no_site_of(tiny_facts):
     """The row cannot say which sites are missing, only that the adapter has none of them."""
     facts = replace(tiny_facts, linears=tuple(x for x in tiny_facts.linears if "mlp" not in x.path))
