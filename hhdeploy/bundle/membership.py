@@ -40,12 +40,14 @@ from hhdeploy.bundle.manifest import (
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
-from hhdeploy.errors import AdapterError, BundleError, PlanError
+from hhdeploy.errors import AdapterError, BundleError, HhdeployError, PlanError
 from hhdeploy.files.bundle_json import read_bundle_json
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import os_errors, sha256_of
 
 _GRAPH = "preprocess_graph"
+# Share of a row's largest value by which float64 sums of another order may differ in float32.
+_SAME_ROW = 1e-5
 # An entry of the manifest, what it says, where that is from, and what is said there.
 _Copy = tuple[str, Mapping[str, Any], str, Mapping[str, Any]]
 
@@ -224,9 +226,9 @@ def remove_adapter(
 
 
 def check_copies(bundle: Bundle) -> None:
-    """Compare adapters' entries with the adapters' files, which have their hashes, and what clients
-    without Python feed to graphs of pictures with the preprocessing: no hash covers the manifest,
-    and a name or a mean that is another one there is another answer.
+    """Compare adapters' entries and rows with the adapters' files, which have their hashes, and
+    what clients without Python feed to graphs of pictures with the preprocessing: no hash covers
+    the manifest, and a row, a name or a mean that is another one there is another answer.
 
     Raises:
         BundleError: naming the first that differs. ConflictError: see `Bundle.load_adapter`.
@@ -244,14 +246,36 @@ def check_copies(bundle: Bundle) -> None:
 
 def _entries(bundle: Bundle) -> Iterator[_Copy]:
     manifest = bundle.manifest
+    bank = bundle.bank() if manifest.layout is not None else None
     for entry in manifest.adapters:
         if manifest.whole:
             source, right = "backbone", entry_of_whole(manifest.backbone)
         else:
             source = f"{ADAPTERS}/{entry.name}/{CONFIG_FILE}"
             adapter = bundle.load_adapter(entry.name)
+            if bank is not None and not _is_in_row(manifest, bank, entry, adapter):
+                raise BundleError(
+                    f"{bundle.path / MANIFEST}: adapter {entry.name!r}: expected it in row "
+                    f"{entry.row} of {manifest.named(BANK_FILE)}, at strength {entry.strength:g}, "
+                    "found other values there: manifest or bank is not the one that was written. "
+                    "Copy or export the bundle again."
+                )
             right = entry_of(entry.name, entry.row, adapter, manifest.backbone, verified=False)
         yield f"adapter {entry.name!r}", _answering(entry), source, _answering(right)
+
+
+def _is_in_row(
+    manifest: Manifest, bank: NDArray[np.float32], entry: AdapterEntry, adapter: Adapter
+) -> bool:
+    """Whether the row that an entry names is the one that its adapter is packed to."""
+    assert manifest.layout is not None
+    try:
+        own = adapter if manifest.classes else headless(entry.name, adapter)
+        right = manifest.layout.pack(entry.name, own)
+    except HhdeployError:  # what has no place in such rows is in none
+        return False
+    largest = float(np.max(np.abs(right[np.isfinite(right)]), initial=0.0))
+    return np.allclose(bank[entry.row], right, rtol=_SAME_ROW, atol=_SAME_ROW * largest)
 
 
 def _answering(entry: AdapterEntry) -> dict[str, Any]:

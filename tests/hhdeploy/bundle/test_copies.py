@@ -76,6 +76,33 @@ def test_an_adapter_s_entry_that_its_files_contradict(kind, damage, tmp_path):
         Bundle.open(path).check_files()
 
 
+def rows_exchanged(content):
+    entries = {entry["name"]: entry for entry in content["adapters"]}
+    one, other = entries["alpha"], entries["rival"]  # of as many classes
+    one["row"], other["row"] = other["row"], one["row"]
+
+
+def thirds_exchanged(content):
+    sites = content["row"]["branches"][0]["sites"]
+    sites[0], sites[1] = sites[1], sites[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "row", "strength"),
+    [
+        (rows_exchanged, 3, "1"),
+        (lambda c: first(c).update(strength=0.7), 1, "0.7"),
+        (thirds_exchanged, 1, "1"),
+        (lambda c: c["row"]["branches"][0]["sites"].__setitem__(0, "blocks.0.nowhere"), 1, "1"),
+    ],
+)
+def test_a_row_that_holds_something_else(change, row, strength, tmp_path):
+    path = changed(copy_bundle(WITNESSES / "v1" / "added", tmp_path / "bundle"), change)
+    expected = rf"'alpha': expected it in row {row} of bank\.safetensors, at strength {strength}, "
+    with pytest.raises(BundleError, match=expected):
+        Bundle.open(path).check_files()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

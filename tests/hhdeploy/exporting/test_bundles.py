@@ -708,14 +708,18 @@ def test_against_other_weights(bundle, workshop, tmp_path):
     assert contents(bundle) == before
 
 
-def test_against_torch_finds_a_wrong_bank_and_changes_nothing(bundle, workshop):
-    """Alpha's row is rival's, with every hash right: bank and training-time model disagree."""
+def test_against_torch_finds_a_wrong_bank_and_changes_nothing(bundle, workshop, monkeypatch):
+    """Alpha's row is rival's, with every hash right: bank and training-time model disagree, which
+    shows also where the row is not compared with alpha's files."""
     wrong = Bundle.open(bundle).bank().copy()
     row = Bundle.open(bundle).manifest.adapter("alpha").row
     wrong[row] = Bundle.open(bundle).manifest.layout.pack("alpha", workshop.adapters["rival"])
     with edit(bundle) as change:
         change.store(BANK_FILE, tensor_bytes({"adapter_bank": wrong}))
     before = contents(bundle)
+    with pytest.raises(BundleError, match=f"'alpha': expected it in row {row} of"):
+        verify_against_torch(bundle, checkpoint=workshop.checkpoint)
+    monkeypatch.setattr("hhdeploy.bundle.membership._is_in_row", lambda *given: True)
     with pytest.raises(ParityError, match="adapter alpha"):
         verify_against_torch(bundle, checkpoint=workshop.checkpoint)
     assert contents(bundle) == before
