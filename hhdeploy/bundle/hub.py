@@ -1,7 +1,8 @@
 """Bundles in repositories of models: a folder with a hub's layout, or the Hugging Face hub itself.
 
 A repository holds what a bundle holds, under the same names, its card at the top, and
-``.gitattributes``, which says what goes to Git LFS. What lies beside is no part of the bundle.
+``.gitattributes``, which says what goes to Git LFS, and that ends of lines stay as they are. What
+lies beside is no part of the bundle.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def plan_of(bundle: Bundle) -> HubLayout:
     if (bundle.path / SIGNATURE).is_file():
         files[SIGNATURE] = None
     large = tuple(name for name in files if name.endswith(_LARGE))
-    lines = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text" for suffix in _LARGE]
+    # A clone with other ends of lines, as Git for Windows makes one, has other hashes.
+    lines = ["* -text", *(f"*{s} filter=lfs diff=lfs merge=lfs -text" for s in _LARGE)]
     return HubLayout(files, "\n".join(lines) + "\n", large)
 
 

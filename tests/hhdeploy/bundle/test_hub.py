@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +25,10 @@ from hhdeploy.errors import (
 )
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
+from hhdeploy.verifying.bundles import verify
 from tests.hhdeploy.bundle.test_signing import pair
 from tests.support import images
-from tests.workshop import contents, copy_bundle, flip_byte
+from tests.workshop import COMMAND_SECONDS, contents, copy_bundle, flip_byte
 
 
 @pytest.fixture
@@ -66,12 +69,34 @@ def test_what_was_pulled_is_found_wherever_one_goes(bundle, tmp_path, monkeypatc
 
 def test_large_files_go_to_lfs(bundle, tmp_path):
     plan = plan_of(Bundle.open(bundle))
-    suffixes = {line.split()[0].removeprefix("*") for line in plan.attributes.splitlines()}
-    assert all(line.endswith(" filter=lfs diff=lfs merge=lfs -text")
-               for line in plan.attributes.splitlines())  # fmt: skip
+    all_files, *large = plan.attributes.splitlines()
+    assert all_files == "* -text"
+    suffixes = {line.split()[0].removeprefix("*") for line in large}
+    assert all(line.endswith(" filter=lfs diff=lfs merge=lfs -text") for line in large)
     for name in plan.files:
         assert (Path(name).suffix in suffixes) == (name in plan.large)
         assert (Path(name).suffix in (".json", ".md")) == (name not in plan.large)
+
+
+def test_a_clone_that_changes_ends_of_lines(bundle, tmp_path):
+    """As Git for Windows does unless it is told otherwise."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    push(bundle, tmp_path / "hub")
+    written = contents(tmp_path / "hub")
+    git = ["git", "-C", str(tmp_path / "hub"), "-c", "core.autocrlf=true"]
+    git += ["-c", "filter.lfs.clean=cat", "-c", "filter.lfs.smudge=cat"]
+    for command in ("init -q", "add -A", "checkout-index -a --prefix=clone/"):
+        subprocess.run([*git, *command.split()], check=True, timeout=COMMAND_SECONDS)
+    assert contents(tmp_path / "hub" / "clone") == written
+
+
+def test_a_clone_without_its_large_files(bundle, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+    (bundle / "model.onnx").write_text(pointer)
+    for refuses in (lambda: verify(bundle), lambda: pull(bundle, tmp_path / "pulled")):
+        with pytest.raises(BundleError, match=r"model\.onnx: expected sha256 .* git lfs pull"):
+            refuses()
 
 
 def test_a_dry_run_writes_nothing_and_finds_damage(bundle, tmp_path):
