@@ -18,6 +18,7 @@ from hhdeploy.backbones.licences import CARD, UNKNOWN, Licences, in_words, toget
 from hhdeploy.bundle.manifest import PARITY_FILE, AdapterEntry, Manifest, write_manifest
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.choices import QUANTISED, Precision
+from hhdeploy.errors import BundleError
 from hhdeploy.files.bundle_json import json_object
 from hhdeploy.files.writing import sha256_of_bytes, write_bytes
 
@@ -52,7 +53,7 @@ def card_of(bundle: Bundle) -> str:
     """The card as it is to be; all files that the manifest names are there, but the card.
 
     Raises:
-        BundleError: parity.json or a calibration's findings are damaged.
+        BundleError: a graph is missing, or parity.json or a calibration's findings are damaged.
     """
     manifest = bundle.manifest
     blocks = [
@@ -200,7 +201,13 @@ def _graphs(bundle: Bundle) -> str:
 
 def _megabytes(root: Path, manifest: Manifest, graph: str) -> str:
     there = [n for n in (graph, f"{graph}.data") if n in manifest.files]
-    return f"{sum((root / n).stat().st_size for n in there) / 1e6:.1f}"
+    try:
+        return f"{sum((root / n).stat().st_size for n in there) / 1e6:.1f}"
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename}: expected a file of the bundle's {graph}, found none: "
+            f"{error.strerror}. Copy or export the bundle again."
+        ) from error
 
 
 def _measured(report: Mapping[str, Any], precision: Precision) -> tuple[str, str]:

@@ -263,7 +263,9 @@ class Change:
                 shutil.rmtree(root / OLD, ignore_errors=True)
             for name in sorted(gone):
                 (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(root / name, root / OLD / name)
+                # What was lost already, e.g. an adapter's files, is removed for that.
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    os.replace(root / name, root / OLD / name)
             tidy(Bundle(root, self.manifest))
 
     def drop_signature(self) -> bool:

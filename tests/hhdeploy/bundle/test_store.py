@@ -621,6 +621,28 @@ def test_a_damaged_file_is_written_again(bundle):
     assert contents(bundle).keys() >= {named}
 
 
+@pytest.mark.parametrize("lost", ["adapters/alpha/adapter_config.json", "adapters/alpha"])
+def test_an_adapter_whose_files_were_lost_is_removed(bundle, lost):
+    """With all that else is done for that: nothing is left for the next change."""
+    shutil.rmtree(bundle / lost) if (bundle / lost).is_dir() else (bundle / lost).unlink()
+    remove_adapter(bundle, "alpha")
+    assert {p.name for p in bundle.iterdir() if p.name.startswith(".")} == {".old"}
+    assert not (bundle / "adapters" / "alpha").exists()
+    Bundle.open(bundle).check_files()
+
+
+@pytest.mark.parametrize("graph", ["model.onnx", "model.onnx.data"])
+@pytest.mark.parametrize("change", [add, lambda path: remove_adapter(path, "alpha")])
+def test_a_bundle_that_lost_a_graph_is_not_changed(bundle, graph, change):
+    (bundle / graph).unlink()
+    before = contents(bundle)
+    with pytest.raises(
+        BundleError, match=rf"/{graph}: expected a file of the bundle's model\.onnx"
+    ):
+        change(bundle)
+    assert contents(bundle) == before
+
+
 def test_what_was_measured_of_an_adapter_goes_with_it(bundle):
     """Another one of its name in its row would have its errors for its own."""
     remove_adapter(bundle, "alpha")
