@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -44,6 +45,8 @@ LOCK = ".lock"
 # Seconds: between two tries, until a line says so, and until a bundle that was there is gone.
 _POLL, _SAY_AFTER, _GONE_AFTER = 0.01, 1.0, 2.0
 NEW_MANIFEST = f".{MANIFEST}.new"
+# Hidden names that a change writes to.
+_WRITTEN = (NEW_MANIFEST, NEW_CARD, JOURNAL)
 # Stem of the scratch directories inside a bundle.
 WORK = "work"
 # Names that hhdeploy gives to files at the top of a bundle, and nobody else.
@@ -227,10 +230,21 @@ def _no_lock(path: Path, error: OSError) -> WriteError:
 
 def tidy(bundle: Bundle) -> None:
     """End or undo what changes before this one left half-way."""
+    _clear_names(bundle.path)
     _heal(bundle)
     _settle_card(bundle)
     _remove_leftovers(bundle)
     follow_journal(bundle.path, ADAPTERS, bundle.manifest.files)
+
+
+def _clear_names(root: Path) -> None:
+    """Remove what no change makes from the names that changes write to: a link would be followed
+    to somebody's files, a pipe would be waited for."""
+    for name, fits in (*((n, stat.S_ISREG) for n in _WRITTEN), (OLD, stat.S_ISDIR)):
+        with contextlib.suppress(OSError):
+            mode = os.lstat(root / name).st_mode
+            if not fits(mode) and not stat.S_ISDIR(mode):
+                os.unlink(root / name)
 
 
 def _heal(bundle: Bundle) -> None:

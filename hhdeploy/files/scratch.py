@@ -128,7 +128,9 @@ def _hold(path: Path, *, by_maker: bool = False) -> int:
         FileNotFoundError: it is gone, or another one by now.
         OSError: it cannot be opened or locked.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+    # Where everybody may write, anybody may make a pipe, which would be waited for.
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | careful)
     try:
         try:
             _flock(handle)

@@ -555,6 +555,29 @@ def test_what_a_link_leads_to_is_not_changed(bundle, tmp_path, linked):
     answer(bundle, "alpha", "float32/alpha")
 
 
+@pytest.mark.parametrize("name", [".old", ".README.md.new", ".changing", ".hhdeploy.json.new"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_what_no_change_makes_is_removed_from_the_names_that_it_writes_to(
+    bundle, tmp_path, name, kind
+):
+    """A change wrote over what ``.old`` led to, made what other links led to, waited for pipes."""
+    (tmp_path / "mine").mkdir()
+    for own in ("bank.safetensors", "README.md"):
+        (tmp_path / "mine" / own).write_text("mine")
+    before = contents(tmp_path / "mine")
+    if kind == "pipe":
+        os.mkfifo(bundle / name)
+    else:
+        target = "mine" if name == ".old" else "mine/README.md"
+        (bundle / name).symlink_to(tmp_path / (f"{target}.none" if "nothing" in kind else target))
+    remove_adapter(bundle, "alpha")
+    assert contents(tmp_path / "mine") == before
+    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "mine"}
+    assert {p.name for p in bundle.iterdir() if p.name.startswith(".")} == {".old"}
+    assert (bundle / ".old").is_dir()
+    Bundle.open(bundle).check_files()
+
+
 @pytest.mark.parametrize(
     "journal",
     [

@@ -94,6 +94,15 @@ def test_a_link_is_neither_followed_nor_a_crash(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """Anybody may make one where everybody may write."""
+    os.mkfifo(tmp_path / ".out.hhdeploy-00000000")
+    os.mkfifo(tmp_path / "lock")
+    with scratch_directory(tmp_path, "out") as folder, held_file(tmp_path / "lock"):
+        assert sorted(os.listdir(tmp_path)) == [folder.name, "lock"]
+    assert os.listdir(tmp_path) == []
+
+
 def test_names_with_the_signs_of_patterns(tmp_path):
     with scratch_directory(tmp_path, "a[b]*") as folder:
         assert folder.is_dir()
