@@ -30,7 +30,7 @@ from hhdeploy.adapters.importers.template import (
 )
 from hhdeploy.backbones.weights import advice_on_peft, unwrapped
 from hhdeploy.errors import AdapterError, require
-from hhdeploy.files.pickles import unpickled
+from hhdeploy.files.weights import content_of
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -126,19 +126,19 @@ def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: Import
 
 
 def read_pth(path: Path) -> tuple[Tensors, tuple[str, ...]]:
-    """The tensors of a file of ``torch.save``, as float32 (integers as they are).
+    """The tensors of a file of ``torch.save`` or of safetensors, as float32 (integers as they are).
 
     Of a training's checkpoint the averaged weights (EMA) where there are some, as timm reads it;
     and a line where it has others beside those that were taken.
     """
     torch = require("torch", "export", f"reading {path.name}")
     try:
-        content, notes = unwrapped(unpickled(path))
+        content, notes = unwrapped(content_of(path))
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise AdapterError(
-            f"{path} cannot be read: {reason}. Expected a state dict of tensors written by "
-            "torch.save; other pickled objects are never loaded."
+            f"{path} cannot be read: {reason}. Expected a safetensors file, or a state dict of "
+            "tensors written by torch.save; other pickled objects are never loaded."
         ) from error
     if not isinstance(content, Mapping):
         raise AdapterError(f"{path}: expected a state dict, found {type(content).__name__}.")

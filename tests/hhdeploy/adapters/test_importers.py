@@ -628,6 +628,22 @@ def test_lora_of_a_fused_qkv_in_a_pth_file_is_split(tmp_path, tiny):
         assert np.array_equal(site.lora_A, a.numpy())
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x08" + bytes(7) + b'{"a": 7}', "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_safetensors_file_that_is_none(tmp_path, tiny, content, said):
+    file = tmp_path / "a.safetensors"
+    save_file({"blocks.0.attn.proj.u": torch.ones(48)}, file)
+    file.write_bytes(file.read_bytes()[:-8] if content is None else content)
+    refused(file, said, "Expected a safetensors file", backbone=tiny)
+
+
 class Evil:
     """An object that would run code when unpickled."""
 
