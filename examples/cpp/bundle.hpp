@@ -151,7 +151,11 @@ public:
     // The path of a graph, it and the weights beside it checked.
     fs::path checked(const std::string& name) const {
         read(name);
-        if (manifest.at("files").contains(name + ".data")) read(name + ".data");
+        const std::string weights = name + ".data";
+        if (manifest.at("files").contains(weights)) read(weights);
+        else if (fs::exists(path / weights))  // OpenVINO would open it all the same
+            throw Error((path / "hhdeploy.json").string() + ": files: expected the sha256 of " + weights +
+                        ", found none. Export the bundle again.");
         return path / name;
     }
 

@@ -104,11 +104,24 @@ interface GraphFiles {
 
 async function filesOf(source: Source, manifest: Manifest, graph: string): Promise<GraphFiles> {
   const path = `${graph}.data`;
+  // A runtime that opens files by itself would take weights that nobody compared.
+  if (source.path && !(path in manifest.files) && (await there(source, path))) {
+    throw new HhdeployError(
+      `${source.name}/${MANIFEST}: files: expected the sha256 of ${path}, found none. Export the bundle again.`,
+    );
+  }
   const [bytes, data] = await Promise.all([
     readChecked(source, graph, manifest.files),
     path in manifest.files ? readChecked(source, path, manifest.files) : undefined,
   ]);
   return { bytes, externalData: data ? [{ path, data }] : [] };
+}
+
+function there(source: Source, file: string): Promise<boolean> {
+  return source.read(file).then(
+    () => true,
+    () => false,
+  );
 }
 
 async function sessionOf(

@@ -328,6 +328,14 @@ def test_a_manifest_that_cannot_be_right(program, branches, pictures, tmp_path, 
     assert re.search(message, done.stderr), done.stderr
 
 
+def test_weights_without_a_hash(program, branches, pictures, tmp_path):
+    """OpenVINO would open them by itself, whatever they are."""
+    bundle = broken(branches, tmp_path / "bundle", lambda c: c["files"].pop("model.onnx.data"))
+    done = run(program, bundle, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "files: expected the sha256 of model.onnx.data, found none" in done.stderr
+
+
 def test_a_row_past_the_bank(program, branches, pictures, tmp_path):
     bundle = broken(branches, tmp_path / "bundle", lambda c: first(c).update(row=99))
     done = run(program, bundle, pictures[0])

@@ -52,3 +52,13 @@ def test_a_row_past_the_bank(ask, branches, tmp_path):
     assert re.search(r"adapter alpha: expected a row from 1 to \d+, found 99", said["error"])
     with pytest.raises(BundleError, match="adapter 'alpha': expected a row from 1 to"):
         open_session(bundle)
+
+
+def test_weights_without_a_hash(ask, branches, tmp_path):
+    """The runtime would open them by itself, whatever they are."""
+    bundle = broken(branches, tmp_path / "bundle", lambda c: c["files"].pop("model.onnx.data"))
+    (said,) = ask(asked(bundle))
+    message = rf"{MANIFEST}: files: expected the sha256 of model\.onnx\.data, found none"
+    assert re.search(message, said["error"])
+    with pytest.raises(BundleError, match=message):
+        open_session(bundle)
