@@ -28,8 +28,9 @@ struct Error : std::runtime_error {
 };
 
 inline std::string read_file(const fs::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    if (!file) throw Error(path.string() + " cannot be read.");
+    std::ifstream file;
+    if (fs::is_regular_file(path)) file.open(path, std::ios::binary);  // a pipe would be waited for
+    if (!file.is_open()) throw Error(path.string() + " cannot be read.");
     return {std::istreambuf_iterator<char>(file), {}};
 }
 

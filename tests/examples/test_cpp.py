@@ -328,6 +328,15 @@ def test_a_manifest_that_cannot_be_right(program, branches, pictures, tmp_path, 
     assert re.search(message, done.stderr), done.stderr
 
 
+def test_a_pipe_is_not_waited_for(program, branches, pictures, tmp_path):
+    bundle = copy_bundle(branches, tmp_path / "bundle")
+    (bundle / "bank.safetensors").unlink()
+    os.mkfifo(bundle / "bank.safetensors")
+    done = run(program, bundle, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "bank.safetensors cannot be read" in done.stderr
+
+
 def test_weights_without_a_hash(program, branches, pictures, tmp_path):
     """OpenVINO would open them by itself, whatever they are."""
     bundle = broken(branches, tmp_path / "bundle", lambda c: c["files"].pop("model.onnx.data"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from hhdeploy.runtime import open_session
 from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken, first
 from tests.js.conftest import encoded
 from tests.support import images
+from tests.workshop import copy_bundle
 
 
 def asked(bundle):
@@ -62,3 +64,12 @@ def test_weights_without_a_hash(ask, branches, tmp_path):
     assert re.search(message, said["error"])
     with pytest.raises(BundleError, match=message):
         open_session(bundle)
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "bank.safetensors"])
+def test_a_pipe_is_not_waited_for(ask, branches, tmp_path, file):
+    bundle = copy_bundle(branches, tmp_path / "bundle")
+    (bundle / file).unlink()
+    os.mkfifo(bundle / file)
+    (said,) = ask(asked(bundle))
+    assert f"{file}: expected a file: found something else" in said["error"]
