@@ -57,6 +57,7 @@ from hhdeploy.files.writing import (
     sha256_of,
     sha256_of_bytes,
     sync_directory,
+    sync_in_place,
     write_bytes,
 )
 
@@ -214,7 +215,7 @@ class Change:
             sync_directory(folder)
         write_bytes(root / NEW_MANIFEST, json_bytes(self.manifest.to_json()))
         os.replace(root / NEW_MANIFEST, root / MANIFEST)
-        sync_directory(root)
+        sync_in_place(root / MANIFEST)
 
     def _check(self) -> None:
         """Raise `BundleError` for a manifest that no reader would take."""

@@ -172,6 +172,22 @@ def sync_directory(path: Path) -> None:
     _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
 
 
+def sync_in_place(target: Path) -> None:
+    """`sync_directory` of what ``target`` is in, which has its new content by now.
+
+    Raises:
+        WriteError: it is written, and may be lost in a power cut.
+    """
+    try:
+        sync_directory(target.parent)
+    except OSError as error:
+        raise WriteError(
+            f"{target} was written, and whether it is on the disk for good could not be found out: "
+            f"{_reason(error)}. Look at what is there, and at the disk: after a power cut it may "
+            "be as it was before."
+        ) from error
+
+
 def sync_tree(root: Path) -> None:
     """`sync_file` and `sync_directory` of all that is below a directory, and of itself."""
     for folder, _, names in os.walk(root):
@@ -222,7 +238,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             sync_file(scratch)
             _keep_mode(place, scratch)
             os.replace(scratch, place)
-            sync_directory(place.parent)
+            sync_in_place(place)
 
 
 def _place_of(target: Path) -> Path | None:

@@ -14,7 +14,9 @@ from unittest import mock
 import pytest
 
 from hhdeploy import open_session
+from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.errors import HhdeployError, ReadError, WriteError
+from hhdeploy.files.directories import Replaceable, atomic_directory
 from hhdeploy.files.writing import (
     atomic_file,
     cache_of,
@@ -23,6 +25,9 @@ from hhdeploy.files.writing import (
     sha256_of,
     write_json,
 )
+from tests.workshop import copy_bundle
+
+WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 
 
 def names(directory):
@@ -226,6 +231,37 @@ def test_an_fsync_that_fails_is_an_error_and_leaves_the_old(tmp_path, monkeypatc
         write_json(tmp_path / "a.json", 2)
     assert (tmp_path / "a.json").read_text() == "1\n"
     assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "bundle"])
+def test_an_fsync_that_fails_at_the_end_is_not_called_no_change(tmp_path, monkeypatch, what):
+    """Of the directory in which the new name is: what was asked for is there."""
+    bundle = copy_bundle(WITNESS / "added", tmp_path / "bundle")
+    kind = Replaceable("anything", lambda path: None)
+    fsync, writers = os.fsync, {
+        "file": lambda: write_json(tmp_path / "new", 2),
+        "directory": lambda: _made(atomic_directory(tmp_path / "new", overwrite=False, kind=kind)),
+        "bundle": lambda: remove_adapter(bundle, "rival"),
+    }  # fmt: skip
+    there = {"bundle": lambda: "rival" not in (bundle / "hhdeploy.json").read_text()}
+
+    def refuse(handle):
+        if there.get(what, (tmp_path / "new").exists)():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(WriteError, match=r"was written, .*Input/output error") as caught:
+        writers[what]()
+    assert "Nothing" not in str(caught.value)
+    monkeypatch.undo()
+    Bundle.open(bundle).check_files()
+    assert names(tmp_path) == (["bundle"] if what == "bundle" else ["bundle", "new"])
+
+
+def _made(directory):
+    with directory as scratch:
+        (scratch / "a").write_text("x")
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
