@@ -201,11 +201,18 @@ def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
 
     Raises:
         ConflictError: the bundle was changed meanwhile. BundleError: a damaged file.
+        WriteError: two names of its files are one there.
     """
     before = (bundle.path / MANIFEST).read_bytes()
     for name, digest in plan.files.items():
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(place):  # the directory was empty
+            raise WriteError(
+                f"{target.parent}: {name}: expected a place for each of the bundle's files, found "
+                "that of another: the file system takes names for one that differ in case or in "
+                "how letters are spelt. Choose a place elsewhere, or give adapters other names."
+            )
         if digest is None:
             copied(bundle.path / name, place)
             continue

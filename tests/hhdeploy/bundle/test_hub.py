@@ -23,7 +23,7 @@ from hhdeploy.errors import (
     ReadError,
     WriteError,
 )
-from hhdeploy.files.writing import sha256_of
+from hhdeploy.files.writing import copied, sha256_of
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify
 from tests.hhdeploy.bundle.test_signing import pair
@@ -89,6 +89,25 @@ def test_a_clone_that_changes_ends_of_lines(bundle, tmp_path):
     for command in ("init -q", "add -A", "checkout-index -a --prefix=clone/"):
         subprocess.run([*git, *command.split()], check=True, timeout=COMMAND_SECONDS)
     assert contents(tmp_path / "hub" / "clone") == written
+
+
+def test_a_file_system_that_takes_two_names_for_one(bundle, tmp_path, monkeypatch):
+    """As if it knew no case: what is written to adapters/Alpha lies in adapters/alpha as well."""
+    shutil.copytree(bundle / "adapters" / "alpha", tmp_path / "Alpha")
+    add_adapter(bundle, "Alpha", tmp_path / "Alpha")
+    monkeypatch.setattr("hhdeploy.bundle.hub.copied", _without_case)
+    with pytest.raises(WriteError, match=r": adapters/alpha/adapter_config\.json: expected a"):
+        pull(bundle, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def _without_case(source, target):
+    digest = copied(source, target)
+    if "/adapters/Alpha/" in str(target):
+        other = Path(str(target).replace("/Alpha/", "/alpha/"))
+        other.parent.mkdir(exist_ok=True)
+        copied(source, other)
+    return digest
 
 
 def test_a_clone_without_its_large_files(bundle, tmp_path):
