@@ -12,8 +12,9 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import VALUES
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import Manifest
+from hhdeploy.bundle.manifest import MANIFEST, Manifest
 from hhdeploy.choices import Device, Precision
+from hhdeploy.errors import BundleError
 from hhdeploy.parity import Comparison, compare
 
 _BATCH = 8
@@ -46,6 +47,26 @@ def logits_of(
             for i in range(0, len(images), _BATCH)
         ]
         return np.concatenate(batches), session.device
+
+
+def check_columns(bundle: Bundle, name: str, reference: NDArray[np.float64]) -> None:
+    """Compare the classes that somebody has with a reference of them, which is -inf past these: of
+    a manifest that says fewer, or more, an answer would be wrong without a word.
+
+    Raises:
+        BundleError: naming who, and both.
+    """
+    manifest = bundle.manifest
+    if not manifest.classes:
+        return
+    there = ~np.isneginf(manifest.split(reference)[LOGITS]).all(axis=0)
+    own = int(np.max(np.flatnonzero(there) + 1, initial=0))
+    said = manifest.backbone_classes if name == BACKBONE else manifest.adapter(name).classes
+    if said != own:
+        raise BundleError(
+            f"{bundle.path / MANIFEST}: {name}: expected {own} classes, as the reference has, "
+            f"found {said}. Copy or export the bundle again."
+        )
 
 
 def compared(

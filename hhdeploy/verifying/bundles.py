@@ -35,7 +35,7 @@ from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, sha256_of
 from hhdeploy.parity import ParityReport, StageResult, stage_of
-from hhdeploy.verifying.answers import compared, logits_of, rows_covered
+from hhdeploy.verifying.answers import check_columns, compared, logits_of, rows_covered
 from hhdeploy.verifying.overflow import find_overflow
 from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import Effects, say
@@ -288,6 +288,8 @@ def verify_graphs(
             "counts as verified, found none. Run: "
             f"{as_code('verify_against_torch', bundle.path)}"
         )
+    for name, row in names.items():
+        check_columns(bundle, name, logits[ids == row])
     stages: list[StageResult] = []
     has_data = data is not None or bundle.manifest.has(PARITY_FILE)
     described = data.to_json() if data is not None else bundle.parity()["data"] if has_data else {}

@@ -25,7 +25,7 @@ from hhdeploy.adapters.format import save_adapter
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.layout import RowLayout
-from hhdeploy.bundle.manifest import BANK_FILE
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST
 from hhdeploy.bundle.store import edit
 from hhdeploy.errors import (
     AdapterError,
@@ -740,6 +740,17 @@ def roomy(workshop, tmp_path_factory):
     return workshop.export(
         tmp_path_factory.mktemp("roomy") / "out", ("alpha",), reserve=reserve
     ).path
+
+
+@pytest.mark.parametrize("classes", [4, 6])
+def test_verify_finds_another_number_of_the_backbone_s_classes(roomy, tmp_path, classes):
+    """Of which no adapter's files tell; the bare backbone answered with a part of its classes."""
+    path = copy_bundle(roomy, tmp_path / "bundle")
+    content = json.loads((path / MANIFEST).read_text())
+    content["backbone"]["classes"] = classes
+    (path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=rf"backbone: expected 5 classes, .* found {classes}"):
+        verify(path)
 
 
 @pytest.mark.parametrize("later", ["rival", "beta", "gamma", "lora"])
