@@ -263,9 +263,9 @@ class Change:
             if self.manifest != self.bundle.manifest:
                 shutil.rmtree(root / OLD, ignore_errors=True)
             for name in sorted(gone):
-                (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
-                # What was lost already, e.g. an adapter's files, is removed for that.
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                # What was lost already, or lies in another user's folder, keeps nothing else.
+                with contextlib.suppress(OSError):
+                    (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(root / name, root / OLD / name)
             tidy(Bundle(root, self.manifest))
 

@@ -654,6 +654,22 @@ def test_an_adapter_whose_files_were_lost_is_removed(bundle, lost):
     Bundle.open(bundle).check_files()
 
 
+def test_an_adapter_in_another_user_s_folder_keeps_nothing_else_from_being_tidied(
+    bundle, monkeypatch
+):
+    replaced = os.replace
+
+    def refuse(source, target):
+        if "alpha" in str(source):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    remove_adapter(bundle, "alpha")
+    assert {p.name for p in bundle.iterdir() if p.name.startswith(".")} == {".old"}
+    Bundle.open(bundle).check_files()
+
+
 @pytest.mark.parametrize("graph", ["model.onnx", "model.onnx.data"])
 @pytest.mark.parametrize("change", [add, lambda path: remove_adapter(path, "alpha")])
 def test_a_bundle_that_lost_a_graph_is_not_changed(bundle, graph, change):
