@@ -23,6 +23,7 @@ from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.membership import admit, entry_of
+from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import whole
 from hhdeploy.errors import CapacityError, DeviceError, SessionError
 
@@ -32,10 +33,26 @@ DEFAULT_SLOTS = 64
 
 @dataclass(frozen=True)
 class Packed:
-    """An adapter that was read, checked and packed, and has no row yet."""
+    """An adapter that was read, checked and packed, and has no row yet.
+
+    Attributes:
+        entry: what it is.
+        row: its values.
+        notes: what is assumed of it, and what graphs make no use of; see `admit`.
+    """
 
     entry: AdapterEntry
     row: NDArray[np.float32]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> dict[str, object]:
+        """What a log says of it."""
+        return {
+            "adapter": self.entry.name,
+            "verified": self.entry.verified,
+            "notes": list(self.notes),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +149,12 @@ class AdapterBank:
         return int(self.rows.shape[0])
 
     def add(
-        self, name: str, adapter: str | Path | Adapter, *, replace_existing: bool = False
+        self,
+        name: str,
+        adapter: str | Path | Adapter,
+        *,
+        replace_existing: bool = False,
+        progress: Progress = lambda step: None,
     ) -> AdapterEntry:
         """Load an adapter into a free row. Needs NumPy and safetensors alone.
 
@@ -140,18 +162,24 @@ class AdapterBank:
             name: what requests will call it.
             adapter: an adapter directory, or one that was loaded.
             replace_existing: allow a name that is in use; requests in flight keep the old one.
+            progress: is told what is assumed of it, as `add_adapter`'s is.
 
         Raises:
             AdapterError, PlanError, CapacityError: see `hhdeploy.bundle.membership.admit`.
             SessionError: the name is taken, or no row is free.
         """
-        return self.put(self.pack(name, adapter), replace_existing=replace_existing)
+        packed = self.pack(name, adapter)
+        for line in packed.notes:
+            progress(line)
+        return self.put(packed, replace_existing=replace_existing)
 
     def pack(self, name: str, adapter: str | Path | Adapter, *, verified: bool = False) -> Packed:
         """The slow half of `add`: read, check and pack an adapter; the bank is not touched."""
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        row = admit(self._manifest, name, loaded)
-        return Packed(entry_of(name, None, loaded, self._manifest.backbone, verified=verified), row)
+        notes: list[str] = []
+        row = admit(self._manifest, name, loaded, notes.append)
+        entry = entry_of(name, None, loaded, self._manifest.backbone, verified=verified)
+        return Packed(entry, row, tuple(notes))
 
     def put(self, packed: Packed, *, replace_existing: bool = False) -> AdapterEntry:
         """The quick half of `add`: give a packed adapter a free row and its name."""

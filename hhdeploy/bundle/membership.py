@@ -98,7 +98,7 @@ def admit(
 ) -> NDArray[np.float32]:
     """Check that an adapter belongs to a bundle, and pack its row. No torch, no timm.
 
-    ``progress`` is told which sites the type of a graph rounds away.
+    ``progress`` is told what is assumed of it, and what a graph makes no use of or rounds away.
 
     Raises:
         PlanError: folded bundle, bank baked in, a name that is taken, or an adapter that can
@@ -118,13 +118,16 @@ def admit(
         )
     check_name(name)
     check_live(name, adapter)
+    unused = None
     if not manifest.classes:
-        adapter = headless(name, adapter)
+        unused, adapter = unused_head(name, adapter), headless(name, adapter)
     check(name, adapter, _facts(manifest.backbone, manifest.layout, adapter.form), whole=False)
     row = manifest.layout.pack(name, adapter)
     check_row_range(name, row, manifest.graphs)
-    if line := check_row_survives(name, manifest.layout, row, manifest.graphs):
-        progress(line)
+    lost = check_row_survives(name, manifest.layout, row, manifest.graphs)
+    for line in (lost, *notes(name, adapter, manifest.backbone), unused):
+        if line:
+            progress(line)
     return row
 
 
@@ -177,10 +180,6 @@ def add_adapter(
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
         row = admit(manifest, name, adapter, progress)
-        for line in notes(name, adapter, manifest.backbone):
-            progress(line)
-        if not manifest.classes and (unused := unused_head(name, adapter)):
-            progress(unused)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(
                 f"the bundle has an adapter {name!r} already. Remove it first, or choose another "

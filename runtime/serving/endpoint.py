@@ -96,8 +96,12 @@ class Endpoint(Protocol):
     async def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
         """The bundle and every adapter, with its state; `reason` says why one is not ready."""
 
-    async def load_adapter(self, name: str, upload: Upload | None) -> None:
+    async def load_adapter(self, name: str, upload: Upload | None) -> dict[str, Any]:
         """Load an adapter of the fleet directory or the bundle, or one that is uploaded.
+
+        Returns:
+            What it is called, whether it was ever ``verified``, and ``notes``: what is assumed of
+            it, as `hhdeploy.bundle.add_adapter` says it.
 
         Raises:
             RequestError: or one of its kinds. HhdeployError: what is wrong with the adapter.
@@ -258,13 +262,15 @@ class LocalEndpoint:
                 )
         return found
 
-    async def load_adapter(self, name: str, upload: Upload | None) -> None:
+    async def load_adapter(self, name: str, upload: Upload | None) -> dict[str, Any]:
         """See `Endpoint.load_adapter`."""
         fleet = self._fleet(name)
         if upload is None:
-            await fleet.load(name)
+            entry = await fleet.load(name)
         else:
-            await fleet.upload(name, upload.config, upload.tensors)
+            entry = await fleet.upload(name, upload.config, upload.tensors)
+        notes = list(fleet.rows.notes(name))
+        return {"name": name, "verified": entry.verified, "notes": notes}
 
     async def unload_adapter(self, name: str) -> None:
         """See `Endpoint.unload_adapter`."""

@@ -40,7 +40,11 @@ def test_an_adapter_added_to_an_open_session(own, small, workshop):
 
 
 def test_an_adapter_in_memory(own, workshop):
-    own.adapters.add("here", workshop.adapters["rival"])
+    said = []
+    rival = workshop.adapters["rival"]
+    vague = replace(rival, config=replace(rival.config, preprocess=None))
+    own.adapters.add("here", vague, progress=said.append)
+    assert ["does not say how its images become inputs" in line for line in said] == [True]
     x = images(2)
     truth = workshop.mixed_truth(["rival"] * 2, x, 7)
     assert_parity(truth, own.run(x, "here"), "branches", "float32")

@@ -305,10 +305,10 @@ class Fleet:
                 await self._place(packed, found, begin) or await self._bring(name)
             except HhdeployError as error:
                 problem = str(error)
-        if problem:
+        if packed is None or problem:
             _LOG.error("adapter not loaded", extra={"adapter": name, "problem": problem})
         else:
-            _LOG.info("adapter found", extra={"adapter": name, "source": str(found.path)})
+            _LOG.info("adapter found", extra={**packed.said, "source": str(found.path)})
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ class Fleet:
         if entry is not None:
             seconds = time.perf_counter() - begin
             self.counters.loaded(seconds)
-            _LOG.info("adapter loaded", extra={"adapter": name, "ms": round(1e3 * seconds, 3)})
+            _LOG.info("adapter loaded", extra={**packed.said, "ms": round(1e3 * seconds, 3)})
         return entry
 
     def _wanted(self, name: str) -> Source:

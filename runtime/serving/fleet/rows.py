@@ -59,6 +59,8 @@ class FleetRows:
         self._fetch, self._broken = fetch, broken
         # When the adapters in the bank were asked for last.
         self._used = dict.fromkeys(bank, 0.0)
+        # What was said of those that were loaded since.
+        self._notes: dict[str, tuple[str, ...]] = {}
         # Requests that wait for an adapter's row.
         self._waiting: dict[str, list[asyncio.Future[Hold]]] = {}
         self._freed = asyncio.Event()
@@ -84,6 +86,10 @@ class FleetRows:
         if name not in self._bank:
             return None
         return self._bank[name]
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        """What was said of an adapter when it got its row; of the bundle's it was said before."""
+        return self._notes.get(name, ())
 
     async def hold(
         self, names: Collection[str | None], *, visitor: bool = False
@@ -220,6 +226,7 @@ class FleetRows:
             # On the loop: a copy of a megabyte. A lookup never sees the bank in between.
             entry = self._bank.put(packed, replace_existing=True)
             self._used[name] = time.monotonic()
+            self._notes[name] = packed.notes
             for coming in self._waiting.pop(name, ()):
                 if not coming.done():
                     coming.set_result(self._held(name))
@@ -230,6 +237,7 @@ class FleetRows:
         if name in self._bank:
             self._bank.remove(name)
             del self._used[name]
+            self._notes.pop(name, None)
             self._visited.discard(name)
             self._freed.set()
 

@@ -147,8 +147,8 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
             upload = read_upload(parameters, settings.adapter_bytes)
             if body.encoding and upload is not None:
                 held.add(len(upload.config) + len(upload.tensors))
-            await endpoint.load_adapter(request.path_params["adapter"], upload)
-        return Response(status_code=200)
+            loaded = await endpoint.load_adapter(request.path_params["adapter"], upload)
+        return _json(loaded)
 
     async def unload(request: Request) -> Response:
         access.check_loading(header(request, b"authorization"))

@@ -117,9 +117,10 @@ class RayEndpoint:
         found: list[dict[str, str]] = await self._one("repository_index", ready_only)
         return found
 
-    async def load_adapter(self, name: str, upload: Upload | None) -> None:
+    async def load_adapter(self, name: str, upload: Upload | None) -> dict[str, Any]:
         """See `Endpoint.load_adapter`: every replica answers with it afterwards."""
-        await ask(self._registry.change, name, upload, False)
+        loaded: dict[str, Any] = await ask(self._registry.change, name, upload, False)
+        return loaded
 
     async def unload_adapter(self, name: str) -> None:
         """See `Endpoint.unload_adapter`: no replica answers for it afterwards."""

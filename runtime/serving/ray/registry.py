@@ -109,13 +109,18 @@ class Registry:
             return []
         return self._after(done)
 
-    async def change(self, name: str, upload: Upload | None, unloaded: bool) -> None:
+    async def change(
+        self, name: str, upload: Upload | None, unloaded: bool
+    ) -> dict[str, Any] | None:
         """Load or unload an adapter on every replica.
 
         Args:
             name: of the adapter.
             upload: its files, to be written into the fleet directory first.
             unloaded: take it out instead.
+
+        Returns:
+            What the first replica said of one that was loaded.
 
         Raises:
             HhdeployError: one replica tried it first, and this is why it cannot be done; then
@@ -124,10 +129,11 @@ class Registry:
         """
         async with self._changing:
             await self._wait(lambda: self._joining)
+            said: dict[str, Any] | None
             if unloaded:
-                await ask(self._replicas.unload_adapter, name)
+                said = await ask(self._replicas.unload_adapter, name)
             else:
-                await ask(self._replicas.load_adapter, name, upload)
+                said = await ask(self._replicas.load_adapter, name, upload)
             revision = self._revision + 1
             self._problems = []
             self._latest[name] = Latest(revision, name, unloaded)
@@ -140,6 +146,7 @@ class Registry:
                     "not do what another one could. Is the fleet directory the same on all "
                     f"machines? {self._problems[0]}"
                 )
+            return said
 
     async def refused(
         self, teller: str, counts: dict[str, int], actor: str | None

@@ -11,6 +11,7 @@ import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,7 @@ def play(small, workshop, tmp_path):
                     check_at_rest(made.bank)
                     # Nothing is kept of adapters that come and go.
                     assert set(made.fleet.rows._used) == set(made.bank)
+                    assert set(made.fleet.rows._notes) <= set(made.bank)
                     assert not made.fleet.rows._waiting
                     assert not made.fleet._fetching
                 finally:
@@ -1149,6 +1151,35 @@ def test_an_adapter_unloaded_while_a_look_reads_it_stays_unloaded(play):
         assert s.state("a") == "unloaded"
         await s.fleet.load("a")
         assert np.array_equal((await s.asked("a"))["a"], s.row(7))
+
+    play(scene)
+
+
+def test_what_is_assumed_of_an_adapter_is_logged_as_adapter_add_says_it(play, tmp_path, caplog):
+    caplog.set_level("INFO", "hhdeploy.serve.fleet")
+
+    async def scene(s):
+        vague = make_adapter(s.workshop, 7)
+        vague = replace(vague, config=replace(vague.config, preprocess=None, base_sha256=None))
+        put_adapter(vague, s.directory, "vague")
+        await s.looks(1)
+        await s.asked("vague")
+        await s.fleet.upload("sent", *files_of(vague, tmp_path))
+        bundle, said = copy_bundle(s.bundle.path, tmp_path / "copy"), []
+        for name in ("vague", "sent"):
+            add_adapter(bundle, name, s.directory / name, progress=said.append)
+        assert len(said) == 4
+        for name, lines in (("vague", said[:2]), ("sent", said[2:])):
+            logged = [r for r in caplog.records if getattr(r, "adapter", "") == name]
+            assert {r.message for r in logged} >= {"adapter loaded"}
+            assert [(r.verified, r.notes) for r in logged] == [(False, lines)] * len(logged)
+            assert list(s.fleet.rows.notes(name)) == lines
+        assert [r.message for r in caplog.records if r.adapter == "vague"] == [
+            "adapter found",
+            "adapter loaded",
+        ]
+        await s.fleet.unload("sent")
+        assert not s.fleet.rows.notes("sent")
 
     play(scene)
 

@@ -60,8 +60,9 @@ class Endpoint:
     def refused(self, error: HhdeployError) -> None:
         self.refusals.append(error)
 
-    async def load_adapter(self, name: str, upload: object) -> None:
+    async def load_adapter(self, name: str, upload: object) -> dict[str, Any]:
         self.loaded.append(name)
+        return {"name": name, "verified": False, "notes": []}
 
 
 @contextlib.asynccontextmanager

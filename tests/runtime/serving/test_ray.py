@@ -143,21 +143,22 @@ def test_numbers_are_those_of_all_replicas(fleet):
 
 
 def test_an_upload_reaches_all_replicas_and_so_does_its_replacement(fleet, workshop, expected):
-    assert fleet.load("fresh", workshop.directory("rival")) == (200, None)
+    said = {"name": "fresh", "verified": False, "notes": []}
+    assert fleet.load("fresh", workshop.directory("rival")) == (200, said)
     assert_all_say(fleet, "fresh", expected["rival"])
-    assert fleet.load("fresh", workshop.directory("alpha")) == (200, None)
+    assert fleet.load("fresh", workshop.directory("alpha"))[0] == 200
     assert_all_say(fleet, "fresh", expected["alpha"])
     assert_parity(expected["alpha"], fleet.infer(IMAGES, "fresh"), "branches", "float32")
 
 
 def test_what_lies_in_the_fleet_directory_is_loaded_by_all(fleet, workshop, expected):
     shutil.copytree(workshop.directory("gamma"), fleet.directory / "put")
-    assert fleet.load("put") == (200, None)
+    assert fleet.load("put")[0] == 200
     assert_all_say(fleet, "put", expected["gamma"])
 
 
 def test_an_adapter_that_is_wrong_changes_nothing(fleet, workshop, expected, tmp_path):
-    assert fleet.load("kept", workshop.directory("rival")) == (200, None)
+    assert fleet.load("kept", workshop.directory("rival"))[0] == 200
     wrong = tmp_path / "wrong"
     shutil.copytree(workshop.directory("rival"), wrong)
     (wrong / "adapter_model.safetensors").write_bytes(b"no tensors")
@@ -172,7 +173,7 @@ def test_an_unloaded_adapter_is_answered_by_no_replica_until_it_is_loaded(fleet,
     answers = fleet.logits_of_each(IMAGES, "beta")
     assert [type(a.cause) for a in answers] == [errors.NotFoundError] * 2
     assert fleet.server.json("POST", "/v2/models/beta/infer", body_of(IMAGES))[0] == 404
-    assert fleet.load("beta") == (200, None)
+    assert fleet.load("beta")[0] == 200
     assert_all_say(fleet, "beta", expected["beta"])
 
 
@@ -180,8 +181,8 @@ def test_an_unloaded_adapter_is_answered_by_no_replica_until_it_is_loaded(fleet,
 
 
 def test_a_replica_that_is_killed_under_load_loses_no_request(fleet, workshop, expected):
-    assert fleet.load("late", workshop.directory("rival")) == (200, None)
-    assert fleet.load("quiet", workshop.directory("alpha")) == (200, None)
+    assert fleet.load("late", workshop.directory("rival"))[0] == 200
+    assert fleet.load("quiet", workshop.directory("alpha"))[0] == 200
     assert fleet.unload("headless") == (200, None)
     known = {name: expected[name] for name in NAMES[:-1]} | {"late": expected["rival"]}
     before = fleet.names()
@@ -202,7 +203,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(fleet, workshop, e
     assert_all_say(fleet, "late", expected["rival"])
     gone = fleet.logits_of_each(IMAGES, "headless")
     assert [type(answer.cause) for answer in gone] == [errors.NotFoundError] * 2
-    assert fleet.load("headless") == (200, None)
+    assert fleet.load("headless")[0] == 200
     assert_all_say(fleet, "headless", expected["headless"])
 
 
@@ -239,14 +240,14 @@ def test_a_registry_that_is_killed_is_told_everything_by_the_replicas(fleet, wor
     old.kill()
     old.wait(60)
     assert_parity(expected["alpha"], fleet.infer(IMAGES, "alpha"), "branches", "float32")
-    assert fleet.load("after", workshop.directory("rival")) == (200, None)
+    assert fleet.load("after", workshop.directory("rival"))[0] == 200
     assert_all_say(fleet, "after", expected["rival"])
     before = fleet.names()
     fleet.kill_one("Replica")
     fleet.wait_for_another(before, 2)
     gone = fleet.logits_of_each(IMAGES, "gamma")
     assert [type(answer.cause) for answer in gone] == [errors.NotFoundError] * 2
-    assert fleet.load("gamma") == (200, None)
+    assert fleet.load("gamma")[0] == 200
 
 
 @pytest.mark.parametrize("given", ["of-mine", "none that is taken"])

@@ -427,13 +427,16 @@ def no_replica(method: str) -> Any:
 # --- the registry -------------------------------------------------------------------------------
 
 
+LOADED = {"name": "alpha", "verified": False, "notes": ["assumed"]}
+
+
 class Cluster:
     """A registry, the replicas that ask it, and what Ray would say of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *alive: str) -> None:
         self.alive = set(alive)
         self.seen: dict[str, list[Latest]] = {}
-        self.first = SimpleNamespace(load_adapter=Handle(None), unload_adapter=Handle(None))
+        self.first = SimpleNamespace(load_adapter=Handle(LOADED), unload_adapter=Handle(None))
         self.asking: set[asyncio.Task[None]] = set()
         monkeypatch.setattr(ray_registry, "_actors", lambda *_: set(self.alive))
         monkeypatch.setattr(ray_registry.serve, "get_deployment_handle", lambda _: self.first)
@@ -457,10 +460,10 @@ class Cluster:
 
         self.asking.add(asyncio.create_task(follow()))
 
-    def change(self, name: str, *, unloaded: bool) -> asyncio.Task[None]:
+    def change(self, name: str, *, unloaded: bool) -> asyncio.Task[Any]:
         return asyncio.create_task(self.registry.change(name, None, unloaded))
 
-    async def done(self, changing: asyncio.Task[None]) -> None:
+    async def done(self, changing: asyncio.Task[Any]) -> None:
         """It must end; then nobody asks any more."""
         try:
             await asyncio.wait_for(changing, PATIENCE_SECONDS)
@@ -520,6 +523,7 @@ def test_a_replica_that_is_gone_is_not_waited_for(monkeypatch):
         assert await waits(changing)
         cluster.alive = {"r1"}
         await cluster.done(changing)
+        assert changing.result() == LOADED  # as the first one said it
 
     asyncio.run(run())
 

@@ -172,7 +172,8 @@ def test_a_server_takes_every_body_of_java_s_client(small, workshop, tmp_path):
             }
             upload = json.dumps({"parameters": parameters}).encode()
             path = "/v2/repository/models/birds/load"
-            assert ask(path, upload, **AUTHORISED) == (200, b"")
+            status, said = ask(path, upload, **AUTHORISED)
+            assert (status, json.loads(said)["name"]) == (200, "birds")
             assert (fleet / "birds" / CONFIG_FILE).read_bytes() == config
             logits, found = answer()
             assert found == digest(tensors).decode()
