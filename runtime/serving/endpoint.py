@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from hhdeploy.adapters.config import CLASSES, TENSOR_FILE, VALUES
+from hhdeploy.adapters.config import TENSOR_FILE, VALUES
+from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.errors import HhdeployError
 from hhdeploy.packages import own_version
 from hhdeploy.runtime.serving.errors import (
@@ -159,10 +160,11 @@ class LocalEndpoint:
         """See `Endpoint.model_metadata`."""
         service = self._service
         alias = service.alias(model, version)
-        classes, kind = -1, CLASSES
-        for entry in service.entries():
-            if entry.name == alias or service.fleet is None:
-                classes, kind = entry.classes, entry.problem_type
+        answering = self._answering(alias)
+        # Adapters come and go: the bundle itself has no number of classes.
+        only = answering[0] if alias is not None or service.fleet is None else None
+        classes = -1 if only is None else only.classes
+        values = all(entry is not None and entry.problem_type == VALUES for entry in answering)
         shares = [
             {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
             {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
@@ -173,7 +175,7 @@ class LocalEndpoint:
         choice = [{"name": ADAPTERS, "datatype": BYTES, "shape": [-1]}] if chooses else []
         answers = [
             {"name": LOGITS, "datatype": "FP32", "shape": [-1, classes]},
-            *(shares if kind != VALUES else ()),
+            *(() if answering and values else shares),
             {"name": ANSWERS, "datatype": "BYTES", "shape": [-1]},
         ]
         features = [
@@ -283,6 +285,16 @@ class LocalEndpoint:
     async def status(self) -> dict[str, Any]:
         """See `Endpoint.status`."""
         return await self._status()
+
+    def _answering(self, alias: str | None) -> list[AdapterEntry | None]:
+        """Who answers a model's requests; None: the backbone, or an adapter never read so far."""
+        service = self._service
+        if service.fleet is None:
+            return list(service.manifest.adapters)
+        if alias is not None:
+            return [service.fleet.status(alias).known]
+        found = [status.known for status in service.fleet.statuses() if status.answers]
+        return [*found, None] if service.manifest.answers_backbone else found
 
     def _adapter_names(self) -> list[str]:
         """Adapters that requests may name."""

@@ -17,14 +17,16 @@ def status_of(service: Service) -> dict[str, Any]:
         version: of hhdeploy.
         model, device, precision: what is served, what computes, and in which precision.
         ready, uptime_seconds: health.
+        answers: requests may ask for answers: the graph gives logits.
         max_batch, body_bytes: what one request may hold.
         queued_images, batches, images: waiting; run; classified.
         requests: how many were ``answered``, and ``failed`` by Triton's reason.
         latency_ms: see `latency_ms`.
         bank: rows used and rows there are for adapters, those for visitors, evictions, load
             failures; None if folded.
-        adapters: sorted by name; ``classes``, ``problem_type`` and ``row`` are None without
-            a row; ``exif``: it sees pictures upright, as their orientation says.
+        adapters: sorted by name; ``classes`` and ``problem_type`` are None where it was never read,
+            ``classes`` without logits, ``row`` without a row; ``exif``: it sees pictures upright,
+            as their orientation says.
     """
     metrics, now = service.metrics, service.now()
     bank = None
@@ -43,6 +45,7 @@ def status_of(service: Service) -> dict[str, Any]:
         "precision": service.precision,
         "ready": service.ready,
         "uptime_seconds": round(service.uptime, 1),
+        "answers": bool(service.manifest.classes),
         "max_batch": service.settings.max_batch,
         "body_bytes": service.settings.body_bytes,
         "queued_images": now.queued,
@@ -66,10 +69,10 @@ def _adapters(service: Service) -> list[dict[str, Any]]:
             "state": adapter.state,
             "problem": adapter.problem,
             "pinned": adapter.pinned,
-            "classes": adapter.entry.classes if adapter.entry is not None else None,
-            "problem_type": adapter.entry.problem_type if adapter.entry is not None else None,
+            "classes": (adapter.known.classes or None) if adapter.known is not None else None,
+            "problem_type": adapter.known.problem_type if adapter.known is not None else None,
             "row": adapter.entry.row if adapter.entry is not None else None,
-            "exif": service.manifest.preprocess_of(adapter.entry).exif,
+            "exif": service.manifest.preprocess_of(adapter.known).exif,
             "images": service.metrics.adapters.get(adapter.name, 0),
         }
         for adapter in found

@@ -324,8 +324,7 @@ class Fleet:
         return NotFoundError(f"unknown adapter {name[:200]!r}. There are: {shown or 'none'}.")
 
     def _status(self, name: str) -> Status:
-        known = self._known[name]
-        entry = self.rows.entry(name)
+        known, entry = self._known[name], self.rows.entry(name)
         state: AdapterState = (
             "unloaded"
             if known.unloaded
@@ -335,7 +334,8 @@ class Fleet:
             if known.problem
             else "on disk"
         )
-        return Status(name, state, known.problem, name in self._pinned, entry)
+        read = self._files.entries.get(name)
+        return Status(name, state, known.problem, name in self._pinned, entry, read)
 
     async def _on_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
         """The result of blocking work. One thread: what is read first is put first."""

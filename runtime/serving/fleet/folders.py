@@ -75,13 +75,18 @@ class Source:
 
 
 class AdapterFiles:
-    """The folders that the adapters of one open bundle are read from."""
+    """The folders that the adapters of one open bundle are read from.
+
+    Attributes:
+        entries: what adapters are, as they were last read.
+    """
 
     def __init__(self, bundle: Bundle, bank: AdapterBank, directory: Path | None) -> None:
         """``directory``: the fleet directory, one adapter a folder; None: the bundle alone."""
         self._bundle = bundle
         self._bank = bank
         self._directory = directory.absolute() if directory is not None else None
+        self.entries = {entry.name: entry for entry in bundle.manifest.adapters}
         # Of a model card the beginning is read, however long it is.
         self._most = {CONFIG_FILE: _MOST_CONFIG, TENSOR_FILE: _most_bytes(bank)}
         # The name that no folder may have, and whether it was said that one has.
@@ -107,6 +112,8 @@ class AdapterFiles:
                     # What cannot even be printed is no name either: refused when it is read.
                     name = path.name if path.name.isprintable() else ascii(path.name)
                     found[name] = Source(name, path, _stamp(path))
+        for name in self.entries.keys() - found.keys():
+            del self.entries[name]
         return found
 
     def find(self, name: str) -> Source | None:
@@ -151,6 +158,7 @@ class AdapterFiles:
                     raise
             else:
                 if _stamp(source.path) == before:
+                    self.entries[source.name] = packed.entry
                     return packed
         raise UnsettledError(
             f"{source.path} was changed while it was read, {_TRIES} times. Write an adapter "
@@ -197,6 +205,7 @@ class AdapterFiles:
                 raise FailedError(f"{name} cannot be read back from the disk: {error}") from error
             except Exception as error:
                 raise _of_this_adapter(f"{name} cannot be read", error) from error
+        self.entries[name] = packed.entry
         return Source(name, target, _stamp(target)), packed
 
     def _refuse_reserved(self, path: Path) -> None:

@@ -29,13 +29,24 @@ class Known:
 
 @dataclass(frozen=True)
 class Status:
-    """What an operator wants to know of one adapter."""
+    """What an operator wants to know of one adapter.
+
+    Attributes:
+        entry: in its row; None: it has none.
+        read: as it was last read, whether it has a row or not; None: never.
+    """
 
     name: str
     state: AdapterState
     problem: str
     pinned: bool
     entry: AdapterEntry | None
+    read: AdapterEntry | None = None
+
+    @property
+    def known(self) -> AdapterEntry | None:
+        """What requests for it are answered by, as far as that is known."""
+        return self.entry or self.read
 
     @property
     def answers(self) -> bool:

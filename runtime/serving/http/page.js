@@ -20,6 +20,8 @@ const $ = (id) => document.getElementById(id);
 const count = new Intl.NumberFormat("en");
 const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 6 });
 const NO_NUMBER = "not a number";
+const LEAD = "Every adapter says what it sees in a picture, all of them in one batch.";
+const NO_ANSWERS = "This bundle gives features and no answers: ask for them over HTTP or gRPC.";
 let status = null; // the last one that came
 let picture = null; // { file, base64 }
 let token = sessionStorage.getItem("token") ?? ""; // what the server wants to see, if it does
@@ -89,6 +91,8 @@ function show() {
     ? `${(status.images / status.batches).toFixed(1)} in a batch on average` : "");
   put("queued", count.format(status.queued_images));
   put("largest", `up to ${status.max_batch} go in one batch`);
+  $("playground").hidden = !status.answers;
+  put("lead", status.answers ? LEAD : NO_ANSWERS);
   $("bank").hidden = !status.bank;
   if (status.bank) {
     const { rows_used: used, rows, evictions, load_failures: failed } = status.bank;
@@ -234,7 +238,7 @@ async function problemOf(response) {
 }
 
 function take(file) {
-  if (!file) return;
+  if (!file || status?.answers === false) return;
   const reader = new FileReader();
   reader.onerror = () => refuse(`${file.name} cannot be read: ${reader.error.message}`);
   reader.onload = () => {

@@ -200,7 +200,8 @@ def test_status_of_a_fleet_with_fewer_rows_than_adapters(branches, tmp_path):
         "alpha": "ready", "rival": "ready", "beta": "on disk", "gamma": "on disk",
         "headless": "on disk", "broken": "broken",
     }  # fmt: skip
-    assert (first["gamma"]["row"], first["gamma"]["classes"]) == (None, None)
+    assert (first["gamma"]["row"], first["gamma"]["classes"]) == (None, 3)
+    assert (first["gamma"]["exif"], first["broken"]["classes"]) == (True, None)
     assert "adapter_config.json" in first["broken"]["problem"]
 
     assert second["bank"]["evictions"] == 1
@@ -217,7 +218,7 @@ def test_status_of_a_fleet_with_fewer_rows_than_adapters(branches, tmp_path):
 def test_status_of_a_folded_bundle(folded):
     session = open_session(folded, device="cpu", threads=1)
     start, after = statuses(Service(session, ServeSettings(Path("served"))), question("alpha"))
-    assert start["bank"] is None
+    assert (start["bank"], start["answers"]) == (None, True)
     assert after["adapters"] == [
         {
             "name": "alpha", "state": "ready", "problem": "", "pinned": False, "classes": 7,

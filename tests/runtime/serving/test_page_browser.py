@@ -345,6 +345,23 @@ def test_labels_and_values_are_shown_as_what_they_are(page, fleet):
     visit.check()
 
 
+def test_a_bundle_without_logits_is_not_asked_for_answers(page, fleet):
+    def features(route: Route) -> None:
+        status = route.fetch().json()
+        status["adapters"] = [adapter | {"classes": None} for adapter in status["adapters"]]
+        route.fulfill(json=status | {"answers": False})
+
+    page.route("**/status", features)
+    visit = Visit(page, fleet.url)
+    visit.open()
+    expect(page.locator("#lead")).to_contain_text("features and no answers")
+    expect(page.locator("#playground")).to_be_hidden()
+    drop(page, FLAG)
+    assert set(texts(page, "#adapters tr td:nth-child(3)")) == {"–"}
+    assert visit.count("/infer") == 0
+    visit.check()
+
+
 def test_an_adapter_that_breaks_meanwhile_does_not_silence_the_others(page, fleet):
     looks = []
 

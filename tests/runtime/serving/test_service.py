@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
+from hhdeploy.bundle import Bundle, remove_adapter
 from hhdeploy.errors import HhdeployError, PlanError
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
+from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.errors import (
     BusyError,
     FailedError,
@@ -46,7 +48,7 @@ from tests.runtime.serving.fleets import (
     until,
 )
 from tests.support import assert_parity, images
-from tests.workshop import AGE, ROOT, TAGS, transform_of
+from tests.workshop import AGE, ROOT, TAGS, copy_bundle, transform_of
 
 
 def request_of(x, *names, model="tiny", outputs=("logits",), encoded=False, **parameters):
@@ -274,6 +276,38 @@ def test_labels_and_values_are_answered_as_what_they_are(play, heads, workshop):
                 await s.infer(request_of(x[:1], AGE, outputs=(output,)))
 
     play(scene, bundle=heads, slots=None)
+
+
+@pytest.mark.parametrize("names", [("alpha", TAGS, AGE), (AGE,)])
+def test_metadata_list_what_is_given(play, heads, workshop, tmp_path, names):
+    """Of adapters without a row as well, which are known since they were read last."""
+    bundle = copy_bundle(heads, tmp_path / "copy")
+    for name in {a.name for a in Bundle.open(bundle).manifest.adapters} - {*names}:
+        remove_adapter(bundle, name)
+    (tmp_path / "fleet").mkdir()
+    put_adapter(workshop.adapters[AGE], tmp_path / "fleet", "size")
+    every = ["logits", "probabilities", "labels", "answers"]
+    values = ["logits", "answers"]
+
+    async def scene(s):
+        endpoint, x = LocalEndpoint(s), images(1)
+        rows = {status.name: status.entry for status in s.fleet.statuses()}
+        assert list(rows.values()).count(None) == len(names), "one row, for the first"
+        for model, classes in {"alpha": 7, TAGS: 3, AGE: 1, "size": 1, "tiny": -1}.items():
+            if model not in (*names, "size", "tiny"):
+                continue
+            told = (await endpoint.model_metadata(model))["outputs"]
+            outputs = [each["name"] for each in told]
+            one = model in (AGE, "size") or (model == "tiny" and names == (AGE,))
+            assert outputs == (values if one else every)
+            assert told[0]["shape"] == [-1, classes]
+            asked = request_of(x, model=model, outputs=outputs)
+            if model != "tiny":
+                assert len((await s.infer(asked)).outputs) == len(outputs)
+        sizes = {a["name"]: a["classes"] for a in (await endpoint.status())["adapters"]}
+        assert sizes["size"] == 1
+
+    play(scene, bundle=bundle, slots=2)
 
 
 def test_pictures_are_prepared_as_each_adapter_wants_them(play, branches, workshop):
