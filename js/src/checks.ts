@@ -4,13 +4,17 @@ import type { Adapter } from "./adapter.js";
 import { checkClassNames } from "./config.js";
 import { HhdeployError } from "./errors.js";
 import type { Backbone, Branch, Row } from "./manifest.js";
-import { selectSites } from "./sites.js";
+import { linearsOf, selectSites } from "./sites.js";
 
 /** The backbone without an adapter. */
 export const BACKBONE = "backbone";
 
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
 const SHOWN = 8;
+// Arguments of timm's models that shape no parameter, and of which two values are never the same; of a classifier of its
+// own also what it reads.
+const DECIDING = ["num_heads"];
+const DECIDING_OF_HEADS = [...DECIDING, "global_pool"];
 
 /** What an adapter may be called. */
 export function checkName(name: string): void {
@@ -42,9 +46,19 @@ export function checkBelongs(adapter: Adapter, row: Row, backbone: Backbone): vo
   }
 }
 
-/** The digest of the weights decides; without one timm's names are compared. */
-function checkBase({ source, config }: Adapter, backbone: Backbone): void {
+/** The digest of the weights decides, unless both say that they compute otherwise with them; without one timm's names. */
+function checkBase({ source, config, head }: Adapter, backbone: Backbone): void {
   const { base_sha256, base_signs_sha256: signs, base_model_name_or_path: model } = config;
+  const [mine, theirs] = [config.base_model_args ?? {}, backbone.args ?? {}];
+  for (const arg of isTimms(model) && isTimms(backbone.model) ? (head ? DECIDING_OF_HEADS : DECIDING) : []) {
+    const alike = arg in mine && arg in theirs && typeof mine[arg] === typeof theirs[arg];
+    if (alike && JSON.stringify(mine[arg]) !== JSON.stringify(theirs[arg])) {
+      throw new HhdeployError(
+        `${source}: base_model_args: it was trained with ${arg} ${JSON.stringify(mine[arg])}, the backbone has ` +
+          `${JSON.stringify(theirs[arg])}: the weights may be the same, what they compute is not.`,
+      );
+    }
+  }
   // Of weights that were not float32 the signs alone are the same in every type.
   const bySigns = !base_sha256 && signs && backbone.signs_sha256;
   const [key, digest, expected] = bySigns
@@ -64,9 +78,11 @@ function checkBase({ source, config }: Adapter, backbone: Backbone): void {
   }
 }
 
+const isTimms = (model: string) => !model.includes(":");
+
 /** As far as names tell: those of timm have no colon, and a tag counts only where both have one. */
 function sameModel(one: string, other: string): boolean {
-  if (one.includes(":") || other.includes(":")) return true;
+  if (!isTimms(one) || !isTimms(other)) return true;
   const [[mine, tag], [theirs, otherTag]] = [halves(one), halves(other)];
   return mine === theirs && (!tag || !otherTag || tag === otherTag);
 }
@@ -76,14 +92,15 @@ function halves(model: string): [string, string] {
   return dot < 0 ? [model, ""] : [model.slice(0, dot), model.slice(dot + 1)];
 }
 
-/** Every site that `target_modules` name has tensors; what is named in full has, whether the row knows it or not. */
+/** Every site that `target_modules` name has tensors; what names none that the row knows names some of the adapter's. */
 function checkComplete({ source, config, sites }: Adapter, row: Row): void {
   // The sequential form needs the outputs alone, which any branch tells.
   const fitting = row.branches.filter((b) => config.form === "sequential" || b.form === config.form);
   const linears = [...new Map(fitting.map((b): [string, Branch] => [b.linear, b])).values()];
   const targets = [config.target_modules].flat();
   const selected = targets.map((target) => selectSites(linears, target));
-  const others = targets.filter((target, i) => target.includes(".") && !selected[i]!.length);
+  const own = linearsOf(sites.keys());
+  const others = targets.filter((target, i) => !selected[i]!.length && !selectSites(own, target).length);
   const missing = [...new Set(selected.flat()), ...others].filter((site) => !sites.has(site));
   if (missing.length) {
     const shown = missing.slice(0, SHOWN).join(", ") + (missing.length > SHOWN ? `, … (${missing.length} in all)` : "");

@@ -10,6 +10,7 @@ export interface AdapterConfig {
   peft_type: string;
   schema_version: number;
   base_model_name_or_path: string;
+  base_model_args?: Record<string, unknown> | null;
   base_sha256?: string | null;
   /** Of the weights' signs, where they were not float32. */
   base_signs_sha256?: string | null;

@@ -17,6 +17,8 @@ export interface PreprocessGraph {
 
 export interface Backbone {
   model: string;
+  /** It was made with. */
+  args?: Record<string, unknown>;
   sha256: string;
   /** Of the weights' signs, for adapters that were trained on them in another type; newer bundles have it. */
   signs_sha256?: string;

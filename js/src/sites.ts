@@ -18,6 +18,8 @@ const SUFFIXES: Record<string, string> = {
   fc2: "mlp.fc2 output.dense mlp.3 mlp.linear_2 mlp.c_proj linear2 ffn.fc2",
 };
 const KIND_OF = Object.entries(SUFFIXES).flatMap(([kind, all]) => all.split(" ").map((suffix) => ({ suffix, kind })));
+// Fused q, k and v, whose sites are thirds of one Linear.
+const FUSED = ["attn.qkv", "attention.qkv", "in_proj"];
 // What pools the tokens for the classifier is reached by its path, never by a kind.
 const POOLING = ["attn_pool", "head", "pooler"];
 
@@ -33,6 +35,17 @@ export function selectSites(linears: Linear[], target: string): string[] {
   return chosen(linears, (site, { linear }) =>
     [site, linear].some((name) => name.endsWith(`.${target}`) || expression?.test(name)),
   );
+}
+
+/** The Linears of an adapter's sites, which have their names and kinds, whatever the backbone. */
+export function linearsOf(sites: Iterable<string>): Linear[] {
+  const names = [...sites];
+  const owners = new Set(names.map((site) => site.slice(0, Math.max(site.lastIndexOf("."), 0))));
+  const fused = [...owners].filter((owner) => FUSED.some((suffix) => endsIn(owner, suffix)));
+  return [
+    ...names.map((site) => ({ linear: site, sites: [site] })),
+    ...fused.map((owner) => ({ linear: owner, sites: ["q", "k", "v"].map((third) => `${owner}.${third}`) })),
+  ];
 }
 
 /** A target as an expression that matches whole names; undefined where it is none that JavaScript can read. */
@@ -54,6 +67,8 @@ function chosen(linears: Linear[], fits: (site: string, linear: Linear) => boole
 function kindOf(site: string, { linear, sites }: Linear): string {
   if (linear.split(".").some((part) => POOLING.includes(part))) return "";
   if (sites.length > 1) return site.slice(linear.length + 1);
-  const fitting = KIND_OF.filter(({ suffix }) => linear === suffix || linear.endsWith(`.${suffix}`));
+  const fitting = KIND_OF.filter(({ suffix }) => endsIn(linear, suffix));
   return fitting.sort((a, b) => b.suffix.length - a.suffix.length)[0]?.kind ?? "";
 }
+
+const endsIn = (path: string, suffix: string) => path === suffix || path.endsWith(`.${suffix}`);

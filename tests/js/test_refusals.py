@@ -151,6 +151,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "other_signs": (says(base_sha256=None, base_signs_sha256="0" * 64), "base_signs_sha256"),
     "signs_number": (says(base_signs_sha256=3), "base_signs_sha256"),
     "args": (says(base_model_args=[1]), "base_model_args"),
+    "other_heads": (
+        says(base_model_args={"num_heads": 1}, preprocess=None),
+        "base_model_args: .* with num_heads 1, the backbone has",
+    ),
     "form": (says(form="multiplicative"), "form"),
     "form_null": (says(form=None), "form"),
     "form_other": (says(form="sequential"), "target_modules"),
@@ -165,6 +169,9 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "targets_numbers": (says(target_modules=[3]), "target_modules"),
     "targets_empty": (says(target_modules=["q", ""]), "target_modules"),
     "targets_no_expression": (says(target_modules=["q", "("]), "target_modules"),
+    "targets_kind": (says(target_modules=[*"qkv", "proj", "fc1"]), "missing tensor keys for fc1"),
+    "targets_ending": (says(target_modules=[*"qkv", "proj", "dense"]), "tensor keys for dense"),
+    "targets_form": (says(target_modules=[*"qkv", "proj", "fc2"]), "missing tensor keys for fc2"),
     "targets_not_there": (says(target_modules=["q", "blocks.9.attn.proj"]), "blocks.9.attn.proj"),
     "classes_none": (says(num_classes=0), "num_classes"),
     "classes_word": (says(num_classes="7"), "num_classes"),
@@ -285,6 +292,8 @@ UNUSUAL: dict[str, Edit] = {
     "no_tag": says(base_sha256=None, base_model_name_or_path="vit_tiny_patch16_224"),
     "other_source": says(base_sha256=None, base_model_name_or_path="python:mine:model"),
     "other_name": says(base_model_name_or_path="resnet50"),  # the digest decides
+    "heads_in_other_words": says(base_model_args={"num_heads": [1, 2], "global_pool": "avg"}),
+    "kinds_of_its_own": says(target_modules=["attn.qkv", "v", "proj"]),
     "expression": says(target_modules=r"blocks\.\d+\.attn\.(qkv\.[qkv]|proj)"),
     "python_expression": says(target_modules=[r"(?P<block>blocks\.\d)\.attn\.(?:qkv|proj)\Z"]),
     "linears": says(target_modules=["attn.qkv", "attn.proj"]),
@@ -336,13 +345,13 @@ def test_what_python_refuses_javascript_refuses(ask, small, edited):
     folders = {name: edited(name, edit) for name, (edit, _) in BROKEN.items()}
     (there,) = ask(question(small, folders))
     here = refusals(small, folders)
-    for said in (here, there):
+    for who, said in (("Python", here), ("JavaScript", there)):
         missed = {
             name: said[name]
             for name, (_, pattern) in BROKEN.items()
             if not re.search(pattern, said[name] or "")
         }
-        assert not missed
+        assert not missed, who
 
 
 def test_what_python_takes_javascript_takes(ask, small, edited):
