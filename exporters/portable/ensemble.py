@@ -47,17 +47,21 @@ def preprocessing(graph: bytes, adapters: Sequence[AdapterEntry]) -> onnx.ModelP
         tables.append(numpy_helper.from_array(values, f"{name}_by_adapter"))
         nodes.append(helper.make_node("Gather", [f"{name}_by_adapter", "place"], [name]))
     nodes.append(helper.make_node("Squeeze", [PICTURES, "batch_axis"], ["image"]))
-    # The dimension of one is called as the input's again, or runtimes would infer that it is one.
-    inner.node[-1].output[0] = "one_image"
+    # The dimension of one is called as the input's again: runtimes would infer that it is one, and
+    # Triton takes no model for one that batches then. By Expand: of a Reshape of known size ONNX
+    # Runtime infers it all the same, where a folded bundle's transform crops nothing.
+    inner.node[-1].output[0] = "of_any_size"
     named = [
+        helper.make_node("Reshape", ["of_any_size", "one_image_size"], ["one_image"]),
         helper.make_node("Shape", [PICTURES], ["batch_size"], start=0, end=1),
         helper.make_node("Concat", ["batch_size", "image_size"], ["images_size"], axis=0),
-        helper.make_node("Reshape", ["one_image", "images_size"], [inner.output[0].name]),
+        helper.make_node("Expand", ["one_image", "images_size"], [inner.output[0].name]),
     ]
-    size = np.asarray(adapters[0].preprocess.input_size, np.int64)
+    size = adapters[0].preprocess.input_size
     tables += [
         numpy_helper.from_array(np.asarray([0], np.int64), "batch_axis"),
-        numpy_helper.from_array(size, "image_size"),
+        numpy_helper.from_array(np.asarray([1, *size], np.int64), "one_image_size"),
+        numpy_helper.from_array(np.asarray(size, np.int64), "image_size"),
     ]
     taken = [helper.make_tensor_value_info(PICTURES, TensorProto.UINT8, ["batch", "h", "w", 3])]
     out = inner.output[0].type.tensor_type.shape.dim

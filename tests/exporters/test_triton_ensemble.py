@@ -219,6 +219,18 @@ def test_an_ensemble_for_each_way_to_make_images(mixed, pictures, tmp_path):
             squash.ask(pictures[0], row)
 
 
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_an_ensemble_of_a_folded_bundle_batches_however_it_crops(folded, pictures, tmp_path, mode):
+    """Where nothing is cropped all sizes are known, and no dimension may become one for it."""
+    bundle = copy_bundle(folded, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    (alpha,) = manifest.adapters
+    alpha = replace(alpha, preprocess=replace(alpha.preprocess, crop_mode=mode, crop_pct=1.0))
+    write_manifest(bundle, replace(manifest, adapters=(alpha,)))
+    result = write(bundle, tmp_path / "models", name="m")
+    assert_as_session(bundle, tmp_path / "models", pictures, result.ensembles)
+
+
 def test_logits_that_are_no_numbers_fail_the_request(small, pictures, tmp_path):
     """Scores alone as well: a server runs what is asked for."""
     bundle = bundle_of_logits(small, tmp_path / "bundle")
