@@ -29,7 +29,8 @@ std::string label_of(const Json& entry, size_t index) {
 std::string kind_of(const Json& entry, size_t classes) {
     const std::string fallback =
         classes == 1 && entry.at("name") != "backbone" ? "regression" : "single_label_classification";
-    return entry.value("problem_type", fallback);
+    const Json kind = entry.value("problem_type", Json());
+    return kind.is_string() ? kind.get<std::string>() : fallback;
 }
 
 // -infinity is an answer (a class that is ruled out), but no value of a regression; NaN and infinity, or -infinity
@@ -148,6 +149,7 @@ Options parse(int count, char** words) {
 
 void run(const Options& options) {
     const Bundle bundle(options.bundle);
+    if (bundle.manifest.at("classes") == 0) throw Error(options.bundle + ": its graph has no logits to answer with.");
     std::vector<Ask> asks;
     for (const std::string& picture : options.pictures)
         for (const std::string& name : options.adapters.empty() ? bundle.names() : options.adapters)

@@ -345,6 +345,17 @@ def test_weights_without_a_hash(program, branches, pictures, tmp_path):
     assert "files: expected the sha256 of model.onnx.data, found none" in done.stderr
 
 
+def test_a_graph_without_logits_is_said_in_one_line(program, small, pictures, tmp_path):
+    done = run(program, broken(small, tmp_path / "b", lambda c: c.update(classes=0)), pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"Error: {tmp_path / 'b'}: its graph has no logits to answer with.\n"
+
+
+def test_a_problem_type_of_null_is_as_an_absent_one(program, small, pictures, tmp_path):
+    bundle = broken(small, tmp_path / "bundle", lambda c: first(c).update(problem_type=None))
+    assert asked(program, bundle, pictures[:1]) == asked(program, small, pictures[:1])
+
+
 def test_a_row_past_the_bank(program, branches, pictures, tmp_path):
     bundle = broken(branches, tmp_path / "bundle", lambda c: first(c).update(row=99))
     done = run(program, bundle, pictures[0])
