@@ -34,7 +34,11 @@ _HUB = frozenset(
     "bigscience-bloom-rail-1.0 bigcode-openrail-m apple-ascl apple-amlr c-uda gfdl gemma "
     "intel-research llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 other".split()
 )
-_MEANS = {CLASSES: "classes", LABELS: "independent labels", VALUES: "values"}
+_MEANS = {
+    CLASSES: ("class", "classes"),
+    LABELS: ("independent label", "independent labels"),
+    VALUES: ("value", "values"),
+}
 # Labels that a line of the card names.
 _NAMED = 12
 
@@ -152,6 +156,8 @@ def _adapters(manifest: Manifest) -> str:
         )
         for entry in _own(manifest)
     ]
+    if manifest.whole:
+        return f"## Answers\n\n{_answers(manifest.adapters[0])}."
     if not rows:
         return "## Adapters\n\nNone."
     lost = [
@@ -169,7 +175,9 @@ def _answers(entry: AdapterEntry) -> str:
     named = [_text(name) for name in (entry.class_names or ())[:_NAMED]]
     more = entry.classes - len(named) if named else 0
     listed = ", ".join(named) + (f" and {more} more" if more else "")
-    return f"{entry.classes} {_MEANS[entry.problem_type]}" + (f": {listed}" if named else "")
+    one, several = _MEANS[entry.problem_type]
+    what = f"{entry.classes} {one if entry.classes == 1 else several}"
+    return what + (f": {listed}" if named else "")
 
 
 def _images(manifest: Manifest) -> list[str]:
@@ -275,6 +283,16 @@ def _use(manifest: Manifest) -> str:
         if manifest.classes
         else f"print(session.run(images, {quoted}))  # float32 [n, {_shape(manifest)}]"
     )
+    # The package knows logits alone.
+    javascript = f"""
+JavaScript (the package hhdeploy, with onnxruntime-node):
+
+```js
+const bundle = await openBundle(fromFolder("BUNDLE"), ort);
+const [answers] = await bundle.classify([{{ data, width, height }}], {quoted});
+console.log(answers);
+```
+"""
     return f"""## Use
 
 Python (`pip install 'hhdeploy[cpu]'`):
@@ -284,15 +302,7 @@ from PIL import Image; from hhdeploy import open_session
 session = open_session("BUNDLE", device="cpu")
 {python}
 ```
-
-JavaScript (the package hhdeploy, with onnxruntime-node):
-
-```js
-const bundle = await openBundle(fromFolder("BUNDLE"), ort);
-const [answers] = await bundle.classify([{{ data, width, height }}], {quoted});
-console.log(answers);
-```
-
+{javascript if manifest.classes else ""}
 C++ (OpenVINO; `images` is what a `preprocess.*.onnx` graph makes of a picture):
 
 ```cpp

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hhdeploy.adapters.config import Compression
+from hhdeploy.adapters.config import LABELS, VALUES, Compression
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle import Bundle, add_adapter, edit, remove_adapter
 from hhdeploy.bundle.card import card_of, hub_id
@@ -64,7 +64,40 @@ def test_of_other_bundles(folded, heads, constant):
     assert "adapter_bank" not in (constant / CARD).read_text()
     text = (heads / CARD).read_text()
     assert f"| {TAGS} | 3 independent labels" in text
-    assert f"| {AGE} | 1 values" in text
+    assert f"| {AGE} | 1 value: class 0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("classes", "kind", "said"),
+    [
+        (2, VALUES, "2 values: age, height"),
+        (1, VALUES, "1 value"),
+        (2, LABELS, "2 independent labels: age, height"),
+    ],
+)
+def test_a_model_that_was_exported_as_it_is_says_what_it_answers(folded, classes, kind, said):
+    bundle = Bundle.open(folded)
+    names = ("age", "height") if classes == 2 else None
+    entry = replace(
+        bundle.manifest.adapters[0], classes=classes, class_names=names, problem_type=kind
+    )
+    files = {n: d for n, d in bundle.manifest.files.items() if not n.startswith("adapters/")}
+    manifest = replace(bundle.manifest, adapters=(entry,), files=files)
+    assert manifest.whole
+    text = card_of(replace(bundle, manifest=manifest))
+    assert f"## Answers\n\n{said}." in text
+    assert "## Adapters" not in text
+
+
+def test_features_are_not_asked_for_in_javascript_which_knows_none(small):
+    bundle = Bundle.open(small)
+    adapters = tuple(replace(a, classes=0, class_names=None) for a in bundle.manifest.adapters)
+    shapes = {"features": (48,)}
+    manifest = replace(bundle.manifest, classes=0, adapters=adapters, features=shapes)
+    text = card_of(replace(bundle, manifest=manifest))
+    assert "| alpha | features |" in text
+    assert "```js" not in text
+    assert "session.run(images" in text.split("```python")[1].split("```\n\nC++")[0]
 
 
 def test_licences_that_hubs_know_and_others(small):
