@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hhdeploy.adapters.checks import headless, unused_head
-from hhdeploy.adapters.config import CLASSES
+from hhdeploy.adapters.config import CLASSES, problem_type_of
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import FEATURES, LOGITS, OUTPUTS, BackboneFacts
 from hhdeploy.bundle.store import Progress
@@ -57,15 +57,18 @@ def outputs_of_graph(
 
 def unkept_meaning(facts: BackboneFacts, reserve: Reserve) -> str | None:
     """A line where the backbone's own classifier, kept for requests, means more than such a
-    request tells: classes, by their numbers."""
-    kind, names = facts.meaning.problem_type, facts.meaning.class_names
-    said = [str(kind)] if kind not in (None, CLASSES) else []
-    said += ["the names of its classes"] if names else []
+    request tells: classes, by their numbers, and so of one output always the first."""
+    kind = problem_type_of(facts.meaning.problem_type, facts.classes)
+    said = [str(kind)] if kind != CLASSES else []
+    said += ["the names of its classes"] if facts.meaning.class_names else []
     if not said or not reserve.keep_backbone_head:
         return None
+    certain = ", of its one output always with the first" if facts.classes == 1 else ""
+    whose = "its source" if facts.meaning.to_json() else "a single output"
     return (
-        f"the backbone's own classifier answers with numbered classes: {' and '.join(said)}, as "
-        "its source says, is for a whole model (`fold=True`) and for adapters"
+        f"the backbone's own classifier answers with numbered classes{certain}: "
+        f"{' and '.join(said)}, as {whose} says, is for a whole model (`fold=True`) and for "
+        "adapters"
     )
 
 

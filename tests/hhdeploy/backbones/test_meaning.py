@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.errors import BackboneError, BundleError
 from hhdeploy.exporting.bundles import export
+from hhdeploy.exporting.outputs import unkept_meaning
 from hhdeploy.parity import CLASSES, LABELS, VALUES
 from hhdeploy.plan import Reserve
 from hhdeploy.runtime import open_session
@@ -146,6 +148,16 @@ def test_what_a_kept_classifier_does_not_tell_is_said(saved, tmp_path):
     reserve = Reserve(keep_backbone_head=True)
     export(model, {"a": tmp_path / "a"}, tmp_path / "out", reserve=reserve, **options)
     assert any(f"numbered classes: {LABELS} and the names" in line for line in said)
+
+
+def test_a_kept_classifier_of_one_output_is_said_to_be_always_certain():
+    facts = load_backbone(tiny_spec(num_classes=1, depth=1)).facts
+    line = unkept_meaning(facts, Reserve(keep_backbone_head=True))
+    assert line is not None
+    assert "numbered classes, of its one output always with the first: regression, as a" in line
+    assert unkept_meaning(facts, Reserve()) is None
+    two = replace(facts, classes=2)
+    assert unkept_meaning(two, Reserve(keep_backbone_head=True)) is None
 
 
 @pytest.mark.parametrize(
