@@ -7,6 +7,7 @@ import type { Engine, FromWorker, PageFacts, Said, ToWorker } from "./messages.j
 const TOP = 3; // classes of an answer; labels that are said and values are all shown
 const SMALL = 128; // pictures with fewer pixels a side are shown as they are, enlarged
 const CONTROL_MS = 3000; // how long the page waits for its service worker
+const TRANSPARENT = " What is transparent in the picture counted as black.";
 const BASE = new URL("./", location.href).href;
 const CACHE = `hhdeploy:${new URL(BASE).pathname}`;
 
@@ -106,7 +107,7 @@ function heard(message: FromWorker, facts: PageFacts): void {
   if (message.number !== asked) return;
   if (message.tell === "refused") return unreadable(message.error);
   said.push(message.said);
-  show(message.left, message.ms);
+  show(message.left, message.ms, message.transparent);
 }
 
 function ready(names: string[], engine: string): void {
@@ -162,16 +163,17 @@ function unreadable(error: string): void {
   refuse(error);
 }
 
-function show(left: number, ms: number): void {
+function show(left: number, ms: number, transparent: boolean): void {
   said.sort((a, b) => confidence(b) - confidence(a) || (a.adapter < b.adapter ? -1 : 1));
   at("answers").classList.remove("older");
   at("answers").replaceChildren(...said.map(card));
   const all = said.length + left;
   const answered = said.filter(({ error }) => error === undefined).length;
   const who = answered === all ? plural(all, "adapter") : `${answered} of ${plural(all, "adapter")}`;
+  const time = ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
   at("said").textContent = left
     ? `${answered} of ${plural(all, "adapter")} answered …`
-    : `${who} answered in ${ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`}.`;
+    : `${who} answered in ${time}.${transparent ? TRANSPARENT : ""}`;
 }
 
 /** How sure an adapter is of its best answer; values have no such thing, and come behind, errors last. */

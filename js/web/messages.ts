@@ -31,5 +31,5 @@ export type FromWorker =
   | { tell: "progress"; file: string; loaded: number }
   | { tell: "ready"; adapters: string[]; engine: string }
   | { tell: "broken"; error: string }
-  | { tell: "answers"; number: number; said: Said; left: number; ms: number }
+  | { tell: "answers"; number: number; said: Said; left: number; ms: number; transparent: boolean }
   | { tell: "refused"; number: number; error: string };

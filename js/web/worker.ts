@@ -129,6 +129,7 @@ async function classify(number: number, file: Blob): Promise<void> {
   try {
     const bundle = opened!;
     const picture = await decoded(file);
+    const transparent = isTransparent(picture);
     const begin = performance.now();
     const asked = names(bundle);
     for (const [i, adapter] of asked.entries()) {
@@ -136,11 +137,17 @@ async function classify(number: number, file: Blob): Promise<void> {
       await new Promise((resolve) => setTimeout(resolve)); // a newer picture is heard of
       if (number !== newest) return;
       const [left, ms] = [asked.length - i - 1, performance.now() - begin];
-      tell({ tell: "answers", number, said, left, ms });
+      tell({ tell: "answers", number, said, left, ms, transparent });
     }
   } catch (error) {
     tell({ tell: "refused", number, error: text(error) });
   }
+}
+
+/** Whether anything can be seen through: canvases lose the colours there, which Python sees. */
+function isTransparent({ data }: Picture): boolean {
+  for (let i = 3; i < data.length; i += 4) if (data[i]! < 255) return true;
+  return false;
 }
 
 async function decoded(file: Blob) {

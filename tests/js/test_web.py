@@ -436,6 +436,22 @@ def test_what_is_damaged_or_no_picture_is_said(write, serve, page, small, tmp_pa
 
 
 @in_browser
+def test_what_is_transparent_counts_as_black_and_that_is_said(write, serve, page, small, tmp_path):
+    """A canvas has no colour there; Python sees the one that is stored."""
+    written = write(small, tmp_path / "site")
+    opened(page, serve(tmp_path / "site").url)
+    said = "What is transparent in the picture counted as black."
+    for mode, alpha, there in (("RGB", (), False), ("RGBA", (255,), False), ("RGBA", (0,), True)):
+        stream = io.BytesIO()
+        Image.new(mode, (71, 53), (*COLOURS[0], *alpha)).save(stream, "PNG")
+        page.locator("#said").evaluate("line => (line.textContent = '')")
+        found = answers(page, stream.getvalue(), len(written.adapters))
+        assert (said in page.locator("#said").text_content()) == there
+        seen = (0, 0, 0) if there else COLOURS[0]
+        assert_as_python(small, written.precision, seen, found)
+
+
+@in_browser
 def test_an_adapter_without_an_answer_takes_no_others_away(write, serve, page, small, tmp_path):
     """Its error is on its card; also of the first one, which is asked when the page opens."""
     from playwright.sync_api import expect
