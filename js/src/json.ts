@@ -4,6 +4,29 @@ import { HhdeployError } from "./errors.js";
 
 export type Json = Record<string, unknown>;
 
+/**
+ * `JSON.parse`, which takes the last of a key's values, and says nothing of the others.
+ *
+ * @throws SyntaxError no JSON. HhdeployError a key is twice in one object.
+ */
+export function parseJson(text: string): unknown {
+  const content: unknown = JSON.parse(text);
+  const open: Set<string>[] = [];
+  for (const [token, key] of text.matchAll(TOKEN)) {
+    if (token === "{") open.push(new Set());
+    else if (token === "}") open.pop();
+    else if (key !== undefined) {
+      const name: string = JSON.parse(key);
+      if (open.at(-1)!.has(name)) throw new HhdeployError(`${JSON.stringify(name)} is there twice`);
+      open.at(-1)!.add(name);
+    }
+  }
+  return content;
+}
+
+// Of valid JSON: braces, keys, and texts, which are passed over.
+const TOKEN = /[{}]|("(?:[^"\\]|\\.)*")(?=\s*:)|"(?:[^"\\]|\\.)*"/g;
+
 /** `expect(key, fits, expected)` throws, naming file, key and what was found there, where it does not fit. */
 export function expecting(content: Json, where: string, prefix = "") {
   return (key: string, fits: boolean, expected: string): void => {

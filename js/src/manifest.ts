@@ -1,7 +1,7 @@
 /** hhdeploy.json: what a bundle holds. Only the parts that a client needs are described. */
 
 import { HhdeployError } from "./errors.js";
-import { expecting, isCount, isNone, isObject, isStrings, type Json } from "./json.js";
+import { expecting, isCount, isNone, isObject, isStrings, parseJson, type Json } from "./json.js";
 import { partsOf } from "./layout.js";
 import { checkPreprocess, type Preprocess } from "./preprocess.js";
 
@@ -86,9 +86,9 @@ const SHA256 = /^[0-9a-f]{64}$/;
 export function parseManifest(text: string, where: string): Manifest {
   let content: unknown;
   try {
-    content = JSON.parse(text);
+    content = parseJson(text);
   } catch (error) {
-    throw new HhdeployError(`${where}: expected a bundle's manifest, found no JSON: ${error}`);
+    throw new HhdeployError(`${where}: expected a bundle's manifest in JSON: ${error}`);
   }
   if (!isObject(content) || !Number.isInteger(content.schema_version) || !isObject(content.files)) {
     throw new HhdeployError(`${where}: expected a bundle's manifest, found other JSON.`);

@@ -36,6 +36,20 @@ def test_what_python_refuses_javascript_refuses(ask, branches, tmp_path):
         assert re.search(rf"{MANIFEST}.*({message})", said["error"]), (name, said)
 
 
+def test_a_key_that_is_there_twice(ask, branches, tmp_path):
+    """Of nested objects each has its own keys; texts may hold what looks like one."""
+    bundle = broken(branches, tmp_path / "bundle", lambda c: c.update(said='{"kind": ["\\\\"'))
+    ((fine),) = ask(asked(bundle))
+    assert isinstance(fine, str), fine
+    file = bundle / MANIFEST
+    text = file.read_text()
+    file.write_text(text.replace('"verified": true', '"verified": false, "verified": true', 1))
+    (said,) = ask(asked(bundle))
+    assert re.search(rf'{MANIFEST}.*"verified" is there twice', said["error"])
+    with pytest.raises(BundleError, match="'verified' is there twice"):
+        open_session(bundle)
+
+
 @pytest.mark.parametrize("which", ["branches", "heads", "folded", "constant"])
 def test_as_they_are_they_are_taken(request, ask, which):
     bundle = request.getfixturevalue(which)

@@ -130,6 +130,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "no_json": (writes(CONFIG_FILE, lambda b: b[:-9]), "JSON"),
     "no_utf8": (writes(CONFIG_FILE, lambda b: b.replace(b"HTA", b"H\xffA")), "JSON"),
     "no_object": (writes(CONFIG_FILE, lambda b: b"[" + b + b"]"), "JSON object"),
+    "key_twice": (
+        writes(CONFIG_FILE, lambda b: b.replace(b'"form"', b'"form": "sequential", "form"', 1)),
+        "form.*twice",
+    ),
     "peft": (says(peft_type="LORA"), "peft_type"),
     "schema_newer": (says(schema_version=3), "schema_version: expected at most 2, found 3"),
     "schema_absent": (says(schema_version=...), "schema_version"),
