@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import random
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,11 +57,12 @@ def calibrate_int8(
     Returns:
         Site name -> scales; a site that NNCF left in floating point is missing.
     """
-    nncf = _nncf()
+    nncf = import_nncf()
     proto = _named_proto(graph_path)
     ignored = _ignored(proto, {site.node.name for site in sites.values()})
     try:
-        with _quiet():
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             quantised = nncf.quantize(
                 proto,
                 nncf.Dataset(data),
@@ -83,12 +85,12 @@ def calibrate_int8(
 
 def nncf_version() -> str:
     """Version of the installed NNCF."""
-    version: str = _nncf().__version__
+    version: str = import_nncf().__version__
     return version
 
 
-def _nncf() -> ModuleType:
-    """NNCF without the logger class that importing it installs."""
+def import_nncf() -> ModuleType:
+    """NNCF without the logger class that importing it installs. Raises `MissingDependencyError`."""
     logger_class = logging.getLoggerClass()
     try:
         with _quiet():
@@ -99,19 +101,21 @@ def _nncf() -> ModuleType:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF logs, warns and draws progress bars on stdout; errors still raise."""
+    """NNCF logs, and shows progress bars on stdout, whose styles take numbers of the caller's
+    generator; errors still raise."""
+    before = random.getstate()
     # torch, if it is there, is imported too and reports that it finds no GPU.
     loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        random.setstate(before)
 
 
 def _advanced(nncf: ModuleType, graph_path: Path, settings: CalibrationSettings) -> Any:

@@ -122,9 +122,12 @@ def calibrate_bundle(
     settings, options = settings or CalibrationSettings(), options or CalibrationOptions()
     bundle = read_bundle(path, Bundle.hold)
     bundle.manifest.check_logits_alone("calibration")
-    for package in ("onnx", "onnx_ir", "onnxruntime", "nncf"):
+    for package in ("onnx", "onnx_ir", "onnxruntime"):
         require(package, "calibrate", "calibrating")
+    from hhdeploy.calibration.int8 import import_nncf
     from hhdeploy.calibration.quantised import Float32Graph, find_scales
+
+    import_nncf()
 
     if not isinstance(data, str | Path):
         # It is read twice: to calibrate, and for what is left over.

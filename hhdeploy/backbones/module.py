@@ -6,12 +6,12 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.outputs import returns_tensor
-from hhdeploy.backbones.spec import BackboneSpec, Loaded
+from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import check_values, classifier_path
 from hhdeploy.backbones.weights import load_strictly, read_state, state_of
 from hhdeploy.errors import BackboneError
@@ -36,16 +36,11 @@ def load_module(spec: BackboneSpec, name: str) -> Loaded:
         BackboneError: no such module or function, arguments it does not take, a result that is no
             ``nn.Module``, one without all of its values, or whose image size is not known.
     """
-    import torch
     from torch import nn
 
     function = _function(name)
-    random = torch.random.get_rng_state()
-    torch.manual_seed(spec.seed)
-    try:
+    with seeded(spec.seed):
         model = function(**_arguments(function, spec.args, name))
-    finally:
-        torch.random.set_rng_state(random)
     if not isinstance(model, nn.Module):
         raise BackboneError(
             f"python:{name} returned {type(model).__name__}; expected a torch.nn.Module."
@@ -94,13 +89,18 @@ def _function(name: str) -> Any:
 
 @contextmanager
 def _current_directory_last() -> Iterator[None]:
-    """A console script does not look there. Last, so that no file shadows a package."""
+    """A console script does not look there. Last, so that no file shadows a package; where it is
+    in the path already, which may be the caller's script's place, it stays where it is."""
     here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
     sys.path.append(here)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        with suppress(ValueError):  # the module took it out
+            sys.path.remove(here)
 
 
 def _arguments(function: Any, args: Mapping[str, Any], name: str) -> dict[str, Any]:

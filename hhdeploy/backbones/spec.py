@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,3 +80,19 @@ class Backbone:
     facts: BackboneFacts
     notes: tuple[str, ...] = ()
     traced_with: tuple[str, ...] | None = None
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What torch draws in the block begins at ``seed``; the caller's numbers go on behind it.
+
+    On the CPU, where models are made: ``torch.manual_seed`` would seed the caller's GPUs too.
+    """
+    import torch
+
+    before = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(before)

@@ -14,7 +14,7 @@ from hhdeploy.backbones.converting import agree, is_transformers, timm_state
 from hhdeploy.backbones.facts import check_timm_args
 from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card, together
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
-from hhdeploy.backbones.spec import BackboneSpec, Loaded
+from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
 from hhdeploy.backbones.weights import load_strictly, read_state, state_of
@@ -219,8 +219,6 @@ def _timm() -> Any:
 def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = None) -> nn.Module:
     """timm.create_model with its errors mapped; ``num_classes`` None: the model's default."""
     timm = _timm()
-    import torch
-
     name = spec.model.split(".")[0]
     if ":" not in spec.model and not timm.is_model(name):
         close = timm.list_models(f"*{name[:12]}*")[:5]
@@ -232,10 +230,8 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
     kwargs = dict(spec.args)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    state = torch.random.get_rng_state()
-    torch.manual_seed(spec.seed)
     try:
-        with warnings.catch_warnings():
+        with seeded(spec.seed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning)
             return timm.create_model(spec.model, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
     except Exception as error:
@@ -247,8 +243,6 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
         raise BackboneError(
             f"timm could not create {spec.model} with {dict(spec.args)}: {error}"
         ) from error
-    finally:
-        torch.random.set_rng_state(state)
 
 
 def _from_timm(spec: BackboneSpec) -> tuple[nn.Module, int]:

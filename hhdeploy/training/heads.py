@@ -85,13 +85,20 @@ def put_head(
 ) -> OldHead:
     """Put a new classifier of an adapter in place; returns the old one for `restore_head`."""
     old: Any = model.get_submodule(path)
-    head = nn.Linear(weight.shape[1], weight.shape[0])
-    head = head.to(old.weight.device, old.weight.dtype)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+    head = linear_of(weight, bias).to(old.weight.device, old.weight.dtype)
     replace_module(model, path, head)
     return OldHead(old, _tell_classes(model, path, len(weight), config))
+
+
+def linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A Linear that holds copies of these. Made without the random values that torch begins with:
+    those would be taken from the caller's generator."""
+    classes, dim = weight.shape
+    made = nn.Linear(dim, classes, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        made.bias.copy_(bias)
+    return made
 
 
 def restore_head(model: nn.Module, path: str, old: OldHead) -> None:

@@ -41,7 +41,7 @@ from hhdeploy.training.data import (
     derived_seed,
     read_image_folder,
 )
-from hhdeploy.training.heads import check_place
+from hhdeploy.training.heads import check_place, linear_of, replace_module
 from hhdeploy.training.labelled import read_labelled
 from hhdeploy.training.loop import Trainer
 from hhdeploy.training.objective import Objective
@@ -256,13 +256,10 @@ def replace_classifier(model: nn.Module, path: str, classes: int, *, seed: int) 
     model.requires_grad_(False)
     old = model.get_submodule(path)
     assert isinstance(old, nn.Linear)
-    head = nn.Linear(old.in_features, classes)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * _HEAD_STD)
-        head.bias.zero_()
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, head.to(old.weight.device, old.weight.dtype))
+    weight = torch.randn(classes, old.in_features, generator=generator) * _HEAD_STD
+    head = linear_of(weight, torch.zeros(classes))
+    replace_module(model, path, head.to(old.weight.device, old.weight.dtype))
     return model
 
 

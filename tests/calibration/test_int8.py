@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random as standard
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from hhdeploy.calibration import int8
 from hhdeploy.calibration.int8 import calibrate_int8
 from hhdeploy.calibration.probe import range_excess
 from hhdeploy.calibration.qdq import FORMATS, find_sites, quantised_model
@@ -81,6 +83,16 @@ def test_nncf_says_nothing_and_leaves_the_loggers_alone(mlp, feeds, capfd):
     calibrate_int8(mlp, sites, feeds, CalibrationSettings(bias_correction=False))
     assert capfd.readouterr() == ("", "")
     assert (logger.level, logging.getLoggerClass()) == before
+
+
+def test_nncf_draws_none_of_the_caller_s_random_numbers(monkeypatch):
+    """The styles of its progress bars take some: when it is imported, and when it quantises."""
+    before = standard.getstate()
+    with int8._quiet():
+        standard.random()
+    monkeypatch.setattr(int8, "require", lambda *names: standard.random())
+    int8.import_nncf()
+    assert standard.getstate() == before
 
 
 def test_importing_nncf_says_nothing_and_sends_nothing():

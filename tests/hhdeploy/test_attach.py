@@ -20,7 +20,8 @@ from hhdeploy.adapters.format import load_adapter
 from hhdeploy.backbones.structure import base_sha256, classifier_path, signs_sha256
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach, detach, extract, save
-from hhdeploy.training.heads import replace_module
+from hhdeploy.training.heads import linear_of, replace_module
+from hhdeploy.training.recipe import replace_classifier
 from tests.own_models import authors_vit, encoder, gated, torchvision_vit
 from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, tiny_backbone
 
@@ -344,6 +345,17 @@ def with_records(directory):
     said = {**json.loads(file.read_text()), **RECORDS, "note": "mine", "compressed": lost}
     file.write_text(json.dumps(said))
     return load_adapter(directory), {**RECORDS, "compressed": lost}
+
+
+def test_the_caller_s_random_numbers_go_on(tmp_path):
+    model, head = Stem(), nn.Linear(24, 3)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    save(attach(model, STEM_S), tmp_path / "a")
+    attach(detach(model), load_adapter(tmp_path / "a"))
+    replace_classifier(detach(model), "head", 3, seed=1)
+    linear_of(head.weight, head.bias)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_said_of_tensors_is_not_said_of_others(tmp_path):

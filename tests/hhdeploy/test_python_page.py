@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import random
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -58,9 +63,9 @@ def tiny(program: str, workshop: Workshop) -> str:
 def draw(place: Path, count: int) -> None:
     """Seeded pictures that are not square."""
     place.mkdir(parents=True)
-    random = np.random.default_rng(len(str(place.name)))
+    generator = np.random.default_rng(len(str(place.name)))
     for index in range(count):
-        pixels = random.integers(0, 255, (37, 41, 3), np.uint8)
+        pixels = generator.integers(0, 255, (37, 41, 3), np.uint8)
         Image.fromarray(pixels).save(place / f"{index}.png")
 
 
@@ -92,6 +97,21 @@ def place(workshop, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def of_the_caller() -> dict[str, object]:
+    """What calls leave as it was, without what is set for other packages, or by them."""
+    set_once = ("ORT_DISABLE_TELEMETRY", "TORCHINDUCTOR_CACHE_DIR", "PYTEST_CURRENT_TEST")
+    return {
+        "random": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "torch's": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()),
+        "path": [place for place in sys.path if not place.endswith("setuptools/_vendor")],
+        "directory": Path.cwd(),
+        "environment": {k: v for k, v in os.environ.items() if k not in set_once},
+        "logging": (logging.getLoggerClass(), logging.root.level, tuple(logging.root.handlers)),
+    }
+
+
 def test_every_public_name_is_on_the_page():
     shown = set(re.findall(r"\w+", code()))
     assert not set(hhdeploy.__all__) - shown
@@ -100,9 +120,19 @@ def test_every_public_name_is_on_the_page():
 
 
 @pytest.mark.slow
-def test_the_page_runs(workshop, place, capsys):
+def test_the_page_runs(workshop, place, capsys, monkeypatch):
     pytest.importorskip("nncf", reason="NNCF is not installed")
+    create = timm.create_model
+
+    def create_model(*args, **kwargs):
+        """The page's own random numbers."""
+        with torch.random.fork_rng(devices=[]):
+            return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    before = of_the_caller()
     exec(compile(tiny(code(), workshop), "docs/python.md", "exec"), {"Path": Path})
+    assert of_the_caller() == before
     printed = capsys.readouterr().out.splitlines()
     assert "['flowers', 'cars', 'pets']" in printed
     assert printed[-1] == "precisions"

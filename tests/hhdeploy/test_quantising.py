@@ -16,7 +16,14 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.judging.range_check import check_adapter
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.errors import BundleError, DataError, ParityError, PlanError, WriteError
+from hhdeploy.errors import (
+    BundleError,
+    DataError,
+    MissingDependencyError,
+    ParityError,
+    PlanError,
+    WriteError,
+)
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
 from hhdeploy.quantising import (
@@ -218,6 +225,20 @@ def calibrated_files(folder: Path, used: CalibrationData, target: Path) -> Path:
         if sha256_of(file) in digests:
             shutil.copyfile(file, target / file.name)
     return target
+
+
+def test_nncf_is_imported_as_calibration_imports_it(calibrate, monkeypatch):
+    """Which puts back what that changes of the caller's: its logger class, its random numbers."""
+
+    def missing(package, *what):
+        raise MissingDependencyError(package)
+
+    monkeypatch.setattr(
+        "hhdeploy.quantising.require", lambda package, *what: package != "nncf" or missing(package)
+    )
+    monkeypatch.setattr("hhdeploy.calibration.int8.require", lambda *what: missing("int8's"))
+    with pytest.raises(MissingDependencyError, match="int8's"):
+        calibrate()
 
 
 def test_an_adapter_is_checked_against_the_ranges(calibrate, images, tmp_path):

@@ -23,6 +23,7 @@ from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.importers.keys import PEFT_MODEL
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array
+from hhdeploy.backbones.spec import seeded
 from hhdeploy.errors import AdapterError, require
 from hhdeploy.parity import PEFT_MERGE_BOUND
 
@@ -71,8 +72,7 @@ def merged_parameters(
     _check_age(config, tensors, where)
     import torch
 
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _quiet(), seeded(0):
         model = _with_replaced(backbone, replaced)
         tuned = _loaded(peft, _nested(model, prefix), config, tensors, where)
         for dtype in (torch.float64, torch.float32):

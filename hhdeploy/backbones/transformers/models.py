@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from hhdeploy.backbones.licences import CARD, Licences, licences_of_card
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.outputs import returns_tensor
-from hhdeploy.backbones.spec import BackboneSpec, Loaded
+from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers.processors import (
     PROCESSOR,
@@ -191,28 +191,27 @@ def _model(
     import torch
 
     kind = _class(transformers, config, classifies)
-    random = torch.random.get_rng_state()
-    torch.manual_seed(spec.seed)
     taken: tuple[str, ...] = ()
     try:
-        if spec.checkpoint is None and not spec.pretrained:
-            model: nn.Module = _fresh(kind, config)
-            return model, frozenset(model.state_dict()), ()
-        common = {
-            "config": config,
-            "attn_implementation": _ATTENTION,
-            "dtype": torch.float32,
-            "output_loading_info": True,
-        }
-        if spec.checkpoint is not None:
-            with torch.device("meta"):
-                empty = _fresh(kind, config)
-            state, taken = _state(spec.checkpoint, empty, classifies)
-            model, loading = type(empty).from_pretrained(None, state_dict=state, **common)
-        else:
-            model, loading = kind.from_pretrained(
-                where, weights_only=True, trust_remote_code=False, **common
-            )
+        with seeded(spec.seed):
+            if spec.checkpoint is None and not spec.pretrained:
+                model: nn.Module = _fresh(kind, config)
+                return model, frozenset(model.state_dict()), ()
+            common = {
+                "config": config,
+                "attn_implementation": _ATTENTION,
+                "dtype": torch.float32,
+                "output_loading_info": True,
+            }
+            if spec.checkpoint is not None:
+                with torch.device("meta"):
+                    empty = _fresh(kind, config)
+                state, taken = _state(spec.checkpoint, empty, classifies)
+                model, loading = type(empty).from_pretrained(None, state_dict=state, **common)
+            else:
+                model, loading = kind.from_pretrained(
+                    where, weights_only=True, trust_remote_code=False, **common
+                )
     except (
         OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError,
         SafetensorError, EOFError,
@@ -220,8 +219,6 @@ def _model(
         raise BackboneError(
             f"transformers:{where} cannot be loaded: {_in_the_way(spec, where, error)}"
         ) from error
-    finally:
-        torch.random.set_rng_state(random)
     _check_loading(
         spec.checkpoint or f"transformers:{where}",
         loading,

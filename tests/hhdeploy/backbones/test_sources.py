@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,15 @@ from hhdeploy.errors import AdapterError, BackboneError
 from tests.hhdeploy.backbones.small_vit import SMALL_VIT, save_small_vit
 from tests.own_models import encoder
 from tests.parity.architectures import save_transformers_config
-from tests.support import TINY_ARGS, assert_parity, images, logits_of, random_adapter
+from tests.support import (
+    TINY_ARGS,
+    TINY_MODEL,
+    assert_parity,
+    images,
+    logits_of,
+    random_adapter,
+    tiny_spec,
+)
 
 SMALL = {**SMALL_VIT, "num_labels": 7}
 OWN = "python:tests.own_models"
@@ -531,6 +540,27 @@ def test_a_module_of_the_current_directory_is_found_last(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_own_vit", raising=False)
     assert load_backbone(BackboneSpec("python:my_own_vit:encoder")).facts.classes == 7
     assert str(tmp_path) not in sys.path
+
+
+def test_a_current_directory_that_is_in_the_path_stays_where_it_is(monkeypatch):
+    """As that of a script is, which is first."""
+    monkeypatch.setattr(sys, "path", [str(Path.cwd()), *sys.path])
+    before = list(sys.path)
+    load_backbone(BackboneSpec("python:tests.own_models:encoder"))
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("model", [TINY_MODEL, "python:tests.own_models:encoder", "transformers:"])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_the_caller_s_random_numbers_go_on(model, pretrained, saved, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    source = spec(saved) if model == "transformers:" else tiny_spec(model)
+    torch.manual_seed(3)
+    before, seeded = torch.get_rng_state(), seeds.copy()
+    load_backbone(replace(source, pretrained=pretrained and model != TINY_MODEL))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeds == seeded  # of the GPUs, where there are some
 
 
 @pytest.mark.parametrize(
