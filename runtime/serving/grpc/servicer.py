@@ -27,19 +27,14 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.access.tokens import Access
-from hhdeploy.runtime.serving.endpoint import (
-    Endpoint,
-    check_unload,
-    model_config,
-    read_upload,
-    server_metadata,
-)
+from hhdeploy.runtime.serving.endpoint import Endpoint, model_config, server_metadata
 from hhdeploy.runtime.serving.errors import (
     FailedError,
     RequestError,
     StoppingError,
     UnauthorizedError,
 )
+from hhdeploy.runtime.serving.fleet.uploads import check_unload, read_upload
 from hhdeploy.runtime.serving.grpc.codec import write_response
 from hhdeploy.runtime.serving.grpc.headers import PEER
 from hhdeploy.runtime.serving.grpc.parsing import read_inference

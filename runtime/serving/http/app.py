@@ -29,19 +29,14 @@ from starlette.types import Receive, Scope, Send
 
 from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.access.tokens import Access
-from hhdeploy.runtime.serving.endpoint import (
-    Endpoint,
-    check_unload,
-    model_config,
-    read_upload,
-    server_metadata,
-)
+from hhdeploy.runtime.serving.endpoint import Endpoint, model_config, server_metadata
 from hhdeploy.runtime.serving.errors import (
     BusyError,
     FailedError,
     NotFoundError,
     RequestError,
 )
+from hhdeploy.runtime.serving.fleet.uploads import check_unload, read_upload
 from hhdeploy.runtime.serving.http.arrival import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,

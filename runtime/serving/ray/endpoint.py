@@ -13,8 +13,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.endpoint import Upload
 from hhdeploy.runtime.serving.errors import RequestError, refusal_kind
+from hhdeploy.runtime.serving.fleet.uploads import Upload
 from hhdeploy.runtime.serving.messages import ADAPTERS, BYTES, Deadline, InferRequest, InferResponse
 from hhdeploy.runtime.serving.metrics import refusals_text
 from hhdeploy.runtime.serving.ray.calls import answered, ask

@@ -28,8 +28,8 @@ from ray import serve
 from ray.util import list_named_actors
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.endpoint import Upload
 from hhdeploy.runtime.serving.errors import FailedError
+from hhdeploy.runtime.serving.fleet.uploads import Upload
 from hhdeploy.runtime.serving.ray.calls import LOST, ask
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")

@@ -12,8 +12,8 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.runtime.serving.access.tokens import Access
-from hhdeploy.runtime.serving.endpoint import Upload, check_unload, read_upload
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.fleet.uploads import Upload, check_unload, read_upload
 from hhdeploy.runtime.serving.grpc.servicer import Servicer
 from hhdeploy.runtime.serving.http.app import http_app
 from tests.runtime.serving.leftovers import post
