@@ -64,6 +64,18 @@ inline ov::Tensor float_tensor(const std::string& bytes, const std::string& name
     return tensor;
 }
 
+// JSON of a file. (By itself a parser takes the last of a key's values, and says nothing of the others.)
+inline Json parse(const std::string& text, const std::string& file) {
+    std::vector<std::set<std::string>> open;
+    return Json::parse(text, [&](int, Json::parse_event_t event, Json& parsed) {
+        if (event == Json::parse_event_t::object_start) open.emplace_back();
+        if (event == Json::parse_event_t::object_end) open.pop_back();
+        if (event == Json::parse_event_t::key && !open.back().insert(parsed.get<std::string>()).second)
+            throw Error(file + ": " + parsed.dump() + " is there twice.");
+        return true;
+    });
+}
+
 // Throws where a manifest's value is not what it can be, naming it.
 inline void expect(bool fits, const std::string& key, const std::string& expected, const Json& found) {
     if (!fits) throw Error(key + ": expected " + expected + ", found " + found.dump() + ".");
@@ -119,7 +131,7 @@ public:
     explicit Bundle(fs::path directory) : path(std::move(directory)) {
         const fs::path file = path / "hhdeploy.json";
         if (!fs::is_regular_file(file)) throw Error(path.string() + " is not a bundle: it has no hhdeploy.json.");
-        manifest = Json::parse(read_file(file));
+        manifest = parse(read_file(file), file.string());
         check_manifest(manifest, file.string());
     }
 

@@ -345,6 +345,15 @@ def test_weights_without_a_hash(program, branches, pictures, tmp_path):
     assert "files: expected the sha256 of model.onnx.data, found none" in done.stderr
 
 
+def test_a_key_that_is_there_twice(program, small, pictures, tmp_path):
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    text = (bundle / MANIFEST).read_text()
+    (bundle / MANIFEST).write_text(text.replace('"classes"', '"classes": 3, "classes"', 1))
+    done = run(program, bundle, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f'{MANIFEST}: "classes" is there twice.' in done.stderr
+
+
 def test_a_graph_without_logits_is_said_in_one_line(program, small, pictures, tmp_path):
     done = run(program, broken(small, tmp_path / "b", lambda c: c.update(classes=0)), pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
