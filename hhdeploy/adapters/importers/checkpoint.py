@@ -82,7 +82,7 @@ def extract_adapter(
         license=licences_of_card(directory),
         extra={"imported_from": {"format": "checkpoint", **_said(tuned, backbone)}},
     )
-    stated = _stated(path, tuned) or stated_preprocess(directory, backbone)
+    stated = _stated(path, tuned) or stated_preprocess(directory, backbone, options)
     told = tuned.facts.meaning
     options = replace(
         options,

@@ -192,7 +192,8 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
         license=together(licences_of(config.get("license")), licences_of_card(path)),
         extra={"imported_from": _facts_of(config, assumed)},
     )
-    return finish(result, described, file, backbone, options, stated_preprocess(path, backbone))
+    stated = stated_preprocess(path, backbone, options)
+    return finish(result, described, file, backbone, options, stated)
 
 
 def _adapts_attention(tuned: Tensors, names: Names, backbone: Backbone) -> bool:

@@ -91,7 +91,7 @@ def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOpt
         r=max((t.shape[0] for n, t in result.items() if n.endswith(".lora_A")), default=0),
         extra={"imported_from": {"format": "torch.save", **_scaling(tensors, options)}},
     )
-    stated = stated_preprocess(path.parent, backbone)
+    stated = stated_preprocess(path.parent, backbone, options)
     return finish(result, config, path, backbone, options, stated)
 
 

@@ -124,14 +124,19 @@ def low_rank_pair(
     return group["lora_A"], group["lora_B"]
 
 
-def stated_preprocess(directory: Path, backbone: Backbone) -> Preprocess | None:
-    """The transform of transformers' image processor beside an adapter; None without its file.
+def stated_preprocess(
+    directory: Path, backbone: Backbone, options: ImportOptions
+) -> Preprocess | None:
+    """The transform of transformers' image processor beside an adapter; None without its file, or
+    where ``options`` say it.
 
     Raises:
         AdapterError: a file that cannot be read, or steps that cannot be expressed.
     """
     from hhdeploy.backbones.transformers import from_image_processor, image_processor
 
+    if options.preprocess is not None:
+        return None
     try:
         content = image_processor(str(directory))
         if content is None:

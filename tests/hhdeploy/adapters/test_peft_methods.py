@@ -888,6 +888,7 @@ def test_a_processor_beside_the_adapter(tmp_path, vit):
         )
         with pytest.raises(AdapterError, match=r"cannot be read: .*`preprocess`"):
             import_adapter(source, vit)
+    assert import_adapter(source, vit, ImportOptions(preprocess=given)).config.preprocess == given
 
 
 def test_code_named_by_a_file_does_not_run(tmp_path, vit, capsys):
