@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import logging
 import os
-import re
 import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 _LOG = logging.getLogger("hhdeploy.serve")
-# As OpenSSL finds them in a file, between whatever other text.
-_CERTIFICATE: Final = re.compile(
-    rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", re.DOTALL
-)
-# Tags of ASN.1, and which field of a certificate its time is, see RFC 5280, 4.1.
-_VERSION, _SHORT_YEAR, _VALIDITY = 0xA0, 0x17, 3
 
 
 class Tls:
@@ -128,43 +120,14 @@ def _no_password() -> str:
 
 
 def _out_of_time(pem: bytes) -> str:
-    """What is wrong with the first certificate of a chain that is not valid now; "" for none.
+    """What is wrong with the first certificate of a chain that is not valid now; "" for none."""
+    from cryptography.x509 import load_pem_x509_certificates
 
-    Args:
-        pem: that OpenSSL has read: what stands in it is well formed.
-    """
     now = datetime.datetime.now(datetime.timezone.utc)
-    for content in _CERTIFICATE.findall(pem):
-        (_, certificate), *_ = _values(base64.b64decode(content))
-        (_, signed), *_ = _values(certificate)
-        # What may stand before the serial number and the names: a version, in brackets.
-        fields = [value for tag, value in _values(signed) if tag != _VERSION]
-        begin, end = (_moment(*value) for value in _values(fields[_VALIDITY]))
+    for certificate in load_pem_x509_certificates(pem):
+        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         if now < begin:
             return f"begins at {begin.isoformat()}"
         if now > end:
             return f"ended at {end.isoformat()}"
     return ""
-
-
-def _values(der: bytes) -> list[tuple[int, bytes]]:
-    """Tag and content of each value that stands there, in ASN.1's DER."""
-    found, position = [], 0
-    while position < len(der):
-        tag, length = der[position], der[position + 1]
-        position += 2
-        if length & 0x80:  # the number of bytes that the length has
-            begin, position = position, position + (length & 0x7F)
-            length = int.from_bytes(der[begin:position], "big")
-        found.append((tag, der[position : position + length]))
-        position += length
-    return found
-
-
-def _moment(tag: int, written: bytes) -> datetime.datetime:
-    """A time of a certificate: two digits of a year until 2049, four afterwards."""
-    text = written.decode("ascii")
-    if tag == _SHORT_YEAR:
-        text = ("20" if text < "50" else "19") + text
-    moment = datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ")
-    return moment.replace(tzinfo=datetime.timezone.utc)
