@@ -203,6 +203,8 @@ def _loaded(
     kept = _of_method(config, method.__dataclass_fields__)
     known = [name for name, _ in model.named_parameters()]  # PEFT renames them
     try:
+        if kept.get("modules_to_save"):
+            kept = _without_saved(peft, model, kept)
         described = peft.PeftConfig.from_peft_type(**kept)
         if described.is_prompt_learning or described.is_adaption_prompt:
             raise ValueError("prompts are inputs, not weights")
@@ -236,18 +238,14 @@ def _check_target_parameters(known: list[str], config: Mapping[str, Any], where:
 
 
 def _of_method(config: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The configuration of the method alone, as PEFT is to read it.
-
-    What was saved whole is no target of it, whether or not the PEFT that wrote it had a key for
-    that.
-
-    Args:
-        config: of PEFT.
-        known: options of the method in the PEFT that is installed.
-    """
+    """The configuration of the method, whose options in the PEFT that is installed are ``known``,
+    with what was saved whole excluded, if it can be, also where the PEFT that wrote it had no key
+    for that."""
     kept = {key: value for key, value in config.items() if key not in _DROPPED}
     saved = config.get("modules_to_save") or ()
-    if saved and "exclude_modules" in known:
+    if saved and "exclude_modules" not in known:
+        kept["modules_to_save"] = saved
+    elif saved:
         excluded = config.get("exclude_modules") or ()
         names = [rf"(.*\.)?({'|'.join(saved)})(\..*)?"]
         names += (
@@ -259,6 +257,15 @@ def _of_method(config: Mapping[str, Any], known: Collection[str]) -> dict[str, A
     if _unscaled(config):
         kept |= {"alpha": config.get("r", 8), "alpha_pattern": config.get("rank_pattern") or {}}
     return kept
+
+
+def _without_saved(peft: Any, model: nn.Module, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a method that excludes no modules with the targets that PEFT finds
+    beside the saved ones, which it passes over."""
+    trial = peft.get_peft_model(copy.deepcopy(model), peft.PeftConfig.from_peft_type(**kept))
+    targets = "|".join(map(re.escape, trial.base_model.targeted_module_names))
+    said = ("modules_to_save", "layers_to_transform", "layers_pattern")
+    return {**{k: v for k, v in kept.items() if k not in said}, "target_modules": targets}
 
 
 def _compare(

@@ -649,6 +649,15 @@ def test_a_configuration_without_a_key_for_what_is_excluded(tmp_path, vit, metho
     assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
 
 
+@pytest.mark.parametrize("method", ["RANDLORA", "UNILORA", "BEFT"])
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv", "head"]], ids=in_order)
+def test_targets_that_were_saved_by_methods_that_exclude_nothing(tmp_path, vit, method, targets):
+    """UniLoRA's one vector is for all targets: with the head among them it is another change."""
+    changes = {"target_modules": targets, "modules_to_save": ["head", "norm"]}
+    source, expected = saved(tmp_path, vit, method, **changes)
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+
+
 def leave_out(source, *keys):
     """A configuration as a PEFT wrote it that did not have these keys."""
     content = json.loads((source / CONFIG_FILE).read_text())
