@@ -22,6 +22,7 @@ from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.bundle.reading import Bundle, read_bundle
 from hhdeploy.errors import AdapterError, PlanError, WriteError, require
 from hhdeploy.files.outputs import output_file
+from hhdeploy.files.plain import open_plain, what_instead
 
 _BANK = "adapter_bank"
 _VERSION = 1
@@ -82,11 +83,13 @@ def unpack_adapter(path: str | Path, file: str | Path) -> Adapter:
     manifest = read_bundle(path, lambda bundle: bundle.manifest)
     layout = layout_of(manifest)
     try:
+        open_plain(Path(file)).close()  # ONNX Runtime would wait for a pipe
         form = ort.AdapterFormat.read_adapter(str(file))
         row = form.get_parameters()[_BANK].numpy().copy()
     except Exception as error:  # its exceptions have no base of their own
         raise AdapterError(
-            f"{file}: expected ONNX Runtime's adapter format with {_BANK}: {error}."
+            f"{file} cannot be read as ONNX Runtime's adapter format with {_BANK}: "
+            f"{_instead(Path(file), error)}. Pack the adapter again, or copy the file again."
         ) from error
     if form.get_model_version() != model_version(manifest) or row.shape != (1, layout.size):
         raise AdapterError(
@@ -95,6 +98,14 @@ def unpack_adapter(path: str | Path, file: str | Path) -> Adapter:
             "layout. Take the bundle that it was packed from."
         )
     return adapter_of(manifest, layout, row[0], str(file))
+
+
+def _instead(file: Path, error: Exception) -> str:
+    """What lies there in the place of such a file; ONNX Runtime says lines, of its own source."""
+    try:
+        return what_instead(file) or " ".join(str(error).split()).rpartition(") ")[2].rstrip(" .")
+    except OSError as reason:
+        return reason.strerror or str(reason)
 
 
 def layout_of(manifest: Manifest) -> RowLayout:

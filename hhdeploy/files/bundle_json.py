@@ -108,7 +108,12 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
         raise BundleError(
             f"{path} is not a bundle: {MANIFEST} was expected in it. Make one with `export()`."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(
+            f"{file} cannot be read: {error.strerror}. Give it its permissions, or copy or export "
+            "the bundle again."
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}. Export the bundle again.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version > newest:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -191,6 +193,20 @@ def test_no_bundle(tmp_path):
 def test_manifests_that_are_refused(bundle, changes, message):
     edit(bundle, **changes)
     with pytest.raises(BundleError, match=message):
+        Bundle.open(bundle)
+
+
+def test_a_manifest_that_may_not_be_read(bundle, monkeypatch):
+    """Which is no reason to export again."""
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("hhdeploy.files.bundle_json.read_plain", refuse)
+    expected = (
+        r"hhdeploy\.json cannot be read: Permission denied\. Give it its permissions, or copy"
+    )
+    with pytest.raises(BundleError, match=expected):
         Bundle.open(bundle)
 
 

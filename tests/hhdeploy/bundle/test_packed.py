@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 
 import numpy as np
@@ -87,8 +88,16 @@ def test_a_disk_that_is_full_is_said_and_leaves_the_old_file(branches, tmp_path)
 
 def test_what_is_no_such_file_or_another_bundle_s_is_refused(branches, small, folded, tmp_path):
     (tmp_path / "noise").write_bytes(b"noise")
-    with pytest.raises(AdapterError, match="adapter format"):
-        unpack_adapter(branches, tmp_path / "noise")
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in {
+        "noise": "The buffer does not appear to be [^/\n]*",
+        "empty": "it is empty",
+        "pipe": "it is a pipe; a plain file was expected",
+        "nowhere": "No such file or directory",
+    }.items():
+        with pytest.raises(AdapterError, match=rf"{name} .* adapter format .*: {why}\. Pack the a"):
+            unpack_adapter(branches, tmp_path / name)
     pack_adapter(branches, "alpha", tmp_path / "alpha")
     with pytest.raises(AdapterError, match="another model or layout"):
         unpack_adapter(small, tmp_path / "alpha")
