@@ -164,7 +164,7 @@ def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:
     """The configuration, entries of it replaced by ``spec.args``."""
     try:
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of whatever it makes of values that are none
         raise BackboneError(
             f"transformers:{where} has no configuration that can be read: {_first_line(error)} "
             "Expected a directory with config.json, or an id of the hub; code that comes with a "
@@ -214,7 +214,7 @@ def _model(
                 )
     except (
         OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError,
-        SafetensorError, EOFError,
+        SafetensorError, EOFError, AttributeError, ArithmeticError,
     ) as error:  # fmt: skip
         raise BackboneError(
             f"transformers:{where} cannot be loaded: {_in_the_way(spec, where, error)}"
@@ -310,6 +310,8 @@ def _check_loading(
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):  # of what, which the next one says
+        return f"{lines[0]} {lines[1].strip()}"
     return lines[0] if lines else type(error).__name__
 
 

@@ -197,6 +197,28 @@ def test_no_model_there(tmp_path, where, monkeypatch):
         load_backbone(spec(tmp_path / where))
 
 
+VIT = {"model_type": "vit", "hidden_size": 48, "num_attention_heads": 3, "image_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "no configuration that can be read: maximum recursion"),
+        ("5", "no configuration that can be read"),
+        (json.dumps({"model_type": ["vit"]}), "no configuration that can be read: unhashable"),
+        # Some versions of transformers see it at once, others when the model is made.
+        (json.dumps({**VIT, "hidden_size": None}), "'hidden_size'.*expected int|cannot be loaded"),
+        (json.dumps({**VIT, "id2label": 5}), "no configuration that can be read"),
+        (json.dumps({**VIT, "patch_size": 0}), "cannot be loaded: .*zero"),
+    ],
+    ids=["deep", "number", "type", "null", "labels", "zero"],
+)
+def test_a_configuration_with_values_that_are_none(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BackboneError, match=said):
+        load_backbone(replace(spec(tmp_path), pretrained=False))
+
+
 # -- no code of a file ------------------------------------------------------------------------
 
 
