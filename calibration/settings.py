@@ -8,7 +8,15 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Final
 
-from hhdeploy.choices import QUANTISED, QuantisedPrecision, as_seed, listed, one_of, whole
+from hhdeploy.choices import (
+    QUANTISED,
+    QuantisedPrecision,
+    as_seed,
+    listed,
+    one_of,
+    whole,
+    yes_or_no,
+)
 from hhdeploy.errors import OptionError, PlanError
 
 
@@ -43,6 +51,8 @@ class CalibrationSettings:
         object.__setattr__(self, "exclude", tuple(listed(self.exclude, "exclude", "patterns")))
         object.__setattr__(self, "images", whole(self.images, "images", 1))
         object.__setattr__(self, "seed", as_seed(self.seed))
+        correct = yes_or_no(self.bias_correction, "bias_correction")
+        object.__setattr__(self, "bias_correction", correct)
         if (alpha := self.smooth_quant) is not None:
             if not isinstance(alpha, Real) or not 0.0 <= alpha <= 1.0:
                 raise OptionError(

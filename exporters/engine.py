@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from hhdeploy.bundle.manifest import Range
-from hhdeploy.choices import Precision, TensorRt, listed, whole
+from hhdeploy.choices import Precision, TensorRt, listed, whole, yes_or_no
 from hhdeploy.errors import EngineError, OptionError, PlanError
 from hhdeploy.exporters.engine_errors import explain, parser_errors
 from hhdeploy.packages import Log, import_tensorrt
@@ -64,6 +64,8 @@ class BuildOptions:
         for name, least in (("max_slots", 1), ("optimization_level", 0), ("workspace_mib", 1)):
             if (value := getattr(self, name)) is not None:
                 found[name] = whole(value, name, least)
+        for name in ("bank_as_constant", "hardware_compatible", "tf32"):
+            found[name] = yes_or_no(getattr(self, name), name)
         for name, value in found.items():  # as the manifest has them
             object.__setattr__(self, name, value)
 

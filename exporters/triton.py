@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
-from hhdeploy.choices import PRECISIONS, Precision, one_of
+from hhdeploy.choices import PRECISIONS, Precision, listed, one_of, whole, yes_or_no
 from hhdeploy.errors import OptionError
 
 TritonBackend = Literal["onnxruntime", "tensorrt"]
@@ -61,6 +61,21 @@ class TritonOptions:
     gpu: bool | None = None
     ensemble: bool = False
 
+    def __post_init__(self) -> None:
+        sizes = listed(self.preferred_batch, "preferred_batch", "numbers of images")
+        found: dict[str, Any] = {
+            "preferred_batch": tuple(whole(size, "preferred_batch", 1) for size in sizes),
+            "max_queue_delay_us": whole(self.max_queue_delay_us, "max_queue_delay_us", 0),
+            "instances": whole(self.instances, "instances", 1),
+            "ensemble": yes_or_no(self.ensemble, "ensemble"),
+        }
+        if self.max_batch is not None:
+            found["max_batch"] = whole(self.max_batch, "max_batch", 1)
+        if self.gpu is not None:
+            found["gpu"] = yes_or_no(self.gpu, "gpu")
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
     @property
     def batch(self) -> int:
         """``max_batch``, or what it is when nobody says."""
@@ -69,7 +84,7 @@ class TritonOptions:
 
 def check_model_name(name: str, server: str = "Triton") -> str:
     """A model's name, a directory's and part of an address. Raises `OptionError`."""
-    if not _MODEL_NAME.fullmatch(name):
+    if not isinstance(name, str) or not _MODEL_NAME.fullmatch(name):
         raise OptionError(
             f"{server} model name {name!r}: expected letters, digits, '.', '-' and '_' (at most "
             "128, first a letter or digit). Give one as `name`."
@@ -104,17 +119,9 @@ def check_triton_options(options: TritonOptions) -> None:
 
 
 def check_numbers(options: TritonOptions) -> None:
-    """Batches, waiting and instances are in range. Raises `OptionError` naming the option."""
-    least = {
-        "`max_batch`": (options.batch, 1),
-        "`max_queue_delay_us`": (options.max_queue_delay_us, 0),
-        "`instances`": (options.instances, 1),
-    }
-    for option, (found, minimum) in least.items():
-        if found < minimum:
-            raise OptionError(f"{option}: expected {minimum} or more, found {found}.")
+    """Preferred batches are none that is never run. Raises `OptionError` naming the option."""
     for size in options.preferred_batch:
-        if not 1 <= size <= options.batch:
+        if size > options.batch:
             raise OptionError(
                 f"`preferred_batch=[{size}]`: expected 1 to `max_batch`, which is {options.batch}."
             )

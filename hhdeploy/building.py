@@ -9,7 +9,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import engine_name, stale
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Range, name_with_digits, plain_name
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
-from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, TensorRt, one_of, seconds
+from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, TensorRt, one_of, options_of, seconds
 from hhdeploy.errors import ConflictError, PlanError, require
 from hhdeploy.exporters.engine import (
     BuildOptions,
@@ -65,7 +65,7 @@ def build(
         one_of(PRECISIONS, precision, "precision"),
     )
     seconds(lock_timeout, "lock_timeout")  # not after the build
-    options = options or BuildOptions()
+    options = options_of(options, BuildOptions, "options")
     check_build_options(backend, precision, options)
     import_tensorrt(backend)  # before anything slow
     bundle = Bundle.open(path)

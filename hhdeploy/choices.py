@@ -3,7 +3,7 @@
 Every name is a member of one `Literal`, and its `typing.get_args` is the list that the command
 line offers and messages show. A name is checked once, where it enters (a command, a function of
 the Python API, a manifest), and typed from there on. Several come in a list.
-So are numbers that many functions take.
+So are numbers, switches and options that many functions take.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from numbers import Real
 from typing import Any, Final, Literal, TypeVar, cast, get_args
 
@@ -47,6 +47,7 @@ MOST_SEED: Final = 2**63 - 1
 SEEDS: Final = (-(2**63), 2**64 - 1)
 
 _Name = TypeVar("_Name", bound=str)
+_Kind = TypeVar("_Kind")
 
 
 def member(names: Iterable[_Name], given: object) -> _Name | None:
@@ -92,10 +93,62 @@ def listed(
             return list(cast(Iterable[Any], given))
         except TypeError:
             pass  # nothing that can be gone through
-    raise error(
-        f"`{parameter}`: expected {what} in a list or tuple, found {type(given).__name__} "
-        f"{reprlib.repr(given)}."
+    raise _unlike(parameter, f"{what} in a list or tuple", given, error)
+
+
+def of_kind(given: object, kind: type[_Kind], parameter: str) -> _Kind:
+    """What a user gave for options that are an object of their own, which a dictionary is not.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if isinstance(given, kind):
+        return given
+    raise _unlike(parameter, f"{kind.__name__}(...)", given)
+
+
+def options_of(given: object, kind: type[_Kind], parameter: str) -> _Kind:
+    """The same where None stands for what the options are when nobody says."""
+    return kind() if given is None else of_kind(given, kind, parameter)
+
+
+def mapping(
+    given: object, parameter: str, what: str, error: type[HhdeployError] = OptionError
+) -> Mapping[Any, Any]:
+    """What a user gave for a dictionary; ``what``: its entries are. Else ``error``."""
+    if isinstance(given, Mapping):
+        return given
+    raise _unlike(parameter, f"a dictionary of {what}", given, error)
+
+
+def text(given: object, parameter: str, what: str) -> str:
+    """What a user gave for ``what``, a string. Raises `OptionError`."""
+    if isinstance(given, str):
+        return given
+    raise _unlike(parameter, f"{what} in a string", given)
+
+
+def yes_or_no(given: object, parameter: str, error: type[HhdeployError] = OptionError) -> bool:
+    """What a user gave for a switch, NumPy's values, 0 and 1 among them; else ``error``: Python
+    takes "no" for true."""
+    if isinstance(given, Hashable) and given in (False, True):
+        return bool(given)
+    raise _unlike(parameter, "True or False", given, error)
+
+
+def _unlike(
+    parameter: str, expected: str, given: object, error: type[HhdeployError] = OptionError
+) -> HhdeployError:
+    return error(
+        f"`{parameter}`: expected {expected}, found {type(given).__name__} {reprlib.repr(given)}."
     )
+
+
+def number(given: object, parameter: str) -> float:
+    """What a user gave for a finite number, NumPy's among them. Raises `OptionError`."""
+    if isinstance(given, Real) and math.isfinite(given):
+        return float(given)
+    raise _unlike(parameter, "a finite number", given)
 
 
 def whole(

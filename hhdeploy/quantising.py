@@ -16,18 +16,20 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Logits
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, calibration_files
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress
+from hhdeploy.bundle.store import Progress
 from hhdeploy.calibration.data import CalibrationData, ImageSource
 from hhdeploy.calibration.judging.accuracy import Accuracy, answers, compare_answers
 from hhdeploy.calibration.judging.exam import Exam, make_exam
 from hhdeploy.calibration.judging.findings import Findings, changed_images
 from hhdeploy.calibration.judging.guard import Guarded, check_bound, guard, most_sensitive_first
 from hhdeploy.calibration.judging.order import settle_order
+from hhdeploy.calibration.options import CalibrationOptions as CalibrationOptions
+from hhdeploy.calibration.options import image_source
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
-from hhdeploy.choices import DEVICES, Device, Precision, QuantisedPrecision, listed, one_of, seconds
-from hhdeploy.errors import DataError, ParityError, require
+from hhdeploy.choices import Precision, QuantisedPrecision, options_of
+from hhdeploy.errors import ParityError, require
 from hhdeploy.files.outputs import check_output, output_file
 from hhdeploy.files.writing import cache_of, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
@@ -46,33 +48,6 @@ _PICTURES = 12
 _SENSITIVITY_IMAGES = 8
 # Batch -> pairs of runs.
 _TIMED: Mapping[int, int] = {1: 20, 8: 10}
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How `calibrate_bundle` judges; what it quantises is in `CalibrationSettings`.
-
-    Attributes:
-        eval_data: images to judge on; None: those of the data that calibration leaves over.
-        max_drop: points of mean top-1 that may be lost; None: no guard.
-        report: HTML file to write; None: none.
-        device: of the sessions that judge; see ``open_session``.
-        threads: of one run on the CPU; None leaves it to the runtime.
-        cache: directory of earlier calibrations; "default": see ``default_cache``; None: none.
-        lock_timeout: see `hhdeploy.bundle.store.edit`.
-    """
-
-    eval_data: ImageSource | None = None
-    max_drop: float | None = None
-    report: str | Path | None = None
-    device: Device = "cpu"
-    threads: int | None = None
-    cache: str | Path | None = "default"
-    lock_timeout: float = LOCK_TIMEOUT
-
-    def __post_init__(self) -> None:
-        one_of(DEVICES, self.device, "device")
-        seconds(self.lock_timeout, "lock_timeout")  # not after the calibration
 
 
 @dataclass(frozen=True)
@@ -119,7 +94,8 @@ def calibrate_bundle(
             the bundle is unchanged.
         BundleError, WriteError, MissingDependencyError: see their docstrings.
     """
-    settings, options = settings or CalibrationSettings(), options or CalibrationOptions()
+    settings = options_of(settings, CalibrationSettings, "settings")
+    options = options_of(options, CalibrationOptions, "options")
     bundle = read_bundle(path, Bundle.hold)
     bundle.manifest.check_logits_alone("calibration")
     for package in ("onnx", "onnx_ir", "onnxruntime"):
@@ -129,9 +105,7 @@ def calibrate_bundle(
 
     import_nncf()
 
-    if not isinstance(data, str | Path):
-        # It is read twice: to calibrate, and for what is left over.
-        data = listed(data, "data", "mappings of arrays", DataError)
+    data = image_source(data, "data")
     used = CalibrationData.open(bundle, data, images=settings.images, seed=settings.seed)
     source = data if options.eval_data is None else options.eval_data
     exam = make_exam(source, used, seed=settings.seed)

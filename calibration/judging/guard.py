@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 from hhdeploy.calibration.judging.exam import Exam
@@ -63,8 +64,8 @@ def check_bound(max_drop: float, exam: Exam) -> None:
     Raises:
         PlanError: no bound, or images without true classes, or those that were calibrated on.
     """
-    if not max_drop >= 0:
-        raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop}.")
+    if not isinstance(max_drop, Real) or not max_drop >= 0:
+        raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop!r}.")
     if not exam.has_classes:
         raise PlanError(
             f"`max_drop={max_drop:g}` bounds top-1, and the adapters of {exam.source} answer with "

@@ -295,9 +295,7 @@ def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
             raise AdapterError(f"{where}: {key}: expected a list of strings, found {value!r}.")
     for key, kind in (("preprocess", Preprocess), ("compressed", Compression)):
         if not isinstance(value := getattr(config, key), kind | None):
-            raise AdapterError(
-                f"{where}: {key}: expected a {kind.__name__} or None, found {value!r}."
-            )
+            raise AdapterError(f"{where}: {key}: expected {kind.__name__}(...), found {value!r}.")
     if isinstance(config.license, str):  # one name is meant, not its letters
         config = replace(config, license=(config.license,))
     try:  # NumPy's integers are integers

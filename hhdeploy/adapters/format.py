@@ -31,10 +31,11 @@ from hhdeploy.algebra import (
     low_rank_delta,
 )
 from hhdeploy.backbones.sites import Form
+from hhdeploy.choices import of_kind
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.directories import Replaceable, atomic_directory, strangers
 from hhdeploy.files.tensors import check_finite, read_tensors, tensor_bytes
-from hhdeploy.files.writing import json_bytes, write_bytes
+from hhdeploy.files.writing import as_path, json_bytes, write_bytes
 
 # Of `train`: the only file of a linear probe.
 METRICS_FILE = "metrics.json"
@@ -194,7 +195,7 @@ def load_adapter(directory: str | Path) -> Adapter:
             truncated file, a newer schema version, unknown or missing tensor keys, wrong
             shapes, NaN or infinity.
     """
-    path = Path(directory)
+    path = as_path(directory, "directory")
     if not path.is_dir():
         raise AdapterError(
             f"{path} is not a directory. Expected an adapter directory with {CONFIG_FILE} and "
@@ -213,13 +214,14 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
         AdapterError: when the adapter would not pass the reader's checks, or has a strength, which
             its files cannot say.
     """
+    adapter, directory = of_kind(adapter, Adapter, "adapter"), as_path(directory, "directory")
     if adapter.strength != 1.0:
         raise AdapterError(
             f"{adapter.source} is at {adapter.strength:g} of its strength, and an adapter's files "
             "hold the whole. Save merge_adapters({'name': (adapter, 1.0)}), which has it at that "
             "strength, or the adapter as it was."
         )
-    with atomic_directory(Path(directory), overwrite=overwrite, kind=ADAPTER) as scratch:
+    with atomic_directory(directory, overwrite=overwrite, kind=ADAPTER) as scratch:
         write_bytes(
             scratch / CONFIG_FILE, json_bytes(adapter.config.to_json(adapter.schema_version))
         )

@@ -27,6 +27,7 @@ from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.licences import together
 from hhdeploy.backbones.sites import Form
+from hhdeploy.choices import mapping
 from hhdeploy.errors import AdapterError, OptionError
 
 # What is left of 1 when weights that make it up are subtracted, such as 0.7 and 0.3.
@@ -90,7 +91,7 @@ def merge_adapters(
             preprocessing that differ without ``head``, sites whose multipliers are no sum,
             replaced parameters without the backbone.
     """
-    if not adapters:
+    if not mapping(adapters, "adapters", "names, and an adapter and its weight each"):
         raise OptionError("expected adapters to merge, found none.")
     adapters = {name: _weighted(name, given) for name, given in adapters.items()}
     named = {name: adapter for name, (adapter, _) in adapters.items()}

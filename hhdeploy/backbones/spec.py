@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.licences import Licences
 from hhdeploy.backbones.meaning import UNSTATED, Meaning
+from hhdeploy.choices import SEEDS, listed, mapping, text, whole
+from hhdeploy.errors import OptionError
+from hhdeploy.files.writing import path_or_none
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -38,6 +42,23 @@ class BackboneSpec:
     pretrained: bool = True
     seed: int = 0
     input_size: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        found: dict[str, Any] = {
+            "model": model_name(self.model),
+            "args": mapping(self.args, "model_args", "arguments"),
+            "checkpoint": path_or_none(self.checkpoint, "checkpoint"),
+            "seed": whole(self.seed, "seed", *SEEDS),
+        }
+        if self.input_size is not None:
+            size = listed(self.input_size, "input_size", "channels, height and width")
+            found["input_size"] = tuple(whole(number, "input_size", 1) for number in size)
+            if len(size) != 3:
+                raise OptionError(
+                    f"`input_size`: expected channels, height and width, found {self.input_size!r}."
+                )
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,13 @@ class Backbone:
     facts: BackboneFacts
     notes: tuple[str, ...] = ()
     traced_with: tuple[str, ...] | None = None
+
+
+def model_name(given: object) -> str:
+    """A ``model`` parameter: a name, or a path, which a folder of timm's is. Raises
+    `OptionError`."""
+    name = os.fspath(given) if isinstance(given, os.PathLike) else given
+    return text(name, "model", "the name of a model")
 
 
 @contextmanager

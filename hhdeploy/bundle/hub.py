@@ -31,7 +31,7 @@ from hhdeploy.errors import (
 )
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.scratch import scratch_directory
-from hhdeploy.files.writing import copied, write_bytes
+from hhdeploy.files.writing import as_path, copied, write_bytes
 
 ATTRIBUTES = ".gitattributes"
 # Suffixes of what is no text.
@@ -162,7 +162,7 @@ def pull(
     kind = replace(
         BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
     )
-    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
+    with atomic_directory(as_path(out, "out"), overwrite=overwrite, kind=kind) as scratch:
         found = Bundle.open(_downloaded(place, progress) if isinstance(place, _Hub) else place)
         progress("copying, and comparing hashes")
         _copy(found, plan_of(found), scratch)

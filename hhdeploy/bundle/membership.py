@@ -41,9 +41,9 @@ from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
 from hhdeploy.errors import AdapterError, BundleError, HhdeployError, PlanError
-from hhdeploy.files.bundle_json import read_bundle_json
+from hhdeploy.files.bundle_json import bundle_path, read_bundle_json
 from hhdeploy.files.tensors import tensor_bytes
-from hhdeploy.files.writing import os_errors, sha256_of
+from hhdeploy.files.writing import as_path, os_errors, sha256_of
 
 _GRAPH = "preprocess_graph"
 # Share of a row's largest value by which float64 sums of another order may differ in float32.
@@ -173,9 +173,9 @@ def add_adapter(
             f"expected the directory of an adapter, found {type(directory).__name__}. "
             "save_adapter(adapter, directory) writes one."
         )
-    source = Path(directory)
-    with os_errors(Path(path)):
-        hashes = {n: sha256_of(source / n) for n in adapter_files(source, Path(path))}
+    source, target = as_path(directory, "directory"), bundle_path(path)
+    with os_errors(target):
+        hashes = {n: sha256_of(source / n) for n in adapter_files(source, target)}
     adapter = at_strength(load_adapter(source), strength)
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest

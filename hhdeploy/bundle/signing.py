@@ -18,6 +18,7 @@ from hhdeploy.bundle.locking import LOCK
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.store import Progress, settled
+from hhdeploy.choices import text
 from hhdeploy.errors import BundleError, ReadError, require
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import scratch_directory
@@ -56,7 +57,7 @@ def sign(
         MissingDependencyError: model-signing is not installed.
     """
     library = _library("signing a bundle")
-    secret = password.encode() if password is not None else None
+    secret = text(password, "password", "it").encode() if password is not None else None
     config = library.signing.Config().set_hashing_config(_hashing(library))
     with _reading("key", key):
         config.use_elliptic_key_signer(private_key=Path(key), password=secret)

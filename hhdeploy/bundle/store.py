@@ -47,7 +47,7 @@ from hhdeploy.errors import (
     HhdeployError,
     WriteError,
 )
-from hhdeploy.files.bundle_json import check_bundle_json
+from hhdeploy.files.bundle_json import bundle_path, check_bundle_json
 from hhdeploy.files.journal import write_journal
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import scratch_directory
@@ -314,7 +314,7 @@ def edit(
         BundleError: no bundle, or a damaged manifest.
         WriteError: the file system refused; the bundle is as it was.
     """
-    root = Path(os.path.realpath(path))
+    root = Path(os.path.realpath(bundle_path(path)))
     with locked(root, lock_timeout=lock_timeout, progress=progress):
         bundle = Bundle.open(root)
         if basis is not None and basis.graphs["float32"] != bundle.manifest.graph_digest("float32"):
@@ -342,7 +342,7 @@ def settled(
 ) -> Iterator[Bundle]:
     """Hold a bundle as it is, nobody changing it, with nothing in it that its manifest does not
     name: neither the version before nor what crashes left. Arguments and errors as `edit`."""
-    root = Path(os.path.realpath(path))
+    root = Path(os.path.realpath(bundle_path(path)))
     with locked(root, lock_timeout=lock_timeout, progress=progress), os_errors(root):
         bundle = Bundle.open(root)
         tidy(bundle)

@@ -33,7 +33,18 @@ from hhdeploy.bundle.manifest import (
     write_manifest,
 )
 from hhdeploy.bundle.rounding import check_row_survives
-from hhdeploy.choices import TYPED, Precision, TypedPrecision, as_seed, listed, one_of, seconds
+from hhdeploy.choices import (
+    TYPED,
+    Precision,
+    TypedPrecision,
+    as_seed,
+    listed,
+    mapping,
+    one_of,
+    options_of,
+    seconds,
+    yes_or_no,
+)
 from hhdeploy.errors import OptionError, ParityError, require
 from hhdeploy.exporting.outputs import (
     check_outputs,
@@ -42,7 +53,7 @@ from hhdeploy.exporting.outputs import (
     without_heads,
 )
 from hhdeploy.files.directories import atomic_directory
-from hhdeploy.files.writing import cache_of, sha256_of, write_json
+from hhdeploy.files.writing import as_path, cache_of, path_or_none, sha256_of, write_json
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
@@ -144,7 +155,7 @@ def export(
     for package in ("onnx", "onnx_ir"):
         require(package, "export", "exporting")
     from hhdeploy.backbones.loading import load_backbone
-    from hhdeploy.backbones.spec import BackboneSpec
+    from hhdeploy.backbones.spec import BackboneSpec, model_name
     from hhdeploy.exporters.portable.form import GraphForm
     from hhdeploy.exporters.writer import write_bundle
     from hhdeploy.verifying.reference import VerifyData
@@ -154,23 +165,32 @@ def export(
         listed(precisions, "precisions", "names"),
     )
     seed, lock_timeout = as_seed(seed), seconds(lock_timeout, "lock_timeout")
+    model, out = model_name(model), as_path(out, "out")
+    places = {
+        name: as_path(place, "adapters")
+        for name, place in mapping(adapters, "adapters", "names and their directories").items()
+    }
+    mapping(strengths, "strengths", "names and numbers")
+    reserve = options_of(reserve, Reserve, "reserve")
+    bank_as_constant = yes_or_no(bank_as_constant, "bank_as_constant")
+    data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
     _check_precisions(precisions)
     form = GraphForm(opset, single_file)
     check_outputs(outputs, reserve)
     if fold:
-        _check_fold(len(adapters), reserve, bank_as_constant)
+        _check_fold(len(places), reserve, bank_as_constant)
     kind = replace(
         BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
     )
-    for directory in adapters.values():
-        adapter_files(Path(directory), Path(out))
-    with atomic_directory(Path(out), overwrite=overwrite, kind=kind) as scratch:
+    for directory in places.values():
+        adapter_files(directory, out)
+    with atomic_directory(out, overwrite=overwrite, kind=kind) as scratch:
         progress("reading adapters")
-        loaded = _loaded(adapters, strengths)
+        loaded = _loaded(places, strengths)
         spec = BackboneSpec(
             model,
             model_args_of(model, model_args, loaded),
-            Path(checkpoint) if checkpoint else None,
+            path_or_none(checkpoint, "checkpoint"),
             pretrained,
             seed,
             input_size,
@@ -193,7 +213,6 @@ def export(
         progress("folding" if fold else "adding side branches")
         contents = _contents(base, loaded, fold, reserve, bank_as_constant, precisions)
         say(progress, _rounded_away(backbone, contents, precisions, not allow_no_effect))
-        data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
         reference = (
             _reference_of(backbone, contents, data, not allow_no_effect, progress)
             if verify
@@ -217,13 +236,11 @@ def export(
             manifest = _store_report(kept, report)
         manifest = write_card(Bundle(scratch, manifest))
     if found is not None and found.overflowed:
-        raise _overflow_error(Path(out), found)
-    return ExportResult(Path(out).absolute(), manifest, report)
+        raise _overflow_error(out, found)
+    return ExportResult(out.absolute(), manifest, report)
 
 
-def _loaded(
-    adapters: Mapping[str, str | Path], strengths: Mapping[str, float]
-) -> dict[str, Adapter]:
+def _loaded(adapters: Mapping[str, Path], strengths: Mapping[str, float]) -> dict[str, Adapter]:
     if unknown := sorted(set(strengths) - set(adapters)):
         raise OptionError(
             f"`strengths`: expected names among {', '.join(adapters)}, found {', '.join(unknown)}."

@@ -16,7 +16,7 @@ from hhdeploy.choices import Precision
 from hhdeploy.errors import BundleError, PlanError, as_code
 from hhdeploy.exporting.javascript import page_code
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
-from hhdeploy.files.writing import json_bytes, sha256_of_bytes, write_bytes
+from hhdeploy.files.writing import as_path, json_bytes, sha256_of_bytes, write_bytes
 from hhdeploy.packages import own_version
 from hhdeploy.preprocess import GRAPH_FILTERS, PICTURE_CHANNELS, Preprocess
 
@@ -92,7 +92,7 @@ def write_web_page(
         MissingDependencyError: no Node.js here. HhdeployError: it could not compile the page.
         WriteError: OUT exists, or the file system refused.
     """
-    bundle, out = Bundle.open(path), Path(out)
+    bundle, out = Bundle.open(path), as_path(out, "out")
     bundle.manifest.check_logits_alone("a page")
     chosen = _precision(bundle, precision)
     names = _names(bundle, chosen)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.bundle.store import Progress
-from hhdeploy.choices import PRECISIONS, Precision, one_of
+from hhdeploy.choices import PRECISIONS, Precision, one_of, options_of, text
 from hhdeploy.errors import PlanError, WriteError
 from hhdeploy.exporters.triton import ADAPTERS_FILE, adapters_json, check_model_name
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import alone_in
-from hhdeploy.files.writing import write_json
+from hhdeploy.files.writing import as_path, write_json
 from hhdeploy.repositories.graphs import (
     VERSION,
     ServedModel,
@@ -47,6 +47,9 @@ class OvmsOptions:
     name: str | None = None
     precision: Precision = "float32"
     target_device: str = "CPU"
+
+    def __post_init__(self) -> None:
+        text(self.target_device, "target_device", "OpenVINO's name of a device")
 
 
 def _foreign(path: Path) -> str | None:
@@ -89,7 +92,7 @@ def write_ovms_repository(
         WriteError: OUT/NAME exists, OUT/config.json is none of the server's or names another model
             so, or the file system refused.
     """
-    options, out = options or OvmsOptions(), Path(out)
+    options, out = options_of(options, OvmsOptions, "options"), as_path(out, "out")
     one_of(PRECISIONS, options.precision, "precision")
     bundle = open_servable(path, out, _SERVER)
     name = check_model_name(options.name or bundle.path.resolve().name, _SERVER)

@@ -14,6 +14,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import stale
 from hhdeploy.bundle.manifest import AdapterEntry, EngineEntry
 from hhdeploy.bundle.store import Progress
+from hhdeploy.choices import options_of
 from hhdeploy.errors import BundleError, PlanError, as_code, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
@@ -36,7 +37,7 @@ from hhdeploy.files.directories import (
     remove_directory,
     strangers,
 )
-from hhdeploy.files.writing import write_bytes
+from hhdeploy.files.writing import as_path, write_bytes
 from hhdeploy.packages import own_version
 from hhdeploy.repositories.graphs import (
     VERSION,
@@ -128,7 +129,7 @@ def write_triton_repository(
             here (onnx_ir, no torch).
         WriteError: OUT/NAME or an ensemble of it exists, or the file system refused.
     """
-    options, out = options or TritonOptions(), Path(out)
+    options, out = options_of(options, TritonOptions, "options"), as_path(out, "out")
     check_triton_options(options)
     bundle = open_servable(path, out, "Triton")
     name = check_model_name(options.name or bundle.path.resolve().name)

@@ -25,7 +25,7 @@ from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.backbones.transformers import with_classifier
-from hhdeploy.choices import TorchDevice
+from hhdeploy.choices import TorchDevice, of_kind
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.outputs import check_outside
 from hhdeploy.files.writing import write_json
@@ -127,13 +127,11 @@ def train(settings: TrainSettings, progress: OnReport | None = None) -> TrainRes
         PlanError: a model without a single Linear that adapters can change.
         WriteError: ``out`` cannot be written; checked before the training starts.
     """
-    settings.check()
-    device = _device(settings.device)
+    of_kind(settings, TrainSettings, "settings").check()
+    device, spec = _device(settings.device), _backbone_spec(settings)
     with _output(settings) as state, _torch_threads(settings.threads):
         folder = _data(settings)
-        backbone = _with_preprocess(
-            load_backbone(with_classifier(_backbone_spec(settings))), settings.preprocess
-        )
+        backbone = _with_preprocess(load_backbone(with_classifier(spec)), settings.preprocess)
         backbone.model.to(device)
         model = _trainable(backbone, settings, folder)
         task = _Task(settings, folder, backbone.facts, model, state)

@@ -16,8 +16,9 @@ import numpy as np
 from hhdeploy.adapters.config import CLASSES, PROBLEM_TYPES, ProblemType
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
-from hhdeploy.choices import SEEDS, TORCH_DEVICES, TorchDevice
+from hhdeploy.choices import SEEDS, TORCH_DEVICES, TorchDevice, mapping, yes_or_no
 from hhdeploy.errors import HhdeployError, OptionError
+from hhdeploy.files.writing import as_path
 
 # What the paper adapts: q, k, v and proj beside, proj and fc2 behind.
 DEFAULT_TARGETS: Mapping[Form, tuple[str, ...]] = {
@@ -36,6 +37,7 @@ _WHOLE = (
     "threads",
     "cache_mb",
 )
+_SWITCHES = ("pretrained", "augment", "flip", "linear_probe", "overwrite", "resume")
 _NUMBERS = ("lr", "weight_decay", "val_fraction")
 
 
@@ -128,8 +130,13 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in _PATHS:
-            if isinstance(given := getattr(self, name), str):
-                object.__setattr__(self, name, Path(given))
+            if (given := getattr(self, name)) is not None or name == "data":
+                object.__setattr__(self, name, as_path(given, name, SettingsError))
+        for name in _SWITCHES:
+            switch = yes_or_no(getattr(self, name), name, SettingsError)
+            object.__setattr__(self, name, switch)
+        for name in ("model_args", "preprocess"):
+            mapping(getattr(self, name), name, "names and values", SettingsError)
         # NumPy's numbers are numbers; JSON knows Python's alone.
         for name in _WHOLE:
             with contextlib.suppress(TypeError):

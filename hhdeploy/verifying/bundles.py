@@ -33,7 +33,7 @@ from hhdeploy.choices import (
 from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
-from hhdeploy.files.writing import json_bytes, sha256_of
+from hhdeploy.files.writing import json_bytes, path_or_none, sha256_of
 from hhdeploy.parity import ParityReport, StageResult, stage_of
 from hhdeploy.verifying.answers import check_columns, compared, logits_of, rows_covered
 from hhdeploy.verifying.overflow import find_overflow
@@ -141,6 +141,7 @@ def verify_against_torch(
     from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.verifying.reference import VerifyData, training_time_reference
 
+    data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
     bundle = read_bundle(path, _held)
     facts = bundle.manifest.backbone
     if model is None:
@@ -148,10 +149,10 @@ def verify_against_torch(
     spec = BackboneSpec(
         model or facts.model,
         facts.args if model_args is None else model_args,
-        Path(checkpoint) if checkpoint else None,
+        path_or_none(checkpoint, "checkpoint"),
         pretrained,
         seed,
-        input_size or bundle.manifest.input_size,
+        bundle.manifest.input_size if input_size is None else input_size,
     )
     backbone = load_backbone(spec)
     if backbone.facts.sha256 != facts.sha256:
@@ -165,7 +166,6 @@ def verify_against_torch(
         check_base(name, adapter, backbone.facts)
         if line := unbound(name, adapter, backbone.facts):
             progress(line)
-    data = VerifyData(Path(verify_data) if verify_data else None, verify_images, seed)
     rows = rows_of(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.outputs)
     effects = Effects.of_reference(bundle, reference)

@@ -14,8 +14,10 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import LOGITS, BackboneFacts
 from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.spec import Backbone
+from hhdeploy.choices import whole
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.files.folders import list_images, part_of, spread
+from hhdeploy.files.writing import path_or_none
 from hhdeploy.parity import NO_EFFECT
 from hhdeploy.preprocess import open_image
 
@@ -40,6 +42,10 @@ class VerifyData:
     folder: Path | None = None
     images: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", path_or_none(self.folder, "verify_data"))
+        object.__setattr__(self, "images", whole(self.images, "verify_images", 1))
 
     def to_json(self) -> dict[str, Any]:
         """The ``data`` entry of parity.json."""

@@ -92,6 +92,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/backbones/": ("export", "verify", "train", "adapter import"),
     "hhdeploy/building.py": ("build",),
     "hhdeploy/files/caches.py": (ANY,),
+    "hhdeploy/files/writing.py::as_path": ("export", "verify", "train"),
     "hhdeploy/files/writing.py::default_cache": (ANY,),
     "hhdeploy/quantising.py": ("calibrate",),
     "hhdeploy/cli/__init__.py": (ANY,),
@@ -353,10 +354,11 @@ def known(code: ast.Call) -> bool:
 ONE_OF_MANY = {
     "hhdeploy/bundle/hub.py::_place": "`destination`",
     "hhdeploy/bundle/signing.py::_reading": "`key`",
-    "hhdeploy/choices.py::listed": "`precision`",
+    "hhdeploy/choices.py::_unlike": "`precision`",
     "hhdeploy/choices.py::one_of": "`precision='float8'`",
     "hhdeploy/choices.py::seconds": "`lock_timeout`",
     "hhdeploy/choices.py::whole": "`seed`",
+    "hhdeploy/files/writing.py::as_path": "`checkpoint`",
     "runtime/serving/listening.py::listen": "`http_port`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -15,15 +16,29 @@ from hhdeploy import (
     Device,
     Precision,
     Reserve,
+    add_adapter,
     build,
+    calibrate,
+    edit,
     export,
+    extract_adapter,
+    import_adapter,
+    load_adapter,
+    merge_adapters,
     open_session,
+    pull,
     remove_adapter,
+    save_adapter,
+    train,
     verify,
     verify_against_torch,
+    write_ovms,
     write_triton,
+    write_web,
 )
 from hhdeploy.adapters.importers.template import ImportOptions
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.building import BuildOptions
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.choices import (
     PRECISIONS,
@@ -40,10 +55,12 @@ from hhdeploy.errors import BundleError, HhdeployError, OptionError
 from hhdeploy.exporters.triton import TritonOptions
 from hhdeploy.loadtest.run import Subject
 from hhdeploy.quantising import CalibrationOptions
+from hhdeploy.repositories.ovms import OvmsOptions
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.training.settings import TrainSettings
+from hhdeploy.verifying.reference import VerifyData
 from tests.test_house import found_by
-from tests.workshop import copy_bundle
+from tests.workshop import contents, copy_bundle
 
 
 def test_one_of_says_what_there_is():
@@ -106,6 +123,121 @@ LISTS = {
     "CalibrationSettings exclude": lambda b, two: CalibrationSettings(exclude=two),
     "ImportOptions class_names": lambda b, two: ImportOptions(class_names=two),
 }
+
+
+# Everything that takes options, an object or a dictionary, given something else.
+OPTIONS = {
+    "calibrate settings": lambda b, no: calibrate(b, b, settings=no),
+    "calibrate options": lambda b, no: calibrate(b, b, options=no),
+    "build options": lambda b, no: build(b, backend="tensorrt", options=no),
+    "write_triton options": lambda b, no: write_triton(b, b / "o", no),
+    "write_ovms options": lambda b, no: write_ovms(b, b / "o", no),
+    "export reserve": lambda b, no: export("x", {}, b, reserve=no),
+    "export adapters": lambda b, no: export("x", [no], b),
+    "export strengths": lambda b, no: export("x", {}, b, strengths=[no]),
+    "extract_adapter spec": lambda b, no: extract_adapter(b, no),
+    "extract_adapter options": lambda b, no: extract_adapter(b, BackboneSpec("x"), no),
+    "import_adapter options": lambda b, no: import_adapter(b, no, no),
+    "import_adapter backbone": lambda b, no: import_adapter(b, no),
+    "merge_adapters adapters": lambda b, no: merge_adapters([no]),
+    "save_adapter adapter": lambda b, no: save_adapter(no, b / "o"),
+    "train settings": lambda b, no: train(no),
+    "ImportOptions preprocess": lambda b, no: ImportOptions(preprocess=no),
+    "BackboneSpec model_args": lambda b, no: BackboneSpec("x", [no]),
+    "TrainSettings model_args": lambda b, no: TrainSettings("x", b, model_args=[no]),
+}
+
+
+@pytest.mark.parametrize("entrance", OPTIONS)
+def test_options_are_what_they_are(small, entrance):
+    """A dictionary was an AttributeError, and an empty one nobody's options."""
+    before = contents(small)
+    with pytest.raises(
+        OptionError, match=r"expected (a dictionary|\w+\(\.\.\.\)).*, found "
+    ) as caught:
+        OPTIONS[entrance](small, {})
+    assert caught.value.parameter == entrance.split()[1]
+    assert contents(small) == before
+
+
+# Everything that takes a path.
+PATHS = {
+    "export out": lambda b, no: export("x", {}, no),
+    "export adapters": lambda b, no: export("x", {"a": no}, b / "o"),
+    "export checkpoint": lambda b, no: BackboneSpec("x", checkpoint=no),
+    "export verify_data": lambda b, no: export("x", {}, b / "o", verify_data=no),
+    "verify_against_torch verify_data": lambda b, no: verify_against_torch(b, verify_data=no),
+    "CalibrationOptions report": lambda b, no: CalibrationOptions(report=no),
+    "open_session cache": lambda b, no: open_session(b, device="cpu", cache=no),
+    "load_adapter directory": lambda b, no: load_adapter(no),
+    "import_adapter source": lambda b, no: import_adapter(no, None),
+    "extract_adapter checkpoint": lambda b, no: extract_adapter(no, BackboneSpec("x")),
+    "pull out": lambda b, no: pull(b, no),
+    "write_triton out": lambda b, no: write_triton(b, no),
+    "write_ovms out": lambda b, no: write_ovms(b, no),
+    "write_web out": lambda b, no: write_web(b, no),
+    "ImportOptions key_map": lambda b, no: ImportOptions(key_map=no),
+    "TrainSettings data": lambda b, no: TrainSettings("x", no),
+    "TrainSettings checkpoint": lambda b, no: TrainSettings("x", b, checkpoint=no),
+}
+
+
+@pytest.mark.parametrize("entrance", PATHS)
+def test_a_path_is_a_path(small, entrance):
+    with pytest.raises(OptionError, match=r"expected a path, found list \[1\]") as caught:
+        PATHS[entrance](small, [1])
+    assert caught.value.parameter == entrance.split()[1]
+
+
+@pytest.mark.parametrize("given", [None, 3, {"a": 1}])
+def test_a_bundle_is_a_path_for_those_who_change_it(given, tmp_path):
+    for change in (
+        lambda: add_adapter(given, "a", tmp_path),
+        lambda: remove_adapter(given, "a"),
+        lambda: edit(given).__enter__(),
+    ):
+        with pytest.raises(BundleError, match="expected the path of a bundle, found"):
+            change()
+
+
+def test_what_is_meant_is_taken(tmp_path):
+    """Strings for paths, paths for a folder's name, lists for tuples, NumPy's for Python's."""
+    spec = BackboneSpec(
+        tmp_path, checkpoint="x.pth", seed=np.int64(3), input_size=[1, np.int8(2), 3]
+    )
+    assert (spec.model, spec.checkpoint) == (str(tmp_path), Path("x.pth"))
+    assert json.dumps([spec.seed, spec.input_size]) == "[3, [1, 2, 3]]"
+    assert json.dumps(VerifyData(images=np.int64(2)).to_json()["images_per_adapter"]) == "2"
+    assert CalibrationSettings(bias_correction=np.bool_(0)).bias_correction is False
+    options = CalibrationOptions(eval_data=iter([{}]), max_drop=np.float32(0.5), threads=np.int8(2))
+    assert (options.eval_data, json.dumps([options.max_drop, options.threads])) == (
+        [{}],
+        "[0.5, 2]",
+    )
+    triton = TritonOptions(preferred_batch=iter([np.int64(8)]), gpu=np.bool_(1), ensemble=0)
+    assert (triton.preferred_batch, triton.gpu, triton.ensemble) == ((8,), True, False)
+    assert TrainSettings("x", "data", flip=np.bool_(0)).flip is False
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: BackboneSpec(3), "`model`: expected the name of a model in a string, found int 3"),
+        (lambda: BackboneSpec("x", input_size=(3, 32)), "`input_size`: expected channels, height"),
+        (lambda: BackboneSpec("x", input_size=(3, 32, 0)), "`input_size`: expected 1 or more"),
+        (lambda: VerifyData(images=0), "`verify_images`: expected 1 or more"),
+        (lambda: TritonOptions(gpu="no"), "`gpu`: expected True or False, found str 'no'"),
+        (lambda: TritonOptions(max_batch="4"), "`max_batch`: expected 1 or more, a whole number"),
+        (lambda: OvmsOptions(target_device=3), "`target_device`: expected OpenVINO's name of a"),
+        (lambda: TrainSettings("x", "d", overwrite="no"), "`overwrite`: expected True or False"),
+        (lambda: BuildOptions(tf32="no"), "`tf32`: expected True or False, found str 'no'"),
+        (lambda: ImportOptions(form="both"), "`form='both'`: expected one of additive, sequential"),
+        (lambda: ImportOptions(lora_scale="2"), "`lora_scale`: expected a finite number, found"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_where_it_comes_in(ask, message):
+    with pytest.raises(OptionError, match=message):
+        ask()
 
 
 def two_images(bundle, method, given):

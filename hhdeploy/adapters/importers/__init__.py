@@ -8,16 +8,15 @@ not known for certain is refused.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers import peft
 from hhdeploy.adapters.importers.pth import import_pth
 from hhdeploy.adapters.importers.template import ImportOptions as ImportOptions
+from hhdeploy.backbones.spec import Backbone
+from hhdeploy.choices import of_kind, options_of
 from hhdeploy.errors import AdapterError
-
-if TYPE_CHECKING:
-    from hhdeploy.backbones.spec import Backbone
+from hhdeploy.files.writing import as_path
 
 _DEFAULTS = ImportOptions()
 
@@ -44,7 +43,9 @@ def import_adapter(
             the image.
         MissingDependencyError: PEFT is needed and not installed.
     """
-    path = Path(source)
+    path = as_path(source, "source")
+    options = options_of(options, ImportOptions, "options")
+    of_kind(backbone, Backbone, "backbone")
     if path.is_dir():
         return peft.import_peft(path, backbone, options)
     if not path.is_file():

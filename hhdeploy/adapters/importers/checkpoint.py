@@ -15,8 +15,10 @@ from hhdeploy.backbones.licences import licences_of_card
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.backbones.timm import transform_beside
+from hhdeploy.choices import of_kind, options_of
 from hhdeploy.errors import AdapterError, OptionError
 from hhdeploy.files.weights import weights_in
+from hhdeploy.files.writing import as_path
 from hhdeploy.preprocess import Preprocess
 
 _DEFAULTS = ImportOptions()
@@ -47,6 +49,7 @@ def extract_adapter(
         AdapterError: nothing changed, or something that is no parameter.
         BackboneError: the checkpoint does not fit the model.
     """
+    options = options_of(options, ImportOptions, "options")
     unused = replace(
         options,
         class_names=None,
@@ -60,9 +63,9 @@ def extract_adapter(
             "`prefix`, `key_map`, `form`, `reflection`, `lora_scale` and `adapter_name` are for "
             "adapters; a checkpoint is read as the backbone's own weights are."
         )
-    path = Path(checkpoint)
+    path, spec = as_path(checkpoint, "checkpoint"), of_kind(spec, BackboneSpec, "spec")
     directory = path if path.is_dir() else path.parent
-    backbone = backbone or load_backbone(spec)
+    backbone = load_backbone(spec) if backbone is None else of_kind(backbone, Backbone, "backbone")
     tuned = load_backbone(_tuned_spec(spec, path))
     _check_buffers(backbone, tuned, path)
     after = {n: p.detach().double().cpu().numpy() for n, p in tuned.model.named_parameters()}

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.applying import logits_with, parameters_with, path_of_parameters
 from hhdeploy.adapters.config import Compression
 from hhdeploy.adapters.format import Adapter, SiteTensors
-from hhdeploy.errors import AdapterError, OptionError
+from hhdeploy.choices import whole
+from hhdeploy.errors import AdapterError
 from hhdeploy.parity import COMPRESSION_BOUND, compare
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def compressed(
         AdapterError: parameters that no side branch can hold (norms, convolutions), or more lost
             than is accepted.
     """
-    if rank < 1:
-        raise OptionError(f"`compress_rank`: expected 1 or more, found {rank}.")
+    rank = whole(rank, "compress_rank", 1)
     if not adapter.values:
         return adapter
     sites, values = dict(adapter.sites), dict(adapter.values)

@@ -18,13 +18,13 @@ from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig, ProblemType
 from hhdeploy.adapters.format import Adapter, assemble_adapter
 from hhdeploy.adapters.importers.compressing import compressed
-from hhdeploy.algebra import Reflection
+from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.sites import KINDS, Form, LinearSpec, select_sites, sites_of
-from hhdeploy.choices import listed
+from hhdeploy.backbones.sites import FORMS, KINDS, Form, LinearSpec, select_sites, sites_of
+from hhdeploy.choices import PROBLEM_TYPES, listed, number, of_kind, one_of, text
 from hhdeploy.errors import AdapterError, BackboneError, OptionError
 from hhdeploy.files.weights import files_of
-from hhdeploy.files.writing import sha256_of, sha256_of_bytes
+from hhdeploy.files.writing import path_or_none, sha256_of, sha256_of_bytes
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -75,8 +75,18 @@ class ImportOptions:
         if self.class_names is not None:
             names = listed(self.class_names, "class_names", "names, one a class,")
             object.__setattr__(self, "class_names", tuple(names))
+        chosen = {"form": FORMS, "reflection": REFLECTIONS, "problem_type": PROBLEM_TYPES}
+        for name, known in chosen.items():
+            if (value := getattr(self, name)) is not None:
+                one_of(known, value, name)
+        text(self.prefix, "prefix", "the start of keys")
+        object.__setattr__(self, "lora_scale", number(self.lora_scale, "lora_scale"))
+        if self.accept_error is not None:
+            object.__setattr__(self, "accept_error", number(self.accept_error, "accept_error"))
+        object.__setattr__(self, "key_map", path_or_none(self.key_map, "key_map"))
         if self.preprocess is None:
             return
+        of_kind(self.preprocess, Preprocess, "preprocess")
         try:
             self.preprocess.check_scale()
         except ValueError as error:
