@@ -162,8 +162,8 @@ def test_of_a_wrapper_the_module_with_the_adapter_is_named(use):
         ({"form": "lora"}, "form: expected one of"),
         ({"r": -1}, "r: expected a rank"),
         ({"num_classes": 0}, "num_classes: expected a positive integer"),
-        ({"preprocess": {"mean": 1}}, "preprocess: expected a Preprocess or None, found {'mean"),
-        ({"compressed": "rank 3"}, "compressed: expected a Compression or None, found 'rank 3'"),
+        ({"preprocess": {"mean": 1}}, r"preprocess: expected Preprocess\(...\), found {'mean"),
+        ({"compressed": "rank 3"}, r"compressed: expected Compression\(...\), found 'rank 3'"),
         ({"extra": {"weights": torch.ones(2)}}, "cannot be written as JSON"),
     ],
 )
