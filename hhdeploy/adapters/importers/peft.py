@@ -121,7 +121,9 @@ def read_peft_config(path: Path) -> dict[str, Any]:
             f"{file} does not exist. Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."
             f"{_adapters_below(path)}"
         ) from None
-    except (ValueError, RecursionError, OSError) as error:  # e.g. a number of 5,000 digits
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
         raise AdapterError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{file}: expected a JSON object, found {type(content).__name__}.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import BackboneError
+from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
 PROCESSOR = "preprocessor_config.json"
@@ -83,10 +84,12 @@ def _content(where: str, name: str) -> dict[str, Any] | None:
             return None
         path = Path(found)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path).decode())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BackboneError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise BackboneError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise BackboneError(f"{path}: expected a JSON object, found {type(content).__name__}.")

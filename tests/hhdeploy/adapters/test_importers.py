@@ -538,6 +538,9 @@ def test_sources_that_are_not_there(tmp_path, copy):
     refused(directory, TENSOR_FILE, "does not exist")
     (directory / CONFIG_FILE).write_text("{")
     refused(directory, "is not valid JSON")
+    (directory / CONFIG_FILE).unlink()
+    (directory / CONFIG_FILE).mkdir()
+    refused(directory, f"{CONFIG_FILE} cannot be read: it is a directory")
 
 
 def test_options_of_pth_files_are_refused_for_peft(copy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from hhdeploy.adapters.format import Head
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
-from hhdeploy.backbones.transformers import from_image_processor, with_classifier
+from hhdeploy.backbones.transformers import from_image_processor, image_processor, with_classifier
 from hhdeploy.errors import AdapterError, BackboneError
 from tests.hhdeploy.backbones.small_vit import SMALL_VIT, save_small_vit
 from tests.own_models import encoder
@@ -316,6 +317,12 @@ def test_what_lies_beside_a_checkpoint_goes_before(saved, folder):
     for one in specs:
         with pytest.raises(BackboneError, match=r"`checkpoint`: .*vit: .*do_pad: .* without it"):
             load_backbone(one)
+
+
+def test_an_image_processor_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "preprocessor_config.json")
+    with pytest.raises(BackboneError, match=r"preprocessor_config\.json cannot be read: it is a p"):
+        image_processor(str(tmp_path))
 
 
 @pytest.mark.parametrize(
