@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import engine_name, stale
+from hhdeploy.bundle.locking import check_changeable
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Range, name_with_digits, plain_name
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
 from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, TensorRt, one_of, options_of, seconds
@@ -73,6 +74,7 @@ def build(
     manifest.check_logits_alone("an engine")
     baked_in = manifest.bank_as_constant or options.bank_as_constant
     slots = _slots(bundle, options)
+    check_changeable(bundle.path)
     if precision not in manifest.graphs:
         from hhdeploy.verifying.graphs import add_typed_graph
 

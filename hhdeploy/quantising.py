@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Logits
+from hhdeploy.bundle.locking import check_changeable
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, calibration_files
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import Progress
@@ -31,7 +32,7 @@ from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.choices import Precision, QuantisedPrecision, options_of
 from hhdeploy.errors import ParityError, require
 from hhdeploy.files.outputs import check_output, output_file
-from hhdeploy.files.writing import cache_of, write_json
+from hhdeploy.files.writing import cache_of, write_bytes, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
@@ -98,6 +99,10 @@ def calibrate_bundle(
     options = options_of(options, CalibrationOptions, "options")
     bundle = read_bundle(path, Bundle.hold)
     bundle.manifest.check_logits_alone("calibration")
+    # A weight in float32 has four bytes, and in no other graph less than one.
+    check_changeable(bundle.path, _bytes(bundle, "float32") // 4)
+    if options.report is not None:
+        check_output(Path(options.report), "`report`: ")
     for package in ("onnx", "onnx_ir", "onnxruntime"):
         require(package, "calibrate", "calibrating")
     from hhdeploy.calibration.int8 import import_nncf
@@ -109,7 +114,8 @@ def calibrate_bundle(
     used = CalibrationData.open(bundle, data, images=settings.images, seed=settings.seed)
     source = data if options.eval_data is None else options.eval_data
     exam = make_exam(source, used, seed=settings.seed)
-    _check_options(options, exam)
+    if options.max_drop is not None:
+        check_bound(options.max_drop, exam)
     graph = Float32Graph.open(bundle)
     progress(f"calibrating on {len(used)} images (cached for the next time)")
     found = find_scales(graph, used, settings, cache=cache_of(options.cache))
@@ -186,23 +192,19 @@ class _Trials:
             stages = _stages(trial, precision, self._exam, self._reference, measured.logits)
             say(self._progress, check_quantised(trial, quantised, self._exam))
             findings_file, scales_file = calibration_files(precision)
-            added = commit_graph(
-                self._bundle,
-                trial,
-                precision,
-                stages,
-                {
-                    findings_file: lambda target: write_json(target, findings.to_json()),
-                    scales_file: lambda target: write_scales(target, self._found.sites),
-                },
-                lock_timeout=options.lock_timeout,
-                progress=self._progress,
-            )
-        if options.report is not None:
-            with output_file(Path(options.report)) as scratch:
-                # Names of images are not always text.
-                page = report_html(findings)
-                scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
+            with _report(options.report, findings):
+                added = commit_graph(
+                    self._bundle,
+                    trial,
+                    precision,
+                    stages,
+                    {
+                        findings_file: lambda target: write_json(target, findings.to_json()),
+                        scales_file: lambda target: write_scales(target, self._found.sites),
+                    },
+                    lock_timeout=options.lock_timeout,
+                    progress=self._progress,
+                )
         file = added.manifest.graphs[precision]
         return CalibrationResult(self._bundle.path, file, findings, tuple(stages))
 
@@ -311,6 +313,20 @@ class _Trials:
         return found
 
 
+@contextmanager
+def _report(path: str | Path | None, findings: Findings) -> Iterator[None]:
+    """The report is written before the block, which commits the graph, and appears after it: where
+    there is no room for it, or the graph is refused, neither is there."""
+    if path is None:
+        yield
+        return
+    with output_file(Path(path)) as scratch:
+        # Names of images are not always text.
+        page = report_html(findings).encode(errors="backslashreplace")
+        write_bytes(scratch, page)
+        yield
+
+
 def _session(bundle: Bundle, precision: Precision, options: CalibrationOptions) -> Session:
     return open_bundle(bundle, device=options.device, precision=precision, threads=options.threads)
 
@@ -344,14 +360,6 @@ def _stages(
             "or calibrate on more images of every adapter."
         )
     return stages
-
-
-def _check_options(options: CalibrationOptions, exam: Exam) -> None:
-    """Before anything slow: the report can be written, and the guard has what it needs."""
-    if options.report is not None:
-        check_output(Path(options.report), "`report`: ")
-    if options.max_drop is not None:
-        check_bound(options.max_drop, exam)
 
 
 def _reference_of_images(bundle: Bundle) -> bool:

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import stat
 import threading
 import time
@@ -38,7 +39,7 @@ from hhdeploy.choices import seconds
 from hhdeploy.errors import BundleError, ConflictError, WriteError
 from hhdeploy.files.directories import Replaceable, strangers
 from hhdeploy.files.journal import JOURNAL, follow_journal
-from hhdeploy.files.scratch import sweep_all
+from hhdeploy.files.scratch import scratch_directory, sweep_all
 from hhdeploy.files.writing import os_errors, sha256_of
 
 LOCK = ".lock"
@@ -112,6 +113,26 @@ def locked(
                         return
                 finally:
                     os.close(lock)
+
+
+def check_changeable(path: Path, least: int = 0) -> None:
+    """Whether a bundle can be changed at all, which is to be known before slow work.
+
+    Args:
+        path: the bundle.
+        least: bytes that the change brings in any case.
+
+    Raises:
+        WriteError: the file system lets nobody write there, or has not that much room.
+    """
+    root = Path(os.path.realpath(path))
+    with os_errors(root), scratch_directory(root, WORK):
+        free = shutil.disk_usage(root).free
+    if free < least:
+        raise WriteError(
+            f"Could not write {root}: expected {least:,} bytes of its disk to be free, found "
+            f"{free:,}. Free some space. Nothing that was there before was changed."
+        )
 
 
 class _Wait:

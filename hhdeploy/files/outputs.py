@@ -16,7 +16,7 @@ from pathlib import Path
 from hhdeploy.errors import WriteError, as_code
 from hhdeploy.files.bundle_json import MANIFEST
 from hhdeploy.files.plain import read_plain
-from hhdeploy.files.writing import atomic_file
+from hhdeploy.files.writing import atomic_file, check_file
 
 
 def check_outside(target: Path) -> None:
@@ -56,13 +56,18 @@ def check_output(target: Path, what: str = "") -> None:
         what: it is, for the message: its parameter, a colon and a blank.
 
     Raises:
-        WriteError: its folder is not there, or it is inside of a bundle.
+        WriteError: its folder is not there, it is inside of a bundle, or the file system lets
+            nobody write there.
     """
     if not target.resolve().parent.is_dir():
         raise WriteError(
             f"{what}{target}: {target.parent} is not a directory. Make it first, or choose another."
         )
     check_outside(target)
+    try:
+        check_file(target)
+    except WriteError as error:
+        raise WriteError(f"{what}{error}") from error
 
 
 @contextlib.contextmanager

@@ -122,6 +122,7 @@ def _write_error(error: OSError, target: Path) -> WriteError:
         errno.EFBIG: "The file is larger than the file system or ulimit -f allows.",
         errno.EACCES: "Permission denied: choose a directory that you may write to.",
         errno.EROFS: "The file system is read-only: choose another directory.",
+        errno.EISDIR: "Name a file in it, or choose another.",
         errno.EBUSY: "It is in use, e.g. as a mount point: choose a directory inside it.",
     }
     hint = hints.get(error.errno or _cut_short(error), "")
@@ -229,6 +230,21 @@ def fsync(handle: int) -> None:
     except OSError as error:
         if error.errno not in _NO_FSYNC:
             raise
+
+
+def check_file(target: Path) -> None:
+    """Whether `atomic_file` can begin, which is to be known before slow work.
+
+    Raises:
+        WriteError: it is a directory, or the file system lets nobody write there.
+    """
+    with os_errors(target):
+        place = _place_of(target)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if place is not None:
+        with os_errors(place), scratch_file(place.parent, place.name) as scratch:
+            write_bytes(scratch, b"0")  # what a full disk does not take
 
 
 @contextlib.contextmanager

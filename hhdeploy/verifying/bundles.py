@@ -13,6 +13,7 @@ from hhdeploy.adapters.bases import check_base, unbound
 from hhdeploy.adapters.checks import BACKBONE, headless
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.locking import check_changeable
 from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
@@ -143,6 +144,8 @@ def verify_against_torch(
 
     data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
     bundle = read_bundle(path, _held)
+    if precisions is None or "float32" in precisions:
+        check_changeable(bundle.path)
     facts = bundle.manifest.backbone
     if model is None:
         _check_named(bundle)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.judging.range_check import check_adapter
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import (
+    BackboneError,
     BundleError,
     DataError,
     MissingDependencyError,
@@ -215,6 +218,45 @@ def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkey
     with pytest.raises(ParityError, match="`max_drop` or `exclude`"):
         calibrate()
     assert contents(calibrate.path) == before
+
+
+def test_a_bundle_that_cannot_be_changed_is_refused_before_slow_work(
+    calibrate, workshop, monkeypatch
+):
+    before = contents(calibrate.path)
+    usage = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("hhdeploy.bundle.locking.shutil.disk_usage", lambda path: usage)
+        with pytest.raises(WriteError, match=r"expected \d\d,\d+ bytes .* found 1,000"):
+            calibrate(data="nowhere")
+
+    def read_only(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("hhdeploy.files.scratch.os.mkdir", read_only)
+    for change in (
+        lambda: calibrate(data="nowhere"),
+        lambda: verify_against_torch(calibrate.path, model="no_such_model"),
+    ):
+        with pytest.raises(WriteError, match="bundle: Read-only file system"):
+            change()
+    with pytest.raises(BackboneError, match="no_such_model"):  # which would store nothing
+        verify_against_torch(calibrate.path, model="no_such_model", precisions=["float16"])
+    assert contents(calibrate.path) == before
+
+
+def test_without_room_for_the_report_the_bundle_stays_as_it_was(calibrate, tmp_path, monkeypatch):
+    """It was changed, and the message said that nothing was."""
+    before, report = contents(calibrate.path), tmp_path / "report.html"
+
+    def no_room(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hhdeploy.quantising.write_bytes", no_room)
+    with pytest.raises(WriteError, match=r"No space left .* Nothing that was there before was"):
+        calibrate(settings=RANGES, report=report)
+    assert contents(calibrate.path) == before
+    assert not report.exists()
 
 
 def calibrated_files(folder: Path, used: CalibrationData, target: Path) -> Path:

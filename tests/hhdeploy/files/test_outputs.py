@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,23 @@ def test_a_link_to_a_part_is_refused(bundle, tmp_path):
     for path in (tmp_path / "link", tmp_path / "folder" / "bank.safetensors"):
         with pytest.raises(WriteError, match=INSIDE):
             check_output(path)
+
+
+def no_room(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_cannot_be_written_is_known_before_slow_work(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError, match=r"^`report`: .*folder: Is a directory. Name a file in it"):
+        check_output(tmp_path / "folder", "`report`: ")
+    (tmp_path / "there").write_text("old")
+    check_output(tmp_path / "there")
+    check_output(Path(os.devnull))
+    monkeypatch.setattr("hhdeploy.files.writing.write_bytes", no_room)
+    with pytest.raises(WriteError, match=r"^`report`: .*there: No space left .* was changed"):
+        check_output(tmp_path / "there", "`report`: ")
+    assert contents(tmp_path) == {"there": b"old"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"files": 3}), "[" * 100_000])
