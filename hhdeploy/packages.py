@@ -45,6 +45,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
     "tensorrt": {"tensorrt": "10.3", "cuda-bindings": "12.6"},
     "serve": {
         "aiohttp": "3.10.5",
+        "cryptography": "42",
         "grpcio-health-checking": "1.62",
         "grpcio-reflection": "1.62",
         "hpack": "4.0",

@@ -13,6 +13,7 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers import peft
 from hhdeploy.adapters.importers.pth import import_pth
 from hhdeploy.adapters.importers.template import ImportOptions as ImportOptions
+from hhdeploy.adapters.peft_config import read_peft_config
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.choices import of_kind, options_of
 from hhdeploy.errors import AdapterError
@@ -57,7 +58,7 @@ def brings_classifier(source: str | Path) -> bool:
     """True if ``source`` says that a module was trained whole, which is nearly always the
     classifier: the backbone needs a place for it."""
     path = Path(source)
-    return path.is_dir() and bool(peft.read_peft_config(path).get("modules_to_save"))
+    return path.is_dir() and bool(read_peft_config(path).get("modules_to_save"))
 
 
 def needs_weights(source: str | Path) -> bool:

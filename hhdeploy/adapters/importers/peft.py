@@ -6,9 +6,7 @@ for certain, is loaded and merged by PEFT itself. Configuration and tensors are 
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +47,12 @@ from hhdeploy.adapters.importers.template import (
     stated_preprocess,
 )
 from hhdeploy.adapters.origin import check_reading, other_name
+from hhdeploy.adapters.peft_config import check_values, read_peft_config
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.licences import licences_of, licences_of_card, together
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import parameters_of
 from hhdeploy.errors import AdapterError
-from hhdeploy.files.plain import read_plain
 from hhdeploy.files.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -67,81 +65,6 @@ _FACTS = (
     *("peft_type", "peft_version", "base_model_name_or_path", "r", "lora_alpha", "use_rslora"),
     *("use_dora", "rank_pattern", "alpha_pattern", "apply_GS", "bias", "modules_to_save"),
 )
-
-
-def _expression(value: object) -> bool:
-    if not isinstance(value, str):
-        return False
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def _expressions(value: object) -> bool:
-    return isinstance(value, list) and all(map(_expression, value))
-
-
-def _patterns(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_expression, value))
-
-
-def _layers(value: object) -> bool:
-    numbers = value if isinstance(value, list) else [value]
-    return all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
-
-
-_NAMES = ("a list of names, or an expression", lambda v: _expressions(v) or _expression(v))
-# Key -> what it has to be, in words and as a test; null is always right.
-_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "target_modules": _NAMES,
-    "exclude_modules": _NAMES,
-    "layers_pattern": _NAMES,
-    "modules_to_save": ("a list of names", _expressions),
-    "target_parameters": ("a list of names", _expressions),
-    "bias": ("a word", lambda v: isinstance(v, str)),
-    "license": (
-        "a licence's name or a list of them",
-        lambda v: isinstance(v, str) or _expressions(v),
-    ),
-    "rank_pattern": ("expressions with a rank each", _patterns),
-    "alpha_pattern": ("expressions with an alpha each", _patterns),
-    "layers_to_transform": ("numbers of layers", _layers),
-}
-
-
-def read_peft_config(path: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a PEFT directory. Raises `AdapterError` naming the file."""
-    file = path / CONFIG_FILE
-    try:
-        content = json.loads(read_plain(file).decode())
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{file} does not exist. Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."
-            f"{_adapters_below(path)}"
-        ) from None
-    except OSError as error:
-        raise AdapterError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
-        raise AdapterError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{file}: expected a JSON object, found {type(content).__name__}.")
-    if "peft_type" not in content and isinstance(content.get("config"), dict):
-        raise AdapterError(
-            f"{file}: expected PEFT's peft_type, found an adapter of AdapterHub (the library "
-            "adapters). Merge it there (merge_adapter), save of the model's state dict what has "
-            "the names from before, and bring that checkpoint: `extract_adapter()`."
-        )
-    return content
-
-
-def _adapters_below(path: Path) -> str:
-    """PEFT saves every adapter but ``default`` in a folder of its name."""
-    found = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
-    if not found:
-        return ""
-    return f" {path} holds the adapters {', '.join(found)}: give one, {path / found[0]}."
 
 
 def peft_needs_weights(path: Path) -> bool:
@@ -162,7 +85,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     where = path / CONFIG_FILE
     if config.get("peft_type") == _HTA:
         raise AdapterError(f"{where}: peft_type is HTA: this adapter needs no import.")
-    _check_values(config, where)
+    check_values(config, where)
     file, tensors, outside, notes = _read(path, options)
     own = {key: tensor for key, tensor in tensors.items() if key not in outside}
     head = head_of_file(own, config, backbone) or head_of_file(tensors, config, backbone)
@@ -207,14 +130,6 @@ def _adapts_attention(tuned: Tensors, names: Names, backbone: Backbone) -> bool:
     found = (names.here(owner) for owner in owners)
     modules = dict(backbone.model.named_modules())
     return any(isinstance(modules.get(path), nn.MultiheadAttention) for path in found)
-
-
-def _check_values(config: Mapping[str, Any], where: Path) -> None:
-    """The keys that are read here have values of their types, and expressions that are some."""
-    for key, (expected, is_one) in _VALUES.items():
-        value = config.get(key)
-        if value is not None and not is_one(value):
-            raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
 
 
 def _read(

@@ -1,0 +1,100 @@
+"""PEFT's adapter_config.json: how it is read, and which values its keys may have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.errors import AdapterError
+from hhdeploy.files.plain import read_plain
+
+
+def _expression(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _expressions(value: object) -> bool:
+    return isinstance(value, list) and all(map(_expression, value))
+
+
+def _patterns(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_expression, value))
+
+
+def _layers(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+
+
+_NAMES = ("a list of names, or an expression", lambda v: _expressions(v) or _expression(v))
+# Key -> what it has to be, in words and as a test; null is always right.
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "modules_to_save": ("a list of names", _expressions),
+    "target_parameters": ("a list of names", _expressions),
+    "bias": ("a word", lambda v: isinstance(v, str)),
+    "license": (
+        "a licence's name or a list of them",
+        lambda v: isinstance(v, str) or _expressions(v),
+    ),
+    "rank_pattern": ("expressions with a rank each", _patterns),
+    "alpha_pattern": ("expressions with an alpha each", _patterns),
+    "layers_to_transform": ("numbers of layers", _layers),
+}
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a PEFT directory. Raises `AdapterError` naming the file."""
+    file = path / CONFIG_FILE
+    try:
+        content = json.loads(read_plain(file).decode())
+    except FileNotFoundError:
+        raise AdapterError(
+            f"{file} does not exist. Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."
+            f"{_adapters_below(path)}"
+        ) from None
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
+        raise AdapterError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{file}: expected a JSON object, found {type(content).__name__}.")
+    if "peft_type" not in content and isinstance(content.get("config"), dict):
+        raise AdapterError(
+            f"{file}: expected PEFT's peft_type, found an adapter of AdapterHub (the library "
+            "adapters). Merge it there (merge_adapter), save of the model's state dict what has "
+            "the names from before, and bring that checkpoint: `extract_adapter()`."
+        )
+    return content
+
+
+def _adapters_below(path: Path) -> str:
+    """PEFT saves every adapter but ``default`` in a folder of its name."""
+    found = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+    if not found:
+        return ""
+    return f" {path} holds the adapters {', '.join(found)}: give one, {path / found[0]}."
+
+
+def check_values(config: Mapping[str, Any], where: Path) -> None:
+    """The keys that are read have values of their types, and expressions that are some.
+
+    Raises:
+        AdapterError: naming ``where``, the key, and what was expected.
+    """
+    for key, (expected, is_one) in _VALUES.items():
+        value = config.get(key)
+        if value is not None and not is_one(value):
+            raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
