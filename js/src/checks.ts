@@ -13,7 +13,7 @@ const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
 const SHOWN = 8;
 // Arguments of timm's models that shape no parameter, and of which two values are never the same; of a classifier of its
 // own also what it reads.
-const DECIDING = ["num_heads"];
+const DECIDING = ["num_heads", "act_layer"];
 const DECIDING_OF_HEADS = [...DECIDING, "global_pool"];
 
 /** What an adapter may be called. */
@@ -49,7 +49,7 @@ export function checkBelongs(adapter: Adapter, row: Row, backbone: Backbone): vo
 /** The digest of the weights decides, unless both say that they compute otherwise with them; without one timm's names. */
 function checkBase({ source, config, head }: Adapter, backbone: Backbone): void {
   const { base_sha256, base_signs_sha256: signs, base_model_name_or_path: model } = config;
-  const [mine, theirs] = [config.base_model_args ?? {}, backbone.args ?? {}];
+  const [mine, theirs] = [plain(config.base_model_args), plain(backbone.args)];
   for (const arg of isTimms(model) && isTimms(backbone.model) ? (head ? DECIDING_OF_HEADS : DECIDING) : []) {
     const alike = arg in mine && arg in theirs && typeof mine[arg] === typeof theirs[arg];
     if (alike && JSON.stringify(mine[arg]) !== JSON.stringify(theirs[arg])) {
@@ -79,6 +79,12 @@ function checkBase({ source, config, head }: Adapter, backbone: Backbone): void 
 }
 
 const isTimms = (model: string) => !model.includes(":");
+
+/** Arguments by the first of two names that timm has for an activation; "" is the model's own. */
+function plain(args: Record<string, unknown> | null | undefined): Record<string, unknown> {
+  const { act_layer: activation, ...rest } = args ?? {};
+  return activation ? { ...rest, act_layer: activation === "swish" ? "silu" : activation } : rest;
+}
 
 /** As far as names tell: those of timm have no colon, and a tag counts only where both have one. */
 function sameModel(one: string, other: string): boolean {

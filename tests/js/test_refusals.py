@@ -453,6 +453,21 @@ def test_values_beyond_float16(ask, small, edited, tmp_path):
         assert said["fits"] is None
 
 
+def test_another_activation(ask, small, edited, tmp_path):
+    bundle = copy_bundle(small, tmp_path / "small")
+    told = Bundle.open(bundle).manifest
+    args = {**told.backbone.args, "act_layer": "silu"}
+    write_manifest(bundle, replace(told, backbone=replace(told.backbone, args=args)))
+    folders = {
+        name: edited(name, says(base_model_args={"act_layer": name}))
+        for name in ("swish", "gelu_tanh")
+    }
+    (there,) = ask(question(bundle, folders))
+    for said in (there, refusals(bundle, folders)):
+        assert said["swish"] is None
+        assert re.search("with act_layer .gelu_tanh., the backbone has .silu.", said["gelu_tanh"])
+
+
 def test_a_bundle_without_room_for_a_classifier(ask, workshop, edited, tmp_path):
     """All of its adapters answer with the backbone's."""
     workshop.export(tmp_path / "bundle", ["headless"])
