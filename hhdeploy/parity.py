@@ -48,8 +48,8 @@ class Bound:
 PEFT_MERGE_BOUND = 1e-6
 # What a compressed adapter may lose before somebody has to accept it: less than 8 bits do.
 COMPRESSION_BOUND = 1e-2
-# Of the logits' range: what float32 rounds away is no effect.
-NO_EFFECT = 1e-8
+NO_EFFECT = 1e-8  # of the logits' range: what float32 rounds away is none
+ROW_BOUND = 1e-5  # of a row's largest value: float64 sums of another order, in float32
 # Of a frozen tensor's norm: averaging (EMA) rounds 3e-6 at a decay of 0.999, 4e-5 at 0.9999.
 AVERAGING_BOUND = 1e-4
 

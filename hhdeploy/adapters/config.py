@@ -180,21 +180,33 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
         AdapterError: it is missing, no file, no JSON object, or see `parse_config`.
     """
+    content = config_object(path, f"An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}.")
+    config = parse_config(content, str(path))
+    return replace(config, license=together(config.license, licences_of_card(path.parent)))
+
+
+def config_object(path: Path, without: str) -> dict[str, Any]:
+    """The JSON object of a file of a configuration, of this format or of PEFT.
+
+    Args:
+        path: the file.
+        without: what to say where it does not exist.
+
+    Raises:
+        AdapterError: it is missing, cannot be read, or holds no JSON object.
+    """
     try:
         text = read_plain(path).decode()
         content = json.loads(text, object_pairs_hook=without_duplicates)
     except FileNotFoundError:
-        raise AdapterError(
-            f"{path} does not exist. An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}."
-        ) from None
+        raise AdapterError(f"{path} does not exist. {without}") from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    config = parse_config(content, str(path))
-    return replace(config, license=together(config.license, licences_of_card(path.parent)))
+    return content
 
 
 def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:

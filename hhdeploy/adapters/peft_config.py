@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, config_object
 from hhdeploy.errors import AdapterError
-from hhdeploy.files.plain import read_plain
 
 
 def _expression(value: object) -> bool:
@@ -58,19 +56,8 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def read_peft_config(path: Path) -> dict[str, Any]:
     """``adapter_config.json`` of a PEFT directory. Raises `AdapterError` naming the file."""
     file = path / CONFIG_FILE
-    try:
-        content = json.loads(read_plain(file).decode())
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{file} does not exist. Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."
-            f"{_adapters_below(path)}"
-        ) from None
-    except OSError as error:
-        raise AdapterError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
-        raise AdapterError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{file}: expected a JSON object, found {type(content).__name__}.")
+    expected = f"Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."
+    content = config_object(file, f"{expected}{_adapters_below(path)}")
     if "peft_type" not in content and isinstance(content.get("config"), dict):
         raise AdapterError(
             f"{file}: expected PEFT's peft_type, found an adapter of AdapterHub (the library "

@@ -44,10 +44,9 @@ from hhdeploy.errors import AdapterError, BundleError, HhdeployError, PlanError
 from hhdeploy.files.bundle_json import bundle_path, read_bundle_json
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import as_path, os_errors, sha256_of
+from hhdeploy.parity import ROW_BOUND
 
 _GRAPH = "preprocess_graph"
-# Share of a row's largest value by which float64 sums of another order may differ in float32.
-_SAME_ROW = 1e-5
 # An entry of the manifest, what it says, where that is from, and what is said there.
 _Copy = tuple[str, Mapping[str, Any], str, Mapping[str, Any]]
 
@@ -274,7 +273,7 @@ def _is_in_row(
     except HhdeployError:  # what has no place in such rows is in none
         return False
     largest = float(np.max(np.abs(right[np.isfinite(right)]), initial=0.0))
-    return np.allclose(bank[entry.row], right, rtol=_SAME_ROW, atol=_SAME_ROW * largest)
+    return np.allclose(bank[entry.row], right, rtol=ROW_BOUND, atol=ROW_BOUND * largest)
 
 
 def _answering(entry: AdapterEntry) -> dict[str, Any]:

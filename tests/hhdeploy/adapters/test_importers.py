@@ -538,6 +538,8 @@ def test_sources_that_are_not_there(tmp_path, copy):
     refused(directory, TENSOR_FILE, "does not exist")
     (directory / CONFIG_FILE).write_text("{")
     refused(directory, "is not valid JSON")
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "r": 4}')
+    refused(directory, "'r' is there twice")
     (directory / CONFIG_FILE).unlink()
     (directory / CONFIG_FILE).mkdir()
     refused(directory, f"{CONFIG_FILE} cannot be read: it is a directory")
