@@ -47,6 +47,8 @@ RUNS: Mapping[str, Sequence[str]] = {
         "--device", "openvino",
     ),
     "int8": ("-m", "benchmarks.bench_int8", "--pairs", "5", "--rounds", "4"),
+    # The same, kept of a processor with AMX.
+    "int8-amx": ("-m", "benchmarks.bench_int8", "--pairs", "5", "--rounds", "4"),
     "slots": ("-m", "benchmarks.bench_slots"),
     "export": ("-m", "benchmarks.bench_export", "--pairs", "2"),
     "cold-start": ("-m", "benchmarks.bench_cold_start", "--starts", "5", "--kind", "branches"),
@@ -130,6 +132,7 @@ BLOCKS: Mapping[str, Block] = {
         _PAGE, ("branches-starter", "branches-starter-openvino"), blocks.comparisons
     ),
     "int8": Block(_PAGE, ("int8",), blocks.comparisons),
+    "int8-amx": Block(_PAGE, ("int8-amx",), blocks.comparisons),
     "slots": Block(_PAGE, ("slots",), blocks.comparisons),
     "fold": Block(_PAGE, ("fold",), blocks.comparisons),
     "export": Block(_PAGE, ("export",), blocks.comparisons),
