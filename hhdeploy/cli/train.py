@@ -230,8 +230,14 @@ def _summary(result: TrainResult) -> Iterator[str]:
         f"{len(result.class_names)} {_KINDS[result.problem_type]}, {result.train_images} training "
         f"and {result.val_images} validation images, on {result.device}"
     )
-    if result.train_data != result.val_data:
+    if not result.val_images:
+        yield f"trained on {result.train_data}"
+    elif result.train_data == result.val_data:
+        yield f"trained on {result.train_data}, validated on the part of it that was held out"
+    else:
         yield f"trained on {result.train_data}, validated on {result.val_data}"
+    if result.unread:
+        yield f"not read: {', '.join(map(str, result.unread))}"
     if result.skipped:
         yield f"left out: {in_words(result.skipped)}"
     if result.val_images_trained_on:

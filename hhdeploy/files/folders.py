@@ -80,10 +80,12 @@ class Splits:
     Attributes:
         train: the folder to train on; DIR itself if it is not split.
         val: the folder that judges; None if there is none.
+        test: the parts that are neither, DIR/test.
     """
 
     train: Path
     val: Path | None
+    test: tuple[Path, ...] = ()
 
 
 def is_list(path: Path) -> bool:
@@ -216,7 +218,8 @@ def find_splits(directory: Path) -> Splits:
                 f"{len(same)}. Put their pictures together, or move what is not to be used "
                 "elsewhere."
             )
-    return Splits(trains[0], vals[0] if vals else None)
+    tests = tuple(d for d in parts if d not in (*trains, *vals))
+    return Splits(trains[0], vals[0] if vals else None, tests)
 
 
 def visible(directory: Path) -> list[Path]:

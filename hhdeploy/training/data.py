@@ -81,6 +81,7 @@ class ImageFolder:
         val_trained_on: how many of ``val`` show a picture that is in ``train`` too. Of a part
             that was held out none does.
         contrary: pictures of which different things are said to be true.
+        unread: parts of a split that neither train nor validate.
     """
 
     class_names: tuple[str, ...]
@@ -92,6 +93,7 @@ class ImageFolder:
     problem_type: ProblemType = CLASSES
     val_trained_on: int = 0
     contrary: int = 0
+    unread: tuple[Path, ...] = ()
 
 
 def derived_seed(seed: int, purpose: str, epoch: int = 0) -> int:
@@ -116,6 +118,9 @@ def read_image_folder(
     """
     splits = find_splits(data)
     data, val_data = splits.train, val_data or splits.val
+    read = {place.resolve() for place in (data, val_data or data)}
+    parts = (splits.val, *splits.test)
+    unread = tuple(part for part in parts if part is not None and part.resolve() not in read)
     found = list_classes(data)
     classes, skipped = found.paths, Counter(found.skipped)
     if len(classes) < 2:
@@ -136,7 +141,7 @@ def read_image_folder(
     sources = (data, val_data or data)
     digest = _digest(data, train, sources[1], val)
     doubts = count_doubts(train, val, pictures)
-    return ImageFolder(names, train, val, digest, sources, dict(skipped), CLASSES, *doubts)
+    return ImageFolder(names, train, val, digest, sources, dict(skipped), CLASSES, *doubts, unread)
 
 
 def count_doubts(train: Samples, val: Samples, pictures: Mapping[Path, int]) -> tuple[int, int]:

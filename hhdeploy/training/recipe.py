@@ -312,6 +312,7 @@ def _result(task: _Task, trainer: Trainer, history: tuple[EpochReport, ...]) -> 
         problem_type=task.folder.problem_type,
         val_images_trained_on=task.folder.val_trained_on,
         contrary_pictures=task.folder.contrary,
+        unread=task.folder.unread,
     )
 
 

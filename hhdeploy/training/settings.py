@@ -313,6 +313,7 @@ class TrainResult:
         val_images_trained_on: validation images whose picture is trained on too, under whatever
             name: the scores are flattered by them.
         contrary_pictures: pictures of several classes, or of different labels or values.
+        unread: folders beside ``train_data`` of which nothing was read, such as DIR/test.
     """
 
     out: Path | None
@@ -332,6 +333,7 @@ class TrainResult:
     notes: tuple[str, ...] = ()
     val_images_trained_on: int = 0
     contrary_pictures: int = 0
+    unread: tuple[Path, ...] = ()
 
     @property
     def last(self) -> EpochReport:
@@ -358,6 +360,7 @@ class TrainResult:
             "train_data": str(self.train_data),
             "val_data": str(self.val_data),
             "skipped": dict(self.skipped),
+            "unread": [str(folder) for folder in self.unread],
             "sites": self.sites,
             "parameters": self.parameters,
             "head_parameters": self.head_parameters,

@@ -872,6 +872,22 @@ def test_cli_names_splits_and_what_it_left_out(tmp_path: Path) -> None:
     assert "--val-fraction does not go with" in refused.stderr
 
 
+def test_cli_says_where_it_trained_and_which_parts_it_did_not_read(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    for part in ("train", "test"):
+        draw_folder(data / part, list(CLASSES), 3, 1)
+    held_out = cli(*cli_arguments(data, "--linear-probe"))
+    assert held_out.exit_code == 0, held_out.output
+    assert f"trained on {data / 'train'}, validated on the part of it" in held_out.stdout
+    assert f"not read: {data / 'test'}\n" in held_out.stdout
+
+    draw_folder(data / "val", list(CLASSES), 1, 2)
+    judged = cli(*cli_arguments(data, "--linear-probe", "--val-data", data / "test"))
+    assert judged.exit_code == 0, judged.output
+    assert f"validated on {data / 'test'}" in judged.stdout
+    assert f"not read: {data / 'val'}\n" in judged.stdout
+
+
 def test_cli_takes_names_that_are_not_utf8(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
