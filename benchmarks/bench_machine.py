@@ -25,7 +25,8 @@ from openvino import opset13 as ops
 from benchmarks.harness import THREADS, report
 from benchmarks.models import bundle, calibrated
 from hhdeploy.bundle import Bundle
-from hhdeploy.runtime.openvino_backend import adds_int8_exactly, shared_core
+from hhdeploy.runtime.openvino_backend import shared_core
+from hhdeploy.runtime.processor import overflows_in_int8
 
 BATCHES: Final = (1, 8)
 GRAPHS: Final = {
@@ -48,7 +49,7 @@ _NONE: Final = {"milliseconds": 0.0, "nodes": 0}
 @click.option("--runs", default=30, show_default=True)
 def main(model: str, runs: int) -> None:
     """The machine's limits, and a profile of folded and side branches in float32 and INT8."""
-    results: dict[str, Any] = {"model": model, "runs": runs, "vnni": adds_int8_exactly()}
+    results: dict[str, Any] = {"model": model, "runs": runs, "vnni": not overflows_in_int8()}
     results["probe"] = probe(runs)
     for kind in ("folded", "branches"):
         path = calibrated(bundle(model, kind), "int8")

@@ -19,6 +19,7 @@ from hhdeploy.errors import (
     MissingDependencyError,
     SessionError,
 )
+from hhdeploy.runtime.processor import overflows_in_int8
 
 Images = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -184,10 +185,10 @@ def _fastest_cpu(precision: Precision) -> Runner:
     has no bfloat16 on a CPU."""
     if precision == "bfloat16":
         return "openvino"
-    from hhdeploy.runtime.openvino_backend import adds_int8_exactly, import_openvino
-
-    if precision == "int8" and not adds_int8_exactly():
+    if precision == "int8" and overflows_in_int8():
         return "cpu"
+    from hhdeploy.runtime.openvino_backend import import_openvino
+
     try:
         import_openvino("a session")
     except MissingDependencyError:

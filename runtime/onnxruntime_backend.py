@@ -35,6 +35,7 @@ from hhdeploy.runtime.backends import (
     side_by_side,
 )
 from hhdeploy.runtime.cuda import driver_library
+from hhdeploy.runtime.processor import overflows_in_int8
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -91,10 +92,9 @@ def _open_session(
         # TensorRT takes the whole graph or is not what was asked for. Not so for CUDA: there
         # ONNX Runtime leaves the shapes of a dynamic batch to the CPU on purpose.
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    if device == "cpu":
-        # Processors without VNNI add pairs of 8-bit products in 16 bits, which overflows in
-        # silence. This takes other kernels there; where
-        # there is VNNI it changes nothing.
+    if device == "cpu" and overflows_in_int8() is not False:
+        # Other kernels than those that overflow in silence. Not where none does: with AMX these
+        # take five times as long.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     if device == "cuda":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

@@ -41,12 +41,11 @@ from hhdeploy.files.caches import Entry
 from hhdeploy.packages import check_version
 from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images, closed, side_by_side
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
+from hhdeploy.runtime.processor import overflows_in_int8
 
 _CPU: Final = "CPU"
 _NAME: Final = "FULL_DEVICE_NAME"
 _BFLOAT16: Final = "bfloat16"
-# Flags of x86 processors whose 8-bit products are added in 32 bits.
-_EXACT_INT8: Final = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
 # Up to these bytes of graph and weights a single image has a compiled model of its own.
 _SMALL: Final = 32 << 20
 
@@ -206,7 +205,8 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
         return found
 
     name = f"openvino CPU{' bfloat16' if low else ''}"
-    if options.precision == "int8" and not adds_int8_exactly():
+    # It has no other kernels for them.
+    if options.precision == "int8" and overflows_in_int8():
         name += " without VNNI: sums of INT8 products may overflow"
     return OpenVinoBackend(ov, found, bank, name, one_image)
 
@@ -244,21 +244,6 @@ def shared_core() -> Any:
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(load).result()
-
-
-def adds_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """False on x86 processors that add pairs of 8-bit products in 16 bits, which overflows.
-
-    OpenVINO has no other kernels for them. What cannot be read counts as exact.
-    """
-    try:
-        text = cpuinfo.read_text(encoding="utf-8")
-    except OSError:
-        return True
-    flags = {
-        word for line in text.splitlines() if line.startswith("flags") for word in line.split()
-    }
-    return not flags or not flags.isdisjoint(_EXACT_INT8)
 
 
 def computes_bfloat16() -> bool:

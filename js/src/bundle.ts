@@ -70,8 +70,15 @@ async function opened(source: Source, ort: Runtime, manifest: Manifest, options:
     throw new HhdeployError(`${source.name}: expected a precision of ${there}, found ${precision}.`);
   }
   const [rows, files] = await Promise.all([rowsOf(source, manifest), filesOf(source, manifest, graph)]);
-  const session = await sessionOf(source, ort, graph, files, options.session);
+  const settings = precision === "int8" ? exactProducts(options.session) : options.session;
+  const session = await sessionOf(source, ort, graph, files, settings);
   return new Bundle(source, ort, options.preprocessing ?? ort, manifest, session, rows);
+}
+
+/** Kernels that are right on x86 before VNNI too, where the usual ones add 8-bit products in 16 bits and overflow. */
+function exactProducts(options: InferenceSession.SessionOptions = {}): InferenceSession.SessionOptions {
+  const extra = (options.extra ?? {}) as { session?: object };
+  return { ...options, extra: { ...extra, session: { x64quantprecision: "1", ...extra.session } } };
 }
 
 /** The bank's rows, by adapter; none where the graph holds them. */

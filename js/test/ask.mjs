@@ -44,6 +44,15 @@ const questions = {
     await opened.close();
     return encode(logits);
   },
+  /** What the runtime is told beyond its own options, of the model's graph. */
+  async settings({ where, precision, session }) {
+    const { InferenceSession, Tensor } = await runtimes.node();
+    const told = [];
+    const create = (graph, options) => told.push(options) && InferenceSession.create(graph, options);
+    const opened = await openBundle(fromFolder(where), { InferenceSession: { create }, Tensor }, { precision, session });
+    await opened.close();
+    return told[0].extra ?? null;
+  },
   async classify({ pictures, adapters, ...rest }) {
     const opened = await bundle(rest);
     const answers = await opened.classify(pictures.map(picture), adapters);

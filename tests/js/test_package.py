@@ -161,6 +161,23 @@ def test_int8(ask):
         assert off < far(recorded[f"float32/{name}"]), "another graph's"
 
 
+def test_int8_asks_for_kernels_that_do_not_overflow(ask):
+    """As Python does; with what the user says before it."""
+    key, question = "x64quantprecision", {"ask": "settings", "where": str(INT8)}
+    told = ask(
+        {**question, "precision": "int8"},
+        {**question, "precision": "float32"},
+        {**question, "precision": "int8", "session": {"extra": {"session": {key: "0"}}}},
+        {**question, "precision": "int8", "session": {"extra": {"optimization": {"x": "y"}}}},
+    )
+    assert told == [
+        {"session": {key: "1"}},
+        None,
+        {"session": {key: "0"}},
+        {"optimization": {"x": "y"}, "session": {key: "1"}},
+    ]
+
+
 # A page's whole code; `window.answer` is what it found.
 PAGE = """<!doctype html><script type="module">
 import * as ort from "./ort/ort.wasm.bundle.min.mjs";

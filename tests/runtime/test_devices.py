@@ -16,7 +16,7 @@ from hhdeploy.errors import (
     MissingDependencyError,
     SessionError,
 )
-from hhdeploy.runtime import backends, open_session, openvino_backend
+from hhdeploy.runtime import backends, open_session
 from hhdeploy.runtime import onnxruntime_backend as onnxruntime
 from hhdeploy.runtime.backends import Target, find_target
 from tests.onnxruntime_double import stand_in
@@ -192,8 +192,8 @@ def test_auto_prefers_onnx_runtime_on_a_gpu_to_the_cpu(small, monkeypatch):
 def test_auto_on_a_cpu_prefers_openvino(small, monkeypatch, precision):
     pytest.importorskip("openvino")
     monkeypatch.setattr(onnxruntime, "cuda_available", lambda: False)
-    # Of INT8 on processors without VNNI see test_openvino.py.
-    monkeypatch.setattr(openvino_backend, "adds_int8_exactly", lambda: True)
+    # Of INT8 on processors without VNNI see test_processor.py.
+    monkeypatch.setattr(backends, "overflows_in_int8", lambda: False)
     assert auto(small, precision) == "openvino"
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert auto(small, precision) == "cpu"

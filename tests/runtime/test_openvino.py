@@ -22,12 +22,11 @@ from hhdeploy.exporters.writer import save_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
-from hhdeploy.runtime.backends import find_target
 from hhdeploy.runtime.openvino_backend import (
     OpenVinoBackend,
-    adds_int8_exactly,
     computes_bfloat16,
 )
+from hhdeploy.runtime.processor import overflows_in_int8
 from hhdeploy.verifying.graphs import add_graph
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle
@@ -266,26 +265,9 @@ def test_quantised_graphs(small, tmp_path, precision):
         # INT8 leaves the rest to the processor's fastest type, and says so.
         low = precision == "int8" and computes_bfloat16()
         plain = f"openvino CPU{' bfloat16' if low else ''}"
-        exact = precision != "int8" or adds_int8_exactly()
+        exact = precision != "int8" or not overflows_in_int8()
         assert session.device.startswith(plain)
         assert ("overflow" in session.device) is not exact
-
-
-@pytest.mark.parametrize(
-    ("flags", "exact"),
-    [("fpu avx2 avx512f", False), ("fpu avx2 avx_vnni", True), ("avx512f avx512_vnni", True)],
-)
-def test_processors_that_overflow_in_int8(tmp_path, monkeypatch, small, flags, exact):
-    (tmp_path / "x86").write_text(f"processor : 0\nflags\t\t: {flags}\n")
-    (tmp_path / "arm").write_text("processor : 0\nFeatures : asimddp\n")
-    assert adds_int8_exactly(tmp_path / "x86") is exact
-    assert adds_int8_exactly(tmp_path / "arm")
-    assert adds_int8_exactly(tmp_path / "nowhere")
-    monkeypatch.setattr(hhdeploy.runtime.openvino_backend, "adds_int8_exactly", lambda: exact)
-    monkeypatch.setattr(hhdeploy.runtime.onnxruntime_backend, "cuda_available", lambda: False)
-    manifest = Bundle.open(small).manifest
-    assert find_target(manifest, "auto", "int8").device == ("openvino" if exact else "cpu")
-    assert find_target(manifest, "auto", "float32").device == "openvino"
 
 
 # --- hints --------------------------------------------------------------------------------------

@@ -1,0 +1,28 @@
+"""What a CPU does with 8-bit products, as far as its flags say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+# Flags of x86 processors whose 8-bit products are added in 32 bits. Kernels are chosen by AVX-512
+# first: without its own VNNI they overflow, whatever AVX-VNNI a virtual machine shows beside it.
+_EXACT: Final = frozenset({"avx_vnni", "avx_vnni_int8"})
+_EXACT_512: Final = frozenset({"avx512_vnni"})
+
+
+def overflows_in_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether this processor adds pairs of 8-bit products in 16 bits, which overflows.
+
+    x86 does before VNNI. None: nothing says so, as it is no x86 or no Linux.
+    """
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    flags = {
+        word for line in text.splitlines() if line.startswith("flags") for word in line.split()
+    }
+    if not flags:
+        return None
+    return flags.isdisjoint(_EXACT_512 if "avx512f" in flags else _EXACT)
