@@ -8,6 +8,7 @@ first line that begins with ``path`` names the columns.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,12 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES, ProblemType
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import check_words
+from hhdeploy.files.plain import read_few
 
 # What `calibrate` looks for in a folder of images.
 LABELS_FILE = "labels.csv"
+# Of a table: millions of images.
+_MOST_BYTES = 1 << 28
 _SEPARATOR = ";"
 _HEADER = "path"
 _LARGEST = float(np.finfo(np.float32).max)
@@ -153,7 +157,8 @@ def _average_precision(scores: NDArray[Any], truths: NDArray[Any]) -> float:
 def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
     """Header cells behind ``path`` (empty without a header) and the images' lines."""
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
+        content = io.BytesIO(read_few(file, _MOST_BYTES))
+        with io.TextIOWrapper(content, newline="", encoding="utf-8-sig") as stream:
             # People write a blank after the comma, before the quotes too.
             reader = csv.reader(stream, skipinitialspace=True)
             rows = [(n, row) for n, row in enumerate(reader, 1) if any(row)]

@@ -20,10 +20,12 @@ from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.store import Progress, settled
 from hhdeploy.choices import text
 from hhdeploy.errors import BundleError, ReadError, require
-from hhdeploy.files.plain import read_plain
+from hhdeploy.files.plain import read_few, read_plain
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import atomic_file
 
+# Of a key in PEM.
+_MOST_KEY = 1 << 20
 _IGNORED = (SIGNATURE, LOCK)
 
 
@@ -60,6 +62,7 @@ def sign(
     secret = text(password, "password", "it").encode() if password is not None else None
     config = library.signing.Config().set_hashing_config(_hashing(library))
     with _reading("key", key):
+        _check_size(Path(key))
         config.use_elliptic_key_signer(private_key=Path(key), password=secret)
     with settled(path, lock_timeout=lock_timeout, progress=progress) as bundle:
         bundle.check_files()
@@ -88,6 +91,7 @@ def check_signature(path: str | Path, public_key: str | Path) -> None:
     library = _library("comparing a bundle with its signature")
     root, config = Bundle.open(path).path, library.verifying.Config()
     with _reading("public_key", public_key):
+        _check_size(Path(public_key))
         config.use_elliptic_key_verifier(public_key=Path(public_key))
     try:
         _check_form(read_plain(root / SIGNATURE))
@@ -113,6 +117,12 @@ def _library(purpose: str) -> Any:
 def _hashing(library: Any) -> Any:
     """All files but signature and lock; a folder of Git is none of a bundle's."""
     return library.hashing.Config().set_ignored_paths(paths=_IGNORED, ignore_git_paths=False)
+
+
+def _check_size(key: Path) -> None:
+    """Raises `OSError` for a key that cannot be read, or is none: it would be read without end."""
+    if not key.is_fifo():  # which gives its content once
+        read_few(key, _MOST_KEY)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ import click
 
 from hhdeploy.cli import ui
 
+# Of a password's file.
+_MOST_BYTES = 1 << 20
+
 
 @click.command()
 @click.argument("bundle", type=ui.DIRECTORY)
@@ -31,11 +34,12 @@ def command(bundle: Path, key: Path, password_file: Path | None, lock_timeout: f
     """
     from hhdeploy.bundle.signing import sign
     from hhdeploy.errors import ReadError
+    from hhdeploy.files.plain import read_few
 
     password = None
     if password_file is not None:
         try:
-            text = password_file.read_text(encoding="utf-8")
+            text = read_few(password_file, _MOST_BYTES).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise ReadError(
                 f"{password_file}: expected a text whose first line is the key's password: {error}."

@@ -1,5 +1,7 @@
 """Plain files, opened as what they are: a pipe in the place of one would be waited for, for ever.
 
+What a user names by hand, and a shell may give as a pipe, `read_few` reads: never without end.
+
 Errors are `OSError`, which names the file; callers say what it was for.
 """
 
@@ -52,6 +54,24 @@ def read_plain(path: Path) -> bytes:
     """A plain file's content. Raises as `open_plain`."""
     with open_plain(path) as stream:
         return stream.read()
+
+
+def read_few(path: Path, most: int, *, plain: bool = False) -> bytes:
+    """The content of a file that holds little: a key, a token, a list.
+
+    Args:
+        path: a pipe is waited for, as it is what a shell makes of ``<(command)``.
+        most: bytes that it may hold; no more of it are read than one.
+        plain: take a plain file alone, for who must not be kept waiting.
+
+    Raises:
+        OSError: it cannot be read, or holds more; ``plain``: it is none.
+    """
+    with open_plain(path) if plain else path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it holds more than {most:,} bytes", str(path))
+    return content
 
 
 def what_instead(path: Path) -> str | None:

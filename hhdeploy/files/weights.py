@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.files.pickles import unpickled
-from hhdeploy.files.plain import what_instead
+from hhdeploy.files.plain import read_few, what_instead
 
 # The list of the files that a model's weights were divided into.
 _INDEX = ".index.json"
+_MOST_INDEX = 1 << 28
 
 # What transformers calls a directory's weights, in the order in which it looks for them.
 _IN_DIRECTORY = (
@@ -60,7 +61,7 @@ def files_of(checkpoint: Path) -> list[Path]:
     if not checkpoint.name.endswith(_INDEX):
         return [checkpoint]
     try:
-        content = json.loads(checkpoint.read_text(encoding="utf-8"))
+        content = json.loads(read_few(checkpoint, _MOST_INDEX).decode())
     except ValueError as error:
         raise ValueError(what_instead(checkpoint) or str(error)) from error
     names = content.get("weight_map") if isinstance(content, dict) else None

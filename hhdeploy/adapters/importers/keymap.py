@@ -23,7 +23,9 @@ import numpy as np
 
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.plain import read_few
 
+_MOST_BYTES = 1 << 24
 _RULE_KEYS = {"key", "to", "transpose", "drop"}
 # With row vectors: the name in the file's convention -> here, and whether it is transposed.
 _AS_ROWS = {
@@ -83,7 +85,7 @@ def _match(key: str, rules: list[_Rule], file: Path, source: Path) -> tuple[re.M
 def _read(file: Path) -> tuple[list[_Rule], bool]:
     try:
         # Written by hand: editors of Windows put a mark before it.
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_few(file, _MOST_BYTES).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict) or set(content) - {"rules", "row_vectors"}:

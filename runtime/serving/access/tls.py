@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import PlanError
+from hhdeploy.files.plain import read_few
 from hhdeploy.runtime.serving.settings import ServeSettings
+
+# Of a chain, or a key: some hundred certificates.
+_MOST_BYTES = 1 << 20
 
 _LOG = logging.getLogger("hhdeploy.serve")
 
@@ -48,8 +52,9 @@ class Tls:
             PlanError: they cannot be read, do not belong together, or are out of their time; then
                 nothing is changed.
         """
+        again = self.http.latest is not None  # and clients wait: no pipe may keep them waiting
         try:
-            with _as_it_is(self._cert) as cert, _as_it_is(self._key) as key:
+            with _as_it_is(self._cert, again) as cert, _as_it_is(self._key, again) as key:
                 fresh = [each.with_files(cert, key) for each in (self.http, self.grpc)]
                 problem = _out_of_time(Path(cert).read_bytes())
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
@@ -57,7 +62,7 @@ class Tls:
                 f"`tls_cert`, `tls_key`: {self._cert} and {self._key}: expected a certificate "
                 f"chain and its key, both PEM and not encrypted: {error}"
             ) from error
-        if problem and self.http.latest is not None:
+        if problem and again:
             raise PlanError(
                 f"`tls_cert`: {self._cert}: expected certificates that are valid now, found one "
                 f"that {problem}. Renew it, or set this machine's clock."
@@ -101,17 +106,18 @@ class _Latest(ssl.SSLContext):
 
 
 @contextlib.contextmanager
-def _as_it_is(path: Path) -> Iterator[str]:
+def _as_it_is(path: Path, plain: bool) -> Iterator[str]:
     """A path that gives what a file holds now, as often as it is opened: OpenSSL takes no bytes.
 
     A key is copied to memory alone; where the system has no files in memory, it is the path itself.
+    ``plain``: see `read_few`.
     """
     if sys.platform != "linux":
         yield str(path)
         return
     descriptor = os.memfd_create("hhdeploy-tls")
     with open(descriptor, "wb", buffering=0) as copy:
-        copy.write(path.read_bytes())
+        copy.write(read_few(path, _MOST_BYTES, plain=plain))
         yield f"/proc/self/fd/{descriptor}"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hhdeploy.errors import PlanError
+from hhdeploy.files.plain import read_few
 from hhdeploy.runtime.serving.errors import ForbiddenError, UnauthorizedError
 from hhdeploy.runtime.serving.settings import ServeSettings
 
@@ -22,6 +23,8 @@ _LOG = logging.getLogger("hhdeploy.serve")
 _TOKEN = re.compile(r"[\x21-\x7e]{16,1024}")
 # One a client, and an old one beside a new one while they change.
 _MOST_TOKENS = 64
+# Of a file of them, with room for spaces.
+_MOST_BYTES = 1 << 20
 
 
 class Access:
@@ -44,11 +47,15 @@ class Access:
     def of(cls, settings: ServeSettings) -> Access:
         """What the operator chose. Raises `PlanError`: see `read`."""
         access = cls()
-        access.read(settings)
+        access.read(settings, first=True)
         return access
 
-    def read(self, settings: ServeSettings) -> None:
+    def read(self, settings: ServeSettings, *, first: bool = False) -> None:
         """Read the files again: what they hold now is what counts.
+
+        Args:
+            settings: name them.
+            first: nobody is answered yet, so that a pipe may be waited for.
 
         Raises:
             PlanError: one cannot be read, or holds no token; then nothing is changed.
@@ -56,11 +63,10 @@ class Access:
         loading: str | None = None
         inference: tuple[str, ...] = ()
         if settings.token_file is not None:
-            (loading,) = _tokens(settings.token_file, "`token_file`", 1)
+            (loading,) = _tokens(settings.token_file, "`token_file`", 1, not first)
         if settings.inference_token_file is not None:
-            inference = _tokens(
-                settings.inference_token_file, "`inference_token_file`", _MOST_TOKENS
-            )
+            file = settings.inference_token_file
+            inference = _tokens(file, "`inference_token_file`", _MOST_TOKENS, not first)
         self._loading, self._inference = loading, inference
 
     def check_loading(self, authorization: str | None) -> None:
@@ -96,15 +102,15 @@ class Access:
             raise UnauthorizedError("this server needs the header Authorization: Bearer TOKEN.")
 
 
-def _tokens(path: Path, name: str, most: int) -> tuple[str, ...]:
+def _tokens(path: Path, name: str, most: int, plain: bool) -> tuple[str, ...]:
     """The tokens in a file, one a line: 16 to 1,024 printable characters without spaces.
 
     A file that everybody on the machine may read is warned of, not refused: secrets are mounted
-    into containers like that. What a file holds is never shown.
+    into containers like that. What a file holds is never shown. ``plain``: see `read_few`.
     """
     try:
         # Editors of Windows put a mark before the first line, which is no part of the token.
-        lines = path.read_text(encoding="utf-8-sig").strip().split("\n")
+        lines = read_few(path, _MOST_BYTES, plain=plain).decode("utf-8-sig").strip().split("\n")
         readable = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{name}: {path} cannot be read: {error}") from error

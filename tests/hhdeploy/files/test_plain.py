@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from hhdeploy.adapters.format import load_adapter
+from hhdeploy.adapters.importers.keymap import mapped
+from hhdeploy.adapters.labels import read_labels
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.hub import pull, push
 from hhdeploy.cli import main
 from hhdeploy.errors import AdapterError, BundleError, HhdeployError
-from hhdeploy.files.plain import open_plain, plain_files, read_plain
+from hhdeploy.files.plain import open_plain, plain_files, read_few, read_plain
+from hhdeploy.files.weights import files_of
 from hhdeploy.files.writing import copied, copy_directory, sha256_of
 from tests.workshop import contents, copy_bundle
 
@@ -53,6 +57,65 @@ def test_what_it_is_is_said(tmp_path, read, what):
 def test_a_device_is_none():
     with pytest.raises(OSError, match="it is a device"):
         read_plain(Path("/dev/null"))
+
+
+def test_what_holds_little_is_not_read_without_end(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_few(tmp_path / "a", 5) == read_few(tmp_path / "a", 5, plain=True) == b"12345"
+    for path, most in ((tmp_path / "a", 4), (Path("/dev/zero"), 1 << 16)):
+        with pytest.raises(OSError, match=f"it holds more than {most:,} bytes") as caught:
+            read_few(path, most)
+        assert caught.value.filename == str(path)
+
+
+def test_a_pipe_is_taken_from_a_shell_but_not_waited_for_by_who_may_not(tmp_path):
+    read, write = os.pipe()
+    with open(write, "wb") as stream:
+        stream.write(b"secret")
+    assert read_few(Path(f"/dev/fd/{read}"), 6) == b"secret"
+    os.close(read)
+    os.mkfifo(tmp_path / "pipe")  # which nobody will write into
+    with pytest.raises(OSError, match="it is a pipe; a plain file was expected"):
+        read_few(tmp_path / "pipe", 6, plain=True)
+
+
+@pytest.fixture
+def endless(tmp_path):
+    path = tmp_path / "endless.txt"
+    path.symlink_to("/dev/zero")
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sign", "{bundle}", "--key", "{endless}"),
+        ("sign", "{bundle}", "--key", "{out}", "--password-file", "{endless}"),
+        ("verify", "{bundle}", "--signature", "--public-key", "{endless}"),
+        ("serve", "{bundle}", "--inference-token-file", "{endless}"),
+        ("serve", "{bundle}", "--allow-adapter-loading", "--token-file", "{endless}"),
+        ("serve", "{bundle}", "--tls-cert", "{endless}", "--tls-key", "{endless}"),
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-2]}",
+)
+def test_files_of_options_are_not_read_without_end(
+    tmp_path, bundle, endless, monkeypatch, arguments
+):
+    """A link to a device in their place, as a wrong mount leaves it, ends in an error."""
+    places = {"bundle": bundle, "endless": endless, "out": tmp_path / "out"}
+    monkeypatch.setattr("hhdeploy.runtime.serving.logs.log_as_json", lambda level: None)
+    result = CliRunner().invoke(main, [each.format(**places) for each in arguments])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert str(endless) in result.stderr and "it holds more than" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda path: read_labels(path, path.parent), lambda path: mapped({}, path, path), files_of],
+)
+def test_lists_and_tables_are_not_read_without_end(endless, read):
+    with pytest.raises((HhdeployError, OSError), match="it holds more than"):
+        read(endless.rename(endless.with_name("endless.index.json")))
 
 
 def test_a_directory_s_plain_files(tmp_path):

@@ -431,6 +431,28 @@ def test_hangup_while_it_starts_is_followed_once_it_serves(small, tmp_path):
         assert server.request("GET", "/v2", headers=bearer(ONE))[0] == 401
 
 
+@pytest.mark.parametrize("what", ["a pipe", "a device"])
+def test_hangup_waits_for_no_pipe_and_no_device(small, tmp_path, what):
+    """Nobody would be answered meanwhile, and the server could not even be stopped."""
+    files = [tmp_path / "tokens", *make_certificate(tmp_path)]
+    files[0].write_text(ONE)
+    flags = ["--inference-token-file", files[0], "--tls-cert", files[1], "--tls-key", files[2]]
+    with running_server(small, tmp_path / "log", *flags, "--grpc-port", "-1") as server:
+        for file in files:
+            file.unlink()
+            if what == "a pipe":
+                os.mkfifo(file)
+            else:
+                file.symlink_to("/dev/zero")
+        server.process.send_signal(signal.SIGHUP)
+
+        def kept() -> list[str]:
+            return [r["problem"] for r in server.records() if r["message"] == "kept as it was"]
+
+        soon(lambda: len(kept()) == 2)
+        assert all(f"it is {what}; a plain file was expected" in problem for problem in kept())
+
+
 def index(secured: Secured, connection: http.client.HTTPSConnection) -> bytes:
     connection.request("POST", "/v2/repository/index", b"{}", bearer(TWO))
     return connection.getresponse().read()
