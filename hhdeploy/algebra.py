@@ -375,6 +375,20 @@ def entropy_rank(singular: Array) -> float:
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
+def logit_change(after: NDArray[np.floating], before: NDArray[np.floating]) -> Array:
+    """after - before; 0 where both are -inf, as the logit of a class that a model rules out is."""
+    same = np.isneginf(after) & np.isneginf(before)
+    change: Array = np.zeros(same.shape)
+    np.subtract(after, before, out=change, where=~same, dtype=np.float64)
+    return change
+
+
+def logit_range(logits: NDArray[np.floating]) -> float:
+    """The largest less the least of those that are not -inf; 0 where there are none."""
+    kept = logits[~np.isneginf(logits)]
+    return float(np.ptp(kept)) if kept.size else 0.0
+
+
 def _add_diagonal(matrix: Array, diag: Array, first: int) -> None:
     """matrix[i, first + i] += diag[i], in place, for a C-contiguous matrix; cut to what fits."""
     columns = matrix.shape[1]

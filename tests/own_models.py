@@ -80,6 +80,24 @@ def encoder(depth: int = 2) -> nn.Module:
     return Encoder(images_first=True, depth=depth)
 
 
+class RulingOut(Encoder):
+    """Never answers some of its seven classes."""
+
+    def __init__(self, classes: list[int]) -> None:
+        super().__init__(images_first=True)
+        self.register_buffer("mask", torch.zeros(7))
+        self.mask[classes] = float("-inf")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        return super().forward(images) + self.mask
+
+
+def ruling_out(classes: list[int]) -> nn.Module:
+    """For `python:`."""
+    return RulingOut(classes)
+
+
 def compiled_encoder() -> nn.Module:
     """Its block compiled, which is in its names."""
     torch.manual_seed(4)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.algebra import logit_change, logit_range
 from hhdeploy.bundle.answers import Logits
 from hhdeploy.choices import Precision, Runner
 from hhdeploy.errors import PlanError
@@ -57,7 +58,7 @@ class Expectations:
         if found.shape != expected.shape:
             return False
         figures = compare(expected, found)
-        return figures.max_abs <= self.bound.range_error * float(np.ptp(whole)) and (
+        return figures.max_abs <= self.bound.range_error * logit_range(whole) and (
             figures.cosine is None or figures.cosine >= self.bound.cosine
         )
 
@@ -81,9 +82,10 @@ class Expectations:
         for group in by_classes.values():
             stacked = np.stack(group)
             for index, logits in enumerate(group):
-                allowed = self.bound.range_error * float(np.ptp(logits))
+                allowed = self.bound.range_error * logit_range(logits)
                 others = np.delete(stacked, index, axis=0)
-                noticed += int((np.abs(others - logits).max(axis=2) > allowed).sum())
+                change = np.abs(logit_change(others, np.broadcast_to(logits, others.shape)))
+                noticed += int((change.max(axis=2) > allowed).sum())
                 pairs += others.shape[0] * len(logits)
         return noticed / pairs if pairs else 1.0
 

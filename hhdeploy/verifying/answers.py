@@ -50,8 +50,11 @@ def logits_of(
 
 
 def check_columns(bundle: Bundle, name: str, reference: NDArray[np.float64]) -> None:
-    """Compare the classes that somebody has with a reference of them, which is -inf past these: of
-    a manifest that says fewer, or more, an answer would be wrong without a word.
+    """Compare the classes that somebody has with a reference of them: of a manifest that says
+    fewer, or more, an answer would be wrong without a word.
+
+    With adapters' own heads a reference is -inf past the classes. Without, all have the classes
+    that the reference has columns, and -inf is the model's own answer: a class that it rules out.
 
     Raises:
         BundleError: naming who, and both.
@@ -59,8 +62,11 @@ def check_columns(bundle: Bundle, name: str, reference: NDArray[np.float64]) -> 
     manifest = bundle.manifest
     if not manifest.classes:
         return
-    there = ~np.isneginf(manifest.split(reference)[LOGITS]).all(axis=0)
-    own = int(np.max(np.flatnonzero(there) + 1, initial=0))
+    logits = manifest.split(reference)[LOGITS]
+    own = logits.shape[1]
+    if manifest.layout is not None and manifest.layout.classes:
+        there = ~np.isneginf(logits).all(axis=0)
+        own = int(np.max(np.flatnonzero(there) + 1, initial=0))
     said = manifest.backbone_classes if name == BACKBONE else manifest.adapter(name).classes
     if said != own:
         raise BundleError(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
+from hhdeploy.algebra import logit_change, logit_range
 from hhdeploy.backbones.facts import LOGITS, BackboneFacts
 from hhdeploy.backbones.outputs import giving
 from hhdeploy.backbones.spec import Backbone
@@ -167,8 +168,8 @@ def _check_effect(
     (without,) = _training_time_outputs(backbone, head_alone, images, outputs)
     if without.shape != found.shape:
         return  # another classifier, and nothing else was trained
-    moved = float(np.abs(found - without).max())
-    if moved <= NO_EFFECT * float(np.ptp(found)):
+    moved = float(np.abs(logit_change(found, without)).max())
+    if moved <= NO_EFFECT * logit_range(found):
         what = "logit" if outputs == (LOGITS,) else "feature"
         raise AdapterError(
             f"{adapter.source}: adapter {name!r} moves no {what}: with and without it the backbone "

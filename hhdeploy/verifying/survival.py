@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE, abbreviate
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.algebra import Array, SiteChange
+from hhdeploy.algebra import Array, SiteChange, logit_change
 from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE
@@ -238,11 +238,10 @@ class Effects:
         rows = {name: entry.row or 0 for name, entry in self._entries.items()}
         ids = np.asarray([rows[name] for name in self._names], np.int64)
         both = [
-            logits_of(one, "cpu", precision, self._images, ids, rows)[0].astype(np.float64)
+            logits_of(one, "cpu", precision, self._images, ids, rows)[0]
             for one in (bundle, _without_changes(bundle))
         ]
-        with np.errstate(invalid="ignore"):  # -inf of both, past an adapter's classes
-            return both[0] - both[1]
+        return logit_change(*both)
 
 
 def check_quantised(bundle: Bundle, quantised: Quantised, exam: Exam) -> list[str]:

@@ -22,7 +22,7 @@ from hhdeploy.adapters.calls import module_by_module, never_called, noise, passe
 from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.importers.keys import PEFT_MODEL
 from hhdeploy.adapters.importers.template import Tensors
-from hhdeploy.algebra import Array
+from hhdeploy.algebra import Array, logit_change, logit_range
 from hhdeploy.backbones.spec import seeded
 from hhdeploy.errors import AdapterError, require
 from hhdeploy.parity import PEFT_MERGE_BOUND
@@ -359,8 +359,8 @@ def _judge(
     turning: Sequence[str],
     where: Path,
 ) -> None:
-    span = float(unmerged.max() - unmerged.min()) or 1.0
-    error = float(np.abs(merged - unmerged).max()) / span
+    span = logit_range(unmerged) or 1.0
+    error = float(np.abs(logit_change(merged, unmerged)).max()) / span
     if not error <= PEFT_MERGE_BOUND:
         if idle:
             effect = f"move the logits by {error:.1e} of their range"

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapters.format import save_adapter
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError
-from tests.support import TINY_MODEL
+from hhdeploy.exporting.bundles import export
+from hhdeploy.verifying.bundles import verify
+from tests.support import TINY_MODEL, random_adapter
 
 
 @pytest.fixture
@@ -24,8 +28,6 @@ def untrained(workshop, tmp_path):
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_it_fails_the_export(workshop, untrained, tmp_path, fold):
-    from hhdeploy.exporting.bundles import export
-
     options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify_images": 1}
     with pytest.raises(AdapterError, match=r"adapter 'a' moves no logit.*`allow_no_effect=True`"):
         export(TINY_MODEL, {"a": untrained}, tmp_path / "b", fold=fold, **options)
@@ -37,3 +39,26 @@ def test_it_fails_the_export(workshop, untrained, tmp_path, fold):
 def test_a_strength_of_zero_has_none(workshop, tmp_path):
     with pytest.raises(AdapterError, match="moves no logit"):
         workshop.export(tmp_path / "b", ["alpha"], strengths={"alpha": 0.0})
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("classes", [[0, 4], [5, 6]])
+def test_classes_that_the_model_rules_out_hide_no_effect_and_no_want_of_one(
+    tmp_path, classes, fold
+):
+    """-inf less -inf is no number: nothing was refused, and every precision was warned of. And the
+    last classes were taken for padding."""
+    model, args = "python:tests.own_models:ruling_out", {"classes": classes}
+    facts = load_backbone(BackboneSpec(model, args)).facts
+    adapter = random_adapter(facts, targets=("linear1",), r=2, classes=None)
+    sites = {name: replace(site, d=np.zeros_like(site.d)) for name, site in adapter.sites.items()}
+    idle = {name: replace(site, lora_B=np.zeros_like(site.lora_B)) for name, site in sites.items()}
+    save_adapter(adapter, tmp_path / "a")
+    save_adapter(replace(adapter, sites=idle), tmp_path / "idle")
+    options = {"model_args": args, "fold": fold, "cache": None, "precisions": ["bfloat16"]}
+    lines: list[str] = []
+    made = export(model, {"a": tmp_path / "a"}, tmp_path / "b", progress=lines.append, **options)
+    assert not [line for line in lines if "rounding" in line]
+    assert verify(made.path).passed
+    with pytest.raises(AdapterError, match="adapter 'idle' moves no logit"):
+        export(model, {"idle": tmp_path / "idle"}, tmp_path / "c", **options)

@@ -152,6 +152,17 @@ def test_told_apart_counts_what_would_be_noticed(expected):
     assert Expectations(["a"], [[one, half]], expected.bound).told_apart() == 2 / POOL
 
 
+def test_a_class_that_is_ruled_out_hides_no_fault():
+    """The range of logits with -inf was without end, and so was what an answer might differ."""
+    one = np.arange(POOL * CLASSES, dtype=np.float32).reshape(POOL, CLASSES)
+    one[:, 3] = -np.inf
+    other = one + np.float32(0.1)
+    found = Expectations(["a"], [[one, other]], bound("branches", "float32"))
+    assert found.says(0, 0, [1], one[1:2])
+    assert not found.says(0, 0, [1], other[1:2])
+    assert found.told_apart() == 1.0
+
+
 def test_the_bound_is_that_of_the_device_and_the_precision():
     assert parity_bound("cpu", "float32") == bound("branches", "float32")
     assert parity_bound("cpu", "float16") == bound("twin", "float16")
