@@ -32,6 +32,7 @@ from hhdeploy.exporters.portable.form import GraphForm
 from hhdeploy.exporters.portable.pictures import write_picture_graphs
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
+from hhdeploy.files.directories import check_place
 from hhdeploy.files.tensors import write_tensors
 from hhdeploy.files.writing import copy_directory
 from hhdeploy.plan import Plan
@@ -183,6 +184,7 @@ def write_bundle(
 
     Raises:
         AdapterError: an adapter's directory was changed since it was loaded.
+        WriteError: the names of two adapters are one there.
     """
     form.apply(contents.model, contents.manifest)
     graphs: dict[Precision, str] = {"float32": graph_name("float32")}
@@ -195,6 +197,7 @@ def write_bundle(
     if contents.bank is not None:
         write_tensors(path / BANK_FILE, {"adapter_bank": contents.bank})
     for name, adapter in contents.adapters.items():
+        check_place(path, f"adapters/{name}")
         _copy_adapter(adapter, path / "adapters" / name)
     if reference is not None:
         write_tensors(path / REFERENCE_FILE, reference().tensors(contents.manifest))

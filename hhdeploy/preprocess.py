@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +69,13 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preprocess:
-        """Read the JSON form. Raises ValueError with the field that is wrong."""
-        missing = [name for name in ("input_size", "mean", "std") if name not in content]
-        if missing:
+        """Read the JSON form. Raises ValueError naming a field that is wrong or unknown."""
+        if missing := [name for name in ("input_size", "mean", "std") if name not in content]:
             raise ValueError(f"preprocess lacks {', '.join(missing)}")
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in content if name not in known]:
+            said = f"preprocess: expected keys among {', '.join(known)}, found "
+            raise ValueError(said + ", ".join(map(repr, unknown)))
         sizes = tuple(map(_number, content["input_size"]))
         if len(sizes) != 3 or not all(n >= 1 and n.is_integer() for n in sizes):
             raise ValueError(
@@ -86,24 +89,15 @@ class Preprocess:
                 f"preprocess.mean and preprocess.std must be {size[0]} numbers (a channel each), "
                 f"finite, std positive; found {list(mean)} and {list(std)}"
             )
-        interpolation = str(content.get("interpolation", "bicubic"))
-        if interpolation not in _FILTERS:
-            raise ValueError(
-                f"preprocess.interpolation must be one of {', '.join(_FILTERS)}, "
-                f"found {interpolation!r}"
-            )
-        crop_mode = str(content.get("crop_mode", "center"))
-        if crop_mode not in CROP_MODES:
-            raise ValueError(
-                f"preprocess.crop_mode must be one of {', '.join(CROP_MODES)}, found {crop_mode!r}"
-            )
+        filter_ = _one_of("interpolation", _FILTERS, content.get("interpolation", "bicubic"))
+        crop_mode = _one_of("crop_mode", CROP_MODES, content.get("crop_mode", "center"))
         crop_pct = _number(content.get("crop_pct", 0.875))
         if not 0.0 < crop_pct <= 2.0:
             raise ValueError(f"preprocess.crop_pct must be in (0, 2], found {crop_pct}")
         exif = content.get("exif", False)
         if not isinstance(exif, bool):
             raise ValueError(f"preprocess.exif must be true or false, found {exif!r}")
-        return cls((size[0], size[1], size[2]), mean, std, interpolation, crop_pct, crop_mode, exif)
+        return cls((size[0], size[1], size[2]), mean, std, filter_, crop_pct, crop_mode, exif)
 
     @classmethod
     def stated(cls, content: Mapping[str, Any]) -> Preprocess:
@@ -236,6 +230,13 @@ def _number(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def _one_of(key: str, choices: tuple[str, ...], found: Any) -> str:
+    if str(found) not in choices:
+        said = f"must be one of {', '.join(choices)}, found {str(found)!r}"
+        raise ValueError(f"preprocess.{key} {said}")
+    return str(found)
 
 
 def graph_file(crop_mode: str, interpolation: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
@@ -15,6 +15,7 @@ from hhdeploy.preprocess import Preprocess
 # What a graph may give of an image: answers, what the classifier sees, the last hidden state.
 LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"
 OUTPUTS = (LOGITS, FEATURES, TOKENS)
+_TRANSFORM = tuple(each.name for each in fields(Preprocess))
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,13 @@ class BackboneFacts:
             signs=rest.pop("signs_sha256", ""),
             extra=rest,
         )
+
+
+def transform_of(config: Mapping[str, Any], input_size: Sequence[int]) -> Preprocess:
+    """The transform that a ``pretrained_cfg`` as timm's states, for images of that size, turned
+    upright; it says other things as well. Raises TypeError or ValueError: see `Preprocess`."""
+    said = {key: config[key] for key in _TRANSFORM if key in config}
+    return Preprocess.stated({**said, "input_size": input_size, "exif": True})
 
 
 # Arguments of timm.create_model that name files, weights or code. They have no place in a file

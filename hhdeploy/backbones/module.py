@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hhdeploy.backbones.facts import transform_of
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import check_values, classifier_path
@@ -127,7 +128,7 @@ def _preprocess(
         )
     if stated:
         try:
-            return Preprocess.stated({**stated, "input_size": size, "exif": True}), ()
+            return transform_of(stated, size), ()
         except (ValueError, TypeError) as error:
             raise BackboneError(f"python:{name}: its pretrained_cfg: {error}.") from error
     channels = size[0]

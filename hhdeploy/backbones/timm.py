@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.converting import agree, is_transformers, timm_state
-from hhdeploy.backbones.facts import check_timm_args
+from hhdeploy.backbones.facts import check_timm_args, transform_of
 from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card, together
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
@@ -370,7 +370,7 @@ def preprocess_of(
         config |= {k: [sum(config[k]) / len(config[k])] * channels for k in ("mean", "std")}
     size = (channels, height, width)
     try:
-        return Preprocess.stated({**config, "input_size": size, "exif": True})
+        return transform_of(config, size)
     except (ValueError, TypeError) as error:
         raise BackboneError(
             f"{type(model).__name__} of timm: its pretrained_cfg: {error}."

@@ -29,7 +29,7 @@ from hhdeploy.errors import (
     WriteError,
     require,
 )
-from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.directories import atomic_directory, check_place
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import as_path, copied, write_bytes
 
@@ -207,12 +207,7 @@ def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
     for name, digest in plan.files.items():
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(place):  # the directory was empty
-            raise WriteError(
-                f"{target.parent}: {name}: expected a place for each of the bundle's files, found "
-                "that of another: the file system takes names for one that differ in case or in "
-                "how letters are spelt. Choose a place elsewhere, or give adapters other names."
-            )
+        check_place(target, name)
         if digest is None:
             copied(bundle.path / name, place)
             continue

@@ -230,6 +230,17 @@ def _fill(scratch: Path, path: Path, kind: Replaceable) -> None:
         raise
 
 
+def check_place(scratch: Path, name: str) -> None:
+    """Raise `WriteError` where something is by the name of what comes next into a directory that
+    was empty, and gets every name once: another name is the same there."""
+    if os.path.lexists(scratch / name):
+        raise WriteError(
+            f"{scratch.parent}: {name}: expected a place for each of the bundle's files, found "
+            "that of another: the file system takes names for one that differ in case or in "
+            "how letters are spelt. Choose a place elsewhere, or give adapters other names."
+        )
+
+
 def _exists(path: Path) -> WriteError:
     return WriteError(
         f"{path} already exists. Choose another output directory, or pass `overwrite=True` to "

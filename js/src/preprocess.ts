@@ -19,6 +19,7 @@ export interface AdapterPreprocess extends Preprocess {
 
 export const preprocessDefaults = { interpolation: "bicubic", crop_pct: 0.875, crop_mode: "center" } as const;
 
+const KEYS = ["input_size", "mean", "std", ...Object.keys(preprocessDefaults), "exif"];
 const FILTERS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"];
 const CROP_MODES = ["center", "squash", "border"];
 
@@ -33,6 +34,10 @@ export function checkPreprocess(given: unknown, imgSize: unknown, where: string,
   const own: Json = { ...preprocessDefaults, exif: false, ...(isObject(given) ? given : {}) };
   const missing = ["input_size", "mean", "std"].filter((key) => own[key] === undefined);
   if (missing.length) throw new HhdeployError(`${where}: ${prefix}preprocess lacks ${missing.join(", ")}.`);
+  const unknown = Object.keys(own).filter((key) => !KEYS.includes(key));
+  if (unknown.length) {
+    throw new HhdeployError(`${where}: ${prefix}preprocess: expected keys among ${KEYS.join(", ")}, found ${unknown.join(", ")}.`);
+  }
   const { input_size: size, mean, std, crop_pct: share } = own;
   const expect = expecting(own, where, `${prefix}preprocess.`);
   expect("input_size", isNumbers(size, 3) && size.every((n) => isCount(n) && n > 0), "[channels, H, W]");

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from timm.data import create_transform
 
 from hhdeploy.adapters.importers import ImportOptions
+from hhdeploy.backbones.facts import transform_of
 from hhdeploy.errors import DataError, OptionError
 from hhdeploy.preprocess import Preprocess, eight_bits, open_image, upright
 from tests.support import assert_caught
@@ -118,6 +119,16 @@ def test_json_round_trip_and_defaults():
     assert Preprocess.from_json(before).to_json() == before  # files without it stay as they are
     with pytest.raises(ValueError, match=r"preprocess\.exif must be true or false, found 1"):
         Preprocess.from_json({**before, "exif": 1})
+
+
+def test_a_key_that_no_transform_reads_is_refused():
+    """A word misspelt was the default in silence."""
+    content = {**BASE.to_json(), "interpolaton": "nearest"}
+    for read in (Preprocess.from_json, Preprocess.stated):
+        with pytest.raises(ValueError, match=r"among input_size, .*, exif, found 'interpolaton'"):
+            read(content)
+    # timm's configurations say other things as well.
+    assert transform_of({**content, "num_classes": 7}, BASE.input_size) == BASE
 
 
 def test_numbers_of_another_scale_are_refused_where_they_are_stated():

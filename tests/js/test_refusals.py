@@ -199,6 +199,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "transform_flat": (sees(input_size=[32, 32]), "preprocess.input_size"),
     "transform_negative": (sees(input_size=[3, 32, -32]), "preprocess.input_size"),
     "transform_no_mean": (sees(mean=...), "preprocess lacks mean"),
+    "transform_unknown": (sees(interpolaton="bilinear"), "expected keys among .*interpolaton"),
     "transform_mean_short": (sees(mean=[0.5]), "preprocess.mean"),
     "transform_mean_infinite": (
         both(

@@ -46,6 +46,18 @@ def content(name="branches", **changes):
     return {**json.loads((WITNESSES / "v1" / name / MANIFEST).read_text()), **changes}
 
 
+@pytest.mark.parametrize("owner", ["backbone", "adapter"])
+def test_what_a_transform_would_not_do_is_refused(tmp_path, owner):
+    """It was left out in silence, and dropped by the next change."""
+
+    def told(content):
+        entry = content["backbone"] if owner == "backbone" else content["adapters"][0]
+        entry["preprocess"]["pad"] = 4
+
+    with pytest.raises(BundleError, match=r"hhdeploy\.json.*preprocess: expected keys .*'pad'"):
+        Bundle.open(edited(tmp_path, told))
+
+
 @pytest.mark.parametrize("file", WRITTEN, ids=lambda f: f.parent.name)
 def test_it_is_written_as_it_was_read(file, tmp_path):
     write_manifest(tmp_path, Bundle.open(file.parent).manifest)

@@ -37,7 +37,7 @@ from hhdeploy.errors import (
     WriteError,
 )
 from hhdeploy.files.tensors import tensor_bytes
-from hhdeploy.files.writing import sha256_of
+from hhdeploy.files.writing import copy_directory, sha256_of
 from hhdeploy.graph import linears_by_path
 from hhdeploy.parity import bound
 from hhdeploy.runtime import open_session
@@ -375,6 +375,24 @@ def test_an_adapter_that_is_saved_again_meanwhile(workshop, tmp_path, fold, chan
     options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify_images": 2}
     with pytest.raises(AdapterError, match=r"source was changed while it was exported"):
         export(model, {"alpha": source}, out, fold=fold, progress=again, **options)
+    assert not out.exists()
+
+
+def test_a_file_system_that_takes_two_names_for_one(workshop, tmp_path, monkeypatch):
+    """As if it knew no case: what is written to adapters/A lies in adapters/a as well."""
+    from hhdeploy.exporting.bundles import export
+
+    def without_case(source, target):
+        copy_directory(source, target)
+        if not target.with_name(target.name.lower()).exists():
+            copy_directory(source, target.with_name(target.name.lower()))
+
+    monkeypatch.setattr("hhdeploy.exporters.writer.copy_directory", without_case)
+    out, model = tmp_path / "out", workshop.adapters["alpha"].config.base_model
+    options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify": False}
+    places = {name: workshop.directory("alpha") for name in ("A", "a")}
+    with pytest.raises(WriteError, match=r"adapters/a: expected a place .* differ in case"):
+        export(model, places, out, **options)
     assert not out.exists()
 
 
