@@ -372,7 +372,7 @@ class Fleet:
                     await asyncio.sleep(_GAP_STEP_SECONDS)
                     continue
                 self.counters.failures += 1
-                if not unsettled and not isinstance(error, LoadFailedError):  # else for a look
+                if not unsettled and not isinstance(error, FailedError):  # which may pass
                     self._known[name] = replace(self._known[name], problem=str(error))
                 raise
 

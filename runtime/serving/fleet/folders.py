@@ -19,7 +19,7 @@ from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle import Bundle
-from hhdeploy.errors import AdapterError, HhdeployError, PlanError
+from hhdeploy.errors import AdapterError, ConflictError, HhdeployError, PlanError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime.bank import AdapterBank, Packed
@@ -137,12 +137,19 @@ class AdapterFiles:
         Raises:
             UnsettledError: a file is not there, or they change all the time.
             LoadFailedError: the machine cannot read them now, e.g. no more file may be opened.
+            FailedError: it is the bundle's, which was changed since it was opened.
             HhdeployError: what is wrong with its name or its files.
         """
         for _ in range(_TRIES):
             before = _stamp(source.path)
             try:
                 packed = self._read(source)
+            except ConflictError as error:  # of the bundle's own, whose files are gone for good
+                raise FailedError(
+                    f"adapter {source.name!r} has no row now, and its files in the bundle are gone "
+                    "or others than when the server was started. Start the server again: it then "
+                    "serves the bundle as it is."
+                ) from error
             except HhdeployError as error:
                 if _is_of_the_moment(error):
                     problem = (
