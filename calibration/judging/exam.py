@@ -23,6 +23,10 @@ from hhdeploy.preprocess import open_image
 _ALL = sys.maxsize
 # With fewer images of a task, one image is more than 5 points of its top-1.
 FEW_JUDGED = 20
+_ONLY_AGREEMENT = "only agreement is reported"
+_TO_JUDGE_ON = "to judge on"
+# How warnings end that say why it is not known what an adapter lost of its top-1.
+UNKNOWN_LOSS = (_ONLY_AGREEMENT, _TO_JUDGE_ON)
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ class Exam:
         held_out: False: they are the calibration images themselves, for want of others.
         source: name of the folder or file.
         warnings: what limits the verdict, in words.
-        unjudged: adapters that were calibrated on, and have no image here: whether they lost any
-            of their top-1 is not known. None: the bare backbone.
+        unjudged: adapters that were calibrated on, and have no image here, or none that was not
+            calibrated on: whether they lost any of their top-1 is not known. None: the bare
+            backbone.
         undecided: adapters without class names, whose folders are numbers in one of two orders
             that float32's answers do not tell apart.
     """
@@ -83,6 +88,13 @@ class Exam:
     def labelled(self) -> bool:
         """Some true classes are known."""
         return any(q.truth is not None for q in self.questions)
+
+    @property
+    def untold(self) -> tuple[str | None, ...]:
+        """Adapters with classes, of none of whose images the true one is known."""
+        asked = [q for q in self.questions if q.problem_type == CLASSES]
+        told = {q.adapter for q in asked if q.truth is not None}
+        return tuple(dict.fromkeys(q.adapter for q in asked if q.adapter not in told))
 
     @property
     def has_classes(self) -> bool:
@@ -114,7 +126,7 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     if fresh:
         left = _tasks(fresh)
         missing = [task for task in _tasks([q for _, q in pairs]) if task not in left]
-        warnings += [f"{_whose(task)}no image is left to judge on" for task in missing]
+        warnings += [f"{_whose(task)}no image is left {_TO_JUDGE_ON}" for task in missing]
     else:
         warnings.append(
             "no image is left that calibration did not use: the figures are of the calibration "
@@ -123,8 +135,9 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
         )
     questions = fresh or [question for _, question in pairs]
     calibrated = dict.fromkeys(sample.adapter for sample in used.samples)
-    unjudged = [task for task in calibrated if task not in _tasks([q for _, q in pairs])]
-    warnings += [f"{_whose(task)}no image to judge on" for task in unjudged]
+    absent = [task for task in calibrated if task not in _tasks([q for _, q in pairs])]
+    warnings += [f"{_whose(task)}no image {_TO_JUDGE_ON}" for task in absent]
+    unjudged = [task for task in calibrated if task not in _tasks(questions)]
     warnings += [
         f"{_whose(task)}judged on {count} images only: one image is {100 / count:.1f} points"
         for task, count in _tasks(questions).items()
@@ -190,7 +203,7 @@ def _columns(
         if not found:
             warnings.append(
                 f"{_whose(adapter)}none of the folders ({_some(folders)}) is one of its classes "
-                f"({_some(names)}): only agreement is reported"
+                f"({_some(names)}): {_ONLY_AGREEMENT}"
             )
         return found or None
     count = feeder.class_count(adapter)
@@ -205,7 +218,7 @@ def _columns(
         return {name: _Column(column) for column, name in enumerate(folders)}
     warnings.append(
         f"{_whose(adapter)}{len(folders)} folders, {count} classes without names: which folder "
-        "is which class is unknown, so only agreement is reported"
+        f"is which class is unknown: {_ONLY_AGREEMENT}"
     )
     return None
 

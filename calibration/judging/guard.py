@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
-from hhdeploy.calibration.judging.exam import Exam
+from hhdeploy.calibration.judging.exam import UNKNOWN_LOSS, Exam
 from hhdeploy.errors import ParityError, PlanError
 
 # Sites to keep in floating point -> drop of mean top-1, in points.
@@ -71,12 +71,6 @@ def check_bound(max_drop: float, exam: Exam) -> None:
             f"`max_drop={max_drop:g}` bounds top-1, and the adapters of {exam.source} answer with "
             "labels or values. Keep sites in floating point with `exclude`."
         )
-    if exam.unjudged or not exam.labelled:
-        whose = "".join(f" of {name}" for name in exam.unjudged if name)
-        raise PlanError(
-            f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
-            "tell. Pass `eval_data`: DIR/CLASS/image, of side branches DIR/ADAPTER/CLASS/image."
-        )
     if exam.undecided:
         whose = "".join(f" of {name}" for name in exam.undecided if name)
         raise PlanError(
@@ -84,6 +78,14 @@ def check_bound(max_drop: float, exam: Exam) -> None:
             f"numbers that the folders of {exam.source} have may be sorted as numbers or as text: "
             "float32 answers neither clearly better. Pass more images as `eval_data`, or write the "
             "names of the classes into its adapter_config.json and add the adapter anew."
+        )
+    if untold := tuple(dict.fromkeys((*exam.unjudged, *exam.untold))):
+        whose = "".join(f" of {name}" for name in untold if name)
+        why = [warning for warning in exam.warnings if warning.endswith(UNKNOWN_LOSS)]
+        raise PlanError(
+            f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
+            f"tell{''.join(f'; {reason}' for reason in why)}. Pass `eval_data`: DIR/CLASS/image, "
+            "of side branches DIR/ADAPTER/CLASS/image."
         )
     if not exam.held_out:
         raise PlanError(

@@ -11,7 +11,8 @@ import pytest
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.judging.exam import make_exam
-from hhdeploy.errors import DataError
+from hhdeploy.calibration.judging.guard import check_bound
+from hhdeploy.errors import DataError, PlanError
 from hhdeploy.preprocess import open_image
 from tests.calibration.conftest import write_pictures
 from tests.workshop import AGE, PROBE, TAGS
@@ -79,6 +80,18 @@ def test_who_is_not_judged_is_named(bundle, folder, tmp_path):
     assert "adapter 'gamma': no image to judge on" in exam.warnings
 
 
+def test_who_has_no_image_left_is_named(bundle, folder):
+    """Calibrated on all of one adapter's images, and on some of another's."""
+    for place in (folder / "gamma").iterdir():
+        for file in sorted(place.iterdir())[1:]:
+            file.unlink()
+    _, exam = exam_of(bundle, folder)
+    assert exam.unjudged == ("gamma",)
+    assert "adapter 'gamma': no image is left to judge on" in exam.warnings
+    with pytest.raises(PlanError, match=r"true classes of gamma, .* no image is left to judge on"):
+        check_bound(1.0, exam)
+
+
 def test_class_names_decide_where_there_are_any(bundle, folder):
     ours = named(bundle, gamma=("2", "zero", "1"))
     _, exam = exam_of(ours, folder)
@@ -98,6 +111,11 @@ def test_folders_that_are_no_class(bundle, folder):
     _, exam = exam_of(named(bundle, gamma=("x", "y", "z")), folder)
     assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {None}
     assert any("(1, 2) is one of its classes (x, y, z)" in w for w in exam.warnings)
+    assert exam.untold == ("gamma",)
+    with pytest.raises(
+        PlanError, match=r"classes of gamma, .*\(1, 2\) is one of its classes \(x, y"
+    ):
+        check_bound(1.0, exam)  # alpha's top-1 alone says nothing of gamma's
 
 
 def test_folders_that_tell_no_column(bundle, folder):
