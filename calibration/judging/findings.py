@@ -41,7 +41,7 @@ class Changed:
         truth: true class, None if unknown.
         before: answer of the float32 graph.
         after: answer of the quantised graph.
-        pixels: what the model sees of the image, [H, W, 3] from 0 to 1.
+        pixels: what the model sees of the image, [H, W, channels] from 0 to 1.
     """
 
     source: str
@@ -241,7 +241,7 @@ def _changed(
 
 
 def pixels_of(image: NDArray[np.float32], preprocess: Preprocess) -> NDArray[np.float64]:
-    """What a normalised input [3, H, W] shows: [H, W, 3] from 0 to 1."""
+    """What a normalised input [channels, H, W] shows: [H, W, channels] from 0 to 1."""
     mean, std = np.asarray(preprocess.mean), np.asarray(preprocess.std)
     shown: NDArray[np.float64] = np.clip(image.transpose(1, 2, 0) * std + mean, 0, 1)
     return shown

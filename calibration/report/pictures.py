@@ -11,10 +11,15 @@ _LARGEST = 160  # pixels; the report stays a file that can be mailed
 
 
 def png_of(pixels: NDArray[np.float64]) -> bytes:
-    """A picture [H, W, 3] from 0 to 1 as a PNG, at most 160 pixels wide or high."""
+    """An input [H, W, channels] from 0 to 1 as a PNG, at most 160 pixels wide or high.
+
+    The first three channels are red, green and blue; of fewer than three the first is shades of
+    grey.
+    """
     from PIL import Image
 
-    picture = Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
+    shown = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
+    picture = Image.fromarray(np.rint(255 * shown).astype(np.uint8))
     picture.thumbnail((_LARGEST, _LARGEST))
     with io.BytesIO() as file:
         picture.save(file, "PNG", optimize=True)

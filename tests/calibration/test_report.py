@@ -210,3 +210,15 @@ def test_a_browser_shows_it_without_errors_or_requests(findings, tmp_path):
     _, console, asked = render(planted, tmp_path / "planted")
     assert len(console) == 1
     assert asked == ["http://192.0.2.1/x.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_inputs_of_other_channels_are_shown(channels):
+    """Grey ones, and arrays: the report failed after the calibration, or took one for alpha."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, channels)).astype(np.uint8)
+    found = np.asarray(Image.open(BytesIO(png_of(pixels / 255))))
+    assert np.array_equal(found, pixels[..., :3] if channels > 3 else pixels[..., 0])
