@@ -51,8 +51,9 @@ def there(here, workshop):
     weight = tuned["blocks.1.mlp.fc2.weight"]
     weight += weight[:, :1] @ weight[:1]  # of rank 1
     save_file(tuned, here / "tuned.safetensors")
-    for name in ("flowers", "lora"):
-        shutil.copytree(here / "flowers", here / "images" / name)
+    shutil.copytree(here / "flowers", here / "images" / "flowers")
+    for column in range(2):  # of an adapter without class names
+        write_pictures(here / "images" / "lora" / str(column), 6, column)
     return here
 
 
