@@ -51,8 +51,9 @@ _Kind = TypeVar("_Kind")
 
 
 def member(names: Iterable[_Name], given: object) -> _Name | None:
-    """``given`` as the one of ``names`` that it is; None if it is none."""
-    return next((name for name in names if name == given), None)
+    """``given`` as the one of ``names`` that it is; None if it is none. (An array is compared
+    element by element, which is neither.)"""
+    return next((name for name in names if isinstance(given, str) and name == given), None)
 
 
 def one_of(names: Iterable[_Name], given: object, parameter: str, hint: str = "") -> _Name:
@@ -131,7 +132,11 @@ def text(given: object, parameter: str, what: str) -> str:
 def yes_or_no(given: object, parameter: str, error: type[HhdeployError] = OptionError) -> bool:
     """What a user gave for a switch, NumPy's values, 0 and 1 among them; else ``error``: Python
     takes "no" for true."""
-    if isinstance(given, Hashable) and given in (False, True):
+    try:
+        known = isinstance(given, Hashable) and given in (False, True)
+    except (ValueError, RuntimeError):  # a tensor of several values
+        known = False
+    if known:
         return bool(given)
     raise _unlike(parameter, "True or False", given, error)
 
@@ -146,8 +151,8 @@ def _unlike(
 
 def number(given: object, parameter: str) -> float:
     """What a user gave for a finite number, NumPy's among them. Raises `OptionError`."""
-    if isinstance(given, Real) and math.isfinite(given):
-        return float(given)
+    if math.isfinite(found := as_float(given)):
+        return found
     raise _unlike(parameter, "a finite number", given)
 
 
@@ -171,9 +176,19 @@ def whole(
 
 def seconds(given: object, parameter: str) -> float:
     """What a user gave for a time, endless (``inf``) or not. Raises `OptionError`."""
-    if not isinstance(given, Real) or math.isnan(given) or given < 0:
+    if not (found := as_float(given)) >= 0:
         raise OptionError(f"`{parameter}`: expected 0 seconds or more, found {given!r}.")
-    return float(given)
+    return found
+
+
+def as_float(given: object) -> float:
+    """NaN for what is no number; infinite where float has none so large."""
+    if not isinstance(given, Real):
+        return math.nan
+    try:
+        return float(given)
+    except OverflowError:
+        return math.inf if cast(int, given) > 0 else -math.inf
 
 
 def as_seed(given: object) -> int:

@@ -27,7 +27,7 @@ from hhdeploy.backbones.sites import (
     split_target,
 )
 from hhdeploy.bundle.layout import Branch, RowLayout, in_row_order
-from hhdeploy.choices import listed, whole
+from hhdeploy.choices import listed, text, whole, yes_or_no
 from hhdeploy.errors import OptionError, PlanError
 
 
@@ -52,8 +52,14 @@ class Reserve:
     def __post_init__(self) -> None:
         for name in ("max_rank", "max_classes"):
             object.__setattr__(self, name, whole(getattr(self, name), name, 0))
+        kept = yes_or_no(self.keep_backbone_head, "keep_backbone_head")
+        object.__setattr__(self, "keep_backbone_head", kept)
         for name in ("sites", "parts"):
-            object.__setattr__(self, name, tuple(listed(getattr(self, name), name, "names")))
+            object.__setattr__(
+                self,
+                name,
+                tuple(text(n, name, "names") for n in listed(getattr(self, name), name, "names")),
+            )
         for target in self.sites:
             try:
                 split_target(target)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
-from hhdeploy.choices import BACKENDS, Device, Precision, Runner, member
+from hhdeploy.choices import BACKENDS, Device, Precision, Runner, member, whole, yes_or_no
 from hhdeploy.errors import (
     BundleError,
     DeviceError,
@@ -91,6 +91,16 @@ class BackendOptions:
     cuda_graphs: bool = False
     hint: str = "latency"
     cache: Path | None = None
+
+
+def check_options(*, threads: object, contexts: object, cuda_graphs: object, hint: object) -> None:
+    """What a user gave for `BackendOptions`, before anything is opened. Raises `SessionError`."""
+    for option, given in (("threads", threads), ("contexts", contexts)):
+        if given is not None:
+            whole(given, option, 1, MOST_AT_ONCE, SessionError)
+    yes_or_no(cuda_graphs, "cuda_graphs", SessionError)
+    if member(HINTS, hint) is None:
+        raise SessionError(f"hint: expected {' or '.join(HINTS)}, found {hint!r}.")
 
 
 @dataclass(frozen=True)

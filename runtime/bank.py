@@ -136,7 +136,7 @@ class AdapterBank:
         return iter(tuple(self._entries))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __getitem__(self, name: str) -> AdapterEntry:
         """The entry of an adapter. Raises `SessionError` listing the names there are."""
@@ -237,6 +237,8 @@ class AdapterBank:
             SessionError: it was given back already, or is another bank's. (It would be counted as
                 another request's, and the row be cleared while that one uses it.)
         """
+        if not isinstance(hold, Hold):
+            raise SessionError(f"release: expected a Hold of this bank, found {hold!r}.")
         with self._lock:
             if hold not in self._given:
                 of = hold.entry.name if hold.entry is not None else BACKBONE
@@ -284,14 +286,14 @@ class AdapterBank:
             self._holds[row] += 1
 
     def _entry(self, name: str) -> AdapterEntry:
-        entry = self._entries.get(name)
+        entry = self._entries.get(name) if isinstance(name, str) else None
         if entry is None:
             known = ", ".join(self._entries) or "none"
             raise SessionError(f"unknown adapter {name!r}. Loaded are: {known}.")
         return entry
 
     def _row(self, name: str | None) -> int:
-        if name is None or name == BACKBONE:
+        if name is None or (isinstance(name, str) and name == BACKBONE):
             if not self._manifest.answers_backbone:
                 raise SessionError(
                     "this bundle has no classifier of the bare backbone: name an adapter for "

@@ -18,15 +18,14 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Answer, answers_of, are_numbers
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.reading import read_bundle
-from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, listed, one_of, whole
+from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, listed, one_of, yes_or_no
 from hhdeploy.errors import SessionError
 from hhdeploy.files.writing import cache_of
 from hhdeploy.runtime.backends import (
-    HINTS,
-    MOST_AT_ONCE,
     Backend,
     BackendOptions,
     Run,
+    check_options,
     closed,
     find_target,
     open_backend,
@@ -114,7 +113,7 @@ class Session:
         """
         has = self.bundle.manifest.outputs
         wanted = next(iter(has)) if output is None else output
-        if wanted not in tuple(has):  # by no hash: it may be a list
+        if not isinstance(wanted, str) or wanted not in has:
             raise SessionError(f"output {wanted!r}: this bundle has {', '.join(has)}.")
         return self.bundle.manifest.split(self.answer(images, adapters))[wanted]
 
@@ -371,11 +370,8 @@ def open_bundle(
     partial: bool = False,
 ) -> Session:
     """`open_session` for a bundle whose manifest is read already; by default without a cache."""
-    for option, given in (("threads", threads), ("contexts", contexts)):
-        if given is not None:
-            whole(given, option, 1, MOST_AT_ONCE, SessionError)
-    if hint not in HINTS:
-        raise SessionError(f"hint: expected {' or '.join(HINTS)}, found {hint!r}.")
+    check_options(threads=threads, contexts=contexts, cuda_graphs=cuda_graphs, hint=hint)
+    partial = yes_or_no(partial, "partial", SessionError)
     target = find_target(bundle.manifest, device, precision)
     engine, room = target.engine, DEFAULT_SLOTS
     if engine is not None and engine.bank_sha256 is not None:

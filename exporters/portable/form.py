@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from hhdeploy.backbones.licences import in_words
 from hhdeploy.bundle.manifest import MANIFEST, Manifest
+from hhdeploy.choices import yes_or_no
 from hhdeploy.errors import OptionError, PlanError
 from hhdeploy.exporters.inserter import Inserter
 from hhdeploy.exporters.trace import OPSET
@@ -40,9 +42,10 @@ class GraphForm:
     single_file: bool = False
 
     def __post_init__(self) -> None:
-        if self.opset not in OPSETS:
+        if not isinstance(self.opset, Integral) or self.opset not in OPSETS:
             known = " or ".join(map(str, OPSETS))
             raise OptionError(f"`opset={self.opset!r}`: expected {known}.")
+        object.__setattr__(self, "single_file", yes_or_no(self.single_file, "single_file"))
 
     def apply(self, model: ir.Model, manifest: Manifest) -> None:
         """Bring a float32 graph into this form, in place.

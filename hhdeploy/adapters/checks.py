@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 def check_name(name: str) -> str:
     """An adapter's name: letters, digits, dot, dash, underscore; ``backbone`` is reserved."""
-    if name == BACKBONE:
+    if isinstance(name, str) and name == BACKBONE:
         raise OptionError(f"the adapter name {BACKBONE!r} is reserved for the bare model.")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise OptionError(

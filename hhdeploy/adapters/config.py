@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,6 @@ from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.bundle_json import without_duplicates
-from hhdeploy.files.folders import alike
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
@@ -294,34 +292,6 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         base_signs=content.get("base_signs_sha256"),
         extra={key: value for key, value in content.items() if key not in known},
     )
-
-
-def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
-    """A configuration that was made in Python as it will be read once it is written.
-
-    Raises:
-        AdapterError: it could not be written, or not be read: see `parse_config`.
-    """
-    for key in ("target_modules", "class_names"):
-        if isinstance(value := getattr(config, key), str | set | frozenset | Mapping):
-            raise AdapterError(f"{where}: {key}: expected a list of strings, found {value!r}.")
-    for key, kind in (("preprocess", Preprocess), ("compressed", Compression)):
-        if not isinstance(value := getattr(config, key), kind | None):
-            raise AdapterError(f"{where}: {key}: expected {kind.__name__}(...), found {value!r}.")
-    if isinstance(config.license, str):  # one name is meant, not its letters
-        config = replace(config, license=(config.license,))
-    try:  # NumPy's integers are integers
-        written = json.dumps(config.to_json(), default=operator.index)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{where}: it cannot be written as JSON: {error}.") from error
-    checked = parse_config(json.loads(written), where)
-    # Files may have a name twice, as ImageNet's has two cranes; nobody tells their answers apart.
-    if (same := alike(checked.class_names or ())) is not None:
-        raise AdapterError(
-            f"{where}: class_names: expected a name of its own for each class, found {same[0]!a} "
-            f"and {same[1]!a}, which are one word. Name them differently."
-        )
-    return checked
 
 
 def check_problem_type(where: str, problem_type: ProblemType | None, classes: int | None) -> None:

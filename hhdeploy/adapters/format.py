@@ -6,6 +6,7 @@ backbone (site names, sizes, digest) is checked by `hhdeploy.adapters.checks` an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hhdeploy.adapters.config import (
     check_problem_type,
     read_config,
 )
+from hhdeploy.adapters.made import writable_config
 from hhdeploy.algebra import (
     Array,
     Scales,
@@ -31,7 +33,7 @@ from hhdeploy.algebra import (
     low_rank_delta,
 )
 from hhdeploy.backbones.sites import Form
-from hhdeploy.choices import of_kind
+from hhdeploy.choices import of_kind, yes_or_no
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.directories import Replaceable, atomic_directory, strangers
 from hhdeploy.files.tensors import check_finite, read_tensors, tensor_bytes
@@ -196,7 +198,7 @@ def load_adapter(directory: str | Path) -> Adapter:
             shapes, NaN or infinity.
     """
     path = as_path(directory, "directory")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise AdapterError(
             f"{path} is not a directory. Expected an adapter directory with {CONFIG_FILE} and "
             f"{TENSOR_FILE}."
@@ -215,12 +217,14 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
             its files cannot say.
     """
     adapter, directory = of_kind(adapter, Adapter, "adapter"), as_path(directory, "directory")
+    adapter = replace(adapter, config=writable_config(adapter.config, str(adapter.source)))
     if adapter.strength != 1.0:
         raise AdapterError(
             f"{adapter.source} is at {adapter.strength:g} of its strength, and an adapter's files "
             "hold the whole. Save merge_adapters({'name': (adapter, 1.0)}), which has it at that "
             "strength, or the adapter as it was."
         )
+    overwrite = yes_or_no(overwrite, "overwrite")
     with atomic_directory(directory, overwrite=overwrite, kind=ADAPTER) as scratch:
         write_bytes(
             scratch / CONFIG_FILE, json_bytes(adapter.config.to_json(adapter.schema_version))

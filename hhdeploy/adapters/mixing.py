@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.licences import together
 from hhdeploy.backbones.sites import Form
-from hhdeploy.choices import mapping
+from hhdeploy.choices import as_float, mapping
 from hhdeploy.errors import AdapterError, OptionError
 
 # What is left of 1 when weights that make it up are subtracted, such as 0.7 and 0.3.
@@ -61,7 +60,7 @@ def at_strength(adapter: Adapter, strength: float) -> Adapter:
             or after a replaced weight (their product is no sum).
         OptionError: a strength that is no finite number, or beyond float32 with this adapter.
     """
-    if not isinstance(strength, Real) or not math.isfinite(strength):
+    if not math.isfinite(as_float(strength)):
         raise OptionError(f"`strength`: expected a finite number, found {strength!r}.")
     strength = float(strength)  # NumPy's cannot be written as JSON
     if strength == 1.0:
@@ -131,7 +130,7 @@ def _weighted(name: str, given: object) -> tuple[Adapter, float]:
     found = type(given).__name__
     if isinstance(given, Sequence) and len(given) == 2:
         adapter, weight = given
-        if isinstance(adapter, Adapter) and isinstance(weight, Real) and math.isfinite(weight):
+        if isinstance(adapter, Adapter) and math.isfinite(as_float(weight)):
             _check_range(adapter, adapter.strength * float(weight), f"the weight of {name!r}")
             return adapter, float(weight)
         found = f"({type(adapter).__name__}, {weight!r})"
@@ -359,7 +358,7 @@ def _worst(found: Sequence[Compression | None]) -> Compression | None:
 
 def _head_of(adapters: Mapping[str, Adapter], head: str | None) -> str:
     if head is not None:
-        if head not in adapters:
+        if not isinstance(head, str) or head not in adapters:
             raise OptionError(f"`head`: expected one of {', '.join(adapters)}, found {head!r}.")
         return head
     for first, second in combinations(adapters, 2):

@@ -21,6 +21,7 @@ from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.membership import check_copies
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.signing import check_signature
+from hhdeploy.choices import seconds, yes_or_no
 from hhdeploy.errors import (
     BundleError,
     ConflictError,
@@ -115,6 +116,7 @@ def push(
         MissingDependencyError: huggingface_hub is not installed.
     """
     place = _place(destination, "destination")
+    overwrite, dry_run = yes_or_no(overwrite, "overwrite"), yes_or_no(dry_run, "dry_run")
     if overwrite and isinstance(place, _Hub):
         raise OptionError("`overwrite=True` is for folders: a hub keeps every commit.")
     opened = Bundle.open(bundle)
@@ -158,7 +160,8 @@ def pull(
         BundleError: no bundle, a damaged file, or not what was signed.
         ReadError: the hub has no such repository, or is not there. Others as `push`.
     """
-    place = _place(source, "source")
+    place, lock_timeout = _place(source, "source"), seconds(lock_timeout, "lock_timeout")
+    overwrite = yes_or_no(overwrite, "overwrite")
     kind = replace(
         BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
     )
@@ -181,7 +184,7 @@ def _place(given: object, parameter: str) -> Path | _Hub:
         return _Hub(found["id"], found["branch"])
     if text.startswith("hf:") or ("://" in text and not text.startswith(_FILE)):
         raise OptionError(f"{text}: expected a folder, hf://owner/name, or hf://owner/name@branch.")
-    return Path(unquote(text.removeprefix(_FILE)) if text.startswith(_FILE) else text)
+    return as_path(unquote(text.removeprefix(_FILE)) if text.startswith(_FILE) else text, parameter)
 
 
 def _check_name(bundle: Bundle, name: str) -> None:

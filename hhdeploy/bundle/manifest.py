@@ -312,7 +312,7 @@ class Manifest:
     def adapter(self, name: str) -> AdapterEntry:
         """The entry of an adapter. Raises `BundleError` listing the names there are."""
         for entry in self.adapters:
-            if entry.name == name:
+            if isinstance(name, str) and entry.name == name:
                 return entry
         known = ", ".join(a.name for a in self.adapters) or "none"
         raise BundleError(f"unknown adapter {name!r}. The bundle has: {known}.")

@@ -40,6 +40,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT as LOCK_TIMEOUT
 from hhdeploy.bundle.reading import NEW_CARD, Bundle
+from hhdeploy.choices import of_kind
 from hhdeploy.errors import (
     AdapterError,
     BundleError,
@@ -312,9 +313,11 @@ def edit(
     Raises:
         ConflictError: another change did not end in time, or the graph was replaced.
         BundleError: no bundle, or a damaged manifest.
+        OptionError: a basis that is none.
         WriteError: the file system refused; the bundle is as it was.
     """
     root = Path(os.path.realpath(bundle_path(path)))
+    basis = None if basis is None else of_kind(basis, Basis, "basis")
     with locked(root, lock_timeout=lock_timeout, progress=progress):
         bundle = Bundle.open(root)
         if basis is not None and basis.graphs["float32"] != bundle.manifest.graph_digest("float32"):

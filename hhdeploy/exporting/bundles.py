@@ -173,6 +173,7 @@ def export(
     mapping(strengths, "strengths", "names and numbers")
     reserve = options_of(reserve, Reserve, "reserve")
     bank_as_constant = yes_or_no(bank_as_constant, "bank_as_constant")
+    fold, overwrite = yes_or_no(fold, "fold"), yes_or_no(overwrite, "overwrite")
     data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
     _check_precisions(precisions)
     form = GraphForm(opset, single_file)

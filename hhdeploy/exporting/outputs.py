@@ -9,6 +9,7 @@ from hhdeploy.adapters.config import CLASSES, problem_type_of
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import FEATURES, LOGITS, OUTPUTS, BackboneFacts
 from hhdeploy.bundle.store import Progress
+from hhdeploy.choices import member
 from hhdeploy.errors import OptionError, PlanError
 from hhdeploy.plan import Reserve
 
@@ -20,7 +21,7 @@ def check_outputs(outputs: Sequence[str], reserve: Reserve) -> None:
         OptionError: naming the option.
     """
     for output in outputs:
-        if output not in OUTPUTS:
+        if member(OUTPUTS, output) is None:
             raise OptionError(f"`outputs=[{output!r}]`: expected one of {', '.join(OUTPUTS)}.")
     if outputs and LOGITS not in outputs and (reserve.max_classes or reserve.keep_backbone_head):
         raise OptionError(

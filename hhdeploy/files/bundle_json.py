@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import BundleError
-from hhdeploy.files.plain import read_plain
+from hhdeploy.files.plain import can_be_named, read_plain
 
 MANIFEST = "hhdeploy.json"
 # Of all other files of a bundle; no manifest names it.
@@ -85,7 +85,7 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def bundle_path(given: object) -> Path:
     """Where a user says that a bundle is. Raises `BundleError` for what is no path."""
-    if not isinstance(given, str | os.PathLike) or "\0" in str(given):
+    if not isinstance(given, str | os.PathLike) or not can_be_named(str(given)):
         raise BundleError(f"expected the path of a bundle, found {given!r}.")
     return Path(given)
 

@@ -202,7 +202,7 @@ def find_splits(directory: Path) -> Splits:
         DataError: two folders for one part, or a link that leads nowhere.
     """
     whole = Splits(directory, None)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         return whole
     parts = [d for d in visible(directory) if d.is_dir()]
     trains = [d for d in parts if d.name.lower() in _TRAIN]

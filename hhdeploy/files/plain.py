@@ -32,6 +32,14 @@ _INSTEAD = (
 )
 
 
+def can_be_named(place: str) -> bool:
+    """False for what no file system has: a zero byte, or half of a character."""
+    try:
+        return b"\0" not in os.fsencode(place)
+    except UnicodeEncodeError:
+        return False
+
+
 def open_plain(path: Path) -> BinaryIO:
     """Open a plain file for reading; links are followed.
 

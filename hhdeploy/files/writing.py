@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import HhdeployError, OptionError, ReadError, WriteError
-from hhdeploy.files.plain import open_plain, plain_files, read_plain
+from hhdeploy.files.plain import can_be_named, open_plain, plain_files, read_plain
 from hhdeploy.files.scratch import scratch_directory, scratch_file
 
 _CHUNK = 1 << 22
@@ -47,13 +47,14 @@ def default_cache() -> Path:
 
 def cache_of(given: str | Path | None) -> Path | None:
     """A ``cache`` parameter: "default" is `default_cache`; None and "" are none."""
-    return default_cache() if given == "default" else path_or_none(given, "cache")
+    default = isinstance(given, str) and given == "default"
+    return default_cache() if default else path_or_none(given, "cache")
 
 
 def as_path(given: object, parameter: str, error: type[HhdeployError] = OptionError) -> Path:
     """What a user gave for a file or a directory; else ``error``."""
     place = os.fspath(given) if isinstance(given, str | os.PathLike) else None
-    if isinstance(place, str) and "\0" not in place:
+    if isinstance(place, str) and can_be_named(place):
         return Path(place)
     raise error(
         f"`{parameter}`: expected a path, found {type(given).__name__} {reprlib.repr(given)}."
@@ -64,7 +65,8 @@ def path_or_none(
     given: object, parameter: str, error: type[HhdeployError] = OptionError
 ) -> Path | None:
     """The same where there may be none: None, or "" of a variable that is not set."""
-    return None if given is None or given == "" else as_path(given, parameter, error)
+    nothing = given is None or (isinstance(given, str) and given == "")
+    return None if nothing else as_path(given, parameter, error)
 
 
 def sha256_of(path: Path) -> str:

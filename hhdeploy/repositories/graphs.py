@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def open_servable(path: str | Path, out: Path, server: str) -> Bundle:
             f"{bundle.path} has no adapter to serve. Add one with: "
             f"{as_code('add_adapter', bundle.path, 'NAME', 'DIR')}"
         )
-    if (out / MANIFEST).is_file():
+    if os.path.isfile(out / MANIFEST):
         raise WriteError(f"{out} is a bundle. Choose another directory for the repository.")
     return bundle
 

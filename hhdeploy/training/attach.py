@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hhdeploy.adapters.checks import check, check_targets
-from hhdeploy.adapters.config import AdapterConfig, checked_config
+from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import PARTS, Adapter, Head, SiteTensors, save_adapter
+from hhdeploy.adapters.made import checked_config
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.parameters import (
     original_of,

@@ -154,6 +154,7 @@ OTHER_MEANING = {
     ("hhdeploy/files/bundle_json.py", "class_names"),
     ("hhdeploy/files/bundle_json.py", "input_size"),
     ("hhdeploy/adapters/format.py", "class_names"),
+    ("hhdeploy/adapters/made.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),
     ("hhdeploy/adapters/config.py", "input_size"),
     ("hhdeploy/adapters/config.py", "problem_type"),

@@ -27,6 +27,7 @@ from hhdeploy import (
     merge_adapters,
     open_session,
     pull,
+    push,
     remove_adapter,
     save_adapter,
     train,
@@ -105,6 +106,7 @@ def test_a_time_to_wait_is_checked_before_anything_slow(small, tmp_path, given):
         lambda: build(small, backend="tensorrt", lock_timeout=given),
         lambda: CalibrationOptions(lock_timeout=given),
         lambda: remove_adapter(small, "alpha", lock_timeout=given),
+        lambda: pull(small, tmp_path / "o", lock_timeout=given),
     ):
         with pytest.raises(OptionError, match="`lock_timeout`: expected 0 seconds or more, found"):
             ask()
@@ -140,6 +142,7 @@ OPTIONS = {
     "import_adapter options": lambda b, no: import_adapter(b, no, no),
     "import_adapter backbone": lambda b, no: import_adapter(b, no),
     "merge_adapters adapters": lambda b, no: merge_adapters([no]),
+    "edit basis": lambda b, no: edit(b, no).__enter__(),
     "save_adapter adapter": lambda b, no: save_adapter(no, b / "o"),
     "train settings": lambda b, no: train(no),
     "ImportOptions preprocess": lambda b, no: ImportOptions(preprocess=no),
@@ -189,7 +192,15 @@ def test_a_path_is_a_path(small, entrance):
     assert caught.value.parameter == entrance.split()[1]
 
 
-@pytest.mark.parametrize("given", [None, 3, {"a": 1}])
+@pytest.mark.parametrize("given", ["a\0b", "half \ud800", np.array(["a", "b"])])
+@pytest.mark.parametrize("entrance", PATHS)
+def test_what_no_file_system_has_is_no_path(small, entrance, given):
+    with pytest.raises(OptionError, match=r"expected a path, found (str|ndarray)") as caught:
+        PATHS[entrance](small, given)
+    assert caught.value.parameter == entrance.split()[1]
+
+
+@pytest.mark.parametrize("given", [None, 3, {"a": 1}, "a\0b", "half \ud800"])
 def test_a_bundle_is_a_path_for_those_who_change_it(given, tmp_path):
     for change in (
         lambda: add_adapter(given, "a", tmp_path),
@@ -238,6 +249,86 @@ def test_what_is_meant_is_taken(tmp_path):
 def test_what_cannot_be_meant_is_refused_where_it_comes_in(ask, message):
     with pytest.raises(OptionError, match=message):
         ask()
+
+
+# Everything that takes a switch without an object of options. What replaces gets a directory of
+# its own that is there, and would be lost.
+SWITCHES = {
+    "export overwrite": lambda b, o, no: export("x", {}, o, fold=True, overwrite=no),
+    "export fold": lambda b, o, no: export("x", {}, o, fold=no),
+    "export single_file": lambda b, o, no: export("x", {}, o, fold=True, single_file=no),
+    "export bank_as_constant": lambda b, o, no: export("x", {}, o, bank_as_constant=no),
+    "push overwrite": lambda b, o, no: push(b, o, overwrite=no),
+    "push dry_run": lambda b, o, no: push(b, o, dry_run=no),
+    "pull overwrite": lambda b, o, no: pull(b, o, overwrite=no),
+    "save_adapter overwrite": lambda b, o, no: save_adapter(
+        load_adapter(b / "adapters" / "alpha"), o, overwrite=no
+    ),
+    "write_triton overwrite": lambda b, o, no: write_triton(b, o.parent / "r", overwrite=no),
+    "write_ovms overwrite": lambda b, o, no: write_ovms(b, o.parent / "r", overwrite=no),
+    "write_web overwrite": lambda b, o, no: write_web(b, o, overwrite=no),
+    "Reserve keep_backbone_head": lambda b, o, no: Reserve(keep_backbone_head=no),
+    "open_session partial": lambda b, o, no: open_session(b, device="cpu", partial=no),
+    "open_session cuda_graphs": lambda b, o, no: open_session(b, device="cpu", cuda_graphs=no),
+}
+
+
+@pytest.mark.parametrize("given", ["no", "False", None, [], np.zeros(2), 2])
+@pytest.mark.parametrize("entrance", SWITCHES)
+def test_a_switch_is_true_or_false(small, tmp_path, entrance, given):
+    """Python takes "no" for yes: what it replaced was lost."""
+    there = copy_bundle(small, tmp_path / "there")
+    before = contents(tmp_path)
+    with pytest.raises(HhdeployError, match="expected True or False, found") as caught:
+        SWITCHES[entrance](small, there, given)
+    assert caught.value.parameter == entrance.split()[1]
+    assert contents(tmp_path) == before
+
+
+def test_an_array_is_no_name_no_switch_and_no_number(small):
+    several = np.array(["float32", "int8"])
+    for ask in (
+        lambda: one_of(("a", "b"), several, "letter"),
+        lambda: open_session(small, device=several),
+        lambda: export("x", {}, "o", fold=True, outputs=[several]),
+        lambda: export("x", {}, "o", fold=True, opset=several),
+    ):
+        with pytest.raises(OptionError, match="expected "):
+            ask()
+    with pytest.raises(HhdeployError, match="hint: expected latency or throughput, found array"):
+        open_session(small, device="cpu", hint=several)
+
+
+def test_a_number_larger_than_any_float():
+    assert seconds(10**400, "lock_timeout") == float("inf")
+    with pytest.raises(OptionError, match="`lora_scale`: expected a finite number, found int"):
+        ImportOptions(lora_scale=10**400)
+    with pytest.raises(OptionError, match="expected 0 seconds or more, found"):
+        seconds(-(10**400), "lock_timeout")
+
+
+# What an adapter is called, where one is looked up.
+@pytest.mark.parametrize("given", [["alpha"], {"a": 1}, {"alpha"}, np.array(["alpha", "gamma"]), 3])
+def test_a_name_is_a_string(small, given):
+    """What cannot be hashed, or compared at once, was a TypeError or ValueError of Python's."""
+    with open_session(small, device="cpu", threads=1, cache=None) as session:
+        assert given not in session.adapters
+        for ask in (
+            lambda: session.adapters[given],
+            lambda: session.adapters.hold(given),
+            lambda: session.adapters.remove(given),
+            lambda: session.entry(given),
+            lambda: session.adapters.release(given),
+            lambda: remove_adapter(small, given),
+            lambda: add_adapter(small, given, small / "adapters" / "alpha"),
+        ):
+            with pytest.raises(HhdeployError, match=r"unknown adapter|expected "):
+                ask()
+        with pytest.raises(HhdeployError, match=r"output .*: this bundle has logits"):
+            session.run(np.zeros((1, *session.bundle.manifest.input_size), np.float32), None, given)
+    alpha = load_adapter(small / "adapters" / "alpha")
+    with pytest.raises(OptionError, match="`head`: expected one of alpha, found"):
+        merge_adapters({"alpha": (alpha, 1.0)}, head=given)
 
 
 def two_images(bundle, method, given):

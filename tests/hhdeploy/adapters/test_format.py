@@ -212,6 +212,44 @@ def test_save_refuses_an_existing_directory_and_what_load_would_refuse(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fold_only": "no"}, "fold_only: expected True or False, found 'no'"),
+        ({"fold_only": np.zeros(2)}, "fold_only: expected True or False, found array"),
+        ({"target_modules": "qv"}, "target_modules: expected a list of strings, found 'qv'"),
+        ({"target_modules": None}, "target_modules: expected a list of strings, found None"),
+        ({"class_names": 3}, "class_names: expected a list of strings, found 3"),
+        ({"base_model_args": None}, "base_model_args: expected a dictionary, found None"),
+        ({"extra": ["a"]}, r"extra: expected a dictionary, found \['a'\]"),
+        ({"extra": {"r": 7}}, "extra: expected keys of its own, not r, found {'r': 7}"),
+        ({"license": {}}, "license: expected the name of a licence, a list of them, or null"),
+        ({"license": {"mit": 1}}, "license: expected the name of a licence, a list"),
+        ({"preprocess": "clip"}, r"preprocess: expected Preprocess\(...\), found 'clip'"),
+        ({"compressed": [1]}, r"compressed: expected Compression\(...\), found \[1\]"),
+        ({"base_signs": 3}, "base_signs: expected 64 hex digits or None, found 3"),
+        ({"problem_type": np.zeros(2)}, "problem_type: expected one of single_label"),
+        ({"base_model": b"x"}, "cannot be written as JSON"),
+        ({"r": "2"}, "r: expected a rank of 0 or more, found '2'"),
+    ],
+)
+def test_save_refuses_a_configuration_that_says_something_else(tmp_path, settings, message):
+    """Of fold_only "no" was yes, of targets "qv" were q and v, a key of ``extra`` won."""
+    adapter = load_adapter(write(tmp_path / "from"))
+    config = replace(adapter.config, **settings)
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(replace(adapter, config=config), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_save_takes_numpys_numbers_and_one_licence(tmp_path):
+    adapter = load_adapter(write(tmp_path / "from"))
+    config = replace(adapter.config, r=np.int64(2), license="MIT", fold_only=np.bool_(False))
+    save_adapter(replace(adapter, config=config), tmp_path / "a")
+    found = load_adapter(tmp_path / "a").config
+    assert (found.r, found.license, found.fold_only) == (2, ("MIT",), False)
+
+
 def test_defaults_of_a_short_configuration():
     config = parse_config(
         {"peft_type": "HTA", "schema_version": 1, "base_model_name_or_path": "vit_x"}, "here"
