@@ -162,7 +162,7 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     # hashes, beside loading one. Nothing is compiled before they are right, or answers.
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(bundle.graph, graph)
-        ov = import_openvino("device='openvino'")
+        ov = import_openvino("`device='openvino'`")
         core = shared_core()
         if options.precision == _BFLOAT16:
             _check_bfloat16(core)
@@ -232,7 +232,7 @@ def shared_core() -> Any:
     what lies there by then, a model's weights. So there is one, for good, loaded in a thread that
     ends at once.
     """
-    ov = import_openvino("device='openvino'")
+    ov = import_openvino("`device='openvino'`")
 
     def load() -> Any:
         core = ov.Core()

@@ -128,7 +128,10 @@ def computing(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
     """A line where names or arguments differ and only the digest says that the models are one, or
     None: activation, heads and pooling are no weights."""
     config = adapter.config
-    if _digests(adapter, facts) is None or not _timm(config.base_model, facts.model):
+    digests = _digests(adapter, facts)
+    if digests is None or digests[1] != digests[2]:  # of other weights `check_base` says so
+        return None
+    if not _timm(config.base_model, facts.model):
         return None
     mine = {"model": config.base_model.partition(".")[0], **_plain(config.base_model_args)}
     theirs = {"model": facts.model.partition(".")[0], **_plain(facts.args)}

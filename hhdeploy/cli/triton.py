@@ -122,7 +122,7 @@ def _summary(model: TritonModel) -> str:
     shape = ", ".join(map(str, model.input_size))
     return (
         f"Wrote Triton model {model.name}:\n{written}\n{needs}\n"
-        f"Serve:  tritonserver --model-repository {model.repository}\n"
+        f"Serve:  tritonserver --model-repository {ui.quoted(model.repository)}\n"
         f"Look:   curl localhost:8000/v2/models/{model.name}/config\n"
         "Ask, with the rows of adapters.json (pip install 'tritonclient[grpc]'):\n\n"
         "    import numpy as np\n"

@@ -60,6 +60,6 @@ def command(
     click.echo(
         f"Wrote {page.path}: {len(page.files)} files, {page.precision}; a first visit loads "
         f"{page.sent / 1e6:.1f} MB.\n"
-        f"Look:  python -m http.server -d {page.path} -b 127.0.0.1\n"
+        f"Look:  python -m http.server -d {ui.quoted(page.path)} -b 127.0.0.1\n"
         "Publish it on any web server of files, over https."
     )

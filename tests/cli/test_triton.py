@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from hhdeploy.bundle import add_adapter
+from hhdeploy.exporting.web import WebPage
 from tests.workshop import contents, copy_bundle
 
 
@@ -27,6 +28,14 @@ def test_what_it_writes_and_says(succeed, small, tmp_path):
     assert f"tritonserver --model-repository {out}\n" in text
     assert "curl localhost:8000/v2/models/small/config" in text
     assert "TensorRT" not in text
+
+
+def test_the_lines_to_paste_name_a_folder_with_a_blank(succeed, small, tmp_path, monkeypatch):
+    out = tmp_path / "my models"
+    assert f"tritonserver --model-repository '{out}'\n" in succeed("triton", small, out)
+    page = WebPage(out, "float32", ("alpha",), {})
+    monkeypatch.setattr("hhdeploy.exporting.web.write_web_page", lambda *args, **options: page)
+    assert f"python -m http.server -d '{out}' -b 127.0.0.1\n" in succeed("web", small, out)
 
 
 @pytest.mark.parametrize("which", ["small", "folded", "branches"])

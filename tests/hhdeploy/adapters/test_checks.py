@@ -342,6 +342,8 @@ def test_other_names_and_arguments_of_the_same_weights_are_said(workshop, branch
         (line,) = notes("x", unlike, facts)
         assert said in line
         assert line.endswith("whether they compute the same is not known")
+    elsewhere = config(unlike, base_sha256="cd" * 32)  # which `check` refuses
+    assert not [line for line in notes("x", elsewhere, facts) if "weights are the same" in line]
     lines: list[str] = []
     source = written(unlike, tmp_path)
     add_adapter(copy_bundle(branches, tmp_path / "b"), "x", source, progress=lines.append)
