@@ -69,7 +69,12 @@ class Endpoint(Protocol):
         """Whether a model's are."""
 
     async def model_metadata(self, model: str, version: str = "") -> dict[str, Any]:
-        """Inputs and outputs of a model, and the adapters there are. -1: any number."""
+        """Inputs and outputs of a model, and the adapters there are. -1: any number.
+
+        Raises:
+            NotFoundError: also of an adapter that was unloaded.
+            RequestError: of one that cannot be loaded.
+        """
 
     async def model_statistics(self, model: str, version: str = "") -> dict[str, Any]:
         """Counts and durations since the start, in Triton's terms.
@@ -276,7 +281,9 @@ class LocalEndpoint:
         if service.fleet is None:
             return list(service.manifest.adapters)
         if alias is not None:
-            return [service.fleet.status(alias).known]
+            status = service.fleet.status(alias)
+            status.check()
+            return [status.known]
         found = [status.known for status in service.fleet.statuses() if status.answers]
         return [*found, None] if service.manifest.answers_backbone else found
 

@@ -122,7 +122,7 @@ class Fleet:
         """The rows of one request, of which some have to be loaded; see `FleetRows.hold`."""
         missing = self.rows.missing(names)
         for name in missing:  # before any of them takes another one's row
-            self._check_answers(name)
+            self.status(name).check()
         self.rows.check_room(names)
         if len(names) == 1:
             return {name: await self._come(name) for name in missing}
@@ -133,17 +133,10 @@ class Fleet:
 
     async def _come(self, name: str) -> Hold:
         """The row of an adapter that has none yet."""
-        self._check_answers(name)
+        self.status(name).check()
         if name not in self._fetching:  # one load for all that wait, whoever of them leaves
             self._fetching[name] = asyncio.create_task(self._fetch(name))
         return await self.rows.wait(name)
-
-    def _check_answers(self, name: str) -> None:
-        known = self._find(name)
-        if known.unloaded:
-            raise NotFoundError(f"adapter {name!r} was unloaded. Load it again first.")
-        if known.problem:
-            raise RequestError(f"adapter {name!r} cannot be loaded: {known.problem}")
 
     async def _fetch(self, name: str) -> None:
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hhdeploy.bundle.manifest import AdapterEntry
+from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
 from hhdeploy.runtime.serving.fleet.folders import Source
 
 AdapterState = Literal["ready", "on disk", "broken", "unloaded"]
@@ -52,6 +53,18 @@ class Status:
     def answers(self) -> bool:
         """Whether requests may name it."""
         return self.state in ("ready", "on disk")
+
+    def check(self) -> None:
+        """Refuse what names an adapter that does not answer, as its requests are refused.
+
+        Raises:
+            NotFoundError: it was unloaded.
+            RequestError: it cannot be loaded.
+        """
+        if self.state == "unloaded":
+            raise NotFoundError(f"adapter {self.name!r} was unloaded. Load it again first.")
+        if self.state == "broken":
+            raise RequestError(f"adapter {self.name!r} cannot be loaded: {self.problem}")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
     GET  /v2   /v2/health/live   /v2/health/ready
     GET  /v2/models/M [/versions/1]            metadata        .../ready   .../config   .../stats
-    GET  /v2/models/stats                      of all of them
+    GET  /v2/models/stats                      of all of them, if the bundle is not called so
     POST /v2/models/M [/versions/1] /infer     inference
     POST /v2/repository/index                  adapters and their states
     POST /v2/repository/models/A/load          with --allow-adapter-loading and the token only
@@ -121,10 +121,9 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         return _json(await endpoint.model_statistics(**request.path_params))
 
     async def all_stats(request: Request) -> Response:
-        try:
-            return _json(await endpoint.model_metadata("stats"))  # a model may be called so
-        except NotFoundError:
-            return _json(await endpoint.model_statistics(""))
+        if settings.model_name == "stats":  # the operator's choice; an adapter may be anybody's
+            return _json(await endpoint.model_metadata("stats"))
+        return _json(await endpoint.model_statistics(""))
 
     async def index(request: Request) -> Response:
         async with bodies.read(request, _SMALL_BYTES) as body:

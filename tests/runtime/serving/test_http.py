@@ -294,6 +294,31 @@ def test_a_folded_bundle_with_the_name_of_a_path(folded, tmp_path):
         )
 
 
+def test_an_adapter_hides_no_statistics_and_a_broken_one_has_no_metadata(
+    branches, workshop, tmp_path
+):
+    """Whoever may upload chooses their names."""
+    fleet = tmp_path / "fleet"
+    fleet.mkdir()
+    put_adapter(make_adapter(workshop, 1), fleet, "stats")
+    (put_adapter(make_adapter(workshop, 2), fleet, "broken") / CONFIG_FILE).write_text("{")
+    with (
+        running_server(branches, tmp_path / "log", "--adapters-dir", fleet) as server,
+        triton.InferenceServerClient(server.http) as client,
+    ):
+        told = server.json("GET", "/v2/models/stats")[1]["model_stats"]
+        assert {"stats", "alpha"} < {one["name"] for one in told}
+        assert client.get_inference_statistics()["model_stats"] == told
+        assert client.get_model_metadata("stats", "1")["outputs"][0]["shape"] == [-1, 7]
+        assert [m["name"] for m in client.get_inference_statistics("stats")["model_stats"]] == [
+            "stats"
+        ]
+        refused = error_of(lambda: client.infer("broken", [tensor("images", images(1))]))
+        assert refused[0] == 400 and "broken" in refused[1]
+        for tell in (client.get_model_metadata, client.get_model_config):
+            assert error_of(lambda tell=tell: tell("broken")) == refused
+
+
 # --- by hand --------------------------------------------------------------------------------------
 
 
@@ -473,8 +498,11 @@ def test_adapters_are_loaded_uploaded_and_unloaded(branches, workshop, tmp_path)
         assert (folder / TENSOR_FILE).read_bytes() in content.values()
 
         client.unload_model("fresh", AUTHORISED)
-        assert error_of(lambda: logits("fresh"))[0] == 404
+        refused = error_of(lambda: logits("fresh"))
+        assert refused[0] == 404
         assert not client.is_model_ready("fresh")
+        for tell in (client.get_model_metadata, client.get_model_config):
+            assert error_of(lambda tell=tell: tell("fresh")) == refused
         states = {m["name"]: m["state"] for m in client.get_model_repository_index()}
         assert states["fresh"] == "UNAVAILABLE" and states["alpha"] == "READY"
         ready = server.json("POST", "/v2/repository/index", {"ready": True})[1]
