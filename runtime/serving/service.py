@@ -330,7 +330,7 @@ class Service:
                 "images."
             )
         if self.fleet is not None and None in names and not self._manifest.answers_backbone:
-            there = ", ".join(s.name for s in self.fleet.statuses()[:20])
+            there = ", ".join([s.name for s in self.fleet.statuses() if s.answers][:20]) or "none"
             raise RequestError(
                 "no adapter named, and this bundle has no classifier of the bare backbone. "
                 f"Set the parameter adapter; there are: {there}."

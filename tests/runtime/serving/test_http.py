@@ -319,6 +319,22 @@ def test_an_adapter_hides_no_statistics_and_a_broken_one_has_no_metadata(
             assert error_of(lambda tell=tell: tell("broken")) == refused
 
 
+def test_a_request_without_an_adapter_is_told_those_that_answer(small, workshop, tmp_path):
+    fleet = tmp_path / "fleet"
+    fleet.mkdir()
+    (put_adapter(make_adapter(workshop, 1), fleet, "broken") / CONFIG_FILE).write_text("{")
+    with (
+        running_server(
+            small, tmp_path / "log", "--model-name", "tiny", "--adapters-dir", fleet
+        ) as server,
+        triton.InferenceServerClient(server.http) as client,
+    ):
+        x = [tensor("images", images(1))]
+        assert error_of(lambda: client.infer("broken", x))[0] == 400  # which reads it
+        status, said = error_of(lambda: client.infer("tiny", x))
+    assert status == 400 and said.endswith("there are: alpha, gamma.")
+
+
 # --- by hand --------------------------------------------------------------------------------------
 
 
