@@ -96,6 +96,7 @@ class InferRequest:
         inputs: by name.
         outputs: what was asked for; empty: all that the adapters have.
         binary: HTTP only: outputs that were not asked for by name come in the binary extension.
+        json: what is not binary becomes JSON, which holds no infinities.
         parameters: ``adapter``, ``priority``, ``timeout`` (microseconds) and what servers of the
             protocol are told to ignore.
     """
@@ -107,6 +108,7 @@ class InferRequest:
     outputs: tuple[Wanted, ...] = ()
     parameters: Mapping[str, Value] = field(default_factory=dict)
     binary: bool = False
+    json: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -164,6 +164,7 @@ def output_of(
     found: Mapping[str, NDArray[np.float32]],
     entries: Sequence[AdapterEntry | None],
     classes: Sequence[int],
+    json: bool = False,
 ) -> Tensor:
     """One output.
 
@@ -172,10 +173,34 @@ def output_of(
         found: float32 [n, ...] of every output of the graph.
         entries: of each image's adapter; None: the backbone.
         classes: of each image's adapter.
+        json: what is not wanted binary becomes JSON.
 
     Raises:
-        RequestError: probabilities or labels of a regression.
+        RequestError: probabilities or labels of a regression, or JSON cannot hold a value. To
+            write it were too late: it would be counted as answered.
     """
+    tensor = _output(wanted, found, entries, classes)
+    if json and not wanted.binary and tensor.datatype != BYTES:
+        _check_json(tensor)
+    return tensor
+
+
+def _check_json(tensor: Tensor) -> None:
+    if not np.isfinite(tensor.array).all():
+        raise RequestError(
+            f"output {tensor.name!r} has values that JSON cannot hold: where one request mixes "
+            "adapters with different numbers of classes, logits are padded with -inf. Ask for the "
+            "output 'probabilities', for binary data, or for one adapter at a time; NaN comes from "
+            "images that hold NaN or infinities."
+        )
+
+
+def _output(
+    wanted: Wanted,
+    found: Mapping[str, NDArray[np.float32]],
+    entries: Sequence[AdapterEntry | None],
+    classes: Sequence[int],
+) -> Tensor:
     if wanted.name not in _OF_LOGITS:
         return Tensor(wanted.name, FP32, found[wanted.name])
     widest = max(classes)

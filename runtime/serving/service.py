@@ -261,7 +261,7 @@ class Service:
                 wanted = [w for w in wanted if w.name in found]  # which show what there is
         outputs = await self._aside.run(
             work_of(wanted, classes),
-            lambda: tuple(output_of(w, found, entries, classes) for w in wanted),
+            lambda: tuple(output_of(w, found, entries, classes, request.json) for w in wanted),
         )
         self._count(entries, begin, prepared, ran, answer)
         digests = [self._manifest.tensors_digest(e) if e is not None else "" for e in entries]

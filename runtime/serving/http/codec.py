@@ -241,16 +241,13 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
         raise RequestError(f"id: expected a string, found {_kind(identity)}.")
     binary = read_truth(parameters, "binary_data_output", False, "the request")
     outputs = tuple(_wanted(item, binary) for item in _objects(content, "outputs", optional=True))
-    return InferRequest(model, version, identity, inputs, outputs, parameters, binary)
+    return InferRequest(model, version, identity, inputs, outputs, parameters, binary, json=True)
 
 
 def write_response(response: InferResponse, request: InferRequest) -> tuple[bytes, int | None]:
     """The body of an answer, and the length of its JSON if binary tensors follow it.
 
     Long lists are written in pieces, see `Aside`.
-
-    Raises:
-        RequestError: JSON cannot hold a value, e.g. -inf.
     """
     outputs: list[bytes] = []
     tail: list[bytes] = []
@@ -285,13 +282,6 @@ def compact_json(content: Any) -> bytes:
 def _values(tensor: Tensor) -> bytes:
     """A tensor's values as JSON, with commas between."""
     flat = tensor.array.reshape(-1)
-    if tensor.datatype != BYTES and not np.isfinite(flat).all():
-        raise RequestError(
-            f"output {tensor.name!r} has values that JSON cannot hold: where one request mixes "
-            "adapters with different numbers of classes, logits are padded with -inf. Ask for the "
-            "output 'probabilities', for binary data, or for one adapter at a time; NaN comes from "
-            "images that hold NaN or infinities."
-        )
     step = max(1, _WRITTEN_BYTES * flat.size // max(1, tensor.nbytes))
     pieces = (flat[begin : begin + step] for begin in range(0, flat.size, step))
     return b",".join(compact_json(_listed(piece, flat.size))[1:-1] for piece in pieces)

@@ -193,12 +193,19 @@ def test_one_adapter_an_image(client, session):
 
 
 def test_json_cannot_hold_what_pads_a_mixture(client, session):
+    def counts() -> tuple[int, int]:
+        (found,) = client.get_inference_statistics("tiny")["model_stats"]
+        times = found["inference_stats"]
+        return times["success"]["count"], times["fail"]["count"]
+
     x, names = images(2), ["gamma", "beta"]
     inputs = [tensor("images", x), texts("adapters", names)]
+    before = counts()
     status, message = error_of(
         lambda: client.infer("tiny", inputs, outputs=wanted("logits", binary=False))
     )
     assert status == 400 and "Ask for the output 'probabilities'" in message
+    assert np.subtract(counts(), before).tolist() == [0, 1]  # refused, and not answered as well
     found = client.infer("tiny", inputs, outputs=wanted("probabilities", binary=False))
     assert found.as_numpy("probabilities").argmax(1).tolist() == (
         session.run(x, names).argmax(1).tolist()

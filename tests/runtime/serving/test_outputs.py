@@ -7,7 +7,8 @@ import pytest
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.runtime.serving.errors import NoNumbersError, RequestError
-from hhdeploy.runtime.serving.outputs import check_finite
+from hhdeploy.runtime.serving.messages import Wanted
+from hhdeploy.runtime.serving.outputs import check_finite, output_of
 from tests.wrong_logits import LOGITS, bundle_of_logits
 
 NUMBERS, OWN = np.zeros((2, 3, 4, 4), np.float32), [2, 3]
@@ -57,3 +58,13 @@ def test_an_answer_is_what_a_session_takes_for_one(small, tmp_path):
 def test_classes_of_others_and_ones_that_are_ruled_out_are_no_fault():
     logits = np.array([[0, 1, -np.inf], [-np.inf, 1, 0]], np.float32)
     check_finite(NUMBERS, logits, OWN, [None, None])
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_json_holds_no_infinities(value):
+    found = {"features": np.asarray([[1, value]], np.float32)}
+    asked = (found, [None], [2])
+    with pytest.raises(RequestError, match="has values that JSON cannot hold"):
+        output_of(Wanted("features"), *asked, json=True)
+    output_of(Wanted("features", binary=True), *asked, json=True)
+    output_of(Wanted("features"), *asked)  # gRPC
