@@ -100,7 +100,7 @@ def _check_method(config: Mapping[str, Any], where: Path) -> None:
     if kind not in known:
         raise AdapterError(
             f"{where}: peft_type: expected a method of the PEFT that is installed, found {kind!r}. "
-            "A newer one may have it (pip install -U peft); BONE is of older ones. Or merge the "
+            "A newer one may have it (pip install -U peft). Or merge the "
             "adapter where it was trained (merge_and_unload) and bring the checkpoint: "
             "`extract_adapter()`."
         )

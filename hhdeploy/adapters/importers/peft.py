@@ -6,6 +6,7 @@ for certain, is loaded and merged by PEFT itself. Configuration and tensors are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
 
 _OLD_TENSOR_FILE = "adapter_model.bin"
 _HTA = "HTA"
+# BONE of PEFT 0.14 to 0.17 computes what MiSS does, which took its place, under another name.
+_BONE, _MISS = "BONE", "MISS"
+_BONE_TENSOR = re.compile(r"\.bone_block(?=\.|$)")
 
 _FACTS = (
     *("peft_type", "peft_version", "base_model_name_or_path", "r", "lora_alpha", "use_rslora"),
@@ -81,12 +85,14 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
             f"{path}: form, reflection, lora scale and key map are for .pth files; {CONFIG_FILE} "
             "says all that an adapter of PEFT needs."
         )
-    config = read_peft_config(path)
+    written = read_peft_config(path)
     where = path / CONFIG_FILE
-    if config.get("peft_type") == _HTA:
+    if written.get("peft_type") == _HTA:
         raise AdapterError(f"{where}: peft_type is HTA: this adapter needs no import.")
+    bone = written.get("peft_type") == _BONE
+    config = {**written, "peft_type": _MISS} if bone else written
     check_values(config, where)
-    file, tensors, outside, notes = _read(path, options)
+    file, tensors, outside, notes = _read(path, options, bone=bone)
     own = {key: tensor for key, tensor in tensors.items() if key not in outside}
     head = head_of_file(own, config, backbone) or head_of_file(tensors, config, backbone)
     left = [key for key in outside if _of_another(key, head, backbone)]
@@ -115,7 +121,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
         backbone.facts.model,
         r=rank if isinstance(rank, int) else 1,
         license=together(licences_of(config.get("license")), licences_of_card(path)),
-        extra={"imported_from": _facts_of(config, assumed)},
+        extra={"imported_from": _facts_of(written, assumed)},
     )
     stated = stated_preprocess(path, backbone, options)
     return finish(result, described, file, backbone, options, stated)
@@ -133,7 +139,7 @@ def _adapts_attention(tuned: Tensors, names: Names, backbone: Backbone) -> bool:
 
 
 def _read(
-    path: Path, options: ImportOptions
+    path: Path, options: ImportOptions, *, bone: bool
 ) -> tuple[Path, Tensors, frozenset[str], tuple[str, ...]]:
     """The tensors of one adapter by `bare` key without PEFT's start: the options' prefix stays
     where it comes behind that, as the configuration's names have it. And the keys of those that
@@ -145,6 +151,8 @@ def _read(
     else:
         file = path / _OLD_TENSOR_FILE
         tensors, notes = read_pth(file)
+    if bone:
+        tensors = {_BONE_TENSOR.sub(".miss_block", key): t for key, t in tensors.items()}
     found: Tensors = {}
     outside, names = set(), set()
     own = of_one_adapter(bare_keys(tensors, prefix, file), options.adapter_name, file)

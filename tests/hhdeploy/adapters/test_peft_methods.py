@@ -682,6 +682,30 @@ def test_lokr_before_it_had_a_scale(tmp_path, vit, ranks):
     assert any("PEFT before 0.14" in line for line in said_of(adapter))
 
 
+@pytest.mark.parametrize(
+    ("changes", "folded"),
+    [
+        ({}, False),
+        ({"r": 5}, False),  # the input's width is no multiple of it
+        ({"init_weights": "bat", "r": 4, "target_modules": ["qkv"]}, True),
+    ],
+    ids=in_order,
+)
+def test_bone(tmp_path, vit, changes, folded):
+    """As PEFT 0.14 to 0.17 wrote it: MiSS under another name, with less options."""
+    source, expected = saved(tmp_path, vit, "MISS", **changes)
+    leave_out(source, "mini_r", "miss_dropout")
+    edit(source, peft_type="BONE")
+    tensors = load_file(source / TENSOR_FILE)
+    renamed = {key.replace("miss_block", "bone_block"): t for key, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, source / TENSOR_FILE)
+    adapter = import_adapter(source, vit)
+    assert range_error(expected, answers(vit, adapter)) <= BOUND
+    assert adapter.config.fold_only == folded
+    assert adapter.config.extra["imported_from"]["peft_type"] == "BONE"
+
+
 CONVOLUTION = {"target_modules": ["qkv", "patch_embed.proj"]}
 
 
