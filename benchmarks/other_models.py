@@ -52,12 +52,14 @@ class Other:
         path: module and name in it, with a colon between.
         args: of the call.
         classifier: module path of the classifier, where it is not the last Linear.
+        targets: what the adapter is on, where that is not all Linears.
     """
 
     package: str
     path: str
     args: Mapping[str, Any] = field(default_factory=dict)
     classifier: str | None = None
+    targets: str = ".*"
 
     def installed(self) -> str:
         """Its version, or ""."""
@@ -125,6 +127,8 @@ MODELS: Mapping[str, Other] = {
         "torchvision",
         f"{_HERE}:swin_v2",
         {**_SWIN, "window_size": [4, 4], "num_classes": _CLASSES},
+        # The Linears of its positions see no image, and a graph has their results.
+        targets=r".*\.(attn\.(qkv|proj)|mlp\.\d)",
     ),
     "torchvision MaxViT": Other(
         "torchvision",
@@ -219,12 +223,12 @@ def measure(name: str) -> dict[str, Any]:
 
 def _errors(name: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = made(name)
+    other, model = MODELS[name], made(name)
     perturb(model)
     torch.save(model.state_dict(), folder / "weights.pth")
     noise = np.random.default_rng(0).standard_normal((_IMAGES, 3, _SIDE, _SIDE), np.float32)
     truth = {"backbone": _answers(model, noise)}
-    attach(model, AdapterConfig(name, num_classes=5, r=2, target_modules=(".*",)))
+    attach(model, AdapterConfig(name, num_classes=5, r=2, target_modules=(other.targets,)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
