@@ -48,7 +48,7 @@ RUNS: Mapping[str, Sequence[str]] = {
     ),
     "int8": ("-m", "benchmarks.bench_int8", "--pairs", "5", "--rounds", "4"),
     # The same, kept of a processor with AMX.
-    "int8-amx": ("-m", "benchmarks.bench_int8", "--pairs", "5", "--rounds", "4"),
+    "int8-amx": ("-m", "benchmarks.bench_int8", "--pairs", "3", "--rounds", "3"),
     "slots": ("-m", "benchmarks.bench_slots"),
     "export": ("-m", "benchmarks.bench_export", "--pairs", "2"),
     "cold-start": ("-m", "benchmarks.bench_cold_start", "--starts", "5", "--kind", "branches"),
