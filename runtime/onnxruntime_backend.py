@@ -94,7 +94,7 @@ def _open_session(
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if device == "cpu" and overflows_in_int8() is not False:
         # Other kernels than those that overflow in silence. Not where none does: with AMX these
-        # take five times as long.
+        # are many times slower.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     if device == "cuda":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

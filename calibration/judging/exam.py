@@ -23,10 +23,6 @@ from hhdeploy.preprocess import open_image
 _ALL = sys.maxsize
 # With fewer images of a task, one image is more than 5 points of its top-1.
 FEW_JUDGED = 20
-_ONLY_AGREEMENT = "only agreement is reported"
-_TO_JUDGE_ON = "to judge on"
-# How warnings end that say why it is not known what an adapter lost of its top-1.
-UNKNOWN_LOSS = (_ONLY_AGREEMENT, _TO_JUDGE_ON)
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,7 @@ class Exam:
             backbone.
         undecided: adapters without class names, whose folders are numbers in one of two orders
             that float32's answers do not tell apart.
+        reasons: those of the warnings that say why it is not known what an adapter lost.
     """
 
     questions: tuple[Question, ...]
@@ -83,11 +80,7 @@ class Exam:
     warnings: tuple[str, ...]
     unjudged: tuple[str | None, ...] = ()
     undecided: tuple[str | None, ...] = ()
-
-    @property
-    def labelled(self) -> bool:
-        """Some true classes are known."""
-        return any(q.truth is not None for q in self.questions)
+    reasons: tuple[str, ...] = ()
 
     @property
     def untold(self) -> tuple[str | None, ...]:
@@ -116,9 +109,10 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     feeder = used.feeder
     seen = {sample.digest for sample in used.samples}
     warnings: list[str] = []
+    reasons: list[str] = []
     if isinstance(source, str | Path) and Path(source).suffix != ".npz":
         name = Path(source).name
-        pairs = _from_folder(feeder, Path(source), seed, warnings)
+        pairs = _from_folder(feeder, Path(source), seed, warnings, reasons)
     else:
         name = Path(source).name if isinstance(source, str | Path) else "a Python iterable"
         pairs = _from_arrays(feeder, source, seed)
@@ -126,7 +120,7 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     if fresh:
         left = _tasks(fresh)
         missing = [task for task in _tasks([q for _, q in pairs]) if task not in left]
-        warnings += [f"{_whose(task)}no image is left {_TO_JUDGE_ON}" for task in missing]
+        reasons += [f"{_whose(task)}no image is left to judge on" for task in missing]
     else:
         warnings.append(
             "no image is left that calibration did not use: the figures are of the calibration "
@@ -136,18 +130,25 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     questions = fresh or [question for _, question in pairs]
     calibrated = dict.fromkeys(sample.adapter for sample in used.samples)
     absent = [task for task in calibrated if task not in _tasks([q for _, q in pairs])]
-    warnings += [f"{_whose(task)}no image {_TO_JUDGE_ON}" for task in absent]
+    reasons += [f"{_whose(task)}no image to judge on" for task in absent]
     unjudged = [task for task in calibrated if task not in _tasks(questions)]
     warnings += [
         f"{_whose(task)}judged on {count} images only: one image is {100 / count:.1f} points"
         for task, count in _tasks(questions).items()
         if count < FEW_JUDGED
     ]
-    return Exam(tuple(questions), bool(fresh), name, tuple(warnings), tuple(unjudged))
+    return Exam(
+        tuple(questions),
+        bool(fresh),
+        name,
+        (*reasons, *warnings),
+        tuple(unjudged),
+        reasons=tuple(reasons),
+    )
 
 
 def _from_folder(
-    feeder: Feeder, folder: Path, seed: int, warnings: list[str]
+    feeder: Feeder, folder: Path, seed: int, warnings: list[str], reasons: list[str]
 ) -> list[tuple[str, Question]]:
     chosen = choose_images(feeder, folder, _ALL, seed, judging=True)
     warnings += chosen.warnings
@@ -156,7 +157,10 @@ def _from_folder(
         if feeder.problem_type(picked.adapter) != CLASSES:
             continue  # labels and values have their truths with them
         classes.setdefault(picked.adapter, set()).add(picked.label)
-    columns = {a: _columns(feeder, a, sorted(names), warnings) for a, names in classes.items()}
+    columns = {
+        adapter: _columns(feeder, adapter, sorted(names), warnings, reasons)
+        for adapter, names in classes.items()
+    }
     pairs = []
     for picked in chosen.images:
         known = columns.get(picked.adapter)
@@ -194,16 +198,20 @@ def _from_arrays(feeder: Feeder, source: ImageSource, seed: int) -> list[tuple[s
 
 
 def _columns(
-    feeder: Feeder, adapter: str | None, folders: Sequence[str], warnings: list[str]
+    feeder: Feeder,
+    adapter: str | None,
+    folders: Sequence[str],
+    warnings: list[str],
+    reasons: list[str],
 ) -> dict[str, _Column] | None:
     """Class folder -> column of the logits; None if nothing tells."""
     names = feeder.class_names(adapter)
     if names is not None:
         found = {name: _Column(names.index(name)) for name in folders if name in names}
         if not found:
-            warnings.append(
+            reasons.append(
                 f"{_whose(adapter)}none of the folders ({_some(folders)}) is one of its classes "
-                f"({_some(names)}): {_ONLY_AGREEMENT}"
+                f"({_some(names)}): only agreement is reported"
             )
         return found or None
     count = feeder.class_count(adapter)
@@ -216,9 +224,9 @@ def _columns(
             "in alphabetical order, as torchvision's ImageFolder does"
         )
         return {name: _Column(column) for column, name in enumerate(folders)}
-    warnings.append(
+    reasons.append(
         f"{_whose(adapter)}{len(folders)} folders, {count} classes without names: which folder "
-        f"is which class is unknown: {_ONLY_AGREEMENT}"
+        "is which class is unknown: only agreement is reported"
     )
     return None
 

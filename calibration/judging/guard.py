@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
-from hhdeploy.calibration.judging.exam import UNKNOWN_LOSS, Exam
+from hhdeploy.calibration.judging.exam import Exam
 from hhdeploy.errors import ParityError, PlanError
 
 # Sites to keep in floating point -> drop of mean top-1, in points.
@@ -81,11 +81,11 @@ def check_bound(max_drop: float, exam: Exam) -> None:
         )
     if untold := tuple(dict.fromkeys((*exam.unjudged, *exam.untold))):
         whose = "".join(f" of {name}" for name in untold if name)
-        why = [warning for warning in exam.warnings if warning.endswith(UNKNOWN_LOSS)]
+        why = "".join(f"; {reason}" for reason in exam.reasons)
         raise PlanError(
             f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
-            f"tell{''.join(f'; {reason}' for reason in why)}. Pass `eval_data`: DIR/CLASS/image, "
-            "of side branches DIR/ADAPTER/CLASS/image."
+            f"tell{why}. Pass `eval_data`: DIR/CLASS/image, of side branches "
+            "DIR/ADAPTER/CLASS/image."
         )
     if not exam.held_out:
         raise PlanError(

@@ -92,11 +92,8 @@ def write_web_page(
         MissingDependencyError: no Node.js here. HhdeployError: it could not compile the page.
         WriteError: OUT exists, or the file system refused.
     """
-    bundle, out, overwrite = (
-        Bundle.open(path),
-        as_path(out, "out"),
-        yes_or_no(overwrite, "overwrite"),
-    )
+    bundle, out = Bundle.open(path), as_path(out, "out")
+    overwrite = yes_or_no(overwrite, "overwrite")
     bundle.manifest.check_logits_alone("a page")
     chosen = _precision(bundle, precision)
     names = _names(bundle, chosen)

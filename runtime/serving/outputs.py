@@ -164,7 +164,7 @@ def output_of(
     found: Mapping[str, NDArray[np.float32]],
     entries: Sequence[AdapterEntry | None],
     classes: Sequence[int],
-    json: bool = False,
+    as_json: bool = False,
 ) -> Tensor:
     """One output.
 
@@ -173,14 +173,14 @@ def output_of(
         found: float32 [n, ...] of every output of the graph.
         entries: of each image's adapter; None: the backbone.
         classes: of each image's adapter.
-        json: what is not wanted binary becomes JSON.
+        as_json: what is not wanted binary becomes JSON.
 
     Raises:
         RequestError: probabilities or labels of a regression, or JSON cannot hold a value. To
             write it were too late: it would be counted as answered.
     """
     tensor = _output(wanted, found, entries, classes)
-    if json and not wanted.binary and tensor.datatype != BYTES:
+    if as_json and not wanted.binary and tensor.datatype != BYTES:
         _check_json(tensor)
     return tensor
 

@@ -105,7 +105,7 @@ def logits(path: Path, feeds: list[Feed]) -> NDArray[np.float32]:
     ort = pytest.importorskip("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")  # as every session does
+    options.add_session_config_entry("session.x64quantprecision", "1")  # exact everywhere
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], feed)[0] for feed in feeds])
 

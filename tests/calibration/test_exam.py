@@ -210,7 +210,7 @@ def test_arrays_are_held_out_too(bundle, tmp_path):
     left = {f"image {i}" for i in range(11)} - {s.source for s in used.samples}
     assert {q.source for q in exam.questions} == left
     assert len(left) == 3
-    assert not exam.labelled
+    assert exam.untold
     for question in exam.questions:
         assert np.array_equal(question.load(), images[int(question.source.split()[1])])
 

@@ -54,7 +54,7 @@ def test_auto_takes_exact_products(
 def test_onnx_runtime_takes_slower_kernels_only_where_the_others_may_overflow(
     small: Path, monkeypatch: pytest.MonkeyPatch, overflows: bool | None, careful: bool
 ) -> None:
-    """Where none overflows, as with AMX, they would cost five times as much."""
+    """Where none overflows, as with AMX, they are far slower."""
     monkeypatch.setattr(onnxruntime_backend, "overflows_in_int8", lambda: overflows)
     with open_session(small, device="cpu", threads=1) as session:
         options = session._backend._session.get_session_options()  # type: ignore[attr-defined]

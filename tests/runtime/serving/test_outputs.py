@@ -65,6 +65,6 @@ def test_json_holds_no_infinities(value):
     found = {"features": np.asarray([[1, value]], np.float32)}
     asked = (found, [None], [2])
     with pytest.raises(RequestError, match="has values that JSON cannot hold"):
-        output_of(Wanted("features"), *asked, json=True)
-    output_of(Wanted("features", binary=True), *asked, json=True)
+        output_of(Wanted("features"), *asked, as_json=True)
+    output_of(Wanted("features", binary=True), *asked, as_json=True)
     output_of(Wanted("features"), *asked)  # gRPC
