@@ -31,6 +31,7 @@ from hhdeploy.errors import (
     require,
 )
 from hhdeploy.files.directories import atomic_directory, check_place
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import as_path, copied, write_bytes
 
@@ -206,7 +207,7 @@ def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
         ConflictError: the bundle was changed meanwhile. BundleError: a damaged file.
         WriteError: two names of its files are one there.
     """
-    before = (bundle.path / MANIFEST).read_bytes()
+    before = read_plain(bundle.path / MANIFEST)
     for name, digest in plan.files.items():
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -219,8 +220,8 @@ def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:
             continue
         copied(bundle.file(name), place)  # where a change moved it, or it says what is wrong
     check_copies(bundle)
-    now = (bundle.path / MANIFEST).read_bytes()
-    if bundle.changed() or not before == now == (target / MANIFEST).read_bytes():
+    now = read_plain(bundle.path / MANIFEST)
+    if bundle.changed() or not before == now == read_plain(target / MANIFEST):
         raise ConflictError(f"{bundle.path} was changed meanwhile. Run the command again.")
 
 

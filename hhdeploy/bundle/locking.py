@@ -107,8 +107,8 @@ def locked(
                             yield
                         finally:
                             held.discard(path)
-                            # Another user's stays where only its owner may remove it.
-                            with contextlib.suppress(FileNotFoundError, PermissionError):
+                            # It may stay: another user's, or on a disk that fails. Nobody has it.
+                            with contextlib.suppress(OSError):
                                 os.unlink(LOCK, dir_fd=handle)
                         return
                 finally:

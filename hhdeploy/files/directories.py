@@ -250,13 +250,9 @@ def _exists(path: Path) -> WriteError:
 
 def _replace(scratch: Path, path: Path) -> None:
     """Without an exchange: away with the old one, then in with the new one."""
-    with scratch_directory(path.parent, path.name) as retired:
+    with scratch_directory(path.parent, path.name, retires=True) as retired:
         os.rename(path, retired / RETIRED)
-        try:
-            os.rename(scratch, path)
-        except OSError:
-            os.rename(retired / RETIRED, path)
-            raise
+        os.rename(scratch, path)
 
 
 def _exchange(one: Path, other: Path) -> None:

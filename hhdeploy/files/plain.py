@@ -11,8 +11,9 @@ import codecs
 import errno
 import os
 import stat
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "it is a directory"),
@@ -44,7 +45,8 @@ def open_plain(path: Path) -> BinaryIO:
     """Open a plain file for reading; links are followed.
 
     Raises:
-        OSError: it is missing, may not be read, or is a directory, a pipe or a device.
+        OSError: it is missing, may not be read, or is a directory, a pipe or a device. What reading
+            fails with later, as on a disk that is damaged, names the file as well.
     """
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -52,10 +54,33 @@ def open_plain(path: Path) -> BinaryIO:
         for is_kind, number, what in _KINDS:
             if is_kind(mode):
                 raise OSError(number, f"{what}; a plain file was expected", str(path))
-        return os.fdopen(handle, "rb")
+        return BufferedReader(_Named(handle, path))
     except BaseException:
         os.close(handle)
         raise
+
+
+class _Named(FileIO):
+    """A file whose errors say which one it is: without, they are taken for those of what is
+    written meanwhile."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        super().__init__(handle)
+        self._path = str(path)
+
+    def readinto(self, buffer: Any) -> Any:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            error.filename = self._path
+            raise
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            error.filename = self._path
+            raise
 
 
 def read_plain(path: Path) -> bytes:

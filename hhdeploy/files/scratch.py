@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hhdeploy.errors import WriteError
+
 try:
     import fcntl
 except ImportError:  # Windows: what a killed process leaves stays until somebody removes it
@@ -29,12 +31,18 @@ RETIRED = "replaced"
 
 
 @contextlib.contextmanager
-def scratch_directory(parent: Path | None, stem: str) -> Iterator[Path]:
+def scratch_directory(parent: Path | None, stem: str, *, retires: bool = False) -> Iterator[Path]:
     """A hidden directory of this process's own in ``parent``, removed at the end of the block.
+    What cannot be removed then stays, for a sweep: the block's own error is the one to be told.
 
     Args:
         parent: None: the system's directory of temporary files.
         stem: what it is for; scratch that dead processes left for the same is removed first.
+        retires: what is called ``stem`` moves into it, as `RETIRED`, while another takes its place;
+            it is moved back, however the block ends, where none did.
+
+    Raises:
+        WriteError: it could not be moved back.
     """
     # Where everybody may write, nobody else may look into it.
     mode = 0o700 if parent is None else 0o777
@@ -44,10 +52,20 @@ def scratch_directory(parent: Path | None, stem: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        if path.is_symlink():  # it was exchanged for one; see `directories`
-            path.unlink()
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+        try:
+            if retires:
+                _put_back(path, place / stem)
+            if path.is_symlink():  # it was exchanged for one; see `directories`
+                _unlink(path)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:
+            raise WriteError(
+                f"{place / stem} was moved away to be replaced, was not, and could not be moved "
+                f"back: {error.strerror}. It is whole, as {path / RETIRED}: move it back yourself, "
+                "or run a command that writes there."
+            ) from error
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -58,8 +76,13 @@ def scratch_file(parent: Path, stem: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        _unlink(path)
         os.close(handle)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 def sweep(parent: Path, stem: str) -> None:
@@ -89,11 +112,16 @@ def _remove_if_dead(path: Path, target: Path) -> None:
             if not path.is_dir():
                 os.unlink(path)
                 return
-            if (path / RETIRED).is_dir() and not os.path.lexists(target):
-                os.rename(path / RETIRED, target)
+            _put_back(path, target)
             shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(handle)
+
+
+def _put_back(path: Path, target: Path) -> None:
+    """Undo a replacement of which only the first half was done. Raises `OSError`."""
+    if (path / RETIRED).is_dir() and not os.path.lexists(target):
+        os.rename(path / RETIRED, target)
 
 
 def _prefix(stem: str) -> str:
@@ -181,7 +209,7 @@ def held_file(path: Path) -> Iterator[None]:
         path.write_text(f"{os.getpid()}\n", encoding="ascii")
         yield
     finally:
-        path.unlink(missing_ok=True)
+        _unlink(path)
         os.close(handle)
 
 

@@ -23,7 +23,7 @@ from hhdeploy.bundle.engines import engine_name
 from hhdeploy.bundle.locking import BUNDLE, LOCK, locked
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
 from hhdeploy.bundle.store import Basis, edit
-from hhdeploy.errors import ConflictError
+from hhdeploy.errors import BundleError, ConflictError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.parity import ParityReport, StageResult, compare
@@ -268,6 +268,25 @@ def test_a_lock_that_another_users_process_left_is_taken(tmp_path, monkeypatch, 
     remove_adapter(bundle, "alpha")
     assert [a.name for a in Bundle.open(bundle).manifest.adapters] == ["gamma"]
     assert (bundle / LOCK).exists() == sticky
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE])
+def test_a_lock_that_cannot_be_removed_is_no_failure_and_hides_none(tmp_path, monkeypatch, number):
+    """A disk that fails makes itself read-only: the lock was all that the error spoke of, also
+    where the change was made."""
+    bundle, unlink = copy_bundle(WITNESS / "branches", tmp_path / "bundle"), os.unlink
+
+    def refused(path, **at):
+        if path == LOCK:
+            raise OSError(number, os.strerror(number), path)
+        unlink(path, **at)
+
+    monkeypatch.setattr(os, "unlink", refused)
+    with pytest.raises(BundleError, match="unknown adapter 'nobody'"):
+        remove_adapter(bundle, "nobody")
+    remove_adapter(bundle, "alpha")
+    remove_adapter(bundle, "gamma")
+    assert not Bundle.open(bundle).manifest.adapters
 
 
 def test_anothers_lock_that_may_only_be_read_still_keeps_out(tmp_path, monkeypatch):

@@ -467,6 +467,50 @@ def test_the_old_one_is_put_back_when_the_new_one_cannot_take_its_place(tmp_path
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("half", ["away", "in"])
+def test_without_an_exchange_ctrl_c_loses_nothing(tmp_path, monkeypatch, half):
+    """Between the two renames nothing is in its place: both directories were removed then."""
+    monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: None)
+    old, real = old_directory(tmp_path), os.rename
+
+    def interrupted(source, target):
+        real(source, target)
+        if (Path(source) == old) == (half == "away"):
+            raise KeyboardInterrupt  # as it comes: when the call is done
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        atomic_directory(old, overwrite=True, kind=ANY) as scratch,
+    ):
+        (scratch / "new.txt").write_text("new")
+    assert names(old) == ["old.txt" if half == "away" else "new.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_old_one_that_cannot_be_put_back_is_kept_and_found(tmp_path, monkeypatch):
+    """It was removed with the scratch that it lay in."""
+    monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: None)
+    old, real = old_directory(tmp_path), os.rename
+
+    def refuse(source, target):
+        if Path(target) == old:
+            raise OSError(errno.ENOTEMPTY if old.exists() else errno.EIO, "planted", str(target))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with (
+            pytest.raises(WriteError, match=r"could not be moved back: planted.* as (.*/replaced)"),
+            atomic_directory(old, overwrite=True, kind=ANY) as scratch,
+        ):
+            (scratch / "new.txt").write_text("new")
+    with atomic_directory(old, overwrite=True, kind=ANY) as scratch:
+        assert names(old) == ["old.txt"], "the next command that writes there puts it back"
+        (scratch / "new.txt").write_text("new")
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_crash_between_the_two_renames_is_mended_by_the_next_command(tmp_path):
     """For that moment nothing is in its place, and the old one is in a scratch directory."""
     scratch = tmp_path / ".out.hhdeploy-0123abcd"

@@ -15,10 +15,10 @@ from hhdeploy.adapters.labels import read_labels
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.hub import pull, push
 from hhdeploy.cli import main
-from hhdeploy.errors import AdapterError, BundleError, HhdeployError
+from hhdeploy.errors import AdapterError, BundleError, HhdeployError, ReadError
 from hhdeploy.files.plain import open_plain, plain_files, read_few, read_plain
 from hhdeploy.files.weights import files_of
-from hhdeploy.files.writing import copied, copy_directory, sha256_of
+from hhdeploy.files.writing import copied, copy_directory, os_errors, sha256_of
 from tests.workshop import contents, copy_bundle
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
@@ -213,3 +213,25 @@ def test_a_file_that_the_system_refuses_is_a_message(monkeypatch, capsys, bundle
     with pytest.raises(SystemExit):
         main(["adapter", "list", str(bundle)])
     assert capsys.readouterr().err.startswith("Error: /srv/x: Permission denied. See that")
+
+
+@pytest.mark.parametrize("command", ["push", "pull", "add", "sha256", "copy", "read"])
+def test_a_disk_that_fails_while_a_file_is_read_is_told_of_that_file(
+    bundle, adapter, tmp_path, command
+):
+    """It was told of what is written meanwhile, which may be on another disk."""
+    bad = {"add": adapter / "adapter_model.safetensors"}.get(command, bundle / "model.onnx.data")
+    bad.unlink()
+    bad.symlink_to("/proc/self/mem")  # a plain file, whose first page cannot be read
+    work = {
+        "push": lambda out: push(bundle, out),
+        "pull": lambda out: pull(bundle, out),
+        "add": lambda out: add_adapter(bundle, "rival", adapter),
+        "sha256": lambda out: sha256_of(bad),
+        "copy": lambda out: copied(bad, out),
+        "read": lambda out: read_plain(bad),
+    }[command]
+    out = tmp_path / "out"
+    with pytest.raises(ReadError, match=rf"Could not read {bad}, .*Input/output"), os_errors(out):
+        work(out)
+    assert "rival" not in [a.name for a in Bundle.open(bundle).manifest.adapters]

@@ -121,6 +121,22 @@ def test_where_nothing_can_be_locked_nothing_is_swept(tmp_path, monkeypatch, num
     assert os.listdir(tmp_path) == [".out.hhdeploy-0123abcd"]
 
 
+def test_what_cannot_be_removed_at_the_end_hides_no_error(tmp_path, monkeypatch):
+    """Of a disk that is read-only since its first error, that error is to be told."""
+
+    def refuse(path, **at):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+    for scratch in (scratch_directory, scratch_file, lambda place, name: held_file(place / name)):
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, refuse)
+            with pytest.raises(OSError, match="the first"), scratch(tmp_path, "out"):
+                raise OSError(errno.EIO, "the first")
+            with scratch(tmp_path, "other"):
+                pass
+
+
 def test_in_the_directory_of_temporary_files_it_is_private(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with scratch_directory(None, "twin") as folder:
