@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from hhdeploy.algebra import SiteDelta
 from hhdeploy.backbones.sites import Form
 from hhdeploy.choices import Precision
 from hhdeploy.errors import CapacityError
+from hhdeploy.files.bundle_json import unknown_keys
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -40,6 +41,7 @@ class Branch:
         in_: input features of one site (equal to ``out`` for the sequential form).
         rank: k, the room for the thin product.
         extras: which of s_in, s_out and db it has room for, in this order; additive only.
+        unknown: JSON keys that this version does not know, kept as they are.
     """
 
     linear: str
@@ -49,6 +51,7 @@ class Branch:
     in_: int
     rank: int
     extras: tuple[Part, ...] = ()
+    unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
@@ -77,12 +80,14 @@ class RowLayout:
         classes: room for classes of the adapters' own heads; 0: no head parts.
         dim: features that the classifier sees.
         backbone_head: True if the backbone's own classifier is in the graph.
+        unknown: as of `Branch`.
     """
 
     branches: tuple[Branch, ...]
     classes: int
     dim: int
     backbone_head: bool
+    unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
@@ -189,6 +194,11 @@ class RowLayout:
         parts["head.bias"][:classes] = head.bias
         parts["head.own"][:] = 1.0
 
+    def known(self) -> RowLayout:
+        """The same without keys that this version does not know."""
+        branches = tuple(replace(branch, unknown={}) for branch in self.branches)
+        return replace(self, branches=branches, unknown={})
+
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``row`` entry."""
         return {
@@ -205,6 +215,7 @@ class RowLayout:
                     "in": b.in_,
                     "rank": b.rank,
                     **({"parts": list(b.extras)} if b.extras else {}),
+                    **b.unknown,
                 }
                 for b in self.branches
             ],
@@ -212,11 +223,13 @@ class RowLayout:
                 {"part": name, "offset": self.offsets[name], "shape": list(shape)}
                 for name, shape in self.parts.items()
             ],
+            **self.unknown,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RowLayout:
-        """Read what `to_json` wrote; the part table is derived again, and has to agree."""
+        """Read what `to_json` wrote; the part table and the size are derived again, and have to
+        agree."""
         branches: Sequence[Mapping[str, Any]] = content["branches"]
         layout = cls(
             tuple(
@@ -228,15 +241,20 @@ class RowLayout:
                     b["in"],
                     b["rank"],
                     in_row_order(b.get("parts", ())),
+                    unknown_keys(b, "branch"),
                 )
                 for b in branches
             ),
             content["classes"],
             content["dim"],
             content["backbone_head"],
+            unknown_keys(content, "row"),
         )
         if layout.to_json()["parts"] != content["parts"]:
             raise ValueError("row.parts: expected those of row.branches, in their order")
+        if content["size"] != layout.size:
+            found = content["size"]
+            raise ValueError(f"row.size: expected {layout.size}, of its parts, found {found!r}")
         return layout
 
 

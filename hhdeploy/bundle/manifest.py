@@ -31,7 +31,7 @@ from hhdeploy.files.bundle_json import MANIFEST as MANIFEST
 from hhdeploy.files.bundle_json import SIGNATURE as SIGNATURE
 from hhdeploy.files.bundle_json import name_with_digits as name_with_digits
 from hhdeploy.files.bundle_json import plain_name as plain_name
-from hhdeploy.files.bundle_json import unknown_keys, unknown_keys_of_adapter
+from hhdeploy.files.bundle_json import unknown_keys
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
@@ -130,7 +130,7 @@ class AdapterEntry:
             float(content.get("strength", 1.0)),
             Compression.from_json(content.get("compressed")),
             licences_of(content.get("license")),
-            extra=unknown_keys_of_adapter(content),
+            extra=unknown_keys(content, "adapter"),
         )
 
 
@@ -203,7 +203,7 @@ class Manifest:
         files: relative name -> sha256.
         versions: of what wrote the bundle.
         features: name -> shape of an image's part, of every output of the graph but the logits.
-        extra: as of `AdapterEntry`.
+        extra: as of `AdapterEntry`; `extra_tensors` of ``tensors``.
     """
 
     kind: BundleKind
@@ -218,6 +218,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     features: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    extra_tensors: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
@@ -339,6 +340,7 @@ class Manifest:
                     else {}
                 ),
                 **{name: ["batch", *shape] for name, shape in self.outputs.items()},
+                **self.extra_tensors,
             },
             "bank_as_constant": self.bank_as_constant,
             "graphs": dict(self.graphs),
@@ -368,6 +370,7 @@ class Manifest:
                 if name in (FEATURES, TOKENS)
             },
             unknown_keys(content),
+            unknown_keys(content["tensors"], "tensors"),
         )
         expected = "folded" if manifest.layout is None else "branches"
         if manifest.kind != expected:

@@ -120,7 +120,8 @@ def layout_of(manifest: Manifest) -> RowLayout:
 
 def model_version(manifest: Manifest) -> int:
     """31 bits of what a row's numbers mean: the frozen weights, and the layout."""
-    meaning = json.dumps([manifest.backbone.sha256, layout_of(manifest).to_json()], sort_keys=True)
+    layout = layout_of(manifest).known()
+    meaning = json.dumps([manifest.backbone.sha256, layout.to_json()], sort_keys=True)
     return int(hashlib.sha256(meaning.encode()).hexdigest()[:8], 16) >> 1
 
 

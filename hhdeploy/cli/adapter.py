@@ -216,7 +216,8 @@ def pack(bundle: Path, name: str, file: Path) -> None:
 @click.argument("bundle", type=ui.DIRECTORY)
 @click.argument("file", type=ui.FILE)
 @click.argument("out", type=ui.DIRECTORY)
-def unpack(bundle: Path, file: Path, out: Path) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the adapter is complete.")
+def unpack(bundle: Path, file: Path, out: Path, overwrite: bool) -> None:
     """Write the row in FILE, an .onnx_adapter of BUNDLE, as the adapter directory OUT.
 
     Its matrices come back as a diagonal and a product of low rank. Names of classes, what the
@@ -226,5 +227,5 @@ def unpack(bundle: Path, file: Path, out: Path) -> None:
     from hhdeploy.bundle.packed import unpack_adapter
 
     adapter = unpack_adapter(bundle, file)
-    save_adapter(adapter, out)
+    save_adapter(adapter, out, overwrite=overwrite)
     click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {adapter.config.base_model}")

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hhdeploy.errors import BundleError
 from hhdeploy.files.plain import can_be_named, read_plain
@@ -23,32 +23,38 @@ SIGNATURE = "model.sig"
 # A file that a change put there has eight digits of its content before its suffix.
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+# Of what is written again key by key; what else is there is kept.
 _KEYS = {
-    "schema_version",
-    "kind",
-    "backbone",
-    "classes",
-    "adapters",
-    "row",
-    "tensors",
-    "bank_as_constant",
-    "graphs",
-    "engines",
-    "files",
-    "versions",
-}
-_ADAPTER_KEYS = {
-    "name",
-    "row",
-    "classes",
-    "class_names",
-    "preprocess",
-    "preprocess_graph",
-    "verified",
-    "license",
-    "problem_type",
-    "strength",
-    "compressed",
+    "manifest": {
+        "schema_version",
+        "kind",
+        "backbone",
+        "classes",
+        "adapters",
+        "row",
+        "tensors",
+        "bank_as_constant",
+        "graphs",
+        "engines",
+        "files",
+        "versions",
+    },
+    "adapter": {
+        "name",
+        "row",
+        "classes",
+        "class_names",
+        "preprocess",
+        "preprocess_graph",
+        "verified",
+        "license",
+        "problem_type",
+        "strength",
+        "compressed",
+    },
+    "row": {"size", "classes", "dim", "backbone_head", "branches", "parts"},
+    "branch": {"linear", "form", "sites", "out", "in", "rank", "parts"},
+    "tensors": {"images", "adapter_ids", "adapter_bank", "logits", "features", "tokens"},
 }
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGEST = 2**31 - 1
@@ -64,14 +70,13 @@ def name_with_digits(name: str, digest: str) -> str:
     return _SUFFIX.sub(f".{digest[:8]}", name, count=1)
 
 
-def unknown_keys(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a manifest this version does not know: its owner's, or a later version's."""
-    return {key: value for key, value in content.items() if key not in _KEYS}
-
-
-def unknown_keys_of_adapter(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, of an adapter's entry."""
-    return {key: value for key, value in content.items() if key not in _ADAPTER_KEYS}
+def unknown_keys(
+    content: Mapping[str, Any],
+    of: Literal["manifest", "adapter", "row", "branch", "tensors"] = "manifest",
+) -> dict[str, Any]:
+    """What of a manifest, or of an object in it, this version does not know: its owner's, or a
+    later version's."""
+    return {key: value for key, value in content.items() if key not in _KEYS[of]}
 
 
 def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -140,4 +140,6 @@ def test_pack_and_unpack(succeed, branches, tmp_path):
     packed, out = tmp_path / "gamma.onnx_adapter", tmp_path / "gamma"
     assert f"Wrote {packed}" in succeed("adapter", "pack", branches, "gamma", packed)
     assert f"Wrote {out}: " in succeed("adapter", "unpack", branches, packed, out)
+    # Which is what it says to pass where there is one.
+    assert f"Wrote {out}: " in succeed("adapter", "unpack", branches, packed, out, "--overwrite")
     assert "sequential" in succeed("adapter", "inspect", out, "--no-rank")

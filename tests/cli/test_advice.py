@@ -99,6 +99,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/adapter.py::inspect": ("adapter inspect",),
     "hhdeploy/cli/adapter_import.py": ("adapter import",),
     "hhdeploy/cli/adapter_mix.py": ("adapter merge",),
+    "hhdeploy/cli/adapter.py::unpack": ("adapter unpack",),
     "hhdeploy/cli/bench_serve.py": ("bench",),
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/naming.py": (ANY,),

@@ -162,6 +162,8 @@ def test_keys_that_are_not_known_are_kept(tmp_path):
     def told(content):
         content["notes"] = {"by": "me"}
         content["adapters"][0]["owner"] = "me"
+        content["row"]["note"] = content["row"]["branches"][1]["note"] = "mine"
+        content["tensors"]["masks"] = ["batch", 4]
 
     path = edited(tmp_path, told)
     add_adapter(path, "guest", WITNESS / "rival")
@@ -169,6 +171,16 @@ def test_keys_that_are_not_known_are_kept(tmp_path):
     content = json.loads((path / MANIFEST).read_text())
     assert content["notes"] == {"by": "me"}
     assert [entry.get("owner") for entry in content["adapters"]] == ["me", None]
+    branches = [branch.get("note") for branch in content["row"]["branches"]]
+    assert (content["row"]["note"], branches[:3]) == ("mine", [None, "mine", None])
+    assert content["tensors"]["masks"] == ["batch", 4]
+
+
+def test_a_size_that_is_not_that_of_the_row_s_parts_is_refused(tmp_path):
+    """JavaScript and C++ go by it; Python wrote the right one again in silence."""
+    path = edited(tmp_path, lambda content: content["row"].update(size=5))
+    with pytest.raises(BundleError, match=r"row\.size: expected \d+, of its parts, found 5"):
+        Bundle.open(path)
 
 
 @pytest.mark.parametrize("file", WRITTEN, ids=lambda f: f.parent.name)
@@ -176,4 +188,7 @@ def test_every_key_of_a_manifest_is_known(file):
     manifest = Bundle.open(file.parent).manifest
     for known in (manifest, Manifest.from_json(manifest.to_json())):
         assert not known.extra
+        assert not known.extra_tensors
+        rows = () if known.layout is None else (known.layout, *known.layout.branches)
+        assert not any(row.unknown for row in rows)
         assert not any(entry.extra for entry in known.adapters)

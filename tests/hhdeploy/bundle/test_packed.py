@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 
@@ -11,6 +12,7 @@ import pytest
 
 from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, add_adapter
+from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.bundle.packed import pack_adapter, unpack_adapter
 from hhdeploy.errors import AdapterError, BundleError, PlanError, WriteError
 from tests.support import images
@@ -44,6 +46,15 @@ def test_a_run_with_the_file_answers_as_the_bank_does(branches, tmp_path):
     # Python's own check of the feeds knows no adapters; the runtime's does.
     found = session._sess.run(["logits"], {"images": x, "adapter_ids": np.zeros(3, int)}, options)
     assert np.array_equal(found[0], expected)
+
+
+def test_what_a_manifest_says_beside_is_of_no_meaning_to_a_row(branches, tmp_path):
+    path = copy_bundle(branches, tmp_path / "bundle")
+    pack_adapter(path, "gamma", tmp_path / "file")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["row"]["note"] = manifest["row"]["branches"][0]["note"] = "mine"
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert unpack_adapter(path, tmp_path / "file").sites
 
 
 @pytest.mark.parametrize("bundle", ["branches", "scaled"])
