@@ -49,6 +49,7 @@ from hhdeploy.errors import (
     WriteError,
 )
 from hhdeploy.files.bundle_json import bundle_path, check_bundle_json
+from hhdeploy.files.directories import ONE_NAME, is_one_name
 from hhdeploy.files.journal import write_journal
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import scratch_directory
@@ -140,9 +141,15 @@ class Change:
 
         Raises:
             AdapterError: it was changed since.
-            WriteError: a folder of somebody else's is there, or a link.
+            WriteError: a folder of somebody else's is there, or a link, or another adapter's.
         """
         if os.path.lexists(folder := self.bundle.path / ADAPTERS / name):
+            for other in self.bundle.manifest.adapters:
+                if other.name != name and is_one_name(folder.with_name(other.name), folder):
+                    raise WriteError(
+                        f"{folder}: expected a place for {name!r}, found that of the adapter "
+                        f"{other.name!r}: {ONE_NAME}. Add it under another name."
+                    )
             raise WriteError(
                 f"{folder} is there and is none of the bundle's adapters. Move it out of the "
                 "bundle, and add it from there."

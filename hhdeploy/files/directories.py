@@ -26,6 +26,8 @@ from hhdeploy.files.writing import os_errors, sync_directory, sync_in_place, syn
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # A kernel or a file system that cannot exchange says one of these.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}
+# Of a file system that knows no case, or spells letters in its own way.
+ONE_NAME = "the file system takes names for one that differ in case or in how letters are spelt"
 
 
 def _unlocked(path: Path, *, lock_timeout: float = 0.0) -> contextlib.AbstractContextManager[None]:
@@ -236,9 +238,16 @@ def check_place(scratch: Path, name: str) -> None:
     if os.path.lexists(scratch / name):
         raise WriteError(
             f"{scratch.parent}: {name}: expected a place for each of the bundle's files, found "
-            "that of another: the file system takes names for one that differ in case or in "
-            "how letters are spelt. Choose a place elsewhere, or give adapters other names."
+            f"that of another: {ONE_NAME}. Choose a place elsewhere, or give adapters other names."
         )
+
+
+def is_one_name(one: Path, other: Path) -> bool:
+    """Whether two names of folders in one directory are one there. A link is another name."""
+    try:
+        return not other.is_symlink() and os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def _exists(path: Path) -> WriteError:

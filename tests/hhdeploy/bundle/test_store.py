@@ -703,3 +703,16 @@ def test_what_is_stored_stays_in_the_bundle(bundle, tmp_path, name):
     ):
         made.store(named, b"mine")
     assert contents(tmp_path) == before
+
+
+def test_a_name_that_is_another_adapter_s_on_the_file_system(tmp_path, monkeypatch):
+    """As if it knew no case. It said to move the folder, which is the other adapter's, out."""
+    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    (bundle / "adapters" / "ALPHA").mkdir()
+    before = contents(bundle)
+    with pytest.raises(WriteError, match=r"ALPHA is there and is none of the bundle's adapters"):
+        add_adapter(bundle, "ALPHA", WITNESS / "rival")
+    monkeypatch.setattr(os.path, "samefile", lambda a, b: str(a).lower() == str(b).lower())
+    with pytest.raises(WriteError, match=r"for 'ALPHA', found that of the adapter 'alpha': .*Add"):
+        add_adapter(bundle, "ALPHA", WITNESS / "rival")
+    assert contents(bundle) == before
