@@ -122,7 +122,7 @@ class Fleet:
         """The rows of one request, of which some have to be loaded; see `FleetRows.hold`."""
         missing = self.rows.missing(names)
         for name in missing:  # before any of them takes another one's row
-            self.status(name).check()
+            self.status(name).check(to_load=True)
         self.rows.check_room(names)
         if len(names) == 1:
             return {name: await self._come(name) for name in missing}
@@ -133,7 +133,7 @@ class Fleet:
 
     async def _come(self, name: str) -> Hold:
         """The row of an adapter that has none yet."""
-        self.status(name).check()
+        self.status(name).check(to_load=True)
         if name not in self._fetching:  # one load for all that wait, whoever of them leaves
             self._fetching[name] = asyncio.create_task(self._fetch(name))
         return await self.rows.wait(name)
@@ -312,7 +312,7 @@ class Fleet:
         return known
 
     def _unknown(self, name: str) -> NotFoundError:
-        names = sorted(self._known)
+        names = sorted(self._known.keys() - {name})  # whose folder may be gone
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
         return NotFoundError(f"unknown adapter {name[:200]!r}. There are: {shown or 'none'}.")
 
@@ -328,7 +328,8 @@ class Fleet:
             else "on disk"
         )
         read = self._files.entries.get(name)
-        return Status(name, state, known.problem, name in self._pinned, entry, read)
+        pinned, bundled = name in self._pinned, known.source.bundled
+        return Status(name, state, known.problem, pinned, entry, read, bundled)
 
     async def _on_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
         """The result of blocking work. One thread: what is read first is put first."""
@@ -365,7 +366,7 @@ class Fleet:
                     await asyncio.sleep(_GAP_STEP_SECONDS)
                     continue
                 self.counters.failures += 1
-                if not unsettled and not isinstance(error, FailedError):  # which may pass
+                if not unsettled and not isinstance(error, LoadFailedError):  # which passes
                     self._known[name] = replace(self._known[name], problem=str(error))
                 raise
 
@@ -377,6 +378,8 @@ class Fleet:
         name = packed.entry.name
         entry = await self.rows.put(packed, lambda: self._wanted(name) == source)
         if entry is not None:
+            if self._known[name].problem:
+                self._known[name] = replace(self._known[name], problem="")
             seconds = time.perf_counter() - begin
             self.counters.loaded(seconds)
             _LOG.info("adapter loaded", extra={**packed.said, "ms": round(1e3 * seconds, 3)})

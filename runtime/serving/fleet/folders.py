@@ -19,7 +19,7 @@ from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.adapters.format import ADAPTER
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle import Bundle
-from hhdeploy.errors import AdapterError, ConflictError, HhdeployError, PlanError
+from hhdeploy.errors import AdapterError, BundleError, ConflictError, HhdeployError, PlanError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime.bank import AdapterBank, Packed
@@ -137,19 +137,13 @@ class AdapterFiles:
         Raises:
             UnsettledError: a file is not there, or they change all the time.
             LoadFailedError: the machine cannot read them now, e.g. no more file may be opened.
-            FailedError: it is the bundle's, which was changed since it was opened.
+            FailedError: it is the bundle's, which was changed since it was opened, or damaged.
             HhdeployError: what is wrong with its name or its files.
         """
         for _ in range(_TRIES):
             before = _stamp(source.path)
             try:
                 packed = self._read(source)
-            except ConflictError as error:  # of the bundle's own, whose files are gone for good
-                raise FailedError(
-                    f"adapter {source.name!r} has no row now, and its files in the bundle are gone "
-                    "or others than when the server was started. Start the server again: it then "
-                    "serves the bundle as it is."
-                ) from error
             except HhdeployError as error:
                 if _is_of_the_moment(error):
                     problem = (
@@ -159,6 +153,8 @@ class AdapterFiles:
                         "adapter not read", extra={"adapter": source.name, "problem": problem}
                     )
                     raise LoadFailedError(problem) from error
+                if isinstance(error, BundleError):  # the bundle's own: no request is at fault
+                    raise _of_the_bundle(source.name, error) from error
                 if _stamp(source.path) == before:
                     if _ABSENT in before:
                         raise UnsettledError(str(error)) from error
@@ -191,11 +187,16 @@ class AdapterFiles:
 
         Raises:
             WriteError: the file system refused.
-            FailedError: it cannot be read back.
+            FailedError: it cannot be read back, or the fleet directory is away.
             HhdeployError: the name or the adapter is not acceptable; nothing is changed.
         """
         assert self._directory is not None
         target = self._directory / check_name(name)
+        if not self._directory.is_dir():  # one made in its place has none of its adapters
+            raise FailedError(
+                "the fleet directory is not there now, as when a disk is not mounted. Nothing was "
+                "written. Upload it again once the operator has put the directory back."
+            )
         with atomic_directory(target, overwrite=True, kind=ADAPTER) as scratch:
             (scratch / CONFIG_FILE).write_bytes(config)
             (scratch / TENSOR_FILE).write_bytes(tensors)
@@ -253,6 +254,16 @@ class AdapterFiles:
                     f"{file} is a link that leads out of the fleet directory. Copy the adapter "
                     "there."
                 )
+
+
+def _of_the_bundle(name: str, error: BundleError) -> FailedError:
+    if isinstance(error, ConflictError):
+        return FailedError(
+            f"adapter {name!r} has no row now, and its files in the bundle are gone or others than "
+            "when the server was started. Start the server again: it then serves the bundle as it "
+            "is."
+        )
+    return FailedError(f"adapter {name!r} has no row now, and cannot be loaded: {error}")
 
 
 def _of_this_adapter(what: str, error: Exception) -> AdapterError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hhdeploy.bundle.manifest import AdapterEntry
-from hhdeploy.runtime.serving.errors import NotFoundError, RequestError
+from hhdeploy.runtime.serving.errors import FailedError, NotFoundError, RequestError
 from hhdeploy.runtime.serving.fleet.folders import Source
 
 AdapterState = Literal["ready", "on disk", "broken", "unloaded"]
@@ -35,6 +35,7 @@ class Status:
     Attributes:
         entry: in its row; None: it has none.
         read: as it was last read, whether it has a row or not; None: never.
+        bundled: it is the bundle's, which no request can mend.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Status:
     pinned: bool
     entry: AdapterEntry | None
     read: AdapterEntry | None = None
+    bundled: bool = False
 
     @property
     def known(self) -> AdapterEntry | None:
@@ -54,16 +56,21 @@ class Status:
         """Whether requests may name it."""
         return self.state in ("ready", "on disk")
 
-    def check(self) -> None:
+    def check(self, *, to_load: bool = False) -> None:
         """Refuse what names an adapter that does not answer, as its requests are refused.
+
+        ``to_load``: what reads it next. The bundle's files may be back: they are tried.
 
         Raises:
             NotFoundError: it was unloaded.
-            RequestError: it cannot be loaded.
+            RequestError: it cannot be loaded. FailedError: nor is that its sender's fault.
         """
         if self.state == "unloaded":
             raise NotFoundError(f"adapter {self.name!r} was unloaded. Load it again first.")
-        if self.state == "broken":
+        if self.state == "broken" and self.bundled:
+            if not to_load:
+                raise FailedError(self.problem)
+        elif self.state == "broken":
             raise RequestError(f"adapter {self.name!r} cannot be loaded: {self.problem}")
 
 

@@ -1530,6 +1530,66 @@ def test_a_bundle_that_is_edited_while_it_is_served_is_not_followed(
     play(scene, slots=2, names=(), bundle=copy, directory=False)
 
 
+@pytest.mark.parametrize("harm", ["away", "damaged", "unreadable"])
+def test_a_bundle_that_is_harmed_while_it_is_served_is_the_servers_fault(
+    play, small, tmp_path, harm
+):
+    """With looks it was the request's, 400, and went on when the bundle was back."""
+    copy, away = tmp_path / "copy", tmp_path / "away"
+    shutil.copytree(small, copy)
+    file = copy / "adapters" / "alpha" / TENSOR_FILE
+    content = file.read_bytes()
+
+    async def scene(s):
+        alpha = (await s.asked("alpha"))["alpha"]
+        await s.asked("gamma")  # the one row is gamma's now
+        if harm == "away":
+            copy.rename(away)
+        else:
+            file.unlink()
+            if harm == "damaged":
+                file.write_bytes(content[:-1] + b"?")
+            else:
+                file.symlink_to(file)
+        for looks in (0, 0, 2):
+            await s.looks(looks)
+            with pytest.raises(FailedError, match="'alpha' has no row now") as caught:
+                await s.asked("alpha")
+            assert caught.value.status == 500
+        assert s.state("alpha") == "broken"
+        if harm == "away":
+            away.rename(copy)
+        else:
+            file.unlink()
+            file.write_bytes(content)
+        np.testing.assert_array_equal((await s.asked("alpha"))["alpha"], alpha)
+        await s.looks(2)
+        assert (s.state("alpha"), s.fleet.status("alpha").problem) == ("ready", "")
+
+    play(scene, slots=2, names=(), bundle=copy, directory=False)
+
+
+def test_an_upload_makes_no_fleet_directory_in_the_place_of_one_that_is_away(play, tmp_path):
+    """The next look found that alone there, and took all other adapters for gone."""
+
+    async def scene(s):
+        files, before = files_of(make_adapter(s.workshop, 7), tmp_path), await s.asked("a", "b")
+        s.directory.rename(tmp_path / "away")
+        with pytest.raises(FailedError, match="fleet directory is not there now"):
+            await s.fleet.upload("fresh", *files)
+        assert not s.directory.exists()
+        with pytest.raises(NotFoundError, match=r"unknown adapter 'a'\. There are: alpha, b"):
+            await s.fleet.load("a")
+        for name, values in (await s.asked("a", "b")).items():
+            np.testing.assert_array_equal(values, before[name])
+        (tmp_path / "away").rename(s.directory)
+        await s.looks(2)
+        await s.fleet.upload("fresh", *files)
+        assert s.state("fresh") == "ready"
+
+    play(scene, slots=8)
+
+
 # --- visitors -------------------------------------------------------------------------------------
 
 MANY = tuple(f"n{i:02}" for i in range(14))  # with alpha and gamma as many as the bank has rows
