@@ -173,10 +173,24 @@ def atomic_directory(target: Path, *, overwrite: bool, kind: Replaceable) -> Ite
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = stack.enter_context(scratch_directory(path.parent, path.name))
         with os_errors(path):
-            yield scratch
+            with _told_of_the_whole(scratch):
+                yield scratch
             sync_tree(scratch)
             _install(scratch, path, kind, overwrite=overwrite)
             sync_in_place(path)
+
+
+@contextlib.contextmanager
+def _told_of_the_whole(scratch: Path) -> Iterator[None]:
+    """Around what writes into scratch: a file in it, which is gone in a moment, is no place to look
+    at, and neither written nor as it was before. The `OSError` behind is for the whole."""
+    try:
+        yield
+    except WriteError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and str(scratch) in str(error):
+            raise cause from None
+        raise
 
 
 def remove_directory(target: Path, kind: Replaceable) -> None:

@@ -24,6 +24,7 @@ from hhdeploy.bundle.manifest import hash_files
 from hhdeploy.bundle.store import Change, edit
 from hhdeploy.errors import ConflictError, WriteError
 from hhdeploy.files.directories import Replaceable, atomic_directory, remove_directory
+from hhdeploy.files.writing import write_json
 from tests.workshop import COMMAND_SECONDS, contents, copy_bundle, small_disk
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
@@ -422,6 +423,32 @@ def test_a_bundle_without_adapters_is_one(tmp_path):
     with atomic_directory(path, overwrite=True, kind=BUNDLE) as scratch:
         shutil.copytree(WITNESS / "added", scratch, dirs_exist_ok=True)
     assert contents(path) == contents(WITNESS / "added")
+
+
+@pytest.mark.parametrize("call", ["open", "fsync of a directory"])
+def test_a_file_in_it_that_cannot_be_written_is_told_of_the_whole(tmp_path, monkeypatch, call):
+    """It was told of its scratch name, and as written where only its directory was not synced."""
+    opened, synced = os.open, os.fsync
+
+    def full(path, flags, *rest, **at):
+        if call == "open" and "a.json" in os.fspath(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return opened(path, flags, *rest, **at)
+
+    def unsynced(handle):
+        if call != "open" and stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(handle)
+
+    monkeypatch.setattr(os, "open", full)
+    monkeypatch.setattr(os, "fsync", unsynced)
+    with (
+        pytest.raises(WriteError, match="The disk is full") as caught,
+        atomic_directory(tmp_path / "out", overwrite=False, kind=ANY) as scratch,
+    ):
+        write_json(scratch / "a.json", {})
+    assert str(caught.value).startswith(f"Could not write {tmp_path / 'out'}: No space left")
+    assert names(tmp_path) == []
 
 
 # --- systems without an exchange ------------------------------------------------------------------
