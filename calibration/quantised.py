@@ -22,7 +22,13 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.int8 import calibrate_int8, nncf_version
 from hhdeploy.calibration.qdq import FORMATS, find_sites, other_products, quantised_model
-from hhdeploy.calibration.scales import Calibration, cache_key, read_cached, write_cached
+from hhdeploy.calibration.scales import (
+    Calibration,
+    cache_key,
+    check_cache,
+    read_cached,
+    write_cached,
+)
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import PlanError
@@ -153,6 +159,8 @@ def find_scales(
     key = cache_key(graph.sha256, data.digest, settings, versions)
     scales = read_cached(cache, key) if cache is not None else None
     if scales is None:
+        if cache is not None:
+            check_cache(cache, key)
         scales = calibrate_int8(graph.path, graph.sites, data, settings)
         if cache is not None:
             write_cached(cache, key, scales)

@@ -122,6 +122,11 @@ def cache_key(
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def check_cache(cache: Path, key: str) -> None:
+    """Raise `WriteError` where scales could not be stored, before they are searched for."""
+    _entry(cache, key).check()
+
+
 def write_cached(cache: Path, key: str, scales: Mapping[str, SiteScale]) -> None:
     """Store the scales of a graph's sites. Raises `WriteError`."""
     entry = _entry(cache, key)

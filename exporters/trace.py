@@ -28,7 +28,6 @@ import onnx_ir as ir
 
 from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.facts import LOGITS, BackboneFacts
-from hhdeploy.backbones.meaning import UNSTATED
 from hhdeploy.backbones.outputs import check_classifier, giving
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
@@ -106,6 +105,7 @@ def base_graph(
     except (OSError, ValueError, TypeError, KeyError):  # damaged
         stored = None
     if stored is None:
+        entry.check()
         stored = _keep(trace(backbone, outputs), entry)
     return _with_execution_order(_graph_of(*stored), backbone.facts, outputs)
 
@@ -361,7 +361,7 @@ def _with_execution_order(
                 ordered.setdefault(path, by_path[path])
     # A Linear that the forward pass never uses (the keys of an unused branch) cannot be adapted.
     if LOGITS not in outputs:
-        facts = replace(facts, classifier="", classes=0, meaning=UNSTATED)
+        facts = facts.without_classifier()
     elif facts.classifier not in tagged:
         raise BackboneError(
             f"{facts.model}: the classifier {facts.classifier} was not found in the traced graph."

@@ -24,7 +24,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.membership import entry_of, entry_of_whole
 from hhdeploy.choices import Precision, TypedPrecision
-from hhdeploy.errors import AdapterError, PlanError
+from hhdeploy.errors import AdapterError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
@@ -35,7 +35,7 @@ from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
 from hhdeploy.files.directories import check_place
 from hhdeploy.files.tensors import write_tensors
 from hhdeploy.files.writing import copy_directory
-from hhdeploy.plan import Plan
+from hhdeploy.plan import Plan, check_whole
 from hhdeploy.verifying.reference import Reference
 
 _PLAIN = GraphForm()
@@ -72,15 +72,10 @@ def whole_contents(base: BaseGraph) -> Contents:
     """The model as it is, under one name, for everything that a folded bundle is good for.
 
     Raises:
-        PlanError: it has no classifier, and its graph is to give logits.
+        PlanError: see `hhdeploy.plan.check_whole`.
     """
-    facts = base.facts
-    if facts.classifier and not facts.classes:
-        raise PlanError(
-            f"{facts.model} as loaded has no classifier, so its graph has no logits. Give weights "
-            "that have one, or an adapter with a head."
-        )
-    manifest = _folded_manifest(base, entry_of_whole(facts))
+    check_whole(base.facts)
+    manifest = _folded_manifest(base, entry_of_whole(base.facts))
     return Contents(base.model.clone(), manifest, None, {})
 
 

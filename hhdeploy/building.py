@@ -75,12 +75,6 @@ def build(
     baked_in = manifest.bank_as_constant or options.bank_as_constant
     slots = _slots(bundle, options)
     check_changeable(bundle.path)
-    if precision not in manifest.graphs:
-        from hhdeploy.verifying.graphs import add_typed_graph
-
-        bundle = add_typed_graph(path, precision, lock_timeout=lock_timeout, progress=progress)
-        manifest = bundle.manifest
-    graph = bundle.graph(precision)
     architectures = options.architectures
     gpu = None
     if backend == "tensorrt":
@@ -89,6 +83,12 @@ def build(
         here = find_gpu()
         gpu = here.name
         architectures = () if options.hardware_compatible else (here.architecture,)
+    if precision not in manifest.graphs:
+        from hhdeploy.verifying.graphs import add_typed_graph
+
+        bundle = add_typed_graph(path, precision, lock_timeout=lock_timeout, progress=progress)
+        manifest = bundle.manifest
+    graph = bundle.graph(precision)
     shapes: dict[str, Shape] = {"images": (options.batch, *manifest.input_size)}
     if manifest.layout is not None:
         shapes["adapter_ids"] = (options.batch,)

@@ -135,6 +135,16 @@ def plan_branches(
     return Plan(facts, tuple(adapters), RowLayout(tuple(branches), classes, facts.dim, keep))
 
 
+def check_whole(facts: BackboneFacts) -> None:
+    """Raise `PlanError` for a model to be exported as it is that has no classifier where its graph
+    is to give logits."""
+    if facts.classifier and not facts.classes:
+        raise PlanError(
+            f"{facts.model} as loaded has no classifier, so its graph has no logits. Give weights "
+            "that have one, or an adapter with a head."
+        )
+
+
 def _branches(
     linear: LinearSpec,
     adapters: Sequence[Adapter],

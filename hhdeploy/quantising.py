@@ -117,6 +117,9 @@ def calibrate_bundle(
     if options.max_drop is not None:
         check_bound(options.max_drop, exam)
     graph = Float32Graph.open(bundle)
+    excluded_sites(settings, tuple(graph.sites))  # a pattern that fits none, not after the work
+    if options.device != "cpu":
+        _session(bundle, "float32", options).close()  # nor a device that is not there
     progress(f"calibrating on {len(used)} images (cached for the next time)")
     found = find_scales(graph, used, settings, cache=cache_of(options.cache))
     with _session(bundle, "float32", options) as plain:

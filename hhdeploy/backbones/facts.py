@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
@@ -51,6 +51,10 @@ class BackboneFacts:
     meaning: Meaning = UNSTATED
     signs: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def without_classifier(self) -> BackboneFacts:
+        """Of the same model, for a graph that gives no logits."""
+        return replace(self, classifier="", classes=0, meaning=UNSTATED)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``backbone`` entry, without the Linears (the row layout has them)."""

@@ -34,18 +34,22 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.choices import (
-    TYPED,
     Precision,
     TypedPrecision,
     as_seed,
     listed,
     mapping,
-    one_of,
     options_of,
     seconds,
     yes_or_no,
 )
 from hhdeploy.errors import OptionError, ParityError, require
+from hhdeploy.exporting.beforehand import (
+    check_contents,
+    check_data,
+    check_fold,
+    check_precisions,
+)
 from hhdeploy.exporting.outputs import (
     check_outputs,
     outputs_of_graph,
@@ -175,11 +179,11 @@ def export(
     bank_as_constant = yes_or_no(bank_as_constant, "bank_as_constant")
     fold, overwrite = yes_or_no(fold, "fold"), yes_or_no(overwrite, "overwrite")
     data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
-    _check_precisions(precisions)
+    check_precisions(precisions)
     form = GraphForm(opset, single_file)
     check_outputs(outputs, reserve)
     if fold:
-        _check_fold(len(places), reserve, bank_as_constant)
+        check_fold(len(places), reserve, bank_as_constant)
     kind = replace(
         BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
     )
@@ -208,6 +212,10 @@ def export(
         asked = outputs_of_graph(outputs, backbone.facts, loaded, reserve, progress)
         if LOGITS not in asked:
             loaded = without_heads(loaded, progress)
+        seen = backbone.facts if LOGITS in asked else backbone.facts.without_classifier()
+        answering = check_contents(seen, loaded, fold, reserve, precisions)
+        if verify:
+            check_data(data, answering, loaded, seen)
         progress("tracing the backbone (cached for the next export)")
         alone = next(iter(loaded.values()), None) if fold else None
         base = _base(backbone, alone, cache_of(cache), asked)
@@ -250,24 +258,6 @@ def _loaded(adapters: Mapping[str, Path], strengths: Mapping[str, float]) -> dic
         check_name(name): at_strength(load_adapter(path), strengths.get(name, 1.0))
         for name, path in adapters.items()
     }
-
-
-def _check_precisions(precisions: Sequence[TypedPrecision]) -> None:
-    hint = " (float32 is always written; int8 comes from calibration data: `calibrate()`.)"
-    for precision in precisions:
-        one_of(TYPED, precision, "precisions[]", hint)
-
-
-def _check_fold(adapters: int, reserve: Reserve, bank_as_constant: bool) -> None:
-    if adapters > 1:
-        raise OptionError(
-            f"`fold=True` takes exactly one adapter, found {adapters}; or none, for a whole model."
-        )
-    if reserve != Reserve() or bank_as_constant:
-        raise OptionError(
-            "`fold=True` cannot be combined with `max_rank`, `max_classes`, `sites`, `parts`, "
-            "`keep_backbone_head` or `bank_as_constant`: a folded graph has no bank."
-        )
 
 
 def _base(

@@ -116,17 +116,31 @@ class Entry:
             WriteError: the file system refused. The block's own `OSError` come as they are: those
                 of writing belong into `hhdeploy.files.writing.os_errors`.
         """
+        with self._scratch() as scratch:
+            yield scratch / _MADE
+            if _size(scratch / _MADE) <= self.limit:
+                with os_errors(self.path):
+                    _publish(scratch / _MADE, self.path, scratch / _OLD)
+                _make_room(self.root, self.limit, keep=self.path)
+
+    def check(self) -> None:
+        """Before long work whose result is to be stored.
+
+        Raises:
+            WriteError: the file system lets nobody store an entry here.
+        """
+        with self._scratch():
+            pass
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
         try:
             with contextlib.ExitStack() as stack:
                 with os_errors(self.path):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     _sweep(self.root)
                     scratch = stack.enter_context(_scratch(self.path))
-                yield scratch / _MADE
-                if _size(scratch / _MADE) <= self.limit:
-                    with os_errors(self.path):
-                        _publish(scratch / _MADE, self.path, scratch / _OLD)
-                    _make_room(self.root, self.limit, keep=self.path)
+                yield scratch
         except WriteError as error:
             raise WriteError(
                 f"{error} (This is a cache: set HHDEPLOY_CACHE to another directory, or do "

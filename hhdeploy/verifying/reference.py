@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,15 @@ class Reference:
         return {"images": self.images, "adapter_ids": self.adapter_ids, **outputs}
 
 
+def check_verifiable(names: Collection[str]) -> None:
+    """Raise `PlanError` where a bundle answers by no name, so that there is nothing to verify."""
+    if not names:
+        raise PlanError(
+            "nothing to verify: there is no adapter, and the backbone's own classifier was not "
+            "kept. Export with `verify=False`, or add an adapter first."
+        )
+
+
 def training_time_reference(
     backbone: Backbone,
     adapters: Mapping[str, tuple[int, Adapter | None]],
@@ -124,11 +133,7 @@ def training_time_reference(
         PlanError: no adapter at all, nor the backbone's own classifier.
         AdapterError: with ``check_effect``, an adapter that moves no output.
     """
-    if not adapters:
-        raise PlanError(
-            "nothing to verify: there is no adapter, and the backbone's own classifier was not "
-            "kept. Export with `verify=False`, or add an adapter first."
-        )
+    check_verifiable(adapters)
     per_adapter, asked = [], tuple(outputs)
     classes = outputs[LOGITS][0] if LOGITS in outputs else 0
     for name, (row, adapter) in adapters.items():

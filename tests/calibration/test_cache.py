@@ -140,6 +140,15 @@ def test_a_second_calibration_runs_no_image(side, tmp_path, monkeypatch):
     assert len(runs) == 3
 
 
+def test_a_cache_that_cannot_be_written_is_refused_before_any_image_runs(
+    side, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "calibrate_int8", lambda *arguments: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(WriteError, match="This is a cache"):
+        find_scales(side.graph, side.data, SETTINGS, cache=tmp_path / "file")
+
+
 def test_a_site_without_a_range_is_told_and_stays_float(side, monkeypatch):
     scales = dict(side.calibration.sites)
     del scales["blocks.0.mlp.fc1"]

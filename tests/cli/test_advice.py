@@ -25,7 +25,7 @@ from hhdeploy.cli import main
 from hhdeploy.cli.wording import COMMANDS as FUNCTIONS
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
-from hhdeploy.exporting.bundles import _check_precisions
+from hhdeploy.exporting.beforehand import check_precisions
 from hhdeploy.repositories import ovms, triton
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
@@ -56,7 +56,7 @@ def test_a_missing_typed_graph_comes_from_export(small, precision):
         Bundle.open(small).graph(precision)
     assert caught.value.parameters == ("precisions",)
     assert f"--precision {precision}." in as_command_line(str(caught.value))
-    _check_precisions([precision])
+    check_precisions([precision])
 
 
 # --- every flag in every message ----------------------------------------------------------------

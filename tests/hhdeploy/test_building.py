@@ -15,7 +15,7 @@ from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import choose_engine, stale
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, EngineEntry, plain_name, write_manifest
-from hhdeploy.errors import BundleError, OptionError, ParityError, PlanError
+from hhdeploy.errors import BundleError, DeviceError, OptionError, ParityError, PlanError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
 from hhdeploy.verifying.graphs import add_graph, add_typed_graph
@@ -206,6 +206,22 @@ def test_a_missing_graph_waits_no_longer_than_the_engine(small, monkeypatch):
     with pytest.raises(ParityError, match="enough"):
         build(small, backend=RTX, precision="float16", lock_timeout=0.5)
     assert said == [0.5]
+
+
+def test_without_a_gpu_no_graph_is_made(small, monkeypatch):
+    """It was made, verified and added to the bundle before the build was refused."""
+
+    def none():
+        raise DeviceError("no GPU")
+
+    monkeypatch.setattr("hhdeploy.building.import_tensorrt", lambda backend: None)
+    monkeypatch.setattr("hhdeploy.runtime.cuda.find_gpu", none)
+    monkeypatch.setattr(
+        "hhdeploy.verifying.graphs.add_typed_graph", lambda *args, **options: pytest.fail("made")
+    )
+    assert "bfloat16" not in Bundle.open(small).manifest.graphs
+    with pytest.raises(DeviceError, match="no GPU"):
+        build(small, backend="tensorrt", precision="bfloat16")
 
 
 def test_options_are_as_the_manifest_has_them():

@@ -22,6 +22,7 @@ from hhdeploy.errors import (
     BackboneError,
     BundleError,
     DataError,
+    HhdeployError,
     MissingDependencyError,
     ParityError,
     PlanError,
@@ -218,6 +219,21 @@ def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkey
     with pytest.raises(ParityError, match="`max_drop` or `exclude`"):
         calibrate()
     assert contents(calibrate.path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": replace(SETTINGS, exclude=("nothing.*",))}, "fits no site"),
+        ({"settings": replace(SETTINGS, exclude=("*",))}, "nothing is left to quantise"),
+        ({"device": "tensorrt"}, "tensorrt"),
+    ],
+)
+def test_what_could_not_be_judged_is_not_calibrated(calibrate, monkeypatch, options, message):
+    found = "hhdeploy.calibration.quantised.find_scales"
+    monkeypatch.setattr(found, lambda *args, **options: pytest.fail("it was calibrated"))
+    with pytest.raises(HhdeployError, match=message):
+        calibrate(**options)
 
 
 def test_a_bundle_that_cannot_be_changed_is_refused_before_slow_work(
