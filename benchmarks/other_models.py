@@ -127,7 +127,7 @@ MODELS: Mapping[str, Other] = {
         "torchvision",
         f"{_HERE}:swin_v2",
         {**_SWIN, "window_size": [4, 4], "num_classes": _CLASSES},
-        # The Linears of its positions see no image, and a graph has their results.
+        # The Linears of its positions see no image: their adapters can only be folded.
         targets=r".*\.(attn\.(qkv|proj)|mlp\.\d)",
     ),
     "torchvision MaxViT": Other(

@@ -68,8 +68,8 @@ def branched_model(base: BaseGraph, plan: Plan) -> ir.Model:
             if MIXED_TAG in linear.node.metadata_props:
                 raise PlanError(
                     f"{base.facts.model}: {branch.linear} takes an input in which the images of a "
-                    "batch do not lie one after the other, so they cannot have an adapter each "
-                    "there. Fold the adapter, or leave out that site."
+                    "batch do not lie one after the other, or that is not made of them, so they "
+                    "cannot have an adapter each there. Fold the adapter, or leave out that site."
                 )
             views = qkv_views(linear) if len(branch.sites) == 3 else None
             if views is not None:

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.facts import LOGITS, BackboneFacts
-from hhdeploy.backbones.outputs import check_classifier, giving
+from hhdeploy.backbones.outputs import check_classifier, computing, giving, told
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
@@ -36,7 +36,7 @@ from hhdeploy.exporters.batches import check_batch, images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
-from hhdeploy.graph import LINEAR_TAG, ViewTensor
+from hhdeploy.graph import LINEAR_TAG, ViewTensor, adopt_constants
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 OPSET = 20
 MIXED_TAG = "hhdeploy.mixed"
 # Counts changes of this module that make older cached graphs unusable.
-_TRACE_VERSION = 4
+_TRACE_VERSION = 5
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
 # A graph in the cache; the last file has the hashes of the others.
@@ -192,10 +192,9 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     example = torch.zeros(2, *backbone.facts.preprocess.input_size)
     try:
         with plain_attention(backbone.model), _quiet(), torch.no_grad():
-            check_classifier(backbone.model, backbone.facts)
-            apart = images_apart(
-                backbone.model, backbone.facts.linears, backbone.facts.preprocess.input_size
-            )
+            with computing(backbone.facts.model, example.shape):
+                check_classifier(backbone.model, backbone.facts)
+                apart = images_apart(backbone.model, backbone.facts.linears, example.shape[1:])
             with giving(backbone.model, backbone.facts.classifier, outputs):
                 program = torch.onnx.export(
                     backbone.model,
@@ -211,20 +210,23 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     except BackboneError:
         raise
     except Exception as error:
-        # torch wraps the reason in a page of advice.
-        cause = error.__cause__ or error
+        cause = error.__cause__ or error  # torch wraps the reason in a page of advice
         raise BackboneError(
-            f"torch could not trace {backbone.facts.model} with a dynamic batch: "
-            f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}"
+            f"torch could not trace {backbone.facts.model} with a dynamic batch: {told(cause)}"
         ) from error
     assert program is not None
     model = program.model
     check_batch(model, backbone.facts.model)
     _tag_linears(model)
-    _tag_mixed(model, {linear.path for linear in backbone.facts.linears} - apart)
+    sites = {linear.path for linear in backbone.facts.linears}
+    _tag_mixed(model, sites - apart)
     traced_weights = list(model.graph.initializers.values())
-    with _quiet():
-        optimizer.optimize_ir(model)
+    with _quiet():  # a site's Linear of constants (Swin v2's positions) stays one
+        optimizer.optimize_ir(
+            model,
+            should_fold=lambda n: False if n.metadata_props.get(LINEAR_TAG) in sites else None,
+        )
+    adopt_constants(model.graph)
     _remove_empty_pads(model.graph)
     _set_apart(model.graph)
     _name_nodes(model)

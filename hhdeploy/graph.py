@@ -217,6 +217,21 @@ def _registered(graph: ir.Graph, tensor: ir.TensorProtocol, shape: Sequence[int]
     return value
 
 
+def adopt_constants(graph: ir.Graph) -> None:
+    """Give a graph the constants again that its nodes read and it has lost.
+
+    The optimiser calls the bounds of the Clips that it makes after their operand: of two Clips of
+    one operand, the graph has the bounds of the last alone.
+    """
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            if graph.initializers.get(str(value.name)) is not value:
+                kept = add_initializer(graph, str(value.name), value.const_value.numpy())
+                node.replace_input_with(index, kept)
+
+
 class ViewTensor(ir.Tensor[NDArray[Any]]):
     """An array of any strides, as it lies; its bytes are put in order when they are written."""
 

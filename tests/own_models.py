@@ -249,3 +249,43 @@ def class_token() -> nn.Module:
 def class_tokens_first() -> nn.Module:
     """[2, batch, features]: see `ClassToken`."""
     return ClassToken(tokens_first=True)
+
+
+class Positions(Encoder):
+    """An encoder whose tokens get positions that two Linears make of a table, as Swin v2's."""
+
+    def __init__(self) -> None:
+        super().__init__(images_first=True, depth=1)
+        self.register_buffer("table", torch.linspace(-1, 1, 32).reshape(16, 2))
+        self.positions = nn.Sequential(nn.Linear(2, 24), nn.ReLU(), nn.Linear(24, 48))
+        self.head = self._modules.pop("head")  # the last again
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        return self.head(self.encoder(tokens + self.positions(self.table)).mean(1))
+
+
+def positions() -> nn.Module:
+    """Linears that see no image: see `Positions`."""
+    return Positions()
+
+
+class Clamped(Encoder):
+    """An encoder that clamps one tensor twice, by bounds of its own, as timm's Gemma 4 does."""
+
+    def __init__(self) -> None:
+        super().__init__(images_first=True, depth=1)
+        for name, bound in {"a": -0.5, "b": 0.4, "c": -0.1, "d": 0.2}.items():
+            self.register_buffer(name, torch.tensor(bound))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = tokens.clamp(self.a, self.b) + 2 * tokens.clamp(self.c, self.d)
+        return self.head(self.encoder(tokens).mean(1))
+
+
+def clamped() -> nn.Module:
+    """See `Clamped`."""
+    return Clamped()

@@ -95,7 +95,8 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
         elif whole:
             raise AdapterError(
                 f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site, "
-                f"or its forward pass does not use it. {sites_there_are(facts)}"
+                f"or its forward pass does not use it as one Linear. {sites_there_are(facts)} "
+                "Train the adapter without it (target_modules)."
             )
     _check_complete(adapter, facts, whole)
     if whole:

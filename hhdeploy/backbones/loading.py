@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.outputs import computing
 from hhdeploy.backbones.spec import Backbone, BackboneSpec, Loaded
 from hhdeploy.backbones.structure import base_sha256, find_linears, signs_sha256
 from hhdeploy.errors import BackboneError, require
@@ -92,16 +93,8 @@ def _features(loaded: Loaded) -> int:
     import torch
 
     images = torch.zeros(1, *loaded.preprocess.input_size)
-    try:
-        with torch.no_grad():
-            found = loaded.model(images)
-    except Exception as error:  # the model's own, whatever it is
-        said = (str(error).splitlines() or [""])[0]
-        raise BackboneError(
-            f"{loaded.name}: it does not compute on images {list(images.shape)} alone: "
-            f"{type(error).__name__}: {said}. Expected a classifier or an image tower; of a model "
-            "of texts and images, save its tower (vision_model) by itself and pass that."
-        ) from error
+    with computing(loaded.name, images.shape), torch.no_grad():
+        found = loaded.model(images)
     if found.ndim != 2:
         raise BackboneError(
             f"{loaded.name}: no classifier was found, and what it returns is {list(found.shape)}: "

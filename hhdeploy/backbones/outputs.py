@@ -38,8 +38,38 @@ def _as_tensor(model: nn.Module, images: Any, output: Any) -> Tensor:
             return found
     raise BackboneError(
         f"{type(model).__name__} returned {type(output).__name__}; expected a tensor, or an "
-        "object with logits, image_embeds or pooler_output."
+        "object with logits, image_embeds or pooler_output. Of a model of tokens or maps, write a "
+        "function that makes features of them and load that: python:package.module:function."
     )
+
+
+def told(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@contextmanager
+def computing(name: str, shape: Sequence[int]) -> Iterator[None]:
+    """A model is called on images in the block: what it says of them is no fault of the block's.
+
+    Args:
+        name: of the model.
+        shape: of the images.
+
+    Raises:
+        BackboneError: it does not compute on them.
+    """
+    try:
+        yield
+    except BackboneError:
+        raise
+    except Exception as error:  # the model's own, whatever it is
+        raise BackboneError(
+            f"{name}: it does not compute on images {list(shape)} alone: {told(error)}. "
+            "Expected a model that takes such images and nothing else: of another size, "
+            "say it (`input_size`); of texts and images, save its tower (vision_model) by itself "
+            "and pass that."
+        ) from error
 
 
 @contextmanager

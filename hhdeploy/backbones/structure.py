@@ -85,7 +85,8 @@ def classifier_path(model: nn.Module) -> str:
     """Path of the classifier: what the model states, as timm's do, else the last Linear unless it
     is one of many, which is a guess (`hhdeploy.backbones.outputs.no_classifier`).
 
-    "" if there is none, as in timm's models with ``num_classes=0``.
+    "" if there is none, as in timm's models with ``num_classes=0``, or those of transformers whose
+    class is not of a classification: their last Linear projects features, or pools tokens.
 
     Raises:
         BackboneError: timm names several classifiers, or one that is no Linear.
@@ -94,11 +95,20 @@ def classifier_path(model: nn.Module) -> str:
 
     if states_classifier(model):
         return _stated_classifier(model)
+    if _gives_features(model):
+        return ""
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears or kind_of(linears[-1]) or "pooler" in linears[-1].split("."):
         return ""
     alike = [path for path in linears if _pattern(path) == _pattern(linears[-1])]
     return linears[-1] if len(alike) == 1 else ""
+
+
+def _gives_features(model: nn.Module) -> bool:
+    kind = type(model)
+    return kind.__module__.startswith("transformers.models.") and (
+        "Classification" not in kind.__name__
+    )
 
 
 def states_classifier(model: nn.Module) -> bool:

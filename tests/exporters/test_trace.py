@@ -182,6 +182,15 @@ def test_fused_attention_is_restored_when_tracing_fails(tiny, capsys):
     assert all(m.fused_attn for m in tiny.model.modules() if hasattr(m, "fused_attn"))
 
 
+def test_a_model_that_does_not_compute_is_not_called_untraceable(tiny):
+    facts = tiny.facts
+    wrong = replace(facts, preprocess=replace(facts.preprocess, input_size=(3, 40, 32)))
+    with pytest.raises(
+        BackboneError, match=r"does not compute on images \[2, 3, 40, 32\] alone: \w+: .*input_size"
+    ):
+        trace(replace(tiny, facts=wrong))
+
+
 def test_a_model_that_fixes_the_batch_is_refused():
     """torch specialises the graph to the two images of the example, and says nothing."""
     backbone = tiny_backbone(depth=1)

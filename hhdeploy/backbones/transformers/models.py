@@ -6,6 +6,7 @@ is read with ``weights_only=True``.
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
 _ATTENTION = "eager"
 _CLASSIFIER = "ForImageClassification"
 _PROJECTION = "VisionModelWithProjection"
+_TEACHER = "WithTeacher"
+# What models of images call these, and what those call it that take patches of any number of sizes.
+_IMAGES, _SHAPES = "pixel_values", "spatial_shapes"
+# What configurations call the number of images that a video has.
+_FRAMES = ("num_frames", "frames_per_clip")
 
 
 def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
@@ -69,7 +75,9 @@ def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
 def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     config = _config(transformers, spec, where)
     classifies = _classifies(config, where)
+    _check_no_video(config, where)
     model, given, taken = _model(transformers, spec, where, config, classifies)
+    _check_inputs(model, where)
     path = classifier_path(model) if classifies else ""
     classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
     preprocess, notes = _preprocess(config, spec, where)
@@ -136,13 +144,46 @@ def _classifies(config: Any, where: str) -> bool:
     names = [str(name) for name in config.architectures or ()]
     for name in names:
         kind, found, more = name.partition(_CLASSIFIER)
-        if found and more:
+        if found and more != "" and more != _TEACHER:
+            raise BackboneError(
+                f"transformers:{where}: {name} is none of the classes that are loaded here: "
+                f"expected one of {_CLASSIFIER}, or of features. Write a function that returns the "
+                "model, and load that: python:package.module:function."
+            )
+        if more == _TEACHER:
             raise BackboneError(
                 f"transformers:{where}: {name} averages the answers of two classifiers, and an "
                 "adapter has one. Take it with a single one, for adapters that bring theirs: "
                 f"`model_args={{'architectures': ['{kind}{found}']}}`."
             )
     return any(name.endswith(_CLASSIFIER) for name in names)
+
+
+def _check_no_video(config: Any, where: str) -> None:
+    """Raise `BackboneError` for a model that takes several images for one."""
+    for said in (config, getattr(config, "vision_config", None)):
+        for name in _FRAMES:
+            if (count := getattr(said, name, None)) is not None:
+                raise BackboneError(
+                    f"transformers:{where}: {config.model_type} takes videos ({name} of its "
+                    f"configuration is {count}), and a bundle answers for an image at a time. "
+                    "Expected a model of images."
+                )
+
+
+def _check_inputs(model: nn.Module, where: str) -> None:
+    """Raise `BackboneError` for a model that takes something else than images as they are."""
+    main: str = getattr(model, "main_input_name", _IMAGES)
+    takes = inspect.signature(type(model).forward).parameters
+    if main == _IMAGES and _SHAPES not in takes:
+        return
+    what = main if main != _IMAGES else f"patches of images and their {_SHAPES}"
+    raise BackboneError(
+        f"transformers:{where}: {type(model).__name__} takes {what}, and a bundle's graph takes "
+        "images alone. Of a model of texts and images, save its tower (vision_model) by itself "
+        "and pass that; of another, write a function that returns a module which makes "
+        f"{what.partition(' ')[0]} of images of one size: python:package.module:function."
+    )
 
 
 @contextmanager

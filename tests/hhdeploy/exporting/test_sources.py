@@ -88,3 +88,22 @@ def test_channels_that_no_picture_has():
     assert facts.preprocess.input_size == (12, 32, 32)
     assert len(set(facts.preprocess.mean)) == 1
     assert replace(facts.preprocess) == Preprocess.from_json(facts.preprocess.to_json())
+
+
+def test_a_linear_that_sees_no_image_has_an_adapter_where_it_is_folded(tmp_path):
+    """Its result was put into the graph, and the adapter's site was one that no model had."""
+    model = "python:tests.own_models:positions"
+    facts = load_backbone(BackboneSpec(model, seed=3)).facts
+    save_adapter(random_adapter(facts, targets=("positions.0", "linear1"), r=2), tmp_path / "a")
+    out, options = tmp_path / "bundle", {"seed": 3, "cache": None, "verify_images": 2}
+    result = export(model, {"a": tmp_path / "a"}, out, fold=True, **options)
+    assert result.parity is not None and result.parity.passed
+    with pytest.raises(PlanError, match=r"positions\.0 takes .* not made of them.* Fold"):
+        export(model, {"a": tmp_path / "a"}, tmp_path / "b", **options)
+
+
+def test_two_bounds_of_one_tensor_are_both_kept(tmp_path):
+    """The optimiser gave them one name, and a traceback of a thousand lines was all there was."""
+    model = "python:tests.own_models:clamped"
+    result = export(model, {}, tmp_path / "bundle", fold=True, seed=3, verify_images=2)
+    assert result.parity is not None and result.parity.passed
