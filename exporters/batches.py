@@ -9,6 +9,7 @@ hardly, shows nothing: it is apart where its first dimension is the batch itself
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,20 @@ def images_apart(
             if all(use.apart or three.rows == 3 for use, three in zip(uses, abc[path], strict=True))
         }
     return frozenset(apart)
+
+
+def batch_shapes(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    """torch.export's ``dynamic_shapes`` of a call with images alone; where a model takes any
+    arguments (PEFT's, a wrapper's), they are one tuple.
+
+    Args:
+        model: that is called.
+        batch: the dimension's symbol.
+    """
+    shapes = ({0: batch},)
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    several = first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL
+    return (shapes,) if several else shapes
 
 
 def check_batch(model: ir.Model, name: str) -> None:

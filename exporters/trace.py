@@ -32,7 +32,7 @@ from hhdeploy.backbones.outputs import check_classifier, computing, giving, told
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
-from hhdeploy.exporters.batches import check_batch, images_apart
+from hhdeploy.exporters.batches import batch_shapes, check_batch, images_apart
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
@@ -188,8 +188,7 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     import torch
     from onnxscript import optimizer
 
-    # Two images: a batch of one would be specialised away by torch.export.
-    example = torch.zeros(2, *backbone.facts.preprocess.input_size)
+    example = torch.zeros(2, *backbone.facts.preprocess.input_size)  # a batch of 1 would be fixed
     try:
         with plain_attention(backbone.model), _quiet(), torch.no_grad():
             with computing(backbone.facts.model, example.shape):
@@ -201,7 +200,7 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
                     (example,),
                     dynamo=True,
                     opset_version=OPSET,
-                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    dynamic_shapes=batch_shapes(backbone.model, torch.export.Dim("batch")),
                     input_names=["images"],
                     output_names=list(outputs),
                     optimize=False,
@@ -366,7 +365,8 @@ def _with_execution_order(
         facts = facts.without_classifier()
     elif facts.classifier not in tagged:
         raise BackboneError(
-            f"{facts.model}: the classifier {facts.classifier} was not found in the traced graph."
+            f"{facts.model}: the classifier {facts.classifier} was not found in the traced graph: "
+            "its weight is not used as it is (weight norm, autocast). Export the model without."
         )
     return BaseGraph(model, replace(facts, linears=tuple(ordered.values())))
 

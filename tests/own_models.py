@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -289,3 +291,49 @@ class Clamped(Encoder):
 def clamped() -> nn.Module:
     """See `Clamped`."""
     return Clamped()
+
+
+class AnyArguments(nn.Module):
+    """Around a model, and called with whatever that takes, as PEFT's models are."""
+
+    input_size = (3, 32, 32)
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Tensor, **options: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        return self.inner(*args, **options)
+
+
+class Rescaling(Encoder):
+    """An encoder that writes into the images that it is given."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        return super().forward(images.mul_(2))
+
+
+def wrapped(how: str) -> nn.Module:
+    """An encoder in one of the ways that people wrap models."""
+    torch.manual_seed(4)
+    inner = Encoder(images_first=True, depth=1)
+    if how == "compiled":
+        return torch.compile(inner, backend="eager")
+    if how == "quantised":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is on its way out
+            return torch.ao.quantization.quantize_dynamic(inner, {nn.Linear})
+    if how == "meta":
+        return inner.to("meta")
+    if how == "normed":
+        nn.utils.parametrizations.weight_norm(inner.head)
+        return inner
+    kinds = {"parallel": nn.DataParallel, "any": AnyArguments}
+    return kinds[how](inner)
+
+
+def rescaling() -> nn.Module:
+    """See `Rescaling`."""
+    return Rescaling(images_first=True, depth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.facts import BackboneFacts
@@ -39,6 +40,12 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
 
 def _check_finite(model: nn.Module, where: str) -> None:
     """Every weight is a number. Buffers are left out: a mask may be of infinities."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise BackboneError(
+                f"{where}: {name}: expected a tensor with values, found one of torch's meta "
+                "device, which has none. Make the model on the CPU, and load its weights there."
+            )
     for name, weight in model.named_parameters():
         check_finite(weight.numpy(), f"{where}: {name}", BackboneError)
 

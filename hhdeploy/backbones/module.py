@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from hhdeploy.backbones.facts import transform_of
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
-from hhdeploy.backbones.structure import check_values, classifier_path
+from hhdeploy.backbones.structure import (
+    bare_model,
+    check_values,
+    classifier_path,
+    quantised_part,
+)
 from hhdeploy.backbones.weights import load_strictly, read_state, state_of
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
@@ -26,7 +31,8 @@ def load_module(spec: BackboneSpec, name: str) -> Loaded:
     """Call ``package.module:function`` with ``spec.args``; it returns the model.
 
     The module is looked for as Python does it, then in the current directory. The model takes
-    images and returns logits: a tensor, or an object with ``logits``.
+    images and returns logits: a tensor, or an object with ``logits``. What `torch.compile` or data
+    parallelism wrapped is taken out of it.
 
     Args:
         spec: ``pretrained`` and ``seed`` mean nothing here but the seed that torch has while the
@@ -46,7 +52,13 @@ def load_module(spec: BackboneSpec, name: str) -> Loaded:
         raise BackboneError(
             f"python:{name} returned {type(model).__name__}; expected a torch.nn.Module."
         )
+    model = bare_model(model)
     check_values(model)
+    if (fault := quantised_part(model)) is not None:
+        raise BackboneError(
+            f"python:{name}: {fault}. Return the model as it was before; the bundle that is "
+            "exported can be quantised."
+        )
     path = classifier_path(model)
     classifier = model.get_submodule(path) if path else None
     classes = classifier.out_features if isinstance(classifier, nn.Linear) else 0

@@ -65,10 +65,10 @@ def computing(name: str, shape: Sequence[int]) -> Iterator[None]:
         raise
     except Exception as error:  # the model's own, whatever it is
         raise BackboneError(
-            f"{name}: it does not compute on images {list(shape)} alone: {told(error)}. "
-            "Expected a model that takes such images and nothing else: of another size, "
-            "say it (`input_size`); of texts and images, save its tower (vision_model) by itself "
-            "and pass that."
+            f"{name}: it does not compute on images {list(shape)} alone: "
+            f"{told(error).rstrip('.')}. Expected a model that takes such images and nothing else: "
+            "of another size, say it (`input_size`); of texts and images, save its tower "
+            "(vision_model) by itself and pass that."
         ) from error
 
 

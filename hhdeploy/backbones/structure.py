@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # size, or follows from the architecture (buffers).
 _RESAMPLED = ("pos_embed", "relative_position", "rel_pos")
 
+# Where torch has the modules of models that it quantised, or prepared for it.
+_QUANTISED = "torch.ao.nn."
+
 
 def check_values(model: nn.Module) -> None:
     """Raise `BackboneError` for a model that has not got all of its values yet."""
@@ -34,6 +37,32 @@ def check_values(model: nn.Module) -> None:
                 "lazy module that has not run yet. Call the model once on images as it takes "
                 "them, or say the size there (Linear for LazyLinear)."
             )
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model itself, which `torch.compile` and data parallelism wrap."""
+    from torch import nn
+
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def quantised_part(model: nn.Module) -> str | None:
+    """What is expected instead of a part that torch quantised, or prepared for it; None if none
+    is."""
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTISED):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            return (
+                f"{path}: expected a module with the weights that were trained, found {kind}, "
+                "which quantises"
+            )
+    return None
 
 
 def find_linears(model: nn.Module, classifier: str | None = None) -> tuple[LinearSpec, ...]:

@@ -27,6 +27,7 @@ from hhdeploy.backbones.parameters import (
 )
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import (
+    bare_model,
     base_sha256,
     classifier_path,
     find_linears,
@@ -56,7 +57,6 @@ from hhdeploy.training.householder import (
     SharedTransform,
 )
 from hhdeploy.training.wrapping import (
-    bare_model,
     check_bare,
     check_places,
     check_weights,

@@ -9,23 +9,14 @@ import torch
 from torch import nn
 
 from hhdeploy.backbones.sites import LinearSpec
-from hhdeploy.backbones.structure import check_values, parameters_of
+from hhdeploy.backbones.structure import (
+    bare_model,
+    check_values,
+    parameters_of,
+    quantised_part,
+)
 from hhdeploy.backbones.weights import without_wrappers
 from hhdeploy.errors import AdapterError
-
-# Where torch has the modules of models that it quantised, or prepared for it.
-_QUANTISED = "torch.ao.nn."
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """The model itself, which `torch.compile` and data parallelism wrap."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def check_bare(model: nn.Module) -> None:
@@ -49,14 +40,11 @@ def check_bare(model: nn.Module) -> None:
             f"{frozen} was made in torch.inference_mode(), where nothing can be trained. Make or "
             "load the model outside of it, or attach to copy.deepcopy(model)."
         )
-    for path, module in model.named_modules():
-        if type(module).__module__.startswith(_QUANTISED):
-            kind = f"{type(module).__module__}.{type(module).__name__}"
-            raise AdapterError(
-                f"{path}: expected a module with the weights that were trained, found {kind}, "
-                "which quantises. Attach the adapter to the model as it was before; the bundle "
-                "that is exported can be quantised."
-            )
+    if (fault := quantised_part(model)) is not None:
+        raise AdapterError(
+            f"{fault}. Attach the adapter to the model as it was before; the bundle that is "
+            "exported can be quantised."
+        )
     paths = ((path, without_wrappers(path)) for path, _ in model.named_modules())
     wrapped = next((own for path, own in paths if own != path), None)
     if bare_model(model) is not model:

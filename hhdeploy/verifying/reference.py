@@ -207,7 +207,8 @@ def _training_time_outputs(
             Float64(),
         ):
             batches = [
-                model(torch.from_numpy(images[i : i + _BATCH]))
+                # A copy: a model may write into what it is given.
+                model(torch.from_numpy(images[i : i + _BATCH].copy()))
                 for i in range(0, len(images), _BATCH)
             ]
     finally:

@@ -107,3 +107,42 @@ def test_two_bounds_of_one_tensor_are_both_kept(tmp_path):
     model = "python:tests.own_models:clamped"
     result = export(model, {}, tmp_path / "bundle", fold=True, seed=3, verify_images=2)
     assert result.parity is not None and result.parity.passed
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        ("wrapped", {"how": "compiled"}),
+        ("wrapped", {"how": "parallel"}),
+        ("wrapped", {"how": "any"}),
+        ("rescaling", {}),
+    ],
+)
+def test_models_as_people_wrap_them(tmp_path, function, args):
+    """Those that take any arguments were untraceable, and one that writes into its images was not
+    verified on those that it had been given."""
+    model, options = f"python:tests.own_models:{function}", {"seed": 3, "cache": None}
+    result = export(
+        model, {}, tmp_path / "bundle", fold=True, model_args=args, verify_images=2, **options
+    )
+    assert result.parity is not None and result.parity.passed
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("quantised", "which quantises. Return the model as it was before"),
+        ("meta", "meta device, which has none"),
+        ("normed", r"the classifier head was not found .*weight norm"),
+    ],
+)
+def test_models_without_weights_of_their_own(tmp_path, how, said):
+    with pytest.raises(BackboneError, match=said):
+        export(
+            "python:tests.own_models:wrapped",
+            {},
+            tmp_path / "bundle",
+            fold=True,
+            model_args={"how": how},
+            cache=None,
+        )
