@@ -337,3 +337,13 @@ def wrapped(how: str) -> nn.Module:
 def rescaling() -> nn.Module:
     """See `Rescaling`."""
     return Rescaling(images_first=True, depth=1)
+
+
+def tied() -> nn.Module:
+    """Two blocks that share the weight of a Linear, and one that is used twice."""
+    torch.manual_seed(4)
+    model = Encoder(images_first=True, depth=3)
+    first, second, _ = model.encoder.layers
+    second.linear1.weight = first.linear1.weight
+    model.encoder.layers[2] = second
+    return model

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.outputs import computing
 from hhdeploy.backbones.spec import Backbone, BackboneSpec, Loaded
-from hhdeploy.backbones.structure import base_sha256, find_linears, signs_sha256
+from hhdeploy.backbones.structure import (
+    base_sha256,
+    find_linears,
+    signs_sha256,
+    with_own_weights,
+)
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.files.tensors import check_finite
 
@@ -80,7 +85,7 @@ def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
         args=dict(spec.args),
         sha256=base_sha256(model, path),
         signs=signs_sha256(model, path),
-        linears=find_linears(model, path),
+        linears=with_own_weights(model, find_linears(model, path)),
         classifier=path,
         dim=_features(loaded) if classifier is None else classifier.in_features,
         classes=loaded.classes,

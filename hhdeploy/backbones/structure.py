@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -86,6 +86,22 @@ def find_linears(model: nn.Module, classifier: str | None = None) -> tuple[Linea
             # "rel_pos": makes a table of positions, not from the image
             out, in_ = module.out_features, module.in_features
             found.append(linear_spec(path, out, in_, thirds=_in_thirds(model, path)))
+    return tuple(found)
+
+
+def with_own_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> tuple[LinearSpec, ...]:
+    """Those of some Linears whose weight no other module has: a graph has one weight for all of
+    them, and an adapter changes one."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    found = []
+    for linear in linears:
+        module, weight, _ = parameters_of(model, linear.path)
+        own = dict(module.named_parameters(recurse=False)).get(weight)
+        if own is None or len(holders[id(own)]) == 1:
+            found.append(linear)
     return tuple(found)
 
 

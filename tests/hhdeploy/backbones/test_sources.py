@@ -697,3 +697,13 @@ def test_loading_says_nothing_of_its_own(saved, capfd):
     load_backbone(spec(saved))
     assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_a_weight_that_two_modules_have_is_no_site():
+    """A graph has one weight for both, where an adapter of the one changed the other in silence; a
+    module that is used twice is changed in both uses."""
+    found = [linear.path for linear in load_backbone(BackboneSpec(f"{OWN}:tied")).facts.linears]
+    assert not [path for path in found if path.endswith("linear1")]
+    assert [path for path in found if path.endswith("linear2")] == [
+        f"encoder.layers.{layer}.linear2" for layer in range(2)
+    ]
