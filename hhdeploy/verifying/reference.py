@@ -207,8 +207,8 @@ def _training_time_outputs(
             Float64(),
         ):
             batches = [
-                # A copy: a model may write into what it is given.
-                model(torch.from_numpy(images[i : i + _BATCH].copy()))
+                # A copy, and wide already: a model may write into what it is given.
+                model(torch.from_numpy(images[i : i + _BATCH].astype(np.float64)))
                 for i in range(0, len(images), _BATCH)
             ]
     finally:
