@@ -17,7 +17,7 @@ from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
-from hhdeploy.backbones.weights import load_strictly, read_state, state_of
+from hhdeploy.backbones.weights import load_strictly, passed_over, read_state, state_of
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.files.tensors import open_arrays
 from hhdeploy.preprocess import Preprocess
@@ -271,6 +271,7 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str
     if filter_fn is not None:
         given, state = state, filter_fn(dict(state), model)  # timm's may take out of what it gets
         said += _resampled(given, state, spec)
+        said += passed_over(model, given, state, classifier)
     head = state.get(f"{classifier}.weight")
     classes = 0 if head is None else int(head.shape[0])
     if classes > 1:

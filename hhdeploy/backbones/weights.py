@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import BackboneError
+from hhdeploy.files.checkpoints import is_averaged, is_judging, unwrapped, without_wrappers
 from hhdeploy.files.weights import content_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Where trainings keep the weights in a larger checkpoint; the averaged ones first, as timm does.
-_ENTRIES = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
-    *("state_dict", "model", "module"),
-)
-# What an average of the weights is called, as a word of a name; the best weights are no average.
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averages|shadow|polyak)(?![a-z])")
-# Where a word begins in a name such as modelEma or EMAModel.
-_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-# What every optimizer's state has; what it keeps of a weight has that weight's shape.
-_OPTIMIZED = "param_groups"
-# What a loss or a metric is called, as a word of a name: their numbers are those of a training.
-_JUDGING = re.compile(r"(?<![a-z])(loss|losses|criterion|criteria|metrics?)(?![a-z])")
-# Beside the weights in what torch's AveragedModel saves: how many they are the average of.
-_COUNTER = "n_averaged"
 # Statistics of batch norms, which an average of the parameters alone does not have.
 _COUNTED = ("running_mean", "running_var")
-# Components that torch.compile, FSDP and activation checkpointing put anywhere into a path.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# What DistributedDataParallel puts first; further inside it would be a module of the user's.
-DISTRIBUTED = "module"
 # In the names of a model that PEFT wraps; lora_A.weight is in those of own modules as well.
 _PEFT = re.compile(r"(^|\.)base_model\.model\.|\.(base_layer|modules_to_save|lora_[AB]\.default)\.")
 State = dict[str, "torch.Tensor"]
@@ -70,42 +52,6 @@ def read_state(path: Path) -> tuple[State, tuple[str, ...]]:
     return dict(state), notes
 
 
-def unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
-    """The state dict inside a checkpoint, its keys without what a wrapper put before them all.
-
-    Returns:
-        The state dict, and a line where there are others beside it.
-
-    Raises:
-        ValueError: there are several, and none by a name that is known; or a tensor of it has no
-            values, or no one shape.
-    """
-    if not isinstance(content, Mapping) or not content:
-        return content, ()
-    state, path = _taken(content)
-    notes = _beside(content, path) if path else ()
-    state = {str(key): _dense(key, value) for key, value in state.items() if key != _COUNTER}
-    starts = [f"{wrapper}." for wrapper in (DISTRIBUTED, *_WRAPPERS)]
-    while start := next((s for s in starts if state and all(k.startswith(s) for k in state)), ""):
-        state = {key.removeprefix(start): value for key, value in state.items()}
-    return state, notes
-
-
-def _dense(key: Any, value: Any) -> Any:
-    """A tensor that is stored as a sparse or quantised one as the numbers that it stands for;
-    anything else as it is."""
-    import torch
-
-    if not torch.is_tensor(value):
-        return value
-    if value.is_meta or value.is_nested:
-        kind = "of the device meta, which has none" if value.is_meta else "a nested one"
-        raise ValueError(f"{key}: expected a tensor with values in one shape, found one {kind}")
-    if value.is_quantized:
-        return value.dequantize()
-    return value if value.layout == torch.strided else value.to_dense()
-
-
 def advice_on_peft(keys: Iterable[str]) -> str:
     """What to do with tensors of a model that PEFT wraps, behind a message that they do not fit;
     "" of others."""
@@ -119,101 +65,16 @@ def advice_on_peft(keys: Iterable[str]) -> str:
     )
 
 
-def without_wrappers(key: str) -> str:
-    """A key without what torch.compile, FSDP and activation checkpointing put into it."""
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-
-
-def _taken(content: Mapping[Any, Any], path: str = "") -> tuple[Mapping[Any, Any], str]:
-    """The state dict of a checkpoint that is meant by its name, and where that is."""
-    entries = {str(key): value for key, value in content.items() if _is_state(key, value)}
-    entries = {key: value for key, value in entries.items() if _is_meant(key, entries, content)}
-    known = [entry for entry in _ENTRIES if entry in entries]
-    averaged = [entry for entry in (*known, *entries) if _averaged(entry)]
-    taken = next(iter((*averaged, *known)), None)
-    if taken is None and entries and not any(map(_is_weight, content.values())):
-        if len(entries) > 1:
-            raise ValueError(
-                f"it has several state dicts, {', '.join(entries)}: keep one of them, as state_dict"
-            )
-        (taken,) = entries
-    return (content, path) if taken is None else _taken(entries[taken], _inside(path, taken))
-
-
-def _is_meant(entry: str, entries: Mapping[str, Any], content: Mapping[Any, Any]) -> bool:
-    """Whether an entry that is called an average is one of weights, where others tell: losses over
-    a training have averages, too, and the shapes of no weights."""
-    if not _averaged(entry):
-        return True
-    own = {key: value for key, value in content.items() if _is_weight(value)}
-    rest = {key: value for key, value in entries.items() if key != entry}
-    plain = [value for key, value in rest.items() if not _averaged(key)]
-    others = _shapes([own, *plain]) or _shapes(rest.values())
-    mine, matrices = _shapes([entries[entry]]), {shape for shape in others if len(shape) > 1}
-    if matrices:
-        return not mine.isdisjoint(matrices)
-    # Of vectors alone are the smallest adapters.
-    return any(len(shape) > 1 for shape in mine) or not others or not mine.isdisjoint(others)
-
-
-def _shapes(contents: Iterable[Any]) -> set[tuple[int, ...]]:
-    return {shape for content in contents for _, found in _groups(content) for shape in found}
-
-
-def _beside(content: Any, taken: str) -> tuple[str, ...]:
-    """A line where a checkpoint has weights of the shapes of those that were taken elsewhere, too,
-    however deep: torch_ema keeps a list of them, Lightning what its callbacks have."""
-    groups = dict(_groups(content))
-    shapes = groups.pop(taken, set())
-    others = [path or "its own tensors" for path, found in groups.items() if found & shapes]
-    if not others:
-        return ()
-    more = " …" if len(others) > 4 else ""
+def advice_on_parametrized(keys: Iterable[str]) -> str:
+    """What to do with tensors that torch makes a weight of, behind a message that they do not fit;
+    "" of others."""
+    if not any(".parametrizations." in key for key in keys):
+        return ""
     return (
-        f"weights taken from {taken} of the checkpoint, not from {', '.join(others[:4])}{more}",
+        " A weight of .parametrizations. is made of several tensors (weight norm, minLoRA). Where "
+        "it was trained call torch.nn.utils.parametrize.remove_parametrizations(MODULE, 'weight') "
+        "for each such module, and save the whole model: `extract_adapter()`."
     )
-
-
-def _groups(content: Any, path: str = "") -> Iterator[tuple[str, set[tuple[int, ...]]]]:
-    """Where in a checkpoint weights are, mappings and lists of them, and their shapes."""
-    if isinstance(content, Mapping) and _OPTIMIZED not in content:
-        members = dict(content)
-    elif isinstance(content, (list, tuple)):
-        members = dict(enumerate(content))
-    else:
-        return
-    if shapes := {tuple(value.shape) for value in members.values() if _is_weight(value)}:
-        yield path, shapes
-    for key, value in members.items():
-        yield from _groups(value, _inside(path, key))
-
-
-def _inside(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
-
-
-def _averaged(name: str) -> bool:
-    """Whether it is called an average of the weights."""
-    return _AVERAGED.search(_WORD.sub("_", name).lower()) is not None
-
-
-def _is_state(key: Any, value: Any) -> bool:
-    """Whether an entry of a checkpoint holds weights, or has them inside by its name."""
-    if not isinstance(value, Mapping):
-        return False
-    named = key in _ENTRIES or _averaged(str(key))
-    inside = named and any(_is_state(k, v) for k, v in value.items())
-    return inside or any(map(_is_weight, value.values()))
-
-
-def _is_weight(value: Any) -> bool:
-    """Whether it is a tensor that may be of weights: one number is a count or a score, and whole
-    numbers are the state of a random generator."""
-    import torch
-
-    if not torch.is_tensor(value) or value.numel() < 2:
-        return False
-    return value.is_floating_point() or value.is_quantized
 
 
 def state_of(
@@ -245,15 +106,15 @@ def state_of(
     starts = [start for start in starts if all(start + name in state for name in own)]
     if not starts:
         return state, judging
-    chosen = [start for start in starts if _averaged(start)] if len(starts) > 1 else starts
+    chosen = [start for start in starts if is_averaged(start)] if len(starts) > 1 else starts
     if len(chosen) != 1:
         raise BackboneError(
             f"`checkpoint`: {file} has this model several times, as {', '.join(starts)}: expected "
             "one. Keep the tensors of one of them, without what stands before."
         )
     rest = {key: value for key, value in state.items() if not key.startswith(tuple(starts))}
-    # One number beside a wrapper's tensors is its count of steps.
-    kept = {key: value for key, value in rest.items() if value.numel() > 1}
+    # A whole number beside a wrapper's tensors is its count of steps; another one is computed with.
+    kept = {k: v for k, v in rest.items() if v.numel() > 1 or v.is_floating_point()}
     mine = {k.removeprefix(chosen[0]): v for k, v in state.items() if k.startswith(chosen[0])}
     # A member that is another's of the same module has its values as well.
     if twice := [k for k, v in kept.items() if k in mine and not torch.equal(v, mine[k])]:
@@ -275,12 +136,11 @@ def _without_losses(model: nn.Module, state: State) -> tuple[State, tuple[str, .
     own = {name.partition(".")[0] for name in model.state_dict()}
     firsts = {key.partition(".")[0] for key in state} - own
     matrices = {key.partition(".")[0] for key, value in state.items() if value.ndim > 1}
-    found = {f for f in firsts - matrices if _JUDGING.search(_WORD.sub("_", f).lower())}
+    found = set(filter(is_judging, firsts - matrices))
     left = sorted(key for key in state if key.partition(".")[0] in found)
     if not left:
         return state, ()
-    more = " …" if len(left) > 4 else ""
-    line = f"left out of the checkpoint, as of a loss or a metric: {', '.join(left[:4])}{more}"
+    line = f"left out of the checkpoint, as of a loss or a metric: {abbreviated(left)}"
     return {key: value for key, value in state.items() if key not in left}, (line,)
 
 
@@ -298,6 +158,31 @@ def _by_names_of(model: nn.Module, state: State, file: Path) -> State:
             )
         found[name] = value
     return found
+
+
+def passed_over(
+    model: nn.Module, given: State, fitted: Mapping[str, torch.Tensor], classifier: str
+) -> list[str]:
+    """A line about what timm's reader of an architecture leaves out of a file that has all of the
+    model's own names, where there is nothing to translate: a layer that the model had once.
+
+    Args:
+        model: whose names are looked for.
+        given: the state dict of the file.
+        fitted: what the reader made of it.
+        classifier: path of the model's, which may be called something else.
+    """
+    own = {n for n, _ in model.named_parameters() if not n.startswith(f"{classifier}.")}
+    left = [k for k, v in given.items() if k not in fitted and v.is_floating_point()]
+    left = [key for key in left if not _derived(key)]
+    if not left or not own <= given.keys():
+        return []
+    return [f"left out of the checkpoint, as timm does: {abbreviated(left)}"]
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """The first four names, and whether there are more."""
+    return f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
 
 
 def load_strictly(
@@ -339,8 +224,14 @@ def load_strictly(
             if names
         ]
         whole = not (missing or wrong or untrue)
-        advice = advice_on_peft(unexpected) or (
-            advice_on_more(classifier) if whole else " Is it this model's, with these arguments?"
+        advice = (
+            advice_on_peft(unexpected)
+            or advice_on_parametrized(unexpected)
+            or (
+                advice_on_more(classifier)
+                if whole
+                else " Is it this model's, with these arguments?"
+            )
         )
         raise BackboneError(
             f"`checkpoint`: {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "
@@ -351,15 +242,17 @@ def load_strictly(
 
 
 def advice_on_more(classifier: str) -> str:
-    """What to do where a file has all of the model and something beside it."""
+    """What to do where a file has all of the model and something beside it, or inside of it."""
     called = f"{classifier}.weight and {classifier}.bias"
     head = (
         f"If that is a classifier right behind the model, call it {called}. " if classifier else ""
     )
     return (
-        f" All of the model is there, and these beside it. {head}If more than that computes on "
-        "what the model returns, give the whole as a model of your own, python:MODULE:FUNCTION; "
-        "what does not compute answers, leave out of the file."
+        f" All of the model is there, and these beside it. {head}What can be merged into its "
+        "weights (LoRA, scales, shifts) merge where it was trained, and save those without it. If "
+        "more than that computes (prompts, adapters, something on what the model returns), give "
+        "the whole as a model of your own, python:MODULE:FUNCTION; what does not compute answers, "
+        "leave out of the file."
     )
 
 

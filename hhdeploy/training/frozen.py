@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hhdeploy.backbones.weights import without_wrappers
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.checkpoints import without_wrappers
 from hhdeploy.parity import AVERAGING_BOUND
 
 # Sums of a sketch: the norm of a difference is met within some 10 per cent.

@@ -15,8 +15,8 @@ from hhdeploy.backbones.structure import (
     parameters_of,
     quantised_part,
 )
-from hhdeploy.backbones.weights import without_wrappers
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.checkpoints import without_wrappers
 
 
 def check_bare(model: nn.Module) -> None:

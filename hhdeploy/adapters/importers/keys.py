@@ -14,8 +14,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from hhdeploy.backbones.weights import DISTRIBUTED, without_wrappers
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.checkpoints import DISTRIBUTED, without_wrappers
 
 PEFT_ROOT = "base_model."
 PEFT_MODEL = "base_model.model."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hhdeploy.adapters.checks import abbreviate
+from hhdeploy.adapters.checks import abbreviate, sites_there_are
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.authors import import_arc, import_rlrr, is_arc, is_rlrr
@@ -28,8 +28,10 @@ from hhdeploy.adapters.importers.template import (
     split_thirds,
     stated_preprocess,
 )
-from hhdeploy.backbones.weights import advice_on_peft, unwrapped
+from hhdeploy.backbones.sites import sites_of
+from hhdeploy.backbones.weights import advice_on_parametrized, advice_on_peft
 from hhdeploy.errors import AdapterError, require
+from hhdeploy.files.checkpoints import unwrapped
 from hhdeploy.files.weights import content_of
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
 # What to do with keys that are not known.
 _OTHER_KEYS = (
-    " A common start of your own is stripped with `prefix`; a checkpoint that has the backbone's "
-    "weights too comes in with `extract_adapter()`; other keys with `key_map`."
+    " A common start of your own is stripped with `prefix`; other names of such tensors are said "
+    "with `key_map`. Whatever else was trained (biases, norms, another kind of adapter), merge "
+    "into the weights there, and bring the whole checkpoint, by the model's names: "
+    "`extract_adapter()`."
 )
 
 
@@ -84,6 +88,7 @@ def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOpt
             result[name] = tensor
     for owner, group in fused.items():
         result |= split_thirds(linears[owner], *low_rank_pair(group, owner, path), path)
+    _check_sites(result, backbone, path)
     config = AdapterConfig(
         backbone.facts.model,
         form=options.form or "additive",
@@ -118,11 +123,26 @@ def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: Import
             raise AdapterError(
                 f"{path}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
                 f".lora_B, and the classifier's ({', '.join(head_keys(backbone))})."
-                + (advice_on_peft(options.prefix + key for key in read) or _OTHER_KEYS)
+                + _advice([options.prefix + key for key in read])
             )
         scaled = last == "lora_B" and options.lora_scale != 1.0
         found[key] = tensor.astype(np.float64) * options.lora_scale if scaled else tensor
     return found
+
+
+def _advice(keys: Sequence[str]) -> str:
+    return advice_on_peft(keys) or advice_on_parametrized(keys) or _OTHER_KEYS
+
+
+def _check_sites(tensors: Tensors, backbone: Backbone, path: Path) -> None:
+    """Every tensor is of a site, or of the classifier."""
+    known = sites_of(backbone.facts.linears)
+    for key in tensors:
+        if key not in head_keys(backbone) and key.rpartition(".")[0] not in known:
+            raise AdapterError(
+                f"{path}: {key}: {backbone.facts.model} has no such site, or its forward pass does "
+                f"not use it. {sites_there_are(backbone.facts)}{_advice(list(tensors))}"
+            )
 
 
 def read_pth(path: Path) -> tuple[Tensors, tuple[str, ...]]:

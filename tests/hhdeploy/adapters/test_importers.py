@@ -692,6 +692,35 @@ def test_pth_files_that_are_refused(tmp_path, tiny):
     refuse("zero sites found")
 
 
+@pytest.mark.parametrize(
+    ("owner", "way"),
+    [
+        ("blocks.0.attn.proj.parametrizations.weight.0", "call .*remove_parametrizations"),
+        ("blocks.0.attn.proj.experts.1", "merge into the weights there"),
+        ("patch_embed.proj", "merge into the weights there"),
+        ("head", "merge into the weights there"),
+    ],
+)
+def test_tensors_of_no_site_in_a_pth_file_say_what_to_do(tmp_path, tiny, owner, way):
+    """Others' LoRA: a module behind the Linear, of a convolution, of the classifier."""
+    pair = {f"{owner}.lora_A": torch.ones(2, 48), f"{owner}.lora_B": torch.ones(48, 2)}
+    torch.save(pair, tmp_path / "a.pth")
+    with pytest.raises(AdapterError, match=rf"{owner}\.lora_A: .* has no such site.*{way}"):
+        import_adapter(tmp_path / "a.pth", tiny)
+
+
+def test_a_head_beside_the_adapter_in_a_pth_file_is_refused(tmp_path, tiny):
+    """It was dropped, and the backbone's answered."""
+    pair = {"blocks.0.attn.proj.lora_A": torch.ones(2, 48)}
+    pair |= {"blocks.0.attn.proj.lora_B": torch.ones(48, 2)}
+    head = {"weight": torch.ones(CLASSES, 48), "bias": torch.ones(CLASSES)}
+    torch.save({"model": pair, "head": head}, tmp_path / "a.pth")
+    with pytest.raises(AdapterError, match=r"it has head beside model\. Parts of one model"):
+        import_adapter(tmp_path / "a.pth", tiny)
+    torch.save({"model": pair | {f"head.{k}": v for k, v in head.items()}}, tmp_path / "a.pth")
+    assert import_adapter(tmp_path / "a.pth", tiny).head is not None
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_tensors_of_peft_in_a_pth_file_say_what_they_are(tmp_path, whole):
     """And what the message advises can be done."""

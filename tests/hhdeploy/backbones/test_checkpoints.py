@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from fractions import Fraction
 
@@ -13,14 +14,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from timm.utils import CheckpointSaver
+from torch.nn.utils.parametrizations import weight_norm
 
 from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
-from hhdeploy.backbones.weights import unwrapped
 from hhdeploy.errors import AdapterError, BackboneError
+from hhdeploy.files.checkpoints import unwrapped
 from hhdeploy.files.tensors import read_tensors
 from tests.own_models import compiled_encoder, encoder
 from tests.support import TINY_ARGS, TINY_MODEL, perturb, tiny_spec
@@ -167,6 +169,76 @@ def assert_taken(file, model, *lines):
 def test_what_trainings_write(tmp_path, model, raw, wrap, line):
     torch.save(wrap(raw, model.state_dict()), tmp_path / "x.pth")
     assert_taken(tmp_path / "x.pth", model, *([line] if line else []))
+
+
+def head(*shape):
+    return {"weight": torch.ones(7, *shape), "bias": torch.ones(7)}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda own: {"model": own, "classifier": head(48)}, "it has classifier beside model"),
+        (lambda own: {"net": own, "fc": {"state_dict": head(48)}}, "it has fc.state_dict beside n"),
+        (lambda own: {"state_dict": own, **named(head(48), "fc.")}, "it has fc.weight, fc.bias be"),
+        (lambda own: {"ema": {"model": own, "x": head(9, 9)}}, "it has x beside model"),
+        (lambda own: {"model_ema": own, "model": own, "x": head(9, 9)}, "it has x beside model_"),
+        (lambda own: {"model": own, "lora": {"blocks.0.down": torch.ones(9)}}, "it has lora besid"),
+        (lambda own: {"backbone": own, "head": head(48)}, "several state dicts, backbone, head"),
+    ],
+)
+def test_a_part_of_the_model_beside_it_is_refused(tmp_path, model, wrap, found):
+    """Its answers would be those of another head, or of none, without a word."""
+    torch.save(wrap(model.state_dict()), tmp_path / "x.pth")
+    with pytest.raises(BackboneError) as raised:
+        load_backbone(spec(tmp_path / "x.pth"))
+    assert found in str(raised.value)
+    assert "Parts of one model, as a classifier apart, go into one state dict" in str(raised.value)
+
+
+@pytest.mark.parametrize("start", ["model.", ""])
+@pytest.mark.parametrize("number", [torch.tensor([3.0]), torch.tensor(0.5)])
+def test_a_number_that_the_answers_are_computed_with_is_refused(tmp_path, model, start, number):
+    """A temperature of the logits, a gate; a count of steps is none."""
+    torch.save(named(model.state_dict(), start) | {"temperature": number}, tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match="keys unexpected: temperature"):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_what_timm_passes_over_is_said(tmp_path, model):
+    """A layer in front of the head, which timm's ViTs had once."""
+    layer = {"pre_logits.fc.weight": torch.ones(48, 48), "pre_logits.fc.bias": torch.ones(48)}
+    torch.save(model.state_dict() | layer, tmp_path / "x.pth")
+    line = "left out of the checkpoint, as timm does: pre_logits.fc.weight, pre_logits.fc.bias"
+    assert_taken(tmp_path / "x.pth", model, line)
+
+
+@pytest.mark.parametrize(
+    ("more", "way"),
+    [
+        ({"blocks.0.attn.qkv.lora_A": torch.ones(2, 48)}, "merge where it was trained"),
+        ({"blocks.0.ssf_scale": torch.ones(48)}, "merge where it was trained"),
+        ({"prompts": torch.ones(1, 5, 48)}, "as a model of your own, python:MODULE:FUNCTION"),
+    ],
+)
+def test_what_is_inside_of_the_model_stays_an_error(tmp_path, model, more, way):
+    torch.save(model.state_dict() | more, tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=rf"keys unexpected: {next(iter(more))}.*{way}"):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_weights_that_torch_parametrizes_say_what_to_do(tmp_path, model):
+    wrapped = copy.deepcopy(model)
+    weight_norm(wrapped.blocks[0].attn.qkv)
+    torch.save(wrapped.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=r"call .*remove_parametrizations\(MODULE, 'weight'\)"):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_empty_tensors_of_deepspeed_say_what_to_do(tmp_path, model):
+    torch.save({"module": dict.fromkeys(model.state_dict(), torch.ones(0))}, tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=r"tensors of its module are empty.*zero_to_fp32"):
+        load_backbone(spec(tmp_path / "x.pth"))
 
 
 def test_what_timm_s_own_training_writes(tmp_path, model):
