@@ -54,6 +54,8 @@ _TEACHER = "WithTeacher"
 _IMAGES, _SHAPES = "pixel_values", "spatial_shapes"
 # What configurations call the number of images that a video has.
 _FRAMES = ("num_frames", "frames_per_clip")
+# An adapter of PEFT beside a model: transformers puts it on the model that it loads from there.
+_ADAPTER = "adapter_config.json"
 
 
 def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
@@ -233,6 +235,9 @@ def _model(
 
     kind = _class(transformers, config, classifies)
     taken: tuple[str, ...] = ()
+    file, adapter = spec.checkpoint, _adapter_beside(spec, where)
+    if file is None and adapter:
+        file = weights_in(Path(where))
     try:
         with seeded(spec.seed):
             if spec.checkpoint is None and not spec.pretrained:
@@ -244,10 +249,10 @@ def _model(
                 "dtype": torch.float32,
                 "output_loading_info": True,
             }
-            if spec.checkpoint is not None:
+            if file is not None:
                 with torch.device("meta"):
                     empty = _fresh(kind, config)
-                state, taken = _state(spec.checkpoint, empty, classifies)
+                state, taken = _state(file, empty, classifies)
                 model, loading = type(empty).from_pretrained(None, state_dict=state, **common)
             else:
                 model, loading = kind.from_pretrained(
@@ -267,8 +272,24 @@ def _model(
         classifier_path(model) if classifies else "",
         whole=spec.checkpoint is not None and classifies,
     )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BackboneError(
+            f"transformers:{where} is a model with an adapter of PEFT on it ({_ADAPTER}). Expected "
+            "the model alone: have it in a directory of its own, and bring the adapter by "
+            "`import_adapter()`."
+        )
     given = frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
-    return model, given, (*taken, *_left_out(loading))
+    return model, given, (*taken, *_left_out(loading), *adapter)
+
+
+def _adapter_beside(spec: BackboneSpec, where: str) -> tuple[str, ...]:
+    """A line where a directory has an adapter beside the model's weights, which are read without
+    it: transformers would, with PEFT installed, return the model that the adapter makes of it."""
+    folder = Path(where)
+    beside = (folder / _ADAPTER).is_file() and weights_in(folder).is_file()
+    if spec.checkpoint is not None or not spec.pretrained or not beside:
+        return ()
+    return ("an adapter of PEFT beside the model is left out: it comes in by `import_adapter()`",)
 
 
 def _in_the_way(spec: BackboneSpec, where: str, error: Exception) -> str:
@@ -344,7 +365,7 @@ def _check_loading(
         more = " Parts of the model would stay random." if random else advice_on_more(head)
         raise BackboneError(
             f"{what}: the weights do not fit the model's configuration; keys "
-            f"{'; '.join(problems)}.{advice_on_peft(found['unexpected']) or more}"
+            f"{'; '.join(problems)}.{advice_on_peft(loading['unexpected_keys']) or more}"
             f"{half_classifier(missing, head)}"
         )
 

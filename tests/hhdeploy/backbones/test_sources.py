@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -19,11 +20,17 @@ from safetensors.torch import load_file, save_file
 from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Head
+from hhdeploy.adapters.importers import import_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
-from hhdeploy.backbones.transformers import from_image_processor, image_processor, with_classifier
+from hhdeploy.backbones.transformers import (
+    from_image_processor,
+    image_processor,
+    models,
+    with_classifier,
+)
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach, extract
 from tests.hhdeploy.backbones.small_vit import SMALL_VIT, save_small_vit
@@ -85,6 +92,38 @@ def test_a_directory_of_transformers(saved):
     assert torch.equal(
         backbone.model.state_dict()["classifier.bias"], model.state_dict()["classifier.bias"]
     )
+
+
+@pytest.mark.filterwarnings(r"ignore:unclosed file .*adapter_config\.json:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads it
+def test_an_adapter_beside_a_model_of_transformers_is_not_put_on_it(saved, folder, monkeypatch):
+    """transformers puts it there by itself where PEFT is installed: another model is the backbone.
+    The adapter comes in from that very directory."""
+    model = transformers.ViTForImageClassification.from_pretrained(saved)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    found, plain = load_backbone(spec(folder)), load_backbone(spec(saved))
+    line = "an adapter of PEFT beside the model is left out: it comes in by `import_adapter()`"
+    assert found.notes == (line, *plain.notes)
+    assert replace(found.facts, extra={}) == replace(plain.facts, extra={})
+    assert set(import_adapter(folder, found).sites) == {
+        site.name for linear in found.facts.linears for site in linear.sites if site.kind == "q"
+    }
+    # As of the hub, where nobody sees it beforehand.
+    monkeypatch.setattr(models, "_adapter_beside", lambda *_: ())
+    with pytest.raises(
+        BackboneError, match=r"is a model with an adapter of PEFT on it \(adapter_c"
+    ):
+        load_backbone(spec(folder))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads it
+def test_a_directory_of_a_model_that_peft_wraps_says_what_to_do(folder):
+    model = transformers.ViTForImageClassification.from_pretrained(folder)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    save_file(tuned.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match=r"missing: vit.*of a model that PEFT wraps"):
+        load_backbone(spec(folder))
 
 
 def test_no_path_of_the_machine_is_in_the_facts(saved):
