@@ -28,7 +28,8 @@ from hhdeploy.adapters.importers.template import (
     split_thirds,
     stated_preprocess,
 )
-from hhdeploy.backbones.sites import sites_of
+from hhdeploy.algebra import Reflection
+from hhdeploy.backbones.sites import Form, sites_of
 from hhdeploy.backbones.weights import advice_on_parametrized, advice_on_peft
 from hhdeploy.errors import AdapterError, require
 from hhdeploy.files.checkpoints import unwrapped
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
 
 
+# What a file is taken for that nobody says more of.
+_FORM: Form = "additive"
+_REFLECTION: Reflection = "unnormalized"
 _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
 # What to do with keys that are not known.
@@ -91,27 +95,37 @@ def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOpt
     _check_sites(result, backbone, path)
     config = AdapterConfig(
         backbone.facts.model,
-        form=options.form or "additive",
-        reflection=options.reflection or "unnormalized",
+        form=options.form or _FORM,
+        reflection=options.reflection or _REFLECTION,
         r=max((t.shape[0] for n, t in result.items() if n.endswith(".lora_A")), default=0),
-        extra={"imported_from": {"format": "torch.save", **_scaling(tensors, options)}},
+        extra={"imported_from": {"format": "torch.save", **_said(tensors, options)}},
     )
     stated = stated_preprocess(path.parent, backbone, options)
     return finish(result, config, path, backbone, options, stated)
 
 
-def _scaling(tensors: Tensors, options: ImportOptions) -> dict[str, Any]:
-    """What LoRA's products were multiplied by; HTA's, beside u and v, are whole in the file."""
+def _said(tensors: Tensors, options: ImportOptions) -> dict[str, Any]:
+    """What LoRA's products were multiplied by, and what the file does not say: that, but of HTA's,
+    which are whole beside u and v; and what u and v mean."""
     bare = [
         n for n in tensors if n.endswith(".lora_B") and f"{n[: -len('lora_B')]}u" not in tensors
     ]
-    said: dict[str, Any] = {"lora_scale": options.lora_scale}
+    assumed = []
     if bare and options.lora_scale == 1.0:
-        said["assumed"] = [
+        assumed.append(
             f"{abbreviate(bare, 1)} is taken as it is: the file does not hold LoRA's alpha / r. "
             "Where that is not 1, give it as the lora scale"
-        ]
-    return said
+        )
+    reflected = [n for n in tensors if n.endswith(".u")]
+    taken = [f"the reflection {_REFLECTION}"] if options.reflection is None else []
+    taken += [f"the form {_FORM}"] if options.form is None else []
+    if reflected and taken:
+        assumed.append(
+            f"{abbreviate(reflected, 1)} and what belongs to it are taken in {' and '.join(taken)}"
+            ": the file does not say. Where it was trained otherwise, give these; where it acts on "
+            "rows, as the paper writes it, a key map"
+        )
+    return {"lora_scale": options.lora_scale, **({"assumed": assumed} if assumed else {})}
 
 
 def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Tensors:

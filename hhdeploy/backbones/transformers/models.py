@@ -289,7 +289,7 @@ def _adapter_beside(spec: BackboneSpec, where: str) -> tuple[str, ...]:
     beside = (folder / _ADAPTER).is_file() and weights_in(folder).is_file()
     if spec.checkpoint is not None or not spec.pretrained or not beside:
         return ()
-    return ("an adapter of PEFT beside the model is left out: it comes in by `import_adapter()`",)
+    return ("an adapter of PEFT beside the model is left out: it has to be imported",)
 
 
 def _in_the_way(spec: BackboneSpec, where: str, error: Exception) -> str:

@@ -363,11 +363,12 @@ def test_an_adapter_says_which_of_several_weights_it_is_of(tmp_path, tiny, copy)
     state = torch.load(pth(tmp_path / "a.pth", random_adapter(tiny.facts)), weights_only=True)
     half = {key: value / 2 for key, value in state.items()}
     torch.save({"model": state, "model_avg": half}, tmp_path / "a.pth")
-    found = import_adapter(tmp_path / "a.pth", tiny)
+    options = ImportOptions(form="additive", reflection="unnormalized")
+    found = import_adapter(tmp_path / "a.pth", tiny, options)
     assert assumed(found) == [said]
     assert np.array_equal(found.head.bias, half["head.bias"].numpy())
     torch.save({"model": state, "ema": {"shadow_params": list(half.values())}}, tmp_path / "a.pth")
-    (line,) = assumed(import_adapter(tmp_path / "a.pth", tiny))
+    (line,) = assumed(import_adapter(tmp_path / "a.pth", tiny, options))
     assert line == "weights taken from model of the checkpoint, not from ema.shadow_params"
     source = copy()
     tensors = load_file(source / TENSOR_FILE)
@@ -598,6 +599,22 @@ def test_a_pth_file(tmp_path, tiny, form, targets, prefix, entry):
     assert np.array_equal(found.head.weight, adapter.head.weight)
     assert found.config.extra["imported_from"]["file"] == "a.pth"
     assert "assumed" not in found.config.extra["imported_from"]  # HTA's own product has no alpha
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"),
+    [
+        ({}, "the reflection unnormalized and the form additive: the file does not say"),
+        ({"form": "additive"}, "in the reflection unnormalized: the file does not say"),
+        ({"reflection": "orthogonal"}, "in the form additive: the file does not say"),
+    ],
+)
+def test_what_the_vectors_of_a_pth_file_are_taken_for_is_said(tmp_path, tiny, said, taken):
+    """As of LoRA's scale: trained otherwise, the numbers would be another adapter's."""
+    file = pth(tmp_path / "a.pth", random_adapter(tiny.facts, targets=("proj",)))
+    (line,) = assumed(import_adapter(file, tiny, ImportOptions(**said)))
+    assert line.startswith("blocks.0.attn.proj.u, … (2 in all) and what belongs to it are taken")
+    assert taken in line
 
 
 def test_a_pth_file_in_half_precision_and_with_a_scale(tmp_path, tiny):

@@ -103,7 +103,7 @@ def test_an_adapter_beside_a_model_of_transformers_is_not_put_on_it(saved, folde
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(folder)
     found, plain = load_backbone(spec(folder)), load_backbone(spec(saved))
-    line = "an adapter of PEFT beside the model is left out: it comes in by `import_adapter()`"
+    line = "an adapter of PEFT beside the model is left out: it has to be imported"
     assert found.notes == (line, *plain.notes)
     assert replace(found.facts, extra={}) == replace(plain.facts, extra={})
     assert set(import_adapter(folder, found).sites) == {
