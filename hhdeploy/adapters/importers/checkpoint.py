@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
 from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_preprocess
+from hhdeploy.algebra import Array
 from hhdeploy.backbones.licences import licences_of_card
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
@@ -22,6 +24,8 @@ from hhdeploy.files.writing import as_path
 from hhdeploy.preprocess import Preprocess
 
 _DEFAULTS = ImportOptions()
+# Of the backbone's, a weight's size after a training, below which it was none.
+_SMALL = 0.2
 
 
 def extract_adapter(
@@ -72,6 +76,7 @@ def extract_adapter(
     if tuned.facts.classes == 0:  # the file has no classifier, the model's is a placeholder
         head = f"{tuned.facts.classifier}."
         after = {name: value for name, value in after.items() if not name.startswith(head)}
+    _check_whole(backbone, after, path)
     tensors = changed_parameters(backbone, after, {}, path)
     if not tensors:
         raise AdapterError(
@@ -94,6 +99,23 @@ def extract_adapter(
     )
     file = weights_in(path) if path.is_dir() else path
     return finish(tensors, config, file, backbone, options, stated)
+
+
+def _check_whole(backbone: Backbone, after: Mapping[str, Array], path: Path) -> None:
+    """The values are a model's, and not their differences to the backbone's (a task vector), which
+    have the names of its and are small: a training leaves most weights about as large."""
+    before = {n: p.detach().double().cpu().numpy() for n, p in backbone.model.named_parameters()}
+    ratios = [
+        float(np.linalg.norm(after[name]) / size)
+        for name, value in before.items()
+        if name in after and (size := np.linalg.norm(value)) > 0
+    ]
+    ratio = float(np.median(ratios)) if ratios else 1.0
+    if ratio < _SMALL:
+        raise AdapterError(
+            f"{path}: expected the weights of a model, found values {ratio:.1g} times as large as "
+            "the backbone's. If they are differences to it, add its weights and bring the sum."
+        )
 
 
 def _tuned_spec(spec: BackboneSpec, path: Path) -> BackboneSpec:

@@ -70,6 +70,16 @@ def check(base, file, adapter, precision="float32"):
     assert np.abs(without - found).max() > MISTAKE * np.ptp(found)
 
 
+@pytest.mark.parametrize("change", [low_rank, everything])
+def test_differences_are_no_model(tmp_path, base, change):
+    """A task vector has the names and the shapes of the model; it came in as its weights."""
+    before = torch.load(base.checkpoint, weights_only=True)
+    after = tuned(base, change, classes=5)
+    torch.save({name: after[name] - value for name, value in before.items()}, tmp_path / "x.pth")
+    with pytest.raises(AdapterError, match=r"expected the weights of a model, found .*differences"):
+        extract_adapter(tmp_path / "x.pth", base)
+
+
 @pytest.mark.parametrize("wrapper", ["plain", "ema", "ddp", "parameters"])
 def test_a_merged_lora_is_found_again(tmp_path, base, wrapper):
     state = tuned(base, low_rank)
