@@ -54,6 +54,8 @@ _TEACHER = "WithTeacher"
 _IMAGES, _SHAPES = "pixel_values", "spatial_shapes"
 # What configurations call the number of images that a video has.
 _FRAMES = ("num_frames", "frames_per_clip")
+# What transformers calls models of timm.
+_OF_TIMM = "timm_wrapper"
 # An adapter of PEFT beside a model: transformers puts it on the model that it loads from there.
 _ADAPTER = "adapter_config.json"
 
@@ -82,7 +84,10 @@ def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     _check_inputs(model, where)
     path = classifier_path(model) if classifies else ""
     classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
-    preprocess, notes = _preprocess(config, spec, where)
+    if config.model_type == _OF_TIMM:
+        preprocess, notes = _timm_s_preprocess(config, spec, model)
+    else:
+        preprocess, notes = _preprocess(config, spec, where)
     traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
     name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
     return Loaded(
@@ -375,6 +380,29 @@ def _first_line(error: Exception) -> str:
     if len(lines) > 1 and lines[0].endswith(":"):  # of what, which the next one says
         return f"{lines[0]} {lines[1].strip()}"
     return lines[0] if lines else type(error).__name__
+
+
+def _timm_s_preprocess(
+    config: Any, spec: BackboneSpec, model: nn.Module
+) -> tuple[Preprocess, tuple[str, ...]]:
+    """The transform of a model of timm in transformers: its config.json states it as timm's does,
+    and there is no other place for it. The architecture's own where it does not."""
+    from hhdeploy.backbones.timm import preprocess_of, transform_beside
+
+    inner = next(m for m in model.modules() if hasattr(m, "pretrained_cfg"))
+    args = config.model_args or {}
+    if spec.checkpoint and (found := transform_beside(spec.checkpoint, inner, args)) is not None:
+        beside, name = found
+        return beside, (
+            f"image transform taken from {name} beside the weights: {beside.described()}",
+        )
+    stated = getattr(config, "pretrained_cfg", None)
+    made = preprocess_of(inner, args, stated)
+    if spec.input_size is not None:
+        made = replace(made, input_size=spec.input_size)
+    if stated:
+        return made, ()
+    return made, (f"image transform assumed, for want of pretrained_cfg: {made.described()}",)
 
 
 def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess, tuple[str, ...]]:

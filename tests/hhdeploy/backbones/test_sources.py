@@ -126,6 +126,38 @@ def test_a_directory_of_a_model_that_peft_wraps_says_what_to_do(folder):
         load_backbone(spec(folder))
 
 
+@pytest.mark.parametrize("where", ["model", "checkpoint"])
+def test_a_model_of_timm_in_transformers_has_the_transform_of_its_config(tmp_path, where):
+    """It was asked for its size, and then took another transform than the one that is stated."""
+    stated = {
+        "input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6],
+        "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center",
+    }  # fmt: skip
+
+    def save(folder, **changes):
+        config = transformers.TimmWrapperConfig(
+            architecture=TINY_MODEL, model_args=TINY_ARGS, num_labels=7, **changes
+        )
+        transformers.TimmWrapperForImageClassification(config).save_pretrained(tmp_path / folder)
+        return spec(tmp_path / folder)
+
+    saved = save("own", pretrained_cfg=stated)
+    if where == "checkpoint":
+        file = tmp_path / "own" / "model.safetensors"
+        saved = replace(save("other"), checkpoint=file)
+    backbone = load_backbone(saved)
+    found = backbone.facts.preprocess
+    assert (found.input_size, found.mean, found.std) == (
+        (3, 32, 32),
+        (0.1, 0.2, 0.3),
+        (0.4, 0.5, 0.6),
+    )
+    assert (found.interpolation, found.crop_pct, found.crop_mode) == ("bicubic", 0.9, "center")
+    assert (backbone.facts.classifier, backbone.facts.classes) == ("timm_model.head", 7)
+    (line,) = load_backbone(save("bare")).notes
+    assert line.startswith("image transform assumed, for want of pretrained_cfg: 32x32, bicubic")
+
+
 def test_no_path_of_the_machine_is_in_the_facts(saved):
     facts = load_backbone(spec(saved)).facts
     assert facts.model == "transformers:ViTForImageClassification"
