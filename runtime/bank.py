@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
-from hhdeploy.adapters.format import Adapter, load_adapter
+from hhdeploy.adapters.format import Adapter, checked_adapter, load_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.membership import admit, entry_of
@@ -175,7 +175,7 @@ class AdapterBank:
 
     def pack(self, name: str, adapter: str | Path | Adapter, *, verified: bool = False) -> Packed:
         """The slow half of `add`: read, check and pack an adapter; the bank is not touched."""
-        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        loaded = checked_adapter(adapter) if isinstance(adapter, Adapter) else load_adapter(adapter)
         notes: list[str] = []
         row = admit(self._manifest, name, loaded, notes.append)
         entry = entry_of(name, None, loaded, self._manifest.backbone, verified=verified)

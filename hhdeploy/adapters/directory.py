@@ -1,12 +1,17 @@
-"""The files of an adapter's directory that a bundle takes, the same for all that copy them."""
+"""An adapter's directory as a whole: what of it a bundle takes, and what may be in its place."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, read_config
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.directories import Replaceable, strangers
 from hhdeploy.files.plain import plain_files
+
+# Of `train`: the only file of a linear probe.
+METRICS_FILE = "metrics.json"
 
 
 def adapter_files(directory: Path, bundle: Path) -> list[str]:
@@ -38,3 +43,19 @@ def adapter_files(directory: Path, bundle: Path) -> list[str]:
                 "on some systems. Rename or remove that file."
             )
     return names
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a directory is neither an adapter nor a linear probe of `train`, or None."""
+    found = {entry.name for entry in path.iterdir()}
+    if found == {METRICS_FILE}:
+        return None
+    try:
+        read_config(path / CONFIG_FILE)
+    except AdapterError:
+        return f"it has no {CONFIG_FILE} of peft_type HTA that can be read"
+    return strangers(path, {CONFIG_FILE, TENSOR_FILE, METRICS_FILE}, "no adapter has")
+
+
+# What `import`, `train` and `save_adapter` may replace.
+ADAPTER = Replaceable("an adapter directory", _foreign, last=CONFIG_FILE)

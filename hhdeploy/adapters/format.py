@@ -23,7 +23,8 @@ from hhdeploy.adapters.config import (
     check_problem_type,
     read_config,
 )
-from hhdeploy.adapters.made import writable_config
+from hhdeploy.adapters.directory import ADAPTER
+from hhdeploy.adapters.made import check_parts, writable_config
 from hhdeploy.algebra import (
     Array,
     Scales,
@@ -35,13 +36,9 @@ from hhdeploy.algebra import (
 from hhdeploy.backbones.sites import Form
 from hhdeploy.choices import of_kind, yes_or_no
 from hhdeploy.errors import AdapterError
-from hhdeploy.files.directories import Replaceable, atomic_directory, strangers
+from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import check_finite, read_tensors, tensor_bytes
 from hhdeploy.files.writing import as_path, json_bytes, write_bytes
-
-# Of `train`: the only file of a linear probe.
-METRICS_FILE = "metrics.json"
-
 
 _HTA_TENSORS = ("u", "v", "d")
 _LORA_TENSORS = ("lora_A", "lora_B")
@@ -216,8 +213,7 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
         AdapterError: when the adapter would not pass the reader's checks, or has a strength, which
             its files cannot say.
     """
-    adapter, directory = of_kind(adapter, Adapter, "adapter"), as_path(directory, "directory")
-    adapter = replace(adapter, config=writable_config(adapter.config, str(adapter.source)))
+    adapter, directory = checked_adapter(adapter), as_path(directory, "directory")
     if adapter.strength != 1.0:
         raise AdapterError(
             f"{adapter.source} is at {adapter.strength:g} of its strength, and an adapter's files "
@@ -233,20 +229,20 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
         load_adapter(scratch)
 
 
-def _foreign(path: Path) -> str | None:
-    """Why a directory is neither an adapter nor a linear probe of `train`, or None."""
-    found = {entry.name for entry in path.iterdir()}
-    if found == {METRICS_FILE}:
-        return None
-    try:
-        read_config(path / CONFIG_FILE)
-    except AdapterError:
-        return f"it has no {CONFIG_FILE} of peft_type HTA that can be read"
-    return strangers(path, {CONFIG_FILE, TENSOR_FILE, METRICS_FILE}, "no adapter has")
+def checked_adapter(given: object, parameter: str = "adapter") -> Adapter:
+    """An adapter that may have been made in Python, as it is read once it is written.
 
-
-# What `import`, `train` and `save_adapter` may replace.
-ADAPTER = Replaceable("an adapter directory", _foreign, last=CONFIG_FILE)
+    Raises:
+        OptionError: it is none.
+        AdapterError: naming its source and what of it is not as an adapter's files have it; see
+            `load_adapter`.
+    """
+    adapter = of_kind(given, Adapter, parameter)
+    source = str(adapter.source)
+    config = writable_config(adapter.config, source)
+    check_parts(adapter, SiteTensors, Head, source)
+    checked = assemble_adapter(config, tensors_of(adapter), source, source)
+    return replace(checked, strength=float(adapter.strength))
 
 
 def tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:
@@ -265,7 +261,7 @@ def tensors_of(adapter: Adapter) -> dict[str, NDArray[np.float32]]:
 
 
 def assemble_adapter(
-    config: AdapterConfig, tensors: Mapping[str, NDArray[Any]], where: Path, source: str
+    config: AdapterConfig, tensors: Mapping[str, NDArray[Any]], where: Path | str, source: str
 ) -> Adapter:
     """An adapter from its tensors by key, with the checks of `load_adapter`.
 
@@ -284,7 +280,7 @@ def assemble_adapter(
         if not np.issubdtype(tensor.dtype, np.floating):
             raise AdapterError(f"{where}: {key}: expected a float tensor, found {tensor.dtype}.")
         with np.errstate(over="ignore"):  # a float64 beyond float32's range is reported below
-            tensor = tensor.astype(np.float32)
+            tensor = tensor.astype(np.float32, copy=False)
         check_finite(tensor, f"{where}: {key}", AdapterError)
         groups.setdefault(owner, {})[name] = tensor
     values = {o: g.pop(_VALUE) for o, g in groups.items() if _VALUE in g}
@@ -316,7 +312,7 @@ def assemble_adapter(
 
 
 def _site(
-    name: str, group: Mapping[str, NDArray[np.float32]], where: Path, form: Form
+    name: str, group: Mapping[str, NDArray[np.float32]], where: Path | str, form: Form
 ) -> SiteTensors:
     for wanted in (_HTA_TENSORS, _LORA_TENSORS):
         present = [t for t in wanted if t in group]
@@ -361,7 +357,7 @@ def _expected_shapes(site: SiteTensors, form: Form) -> dict[str, tuple[int, ...]
 
 
 def _head(
-    heads: Mapping[str, Mapping[str, NDArray[np.float32]]], config: AdapterConfig, where: Path
+    heads: Mapping[str, Mapping[str, NDArray[np.float32]]], config: AdapterConfig, where: Path | str
 ) -> Head | None:
     if not heads:
         return None

@@ -1,22 +1,27 @@
-"""Configurations that were made in Python, held to what their files can say."""
+"""Configurations and adapters that were made in Python, held to what their files can say."""
 
 from __future__ import annotations
 
 import json
+import math
 import operator
 import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from hhdeploy.adapters.config import AdapterConfig, Compression, parse_config
 from hhdeploy.backbones.licences import licences_of
-from hhdeploy.choices import PROBLEM_TYPES
+from hhdeploy.choices import PROBLEM_TYPES, as_float
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.folders import alike
 from hhdeploy.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from hhdeploy.adapters.format import Adapter
 
 
 def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
@@ -53,6 +58,49 @@ def writable_config(config: AdapterConfig, where: str) -> AdapterConfig:
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{where}: it cannot be written as JSON: {error}.") from error
     return parse_config(json.loads(written), where)
+
+
+def check_parts(adapter: Adapter, site: type, head: type, where: str) -> None:
+    """Every part of an adapter is of its kind, the arrays of whatever type and shape.
+
+    Args:
+        adapter: whose.
+        site: `hhdeploy.adapters.format.SiteTensors`.
+        head: `hhdeploy.adapters.format.Head`.
+        where: its source, for the message.
+
+    Raises:
+        AdapterError: naming the part.
+    """
+
+    def check(name: str, part: object, kind: type | UnionType, expected: str) -> None:
+        if not isinstance(part, kind):
+            raise AdapterError(
+                f"{where}: {name}: expected {expected}, found {type(part).__name__} "
+                f"{reprlib.repr(part)}."
+            )
+
+    arrays: dict[str, object] = {}
+    for name, parts, kind, expected in (
+        ("sites", adapter.sites, site, f"{site.__name__}(...)"),
+        ("values", adapter.values, np.ndarray, "a NumPy array"),
+    ):
+        check(name, parts, Mapping, f"a dictionary of names, and {expected} each")
+        for path, part in parts.items():
+            check(f"{name}: a name", path, str, "a string")
+            check(f"{name}[{path!r}]", part, kind, expected)
+            if kind is site:
+                arrays |= {f"{path}.{k}": v for k, v in vars(part).items() if v is not None}
+    check("head", adapter.head, head | None, f"{head.__name__}(...) or None")
+    if adapter.head is not None:
+        check("head.path", adapter.head.path, str, "a string")
+        arrays |= {"head.weight": adapter.head.weight, "head.bias": adapter.head.bias}
+    for name, array in arrays.items():
+        check(name, array, np.ndarray, "a NumPy array")
+    if not math.isfinite(as_float(adapter.strength)):
+        raise AdapterError(
+            f"{where}: strength: expected a finite number, found {adapter.strength!r}."
+        )
 
 
 def _of_plain_kinds(config: AdapterConfig, where: str) -> AdapterConfig:

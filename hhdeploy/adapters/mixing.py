@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.bases import deciding, same_model
 from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig, Compression
-from hhdeploy.adapters.format import Adapter, Head, SiteTensors
+from hhdeploy.adapters.format import Adapter, Head, SiteTensors, checked_adapter
 from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.licences import together
@@ -131,6 +131,7 @@ def _weighted(name: str, given: object) -> tuple[Adapter, float]:
     if isinstance(given, Sequence) and len(given) == 2:
         adapter, weight = given
         if isinstance(adapter, Adapter) and math.isfinite(as_float(weight)):
+            adapter = checked_adapter(adapter)
             _check_range(adapter, adapter.strength * float(weight), f"the weight of {name!r}")
             return adapter, float(weight)
         found = f"({type(adapter).__name__}, {weight!r})"

@@ -16,7 +16,14 @@ from torch.nn.utils import parametrize
 
 from hhdeploy.adapters.checks import check, check_targets
 from hhdeploy.adapters.config import AdapterConfig
-from hhdeploy.adapters.format import PARTS, Adapter, Head, SiteTensors, save_adapter
+from hhdeploy.adapters.format import (
+    PARTS,
+    Adapter,
+    Head,
+    SiteTensors,
+    checked_adapter,
+    save_adapter,
+)
 from hhdeploy.adapters.made import checked_config
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.parameters import (
@@ -137,6 +144,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     seed = whole(seed, "seed", *SEEDS, AdapterError)
     if isinstance(adapter, AdapterConfig):
         adapter = checked_config(adapter, "the new adapter")  # not after hours, by `save`
+    else:
+        adapter = checked_adapter(adapter)
     config = adapter.config if isinstance(adapter, Adapter) else adapter
     generator = torch.Generator().manual_seed(seed)
     facts = _facts_of(model, config)

@@ -20,7 +20,8 @@ from torch import nn
 
 from hhdeploy.adapters.checks import check_sites
 from hhdeploy.adapters.config import CLASSES, AdapterConfig
-from hhdeploy.adapters.format import ADAPTER, METRICS_FILE, Adapter, save_adapter
+from hhdeploy.adapters.directory import ADAPTER, METRICS_FILE
+from hhdeploy.adapters.format import Adapter, save_adapter
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec

@@ -450,7 +450,8 @@ def test_parameters_in_a_wrapper_are_saved(tmp_path):
     model = tiny_backbone().model
     adapter = extract(attach(model, AdapterConfig(TINY_MODEL, target_modules=("q", "v"))))
     weight = np.full(model.blocks[1].norm1.weight.shape, 0.5, np.float32)
-    adapter = replace(adapter, values={"blocks.1.norm1.weight": weight})
+    config = replace(adapter.config, fold_only=True)
+    adapter = replace(adapter, config=config, values={"blocks.1.norm1.weight": weight})
     attach(detach(model), adapter)
     model.blocks[1] = compiled(model.blocks[1])
     np.testing.assert_array_equal(extract(model).values["blocks.1.norm1.weight"], weight)

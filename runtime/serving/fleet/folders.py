@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
-from hhdeploy.adapters.format import ADAPTER
+from hhdeploy.adapters.directory import ADAPTER
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError, BundleError, ConflictError, HhdeployError, PlanError

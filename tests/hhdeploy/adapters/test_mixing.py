@@ -145,13 +145,15 @@ def test_what_is_no_sum_is_refused(tiny):
     trained = replace(other.config.preprocess, crop_pct=0.5)
     cropped = replace(other, config=replace(other.config, preprocess=trained))
     refused("1 and 2 have different preprocessing", one, other, cropped, head=None)
-    assert merge_adapters({"0": (one, 0.5), "1": (other, 0.5)}).head is other.head
+    merged = merge_adapters({"0": (one, 0.5), "1": (other, 0.5)})
+    assert merged.head.weight is other.head.weight
+    folded = replace(parts["lora"], config=replace(parts["lora"].config, fold_only=True))
     for site in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"):
         values = {f"{site}.weight": np.ones(48, np.float32)}
         refused(
             f"multiplies {site}.weight, which is replaced",
             with_parts(random_adapter(tiny.facts, targets=("q", "k", "v", "fc2")), "s_out"),
-            replace(parts["lora"], values=values),
+            replace(folded, values=values),
         )
     refused("no sum", with_parts(parts["sequential"], "s_out"))
     # M (b + db): the matrix multiplies the shift as well, whose ever it is.

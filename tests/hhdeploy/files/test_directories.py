@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import hhdeploy.files.directories
-from hhdeploy.adapters.format import ADAPTER
+from hhdeploy.adapters.directory import ADAPTER
 from hhdeploy.bundle import add_adapter, remove_adapter
 from hhdeploy.bundle.locking import BUNDLE, locked, undisturbed
 from hhdeploy.bundle.manifest import hash_files

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hhdeploy.adapters.format import ADAPTER, load_adapter, save_adapter
+from hhdeploy.adapters.directory import ADAPTER
+from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.bundle.hub import pull, push
 from hhdeploy.bundle.packed import pack_adapter
 from hhdeploy.errors import WriteError
