@@ -442,13 +442,17 @@ def test_what_does_not_fit_the_model_leaves_it_alone():
     backbone.model.float()
     adapter = random_adapter(backbone.facts, targets=("fc1",), parts=PARTS)
     (name, *_) = adapter.sites
-    wide = replace(adapter.sites[name], s_in=np.ones(49, np.float32))
+    wide = SiteTensors(s_in=np.ones(49, np.float32))
+    folded = replace(adapter.config, fold_only=True)
     wrong = {
         r"fc1\.s_in: expected 48 values .*found 49": {"sites": {name: wide}},
         r"blocks\.7\.mlp\.fc1\.\*: .*no such site": {
             "sites": {"blocks.7.mlp.fc1": adapter.sites[name]}
         },
-        r"norm9\.weight\.value: .*no parameter": {"values": {"norm9.weight": np.ones(3)}},
+        r"norm9\.weight\.value: .*no parameter": {
+            "config": folded,
+            "values": {"norm9.weight": np.ones(3)},
+        },
     }
     for message, changes in wrong.items():
         with pytest.raises(AdapterError, match=message):
