@@ -26,6 +26,7 @@ from hhdeploy.bundle.membership import admit, entry_of
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import whole
 from hhdeploy.errors import CapacityError, DeviceError, SessionError
+from hhdeploy.runtime.backends import closed
 
 BACKBONE_ROW = 0
 DEFAULT_SLOTS = 64
@@ -127,6 +128,7 @@ class AdapterBank:
         self._retired: set[int] = set()
         self._lock = threading.Lock()
         self._writing = threading.Lock()
+        self._closed = False
         self.row_changed: Callable[[int], None] = lambda row: None
 
     def __len__(self) -> int:
@@ -166,8 +168,10 @@ class AdapterBank:
 
         Raises:
             AdapterError, PlanError, CapacityError: see `hhdeploy.bundle.membership.admit`.
-            SessionError: the name is taken, or no row is free.
+            SessionError: the name is taken, no row is free, or the session is closed.
         """
+        with self._lock:
+            self._check_open()
         packed = self.pack(name, adapter)
         for line in packed.notes:
             progress(line)
@@ -185,6 +189,7 @@ class AdapterBank:
         """The quick half of `add`: give a packed adapter a free row and its name."""
         name = packed.entry.name
         with self._lock:
+            self._check_open()
             self._check_taken(name, replace_existing)
             row = self._free_row()
             self._holds[row] = 1  # held by this call until the row is complete
@@ -208,6 +213,7 @@ class AdapterBank:
     def remove(self, name: str) -> None:
         """Forget an adapter; its row is free once the requests that use it are done."""
         with self._lock:
+            self._check_open()
             if self._manifest.bank_as_constant:
                 raise SessionError(
                     "the bank is baked into this graph or engine: adapters cannot be removed."
@@ -221,9 +227,11 @@ class AdapterBank:
         """The row of an adapter (None: the backbone), which keeps its values until `release`.
 
         Raises:
-            SessionError: no such adapter, or no classifier of the bare backbone.
+            SessionError: no such adapter, no classifier of the bare backbone, or the session is
+                closed.
         """
         with self._lock:
+            self._check_open()
             row = self._row(name)
             self._take(row)
             hold = Hold(row, None if name is None or row == BACKBONE_ROW else self._entries[name])
@@ -276,6 +284,16 @@ class AdapterBank:
             with self._lock:
                 idle = self._release(rows)
             self._clear(idle)
+
+    def close(self) -> None:
+        """Refuse from now on to add, remove and hold adapters: the session's graph is gone. What is
+        held is released as ever."""
+        with self._lock:
+            self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise closed()
 
     def _check_taken(self, name: str, replace_existing: bool) -> None:
         if name in self._entries and not replace_existing:

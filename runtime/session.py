@@ -203,6 +203,8 @@ class Session:
 
     def close(self) -> None:
         """Free the graph. Closing twice is fine."""
+        if self._adapters is not None:
+            self._adapters.close()
         if self._backend is not None:
             self._backend.close()
             self._backend = None

@@ -50,6 +50,25 @@ def test_an_adapter_in_memory(own, workshop):
     assert_parity(truth, own.run(x, "here"), "branches", "float32")
 
 
+def test_the_bank_of_a_closed_session_takes_and_gives_no_adapter(small, workshop):
+    """It did, as if a graph was there that uses it; what was held is still given back."""
+    session = open_session(small, device="cpu", threads=1, slots=4)
+    bank = session.adapters
+    hold, packed = bank.hold("alpha"), bank.pack("rival", workshop.directory("rival"))
+    session.close()
+    for call in (
+        lambda: bank.add("rival", workshop.directory("rival")),
+        lambda: bank.put(packed),
+        lambda: bank.remove("gamma"),
+        lambda: bank.hold("gamma"),
+        lambda: bank.hold(None),
+    ):
+        with pytest.raises(SessionError, match=r"the session is closed\."):
+            call()
+    bank.release(hold)
+    assert list(bank) == ["alpha", "gamma"]
+
+
 def test_a_removed_adapter_is_unknown_and_its_row_is_reused(own, workshop):
     x = images(3)
     gamma = own.run(x, "gamma")
