@@ -31,6 +31,7 @@ from hhdeploy.files.folders import (
     visible,
 )
 from hhdeploy.files.tensors import open_arrays
+from hhdeploy.files.writing import is_folder
 from hhdeploy.preprocess import open_image
 
 # Ranges of fewer images are accidents; with fewer than FEW a warning goes into the result.
@@ -314,7 +315,7 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
     """Adapter -> the folder of its classes."""
     if is_list(folder):
         return {_only(feeder, folder): folder}
-    if not folder.is_dir():
+    if not is_folder(folder, DataError):
         raise DataError(f"{folder} is not a directory. Expected a folder of calibration images.")
     lists = {} if feeder.folded else {f.stem: f for f in visible(folder) if is_list(f)}
     folders = {d.name: d for d in visible(folder) if d.is_dir()}

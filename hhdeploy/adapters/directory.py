@@ -9,6 +9,7 @@ from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, read_config
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.directories import Replaceable, strangers
 from hhdeploy.files.plain import plain_files
+from hhdeploy.files.writing import is_folder
 
 # Of `train`: the only file of a linear probe.
 METRICS_FILE = "metrics.json"
@@ -25,7 +26,7 @@ def adapter_files(directory: Path, bundle: Path) -> list[str]:
         AdapterError: the bundle is in that directory, a name that no bundle has, or a folder that
             cannot be read.
     """
-    if not directory.is_dir():
+    if not is_folder(directory, AdapterError):
         return []
     if Path(os.path.realpath(bundle)).is_relative_to(os.path.realpath(directory)):
         raise AdapterError(

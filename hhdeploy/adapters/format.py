@@ -6,7 +6,6 @@ backbone (site names, sizes, digest) is checked by `hhdeploy.adapters.checks` an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from hhdeploy.choices import of_kind, yes_or_no
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.tensors import check_finite, read_tensors, tensor_bytes
-from hhdeploy.files.writing import as_path, json_bytes, write_bytes
+from hhdeploy.files.writing import as_path, is_folder, json_bytes, write_bytes
 
 _HTA_TENSORS = ("u", "v", "d")
 _LORA_TENSORS = ("lora_A", "lora_B")
@@ -195,7 +194,7 @@ def load_adapter(directory: str | Path) -> Adapter:
             shapes, NaN or infinity.
     """
     path = as_path(directory, "directory")
-    if not os.path.isdir(path):
+    if not is_folder(path, AdapterError):
         raise AdapterError(
             f"{path} is not a directory. Expected an adapter directory with {CONFIG_FILE} and "
             f"{TENSOR_FILE}."

@@ -11,6 +11,7 @@ from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import BackboneError
 from hhdeploy.files.checkpoints import is_averaged, is_judging, unwrapped, without_wrappers
 from hhdeploy.files.weights import content_of
+from hhdeploy.files.writing import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ def read_state(path: Path) -> tuple[State, tuple[str, ...]]:
     """
     import torch
 
-    if not path.is_file():
+    if is_folder(path, BackboneError) or not path.is_file():
         raise BackboneError(f"`checkpoint`: {path} does not exist.")
     try:
         state, notes = unwrapped(content_of(path))

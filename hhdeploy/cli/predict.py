@@ -28,9 +28,20 @@ if TYPE_CHECKING:
 _BATCH = 32
 
 
+def _pictures(
+    context: click.Context, parameter: click.Parameter, given: tuple[Path, ...]
+) -> tuple[Path, ...]:
+    for path in given:
+        if path.is_dir():
+            raise click.BadParameter(
+                f"{path} is a directory: name the pictures in it, as {ui.quoted(path)}/* does."
+            )
+    return given
+
+
 @click.command()
 @click.argument("bundle", type=ui.DIRECTORY)
-@click.argument("images", type=ui.FILE, nargs=-1, required=True)
+@click.argument("images", type=ui.IMAGES, nargs=-1, required=True, callback=_pictures)
 @click.option(
     "--adapter",
     "adapters",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hhdeploy.errors import DataError
+from hhdeploy.files.writing import is_folder
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Left by archives, file servers and file systems, which spell them in several ways.
@@ -113,7 +114,7 @@ def list_images(directory: Path) -> FoundImages:
     """
     if is_list(directory):
         return FoundImages(tuple(sorted(path for path, _ in _listed(directory))), {})
-    if not directory.is_dir():
+    if not is_folder(directory, DataError):
         raise DataError(f"{directory} is not a directory. A folder of images was expected.")
     found: list[Path] = []
     skipped: Counter[str] = Counter()
@@ -148,7 +149,7 @@ def list_classes(directory: Path) -> Classes:
         _check_classes(directory, [label for _, label in listed])
         check_words({label for _, label in listed}, directory)
         return Classes(_by_label(listed), {})
-    if not directory.is_dir():
+    if not is_folder(directory, DataError):
         raise DataError(f"{directory} is not a directory. Expected DIR/CLASS/image.")
     classes: dict[str, tuple[Path, ...]] = {}
     skipped: Counter[str] = Counter()

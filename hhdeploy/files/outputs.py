@@ -16,7 +16,7 @@ from pathlib import Path
 from hhdeploy.errors import WriteError, as_code
 from hhdeploy.files.bundle_json import MANIFEST
 from hhdeploy.files.plain import read_plain
-from hhdeploy.files.writing import atomic_file, check_file
+from hhdeploy.files.writing import atomic_file, check_file, is_folder
 
 
 def check_outside(target: Path) -> None:
@@ -59,7 +59,7 @@ def check_output(target: Path, what: str = "") -> None:
         WriteError: its folder is not there, it is inside of a bundle, or the file system lets
             nobody write there.
     """
-    if not target.resolve().parent.is_dir():
+    if not is_folder(Path(os.path.realpath(target)).parent, WriteError):
         raise WriteError(
             f"{what}{target}: {target.parent} is not a directory. Make it first, or choose another."
         )

@@ -61,6 +61,21 @@ def as_path(given: object, parameter: str, error: type[HhdeployError] = OptionEr
     )
 
 
+def is_folder(path: Path, error: type[HhdeployError]) -> bool:
+    """Whether a path that a user named is a directory, or leads to one.
+
+    Raises:
+        error: nobody knows: a folder on the way may not be looked into, a name is too long, links
+            go round.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror}.") from reason
+
+
 def path_or_none(
     given: object, parameter: str, error: type[HhdeployError] = OptionError
 ) -> Path | None:

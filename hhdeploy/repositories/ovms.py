@@ -16,7 +16,7 @@ from hhdeploy.exporters.triton import ADAPTERS_FILE, adapters_json, check_model_
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
 from hhdeploy.files.plain import read_plain
 from hhdeploy.files.scratch import alone_in
-from hhdeploy.files.writing import as_path, write_json
+from hhdeploy.files.writing import as_path, is_folder, write_json
 from hhdeploy.repositories.graphs import (
     VERSION,
     ServedModel,
@@ -103,7 +103,7 @@ def write_ovms_repository(
         )
     manifest = bundle.manifest
     # A new repository appears whole; in one that exists, the model does.
-    exists = out.is_dir()
+    exists = is_folder(out, WriteError)
     target = out / name if exists else out
     check_target(target, _MODEL, overwrite=overwrite)
     _check_name(out, _read_config(out / _CONFIG), name, overwrite)  # before any work is done

@@ -15,7 +15,7 @@ from hhdeploy.bundle.engines import stale
 from hhdeploy.bundle.manifest import AdapterEntry, EngineEntry
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import options_of, yes_or_no
-from hhdeploy.errors import BundleError, PlanError, as_code, require
+from hhdeploy.errors import BundleError, PlanError, WriteError, as_code, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
     CONFIG_FILE,
@@ -37,7 +37,7 @@ from hhdeploy.files.directories import (
     remove_directory,
     strangers,
 )
-from hhdeploy.files.writing import as_path, write_bytes
+from hhdeploy.files.writing import as_path, is_folder, write_bytes
 from hhdeploy.packages import own_version
 from hhdeploy.repositories.graphs import (
     VERSION,
@@ -157,7 +157,9 @@ def _around(out: Path, name: str) -> list[str]:
 
     An ensemble goes before its steps: while they are removed, nothing lacks a part.
     """
-    found = []
+    found: list[str] = []
+    if not is_folder(out, WriteError):
+        return found
     for config in sorted(out.glob(f"*/{CONFIG_FILE}")):
         ensemble = config.parent.name
         if (config.parent / ADAPTERS_FILE).is_file() and name in _RUNS.findall(
@@ -178,7 +180,7 @@ def _install(
     it is made of.
     """
     files: list[str] = []
-    if not out.is_dir():
+    if not is_folder(out, WriteError):
         with atomic_directory(out, overwrite=overwrite, kind=_MODEL) as scratch:
             for name, write in models.items():
                 files += _written(scratch / name, name, write)

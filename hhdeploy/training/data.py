@@ -118,9 +118,9 @@ def read_image_folder(
     """
     splits = find_splits(data)
     data, val_data = splits.train, val_data or splits.val
-    read = {place.resolve() for place in (data, val_data or data)}
+    read = {os.path.realpath(place) for place in (data, val_data or data)}
     parts = (splits.val, *splits.test)
-    unread = tuple(part for part in parts if part is not None and part.resolve() not in read)
+    unread = tuple(p for p in parts if p is not None and os.path.realpath(p) not in read)
     found = list_classes(data)
     classes, skipped = found.paths, Counter(found.skipped)
     if len(classes) < 2:

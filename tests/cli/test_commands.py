@@ -298,6 +298,15 @@ def test_predict_with_several_adapters_and_images(succeed_json, branches, pictur
             ]
 
 
+def test_predict_on_a_directory_says_how_to_name_its_pictures(call, branches, tmp_path):
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    result = call("predict", branches, folder)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert f"{folder} is a directory: name the pictures in it, as '{folder}'/* does" in said
+
+
 def test_predict_opens_a_few_pictures_at_once(succeed_json, branches, pictures, monkeypatch):
     asked, real = [], Session.classify
     monkeypatch.setattr(

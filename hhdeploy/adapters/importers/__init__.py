@@ -17,7 +17,7 @@ from hhdeploy.adapters.peft_config import read_peft_config
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.choices import of_kind, options_of
 from hhdeploy.errors import AdapterError
-from hhdeploy.files.writing import as_path
+from hhdeploy.files.writing import as_path, is_folder
 
 _DEFAULTS = ImportOptions()
 
@@ -47,7 +47,7 @@ def import_adapter(
     path = as_path(source, "source")
     options = options_of(options, ImportOptions, "options")
     of_kind(backbone, Backbone, "backbone")
-    if path.is_dir():
+    if is_folder(path, AdapterError):
         return peft.import_peft(path, backbone, options)
     if not path.is_file():
         raise AdapterError(f"{path} does not exist. Expected a PEFT directory or a .pth file.")
@@ -58,10 +58,10 @@ def brings_classifier(source: str | Path) -> bool:
     """True if ``source`` says that a module was trained whole, which is nearly always the
     classifier: the backbone needs a place for it."""
     path = Path(source)
-    return path.is_dir() and bool(read_peft_config(path).get("modules_to_save"))
+    return is_folder(path, AdapterError) and bool(read_peft_config(path).get("modules_to_save"))
 
 
 def needs_weights(source: str | Path) -> bool:
     """True if converting ``source`` takes the backbone's weights, not only its structure."""
     path = Path(source)
-    return path.is_dir() and peft.peft_needs_weights(path)
+    return is_folder(path, AdapterError) and peft.peft_needs_weights(path)

@@ -20,7 +20,7 @@ from hhdeploy.backbones.timm import transform_beside
 from hhdeploy.choices import of_kind, options_of
 from hhdeploy.errors import AdapterError, OptionError
 from hhdeploy.files.weights import weights_in
-from hhdeploy.files.writing import as_path
+from hhdeploy.files.writing import as_path, is_folder
 from hhdeploy.preprocess import Preprocess
 
 _DEFAULTS = ImportOptions()
@@ -68,7 +68,7 @@ def extract_adapter(
             "adapters; a checkpoint is read as the backbone's own weights are."
         )
     path, spec = as_path(checkpoint, "checkpoint"), of_kind(spec, BackboneSpec, "spec")
-    directory = path if path.is_dir() else path.parent
+    directory = path if is_folder(path, AdapterError) else path.parent
     backbone = load_backbone(spec) if backbone is None else of_kind(backbone, Backbone, "backbone")
     tuned = load_backbone(_tuned_spec(spec, path))
     _check_buffers(backbone, tuned, path)
