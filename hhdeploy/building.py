@@ -10,7 +10,16 @@ from hhdeploy.bundle.engines import engine_name, stale
 from hhdeploy.bundle.locking import check_changeable
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Range, name_with_digits, plain_name
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
-from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, TensorRt, one_of, options_of, seconds
+from hhdeploy.choices import (
+    BACKENDS,
+    PRECISIONS,
+    Precision,
+    TensorRt,
+    listener,
+    one_of,
+    options_of,
+    seconds,
+)
 from hhdeploy.errors import ConflictError, PlanError, require
 from hhdeploy.exporters.engine import (
     BuildOptions,
@@ -61,6 +70,7 @@ def build(
         ConflictError: graph or bank of the engine were replaced meanwhile.
         BundleError, WriteError: see their docstrings; the bundle is unchanged then.
     """
+    progress = listener(progress)
     backend, precision = (
         one_of(BACKENDS, backend, "backend"),
         one_of(PRECISIONS, precision, "precision"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from numbers import Real
 from typing import Any, Final, Literal, TypeVar, cast, get_args
 
@@ -139,6 +139,14 @@ def yes_or_no(given: object, parameter: str, error: type[HhdeployError] = Option
     if known:
         return bool(given)
     raise _unlike(parameter, "True or False", given, error)
+
+
+def listener(given: object, parameter: str = "progress") -> Callable[[str], None]:
+    """What a user gave for a function that is told lines. Raises `OptionError`."""
+    if callable(given):
+        return cast(Callable[[str], None], given)
+    expected = "a function that takes a line, such as print, or nothing where none is to be told"
+    raise _unlike(parameter, expected, given)
 
 
 def _unlike(

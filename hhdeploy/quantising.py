@@ -29,7 +29,7 @@ from hhdeploy.calibration.options import image_source
 from hhdeploy.calibration.report.page import report_html
 from hhdeploy.calibration.scales import Calibration, write_scales
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
-from hhdeploy.choices import Precision, QuantisedPrecision, options_of
+from hhdeploy.choices import Precision, QuantisedPrecision, listener, options_of
 from hhdeploy.errors import ParityError, require
 from hhdeploy.files.outputs import check_output, output_file
 from hhdeploy.files.writing import cache_of, write_bytes, write_json
@@ -95,6 +95,7 @@ def calibrate_bundle(
             the bundle is unchanged.
         BundleError, WriteError, MissingDependencyError: see their docstrings.
     """
+    progress = listener(progress)
     settings = options_of(settings, CalibrationSettings, "settings")
     options = options_of(options, CalibrationOptions, "options")
     bundle = read_bundle(path, Bundle.hold)

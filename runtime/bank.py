@@ -24,7 +24,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.membership import admit, entry_of
 from hhdeploy.bundle.store import Progress
-from hhdeploy.choices import whole
+from hhdeploy.choices import listener, whole
 from hhdeploy.errors import CapacityError, DeviceError, SessionError
 from hhdeploy.runtime.backends import closed
 
@@ -170,6 +170,7 @@ class AdapterBank:
             AdapterError, PlanError, CapacityError: see `hhdeploy.bundle.membership.admit`.
             SessionError: the name is taken, no row is free, or the session is closed.
         """
+        progress = listener(progress)
         with self._lock:
             self._check_open()
         packed = self.pack(name, adapter)

@@ -96,6 +96,9 @@ def merge_adapters(
     named = {name: adapter for name, (adapter, _) in adapters.items()}
     _check_bases(named)
     if backbone is not None:
+        if not isinstance(getattr(backbone, "facts", None), BackboneFacts):
+            found = type(backbone).__name__
+            raise OptionError(f"backbone: expected what load_backbone gives, found {found}.")
         _check_fit(named, backbone)
     chosen = named[_head_of(named, head)]
     config = replace(

@@ -21,7 +21,7 @@ from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.membership import check_copies
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.signing import check_signature
-from hhdeploy.choices import seconds, yes_or_no
+from hhdeploy.choices import listener, seconds, yes_or_no
 from hhdeploy.errors import (
     BundleError,
     ConflictError,
@@ -116,6 +116,7 @@ def push(
         WriteError: something else is there, the file system or the hub refused.
         MissingDependencyError: huggingface_hub is not installed.
     """
+    progress = listener(progress)
     place = _place(destination, "destination")
     overwrite, dry_run = yes_or_no(overwrite, "overwrite"), yes_or_no(dry_run, "dry_run")
     if overwrite and isinstance(place, _Hub):
@@ -161,6 +162,7 @@ def pull(
         BundleError: no bundle, a damaged file, or not what was signed.
         ReadError: the hub has no such repository, or is not there. Others as `push`.
     """
+    progress = listener(progress)
     place, lock_timeout = _place(source, "source"), seconds(lock_timeout, "lock_timeout")
     overwrite = yes_or_no(overwrite, "overwrite")
     kind = replace(

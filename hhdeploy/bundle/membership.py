@@ -40,6 +40,7 @@ from hhdeploy.bundle.manifest import (
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
+from hhdeploy.choices import listener
 from hhdeploy.errors import AdapterError, BundleError, HhdeployError, PlanError
 from hhdeploy.files.bundle_json import bundle_path, read_bundle_json
 from hhdeploy.files.tensors import tensor_bytes
@@ -167,6 +168,7 @@ def add_adapter(
         PlanError, AdapterError, CapacityError: see `admit`; nothing is changed.
         ConflictError, WriteError: see `edit`.
     """
+    progress = listener(progress)
     if not isinstance(directory, str | os.PathLike):
         raise AdapterError(
             f"expected the directory of an adapter, found {type(directory).__name__}. "
@@ -210,6 +212,7 @@ def remove_adapter(
         BundleError: no such adapter. PlanError: the bundle's adapters are fixed.
         ConflictError, WriteError: see `edit`.
     """
+    progress = listener(progress)
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
         entry = manifest.adapter(name)

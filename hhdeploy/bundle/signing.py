@@ -18,7 +18,7 @@ from hhdeploy.bundle.locking import LOCK
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.store import Progress, settled
-from hhdeploy.choices import text
+from hhdeploy.choices import listener, text
 from hhdeploy.errors import BundleError, ReadError, require
 from hhdeploy.files.plain import read_few, read_plain
 from hhdeploy.files.scratch import scratch_directory
@@ -58,6 +58,7 @@ def sign(
         ConflictError, WriteError: see `hhdeploy.bundle.edit`.
         MissingDependencyError: model-signing is not installed.
     """
+    progress = listener(progress)
     library = _library("signing a bundle")
     secret = text(password, "password", "it").encode() if password is not None else None
     config = library.signing.Config().set_hashing_config(_hashing(library))

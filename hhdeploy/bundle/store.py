@@ -40,7 +40,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT as LOCK_TIMEOUT
 from hhdeploy.bundle.reading import NEW_CARD, Bundle
-from hhdeploy.choices import of_kind
+from hhdeploy.choices import listener, of_kind
 from hhdeploy.errors import (
     AdapterError,
     BundleError,
@@ -323,6 +323,7 @@ def edit(
         OptionError: a basis that is none.
         WriteError: the file system refused; the bundle is as it was.
     """
+    progress = listener(progress)
     root = Path(os.path.realpath(bundle_path(path)))
     basis = None if basis is None else of_kind(basis, Basis, "basis")
     with locked(root, lock_timeout=lock_timeout, progress=progress):

@@ -38,6 +38,7 @@ from hhdeploy.choices import (
     TypedPrecision,
     as_seed,
     listed,
+    listener,
     mapping,
     options_of,
     seconds,
@@ -156,6 +157,7 @@ def export(
         ParityError: outputs differ from the training-time model by more than the table allows,
             or a graph overflows and was left out.
     """
+    progress = listener(progress)
     for package in ("onnx", "onnx_ir"):
         require(package, "export", "exporting")
     from hhdeploy.backbones.loading import load_backbone

@@ -12,7 +12,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, Manifest
 from hhdeploy.bundle.reading import graph_hint
 from hhdeploy.bundle.store import Progress
-from hhdeploy.choices import Precision, yes_or_no
+from hhdeploy.choices import Precision, listener, yes_or_no
 from hhdeploy.errors import BundleError, PlanError, as_code
 from hhdeploy.exporting.javascript import page_code
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
@@ -92,6 +92,7 @@ def write_web_page(
         MissingDependencyError: no Node.js here. HhdeployError: it could not compile the page.
         WriteError: OUT exists, or the file system refused.
     """
+    progress = listener(progress)
     bundle, out = Bundle.open(path), as_path(out, "out")
     overwrite = yes_or_no(overwrite, "overwrite")
     bundle.manifest.check_logits_alone("a page")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.bundle.store import Progress
-from hhdeploy.choices import PRECISIONS, Precision, one_of, options_of, text, yes_or_no
+from hhdeploy.choices import PRECISIONS, Precision, listener, one_of, options_of, text, yes_or_no
 from hhdeploy.errors import PlanError, WriteError
 from hhdeploy.exporters.triton import ADAPTERS_FILE, adapters_json, check_model_name
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
@@ -92,6 +92,7 @@ def write_ovms_repository(
         WriteError: OUT/NAME exists, OUT/config.json is none of the server's or names another model
             so, or the file system refused.
     """
+    progress = listener(progress)
     options, out = options_of(options, OvmsOptions, "options"), as_path(out, "out")
     overwrite = yes_or_no(overwrite, "overwrite")
     one_of(PRECISIONS, options.precision, "precision")

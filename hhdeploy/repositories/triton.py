@@ -14,7 +14,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import stale
 from hhdeploy.bundle.manifest import AdapterEntry, EngineEntry
 from hhdeploy.bundle.store import Progress
-from hhdeploy.choices import options_of, yes_or_no
+from hhdeploy.choices import listener, options_of, yes_or_no
 from hhdeploy.errors import BundleError, PlanError, WriteError, as_code, require
 from hhdeploy.exporters.triton import (
     ADAPTERS_FILE,
@@ -129,6 +129,7 @@ def write_triton_repository(
             here (onnx_ir, no torch).
         WriteError: OUT/NAME or an ensemble of it exists, or the file system refused.
     """
+    progress = listener(progress)
     options, out = options_of(options, TritonOptions, "options"), as_path(out, "out")
     overwrite = yes_or_no(overwrite, "overwrite")
     check_triton_options(options)

@@ -29,6 +29,7 @@ from hhdeploy.choices import (
     TypedPrecision,
     as_precisions,
     as_seed,
+    listener,
     member,
     one_of,
     seconds,
@@ -138,17 +139,16 @@ def verify_against_torch(
         OptionError: no such device or precision anywhere.
         ParityError: outputs differ by more than the table allows.
     """
-    device, precisions = one_of(DEVICES, device, "device"), as_precisions(precisions)
-    seed, lock_timeout = as_seed(seed), seconds(lock_timeout, "lock_timeout")
+    progress, device, seed = listener(progress), one_of(DEVICES, device, "device"), as_seed(seed)
+    precisions, lock_timeout = as_precisions(precisions), seconds(lock_timeout, "lock_timeout")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.verifying.reference import VerifyData, training_time_reference
 
     data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
-    bundle = read_bundle(path, _held)
+    facts = (bundle := read_bundle(path, _held)).manifest.backbone
     if precisions is None or "float32" in precisions:
         check_changeable(bundle.path)
-    facts = bundle.manifest.backbone
     if model is None:
         _check_named(bundle)
     spec = BackboneSpec(

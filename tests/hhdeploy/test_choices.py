@@ -11,6 +11,7 @@ import click
 import numpy as np
 import pytest
 
+import hhdeploy
 from hhdeploy import (
     Bundle,
     Device,
@@ -434,3 +435,30 @@ def test_a_planted_string_is_found():
     assert untyped(ast.parse("def f(precision: str, device: str | None): 0"))
     assert untyped(ast.parse("class C:\n    precision: str = 'int8'"))
     assert not untyped(ast.parse("def f(precision: Precision, device: Device = 'cpu'): 0"))
+
+
+PROGRESS = {
+    "build": lambda p: hhdeploy.build("b", backend="tensorrt", progress=p),
+    "push": lambda p: hhdeploy.push("b", "hub", progress=p),
+    "pull": lambda p: hhdeploy.pull("hub", "b", progress=p),
+    "add_adapter": lambda p: hhdeploy.add_adapter("b", "a", "dir", progress=p),
+    "remove_adapter": lambda p: hhdeploy.remove_adapter("b", "a", progress=p),
+    "edit": lambda p: hhdeploy.edit("b", progress=p).__enter__(),
+    "sign": lambda p: hhdeploy.sign("b", "key.pem", progress=p),
+    "export": lambda p: hhdeploy.export("model", {"a": "dir"}, "b", progress=p),
+    "write_web": lambda p: hhdeploy.write_web("b", "out", progress=p),
+    "calibrate": lambda p: hhdeploy.calibrate("b", "images", progress=p),
+    "write_ovms": lambda p: hhdeploy.write_ovms("b", "out", progress=p),
+    "write_triton": lambda p: hhdeploy.write_triton("b", "out", progress=p),
+    "verify_against_torch": lambda p: hhdeploy.verify_against_torch("b", progress=p),
+}
+
+
+@pytest.mark.parametrize("given", [None, 3, "print"])
+@pytest.mark.parametrize("name", PROGRESS)
+def test_a_progress_that_is_no_function_is_refused_before_any_work(name, given):
+    """They failed where there was something to tell, perhaps minutes later, or did not."""
+    expected = "`progress`: expected a function that takes a line"
+    with pytest.raises(OptionError, match=expected) as caught:
+        PROGRESS[name](given)
+    assert caught.value.parameter == "progress"
