@@ -5,17 +5,20 @@
 #include <openssl/evp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <openvino/openvino.hpp>
 #include <regex>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace hhdeploy {
@@ -83,6 +86,61 @@ inline void expect(bool fits, const std::string& key, const std::string& expecte
 
 inline bool is_count(const Json& value) { return value.is_number_unsigned(); }
 
+// How pictures become images. The numbers for its graph are told twice: by what the transform itself is, too, which
+// Python goes by.
+inline void check_transform(const Json& owner, const std::string& where, const Json& manifest) {
+    const std::string own = where + ".preprocess", graph = where + ".preprocess_graph";
+    const Json given = owner.value("preprocess", Json());
+    expect(given.is_object(), own, "an object", given);
+    Json transform = {{"interpolation", "bicubic"}, {"crop_pct", 0.875}, {"crop_mode", "center"}, {"exif", false}};
+    static const std::set<std::string> more = {"input_size", "mean", "std"};
+    for (const auto& each : given.items())
+        expect(transform.contains(each.key()) || more.count(each.key()), own, "keys of a transform", each.key());
+    transform.update(given);
+    const Json size = transform.value("input_size", Json());
+    const bool sized = size.is_array() && size.size() == 3 && std::all_of(size.begin(), size.end(), is_count);
+    expect(sized && size[1] > 0 && size[2] > 0, own + ".input_size", "[channels, H, W]", size);
+    const Json wanted = manifest.at("backbone").at("preprocess").value("input_size", Json());
+    expect(size == wanted, own + ".input_size", "the backbone's " + wanted.dump(), size);
+    for (const char* key : {"mean", "std"}) {
+        const Json values = transform.value(key, Json());
+        const auto is_number = [](const Json& value) { return value.is_number(); };
+        const bool each = values.is_array() && values.size() == size[0];
+        expect(each && std::all_of(values.begin(), values.end(), is_number), own + "." + key, "a number for each channel",
+               values);
+    }
+    const Json share = transform.at("crop_pct");
+    expect(share.is_number() && share > 0 && share <= 2, own + ".crop_pct", "a number in (0, 2]", share);
+    expect(transform.at("exif").is_boolean(), own + ".exif", "true or false", transform.at("exif"));
+    static const Json filters = {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"};
+    static const Json modes = {"center", "squash", "border"};
+    for (const auto& [key, known] : {std::pair("interpolation", filters), std::pair("crop_mode", modes)}) {
+        const Json name = transform.at(key);
+        expect(std::find(known.begin(), known.end(), name) != known.end(), own + "." + key, known.dump(), name);
+    }
+    const Json told = owner.value("preprocess_graph", Json());
+    if (told.is_null()) return;
+    const std::string mode = transform.at("crop_mode"), filter = transform.at("interpolation");
+    const Json file = told.is_object() ? told.value("file", Json()) : Json();
+    const std::regex role("preprocess\\." + mode + "\\." + filter + R"((\.[0-9a-f]{8})?\.onnx)");
+    expect(file.is_string() && std::regex_match(file.get<std::string>(), role), graph + ".file",
+           "preprocess." + mode + "." + filter + ".onnx, as its preprocess has it", file);
+    Json resize, fill;
+    for (const size_t side : {1, 2}) resize.push_back(int64_t(size[side].get<double>() / share.get<double>()));
+    for (const Json& level : transform.at("mean"))
+        fill.push_back(mode == "border" ? std::lrint(255 * level.get<double>()) : 0);
+    const std::map<std::string, std::pair<std::string, Json>> expected = {
+        {"mean", {"float32", transform.at("mean")}}, {"std", {"float32", transform.at("std")}},
+        {"resize", {"int64", resize}}, {"crop", {"int64", {size[1], size[2]}}}, {"fill", {"float32", fill}}};
+    const Json inputs = told.value("inputs", Json());
+    expect(inputs.is_object() && inputs.size() == expected.size(), graph + ".inputs", "those of its preprocess", inputs);
+    for (const auto& [name, right] : expected) {
+        const Json found = inputs.value(name, Json());
+        const Json as = {{"dtype", right.first}, {"value", right.second}};
+        expect(found == as, graph + ".inputs." + name, as.dump() + ", as its preprocess has it", found);
+    }
+}
+
 // What the answers depend on: wrong, they would be of other classes, or another adapter's.
 inline void check_entry(const Json& entry, const std::string& where, const Json& manifest) {
     expect(entry.is_object(), where, "an object", entry);
@@ -111,17 +169,31 @@ inline void check_manifest(const Json& manifest, const std::string& file) {
     const char* const fitting = value("row").is_null() ? "folded" : "branches";
     expect(kind == fitting, in + "kind", std::string(fitting) + ", as its row has it", kind);
     expect(is_count(classes), in + "classes", "a number of classes", classes);
+    const Json constant = value("bank_as_constant"), row = value("row");
+    expect(constant.is_boolean(), in + "bank_as_constant", "true or false", constant);
+    if (!row.is_null()) {
+        expect(row.is_object(), in + "row", "an object, or null", row);
+        const Json own = row.value("classes", Json()), kept = row.value("backbone_head", Json());
+        expect(is_count(own), in + "row.classes", "a number", own);
+        expect(kept.is_boolean(), in + "row.backbone_head", "true or false", kept);
+    }
     for (const char* key : {"backbone", "graphs", "files"})
         expect(value(key).is_object(), in + key, "an object", value(key));
     expect(value("adapters").is_array(), in + "adapters", "a list", value("adapters"));
+    check_transform(manifest.at("backbone"), in + "backbone", manifest);
     std::set<Json> names, rows;
     size_t number = 0;
     for (const Json& entry : manifest.at("adapters")) {
-        check_entry(entry, in + "adapters[" + std::to_string(number++) + "]", manifest);
+        const std::string where = in + "adapters[" + std::to_string(number++) + "]";
+        check_entry(entry, where, manifest);
+        check_transform(entry, where, manifest);
         expect(names.insert(entry.at("name")).second, in + "adapters", "every name once", entry.at("name"));
         const Json row = entry.value("row", Json());
         if (!row.is_null()) expect(rows.insert(row).second, in + "adapters", "every row once", row);
     }
+    const Json logits = value("tensors").is_object() ? value("tensors").value("logits", Json()) : Json();
+    const bool all = logits.is_null() || (logits.is_array() && logits.size() == 2 && logits[1] == classes);
+    expect(all, in + "classes", "those of tensors.logits, " + logits.dump(), classes);
     for (const auto& graph : manifest.at("graphs").items())
         expect(graph.value().is_string(), in + "graphs." + graph.key(), "the name of a file", graph.value());
 }
@@ -181,14 +253,24 @@ public:
         throw Error(path.string() + ": hhdeploy.json names no bank.");
     }
 
-    // The bank, which has a row for every adapter.
+    // The bank, where every adapter has the row that is said, with as many classes.
     ov::Tensor complete(ov::Tensor bank, const std::string& file) const {
         const ov::Shape shape = bank.get_shape();
-        const Json size = manifest.at("row").value("size", Json());
+        const Json& layout = manifest.at("row");
+        const Json size = layout.value("size", Json());
         expect(shape.size() == 2 && shape[1] == size, file, "rows of " + size.dump() + " values", shape);
-        for (const Json& entry : manifest.at("adapters"))
-            expect(entry.at("row") < shape[0], "adapter " + entry.at("name").get<std::string>(),
-                   "a row from 1 to " + std::to_string(shape[0] - 1), entry.at("row"));
+        const size_t columns = layout.at("classes");  // a row ends with their biases, and whether they are its own
+        expect(columns < shape[1], (path / "hhdeploy.json").string() + ": row.classes", "fewer than a row's", columns);
+        for (const Json& entry : manifest.at("adapters")) {
+            const std::string who = "adapter " + entry.at("name").get<std::string>();
+            expect(entry.at("row") < shape[0], who, "a row from 1 to " + std::to_string(shape[0] - 1), entry.at("row"));
+            const float* const own = bank.data<float>() + (entry.at("row").get<size_t>() + 1) * shape[1] - 1;
+            size_t classes = columns;  // columns that are none of its own have a bias of -infinity
+            while (classes && own[std::ptrdiff_t(classes) - 1 - std::ptrdiff_t(columns)] == -INFINITY) --classes;
+            if (columns && *own != 0 && entry.at("classes") < classes)
+                throw Error(who + ": expected " + std::to_string(classes) + " classes, which its row has, found " +
+                            entry.at("classes").dump() + ". Export the bundle again.");
+        }
         return bank;
     }
 

@@ -98,10 +98,14 @@ Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::str
                                    .create_infer_request();
     request.set_tensor("images", images);
     if (bundle.chooses()) request.set_tensor("adapter_ids", ids);
-    if (bundle.chooses() && !bundle.manifest.value("bank_as_constant", false))
-        request.set_tensor("adapter_bank", bundle.bank());
+    if (bundle.chooses()) {
+        const ov::Tensor bank = bundle.bank();
+        if (!bundle.manifest.at("bank_as_constant")) request.set_tensor("adapter_bank", bank);
+    }
     request.infer();
     const ov::Tensor logits = request.get_tensor("logits");
+    expect(logits.get_shape()[1] == bundle.manifest.at("classes"), bundle.path.string() + ": classes",
+           "those of the graph", bundle.manifest.at("classes"));
     Json results = Json::array();
     for (size_t i = 0; i < asks.size(); ++i) {
         const float* row = logits.data<float>() + i * logits.get_shape()[1];

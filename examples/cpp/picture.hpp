@@ -33,6 +33,19 @@ inline bool decode_png(std::FILE* file, png_structp png, png_infop info) {
     return true;
 }
 
+// Whether there are metadata that may say so: EXIF, also as ImageMagick has it in text, or XMP.
+inline bool may_be_turned(png_structp png, png_infop info) {
+    png_bytep exif;
+    png_uint_32 bytes;
+    if (png_get_eXIf_1(png, info, &bytes, &exif)) return true;
+    png_textp texts;
+    const int count = png_get_text(png, info, &texts, nullptr);
+    return std::any_of(texts, texts + count, [](const png_text& text) {
+        static const std::set<std::string> telling = {"Raw profile type exif", "XML:com.adobe.xmp", "xmp"};
+        return telling.count(text.key) > 0;
+    });
+}
+
 // The pixels as they are stored: red, green and blue; transparency is left out, as Pillow does.
 inline Picture read_png(const std::string& path, bool turned) {
     const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
@@ -44,9 +57,7 @@ inline Picture read_png(const std::string& path, bool turned) {
     if (!decode_png(file.get(), png, info)) throw Error(path + " cannot be decoded as a PNG.");
     if (png_get_bit_depth(png, info) != 8)
         throw Error(path + ": expected at most 8 bits a channel. Save it with 8.");
-    png_bytep exif;
-    png_uint_32 exif_bytes;
-    if (turned && png_get_eXIf_1(png, info, &exif_bytes, &exif))
+    if (turned && may_be_turned(png, info))
         throw Error(path + ": its metadata may say that it is to be turned, which is not done here. "
                            "Save it upright, without them.");
     const size_t height = png_get_image_height(png, info), width = png_get_image_width(png, info);

@@ -154,8 +154,10 @@ def _names(bundle: Bundle, precision: Precision) -> list[str]:
         )
     graph = manifest.graphs[precision]
     names = [graph, f"{graph}.data"]
-    if manifest.layout is not None and not manifest.bank_as_constant:
-        names.append(manifest.named(BANK_FILE))
+    if manifest.layout is not None:
+        bundle.bank()  # compared with what the adapters are said to have, also where it is baked in
+        if not manifest.bank_as_constant:
+            names.append(manifest.named(BANK_FILE))
     names += _picture_graphs(bundle)
     return [name for name in names if name in manifest.files or name == graph]
 

@@ -62,7 +62,8 @@ def open_servable(path: str | Path, out: Path, server: str) -> Bundle:
     """A bundle that a server of models can serve, and a place for its repository.
 
     Raises:
-        BundleError: no bundle, or one without an adapter.
+        BundleError: no bundle, one without an adapter, or one whose bank has other rows than it
+            says: clients would ask for them.
         PlanError: it gives more than logits.
         WriteError: ``out`` is a bundle.
     """
@@ -75,6 +76,8 @@ def open_servable(path: str | Path, out: Path, server: str) -> Bundle:
         )
     if os.path.isfile(out / MANIFEST):
         raise WriteError(f"{out} is a bundle. Choose another directory for the repository.")
+    if bundle.manifest.layout is not None:
+        bundle.bank()  # compared with what the adapters are said to have, also where it is baked in
     return bundle
 
 

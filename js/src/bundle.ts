@@ -5,13 +5,13 @@ import type * as OrtCommon from "onnxruntime-common";
 
 import { readAdapter, type Adapter } from "./adapter.js";
 import { answersOf, checkNumbers, type Answer } from "./answers.js";
+import { rowsOf } from "./bank.js";
 import { BACKBONE, checkName } from "./checks.js";
 import { HhdeployError } from "./errors.js";
-import { parseManifest, type AdapterEntry, type Manifest, type PreprocessGraph } from "./manifest.js";
+import { MANIFEST, parseManifest, type AdapterEntry, type Manifest } from "./manifest.js";
 import { upright } from "./orientation.js";
-import { preprocessDefaults, type AdapterPreprocess } from "./preprocess.js";
+import { graphFor } from "./preprocess.js";
 import { packRow } from "./row.js";
-import { readSafetensors } from "./safetensors.js";
 import { DamagedError, readChecked, type Source } from "./source.js";
 
 /** onnxruntime-web or onnxruntime-node, imported by whoever opens a bundle. */
@@ -35,7 +35,6 @@ export interface OpenOptions {
   preprocessing?: Runtime;
 }
 
-const MANIFEST = "hhdeploy.json";
 const TRIES = 3;
 const FLOAT16_MAX = 65504;
 // Graphs of pictures: to optimise one takes longer than it saves.
@@ -79,28 +78,6 @@ async function opened(source: Source, ort: Runtime, manifest: Manifest, options:
 function exactProducts(options: InferenceSession.SessionOptions = {}): InferenceSession.SessionOptions {
   const extra = (options.extra ?? {}) as { session?: object };
   return { ...options, extra: { ...extra, session: { x64quantprecision: "1", ...extra.session } } };
-}
-
-/** The bank's rows, by adapter; none where the graph holds them. */
-async function rowsOf(source: Source, manifest: Manifest): Promise<Map<string, Float32Array>> {
-  const rows = new Map<string, Float32Array>();
-  if (!manifest.row || manifest.bank_as_constant) return rows;
-  const file = Object.keys(manifest.files).find((name) => /^bank(\.[0-9a-f]{8})?\.safetensors$/.test(name));
-  const bank = readSafetensors(await readChecked(source, file ?? "bank.safetensors", manifest.files), file ?? "");
-  const { data, shape } = bank.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
-  const size = manifest.row.size;
-  if (shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
-  for (const { name, row } of manifest.adapters) {
-    if (row! >= shape[0]!) {
-      throw new HhdeployError(
-        `${source.name}/${MANIFEST}: adapter ${name}: expected a row from 1 to ${shape[0]! - 1}, found ${row}. Export ` +
-          "the bundle again.",
-      );
-    }
-  }
-  rows.set(BACKBONE, data.subarray(0, size));
-  for (const { name, row } of manifest.adapters) rows.set(name, data.subarray(row! * size, (row! + 1) * size));
-  return rows;
 }
 
 /** A graph, and its weights where they lie beside it. */
@@ -184,7 +161,7 @@ export class Bundle {
     checkRoom(adapter, packed, this.manifest);
     const { config, head } = adapter;
     const own = config.preprocess ?? undefined;
-    const graph = own ? this.#graphFor(own) : backbone.preprocess_graph;
+    const graph = own ? graphFor(own, this.manifest.files) : backbone.preprocess_graph;
     const theirs = head ? {} : { names: backbone.class_names, means: backbone.problem_type };
     const means = config.problem_type ?? theirs.means;
     const entry: AdapterEntry = {
@@ -352,29 +329,6 @@ export class Bundle {
     return opening;
   }
 
-  /** The bundle's graph for a transform that came with an adapter, and its numbers. */
-  #graphFor(given: AdapterPreprocess): PreprocessGraph | undefined {
-    const own = { ...preprocessDefaults, ...given };
-    const role = new RegExp(`^preprocess\\.${own.crop_mode}\\.${own.interpolation}(\\.[0-9a-f]{8})?\\.onnx$`);
-    const file = Object.keys(this.manifest.files).find((name) => role.test(name));
-    const [, height, width] = own.input_size;
-    const fill = own.mean.map((m) => (own.crop_mode === "border" ? halfEven(255 * m) : 0));
-    const float32 = (value: number[]) => ({ dtype: "float32" as const, value });
-    const int64 = (value: number[]) => ({ dtype: "int64" as const, value });
-    return file === undefined
-      ? undefined
-      : {
-          file,
-          inputs: {
-            mean: float32(own.mean),
-            std: float32(own.std),
-            resize: int64([Math.floor(height / own.crop_pct), Math.floor(width / own.crop_pct)]),
-            crop: int64([height, width]),
-            fill: float32(fill),
-          },
-        };
-  }
-
   #image({ data, width, height }: Picture): OrtTensor {
     const pixels = width * height;
     const each = data.length / pixels;
@@ -403,10 +357,4 @@ function checkRoom({ source, head }: Adapter, packed: Float32Array, { row, class
         "bundle has a float16 graph. Use bfloat16.",
     );
   }
-}
-
-/** As Python rounds. */
-function halfEven(x: number): number {
-  const low = Math.floor(x);
-  return x - low === 0.5 ? low + (low % 2) : Math.round(x);
 }

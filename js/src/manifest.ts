@@ -3,17 +3,14 @@
 import { HhdeployError } from "./errors.js";
 import { expecting, isCount, isNone, isObject, isStrings, parseJson, type Json } from "./json.js";
 import { partsOf } from "./layout.js";
-import { checkPreprocess, type Preprocess } from "./preprocess.js";
+import { checkGraph, checkPreprocess, type AdapterPreprocess, type Preprocess, type PreprocessGraph } from "./preprocess.js";
+
+/** What a bundle calls it. */
+export const MANIFEST = "hhdeploy.json";
 
 /** What a head's numbers mean. */
 export const PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"] as const;
 export type ProblemType = (typeof PROBLEM_TYPES)[number];
-
-/** What a preprocessing graph takes beside the picture. */
-export interface PreprocessGraph {
-  file: string;
-  inputs: Record<string, { dtype: "float32" | "int64"; value: number[] }>;
-}
 
 export interface Backbone {
   model: string;
@@ -126,16 +123,21 @@ function checkManifest(content: Json, where: string): void {
   }
   checkBackbone(content.backbone as Json, where, "backbone.");
   expect("bank_as_constant", typeof content.bank_as_constant === "boolean", "true or false");
-  const { logits } = content.tensors as Json;
+  const { logits, images } = content.tensors as Json;
   const columns = isNone(logits) || String(logits) === `batch,${content.classes}`;
   expect("classes", columns, `those of tensors.logits, [${logits}]`);
   const { input_size: size } = (content.backbone as Json).preprocess as Json;
+  expecting({ images }, where, "tensors.")("images", String(images) === `batch,${size}`, `[batch,${size}], as the backbone's`);
   adapters.forEach(({ preprocess: own }, i) => {
     const given = own as Json;
     const same = String(given.input_size) === String(size);
     expecting(given, where, `adapters[${i}].preprocess.`)("input_size", same, `the backbone's [${size}]`);
   });
   const files = content.files as Json;
+  const checkItsGraph = ({ preprocess_graph: graph, preprocess: own }: Json, prefix: string) =>
+    checkGraph(graph, own as AdapterPreprocess, files, where, prefix);
+  checkItsGraph(content.backbone as Json, "backbone.");
+  adapters.forEach((entry, i) => checkItsGraph(entry, `adapters[${i}].`));
   for (const [name, digest] of Object.entries(files)) {
     expecting(files, where, "files.")(name, typeof digest === "string" && SHA256.test(digest), "64 hex digits");
   }
@@ -147,12 +149,13 @@ function checkManifest(content: Json, where: string): void {
 }
 
 function checkEntry(entry: Json, { classes: most, row }: Json, where: string, prefix: string): void {
-  const { name, classes, problem_type: means, verified } = entry;
+  const { name, classes, problem_type: means, verified, strength = 1 } = entry;
   const expect = expecting(entry, where, prefix);
   expect("name", typeof name === "string", "a name");
   const placed = isCount(entry.row) && entry.row > 0;
   expect("row", placed || (isNone(row) && isNone(entry.row)), "1 or more, or null in a folded bundle");
   expect("verified", typeof verified === "boolean", "true or false");
+  expect("strength", Number.isFinite(strength), "a finite number");
   expect("classes", isCount(classes), "a number of classes");
   expect("classes", !most || (classes as number) <= (most as number), `at most the graph's ${most}`);
   checkNames(entry, where, prefix);
@@ -163,7 +166,7 @@ function checkEntry(entry: Json, { classes: most, row }: Json, where: string, pr
 
 function checkBackbone(backbone: Json, where: string, prefix: string): void {
   const expect = expecting(backbone, where, prefix);
-  expect("sha256", typeof backbone.sha256 === "string", "a text");
+  for (const key of ["model", "sha256"]) expect(key, typeof backbone[key] === "string", "a text");
   expect("classes", isCount(backbone.classes), "a number of classes");
   checkNames(backbone, where, prefix);
   const { problem_type: means } = backbone;

@@ -17,6 +17,12 @@ export interface AdapterPreprocess extends Preprocess {
   crop_mode?: string;
 }
 
+/** What a preprocessing graph takes beside the picture. */
+export interface PreprocessGraph {
+  file: string;
+  inputs: Record<string, { dtype: "float32" | "int64"; value: number[] }>;
+}
+
 export const preprocessDefaults = { interpolation: "bicubic", crop_pct: 0.875, crop_mode: "center" } as const;
 
 const KEYS = ["input_size", "mean", "std", ...Object.keys(preprocessDefaults), "exif"];
@@ -55,4 +61,49 @@ export function checkPreprocess(given: unknown, imgSize: unknown, where: string,
       `${where}: the image sizes disagree: base_model_args.img_size is ${imgSize}, preprocess.input_size is [${size}].`,
     );
   }
+}
+
+/** The graph among a bundle's files that does a transform, and its numbers; undefined where there is none. */
+export function graphFor(given: AdapterPreprocess, files: object): PreprocessGraph | undefined {
+  const own = { ...preprocessDefaults, ...given };
+  const role = new RegExp(`^preprocess\\.${own.crop_mode}\\.${own.interpolation}(\\.[0-9a-f]{8})?\\.onnx$`);
+  const file = Object.keys(files).find((name) => role.test(name));
+  if (file === undefined) return undefined;
+  const [, height, width] = own.input_size;
+  const fill = own.mean.map((m) => (own.crop_mode === "border" ? halfEven(255 * m) : 0));
+  const float32 = (value: number[]) => ({ dtype: "float32" as const, value });
+  const int64 = (value: number[]) => ({ dtype: "int64" as const, value });
+  const inputs = {
+    mean: float32(own.mean),
+    std: float32(own.std),
+    resize: int64([Math.floor(height / own.crop_pct), Math.floor(width / own.crop_pct)]),
+    crop: int64([height, width]),
+    fill: float32(fill),
+  };
+  return { file, inputs };
+}
+
+/** Throws where a graph and its numbers are not those of the transform beside it, which Python goes by; none is fine. */
+export function checkGraph(given: unknown, own: AdapterPreprocess, files: object, where: string, prefix: string): void {
+  if (isNone(given)) return;
+  const { file, inputs } = graphFor(own, files) ?? { file: null, inputs: {} };
+  const found = isObject(given) ? given : {};
+  const numbers = isObject(found.inputs) ? found.inputs : {};
+  expecting(found, where, `${prefix}preprocess_graph.`)("file", found.file === file, `${file}, as its preprocess has it`);
+  for (const name of Object.keys({ ...inputs, ...numbers })) {
+    const expected: unknown = (inputs as Json)[name];
+    const expect = expecting(numbers, where, `${prefix}preprocess_graph.inputs.`);
+    expect(name, same(numbers[name], expected), `${JSON.stringify(expected)}, as its preprocess has it`);
+  }
+}
+
+function same(found: unknown, expected: unknown): boolean {
+  if (!isObject(found) || !isObject(expected)) return found === expected;
+  return found.dtype === expected.dtype && JSON.stringify(found.value) === JSON.stringify(expected.value);
+}
+
+/** As Python rounds. */
+function halfEven(x: number): number {
+  const low = Math.floor(x);
+  return x - low === 0.5 ? low + (low % 2) : Math.round(x);
 }

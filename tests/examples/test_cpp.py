@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.bundle import Bundle
@@ -23,7 +24,14 @@ from hhdeploy.bundle.answers import best
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, write_manifest
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
-from tests.broken_manifests import BROKEN, broken, first
+from tests.broken_manifests import (
+    BROKEN,
+    OF_OTHER_PICTURES,
+    OF_OTHER_ROWS,
+    broken,
+    exchange_rows,
+    first,
+)
 from tests.once import made_once
 from tests.support import assert_caught, assert_parity, random_adapter, tiny_spec
 from tests.workshop import ROOT, copy_bundle, flip_byte
@@ -281,13 +289,21 @@ def test_pictures_that_it_does_not_take(program, small, tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     picture.save(tmp_path / "turned.png", exif=exif)
+    lines = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n"
+    for name, zipped in (("text", False), ("zipped", True)):
+        info = PngInfo()
+        info.add_text("Raw profile type exif", lines, zip=zipped)
+        picture.save(tmp_path / f"{name}.png", pnginfo=info)
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    picture.save(tmp_path / "xmp.png", pnginfo=info)
     Image.fromarray(levels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
     picture.save(tmp_path / "photo.jpg")
     picture.save(tmp_path / "whole.png")
     cut = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
     for name, message in {
-        "turned": "may say that it is to be turned",
+        **dict.fromkeys(("turned", "text", "zipped", "xmp"), "may say that it is to be turned"),
         "deep": "expected at most 8 bits a channel",
         "cut": "cannot be decoded as a PNG",
         "nowhere": "cannot be read",
@@ -320,9 +336,12 @@ def test_what_it_refuses(program, small, pictures, tmp_path, arguments, message)
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", BROKEN)
+WRONG = BROKEN | OF_OTHER_ROWS | OF_OTHER_PICTURES
+
+
+@pytest.mark.parametrize("name", WRONG)
 def test_a_manifest_that_cannot_be_right(program, branches, pictures, tmp_path, name):
-    change, message = BROKEN[name]
+    change, message = WRONG[name]
     done = run(program, broken(branches, tmp_path / "bundle", change), pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
     assert re.search(message, done.stderr), done.stderr
@@ -335,6 +354,12 @@ def test_a_pipe_is_not_waited_for(program, branches, pictures, tmp_path):
     done = run(program, bundle, pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
     assert "bank.safetensors cannot be read" in done.stderr
+
+
+def test_rows_of_a_bank_that_is_baked_in(program, constant, pictures, tmp_path):
+    done = run(program, broken(constant, tmp_path / "bundle", exchange_rows), pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "gamma: expected 7 classes, which its row has, found 3" in done.stderr
 
 
 def test_weights_without_a_hash(program, branches, pictures, tmp_path):
@@ -355,7 +380,11 @@ def test_a_key_that_is_there_twice(program, small, pictures, tmp_path):
 
 
 def test_a_graph_without_logits_is_said_in_one_line(program, small, pictures, tmp_path):
-    done = run(program, broken(small, tmp_path / "b", lambda c: c.update(classes=0)), pictures[0])
+    def without(content):
+        content.update(classes=0)
+        del content["tensors"]["logits"]
+
+    done = run(program, broken(small, tmp_path / "b", without), pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"Error: {tmp_path / 'b'}: its graph has no logits to answer with.\n"
 

@@ -20,6 +20,7 @@ from tritonclient.utils import triton_to_np_dtype
 
 import hhdeploy.exporters.writer
 import hhdeploy.repositories.triton
+from hhdeploy import write_ovms, write_triton, write_web
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.engines import engine_name
 from hhdeploy.bundle.manifest import (
@@ -42,6 +43,7 @@ from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.repositories.triton import write_triton_repository
 from hhdeploy.runtime import open_session
+from tests.broken_manifests import broken, exchange_rows
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
@@ -631,6 +633,18 @@ def test_a_damaged_bundle(copy, tmp_path, file):
     with pytest.raises(BundleError, match=rf"{file}: expected sha256"):
         write(copy, tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("write", [write_triton, write_ovms, write_web])
+@pytest.mark.parametrize("which", ["small", "constant"])
+def test_rows_that_are_exchanged(request, which, write, tmp_path):
+    """Clients would ask for the rows that the bundle says, and get another adapter's answers."""
+    bundle = broken(request.getfixturevalue(which), tmp_path / "bundle", exchange_rows)
+    with pytest.raises(
+        BundleError, match="'gamma': expected 7 classes, which its row has, found 3"
+    ):
+        write(bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_bundle(tmp_path):

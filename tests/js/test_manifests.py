@@ -11,7 +11,15 @@ import pytest
 from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.errors import BundleError
 from hhdeploy.runtime import open_session
-from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken, first
+from tests.broken_manifests import (
+    BROKEN,
+    BROKEN_ELSEWHERE,
+    OF_OTHER_PICTURES,
+    OF_OTHER_ROWS,
+    broken,
+    exchange_rows,
+    first,
+)
 from tests.js.conftest import encoded
 from tests.support import images
 from tests.workshop import copy_bundle
@@ -27,7 +35,7 @@ def asked(bundle):
 
 
 def test_what_python_refuses_javascript_refuses(ask, branches, tmp_path):
-    all_of_them = BROKEN | BROKEN_ELSEWHERE
+    all_of_them = BROKEN | BROKEN_ELSEWHERE | OF_OTHER_ROWS | OF_OTHER_PICTURES
     bundles = [broken(branches, tmp_path / n, change) for n, (change, _) in all_of_them.items()]
     for (name, (_, message)), said in zip(
         all_of_them.items(), ask(*map(asked, bundles)), strict=True
@@ -59,6 +67,25 @@ def test_as_they_are_they_are_taken(request, ask, which):
 
 def _first_of(bundle):
     return first(json.loads((bundle / MANIFEST).read_text()))["name"]
+
+
+def test_shapes_of_images_are_those_of_the_transforms(ask, branches, tmp_path):
+    size = ["batch", 3, 32, 64]
+    bundle = broken(branches, tmp_path / "bundle", lambda c: c["tensors"].update(images=size))
+    (said,) = ask(asked(bundle))
+    assert (
+        f"{MANIFEST}: tensors.images: expected [batch,3,32,32], as the backbone's" in said["error"]
+    )
+
+
+def test_rows_of_a_bank_that_is_baked_in(ask, constant, tmp_path):
+    """Whose numbers are asked for all the same."""
+    bundle = broken(constant, tmp_path / "bundle", exchange_rows)
+    (said,) = ask(asked(bundle))
+    message = "gamma'?: expected 7 classes, which its row has, found 3"
+    assert re.search(message, said["error"])
+    with pytest.raises(BundleError, match=message):
+        open_session(bundle)
 
 
 def test_a_row_past_the_bank(ask, branches, tmp_path):

@@ -1,0 +1,51 @@
+/** The bank's rows: one for each adapter, the first the bare backbone's. */
+
+import { BACKBONE } from "./checks.js";
+import { HhdeployError } from "./errors.js";
+import { partsOf } from "./layout.js";
+import { MANIFEST, type AdapterEntry, type Manifest, type Row } from "./manifest.js";
+import { readSafetensors, type Tensor } from "./safetensors.js";
+import { readChecked, type Source } from "./source.js";
+
+const BANK = /^bank(\.[0-9a-f]{8})?\.safetensors$/;
+
+/**
+ * The bank's rows, by adapter; none where the graph holds them.
+ *
+ * @throws HhdeployError a bank of other rows, or an adapter that is not what its row is of.
+ */
+export async function rowsOf(source: Source, manifest: Manifest): Promise<Map<string, Float32Array>> {
+  const rows = new Map<string, Float32Array>();
+  const { row: layout, bank_as_constant: constant, adapters } = manifest;
+  const file = Object.keys(manifest.files).find((name) => BANK.test(name));
+  if (!layout || (constant && !file)) return rows;
+  const tensors = readSafetensors(await readChecked(source, file ?? "bank.safetensors", manifest.files), file ?? "");
+  const bank = tensors.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
+  const size = layout.size;
+  if (bank.shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
+  for (const entry of adapters) {
+    const wrong = misfit(bank, layout, entry);
+    if (wrong) {
+      throw new HhdeployError(`${source.name}/${MANIFEST}: adapter ${entry.name}: ${wrong}. Export the bundle again.`);
+    }
+  }
+  if (constant) return rows;
+  rows.set(BACKBONE, bank.data.subarray(0, size));
+  for (const { name, row } of adapters) rows.set(name, bank.data.subarray(row! * size, (row! + 1) * size));
+  return rows;
+}
+
+/** What is wrong with the row and the number of classes of an adapter: a softmax over a part of them would be too. */
+function misfit({ data, shape }: Tensor, layout: Row, { row, classes }: AdapterEntry): string | undefined {
+  const rows = shape[0]!;
+  if (!(row! < rows)) return `expected a row from 1 to ${rows - 1}, found ${row}`;
+  if (!layout.classes) return undefined;
+  const offsets = new Map(partsOf(layout).map(({ part, offset }) => [part, offset]));
+  const begin = row! * layout.size;
+  const bias = data.subarray(begin + offsets.get("head.bias")!).subarray(0, layout.classes);
+  // Columns that are none of its own have a bias of -Infinity.
+  const own = bias.reduce((last, x, i) => (x === -Infinity ? last : i + 1), 0);
+  return data[begin + offsets.get("head.own")!] && own > classes
+    ? `expected ${own} classes, which its row has, found ${classes}`
+    : undefined;
+}
