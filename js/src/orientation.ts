@@ -4,9 +4,10 @@ import type { Picture } from "./bundle.js";
 
 /** A file's blocks of metadata: each begins and ends somewhere in it. */
 interface Block {
-  kind: "exif" | "xmp" | "profile" | "deflated";
+  kind: "exif" | "xmp" | "profile";
   begin: number;
   end: number;
+  deflated?: boolean;
   /** The file's part by which a browser may turn the picture itself; `blank`: zeros take its place. */
   part?: [begin: number, end: number];
   blank?: boolean;
@@ -24,8 +25,12 @@ const WIDTHS: Record<number, 2 | 4> = { 3: 2, 4: 4 }; // a short, but some write
 const IN_XMP = /tiff:Orientation(?:="|>)([1-8])/;
 const EXIF = "Exif\0\0";
 const JPEG_XMP = "http://ns.adobe.com/xap/1.0/\0";
-const PNG_XMP = "XML:com.adobe.xmp\0\0"; // not compressed
-const RAW_EXIF = "Raw profile type exif\0"; // as ImageMagick has it in a PNG
+// Texts of a PNG by their keys; the first is ImageMagick's.
+const TEXTS: Record<string, "profile" | "xmp"> = {
+  "Raw profile type exif": "profile",
+  "XML:com.adobe.xmp": "xmp",
+  xmp: "xmp",
+};
 
 /** What the metadata of a JPEG, PNG or WebP say; of other files a browser knows as much. */
 export async function orientationOf(bytes: Uint8Array): Promise<Orientation> {
@@ -47,8 +52,8 @@ async function told(bytes: Uint8Array, blocks: Block[]): Promise<number> {
   const exif = blocks.find(({ kind }) => kind === "exif");
   const found = exif ? inExif(bytes.subarray(exif.begin, exif.end)) : await inProfile(bytes, blocks);
   if (found !== undefined) return found;
-  for (const { kind, begin, end } of blocks) {
-    const said = kind === "xmp" && IN_XMP.exec(ascii(bytes, begin, end));
+  for (const block of blocks) {
+    const said = block.kind === "xmp" && IN_XMP.exec(await textOf(bytes, block));
     if (said) return Number(said[1]);
   }
   return 1;
@@ -56,17 +61,18 @@ async function told(bytes: Uint8Array, blocks: Block[]): Promise<number> {
 
 /** EXIF as lines of hexadecimal digits behind its name and length. */
 async function inProfile(bytes: Uint8Array, blocks: Block[]): Promise<number | undefined> {
-  const block = blocks.find(({ kind }) => kind === "profile" || kind === "deflated");
+  const block = blocks.find(({ kind }) => kind === "profile");
   if (!block) return undefined;
-  let text = bytes.subarray(block.begin, block.end);
-  if (block.kind === "deflated") {
-    const stream = new Blob([text.slice()]).stream().pipeThrough(new DecompressionStream("deflate"));
-    const whole = await new Response(stream).arrayBuffer().catch(() => new ArrayBuffer(0)); // damaged: says nothing
-    text = new Uint8Array(whole);
-  }
-  const digits = ascii(text, 0, text.length).trim().split(/\s+/).slice(2).join("");
+  const digits = (await textOf(bytes, block)).trim().split(/\s+/).slice(2).join("");
   const pairs = digits.match(/[0-9a-f]{2}/gi) ?? [];
   return inExif(Uint8Array.from(pairs, (pair) => parseInt(pair, 16)));
+}
+
+async function textOf(bytes: Uint8Array, { begin, end, deflated }: Block): Promise<string> {
+  if (!deflated) return ascii(bytes, begin, end);
+  const stream = new Blob([bytes.slice(begin, end)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const whole = await new Response(stream).arrayBuffer().catch(() => new ArrayBuffer(0)); // damaged: says nothing
+  return ascii(new Uint8Array(whole), 0, whole.byteLength);
 }
 
 /** The orientation of an EXIF block; undefined if it has none. */
@@ -122,14 +128,21 @@ function* inPng(bytes: Uint8Array): Generator<Block> {
   for (let at = 8; at + 12 <= bytes.length; ) {
     const [begin, end] = [at + 8, at + 8 + view.getUint32(at)];
     const type = ascii(bytes, at + 4, begin);
-    const content = begin + RAW_EXIF.length;
-    const raw = ascii(bytes, begin, content) === RAW_EXIF;
     if (type === "eXIf") yield { kind: "exif", begin, end, part: [at, end + 4] };
-    else if (type === "iTXt" && ascii(bytes, begin, begin + PNG_XMP.length) === PNG_XMP) yield { kind: "xmp", begin, end };
-    else if (type === "tEXt" && raw) yield { kind: "profile", begin: content, end };
-    else if (type === "zTXt" && raw) yield { kind: "deflated", begin: content + 1, end };
+    else if (type.endsWith("Xt")) yield* inText(bytes, type, begin, end);
     at = end + 4; // its checksum
   }
+}
+
+/** tEXt is a key and a text, in zTXt it is deflated, and in iTXt it may be, behind two more texts. */
+function* inText(bytes: Uint8Array, type: string, begin: number, end: number): Generator<Block> {
+  const behind = (from: number) => bytes.indexOf(0, from) + 1 || end;
+  const text = behind(begin);
+  const kind = TEXTS[ascii(bytes, begin, text - 1)];
+  if (!kind) return;
+  if (type === "tEXt") yield { kind, begin: text, end };
+  if (type === "zTXt") yield { kind, begin: text + 1, end, deflated: true };
+  if (type === "iTXt") yield { kind, begin: behind(behind(text + 2)), end, deflated: bytes[text] === 1 };
 }
 
 /** A chunk stays, as the file's header counts its bytes, but nobody reads one that begins with zeros. */

@@ -81,6 +81,15 @@ def files() -> dict[str, bytes]:
     made["png xmp"] = with_xmp()
     made["png text"] = with_text("Raw profile type exif", profile(6))
     made["png zipped"] = with_text("Raw profile type exif", profile(8), zipped=True)
+    for key, text in (
+        ("Raw profile type exif", profile(8)),
+        ("XML:com.adobe.xmp", xmp(6).decode()),
+    ):
+        for zipped in (False, True):
+            info = PngInfo()
+            info.add_itxt(key, text, "en", "said", zip=zipped)
+            made[f"png {key} {zipped}"] = saved("PNG", pnginfo=info)
+            made[f"png text {key} {zipped}"] = with_text(key, text, zipped)
     made["png other text"] = with_text("Comment", profile(6))
     return made
 
