@@ -21,13 +21,7 @@ from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
-from hhdeploy.backbones.transformers.processors import (
-    PROCESSOR,
-    edges,
-    from_image_processor,
-    image_processor,
-    processor_beside,
-)
+from hhdeploy.backbones.transformers.transforms import transform_of
 from hhdeploy.backbones.weights import (
     State,
     advice_on_more,
@@ -40,7 +34,6 @@ from hhdeploy.backbones.weights import (
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.files.plain import what_instead
 from hhdeploy.files.weights import files_of, weights_in
-from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,8 +47,6 @@ _TEACHER = "WithTeacher"
 _IMAGES, _SHAPES = "pixel_values", "spatial_shapes"
 # What configurations call the number of images that a video has.
 _FRAMES = ("num_frames", "frames_per_clip")
-# What transformers calls models of timm.
-_OF_TIMM = "timm_wrapper"
 # An adapter of PEFT beside a model: transformers puts it on the model that it loads from there.
 _ADAPTER = "adapter_config.json"
 
@@ -84,10 +75,7 @@ def _loaded(transformers: Any, spec: BackboneSpec, where: str) -> Loaded:
     _check_inputs(model, where)
     path = classifier_path(model) if classifies else ""
     classes = int(config.num_labels) if classifies and f"{path}.weight" in given else 0
-    if config.model_type == _OF_TIMM:
-        preprocess, notes = _timm_s_preprocess(config, spec, model)
-    else:
-        preprocess, notes = _preprocess(config, spec, where)
+    preprocess, notes = transform_of(config, spec, where, model)
     traced_with = (f"transformers {transformers.__version__}", _ATTENTION, config.to_json_string())
     name = f"transformers:{type(model).__name__ if Path(where).is_dir() else where}"
     return Loaded(
@@ -380,48 +368,3 @@ def _first_line(error: Exception) -> str:
     if len(lines) > 1 and lines[0].endswith(":"):  # of what, which the next one says
         return f"{lines[0]} {lines[1].strip()}"
     return lines[0] if lines else type(error).__name__
-
-
-def _timm_s_preprocess(
-    config: Any, spec: BackboneSpec, model: nn.Module
-) -> tuple[Preprocess, tuple[str, ...]]:
-    """The transform of a model of timm in transformers: its config.json states it as timm's does,
-    and there is no other place for it. The architecture's own where it does not."""
-    from hhdeploy.backbones.timm import preprocess_of, transform_beside
-
-    inner = next(m for m in model.modules() if hasattr(m, "pretrained_cfg"))
-    args = config.model_args or {}
-    if spec.checkpoint and (found := transform_beside(spec.checkpoint, inner, args)) is not None:
-        beside, name = found
-        return beside, (
-            f"image transform taken from {name} beside the weights: {beside.described()}",
-        )
-    stated = getattr(config, "pretrained_cfg", None)
-    made = preprocess_of(inner, args, stated)
-    if spec.input_size is not None:
-        made = replace(made, input_size=spec.input_size)
-    if stated:
-        return made, ()
-    return made, (f"image transform assumed, for want of pretrained_cfg: {made.described()}",)
-
-
-def _preprocess(config: Any, spec: BackboneSpec, where: str) -> tuple[Preprocess, tuple[str, ...]]:
-    """The transform of preprocessor_config.json, beside a checkpoint before the configuration's;
-    else what has to be assumed."""
-    seen = getattr(config, "vision_config", config)
-    channels = getattr(seen, "num_channels", 3)
-    stated_size = getattr(seen, "image_size", None)
-    if spec.input_size is None and stated_size is None:
-        raise BackboneError("config.json has no image_size: give `input_size`.")
-    size = spec.input_size or (channels, *edges(stated_size))
-    if spec.checkpoint and (beside := processor_beside(spec.checkpoint, size)) is not None:
-        return beside, (
-            f"image transform taken from {PROCESSOR} beside the weights: {beside.described()}",
-        )
-    stated = image_processor(where)
-    if stated is not None:
-        return from_image_processor(stated, size), ()
-    assumed = Preprocess(
-        size, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash", True
-    )
-    return assumed, (f"image transform assumed, for want of {PROCESSOR}: {assumed.described()}",)
