@@ -16,7 +16,7 @@ from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.locking import check_changeable
-from hhdeploy.bundle.manifest import BANK_FILE, PARITY_FILE, REFERENCE_FILE, Manifest
+from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
 from hhdeploy.choices import (
@@ -26,7 +26,6 @@ from hhdeploy.choices import (
     Device,
     Precision,
     Runner,
-    TypedPrecision,
     as_precisions,
     as_seed,
     listener,
@@ -34,15 +33,16 @@ from hhdeploy.choices import (
     one_of,
     seconds,
 )
-from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
+from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
-from hhdeploy.files.writing import json_bytes, path_or_none, sha256_of
+from hhdeploy.files.writing import json_bytes, path_or_none
 from hhdeploy.parity import ParityReport, StageResult, stage_of
 from hhdeploy.verifying.answers import check_columns, compared, logits_of, rows_covered
 from hhdeploy.verifying.overflow import find_overflow
 from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import Effects, say
+from hhdeploy.verifying.twins import twin_of
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
@@ -139,14 +139,16 @@ def verify_against_torch(
         OptionError: no such device or precision anywhere.
         ParityError: outputs differ by more than the table allows.
     """
-    progress, device, seed = listener(progress), one_of(DEVICES, device, "device"), as_seed(seed)
-    precisions, lock_timeout = as_precisions(precisions), seconds(lock_timeout, "lock_timeout")
+    progress, seed = listener(progress), as_seed(seed)
+    device, precisions = one_of(DEVICES, device, "device"), as_precisions(precisions)
+    lock_timeout = seconds(lock_timeout, "lock_timeout")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
     from hhdeploy.verifying.reference import VerifyData, training_time_reference
 
     data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
-    facts = (bundle := read_bundle(path, _held)).manifest.backbone
+    bundle = read_bundle(path, _held)
+    facts = bundle.manifest.backbone
     if precisions is None or "float32" in precisions:
         check_changeable(bundle.path)
     if model is None:
@@ -377,24 +379,3 @@ def _really(manifest: Manifest, device: Device, precision: Precision) -> Runner:
     if found == "openvino" and precision == "bfloat16" and not computes_bfloat16():
         return "cpu"  # no session computes it here; its graph is shown by its rounding twin
     return found
-
-
-def twin_of(bundle: Bundle, precision: TypedPrecision, path: Path) -> Bundle:
-    """A bundle whose float32 graph is the rounding twin of a typed graph."""
-    for package in ("onnx", "onnx_ir"):
-        require(package, "export", f"verifying a {precision} graph (by its rounding twin)")
-    import onnx_ir as ir
-
-    from hhdeploy.exporters.precision.typed import rounding_twin
-    from hhdeploy.exporters.writer import save_graph
-
-    bundle.graph(precision)  # it must be there, and be what was exported
-    twin = rounding_twin(ir.load(bundle.graph("float32")), precision)
-    save_graph(twin, path / "twin.onnx")
-    files = {name: sha256_of(path / name) for name in ("twin.onnx", "twin.onnx.data")}
-    held = {}
-    if bundle.manifest.layout is not None:
-        name = bundle.manifest.named(BANK_FILE)
-        held[name], files[name] = bundle.read(name), bundle.manifest.files[name]
-    manifest = replace(bundle.manifest, graphs={"float32": "twin.onnx"}, files=files)
-    return Bundle(path, manifest, held)

@@ -1,0 +1,33 @@
+"""The rounding twin of a typed graph: what shows on a CPU that the graph is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import BANK_FILE
+from hhdeploy.choices import TypedPrecision
+from hhdeploy.errors import require
+from hhdeploy.files.writing import sha256_of
+
+
+def twin_of(bundle: Bundle, precision: TypedPrecision, path: Path) -> Bundle:
+    """A bundle whose float32 graph is the rounding twin of a typed graph."""
+    for package in ("onnx", "onnx_ir"):
+        require(package, "export", f"verifying a {precision} graph (by its rounding twin)")
+    import onnx_ir as ir
+
+    from hhdeploy.exporters.precision.typed import rounding_twin
+    from hhdeploy.exporters.writer import save_graph
+
+    bundle.graph(precision)  # it must be there, and be what was exported
+    twin = rounding_twin(ir.load(bundle.graph("float32")), precision)
+    save_graph(twin, path / "twin.onnx")
+    files = {name: sha256_of(path / name) for name in ("twin.onnx", "twin.onnx.data")}
+    held = {}
+    if bundle.manifest.layout is not None:
+        name = bundle.manifest.named(BANK_FILE)
+        held[name], files[name] = bundle.read(name), bundle.manifest.files[name]
+    manifest = replace(bundle.manifest, graphs={"float32": "twin.onnx"}, files=files)
+    return Bundle(path, manifest, held)
