@@ -25,7 +25,7 @@ from hhdeploy.choices import PROBLEM_TYPES as PROBLEM_TYPES
 from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
-from hhdeploy.files.bundle_json import without_duplicates
+from hhdeploy.files.bundle_json import MANIFEST, without_duplicates
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
@@ -178,7 +178,10 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
         AdapterError: it is missing, no file, no JSON object, or see `parse_config`.
     """
-    content = config_object(path, f"An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}.")
+    without = f"An adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}."
+    if (path.parent / MANIFEST).is_file():
+        without += " This one is a bundle, which has its adapters in adapters/NAME."
+    content = config_object(path, without)
     config = parse_config(content, str(path))
     return replace(config, license=together(config.license, licences_of_card(path.parent)))
 

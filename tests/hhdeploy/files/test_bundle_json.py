@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from hhdeploy.adapters.format import load_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST, PARITY_FILE
-from hhdeploy.errors import BundleError
+from hhdeploy.errors import AdapterError, BundleError
 from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken, first
 from tests.workshop import copy_bundle
 
@@ -33,6 +34,14 @@ def test_a_strength_that_is_no_number(branches, tmp_path, strength):
     path = broken(branches, tmp_path / "b", lambda c: first(c).update(strength=strength))
     with pytest.raises(BundleError, match=r"adapters\[0\]\.strength: expected a finite number"):
         Bundle.open(path)
+
+
+def test_a_bundle_and_an_adapter_in_each_other_s_place_are_told_apart(branches):
+    adapter = next((branches / "adapters").iterdir())
+    with pytest.raises(BundleError, match=r"It is an adapter's directory: export a bundle with it"):
+        Bundle.open(adapter)
+    with pytest.raises(AdapterError, match=r"This one is a bundle, which has its adapters in"):
+        load_adapter(branches)
 
 
 def test_a_key_twice_is_no_choice(bundle):
