@@ -143,6 +143,13 @@ def here(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
+def test_a_command_that_is_not_there_is_answered_with_those_that_are_near(call):
+    result = call("exprot")
+    assert result.exit_code == 2
+    assert "No such command 'exprot'. (Did you mean 'export'?)" in result.output
+    assert "Did you mean" not in call("zzz").output
+
+
 @pytest.mark.parametrize(("line", "message"), USAGE, ids=[line for line, _ in USAGE])
 def test_a_wrong_command_line_exits_with_2(call, line, message):
     result = call(*line.split())
