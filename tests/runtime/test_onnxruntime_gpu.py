@@ -217,10 +217,10 @@ def test_a_recording_session_is_closed_with_its_thread(small, monkeypatch):
     stand_in(monkeypatch, "cuda", "CPUExecutionProvider")
     session = open_session(small, device="cuda", threads=1, cuda_graphs=True)
     session.run(images(1), "alpha")
-    backend, bank = session._backend, session.adapters
+    backend = session._backend
     session.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("hhdeploy-cuda-graphs")]
-    bank.remove("alpha")  # tells the backend of the row, which is gone
+    backend.row_changed(1)  # of a bank that is gone
     with pytest.raises(SessionError, match="the session is closed"):
         backend.run(images(1), None)
 
