@@ -25,14 +25,13 @@ from hhdeploy.choices import PROBLEM_TYPES as PROBLEM_TYPES
 from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.bundle_json import CONFIG_FILE as CONFIG_FILE
 from hhdeploy.files.bundle_json import MANIFEST, without_duplicates
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
 # 2 has s_in, s_out, db, values of parameters, and fold_only; written only where they are used.
 SCHEMA_VERSION = 2
-
-CONFIG_FILE = "adapter_config.json"
 
 
 TENSOR_FILE = "adapter_model.safetensors"

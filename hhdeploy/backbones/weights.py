@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.errors import BackboneError
-from hhdeploy.files.checkpoints import is_averaged, is_judging, unwrapped, without_wrappers
+from hhdeploy.files.checkpoints import (
+    abbreviated,
+    is_averaged,
+    is_judging,
+    unwrapped,
+    without_wrappers,
+)
 from hhdeploy.files.weights import content_of
 from hhdeploy.files.writing import is_folder
 
@@ -181,11 +187,6 @@ def passed_over(
     return [f"left out of the checkpoint, as timm does: {abbreviated(left)}"]
 
 
-def abbreviated(names: Sequence[str]) -> str:
-    """The first four names, and whether there are more."""
-    return f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-
-
 def load_strictly(
     model: nn.Module, state: Mapping[str, torch.Tensor], classifier: str, spec: BackboneSpec
 ) -> None:
@@ -215,7 +216,7 @@ def load_strictly(
     ]
     if missing or unexpected or wrong or untrue:
         problems = [
-            f"{title}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            f"{title}: {abbreviated(names, 5)}"
             for title, names in (
                 ("missing", missing),
                 ("unexpected", unexpected),

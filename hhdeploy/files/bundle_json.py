@@ -20,8 +20,8 @@ from hhdeploy.files.plain import can_be_named, read_plain
 MANIFEST = "hhdeploy.json"
 # Of all other files of a bundle; no manifest names it.
 SIGNATURE = "model.sig"
-# What an adapter's directory has, which is given for a bundle at times.
-_OF_ADAPTERS = "adapter_config.json"
+# Of an adapter's directory, of this format or of PEFT, which is given for a bundle at times.
+CONFIG_FILE = "adapter_config.json"
 # A file that a change put there has eight digits of its content before its suffix.
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
@@ -112,7 +112,7 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
         text = read_plain(file).decode()
         content = json.loads(text, object_pairs_hook=without_duplicates)
     except (FileNotFoundError, NotADirectoryError):
-        adapter = (path / _OF_ADAPTERS).is_file()
+        adapter = (path / CONFIG_FILE).is_file()
         what = (
             "It is an adapter's directory: export a bundle with it, by"
             if adapter

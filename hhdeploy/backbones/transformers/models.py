@@ -32,6 +32,7 @@ from hhdeploy.backbones.weights import (
     state_of,
 )
 from hhdeploy.errors import BackboneError, require
+from hhdeploy.files.bundle_json import CONFIG_FILE
 from hhdeploy.files.plain import what_instead
 from hhdeploy.files.weights import files_of, weights_in
 
@@ -47,8 +48,6 @@ _TEACHER = "WithTeacher"
 _IMAGES, _SHAPES = "pixel_values", "spatial_shapes"
 # What configurations call the number of images that a video has.
 _FRAMES = ("num_frames", "frames_per_clip")
-# An adapter of PEFT beside a model: transformers puts it on the model that it loads from there.
-_ADAPTER = "adapter_config.json"
 
 
 def load_transformers(spec: BackboneSpec, where: str) -> Loaded:
@@ -267,8 +266,8 @@ def _model(
     )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BackboneError(
-            f"transformers:{where} is a model with an adapter of PEFT on it ({_ADAPTER}). Expected "
-            "the model alone: have it in a directory of its own, and bring the adapter by "
+            f"transformers:{where} is a model with an adapter of PEFT on it ({CONFIG_FILE}). "
+            "Expected the model alone: have it in a directory of its own, and bring the adapter by "
             "`import_adapter()`."
         )
     given = frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
@@ -279,7 +278,7 @@ def _adapter_beside(spec: BackboneSpec, where: str) -> tuple[str, ...]:
     """A line where a directory has an adapter beside the model's weights, which are read without
     it: transformers would, with PEFT installed, return the model that the adapter makes of it."""
     folder = Path(where)
-    beside = (folder / _ADAPTER).is_file() and weights_in(folder).is_file()
+    beside = (folder / CONFIG_FILE).is_file() and weights_in(folder).is_file()
     if spec.checkpoint is not None or not spec.pretrained or not beside:
         return ()
     return ("an adapter of PEFT beside the model is left out: it has to be imported",)
