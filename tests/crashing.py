@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import multiprocessing
+import multiprocessing.context
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +26,13 @@ Writer = Callable[[Path], object]
 # Exit code of the children, and how long one may take, on a busy machine.
 _KILLED = 9
 _SECONDS = 120
+# What the children run is in these: imported once, by the process of which all are forked, whoever
+# asks it first. A child of another would import PyTorch for itself, at each of a writer's calls.
+_WRITERS = (
+    "tests.hhdeploy.bundle.test_crashes",
+    "tests.hhdeploy.test_training_state",
+    "tests.soak.bundle",
+)
 # So many pending names are tried in all combinations, more of them one by one.
 _ALL_SUBSETS = 5
 
@@ -173,15 +181,21 @@ def _die_at(write: Writer, root: Path, point: int) -> None:
         write(root)
 
 
+def forks() -> multiprocessing.context.ForkServerContext:
+    """Processes that are forks of one without threads, which has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_WRITERS))
+    return context
+
+
 def _in_child(write: Writer, root: Path, point: int) -> int | None:
     """How a process of its own ends, of which `_die_at` is all; None: it hangs.
 
     It is forked by a process without threads. This one has those of every runtime that earlier
     tests opened: a fork of it has their locks, as they were, and nobody who opens them.
     """
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload([write.__module__])
-    child = forks.Process(target=_die_at, args=(write, root, point), daemon=True)
+    assert write.__module__ in _WRITERS
+    child = forks().Process(target=_die_at, args=(write, root, point), daemon=True)
     child.start()
     child.join(_SECONDS)
     code = child.exitcode

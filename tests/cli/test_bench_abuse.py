@@ -1,4 +1,4 @@
-"""`bench --serve --abuse`: a server, the honest clients and every abuser, each 5 s.
+"""`bench --serve --abuse`: a server, the honest clients and every abuser, each 2 s.
 
 What it says about the machine's speed is not held here: the control is short, the machine is not
 alone, and both sides ask for less, since their requests would be most of what the suite computes.
@@ -19,7 +19,7 @@ def test_abuse_of_every_kind_costs_nobody_else_an_answer(call, branches, monkeyp
     monkeypatch.setattr(run, "SHARE", 0.05)
     monkeypatch.setattr(run, "PAUSE_SECONDS", 0.5)
     result = call(
-        "bench", branches, "--serve", "--abuse", "all", "--seconds", "5", "--device", "cpu",
+        "bench", branches, "--serve", "--abuse", "all", "--seconds", "2", "--device", "cpu",
         "--threads", "1", "--adapters", "6", "--json",
     )  # fmt: skip
     found = json.loads(result.stdout)

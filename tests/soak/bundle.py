@@ -6,7 +6,6 @@ and nobody may call the bundle damaged.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.files.tensors import read_tensors
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime import open_session
+from tests.crashing import forks
 from tests.soak.outcome import finish
 
 WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
@@ -163,9 +163,7 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
     shutil.copytree(WITNESS / "branches", path)
     for number, adapter in enumerate(("alpha", "gamma")):
         write_pictures(folder / "pictures" / adapter / "a", 12, number)
-    # What all of them import is imported once: they are forks of one process that has it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.soak.bundle"])
+    context = forks()
     told = context.Queue()
     until = time.monotonic() + seconds
     jobs = [context.Process(target=write, args=(path, n, until, told)) for n in range(WRITERS)]
