@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 import warnings
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _GEOMETRY = ("pos_embed", "patch_embed.proj.weight", "position_bias_table")
 # A model whose positions are made for the size of the images wherever it runs.
 _RADIO = "radio_model."
+# What timm makes a model from, beside its name.
+_FROM = ("hf-hub:", "local-dir:")
 # What timm's folders call their weights.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -193,7 +196,10 @@ def _of_folder(spec: BackboneSpec, folder: Path) -> BackboneSpec:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, architecture = config.get("model_type"), config.get("architecture")
     except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise BackboneError(f"{folder} has no config.json that can be read: {error}.") from error
+        raise BackboneError(
+            f"{folder} has no config.json that can be read: {error}. Expected a model's directory, "
+            "as timm or transformers saved it, or timm's name of a model."
+        ) from error
     if not isinstance(architecture, str):
         hint = f" Is it a model of transformers? Pass transformers:{folder}." if kind else ""
         raise BackboneError(
@@ -216,17 +222,28 @@ def _timm() -> Any:
     return require("timm", "export", "loading a backbone")
 
 
+def _meant(model: str, timm: Any) -> str:
+    """What to give in the place of a name that timm does not know."""
+    if Path(model).is_file():
+        return ": that is a file. Name the model, and pass the file as `checkpoint`."
+    source, _, name = model.rpartition(":")
+    close = difflib.get_close_matches(name.lower(), timm.list_models(), 5)
+    hints = [f"Did you mean {', '.join(close)}?"] if close else []
+    if source or "/" in model:
+        hints.append(
+            "A model of transformers is transformers:DIR_OR_HUB_ID, one of timm's from the hub "
+            "hf-hub:OWNER/NAME, your own python:package.module:function."
+        )
+    hints.append("All: python -c \"import timm; print(*timm.list_models(), sep='\\n')\"")
+    return " ".join([f" (timm {timm.__version__}).", *hints])
+
+
 def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = None) -> nn.Module:
     """timm.create_model with its errors mapped; ``num_classes`` None: the model's default."""
     timm = _timm()
-    name = spec.model.split(".")[0]
-    if ":" not in spec.model and not timm.is_model(name):
-        close = timm.list_models(f"*{name[:12]}*")[:5]
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
-        raise BackboneError(
-            f"unknown timm model {spec.model!r} (timm {timm.__version__}).{hint} See all names "
-            "with: python -c \"import timm; print(*timm.list_models(), sep='\\n')\""
-        )
+    name, _, tag = spec.model.partition(".")
+    if not spec.model.startswith(_FROM) and not timm.is_model(name):
+        raise BackboneError(f"unknown timm model {spec.model!r}{_meant(spec.model, timm)}")
     kwargs = dict(spec.args)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
@@ -235,6 +252,12 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
             warnings.filterwarnings("ignore", category=UserWarning)
             return timm.create_model(spec.model, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
     except Exception as error:
+        if "Invalid pretrained tag" in str(error):
+            known = timm.list_pretrained(f"{name}.*") or [f"{name} alone"]
+            raise BackboneError(
+                f"timm {timm.__version__} has no weights {tag!r} of {name}. Expected "
+                f"{' or '.join(known)}."
+            ) from error
         if pretrained:
             raise BackboneError(
                 f"timm could not load {spec.model} with pretrained weights: {error}. Without a "

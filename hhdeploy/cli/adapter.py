@@ -27,7 +27,7 @@ for _command in (
 
 
 @command.command("inspect")
-@click.argument("directories", metavar="DIRECTORY...", type=ui.DIRECTORY, nargs=-1, required=True)
+@click.argument("directories", metavar="DIRECTORY...", type=ui.SOURCE, nargs=-1, required=True)
 @click.option("--rank/--no-rank", default=True, help="Effective rank (an SVD per site).")
 @click.option(
     "--html",
@@ -129,7 +129,7 @@ def _write_page(directories: tuple[Path, ...], page: Path) -> None:
 
 
 @command.command("list")
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @ui.json_option
 def list_adapters(bundle: Path, as_json: bool) -> None:
     """List the adapters of BUNDLE."""
@@ -158,7 +158,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 
 
 @command.command("add")
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("adapter", metavar="[NAME=]DIR[@S]")
 @ui.lock_timeout_option
 def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
@@ -186,7 +186,7 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
 
 
 @command.command("remove")
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("name")
 @ui.lock_timeout_option
 def remove(bundle: Path, name: str, lock_timeout: float) -> None:
@@ -198,7 +198,7 @@ def remove(bundle: Path, name: str, lock_timeout: float) -> None:
 
 
 @command.command("pack")
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def pack(bundle: Path, name: str, file: Path) -> None:
@@ -213,7 +213,7 @@ def pack(bundle: Path, name: str, file: Path) -> None:
 
 
 @command.command("unpack")
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("file", type=ui.FILE)
 @click.argument("out", type=ui.DIRECTORY)
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the adapter is complete.")

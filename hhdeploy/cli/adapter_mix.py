@@ -100,8 +100,8 @@ def _backbone(
 
 
 @click.command("diff", context_settings=CONTEXT)
-@click.argument("a", type=ui.DIRECTORY)
-@click.argument("b", type=ui.DIRECTORY)
+@click.argument("a", type=ui.SOURCE)
+@click.argument("b", type=ui.SOURCE)
 @ui.json_option
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Show how the adapters A and B differ, setting by setting and site by site.

@@ -15,8 +15,8 @@ from hhdeploy.cli.bench_serve import bench_server, check_load_options, serve_opt
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
-@click.option("--against", type=ui.DIRECTORY, help="Another bundle: interleaved, with the ratio.")
+@click.argument("bundle", type=ui.SOURCE)
+@click.option("--against", type=ui.SOURCE, help="Another bundle: interleaved, with the ratio.")
 @click.option(
     "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8), show_default=True
 )

@@ -10,7 +10,7 @@ from hhdeploy.cli import ui
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.option("--out", type=ui.FILE, help="Write it to this file; default: standard output.")
 def command(bundle: Path, out: Path | None) -> None:
     """Say what BUNDLE is made of: a CycloneDX 1.6 ML-BOM, in JSON.

@@ -11,7 +11,7 @@ from hhdeploy.cli import ui
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),

@@ -27,7 +27,7 @@ _NOT_CHECKED = frozenset(
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.option(
     "--data",
     type=ui.IMAGES,

@@ -12,6 +12,7 @@ import click
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import LABELS, VALUES
 from hhdeploy.backbones.facts import FEATURES, TOKENS
+from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.errors import SessionError
@@ -32,6 +33,10 @@ def _pictures(
     context: click.Context, parameter: click.Parameter, given: tuple[Path, ...]
 ) -> tuple[Path, ...]:
     for path in given:
+        if (path / MANIFEST).is_file():
+            raise click.BadParameter(
+                f"{path} is a bundle, which comes first: hhdeploy predict BUNDLE IMAGES."
+            )
         if path.is_dir():
             raise click.BadParameter(
                 f"{path} is a directory: name the pictures in it, as {ui.quoted(path)}/* does."
@@ -40,7 +45,7 @@ def _pictures(
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("images", type=ui.IMAGES, nargs=-1, required=True, callback=_pictures)
 @click.option(
     "--adapter",

@@ -10,7 +10,7 @@ from hhdeploy.cli import ui
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("destination")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier push wrote to a folder.")
 @click.option("--dry-run", is_flag=True, help="Check every hash and list what would be written.")

@@ -79,7 +79,7 @@ def _type(name: str, annotation: str, told: Option) -> Any:
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
     "--grpc-port",

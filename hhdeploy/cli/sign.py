@@ -13,7 +13,7 @@ _MOST_BYTES = 1 << 20
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.option(
     "--key", required=True, type=ui.FILE, help="Elliptic-curve private key in PEM, e.g. P-256."
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("out", type=ui.DIRECTORY)
 @click.option("--name", help="Of the model; default: the bundle's directory name.")
 @click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)

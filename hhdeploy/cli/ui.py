@@ -56,6 +56,8 @@ class Wait(Number):
 _UNCUT = 100_000  # columns
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
+# Of a bundle, an adapter: a file there is told what it is by who reads it.
+SOURCE = click.Path(path_type=Path)
 IMAGES = click.Path(path_type=Path)  # a folder, or a list of paths and labels
 FILE = click.Path(path_type=Path, dir_okay=False)
 DEVICE = click.Choice(DEVICES)

@@ -22,7 +22,7 @@ _AGAINST_TORCH = frozenset(
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.option("--device", type=ui.DEVICE, default="cpu", show_default=True)
 @click.option(
     "--precision",

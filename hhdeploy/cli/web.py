@@ -11,7 +11,7 @@ from hhdeploy.cli import ui
 
 
 @click.command()
-@click.argument("bundle", type=ui.DIRECTORY)
+@click.argument("bundle", type=ui.SOURCE)
 @click.argument("out", type=ui.DIRECTORY)
 @click.option(
     "--precision",

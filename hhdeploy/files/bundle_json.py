@@ -112,15 +112,7 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
         text = read_plain(file).decode()
         content = json.loads(text, object_pairs_hook=without_duplicates)
     except (FileNotFoundError, NotADirectoryError):
-        adapter = (path / CONFIG_FILE).is_file()
-        what = (
-            "It is an adapter's directory: export a bundle with it, by"
-            if adapter
-            else "Make one with"
-        )
-        raise BundleError(
-            f"{path} is not a bundle: {MANIFEST} was expected in it. {what} `export()`."
-        ) from None
+        raise BundleError(_no_bundle(path)) from None
     except OSError as error:
         raise BundleError(
             f"{file} cannot be read: {error.strerror}. Give it its permissions, or copy or export "
@@ -136,6 +128,18 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
         )
     assert isinstance(content, dict)
     return content
+
+
+def _no_bundle(path: Path) -> str:
+    """Why there is no manifest where a bundle was expected, and what is there instead."""
+    if path.is_file():
+        found = f"{path} is a file, and a bundle is a directory with {MANIFEST} in it."
+        around = next((p for p in path.parents if (p / MANIFEST).is_file()), None)
+        return found + (f" Name that: {around}" if around else " Make one with `export()`.")
+    missing = f"{path} is not a bundle: {MANIFEST} was expected in it."
+    if (path / CONFIG_FILE).is_file():
+        return f"{missing} It is an adapter's directory: export a bundle with it, by `export()`."
+    return f"{missing} Make one with `export()`."
 
 
 def json_object(content: bytes, file: Path) -> dict[str, Any]:

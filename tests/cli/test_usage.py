@@ -167,6 +167,25 @@ def test_wrong_input_exits_with_1(refuse, line, message):
     assert message in refuse(*line.split())
 
 
+OF_BUNDLES = [line for line, message in INPUT if message == "nowhere is not a bundle"]
+
+
+@pytest.mark.parametrize("line", OF_BUNDLES)
+def test_a_file_of_a_bundle_in_its_place_leads_to_it(refuse, small, line):
+    """Such as its model.onnx."""
+    words = [str(small / "model.onnx") if word == "nowhere" else word for word in line.split()]
+    assert "is a file, and a bundle is a directory" in (said := refuse(*words))
+    assert f"Name that: {small}" in said
+
+
+def test_a_bundle_behind_its_pictures_is_told_its_place(call, small):
+    result = call("predict", "photo.jpg", str(small))
+    assert result.exit_code == 2
+    assert f"{small} is a bundle, which comes first: hhdeploy predict BUNDLE IMAGES." in (
+        result.stderr
+    )
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("flag", ["--json", None])
 def test_a_full_disk_that_is_printed_to_is_said(small, flag):

@@ -93,6 +93,22 @@ def test_an_unknown_model():
         load_backbone(BackboneSpec("no_such_model", pretrained=False))
 
 
+def test_what_is_given_in_the_place_of_a_model_s_name(tmp_path):
+    (tmp_path / "tuned.safetensors").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for model, message in {
+        str(tmp_path / "tuned.safetensors"): "that is a file. .* pass the file as `checkpoint`",
+        str(tmp_path / "empty"): "Expected a model's directory, as timm or transformers saved it",
+        "google/vit-base-patch16-224": "A model of transformers is transformers:DIR_OR_HUB_ID",
+        "timm:vit_tiny_patch16_224": "Did you mean vit_tiny_patch16_224.*hf-hub:OWNER/NAME",
+        "ViT_tiny_patch16_224": "Did you mean vit_tiny_patch16_224",
+        "vit_tiny_patch16_224.augreg": r"no weights 'augreg' of .*224\.augreg_in21k or vit",
+    }.items():
+        for pretrained in (True, False):
+            with pytest.raises(BackboneError, match=message):
+                load_backbone(BackboneSpec(model, pretrained=pretrained))
+
+
 @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir"])
 def test_arguments_that_do_not_shape_the_model(name):
     with pytest.raises(BackboneError, match=rf"arguments {name} are not allowed.*img_size"):

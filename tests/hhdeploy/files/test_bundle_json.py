@@ -44,6 +44,18 @@ def test_a_bundle_and_an_adapter_in_each_other_s_place_are_told_apart(branches):
         load_adapter(branches)
 
 
+def test_a_file_in_a_bundle_s_place_leads_to_the_bundle(branches, tmp_path):
+    for file in ("model.onnx", MANIFEST, "adapters/alpha/adapter_config.json"):
+        assert (branches / file).is_file()
+        with pytest.raises(BundleError, match=rf"is a file, .*Name that: {branches}$"):
+            Bundle.open(branches / file)
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    with pytest.raises(
+        BundleError, match=r"is a file, and a bundle is a directory with .*Make one"
+    ):
+        Bundle.open(tmp_path / "photo.jpg")
+
+
 def test_a_key_twice_is_no_choice(bundle):
     text = (bundle / MANIFEST).read_text().rstrip()
     (bundle / MANIFEST).write_text(text[:-1] + ', "adapters": []}')
