@@ -253,10 +253,9 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
             return timm.create_model(spec.model, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
     except Exception as error:
         if "Invalid pretrained tag" in str(error):
-            known = timm.list_pretrained(f"{name}.*") or [f"{name} alone"]
+            known = " or ".join(timm.list_pretrained(f"{name}.*")) or f"{name} alone"
             raise BackboneError(
-                f"timm {timm.__version__} has no weights {tag!r} of {name}. Expected "
-                f"{' or '.join(known)}."
+                f"timm {timm.__version__} has no weights {tag!r} of {name}. Expected {known}."
             ) from error
         if pretrained:
             raise BackboneError(
