@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError
 from hhdeploy.files.caches import Entry, entry_at
-from hhdeploy.files.tensors import read_tensors, write_tensors
+from hhdeploy.files.tensors import ByContent, read_tensors, write_tensors
 from hhdeploy.files.writing import os_errors, sha256_of, write_json
 
 # Counts changes of this package that make older entries unusable.
@@ -30,8 +30,8 @@ _VERSION = 3
 _INDEX, _TENSORS = "scales.json", "scales.safetensors"
 
 
-@dataclass(frozen=True)
-class SiteScale:
+@dataclass(frozen=True, eq=False)
+class SiteScale(ByContent):
     """What is known about one site.
 
     The quantised product is ``Q(x ∘ smooth) (W / smooth)`` with x [..., in] and W [in, out].

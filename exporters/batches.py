@@ -99,7 +99,7 @@ def check_batch(model: ir.Model, name: str) -> None:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Input:
     """What is kept of a Linear's input: its first dimension, and values of both halves."""
 

@@ -42,7 +42,7 @@ _PLAIN = GraphForm()
 _VERSIONED = ("hhdeploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contents:
     """What a bundle is written from.
 

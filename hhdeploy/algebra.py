@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hhdeploy.files.tensors import ByContent
 
 Array = NDArray[np.float64]
 Addends = tuple[Array, NDArray[np.floating]]
@@ -33,8 +35,8 @@ _BLOCK_BYTES = 3 << 19
 _NUMBERS_AT_A_TIME = 512
 
 
-@dataclass(frozen=True)
-class SiteDelta:
+@dataclass(frozen=True, eq=False)
+class SiteDelta(ByContent):
     """D + left @ right, with D the rectangular diagonal of ``diag``; float64.
 
     Attributes:
@@ -91,8 +93,8 @@ class SiteDelta:
         return matrix
 
 
-@dataclass(frozen=True)
-class Scales:
+@dataclass(frozen=True, eq=False)
+class Scales(ByContent):
     """W as diag(s_out) W diag(s_in), float64; None: ones.
 
     Attributes:
@@ -133,8 +135,8 @@ class Scales:
 UNSCALED = Scales()
 
 
-@dataclass(frozen=True)
-class SiteChange:
+@dataclass(frozen=True, eq=False)
+class SiteChange(ByContent):
     """All that an adapter does at one site: y = diag(s_out) W diag(s_in) x + ΔW x + b + db.
 
     The sequential form then multiplies that by M.
@@ -146,7 +148,7 @@ class SiteChange:
     """
 
     delta: SiteDelta | None
-    scales: Scales = UNSCALED
+    scales: Scales = field(default_factory=Scales)
     db: Array | None = None
 
     def largest(self, *, around_identity: bool) -> float:

@@ -32,7 +32,7 @@ BACKBONE_ROW = 0
 DEFAULT_SLOTS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """An adapter that was read, checked and packed, and has no row yet.
 

@@ -31,7 +31,7 @@ class Guess:
     probability: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Changed:
     """One image that quantisation hurt.
 

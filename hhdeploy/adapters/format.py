@@ -36,7 +36,7 @@ from hhdeploy.backbones.sites import Form
 from hhdeploy.choices import of_kind, yes_or_no
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.directories import atomic_directory
-from hhdeploy.files.tensors import check_finite, read_tensors, tensor_bytes
+from hhdeploy.files.tensors import ByContent, check_finite, read_tensors, tensor_bytes
 from hhdeploy.files.writing import as_path, is_folder, json_bytes, write_bytes
 
 _HTA_TENSORS = ("u", "v", "d")
@@ -52,8 +52,8 @@ PARTS: tuple[Part, ...] = get_args(Part)
 _SITE_TENSORS = (*_HTA_TENSORS, *_LORA_TENSORS, *PARTS)
 
 
-@dataclass(frozen=True)
-class SiteTensors:
+@dataclass(frozen=True, eq=False)
+class SiteTensors(ByContent):
     """The trained tensors of one site, float32; any group may be absent (None).
 
     Attributes:
@@ -93,8 +93,8 @@ class SiteTensors:
         return sum(t.size for name in _SITE_TENSORS if (t := getattr(self, name)) is not None)
 
 
-@dataclass(frozen=True)
-class Head:
+@dataclass(frozen=True, eq=False)
+class Head(ByContent):
     """A trained classifier: float32 weight (classes, dim) and bias (classes,).
 
     Attributes:
@@ -106,8 +106,8 @@ class Head:
     bias: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Adapter:
+@dataclass(frozen=True, eq=False)
+class Adapter(ByContent):
     """One adapter.
 
     Attributes:

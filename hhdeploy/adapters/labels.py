@@ -23,6 +23,7 @@ from hhdeploy.adapters.config import CLASSES, LABELS, VALUES, ProblemType
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import check_words
 from hhdeploy.files.plain import read_few
+from hhdeploy.files.tensors import ByContent
 
 # What `calibrate` looks for in a folder of images.
 LABELS_FILE = "labels.csv"
@@ -42,8 +43,8 @@ _WRITTEN = re.compile(
 _ROUNDED = 0.01
 
 
-@dataclass(frozen=True)
-class LabelTable:
+@dataclass(frozen=True, eq=False)
+class LabelTable(ByContent):
     """Images and what is true of each.
 
     Attributes:

@@ -9,10 +9,11 @@ import numpy as np
 from hhdeploy.adapters.differing import difference
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.algebra import Array, entropy_rank, singular_values
+from hhdeploy.files.tensors import ByContent
 
 
-@dataclass(frozen=True)
-class SiteSpectrum:
+@dataclass(frozen=True, eq=False)
+class SiteSpectrum(ByContent):
     """One site's change of its weight; of the sequential form, M - I.
 
     Attributes:

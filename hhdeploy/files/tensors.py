@@ -1,4 +1,4 @@
-"""safetensors files read and written with NumPy alone."""
+"""safetensors files read and written with NumPy alone, and values that hold arrays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,32 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 # How zip archives and single arrays of NumPy begin; of others it advises to unpickle them.
 _ARRAYS = (b"PK", b"\x93NUMPY")
 _DAMAGED = " The file may be truncated or of another format; copy or save it again."
+
+
+class ByContent:
+    """Of a dataclass with ``eq=False`` that holds arrays: equal is what is of the same class with
+    equal fields, arrays by shape and numbers. (Of what `dataclass` makes itself, arrays have no
+    truth.) It has no hash, as arrays and dictionaries have none.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _same(getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)  # type: ignore[arg-type]
+            if f.compare
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return type(one) is type(other) and np.array_equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)
 
 
 def read_tensors(

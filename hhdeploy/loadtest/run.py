@@ -71,7 +71,7 @@ class Start:
     device: Runner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """All that is there before a server is started.
 

@@ -18,7 +18,7 @@ from hhdeploy.parity import AVERAGING_BOUND
 _SUMS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrozenTensor:
     """What is kept of a frozen parameter or a buffer, instead of a second copy of the model.
 

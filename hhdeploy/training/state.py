@@ -38,7 +38,7 @@ _OWN = {"made_by": "hhdeploy.training"}
 _ADDED = ("`problem_type`", "the list of class names")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SavedTraining:
     """What was on disk: the last whole epoch (0: none yet), its tensors, the reports so far."""
 

@@ -18,6 +18,7 @@ from hhdeploy.backbones.spec import Backbone
 from hhdeploy.choices import whole
 from hhdeploy.errors import AdapterError, PlanError
 from hhdeploy.files.folders import list_images, part_of, spread
+from hhdeploy.files.tensors import ByContent
 from hhdeploy.files.writing import path_or_none
 from hhdeploy.parity import NO_EFFECT
 from hhdeploy.preprocess import open_image
@@ -77,8 +78,8 @@ class VerifyData:
         return np.stack([transform(open_image(path)) for path in paths])
 
 
-@dataclass(frozen=True)
-class Reference:
+@dataclass(frozen=True, eq=False)
+class Reference(ByContent):
     """Images, rows and outputs; neighbouring images use different adapters.
 
     Attributes:

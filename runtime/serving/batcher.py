@@ -43,7 +43,7 @@ _LOG = logging.getLogger("hhdeploy.serve")
 _MUCH = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Computed:
     """Logits of one request, and where its time went.
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.files.tensors import ByContent
 from hhdeploy.runtime.serving.errors import RequestError, TimedOutError, shown
 from hhdeploy.runtime.serving.tensors.values import array_of, flat_values
 
@@ -54,8 +55,8 @@ _MOST_PARAMETERS = 64
 _SHARED_MEMORY = "shared_memory_region"
 
 
-@dataclass(frozen=True)
-class Tensor:
+@dataclass(frozen=True, eq=False)
+class Tensor(ByContent):
     """A named array; of BYTES an object array of `bytes`."""
 
     name: str

@@ -43,7 +43,7 @@ _POLISH = 2
 _SKETCH = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightChange:
     """A weight before and after, (out, in) and float64."""
 

@@ -43,7 +43,7 @@ _UNSAVED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """The tensors of a file: those of a method, and parameters that were trained whole.
 
