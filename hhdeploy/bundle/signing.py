@@ -71,7 +71,7 @@ def sign(
         with scratch_directory(None, "signature") as scratch:
             config.sign(bundle.path, scratch / SIGNATURE)
             content = (scratch / SIGNATURE).read_bytes()
-        with atomic_file(bundle.path / SIGNATURE) as target:
+        with atomic_file(bundle.path / SIGNATURE, Path(path) / SIGNATURE) as target:
             target.write_bytes(content)
     return Path(path) / SIGNATURE
 

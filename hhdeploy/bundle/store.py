@@ -56,6 +56,7 @@ from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import (
     json_bytes,
     os_errors,
+    placing,
     sha256_of,
     sha256_of_bytes,
     sync_directory,
@@ -222,7 +223,8 @@ class Change:
         for folder in sorted(folders, reverse=True):  # what is inside before what names it
             sync_directory(folder)
         write_bytes(root / NEW_MANIFEST, json_bytes(self.manifest.to_json()))
-        os.replace(root / NEW_MANIFEST, root / MANIFEST)
+        with placing(root / NEW_MANIFEST, root / MANIFEST, root):
+            os.replace(root / NEW_MANIFEST, root / MANIFEST)
         sync_in_place(root / MANIFEST)
 
     def _check(self) -> None:

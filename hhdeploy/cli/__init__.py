@@ -9,12 +9,15 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import IO, Any
 
 import click
 
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import HhdeployError, OptionError
+from hhdeploy.files.writing import placed_here
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
 _COMMANDS = {
@@ -44,6 +47,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+def interrupted(placed: Iterable[Path]) -> str:
+    """What an interrupt does not take back, in words."""
+    return (
+        f"Interrupted. Complete by then, and on the disk: {', '.join(map(str, placed))}. Look at "
+        "what is there before you run the command again."
+    )
+
+
 class _Unprintable(click.ClickException):
     """Standard output took no more, as far as can be told."""
 
@@ -62,9 +73,19 @@ class Group(click.Group):
 
         Raises:
             UsageError: for an OptionError, as if click had found it.
-            ClickException: for every other error of hhdeploy's, and of a file that the system
-                names and refuses.
+            ClickException: for every other error of hhdeploy's, of a file that the system
+                names and refuses, and for an interrupt that came when something was written.
         """
+        with placed_here() as placed:
+            try:
+                return self._invoked(ctx)
+            except KeyboardInterrupt as interrupt:
+                # What lay in a directory of temporary files may be gone with it.
+                if not (there := [path for path in placed if os.path.lexists(path)]):
+                    raise
+                raise click.ClickException(interrupted(there)) from interrupt
+
+    def _invoked(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except HhdeployError as error:

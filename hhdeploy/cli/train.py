@@ -11,9 +11,10 @@ from hhdeploy.adapters.config import CLASSES, LABELS, PROBLEM_TYPES, VALUES
 from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
 from hhdeploy.choices import TORCH_DEVICES
-from hhdeploy.cli import ui
+from hhdeploy.cli import interrupted, ui
 from hhdeploy.errors import require
 from hhdeploy.files.folders import find_splits, in_words
+from hhdeploy.files.writing import placed_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,14 +158,15 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     from hhdeploy.training.state import StateDirectory
 
     settings = TrainSettings(**{**options, "targets": options["targets"] or None})
-    try:
-        with _Bar(ui.error_console(), settings.epochs) as bar:
-            result = train(settings, bar)
-    except KeyboardInterrupt:
-        kept = settings.out is not None and StateDirectory.beside(settings.out).exists
-        hint = " Continue with the same command and --resume." if kept else ""
-        click.echo(f"Interrupted.{hint}", err=True)
-        ctx.exit(_INTERRUPTED)
+    with placed_here() as placed:
+        try:
+            with _Bar(ui.error_console(), settings.epochs) as bar:
+                result = train(settings, bar)
+        except KeyboardInterrupt:
+            kept = settings.out is not None and StateDirectory.beside(settings.out).exists
+            hint = " Continue with the same command and --resume." if kept else ""
+            click.echo(interrupted(placed) if placed else f"Interrupted.{hint}", err=True)
+            ctx.exit(_INTERRUPTED)
     click.echo(json.dumps(result.to_json(), indent=2) if as_json else "\n".join(_summary(result)))
 
 

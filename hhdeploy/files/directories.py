@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from hhdeploy.errors import ConflictError, OccupiedError, WriteError
 from hhdeploy.files.outputs import check_outside
 from hhdeploy.files.scratch import RETIRED, scratch_directory, sweep
-from hhdeploy.files.writing import os_errors, sync_directory, sync_in_place, sync_tree
+from hhdeploy.files.writing import os_errors, placing, sync_directory, sync_in_place, sync_tree
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # A kernel or a file system that cannot exchange says one of these.
@@ -176,7 +176,8 @@ def atomic_directory(target: Path, *, overwrite: bool, kind: Replaceable) -> Ite
             with _told_of_the_whole(scratch):
                 yield scratch
             sync_tree(scratch)
-            _install(scratch, path, kind, overwrite=overwrite)
+            with placing(scratch, path, target):
+                _install(scratch, path, kind, overwrite=overwrite)
             sync_in_place(path)
 
 

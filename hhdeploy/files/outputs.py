@@ -78,5 +78,5 @@ def output_file(target: Path) -> Iterator[Path]:
         WriteError: it is inside of a bundle, or the file system refused; the old file is there.
     """
     check_outside(target)
-    with atomic_file(target) as scratch:
+    with atomic_file(target, named=target) as scratch:
         yield scratch

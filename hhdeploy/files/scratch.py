@@ -26,8 +26,10 @@ except ImportError:  # Windows: what a killed process leaves stays until somebod
 _TRIES = 100
 # What `_made` calls its paths.
 _NAME = re.compile(r"\.(?P<stem>.+)\.hhdeploy-[0-9a-f]{8}", re.DOTALL)
-# What a directory under replacement is called in its scratch directory; see `directories`.
-RETIRED = "replaced"
+# What a directory under replacement is called in its scratch directory; see `directories`. Nothing
+# that is made or removed in one may have this name: a repository's model may be called anything
+# that begins with no dot.
+RETIRED = ".replaced"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import json
 import os
 import reprlib
 import stat
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ _CHUNK = 1 << 22
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # File systems that cannot fsync (a directory, or at all) say one of these.
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES}
+# Of every `placed_here` that is open, and how many of the latest paths each keeps.
+_RECORDS: list[deque[Path]] = []
+_MOST_PLACED = 20
 
 
 def default_cache() -> Path:
@@ -224,6 +228,39 @@ def sync_in_place(target: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def placed_here() -> Iterator[deque[Path]]:
+    """The latest files and directories of its users that this process has put in their places, or
+    changed, in the block: what an interrupt does not take back."""
+    record: deque[Path] = deque(maxlen=_MOST_PLACED)
+    _RECORDS.append(record)
+    try:
+        yield record
+    finally:
+        _RECORDS.pop()
+
+
+@contextlib.contextmanager
+def placing(made: Path, place: Path, named: Path) -> Iterator[None]:
+    """Around the one step that puts what was made in its place, for `placed_here`; ``named`` is
+    what its user calls that. An interrupt comes before the step or after it."""
+    before = os.lstat(made)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(before, os.lstat(place)):
+                _record(named)
+        raise
+    _record(named)
+
+
+def _record(named: Path) -> None:
+    for record in _RECORDS:
+        if named not in record:
+            record.append(named)
+
+
 def sync_tree(root: Path) -> None:
     """`sync_file` and `sync_directory` of all that is below a directory, and of itself."""
     for folder, _, names in os.walk(root):
@@ -265,11 +302,12 @@ def check_file(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path, named: Path | None = None) -> Iterator[Path]:
     """Yield a scratch path beside ``target`` that replaces it, in one step, on success.
 
     A link is followed, and a file keeps its permissions. What is no plain file, a pipe or
-    /dev/null, stays what it is: it is given the content once that is whole.
+    /dev/null, stays what it is: it is given the content once that is whole. ``named`` is what its
+    user calls it, for `placed_here`; None: it is no user's.
 
     Raises:
         WriteError: the file system refused; the old file is there.
@@ -288,7 +326,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
             yield scratch
             sync_file(scratch)
             _keep_mode(place, scratch)
-            os.replace(scratch, place)
+            with placing(scratch, place, named) if named else contextlib.nullcontext():
+                os.replace(scratch, place)
             sync_in_place(place)
 
 

@@ -22,8 +22,10 @@ from hhdeploy.bundle import add_adapter, remove_adapter
 from hhdeploy.bundle.locking import BUNDLE, locked, undisturbed
 from hhdeploy.bundle.manifest import hash_files
 from hhdeploy.bundle.store import Change, edit
-from hhdeploy.errors import ConflictError, WriteError
+from hhdeploy.errors import ConflictError, OptionError, WriteError
+from hhdeploy.exporters.triton import check_model_name
 from hhdeploy.files.directories import Replaceable, atomic_directory, remove_directory
+from hhdeploy.files.scratch import RETIRED, sweep
 from hhdeploy.files.writing import write_json
 from tests.workshop import COMMAND_SECONDS, contents, copy_bundle, small_disk
 
@@ -528,7 +530,9 @@ def test_an_old_one_that_cannot_be_put_back_is_kept_and_found(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", refuse)
         with (
-            pytest.raises(WriteError, match=r"could not be moved back: planted.* as (.*/replaced)"),
+            pytest.raises(
+                WriteError, match=r"could not be moved back: planted.* as (.*/.replaced)"
+            ),
             atomic_directory(old, overwrite=True, kind=ANY) as scratch,
         ):
             (scratch / "new.txt").write_text("new")
@@ -542,7 +546,7 @@ def test_a_crash_between_the_two_renames_is_mended_by_the_next_command(tmp_path)
     """For that moment nothing is in its place, and the old one is in a scratch directory."""
     scratch = tmp_path / ".out.hhdeploy-0123abcd"
     scratch.mkdir()
-    shutil.copytree(WITNESS / "rival", scratch / "replaced")
+    shutil.copytree(WITNESS / "rival", scratch / RETIRED)
     with (
         pytest.raises(WriteError, match="already exists"),
         atomic_directory(tmp_path / "out", overwrite=False, kind=ADAPTER),
@@ -550,6 +554,17 @@ def test_a_crash_between_the_two_renames_is_mended_by_the_next_command(tmp_path)
         pytest.fail("the block must not run")
     assert contents(tmp_path / "out") == contents(WITNESS / "rival")
     assert names(tmp_path) == ["out"]
+
+
+def test_what_was_made_or_removed_is_not_taken_for_what_was_moved_away(tmp_path):
+    """A model of a repository may have nearly any name; a kill left a half one in its scratch, and
+    the next command put that in the repository's place."""
+    with pytest.raises(OptionError):
+        check_model_name(RETIRED)
+    for name in ("out", "replaced"):
+        (tmp_path / f".{name}.hhdeploy-0123abcd" / check_model_name("replaced")).mkdir(parents=True)
+        sweep(tmp_path, name)
+    assert names(tmp_path) == []
 
 
 def test_the_empty_directory_one_stands_in_is_filled_and_stays_itself(tmp_path, monkeypatch):

@@ -1,0 +1,111 @@
+"""Ctrl-C once something is written: what is complete is said, and nothing is called aborted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import hhdeploy.files.directories
+from hhdeploy.adapters.directory import ADAPTER
+from hhdeploy.cli import Group
+from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.scratch import scratch_directory
+from tests.workshop import copy_bundle
+
+WITNESS = Path(__file__).parents[1] / "witnesses" / "v1"
+# Command -> its arguments, and what it puts in its place or changes.
+COMMANDS = {
+    "add": (("adapter", "add", "BUNDLE", f"guest={WITNESS / 'rival'}"), "BUNDLE"),
+    "remove": (("adapter", "remove", "BUNDLE", "gamma"), "BUNDLE"),
+    "pull": (("pull", "BUNDLE", "OUT"), "OUT"),
+    "pull over another": (("pull", "BUNDLE", "OTHER", "--overwrite"), "OTHER"),
+    "push": (("push", "BUNDLE", "OUT"), "OUT"),
+    "merge": (("adapter", "merge", f"{WITNESS / 'rival'}=0.5", "OUT"), "OUT"),
+    "triton": (("triton", "BUNDLE", "OUT"), "OUT"),
+    "pack": (("adapter", "pack", "BUNDLE", "alpha", "OUT"), "OUT"),
+    "bom": (("bom", "BUNDLE", "--out", "OUT"), "OUT"),
+}
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request, tmp_path):
+    """Arguments of a command, and its result's path."""
+    arguments, result = COMMANDS[request.param]
+    places = {name: tmp_path / name.lower() for name in ("BUNDLE", "OUT", "OTHER")}
+    for name in ("BUNDLE", "OTHER"):
+        copy_bundle(WITNESS / "branches", places[name])
+    return [str(places.get(a, a)) for a in arguments], places[result]
+
+
+def interrupting(real, place):
+    """The call, and after it, where it puts something in its place, Ctrl-C."""
+
+    def call(source, target, *others, **options):
+        done = real(source, target, *others, **options)
+        if Path(target) in (place, place / "hhdeploy.json"):
+            raise KeyboardInterrupt
+        return done
+
+    return call
+
+
+@pytest.mark.parametrize("step", ["not yet", "at that moment", "later"])
+def test_ctrl_c_says_what_is_complete(call, monkeypatch, command, step):
+    arguments, place = command
+    with monkeypatch.context() as patch:
+        if step == "at that moment":
+            for where, name in (
+                (os, "replace"), (os, "rename"), (hhdeploy.files.directories, "_exchange"),
+            ):  # fmt: skip
+                patch.setattr(where, name, interrupting(getattr(where, name), place))
+        elif step == "later":
+            patch.setattr(click, "echo", _interrupted)
+            patch.setattr("rich.console.Console.print", _interrupted)
+        else:
+            patch.setattr("hhdeploy.files.writing.fsync", _interrupted)
+        result = call(*arguments)
+    assert result.exit_code == 1, result.output
+    if step == "not yet":
+        assert "Aborted!" in result.stderr
+        return
+    assert "Aborted!" not in result.stderr
+    assert f"Interrupted. Complete by then, and on the disk: {place}." in result.stderr
+    assert place.exists()
+
+
+def _interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_what_went_with_its_directory_is_not_told_of():
+    """A command may put things in their place in a directory of temporary files."""
+    group = Group("hhdeploy")
+
+    @group.command()
+    def work() -> None:
+        with scratch_directory(None, "work") as folder:
+            with atomic_directory(folder / "out", overwrite=False, kind=ADAPTER):
+                pass
+            raise KeyboardInterrupt
+
+    assert "Aborted!" in CliRunner().invoke(group, ["work"]).stderr
+
+
+def test_training_says_that_its_output_is_there(call, monkeypatch, tmp_path):
+    """With --resume there would be nothing left to continue."""
+    out = tmp_path / "out"
+
+    def train(settings, on_report):
+        with atomic_directory(settings.out, overwrite=False, kind=ADAPTER):
+            pass
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hhdeploy.training.recipe.train", train)
+    result = call("train", out, "--model", "vit_tiny_patch16_224", "--data", tmp_path)
+    assert result.exit_code == 130
+    assert f"Interrupted. Complete by then, and on the disk: {out}." in result.stderr
+    assert "--resume" not in result.stderr
