@@ -43,6 +43,7 @@ from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
 from hhdeploy.choices import listener
 from hhdeploy.errors import AdapterError, BundleError, HhdeployError, PlanError
 from hhdeploy.files.bundle_json import bundle_path, read_bundle_json
+from hhdeploy.files.directories import check_removable
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import as_path, os_errors, sha256_of
 from hhdeploy.parity import ROW_BOUND
@@ -220,6 +221,7 @@ def remove_adapter(
             raise PlanError("the adapters of this bundle are in its graph: they cannot be removed.")
         bank = change.bundle.bank().copy()
         bank[entry.row] = 0.0
+        check_removable(change.bundle.path / ADAPTERS / name)
         change.forget_adapter(name)
         change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
         kept = tuple(a for a in manifest.adapters if a.name != name)

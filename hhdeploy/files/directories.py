@@ -130,7 +130,7 @@ def _is_empty(path: Path) -> bool:
 
 def _judge(target: Path, path: Path, kind: Replaceable) -> None:
     """Raise `OccupiedError` for a directory that is none of a kind, `WriteError` for one that this
-    process stands in."""
+    process stands in, or may not remove."""
     if not os.path.lexists(path) or _is_empty(path):
         return
     reason = kind.foreign(path)
@@ -140,12 +140,34 @@ def _judge(target: Path, path: Path, kind: Replaceable) -> None:
             "nothing else. Choose another output directory, or remove this one yourself.",
             reason,
         )
+    check_removable(path)
     if _stood_in(path):
         raise WriteError(
             f"{target} is the directory you are in, or above it, and replacing it would leave you "
             "in one that is removed. Go to another directory, and name it from there. Nothing was "
             "changed."
         )
+
+
+def check_removable(path: Path) -> None:
+    """Raise `WriteError` for a directory that this user may not remove with all that it holds: it
+    would stay, hidden, or as nobody's. Of a link, which is removed itself, only that is asked."""
+    if not os.path.lexists(path):
+        return
+    with os_errors(path):
+        below = [] if path.is_symlink() else os.walk(path, onerror=_raise)
+        held = (folder for folder, folders, names in below if folders or names)
+        for folder in (path.parent, *map(Path, held)):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise WriteError(
+                    f"{path}: expected a directory that you may remove, found that you may not "
+                    f"change {folder}, which belongs to user {folder.stat().st_uid}. Let its owner "
+                    "do it, or have its permissions changed. Nothing was changed."
+                )
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _stood_in(path: Path) -> bool:

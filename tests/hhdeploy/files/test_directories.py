@@ -622,6 +622,47 @@ def test_what_one_stands_in_is_not_replaced(tmp_path, monkeypatch, below):
     assert names(old) == ["deep", "old.txt"]
 
 
+def others(monkeypatch, folder):
+    """``folder`` is another user's: whoever runs the tests may do everything."""
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode, **how: Path(path) != folder and real(path, mode, **how)
+    )
+
+
+@pytest.mark.parametrize("where", [".", "deep", "deep/deeper"])
+def test_what_could_not_be_removed_is_not_replaced(tmp_path, monkeypatch, where):
+    """A hidden directory with another user's files stayed for ever."""
+    old = old_directory(tmp_path)
+    (old / "deep" / "deeper").mkdir(parents=True)
+    (old / "deep" / "deeper" / "a").write_text("a")
+    before = contents(old)
+    others(monkeypatch, old / where)
+    with (
+        pytest.raises(WriteError, match=r"out: expected .*may not change .*belongs to user \d+"),
+        atomic_directory(old, overwrite=True, kind=ANY),
+    ):
+        pytest.fail("it is refused before any work")
+    with pytest.raises(WriteError, match="may not change"):
+        remove_directory(old, ANY)
+    assert names(tmp_path) == ["out"]
+    assert contents(old) == before
+
+
+@pytest.mark.parametrize("where", ["adapters", "adapters/gamma"])
+def test_an_adapter_whose_files_would_stay_is_not_removed(tmp_path, monkeypatch, where):
+    """They were nobody's then, and the bundle neither signed nor replaced."""
+    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    before = contents(bundle)
+    others(monkeypatch, bundle / where)
+    with pytest.raises(WriteError, match=r"adapters/gamma: expected .*may not change"):
+        remove_adapter(bundle, "gamma")
+    assert contents(bundle) == before
+    shutil.rmtree(bundle / "adapters" / "gamma")  # lost already
+    if where != "adapters":
+        remove_adapter(bundle, "gamma")
+
+
 def test_a_directory_is_removed_whole_and_only_of_its_kind(tmp_path, monkeypatch):
     old = old_directory(tmp_path)
     with pytest.raises(WriteError, match=r"out is not anything that hhdeploy wrote: it is mine"):
