@@ -33,7 +33,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 33
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 # EXIF's types of an orientation (a short, but some write a long), as `struct` has them.
 _WIDTHS = {3: "H", 4: "I"}
-_RAW_EXIF = "Raw profile type exif"
+_EXIF, _RAW_EXIF = b"Exif\0\0", "Raw profile type exif"
 _IN_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
 # Pixels that a picture is resized to before it is cropped, a gigabyte in RGB; a line of 60,000
 # pixels would take eleven.
@@ -302,8 +302,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _in_exif(exif: object) -> int | None:
-    """The orientation of an EXIF block, None if it has none."""
-    block = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    """The orientation of an EXIF block, None if it has none. Some write its mark twice."""
+    block = exif.removeprefix(_EXIF).removeprefix(_EXIF) if isinstance(exif, bytes) else b""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     try:
         (at,) = struct.unpack_from(f"{order}I", block, 4)

@@ -56,6 +56,7 @@ FILES = frozenset(
         "hhdeploy/test_training_recipe.py",
         "hhdeploy/verifying/test_overflow.py",
         "js/test_package.py",
+        "js/test_pictures.py",
         "js/test_refusals.py",
         "js/test_web.py",
         "parity/test_islands.py",

@@ -9,7 +9,7 @@ const { HhdeployError, fromFolder, fromUrl, openBundle, packRow, parseManifest, 
   pathToFileURL(`${dist}/node.js`)
 );
 
-const { orientationOf, upright } = await import(pathToFileURL(`${dist}/orientation.js`));
+const { orientationOf, stored, upright } = await import(pathToFileURL(`${dist}/orientation.js`));
 const { selectSites } = await import(pathToFileURL(`${dist}/sites.js`));
 
 const runtimes = { node: () => import("onnxruntime-node"), web: () => import("onnxruntime-web") };
@@ -126,13 +126,14 @@ const questions = {
     await opened.close();
     return found;
   },
-  /** Files and their stored pictures: the pictures turned as the files say, and the files without that. */
+  /** Files and their stored pictures: the pictures turned as the files say, and back, and the files without that. */
   async upright({ cases }) {
     const found = {};
-    for (const [name, { file, picture: stored }] of Object.entries(cases)) {
+    for (const [name, { file, picture: seen }] of Object.entries(cases)) {
       const { orientation, parts } = await orientationOf(new Uint8Array(Buffer.from(file, "base64")));
-      const { data, ...size } = upright({ ...picture(stored), orientation });
-      found[name] = { data: encode(data), ...size, plain: Buffer.concat(parts).toString("base64") };
+      const { data, ...size } = upright({ ...picture(seen), orientation });
+      const back = stored({ data, ...size, orientation }).data;
+      found[name] = { data: encode(data), ...size, back: encode(back), plain: Buffer.concat(parts).toString("base64") };
     }
     return found;
   },

@@ -153,7 +153,8 @@ function isTransparent({ data }: Picture): boolean {
 async function decoded(file: Blob) {
   try {
     return await decodePicture(file);
-  } catch {
+  } catch (error) {
+    if (error instanceof HhdeployError) throw error;
     throw new Error("Expected a picture that this browser can read, found none: JPEG, PNG and WebP are read everywhere.");
   }
 }

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -349,7 +350,19 @@ def with_profile(path):
     return path.with_suffix(".png")
 
 
-@pytest.mark.parametrize("write", [with_long_exif, with_xmp, with_profile])
+def with_a_mark_of_its_own(path):
+    """In a PNG's chunk there should be none."""
+    exif = Image.Exif()
+    exif[274] = 6
+    content = b"eXIf" + b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    sideways().save(path.with_suffix(".png"))
+    plain = path.with_suffix(".png").read_bytes()
+    path.with_suffix(".png").write_bytes(plain[:33] + chunk + plain[33:])
+    return path.with_suffix(".png")
+
+
+@pytest.mark.parametrize("write", [with_long_exif, with_xmp, with_profile, with_a_mark_of_its_own])
 def test_orientation_as_other_programs_write_it(tmp_path, write):
     path = write(tmp_path / "picture")
     with Image.open(path) as opened:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import functools
+import http.server
 import json
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,13 @@ import pytest
 from tests.workshop import COMMAND_SECONDS, ROOT
 
 PACKAGE = ROOT / "js"
+CHROMIUM = shutil.which("chromium")
+BROWSER_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update"
+)
+PATIENCE_MS = 60_000
+OCTETS = "application/octet-stream"
 INSTALL = "npm ci --prefix js --ignore-scripts"
 
 
@@ -55,6 +65,34 @@ def ask(dist):
         return json.loads(said.stdout)
 
     return answers
+
+
+@pytest.fixture
+def served():
+    """Serves a folder as a static web server does: its address."""
+    servers = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        # What the machine's own table of types does not say everywhere.
+        extensions_map = {".js": "text/javascript", ".mjs": "text/javascript", "": OCTETS} | {
+            ".wasm": "application/wasm",
+            ".html": "text/html",
+        }
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    def start(folder: Path) -> str:
+        handler = functools.partial(Handler, directory=str(folder))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def encoded(array) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +64,65 @@ def with_xmp() -> bytes:
     return saved("png", pnginfo=info)
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+def with_parts(kind: str, *parts: bytes) -> bytes:
+    """Segments behind the beginning of a JPEG, or chunks behind a PNG's header."""
+    plain, at = saved(kind), {"jpeg": 2, "png": 33}[kind]
+    return plain[:at] + b"".join(parts) + plain[at:]
+
+
+def segment(content: bytes) -> bytes:
+    return b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+
+
+def said_again() -> dict[str, bytes]:
+    """Files that tell their orientation more than once, in pieces, or where nobody looks."""
+    mark, six, three = b"Exif\0\0", block(6), block(3)
+    in_xmp = [segment(b"http://ns.adobe.com/xap/1.0/\0" + xmp(way)) for way in (6, 3)]
+    in_text = [png_chunk(b"tEXt", b"XML:com.adobe.xmp\0" + xmp(6)),
+               png_chunk(b"tEXt", b"xmp\0" + xmp(3)),
+               png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(8))]  # fmt: skip
+    profiles = [
+        png_chunk(b"tEXt", b"Raw profile type exif\0" + profile(way).encode()) for way in (6, 3)
+    ]
+    webp = saved("webp", exif=six, xmp=xmp(8))
+    flags, chunk = webp.index(b"VP8X") + 8, webp.index(b"EXIF")
+    made = {
+        "in two": with_parts("jpeg", segment(six[:20]), segment(mark + six[20:])),
+        "in three": with_parts(
+            "jpeg", segment(six[:9]), segment(mark + six[9:30]), segment(mark + six[30:])
+        ),
+        "empty before": with_parts("jpeg", segment(mark), segment(six)),
+        "nonsense before": with_parts("jpeg", segment(mark + b"none"), segment(six)),
+        "twice": with_parts("jpeg", segment(six), segment(three)),
+        "marked twice": with_parts("jpeg", segment(mark + six)),
+        "behind a restart": with_parts("jpeg", b"\xff\xd0", segment(six)),
+        "behind what is padded": with_parts("jpeg", b"\xff\xff", segment(six)),
+        "marked otherwise": with_parts("jpeg", segment(b"Exif\0\xff" + six[6:])),
+        "xmp twice": with_parts("jpeg", *in_xmp),
+        "chunks": with_parts("png", png_chunk(b"eXIf", six[6:]), png_chunk(b"eXIf", three[6:])),
+        "a marked chunk": with_parts("png", png_chunk(b"eXIf", six)),
+        "profiles": with_parts("png", *profiles),
+        "a profile and a chunk": with_parts("png", *profiles, png_chunk(b"eXIf", block(5)[6:])),
+        "webp twice": longer_webp(webp, b"EXIF" + struct.pack("<I", len(three)) + three),
+        "webp without flags": webp[:flags] + b"\0" + webp[flags + 1 :],
+        "webp with a flag": webp[:flags] + b"\4" + webp[flags + 1 :],
+        "behind the webp": webp[:4] + struct.pack("<I", chunk - 8) + webp[8:],
+    }
+    for order in itertools.permutations(range(3)):
+        made[f"texts {order}"] = with_parts("png", *(in_text[i] for i in order))
+    return made
+
+
+def longer_webp(webp: bytes, chunk: bytes) -> bytes:
+    content = webp[8:] + chunk
+    return b"RIFF" + struct.pack("<I", len(content)) + content
+
+
 def files() -> dict[str, bytes]:
     made = {f"{kind} {way}": saved(kind, exif=block(way)) for kind in FORMATS for way in WAYS}
     for kind in FORMATS:
@@ -91,7 +152,7 @@ def files() -> dict[str, bytes]:
             made[f"png {key} {zipped}"] = saved("PNG", pnginfo=info)
             made[f"png text {key} {zipped}"] = with_text(key, text, zipped)
     made["png other text"] = with_text("Comment", profile(6))
-    return made
+    return made | said_again()
 
 
 def asked(file: bytes) -> dict[str, object]:
@@ -118,6 +179,8 @@ def test_javascript_reads_and_turns_as_python_does(answered):
         pixels = np.frombuffer(base64.b64decode(found[name]["data"]), np.uint8)
         height, width = found[name]["height"], found[name]["width"]
         assert np.array_equal(pixels.reshape(height, width, 3), right), name
+        back = np.frombuffer(base64.b64decode(found[name]["back"]), np.uint8)
+        assert np.array_equal(back.reshape(stored.shape), stored), name
         turned += not np.array_equal(right, stored)
     assert turned >= 7 * len(FORMATS) + 8
 

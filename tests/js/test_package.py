@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import re
-import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,49 +19,22 @@ from hhdeploy.files.tensors import read_tensors
 from hhdeploy.parity import LABELS, LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
-from tests.js.conftest import PACKAGE, decoded, encoded, sent
+from tests.js.conftest import (
+    BROWSER_FLAGS,
+    CHROMIUM,
+    PACKAGE,
+    PATIENCE_MS,
+    decoded,
+    encoded,
+    sent,
+)
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import ROOT, copy_bundle, flip_byte
 
 INT8 = ROOT / "tests" / "witnesses" / "v1" / "int8"
 PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
-BROWSER_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update"
-)
-PATIENCE_MS = 60_000
-OCTETS = "application/octet-stream"
-CHROMIUM = shutil.which("chromium")
 # Of a picture: columns and rows of the photograph that it is.
 PARTS = ((0, 0, 451, 300), (100, 20, 231, 299), (37, 11, 66, 64))
-
-
-@pytest.fixture
-def served():
-    """Serves a folder as a static web server does: its address."""
-    servers = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        # What the machine's own table of types does not say everywhere.
-        extensions_map = {".js": "text/javascript", ".mjs": "text/javascript", "": OCTETS} | {
-            ".wasm": "application/wasm",
-            ".html": "text/html",
-        }
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    def start(folder: Path) -> str:
-        handler = functools.partial(Handler, directory=str(folder))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def pictures() -> list[Image.Image]:

@@ -34,8 +34,8 @@ from hhdeploy.errors import (
 from hhdeploy.exporting import javascript, web
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
-from tests.js.conftest import PACKAGE
-from tests.js.test_package import BROWSER_FLAGS, CHROMIUM, INT8, OCTETS, PATIENCE_MS
+from tests.js.conftest import BROWSER_FLAGS, CHROMIUM, OCTETS, PACKAGE, PATIENCE_MS
+from tests.js.test_package import INT8
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle, flip_byte
 from tests.wrong_logits import LOGITS, bundle_of_logits
@@ -425,6 +425,11 @@ def test_what_is_damaged_or_no_picture_is_said(write, serve, page, small, tmp_pa
     expect(alert).to_contain_text(
         "Expected a picture that this browser can read", timeout=PATIENCE_MS
     )
+    wide = io.BytesIO()
+    Image.new("RGB", (70_000, 2)).save(wide, "PNG")
+    file = {"name": "x.png", "mimeType": "image/png", "buffer": wide.getvalue()}
+    page.set_input_files("#file", file)
+    expect(alert).to_contain_text("canvas holds, found 70000 x 2 pixels", timeout=PATIENCE_MS)
     answers(page, png(COLOURS[0]), 2)
     expect(alert).to_be_hidden()
     damaged = tmp_path / "damaged"

@@ -1,0 +1,153 @@
+"""Pictures that browsers show otherwise than Python reads them: it is the same, or refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from hhdeploy.preprocess import as_rgb, upright
+from tests.js.conftest import BROWSER_FLAGS, CHROMIUM, PATIENCE_MS
+from tests.js.test_orientation import WAYS, block, png_chunk, said_again, saved
+
+# Pillow says so of files that are damaged on purpose, when it looks for their resolution.
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to decode pictures"),
+    pytest.mark.filterwarnings("ignore:(Corrupt|Possibly corrupt) EXIF data"),
+]
+PAGE = """<!doctype html><script type="module">
+import { decodePicture, HhdeployError } from "./dist/index.js";
+import { upright } from "./dist/orientation.js";
+const plain = ({ data, width, height }) => ({ data: Array.from(data), width, height });
+window.read = async (name) => {
+  try {
+    const picture = await decodePicture(await (await fetch(name)).blob());
+    return { stored: plain(picture), upright: plain(upright(picture)) };
+  } catch (error) {
+    if (!(error instanceof HhdeployError)) throw error;
+    return { error: error.message };
+  }
+};
+</script>"""
+SIDE = 40
+avif = pytest.mark.skipif(not features.check("avif"), reason="Pillow has no AVIF here")
+
+
+def flat(level: int) -> Image.Image:
+    return Image.new("RGB", (SIDE, SIDE), (level, 0, 255 - level))
+
+
+def animated(kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    flat(200).save(out, kind, save_all=True, append_images=[flat(90), flat(10)], **options)
+    return out.getvalue()
+
+
+def indexed(depth: int, colours: int) -> bytes:
+    """A PNG with all indices of its depth, and fewer colours."""
+    rng = np.random.default_rng(depth)
+    values = rng.integers(0, 2**depth, (8, 8))
+    bits = "".join(f"{0:08b}" + "".join(f"{value:0{depth}b}" for value in row) for row in values)
+    lines = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
+    header = struct.pack(">IIBBBBB", 8, 8, depth, 3, 0, 0, 0)
+    palette = rng.integers(1, 256, 3 * colours, np.uint8).tobytes()
+    chunks = {b"IHDR": header, b"PLTE": palette, b"IDAT": zlib.compress(lines), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(k, v) for k, v in chunks.items())
+
+
+def odd() -> dict[str, bytes]:
+    made = said_again()
+    made |= {f"depth {d}": indexed(d, max(1, 2**d - 3)) for d in (1, 2, 4, 8)}
+    made |= {f"whole depth {d}": indexed(d, 2**d) for d in (1, 2, 4, 8)}
+    made["long palette"] = indexed(2, 7)
+    made["apng"] = animated("PNG")
+    made["apng with another picture"] = animated("PNG", default_image=True)
+    made["gif"] = animated("GIF")
+    made["webp"] = animated("WEBP", lossless=True)
+    made["line"] = long_line(40_000)
+    return made
+
+
+def long_line(width: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, 2), (200, 30, 90)).save(out, "PNG")
+    return out.getvalue()
+
+
+def turned_avifs() -> dict[str, bytes]:
+    """Turned as EXIF says, and in all ways of which the file's header knows."""
+    options = {"quality": 100, "subsampling": "4:4:4"}
+    made = {f"avif {way}": saved("avif", exif=block(way), **options) for way in WAYS}
+    mirrored = made["avif 5"]
+    turn, mirror = mirrored.index(b"irot") + 4, mirrored.index(b"imir") + 4
+    for quarters in range(4):
+        for axis in range(2):
+            file = bytearray(mirrored)
+            file[turn], file[mirror] = quarters, axis
+            made[f"avif turned {quarters}, mirrored {axis}"] = bytes(file)
+    made["avif mif1"] = made["avif 6"].replace(b"ftypavif", b"ftypmif1")
+    return made
+
+
+@pytest.fixture
+def read(dist, served, tmp_path):
+    """Lets a browser decode files: name -> what it finds."""
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "dist").symlink_to(dist)
+    (tmp_path / "index.html").write_text(PAGE)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
+        page = browser.new_page()
+        page.goto(served(tmp_path))
+        page.wait_for_function("window.read !== undefined", timeout=PATIENCE_MS)
+
+        def found(files: dict[str, bytes]):
+            for number, (name, file) in enumerate(files.items()):
+                Path(tmp_path / f"{number}.bin").write_bytes(file)
+                yield name, file, page.evaluate("(name) => read(name)", f"{number}.bin")
+
+        yield found
+        browser.close()
+
+
+def pixels(seen: dict) -> np.ndarray:
+    return np.asarray(seen["data"], np.uint8).reshape(seen["height"], seen["width"], -1)[..., :3]
+
+
+def assert_as_python(name: str, file: bytes, seen: dict) -> None:
+    assert "error" not in seen, (name, seen)
+    with Image.open(io.BytesIO(file)) as opened:
+        for way, picture in (("upright", upright(opened)), ("stored", opened)):
+            right = np.asarray(as_rgb(picture))
+            assert np.array_equal(pixels(seen[way]), right), (name, way)
+
+
+def test_a_browser_sees_what_python_reads(read):
+    for name, file, seen in read(odd()):
+        assert_as_python(name, file, seen)
+
+
+@avif
+def test_an_avif_comes_as_it_is_stored(read):
+    for name, file, seen in read(turned_avifs()):
+        assert_as_python(name, file, seen)
+
+
+@avif
+def test_what_browsers_show_otherwise_is_refused(read):
+    twice = turned_avifs()["avif 5"].replace(b"imir", b"irot")
+    files = {"animated": animated("AVIF"), "twice": twice}
+    words = {"animated": "found an animated AVIF", "twice": "how it is turned, found 2 times"}
+    for name, _, seen in read(files):
+        assert words[name] in seen["error"]
+
+
+def test_a_canvas_that_stays_empty_is_no_black_picture(read):
+    ((_, _, seen),) = read({"line": long_line(70_000)})
+    assert "this browser's canvas holds, found 70000 x 2 pixels" in seen["error"]
