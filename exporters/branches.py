@@ -31,7 +31,8 @@ from hhdeploy.exporters.parts import (
     scale_input,
 )
 from hhdeploy.exporters.qkv import insert_qkv_branches, qkv_views
-from hhdeploy.exporters.trace import MIXED_TAG, BaseGraph
+from hhdeploy.exporters.tags import MIXED_TAG
+from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.graph import GraphLinear, constant, linears_at, linears_by_path
 from hhdeploy.plan import Plan
 

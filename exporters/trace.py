@@ -17,7 +17,7 @@ import mmap
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +28,12 @@ import onnx_ir as ir
 
 from hhdeploy.backbones.attention import plain_attention
 from hhdeploy.backbones.facts import LOGITS, BackboneFacts
-from hhdeploy.backbones.outputs import check_classifier, computing, giving, told
+from hhdeploy.backbones.outputs import check_classifier, check_steady, computing, giving, told
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.batches import batch_shapes, check_batch, images_apart
+from hhdeploy.exporters.tags import tag_linears, tag_mixed
 from hhdeploy.files.caches import Entry, entry_at
 from hhdeploy.files.writing import default_cache as default_cache
 from hhdeploy.files.writing import os_errors, write_json
@@ -42,16 +43,13 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 20
-MIXED_TAG = "hhdeploy.mixed"
 # Counts changes of this module that make older cached graphs unusable.
-_TRACE_VERSION = 5
+_TRACE_VERSION = 6
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
 # A graph in the cache; the last file has the hashes of the others.
 _GRAPH, _WEIGHTS, _HASHES = "model.onnx", "model.onnx.data", "sha256.json"
 _CHUNK = 1 << 22
-# What a Linear's weight is called in its module, and what its path then ends in.
-_WEIGHTS_OF = {"weight": "", "in_proj_weight": ".in_proj"}
 # The tracer's note of the module path that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -190,6 +188,8 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
 
     example = torch.zeros(2, *backbone.facts.preprocess.input_size)  # a batch of 1 would be fixed
     try:
+        with _quiet(), torch.no_grad(), computing(backbone.facts.model, example.shape):
+            check_steady(backbone.model, backbone.facts)  # the plain form has no dropout
         with plain_attention(backbone.model), _quiet(), torch.no_grad():
             with computing(backbone.facts.model, example.shape):
                 check_classifier(backbone.model, backbone.facts)
@@ -216,9 +216,9 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     assert program is not None
     model = program.model
     check_batch(model, backbone.facts.model)
-    _tag_linears(model)
+    tag_linears(model.graph)
     sites = {linear.path for linear in backbone.facts.linears}
-    _tag_mixed(model, sites - apart)
+    tag_mixed(model.graph, sites - apart)
     traced_weights = list(model.graph.initializers.values())
     with _quiet():  # a site's Linear of constants (Swin v2's positions) stays one
         optimizer.optimize_ir(
@@ -265,28 +265,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
-
-
-def _tag_linears(model: ir.Model) -> None:
-    """Tag each MatMul or Gemm whose right operand is the (transposed) weight of a module."""
-    for node in model.graph:
-        if node.op_type not in ("MatMul", "Gemm"):
-            continue
-        weight = node.inputs[1]
-        producer = weight.producer() if weight is not None else None
-        if producer is not None and producer.op_type == "Transpose":
-            weight = producer.inputs[0]
-        if weight is not None and weight.is_initializer() and weight.name:
-            path, _, name = weight.name.rpartition(".")
-            if name in _WEIGHTS_OF:
-                node.metadata_props[LINEAR_TAG] = path + _WEIGHTS_OF[name]
-
-
-def _tag_mixed(model: ir.Model, mixed: Set[str]) -> None:
-    """Note which Linears do not hold the images of a batch one after the other."""
-    for node in model.graph:
-        if node.metadata_props.get(LINEAR_TAG) in mixed:
-            node.metadata_props[MIXED_TAG] = "1"
 
 
 def _remove_empty_pads(graph: ir.Graph) -> None:
@@ -366,7 +344,8 @@ def _with_execution_order(
     elif facts.classifier not in tagged:
         raise BackboneError(
             f"{facts.model}: the classifier {facts.classifier} was not found in the traced graph: "
-            "its weight is not used as it is (weight norm, autocast). Export the model without."
+            "its weight is not used as it is (weight norm, autocast), or elsewhere, too. Export "
+            "the model without."
         )
     return BaseGraph(model, replace(facts, linears=tuple(ordered.values())))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import torch
@@ -348,3 +349,78 @@ def tied() -> nn.Module:
     second.linear1.weight = first.linear1.weight
     model.encoder.layers[2] = second
     return model
+
+
+class Reading(nn.Module):
+    """A Linear whose weight or bias the forward pass uses in one way or another."""
+
+    input_size = (3, 32, 32)
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, 8)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(24, 24), "fc2": nn.Linear(24, 24)})
+        self.other = nn.Parameter(torch.randn(24))
+        self.head = nn.Linear(24, 7)
+        self.how = how
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        linear = self.mlp["fc2"]
+        w, b = linear.weight, linear.bias
+        found = {
+            "as a linear": lambda: nn.functional.linear(x, w, b),
+            "twice": lambda: linear(linear(x).relu()),
+            "without its bias": lambda: nn.functional.linear(x, w),
+            "not transposed": lambda: x @ w,
+            "and back": lambda: linear(x).relu() @ w,
+            "by its norm": lambda: linear(x) / w.norm(),
+            "scaled as well": lambda: linear(x) + nn.functional.linear(x, 2 * w),
+            "as a table": lambda: linear(x) + nn.functional.embedding(torch.arange(16), w),
+            "in halves": lambda: torch.cat([x @ w[:12].T, x @ w[12:].T], -1) + b,
+            "bias elsewhere": lambda: linear(x) * b,
+            "bias twice": lambda: linear(x) + b,
+            "another bias": lambda: nn.functional.linear(x, w, self.other),
+            "another addend": lambda: nn.functional.linear(x, w) + self.other.exp(),
+        }[self.how]()
+        return self.head(self.mlp["fc1"](found.relu()).mean(1))
+
+
+def reading(how: str) -> nn.Module:
+    """See `Reading`."""
+    torch.manual_seed(4)
+    return Reading(how)
+
+
+class Drawing(nn.Module):
+    """A model that answers otherwise at every call."""
+
+    input_size = (3, 32, 32)
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, 8)
+        self.fc = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 7)
+        self.how, self.calls = how, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        self.calls += 1
+        q = x[:, None]
+        attend = nn.functional.scaled_dot_product_attention
+        found = {
+            "dropout": lambda: nn.functional.dropout(x, 0.3, training=True),
+            "noise": lambda: x + torch.randn_like(x),
+            "python": lambda: x * random.random(),
+            "calls": lambda: x * self.calls,
+            "attention": lambda: attend(q, q, q, dropout_p=0.5)[:, 0],
+        }[self.how]()
+        return self.head(self.fc(found).relu().mean(1))
+
+
+def drawing(how: str) -> nn.Module:
+    """See `Drawing`."""
+    return Drawing(how)

@@ -151,6 +151,21 @@ def _in_a_row(tokens: Tensor, layout: str) -> Tensor:
     return tokens.flatten(1, 2) if layout == "NHWC" else tokens.flatten(2).transpose(1, 2)
 
 
+def check_steady(model: nn.Module, facts: BackboneFacts) -> None:
+    """Raise `BackboneError` where the same images have another answer at a second call: random
+    numbers, or a count of the calls, which a graph draws and counts otherwise, or not at all."""
+    import torch
+
+    images = _drawn(model, facts)
+    first, second = (_as_tensor(model, images, model(images.clone())) for _ in range(2))
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise BackboneError(
+            f"{facts.model}: called twice with the same images, in eval mode, it gives two "
+            "answers: its forward pass draws random numbers (a dropout that eval() does not stop, "
+            "masks, noise) or counts its calls. Export a model that does so in training alone."
+        )
+
+
 def check_classifier(model: nn.Module, facts: BackboneFacts) -> None:
     """Raise `BackboneError` where `no_classifier` says something."""
     if (fault := no_classifier(model, facts)) is not None:
@@ -176,10 +191,7 @@ def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
     path = facts.classifier
     if not path or states_classifier(model):
         return None
-    like = next(model.parameters())
-    generator = torch.Generator().manual_seed(_SEED)
-    drawn = torch.randn(2, 2, *facts.preprocess.input_size, generator=generator)
-    images, others = drawn.to(like.device, like.dtype)
+    images, others = _drawn(model, facts), _drawn(model, facts, _SEED + 1)
     answer, logits = _called(model, path, images)
     if not logits:
         why = "the model never calls it"
@@ -198,6 +210,16 @@ def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
         f"{why}. A module can state which Linear its logits are the output of, pretrained_cfg = "
         "{'classifier': 'PATH'}, or that it has none and returns features, {'classifier': ''}."
     )
+
+
+def _drawn(model: nn.Module, facts: BackboneFacts, seed: int = _SEED) -> Tensor:
+    """Two images of random numbers."""
+    import torch
+
+    like = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(2, *facts.preprocess.input_size, generator=generator)
+    return drawn.to(like.device, like.dtype)
 
 
 def _called(
