@@ -1,8 +1,7 @@
-"""Carry a placement out: as a strongly typed graph, or as its float32 rounding twin.
+"""Carry a placement out as a strongly typed graph, and show a typed graph as its rounding twin.
 
-Both walk the same edges. Where a value is stored in one type and wanted in the other, the typed
-graph converts it; the twin, where everything is float32, rounds it (a pair of Casts) when the
-typed graph would make it low, and does nothing when it would make it high.
+The twin is made of the typed graph itself, whoever wrote it: every value that is stored in the low
+type becomes float32, rounded by a pair of Casts where the typed graph computes it or casts it down.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def write_typed(model: ir.Model, placement: Placement) -> None:
     Raises:
         PlanError: a weight does not fit the low type.
     """
-    edges = _Edges(model.graph, placement, twin=False)
+    edges = _Edges(model.graph, placement)
     edges.convert_inputs()
     for node in placement.low:
         for output in filter(is_float, node.outputs):
@@ -81,34 +80,40 @@ def write_typed(model: ir.Model, placement: Placement) -> None:
             _take_name(high, output, placement.name)
 
 
-def write_twin(model: ir.Model, placement: Placement) -> None:
-    """Make ``model`` round where the typed graph does, in place.
-
-    Raises:
-        PlanError: as `write_typed`.
-    """
-    edges = _Edges(model.graph, placement, twin=True)
-    edges.convert_inputs()
-    for node in [node for node in model.graph if node in placement.low]:
+def write_twin(model: ir.Model) -> None:
+    """Make a strongly typed ``model`` float32 throughout, rounding where it does, in place."""
+    graph = model.graph
+    for value in graph.initializers.values():
+        if value.dtype in LIMIT:
+            assert value.const_value is not None
+            exact = value.const_value.numpy().astype(np.float32)
+            value.const_value = ir.tensor(exact, name=value.name)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in list(graph):
         moves = node.op_type in MOVEMENT and any(map(is_float, node.inputs))
-        for output in () if moves else filter(is_float, node.outputs):
-            uses = list(output.uses())
-            rounded = edges.round_trip(output)
-            for user, index in uses:
-                user.replace_input_with(index, rounded)
-            for index, value in enumerate(model.graph.outputs):
-                if value is output:
-                    _take_name(rounded, output, "exact")
-                    model.graph.outputs[index] = rounded
+        for output in node.outputs:
+            low = output.dtype
+            if low not in LIMIT:
+                continue
+            readers = list(output.uses())
+            rounded = output
+            if node.op_type != "Cast" or not is_float(node.inputs[0]):
+                output.type = ir.TensorType(ir.DataType.FLOAT)
+                _retarget(node, ir.DataType.FLOAT)
+                if moves:
+                    continue
+                rounded = _cast_behind(output, low, graph)
+            back = _cast_behind(rounded, ir.DataType.FLOAT, graph)
+            for reader, index in readers:
+                reader.replace_input_with(index, back)
 
 
 class _Edges:
     """The conversions of one graph, each made once per value and direction."""
 
-    def __init__(self, graph: ir.Graph, placement: Placement, *, twin: bool) -> None:
-        self._graph, self._placement, self._twin = graph, placement, twin
+    def __init__(self, graph: ir.Graph, placement: Placement) -> None:
+        self._graph, self._placement = graph, placement
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self._rounded: set[ir.Value] = set()
 
     def convert_inputs(self) -> None:
         """Give every placed node its float32 inputs in the type that it wants."""
@@ -119,8 +124,7 @@ class _Edges:
             low = node in placement.low
             node.metadata_props[PRECISION_TAG] = placement.name if low else "float32"
             for index, value in enumerate(node.inputs):
-                # A value that is already rounded for good, or not float32 at all, stays.
-                if value is not None and is_float(value) and value not in self._rounded:
+                if value is not None and is_float(value):  # else it is low already, or no float
                     self._convert(node, index, value)
 
     def _convert(self, node: ir.Node, index: int, value: ir.Value) -> None:
@@ -129,14 +133,12 @@ class _Edges:
         if wants_low == stored_low:
             return
         if not wants_low:
-            if not self._twin:
-                node.replace_input_with(index, self.cast(value, ir.DataType.FLOAT))
+            node.replace_input_with(index, self.cast(value, ir.DataType.FLOAT))
         elif is_constant(value):
             self._convert_weight(node, index, value)
         else:
             self._check_moved_weights(value)
-            low = self.cast(value, self._placement.dtype)
-            node.replace_input_with(index, self.round_trip(value) if self._twin else low)
+            node.replace_input_with(index, self.cast(value, self._placement.dtype))
 
     def _check_moved_weights(self, value: ir.Value) -> None:
         """The rows of a constant bank are weights too, though only cast when gathered."""
@@ -157,8 +159,6 @@ class _Edges:
             self._placement.wants_low(user, at) for user, at in uses
         )
         array = low_array(value, self._placement)
-        if self._twin:
-            array = array.astype(np.float32)
         name = str(value.name)
         if alone:
             self._graph.initializers.pop(name)
@@ -166,31 +166,29 @@ class _Edges:
             name = f"{name}/{self._placement.name}"
         low = add_initializer(self._graph, name, array)
         self._made[value, dtype] = low
-        self._rounded.add(low)
         for user, at in uses if alone else [(node, index)]:
             user.replace_input_with(at, low)
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """``value`` in ``dtype``: node and value ``cast/<value>/<type>``, behind its producer."""
+        """``value`` in ``dtype``."""
         if (value, dtype) not in self._made:
-            label = "float32" if dtype == ir.DataType.FLOAT else self._placement.name
-            name = f"cast/{(value.name or '').removeprefix('cast/')}/{label}"
-            node = ir.node("Cast", [value], {"to": dtype}, name=name)
-            out = node.outputs[0]
-            out.name, out.dtype, out.shape = name, dtype, value.shape
-            producer = value.producer()
-            if producer is not None:
-                self._graph.insert_after(producer, node)
-            else:
-                self._graph.insert_before(self._graph[0], node)
-            self._made[value, dtype] = out
+            self._made[value, dtype] = _cast_behind(value, dtype, self._graph)
         return self._made[value, dtype]
 
-    def round_trip(self, value: ir.Value) -> ir.Value:
-        """``value`` rounded to the low type, as float32."""
-        back = self.cast(self.cast(value, self._placement.dtype), ir.DataType.FLOAT)
-        self._rounded.add(back)
-        return back
+
+def _cast_behind(value: ir.Value, dtype: ir.DataType, graph: ir.Graph) -> ir.Value:
+    """``value`` in ``dtype``: node and value ``cast/<value>/<type>``, behind its producer."""
+    label = "float32" if dtype == ir.DataType.FLOAT else dtype.name.lower()
+    name = f"cast/{(value.name or '').removeprefix('cast/')}/{label}"
+    node = ir.node("Cast", [value], {"to": dtype}, name=name)
+    out = node.outputs[0]
+    out.name, out.dtype, out.shape = name, dtype, value.shape
+    producer = value.producer()
+    if producer is not None:
+        graph.insert_after(producer, node)
+    else:
+        graph.insert_before(graph[0], node)
+    return out
 
 
 def low_array(value: ir.Value, placement: Placement) -> NDArray[np.generic]:
@@ -283,7 +281,8 @@ def _retarget(node: ir.Node, dtype: ir.DataType) -> None:
     elif node.op_type == "ConstantOfShape":
         filled = node.attributes.get("value")
         value = np.zeros(1, np.float32) if filled is None else filled.as_tensor().numpy()
-        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_clamped(value, dtype)))
+        retyped = _clamped(value, dtype) if dtype in LIMIT else value.astype(np.float32)
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(retyped))
 
 
 def _take_name(value: ir.Value, old: ir.Value, suffix: str) -> None:

@@ -1,8 +1,8 @@
 """float16 and bfloat16: strongly typed graphs and their float32 rounding twins.
 
 One analysis decides for every node whether it is computed *low* (float16 or bfloat16) or *high*
-(float32). `typed_model` and `rounding_twin` both carry that one decision out, so the twin rounds
-exactly where the typed graph does. Every placed node says where it went in its metadata
+(float32), and `typed_model` carries it out. `rounding_twin` is made of such a graph, so it rounds
+exactly where that does and has its weights. Every placed node says where it went in its metadata
 (``hhdeploy.precision``).
 """
 
@@ -104,38 +104,33 @@ def typed_model(
     Raises:
         PlanError: a weight is too large for the type; a graph or island that cannot be typed.
     """
-    clone, placement = _placed(model, precision, islands)
-    write_typed(clone, placement)
-    return clone
-
-
-def rounding_twin(
-    model: ir.Model, precision: TypedPrecision, islands: frozenset[str] = ISLANDS
-) -> ir.Model:
-    """A new float32 graph that rounds where `typed_model` stores the low type.
-
-    A pair of Casts (float32 -> low -> float32) follows every operator that the typed graph
-    computes low and every float32 value that it casts down; weights hold rounded values. Data
-    movement needs no pair. The twin models *storage*: an operator accumulates in float32 inside,
-    where a GPU may accumulate in less, so an engine can be worse than its twin.
-
-    Args, Raises: as `typed_model`.
-    """
-    clone, placement = _placed(model, precision, islands)
-    write_twin(clone, placement)
-    return clone
-
-
-def _placed(
-    model: ir.Model, precision: TypedPrecision, islands: frozenset[str]
-) -> tuple[ir.Model, Placement]:
-    """A prepared clone and the decision about its nodes."""
     unknown = sorted(op for op in islands if not onnx.defs.has(op))
     if unknown:
         raise PlanError(f"islands: ONNX has no operator {', '.join(unknown)}.")
     clone = model.clone()
     _prepare(clone)
-    return clone, _Placing(clone.graph, _LOW[precision], islands).run()
+    write_typed(clone, _Placing(clone.graph, _LOW[precision], islands).run())
+    return clone
+
+
+def rounding_twin(typed: ir.Model) -> ir.Model:
+    """A new float32 graph that rounds where a typed one stores the low type; it is not changed.
+
+    A pair of Casts (float32 -> low -> float32) stands for every operator that the typed graph
+    computes low and every float32 value that it casts down; weights hold its values. Data movement
+    needs no pair. The twin models *storage*: an operator accumulates in float32 inside, where a
+    GPU may accumulate in less, so an engine can be worse than its twin.
+
+    Args:
+        typed: from `typed_model`, made now or read from a bundle.
+
+    Raises:
+        PlanError: it has a value whose type is not known.
+    """
+    clone = typed.clone()
+    _check_typed(clone)
+    write_twin(clone)
+    return clone
 
 
 def _prepare(model: ir.Model) -> None:
@@ -151,12 +146,9 @@ def _prepare(model: ir.Model) -> None:
         for attribute in node.attributes.values()
     ):
         raise PlanError("a graph with functions or subgraphs (If, Loop) cannot be typed.")
-    if any(output.dtype is None for node in graph for output in node.outputs):
-        ShapeInferencePass()(model)
+    _check_typed(model)
     for value in _values(graph):
-        if value.dtype is None:
-            raise PlanError(f"{value.name}: its type is not known, so the graph cannot be typed.")
-        if value.dtype in _LOW.values():
+        if value.dtype is not None and value.dtype in _LOW.values():
             raise PlanError(f"{value.name} is {value.dtype.name.lower()}: start from float32.")
     for node in list(graph):
         output = node.outputs[0]
@@ -164,6 +156,15 @@ def _prepare(model: ir.Model) -> None:
             _lift(graph, node)
         elif node.op_type == "CastLike" or (node.op_type == "Cast" and is_float(node.inputs[0])):
             plain_cast(graph, node)
+
+
+def _check_typed(model: ir.Model) -> None:
+    """Every value has a type; those that are not said are inferred, in place."""
+    if any(output.dtype is None for node in model.graph for output in node.outputs):
+        ShapeInferencePass()(model)
+    for value in _values(model.graph):
+        if value.dtype is None:
+            raise PlanError(f"{value.name}: its type is not known, so the graph cannot be typed.")
 
 
 def _values(graph: ir.Graph) -> Iterable[ir.Value]:

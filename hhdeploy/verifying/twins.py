@@ -21,8 +21,7 @@ def twin_of(bundle: Bundle, precision: TypedPrecision, path: Path) -> Bundle:
     from hhdeploy.exporters.precision.typed import rounding_twin
     from hhdeploy.exporters.writer import save_graph
 
-    bundle.graph(precision)  # it must be there, and be what was exported
-    twin = rounding_twin(ir.load(bundle.graph("float32")), precision)
+    twin = rounding_twin(ir.load(bundle.graph(precision)))
     save_graph(twin, path / "twin.onnx")
     files = {name: sha256_of(path / name) for name in ("twin.onnx", "twin.onnx.data")}
     held = {}

@@ -101,6 +101,10 @@ def casts(model: ir.Model) -> list[str | None]:
     return [found.name for found in model.graph if (found.name or "").startswith("cast/")]
 
 
+def twin_of(model: ir.Model, *how: Any) -> ir.Model:
+    return rounding_twin(typed_model(model, *how))
+
+
 def fingerprint(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
@@ -161,7 +165,7 @@ def test_bfloat16_is_computed_where_cuda_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", TYPED)
-@pytest.mark.parametrize("rewrite", [typed_model, rounding_twin])
+@pytest.mark.parametrize("rewrite", [typed_model, twin_of])
 def test_recorded_types_are_those_that_onnx_infers(
     base: BaseGraph, rewrite: Any, precision: str
 ) -> None:
@@ -177,7 +181,7 @@ def test_conv_has_no_bfloat16_before_opset_22(base: BaseGraph) -> None:
 @pytest.mark.parametrize("precision", TYPED)
 def test_interface_keeps_names_and_types(base: BaseGraph, plan: Plan, precision: str) -> None:
     model = branched_model(base, plan)
-    for made in (typed_model(model, precision), rounding_twin(model, precision)):
+    for made in (typed_model(model, precision), twin_of(model, precision)):
         found = [(v.name, v.dtype) for v in (*made.graph.inputs, *made.graph.outputs)]
         assert found == [
             ("images", FLOAT),
@@ -200,7 +204,7 @@ def test_bank_is_cast_after_its_gather(base: BaseGraph, plan: Plan, precision: s
 
 
 @pytest.mark.parametrize("precision", TYPED)
-@pytest.mark.parametrize("rewrite", [typed_model, rounding_twin])
+@pytest.mark.parametrize("rewrite", [typed_model, twin_of])
 def test_source_is_unchanged(base: BaseGraph, plan: Plan, rewrite: Any, precision: str) -> None:
     model = branched_model(base, plan)
     before = fingerprint(model)
@@ -212,7 +216,7 @@ def test_source_is_unchanged(base: BaseGraph, plan: Plan, rewrite: Any, precisio
 def test_twin_and_typed_agree(base: BaseGraph, plan: Plan, precision: str) -> None:
     model = branched_model(base, plan)
     typed = placement(typed_model(model, precision))
-    assert placement(rounding_twin(model, precision)) == typed
+    assert placement(twin_of(model, precision)) == typed
     assert set(typed.values()) == {precision, "float32"}
 
 
@@ -222,7 +226,7 @@ def test_twin_of_branches_is_near_float32_and_pads_with_infinity(
 ) -> None:
     model = branched_model(base, plan)
     feeds = {"images": images(), "adapter_ids": np.array([1, 0, 2]), "adapter_bank": bank}
-    exact, rounded = run(model, **feeds), run(rounding_twin(model, precision), **feeds)
+    exact, rounded = run(model, **feeds), run(twin_of(model, precision), **feeds)
     assert np.isneginf(exact[0, 7:]).all()
     assert np.isneginf(rounded[2, 3:]).all()
     assert COSINE[precision] < worst_cosine(exact, rounded) < 1
@@ -238,7 +242,7 @@ def test_a_wrong_adapter_is_not_taken_for_rounding(
     model = branched_model(base, plan)
     feeds = {"images": images(1), "adapter_bank": bank}
     own = run(model, adapter_ids=np.array([1]), **feeds)[:, :7]
-    other = run(rounding_twin(model, "bfloat16"), adapter_ids=np.array([2]), **feeds)[:, :7]
+    other = run(twin_of(model, "bfloat16"), adapter_ids=np.array([2]), **feeds)[:, :7]
     own, other = own[:, :3], other[:, :3]  # the other adapter has three classes
     assert worst_cosine(own, other) < COSINE["bfloat16"]
 
@@ -253,8 +257,8 @@ def test_twin_rounds_what_float16_cannot_hold() -> None:
     x = np.array([0.25, 1.0, 3.0], np.float32)
     model = graph(SUM)
     assert np.array_equal(run(model, x=x), x)
-    assert np.array_equal(run(rounding_twin(model, "float16"), x=x), [0.0, 0.0, 4.0])
-    assert np.array_equal(run(rounding_twin(model, "bfloat16"), x=x), [0.0, 0.0, 0.0])
+    assert np.array_equal(run(twin_of(model, "float16"), x=x), [0.0, 0.0, 4.0])
+    assert np.array_equal(run(twin_of(model, "bfloat16"), x=x), [0.0, 0.0, 0.0])
 
 
 def test_twin_rounds_weights_and_inputs() -> None:
@@ -262,9 +266,9 @@ def test_twin_rounds_weights_and_inputs() -> None:
         "agraph (float[1,1] x) => (float[1,1] y) <float[1,1] w = {2049}> {y = MatMul(x, w)}"
     )
     x = np.array([[1.0]], np.float32)
-    assert run(rounding_twin(model, "float16"), x=x).item() == 2048
+    assert run(twin_of(model, "float16"), x=x).item() == 2048
     model = graph("agraph (float[1,1] x) => (float[1,1] y) <float[1,1] w = {1}> {y = MatMul(x, w)}")
-    assert run(rounding_twin(model, "float16"), x=x * 2049).item() == 2048
+    assert run(twin_of(model, "float16"), x=x * 2049).item() == 2048
 
 
 def test_movement_needs_no_pair() -> None:
@@ -272,9 +276,10 @@ def test_movement_needs_no_pair() -> None:
         """agraph (float[2,3] x) => (float[3,2] y)
         { a = Relu(x)  b = Transpose<perm=[1,0]>(a)  c = Identity(b)  y = Concat<axis=0>(c) }"""
     )
-    twin = rounding_twin(model, "float16")
+    twin = twin_of(model, "float16")
     assert casts(twin) == [
         "cast/x/float16", "cast/x/float16/float32", "cast/a/float16", "cast/a/float16/float32",
+        "cast/y/float32",
     ]  # fmt: skip
     x = np.array([[2049, -1, 7], [1e-9, 5.3, 0]], np.float32)
     expected = np.maximum(x, 0).T.astype(np.float16).astype(np.float32)
@@ -332,8 +337,8 @@ def test_a_written_out_norm_is_one_island() -> None:
 def test_a_norm_outside_the_islands_overflows() -> None:
     model = graph(RMS)
     feeds = {"x": np.full((2, 8), 400, np.float32), "w": np.ones((8, 4), np.float32)}
-    assert np.array_equal(run(rounding_twin(model, "float16"), **feeds), np.full((2, 4), 8))
-    bare = rounding_twin(model, "float16", frozenset())
+    assert np.array_equal(run(twin_of(model, "float16"), **feeds), np.full((2, 4), 8))
+    bare = twin_of(model, "float16", frozenset())
     assert not np.array_equal(run(bare, **feeds), np.full((2, 4), 8))
 
 
@@ -350,7 +355,7 @@ def test_weight_that_overflows_is_an_error() -> None:
     with pytest.raises(PlanError, match=r"^fat: its largest value, -70000, .*65504.*bfloat16"):
         typed_model(model, "float16")
     with pytest.raises(PlanError, match="fat"):
-        rounding_twin(model, "float16")
+        twin_of(model, "float16")
     typed_model(model, "bfloat16")
 
 
@@ -375,7 +380,7 @@ def test_mask_is_clamped(precision: str, largest: float) -> None:
     assert mask is not None
     expected = np.array([[0, -largest], [0, 0]], np.float32).astype(NUMPY[precision])
     assert np.array_equal(mask.numpy(), expected)
-    found = run(rounding_twin(graph(MASK), precision), x=np.zeros((2, 2), np.float32))
+    found = run(twin_of(graph(MASK), precision), x=np.zeros((2, 2), np.float32))
     assert np.array_equal(found, [[1, 0], [0.5, 0.5]])
 
 
@@ -388,7 +393,7 @@ def test_infinite_fill_and_nan_stay() -> None:
     for name, value in (("inf", -np.inf), ("nan", np.nan)):
         model.graph.initializers[name].const_value = ir.tensor(np.float32(value), name=name)
     x = np.array([[1.5, 2.0]], np.float32)
-    for made in (typed_model(model, "float16"), rounding_twin(model, "float16")):
+    for made in (typed_model(model, "float16"), twin_of(model, "float16")):
         assert np.array_equal(run(made, x=x, bad=np.array(False)), [[1.5, 2.0, -np.inf]])
         assert np.isnan(run(made, x=x, bad=np.array(True))).all()
 
@@ -399,7 +404,7 @@ def test_casts_of_the_source_are_retargeted() -> None:
         { r = Relu(x)  c = Cast<to=1>(i)  l = CastLike(i, r)  same = Cast<to=1>(r)
           a = Add(same, c)  y = Add(a, l) }"""
     )
-    typed, twin = typed_model(model, "float16"), rounding_twin(model, "float16")
+    typed, twin = typed_model(model, "float16"), twin_of(model, "float16")
     assert not [n for n in typed.graph if n.op_type == "CastLike"]
     assert {n.outputs[0].dtype for n in typed.graph if n.op_type == "Add"} == {LOW["float16"]}
     feeds = {"x": np.zeros(1, np.float32), "i": np.array([2049])}

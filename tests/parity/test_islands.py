@@ -17,7 +17,7 @@ import pytest
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.cli.starter import Starter
-from hhdeploy.exporters.precision.typed import ISLANDS, rounding_twin
+from hhdeploy.exporters.precision.typed import ISLANDS, rounding_twin, typed_model
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import Comparison, bound, compare
@@ -54,7 +54,7 @@ def measure(bundle, tmp_path_factory) -> Twin:
 
     def run(model: ir.Model, islands: frozenset[str]) -> Comparison:
         path = folder / "twin.onnx"
-        save_graph(rounding_twin(model, "float16", islands), path)
+        save_graph(rounding_twin(typed_model(model, "float16", islands)), path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

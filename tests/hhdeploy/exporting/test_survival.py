@@ -112,9 +112,9 @@ def test_side_branches_are_judged_by_the_logits(coarse, tmp_path, monkeypatch):
     _, lines = exported(coarse, tmp_path / "small", "small", **ALLOWED)
     assert ["moves no logit there" in line for line in lines] == [True]
     twins, make = [], typed.rounding_twin
-    monkeypatch.setattr(typed, "rounding_twin", lambda m, p: (twins.append(p), make(m, p))[1])
+    monkeypatch.setattr(typed, "rounding_twin", lambda graph: (twins.append(graph), make(graph))[1])
     assert not exported(coarse, tmp_path / "large", "large", ("bfloat16", "float16"))[1]
-    assert twins == ["bfloat16", "float16"], "of each one, for parity and for what adapters do"
+    assert len(twins) == 2, "of each graph one, for parity and for what adapters do"
 
 
 def test_float16_loses_small_values_of_a_row(coarse, tmp_path):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from hhdeploy import verify
 from hhdeploy.bundle import add_adapter, edit
-from hhdeploy.choices import BACKENDS, RUNNERS
+from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.choices import BACKENDS, RUNNERS, TYPED
 from hhdeploy.errors import BundleError
+from hhdeploy.exporters.writer import save_graph
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY, bound, stage_of
 from hhdeploy.runtime import onnxruntime_backend as onnxruntime
 from tests.onnxruntime_double import stand_in
@@ -65,6 +71,24 @@ def test_auto_without_bfloat16_shows_the_twin(typed, monkeypatch):
     report = verify(typed, device="auto")
     assert stages(report) == {"float32": "branches", "float16": "twin", "bfloat16": "twin"}
     assert report.passed
+
+
+@pytest.mark.parametrize("precision", TYPED)
+def test_a_typed_graph_with_other_weights_is_told(typed, tmp_path, precision):
+    """Its twin is made of the file that is shipped, not of the float32 graph beside it."""
+    path = copy_bundle(typed, tmp_path / "bundle")
+    manifest = json.loads((path / MANIFEST).read_text())
+    name = manifest["graphs"][precision]
+    graph = ir.load(path / name)
+    (weights,) = (v for k, v in graph.graph.initializers.items() if "1.mlp.fc2.weight" in k)
+    weights.const_value = ir.tensor(-weights.const_value.numpy())
+    save_graph(graph, tmp_path / name)
+    for file in (name, f"{name}.data"):
+        shutil.copy(tmp_path / file, path)
+        manifest["files"][file] = sha256_of(path / file)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    report = verify(path)
+    assert {s.precision for s in report.stages if s.failures} == {precision}
 
 
 @pytest.mark.parametrize("device", RUNNERS)

@@ -18,7 +18,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.cli import main
 from hhdeploy.errors import ParityError
 from hhdeploy.exporters.precision.overflow import Peak, watched
-from hhdeploy.exporters.precision.typed import rounding_twin
+from hhdeploy.exporters.precision.typed import rounding_twin, typed_model
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying import reference
 from hhdeploy.verifying.graphs import add_typed_graph
@@ -106,7 +106,7 @@ def test_the_command_exits_with_1_and_leaves_a_bundle(loud, tmp_path):
 
 
 def test_every_rounded_value_is_watched_in_order(small):
-    twin = rounding_twin(ir.load(Bundle.open(small).graph("float32")), "float16")
+    twin = rounding_twin(typed_model(ir.load(Bundle.open(small).graph("float32")), "float16"))
     before = ir.to_proto(twin).SerializeToString()
     model, peaks = watched(twin)
     assert ir.to_proto(twin).SerializeToString() == before
