@@ -47,12 +47,28 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def interrupted(placed: Iterable[Path]) -> str:
-    """What an interrupt does not take back, in words."""
-    return (
-        f"Interrupted. Complete by then, and on the disk: {', '.join(map(str, placed))}. Look at "
-        "what is there before you run the command again."
-    )
+class Interrupted(click.ClickException):
+    """Ctrl-C: no error, and not to be taken back where something was in its place by then.
+
+    Args:
+        placed: what was, as `placed_here` tells it.
+        hint: what to do, where nothing was.
+    """
+
+    exit_code = 130  # 128 + SIGINT, as shells have it
+
+    def __init__(self, placed: Iterable[Path], hint: str = "") -> None:
+        # What lay in a directory of temporary files may be gone with it.
+        if there := [str(path) for path in placed if os.path.lexists(path)]:
+            hint = (
+                f"Complete by then, and on the disk: {', '.join(there)}. Look at what is there "
+                "before you run the command again."
+            )
+        super().__init__(f"Interrupted. {hint}".rstrip())
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Say it without the word "Error"."""
+        click.echo(self.message, file=file, err=True)
 
 
 class _Unprintable(click.ClickException):
@@ -66,7 +82,10 @@ class _Unprintable(click.ClickException):
 
 
 class Group(click.Group):
-    """A group whose commands end with a message: exit code 1, or 2 for a wrong command line."""
+    """A group whose commands end with a message.
+
+    Exit code 1, 2 for a wrong command line, or 130 for Ctrl-C.
+    """
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the subcommand.
@@ -74,16 +93,13 @@ class Group(click.Group):
         Raises:
             UsageError: for an OptionError, as if click had found it.
             ClickException: for every other error of hhdeploy's, of a file that the system
-                names and refuses, and for an interrupt that came when something was written.
+                names and refuses, and for Ctrl-C.
         """
         with placed_here() as placed:
             try:
                 return self._invoked(ctx)
             except KeyboardInterrupt as interrupt:
-                # What lay in a directory of temporary files may be gone with it.
-                if not (there := [path for path in placed if os.path.lexists(path)]):
-                    raise
-                raise click.ClickException(interrupted(there)) from interrupt
+                raise Interrupted(placed) from interrupt
 
     def _invoked(self, ctx: click.Context) -> object:
         try:

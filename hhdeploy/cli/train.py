@@ -11,7 +11,7 @@ from hhdeploy.adapters.config import CLASSES, LABELS, PROBLEM_TYPES, VALUES
 from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
 from hhdeploy.choices import TORCH_DEVICES
-from hhdeploy.cli import interrupted, ui
+from hhdeploy.cli import Interrupted, ui
 from hhdeploy.errors import require
 from hhdeploy.files.folders import find_splits, in_words
 from hhdeploy.files.writing import placed_here
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from hhdeploy.training.settings import EpochReport, StepReport, TrainResult
 
 _KINDS = {CLASSES: "classes", LABELS: "labels", VALUES: "values"}
-_INTERRUPTED = 130  # 128 + SIGINT, what a shell gives an interrupted program
 
 
 @click.command(context_settings={"show_default": True})
@@ -162,11 +161,10 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
         try:
             with _Bar(ui.error_console(), settings.epochs) as bar:
                 result = train(settings, bar)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             kept = settings.out is not None and StateDirectory.beside(settings.out).exists
-            hint = " Continue with the same command and --resume." if kept else ""
-            click.echo(interrupted(placed) if placed else f"Interrupted.{hint}", err=True)
-            ctx.exit(_INTERRUPTED)
+            hint = "Continue with the same command and --resume." if kept else ""
+            raise Interrupted(placed, hint) from interrupt
     click.echo(json.dumps(result.to_json(), indent=2) if as_json else "\n".join(_summary(result)))
 
 
