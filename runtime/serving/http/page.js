@@ -6,6 +6,7 @@ const AT_MOST_MS = 20_000; // the same, where looking takes long
 const TIMEOUT_MS = 10_000; // of one look
 const MOST = 200; // adapters shown, and asked, at a time
 const TOP = 3; // classes of an answer; labels that are said and values are all shown
+const BESIDE = 100_000; // bytes of a request beside its picture
 const SMALL = 128; // pictures with fewer pixels a side are shown as they are, enlarged
 const STATES = ["ready", "on disk", "broken", "unloaded"];
 const NUMBERS = ["Classes", "Row", "Images answered"]; // columns of the table
@@ -23,7 +24,7 @@ const NO_NUMBER = "not a number";
 const LEAD = "Every adapter says what it sees in a picture, all of them in one batch.";
 const NO_ANSWERS = "This bundle gives features and no answers: ask for them over HTTP or gRPC.";
 let status = null; // the last one that came
-let picture = null; // { file, base64 }
+let picture = null; // the file that was chosen last
 let token = sessionStorage.getItem("token") ?? ""; // what the server wants to see, if it does
 
 // --- small things -------------------------------------------------------------------------------
@@ -237,22 +238,19 @@ async function problemOf(response) {
   }
 }
 
-function take(file) {
-  if (!file || status?.answers === false) return;
-  const reader = new FileReader();
-  reader.onerror = () => refuse(`${file.name} cannot be read: ${reader.error.message}`);
-  reader.onload = () => {
-    picture = { file, base64: reader.result.slice(reader.result.indexOf(",") + 1) };
-    preview(file);
-    ask();
-  };
-  reader.readAsDataURL(file);
+/** The first of some files. */
+function take(files) {
+  if (!files?.length || status?.answers === false) return;
+  picture = files[0];
+  preview(picture, files.length);
+  ask();
 }
 
-function preview(file) {
+function preview(file, among) {
   const image = $("preview");
   URL.revokeObjectURL(image.src);
-  const about = `${file.name || "pasted picture"}, ${bytes(file.size)}`;
+  const first = among > 1 ? `the first of ${plural(among, "file")}: ` : "";
+  const about = `${first}${file.name || "pasted picture"}, ${bytes(file.size)}`;
   put("picture", about);
   image.onload = () => {
     image.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < SMALL);
@@ -279,22 +277,29 @@ async function ask() {
   const { signal } = (asking = new AbortController());
   $("again").hidden = false;
   $("answers").replaceChildren();
+  put("said", "");
   refuse("");
   if (!status) return refuse("The server has not answered yet. Ask again.");
-  if (picture.base64.length + 100_000 > status.body_bytes) {
+  if (picture.size + BESIDE > status.body_bytes) {
     return refuse(`The picture is too large: the server takes requests of ${bytes(status.body_bytes)}.`);
   }
   const found = matching().filter(canAnswer);
   const chosen = found.slice(0, MOST);
   orient(chosen);
   if (!chosen.length) return refuse("No adapter that answers matches the filter.");
+  put("said", `Asking ${plural(chosen.length, "adapter")} …`);
+  const content = await picture.arrayBuffer().catch((error) => error);
+  if (signal.aborted) return;
+  if (content instanceof Error) {
+    put("said", "No adapter answered.");
+    return refuse(`${picture.name || "The picture"} cannot be read: ${content.message}`);
+  }
   const begin = performance.now();
   let requests = 0;
   const said = [];
   try {
     for (const some of batches(chosen)) {
-      put("said", `Asking ${plural(chosen.length, "adapter")} …`);
-      said.push(...await inferPatiently(some, signal));
+      said.push(...await inferPatiently(some, content, signal));
       said.sort(([one, a], [other, b]) => confidence(b) - confidence(a) || byName(one, other));
       $("answers").replaceChildren(...said.map(([name, answer]) => answerCard(name, answer)));
       requests += 1;
@@ -343,34 +348,39 @@ function* batches(adapters) {
 }
 
 /** One request. If an adapter turns out to be broken or gone, the others are asked again. */
-async function inferPatiently(names, signal) {
+async function inferPatiently(names, content, signal) {
   try {
-    return await infer(names, signal);
+    return await infer(names, content, signal);
   } catch (error) {
     if (signal.aborted || error instanceof TypeError) throw error;
     await look();
+    signal.throwIfAborted();
     const left = new Set(status.adapters.filter(canAnswer).map((a) => a.name));
     const some = names.filter((name) => left.has(name));
     if (!some.length || some.length === names.length) throw error;
     refuse(error.message);
-    return infer(some, signal);
+    return infer(some, content, signal);
   }
 }
 
-/** One picture, every name: [[name, { problem_type, answers }], ...]. */
-async function infer(names, signal) {
+/** One picture, every name: [[name, { problem_type, answers }], ...]. Its bytes go behind the JSON, which is shorter. */
+async function infer(names, content, signal) {
+  const size = content.byteLength + 4; // each element says its own length before
+  const head = new TextEncoder().encode(JSON.stringify({
+    inputs: [
+      { name: "images", datatype: "BYTES", shape: [1], parameters: { binary_data_size: size } },
+      { name: "adapters", datatype: "BYTES", shape: [names.length], data: names },
+    ],
+    parameters: { visitor: true },
+    outputs: [{ name: "answers", parameters: { classification: TOP } }],
+  }));
+  const length = new DataView(new ArrayBuffer(4));
+  length.setUint32(0, content.byteLength, true);
   const response = await asked(`v2/models/${encodeURIComponent(status.model)}/infer`, {
     method: "POST",
-    headers: { "content-type": "application/json" },
+    headers: { "content-type": "application/octet-stream", "inference-header-content-length": head.length },
     signal,
-    body: JSON.stringify({
-      inputs: [
-        { name: "images", datatype: "BYTES", shape: [1], data: [picture.base64] },
-        { name: "adapters", datatype: "BYTES", shape: [names.length], data: names },
-      ],
-      parameters: { visitor: true },
-      outputs: [{ name: "answers", parameters: { classification: TOP } }],
-    }),
+    body: new Blob([head, length, content]),
   });
   if (!response.ok) throw new Error(await problemOf(response));
   const [{ data }] = (await response.json()).outputs;
@@ -412,10 +422,10 @@ $("login").addEventListener("submit", (event) => {
   $("token").value = "";
   poll();
 });
-$("file").addEventListener("change", (event) => take(event.target.files[0]));
+$("file").addEventListener("change", (event) => take(event.target.files));
 $("again").addEventListener("click", ask);
 $("filter").addEventListener("input", () => status && showAdapters());
-document.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+document.addEventListener("paste", (event) => take(event.clipboardData.files));
 document.addEventListener("dragover", (event) => {
   event.preventDefault(); // a picture that misses the field must not replace the page
   $("drop").classList.add("over");
@@ -424,7 +434,7 @@ document.addEventListener("dragleave", () => $("drop").classList.remove("over"))
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   $("drop").classList.remove("over");
-  take(event.dataTransfer.files[0]);
+  take(event.dataTransfer.files);
 });
 document.addEventListener("visibilitychange", poll);
 poll();

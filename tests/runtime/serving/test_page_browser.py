@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ FLAGS = (
 PATIENCE_MS = 60_000
 expect.set_options(timeout=PATIENCE_MS)
 
+AXE = ROOT / "js/node_modules/axe-core/axe.min.js"
 PICTURES = ROOT / "examples/starter/images"
 FLAG, BOOT = PICTURES / "emoji/flags/000.png", PICTURES / "fashion/ankle-boot/000.png"
 EVIL = "<img src=x onerror=\"console.error('boo')\"><script>alert(1)</script>"
@@ -281,6 +283,85 @@ def test_what_the_server_refuses_is_said(page, fleet):
     expect(page.locator("#refused")).to_be_hidden()
 
 
+def noise(side: int) -> bytes:
+    """A PNG of three bytes a pixel."""
+    out = io.BytesIO()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_a_large_photo_is_taken_as_the_server_takes_it(page, fleet, tmp_path):
+    """Its text in JSON would be beyond the limit of what is JSON alone."""
+    visit = Visit(page, fleet.url)
+    visit.open()
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(noise(1800))
+    assert photo.stat().st_size > 9_000_000
+    page.set_input_files("#file", photo)
+    expect(page.locator("#said")).to_contain_text("6 adapters answered")
+    vast = tmp_path / "vast.png"
+    with vast.open("wb") as file:
+        file.truncate(700_000_000)
+    page.set_input_files("#file", vast)
+    expect(page.get_by_role("alert")).to_contain_text("The picture is too large: the server takes")
+    expect(page.locator("#said")).to_have_text("")
+    visit.check()
+
+
+CHOOSE = """(sizes) => sizes.forEach((files) => {
+  const transfer = new DataTransfer();
+  for (const [name, size] of files) transfer.items.add(new File([new Uint8Array(size)], name));
+  document.getElementById("drop").dispatchEvent(
+    new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+})"""
+
+
+def test_the_picture_that_was_chosen_last_is_asked_for(page, fleet):
+    """A larger one before it takes longer to read; of several at once it is the first."""
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.evaluate(CHOOSE, [[["older.png", 30_000_000]], [["newer.png", 10]]])
+    expect(page.get_by_role("alert")).to_contain_text("found none")
+    assert page.locator("#picture").text_content().startswith("newer.png, 10 bytes")
+    assert visit.count("/infer") == 1, "the older one was not sent"
+    page.evaluate(CHOOSE, [[["one.png", 11], ["two.png", 12], ["three.png", 13]]])
+    expect(page.locator("#picture")).to_have_text("the first of 3 files: one.png, 11 bytes")
+
+
+def test_a_file_that_cannot_be_read_is_no_silent_server(page, fleet, tmp_path):
+    visit = Visit(page, fleet.url)
+    visit.open()
+    there = tmp_path / "there.png"
+    there.write_bytes(FLAG.read_bytes())
+    page.set_input_files("#file", there)
+    expect(page.locator("#said")).to_contain_text("6 adapters answered")
+    there.unlink()
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.get_by_role("alert")).to_contain_text("there.png cannot be read: ")
+    expect(page.locator("#said")).to_have_text("No adapter answered.")
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="needs axe-core: npm ci --prefix js")
+def test_the_page_is_for_everybody(page, fleet):
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.evaluate(AXE.read_text())
+    for step in ("start", "answers", "refused"):
+        if step == "answers":
+            page.set_input_files("#file", FLAG)
+            expect(page.locator("#said")).to_contain_text("6 adapters answered")
+        if step == "refused":
+            page.set_input_files(
+                "#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"none"}
+            )
+            expect(page.get_by_role("alert")).to_be_visible()
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            found = page.evaluate("async () => (await axe.run()).violations")
+            assert [f"{each['id']}: {each['nodes'][0]['html']}" for each in found] == []
+
+
 def test_thousands_of_adapters(page, fleet):
     def many(route: Route) -> None:
         status = route.fetch().json()
@@ -289,7 +370,9 @@ def test_thousands_of_adapters(page, fleet):
         route.fulfill(json=status)
 
     def answer(route: Route) -> None:
-        names = route.request.post_data_json["inputs"][1]["data"]
+        body, headers = route.request.post_data_buffer, route.request.headers
+        head = body[: int(headers["inference-header-content-length"])]
+        names = json.loads(head)["inputs"][1]["data"]
         one = {"index": 0, "score": 0.5, "positive": True}
         data = [
             json.dumps({"problem_type": CLASSES, "answers": [one | {"label": f"class of {name}"}]})
