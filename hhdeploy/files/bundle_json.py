@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -81,12 +82,16 @@ def unknown_keys(
     return {key: value for key, value in content.items() if key not in _KEYS[of]}
 
 
+class DuplicateError(ValueError):
+    """An object of JSON has a key twice."""
+
+
 def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for ``object_pairs_hook``. Raises ValueError: a key is there twice."""
+    """An object of JSON, for ``object_pairs_hook``. Raises DuplicateError: a key is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise DuplicateError(f"{twice!r} is there twice")
     return found
 
 

@@ -126,9 +126,7 @@ class InferRequest:
         if isinstance(timeout, str) and timeout.isascii() and timeout.isdigit():
             timeout = int(timeout[:18])
         if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
-            raise RequestError(
-                f"parameter timeout: expected microseconds, found {str(timeout)[:80]!r}."
-            )
+            raise RequestError(f"parameter timeout: expected microseconds, found {shown(timeout)}.")
         return min(timeout, 1 << 62) / 1e6 if timeout else math.inf
 
     def priority(self) -> int:
@@ -139,9 +137,7 @@ class InferRequest:
         """
         value = self.parameters.get("priority", 0)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
-            raise RequestError(
-                f"parameter priority: expected 0, 1, ..., found {str(value)[:80]!r}."
-            )
+            raise RequestError(f"parameter priority: expected 0, 1, ..., found {shown(value)}.")
         return value
 
     def visitor(self) -> bool:
@@ -152,9 +148,7 @@ class InferRequest:
         """
         value = self.parameters.get("visitor", False)
         if not isinstance(value, bool):
-            raise RequestError(
-                f"parameter visitor: expected true or false, found {str(value)[:80]!r}."
-            )
+            raise RequestError(f"parameter visitor: expected true or false, found {shown(value)}.")
         return value
 
 
@@ -235,7 +229,8 @@ def check_parameters(found: Mapping[str, Any], where: str) -> dict[str, Value]:
             isinstance(value, float) and not math.isfinite(value)
         ):
             raise RequestError(
-                f"{where}: parameter {key[:80]!r}: expected a number, a string or a truth value."
+                f"{where}: parameter {key[:80]!r}: expected a number, a string or a truth value, "
+                f"found {shown(value)}."
             )
     if _SHARED_MEMORY in found:
         raise RequestError(

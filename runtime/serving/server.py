@@ -76,14 +76,18 @@ async def serve(
     host = service.settings.host
     config = uvicorn.Config(
         http_app(endpoint, access),
-        http=bounded_protocol(_grace(service), endpoint.refused, lambda: service.crowded),
+        http=bounded_protocol(
+            _grace(service),
+            service.settings.connections,
+            endpoint.refused,
+            lambda: service.crowded,
+        ),
         ws="none",
         proxy_headers=False,
         log_config=None,
         access_log=False,
         lifespan="on",  # its end closes what HTTP started
         server_header=False,
-        limit_concurrency=service.settings.connections,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(_grace(service)),
     )

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import ssl
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from hhdeploy.runtime.serving.settings import ServeSettings
 
 # Of a chain, or a key: some hundred certificates.
 _MOST_BYTES = 1 << 20
+_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----")
 
 _LOG = logging.getLogger("hhdeploy.serve")
 
@@ -55,12 +57,14 @@ class Tls:
         again = self.http.latest is not None  # and clients wait: no pipe may keep them waiting
         try:
             with _as_it_is(self._cert, again) as cert, _as_it_is(self._key, again) as key:
+                texts = Path(cert).read_bytes(), Path(key).read_bytes()
                 fresh = [each.with_files(cert, key) for each in (self.http, self.grpc)]
-                problem = _out_of_time(Path(cert).read_bytes())
+                problem = _out_of_time(texts[0])
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            found = _found(*texts) if isinstance(error, ssl.SSLError) else str(error)
             raise PlanError(
                 f"`tls_cert`, `tls_key`: {self._cert} and {self._key}: expected a certificate "
-                f"chain and its key, both PEM and not encrypted: {error}"
+                f"chain and its key, both PEM and not encrypted: {found or error}"
             ) from error
         if problem and again:
             raise PlanError(
@@ -119,6 +123,39 @@ def _as_it_is(path: Path, plain: bool) -> Iterator[str]:
     with open(descriptor, "wb", buffering=0) as copy:
         copy.write(read_few(path, _MOST_BYTES, plain=plain))
         yield f"/proc/self/fd/{descriptor}"
+
+
+def _found(cert: bytes, key: bytes) -> str:
+    """What is wrong with files that OpenSSL does not take, in other words than its own, which name
+    its source; "" for something else."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.x509 import load_pem_x509_certificates
+
+    for name, text, kind in (
+        ("`tls_cert`", cert, b"CERTIFICATE"),
+        ("`tls_key`", key, b"PRIVATE KEY"),
+    ):
+        there = list(dict.fromkeys(_BLOCK.findall(text)))
+        if not any(each.endswith(kind) for each in there):
+            found = b", ".join(there).decode() or "none"
+            return f"{name}: no PEM block is a {kind.decode()}, found {found}."
+    try:
+        own = load_pem_private_key(key, None).public_key()
+    except (ValueError, TypeError):
+        return "`tls_key`: it is damaged, or of an unknown kind."
+    try:
+        chain = [each.public_key() for each in load_pem_x509_certificates(cert)]
+    except ValueError:
+        return "`tls_cert`: it is damaged."
+    place = next((number for number, each in enumerate(chain, 1) if each == own), None)
+    if place is None:
+        return "the key belongs to another certificate."
+    if place > 1:
+        return (
+            f"the key belongs to certificate {place} of {len(chain)}. The server's own comes "
+            "first, then the one that signed it."
+        )
+    return ""
 
 
 def _no_password() -> str:

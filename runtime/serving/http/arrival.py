@@ -24,7 +24,7 @@ from hhdeploy.errors import HhdeployError
 from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http.codec import Body, read_encoding
 from hhdeploy.runtime.serving.http.heads import header
-from hhdeploy.runtime.serving.http.leaving import LeavingProtocol
+from hhdeploy.runtime.serving.http.leaving import LeavingProtocol, turn_away
 from hhdeploy.runtime.serving.http.upgrades import RequestParser
 
 # Of everything but bodies: request line, headers, trailers, lengths of chunks.
@@ -42,7 +42,10 @@ PAUSE_SECONDS: Final = 1e-3
 
 
 def bounded_protocol(
-    seconds: float, refused: Callable[[HhdeployError], None], crowded: Callable[[], bool]
+    seconds: float,
+    connections: int,
+    refused: Callable[[HhdeployError], None],
+    crowded: Callable[[], bool],
 ) -> type[HttpToolsProtocol]:
     """The protocol for `uvicorn.Config`.
 
@@ -50,6 +53,7 @@ def bounded_protocol(
         seconds: after which a connection is closed whose request has not arrived as a whole, from
             its first byte or, of the first request, from the beginning of the connection; or whose
             client takes nothing of an answer, see `LeavingProtocol`.
+        connections: at the same time, or requests; those beyond are answered with 503.
         refused: is told of every request that the application does not see: what is no HTTP, and
             those of connections beyond their limit.
         crowded: whether more requests wait than are answered soon, see `Turns`.
@@ -143,9 +147,9 @@ def bounded_protocol(
         def on_headers_complete(self) -> None:
             if self.parser.should_upgrade():
                 return  # it is read once more, without the offer
-            limit = self.limit_concurrency
-            if limit is not None and max(len(self.connections), len(self.tasks)) >= limit:
-                refused(BusyError("too many connections."))  # uvicorn answers 503
+            if max(len(self.connections), len(self.tasks)) >= connections:
+                refused(BusyError("too many connections."))
+                self.app = turn_away  # of all requests of this connection: it is closed
             super().on_headers_complete()
             self._beside = self._of_body = 0
 

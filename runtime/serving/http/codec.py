@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.files.bundle_json import DuplicateError, without_duplicates
+from hhdeploy.runtime.serving.errors import RequestError, TooLargeError, shown
 from hhdeploy.runtime.serving.messages import (
     BYTES,
     IMAGES,
@@ -125,17 +126,24 @@ def _has_zlib_head(body: bytes) -> bool:
 
 
 def read_object(body: bytes | memoryview) -> dict[str, Any]:
-    """A JSON object; empty for an empty body.
+    """A JSON object in UTF-8; empty for an empty body.
 
     Raises:
-        RequestError: it is not one.
+        RequestError: it is not one, or an object has a member twice: readers would differ.
     """
     text = bytes(body)
+    # In another encoding a character's bytes may look like quotes and brackets.
+    if not (encoding := json.detect_encoding(text)).startswith("utf-8"):
+        raise RequestError(f"the body is not JSON in UTF-8: it seems to be {encoding}.")
     _check_structure(text)
     try:
-        content = json.loads(text or b"{}")
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {str(error)[:200]}") from error
+        content = json.loads(text.decode(encoding) or "{}", object_pairs_hook=without_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON in UTF-8: {str(error)[:200]}") from error
+    except DuplicateError as error:
+        raise RequestError(f"the body: expected each member once: {str(error)[:200]}.") from error
+    except ValueError as error:  # Python's limit, with advice to its programmers
+        raise RequestError("the body is not JSON: a number has thousands of digits.") from error
     if not isinstance(content, dict):
         raise RequestError(f"the body: expected a JSON object, found {_kind(content)}.")
     return content
@@ -226,7 +234,7 @@ def read_request(model: str, version: str, body: bytes, header_length: str | Non
             )
         if position + size > len(body):
             raise RequestError(
-                f"input {name[:80]!r}: binary_data_size is {size}, the body has "
+                f"input {name[:80]!r}: binary_data_size is {shown(size)}, the body has "
                 f"{len(body) - position} bytes left."
             )
         raw = view[position : position + size]
@@ -329,7 +337,7 @@ def read_truth(content: Mapping[str, Any], key: str, default: bool, where: str) 
     value = content.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
-        raise RequestError(f"{where}: {key}: expected true or false, found {str(value)[:80]!r}.")
+        raise RequestError(f"{where}: {key}: expected true or false, found {shown(value)}.")
     return value
 
 
@@ -366,8 +374,12 @@ def _objects(content: Mapping[str, Any], key: str, *, optional: bool = False) ->
     items = content.get(key)
     if items is None and optional:
         return []
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+    if not isinstance(items, list):
         raise RequestError(f"{key}: expected a list of objects, found {_kind(items)}.")
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            found = "null" if item is None else _kind(item)
+            raise RequestError(f"{key}: expected a list of objects, found {found} at [{index}].")
     check_tensors(key, len(items))
     return items
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final
 
-from starlette.responses import Response
+from httptools import HttpParserCallbackError
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,10 +26,12 @@ _LOG = logging.getLogger("hhdeploy.serve.http")
 _PIECE_BYTES: Final = 1 << 16
 # Of a request's scope: where it says how its connection is ended.
 _EXTENSION: Final = "hhdeploy.connection"
+# The last answer of a connection.
+_LAST: Final = {"connection": "close"}
 
 
 class LeavingProtocol(HttpToolsProtocol):
-    """Ends a connection whose client does not take what it is given.
+    """Ends a connection whose client does not take what it is given; answers what is no request.
 
     Attributes:
         patience: seconds that a piece may take.
@@ -52,6 +56,22 @@ class LeavingProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["extensions"] = {_EXTENSION: {"abort": self.transport.abort}}
 
+    def send_400_response(self, msg: str) -> None:
+        """The last answer, in the protocol's form; where a parser's error is handled, of that."""
+        found = sys.exc_info()[1]
+        if isinstance(found, HttpParserCallbackError):  # uvicorn's, which has kept the rest
+            text = "expected a request of HTTP/1.1, its target a path below 64 KiB."
+        elif found is not None:
+            text = f"expected a request of HTTP/1.1: {str(found).rstrip('.')}."
+        else:
+            text = msg
+        answer = JSONResponse({"error": text}, 400, _LAST)
+        head = [b"%b: %b\r\n" % each for each in answer.raw_headers]
+        self.transport.write(
+            b"HTTP/1.1 400 Bad Request\r\n%b\r\n%b" % (b"".join(head), bytes(answer.body))
+        )
+        self.transport.close()
+
     def pause_writing(self) -> None:
         """Something is left: begin to wait."""
         super().pause_writing()
@@ -67,6 +87,12 @@ class LeavingProtocol(HttpToolsProtocol):
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
+
+
+async def turn_away(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of connections beyond the limit."""
+    text = "too many connections: try again later, or on one that there is."
+    await JSONResponse({"error": text}, 503, _LAST)(scope, receive, send)
 
 
 def _end(abort: Callable[[], object], peer: object) -> None:

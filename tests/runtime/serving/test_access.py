@@ -161,6 +161,39 @@ def test_certificates_that_are_none(tmp_path):
             Tls(*files)
 
 
+def test_what_is_wrong_with_a_certificate_or_its_key_is_said(tmp_path):
+    """OpenSSL says "[SSL] PEM lib (_ssl.c:3905)" of most of them."""
+    signer, own = tmp_path / "signer", tmp_path / "own"
+    for folder in (signer, own):
+        folder.mkdir()
+    first, _ = make_certificate(signer)
+    cert, key = make_certificate(own)
+    written = {
+        "chain": cert.read_bytes() + first.read_bytes(),
+        "reverse": first.read_bytes() + cert.read_bytes(),
+        "none": b"",
+        "text": b"a password",
+        "cut": cert.read_bytes()[:200],
+        "half": key.read_bytes()[:60] + b"\n-----END PRIVATE KEY-----\n",
+    }
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+    Tls(tmp_path / "chain", key)
+    for files, said in (
+        ((tmp_path / "reverse", key), "the key belongs to certificate 2 of 2. The server's own"),
+        ((first, key), "the key belongs to another certificate."),
+        ((key, cert), "`tls_cert`: no PEM block is a CERTIFICATE, found PRIVATE KEY."),
+        ((cert, cert), "`tls_key`: no PEM block is a PRIVATE KEY, found CERTIFICATE."),
+        ((tmp_path / "none", key), "`tls_cert`: no PEM block is a CERTIFICATE, found none."),
+        ((cert, tmp_path / "text"), "`tls_key`: no PEM block is a PRIVATE KEY, found none."),
+        ((tmp_path / "cut", key), "`tls_cert`: it is damaged."),
+        ((cert, tmp_path / "half"), "`tls_key`: it is damaged, or of an unknown kind."),
+    ):
+        with pytest.raises(PlanError) as caught:
+            Tls(*files)
+        assert said in str(caught.value) and "_ssl.c" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new"), [("ec", "rsa"), ("rsa", "ec"), ("ec", "ec"), ("rsa", "rsa")]
 )

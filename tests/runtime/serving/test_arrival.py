@@ -119,7 +119,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 def factory(answers: Any = app) -> Any:
     """Makes protocols of one server."""
     config = Config(
-        answers, http=bounded_protocol(PATIENCE, lambda error: None, lambda: False), log_config=None
+        answers,
+        http=bounded_protocol(PATIENCE, 100, lambda error: None, lambda: False),
+        log_config=None,
     )
     config.load()
     return partial(config.http_protocol_class, config, ServerState(), {})

@@ -129,7 +129,11 @@ def test_binary_output_as_a_whole_and_of_one():
         (None, "the body: expected a JSON object, found nothing."),
         ({}, "inputs: expected a list of objects, found nothing."),
         ({"inputs": {}}, "inputs: expected a list of objects, found an object."),
-        ({"inputs": [1]}, "inputs: expected a list of objects"),
+        ({"inputs": [1]}, "inputs: expected a list of objects, found int at [0]."),
+        ({"inputs": [NUMBERS, None]}, "inputs: expected a list of objects, found null at [1]."),
+        ({**one(), "outputs": [[]]}, "outputs: expected a list of objects, found a list at [0]."),
+        ({**one(), "parameters": {"adapter": ["a"]}}, "a string or a truth value, found ['a']."),
+        ({**one(), "parameters": {"binary_data_output": 3}}, "expected true or false, found 3."),
         ({"inputs": [{}] * 17}, "inputs: expected at most 16, found 17."),
         ({"inputs": [{}]}, "inputs: name: expected a string, found nothing."),
         ({"inputs": [NUMBERS, NUMBERS]}, "inputs: 'images' is given twice."),
@@ -198,6 +202,32 @@ def test_what_is_no_json_is_refused(body):
     with pytest.raises(RequestError, match="the body is not JSON") as caught:
         read_object(body)
     assert len(str(caught.value)) < 300
+
+
+def test_a_number_of_thousands_of_digits_is_refused_without_python_s_advice():
+    with pytest.raises(RequestError, match="not JSON: a number has thousands of digits") as caught:
+        read_object(b'{"a":%b}' % (b"9" * 5000))
+    assert "sys." not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"a":1,"a":1}', b'{"a":{"b":1,"c":2,"b":3}}', b'{"a":[{"\\u0062":1,"b":1}]}']
+)
+def test_a_member_that_is_there_twice_is_refused(body):
+    """Of two adapters that a request names one would answer, of `parameters` twice none."""
+    with pytest.raises(RequestError, match=r"expected each member once: '[ab]' is there twice"):
+        read_object(body)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_json_in_another_encoding_is_refused(encoding):
+    """A quote's byte in a character would hide brackets from those that are counted."""
+    for text in ("{}", '{"id":"\u0122","x":[' + "[]," * 2000 + "[]]}"):
+        with pytest.raises(RequestError, match="not JSON in UTF-8: it seems to be utf-"):
+            read_object(text.encode(encoding))
+    with pytest.raises(RequestError, match="not JSON in UTF-8"):
+        read_object(b'{"id":"\xed\xa0\x80"}')  # half a character
+    assert read_object(b'\xef\xbb\xbf{"id":"x"}') == {"id": "x"}  # a mark of UTF-8
 
 
 def test_an_empty_body_is_an_empty_object():

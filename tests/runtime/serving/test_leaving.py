@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -41,7 +42,7 @@ async def served(
         except BusyError:
             await Response(b"", 429)(scope, receive, send)
 
-    protocol = bounded_protocol(patience, lambda error: None, lambda: False)
+    protocol = bounded_protocol(patience, 100, lambda error: None, lambda: False)
     config = Config(app, http=protocol, log_config=None, lifespan="off")
     config.load()
     factory = partial(config.http_protocol_class, config, ServerState(), {})
@@ -126,3 +127,32 @@ def test_answers_that_nobody_reads_make_room_for_others(monkeypatch):
             await until_held(bodies, 0)
 
     asyncio.run(asyncio.wait_for(scene(), PATIENCE))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (b"hello\r\n\r\n", "Invalid method"),
+        (b"GET / HTTP/1.1\r\na b: c\r\n\r\n", "header"),
+        (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "Content-Length"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "chunk size"),
+        (b"CONNECT a:1 HTTP/1.1\r\n\r\n", "CONNECT is for proxies."),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", "its target a path below 64 KiB."),
+        (b"GET http://x HTTP/1.1\r\n\r\n", "its target a path below 64 KiB."),
+    ],
+)
+def test_what_is_no_request_is_told_why_in_json(asked, said):
+    async def scene() -> bytes:
+        async with served(Bodies(1 << 20), PATIENCE) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(asked)
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+    head, _, body = asyncio.run(asyncio.wait_for(scene(), PATIENCE)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
+    assert b"content-length: %d" % len(body) in head and b"connection: close" in head
+    text = json.loads(body)["error"]
+    assert text.startswith("expected a request of HTTP/1.1") and said in text
+    assert not text.endswith("..")

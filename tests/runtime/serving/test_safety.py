@@ -650,7 +650,10 @@ def test_connections_are_counted(small):
             ask = head("GET", "/v2", connection="close")
             assert status_of(await exchange(port, ask)) == 200
             idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
-            assert status_of(await exchange(port, ask)) == 503
+            turned_away = await exchange(port, ask)
+            assert status_of(turned_away) == 503 and b"connection: close" in turned_away
+            text = json.loads(turned_away.partition(b"\r\n\r\n")[2])["error"]
+            assert text.startswith("too many connections: ")
             for _, writer in idle:
                 writer.close()
             while status_of(await exchange(port, ask)) != 200:
@@ -667,6 +670,7 @@ def test_connections_are_counted(small):
 def test_messages_and_logs_hold_no_control_characters(server):
     evil = '\r\n{"level":"ERROR","message":"forged"}\0\x1b[2J\u2028'
     quoted = urllib.parse.quote(evil, safe="")
+    server.records()  # also those of its start
     start = server.log.stat().st_size
     long = evil + "x" * 100_000
     for answer in (
