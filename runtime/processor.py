@@ -11,18 +11,33 @@ _EXACT: Final = frozenset({"avx_vnni", "avx_vnni_int8"})
 _EXACT_512: Final = frozenset({"avx512_vnni"})
 
 
-def overflows_in_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+_CPUINFO: Final = Path("/proc/cpuinfo")
+
+
+def overflows_in_int8(cpuinfo: Path = _CPUINFO) -> bool | None:
     """Whether this processor adds pairs of 8-bit products in 16 bits, which overflows.
 
     x86 does before VNNI. None: nothing says so, as it is no x86 or no Linux.
     """
-    try:
-        text = cpuinfo.read_text(encoding="utf-8")
-    except OSError:
-        return None
-    flags = {
-        word for line in text.splitlines() if line.startswith("flags") for word in line.split()
-    }
+    flags = _flags(cpuinfo)
     if not flags:
         return None
     return flags.isdisjoint(_EXACT_512 if "avx512f" in flags else _EXACT)
+
+
+def int8_units(cpuinfo: Path = _CPUINFO) -> tuple[str, ...] | None:
+    """What this processor multiplies 8-bit numbers with exactly, of AMX and VNNI; None: nothing
+    says so, as of `overflows_in_int8`."""
+    overflows, flags = overflows_in_int8(cpuinfo), _flags(cpuinfo)
+    if overflows is None:
+        return None
+    return (*(["AMX"] if "amx_int8" in flags else []), *([] if overflows else ["VNNI"]))
+
+
+def _flags(cpuinfo: Path) -> set[str]:
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    lines = [line for line in text.splitlines() if line.startswith("flags")]
+    return {word for line in lines for word in line.split()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hhdeploy.doctor.probes import PROBES, ProbeState
 from hhdeploy.errors import without_telemetry
 from hhdeploy.packages import EXTRAS, INCLUDED, is_older
+from hhdeploy.runtime.processor import int8_units
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def examine() -> list[Finding]:
             f"Python {platform.python_version()}",
         )
     ]
+    findings.append(int8_finding())
     findings += [_extra(name) for name in EXTRAS if name not in _PROBED]
     findings.append(_clash())
     if _version("onnxruntime") or _version("onnxruntime-gpu"):
@@ -52,6 +54,19 @@ def examine() -> list[Finding]:
         findings.append(_probe("torch: CUDA version, GPU usable", _CUDA))
     findings += [_gpu_probe(name) for name in PROBES]
     return findings
+
+
+def int8_finding() -> Finding:
+    """How graphs of `calibrate` run on this processor."""
+    what, units = "INT8 on this processor", int8_units()
+    if units:
+        return Finding(what, "ok", f"{' and '.join(units)}: products are exact")
+    slower = "hhdeploy's sessions take exact kernels of ONNX Runtime, which are slower"
+    if units is None:
+        return Finding(what, "ok", f"nothing says what it multiplies with: {slower}")
+    return Finding(
+        what, "absent", f"no VNNI and no AMX: the usual kernels overflow in silence; {slower}"
+    )
 
 
 def _version(package: str) -> str | None:

@@ -265,7 +265,8 @@ def parity_error(report: ParityReport) -> ParityError:
     elif report.data.get("kind") == "noise" and all(map(_rounded_values, failed)):
         advice = (
             " The values of a regression hardly differ on noise, and rounding is much of what they "
-            "differ by. Compare them on images of its own: pass these as `verify_data`."
+            "differ by. Compare them on images of its own: `export()` it with these as "
+            "`verify_data`."
         )
     return ParityError(
         "the outputs differ from the training-time model by more than the parity table allows:\n"

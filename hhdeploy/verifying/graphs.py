@@ -192,7 +192,8 @@ def commit_graph(
         ConflictError: another float32 graph is there by now.
         WriteError: the file system refused.
     """
-    report = ParityReport({}, stages)
+    judged_on = bundle.parity()["data"] if bundle.manifest.has(PARITY_FILE) else {}
+    report = ParityReport(judged_on, stages)
     if stages and not report.passed:
         raise parity_error(report)
     written, basis = trial.manifest.graphs[precision], Basis.of(bundle.manifest)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.doctor import examining
 from hhdeploy.runtime import backends, onnxruntime_backend, open_session
 from hhdeploy.runtime.backends import find_target
-from hhdeploy.runtime.processor import overflows_in_int8
+from hhdeploy.runtime.processor import int8_units, overflows_in_int8
 
 KEY = "session.x64quantprecision"
 
@@ -28,6 +29,33 @@ KEY = "session.x64quantprecision"
 def test_flags_of_processors(tmp_path: Path, flags: str, overflows: bool) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
     assert overflows_in_int8(tmp_path / "cpuinfo") is overflows
+
+
+@pytest.mark.parametrize(
+    ("flags", "units", "state"),
+    [
+        ("avx2", (), "absent"),
+        ("avx2 avx512f", (), "absent"),
+        ("avx2 avx_vnni", ("VNNI",), "ok"),
+        ("avx512f avx512_vnni", ("VNNI",), "ok"),
+        ("avx512f avx512_vnni amx_tile amx_int8", ("AMX", "VNNI"), "ok"),
+        (None, None, "ok"),
+    ],
+)
+def test_doctor_says_how_int8_runs_here(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str | None,
+    units: tuple[str, ...] | None,
+    state: str,
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n" if flags else "Features : asimddp\n")
+    assert int8_units(tmp_path / "cpuinfo") == units
+    monkeypatch.setattr(examining, "int8_units", lambda: units)
+    found = examining.int8_finding()
+    assert found.state == state
+    assert all(unit in found.detail for unit in units or ())
+    assert ("overflow" in found.detail) == (units == ())
 
 
 def test_what_no_flags_tell(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hhdeploy.adapters.config import VALUES
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.errors import ParityError
 from hhdeploy.exporting.bundles import export
+from hhdeploy.verifying.graphs import add_typed_graph
 from tests.support import TINY_MODEL
 from tests.workshop import AGE
 
@@ -40,3 +41,16 @@ def test_rounding_of_values_on_noise_is_no_fault_to_report(workshop, tmp_path, f
         Image.new("RGB", (32, 32), (level,) * 3).save(tmp_path / "photos" / f"{name}.png")
     options["verify_data"] = tmp_path / "photos"
     export(TINY_MODEL, {"wide": tmp_path / "wide"}, tmp_path / "out", **options)
+
+
+def test_the_same_of_a_graph_that_is_added(workshop, tmp_path):
+    """As `build` adds what is missing."""
+    adapter = workshop.adapters[AGE]
+    head = replace(adapter.head, weight=adapter.head.weight * np.float32(4))
+    head = replace(head, bias=np.asarray([40.11], np.float32))
+    save_adapter(replace(adapter, head=head), tmp_path / "age")
+    options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify_images": 2}
+    path = export(TINY_MODEL, {"age": tmp_path / "age"}, tmp_path / "out", **options).path
+    with pytest.raises(ParityError, match=r"hardly differ on noise.*`verify_data`\.$") as caught:
+        add_typed_graph(path, "bfloat16")
+    assert "report" not in str(caught.value)
