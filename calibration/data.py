@@ -8,6 +8,7 @@ asks, so that the ranges cover all adapters of the bundle.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +76,13 @@ class CalibrationData:
         description: Mapping[str, Any],
         warnings: Sequence[str],
     ) -> None:
-        if len(samples) < LEAST_IMAGES:
+        different = len({(sample.adapter, sample.digest) for sample in samples})
+        if different < LEAST_IMAGES:
             raise DataError(
                 f"{description['source']}: expected at least {LEAST_IMAGES} calibration images, "
-                f"found {len(samples)}. Pass images like those that the model will see, and a "
-                f"bound of `images` that takes them: {FEW_IMAGES} or more, of every class."
+                f"found {in_copies(different, len(samples))}. Pass images like those that the "
+                f"model will see, and a bound of `images` that takes them: {FEW_IMAGES} or more, "
+                "of every class."
             )
         self.samples = tuple(samples)
         self.feeder = feeder
@@ -174,11 +177,13 @@ class CalibrationData:
             yield self.feeder.feed(sample.adapter, sample.load())
 
     def _few(self) -> tuple[str, ...]:
+        pictures = {(s.adapter or "", s.digest) for s in self.samples}
+        different = Counter(name for name, _ in pictures)
         return tuple(
-            f"only {count} calibration images{f' for adapter {name!r}' if name else ''}: "
-            f"{FEW_IMAGES} or more give steadier ranges"
+            f"only {in_copies(different[name], count)} calibration images"
+            f"{f' for adapter {name!r}' if name else ''}: {FEW_IMAGES} or more give steadier ranges"
             for name, count in self._counts().items()
-            if count < FEW_IMAGES
+            if different[name] < FEW_IMAGES
         )
 
     def _counts(self) -> dict[str, int]:
@@ -190,6 +195,15 @@ class CalibrationData:
         for sample in self.samples:
             digest.update(f"{sample.adapter}\0{sample.digest}\n".encode())
         return digest.hexdigest()
+
+
+def in_copies(different: int, count: int) -> str:
+    """How many pictures there are, which may be fewer than images: copies are one picture.
+
+    >>> in_copies(1, 42)
+    '1 (42 with copies)'
+    """
+    return str(count) if different == count else f"{different} ({count} with copies)"
 
 
 def _loader(

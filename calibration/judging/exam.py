@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CLASSES, ProblemType
-from hhdeploy.calibration.data import CalibrationData, ImageSource, choose_images
+from hhdeploy.calibration.data import CalibrationData, ImageSource, choose_images, in_copies
 from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.preprocess import open_image
 
@@ -116,9 +117,9 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     else:
         name = Path(source).name if isinstance(source, str | Path) else "a Python iterable"
         pairs = _from_arrays(feeder, source, seed)
-    fresh = [question for digest, question in pairs if digest not in seen]
+    fresh = [pair for pair in pairs if pair[0] not in seen]
     if fresh:
-        left = _tasks(fresh)
+        left = _tasks([q for _, q in fresh])
         missing = [task for task in _tasks([q for _, q in pairs]) if task not in left]
         reasons += [f"{_whose(task)}no image is left to judge on" for task in missing]
     else:
@@ -127,15 +128,18 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
             "images themselves, which flatters the quantised graph. Pass `eval_data` or "
             "fewer `images`."
         )
-    questions = fresh or [question for _, question in pairs]
+    judged = fresh or pairs
+    questions = [question for _, question in judged]
+    different = Counter(adapter for adapter, _ in {(q.adapter, digest) for digest, q in judged})
     calibrated = dict.fromkeys(sample.adapter for sample in used.samples)
     absent = [task for task in calibrated if task not in _tasks([q for _, q in pairs])]
     reasons += [f"{_whose(task)}no image to judge on" for task in absent]
     unjudged = [task for task in calibrated if task not in _tasks(questions)]
     warnings += [
-        f"{_whose(task)}judged on {count} images only: one image is {100 / count:.1f} points"
+        f"{_whose(task)}judged on {in_copies(different[task], count)} images only: one image is "
+        f"{100 / different[task]:.1f} points"
         for task, count in _tasks(questions).items()
-        if count < FEW_JUDGED
+        if different[task] < FEW_JUDGED
     ]
     return Exam(
         tuple(questions),

@@ -187,6 +187,23 @@ def test_no_or_too_few_images_are_refused(bundle, pictures, tmp_path):
 # -- arrays -------------------------------------------------------------------------------------
 
 
+def test_copies_are_one_image(bundle, copied):
+    """Two pictures an adapter, under many names."""
+    for folder in sorted(path for path in copied.glob("*/*") if path.is_dir()):
+        first, *others = sorted(folder.iterdir())
+        for path in others:
+            path.write_bytes(first.read_bytes())
+    warnings = " ".join(opened(bundle, copied).warnings)
+    for name in ADAPTERS:
+        assert f"only 2 (6 with copies) calibration images for adapter '{name}'" in warnings
+
+
+def test_copies_of_one_picture_are_too_few(bundle):
+    batch = {"images": np.repeat(noise(1), 40, axis=0), "adapters": ["alpha"] * 40}
+    with pytest.raises(DataError, match=r"at least 4 .* images, found 1 \(40 with copies\)\."):
+        opened(bundle, [batch], images=40)
+
+
 def test_arrays_by_name_and_by_row_are_the_same(bundle, tmp_path):
     names = ["alpha", "beta", "backbone", "gamma", "alpha"]
     rows = [1, 3, 0, 4, 1]

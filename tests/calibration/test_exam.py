@@ -54,6 +54,18 @@ def test_what_was_calibrated_on_is_not_judged_on(bundle, folder):
     assert not set(calibrated) & set(judged)
 
 
+def test_copies_judge_as_one_image(bundle, folder, tmp_path):
+    other = tmp_path / "other"
+    for place in ("alpha/0", "gamma/1"):
+        write_pictures(other / place, 1, 9)
+        for number in range(30):
+            shutil.copy(next((other / place).iterdir()), other / place / f"copy-{number}.png")
+    _, exam = exam_of(bundle, folder, eval_data=other)
+    for name in ("alpha", "gamma"):
+        expected = f"adapter '{name}': judged on 1 (31 with copies) images only: one image is 100.0"
+        assert expected in " ".join(exam.warnings)
+
+
 def test_copies_under_other_names_are_found_out(bundle, folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copy")
     for path in sorted(copied.rglob("*.png")):

@@ -39,6 +39,7 @@ from hhdeploy.quantising import (
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify_against_torch
 from tests.labelled import make_undecided, write_close_calls
+from tests.support import images as images_of_noise
 from tests.workshop import AGE, PROBE, TAGS, contents, copy_bundle
 
 pytest.importorskip("nncf", reason="NNCF is not installed")
@@ -200,7 +201,7 @@ def test_refusals_leave_the_bundle_as_it_was(calibrate, images, tmp_path, monkey
     of_alpha = CalibrationOptions(eval_data=tmp_path / "judge", max_drop=0.0)
     with pytest.raises(PlanError, match=r"`max_drop=0` needs true classes of gamma, which judge"):
         calibrate_bundle(calibrate.path, images, SETTINGS, of_alpha)
-    unlabelled = [{"images": np.ones((9, 3, 32, 32), np.float32), "adapters": ["alpha"] * 9}]
+    unlabelled = [{"images": images_of_noise(9), "adapters": ["alpha"] * 9}]
     everything = replace(SETTINGS, images=2 * PER_ADAPTER)
     refused = (
         ({"data": tmp_path / "none"}, DataError, "is not a directory"),
