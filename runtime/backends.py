@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import EngineEntry, Manifest
+from hhdeploy.bundle.manifest import MANIFEST, EngineEntry, Manifest
 from hhdeploy.choices import BACKENDS, Device, Precision, Runner, member, whole, yes_or_no
 from hhdeploy.errors import (
     BundleError,
@@ -170,7 +170,29 @@ def open_backend(
     from hhdeploy.runtime.onnxruntime_backend import open_onnxruntime
 
     # Here, not earlier: a machine that runs engines needs no graph.
-    return open_onnxruntime(bundle.graph(options.precision), bank, target.device, options)
+    graph, outputs = bundle.graph(options.precision), bundle.manifest.outputs
+    return open_onnxruntime(graph, bank, target.device, options, outputs)
+
+
+def check_outputs(
+    graph: Path, found: Mapping[str, Sequence[object]], told: Mapping[str, Sequence[int]]
+) -> None:
+    """Compare a graph's outputs, in its order, with those that the manifest tells: what is told by
+    neither hash would be cut in other places. A size that is no number may be any.
+
+    Raises:
+        BundleError: they are others, or of another shape, or order.
+    """
+    if list(found) != list(told) or any(
+        len(shape) != len(told[name])
+        or any(isinstance(n, int) and n != m for n, m in zip(shape, told[name], strict=True))
+        for name, shape in found.items()
+    ):
+        expected, other = ({n: ["batch", *s] for n, s in each.items()} for each in (found, told))
+        raise BundleError(
+            f"{graph.with_name(MANIFEST)}: tensors: expected the outputs of {graph.name}, "
+            f"{expected}, found {other}. Copy or export the bundle again."
+        )
 
 
 def _fastest(manifest: Manifest, precision: Precision) -> Target:

@@ -10,6 +10,7 @@ import os
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ from hhdeploy.runtime.backends import (
     Bank,
     Ids,
     Images,
+    check_outputs,
     closed,
     side_by_side,
 )
@@ -51,17 +53,22 @@ PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def open_onnxruntime(
-    graph: Path, bank: Bank | None, device: Runner, options: BackendOptions
+    graph: Path,
+    bank: Bank | None,
+    device: Runner,
+    options: BackendOptions,
+    outputs: Mapping[str, Sequence[int]],
 ) -> Backend:
-    """Load a graph into ONNX Runtime.
+    """Load a graph into ONNX Runtime; ``outputs`` is what the manifest says that it gives.
 
     Raises:
         SessionError: this build or this machine lacks the device's execution provider; nothing
             is left to another one in silence.
-        BundleError: a graph that does not load. DeviceError: the GPU refused.
+        BundleError: a graph that does not load, or gives others. DeviceError: the GPU refused.
     """
     ort = require("onnxruntime", "cpu" if device == "cpu" else "gpu", f"`device={device!r}`")
     session, mapped = _open_session(ort, graph, device, options)
+    check_outputs(graph, {o.name: o.shape[1:] for o in session.get_outputs()}, outputs)
     name = f"onnxruntime {_PROVIDERS[device]}"
     if device == "cpu":
         return OnnxRuntimeBackend(session, bank, name, mapped)

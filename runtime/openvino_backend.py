@@ -39,7 +39,15 @@ from hhdeploy.errors import (
 )
 from hhdeploy.files.caches import Entry
 from hhdeploy.packages import check_version
-from hhdeploy.runtime.backends import BackendOptions, Bank, Ids, Images, closed, side_by_side
+from hhdeploy.runtime.backends import (
+    BackendOptions,
+    Bank,
+    Ids,
+    Images,
+    check_outputs,
+    closed,
+    side_by_side,
+)
 from hhdeploy.runtime.openvino_cache import blob_entry, map_blob, write_blob
 from hhdeploy.runtime.processor import overflows_in_int8
 
@@ -153,7 +161,8 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     """Compile a bundle's graph for the CPU, or take it out of the cache.
 
     Raises:
-        BundleError: no graph of the precision, one that was changed, or that does not compile.
+        BundleError: no graph of the precision, one that was changed, that does not compile, or
+            gives other outputs than the manifest tells.
         SessionError: this processor does not compute in the precision.
         MissingDependencyError: OpenVINO is not installed, or too old.
     """
@@ -184,6 +193,8 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     if found is None:
         found = _compiled(core, path, config)
         _keep(entry, found)
+    given = {o.any_name: _sizes(o.partial_shape)[1:] for o in found.model.outputs}
+    check_outputs(path, given, bundle.manifest.outputs)
 
     small = _size(path) <= _SMALL
 
@@ -293,6 +304,11 @@ def _one_image_shapes(bundle: Bundle, bank: Bank | None) -> dict[str, list[int]]
     if bank is not None:
         shapes["adapter_bank"] = list(bank.shape)
     return shapes
+
+
+def _sizes(shape: Any) -> list[int | None]:
+    """Of OpenVINO's shape; None: an open one."""
+    return [d.get_length() if d.is_static else None for d in shape]
 
 
 def _size(path: Path) -> int:

@@ -35,8 +35,7 @@ from hhdeploy.files.bundle_json import unknown_keys
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
-# 2 has rows with s_in, s_out or db, or a graph without logits; written only for a bundle that
-# has them.
+# 2 has rows with s_in, s_out or db, or no logits; written only for a bundle that has them.
 SCHEMA_VERSION = 2
 BANK_FILE = "bank.safetensors"
 REFERENCE_FILE, PARITY_FILE = "reference.safetensors", "parity.json"
@@ -322,6 +321,17 @@ class Manifest:
     def _needs_version_2(self) -> bool:
         return not self.classes or (self.layout is not None and self.layout.has_extras)
 
+    def _tensors(self) -> dict[str, Any]:
+        """Name -> shape of what the graph takes and gives; an open size has a name."""
+        row, constant = self.layout, self.bank_as_constant
+        return {
+            "images": ["batch", *self.input_size],
+            **({"adapter_ids": ["batch"]} if row else {}),
+            **({"adapter_bank": ["slots", row.size]} if row and not constant else {}),
+            **{name: ["batch", *shape] for name, shape in self.outputs.items()},
+            **self.extra_tensors,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
         return {
@@ -331,17 +341,7 @@ class Manifest:
             "classes": self.classes,
             "adapters": [a.to_json() | self.picture_graph(a.preprocess) for a in self.adapters],
             "row": self.layout.to_json() if self.layout else None,
-            "tensors": {
-                "images": ["batch", *self.input_size],
-                **({"adapter_ids": ["batch"]} if self.layout else {}),
-                **(
-                    {"adapter_bank": ["slots", self.layout.size]}
-                    if self.layout and not self.bank_as_constant
-                    else {}
-                ),
-                **{name: ["batch", *shape] for name, shape in self.outputs.items()},
-                **self.extra_tensors,
-            },
+            "tensors": self._tensors(),
             "bank_as_constant": self.bank_as_constant,
             "graphs": dict(self.graphs),
             "engines": [e.to_json() for e in self.engines],
@@ -366,15 +366,16 @@ class Manifest:
             dict(content["versions"]),
             {
                 name: tuple(int(size) for size in shape[1:])
-                for name, shape in content["tensors"].items()
-                if name in (FEATURES, TOKENS)
+                for name in (FEATURES, TOKENS)  # the graph's order, whatever an object's is
+                if (shape := content["tensors"].get(name)) is not None
             },
             unknown_keys(content),
             unknown_keys(content["tensors"], "tensors"),
         )
-        expected = "folded" if manifest.layout is None else "branches"
-        if manifest.kind != expected:
+        if manifest.kind != (expected := "folded" if manifest.layout is None else "branches"):
             raise ValueError(f"kind {manifest.kind!r}, but its row makes it {expected!r}")
+        if (tensors := manifest._tensors()) != content["tensors"]:
+            raise ValueError(f"tensors: expected {tensors}, found {content['tensors']}")
         return manifest
 
 

@@ -50,6 +50,11 @@ class UnsettledError(AdapterError):
     through a replacement, and whole in a moment."""
 
 
+class AwayError(LoadFailedError, UnsettledError):
+    """An adapter whose fleet directory is away: for a moment, in which another one takes its place,
+    or until its disk is mounted again."""
+
+
 @dataclass(frozen=True)
 class Source:
     """An adapter's folder as it was when it was looked at; another one if its files changed.
@@ -89,6 +94,8 @@ class AdapterFiles:
         self.entries = {entry.name: entry for entry in bundle.manifest.adapters}
         # Of a model card the beginning is read, however long it is.
         self._most = {CONFIG_FILE: _MOST_CONFIG, TENSOR_FILE: _most_bytes(bank)}
+        # Which directory it was when it last had adapters; None: it had none.
+        self._place: tuple[int, int] | None = None
         # The name that no folder may have, and whether it was said that one has.
         self.reserved: str | None = None
         self._said = False
@@ -102,9 +109,13 @@ class AdapterFiles:
         }
 
     def sources(self) -> dict[str, Source]:
-        """All adapters by name. Raises `OSError` if the fleet directory cannot be read."""
+        """All adapters by name. Raises `OSError` if the fleet directory cannot be read, or is the
+        empty place of one that is not mounted."""
         found = self.bundled()
         if self._directory is not None:
+            if os.path.isdir(self._directory) and self._is_away():
+                problem = "another, empty directory is in its place, as where a disk is not mounted"
+                raise FileNotFoundError(errno.ENOENT, problem, str(self._directory))
             for path in sorted(self._directory.iterdir()):
                 if path.name == self.reserved:
                     self._refuse_reserved(path)
@@ -112,6 +123,8 @@ class AdapterFiles:
                     # What cannot even be printed is no name either: refused when it is read.
                     name = path.name if path.name.isprintable() else ascii(path.name)
                     found[name] = Source(name, path, _stamp(path))
+            had = any(not source.bundled for source in found.values())
+            self._place = _identity(self._directory) if had else None
         for name in self.entries.keys() - found.keys():
             del self.entries[name]
         return found
@@ -137,6 +150,7 @@ class AdapterFiles:
         Raises:
             UnsettledError: a file is not there, or they change all the time.
             LoadFailedError: the machine cannot read them now, e.g. no more file may be opened.
+            AwayError: the fleet directory is not there.
             FailedError: it is the bundle's, which was changed since it was opened, or damaged.
             HhdeployError: what is wrong with its name or its files.
         """
@@ -153,6 +167,11 @@ class AdapterFiles:
                         "adapter not read", extra={"adapter": source.name, "problem": problem}
                     )
                     raise LoadFailedError(problem) from error
+                if not source.bundled and not os.path.isdir(source.path) and self._is_away():
+                    raise AwayError(
+                        f"adapter {source.name!r} cannot be read now: the fleet directory is not "
+                        "there, as when a disk is not mounted. Try again once it is back."
+                    ) from error
                 if isinstance(error, BundleError):  # the bundle's own: no request is at fault
                     raise _of_the_bundle(source.name, error) from error
                 if _stamp(source.path) == before:
@@ -192,7 +211,7 @@ class AdapterFiles:
         """
         assert self._directory is not None
         target = self._directory / check_name(name)
-        if not self._directory.is_dir():  # one made in its place has none of its adapters
+        if self._is_away():  # what is made in its place has none of its adapters
             raise FailedError(
                 "the fleet directory is not there now, as when a disk is not mounted. Nothing was "
                 "written. Upload it again once the operator has put the directory back."
@@ -215,6 +234,16 @@ class AdapterFiles:
                 raise _of_this_adapter(f"{name} cannot be read", error) from error
         self.entries[name] = packed.entry
         return Source(name, target, _stamp(target)), packed
+
+    def _is_away(self) -> bool:
+        """Whether the fleet directory is gone, or is another one than that which had adapters, and
+        has none: whoever removes its adapters leaves the directory itself."""
+        directory = self._directory
+        if directory is None or not os.path.isdir(directory):
+            return True
+        if self._place is None or self._place == _identity(directory):
+            return False
+        return not any(not p.name.startswith(".") and _is_folder(p) for p in directory.iterdir())
 
     def _refuse_reserved(self, path: Path) -> None:
         if not self._said:
@@ -254,6 +283,11 @@ class AdapterFiles:
                     f"{file} is a link that leads out of the fleet directory. Copy the adapter "
                     "there."
                 )
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    found = directory.stat()
+    return found.st_dev, found.st_ino
 
 
 def _of_the_bundle(name: str, error: BundleError) -> FailedError:

@@ -192,3 +192,26 @@ def test_every_key_of_a_manifest_is_known(file):
         rows = () if known.layout is None else (known.layout, *known.layout.branches)
         assert not any(row.unknown for row in rows)
         assert not any(entry.extra for entry in known.adapters)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("images", ["batch", 3, 16, 16]),
+        ("images", None),
+        ("adapter_ids", ["batch", 2]),
+        ("adapter_ids", None),
+        ("adapter_bank", ["slots", 7]),
+        ("logits", None),
+    ],
+)
+def test_tensors_that_the_rest_has_otherwise_are_refused(tmp_path, name, shape):
+    """What a client that goes by them would feed; Python wrote the right ones again in silence."""
+
+    def told(content):
+        content["tensors"].update({name: shape})
+        if shape is None:
+            del content["tensors"][name]
+
+    with pytest.raises(BundleError, match=rf"tensors: expected .*{name}.*, found"):
+        Bundle.open(edited(tmp_path, told))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 from PIL import Image
 
 from hhdeploy.adapters.format import save_adapter
@@ -16,7 +18,8 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.building import build
 from hhdeploy.bundle import Bundle, add_adapter
-from hhdeploy.errors import BackboneError, OptionError, PlanError, SessionError
+from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.errors import BackboneError, BundleError, OptionError, PlanError, SessionError
 from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import bound, compare
 from hhdeploy.quantising import calibrate_bundle
@@ -32,6 +35,7 @@ from hhdeploy.training import attach, detach
 from hhdeploy.verifying.bundles import verify, verify_against_torch
 from tests.parity.architectures import save_transformers_config
 from tests.support import images, random_adapter
+from tests.workshop import copy_bundle
 
 DIM, PLACES = 48, 17  # of the workshop's backbone: 16 patches and a class token
 BOTH = ("alpha", "gamma")
@@ -53,6 +57,54 @@ def everything(workshop, tmp_path_factory):
     out = tmp_path_factory.mktemp("all") / "bundle"
     workshop.export(out, BOTH, outputs=["tokens", "logits", "features"], precisions=["float16"])
     return out
+
+
+def told_otherwise(bundle, tmp_path, change):
+    """A copy whose manifest has other `tensors`."""
+    path = copy_bundle(bundle, tmp_path / "told")
+    content = json.loads((path / MANIFEST).read_text())
+    content["tensors"] = change(content["tensors"])
+    (path / MANIFEST).write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+def test_the_order_of_the_manifest_s_keys_means_nothing(everything, tmp_path, device):
+    """Tools of JSON put them in others: features were cut out of the tokens."""
+    path = told_otherwise(everything, tmp_path, lambda told: dict(sorted(told.items())[::-1]))
+    x = images(2)
+    with (
+        open_session(everything, device=device, threads=1) as known,
+        open_session(path, device=device, threads=1) as found,
+    ):
+        for output in (LOGITS, FEATURES, TOKENS):
+            assert_array_equal(
+                found.run(x, "alpha", output=output), known.run(x, "alpha", output=output)
+            )
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {FEATURES: ["batch", DIM // 2, 2]},
+        {FEATURES: ["batch", DIM - 1]},
+        {FEATURES: ["batch", -1]},
+        {TOKENS: ["batch", DIM, PLACES]},
+        {TOKENS: None},
+    ],
+)
+def test_outputs_that_the_graph_has_otherwise_are_refused(everything, tmp_path, device, change):
+    """They were cut in other places, without a word."""
+
+    def told(tensors):
+        return {name: shape for name, shape in {**tensors, **change}.items() if shape is not None}
+
+    path = told_otherwise(everything, tmp_path, told)
+    with pytest.raises(
+        BundleError, match=r"hhdeploy\.json: tensors: expected the outputs of model"
+    ):
+        open_session(path, device=device, threads=1)
 
 
 def truth_of(workshop, name, x):

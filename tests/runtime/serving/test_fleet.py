@@ -1590,6 +1590,57 @@ def test_an_upload_makes_no_fleet_directory_in_the_place_of_one_that_is_away(pla
     play(scene, slots=8)
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty directory", "one with a file"])
+def test_a_fleet_directory_whose_disk_is_unmounted_takes_no_adapter_with_it(play, tmp_path, left):
+    """Its mount point is another directory, an empty one: all adapters were taken for gone."""
+
+    async def scene(s):
+        files, before = files_of(make_adapter(s.workshop, 7), tmp_path), await s.asked("a")
+        s.directory.rename(tmp_path / "away")
+        if left != "nothing":
+            s.directory.mkdir()
+        if left == "one with a file":
+            (s.directory / "NOT MOUNTED").touch()
+        for _ in range(3):
+            with pytest.raises(FileNotFoundError, match="fleet"):
+                await s.fleet.refresh()
+        np.testing.assert_array_equal((await s.asked("a"))["a"], before["a"])
+        with pytest.raises(LoadFailedError, match=r"fleet directory is not there.*mounted"):
+            await s.asked("b")
+        with pytest.raises(FailedError, match="fleet directory is not there now"):
+            await s.fleet.upload("fresh", *files)
+        if left != "nothing":
+            shutil.rmtree(s.directory)
+        (tmp_path / "away").rename(s.directory)
+        await s.looks(2)
+        assert (await s.asked("b")).keys() == {"b"}
+        assert s.state("c") == "on disk"
+
+    play(scene, slots=8)
+
+
+def test_a_fleet_directory_that_is_emptied_or_replaced_is_believed(play, tmp_path):
+    async def scene(s):
+        for name in "abc":
+            shutil.rmtree(s.directory / name)
+        await s.looks(2)
+        assert {"a", "b", "c"}.isdisjoint(s.fleet.names)
+        s.directory.rename(tmp_path / "away")
+        s.directory.mkdir()
+        await s.looks(2)  # another one, and nothing is lost with it
+        s.put("d")
+        await s.looks(2)
+        assert "d" in s.fleet.names
+        s.directory.rename(tmp_path / "away too")
+        s.directory.mkdir()
+        s.put("e")
+        await s.looks(2)
+        assert "e" in s.fleet.names
+        assert "d" not in s.fleet.names
+
+    play(scene)
+
+
 # --- visitors -------------------------------------------------------------------------------------
 
 MANY = tuple(f"n{i:02}" for i in range(14))  # with alpha and gamma as many as the bank has rows
