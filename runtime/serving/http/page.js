@@ -187,8 +187,7 @@ async function look() {
       wantToken();
       return true;
     }
-    if (!response.ok) throw new Error(await problemOf(response));
-    status = await response.json();
+    status = await contentOf(response);
   } catch (error) {
     const why = error instanceof TypeError || error.name === "TimeoutError"
       ? "The server does not answer" : error.message;
@@ -202,8 +201,9 @@ async function look() {
   return true;
 }
 
-/** A request, with the token where one was given. */
-function asked(path, options) {
+/** A request, with the token where one was given. One that no header holds is wrong without asking: fetch calls it no answer. */
+async function asked(path, options) {
+  if (/[^\x21-\x7e]/.test(token)) return new Response('{"error": "the token is wrong."}', { status: 401 });
   const headers = { ...options.headers, ...(token && { authorization: `Bearer ${token}` }) };
   return fetch(path, { ...options, headers });
 }
@@ -229,6 +229,16 @@ async function poll() {
 }
 
 // --- playground ---------------------------------------------------------------------------------
+
+async function contentOf(response) {
+  if (!response.ok) throw new Error(await problemOf(response));
+  try {
+    return await response.json();
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    throw new Error("What answers is not the server: it sent no JSON.");
+  }
+}
 
 async function problemOf(response) {
   try {
@@ -279,7 +289,7 @@ async function ask() {
   $("answers").replaceChildren();
   put("said", "");
   refuse("");
-  if (!status) return refuse("The server has not answered yet. Ask again.");
+  if (!status) return refuse(`${$("login").hidden ? "The server has not answered yet" : "The server wants a token first"}. Ask again.`);
   if (picture.size + BESIDE > status.body_bytes) {
     return refuse(`The picture is too large: the server takes requests of ${bytes(status.body_bytes)}.`);
   }
@@ -382,8 +392,7 @@ async function infer(names, content, signal) {
     signal,
     body: new Blob([head, length, content]),
   });
-  if (!response.ok) throw new Error(await problemOf(response));
-  const [{ data }] = (await response.json()).outputs;
+  const [{ data }] = (await contentOf(response)).outputs;
   return names.map((name, i) => [name, JSON.parse(data[i])]);
 }
 

@@ -520,10 +520,17 @@ def test_a_server_with_tokens_is_asked_with_one(page, small, tmp_path):
         page.on("console", lambda message: visit.console.append(message.text))
         page.goto(server.url)
         field = page.get_by_label("Token")
-        for wrong, said in (("", "This server wants a token"), ("wrong", "The token is wrong")):
-            expect(page.locator("#health")).to_have_text(said)
-            field.fill("wrong" if not wrong else token)
+        expect(page.locator("#health")).to_have_text("This server wants a token")
+        page.set_input_files("#file", FLAG)
+        expect(page.get_by_role("alert")).to_have_text("The server wants a token first. Ask again.")
+        for wrong in ("wrong", "of two words", f"{token}…"):  # which no header holds
+            field.fill(wrong)
             page.get_by_role("button", name="Use it").click()
+            expect(page.locator("#health")).to_have_text("The token is wrong")
+        page.reload()
+        expect(page.locator("#health")).to_have_text("The token is wrong")
+        field.fill(token)
+        page.get_by_role("button", name="Use it").click()
         expect(page.locator("#health")).to_have_text("Ready")
         expect(field).to_be_hidden()
         assert page.get_by_role("link").count() == 0, "a link would carry no token"
@@ -533,6 +540,19 @@ def test_a_server_with_tokens_is_asked_with_one(page, small, tmp_path):
         expect(page.locator("#health")).to_have_text("Ready")
         assert token not in page.url
         assert all("401 (Unauthorized)" in line for line in visit.console), visit.console
+
+
+def test_what_stands_between_is_not_taken_for_the_server(page, fleet):
+    """E.g. a proxy that wants a login, with 200."""
+    visit = Visit(page, fleet.url)
+    visit.open()
+    page.route("**/infer", lambda route: route.fulfill(body="<html>", content_type="text/html"))
+    page.set_input_files("#file", FLAG)
+    expect(page.get_by_role("alert")).to_have_text(
+        "What answers is not the server: it sent no JSON."
+    )
+    page.route("**/status", lambda route: route.fulfill(body="<html>", content_type="text/html"))
+    expect(page.locator("#health")).to_have_text("What answers is not the server: it sent no JSON.")
 
 
 CLIPPED = """() => {
