@@ -352,7 +352,11 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
         raise DataError(
             f"{folder}: expected DIR/ADAPTER/CLASS/image with the adapters "
             f"{', '.join(feeder.names)}; found "
-            f"{', '.join(unknown) or 'no folder'}. Move what is no adapter's elsewhere."
+            + (
+                f"{', '.join(unknown)}. Move what is no adapter's elsewhere."
+                if unknown
+                else "none."
+            )
         )
     return {name: found[name] for name in found}
 

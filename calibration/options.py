@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -55,6 +56,6 @@ class CalibrationOptions:
 def image_source(given: ImageSource, parameter: str) -> ImageSource:
     """Images as a user gives them; arrays in a list, which can be read twice: to calibrate, and for
     what is left over."""
-    if isinstance(given, str | Path):
-        return given
+    if isinstance(given, str | os.PathLike):
+        return as_path(given, parameter, DataError)
     return listed(given, parameter, "mappings of arrays", DataError)

@@ -388,7 +388,7 @@ def _is(before: os.stat_result, path: str | Path) -> bool:
 def graph_hint(path: Path, precision: Precision) -> str:
     """What brings a graph of a precision into a bundle that lacks it, in words."""
     if precision in TYPED:
-        none = " On a CPU `device='openvino'` needs none." if precision == "bfloat16" else ""
+        none = " On a CPU the device openvino needs none." if precision == "bfloat16" else ""
         return f"Export the bundle again with `precisions=[{precision!r}]`.{none}"
     if precision == "float32":
         return "Export the bundle again."

@@ -28,12 +28,14 @@ for _command in (
 
 @command.command("inspect")
 @click.argument("directories", metavar="DIRECTORY...", type=ui.SOURCE, nargs=-1, required=True)
-@click.option("--rank/--no-rank", default=True, help="Effective rank (an SVD per site).")
+@click.option(
+    "--rank/--no-rank", default=True, show_default=True, help="Effective rank (an SVD per site)."
+)
 @click.option(
     "--html",
     "page",
     metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=ui.FILE,
     help="Write a page: spectra, ranks by layer, and of several adapters their distances.",
 )
 @ui.json_option
@@ -200,7 +202,7 @@ def remove(bundle: Path, name: str, lock_timeout: float) -> None:
 @command.command("pack")
 @click.argument("bundle", type=ui.SOURCE)
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=ui.FILE)
 def pack(bundle: Path, name: str, file: Path) -> None:
     """Write the row of the adapter NAME of BUNDLE as FILE, ONNX Runtime's .onnx_adapter.
 

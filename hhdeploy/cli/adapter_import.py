@@ -81,7 +81,7 @@ def _shared_options(checkpoint_help: str) -> Callable[[F], F]:
 
 
 @click.command("import", context_settings=CONTEXT)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=ui.SOURCE)
 @click.argument("out", type=ui.DIRECTORY)
 @_shared_options(
     "The backbone's weights [default: the model's own]. All but plain LoRA is converted with them; "
@@ -170,7 +170,7 @@ def command(
 
 
 @click.command("extract", context_settings=CONTEXT)
-@click.argument("fine_tuned", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("fine_tuned", metavar="CHECKPOINT", type=ui.SOURCE)
 @click.argument("out", type=ui.DIRECTORY)
 @_shared_options("The backbone's weights before the fine-tuning [default: the model's own].")
 def extract(

@@ -41,7 +41,14 @@ _NOT_CHECKED = frozenset(
     default="int8",
     show_default=True,
 )
-@click.option("--images", default=128, show_default=True, type=click.IntRange(1), metavar="N")
+@click.option(
+    "--images",
+    default=128,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="To calibrate on.",
+)
 @click.option("--seed", default=0, show_default=True, type=ui.SEED, help="Of the choice of images.")
 @click.option(
     "--eval-data", type=ui.IMAGES, help="Images to judge on; default: what calibration leaves over."

@@ -52,8 +52,15 @@ from hhdeploy.cli.naming import adapters_and_strengths
 @click.option(
     "--single-file", is_flag=True, help="Weights inside of the graphs' files; below 2 GB."
 )
-@click.option("--max-rank", default=0, help="Reserve rank: 2 for the reflections + low rank.")
-@click.option("--max-classes", default=0, help="Reserve classes for later adapters' heads.")
+@click.option(
+    "--max-rank",
+    default=0,
+    show_default=True,
+    help="Reserve rank: 2 for the reflections + low rank.",
+)
+@click.option(
+    "--max-classes", default=0, show_default=True, help="Reserve classes for later adapters' heads."
+)
 @click.option(
     "--sites",
     multiple=True,
@@ -74,7 +81,12 @@ from hhdeploy.cli.naming import adapters_and_strengths
     is_flag=True,
     help="Bake the bank into the graph, for servers that keep no inputs between requests.",
 )
-@click.option("--verify/--no-verify", default=True, help="Compare with the training-time model.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare with the training-time model.",
+)
 @click.option(
     "--verify-data",
     type=ui.IMAGES,

@@ -1,7 +1,9 @@
-"""Adapters as a command line gives them: ``NAME=DIR``, ``DIR``, either with a strength behind."""
+"""Paths as a command line gives them, and adapters: ``NAME=DIR``, ``DIR``, either with a strength
+behind."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,21 @@ import click
 
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.errors import OptionError
+
+
+class NamedPath(click.Path):
+    """A path. For click an empty one, of a variable that is not set, is where the process is."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        """The path."""
+        if value == "":
+            self.fail("expected a path, found an empty one.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def named_directories(values: Sequence[str]) -> dict[str, Path]:
@@ -60,6 +77,8 @@ def _named_directory(value: str) -> tuple[str, Path]:
     Raises:
         UsageError: it can be read both ways, or has no directory behind its ``=``.
     """
+    if not value:
+        raise click.UsageError("expected NAME=DIR or DIR, found an empty one.")
     whole = Path(value)
     name, separator, path = value.partition("=")
     if not separator:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
 from hhdeploy.choices import DEVICES, MOST_SEED, PRECISIONS
+from hhdeploy.cli.naming import NamedPath
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
@@ -55,11 +56,11 @@ class Wait(Number):
 
 _UNCUT = 100_000  # columns
 
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
+DIRECTORY = NamedPath(path_type=Path, file_okay=False)
 # Of a bundle, an adapter: a file there is told what it is by who reads it.
-SOURCE = click.Path(path_type=Path)
-IMAGES = click.Path(path_type=Path)  # a folder, or a list of paths and labels
-FILE = click.Path(path_type=Path, dir_okay=False)
+SOURCE = NamedPath(path_type=Path)
+IMAGES = NamedPath(path_type=Path)  # a folder, or a list of paths and labels
+FILE = NamedPath(path_type=Path, dir_okay=False)
 DEVICE = click.Choice(DEVICES)
 PRECISION = click.Choice(PRECISIONS)
 
@@ -317,6 +318,7 @@ def backbone_options(command: F) -> F:
         click.option(
             "--pretrained/--no-pretrained",
             default=True,
+            show_default=True,
             help="Without --checkpoint: the source's weights, or random ones for benchmarks.",
         ),
         input_size_option,

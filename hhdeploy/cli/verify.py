@@ -48,7 +48,12 @@ _AGAINST_TORCH = frozenset(
 )
 @ui.input_size_option
 @click.option("--checkpoint", type=ui.FILE, help="--against-torch: the backbone's weights.")
-@click.option("--pretrained/--no-pretrained", default=True, help="--against-torch, as in export.")
+@click.option(
+    "--pretrained/--no-pretrained",
+    default=True,
+    show_default=True,
+    help="--against-torch, as in export.",
+)
 @click.option(
     "--seed", default=0, show_default=True, type=ui.SEED, help="--against-torch, as in export."
 )

@@ -96,8 +96,8 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def bundle_path(given: object) -> Path:
-    """Where a user says that a bundle is. Raises `BundleError` for what is no path."""
-    if not isinstance(given, str | os.PathLike) or not can_be_named(str(given)):
+    """Where a user says that a bundle is. Raises `BundleError` for what is no path, or empty."""
+    if not isinstance(given, str | os.PathLike) or given == "" or not can_be_named(str(given)):
         raise BundleError(f"expected the path of a bundle, found {given!r}.")
     return Path(given)
 

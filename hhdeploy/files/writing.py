@@ -56,9 +56,10 @@ def cache_of(given: str | Path | None) -> Path | None:
 
 
 def as_path(given: object, parameter: str, error: type[HhdeployError] = OptionError) -> Path:
-    """What a user gave for a file or a directory; else ``error``."""
+    """What a user gave for a file or a directory; else ``error``. The empty string, of a variable
+    that is not set, is none: `pathlib.Path` takes it for where the process is."""
     place = os.fspath(given) if isinstance(given, str | os.PathLike) else None
-    if isinstance(place, str) and can_be_named(place):
+    if isinstance(place, str) and place and can_be_named(place):
         return Path(place)
     raise error(
         f"`{parameter}`: expected a path, found {type(given).__name__} {reprlib.repr(given)}."

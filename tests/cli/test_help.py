@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 
+import click
 import pytest
 
 from hhdeploy.cli import _COMMANDS
+from hhdeploy.cli.naming import NamedPath
+from hhdeploy.cli.wording import all_commands
 from tests.workshop import HEAVY, ROOT, blocker, run_command, run_python
 
 BLOCKED = (*HEAVY, "onnxruntime", "nncf", "tensorrt", "peft")
@@ -87,6 +90,46 @@ def test_help_as_a_user_runs_it(tmp_path, path):
     }
     assert "click" in imported, "the list of imports was not understood"
     assert imported.isdisjoint(BLOCKED)
+
+
+def test_every_default_is_stated():
+    """Of options whose default is a value: a flag is off, and what is not given is None."""
+    silent = []
+    for path, command in all_commands().items():
+        settings = getattr(command, "context_settings", {})
+        context = click.Context(command, **{k: v for k, v in settings.items() if "show" in k})
+        for option in command.params:
+            if not isinstance(option, click.Option) or option.required:
+                continue
+            value = option.get_default(context)
+            on_and_off = option.is_flag and option.secondary_opts
+            given = bool(on_and_off) if isinstance(value, bool) else isinstance(value, int | float)
+            text = " ".join(option.get_help_record(context) or ())
+            if given and "default" not in text.lower():
+                silent.append(f"{path} {option.opts[0]}")
+    assert not silent
+
+
+def test_every_path_refuses_the_empty_one(call):
+    """Of a variable that is not set: click takes it for the working directory."""
+    paths = [
+        (path, option)
+        for path, command in all_commands().items()
+        for option in command.params
+        if isinstance(option.type, click.Path)
+    ]
+    assert len(paths) > 50
+    assert not [(path, o.name) for path, o in paths if not isinstance(o.type, NamedPath)]
+    for line in (
+        ["adapter", "list", ""],
+        ["export", "", "--model", "x"],
+        ["export", "out", "--model", "x", "--checkpoint", ""],
+        ["predict", "bundle", ""],
+        ["export", "out", "--model", "x", "--adapter", ""],
+    ):
+        result = call(*line)
+        assert result.exit_code == 2
+        assert "found an empty one." in result.stderr
 
 
 def test_the_blocker_blocks():

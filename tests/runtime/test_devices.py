@@ -210,7 +210,7 @@ def test_auto_leaves_bfloat16_to_openvino_alone(small, monkeypatch):
 
 def test_bfloat16_on_a_cpu_leads_to_openvino(small, workshop, tmp_path):
     """With the graph and without: an export alone leads to the other error."""
-    with pytest.raises(BundleError, match=r"no bfloat16 graph.*On a CPU `device='openvino'` needs"):
+    with pytest.raises(BundleError, match=r"no bfloat16 graph.*On a CPU the device openvino needs"):
         open_session(small, device="cpu", precision="bfloat16")
     typed = workshop.export(tmp_path / "out", ("alpha",), precisions=["bfloat16"]).path
     with pytest.raises(BundleError, match=r"no bfloat16 on CPUs; `device='openvino'` has\."):

@@ -11,18 +11,21 @@ from pathlib import Path
 import pytest
 
 from hhdeploy import (
+    Bundle,
+    bill_of_materials,
     calibrate,
     export,
     extract_adapter,
     import_adapter,
     load_adapter,
+    verify,
     write_ovms,
     write_triton,
 )
 from hhdeploy import train as run_training
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.errors import DataError, HhdeployError
+from hhdeploy.errors import BundleError, DataError, HhdeployError
 from hhdeploy.files.outputs import check_output
 from hhdeploy.files.writing import is_folder
 from hhdeploy.training.recipe import TrainSettings
@@ -65,6 +68,29 @@ def test_links_that_go_round_are_refused_with_words(branches, workshop, tmp_path
     loop.symlink_to(loop)
     with pytest.raises(HhdeployError, match="loop"):
         uses(branches, workshop, tmp_path)[name](str(loop / "here"))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("checkpoint", "report")])
+def test_an_empty_path_is_not_where_the_process_is(branches, workshop, tmp_path, monkeypatch, name):
+    """Of a variable that is not set: what was read or written was the working directory."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    # Once a `Path` is made of it, nobody knows.
+    used = uses(branches, workshop, tmp_path) | {
+        "train": lambda p: run_training(TrainSettings(TINY_MODEL, p, tmp_path / "out")),
+        "import_adapter": lambda p: import_adapter(p, workshop.backbone),
+    }
+    with pytest.raises(HhdeployError, match="expected a path, found str ''"):
+        used[name]("")
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("use", [Bundle.open, verify, bill_of_materials])
+def test_an_empty_path_is_no_bundle(branches, monkeypatch, use):
+    monkeypatch.chdir(branches)
+    with pytest.raises(BundleError, match="expected the path of a bundle, found ''"):
+        use("")
 
 
 def test_what_is_a_folder(tmp_path):
