@@ -9,6 +9,7 @@ from typing import Any
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, config_object
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.weights import advice_on_directory
 
 
 def _expression(value: object) -> bool:
@@ -57,7 +58,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     """``adapter_config.json`` of a PEFT directory. Raises `AdapterError` naming the file."""
     file = path / CONFIG_FILE
     expected = f"Expected a PEFT directory ({CONFIG_FILE} and {TENSOR_FILE})."
-    content = config_object(file, f"{expected}{_adapters_below(path)}")
+    content = config_object(file, f"{expected}{_adapters_below(path) or advice_on_directory(path)}")
     if "peft_type" not in content and isinstance(content.get("config"), dict):
         raise AdapterError(
             f"{file}: expected PEFT's peft_type, found an adapter of AdapterHub (the library "

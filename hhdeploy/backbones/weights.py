@@ -16,7 +16,7 @@ from hhdeploy.files.checkpoints import (
     unwrapped,
     without_wrappers,
 )
-from hhdeploy.files.weights import content_of
+from hhdeploy.files.weights import advice_on_directory, content_of
 from hhdeploy.files.writing import is_folder
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 # Statistics of batch norms, which an average of the parameters alone does not have.
 _COUNTED = ("running_mean", "running_var")
+# In the names of tensors that are an adapter's alone, of whatever library.
+_OF_ADAPTER = re.compile(
+    r"(^|[._])(lora_(A|B|up|down)|lora\.(up|down)|hada_w\d_\w|lokr_w\d)(\.|_|$)"
+)
 # In the names of a model that PEFT wraps; lora_A.weight is in those of own modules as well.
 _PEFT = re.compile(r"(^|\.)base_model\.model\.|\.(base_layer|modules_to_save|lora_[AB]\.default)\.")
 State = dict[str, "torch.Tensor"]
@@ -45,7 +49,12 @@ def read_state(path: Path) -> tuple[State, tuple[str, ...]]:
     """
     import torch
 
-    if is_folder(path, BackboneError) or not path.is_file():
+    if is_folder(path, BackboneError):
+        raise BackboneError(
+            f"`checkpoint`: {path} is a directory. Expected a file of weights."
+            f"{advice_on_directory(path)}"
+        )
+    if not path.is_file():
         raise BackboneError(f"`checkpoint`: {path} does not exist.")
     try:
         state, notes = unwrapped(content_of(path))
@@ -69,6 +78,18 @@ def advice_on_peft(keys: Iterable[str]) -> str:
         "that directory: `import_adapter()`; the adapter's tensors alone are the adapter_model.bin "
         "of one, beside its adapter_config.json. Or merge it there (merge_and_unload) and bring "
         "the checkpoint: `extract_adapter()`."
+    )
+
+
+def advice_on_adapters(keys: Iterable[str]) -> str:
+    """What to do with an adapter's tensors in a file that has none of a model's own, behind a
+    message that they do not fit; "" of others."""
+    if not any(map(_OF_ADAPTER.search, keys)):
+        return ""
+    return (
+        " They are an adapter's tensors alone. Those of LoRA and HTA come in with "
+        "`import_adapter()`; others merge where they were trained, and bring the whole model's "
+        "checkpoint."
     )
 
 
@@ -226,14 +247,13 @@ def load_strictly(
             if names
         ]
         whole = not (missing or wrong or untrue)
+        fits = any(k in own and not k.startswith(f"{classifier}.") for k in state)
         advice = (
             advice_on_peft(unexpected)
             or advice_on_parametrized(unexpected)
-            or (
-                advice_on_more(classifier)
-                if whole
-                else " Is it this model's, with these arguments?"
-            )
+            or (advice_on_more(classifier) if whole else "")
+            or (advice_on_adapters(unexpected) if not fits else "")
+            or " Is it this model's, with these arguments?"
         )
         raise BackboneError(
             f"`checkpoint`: {spec.checkpoint} does not fit {spec.model} with {dict(spec.args)}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,13 @@ _PROGRAMS = {
     "constants.pkl": "torch.jit.load(FILE).state_dict()",
     "archive_format": "torch.export.load(FILE).state_dict",
 }
+# What torch.save has in its archives, and what others have.
+_OWN = "data.pkl"
+_ARCHIVES = (
+    (".npy", "it holds NumPy's arrays (.npz)"),
+    (".weights.h5", "it is a model of Keras"),
+    ("", "it is a zip archive of other files: unpack it"),
+)
 
 
 def unpickled(path: Path) -> Any:
@@ -32,26 +38,33 @@ def unpickled(path: Path) -> Any:
     """
     import torch
 
-    if (weights := _weights_of_program(path)) is not None:
-        raise ValueError(
-            "it holds a program. If you trust it, keep its weights alone in another file: "
-            f"torch.save(dict({weights}), 'weights.pth')"
-        )
+    if (other := _other_archive(path)) is not None:
+        raise ValueError(other)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # of what is no pickle, whatever its bytes mean in one
             raise ValueError(_in_the_way(path, str(error).partition("\n")[0])) from error
 
 
-def _weights_of_program(path: Path) -> str | None:
-    """How to get at the weights of what torch.jit.save or torch.export.save wrote."""
+def _other_archive(path: Path) -> str | None:
+    """What a zip archive is that torch.save did not write; None of its own, and of no archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError):  # said where it is read
         return None
-    return next((weights for name, weights in _PROGRAMS.items() if name in names), None)
+    for name, weights in _PROGRAMS.items():
+        if name in names:
+            return (
+                "it holds a program. If you trust it, keep its weights alone in another file: "
+                f"torch.save(dict({weights}), 'weights.pth')"
+            )
+    if _OWN in names:
+        return None
+    return next(what for end, what in _ARCHIVES if any(name.endswith(end) for name in names))
 
 
 def _in_the_way(path: Path, reason: str) -> str:
@@ -72,6 +85,7 @@ def _in_the_way(path: Path, reason: str) -> str:
         return reason.partition(". ")[0] or "it ends early"
     return (
         f"beside tensors it holds {', '.join(sorted(found)[:5])}, which are never loaded. If you "
-        "trust it, keep its weights alone in another file: "
-        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
+        "trust it, keep its weights alone in another file: found = torch.load(FILE, "
+        "weights_only=False), then torch.save(found.state_dict(), 'weights.pth') of a module, "
+        "torch.save(found['state_dict'], 'weights.pth') of a training's checkpoint"
     )

@@ -22,7 +22,8 @@ _KINDS = (
     (stat.S_ISBLK, errno.EINVAL, "it is a device"),
 )
 
-# What a clone without Git LFS has in a large file's place, and a download that got a page instead.
+# What a clone without Git LFS has in a large file's place, a download that got a page instead, and
+# files of weights of others.
 _INSTEAD = (
     (
         b"version https://git-lfs",
@@ -30,6 +31,9 @@ _INSTEAD = (
     ),
     (b"<!doctype html", "it is a page of HTML: download the file itself"),
     (b"<html", "it is a page of HTML: download the file itself"),
+    (b"\x1f\x8b", "it is compressed with gzip: unpack it"),
+    (b"gguf", "it is a file of llama.cpp (GGUF)"),
+    (b"\x89hdf", "it is an HDF5 file, as Keras saves one"),
 )
 
 

@@ -75,3 +75,14 @@ def weights_in(directory: Path) -> Path:
     """The checkpoint of a directory of save_pretrained; the first name where there is none."""
     found = [directory / name for name in _IN_DIRECTORY]
     return next((file for file in found if file.is_file()), found[0])
+
+
+def advice_on_directory(directory: Path) -> str:
+    """What to do with a directory in a file's place, behind a message that it is none; "" where
+    nobody knows."""
+    if not any(directory.glob("*.distcp")):
+        return ""
+    return (
+        " It is a checkpoint of torch.distributed, of which torch makes a file: python -m "
+        f"torch.distributed.checkpoint.format_utils dcp_to_torch {directory} weights.pth"
+    )

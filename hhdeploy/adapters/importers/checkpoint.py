@@ -19,7 +19,7 @@ from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.backbones.timm import transform_beside
 from hhdeploy.choices import of_kind, options_of
 from hhdeploy.errors import AdapterError, OptionError
-from hhdeploy.files.weights import weights_in
+from hhdeploy.files.weights import advice_on_directory, weights_in
 from hhdeploy.files.writing import as_path, is_folder
 from hhdeploy.preprocess import Preprocess
 
@@ -122,10 +122,10 @@ def _tuned_spec(spec: BackboneSpec, path: Path) -> BackboneSpec:
     """Of transformers a whole directory may be given, of everything else a file."""
     if path.is_dir():
         source, _, _ = spec.model.partition(":")
-        if source != "transformers":
+        if source != "transformers" or advice_on_directory(path):
             raise AdapterError(
                 f"{path} is a directory. Expected a file of weights; a directory of "
-                "save_pretrained goes with a model of transformers."
+                f"save_pretrained goes with a model of transformers.{advice_on_directory(path)}"
             )
         return replace(spec, model=f"transformers:{path}", checkpoint=None)
     return replace(spec, checkpoint=path)

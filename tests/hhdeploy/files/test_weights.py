@@ -1,0 +1,81 @@
+"""Files and directories of weights that are another tool's: what they are, and what to do."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hhdeploy.adapters.importers import import_adapter
+from hhdeploy.adapters.importers.checkpoint import extract_adapter
+from hhdeploy.backbones.weights import read_state
+from hhdeploy.errors import AdapterError, BackboneError
+from hhdeploy.files.weights import content_of
+from tests.support import tiny_backbone, tiny_spec
+
+
+def zipped(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"of another")
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda p: np.savez(p.with_suffix(".npz"), a=np.ones(3)), r"NumPy's arrays \(\.npz\)"),
+        (lambda p: zipped(p, "config.json", "model.weights.h5"), "model of Keras"),
+        (lambda p: zipped(p, "weights.pth"), "zip archive of other files: unpack it"),
+        (lambda p: p.write_bytes(gzip.compress(b"\x80\x02")), "compressed with gzip: unpack it"),
+        (lambda p: p.write_bytes(b"GGUF" + bytes(60)), "GGUF"),
+        (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(60)), "HDF5 file, as Keras"),
+        (lambda p: p.write_bytes(b"\x81\xa6params\x81\xa4head"), "begins with .* as no file of to"),
+        (lambda p: p.write_bytes(b"\x80\x02(R."), "cut|early|pop|Weights only load failed"),
+    ],
+    ids=["npz", "keras", "zip", "gzip", "gguf", "hdf5", "msgpack", "harmed"],
+)
+def test_another_tools_file_is_called_what_it_is(tmp_path, write, expected):
+    """Of bytes that are no pickle torch's reader raises whatever they mean there (IndexError)."""
+    write(tmp_path / "weights.pt")
+    (file,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match=expected):
+        content_of(file.rename(tmp_path / "weights.pt"))
+
+
+def test_a_whole_module_is_told_apart_from_a_trainings_checkpoint(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"found\.state_dict\(\), .* of a module, .*checkpoint"):
+        content_of(tmp_path / "weights.pt")
+
+
+def test_a_distributed_checkpoint_is_made_a_file_of_first(tmp_path):
+    backbone, spec = tiny_backbone(depth=1), tiny_spec(depth=1)
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / name).write_bytes(b"of torch")
+    advice = rf"format_utils dcp_to_torch {tmp_path} weights\.pth"
+    with pytest.raises(AdapterError, match=advice):
+        import_adapter(tmp_path, backbone)
+    for source in (spec, tiny_spec("transformers:no-such-directory")):
+        with pytest.raises(AdapterError, match=advice):
+            extract_adapter(tmp_path, source, backbone=backbone)
+    with pytest.raises(BackboneError, match=rf"is a directory\. .*{advice}"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_blocks_0_attn_proj.lora_down.weight",
+        "unet.blocks.0.attn.proj.lora.up.weight",
+        "lycoris_blocks_0_attn_qkv.hada_w1_a",
+        "blocks.0.attn.qkv.lora_B",
+    ],
+)
+def test_an_adapters_tensors_are_no_checkpoint(tmp_path, key):
+    torch.save({key: torch.ones(4, 48)}, tmp_path / "lora.pth")
+    with pytest.raises(BackboneError, match=r"adapter's tensors alone\..*import_adapter"):
+        extract_adapter(tmp_path / "lora.pth", tiny_spec(depth=1), backbone=tiny_backbone(depth=1))
