@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hhdeploy.exporters.precision.twin import LIMIT, is_constant, is_float
+from hhdeploy.graph import add_initializer
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Peak:
     """An output that `watched` adds.
 
     Attributes:
-        name: of the output: a float32 scalar, the largest magnitude of a value.
+        name: of the output: a float32 scalar, the largest magnitude of a value, -inf aside.
         site: the module whose node computed the value (``blocks.3.mlp.fc1``).
         dtype: of the typed graph there, FLOAT16 or BFLOAT16.
     """
@@ -43,12 +44,15 @@ class Peak:
 def watched(twin: ir.Model) -> tuple[ir.Model, list[Peak]]:
     """A twin that also tells how large every value is that it rounds; ``twin`` is not changed.
 
+    -inf is no number that became too large: columns past an adapter's classes, and masks, have it.
+
     Returns:
         The graph, and its new outputs in the order of execution. They are scalars, so that a
         large model takes no more memory than without them.
     """
     clone = twin.clone()
     graph = clone.graph
+    zero = add_initializer(graph, "peak/zero", np.zeros((), np.float32))
     peaks: list[Peak] = []
     seen: set[ir.Value] = set()
     for node in list(graph):
@@ -59,9 +63,11 @@ def watched(twin: ir.Model) -> tuple[ir.Model, list[Peak]]:
         if value in seen or not is_float(value) or is_constant(value):
             continue
         seen.add(value)
-        size = ir.node("Abs", [value])
+        meant = ir.node("IsInf", [value], {"detect_positive": 0})
+        number = ir.node("Where", [*meant.outputs, zero, value])
+        size = ir.node("Abs", number.outputs)
         peak = ir.node("ReduceMax", size.outputs, {"keepdims": 0})
-        graph.insert_before(node, [size, peak])
+        graph.insert_before(node, [meant, number, size, peak])
         output = peak.outputs[0]
         output.name = f"peak/{len(peaks)}"
         output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(())

@@ -38,10 +38,14 @@ def loud(tmp_path_factory) -> Workshop:
         state[f"{SITE}.weight"][0] *= 5e4 / state[f"{SITE}.weight"][0].abs().max()
         state["blocks.1.mlp.fc2.weight"][:, 0] *= 1e-6
     facts = replace(backbone.facts, sha256=base_sha256(backbone.model, backbone.facts.classifier))
-    adapters = {"loud": random_adapter(facts, targets=("q", "proj"), classes=7, seed=1)}
+    adapters = {
+        name: random_adapter(facts, targets=("q", "proj"), classes=classes, seed=1)
+        for name, classes in (("loud", 7), ("few", 3))
+    }
     workshop = Workshop(root, replace(backbone, facts=facts), adapters)
     save_file({n: t.contiguous() for n, t in state.items()}, workshop.checkpoint)
-    save_adapter(adapters["loud"], workshop.directory("loud"))
+    for name, adapter in adapters.items():
+        save_adapter(adapter, workshop.directory(name))
     return workshop
 
 
@@ -66,6 +70,14 @@ def test_the_site_is_named_and_the_float32_graph_kept(loud, tmp_path, fold):
     assert verify(out).passed
     with open_session(out, device="cpu", threads=1) as session:
         assert session.run(images(2), "loud").shape == (2, 7)
+
+
+def test_columns_past_an_adapter_s_classes_are_no_overflow(loud, tmp_path):
+    """Their biases in the bank are -inf, which comes first."""
+    with pytest.raises(ParityError) as caught:
+        loud.export(tmp_path / "out", ("loud", "few"), precisions=["float16"])
+    for name in ("loud", "few"):
+        assert f"adapter {name}: float16 overflows at {SITE}: a value of " in str(caught.value)
 
 
 def test_what_is_wrong_besides_leaves_no_bundle(loud, tmp_path, monkeypatch):
