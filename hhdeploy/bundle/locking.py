@@ -311,8 +311,9 @@ def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
     ``beside``. Nobody may be changing it, and it is tidy: see `undisturbed`."""
     try:
         named = Bundle.open(path).manifest.files
-    except BundleError:
-        return f"it has no {MANIFEST} that can be read"
+    except BundleError as error:
+        why = f" ({str(error).rstrip('.')})" if os.path.lexists(path / MANIFEST) else ""
+        return f"it has no {MANIFEST} that can be read{why}"
     known = {*named, MANIFEST, NEW_CARD, SIGNATURE, ADAPTERS, *beside}
     return strangers(path, known, "no bundle has", passing=_passes)
 

@@ -273,6 +273,27 @@ def test_a_bundle_with_something_of_the_user_s_is_refused(tmp_path, where):
     assert (path / where).read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (None, r"no hhdeploy\.json that can be read\. "),
+        ('{"schema_version": 99}', r"read \(.*schema_version: expected at most \d, found 99\. Upgrade"),
+        ("\ufeff{}", r"read \(.*cannot be read: Unexpected UTF-8 BOM"),
+    ],
+)
+def test_why_a_bundle_cannot_be_read_that_is_not_replaced_is_said(tmp_path, found, why):
+    """One of a later version was called none, and its owner told to remove it."""
+    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    (bundle / "hhdeploy.json").unlink()
+    if found is not None:
+        (bundle / "hhdeploy.json").write_text(found, encoding="utf-8")
+    with (
+        pytest.raises(WriteError, match=why),
+        atomic_directory(bundle, overwrite=True, kind=BUNDLE),
+    ):
+        pytest.fail("it is refused before any work")
+
+
 def test_an_adapter_is_no_bundle_and_a_bundle_no_adapter(tmp_path):
     """A typo in OUT must not cost the adapter that is to be exported."""
     for source, kind in ((WITNESS / "rival", BUNDLE), (WITNESS / "branches", ADAPTER)):
