@@ -277,7 +277,10 @@ def test_a_bundle_with_something_of_the_user_s_is_refused(tmp_path, where):
     ("found", "why"),
     [
         (None, r"no hhdeploy\.json that can be read\. "),
-        ('{"schema_version": 99}', r"read \(.*schema_version: expected at most \d, found 99\. Upgrade"),
+        (
+            '{"schema_version": 99}',
+            r"read \(.*schema_version: expected at most \d, found 99\. Upgrade",
+        ),
         ("\ufeff{}", r"read \(.*cannot be read: Unexpected UTF-8 BOM"),
     ],
 )
