@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ _MOST_RATIO = 50
 _START_OF_SCAN, _MOST_SCANS = b"\xff\xda", 100
 # Encoders of PNG write a chunk for every 4 KiB of pixels or more, cameras some ten segments.
 _MOST_PIECES, _LEAST_PIECE = 5000, 512
-# `warnings` keeps its filters for the process: two threads would restore each other's.
+# Pillow has one limit on pixels for the process: two threads would restore each other's.
 _OPENING = threading.Lock()
 
 
@@ -211,9 +210,7 @@ def open_picture(content: bytes, *, most_pixels: int, name: str) -> Image.Image:
 
     if content.count(_START_OF_SCAN) > _MOST_SCANS and content.startswith(b"\xff\xd8"):
         raise TooLargeError(f"{name}: a JPEG of more than {_MOST_SCANS} scans.")
-    # Pillow's limit on pixels is a warning below twice as much; ours is an error, and below.
-    with _readable(name), _OPENING, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with _readable(name), _OPENING, _any_size():
         opened = Image.open(_Encoded(content, name), formats=FORMATS)
     width, height = opened.size
     if width * height > most_pixels:
@@ -234,6 +231,18 @@ def load_picture(opened: Image.Image, *, name: str) -> Image.Image:
     """
     with _readable(name), opened:
         return as_rgb(opened)  # which keeps the EXIF orientation
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Pillow's own limit, which it says instead of ours, is no limit."""
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 @contextmanager

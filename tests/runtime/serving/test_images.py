@@ -120,11 +120,23 @@ def test_pixels_are_counted_before_they_are_decoded():
     assert decode(encoded("PNG", (100, 100))).size == (100, 100)
     message = refused(encoded("PNG", (100, 101)), TooLargeError)
     assert message == "image 3: 100 x 101 pixels, at most 10000 are taken."
-    # Pillow itself warns of the second one and refuses the others.
+    # Pillow itself warns of the second one and refuses the others, by a limit that is none here.
     assert "5000 x 5000" in refused(png(5000, 5000), TooLargeError)
     assert "12000 x 12000" in refused(png(12_000, 12_000), TooLargeError)
     for side in (60_000, 2**31 - 1):
-        assert "pixels" in refused(png(side, side), TooLargeError)
+        message = refused(png(side, side), TooLargeError)
+        assert message == f"image 3: {side} x {side} pixels, at most 10000 are taken."
+
+
+def test_as_many_pixels_are_taken_as_the_server_is_told():
+    """Also beyond Pillow's limit, which stays as it is for others."""
+    limit = Image.MAX_IMAGE_PIXELS
+    opened = open_picture(png(20_000, 20_000), most_pixels=400_000_000, name="image 3")
+    assert opened.size == (20_000, 20_000)
+    assert limit == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(RequestError):
+        open_picture(b"none", most_pixels=1, name="image 3")
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_text_chunks_do_not_swell():
