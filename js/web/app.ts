@@ -15,6 +15,7 @@ const at = <E extends HTMLElement = HTMLElement>(id: string) => document.getElem
 const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 6 });
 let worker: Worker;
 let adapters: string[] = []; // that answer; none yet
+let waiting = "Asked as soon as the model is loaded."; // what a picture is told while there is none
 let picture: Blob | undefined;
 let asked = 0; // pictures so far
 let said: Said[] = []; // of the newest one
@@ -98,6 +99,9 @@ function broken(error: string): void {
   state("bad", "Not running");
   at("loading").hidden = true;
   refuse(error);
+  adapters = [];
+  waiting = "No adapter answers: the model is not running.";
+  if (picture) at("said").textContent = waiting;
 }
 
 function heard(message: FromWorker, facts: PageFacts): void {
@@ -126,7 +130,7 @@ function take(file: Blob | null | undefined, name = "picture"): void {
   picture = file;
   preview(file, name);
   if (adapters.length) ask(file);
-  else at("said").textContent = "Asked as soon as the model is loaded.";
+  else at("said").textContent = waiting;
 }
 
 function preview(file: Blob, name: string): void {

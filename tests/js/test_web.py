@@ -438,6 +438,10 @@ def test_what_is_damaged_or_no_picture_is_said(write, serve, page, small, tmp_pa
     page.goto(serve(damaged).url)
     expect(page.locator("#state")).to_have_text("Not running", timeout=PATIENCE_MS)
     expect(alert).to_contain_text("bundle/: model.onnx.data: expected the sha256")
+    file = {"name": "x.png", "mimeType": "image/png", "buffer": png(COLOURS[0])}
+    page.set_input_files("#file", file)
+    told = "No adapter answers: the model is not running."
+    expect(page.locator("#said")).to_have_text(told, timeout=PATIENCE_MS)
 
 
 @in_browser
