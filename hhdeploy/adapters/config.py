@@ -26,7 +26,7 @@ from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.bundle_json import CONFIG_FILE as CONFIG_FILE
-from hhdeploy.files.bundle_json import MANIFEST, without_duplicates
+from hhdeploy.files.bundle_json import MANIFEST, json_problem, without_duplicates
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
@@ -203,7 +203,7 @@ def config_object(path: Path, without: str) -> dict[str, Any]:
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
-        raise AdapterError(f"{path} is not valid JSON: {error}") from error
+        raise AdapterError(f"{path} is not valid JSON: {json_problem(error)}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content

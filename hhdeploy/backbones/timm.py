@@ -20,6 +20,7 @@ from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
 from hhdeploy.backbones.weights import load_strictly, passed_over, read_state, state_of
 from hhdeploy.errors import BackboneError, require
+from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.tensors import open_arrays
 from hhdeploy.preprocess import Preprocess
 
@@ -197,8 +198,8 @@ def _of_folder(spec: BackboneSpec, folder: Path) -> BackboneSpec:
         kind, architecture = config.get("model_type"), config.get("architecture")
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise BackboneError(
-            f"{folder} has no config.json that can be read: {error}. Expected a model's directory, "
-            "as timm or transformers saved it, or timm's name of a model."
+            f"{folder} has no config.json that can be read: {json_problem(error)}. Expected a "
+            "model's directory, as timm or transformers saved it, or timm's name of a model."
         ) from error
     if not isinstance(architecture, str):
         hint = f" Is it a model of transformers? Pass transformers:{folder}." if kind else ""

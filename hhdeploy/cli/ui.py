@@ -22,6 +22,7 @@ from rich.text import Text
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
 from hhdeploy.choices import DEVICES, MOST_SEED, PRECISIONS
 from hhdeploy.cli.naming import NamedPath
+from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
@@ -227,7 +228,7 @@ def json_object(
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"{expected} {text!r} ({error}).") from error
+        raise click.BadParameter(f"{expected} {text!r} ({json_problem(error)}).") from error
     if not isinstance(content, dict):
         raise click.BadParameter(f"{expected} {text!r}.")
     return content

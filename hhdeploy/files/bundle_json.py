@@ -95,6 +95,13 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def json_problem(error: Exception) -> str:
+    """What is wrong with JSON, by the error of what reads it. Of a number of thousands of digits
+    Python's own gives advice to its programmers."""
+    text = str(error)
+    return "a number has thousands of digits" if "sys.set_int_max_str_digits" in text else text
+
+
 def bundle_path(given: object) -> Path:
     """Where a user says that a bundle is. Raises `BundleError` for what is no path, or empty."""
     if not isinstance(given, str | os.PathLike) or given == "" or not can_be_named(str(given)):
@@ -124,7 +131,9 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
             "the bundle again."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} cannot be read: {error}. Export the bundle again.") from error
+        raise BundleError(
+            f"{file} cannot be read: {json_problem(error)}. Export the bundle again."
+        ) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version > newest:
         raise BundleError(
@@ -152,7 +161,9 @@ def json_object(content: bytes, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is not valid JSON: {error}. Export the bundle again.") from error
+        raise BundleError(
+            f"{file} is not valid JSON: {json_problem(error)}. Export the bundle again."
+        ) from error
     if not isinstance(found, dict):
         raise BundleError(
             f"{file}: expected a JSON object, found {type(found).__name__}. Export the bundle "

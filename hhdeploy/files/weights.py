@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.pickles import unpickled
 from hhdeploy.files.plain import read_few, what_instead
 
@@ -63,7 +64,7 @@ def files_of(checkpoint: Path) -> list[Path]:
     try:
         content = json.loads(read_few(checkpoint, _MOST_INDEX).decode())
     except ValueError as error:
-        raise ValueError(what_instead(checkpoint) or str(error)) from error
+        raise ValueError(what_instead(checkpoint) or json_problem(error)) from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     files = sorted(set(names.values())) if isinstance(names, dict) else []
     if not files or not all(isinstance(n, str) and Path(n).name == n for n in files):

@@ -220,6 +220,11 @@ class ServeSettings:
         if not self.model_name:
             object.__setattr__(self, "model_name", self.bundle.resolve().name)
         _check_model_name(self.model_name)
+        if not self.host.strip():  # the system would take it for every address
+            raise OptionError(
+                f"`host`: expected an address or a name, e.g. 127.0.0.1, found {self.host!r}. All "
+                "addresses of this machine are 0.0.0.0, or :: for IPv6 as well."
+            )
         for each in fields(self):
             _check_range(each.name, getattr(self, each.name), each.metadata.get("option"))
         object.__setattr__(self, "allowed_hosts", frozenset(map(allowed_name, self.allowed_hosts)))

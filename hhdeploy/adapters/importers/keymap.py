@@ -23,6 +23,7 @@ import numpy as np
 
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.errors import AdapterError
+from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.plain import read_few
 
 _MOST_BYTES = 1 << 24
@@ -87,7 +88,7 @@ def _read(file: Path) -> tuple[list[_Rule], bool]:
         # Written by hand: editors of Windows put a mark before it.
         content = json.loads(read_few(file, _MOST_BYTES).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}") from error
+        raise AdapterError(f"{file} cannot be read: {json_problem(error)}") from error
     if not isinstance(content, dict) or set(content) - {"rules", "row_vectors"}:
         raise AdapterError(f"{file}: expected an object with rules and, if need be, row_vectors.")
     rules, rows = content.get("rules"), content.get("row_vectors", False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import BackboneError
+from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
@@ -90,7 +91,7 @@ def _content(where: str, name: str) -> dict[str, Any] | None:
     except OSError as error:
         raise BackboneError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise BackboneError(f"{path} is not valid JSON: {error}") from error
+        raise BackboneError(f"{path} is not valid JSON: {json_problem(error)}") from error
     if not isinstance(content, dict):
         raise BackboneError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content

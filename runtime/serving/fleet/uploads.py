@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hhdeploy.adapters.config import TENSOR_FILE
-from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.errors import RequestError, TooLargeError, shown
 
 # The one file of an upload beside its configuration, as Triton's load API names files.
 _UPLOAD: Final = re.compile(rf"file:(?:[^/]*/)?{re.escape(TENSOR_FILE)}")
@@ -45,7 +45,7 @@ def read_upload(parameters: Mapping[str, Any], most_bytes: int) -> Upload | None
         raise RequestError(
             "an upload has two parameters: config, the text of adapter_config.json, and "
             f"file:{TENSOR_FILE}, its bytes; to load what the server has on its disk there are "
-            f"none. Found: {', '.join(sorted(str(k)[:80] for k in parameters))}."
+            f"none. Found: {', '.join(sorted(_described(*each) for each in parameters.items()))}."
         )
     content = given[files[0]]
     if isinstance(content, str):
@@ -69,13 +69,19 @@ def check_unload(parameters: Mapping[str, Any]) -> None:
         )
 
 
+def _described(key: str, value: Any) -> str:
+    """A parameter by its name, and config by its value where that is no text."""
+    odd = key == "config" and not isinstance(value, str)
+    return f"config {shown(value)}, no text" if odd else key[:80]
+
+
 def _meant(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """What a request carries beside the word of Triton's clients that says nothing here."""
     given = dict(parameters)
     word = given.pop(_OF_NO_MEANING, False)
     if not isinstance(word, bool):
         raise RequestError(
-            f"{_OF_NO_MEANING}: expected true or false, found {str(word)[:80]!r}. No adapter has "
+            f"{_OF_NO_MEANING}: expected true or false, found {shown(word)}. No adapter has "
             "dependents."
         )
     return given

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.files.bundle_json import DuplicateError, without_duplicates
+from hhdeploy.files.bundle_json import DuplicateError, json_problem, without_duplicates
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError, shown
 from hhdeploy.runtime.serving.messages import (
     BYTES,
@@ -138,12 +138,11 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
     _check_structure(text)
     try:
         content = json.loads(text.decode(encoding) or "{}", object_pairs_hook=without_duplicates)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON in UTF-8: {str(error)[:200]}") from error
     except DuplicateError as error:
         raise RequestError(f"the body: expected each member once: {str(error)[:200]}.") from error
-    except ValueError as error:  # Python's limit, with advice to its programmers
-        raise RequestError("the body is not JSON: a number has thousands of digits.") from error
+    except (ValueError, RecursionError) as error:
+        problem = json_problem(error)[:200]
+        raise RequestError(f"the body is not JSON in UTF-8: {problem}") from error
     if not isinstance(content, dict):
         raise RequestError(f"the body: expected a JSON object, found {_kind(content)}.")
     return content

@@ -58,6 +58,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hhdeploy.errors import PlanError
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.logs import REQUEST_ID, log_as_json
@@ -135,9 +136,17 @@ def application(args: dict[str, Any]) -> Application:
         args: see `read_settings`.
 
     Raises:
-        ValidationError, PlanError: see `read_settings`; or no token in the file.
+        ValidationError, PlanError: see `read_settings`; or no token in the file; or a certificate,
+            which Ray's proxies do not hear of here: they would take requests without TLS.
     """
-    return application_of(read_settings(args))
+    settings = read_settings(args)
+    if settings.tls_cert is not None:
+        raise PlanError(
+            "`tls_cert`, `tls_key`: expected none among the application's args, for Ray's proxies "
+            "have TLS, and would do without. Give them the files: ssl_certfile and ssl_keyfile of "
+            "http_options."
+        )
+    return application_of(settings)
 
 
 def application_of(settings: RaySettings) -> Application:

@@ -417,7 +417,7 @@ def test_missing_files(tmp_path):
 def test_non_json(tmp_path, text):
     directory = write(tmp_path / "a")
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
-    refused(directory, directory / CONFIG_FILE, "is not valid JSON")
+    assert "sys." not in refused(directory, directory / CONFIG_FILE, "is not valid JSON")
 
 
 def test_json_that_is_not_text_or_not_an_object(tmp_path):

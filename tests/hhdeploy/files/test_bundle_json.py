@@ -63,6 +63,16 @@ def test_a_key_twice_is_no_choice(bundle):
         Bundle.open(bundle)
 
 
+def test_a_number_of_thousands_of_digits_gives_no_advice_of_python_s(branches, bundle):
+    digits = b'{"version": ' + b"9" * 5000 + b"}"
+    (bundle / MANIFEST).write_bytes(digits)
+    with pytest.raises(BundleError, match="cannot be read: a number has thousands of digits"):
+        Bundle.open(bundle)
+    held = replace(Bundle.open(branches), held={PARITY_FILE: digits})
+    with pytest.raises(BundleError, match="not valid JSON: a number has thousands of digits"):
+        held.parity()
+
+
 def test_nested_without_end(bundle):
     (bundle / MANIFEST).write_text("[" * 100_000)
     with pytest.raises(BundleError, match="cannot be read"):

@@ -205,7 +205,7 @@ def test_what_is_no_json_is_refused(body):
 
 
 def test_a_number_of_thousands_of_digits_is_refused_without_python_s_advice():
-    with pytest.raises(RequestError, match="not JSON: a number has thousands of digits") as caught:
+    with pytest.raises(RequestError, match="a number has thousands of digits") as caught:
         read_object(b'{"a":%b}' % (b"9" * 5000))
     assert "sys." not in str(caught.value)
 

@@ -27,6 +27,7 @@ from hhdeploy.runtime.serving.messages import (
     bytes_array,
 )
 from hhdeploy.runtime.serving.metrics import Metrics, latency_ms
+from tests.runtime.serving.certificates import make_certificate
 from tests.runtime.serving.fleets import until
 from tests.runtime.serving.leftovers import SIZE, growth, post
 
@@ -593,6 +594,15 @@ def test_arguments_are_checked(tmp_path):
         read_settings({"bundle": tmp_path, "gpus": float("nan")})
     with pytest.raises(PlanError, match="`token_file`"):
         read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
+
+
+def test_a_certificate_that_ray_s_proxies_would_not_hear_of_is_refused(tmp_path):
+    """`serve deploy` would take requests, and tokens, in plain text."""
+    cert, key = make_certificate(tmp_path)
+    args = {"bundle": str(tmp_path), "tls_cert": str(cert), "tls_key": str(key)}
+    with pytest.raises(PlanError, match="ssl_certfile and ssl_keyfile of http_options"):
+        ray_app.application(args)
+    ray_app.application_of(read_settings(args))  # the command's, which tells them
 
 
 def test_a_request_that_replicas_refuse_leaves_nothing():

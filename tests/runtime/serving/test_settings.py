@@ -34,6 +34,13 @@ def test_a_token_that_nothing_asks_for_is_refused(tmp_path):
         ServeSettings(Path("tiny"), token_file=tmp_path / "token")
 
 
+@pytest.mark.parametrize("host", ["", " "])
+def test_no_host_is_not_every_address(host):
+    """As a variable that is not set leaves it in a script."""
+    with pytest.raises(OptionError, match="`host`: expected an address or a name"):
+        ServeSettings(Path("tiny"), host=host)
+
+
 @pytest.mark.parametrize("half", ["tls_cert", "tls_key"])
 def test_half_of_tls_is_refused(tmp_path, half):
     with pytest.raises(OptionError, match="`tls_cert` and `tls_key` go together"):

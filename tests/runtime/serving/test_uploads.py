@@ -46,7 +46,6 @@ MISTAKES: list[dict[str, Any]] = [
     {"Config": "{}"},
     {"config": "{}"},
     {FILE: "MTIz"},
-    {"config": {}, FILE: "MTIz"},
     {"config": "{}", "file:other": "MTIz"},
     {"config": "{}", FILE: "MTIz", f"file:1/{TENSOR_FILE}": "MTIz"},
     {"config": "{}", FILE: "MTIz", "note": "of mine"},
@@ -59,6 +58,12 @@ def test_what_is_not_understood_is_refused_by_name_and_never_nothing(given):
     found = re.escape(f"Found: {', '.join(sorted(given))}.")
     with pytest.raises(RequestError, match=f"an upload has two parameters.*none. {found}"):
         read_upload(given, 100)
+
+
+@pytest.mark.parametrize("config", [True, 3, {}])
+def test_a_configuration_that_is_no_text_is_called_so(config):
+    with pytest.raises(RequestError, match=rf"Found: config {config!r}, no text, {FILE}\."):
+        read_upload({"config": config, FILE: "MTIz"}, 100)
 
 
 @pytest.mark.parametrize("given", [{}, {"unload_dependents": True}, {"unload_dependents": False}])
