@@ -62,10 +62,24 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     if "peft_type" not in content and isinstance(content.get("config"), dict):
         raise AdapterError(
             f"{file}: expected PEFT's peft_type, found an adapter of AdapterHub (the library "
-            "adapters). Merge it there (merge_adapter), save of the model's state dict what has "
-            "the names from before, and bring that checkpoint: `extract_adapter()`."
+            f"adapters). {_way_of(content['config'])}"
         )
     return content
+
+
+def _way_of(config: Mapping[str, Any]) -> str:
+    """What to do with an adapter of AdapterHub: LoRA, IA3 and VeRA it merges, unless they have
+    gates; of the others merge_adapter leaves the weights as they are, and says nothing."""
+    if config.get("architecture") != "lora" or config.get("use_gating"):
+        return (
+            "It computes beside the weights (bottlenecks, prefixes, ReFT, gates), and "
+            "merge_adapter there merges none of it. Train the task with LoRA or IA3, or give the "
+            "whole as a model of your own, python:MODULE:FUNCTION."
+        )
+    return (
+        "Merge it there (merge_adapter), save right then of the model's state dict what has the "
+        "names from before, and bring that checkpoint: `extract_adapter()`."
+    )
 
 
 def _adapters_below(path: Path) -> str:

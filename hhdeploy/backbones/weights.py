@@ -202,7 +202,7 @@ def passed_over(
     """
     own = {n for n, _ in model.named_parameters() if not n.startswith(f"{classifier}.")}
     left = [k for k, v in given.items() if k not in fitted and v.is_floating_point()]
-    left = [key for key in left if not _derived(key)]
+    left = [key for key in left if not derived(key)]
     if not left or not own <= given.keys():
         return []
     return [f"left out of the checkpoint, as timm does: {abbreviated(left)}"]
@@ -222,7 +222,7 @@ def load_strictly(
     # a norm has counted is none of them.
     persistent = {*dict(model.named_parameters()), *(k for k in own if k.endswith(_COUNTED))}
     missing = [k for k in missing if k in persistent]
-    unexpected = [k for k in state if k not in own and not _derived(k)]
+    unexpected = [k for k in state if k not in own and not derived(k)]
     wrong = [
         f"{k} (expected {list(own[k].shape)}, found {list(state[k].shape)})"
         for k in own
@@ -297,5 +297,6 @@ def half_classifier(missing: Collection[str], classifier: str) -> str:
     )
 
 
-def _derived(key: str) -> bool:
+def derived(key: str) -> bool:
+    """Whether a tensor is called what follows from the architecture, and what no answer needs."""
     return any(name in key for name in ("relative_position_index", "attn_mask", "mask_token"))

@@ -127,7 +127,7 @@ def _tuned_spec(spec: BackboneSpec, path: Path) -> BackboneSpec:
                 f"{path} is a directory. Expected a file of weights; a directory of "
                 f"save_pretrained goes with a model of transformers.{advice_on_directory(path)}"
             )
-        return replace(spec, model=f"transformers:{path}", checkpoint=None)
+        return replace(spec, model=f"transformers:{path}", checkpoint=weights_in(path))
     return replace(spec, checkpoint=path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import abbreviate, sites_there_are
 from hhdeploy.adapters.config import AdapterConfig
@@ -29,7 +30,7 @@ from hhdeploy.adapters.importers.template import (
     stated_preprocess,
 )
 from hhdeploy.algebra import Reflection
-from hhdeploy.backbones.sites import Form, sites_of
+from hhdeploy.backbones.sites import Form, LinearSpec, sites_of
 from hhdeploy.backbones.weights import advice_on_parametrized, advice_on_peft
 from hhdeploy.errors import AdapterError, require
 from hhdeploy.files.checkpoints import unwrapped
@@ -91,7 +92,7 @@ def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOpt
         else:
             result[name] = tensor
     for owner, group in fused.items():
-        result |= split_thirds(linears[owner], *low_rank_pair(group, owner, path), path)
+        result |= _thirds(linears[owner], *low_rank_pair(group, owner, path), path)
     _check_sites(result, backbone, path)
     config = AdapterConfig(
         backbone.facts.model,
@@ -102,6 +103,31 @@ def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOpt
     )
     stated = stated_preprocess(path.parent, backbone, options)
     return finish(result, config, path, backbone, options, stated)
+
+
+def _thirds(linear: LinearSpec, a: NDArray[Any], b: NDArray[Any], file: Path) -> Tensors:
+    """`split_thirds`, and of loralib's MergedLinear: q, k and v have rows of lora_A of their own.
+
+    Raises:
+        AdapterError: the shapes are neither's, or a MergedLinear's that has some of the three.
+    """
+    rank = b.shape[1] if b.ndim == 2 else 0
+    count = a.shape[0] // rank if rank and a.shape == (a.shape[0] // rank * rank, linear.in_) else 0
+    if count == 0 or len(b) != count * (linear.out // 3):
+        return split_thirds(linear, a, b, file)
+    if count < 3:
+        raise AdapterError(
+            f"{file}: {linear.path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are those "
+            f"of loralib's MergedLinear with {count} of q, k and v, and the file does not say "
+            f"which (enable_lora). Save them apart: part i of lora_A.chunk({count}) as "
+            f"{linear.sites[0].name}.lora_A, or .k or .v, and of lora_B likewise."
+        )
+    parts = zip(linear.sites, np.split(a, 3), np.split(b, 3), strict=True)
+    return {
+        f"{site.name}.{name}": rows
+        for site, *pair in parts
+        for name, rows in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
 
 
 def _said(tensors: Tensors, options: ImportOptions) -> dict[str, Any]:

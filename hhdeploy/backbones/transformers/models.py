@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from hhdeploy.backbones.weights import (
     advice_on_more,
     advice_on_peft,
     besides_classifier,
+    derived,
     half_classifier,
     read_state,
     state_of,
@@ -279,7 +280,7 @@ def _adapter_beside(spec: BackboneSpec, where: str) -> tuple[str, ...]:
     it: transformers would, with PEFT installed, return the model that the adapter makes of it."""
     folder = Path(where)
     beside = (folder / CONFIG_FILE).is_file() and weights_in(folder).is_file()
-    if spec.checkpoint is not None or not spec.pretrained or not beside:
+    if spec.checkpoint not in (None, weights_in(folder)) or not spec.pretrained or not beside:
         return ()
     return ("an adapter of PEFT beside the model is left out: it has to be imported",)
 
@@ -342,24 +343,38 @@ def _check_loading(
     what: str | Path, loading: Mapping[str, Any], model: nn.Module, head: str, *, whole: bool
 ) -> None:
     """Nothing of the model may be missing but all of the classifier at ``head``; of a ``whole``
-    model's file nothing is too much."""
+    model's file nothing is too much, of another nothing inside of the model's blocks: another task
+    has weights beside them, and an adapter in them."""
+    more = loading["unexpected_keys"]
     missing = besides_classifier(loading["missing_keys"], model.state_dict(), head)
     found = {
         "missing": missing,
         "of another shape": list(loading["mismatched_keys"]),
-        "unexpected": list(loading["unexpected_keys"]) if whole else [],
+        "unexpected": list(more) if whole else _in_blocks(more, model),
     }
     problems = [
         f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
     ]
     if problems:
         random = found["missing"] or found["of another shape"]
-        more = " Parts of the model would stay random." if random else advice_on_more(head)
+        advice = " Parts of the model would stay random." if random else advice_on_more(head)
         raise BackboneError(
             f"{what}: the weights do not fit the model's configuration; keys "
-            f"{'; '.join(problems)}.{advice_on_peft(loading['unexpected_keys']) or more}"
+            f"{'; '.join(problems)}.{advice_on_peft(more) or advice}"
             f"{half_classifier(missing, head)}"
         )
+
+
+def _in_blocks(keys: Iterable[str], model: nn.Module) -> list[str]:
+    """Those of some keys that are inside of a block that the model has."""
+    modules = dict(model.named_modules())
+    found = []
+    for key in keys:
+        parts = key.split(".")
+        starts = (".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdecimal())
+        if any(start in modules for start in starts) and not derived(key):
+            found.append(key)
+    return found
 
 
 def _first_line(error: Exception) -> str:

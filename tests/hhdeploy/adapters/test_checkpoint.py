@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from hhdeploy.adapters.applying import logits_with, parameters_with
 from hhdeploy.adapters.importers import ImportOptions, difference
@@ -270,6 +271,38 @@ def test_a_directory_of_transformers(tmp_path, size):
     assert config.preprocess is not None and config.preprocess.mean == (0.25,) * 3
     from_file = extract_adapter(tuned / told["file"], spec)
     assert from_file.config.extra["imported_from"]["sha256"] == told["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("more", "as_model"),
+    [
+        ("vit.layers.0.attention.q_proj.loras.task.lora_A", False),
+        ("vit.layers.0.output_adapters.task.down.weight", False),
+        ("vit.layers.0.attention.k_proj.scale", False),
+        ("vit.prompts", True),
+        ("decoder.weight", True),
+    ],
+)
+def test_a_directory_of_transformers_with_more_than_the_model(tmp_path, more, as_model):
+    """In a block it is what the answers are made of, beside them perhaps of another task; of a
+    fine-tuned model nobody knows, be it a directory or a file."""
+    torch.manual_seed(3)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF))
+    model.save_pretrained(tmp_path / "base")
+    state = {n: p.detach() + 0.01 for n, p in model.named_parameters()}
+    model.save_pretrained(tmp_path / "tuned", state_dict=state)
+    file = tmp_path / "tuned" / "model.safetensors"
+    save_file({**state, more: torch.ones(4)}, file, {"format": "pt"})
+    spec = BackboneSpec(f"transformers:{tmp_path / 'base'}")
+    for tuned in (tmp_path / "tuned", file):
+        with pytest.raises(BackboneError, match=f"unexpected: {more}.* these beside it"):
+            extract_adapter(tuned, spec)
+    whole = BackboneSpec(f"transformers:{tmp_path / 'tuned'}")
+    if as_model:
+        assert any("has no place for, left out" in note for note in load_backbone(whole).notes)
+    else:
+        with pytest.raises(BackboneError, match=f"unexpected: {more}.* these beside it"):
+            load_backbone(whole)
 
 
 def test_the_transform_beside_a_checkpoint_of_timm(tmp_path, base):

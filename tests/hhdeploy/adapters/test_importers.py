@@ -650,6 +650,30 @@ def test_lora_of_a_fused_qkv_in_a_pth_file_is_split(tmp_path, tiny):
         assert np.array_equal(site.lora_A, a.numpy())
 
 
+_QKV = "blocks.1.attn.qkv"
+
+
+def test_loralibs_merged_linear_has_factors_of_its_own_for_q_k_and_v(tmp_path, tiny):
+    """Its lora_A has 3 r rows and its lora_B r columns: a convolution of three groups."""
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(6, 48, generator=generator)
+    b = torch.randn(144, 2, generator=generator)
+    path = tmp_path / "merged.pth"
+    torch.save({f"{_QKV}.lora_A": a, f"{_QKV}.lora_B": b}, path)
+    adapter = import_adapter(path, tiny)
+    change = torch.nn.functional.conv1d(a[None], b[..., None], groups=3)[0].numpy()
+    found = [adapter.delta(f"{_QKV}.{part}").dense() for part in "qkv"]
+    assert np.allclose(np.concatenate(found), change, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_merged_linear_of_some_of_the_three_does_not_say_which(tmp_path, tiny, parts):
+    path = tmp_path / "merged.pth"
+    tensors = {"lora_A": torch.ones(2 * parts, 48), "lora_B": torch.ones(48 * parts, 2)}
+    torch.save({f"{_QKV}.{name}": tensor for name, tensor in tensors.items()}, path)
+    refused(path, f"loralib's MergedLinear with {parts} of q, k and v", ".q.lora_A", backbone=tiny)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -762,10 +786,23 @@ def test_tensors_of_peft_in_a_pth_file_say_what_they_are(tmp_path, whole):
     assert len(extract_adapter(file, base).sites) == 10
 
 
-def test_an_adapter_of_adapterhub_says_what_it_is(tmp_path):
-    config = {"config": {"architecture": "lora", "r": 8}, "model_type": "vit", "name": "x"}
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
-    refused(tmp_path, "expected PEFT's peft_type, found an adapter of AdapterHub", "merge_adapter")
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        ({"architecture": "lora", "composition_mode": "add"}, "Merge it there (merge_adapter)"),
+        ({"architecture": "lora", "composition_mode": "scale"}, "Merge it there (merge_adapter)"),
+        ({"architecture": "lora", "use_gating": True}, "merges none of it"),
+        ({"architecture": None, "mh_adapter": False}, "merges none of it"),
+        ({"architecture": "prefix_tuning"}, "merges none of it"),
+        ({"architecture": "reft"}, "merges none of it"),
+        ({"architecture": "union", "configs": []}, "merges none of it"),
+    ],
+)
+def test_an_adapter_of_adapterhub_says_what_it_is(tmp_path, config, way):
+    """Its merge_adapter passes bottlenecks, prefixes and ReFT over without a word."""
+    content = {"config": config, "model_type": "vit", "name": "x"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
+    refused(tmp_path, "expected PEFT's peft_type, found an adapter of AdapterHub", way)
 
 
 # -- command line -------------------------------------------------------------------------------
