@@ -424,3 +424,25 @@ class Drawing(nn.Module):
 def drawing(how: str) -> nn.Module:
     """See `Drawing`."""
     return Drawing(how)
+
+
+class Pooled(Encoder):
+    """An encoder whose tokens are pooled by an attention with a query of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(images_first=True, depth=1)
+        self.probe = nn.Parameter(torch.randn(1, 1, 48))
+        self.pool = nn.MultiheadAttention(48, 3, batch_first=True)
+        self.head = self.__dict__["_modules"].pop("head")  # the last one again
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        tokens = self.encoder(self.patches(images).flatten(2).transpose(1, 2))
+        probe = self.probe.expand(images.shape[0], -1, -1)
+        return self.head(self.pool(probe, key=tokens, value=tokens)[0][:, 0])
+
+
+def pooled() -> nn.Module:
+    """See `Pooled`."""
+    torch.manual_seed(4)
+    return Pooled()

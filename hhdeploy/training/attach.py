@@ -65,9 +65,11 @@ from hhdeploy.training.householder import (
 )
 from hhdeploy.training.wrapping import (
     check_bare,
+    check_packed,
     check_places,
     check_weights,
     own_modules,
+    size_of_images,
 )
 
 _STATE = "_hhdeploy_attached"
@@ -126,7 +128,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         AdapterError: the adapter does not belong to the model (see `check`), or one is attached
             already, or the model or a part of it is wrapped (compiled, data parallel,
             checkpointed): attach first, then wrap;
-            or a Linear to be changed has no weight of its own (weight norm, shared weights);
+            or a Linear to be changed has no weight of its own (weight norm, shared weights), or is
+            the packed weight of an attention that pools;
             or a new adapter's configuration is one that could not be saved; or what is given is no
             model, adapter or seed, or a model of inference mode. The model is then as it was.
         BackboneError: the model has not got all of its values yet; or the last Linear was taken
@@ -164,7 +167,10 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         check_place(model, facts, config)
         matrices, parts = new_matrices(adapter, linears, generator), {}
     changed = {*matrices, *parts}
-    check_weights(model, [x for x in linears if any(site.name in changed for site in x.sites)])
+    adapted = [x for x in linears if any(site.name in changed for site in x.sites)]
+    check_weights(model, adapted)
+    if isinstance(adapter, AdapterConfig):
+        check_packed(model, adapted, size_of_images(model, facts, config))
     if isinstance(adapter, Adapter):
         state.old_values = put_values(model, adapter.values, adapter.source)
     model.requires_grad_(False)

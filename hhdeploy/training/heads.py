@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.module import stated_size
 from hhdeploy.backbones.outputs import no_classifier
-from hhdeploy.backbones.structure import states_classifier, states_transform
+from hhdeploy.backbones.structure import states_classifier
 from hhdeploy.errors import AdapterError, BackboneError
-from hhdeploy.training.wrapping import own_modules
+from hhdeploy.training.wrapping import evaluated, own_modules, size_of_images
 
 
 @dataclass(frozen=True)
@@ -52,32 +50,15 @@ def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -
             "module can state which one it is, pretrained_cfg = {'classifier': 'PATH'}; an adapter "
             "without classes (num_classes None) needs none."
         )
-    known = config.preprocess is not None or states_transform(model)
-    size = facts.preprocess.input_size if known else stated_size(model)
+    size = size_of_images(model, facts, config)
     if size is None or states_classifier(model):
         return
     sized = replace(facts, preprocess=replace(facts.preprocess, input_size=size))
     fault = None
-    with contextlib.suppress(Exception), _evaluated(model):
+    with contextlib.suppress(Exception), evaluated(model):
         fault = no_classifier(model, sized)
     if fault is not None:
         raise BackboneError(fault)
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model as it answers, without gradients; its modes, random states and warnings after it
-    as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for module, _ in modes:
-                module.training = False
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def put_head(

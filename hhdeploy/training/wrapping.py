@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.module import stated_size
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import (
     bare_model,
     check_values,
     parameters_of,
     quantised_part,
+    states_transform,
 )
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.checkpoints import without_wrappers
@@ -79,6 +86,74 @@ def check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:
                 f"({', '.join(names)}), and an adapter changes one Linear. Give each a copy, or "
                 "leave them out of target_modules."
             )
+
+
+def check_packed(
+    model: nn.Module, linears: Sequence[LinearSpec], size: tuple[int, int, int] | None
+) -> None:
+    """The packed weight of a MultiheadAttention is one Linear where q, k and v have one input: that
+    of a pooling, or of another's tokens, is none in a graph.
+
+    Args:
+        model: tried on an image; one that does not run here may do so where it is exported.
+        linears: those to be changed.
+        size: (channels, height, width) of its images; None: not known, and nothing is tried.
+
+    Raises:
+        AdapterError: naming the first one that is none.
+    """
+    owners = {x.path: parameters_of(model, x.path)[0] for x in linears}
+    packed = {path: m for path, m in owners.items() if isinstance(m, nn.MultiheadAttention)}
+    if not packed or size is None:
+        return
+    parted: list[str] = []
+
+    def watch(path: str, given: Mapping[str, Any]) -> None:
+        if not given["query"] is given["key"] is given["value"]:
+            parted.append(path)
+
+    like = next(model.parameters())
+    with contextlib.ExitStack() as stack:
+        for path, module in packed.items():
+            hook = module.register_forward_pre_hook(
+                lambda _, args, named, path=path: watch(
+                    path, {**dict(zip(("query", "key", "value"), args, strict=False)), **named}
+                ),
+                with_kwargs=True,
+            )
+            stack.callback(hook.remove)
+        with contextlib.suppress(Exception), evaluated(model):
+            model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+    if parted:
+        raise AdapterError(
+            f"{parted[0]}: q, k and v have inputs of their own there (attention that pools, or "
+            "looks at other tokens), so that its packed weight is not one Linear, and no export "
+            "can change it. Leave it out of target_modules."
+        )
+
+
+def size_of_images(
+    model: nn.Module, facts: BackboneFacts, config: AdapterConfig
+) -> tuple[int, int, int] | None:
+    """(channels, height, width) as the adapter or the model states them; None: neither does."""
+    known = config.preprocess is not None or states_transform(model)
+    return facts.preprocess.input_size if known else stated_size(model)
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model as it answers, without gradients; its modes, random states and warnings after it
+    as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:

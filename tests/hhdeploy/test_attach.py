@@ -22,7 +22,7 @@ from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach, detach, extract, save
 from hhdeploy.training.heads import linear_of, replace_module
 from hhdeploy.training.recipe import replace_classifier
-from tests.own_models import authors_vit, encoder, gated, torchvision_vit
+from tests.own_models import authors_vit, encoder, gated, pooled, torchvision_vit
 from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, tiny_backbone
 
 EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -296,6 +296,17 @@ def test_a_weight_that_is_no_linear_s_own_is_refused_before_training(change, mes
             attach(model, others)
     else:  # what the adapter leaves alone may be as it likes
         assert set(extract(attach(model, others)).sites) == {"1"}
+
+
+def test_the_packed_weight_of_an_attention_that_pools_is_refused_before_training():
+    """It computes q of the probe and k and v of the tokens: in a graph it is two weights."""
+    model = pooled()
+    config = AdapterConfig("own", num_classes=7, r=2, target_modules=("pool.in_proj",))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"^pool\.in_proj: q, k and v have inputs of their own"):
+        attach(model, config)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    attach(model, replace(config, target_modules=("layers.0.self_attn.in_proj", "pool.out_proj")))
 
 
 def test_one_module_under_two_names_is_refused_before_training():
