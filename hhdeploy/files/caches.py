@@ -19,6 +19,7 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +92,11 @@ class Entry:
 
         An entry that vanishes or is replaced while it is read is read again, or is none: only
         one that stays where it is raises what ``load`` raised. ``load`` opens all that it needs,
-        and checks that it is what was stored.
+        and checks that it is what was stored. What is no plain file is an `OSError`.
         """
         while (before := _identity(self.path)) is not None:
             try:
+                _check_plain(self.path)
                 found = load(self.path)
             except Exception:
                 if _identity(self.path) == before:
@@ -281,6 +283,15 @@ def _sweep(root: Path) -> None:
                 found = _SCRATCH.fullmatch(path.name)
                 assert found is not None
                 sweep(path.parent, found[1])
+
+
+def _check_plain(path: Path) -> None:
+    """Raise `OSError` where an entry is, or holds, a pipe or the like, which would be waited for:
+    where everybody may write, anybody may make one."""
+    mode = path.stat().st_mode
+    for file in path.iterdir() if stat.S_ISDIR(mode) else (path,):
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise OSError(errno.EINVAL, "a plain file was expected", str(file))
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

@@ -177,6 +177,19 @@ def test_one_that_is_damaged_and_stays_is_told(root):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("where", ["the entry", "a file of it"])
+def test_a_pipe_in_a_cache_is_not_waited_for(root, where):
+    """Where everybody may write, anybody may make one: a command never ended."""
+    entry = put(blob(root, 1) if where == "the entry" else folder(root, 1))
+    file = entry.path if where == "the entry" else entry.path / "a"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(OSError, match="a plain file was expected"):
+        entry.read(lambda path: pytest.fail("it would wait for it"))
+    put(entry)
+    assert entry.read(lambda path: "whole") == "whole"
+
+
 def test_an_open_file_outlives_its_entry(root):
     entry = put(blob(root, 1))
     with entry.path.open("rb") as stream:
