@@ -139,11 +139,14 @@ def _belongs(path: Path, target: Path) -> bool:
 
 def _write_error(error: OSError, target: Path) -> WriteError:
     hints = {
-        errno.ENOSPC: "The disk is full: free some space or choose another directory.",
+        errno.ENOSPC: "The disk is full, or has no room for more files (df -i): free some space or "
+        "choose another directory.",
         errno.EDQUOT: "The disk quota is used up: free some space or choose another directory.",
         errno.EFBIG: "The file is larger than the file system or ulimit -f allows.",
         errno.EACCES: "Permission denied: choose a directory that you may write to.",
         errno.EROFS: "The file system is read-only: choose another directory.",
+        errno.ENAMETOOLONG: "Choose a shorter one: what is new is made beside its place "
+        "first, under a name of 19 bytes more.",
         errno.EISDIR: "Name a file in it, or choose another.",
         errno.EBUSY: "It is in use, e.g. as a mount point: choose a directory inside it.",
     }

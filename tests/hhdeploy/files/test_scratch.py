@@ -46,6 +46,7 @@ def test_it_is_gone_at_the_end(tmp_path):
         (folder / "a").write_text("x")
         assert file.read_bytes() == b""
         assert folder.name.startswith(".out.hhdeploy-")
+        assert len(folder.name) == len("out") + 19  # which an error says
         assert len(os.listdir(tmp_path)) == 2
     assert os.listdir(tmp_path) == []
 

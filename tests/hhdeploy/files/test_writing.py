@@ -63,7 +63,8 @@ def test_a_file_in_a_directory_that_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("number", "hint"),
     [
-        (errno.ENOSPC, "disk is full"),
+        (errno.ENOSPC, "disk is full, or has no room for more files (df -i)"),
+        (errno.ENAMETOOLONG, "under a name of 19 bytes more"),
         (errno.EDQUOT, "quota"),
         (errno.EFBIG, "ulimit -f"),
         (errno.EACCES, "may write to"),
