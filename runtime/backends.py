@@ -140,7 +140,8 @@ def open_backend(
     """Open a bundle's graph or engine.
 
     Raises:
-        SessionError: a device that this machine does not have, or an option that it lacks.
+        SessionError: a device that this machine does not have, or an option or a precision that
+            it lacks.
         BundleError: no graph of the precision, or a file that was changed.
         DeviceError: the GPU refused.
         MissingDependencyError: the device's runtime is not installed.
@@ -153,6 +154,11 @@ def open_backend(
         raise SessionError(
             f"`cuda_graphs`: `device={target.device!r}` has none; expected one of "
             f"{', '.join(RECORDING_DEVICES)}."
+        )
+    if options.precision == "bfloat16" and target.device == "cpu":
+        raise SessionError(
+            "`precision='bfloat16'`: ONNX Runtime has no kernels of it on a CPU, expected "
+            "`device='openvino'` or a GPU's. Or use `precision='float32'`."
         )
     if bundle.manifest.features and target.device not in _ALL_OUTPUTS:
         raise SessionError(

@@ -126,9 +126,7 @@ def _open_session(
         )
     except Exception as error:
         failure = BundleError if device == "cpu" else DeviceError
-        without = device == "cpu" and options.precision == "bfloat16"
-        hint = ". It has no bfloat16 on CPUs; `device='openvino'` has." if without else ""
-        raise failure(f"ONNX Runtime cannot load {graph} with {provider}: {error}{hint}") from error
+        raise failure(f"ONNX Runtime cannot load {graph} with {provider}: {error}") from error
     if handed is not None:
         del handed
         _trim()

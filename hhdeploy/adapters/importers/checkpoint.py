@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +83,11 @@ def extract_adapter(
             f"{path}: every parameter is the backbone's: there is no change to extract. Is it the "
             "fine-tuned checkpoint, and `checkpoint` the one before?"
         )
+    if (low := _only_rounded(backbone, tuned, after)) is not None:
+        raise AdapterError(
+            f"{path}: every parameter is the backbone's, rounded to {low}: there is no change to "
+            "extract. Is it the fine-tuned checkpoint, and `checkpoint` the one before?"
+        )
     ranks = [len(t) for name, t in tensors.items() if name.endswith(".lora_A")]
     config = AdapterConfig(
         backbone.facts.model,
@@ -99,6 +104,21 @@ def extract_adapter(
     )
     file = weights_in(path) if path.is_dir() else path
     return finish(tensors, config, file, backbone, options, stated)
+
+
+def _only_rounded(backbone: Backbone, tuned: Backbone, after: Collection[str]) -> str | None:
+    """The type of 16 bits to which the backbone's parameters were rounded, and no more was done to
+    those of ``after``; None if there is none."""
+    import torch
+
+    before = dict(backbone.model.named_parameters())
+    now = {name: p for name, p in tuned.model.named_parameters() if name in after}
+    if any(name not in before or p.shape != before[name].shape for name, p in now.items()):
+        return None
+    for low in (torch.float16, torch.bfloat16):
+        if all(torch.equal(before[name].to(low).to(p.dtype), p) for name, p in now.items()):
+            return str(low).removeprefix("torch.")
+    return None
 
 
 def _check_whole(backbone: Backbone, after: Mapping[str, Array], path: Path) -> None:

@@ -229,6 +229,20 @@ def test_multiplied_rows_beside_any_product(out, into):
     assert difference._site(difference.WeightChange(before, noisy), ()) is None
 
 
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_rounding_alone_is_no_change(tmp_path, base, low):
+    """The rounding of every weight came in as an adapter that can only be folded."""
+    state = torch.load(base.checkpoint, weights_only=True)
+    file = tmp_path / "saved.pth"
+    torch.save({name: value.to(low) for name, value in state.items()}, file)
+    name = str(low).removeprefix("torch.")
+    with pytest.raises(AdapterError, match=f"is the backbone's, rounded to {name}: .* no change"):
+        extract_adapter(file, base)
+    state["head.bias"] = state["head.bias"] + 1
+    torch.save({name: value.to(low) for name, value in state.items()}, file)
+    assert extract_adapter(file, base).head is not None, "more than rounding"
+
+
 def test_what_is_no_fine_tuning_is_refused(tmp_path, base):
     with pytest.raises(AdapterError, match="every parameter is the backbone's"):
         extract_adapter(base.checkpoint, base)
