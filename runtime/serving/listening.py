@@ -12,6 +12,8 @@ from hhdeploy.errors import DeviceError
 _BACKLOG = 2048
 # Free ports that are tried until one is free on every address.
 _TRIES = 20
+# No connection can be taken now, whatever comes: asyncio tries again after a second.
+_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOOPBACKS = ("127.0.0.1", "::1")
 
 
@@ -91,10 +93,22 @@ class _Listening(socket.socket):
     def __init__(self, plain: socket.socket, room: _Room) -> None:
         super().__init__(plain.family, plain.type, plain.proto, fileno=plain.detach())
         self._room = room
+        self._pauses = False
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """See `socket.socket.accept`. Raises `ConnectionAbortedError` where it let nobody in."""
-        taken, address = super().accept()
+        """See `socket.socket.accept`. Raises `ConnectionAbortedError` where it let nobody in.
+
+        Whoever is told that the system is out of something asks no more at once: asyncio would, as
+        often as the backlog is long, and have all that is answered wait for a line of each.
+        """
+        if self._pauses:
+            self._pauses = False
+            raise BlockingIOError(errno.EAGAIN, "nobody now")
+        try:
+            taken, address = super().accept()
+        except OSError as error:
+            self._pauses = error.errno in _OUT_OF
+            raise
         if not self._room.free:
             taken.close()
             raise ConnectionAbortedError("no room")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 import time
@@ -44,6 +46,44 @@ def test_who_closes_a_connection_leaves_its_place():
             pairs[1][1].close()
             pairs[1][1].close()  # leaves one place all the same
             pairs[1] = connect()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_a_system_that_is_out_of_files_is_asked_once_and_later_again(monkeypatch, caplog, number):
+    """asyncio asks as often as the backlog is long, and whoever is connected waits for it."""
+    accept, asked = socket.socket.accept, []
+
+    def refuse(self: socket.socket) -> object:
+        asked.append(self)
+        raise OSError(number, "out of it")
+
+    async def scene() -> bytes:
+        loop = asyncio.get_running_loop()
+        (listening,) = listen("127.0.0.1", 0, "http_port", 3)
+        address = listening.getsockname()
+        server = await loop.create_server(Greeter, sock=listening, backlog=500)
+        async with server:
+            monkeypatch.setattr(socket.socket, "accept", refuse)
+            reader, writer = await asyncio.open_connection(*address)
+            while not asked:
+                await asyncio.sleep(0.001)
+            assert len(asked) == 1
+            monkeypatch.setattr(socket.socket, "accept", accept)
+            found = await reader.read()
+            writer.close()
+        return found
+
+    assert asyncio.run(asyncio.wait_for(scene(), PATIENCE)) == b"hello"
+    assert len(caplog.records) == 1
+
+
+class Greeter(asyncio.Protocol):
+    """Says a word to who is let in, and leaves."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(b"hello")
+        transport.close()
 
 
 def test_who_shakes_hands_has_a_place(small: Path, tmp_path: Path):
