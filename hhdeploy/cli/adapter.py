@@ -11,6 +11,9 @@ from rich.text import Text
 from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
 from hhdeploy.cli.naming import adapters_and_strengths
 
+# Precisions whose values are clipped to ranges that were found with the adapters of then.
+_RANGED = frozenset({"int8", "fp8"})
+
 
 @click.group(cls=Group, context_settings=CONTEXT)
 def command() -> None:
@@ -169,7 +172,7 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
     DIR@0.7 adds it at 0.7 of its strength. Needs no torch. The adapter counts as unverified until
     hhdeploy verify --against-torch.
     """
-    from hhdeploy.bundle import add_adapter
+    from hhdeploy.bundle import Bundle, add_adapter
 
     named, strengths = adapters_and_strengths([adapter])
     ((name, directory),) = named.items()
@@ -185,6 +188,13 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
         f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
         f"{ui.quoted(bundle)} --against-torch)"
     )
+    for precision in sorted(_RANGED & Bundle.open(bundle).manifest.graphs.keys()):
+        option = "" if precision == "int8" else f" --precision {precision}"
+        click.echo(
+            f"{precision}: its ranges were found without {entry.name}, whose values beyond them "
+            f"are clipped; see whether there are any with: hhdeploy calibrate {ui.quoted(bundle)} "
+            f"--data IMAGES{option} --check {ui.quoted(entry.name)}"
+        )
 
 
 @command.command("remove")

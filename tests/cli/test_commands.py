@@ -538,6 +538,14 @@ def test_adapter_add_and_remove(succeed, succeed_json, bundle, workshop):
     assert rows == {"gamma": 2, "rival": 3, "again": 1}
 
 
+def test_an_adapter_that_calibration_never_saw_is_told_of(succeed, bundle, workshop, tmp_path):
+    assert "ranges" not in succeed("adapter", "add", bundle, workshop.directory("rival"))
+    quantised = copy_bundle(WITNESS / "int8", tmp_path / "int8")
+    said = succeed("adapter", "add", quantised, f"guest={WITNESS / 'rival'}").splitlines()
+    assert said[-1].startswith("int8: its ranges were found without guest")
+    assert said[-1].endswith(f"hhdeploy calibrate {quantised} --data IMAGES --check guest")
+
+
 def test_adapter_refuses(refuse, bundle, folded, workshop, tmp_path):
     before = contents(bundle)
 
