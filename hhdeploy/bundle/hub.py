@@ -252,8 +252,10 @@ def _commit(hub: Any, bundle: Bundle, place: _Hub, content: Mapping[str, str | b
         ]
         message = f"Bundle of {bundle.manifest.backbone.model}, by hhdeploy"
         api.create_commit(repository, operations, commit_message=message, revision=branch)
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
-        raise WriteError(f"hf://{repository}: the hub refused: {error}") from error
+    except Exception as error:  # of the transport as well, which changes with the hub's versions
+        raise WriteError(
+            f"hf://{repository}: the hub refused, or could not be reached: {error}"
+        ) from error
 
 
 def _downloaded(place: _Hub, progress: Progress) -> Path:
@@ -262,7 +264,7 @@ def _downloaded(place: _Hub, progress: Progress) -> Path:
     progress(f"downloading {repository}")
     try:
         return Path(hub.snapshot_download(repository, revision=branch))
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # as above
         raise ReadError(f"hf://{repository}: it could not be downloaded: {error}") from error
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,11 +300,28 @@ def test_a_hub_that_refuses(bundle, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(WriteError, match="hf://me/x: the hub refused: no route"):
+    with pytest.raises(WriteError, match=r"hf://me/x: the hub refused, or .*: no route"):
         push(bundle, "hf://me/x")
     with pytest.raises(ReadError, match="hf://me/x: it could not be downloaded: no route"):
         pull("hf://me/x", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_is_not_there(bundle, tmp_path, monkeypatch):
+    """The hub's own client says so by an error of its transport, of whatever package that is."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        api = partial(huggingface_hub.HfApi, endpoint=nowhere, token=False)
+        load = partial(
+            huggingface_hub.snapshot_download, endpoint=nowhere, token=False, cache_dir=tmp_path
+        )
+        monkeypatch.setattr(huggingface_hub, "HfApi", api)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", load)
+        with pytest.raises(WriteError, match=r"hf://me/x: .* or could not be reached: .*refused"):
+            push(bundle, "hf://me/x")
+        with pytest.raises(ReadError, match="hf://me/x: it could not be downloaded: "):
+            pull("hf://me/x", tmp_path / "out")
 
 
 def test_a_pull_of_the_hub(bundle, tmp_path, monkeypatch):
