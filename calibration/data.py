@@ -355,7 +355,7 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
             + (
                 f"{', '.join(unknown)}. Move what is no adapter's elsewhere."
                 if unknown
-                else "none."
+                else "no folder."
             )
         )
     return {name: found[name] for name in found}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -193,8 +193,9 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     if found is None:
         found = _compiled(core, path, config)
         _keep(entry, found)
-    given = {o.any_name: _sizes(o.partial_shape)[1:] for o in found.model.outputs}
-    check_outputs(path, given, bundle.manifest.outputs)
+    outputs = bundle.manifest.outputs
+    given = {_name(o, outputs): _sizes(o.partial_shape)[1:] for o in found.model.outputs}
+    check_outputs(path, given, outputs)
 
     small = _size(path) <= _SMALL
 
@@ -304,6 +305,11 @@ def _one_image_shapes(bundle: Bundle, bank: Bank | None) -> dict[str, list[int]]
     if bank is not None:
         shapes["adapter_bank"] = list(bank.shape)
     return shapes
+
+
+def _name(output: Any, told: Collection[str]) -> str:
+    """Of an OpenVINO's output, which keeps those of Casts that it took away, too."""
+    return str(min(output.names, key=lambda name: (name not in told, name)))
 
 
 def _sizes(shape: Any) -> list[int | None]:

@@ -227,10 +227,9 @@ def _meant(model: str, timm: Any) -> str:
     """What to give in the place of a name that timm does not know."""
     if Path(model).is_file():
         return ": that is a file. Name the model, and pass the file as `checkpoint`."
-    source, _, name = model.rpartition(":")
-    close = difflib.get_close_matches(name.lower(), timm.list_models(), 5)
+    close = difflib.get_close_matches(model.rpartition(":")[2].lower(), timm.list_models(), 5)
     hints = [f"Did you mean {', '.join(close)}?"] if close else []
-    if source or "/" in model:
+    if {":", "/"} & set(model):
         hints.append(
             "A model of transformers is transformers:DIR_OR_HUB_ID, one of timm's from the hub "
             "hf-hub:OWNER/NAME, your own python:package.module:function."

@@ -439,7 +439,7 @@ def test_what_is_refused(client, pictures):
         (400, "inputs: expected", infer("tiny")),
         (400, "inputs: expected", infer("tiny", x, tensor("masks", images(1)))),
         (400, "expected an encoded JPEG, PNG, WEBP", infer("alpha", texts("images", [broken]))),
-        (400, "expected microseconds, found '-1'", infer("tiny", x, timeout=-1)),
+        (400, "expected microseconds, found -1", infer("tiny", x, timeout=-1)),
         (400, "parameter priority", infer("tiny", x, priority=2**32)),
         (504, "not answered within 1e-06 s", infer("tiny", x, timeout=1)),
         (404, "nobody", error_of(lambda: client.get_model_metadata("nobody"))),
