@@ -189,11 +189,10 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
         f"{ui.quoted(bundle)} --against-torch)"
     )
     for precision in sorted(_RANGED & Bundle.open(bundle).manifest.graphs.keys()):
-        option = "" if precision == "int8" else f" --precision {precision}"
         click.echo(
             f"{precision}: its ranges were found without {entry.name}, whose values beyond them "
             f"are clipped; see whether there are any with: hhdeploy calibrate {ui.quoted(bundle)} "
-            f"--data IMAGES{option} --check {ui.quoted(entry.name)}"
+            f"--data IMAGES --precision {precision} --check {ui.quoted(entry.name)}"
         )
 
 

@@ -543,7 +543,8 @@ def test_an_adapter_that_calibration_never_saw_is_told_of(succeed, bundle, works
     quantised = copy_bundle(WITNESS / "int8", tmp_path / "int8")
     said = succeed("adapter", "add", quantised, f"guest={WITNESS / 'rival'}").splitlines()
     assert said[-1].startswith("int8: its ranges were found without guest")
-    assert said[-1].endswith(f"hhdeploy calibrate {quantised} --data IMAGES --check guest")
+    command = f"hhdeploy calibrate {quantised} --data IMAGES --precision int8 --check guest"
+    assert said[-1].endswith(command)
 
 
 def test_adapter_refuses(refuse, bundle, folded, workshop, tmp_path):
