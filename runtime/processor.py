@@ -19,19 +19,18 @@ def overflows_in_int8(cpuinfo: Path = _CPUINFO) -> bool | None:
 
     x86 does before VNNI. None: nothing says so, as it is no x86 or no Linux.
     """
-    flags = _flags(cpuinfo)
-    if not flags:
-        return None
-    return flags.isdisjoint(_EXACT_512 if "avx512f" in flags else _EXACT)
+    units = int8_units(cpuinfo)
+    return None if units is None else "VNNI" not in units
 
 
 def int8_units(cpuinfo: Path = _CPUINFO) -> tuple[str, ...] | None:
     """What this processor multiplies 8-bit numbers with exactly, of AMX and VNNI; None: nothing
-    says so, as of `overflows_in_int8`."""
-    overflows, flags = overflows_in_int8(cpuinfo), _flags(cpuinfo)
-    if overflows is None:
+    says so, as it is no x86 or no Linux."""
+    flags = _flags(cpuinfo)
+    if not flags:
         return None
-    return (*(["AMX"] if "amx_int8" in flags else []), *([] if overflows else ["VNNI"]))
+    vnni = not flags.isdisjoint(_EXACT_512 if "avx512f" in flags else _EXACT)
+    return (*(["AMX"] if "amx_int8" in flags else []), *(["VNNI"] if vnni else []))
 
 
 def _flags(cpuinfo: Path) -> set[str]:
