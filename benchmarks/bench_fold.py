@@ -5,27 +5,29 @@
 All in float64 on the same weights: `fold_additive` against H_u D H_v with dense H (what the
 equations read), and against reading and writing the weights once (the floor). The sequential form,
 `fold_sequential`, against the same floor; the control is the floor against itself. What of it is
-due to float64: the weights converted and converted back, and the products, block by block.
+due to float64: the weights converted and converted back, and the products, both in memory that is
+there already. PyTorch takes two threads, the floor, which is NumPy's, one.
 """
 
 from __future__ import annotations
 
 import click
 import numpy as np
+import torch
 
-from benchmarks.harness import report
-from hhdeploy.algebra import SiteDelta, fold_additive, fold_sequential, householder_delta
+from benchmarks.harness import THREADS, report
+from hhdeploy.algebra import SiteDelta, householder_delta
+from hhdeploy.exporters.fold import fold_additive, fold_sequential
 from hhdeploy.timing import paired
 
 SITES, DIM, RANK = 48, 768, 1
-# Rows of a block, as the fold takes them.
-ROWS = 256
 
 
 @click.command()
 @click.option("--pairs", default=9, show_default=True)
 def main(pairs: int) -> None:
     """Fold against dense products, and against one pass over the weights."""
+    torch.set_num_threads(THREADS)
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal((DIM, DIM), np.float32) for _ in range(SITES)]
     out = [np.empty_like(w) for w in weights]
@@ -63,19 +65,17 @@ def main(pairs: int) -> None:
         for weight, target in zip(weights, out, strict=True):
             np.add(weight, np.float32(1.0), out=target)
 
-    block = np.empty((ROWS, DIM))
+    wide = torch.empty(DIM, DIM, dtype=torch.float64)
     deltas = [delta_of(site) for site in tensors]
 
     def converted() -> None:
         for weight, target in zip(weights, out, strict=True):
-            for first in range(0, DIM, ROWS):
-                block[:] = weight[first : first + ROWS]
-                target[first : first + ROWS] = block
+            wide.copy_(torch.from_numpy(weight))
+            torch.from_numpy(target).copy_(wide)
 
     def products() -> None:
         for delta in deltas:
-            for first in range(0, DIM, ROWS):
-                np.matmul(delta.left[first : first + ROWS], delta.right, out=block)
+            wide.addmm_(torch.from_numpy(delta.left), torch.from_numpy(delta.right))
 
     thin()
     folded = [t.copy() for t in out]

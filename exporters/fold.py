@@ -6,17 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter, Head
-from hhdeploy.algebra import (
-    Array,
-    constant_delta,
-    fold_additive,
-    fold_sequential,
-    folded_bias,
-    shifted_bias,
-)
+from hhdeploy.algebra import UNSCALED, Array, Scales, SiteDelta, constant_delta
 from hhdeploy.backbones.sites import LinearSpec, Site
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.trace import BaseGraph
@@ -82,14 +76,12 @@ def _folded_weight(
             folded[part] = weight[part]
             continue
         change = adapter.change(site.name)
-        # An overflow in the cast is reported by `_check_finite`, with the site's name.
-        with np.errstate(over="ignore"):
-            if adapter.form == "additive":
-                delta = change.delta or constant_delta(0, site.out, spec.in_)
-                fold_additive(weight[part], delta, folded[part], change.scales)
-            else:
-                transform = change.delta or constant_delta(1, site.out, site.out)
-                fold_sequential(weight[part], transform, folded[part], change.scales)
+        if adapter.form == "additive":
+            delta = change.delta or constant_delta(0, site.out, spec.in_)
+            fold_additive(weight[part], delta, folded[part], change.scales)
+        else:
+            transform = change.delta or constant_delta(1, site.out, site.out)
+            fold_sequential(weight[part], transform, folded[part], change.scales)
         _check_finite(folded[part], site.name)
     return folded
 
@@ -132,3 +124,91 @@ def _replace_head(graph: ir.Graph, linear: GraphLinear, head: Head) -> None:
     for value in {linear.node.outputs[0], linear.output, graph.outputs[0]}:
         if value.shape is not None:
             value.shape = ir.Shape([*value.shape[:-1], classes])
+
+
+def fold_additive(
+    weight: NDArray[np.float32],
+    delta: SiteDelta,
+    out: NDArray[np.float32] | None = None,
+    scales: Scales = UNSCALED,
+) -> NDArray[np.float32]:
+    """W + delta, computed in float64 and cast once to float32 (paper Eq. 6).
+
+    Cost O(out·in·k): one thin product, never a dense H. By PyTorch, as `fold_sequential`: it casts
+    and adds with the threads that it is given, where NumPy has one.
+
+    Args:
+        weight: (out, in), of any strides: a transposed view (the layout of an ONNX MatMul) or a
+            slice of a fused qkv is folded along its memory order.
+        delta: what to add.
+        out: where to put the result, same shape; None allocates.
+        scales: of W, before delta is added.
+    """
+    if weight.shape != delta.shape:
+        raise ValueError(f"weight {weight.shape} and delta {delta.shape} differ in shape")
+    wide = _scaled(weight, scales)
+    wide.addmm_(_tensor(delta.left), _tensor(delta.right))
+    wide.diagonal().add_(_tensor(delta.diag))
+    return _cast(wide, np.empty_like(weight) if out is None else out)
+
+
+def fold_sequential(
+    weight: NDArray[np.float32],
+    transform: SiteDelta,
+    out: NDArray[np.float32] | None = None,
+    scales: Scales = UNSCALED,
+) -> NDArray[np.float32]:
+    """M W, computed in float64 and cast once (paper Eq. 7); the bias goes through M as well, see
+    `folded_bias`.
+
+    Arguments as those of `fold_additive`; ``transform`` is M itself, not M - I, and ``scales`` are
+    those of W before it.
+    """
+    wide = _scaled(weight, scales)
+    low = _tensor(transform.right) @ wide
+    wide.mul_(_tensor(transform.diag)[:, None]).addmm_(_tensor(transform.left), low)
+    return _cast(wide, np.empty_like(weight) if out is None else out)
+
+
+def _scaled(weight: NDArray[np.float32], scales: Scales) -> torch.Tensor:
+    """diag(s_out) W diag(s_in) in float64: memory of its own, in W's order."""
+    wide = _tensor(weight).to(torch.float64, copy=True)
+    if scales.s_in is not None:
+        wide.mul_(_tensor(scales.s_in))
+    if scales.s_out is not None:
+        wide.mul_(_tensor(scales.s_out)[:, None])
+    return wide
+
+
+def _cast(wide: torch.Tensor, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``out``, filled; what float32 does not reach is infinite."""
+    torch.from_numpy(out).copy_(wide)
+    return out
+
+
+def _tensor(array: NDArray[np.floating]) -> torch.Tensor:
+    """A view; a copy of what may not be written, which PyTorch has no tensors for."""
+    return torch.from_numpy(np.require(array, requirements="W"))
+
+
+def folded_bias(
+    bias: NDArray[np.float32] | None, transform: SiteDelta, db: Array | None = None
+) -> NDArray[np.float32] | None:
+    """b -> M (b + db), computed in float64 and cast once (paper Eq. 7).
+
+    The adapter acts on the Linear's output. A Linear without a bias stays without one (M 0 = 0)
+    unless ``db`` gives it one.
+    """
+    b = shifted_bias(bias, db)
+    if b is None:
+        return None
+    moved: Array = transform.diag * b + transform.left @ (transform.right @ b)
+    return moved.astype(np.float32)
+
+
+def shifted_bias(bias: NDArray[np.float32] | None, db: Array | None) -> Array | None:
+    """b + db in float64, None where there is neither."""
+    if bias is None or db is None:
+        return db if bias is None else bias.astype(np.float64)
+    total: Array = bias.astype(np.float64) + db
+    return total

@@ -131,7 +131,8 @@ class _Weights:
             start = stored.offset or 0
             first = start - start % mmap.ALLOCATIONGRANULARITY
             size = start - first + stored.nbytes
-            page = mmap.mmap(self._file, size, access=mmap.ACCESS_READ, offset=first)
+            # Copy on write: PyTorch folds writeable memory only, the file is never changed.
+            page = mmap.mmap(self._file, size, access=mmap.ACCESS_COPY, offset=first)
             values = np.frombuffer(page, stored.dtype.numpy(), stored.size, start - first)
             shaped = values.reshape(stored.shape.numpy())
             return ViewTensor(shaped, dtype=stored.dtype, name=stored.name)

@@ -13,8 +13,6 @@ bias, `SiteChange`. Only this module and the adapter reader know u, v, d and tau
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,15 +22,8 @@ from numpy.typing import NDArray
 from hhdeploy.files.tensors import ByContent
 
 Array = NDArray[np.float64]
-Addends = tuple[Array, NDArray[np.floating]]
 Reflection = Literal["unnormalized", "orthogonal"]
 REFLECTIONS: tuple[Reflection, ...] = ("unnormalized", "orthogonal")
-
-# Rows of a weight that are folded at once: 256 x 768 float64. Fewer take longer.
-_BLOCK_BYTES = 3 << 19
-# Where types differ NumPy casts so many numbers at a time. Of the 8,192 that it takes by itself
-# most have left a processor's nearest cache when they are used: a fold takes 1.4 times as long.
-_NUMBERS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +59,6 @@ class SiteDelta(ByContent):
         """k, the inner size of the thin product."""
         return int(self.left.shape[1])
 
-    @property
-    def transposed(self) -> SiteDelta:
-        """The delta of the transposed weight."""
-        return SiteDelta(self.diag, self.right.T, self.left.T)
-
     def minus_identity(self) -> SiteDelta:
         """M - I for a square M: what a sequential site adds to the Linear's output."""
         if self.shape[0] != self.shape[1]:
@@ -89,7 +75,8 @@ class SiteDelta(ByContent):
     def dense(self) -> Array:
         """The (out, in) matrix itself: for inspection and tests, never for folding."""
         matrix = self.left @ self.right
-        _add_diagonal(matrix, self.diag, 0)
+        along = np.arange(self.diag.size)
+        matrix[along, along] += self.diag
         return matrix
 
 
@@ -104,31 +91,13 @@ class Scales(ByContent):
     s_in: Array | None = None
     s_out: Array | None = None
 
-    @property
-    def are_ones(self) -> bool:
-        """Whether nothing is scaled."""
-        return self.s_in is None and self.s_out is None
-
-    @property
-    def transposed(self) -> Scales:
-        """The scales of the transposed weight."""
-        return Scales(self.s_out, self.s_in)
-
-    def of(
-        self,
-        weight: NDArray[np.floating],
-        rows: slice = slice(None),
-        wide: Array | None = None,
-    ) -> Array:
-        """Some rows of a weight, scaled, in float64: in ``wide``, or in new memory."""
-        if wide is None:
-            wide = weight[rows].astype(np.float64)
-        else:
-            wide[:] = weight[rows]
+    def of(self, weight: NDArray[np.floating]) -> Array:
+        """A weight (out, in), scaled, in float64 and new memory."""
+        wide = weight.astype(np.float64)
         if self.s_in is not None:
             wide *= self.s_in
         if self.s_out is not None:
-            wide *= self.s_out[rows, None]
+            wide *= self.s_out[:, None]
         return wide
 
 
@@ -225,135 +194,6 @@ def constant_delta(diagonal: float, out: int, into: int) -> SiteDelta:
     )
 
 
-def fold_additive(
-    weight: NDArray[np.float32],
-    delta: SiteDelta,
-    out: NDArray[np.float32] | None = None,
-    scales: Scales = UNSCALED,
-) -> NDArray[np.float32]:
-    """W + delta, computed in float64 and cast once to float32 (paper Eq. 6).
-
-    Cost O(out·in·k): one thin product, never a dense H.
-
-    Args:
-        weight: (out, in), of any strides: a transposed view (the layout of an ONNX MatMul) or a
-            slice of a fused qkv is folded along its memory order.
-        delta: what to add.
-        out: where to put the result, same shape; None allocates.
-        scales: of W, before delta is added.
-    """
-    if weight.shape != delta.shape:
-        raise ValueError(f"weight {weight.shape} and delta {delta.shape} differ in shape")
-    if out is None:
-        out = np.empty_like(weight)
-    if weight.strides[0] < weight.strides[1]:
-        fold_additive(weight.T, delta.transposed, out.T, scales.transposed)
-        return out
-    left, right, diag = delta.left, np.ascontiguousarray(delta.right), delta.diag
-
-    def addends(rows: slice, wide: Array, spare: Array) -> Addends:
-        np.matmul(left[rows], right, out=wide)
-        _add_diagonal(wide, diag[rows], rows.start)
-        return wide, weight[rows] if scales.are_ones else scales.of(weight, rows, spare)
-
-    _by_blocks(addends, out)
-    return out
-
-
-def fold_sequential(
-    weight: NDArray[np.float32],
-    transform: SiteDelta,
-    out: NDArray[np.float32] | None = None,
-    scales: Scales = UNSCALED,
-) -> NDArray[np.float32]:
-    """M W, computed in float64 and cast once (paper Eq. 7); the bias goes through M as well, see
-    `folded_bias`.
-
-    Arguments as those of `fold_additive`; ``transform`` is M itself, not M - I, and ``scales`` are
-    those of W before it.
-    """
-    if out is None:
-        out = np.empty_like(weight)
-    diag, left, right = transform.diag, transform.left, transform.right
-    if weight.strides[0] < weight.strides[1]:
-        turned, turned_scales = weight.T, scales.transposed
-        left_t, right_t = np.ascontiguousarray(left.T), np.ascontiguousarray(right.T)
-
-        def addends_by_columns(rows: slice, wide: Array, spare: Array) -> Addends:
-            scaled = turned_scales.of(turned, rows, spare)
-            np.matmul(scaled @ right_t, left_t, out=wide)
-            scaled *= diag
-            return wide, scaled
-
-        _by_blocks(addends_by_columns, out.T)
-        return out
-    low = np.zeros((transform.rank, weight.shape[1]))
-    for rows, _, spare in _blocks(*weight.shape):
-        low += right[:, rows] @ scales.of(weight, rows, spare)
-
-    def addends(rows: slice, wide: Array, spare: Array) -> Addends:
-        np.matmul(left[rows], low, out=wide)
-        scaled = scales.of(weight, rows, spare)
-        scaled *= diag[rows, None]
-        return wide, scaled
-
-    _by_blocks(addends, out)
-    return out
-
-
-def _by_blocks(addends: Callable[[slice, Array, Array], Addends], out: NDArray[np.float32]) -> None:
-    """Fill ``out`` with the sums of ``addends(rows, wide, spare)``, in float64 and cast once; the
-    latter two are matrices to work in."""
-    with _casting_in_small_pieces():
-        for rows, wide, spare in _blocks(*out.shape):
-            first, second = addends(rows, wide, spare)
-            np.add(first, second, out=out[rows], dtype=np.float64, casting="same_kind")
-
-
-@contextmanager
-def _casting_in_small_pieces() -> Iterator[None]:
-    """`_NUMBERS_AT_A_TIME`, in this thread."""
-    usual = np.setbufsize(_NUMBERS_AT_A_TIME)
-    try:
-        yield
-    finally:
-        np.setbufsize(usual)
-
-
-def _blocks(count: int, width: int) -> Iterator[tuple[slice, Array, Array]]:
-    """The rows of a matrix in slices of about `_BLOCK_BYTES` in float64, so that these stay in a
-    processor's cache; with two matrices of a block's shape to work in, the same ones every time,
-    since new memory takes longer to get than to fill."""
-    step = min(count, max(1, _BLOCK_BYTES // (8 * max(1, width))))
-    wide, spare = np.empty((2, step, width))
-    for first in range(0, count, step):
-        size = min(step, count - first)
-        yield slice(first, first + size), wide[:size], spare[:size]
-
-
-def folded_bias(
-    bias: NDArray[np.float32] | None, transform: SiteDelta, db: Array | None = None
-) -> NDArray[np.float32] | None:
-    """b -> M (b + db), computed in float64 and cast once (paper Eq. 7).
-
-    The adapter acts on the Linear's output. A Linear without a bias stays without one (M 0 = 0)
-    unless ``db`` gives it one.
-    """
-    b = shifted_bias(bias, db)
-    if b is None:
-        return None
-    moved: Array = transform.diag * b + transform.left @ (transform.right @ b)
-    return moved.astype(np.float32)
-
-
-def shifted_bias(bias: NDArray[np.float32] | None, db: Array | None) -> Array | None:
-    """b + db in float64, None where there is neither."""
-    if bias is None or db is None:
-        return db if bias is None else bias.astype(np.float64)
-    total: Array = bias.astype(np.float64) + db
-    return total
-
-
 def effective_rank(delta: SiteDelta) -> float:
     """exp of the entropy of the normalised singular values of D + left @ right.
 
@@ -389,10 +229,3 @@ def logit_range(logits: NDArray[np.floating]) -> float:
     """The largest less the least of those that are not -inf; 0 where there are none."""
     kept = logits[~np.isneginf(logits)]
     return float(np.ptp(kept)) if kept.size else 0.0
-
-
-def _add_diagonal(matrix: Array, diag: Array, first: int) -> None:
-    """matrix[i, first + i] += diag[i], in place, for a C-contiguous matrix; cut to what fits."""
-    columns = matrix.shape[1]
-    n = max(0, min(matrix.shape[0], columns - first, diag.size))
-    matrix.reshape(-1)[first : first + n * (columns + 1) : columns + 1][:n] += diag[:n]

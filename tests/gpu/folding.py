@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.algebra import fold_additive, fold_sequential, folded_bias
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.exporters.fold import fold_additive, fold_sequential, folded_bias
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,8 +10,8 @@ import torch
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import PARTS, Head, SiteTensors, load_adapter
-from hhdeploy.algebra import fold_additive, fold_sequential, folded_bias
 from hhdeploy.errors import AdapterError
+from hhdeploy.exporters.fold import fold_additive, fold_sequential, folded_bias
 from hhdeploy.training import attach, detach, extract, save
 from hhdeploy.training.householder import HouseholderMatrix, new_site, reflection_matrix
 from tests.support import (
@@ -32,7 +32,7 @@ CASES = [
 
 
 def folded_by_hand(model, adapter, forget_bias=False):
-    """Fold with the NumPy algebra into the torch weights: the other implementation."""
+    """Fold with the export's algebra into the torch weights: the other implementation."""
     state = model.state_dict()
     for name in adapter.sites:
         path, part = name.rsplit(".", 1) if ".qkv." in name else (name, None)
