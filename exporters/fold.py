@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.format import Adapter, Head
@@ -15,6 +15,9 @@ from hhdeploy.backbones.sites import LinearSpec, Site
 from hhdeploy.errors import PlanError
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.graph import GraphLinear, drop_unused_initializers, linears_at, linears_by_path
+
+if TYPE_CHECKING:
+    import torch
 
 
 def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
@@ -172,6 +175,8 @@ def fold_sequential(
 
 def _scaled(weight: NDArray[np.float32], scales: Scales) -> torch.Tensor:
     """diag(s_out) W diag(s_in) in float64: memory of its own, in W's order."""
+    import torch
+
     wide = _tensor(weight).to(torch.float64, copy=True)
     if scales.s_in is not None:
         wide.mul_(_tensor(scales.s_in))
@@ -182,12 +187,16 @@ def _scaled(weight: NDArray[np.float32], scales: Scales) -> torch.Tensor:
 
 def _cast(wide: torch.Tensor, out: NDArray[np.float32]) -> NDArray[np.float32]:
     """``out``, filled; what float32 does not reach is infinite."""
+    import torch
+
     torch.from_numpy(out).copy_(wide)
     return out
 
 
 def _tensor(array: NDArray[np.floating]) -> torch.Tensor:
     """A view; a copy of what may not be written, which PyTorch has no tensors for."""
+    import torch
+
     return torch.from_numpy(np.require(array, requirements="W"))
 
 
