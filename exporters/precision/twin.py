@@ -212,10 +212,10 @@ def low_array(value: ir.Value, placement: Placement) -> NDArray[np.generic]:
             f"{value.name}: its largest value, {worst:.6g}, does not fit {placement.name} (largest "
             f"finite value {LIMIT[placement.dtype]:.6g}). Use {other}, which has the range."
         )
-    return _clamped(exact, placement.dtype)
+    return clamped(exact, placement.dtype)
 
 
-def _clamped(exact: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.generic]:
+def clamped(exact: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.generic]:
     """Rounded; finite values stay finite, infinities and NaN stay what they are."""
     limit = np.float32(LIMIT[dtype])
     return np.where(np.isfinite(exact), exact.clip(-limit, limit), exact).astype(_NUMPY[dtype])
@@ -281,7 +281,7 @@ def _retarget(node: ir.Node, dtype: ir.DataType) -> None:
     elif node.op_type == "ConstantOfShape":
         filled = node.attributes.get("value")
         value = np.zeros(1, np.float32) if filled is None else filled.as_tensor().numpy()
-        retyped = _clamped(value, dtype) if dtype in LIMIT else value.astype(np.float32)
+        retyped = clamped(value, dtype) if dtype in LIMIT else value.astype(np.float32)
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(retyped))
 
 

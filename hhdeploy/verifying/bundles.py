@@ -43,6 +43,7 @@ from hhdeploy.verifying.overflow import find_overflow
 from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import Effects, say
 from hhdeploy.verifying.twins import twin_of
+from hhdeploy.verifying.weights import check_weights
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
@@ -59,7 +60,8 @@ def verify(
 ) -> ParityReport:
     """Compare a bundle with the reference it carries, and its files with their hashes.
 
-    float32 needs no torch.
+    float32 needs no torch. Where onnx_ir is installed, the weights of the other graphs, quantised
+    ones that noise cannot show included, are compared with float32's too, to the bit.
 
     Args:
         path: the bundle.
@@ -71,7 +73,8 @@ def verify(
         The report; the caller decides what a failure means (``report.passed``).
 
     Raises:
-        BundleError: no bundle, no reference, or a file that was changed.
+        BundleError: no bundle, no reference, a file that was changed, or a graph with others than
+            the float32 graph's weights.
         OptionError: no such device or precision anywhere.
     """
     where, which = one_of(DEVICES, device, "device"), as_precisions(precisions)
@@ -86,6 +89,8 @@ def _verify(bundle: Bundle, device: Device, precisions: Sequence[Precision] | No
             f"{as_code('verify_against_torch', bundle.path)}"
         )
     report = verify_graphs(bundle, device, precisions)
+    if report.passed:
+        check_weights(bundle, precisions)
     if _shows_pictures(bundle, device, precisions):
         report = replace(report, pictures=check_pictures(bundle))
     return report
@@ -134,7 +139,8 @@ def verify_against_torch(
         BackboneError: the weights are not the ones that the bundle was exported from, or the
             model has to be named.
         AdapterError: one was trained on other weights.
-        BundleError: a file of the bundle is damaged.
+        BundleError: a file of the bundle is damaged, or a graph has others than the float32
+            graph's weights.
         ConflictError: the bundle was exported again meanwhile.
         OptionError: no such device or precision anywhere.
         ParityError: outputs differ by more than the table allows.
@@ -180,6 +186,7 @@ def verify_against_torch(
     report = verify_graphs(bundle, device, precisions, reference, data, also=also)
     if not report.passed:
         raise parity_error(report)
+    check_weights(bundle, precisions)
     if device == "cpu":
         shown = dict.fromkeys(stage.precision for stage in report.stages)
         say(progress, effects.lines([*shown], refuse=False))

@@ -1,0 +1,129 @@
+"""Wrong weights that the bounds of 8 and 16 bits, or noise, do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from hhdeploy import verify, verify_against_torch
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import calibration_files, write_manifest
+from hhdeploy.choices import Precision
+from hhdeploy.errors import BundleError
+from hhdeploy.exporters.writer import rename_weights, save_graph
+from hhdeploy.files.tensors import read_tensors, tensor_bytes
+from hhdeploy.files.writing import sha256_of
+from hhdeploy.verifying.graphs import add_typed_graph
+from hhdeploy.verifying.weights import check_weights
+from tests.once import made_once
+from tests.workshop import copy_bundle
+
+INT8 = Path(__file__).parents[2] / "witnesses" / "v1" / "int8"
+
+
+@pytest.fixture(scope="module", params=["small", "folded", "constant"])
+def typed(request) -> Path:
+    """A bundle with both graphs in 16 bits. Read only."""
+    source = request.getfixturevalue(request.param)
+
+    def make(out: Path) -> None:
+        copy_bundle(source, out)
+        add_typed_graph(out, "float16")
+        add_typed_graph(out, "bfloat16")
+
+    return made_once(f"typed-{request.param}", make)
+
+
+def test_whole_graphs_pass(typed):
+    check_weights(Bundle.open(typed), None)
+    check_weights(Bundle.open(INT8), None)
+    assert verify(INT8).passed
+
+
+def plant(path: Path, precision: Precision, name: str, change: Callable[[NDArray], None]) -> None:
+    """Change a constant of a graph, and give the bundle the hashes of what is there then."""
+    bundle = Bundle.open(path)
+    file = bundle.manifest.graphs[precision]
+    model = ir.load(path / file)
+    (full,) = (n for n in model.graph.initializers if n.endswith(name))
+    value = model.graph.initializers[full]
+    array = value.const_value.numpy().copy()
+    change(array)
+    value.const_value = ir.tensor(array, name=full)
+    save_graph(model, path / "planted.onnx")
+    rename_weights(path / "planted.onnx", f"{file}.data")
+    (path / "planted.onnx").replace(path / file)
+    made_right(path)
+
+
+def made_right(path: Path) -> None:
+    manifest = Bundle.open(path).manifest
+    files = {name: sha256_of(path / name) for name in manifest.files}
+    write_manifest(path, replace(manifest, files=files))
+
+
+def negate(weight: NDArray) -> None:
+    """One output of a Linear has the other sign."""
+    weight[:, 5] *= -1
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_one_row_of_a_weight_in_16_bits(typed, tmp_path, precision):
+    path = "blocks.0.mlp.fc1"
+    bundle = copy_bundle(typed, tmp_path / "bundle")
+    plant(bundle, precision, f"{path}.weight_t", negate)
+    message = (
+        f"{path}.weight_t. The graph is damaged, or another bundle's. Get the bundle's files again"
+    )
+    with pytest.raises(BundleError) as caught:
+        verify(bundle)
+    assert message in str(caught.value)
+    assert f"those of model.onnx, in {precision}; found others" in str(caught.value)
+    verify(bundle, precisions=["float32"])
+
+
+def test_against_torch_too(typed, workshop, tmp_path):
+    bundle = copy_bundle(typed, tmp_path / "bundle")
+    plant(bundle, "bfloat16", "blocks.0.mlp.fc1.weight_t", negate)
+    before = (bundle / "hhdeploy.json").read_bytes()
+    with pytest.raises(BundleError, match=r"found others: blocks.0.mlp.fc1.weight_t"):
+        verify_against_torch(bundle, checkpoint=workshop.checkpoint)
+    assert (bundle / "hhdeploy.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["weight/low", "weight/scale", "input/scale"])
+def test_one_number_of_a_site_in_int8(tmp_path, part):
+    def change(array: NDArray) -> None:
+        array[...] = array * 2 if array.dtype == np.float32 else -array
+
+    bundle = copy_bundle(INT8, tmp_path / "bundle")
+    plant(bundle, "int8", f"blocks.1.mlp.fc1/{part}", change)
+    with pytest.raises(BundleError, match=rf"found others: blocks.1.mlp.fc1/{part}.*calibrate it"):
+        verify(bundle)
+
+
+def test_scales_of_another_calibration(tmp_path):
+    bundle = copy_bundle(INT8, tmp_path / "bundle")
+    name = Bundle.open(bundle).manifest.named(calibration_files("int8")[1])
+    tensors, _ = read_tensors(bundle / name, BundleError)
+    site = "blocks.1.mlp.fc1/absmax"
+    (bundle / name).write_bytes(tensor_bytes({**tensors, site: tensors[site] * 2}))
+    made_right(bundle)
+    with pytest.raises(BundleError, match=r"calibration.int8.*fc1/input/scale. The graph is dam"):
+        verify(bundle)
+
+
+def test_the_graph_of_another_precision(typed, tmp_path):
+    bundle = copy_bundle(typed, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    one, other = manifest.graphs["float16"], manifest.graphs["bfloat16"]
+    swapped = {**manifest.graphs, "float16": other, "bfloat16": one}
+    write_manifest(bundle, replace(manifest, graphs=swapped))
+    with pytest.raises(BundleError, match=r"in float16; found others: .* in all\)"):
+        check_weights(Bundle.open(bundle), ["float16"])
