@@ -59,7 +59,7 @@ class GraphForm:
             _write_out_gelu(model.graph)
             _lower(model, self.opset)
         model.ir_version = IR_VERSION
-        model.metadata_props.update(_described(manifest))
+        model.metadata_props.update(described(manifest))
 
 
 def _check_size(model: ir.Model) -> None:
@@ -135,7 +135,7 @@ def _is_in(node: ir.Node, opset: int) -> bool:
     return set(node.attributes) <= set(schema.attributes)
 
 
-def _described(manifest: Manifest) -> dict[str, str]:
+def described(manifest: Manifest) -> dict[str, str]:
     """What a graph says of itself: only what no later change of the bundle makes wrong."""
     facts = manifest.backbone
     told: dict[str, Any] = {

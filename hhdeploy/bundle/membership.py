@@ -250,6 +250,12 @@ def check_copies(bundle: Bundle) -> None:
 def _entries(bundle: Bundle) -> Iterator[_Copy]:
     manifest = bundle.manifest
     bank = bundle.bank() if manifest.layout is not None else None
+    if bank is not None and bank[0].any():
+        raise BundleError(
+            f"{bundle.path / manifest.named(BANK_FILE)}: expected zeros in row 0, the bare "
+            "backbone's, found other values there: the bank is not the one that was written. Copy "
+            "or export the bundle again."
+        )
     for entry in manifest.adapters:
         if manifest.whole:
             source, right = "backbone", entry_of_whole(manifest.backbone)

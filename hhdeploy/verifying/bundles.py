@@ -39,11 +39,11 @@ from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, path_or_none
 from hhdeploy.parity import ParityReport, StageResult, stage_of
 from hhdeploy.verifying.answers import check_columns, compared, logits_of, rows_covered
+from hhdeploy.verifying.contents import check_contents
 from hhdeploy.verifying.overflow import find_overflow
 from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import Effects, say
 from hhdeploy.verifying.twins import twin_of
-from hhdeploy.verifying.weights import check_weights
 
 if TYPE_CHECKING:
     from hhdeploy.verifying.reference import Reference, VerifyData
@@ -90,7 +90,7 @@ def _verify(bundle: Bundle, device: Device, precisions: Sequence[Precision] | No
         )
     report = verify_graphs(bundle, device, precisions)
     if report.passed:
-        check_weights(bundle, precisions)
+        check_contents(bundle, precisions)
     if _shows_pictures(bundle, device, precisions):
         report = replace(report, pictures=check_pictures(bundle))
     return report
@@ -186,7 +186,7 @@ def verify_against_torch(
     report = verify_graphs(bundle, device, precisions, reference, data, also=also)
     if not report.passed:
         raise parity_error(report)
-    check_weights(bundle, precisions)
+    check_contents(bundle, precisions)
     if device == "cpu":
         shown = dict.fromkeys(stage.precision for stage in report.stages)
         say(progress, effects.lines([*shown], refuse=False))

@@ -9,10 +9,12 @@ import pytest
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.hub import pull, push
-from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST
 from hhdeploy.bundle.membership import check_copies
 from hhdeploy.bundle.signing import sign
+from hhdeploy.bundle.store import edit
 from hhdeploy.errors import BundleError
+from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.verifying.bundles import verify
 from tests.hhdeploy.bundle.test_signing import pair
 from tests.workshop import copy_bundle
@@ -120,6 +122,16 @@ def test_a_row_that_holds_something_else(change, row, strength, tmp_path):
 def test_what_other_clients_feed_to_graphs_of_pictures(change, message, small, tmp_path):
     path = changed(copy_bundle(small, tmp_path / "bundle"), change)
     with pytest.raises(BundleError, match=message):
+        Bundle.open(path).check_files()
+
+
+def test_a_bare_backbone_whose_row_is_an_adapter_s(tmp_path):
+    path = copy_bundle(WITNESSES / "v1" / "added", tmp_path / "bundle")
+    with edit(path) as change:
+        bank = change.bundle.bank().copy()
+        bank[0] = bank[1]
+        change.store(BANK_FILE, tensor_bytes({"adapter_bank": bank}))
+    with pytest.raises(BundleError, match=r"expected zeros in row 0, the bare backbone's, found"):
         Bundle.open(path).check_files()
 
 

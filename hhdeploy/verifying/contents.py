@@ -1,8 +1,9 @@
-"""Whether the graphs of a bundle hold the weights of its float32 graph, as their precisions do.
+"""Whether the graphs of a bundle hold what its float32 graph and its manifest say.
 
 The bounds of 8 and 16 bits are wider than what one wrong row of a weight does to the logits, and
 noise is no image to judge a quantised graph on. But every weight there is a float32 graph's, in a
-way that is known to the bit; the float32 graph itself has narrow bounds.
+way that is known to the bit; the float32 graph itself has narrow bounds. And no hash covers the
+manifest, whose mean, or labels, a graph states too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import calibration_files
+from hhdeploy.bundle.manifest import MANIFEST, calibration_files
 from hhdeploy.choices import (
     QUANTISED,
     TYPED,
@@ -30,9 +31,13 @@ from hhdeploy.errors import BundleError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# What a graph says of itself that decides on answers and their names.
+_DECISIVE = frozenset({"input_size", "mean", "std", "backbone_sha256", "adapters"})
 
-def check_weights(bundle: Bundle, precisions: Sequence[Precision] | None) -> None:
-    """Compare the constants of graphs with the float32 graph's, where onnx_ir is installed.
+
+def check_contents(bundle: Bundle, precisions: Sequence[Precision] | None) -> None:
+    """Compare what graphs state with the manifest, and their constants with the float32 graph's,
+    where onnx_ir is installed.
 
     In 16 bits they are float32's, rounded; a quantised graph's are what the bundle's calibration
     makes of them, its scales included.
@@ -43,17 +48,20 @@ def check_weights(bundle: Bundle, precisions: Sequence[Precision] | None) -> Non
             computes bfloat16 of the float32 graph.
 
     Raises:
-        BundleError: naming the graph and the constants that are others.
+        BundleError: naming the graph, and the constants that are others or what it states.
     """
     asked = [p for p in bundle.manifest.graphs if precisions is None or p in precisions]
-    others = [p for p in asked if p != "float32"]
     try:
         import onnx_ir as ir
     except ImportError:
         return
-    for precision in others:
+    for precision in asked:
         path, plain = bundle.graph(precision), ir.load(bundle.graph("float32"))
-        graph, source = ir.load(path).graph, f"those of {bundle.manifest.graphs['float32']}"
+        model = ir.load(path)
+        _check_stated(bundle, path, model.metadata_props)
+        if precision == "float32":
+            continue
+        graph, source = model.graph, f"those of {bundle.manifest.graphs['float32']}"
         remedy = "Get the bundle's files again from where they are whole, or export it again."
         if (low := member(TYPED, precision)) is not None:
             wrong = list(_not_rounded(plain.graph, graph, low))
@@ -68,6 +76,23 @@ def check_weights(bundle: Bundle, precisions: Sequence[Precision] | None) -> Non
             raise BundleError(
                 f"{path}: expected as weights {source}, in {precision}; found others: "
                 f"{abbreviate(wrong)}. The graph is damaged, or another bundle's. {remedy}"
+            )
+
+
+def _check_stated(bundle: Bundle, graph: Path, stated: Mapping[str, str]) -> None:
+    """Compare what a graph says of itself with the manifest; earlier graphs say nothing.
+
+    Raises:
+        BundleError: naming what differs.
+    """
+    from hhdeploy.exporters.portable.form import described
+
+    for key, expected in described(bundle.manifest).items():
+        if key in _DECISIVE and (found := stated.get(key, expected)) != expected:
+            raise BundleError(
+                f"{bundle.path / MANIFEST}: {key}: expected {found}, as {graph.name} says, found "
+                f"{expected}: the manifest is not the one that was written. Copy or export the "
+                "bundle again."
             )
 
 

@@ -1,7 +1,8 @@
-"""Wrong weights that the bounds of 8 and 16 bits, or noise, do not show."""
+"""Wrong weights that the bounds of 8 and 16 bits, or noise, do not show; wrong manifests."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from hhdeploy.errors import BundleError
 from hhdeploy.exporters.writer import rename_weights, save_graph
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.files.writing import sha256_of
+from hhdeploy.verifying.contents import check_contents
 from hhdeploy.verifying.graphs import add_typed_graph
-from hhdeploy.verifying.weights import check_weights
 from tests.once import made_once
 from tests.workshop import copy_bundle
 
@@ -41,8 +42,8 @@ def typed(request) -> Path:
 
 
 def test_whole_graphs_pass(typed):
-    check_weights(Bundle.open(typed), None)
-    check_weights(Bundle.open(INT8), None)
+    check_contents(Bundle.open(typed), None)
+    check_contents(Bundle.open(INT8), None)
     assert verify(INT8).passed
 
 
@@ -126,4 +127,32 @@ def test_the_graph_of_another_precision(typed, tmp_path):
     swapped = {**manifest.graphs, "float16": other, "bfloat16": one}
     write_manifest(bundle, replace(manifest, graphs=swapped))
     with pytest.raises(BundleError, match=r"in float16; found others: .* in all\)"):
-        check_weights(Bundle.open(bundle), ["float16"])
+        check_contents(Bundle.open(bundle), ["float16"])
+
+
+@pytest.mark.parametrize(
+    ("which", "key"), [("small", "mean"), ("small", "backbone_sha256"), ("whole", "adapters")]
+)
+def test_a_manifest_that_the_graph_contradicts(request, workshop, tmp_path, which, key):
+    bundle = tmp_path / "bundle"
+    if which == "whole":
+        arguments = workshop.backbone.facts.args
+        workshop.export(bundle, (), fold=True, model_args=arguments)
+    else:
+        copy_bundle(request.getfixturevalue(which), bundle)
+    file = bundle / "hhdeploy.json"
+    content = json.loads(file.read_text())
+    backbone = content["backbone"]
+    if key == "mean":  # where clients without Python read it, too
+        backbone["preprocess"]["mean"][0] = 0.25
+        backbone["preprocess_graph"]["inputs"]["mean"]["value"][0] = 0.25
+    elif key == "adapters":
+        for entry in (backbone, *content["adapters"]):
+            entry["class_names"] = [f"other {i}" for i in range(backbone["classes"])]
+    else:
+        backbone["sha256"] = "0" * 64
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        BundleError, match=rf"hhdeploy.json: {key}: expected .*, as model.onnx says"
+    ):
+        verify(bundle)
