@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST, EngineEntry, Manifest
-from hhdeploy.choices import BACKENDS, Device, Precision, Runner, member, whole, yes_or_no
+from hhdeploy.choices import (
+    BACKENDS,
+    QUANTISED,
+    Device,
+    Precision,
+    Runner,
+    member,
+    whole,
+    yes_or_no,
+)
 from hhdeploy.errors import (
     BundleError,
     DeviceError,
@@ -53,6 +62,32 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the graph. `run` raises `closed` after it, `row_changed` does nothing."""
+
+
+class QuantisedBackend:
+    """A quantised graph, whose own answers for an image that is no numbers would be numbers: a
+    quantiser makes of NaN and of infinity what it makes of a picture."""
+
+    def __init__(self, graph: Backend) -> None:
+        self._graph = graph
+        # Not a call of its own for what changes nothing.
+        self.row_changed, self.close = graph.row_changed, graph.close
+
+    @property
+    def name(self) -> str:
+        """Of the graph."""
+        return self._graph.name
+
+    def run(self, images: Images, ids: Ids | None) -> NDArray[np.float32]:
+        """As the graph, and NaN for each image with NaN or infinities; -inf past an adapter's
+        classes stays."""
+        found = self._graph.run(images, ids)
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = images.sum(axis=(1, 2, 3))  # a sum is no number if a part is none
+        for index in np.flatnonzero(~np.isfinite(sums)):
+            if not np.isfinite(images[index]).all():
+                found[index][~np.isneginf(found[index])] = np.nan
+        return found
 
 
 def closed() -> SessionError:
@@ -137,7 +172,7 @@ def find_target(manifest: Manifest, device: Device, precision: Precision) -> Tar
 def open_backend(
     bundle: Bundle, bank: Bank | None, target: Target, options: BackendOptions
 ) -> Backend:
-    """Open a bundle's graph or engine.
+    """Open a bundle's graph or engine; a quantised one gives no numbers for what is none.
 
     Raises:
         SessionError: a device that this machine does not have, or an option or a precision that
@@ -146,6 +181,11 @@ def open_backend(
         DeviceError: the GPU refused.
         MissingDependencyError: the device's runtime is not installed.
     """
+    backend = _opened(bundle, bank, target, options)
+    return backend if member(QUANTISED, options.precision) is None else QuantisedBackend(backend)
+
+
+def _opened(bundle: Bundle, bank: Bank | None, target: Target, options: BackendOptions) -> Backend:
     if options.hint != "latency" and target.device != "openvino":
         raise SessionError(
             f"`hint={options.hint!r}`: `device={target.device!r}` has none; expected openvino."

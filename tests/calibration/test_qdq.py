@@ -10,16 +10,22 @@ import onnx_ir as ir
 import pytest
 from numpy.testing import assert_array_equal
 
+from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.qdq import FORMATS, low_values, quantised_model, quantised_weight
 from hhdeploy.calibration.quantised import Quantised, quantise
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.choices import QUANTISED
 from hhdeploy.errors import PlanError
+from hhdeploy.exporters.writer import save_graph
 from hhdeploy.parity import bound, compare
 from hhdeploy.runtime.openvino_backend import shared_core
+from hhdeploy.runtime.session import open_bundle
+from hhdeploy.verifying.graphs import graph_on_trial
 from tests.calibration.conftest import Calibrated, logits, saved
 from tests.exporters.synthetic import graph, random
+from tests.support import images as noise
+from tests.workshop import copy_bundle
 
 INT8, FP8 = FORMATS["int8"], FORMATS["fp8"]
 
@@ -205,3 +211,28 @@ def test_the_result_is_told_in_json(side):
 def test_another_graph_than_the_calibrated_one_is_refused(side, plain):
     with pytest.raises(PlanError, match="not the graph that was calibrated"):
         quantise(side.graph, plain.calibration, CalibrationSettings())
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+@pytest.mark.parametrize("which", ["plain", "side"])
+def test_an_image_that_is_no_numbers_has_no_answer(which, device, request, tmp_path):
+    """A quantiser makes a number of NaN: a folded graph's answer was one of a picture."""
+    made = request.getfixturevalue(which)
+    path = copy_bundle(made.bundle.path, tmp_path / "bundle")
+    low = written(made).model
+    with (
+        graph_on_trial(Bundle.open(path), "int8", lambda target: save_graph(low, target)) as trial,
+        open_bundle(trial, device=device, precision="int8") as session,
+    ):
+        names = None if which == "plain" else "alpha"
+        clean = noise(3)
+        expected = session.run(clean, names)
+        for value in (np.nan, np.inf, -np.inf):
+            spoilt = clean.copy()
+            spoilt[1, 0, 3, 2] = value
+            found = session.run(spoilt, names)
+            assert np.isnan(found[1, :7]).all()
+            assert_array_equal(found[[0, 2]], expected[[0, 2]])
+        vast = clean.copy()
+        vast[1] = 1e36  # numbers, though their sum is none
+        assert np.isfinite(session.run(vast, names)[1, :7]).all()
