@@ -229,7 +229,7 @@ def visible(directory: Path) -> list[Path]:
     Raises:
         DataError: a link that leads nowhere: what it led to may have been a part of the data.
     """
-    found = sorted(p for p in directory.iterdir() if _is_visible(p.name))
+    found = sorted(p for p in directory.iterdir() if is_visible(p.name))
     for path in found:
         _check_link(path)
     return found
@@ -357,7 +357,8 @@ def _by_label(listed: Sequence[tuple[Path, str]]) -> dict[str, tuple[Path, ...]]
     }
 
 
-def _is_visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor called as what systems and archives leave."""
     return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
 
 
@@ -374,8 +375,8 @@ def _files(directory: Path) -> list[Path]:
             folders.clear()
             continue
         walked.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if _is_visible(name))
-        own = [Path(root, name) for name in files if _is_visible(name)]
+        folders[:] = sorted(name for name in folders if is_visible(name))
+        own = [Path(root, name) for name in files if is_visible(name)]
         for path in own:
             _check_link(path)
         found += own

@@ -21,6 +21,7 @@ from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError, BundleError, ConflictError, HhdeployError, PlanError
 from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.folders import is_visible
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime.bank import AdapterBank, Packed
 from hhdeploy.runtime.serving.errors import FailedError, LoadFailedError
@@ -119,7 +120,7 @@ class AdapterFiles:
             for path in sorted(self._directory.iterdir()):
                 if path.name == self.reserved:
                     self._refuse_reserved(path)
-                elif not path.name.startswith(".") and _is_folder(path):
+                elif _is_adapter(path):
                     # What cannot even be printed is no name either: refused when it is read.
                     name = path.name if path.name.isprintable() else ascii(path.name)
                     found[name] = Source(name, path, _stamp(path))
@@ -137,7 +138,7 @@ class AdapterFiles:
             return None
         if name == self.reserved:
             return None
-        if self._directory is not None and _is_folder(self._directory / name):
+        if self._directory is not None and _is_adapter(self._directory / name):
             return Source(name, self._directory / name, _stamp(self._directory / name))
         return self.bundled().get(name)
 
@@ -243,7 +244,7 @@ class AdapterFiles:
             return True
         if self._place is None or self._place == _identity(directory):
             return False
-        return not any(not p.name.startswith(".") and _is_folder(p) for p in directory.iterdir())
+        return not any(map(_is_adapter, directory.iterdir()))
 
     def _refuse_reserved(self, path: Path) -> None:
         if not self._said:
@@ -318,6 +319,14 @@ def _is_of_the_moment(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder in the fleet directory is to be one: none that is hidden, nor what a system
+    or an archive left (``lost+found``, ``__MACOSX``) and has no configuration."""
+    if path.name.startswith(".") or not _is_folder(path):
+        return False
+    return is_visible(path.name) or os.path.lexists(path / CONFIG_FILE)
 
 
 def _is_folder(path: Path) -> bool:

@@ -710,7 +710,9 @@ def test_names_that_are_none(play, tmp_path):
         for name in (".hidden", "lost+found", "new\nline", "backbone"):
             shutil.copytree(s.directory / "a", s.directory / name)
         (s.directory / "a file").write_text("")
-        await s.fleet.refresh()
+        for left in ("__MACOSX", "#recycle"):  # and no adapter of that name
+            (s.directory / left).mkdir()
+        await s.looks(3)
         assert set(s.fleet.names) == {
             "a", "alpha", "b", "backbone", "c", "gamma", "lost+found", "'new\\nline'",
         }  # fmt: skip
@@ -1590,7 +1592,7 @@ def test_an_upload_makes_no_fleet_directory_in_the_place_of_one_that_is_away(pla
     play(scene, slots=8)
 
 
-@pytest.mark.parametrize("left", ["nothing", "an empty directory", "one with a file"])
+@pytest.mark.parametrize("left", ["nothing", "an empty directory", "one with a file", "a new disk"])
 def test_a_fleet_directory_whose_disk_is_unmounted_takes_no_adapter_with_it(play, tmp_path, left):
     """Its mount point is another directory, an empty one: all adapters were taken for gone."""
 
@@ -1599,6 +1601,8 @@ def test_a_fleet_directory_whose_disk_is_unmounted_takes_no_adapter_with_it(play
         s.directory.rename(tmp_path / "away")
         if left != "nothing":
             s.directory.mkdir()
+        if left == "a new disk":
+            (s.directory / "lost+found").mkdir()
         if left == "one with a file":
             (s.directory / "NOT MOUNTED").touch()
         for _ in range(3):
