@@ -260,10 +260,13 @@ class Change:
             write_bytes(root / NEW_CARD, content)
             self._written.append(root / NEW_CARD)
 
-    def undo(self) -> None:
-        """Remove what was written, unless it is committed by now."""
-        with contextlib.suppress(BundleError):
-            tidy(Bundle.open(self.bundle.path))
+    def undo(self, progress: Progress) -> None:
+        """Remove what was written, unless it is committed by now: then the signature."""
+        with contextlib.suppress(BundleError, WriteError):
+            now = Bundle.open(self.bundle.path)
+            tidy(now)
+            if now.manifest != self.bundle.manifest:
+                self.drop_signature(progress)
 
     def retire(self) -> None:
         """Move what the manifest names no more out of the way. Only tidiness: it may fail."""
@@ -279,15 +282,12 @@ class Change:
                     os.replace(root / name, root / OLD / name)
             tidy(Bundle(root, self.manifest))
 
-    def drop_signature(self) -> bool:
-        """Remove the signature of a bundle that is another one now; whether there was one.
-
-        Raises:
-            WriteError: it cannot be removed; the change is committed all the same.
-        """
+    def drop_signature(self, progress: Progress) -> None:
+        """Remove the signature of a bundle that is another one now, and say so. Raises
+        `WriteError`: it cannot be removed; the change is committed all the same."""
         signature = self.bundle.path / SIGNATURE
         if self.manifest == self.bundle.manifest or not signature.exists():
-            return False
+            return
         try:
             os.unlink(signature)
         except OSError as error:
@@ -295,7 +295,7 @@ class Change:
                 f"{self.bundle.path} was changed, and {signature}, which signs it as it was, could "
                 f"not be removed: {error.strerror}. Remove it yourself."
             ) from error
-        return True
+        progress(f"{SIGNATURE} signed the bundle as it was and was removed: sign it again")
 
 
 @contextlib.contextmanager
@@ -339,11 +339,12 @@ def edit(
                 yield change
                 change.commit()
         except BaseException:
-            change.undo()
+            change.undo(progress)
             raise
-        change.retire()
-        if change.drop_signature():
-            progress(f"{SIGNATURE} signed the bundle as it was and was removed: sign it again")
+        try:
+            change.retire()
+        finally:
+            change.drop_signature(progress)
 
 
 @contextlib.contextmanager

@@ -158,6 +158,27 @@ def test_a_change_unsigns_and_says_so(signed, keys, change):
     assert not (signed / OLD).exists()
 
 
+@pytest.mark.parametrize("where", ["write_bytes", "sync_in_place", "shutil.rmtree"])
+def test_ctrl_c_once_a_change_is_committed_unsigns_too(signed, keys, monkeypatch, where):
+    """What signs the bundle as it was does not stay beside the one that it is."""
+    before, said = Bundle.open(signed).manifest, []
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"hhdeploy.bundle.store.{where}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove_adapter(signed, "gamma", progress=said.append)
+    monkeypatch.undo()
+    if where == "write_bytes":  # nothing is committed
+        assert Bundle.open(signed).manifest == before
+        check_signature(signed, keys[1])
+        return
+    assert Bundle.open(signed).manifest != before
+    assert said == [f"{SIGNATURE} signed the bundle as it was and was removed: sign it again"]
+    refused(signed, keys, "is not signed")
+
+
 def test_a_change_of_nothing_leaves_it(signed, keys):
     with edit(signed):
         pass
