@@ -34,6 +34,8 @@ TorchDevice = Literal["auto", "cpu", "cuda"]
 
 TYPED: Final[tuple[TypedPrecision, ...]] = get_args(TypedPrecision)
 QUANTISED: Final[tuple[QuantisedPrecision, ...]] = get_args(QuantisedPrecision)
+# Those whose activations are clipped, to ranges that were found with the adapters of then.
+RANGED: Final[tuple[QuantisedPrecision, ...]] = ("int8", "fp8")
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 BACKENDS: Final[tuple[TensorRt, ...]] = get_args(TensorRt)
 RUNNERS: Final[tuple[Runner, ...]] = get_args(Runner)

@@ -22,9 +22,9 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.format import Adapter, checked_adapter, load_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
-from hhdeploy.bundle.membership import admit, entry_of
+from hhdeploy.bundle.membership import admit, entry_of, unseen
 from hhdeploy.bundle.store import Progress
-from hhdeploy.choices import listener, whole
+from hhdeploy.choices import Precision, listener, whole
 from hhdeploy.errors import CapacityError, DeviceError, SessionError
 from hhdeploy.runtime.backends import closed
 
@@ -86,6 +86,7 @@ class AdapterBank:
         default: int = DEFAULT_SLOTS,
         *,
         partial: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         """Open with the bundle's adapters.
 
@@ -94,7 +95,9 @@ class AdapterBank:
             slots: rows of the bank, row 0 included; None: ``default`` or what is needed.
             default: see ``slots``.
             partial: take the first adapters where not all have a row, instead of an error.
+            precision: of the graph, whose ranges later adapters may leave.
         """
+        self._precision = precision
         self._manifest = bundle.manifest
         stored = bundle.bank()
         entries = bundle.manifest.adapters
@@ -178,11 +181,22 @@ class AdapterBank:
             progress(line)
         return self.put(packed, replace_existing=replace_existing)
 
-    def pack(self, name: str, adapter: str | Path | Adapter, *, verified: bool = False) -> Packed:
-        """The slow half of `add`: read, check and pack an adapter; the bank is not touched."""
+    def pack(
+        self,
+        name: str,
+        adapter: str | Path | Adapter,
+        *,
+        verified: bool = False,
+        bundled: bool = False,
+    ) -> Packed:
+        """The slow half of `add`: read, check and pack an adapter; the bank is not touched.
+
+        ``bundled``: it is one of the bundle's own, which a calibration may have seen.
+        """
         loaded = checked_adapter(adapter) if isinstance(adapter, Adapter) else load_adapter(adapter)
         notes: list[str] = []
         row = admit(self._manifest, name, loaded, notes.append)
+        notes += [] if bundled else unseen(name, [self._precision])
         entry = entry_of(name, None, loaded, self._manifest.backbone, verified=verified)
         return Packed(entry, row, tuple(notes))
 

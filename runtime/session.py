@@ -382,8 +382,9 @@ def open_bundle(
     if engine is not None and engine.slots is not None:
         room = min(max(room, engine.slots[0]), engine.slots[2])
     manifest = bundle.manifest
+    some = partial and not manifest.bank_as_constant
     adapters = (
-        AdapterBank(bundle, slots, room, partial=partial and not manifest.bank_as_constant)
+        AdapterBank(bundle, slots, room, partial=some, precision=precision)
         if manifest.layout is not None
         else None
     )

@@ -4,7 +4,7 @@ says of them what their files say. No torch, no timm."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from hhdeploy.bundle.manifest import (
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Progress, edit
-from hhdeploy.choices import listener
+from hhdeploy.choices import RANGED, Precision, listener
 from hhdeploy.errors import AdapterError, BundleError, HhdeployError, PlanError
 from hhdeploy.files.bundle_json import bundle_path, read_bundle_json
 from hhdeploy.files.directories import check_removable
@@ -132,6 +132,17 @@ def admit(
     return row
 
 
+def unseen(name: str, precisions: Iterable[Precision]) -> list[str]:
+    """A line for each of the precisions whose ranges were found without an adapter that comes
+    now."""
+    return [
+        f"adapter {name!r}: the ranges of {precision} were found without it, and values beyond "
+        "them are clipped: its answers may be others than float32's"
+        for precision in precisions
+        if precision in RANGED
+    ]
+
+
 def _facts(backbone: BackboneFacts, layout: RowLayout, form: Form) -> BackboneFacts:
     """A bundle's backbone with the Linears whose size its row tells an adapter of this form.
 
@@ -182,6 +193,8 @@ def add_adapter(
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
         row = admit(manifest, name, adapter, progress)
+        for line in unseen(name, manifest.graphs):
+            progress(line)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(
                 f"the bundle has an adapter {name!r} already. Remove it first, or choose another "

@@ -8,11 +8,9 @@ from typing import Any
 import click
 from rich.text import Text
 
+from hhdeploy.choices import RANGED
 from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
 from hhdeploy.cli.naming import adapters_and_strengths
-
-# Precisions whose values are clipped to ranges that were found with the adapters of then.
-_RANGED = frozenset({"int8", "fp8"})
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -188,11 +186,12 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
         f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
         f"{ui.quoted(bundle)} --against-torch)"
     )
-    for precision in sorted(_RANGED & Bundle.open(bundle).manifest.graphs.keys()):
+    graphs = Bundle.open(bundle).manifest.graphs
+    for precision in (p for p in RANGED if p in graphs):
         click.echo(
-            f"{precision}: its ranges were found without {entry.name}, whose values beyond them "
-            f"are clipped; see whether there are any with: hhdeploy calibrate {ui.quoted(bundle)} "
-            f"--data IMAGES --precision {precision} --check {ui.quoted(entry.name)}"
+            f"{precision}: its ranges were found without {entry.name}; see whether it leaves them "
+            f"with: hhdeploy calibrate {ui.quoted(bundle)} --data IMAGES --precision {precision} "
+            f"--check {ui.quoted(entry.name)}"
         )
 
 

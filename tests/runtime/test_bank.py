@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +49,23 @@ def test_an_adapter_in_memory(own, workshop):
     x = images(2)
     truth = workshop.mixed_truth(["rival"] * 2, x, 7)
     assert_parity(truth, own.run(x, "here"), "branches", "float32")
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_an_adapter_that_the_ranges_of_its_graph_do_not_know(precision):
+    """At another strength, or another adapter: its INT8 answers may have nothing to do with it."""
+    witness = Path(__file__).parents[1] / "witnesses" / "v1"
+    said = []
+    with open_session(witness / "int8", device="cpu", precision=precision, slots=8) as session:
+        bank = session.adapters
+        bank.add("guest", witness / "rival", progress=said.append)
+        name = next(iter(bank))
+        kept = bank.pack(name, session.bundle.load_adapter(name), bundled=True)
+    lines = [
+        "adapter 'guest': the ranges of int8 were found without it, and values beyond them are"
+    ]
+    assert [line[: len(lines[0])] for line in said] == (lines if precision == "int8" else [])
+    assert not any("ranges" in note for note in kept.notes)
 
 
 def test_the_bank_of_a_closed_session_takes_and_gives_no_adapter(small, workshop):

@@ -192,7 +192,8 @@ class AdapterFiles:
         try:
             if source.bundled:
                 adapter = self._bundle.load_adapter(source.name)
-                return self._bank.pack(source.name, adapter, verified=source.verified)
+                verified = source.verified
+                return self._bank.pack(source.name, adapter, verified=verified, bundled=True)
             self._check_inside(source.path)
             self._check_files(source.path)
             packed = self._bank.pack(source.name, source.path, verified=source.verified)
