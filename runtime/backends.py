@@ -36,6 +36,9 @@ Bank = NDArray[np.float32]
 # A graph, see `Backend.run`.
 Run = Callable[[Images, Ids | None], NDArray[np.float32]]
 
+# Of what a graph takes or gives: name -> shape.
+Shapes = Mapping[str, Sequence[object]]
+
 # Those whose runs can be recorded as CUDA graphs.
 RECORDING_DEVICES: tuple[Runner, ...] = ("cuda", *BACKENDS)
 # Those that give features and tokens too.
@@ -216,29 +219,33 @@ def _opened(bundle: Bundle, bank: Bank | None, target: Target, options: BackendO
     from hhdeploy.runtime.onnxruntime_backend import open_onnxruntime
 
     # Here, not earlier: a machine that runs engines needs no graph.
-    graph, outputs = bundle.graph(options.precision), bundle.manifest.outputs
-    return open_onnxruntime(graph, bank, target.device, options, outputs)
+    graph = bundle.graph(options.precision)
+    return open_onnxruntime(graph, bank, target.device, options, bundle.manifest)
 
 
-def check_outputs(
-    graph: Path, found: Mapping[str, Sequence[object]], told: Mapping[str, Sequence[int]]
-) -> None:
-    """Compare a graph's outputs, in its order, with those that the manifest tells: what is told by
-    neither hash would be cut in other places. A size that is no number may be any.
+def check_tensors(graph: Path, takes: Shapes, gives: Shapes, manifest: Manifest) -> None:
+    """Compare a graph's inputs, and its outputs in their order, with those that the manifest
+    tells, which no hash does. The first size of each is open, and so is one that is no number.
 
     Raises:
-        BundleError: they are others, or of another shape, or order.
+        BundleError: they are others, or of another shape, or order: answers would be cut in other
+            places, or computed with a bank that nobody filled.
     """
-    if list(found) != list(told) or any(
-        len(shape) != len(told[name])
-        or any(isinstance(n, int) and n != m for n, m in zip(shape, told[name], strict=True))
-        for name, shape in found.items()
-    ):
-        expected, other = ({n: ["batch", *s] for n, s in each.items()} for each in (found, told))
-        raise BundleError(
-            f"{graph.with_name(MANIFEST)}: tensors: expected the outputs of {graph.name}, "
-            f"{expected}, found {other}. Copy or export the bundle again."
-        )
+    tensors = manifest.tensors
+    outputs = {name: tensors.pop(name) for name in manifest.outputs}
+    inputs = {name: tensors[name] for name in sorted(tensors.keys() - manifest.extra_tensors)}
+    takes = dict(sorted(takes.items()))  # which are fed by name
+    for what, found, told in (("inputs", takes, inputs), ("outputs", gives, outputs)):
+        if list(found) != list(told) or not all(_fits(found[name], told[name]) for name in told):
+            raise BundleError(
+                f"{graph.with_name(MANIFEST)}: tensors: expected the {what} of {graph.name}, "
+                f"{dict(found)}, found {told}. Copy or export the bundle again."
+            )
+
+
+def _fits(shape: Sequence[object], told: Sequence[object]) -> bool:
+    pairs = zip(shape[1:], told[1:], strict=False)
+    return len(shape) == len(told) and all(n == m for n, m in pairs if isinstance(n, int))
 
 
 def _fastest(manifest: Manifest, precision: Precision) -> Target:

@@ -10,7 +10,6 @@ import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.choices import Runner
 from hhdeploy.errors import (
     BundleError,
@@ -32,7 +32,7 @@ from hhdeploy.runtime.backends import (
     Bank,
     Ids,
     Images,
-    check_outputs,
+    check_tensors,
     closed,
     side_by_side,
 )
@@ -57,18 +57,23 @@ def open_onnxruntime(
     bank: Bank | None,
     device: Runner,
     options: BackendOptions,
-    outputs: Mapping[str, Sequence[int]],
+    manifest: Manifest,
 ) -> Backend:
-    """Load a graph into ONNX Runtime; ``outputs`` is what the manifest says that it gives.
+    """Load a graph into ONNX Runtime; ``manifest`` says what it takes and gives.
 
     Raises:
         SessionError: this build or this machine lacks the device's execution provider; nothing
             is left to another one in silence.
-        BundleError: a graph that does not load, or gives others. DeviceError: the GPU refused.
+        BundleError: a graph that does not load, or takes or gives others.
+        DeviceError: the GPU refused.
     """
     ort = require("onnxruntime", "cpu" if device == "cpu" else "gpu", f"`device={device!r}`")
     session, mapped = _open_session(ort, graph, device, options)
-    check_outputs(graph, {o.name: o.shape[1:] for o in session.get_outputs()}, outputs)
+    takes, gives = (
+        {value.name: value.shape for value in values}
+        for values in (session.get_inputs(), session.get_outputs())
+    )
+    check_tensors(graph, takes, gives, manifest)
     name = f"onnxruntime {_PROVIDERS[device]}"
     if device == "cpu":
         return OnnxRuntimeBackend(session, bank, name, mapped)

@@ -44,7 +44,7 @@ from hhdeploy.runtime.backends import (
     Bank,
     Ids,
     Images,
-    check_outputs,
+    check_tensors,
     closed,
     side_by_side,
 )
@@ -162,7 +162,7 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
 
     Raises:
         BundleError: no graph of the precision, one that was changed, that does not compile, or
-            gives other outputs than the manifest tells.
+            takes or gives others than the manifest tells.
         SessionError: this processor does not compute in the precision.
         MissingDependencyError: OpenVINO is not installed, or too old.
     """
@@ -193,9 +193,11 @@ def open_openvino(bundle: Bundle, bank: Bank | None, options: BackendOptions) ->
     if found is None:
         found = _compiled(core, path, config)
         _keep(entry, found)
-    outputs = bundle.manifest.outputs
-    given = {_name(o, outputs): _sizes(o.partial_shape)[1:] for o in found.model.outputs}
-    check_outputs(path, given, outputs)
+    takes, gives = (
+        {_name(value, bundle.manifest.tensors): _sizes(value.partial_shape) for value in values}
+        for values in (found.model.inputs, found.model.outputs)
+    )
+    check_tensors(path, takes, gives, bundle.manifest)
 
     small = _size(path) <= _SMALL
 
@@ -307,9 +309,9 @@ def _one_image_shapes(bundle: Bundle, bank: Bank | None) -> dict[str, list[int]]
     return shapes
 
 
-def _name(output: Any, told: Collection[str]) -> str:
-    """Of an OpenVINO's output, which keeps those of Casts that it took away, too."""
-    return str(min(output.names, key=lambda name: (name not in told, name)))
+def _name(value: Any, told: Collection[str]) -> str:
+    """Of an OpenVINO's input or output, which keeps those of Casts that it took away, too."""
+    return str(min(value.names, key=lambda name: (name not in told, name)))
 
 
 def _sizes(shape: Any) -> list[int | None]:

@@ -75,13 +75,24 @@ BROKEN: dict[str, tuple[Callable[[Content], object], str]] = {
     "transform_key": (
         lambda c: first(c)["preprocess"].update(flip=True), r"preprocess: expected keys .*flip",
     ),
+    "bank_size": (
+        lambda c: c["tensors"].update(adapter_bank=["slots", 5]),
+        r"tensors(\.adapter_bank)?: expected .*\d",
+    ),
+    "ids_gone": (
+        lambda c: c["tensors"].pop("adapter_ids"), r"tensors(\.adapter_ids)?: expected .*batch",
+    ),
+    "logits_gone": (
+        lambda c: c["tensors"].pop("logits"),
+        r"classes: expected those of tensors\.logits|tensors: expected",
+    ),
+    "tensors": (lambda c: c.update(tensors=[]), "tensors: expected an object"),
     "schema_true": (lambda c: c.update(schema_version=True), "schema_version|other JSON"),
     "schema_newer": (lambda c: c.update(schema_version=3), "schema_version: expected .*found 3"),
 }  # fmt: skip
 # What the C++ example does not read: it makes no rows of adapters.
 BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
     "verified": (lambda c: first(c).update(verified="no"), "verified: expected true or false"),
-    "tensors": (lambda c: c.update(tensors=[]), "tensors: expected an object"),
     "digest": (lambda c: c["files"].update({"x.onnx": 5}), r"files\.x\.onnx: expected 64 hex"),
     "backbone": (
         lambda c: c["backbone"].update(sha256=None), r"backbone\.sha256: expected a text",
@@ -109,6 +120,26 @@ OF_OTHER_ROWS: dict[str, tuple[Callable[[Content], object], str]] = {
     "fewer": (
         lambda c: first(c).update(classes=4, class_names=None),
         "alpha'?: expected 7 classes, which its row has, found 4",
+    ),
+}  # fmt: skip
+
+
+def _widen(content: Content) -> None:
+    content["classes"] = content["tensors"]["logits"][1] = 12
+
+
+def _bake(content: Content) -> None:
+    content["bank_as_constant"] = True
+    del content["tensors"]["adapter_bank"]
+
+
+# What the graph itself tells: of the logits, of whether it takes a bank, of further outputs.
+OF_OTHER_GRAPHS: dict[str, tuple[Callable[[Content], object], str]] = {
+    "wider": (_widen, r"tensors: expected .*logits.*11.*found .*12"),
+    "baked_in": (_bake, r"tensors: expected .*adapter_bank.*found"),
+    "features": (
+        lambda c: c["tensors"].update(features=["batch", 48]),
+        r"tensors: expected .*found .*features",
     ),
 }  # fmt: skip
 

@@ -160,6 +160,50 @@ inline void check_entry(const Json& entry, const std::string& where, const Json&
     expect(std::find(kinds.begin(), kinds.end(), kind) != kinds.end(), where + ".problem_type", kinds.dump(), kind);
 }
 
+// What the graph takes and gives is told twice: by what the bundle is, too.
+inline void check_tensors(const Json& manifest, const std::string& in) {
+    const Json tensors = manifest.value("tensors", Json()), row = manifest.at("row"), classes = manifest.at("classes");
+    expect(tensors.is_object(), in + "tensors", "an object", tensors);
+    const auto told = [&](const char* name) { return tensors.value(name, Json()); };
+    const Json logits = classes == 0 ? Json() : Json({"batch", classes});
+    expect(told("logits") == logits, in + "classes", "those of tensors.logits, " + told("logits").dump(), classes);
+    Json images = manifest.at("backbone").at("preprocess").at("input_size");
+    images.insert(images.begin(), "batch");
+    const bool banked = !row.is_null() && !manifest.at("bank_as_constant");
+    const Json ids = row.is_null() ? Json() : Json({"batch"}), slots = {"slots", row.is_null() ? Json() : row.value("size", Json())};
+    for (const auto& [name, shape] : {std::pair("images", images), std::pair("adapter_ids", ids),
+                                      std::pair("adapter_bank", banked ? slots : Json())})
+        expect(told(name) == shape, in + "tensors." + name, shape.dump() + ", as the rest has it", told(name));
+}
+
+// A graph takes and gives what the manifest tells of it. Sizes that are open may be any.
+inline void check_graph(const ov::CompiledModel& model, const Json& tensors, const std::string& where) {
+    std::set<std::string> missing;
+    for (const char* name : {"images", "adapter_ids", "adapter_bank", "logits", "features", "tokens"})
+        if (tensors.contains(name)) missing.insert(name);
+    std::vector<ov::Output<const ov::Node>> found = model.inputs();
+    for (const auto& output : model.outputs()) found.push_back(output);
+    for (const auto& tensor : found) {
+        const ov::PartialShape shape = tensor.get_partial_shape();
+        const auto fits = [&](const std::string& name) {
+            const Json& told = tensors.at(name);
+            bool same = told.is_array() && told.size() == size_t(shape.size());
+            for (size_t i = 1; same && i < told.size(); ++i)
+                same = shape[i].is_dynamic() || told[i] == shape[i].get_length();
+            return same;
+        };
+        const auto names = tensor.get_names();
+        const auto name = std::find_if(missing.begin(), missing.end(), [&](const auto& n) { return names.count(n) > 0; });
+        if (name == missing.end() || !fits(*name))
+            throw Error(where + ": tensors: expected " + tensor.get_any_name() + " of " + shape.to_string() +
+                        ", which the graph has, found " + tensors.dump() + ". Copy or export the bundle again.");
+        missing.erase(name);
+    }
+    if (!missing.empty())
+        throw Error(where + ": tensors: expected those of the graph, found " + *missing.begin() +
+                    ", which it has not. Copy or export the bundle again.");
+}
+
 inline void check_manifest(const Json& manifest, const std::string& file) {
     const std::string in = file + ": ";
     expect(manifest.is_object(), file, "an object", manifest.type_name());
@@ -191,9 +235,7 @@ inline void check_manifest(const Json& manifest, const std::string& file) {
         const Json row = entry.value("row", Json());
         if (!row.is_null()) expect(rows.insert(row).second, in + "adapters", "every row once", row);
     }
-    const Json logits = value("tensors").is_object() ? value("tensors").value("logits", Json()) : Json();
-    const bool all = logits.is_null() || (logits.is_array() && logits.size() == 2 && logits[1] == classes);
-    expect(all, in + "classes", "those of tensors.logits, " + logits.dump(), classes);
+    check_tensors(manifest, in);
     for (const auto& graph : manifest.at("graphs").items())
         expect(graph.value().is_string(), in + "graphs." + graph.key(), "the name of a file", graph.value());
 }

@@ -93,9 +93,10 @@ Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::str
         }
         if (bundle.chooses()) ids.data<int64_t>()[i] = asks[i].entry.at("row");
     }
-    ov::InferRequest request = core.compile_model(bundle.graph(precision).string(), "CPU",
-                                                  ov::hint::inference_precision(ov::element::f32))
-                                   .create_infer_request();
+    ov::CompiledModel model = core.compile_model(bundle.graph(precision).string(), "CPU",
+                                                 ov::hint::inference_precision(ov::element::f32));
+    check_graph(model, bundle.manifest.at("tensors"), (bundle.path / "hhdeploy.json").string());
+    ov::InferRequest request = model.create_infer_request();
     request.set_tensor("images", images);
     if (bundle.chooses()) request.set_tensor("adapter_ids", ids);
     if (bundle.chooses()) {
@@ -104,8 +105,6 @@ Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::str
     }
     request.infer();
     const ov::Tensor logits = request.get_tensor("logits");
-    expect(logits.get_shape()[1] == bundle.manifest.at("classes"), bundle.path.string() + ": classes",
-           "those of the graph", bundle.manifest.at("classes"));
     Json results = Json::array();
     for (size_t i = 0; i < asks.size(); ++i) {
         const float* row = logits.data<float>() + i * logits.get_shape()[1];

@@ -321,13 +321,13 @@ class Manifest:
     def _needs_version_2(self) -> bool:
         return not self.classes or (self.layout is not None and self.layout.has_extras)
 
-    def _tensors(self) -> dict[str, Any]:
+    @property
+    def tensors(self) -> dict[str, Any]:
         """Name -> shape of what the graph takes and gives; an open size has a name."""
-        row, constant = self.layout, self.bank_as_constant
         return {
             "images": ["batch", *self.input_size],
-            **({"adapter_ids": ["batch"]} if row else {}),
-            **({"adapter_bank": ["slots", row.size]} if row and not constant else {}),
+            **({"adapter_ids": ["batch"]} if (row := self.layout) else {}),
+            **({"adapter_bank": ["slots", row.size]} if row and not self.bank_as_constant else {}),
             **{name: ["batch", *shape] for name, shape in self.outputs.items()},
             **self.extra_tensors,
         }
@@ -341,7 +341,7 @@ class Manifest:
             "classes": self.classes,
             "adapters": [a.to_json() | self.picture_graph(a.preprocess) for a in self.adapters],
             "row": self.layout.to_json() if self.layout else None,
-            "tensors": self._tensors(),
+            "tensors": self.tensors,
             "bank_as_constant": self.bank_as_constant,
             "graphs": dict(self.graphs),
             "engines": [e.to_json() for e in self.engines],
@@ -374,8 +374,8 @@ class Manifest:
         )
         if manifest.kind != (expected := "folded" if manifest.layout is None else "branches"):
             raise ValueError(f"kind {manifest.kind!r}, but its row makes it {expected!r}")
-        if (tensors := manifest._tensors()) != content["tensors"]:
-            raise ValueError(f"tensors: expected {tensors}, found {content['tensors']}")
+        if manifest.tensors != (found := content["tensors"]):
+            raise ValueError(f"tensors: expected {manifest.tensors}, found {found}")
         return manifest
 
 

@@ -13,6 +13,7 @@ import { upright } from "./orientation.js";
 import { graphFor } from "./preprocess.js";
 import { packRow } from "./row.js";
 import { DamagedError, readChecked, type Source } from "./source.js";
+import { checkGraph } from "./tensors.js";
 
 /** onnxruntime-web or onnxruntime-node, imported by whoever opens a bundle. */
 export type Runtime = Pick<typeof OrtCommon, "InferenceSession" | "Tensor">;
@@ -71,6 +72,7 @@ async function opened(source: Source, ort: Runtime, manifest: Manifest, options:
   const [rows, files] = await Promise.all([rowsOf(source, manifest), filesOf(source, manifest, graph)]);
   const settings = precision === "int8" ? exactProducts(options.session) : options.session;
   const session = await sessionOf(source, ort, graph, files, settings);
+  checkGraph(session, manifest, precision, `${source.name}/${MANIFEST}`);
   return new Bundle(source, ort, options.preprocessing ?? ort, manifest, session, rows);
 }
 
@@ -262,6 +264,12 @@ export class Bundle {
     const outputs = await this.session.run(feeds);
     const logits = outputs["logits"];
     if (!logits) throw new HhdeployError(`${this.source.name}: its graph has no logits.`);
+    const { classes } = this.manifest;
+    if (logits.dims[1] !== classes) {
+      throw new HhdeployError(
+        `${this.source.name}: expected logits of ${classes} classes, as its manifest has it, found [${logits.dims}].`,
+      );
+    }
     return logits.data as Float32Array;
   }
 

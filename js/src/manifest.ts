@@ -4,6 +4,7 @@ import { HhdeployError } from "./errors.js";
 import { expecting, isCount, isNone, isObject, isStrings, parseJson, type Json } from "./json.js";
 import { partsOf } from "./layout.js";
 import { checkGraph, checkPreprocess, type AdapterPreprocess, type Preprocess, type PreprocessGraph } from "./preprocess.js";
+import { checkTensors } from "./tensors.js";
 
 /** What a bundle calls it. */
 export const MANIFEST = "hhdeploy.json";
@@ -123,11 +124,7 @@ function checkManifest(content: Json, where: string): void {
   }
   checkBackbone(content.backbone as Json, where, "backbone.");
   expect("bank_as_constant", typeof content.bank_as_constant === "boolean", "true or false");
-  const { logits, images } = content.tensors as Json;
-  const columns = isNone(logits) || String(logits) === `batch,${content.classes}`;
-  expect("classes", columns, `those of tensors.logits, [${logits}]`);
   const { input_size: size } = (content.backbone as Json).preprocess as Json;
-  expecting({ images }, where, "tensors.")("images", String(images) === `batch,${size}`, `[batch,${size}], as the backbone's`);
   adapters.forEach(({ preprocess: own }, i) => {
     const given = own as Json;
     const same = String(given.input_size) === String(size);
@@ -146,6 +143,7 @@ function checkManifest(content: Json, where: string): void {
     expecting(content.graphs as Json, where, "graphs.")(precision, there, "the name of one of its files");
   }
   if (!isNone(content.row)) checkRow(content.row, where);
+  checkTensors(content, where);
 }
 
 function checkEntry(entry: Json, { classes: most, row }: Json, where: string, prefix: string): void {

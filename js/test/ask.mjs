@@ -27,12 +27,23 @@ function once(source, file, first) {
   return { ...source, read: (name) => read(name) };
 }
 
+/** A runtime that tells no shapes. */
+function untelling({ InferenceSession, Tensor }) {
+  const create = async (graph, options) => {
+    const session = await InferenceSession.create(graph, options);
+    const { inputNames, outputNames } = session;
+    return { inputNames, outputNames, run: (feeds) => session.run(feeds), release: () => session.release() };
+  };
+  return { InferenceSession: { create }, Tensor };
+}
+
 /** `before`: another bundle, whose manifest is read first; `failing`: a file that cannot be read the first time. */
-async function bundle({ where, runtime = "node", precision, added = {}, before, failing }) {
+async function bundle({ where, runtime = "node", precision, added = {}, before, failing, untold }) {
   let source = where.includes("://") ? fromUrl(where) : fromFolder(where);
   if (before) source = once(source, "hhdeploy.json", () => fromFolder(before).read("hhdeploy.json"));
   if (failing) source = once(source, failing, () => Promise.reject(new HhdeployError(`${failing}: planted`)));
-  const opened = await openBundle(source, await runtimes[runtime](), precision ? { precision } : {});
+  const ort = await runtimes[runtime]();
+  const opened = await openBundle(source, untold ? untelling(ort) : ort, precision ? { precision } : {});
   for (const [name, folder] of Object.entries(added)) await opened.add(name, fromFolder(folder));
   return opened;
 }

@@ -26,6 +26,7 @@ from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from tests.broken_manifests import (
     BROKEN,
+    OF_OTHER_GRAPHS,
     OF_OTHER_PICTURES,
     OF_OTHER_ROWS,
     broken,
@@ -336,7 +337,7 @@ def test_what_it_refuses(program, small, pictures, tmp_path, arguments, message)
     assert message in done.stderr
 
 
-WRONG = BROKEN | OF_OTHER_ROWS | OF_OTHER_PICTURES
+WRONG = BROKEN | OF_OTHER_ROWS | OF_OTHER_PICTURES | OF_OTHER_GRAPHS
 
 
 @pytest.mark.parametrize("name", WRONG)

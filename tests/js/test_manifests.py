@@ -14,6 +14,7 @@ from hhdeploy.runtime import open_session
 from tests.broken_manifests import (
     BROKEN,
     BROKEN_ELSEWHERE,
+    OF_OTHER_GRAPHS,
     OF_OTHER_PICTURES,
     OF_OTHER_ROWS,
     broken,
@@ -35,13 +36,22 @@ def asked(bundle):
 
 
 def test_what_python_refuses_javascript_refuses(ask, branches, tmp_path):
-    all_of_them = BROKEN | BROKEN_ELSEWHERE | OF_OTHER_ROWS | OF_OTHER_PICTURES
+    all_of_them = BROKEN | BROKEN_ELSEWHERE | OF_OTHER_ROWS | OF_OTHER_PICTURES | OF_OTHER_GRAPHS
     bundles = [broken(branches, tmp_path / n, change) for n, (change, _) in all_of_them.items()]
     for (name, (_, message)), said in zip(
         all_of_them.items(), ask(*map(asked, bundles)), strict=True
     ):
         assert "error" in said, name
         assert re.search(rf"{MANIFEST}.*({message})", said["error"]), (name, said)
+
+
+def test_a_graph_whose_shapes_the_runtime_does_not_tell(ask, branches, tmp_path):
+    """As ONNX Runtime before 1.22: the names are known, and the logits when there are some."""
+    bundles = [broken(branches, tmp_path / n, c) for n, (c, _) in OF_OTHER_GRAPHS.items()]
+    said = ask(*(asked(bundle) | {"untold": True} for bundle in (*bundles, branches)))
+    assert isinstance(said.pop(), str)
+    for name, answer in zip(OF_OTHER_GRAPHS, said, strict=True):
+        assert re.search("expected .*(of 12 classes|adapter_bank|features)", answer["error"]), name
 
 
 def test_a_key_that_is_there_twice(ask, branches, tmp_path):

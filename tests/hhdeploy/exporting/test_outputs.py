@@ -33,6 +33,7 @@ from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
 from hhdeploy.training import attach, detach
 from hhdeploy.verifying.bundles import verify, verify_against_torch
+from tests.broken_manifests import OF_OTHER_GRAPHS, broken
 from tests.parity.architectures import save_transformers_config
 from tests.support import images, random_adapter
 from tests.workshop import copy_bundle
@@ -105,6 +106,15 @@ def test_outputs_that_the_graph_has_otherwise_are_refused(everything, tmp_path, 
         BundleError, match=r"hhdeploy\.json: tensors: expected the outputs of model"
     ):
         open_session(path, device=device, threads=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+@pytest.mark.parametrize("name", OF_OTHER_GRAPHS)
+def test_a_graph_of_another_manifest_is_refused(branches, tmp_path, device, name):
+    """OpenVINO computed with a bank that nobody filled."""
+    change, message = OF_OTHER_GRAPHS[name]
+    with pytest.raises(BundleError, match=message):
+        open_session(broken(branches, tmp_path / "bundle", change), device=device, threads=1)
 
 
 def truth_of(workshop, name, x):
