@@ -22,6 +22,8 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _NUMBER_BYTES, _LEAST_JSON, _MOST_JSON = 12, 8 << 20, 32 << 20
 # Of a message of protobuf, and of gRPC's options.
 _MOST_BYTES = (1 << 31) - 1
+# Of an adapter that is sent as one, with what is around it.
+_MOST_ADAPTER = _MOST_BYTES - (1 << 20)
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -46,6 +48,11 @@ class Option:
 
 def _asked(help: str = "", **told: Any) -> dict[str, Option]:
     return {"option": Option(help, **told)}
+
+
+def within(least: float, most: int | None = None) -> dict[str, Option]:
+    """Metadata of a number that is not on the command line: its range alone."""
+    return {"range": Option(least=least, most=most)}
 
 
 @dataclass(frozen=True)
@@ -207,8 +214,8 @@ class ServeSettings:
             "Pixels of pictures of 16 million or more that are decoded at the same time.", least=1
         ),
     )
-    adapter_bytes: int = 256 << 20
-    bodies_bytes: int = 1 << 30
+    adapter_bytes: int = field(default=256 << 20, metadata=within(1024, _MOST_ADAPTER))
+    bodies_bytes: int = field(default=1 << 30, metadata=within(1024))
     connections: int = field(
         default=4096,
         metadata=_asked(
@@ -226,7 +233,8 @@ class ServeSettings:
                 "addresses of this machine are 0.0.0.0, or :: for IPv6 as well."
             )
         for each in fields(self):
-            _check_range(each.name, getattr(self, each.name), each.metadata.get("option"))
+            told = each.metadata.get("option") or each.metadata.get("range")
+            _check_range(each.name, getattr(self, each.name), told)
         object.__setattr__(self, "allowed_hosts", frozenset(map(allowed_name, self.allowed_hosts)))
         one_of(DEVICES, self.device, "device")
         one_of(PRECISIONS, self.precision, "precision")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hhdeploy.errors import OptionError
-from hhdeploy.runtime.serving.settings import ServeSettings
+from hhdeploy.runtime.serving.settings import ServeSettings, within
+
+# Processes of a kind: each of them waits for the registry, which hears that many at a time.
+_MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,9 @@ class RaySettings(ServeSettings):
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    replicas: int = 2
-    ingresses: int = 1
-    gpus: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("replicas", 1), ("ingresses", 1), ("gpus", 0)):
-            if not getattr(self, name) >= least:  # NaN is not either
-                raise OptionError(f"{name}: expected {least} or more, found {getattr(self, name)}.")
+    replicas: int = field(default=2, metadata=within(1, _MOST))
+    ingresses: int = field(default=1, metadata=within(1, _MOST))
+    gpus: float = field(default=0.0, metadata=within(0))
 
 
 def read_settings(args: Mapping[str, Any]) -> RaySettings:

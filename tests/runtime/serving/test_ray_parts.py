@@ -588,10 +588,17 @@ def test_arguments_are_checked(tmp_path):
         read_settings({"bundle": tmp_path, "max_bach": 3})
     with pytest.raises(ValidationError, match="threads"):
         read_settings({"bundle": tmp_path, "threads": "many"})
-    with pytest.raises(PlanError, match="replicas: expected 1 or more"):
-        read_settings({"bundle": tmp_path, "replicas": 0})
-    with pytest.raises(PlanError, match="gpus: expected 0 or more, found nan"):
-        read_settings({"bundle": tmp_path, "gpus": float("nan")})
+    for wrong, said in (
+        ({"replicas": 0}, "`replicas`: expected 1 or more, found 0"),
+        ({"replicas": 10**30}, "`replicas`: expected 4096 or less"),
+        ({"ingresses": 4097}, "`ingresses`: expected 4096 or less"),
+        ({"gpus": -1}, "`gpus`: expected 0 or more, found -1"),
+        ({"gpus": float("nan")}, "`gpus`: expected a number, found nan"),
+        ({"gpus": float("inf")}, "`gpus`: expected a number, found inf"),
+        ({"adapter_bytes": -1}, "`adapter_bytes`: expected 1024 or more"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            read_settings({"bundle": tmp_path, **wrong})
     with pytest.raises(PlanError, match="`token_file`"):
         read_settings({"bundle": tmp_path, "allow_adapter_loading": True})
 
