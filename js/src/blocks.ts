@@ -32,11 +32,17 @@ const TURNS = [
   [2, 7, 4, 5],
 ];
 
-/** Those of a JPEG, PNG or WebP, in their order: of a kind the last one counts. */
+/**
+ * Those of a JPEG, PNG, WebP or GIF, in their order: of a kind the last one counts.
+ *
+ * Throws for a file that Python does not read, or that browsers show otherwise.
+ */
 export function blocksOf(bytes: Uint8Array): Block[] {
   if (bytes[0] === 0xff && bytes[1] === 0xd8) return [...inJpeg(bytes)];
   if (ascii(bytes, 1, 8) === "PNG\r\n\x1a\n") return [...inPng(bytes)];
   if (ascii(bytes, 0, 4) === "RIFF" && ascii(bytes, 8, 12) === "WEBP") return [...inWebp(bytes)];
+  if (ascii(bytes, 0, 4) === "GIF8") return [...inGif(bytes)];
+  if (ascii(bytes, 0, 2) === "BM") checkBmp(bytes);
   return [];
 }
 
@@ -69,15 +75,23 @@ function* inJpeg(bytes: Uint8Array): Generator<Block> {
   }
 }
 
-/** Without the numbers of an animation a browser shows the picture for those who show none, as Python reads it. */
+/**
+ * Without the numbers of an animation a browser shows the picture for those who show none, as Python reads it; without
+ * those of transparency it shows all colours.
+ */
 function* inPng(bytes: Uint8Array): Generator<Block> {
   const view = viewOf(bytes);
+  let pixels = false; // Python looks at the checksums before them
   for (let at = 8; at + 12 <= bytes.length; ) {
     const end = at + 12 + view.getUint32(at); // its checksum's
     const type = ascii(bytes, at + 4, at + 8);
     const content = bytes.subarray(at + 8, end - 4);
+    pixels ||= type === "IDAT";
+    if (!pixels && end <= bytes.length && view.getUint32(end - 4) !== crc32(bytes.subarray(at + 4, end - 4))) {
+      throw new HhdeployError(`expected a whole PNG, found one whose ${type} has another checksum. Save it again.`);
+    }
     if (type === "eXIf") yield { kind: "exif", content: concat([MARK, content]), part: [at, end] };
-    else if (type === "acTL") yield { part: [at, end] };
+    else if (type === "acTL" || type === "tRNS") yield { part: [at, end] };
     else if (type === "PLTE" && bytes[25] === INDEXED) {
       yield { part: [at, end], instead: wholePalette(content, bytes[24]!) };
     } else if (type.endsWith("Xt")) yield* inText(type, content);
@@ -117,6 +131,36 @@ function* inText(type: string, content: Uint8Array): Generator<Block> {
     const said = { content: content.subarray(behind(behind(text + 2))), deflated: content[text] === 1 };
     yield { kind, ...said };
     if (kind === "text") yield { kind: "xmp", ...said };
+  }
+}
+
+/**
+ * Without a table of colours the indices are levels of grey to Python, and to a browser anything. Of the first picture no
+ * index is transparent.
+ */
+function* inGif(bytes: Uint8Array): Generator<Block> {
+  const flags = bytes[10]!;
+  const hasTable = (flags & 0x80) > 0;
+  if (!hasTable) {
+    const greys = Uint8Array.from({ length: 3 << 8 }, (_, i) => Math.floor(i / 3));
+    yield { part: [10, 13], instead: concat([Uint8Array.of(flags | 0x87, bytes[11]!, bytes[12]!), greys]) };
+  }
+  let at = 13 + (hasTable ? 6 << (flags & 7) : 0);
+  while (bytes[at] === 0x21) {
+    // An extension: its kind, and parts behind their lengths.
+    if (bytes[at + 1] === 0xf9) yield { part: [at + 3, at + 4], instead: Uint8Array.of(bytes[at + 3]! & ~1) };
+    at += 2;
+    while (bytes[at]) at += bytes[at]! + 1;
+    at += 1;
+  }
+}
+
+/** Throws for runs of pixels: where they leave some out, Python and browsers put others there. */
+function checkBmp(bytes: Uint8Array): void {
+  if (bytes.length < 34) return;
+  const [header, coding] = [14, 30].map((at) => viewOf(bytes).getUint32(at, true));
+  if (header! >= 40 && (coding === 1 || coding === 2)) {
+    throw new HhdeployError("expected a BMP with all its pixels, found one of runs (RLE). Save it as a PNG.");
   }
 }
 

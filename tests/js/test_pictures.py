@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 from hhdeploy.preprocess import as_rgb, upright
 from tests.js.conftest import BROWSER_FLAGS, CHROMIUM, PATIENCE_MS
@@ -19,6 +19,8 @@ from tests.js.test_orientation import WAYS, block, png_chunk, said_again, saved
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to decode pictures"),
     pytest.mark.filterwarnings("ignore:(Corrupt|Possibly corrupt) EXIF data"),
+    # And of colours that are transparent, which are kept on purpose.
+    pytest.mark.filterwarnings("ignore:Palette images with Transparency"),
 ]
 PAGE = """<!doctype html><script type="module">
 import { decodePicture, HhdeployError } from "./dist/index.js";
@@ -70,7 +72,44 @@ def odd() -> dict[str, bytes]:
     made["gif"] = animated("GIF")
     made["webp"] = animated("WEBP", lossless=True)
     made["line"] = long_line(40_000)
+    made |= gifs()
+    made["clear grey"] = clear_png(0, b"\0\5")
+    made["clear colour"] = clear_png(2, b"\0\6\0\7\0\x08")
+    made["clear indices"] = clear_png(3, bytes([0, 128, 255, 9]), bytes(range(7, 7 + 48)))
     return made
+
+
+def gifs() -> dict[str, bytes]:
+    """One whose colours are transparent, and one without a table of colours."""
+    indices = Image.fromarray((np.arange(64, dtype=np.uint8) % 8).reshape(8, 8))
+    table = np.random.default_rng(5).integers(0, 256, 24, np.uint8).tobytes()
+    coloured = indices.copy()
+    coloured.putpalette(table)
+    out = io.BytesIO()
+    coloured.save(out, "GIF", transparency=3, comment=b"a" * 300, optimize=False)
+    clear = out.getvalue()
+    size = 6 << (clear[10] & 7)
+    bare = clear[:10] + bytes([clear[10] & 0x7F]) + clear[11:13] + clear[13 + size :]
+    return {"clear gif": clear, "gif without colours": bare}
+
+
+def clear_png(kind: int, clear: bytes, palette: bytes = b"") -> bytes:
+    """Of the colours of a kind some, which are there, count as transparent."""
+    each = {0: 1, 2: 3, 3: 1}[kind]
+    lines = b"".join(b"\0" + bytes(range(y * each, (y + 8) * each)) for y in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 8, kind, 0, 0, 0)
+    chunks = {b"IHDR": header, **({b"PLTE": palette} if palette else {}), b"tRNS": clear}
+    chunks |= {b"IDAT": zlib.compress(lines), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(k, v) for k, v in chunks.items())
+
+
+def runs() -> bytes:
+    """A BMP of runs of pixels, the first of which ends before its row does."""
+    data = bytes([4, 200, 0, 0, 8, 100, 0, 1])
+    palette = b"".join(bytes([i, 255 - i, i // 2, 0]) for i in range(256))
+    sizes = struct.pack("<IiiHHIIiiII", 40, 8, 2, 1, 8, 1, len(data), 0, 0, 256, 0)
+    start = 14 + len(sizes) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + sizes + palette + data
 
 
 def long_line(width: int) -> bytes:
@@ -146,6 +185,30 @@ def test_what_browsers_show_otherwise_is_refused(read):
     words = {"animated": "found an animated AVIF", "twice": "how it is turned, found 2 times"}
     for name, _, seen in read(files):
         assert words[name] in seen["error"]
+
+
+@pytest.mark.parametrize("key", [b"tEXt", b"pHYs", b"PLTE"])
+def test_a_png_of_a_wrong_checksum_is_refused(read, key):
+    """As Python refuses it; behind the pixels nobody looks."""
+    content = {b"tEXt": b"a\0b", b"pHYs": struct.pack(">IIB", 1, 1, 1), b"PLTE": bytes(12)}[key]
+    good = indexed(2, 4)
+    place = good.index(b"IDAT") - 4
+    chunk = png_chunk(key, content)
+    wrong = chunk[:-1] + bytes([chunk[-1] ^ 1])
+    behind = good[:-12] + wrong + good[-12:]
+    if key == b"PLTE":
+        place, behind = good.index(b"PLTE") - 4, good
+    files = {"wrong": good[:place] + wrong + good[place:], "behind": behind}
+    found = {name: (file, seen) for name, file, seen in read(files)}
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(files["wrong"]))
+    assert f"found one whose {key.decode()} has another checksum" in found["wrong"][1]["error"]
+    assert_as_python("behind", *found["behind"])
+
+
+def test_runs_of_pixels_are_refused(read):
+    ((_, _, seen),) = read({"runs": runs()})
+    assert "found one of runs (RLE). Save it as a PNG" in seen["error"]
 
 
 def test_a_canvas_that_stays_empty_is_no_black_picture(read):
