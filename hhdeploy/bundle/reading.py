@@ -301,17 +301,17 @@ class Bundle:
         return bank.astype(np.float32, copy=False)
 
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
-        """Images, adapter rows and float64 outputs of the training-time model, an image's side by
-        side (see `Manifest.split`)."""
+        """Images, rows and float64 outputs of the training-time model (see `Manifest.split`)."""
         name = self.manifest.named(REFERENCE_FILE)
         tensors = tensors_of(self.read(name), self.path / name, BundleError)
         try:
             images, ids = tensors["images"], tensors["adapter_ids"]
-            outputs = [tensors[name].reshape(len(ids), -1) for name in self.manifest.outputs]
+            told, n = self.manifest.outputs.items(), len(ids)
+            outputs = [tensors[name].reshape(n, *shape).reshape(n, -1) for name, shape in told]
             return images, ids, np.concatenate(outputs, axis=1)
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
             raise BundleError(
-                f"{self.path / name}: tensor {error} is missing. Export again."
+                f"{self.path / name}: expected what {MANIFEST} tells: {error!r}. Export again."
             ) from error
 
     def parity(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import Precision
 from hhdeploy.errors import BundleError, WriteError, as_code, require
 from hhdeploy.exporters.triton import requestable
+from hhdeploy.runtime.backends import check_tensors
 
 # Of the one version that is written.
 VERSION = "1"
@@ -87,7 +88,8 @@ def write_graph(
     """A bundle's graph with the bank as it is now in it, its weights beside it in NAME.data.
 
     Raises:
-        BundleError: no such graph, or a damaged file.
+        BundleError: no such graph, a damaged file, or a graph that takes or gives others than the
+            manifest tells.
         MissingDependencyError: the ``export`` extra is not installed.
     """
     purpose = f"writing the {precision} graph for {server}"
@@ -99,7 +101,13 @@ def write_graph(
 
     progress(f"writing the {precision} graph")
     manifest = bundle.manifest
-    model = ir.load(bundle.graph(precision))
+    path = bundle.graph(precision)
+    model = ir.load(path)
+    takes, gives = (
+        {v.name: [n if isinstance(n, int) else n.value for n in v.shape] for v in values}
+        for values in (model.graph.inputs, model.graph.outputs)
+    )
+    check_tensors(path, takes, gives, manifest)
     if manifest.layout is not None and not manifest.bank_as_constant:
         model = baked(model, bundle.bank())
         model.metadata_props[ADAPTERS_KEY] = fixed_adapters(manifest)

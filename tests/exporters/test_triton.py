@@ -43,7 +43,7 @@ from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.repositories.triton import write_triton_repository
 from hhdeploy.runtime import open_session
-from tests.broken_manifests import broken, exchange_rows
+from tests.broken_manifests import OF_OTHER_GRAPHS, broken, exchange_rows
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import HEAVY, contents, copy_bundle, flip_byte, run_python
 
@@ -643,6 +643,16 @@ def test_rows_that_are_exchanged(request, which, write, tmp_path):
     with pytest.raises(
         BundleError, match="'gamma': expected 7 classes, which its row has, found 3"
     ):
+        write(bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("write", [write_triton, write_ovms])
+@pytest.mark.parametrize("name", ["wider", "baked_in"])
+def test_a_graph_of_another_manifest(small, write, name, tmp_path):
+    """Of which a server would be told columns that there are not, or no bank that it wants."""
+    bundle = broken(small, tmp_path / "bundle", OF_OTHER_GRAPHS[name][0])
+    with pytest.raises(BundleError, match=r"tensors: expected the (in|out)puts of model\.onnx"):
         write(bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -32,6 +32,7 @@ from hhdeploy.errors import (
     SessionError,
 )
 from hhdeploy.runtime import open_session
+from tests.broken_manifests import OF_OTHER_GRAPHS, broken
 from tests.support import assert_parity, images, random_adapter
 from tests.workshop import contents, copy_bundle, flip_byte
 
@@ -168,6 +169,13 @@ def test_a_damaged_reference_is_refused_by_name(bundle):
     flip_byte(bundle / "reference.safetensors")
     with pytest.raises(BundleError, match=r"reference\.safetensors: expected sha256"):
         Bundle.open(bundle).reference()
+
+
+def test_a_reference_of_other_columns_is_refused_by_name(branches, tmp_path):
+    """`verify` ended with an error of NumPy's."""
+    path = broken(branches, tmp_path / "bundle", OF_OTHER_GRAPHS["wider"][0])
+    with pytest.raises(BundleError, match=r"reference\.safetensors: expected what .*\(\d+,12\)"):
+        Bundle.open(path).reference()
 
 
 def test_no_bundle(tmp_path):
