@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import HhdeployError, PlanError, require
+from hhdeploy.files.scratch import scratch_directory
+from hhdeploy.files.writing import copied
 from hhdeploy.graph import BRANCH, GraphLinear
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def calibrate_int8(
     proto = _named_proto(graph_path)
     ignored = _ignored(proto, {site.node.name for site in sites.values()})
     try:
-        with _quiet(), warnings.catch_warnings():
+        with _weights_of(graph_path) as folder, _quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             quantised = nncf.quantize(
                 proto,
@@ -71,7 +73,7 @@ def calibrate_int8(
                 subset_size=len(data),
                 fast_bias_correction=True,
                 ignored_scope=nncf.IgnoredScope(names=ignored),
-                advanced_parameters=_advanced(nncf, graph_path, settings),
+                advanced_parameters=_advanced(nncf, folder, settings),
             )
     except HhdeployError:
         raise
@@ -118,7 +120,7 @@ def _quiet() -> Iterator[None]:
         random.setstate(before)
 
 
-def _advanced(nncf: ModuleType, graph_path: Path, settings: CalibrationSettings) -> Any:
+def _advanced(nncf: ModuleType, weights: Path, settings: CalibrationSettings) -> Any:
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     alpha = -1.0 if settings.smooth_quant is None else settings.smooth_quant
@@ -129,10 +131,23 @@ def _advanced(nncf: ModuleType, graph_path: Path, settings: CalibrationSettings)
         activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
         smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=alpha),
         backend_params={
-            "external_data_dir": str(graph_path.resolve().parent),
+            "external_data_dir": str(weights),
             "compress_weights": False,  # the weights that it quantised are not used
         },
     )
+
+
+@contextlib.contextmanager
+def _weights_of(graph_path: Path) -> Iterator[Path]:
+    """The folder of a graph's weights; with a copy of them where onnx would not read the file: a
+    link, or one of several names (see `hhdeploy.graph.open_graph`)."""
+    weights = graph_path.with_name(f"{graph_path.name}.data")
+    if weights.is_symlink() or (weights.exists() and weights.stat().st_nlink > 1):
+        with scratch_directory(None, "weights") as scratch:
+            copied(weights, scratch / weights.name)
+            yield scratch
+    else:
+        yield graph_path.parent.resolve()
 
 
 def _named_proto(path: Path) -> onnx.ModelProto:

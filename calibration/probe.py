@@ -25,7 +25,7 @@ from hhdeploy.calibration.feeds import Feed
 from hhdeploy.calibration.qdq import Format, low_values, quantised_model, quantised_weight
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.errors import BundleError, DeviceError, require
-from hhdeploy.graph import GraphLinear
+from hhdeploy.graph import GraphLinear, open_graph
 from hhdeploy.parity import compare
 
 
@@ -213,7 +213,7 @@ def logits_sqnr(
         feeds: a few images.
         only: the sites to measure: each costs a session and a pass over the images.
     """
-    model, everything = ir.load(graph_path), frozenset(scales)
+    model, everything = open_graph(graph_path), frozenset(scales)
 
     def logits(kept: frozenset[str]) -> NDArray[np.float32]:
         graph = quantised_model(model, scales, form, classifier, kept)

@@ -32,7 +32,7 @@ from hhdeploy.calibration.scales import (
 from hhdeploy.calibration.settings import CalibrationSettings, excluded_sites
 from hhdeploy.choices import QuantisedPrecision
 from hhdeploy.errors import PlanError
-from hhdeploy.graph import GraphLinear
+from hhdeploy.graph import GraphLinear, open_graph
 
 _FP8_OPSET = 19
 
@@ -61,7 +61,7 @@ class Float32Graph:
         path, files = bundle.graph("float32"), bundle.manifest.files
         names = [name for name in (path.name, f"{path.name}.data") if name in files]
         digest = hashlib.sha256("".join(files[name] for name in names).encode()).hexdigest()
-        model, classifier = ir.load(path), bundle.manifest.backbone.classifier
+        model, classifier = open_graph(path), bundle.manifest.backbone.classifier
         return cls(path, model, find_sites(model.graph, classifier), classifier, digest)
 
 

@@ -163,12 +163,13 @@ def _slots(bundle: Bundle, options: BuildOptions) -> Range | None:
 
 def _baked(bundle: Bundle, graph: Path, scratch: Path) -> Path:
     """The graph with the bundle's bank in it, in a scratch directory."""
-    ir = require("onnx_ir", "export", "baking the bank into an engine")
+    require("onnx_ir", "export", "baking the bank into an engine")
     from hhdeploy.exporters.bake import baked
     from hhdeploy.exporters.writer import save_graph
+    from hhdeploy.graph import open_graph
 
     target = scratch / graph.name
-    save_graph(baked(ir.load(graph), bundle.bank()), target)
+    save_graph(baked(open_graph(graph), bundle.bank()), target)
     return target
 
 

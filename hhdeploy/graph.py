@@ -1,13 +1,16 @@
 """A Linear as it stands in a graph: its node, weight, bias, input and output.
 
 The tracer tags the node of every Linear with its module path. Folding, side branches and
-quantisation find their Linears by it, and change graphs through what is here.
+quantisation find their Linears by it, and change graphs through what is here. So is how a graph is
+read.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,30 @@ from hhdeploy.errors import BackboneError
 LINEAR_TAG = "hhdeploy.linear"
 # Names of the nodes of side branches start with it.
 BRANCH = "branch/"
+
+
+def open_graph(path: Path) -> ir.Model:
+    """A graph of a bundle, its weights mapped from the file beside it, or from what a link there
+    leads to.
+
+    onnx-ir takes a link, and a file of several names (`cp -al`, backups, deduplicated disks), for
+    an attack. A bundle compares this one file with its hash; others it goes on to refuse.
+    """
+    model = ir.load(path)
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        weight = value.const_value
+        if isinstance(weight, ir.ExternalTensor) and weight.location == f"{path.name}.data":
+            value.const_value = ir.ExternalTensor(
+                os.path.abspath(weight.path),  # with no folder given it is read as it is
+                weight.offset,
+                weight.length,
+                weight.dtype,
+                shape=weight.shape,
+                name=weight.name,
+                doc_string=weight.doc_string,
+                metadata_props=weight.metadata_props,
+            )
+    return model
 
 
 @dataclass(frozen=True)

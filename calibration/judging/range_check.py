@@ -104,10 +104,10 @@ def check_adapter(
     bundle.manifest.adapter(adapter)
     for package in ("onnx", "onnx_ir", "onnxruntime"):
         require(package, "calibrate", "checking ranges")
-    import onnx_ir as ir
 
     from hhdeploy.calibration.probe import range_excess
     from hhdeploy.calibration.qdq import FORMATS, find_sites
+    from hhdeploy.graph import open_graph
 
     findings_file, scales_file = calibration_files(precision)
     if not bundle.manifest.has(scales_file):
@@ -134,7 +134,7 @@ def check_adapter(
         if n in active
     }
     graph = bundle.graph("float32")
-    sites = find_sites(ir.load(graph).graph, bundle.manifest.backbone.classifier)
+    sites = find_sites(open_graph(graph).graph, bundle.manifest.backbone.classifier)
     files = spread(list_images(part_of(Path(data), adapter)).paths, images)
     excess = range_excess(
         graph,

@@ -94,15 +94,16 @@ def write_graph(
     """
     purpose = f"writing the {precision} graph for {server}"
     require("onnx", "export", purpose)
-    ir = require("onnx_ir", "export", purpose)
+    require("onnx_ir", "export", purpose)
     from hhdeploy.exporters.bake import baked
     from hhdeploy.exporters.portable.form import ADAPTERS_KEY, fixed_adapters
     from hhdeploy.exporters.writer import save_graph
+    from hhdeploy.graph import open_graph
 
     progress(f"writing the {precision} graph")
     manifest = bundle.manifest
     path = bundle.graph(precision)
-    model = ir.load(path)
+    model = open_graph(path)
     takes, gives = (
         {v.name: [n if isinstance(n, int) else n.value for n in v.shape] for v in values}
         for values in (model.graph.inputs, model.graph.outputs)

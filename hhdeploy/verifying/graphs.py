@@ -47,9 +47,10 @@ def add_typed_graph(
     bundle = read_bundle(path, Bundle.hold)
     purpose = f"making the {precision} graph of {path}"
     require("onnx", "export", purpose)
-    ir = require("onnx_ir", "export", purpose)
+    require("onnx_ir", "export", purpose)
     from hhdeploy.exporters.precision.typed import typed_model
     from hhdeploy.exporters.writer import save_graph
+    from hhdeploy.graph import open_graph
 
     low = member(TYPED, precision)
     if low is None:
@@ -60,7 +61,7 @@ def add_typed_graph(
         )
     _check_rows(bundle, precision, lambda line: None)  # said once, of the rows at the end
     progress(f"making the {precision} graph")
-    plain = ir.load(bundle.graph("float32"))
+    plain = open_graph(bundle.graph("float32"))
     if bundle.manifest.layout is None and not bundle.manifest.whole:
         ((name, adapter),) = (
             (a.name, bundle.load_adapter(a.name)) for a in bundle.manifest.adapters

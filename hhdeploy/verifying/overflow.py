@@ -33,9 +33,10 @@ def find_overflow(
 
     from hhdeploy.calibration.probe import CpuSession
     from hhdeploy.exporters.precision.overflow import watched
+    from hhdeploy.graph import open_graph
 
     path = twin.graph("float32")
-    model, peaks = watched(ir.load(path))
+    model, peaks = watched(open_graph(path))
     try:
         session = CpuSession(ir.to_proto(model).SerializeToString(), path)
     except MissingDependencyError:

@@ -255,14 +255,14 @@ def check_quantised(bundle: Bundle, quantised: Quantised, exam: Exam) -> list[st
     Raises:
         PlanError: nothing is left of an adapter.
     """
-    import onnx_ir as ir
+    from hhdeploy.graph import open_graph
 
     manifest, precision = bundle.manifest, quantised.precision
     if manifest.whole or manifest.bank_as_constant:
         return []
     if manifest.layout is None:
         (entry,) = manifest.adapters
-        adapter, model = bundle.load_adapter(entry.name), ir.load(bundle.graph("float32"))
+        adapter, model = bundle.load_adapter(entry.name), open_graph(bundle.graph("float32"))
         low = {name for name, site in quantised.sites.items() if site.quantised}
         return check_folded(entry.name, adapter, model, [precision], only=low)
     first = {q.adapter: q for q in reversed(exam.questions) if q.adapter not in (None, BACKBONE)}

@@ -16,12 +16,11 @@ def twin_of(bundle: Bundle, precision: TypedPrecision, path: Path) -> Bundle:
     """A bundle whose float32 graph is the rounding twin of a typed graph."""
     for package in ("onnx", "onnx_ir"):
         require(package, "export", f"verifying a {precision} graph (by its rounding twin)")
-    import onnx_ir as ir
-
     from hhdeploy.exporters.precision.typed import rounding_twin
     from hhdeploy.exporters.writer import save_graph
+    from hhdeploy.graph import open_graph
 
-    twin = rounding_twin(ir.load(bundle.graph(precision)))
+    twin = rounding_twin(open_graph(bundle.graph(precision)))
     save_graph(twin, path / "twin.onnx")
     files = {name: sha256_of(path / name) for name in ("twin.onnx", "twin.onnx.data")}
     held = {}

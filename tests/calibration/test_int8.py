@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random as standard
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,22 @@ def mlp(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def feeds():
     return [{"images": random(1, 5, 24, seed=seed)} for seed in range(6)]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_weights_of_several_names_are_read(mlp, feeds, tmp_path, link):
+    """onnx, which NNCF reads them with, takes a link and a file of several names for an attack."""
+    copy = tmp_path / "copy"
+    shutil.copytree(mlp.parent, copy)
+    assert (copy / f"{mlp.name}.data").exists()
+    shutil.copytree(copy, tmp_path / "linked", copy_function=link)
+    settings = CalibrationSettings(smooth_quant=None, bias_correction=False)
+    sites = find_sites(ir.load(mlp).graph, "head")
+    one, other = (
+        calibrate_int8(path, sites, feeds, settings)
+        for path in (mlp, tmp_path / "linked" / mlp.name)
+    )
+    assert one == other
 
 
 @pytest.mark.parametrize("smooth", [0.7, None])

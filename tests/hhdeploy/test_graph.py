@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from hhdeploy import verify, write_triton
 from hhdeploy.errors import BackboneError
 from hhdeploy.graph import (
     add_initializer,
     drop_unused_initializers,
     linears_at,
     linears_by_path,
+    open_graph,
 )
 from tests.exporters.synthetic import graph, linear, random, shared_twice
 from tests.parity.architectures import traced
 from tests.parity.ladder import session
 from tests.support import assert_caught, assert_parity
+from tests.workshop import copy_bundle
 
 OUT, IN = 5, 7
 W, B, NEW_W, NEW_B = random(OUT, IN), random(OUT), random(OUT, IN, seed=8), random(OUT, seed=8)
@@ -218,3 +224,32 @@ def test_a_linear_that_is_not_there():
     assert list(found) == ["proj"]
     with pytest.raises(BackboneError, match=r"no Linear blocks\.0\.attn\.qkv"):
         linears_at(found, "blocks.0.attn.qkv")
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_weights_of_several_names_are_read(small, tmp_path, link):
+    """`cp -al` and `cp -as` of a bundle, which onnx-ir takes for an attack."""
+    own = copy_bundle(small, tmp_path / "own")  # other tests read `small`
+    expected = {
+        name: value.const_value.numpy()
+        for name, value in ir.load(own / "model.onnx").graph.initializers.items()
+    }
+    shutil.copytree(own, tmp_path / "bundle", copy_function=link)
+    path = tmp_path / "bundle" / "model.onnx"
+    assert verify(path.parent, device="cpu").passed
+    found = open_graph(path).graph.initializers
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(found[name].const_value.numpy(), value), name
+    write_triton(path.parent, tmp_path / "models")
+    (path.parent / "model.onnx.data").rename(path.parent / "other.data")
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "other.data" if entry.key == "location" else entry.value
+    path.unlink()
+    onnx.save(proto, path)
+    values = [v.const_value for v in open_graph(path).graph.initializers.values()]
+    (first, *_) = (v for v in values if isinstance(v, ir.ExternalTensor))
+    with pytest.raises(ValueError, match="attack"):
+        first.numpy()
