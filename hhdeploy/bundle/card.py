@@ -293,6 +293,8 @@ const [answers] = await bundle.classify([{{ data, width, height }}], {quoted});
 console.log(answers);
 ```
 """
+    # Else processors that have bfloat16 compute in it.
+    float32 = "ov::hint::inference_precision(ov::element::f32)"
     return f"""## Use
 
 Python (`pip install 'hhdeploy[cpu]'`):
@@ -306,7 +308,7 @@ session = open_session("BUNDLE", device="cpu")
 C++ (OpenVINO; `images` is what a `preprocess.*.onnx` graph makes of a picture):
 
 ```cpp
-auto request = ov::Core().compile_model("BUNDLE/{graph}", "CPU").create_infer_request();
+auto request = ov::Core().compile_model("BUNDLE/{graph}", "CPU", {float32}).create_infer_request();
 request.set_tensor("images", images); {fed}request.infer();
 auto {output} = request.get_tensor("{output}");
 ```"""
