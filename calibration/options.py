@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
-from hhdeploy.choices import DEVICES, Device, listed, one_of, seconds, whole
+from hhdeploy.choices import DEVICES, Device, as_float, listed, one_of, seconds, whole
 from hhdeploy.errors import DataError
 from hhdeploy.files.writing import as_path
 
@@ -45,8 +45,8 @@ class CalibrationOptions:
         seconds(self.lock_timeout, "lock_timeout")
         if self.threads is not None:
             object.__setattr__(self, "threads", whole(self.threads, "threads", 1))
-        if isinstance(self.max_drop, Real):  # NumPy's cannot be written as JSON
-            object.__setattr__(self, "max_drop", float(self.max_drop))
+        if not math.isnan(drop := as_float(self.max_drop)):  # NumPy's cannot be written as JSON
+            object.__setattr__(self, "max_drop", drop)
         if self.report is not None:
             object.__setattr__(self, "report", as_path(self.report, "report"))
         if self.eval_data is not None:

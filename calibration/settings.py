@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any, Final
 
 from hhdeploy.choices import (
     QUANTISED,
     QuantisedPrecision,
+    as_float,
     as_seed,
     listed,
     one_of,
@@ -54,7 +54,7 @@ class CalibrationSettings:
         correct = yes_or_no(self.bias_correction, "bias_correction")
         object.__setattr__(self, "bias_correction", correct)
         if (alpha := self.smooth_quant) is not None:
-            if not isinstance(alpha, Real) or not 0.0 <= alpha <= 1.0:
+            if not 0.0 <= as_float(alpha) <= 1.0:
                 raise OptionError(
                     f"`smooth_quant`: expected a number from 0 to 1, or None, found {alpha!r}."
                 )

@@ -173,9 +173,10 @@ def whole(
     most: int | None = None,
     error: type[HhdeployError] = OptionError,
 ) -> int:
-    """What a user gave for a whole number of a range, NumPy's among them; else ``error``."""
+    """What a user gave for a whole number of a range, NumPy's among them; else ``error``. A switch
+    is none: Python takes True for 1."""
     try:
-        number = operator.index(cast(Any, given))
+        number = None if isinstance(given, bool) else operator.index(cast(Any, given))
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
@@ -192,8 +193,8 @@ def seconds(given: object, parameter: str) -> float:
 
 
 def as_float(given: object) -> float:
-    """NaN for what is no number; infinite where float has none so large."""
-    if not isinstance(given, Real):
+    """NaN for what is no number, as True is none; infinite where float has none so large."""
+    if isinstance(given, bool) or not isinstance(given, Real):
         return math.nan
     try:
         return float(given)

@@ -232,8 +232,10 @@ class Session:
         size = self.bundle.manifest.input_size
         if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[1:] != size:
             found = list(images.shape) if isinstance(images, np.ndarray) else type(images).__name__
+            torch = " Pass images.detach().cpu().numpy()." if hasattr(images, "detach") else ""
             raise SessionError(
                 f"images: expected float32 [batch, {size[0]}, {size[1]}, {size[2]}], found {found}."
+                f"{torch}"
             )
         if not len(images):
             raise SessionError("images: expected a batch of at least one image, found none.")

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any
 
 from hhdeploy.calibration.judging.exam import Exam
+from hhdeploy.choices import as_float
 from hhdeploy.errors import ParityError, PlanError
 
 # Sites to keep in floating point -> drop of mean top-1, in points.
@@ -64,7 +64,7 @@ def check_bound(max_drop: float, exam: Exam) -> None:
     Raises:
         PlanError: no bound, or images without true classes, or those that were calibrated on.
     """
-    if not isinstance(max_drop, Real) or not max_drop >= 0:
+    if not as_float(max_drop) >= 0:
         raise PlanError(f"`max_drop`: expected points of top-1, 0 or more, found {max_drop!r}.")
     if not exam.has_classes:
         raise PlanError(

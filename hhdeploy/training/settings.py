@@ -139,8 +139,9 @@ class TrainSettings:
             mapping(getattr(self, name), name, "names and values", SettingsError)
         # NumPy's numbers are numbers; JSON knows Python's alone.
         for name in _WHOLE:
-            with contextlib.suppress(TypeError):
-                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            if not isinstance(given := getattr(self, name), bool):
+                with contextlib.suppress(TypeError):
+                    object.__setattr__(self, name, operator.index(given))
         for name in _NUMBERS:
             if isinstance(given := getattr(self, name), np.floating):
                 object.__setattr__(self, name, float(given))
@@ -225,7 +226,7 @@ class TrainSettings:
             (self.val_fraction, number, "`val_fraction`"),
         )
         for found, (types, expected), name in rules:
-            if not isinstance(found, types):
+            if isinstance(found, bool) or not isinstance(found, types):
                 raise SettingsError(f"{name}: expected {expected}, found {found!r}.")
         try:
             json.dumps(dict(self.model_args) if self.out is not None else {})

@@ -41,6 +41,7 @@ from hhdeploy import (
 from hhdeploy.adapters.importers.template import ImportOptions
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.building import BuildOptions
+from hhdeploy.calibration.judging.guard import check_bound
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.choices import (
     PRECISIONS,
@@ -250,6 +251,38 @@ def test_what_is_meant_is_taken(tmp_path):
 def test_what_cannot_be_meant_is_refused_where_it_comes_in(ask, message):
     with pytest.raises(OptionError, match=message):
         ask()
+
+
+def alpha(bundle):
+    return bundle / "adapters" / "alpha"
+
+
+# Numbers that are given a switch, which Python takes for 1: of `smooth_quant` another calibration.
+NUMBERS = {
+    "open_session threads": lambda b, yes: open_session(b, device="cpu", threads=yes),
+    "open_session slots": lambda b, yes: open_session(b, device="cpu", slots=yes),
+    "export seed": lambda b, yes: export("x", {}, b / "o", fold=True, seed=yes),
+    "export verify_images": lambda b, yes: export("x", {}, b / "o", fold=True, verify_images=yes),
+    "add_adapter strength": lambda b, yes: add_adapter(b, "a", alpha(b), strength=yes),
+    "edit lock_timeout": lambda b, yes: edit(b, lock_timeout=yes).__enter__(),
+    "merge_adapters": lambda b, yes: merge_adapters({"a": (load_adapter(alpha(b)), yes)}),
+    "calibrate max_drop": lambda b, yes: check_bound(
+        CalibrationOptions(max_drop=yes).max_drop, None
+    ),
+    "CalibrationSettings images": lambda b, yes: CalibrationSettings(images=yes),
+    "CalibrationSettings smooth_quant": lambda b, yes: CalibrationSettings(smooth_quant=yes),
+    "ImportOptions lora_scale": lambda b, yes: ImportOptions(lora_scale=yes),
+    "Reserve max_rank": lambda b, yes: Reserve(max_rank=yes),
+    "TritonOptions max_batch": lambda b, yes: TritonOptions(max_batch=yes),
+    "TrainSettings epochs": lambda b, yes: TrainSettings("x", b, b / "o", epochs=yes).check(),
+    "TrainSettings lr": lambda b, yes: TrainSettings("x", b, b / "o", lr=yes).check(),
+}
+
+
+@pytest.mark.parametrize("entrance", NUMBERS)
+def test_a_switch_is_no_number(small, entrance):
+    with pytest.raises(HhdeployError, match=r"expected .*, found .*True\)?\."):
+        NUMBERS[entrance](small, True)
 
 
 # Everything that takes a switch without an object of options. What replaces gets a directory of

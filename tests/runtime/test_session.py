@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from PIL import Image
 
 from hhdeploy.bundle import Bundle
@@ -290,6 +291,7 @@ def test_preprocessing_is_refused_without_images_or_with_an_unknown_adapter(sess
         (np.zeros((2, 32, 32, 3), np.float32), r"found \[2, 32, 32, 3\]"),
         (np.zeros((3, 32, 32), np.float32), r"found \[3, 32, 32\]"),
         ([[1.0]], "found list"),
+        (torch.zeros(1, 3, 32, 32), r"found Tensor. Pass images.detach\(\).cpu\(\).numpy\(\)"),
         (np.zeros((0, 3, 32, 32), np.float32), "at least one image"),
         (np.zeros((2, 3, 32, 32), np.uint8), "found uint8.*session.preprocess"),
         (np.zeros((2, 3, 32, 32), np.complex64), "found complex64"),
