@@ -169,7 +169,12 @@ def pull(
         BUNDLE, locked=partial(undisturbed, lock_timeout=lock_timeout, progress=progress)
     )
     with atomic_directory(as_path(out, "out"), overwrite=overwrite, kind=kind) as scratch:
-        found = Bundle.open(_downloaded(place, progress) if isinstance(place, _Hub) else place)
+        folder = _downloaded(place, progress) if isinstance(place, _Hub) else place
+        if isinstance(place, _Hub) and not (folder / MANIFEST).exists():
+            raise BundleError(
+                f"{source} holds no bundle: {MANIFEST} was expected at its top. `push()` writes it."
+            )
+        found = Bundle.open(folder)
         progress("copying, and comparing hashes")
         _copy(found, plan_of(found), scratch)
         if public_key is not None:

@@ -62,7 +62,7 @@ class Bundle:
     """
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest = field(hash=False)
     held: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

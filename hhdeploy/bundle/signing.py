@@ -134,9 +134,25 @@ def _reading(parameter: str, key: str | Path) -> Iterator[None]:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ReadError(
             f"`{parameter}`: {key}: expected an elliptic-curve key in PEM (P-256, P-384 or P-521): "
-            f"{_first_line(error)}. Make a pair with: openssl ecparam -name prime256v1 -genkey "
-            "-noout -out key.pem; openssl ec -in key.pem -pubout -out key.pub"
+            f"{_of_key(error, parameter)}. Make a pair with: openssl ecparam -name prime256v1 "
+            "-genkey -noout -out key.pem; openssl ec -in key.pem -pubout -out key.pub"
         ) from error
+
+
+def _of_key(error: Exception, parameter: str) -> str:
+    """What is wrong with a key: model-signing says it of Python's objects, or asks back."""
+    if isinstance(error, AttributeError):  # which has no curve
+        return "this one is of another kind, such as RSA or Ed25519"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = _first_line(error)
+    if "Password was not given" in found:
+        return "this one is encrypted: pass its `password`"
+    return (
+        f"it holds no {'private' if parameter == 'key' else 'public'} key"
+        if "PEM" in found
+        else found
+    )
 
 
 def _first_line(error: Exception) -> str:

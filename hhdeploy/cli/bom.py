@@ -19,8 +19,10 @@ def command(bundle: Path, out: Path | None) -> None:
     measured. Every hash is compared first.
     """
     from hhdeploy.bundle.bom import bill_of_materials
-    from hhdeploy.files.outputs import output_file
+    from hhdeploy.files.outputs import check_output, output_file
 
+    if out is not None:
+        check_output(out)
     content = bill_of_materials(bundle)
     if out is None:
         click.echo(content.decode(), nl=False)

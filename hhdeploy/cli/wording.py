@@ -23,6 +23,7 @@ SPOKEN = {
     "batch[2]": "--max-batch",
     "batch": "--min-batch, --opt-batch, --max-batch",
     "cache=None": "--no-cache",
+    "password": "--password-file",
     "strength": "DIR@STRENGTH",
     "strengths": "--adapter NAME=DIR@STRENGTH",
     "optimization_level": "--builder-optimization-level",

@@ -151,6 +151,10 @@ def _no_bundle(path: Path) -> str:
         around = next((p for p in path.parents if (p / MANIFEST).is_file()), None)
         return found + (f" Name that: {around}" if around else " Make one with `export()`.")
     missing = f"{path} is not a bundle: {MANIFEST} was expected in it."
+    if not path.exists():
+        return f"{missing} Nothing of this name is there: make one with `export()`."
+    if inside := sorted(str(found.parent) for found in path.glob(f"*/{MANIFEST}"))[:3]:
+        return f"{missing} Name one of those that it holds: {', '.join(inside)}"
     if (path / CONFIG_FILE).is_file():
         return f"{missing} It is an adapter's directory: export a bundle with it, by `export()`."
     return f"{missing} Make one with `export()`."

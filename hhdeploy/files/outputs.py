@@ -59,10 +59,7 @@ def check_output(target: Path, what: str = "") -> None:
         WriteError: its folder is not there, it is inside of a bundle, or the file system lets
             nobody write there.
     """
-    if not is_folder(Path(os.path.realpath(target)).parent, WriteError):
-        raise WriteError(
-            f"{what}{target}: {target.parent} is not a directory. Make it first, or choose another."
-        )
+    _check_folder(target, what)
     check_outside(target)
     try:
         check_file(target)
@@ -75,8 +72,17 @@ def output_file(target: Path) -> Iterator[Path]:
     """`atomic_file` of a path that a user names.
 
     Raises:
-        WriteError: it is inside of a bundle, or the file system refused; the old file is there.
+        WriteError: its folder is not there, it is inside of a bundle, or the file system refused;
+            the old file is there.
     """
+    _check_folder(target)
     check_outside(target)
     with atomic_file(target, named=target) as scratch:
         yield scratch
+
+
+def _check_folder(target: Path, what: str = "") -> None:
+    if not is_folder(Path(os.path.realpath(target)).parent, WriteError):
+        raise WriteError(
+            f"{what}{target}: {target.parent} is not a directory. Make it first, or choose another."
+        )

@@ -150,10 +150,10 @@ def _write_error(error: OSError, target: Path) -> WriteError:
         errno.EISDIR: "Name a file in it, or choose another.",
         errno.EBUSY: "It is in use, e.g. as a mount point: choose a directory inside it.",
     }
-    hint = hints.get(error.errno or _cut_short(error), "")
+    hint = hints.get(error.errno or _cut_short(error))
     return WriteError(
-        f"Could not write {target}: {_reason(error)}. {hint} Nothing that was there before was "
-        "changed."
+        f"Could not write {target}: {_reason(error)}. {f'{hint} ' if hint else ''}Nothing that was "
+        "there before was changed."
     )
 
 

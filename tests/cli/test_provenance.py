@@ -20,7 +20,9 @@ def bundle(small, tmp_path):
 def test_signed_pushed_pulled_and_verified(bundle, tmp_path, succeed, succeed_json, refuse):
     key, public = pair(tmp_path, password="opens")
     (tmp_path / "password").write_text("opens\r\nand more")
-    assert "expected an elliptic-curve key" in refuse("sign", bundle, "--key", key)
+    refused = refuse("sign", bundle, "--key", key)
+    assert "expected an elliptic-curve key" in refused
+    assert "encrypted: pass its --password-file" in refused
     told = succeed("sign", bundle, "--key", key, "--password-file", tmp_path / "password")
     assert told == f"Wrote {bundle / SIGNATURE}\n"
     listed = succeed("push", bundle, tmp_path / "hub", "--dry-run")
@@ -48,11 +50,14 @@ def test_a_change_says_that_it_unsigns(bundle, tmp_path, call, workshop):
     assert f"{SIGNATURE} signed the bundle as it was and was removed" in result.stderr
 
 
-def test_what_a_bundle_is_made_of(bundle, tmp_path, succeed):
+def test_what_a_bundle_is_made_of(bundle, tmp_path, succeed, refuse):
     printed = succeed("bom", bundle)
     assert json.loads(printed)["bomFormat"] == "CycloneDX"
     assert succeed("bom", bundle, "--out", tmp_path / "bom.json") == f"Wrote {tmp_path}/bom.json\n"
     assert (tmp_path / "bom.json").read_text() == printed
+    assert "is not a directory. Make it first" in refuse(
+        "bom", bundle, "--out", tmp_path / "nowhere" / "bom.json"
+    )
 
 
 def test_licences_are_listed(bundle, succeed, workshop):

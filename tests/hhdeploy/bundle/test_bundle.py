@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from dataclasses import replace
 
@@ -485,6 +486,20 @@ def test_a_bundle_goes_to_another_process_and_a_session_does_not(bundle, again):
         pytest.raises(SessionError, match="cannot be copied or sent: open one in each process"),
     ):
         again(session)
+
+
+def test_a_bundle_is_a_key(bundle):
+    """It was unhashable, for the dictionaries in its manifest."""
+    assert {Bundle.open(bundle): 1}[Bundle.open(bundle).hold()] == 1
+
+
+def test_what_is_no_bundle_is_told_where_there_is_one(bundle, tmp_path):
+    copy_bundle(bundle, tmp_path / "outer" / "tasks")
+    inside = re.escape(str(tmp_path / "outer" / "tasks"))
+    with pytest.raises(BundleError, match=f"outer is not a bundle: .* that it holds: {inside}$"):
+        Bundle.open(tmp_path / "outer")
+    with pytest.raises(BundleError, match=r"nowhere is not a bundle: .* Nothing of this name is"):
+        Bundle.open(tmp_path / "nowhere")
 
 
 def test_an_edit_relies_on_the_graph_that_was_opened(bundle):

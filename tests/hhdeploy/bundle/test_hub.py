@@ -332,6 +332,9 @@ def test_a_pull_of_the_hub(bundle, tmp_path, monkeypatch):
     )  # fmt: skip
     pull("hf://me/x@v1", tmp_path / "out")
     assert contents(tmp_path / "out") == own(bundle)
+    (tmp_path / "cache" / "hhdeploy.json").unlink()
+    with pytest.raises(BundleError, match=r"^hf://me/x@v1 holds no bundle: hhdeploy\.json was"):
+        pull("hf://me/x@v1", tmp_path / "other")
 
 
 def test_without_the_package(bundle, monkeypatch):

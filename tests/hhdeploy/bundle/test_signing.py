@@ -214,17 +214,20 @@ def test_keys(signed, keys, tmp_path):
     key, public = pair(tmp_path, "secret", password="opens")
     sign(signed, key, password="opens")
     check_signature(signed, public)
-    for wrong in (None, "no"):
-        with pytest.raises(ReadError, match=r"`key`: .*elliptic-curve key in PEM"):
+    kind = r".*elliptic-curve key in PEM \(P-256, P-384 or P-521\): "
+    for wrong, words in ((None, "this one is encrypted: pass its `password`"), ("no", "Incorrect")):
+        with pytest.raises(ReadError, match=f"`key`: {kind}{words}"):
             sign(signed, key, password=wrong)
     other, other_public = pair(
         tmp_path, "rsa", rsa.generate_private_key(public_exponent=65537, key_size=1024)
     )
-    for bad in (other, keys[1], tmp_path / "nowhere"):
-        with pytest.raises(ReadError, match=r"`key`: .*elliptic-curve key in PEM"):
+    rsa_s = r"this one is of another kind, such as RSA or Ed25519\."
+    nowhere = (tmp_path / "nowhere", r"No such file or directory\.")
+    for bad, words in ((other, rsa_s), (keys[1], r"it holds no private key\."), nowhere):
+        with pytest.raises(ReadError, match=f"`key`: {kind}{words}"):
             sign(signed, bad)
-    for bad in (other_public, keys[0], tmp_path / "nowhere"):
-        with pytest.raises(ReadError, match=r"`public_key`: .*elliptic-curve key in PEM"):
+    for bad, words in ((other_public, rsa_s), (keys[0], r"it holds no public key\."), nowhere):
+        with pytest.raises(ReadError, match=f"`public_key`: {kind}{words}"):
             check_signature(signed, bad)
 
 

@@ -61,6 +61,12 @@ def no_room(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_a_file_in_a_folder_that_is_not_there(tmp_path):
+    words = r"nowhere/bom\.json: .*nowhere is not a directory\. Make it first, or choose another"
+    with pytest.raises(WriteError, match=words), output_file(tmp_path / "nowhere" / "bom.json"):
+        pass
+
+
 def test_what_cannot_be_written_is_known_before_slow_work(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(WriteError, match=r"^`report`: .*folder: Is a directory. Name a file in it"):
