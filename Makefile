@@ -59,6 +59,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.docs.page_types
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.docs
