@@ -30,6 +30,8 @@ _SEED = 0
 _SAMPLE = 4096
 # What one image's rows may move by when only another image changed, of what those rows move by.
 _SHARE = 1e-3
+# What a product calls its sides.
+_FACTORS = ("input", "other")
 
 
 def images_apart(
@@ -133,27 +135,38 @@ def _inputs(
     import torch
     from torch.overrides import TorchFunctionMode
 
-    paths: dict[int, str] = {}
+    paths: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     for linear in linears:
-        module, weight, _ = parameters_of(model, linear.path)
-        paths[id(getattr(module, weight))] = linear.path
+        module, name, _ = parameters_of(model, linear.path)
+        weight = getattr(module, name)
+        paths[_place(weight)] = paths[_place(weight.T)] = linear.path
     seen: dict[str, list[_Input]] = {}
+    linear_or_by_hand = {
+        torch.nn.functional.linear: ("input", "weight"),  # x Wᵀ, also written as x @ W.T
+        **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _FACTORS),
+        **dict.fromkeys((torch.mm, torch.Tensor.mm), ("input", "mat2")),
+    }
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
-            if func is torch.nn.functional.linear:
-                given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
-                path = paths.get(id(given["weight"]))
-                if path is not None:
-                    x = given["input"]
+            if (names := linear_or_by_hand.get(func)) is not None:
+                given = dict(zip(names, args, strict=False)) | (kwargs or {})
+                x, factor = (given.get(name) for name in names)
+                path = paths.get(_place(factor)) if isinstance(factor, torch.Tensor) else None
+                if path is not None and isinstance(x, torch.Tensor):
                     seen.setdefault(path, []).append(_Input(x.shape[0], _sample(x)))
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
         model(images)
     return seen
+
+
+def _place(matrix: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """What a weight and its views that are the same matrix (detached, transposed twice) share."""
+    return matrix.data_ptr(), matrix.shape, matrix.stride()
 
 
 def _sample(x: torch.Tensor) -> torch.Tensor:

@@ -373,6 +373,8 @@ class Reading(nn.Module):
             "as a linear": lambda: nn.functional.linear(x, w, b),
             "twice": lambda: linear(linear(x).relu()),
             "without its bias": lambda: nn.functional.linear(x, w),
+            "by hand": lambda: x @ w.T + b,
+            "by hand, joined": lambda: (torch.mm(x.flatten(0, 1), w.t()) + b).view(-1, 16, 24),
             "not transposed": lambda: x @ w,
             "and back": lambda: linear(x).relu() @ w,
             "by its norm": lambda: linear(x) / w.norm(),
@@ -391,6 +393,40 @@ def reading(how: str) -> nn.Module:
     """See `Reading`."""
     torch.manual_seed(4)
     return Reading(how)
+
+
+class Normed(nn.Linear):
+    """A Linear that normalises what it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of features [..., in]."""
+        return super().forward(nn.functional.normalize(x, dim=-1))
+
+
+class Scaled(nn.Linear):
+    """A Linear with a temperature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of features [..., in]."""
+        return super().forward(x) * 0.1
+
+
+class Renamed(nn.Linear):
+    """A Linear and no more."""
+
+
+def ending(how: str) -> nn.Module:
+    """An encoder whose classifier is a Linear of one kind or another."""
+    torch.manual_seed(4)
+    model = Encoder(images_first=True, depth=1)
+    kinds = {"normed": Normed, "scaled": Scaled, "renamed": Renamed}
+    head = kinds.get(how, nn.Linear)(48, 7)
+    if how == "hooked":
+        head.register_forward_pre_hook(lambda _, given: (given[0].tanh(),))
+    if how == "weight norm":
+        nn.utils.parametrizations.weight_norm(head)
+    model.head = head
+    return model
 
 
 class Drawing(nn.Module):

@@ -216,6 +216,45 @@ def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
     )
 
 
+def check_exchangeable(model: nn.Module, facts: BackboneFacts) -> None:
+    """An adapter's classifier, a Linear, can take the place of a model's.
+
+    Args:
+        model: in eval mode.
+        facts: of it.
+
+    Raises:
+        BackboneError: what is there computes something else than its weight and bias say, which
+            would be lost with it in a training and stay in a graph, or its weight is no parameter.
+    """
+    import torch
+
+    path = facts.classifier
+    module: Any = model.get_submodule(path)
+    weight, bias = module.weight, module.bias
+    generator = torch.Generator().manual_seed(_SEED)
+    x = torch.randn(2, module.in_features, generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x, weight, bias)
+        try:
+            found = _as_tensor(module, x, module(x))
+        except Exception:  # noqa: BLE001  (of other features: the model's own call tells)
+            found = expected
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        what = "has a weight that is computed from other parameters (weight norm)"
+    elif found.shape != expected.shape or not torch.allclose(
+        found, expected, rtol=0, atol=8 * torch.finfo(x.dtype).eps * float(expected.abs().max())
+    ):
+        what = "computes more than W x + b (a forward of its own, or hooks)"
+    else:
+        return
+    raise BackboneError(
+        f"{facts.model}: the classifier {path}, {type(module).__name__}, {what}, and an adapter's "
+        "is a torch.nn.Linear that takes its place. Have such a Linear there, and what else it "
+        "does to the features in a module in front of it."
+    )
+
+
 def _drawn(model: nn.Module, facts: BackboneFacts, seed: int = _SEED) -> Tensor:
     """Two images of random numbers."""
     import torch

@@ -21,6 +21,7 @@ from hhdeploy.adapters.directory import adapter_files
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.backbones.facts import LOGITS
+from hhdeploy.backbones.outputs import check_exchangeable
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.card import write_card
 from hhdeploy.bundle.locking import BUNDLE, Progress, undisturbed
@@ -216,6 +217,8 @@ def export(
             loaded = without_heads(loaded, progress)
         seen = backbone.facts if LOGITS in asked else backbone.facts.without_classifier()
         answering = check_contents(seen, loaded, fold, reserve, precisions)
+        if seen.classifier and (reserve.max_classes or any(a.head for a in loaded.values())):
+            check_exchangeable(backbone.model, seen)
         if verify:
             check_data(data, answering, loaded, seen)
         progress("tracing the backbone (cached for the next export)")

@@ -42,10 +42,9 @@ from hhdeploy.backbones.structure import (
     signs_sha256,
     states_transform,
 )
-from hhdeploy.backbones.timm import preprocess_of, resolved_name
+from hhdeploy.backbones.timm import resolved_name
 from hhdeploy.choices import SEEDS, whole
 from hhdeploy.errors import AdapterError
-from hhdeploy.preprocess import Preprocess
 from hhdeploy.training.beginning import (
     new_matrices,
     tensors_digest,
@@ -53,7 +52,14 @@ from hhdeploy.training.beginning import (
     trained_parts,
 )
 from hhdeploy.training.frozen import FrozenTensors, check_frozen, frozen_tensors
-from hhdeploy.training.heads import OldHead, check_place, put_head, restore_head, trained_head
+from hhdeploy.training.heads import (
+    OldHead,
+    check_head,
+    check_place,
+    put_head,
+    restore_head,
+    trained_head,
+)
 from hhdeploy.training.householder import (
     AdditiveDelta,
     Between,
@@ -69,6 +75,7 @@ from hhdeploy.training.wrapping import (
     check_places,
     check_weights,
     own_modules,
+    preprocess_stated,
     size_of_images,
 )
 
@@ -134,7 +141,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
             model, adapter or seed, or a model of inference mode. The model is then as it was.
         BackboneError: the model has not got all of its values yet; or the last Linear was taken
             for the classifier, and is none (of a new adapter, where the model runs here on images
-            of its size): `hhdeploy.export` would refuse it.
+            of its size); or the classifier computes more than a Linear.
     """
     check_bare(model)
     if hasattr(model, _STATE):
@@ -151,8 +158,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         adapter = checked_adapter(adapter)
     config = adapter.config if isinstance(adapter, Adapter) else adapter
     generator = torch.Generator().manual_seed(seed)
-    facts = _facts_of(model, config)
-    linears = facts.linears
+    linears = (facts := _facts_of(model, config)).linears
     digest = facts.sha256 or None
     signs = None if digest else facts.signs or None
     config = replace(config, base_sha256=digest, base_signs=signs)
@@ -161,6 +167,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         state.config = replace(state.config, preprocess=facts.preprocess)
     if isinstance(adapter, Adapter):
         check(Path(adapter.source).name, adapter, facts)
+        check_head(model, facts, adapter)
         matrices, parts = trained_matrices(adapter), trained_parts(adapter)
     else:
         check_targets(adapter, facts, "the new adapter")
@@ -304,22 +311,8 @@ def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
         classifier=path,
         dim=int(classifier.in_features) if path else 0,
         classes=int(classifier.out_features) if path else 0,
-        preprocess=config.preprocess or _preprocess_of(model, config),
+        preprocess=config.preprocess or preprocess_stated(model, config),
     )
-
-
-def _preprocess_of(model: nn.Module, config: AdapterConfig) -> Preprocess:
-    """The transform that a model states, as timm's do; of another one that nothing is compared
-    with."""
-    if not states_transform(model):
-        return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
-    made: dict[str, Any] = {}
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.groups == 1:
-        made["in_chans"] = first.in_channels
-    if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
-        made["img_size"] = size
-    return preprocess_of(model, {**made, **config.base_model_args})
 
 
 def _parametrize(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hhdeploy.adapters.config import AdapterConfig
+from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
-from hhdeploy.backbones.outputs import no_classifier
+from hhdeploy.backbones.outputs import check_exchangeable, no_classifier
 from hhdeploy.backbones.structure import states_classifier
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training.wrapping import evaluated, own_modules, size_of_images
@@ -40,7 +41,7 @@ def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -
 
     Raises:
         AdapterError: the model has no classifier, and the adapter is to have one.
-        BackboneError: the Linear that was taken for the classifier is none.
+        BackboneError: the Linear that was taken for the classifier is none, or computes more.
     """
     if not facts.classifier:
         if config.num_classes is None:
@@ -50,6 +51,9 @@ def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -
             "module can state which one it is, pretrained_cfg = {'classifier': 'PATH'}; an adapter "
             "without classes (num_classes None) needs none."
         )
+    if config.num_classes is not None:
+        with evaluated(model):
+            check_exchangeable(model, facts)
     size = size_of_images(model, facts, config)
     if size is None or states_classifier(model):
         return
@@ -59,6 +63,14 @@ def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -
         fault = no_classifier(model, sized)
     if fault is not None:
         raise BackboneError(fault)
+
+
+def check_head(model: nn.Module, facts: BackboneFacts, adapter: Adapter) -> None:
+    """Whether a trained adapter's classifier can take the place of the model's, if it has one.
+    Raises `BackboneError`."""
+    if adapter.head is not None:
+        with evaluated(model):
+            check_exchangeable(model, facts)
 
 
 def put_head(

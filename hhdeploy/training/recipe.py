@@ -228,7 +228,8 @@ def _trainable(backbone: Backbone, settings: TrainSettings, folder: ImageFolder)
             "classes; or state which it is, pretrained_cfg = {'classifier': 'PATH'}."
         )
     if settings.linear_probe:
-        check_place(backbone.model, facts, AdapterConfig(facts.model, preprocess=facts.preprocess))
+        made = AdapterConfig(facts.model, preprocess=facts.preprocess, num_classes=classes)
+        check_place(backbone.model, facts, made)
         return replace_classifier(backbone.model, facts.classifier, classes, seed=seed)
     check_sites(facts)
     config = AdapterConfig(

@@ -22,8 +22,10 @@ from hhdeploy.backbones.structure import (
     quantised_part,
     states_transform,
 )
+from hhdeploy.backbones.timm import preprocess_of
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.checkpoints import without_wrappers
+from hhdeploy.preprocess import Preprocess
 
 
 def check_bare(model: nn.Module) -> None:
@@ -130,6 +132,20 @@ def check_packed(
             "looks at other tokens), so that its packed weight is not one Linear, and no export "
             "can change it. Leave it out of target_modules."
         )
+
+
+def preprocess_stated(model: nn.Module, config: AdapterConfig) -> Preprocess:
+    """The transform that a model states, as timm's do; of another one that nothing is compared
+    with."""
+    if not states_transform(model):
+        return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
+    made: dict[str, Any] = {}
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.groups == 1:
+        made["in_chans"] = first.in_channels
+    if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
+        made["img_size"] = size
+    return preprocess_of(model, {**made, **config.base_model_args})
 
 
 def size_of_images(

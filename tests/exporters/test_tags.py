@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import sites_of
 from hhdeploy.errors import BackboneError
+from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import base_graph
+from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.training import attach
 from tests.parity.ladder import run, session
 from tests.support import assert_parity, images, random_adapter, tiny_spec
@@ -25,7 +28,7 @@ def reading(how: str):
 
 
 @pytest.mark.parametrize("form", ["additive", "sequential"])
-@pytest.mark.parametrize("how", ["as a linear", "twice", "without its bias"])
+@pytest.mark.parametrize("how", ["as a linear", "twice", "without its bias", "by hand"])
 def test_a_weight_that_is_used_as_a_linear_alone_is_one(how, form):
     backbone = reading(how)
     base = base_graph(backbone, None)
@@ -37,6 +40,27 @@ def test_a_weight_that_is_used_as_a_linear_alone_is_one(how, form):
     with torch.no_grad():
         expected = backbone.model(torch.from_numpy(inputs)).numpy()
     assert_parity(expected, found, "folded", "float32")
+
+
+@pytest.mark.parametrize("how", ["as a linear", "by hand", "by hand, joined"])
+def test_each_image_has_its_own_adapter_however_the_product_is_written(how):
+    """A product by hand was taken for one in which the images do not lie one after the other."""
+    backbone = reading(how)
+    base = base_graph(backbone, None)
+    adapters = {"one": random_adapter(base.facts, targets=[SITE], seed=1)}
+    plan = plan_branches(base.facts, adapters, Reserve(keep_backbone_head=True))
+    bank = np.stack(
+        [np.zeros(plan.layout.size, np.float32), plan.layout.pack("one", adapters["one"])]
+    )
+    inputs = images(3)
+    with session(branched_model(base, plan)) as runner:
+        found = run(runner, inputs, adapter_ids=np.asarray([1, 0, 1]), adapter_bank=bank)
+    with torch.no_grad():
+        bare = backbone.model(torch.from_numpy(inputs)).numpy()
+        attach(backbone.model, adapters["one"])
+        changed = backbone.model(torch.from_numpy(inputs)).numpy()
+    expected = np.stack([changed[0], bare[1], changed[2]])
+    assert_parity(expected, found, "branches", "float32")
 
 
 @pytest.mark.parametrize(

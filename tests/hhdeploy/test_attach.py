@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
+from hhdeploy import export
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import load_adapter
 from hhdeploy.backbones.structure import base_sha256, classifier_path, signs_sha256
@@ -22,7 +23,7 @@ from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach, detach, extract, save
 from hhdeploy.training.heads import linear_of, replace_module
 from hhdeploy.training.recipe import replace_classifier
-from tests.own_models import authors_vit, encoder, gated, pooled, torchvision_vit
+from tests.own_models import authors_vit, encoder, ending, gated, pooled, torchvision_vit
 from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, tiny_backbone
 
 EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -190,6 +191,41 @@ def test_a_classifier_that_an_export_would_refuse_is_refused_before_training(cla
     assert all(parameter.requires_grad for parameter in model.parameters())
     model.pretrained_cfg = {"classifier": "head"}
     attach(model, config)
+
+
+OWN_ENDINGS = {
+    "normed": r"head, Normed, computes more than W x \+ b",
+    "scaled": r"head, Scaled, computes more than W x \+ b",
+    "hooked": r"head, Linear, computes more than W x \+ b",
+    "weight norm": "a weight that is computed from other parameters",
+}
+
+
+@pytest.mark.parametrize("how", OWN_ENDINGS)
+def test_a_classifier_that_an_adapter_s_cannot_replace_is_refused(how, tmp_path):
+    """What else it did was lost in training, and stayed in the graph."""
+    config = AdapterConfig("m", target_modules=("fc1",), num_classes=3)
+    model = ending(how)
+    kept = dict(model.named_parameters())
+    with pytest.raises(BackboneError, match=OWN_ENDINGS[how]):
+        attach(model, config)
+    assert all(now is kept[name] for name, now in model.named_parameters())
+    trained = attach(ending("renamed"), config)
+    save(trained, tmp_path / "a")
+    with pytest.raises(BackboneError, match=OWN_ENDINGS[how]):
+        attach(model, load_adapter(tmp_path / "a"))
+    for fold in (True, False):
+        with pytest.raises(BackboneError, match=OWN_ENDINGS[how]):
+            export(
+                "python:tests.own_models:ending",
+                {"a": tmp_path / "a"},
+                tmp_path / "b",
+                fold=fold,
+                model_args={"how": how},
+                verify=False,
+                cache=None,
+            )
+    attach(model, replace(config, num_classes=None))
 
 
 @pytest.mark.parametrize("size", [None, (5, 9, 9)])
