@@ -5,6 +5,7 @@ Read with ``weights_only=True``: nothing is unpickled but tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,17 @@ _FORM: Form = "additive"
 _REFLECTION: Reflection = "unnormalized"
 _SITE_TENSORS = ("u", "v", "d", "lora_A", "lora_B")
 
+# LoRA's pair as modules have it; and what kohya's scripts and LyCORIS call it, and put before a
+# module's path.
+_AS_MODULE = re.compile(r"\.(lora_[AB])\.weight$")
+_DOWN_UP = re.compile(r"(?P<owner>.+)\.(?:(?P<name>lora_down|lora_up)\.weight|alpha)")
+_STARTS = ("", "lora_unet_", "lycoris_")
+
+_ALPHA = (
+    " Beside lora_A nobody knows what alpha means: give alpha / r, if it is that, as `lora_scale`, "
+    "and drop the key with `key_map`."
+)
+
 # What to do with keys that are not known.
 _OTHER_KEYS = (
     " A common start of your own is stripped with `prefix`; other names of such tensors are said "
@@ -60,7 +72,13 @@ def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapte
     read = bare_keys(tensors, options.prefix, path)
     if options.key_map is not None:
         read = mapped(read, options.key_map, path)
-    return _noted(_converted(read, path, backbone, options), notes)
+    read, scaled = _plain_lora(read, path, backbone, options)
+    if scaled and options.lora_scale != 1.0:
+        raise AdapterError(
+            f"{path}: `lora_scale`: expected none, found {options.lora_scale}: the file holds "
+            "LoRA's alpha, and alpha / r is applied."
+        )
+    return _noted(_converted(read, path, backbone, options, scaled=scaled), notes)
 
 
 def _noted(adapter: Adapter, notes: Sequence[str]) -> Adapter:
@@ -73,8 +91,64 @@ def _noted(adapter: Adapter, notes: Sequence[str]) -> Adapter:
     return replace(adapter, config=replace(adapter.config, extra=extra))
 
 
-def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Adapter:
-    """The adapter of a file's tensors: of the authors' own kinds, or by sites."""
+def _plain_lora(
+    read: Tensors, path: Path, backbone: Backbone, options: ImportOptions
+) -> tuple[Tensors, bool]:
+    """LoRA's pairs by SITE.lora_A and .lora_B where they are modules (``lora_A.weight``) or called
+    as kohya's scripts and LyCORIS do (``lora_down.weight``, ``alpha``); other keys as they are.
+
+    Of the latter two alpha / r is what is meant, and lora_B is multiplied by it; they write
+    modules' paths with ``_`` for dots.
+
+    Returns:
+        The tensors, and whether they are multiplied.
+
+    Raises:
+        AdapterError: half of a pair, no number for alpha, or some modules without theirs.
+    """
+    if advice_on_peft([options.prefix + key for key in read]):
+        return read, False
+    groups: dict[str, Tensors] = {}
+    for key, tensor in read.items():
+        if (found := _DOWN_UP.fullmatch(key)) is not None:
+            groups.setdefault(found["owner"], {})[found["name"] or "alpha"] = tensor
+    if not any("lora_down" in group or "lora_up" in group for group in groups.values()):
+        renamed = {_AS_MODULE.sub(r".\1", key): tensor for key, tensor in read.items()}
+        return (renamed if len(renamed) == len(read) else read), False
+    result = {key: tensor for key, tensor in read.items() if not _DOWN_UP.fullmatch(key)}
+    flat = {
+        start + name.replace(".", "_"): name
+        for linear in backbone.facts.linears
+        for name in (linear.path, *(site.name for site in linear.sites))
+        for start in _STARTS
+    }
+    with_alpha = [owner for owner, group in groups.items() if "alpha" in group]
+    for owner, group in groups.items():
+        expected = {"lora_down", "lora_up", *(("alpha",) if with_alpha else ())}
+        if set(group) != expected:
+            raise AdapterError(
+                f"{path}: {owner}: expected {', '.join(sorted(expected))}, as other modules of the "
+                f"file have, found {', '.join(sorted(group))}."
+            )
+        down, up = group["lora_down"], group["lora_up"].astype(np.float64)
+        if with_alpha:
+            alpha = group["alpha"]
+            if alpha.size != 1 or not np.isfinite(alpha).all() or not alpha.any() or not len(down):
+                raise AdapterError(
+                    f"{path}: {owner}.alpha: expected one number that is not 0, found "
+                    f"{alpha.tolist()}."
+                )
+            up = up * (float(alpha.reshape(())) / len(down))
+        site = flat.get(owner, owner)
+        result |= {f"{site}.lora_A": down, f"{site}.lora_B": up}
+    return result, bool(with_alpha)
+
+
+def _converted(
+    read: Tensors, path: Path, backbone: Backbone, options: ImportOptions, *, scaled: bool
+) -> Adapter:
+    """The adapter of a file's tensors: of the authors' own kinds, or by sites. ``scaled``: the
+    file said LoRA's alpha / r."""
     for belongs, import_file in ((is_rlrr, import_rlrr), (is_arc, import_arc)):
         if belongs(read):
             return import_file(read, path, backbone, options)
@@ -99,7 +173,7 @@ def _converted(read: Tensors, path: Path, backbone: Backbone, options: ImportOpt
         form=options.form or _FORM,
         reflection=options.reflection or _REFLECTION,
         r=max((t.shape[0] for n, t in result.items() if n.endswith(".lora_A")), default=0),
-        extra={"imported_from": {"format": "torch.save", **_said(tensors, options)}},
+        extra={"imported_from": {"format": "torch.save", **_said(tensors, options, scaled)}},
     )
     stated = stated_preprocess(path.parent, backbone, options)
     return finish(result, config, path, backbone, options, stated)
@@ -130,14 +204,14 @@ def _thirds(linear: LinearSpec, a: NDArray[Any], b: NDArray[Any], file: Path) ->
     }
 
 
-def _said(tensors: Tensors, options: ImportOptions) -> dict[str, Any]:
+def _said(tensors: Tensors, options: ImportOptions, scaled: bool) -> dict[str, Any]:
     """What LoRA's products were multiplied by, and what the file does not say: that, but of HTA's,
     which are whole beside u and v; and what u and v mean."""
     bare = [
         n for n in tensors if n.endswith(".lora_B") and f"{n[: -len('lora_B')]}u" not in tensors
     ]
     assumed = []
-    if bare and options.lora_scale == 1.0:
+    if bare and options.lora_scale == 1.0 and not scaled:
         assumed.append(
             f"{abbreviate(bare, 1)} is taken as it is: the file does not hold LoRA's alpha / r. "
             "Where that is not 1, give it as the lora scale"
@@ -151,7 +225,8 @@ def _said(tensors: Tensors, options: ImportOptions) -> dict[str, Any]:
             ": the file does not say. Where it was trained otherwise, give these; where it acts on "
             "rows, as the paper writes it, a key map"
         )
-    return {"lora_scale": options.lora_scale, **({"assumed": assumed} if assumed else {})}
+    scale = {} if scaled else {"lora_scale": options.lora_scale}
+    return {**scale, **({"assumed": assumed} if assumed else {})}
 
 
 def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: ImportOptions) -> Tensors:
@@ -163,6 +238,7 @@ def _site_tensors(read: Tensors, path: Path, backbone: Backbone, options: Import
             raise AdapterError(
                 f"{path}: unknown tensor key {key!r}. Expected <site>.u, .v, .d, .lora_A or "
                 f".lora_B, and the classifier's ({', '.join(head_keys(backbone))})."
+                + (_ALPHA if f"{key.removesuffix('.alpha')}.lora_A" in read else "")
                 + _advice([options.prefix + key for key in read])
             )
         scaled = last == "lora_B" and options.lora_scale != 1.0

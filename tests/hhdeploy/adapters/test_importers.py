@@ -650,6 +650,79 @@ def test_lora_of_a_fused_qkv_in_a_pth_file_is_split(tmp_path, tiny):
         assert np.array_equal(site.lora_A, a.numpy())
 
 
+def kohyas(start, dots, alpha=3.0, names=("lora_down", "lora_up")):
+    """LoRA of two Linears, one of them fused, as kohya's scripts and LyCORIS write it."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for path, out in (("blocks.0.attn.qkv", 144), ("blocks.1.mlp.fc2", 48)):
+        owner = start + (path if dots else path.replace(".", "_"))
+        width = 192 if path.endswith("fc2") else 48
+        state[f"{owner}.{names[0]}.weight"] = torch.randn(2, width, generator=generator)
+        state[f"{owner}.{names[1]}.weight"] = torch.randn(out, 2, generator=generator)
+        if alpha is not None:
+            state[f"{owner}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+@pytest.mark.parametrize("entry", [None, "state_dict"])
+@pytest.mark.parametrize(
+    ("start", "dots", "prefix"),
+    [
+        *(("lycoris_", False, ""), ("lora_unet_", False, ""), ("", False, ""), ("", True, "")),
+        *(("own_", False, "own_"), ("net.", True, "")),
+    ],
+)
+def test_kohyas_lora_says_its_alpha(tmp_path, tiny, start, dots, prefix, entry):
+    state = kohyas(start, dots)
+    torch.save(state if entry is None else {entry: state}, tmp_path / "a.pth")
+    found = import_adapter(tmp_path / "a.pth", tiny, ImportOptions(prefix=prefix))
+    ups = [t.numpy() for key, t in state.items() if "lora_up" in key]
+    qkv = [found.sites[f"blocks.0.attn.qkv.{part}"].lora_B for part in "qkv"]
+    assert np.array_equal(np.concatenate(qkv), ups[0] * np.float32(1.5))
+    assert np.array_equal(found.sites["blocks.1.mlp.fc2"].lora_B, ups[1] * np.float32(1.5))
+    assert len(found.sites) == 4
+    assert not {"assumed", "lora_scale"} & set(found.config.extra["imported_from"])
+
+
+@pytest.mark.parametrize("names", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_loras_modules_without_an_alpha_are_taken_as_they_are(tmp_path, tiny, names):
+    state = kohyas("", True, alpha=None, names=names)
+    torch.save(state, tmp_path / "a.pth")
+    found = import_adapter(tmp_path / "a.pth", tiny)
+    up = state[f"blocks.1.mlp.fc2.{names[1]}.weight"].numpy()
+    assert np.array_equal(found.sites["blocks.1.mlp.fc2"].lora_B, up)
+    (line,) = found.config.extra["imported_from"]["assumed"]
+    assert "is taken as it is: the file does not hold LoRA's alpha / r" in line
+
+
+FC2 = "blocks_1_mlp_fc2"
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda s: s.pop(f"{FC2}.alpha"), {}, r"expected alpha, lora_down, lora_up, .*found lora"),
+        (lambda s: s.pop(f"{FC2}.lora_up.weight"), {}, "found alpha, lora_down"),
+        (lambda s: s.update({f"{FC2}.alpha": torch.tensor(0.0)}), {}, "one number that is not 0"),
+        (lambda s: s.update({f"{FC2}.alpha": torch.ones(2)}), {}, r"found \[1.0, 1.0\]"),
+        (lambda s: s.update({f"{FC2}.dora_scale": torch.ones(48, 1)}), {}, "unknown tensor key"),
+        (lambda s: None, {"lora_scale": 2.0}, "`lora_scale`: expected none, found 2.0: the file"),
+    ],
+)
+def test_kohyas_lora_that_is_not_whole_is_refused(tmp_path, tiny, change, options, message):
+    state = kohyas("", False)
+    change(state)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(AdapterError, match=message):
+        import_adapter(tmp_path / "a.pth", tiny, ImportOptions(**options))
+
+
+def test_an_alpha_of_other_lora_is_no_kohyas(tmp_path, tiny):
+    torch.save(kohyas("", True, names=("lora_A", "lora_B")), tmp_path / "a.pth")
+    with pytest.raises(AdapterError, match=r"alpha'.*Beside lora_A nobody knows .*`lora_scale`"):
+        import_adapter(tmp_path / "a.pth", tiny)
+
+
 _QKV = "blocks.1.attn.qkv"
 
 
