@@ -105,7 +105,7 @@ def write_graph(
     path = bundle.graph(precision)
     model = open_graph(path)
     takes, gives = (
-        {v.name: [n if isinstance(n, int) else n.value for n in v.shape] for v in values}
+        {str(v.name): [n if isinstance(n, int) else n.value for n in v.shape or ()] for v in values}
         for values in (model.graph.inputs, model.graph.outputs)
     )
     check_tensors(path, takes, gives, manifest)
