@@ -62,23 +62,39 @@ class FrozenTensors:
     Attributes:
         tensors: what the adapter does not hold.
         trained: what it holds.
+        unstored: buffers of no state dict, which the adapter does not hold either. They may go, or
+            get another shape: caches do, and are made again.
+        shapes: of those.
     """
 
     tensors: Mapping[str, FrozenTensor] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
+    unstored: Mapping[str, FrozenTensor] = field(default_factory=dict)
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
 
 
 def frozen_tensors(model: nn.Module) -> FrozenTensors:
-    """Every parameter that requires no gradient, and every buffer that a state dict has."""
+    """Every parameter that requires no gradient, and every buffer."""
     # Under all its names: modules may share one.
     named = model.named_parameters(remove_duplicate=False)
     trained = frozenset(name for name, parameter in named if parameter.requires_grad)
-    tensors = {
-        name: FrozenTensor(tensor.dtype, _sha256(tensor), _finite_sketch(tensor))
-        for name, tensor in model.state_dict().items()
-        if name not in trained and not tensor.is_meta
-    }
-    return FrozenTensors(tensors, trained)
+    stored = model.state_dict()
+    others = {name: b for name, b in _buffers(model).items() if name not in stored}
+    tensors, unstored = (
+        {
+            name: FrozenTensor(tensor.dtype, _sha256(tensor), _finite_sketch(tensor))
+            for name, tensor in found.items()
+            if name not in trained and not tensor.is_meta
+        }
+        for found in (stored, others)
+    )
+    shapes = {name: others[name].shape for name in unstored}
+    return FrozenTensors(tensors, trained, unstored, shapes)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    named = model.named_buffers(remove_duplicate=False)
+    return {without_wrappers(name): buffer for name, buffer in named}
 
 
 def check_frozen(model: nn.Module, before: FrozenTensors, classifier: str, *, own: bool) -> None:
@@ -111,14 +127,18 @@ def check_frozen(model: nn.Module, before: FrozenTensors, classifier: str, *, ow
             "would not answer as this model does. What is for the training alone (another loss) "
             "take off the model, or freeze, and save again."
         )
-    changed = [n for n, frozen in before.tensors.items() if n in now and not frozen.holds(now[n])]
+    buffers = {n: b for n, b in _buffers(model).items() if before.shapes.get(n) == b.shape}
+    now = {**buffers, **now}
+    frozen_ones = {**before.unstored, **before.tensors}
+    changed = [n for n, frozen in frozen_ones.items() if n in now and not frozen.holds(now[n])]
     if changed:
         raise AdapterError(
-            f"{changed[0]} is no more what it was when the adapter was attached (of {count} "
-            f"frozen tensors {len(changed)} have changed). The adapter does not hold it, so a "
-            "bundle would not answer as this model does. Statistics of BatchNorm change in "
-            "training mode: call eval() on those modules after every model.train(). Weights: give "
-            "the optimizer, or what averages them, the parameters that require gradients alone."
+            f"{changed[0]} is no more what it was when the adapter was attached (of "
+            f"{len(frozen_ones)} frozen tensors {len(changed)} have changed). The adapter does not "
+            "hold it, so a bundle would not answer as this model does. Statistics of BatchNorm "
+            "change in training mode: call eval() on those modules after every model.train(). "
+            "Weights: give the optimizer, or what averages them, the parameters that require "
+            "gradients alone."
         )
 
 

@@ -83,6 +83,30 @@ def test_statistics_that_moved_are_held_by_no_adapter(tmp_path):
     save(model, tmp_path / "a")
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_moved_is_held_by_no_adapter(persistent):
+    """One that no state dict has is as little in the adapter, and as much in the answers."""
+    model = Stem()
+    model.stem.register_buffer("seen", torch.ones(24), persistent=persistent)
+    attach(model, STEM_S)
+    extract(model)
+    model.stem.seen += 0.5
+    with pytest.raises(AdapterError, match=r"stem\.seen is no more what it was"):
+        extract(model)
+    model.stem.seen -= 0.5
+    extract(deepcopy(model).half())
+
+
+def test_a_cache_may_go_or_be_of_another_size():
+    model = Stem()
+    model.stem.register_buffer("cache", torch.ones(24), persistent=False)
+    attach(model, STEM_S)
+    model.stem.cache = torch.ones(48)
+    extract(model)
+    del model.stem.cache
+    extract(model)
+
+
 def test_weights_that_were_trained_too_are_held_by_no_adapter(tmp_path):
     model = on_a_stem().eval()
     step(model)  # what is the adapter's may change
