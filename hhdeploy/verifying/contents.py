@@ -8,6 +8,7 @@ manifest, whose mean, or labels, a graph states too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,12 +89,21 @@ def _check_stated(bundle: Bundle, graph: Path, stated: Mapping[str, str]) -> Non
     from hhdeploy.exporters.portable.form import described
 
     for key, expected in described(bundle.manifest).items():
-        if key in _DECISIVE and (found := stated.get(key, expected)) != expected:
+        found = stated.get(key, expected)
+        if key in _DECISIVE and _read(found) != _read(expected):
             raise BundleError(
                 f"{bundle.path / MANIFEST}: {key}: expected {found}, as {graph.name} says, found "
                 f"{expected}: the manifest is not the one that was written. Copy or export the "
                 "bundle again."
             )
+
+
+def _read(stated: str) -> object:
+    """What JSON holds, in which 1 and 1.0 are one number; other text as it is."""
+    try:
+        return json.loads(stated)
+    except ValueError:
+        return stated
 
 
 def _not_rounded(plain: ir.Graph, typed: ir.Graph, precision: TypedPrecision) -> Iterator[str]:

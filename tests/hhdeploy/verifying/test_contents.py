@@ -156,3 +156,19 @@ def test_a_manifest_that_the_graph_contradicts(request, workshop, tmp_path, whic
         BundleError, match=rf"hhdeploy.json: {key}: expected .*, as model.onnx says"
     ):
         verify(bundle)
+
+
+def test_one_is_one_in_both(small, tmp_path):
+    """A transform's numbers may be integers where it was read from, as image_std is."""
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    preprocess = replace(manifest.backbone.preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    backbone = replace(manifest.backbone, preprocess=preprocess)
+    model = ir.load(bundle / "model.onnx")
+    model.metadata_props.update(mean="[0, 0, 0]", std="[1, 1, 1]")
+    save_graph(model, bundle / "planted.onnx")
+    rename_weights(bundle / "planted.onnx", "model.onnx.data")
+    (bundle / "planted.onnx").replace(bundle / "model.onnx")
+    write_manifest(bundle, replace(manifest, backbone=backbone))
+    made_right(bundle)
+    check_contents(Bundle.open(bundle), None)
