@@ -169,6 +169,16 @@ def _parameters_in(mark: str) -> list[str]:
     return [*names, *(k.arg for k in code.keywords if k.arg is not None)]
 
 
+def first_line(error: Exception) -> str:
+    """What another package's error says, as a part of a sentence: its first line, and the second
+    where the first ends with a colon, without the full stop; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    said = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said.rstrip(".")
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import ``module`` or raise `MissingDependencyError` with the pip line that brings it."""
     without_telemetry()

@@ -19,13 +19,11 @@ from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.store import Progress, settled
 from hhdeploy.choices import listener, text
-from hhdeploy.errors import BundleError, ReadError, require
+from hhdeploy.errors import BundleError, ReadError, first_line, require
 from hhdeploy.files.plain import read_few, read_plain
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import atomic_file
 
-# Of a key in PEM.
-_MOST_KEY = 1 << 20
 _IGNORED = (SIGNATURE, LOCK)
 
 
@@ -106,7 +104,7 @@ def check_signature(path: str | Path, public_key: str | Path) -> None:
     except Exception as error:
         raise BundleError(
             f"{path} is not what was signed with the key of {public_key}: "
-            f"{_first_line(error)}. Get the bundle again from whoever signed it, or compare it "
+            f"{first_line(error)}. Get the bundle again from whoever signed it, or compare it "
             "with the right key."
         ) from error
 
@@ -123,7 +121,7 @@ def _hashing(library: Any) -> Any:
 def _check_size(key: Path) -> None:
     """Raises `OSError` for a key that cannot be read, or is none: it would be read without end."""
     if not key.is_fifo():  # which gives its content once
-        read_few(key, _MOST_KEY)
+        read_few(key)
 
 
 @contextlib.contextmanager
@@ -145,7 +143,7 @@ def _of_key(error: Exception, parameter: str) -> str:
         return "this one is of another kind, such as RSA or Ed25519"
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    found = _first_line(error)
+    found = first_line(error)
     if "Password was not given" in found:
         return "this one is encrypted: pass its `password`"
     return (
@@ -153,11 +151,6 @@ def _of_key(error: Exception, parameter: str) -> str:
         if "PEM" in found
         else found
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _check_strangers(bundle: Bundle) -> None:

@@ -8,9 +8,6 @@ import click
 
 from hhdeploy.cli import ui
 
-# Of a password's file.
-_MOST_BYTES = 1 << 20
-
 
 @click.command()
 @click.argument("bundle", type=ui.SOURCE)
@@ -39,7 +36,7 @@ def command(bundle: Path, key: Path, password_file: Path | None, lock_timeout: f
     password = None
     if password_file is not None:
         try:
-            text = read_few(password_file, _MOST_BYTES).decode()
+            text = read_few(password_file).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise ReadError(
                 f"{password_file}: expected a text whose first line is the key's password: {error}."

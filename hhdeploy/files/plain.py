@@ -15,6 +15,9 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# Bytes of a key, a chain of certificates, a password or a list of tokens: far more than one has.
+_FEW = 1 << 20
+
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "it is a directory"),
     (stat.S_ISFIFO, errno.EINVAL, "it is a pipe"),
@@ -93,12 +96,12 @@ def read_plain(path: Path) -> bytes:
         return stream.read()
 
 
-def read_few(path: Path, most: int, *, plain: bool = False) -> bytes:
+def read_few(path: Path, most: int = _FEW, *, plain: bool = False) -> bytes:
     """The content of a file that holds little: a key, a token, a list.
 
     Args:
         path: a pipe is waited for, as it is what a shell makes of ``<(command)``.
-        most: bytes that it may hold; no more of it are read than one.
+        most: bytes that it may hold; at most one byte more is read.
         plain: take a plain file alone, for who must not be kept waiting.
 
     Raises:

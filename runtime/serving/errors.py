@@ -23,6 +23,10 @@ from typing import ClassVar
 
 from hhdeploy.errors import HhdeployError
 
+# Of an error's text, which may quote an adapter's configuration. Over gRPC it travels in a header,
+# and clients take 8 KiB of all headers together.
+_MOST_TEXT = 4000
+
 
 class RequestError(HhdeployError):
     """A request that is wrong; the message says what was expected and what was found."""
@@ -43,6 +47,16 @@ def shown(value: object) -> str:
     """What a message quotes of a request: never long, never control characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def shortened(text: str) -> str:
+    """An error's text as a client is told it: at most 4,000 characters."""
+    return text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 3]}..."
+
+
+def internal_error(whose: str = "server") -> FailedError:
+    """A bug, as a client is told of it; ``whose`` log has its traceback."""
+    return FailedError(f"internal error; the {whose}'s log has more.")
 
 
 class NotFoundError(RequestError):

@@ -24,7 +24,7 @@ from hhdeploy.adapters.importers.keys import PEFT_MODEL
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array, logit_change, logit_range
 from hhdeploy.backbones.spec import seeded
-from hhdeploy.errors import AdapterError, require
+from hhdeploy.errors import AdapterError, first_line, require
 from hhdeploy.parity import PEFT_MERGE_BOUND
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _loaded(
     except Exception as error:
         raise AdapterError(
             f"{where}: PEFT {peft.__version__} cannot put this {config['peft_type']} adapter on "
-            f"the model: {_first_line(error)}. Does it belong to this model, with these names? A "
+            f"the model: {first_line(error)}. Does it belong to this model, with these names? A "
             "checkpoint that has it merged comes in too: `extract_adapter()`."
         ) from error
     _compare(own, tensors, config, where)
@@ -222,9 +222,7 @@ def _loaded(
     try:
         peft.set_peft_model_state_dict(tuned, state)
     except Exception as error:
-        raise AdapterError(
-            f"{where}: PEFT cannot load the tensors: {_first_line(error)}"
-        ) from error
+        raise AdapterError(f"{where}: PEFT cannot load the tensors: {first_line(error)}") from error
     return tuned
 
 
@@ -384,12 +382,7 @@ def _attempt(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:
-        raise _UnfitError(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+        raise _UnfitError(first_line(error)) from error
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from hhdeploy.backbones.weights import (
     read_state,
     state_of,
 )
-from hhdeploy.errors import BackboneError, require
+from hhdeploy.errors import BackboneError, first_line, require
 from hhdeploy.files.bundle_json import CONFIG_FILE
 from hhdeploy.files.plain import what_instead
 from hhdeploy.files.weights import files_of, weights_in
@@ -202,7 +202,7 @@ def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # of whatever it makes of values that are none
         raise BackboneError(
-            f"transformers:{where} has no configuration that can be read: {_first_line(error)} "
+            f"transformers:{where} has no configuration that can be read: {first_line(error)}. "
             "Expected a directory with config.json, or an id of the hub; code that comes with a "
             "model is never run."
         ) from error
@@ -296,8 +296,10 @@ def _in_the_way(spec: BackboneSpec, where: str, error: Exception) -> str:
         for file in filter(Path.is_file, files):
             if instead := what_instead(file):
                 return f"{file.name}: {instead}."
-    reason = "a file of weights ends early" if isinstance(error, EOFError) else _first_line(error)
-    return reason.partition(". ")[0] if isinstance(error, pickle.UnpicklingError) else reason
+    reason = "a file of weights ends early" if isinstance(error, EOFError) else first_line(error)
+    if isinstance(error, pickle.UnpicklingError):
+        reason = reason.partition(". ")[0]
+    return f"{reason}."
 
 
 def _class(transformers: Any, config: Any, classifies: bool) -> Any:
@@ -375,10 +377,3 @@ def _in_blocks(keys: Iterable[str], model: nn.Module) -> list[str]:
         if any(start in modules for start in starts) and not derived(key):
             found.append(key)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[0].endswith(":"):  # of what, which the next one says
-        return f"{lines[0]} {lines[1].strip()}"
-    return lines[0] if lines else type(error).__name__

@@ -17,8 +17,6 @@ from hhdeploy.errors import PlanError
 from hhdeploy.files.plain import read_few
 from hhdeploy.runtime.serving.settings import ServeSettings
 
-# Of a chain, or a key: some hundred certificates.
-_MOST_BYTES = 1 << 20
 _BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----")
 
 _LOG = logging.getLogger("hhdeploy.serve")
@@ -121,7 +119,7 @@ def _as_it_is(path: Path, plain: bool) -> Iterator[str]:
         return
     descriptor = os.memfd_create("hhdeploy-tls")
     with open(descriptor, "wb", buffering=0) as copy:
-        copy.write(read_few(path, _MOST_BYTES, plain=plain))
+        copy.write(read_few(path, plain=plain))
         yield f"/proc/self/fd/{descriptor}"
 
 

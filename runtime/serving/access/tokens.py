@@ -23,8 +23,6 @@ _LOG = logging.getLogger("hhdeploy.serve")
 _TOKEN = re.compile(r"[\x21-\x7e]{16,1024}")
 # One a client, and an old one beside a new one while they change.
 _MOST_TOKENS = 64
-# Of a file of them, with room for spaces.
-_MOST_BYTES = 1 << 20
 
 
 class Access:
@@ -110,7 +108,7 @@ def _tokens(path: Path, name: str, most: int, plain: bool) -> tuple[str, ...]:
     """
     try:
         # Editors of Windows put a mark before the first line, which is no part of the token.
-        lines = read_few(path, _MOST_BYTES, plain=plain).decode("utf-8-sig").strip().split("\n")
+        lines = read_few(path, plain=plain).decode("utf-8-sig").strip().split("\n")
         readable = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{name}: {path} cannot be read: {error}") from error

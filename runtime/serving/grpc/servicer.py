@@ -6,8 +6,8 @@
     RepositoryIndex
     RepositoryModelLoad RepositoryModelUnload    with --allow-adapter-loading and the token only
 
-The messages are those that tritonclient carries. What calls the methods, and how bytes become
-messages, is another's business: `grpc_server` here, `ray_app` on several replicas.
+The messages are those that tritonclient carries. Others call the methods and make messages of
+bytes: `grpc.server` in one process, `ray.grpc` for several replicas.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from hhdeploy.runtime.serving.errors import (
     RequestError,
     StoppingError,
     UnauthorizedError,
+    internal_error,
+    shortened,
 )
 from hhdeploy.runtime.serving.fleet.uploads import check_unload, read_upload
 from hhdeploy.runtime.serving.grpc.codec import write_response
@@ -45,8 +47,6 @@ from hhdeploy.runtime.serving.processes.parsing import Parser
 from hhdeploy.runtime.serving.tracing import Tracing
 
 _LOG = logging.getLogger("hhdeploy.serve.grpc")
-# An error's text travels in a header, and clients take 8 KiB of all headers together.
-_MOST_DETAILS = 4000
 # What is no client's fault.
 _OURS = frozenset({"INTERNAL", "UNAVAILABLE"})
 
@@ -310,7 +310,7 @@ class Servicer:
                     asked.said |= {"code": FailedError.code, "reason": "internal error"}
                     extra = {"method": method, "request_id": asked.id}
                     _LOG.exception("request failed", extra=extra)
-                    raise FailedError("internal error; the server's log has more.") from error
+                    raise internal_error() from error
                 finally:
                     traced["rpc.response.status_code"] = str(asked.said["code"])
                     if asked.said["code"] in _OURS:
@@ -336,7 +336,7 @@ def _parameters_of(request: Any) -> dict[str, Any]:
 
 def _details(error: RequestError) -> str:
     """In ASCII: whatever a request or a file's name made us quote can be written."""
-    return _writable(str(error), "ascii")[:_MOST_DETAILS]
+    return shortened(_writable(str(error), "ascii"))
 
 
 def _writable(text: str, encoding: str) -> str:

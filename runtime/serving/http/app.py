@@ -32,9 +32,10 @@ from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint, model_config, server_metadata
 from hhdeploy.runtime.serving.errors import (
     BusyError,
-    FailedError,
     NotFoundError,
     RequestError,
+    internal_error,
+    shortened,
 )
 from hhdeploy.runtime.serving.fleet.uploads import check_unload, read_upload
 from hhdeploy.runtime.serving.http.arrival import Bodies
@@ -61,8 +62,6 @@ _LOG = logging.getLogger("hhdeploy.serve.http")
 _REQUEST_ID, _HEADER_LENGTH = REQUEST_ID.encode(), HEADER_LENGTH.encode()
 # Of a request that says little, e.g. to unload an adapter.
 _SMALL_BYTES = 1 << 20
-# Of an error's text, which may quote an adapter's configuration.
-_MOST_TEXT = 4000
 
 
 def http_app(endpoint: Endpoint, access: Access) -> Starlette:
@@ -271,7 +270,7 @@ class _Guard:
         except Exception:  # noqa: BLE001 - a bug: logged, and the client is told so
             _LOG.exception("request failed", extra=asked.said | {"request_id": asked.id})
             asked.said["reason"] = "internal error"
-            return error_response(FailedError("internal error; the server's log has more."))
+            return error_response(internal_error())
 
 
 class _Guarded:
@@ -305,10 +304,7 @@ def _asked(request: Request) -> Asked:
 def error_response(error: HhdeployError) -> Response:
     """``{"error": message}`` with the status that says the same."""
     status = error.status if isinstance(error, RequestError) else 400
-    text = str(error)
-    if len(text) > _MOST_TEXT:
-        text = f"{text[: _MOST_TEXT - 3]}..."
-    response = _json({"error": text}, status)
+    response = _json({"error": shortened(str(error))}, status)
     if status == 429:
         response.headers["retry-after"] = "1"
     if status == 401:

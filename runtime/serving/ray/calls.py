@@ -16,7 +16,7 @@ from ray.serve.exceptions import (
 )
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.errors import BusyError, FailedError, StoppingError
+from hhdeploy.runtime.serving.errors import BusyError, StoppingError, internal_error
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
 # How a replica that died, or a machine that cannot be reached, looks to who called it.
@@ -63,7 +63,7 @@ def own_error(error: RayTaskError) -> HhdeployError:
         # A copy: Ray's error holds its cause, and is the context in which this is raised.
         return copy.copy(cause)
     _LOG.error("a replica failed", exc_info=error)
-    return FailedError("internal error; the replica's log has more.")
+    return internal_error("replica")
 
 
 def answered(answers: Sequence[Any]) -> list[Any]:
