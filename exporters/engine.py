@@ -7,7 +7,6 @@ strongly typed: the precision is in the graph, there are no precision flags.
 from __future__ import annotations
 
 import gc
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hhdeploy.bundle.engines import sm_number
 from hhdeploy.bundle.manifest import Range
 from hhdeploy.choices import Precision, TensorRt, listed, whole, yes_or_no
 from hhdeploy.errors import EngineError, OptionError, PlanError
@@ -122,7 +122,7 @@ def check_build_options(backend: TensorRt, precision: Precision, options: BuildO
             if given_flag:
                 raise OptionError(f"{name} has no effect in TensorRT-RTX: {why}. Leave it out.")
     if precision == "fp8":
-        old = [a for a in options.architectures if _number(a) < _OLDEST_FP8]
+        old = [a for a in options.architectures if sm_number(a) < _OLDEST_FP8]
         if old or (backend == "tensorrt-rtx" and not options.architectures):
             found = ", ".join(old) or "a portable engine, which has to run on sm80 too"
             raise OptionError(
@@ -227,7 +227,7 @@ def _configure(trt: ModuleType, config: Any, options: BuildOptions, backend: Ten
             known = [n.lower() for n in dir(trt.ComputeCapability) if n.startswith("SM")]
             raise PlanError(
                 f"`architectures=[{name!r}]`: {backend} {trt.__version__} builds for "
-                f"{', '.join(sorted(known, key=_number))}."
+                f"{', '.join(sorted(known, key=sm_number))}."
             )
         config.set_compute_capability(capability, index)
 
@@ -257,7 +257,3 @@ def _monitor(trt: ModuleType, progress: Phases) -> Any:
             progress(phase_name, steps, steps)
 
     return Monitor()
-
-
-def _number(architecture: str) -> int:
-    return int(re.sub(r"\D", "", architecture) or 0)

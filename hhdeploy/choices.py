@@ -143,12 +143,12 @@ def yes_or_no(given: object, parameter: str, error: type[HhdeployError] = Option
     raise _unlike(parameter, "True or False", given, error)
 
 
-def listener(given: object, parameter: str = "progress") -> Callable[[str], None]:
-    """What a user gave for a function that is told lines. Raises `OptionError`."""
+def listener(given: object) -> Callable[[str], None]:
+    """A ``progress`` parameter: a function that is told lines. Raises `OptionError`."""
     if callable(given):
         return cast(Callable[[str], None], given)
     expected = "a function that takes a line, such as print, or nothing where none is to be told"
-    raise _unlike(parameter, expected, given)
+    raise _unlike("progress", expected, given)
 
 
 def _unlike(

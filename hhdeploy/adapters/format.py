@@ -228,15 +228,15 @@ def save_adapter(adapter: Adapter, directory: str | Path, *, overwrite: bool = F
         load_adapter(scratch)
 
 
-def checked_adapter(given: object, parameter: str = "adapter") -> Adapter:
-    """An adapter that may have been made in Python, as it is read once it is written.
+def checked_adapter(given: object) -> Adapter:
+    """An ``adapter`` parameter, perhaps made in Python, as it is read once it is written.
 
     Raises:
         OptionError: it is none.
         AdapterError: naming its source and what of it is not as an adapter's files have it; see
             `load_adapter`.
     """
-    adapter = of_kind(given, Adapter, parameter)
+    adapter = of_kind(given, Adapter, "adapter")
     source = str(adapter.source)
     config = writable_config(adapter.config, source)
     check_parts(adapter, SiteTensors, Head, source)

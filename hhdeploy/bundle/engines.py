@@ -35,6 +35,9 @@ def choose_engine(
     portable one, and one that takes the bank as input to one that has it baked in.
 
     Args:
+        manifest: of the bundle.
+        backend: whose engine.
+        precision: of the engine.
         version: of the backend that is installed here.
         architecture: of the GPU that is here, e.g. ``sm89``.
 
@@ -80,9 +83,14 @@ def _unfit(manifest: Manifest, entry: EngineEntry, version: str, architecture: s
     return None
 
 
+def sm_number(architecture: str) -> int:
+    """``sm89`` -> 89; 0 where there is no number."""
+    return int(re.sub(r"\D", "", architecture) or 0)
+
+
 def _portable(backend: TensorRt, architecture: str) -> bool:
     """Ampere and newer; TensorRT-RTX leaves out the data centre's Hopper and Blackwell."""
-    number = int(re.sub(r"\D", "", architecture) or 0)
+    number = sm_number(architecture)
     return number >= 80 and not (backend == "tensorrt-rtx" and number in (90, 100, 103))
 
 

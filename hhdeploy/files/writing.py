@@ -81,12 +81,10 @@ def is_folder(path: Path, error: type[HhdeployError]) -> bool:
         raise error(f"{path} cannot be read: {reason.strerror}.") from reason
 
 
-def path_or_none(
-    given: object, parameter: str, error: type[HhdeployError] = OptionError
-) -> Path | None:
-    """The same where there may be none: None, or "" of a variable that is not set."""
+def path_or_none(given: object, parameter: str) -> Path | None:
+    """`as_path` where there may be none: None, or "" of a variable that is not set."""
     nothing = given is None or (isinstance(given, str) and given == "")
-    return None if nothing else as_path(given, parameter, error)
+    return None if nothing else as_path(given, parameter)
 
 
 def sha256_of(path: Path) -> str:

@@ -19,11 +19,9 @@ from hhdeploy.choices import of_kind, options_of
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.writing import as_path, is_folder
 
-_DEFAULTS = ImportOptions()
-
 
 def import_adapter(
-    source: str | Path, backbone: Backbone, options: ImportOptions = _DEFAULTS
+    source: str | Path, backbone: Backbone, options: ImportOptions | None = None
 ) -> Adapter:
     """Convert an adapter of another tool; its facts are kept under ``imported_from``.
 

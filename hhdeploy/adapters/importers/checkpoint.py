@@ -23,7 +23,6 @@ from hhdeploy.files.weights import advice_on_directory, weights_in
 from hhdeploy.files.writing import as_path, is_folder
 from hhdeploy.preprocess import Preprocess
 
-_DEFAULTS = ImportOptions()
 # Of the backbone's, a weight's size after a training, below which it was none.
 _SMALL = 0.2
 
@@ -31,7 +30,7 @@ _SMALL = 0.2
 def extract_adapter(
     checkpoint: str | Path,
     spec: BackboneSpec,
-    options: ImportOptions = _DEFAULTS,
+    options: ImportOptions | None = None,
     *,
     backbone: Backbone | None = None,
 ) -> Adapter:
@@ -62,7 +61,7 @@ def extract_adapter(
         compress_rank=None,
         accept_error=None,
     )
-    if unused != _DEFAULTS:
+    if unused != ImportOptions():
         raise OptionError(
             "`prefix`, `key_map`, `form`, `reflection`, `lora_scale` and `adapter_name` are for "
             "adapters; a checkpoint is read as the backbone's own weights are."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from hhdeploy.loadtest.abuse.wire import Attack, Victim, packed, post
+from hhdeploy.loadtest.abuse.wire import Attack, Victim, packed, posting
 
 # Bytes of JSON: what a server reads at once, what it reads elsewhere, what it must not take.
 _SIZES = (250_000, 4_000_000, 8_300_000, 60_000_000)
@@ -20,29 +20,24 @@ Pieces = Sequence[tuple[bytes, int]]
 
 def gzip_bombs(victim: Victim) -> Attack:
     """JSON in gzip."""
-    return _posting(victim, [packed(text, _GZIP) for text in _flat(victim)], "gzip")
+    return _sent(victim, [packed(text, _GZIP) for text in _flat(victim)], "gzip")
 
 
 def deflate_bombs(victim: Victim) -> Attack:
     """JSON in deflate, in zlib's format and as the bare stream."""
     formats = itertools.cycle((_ZLIB, _DEFLATE))
     bodies = [packed(text, bits) for text, bits in zip(_flat(victim), formats, strict=False)]
-    return _posting(victim, bodies, "deflate")
+    return _sent(victim, bodies, "deflate")
 
 
 def nested_bombs(victim: Victim) -> Attack:
     """JSON without end of levels, in gzip."""
     bodies = [packed(text, _GZIP) for size in _SIZES for text in _deep(size)]
-    return _posting(victim, bodies, "gzip")
+    return _sent(victim, bodies, "gzip")
 
 
-def _posting(victim: Victim, bodies: Sequence[bytes], encoding: str) -> Attack:
-    endless = itertools.cycle(bodies)  # shared by all connections
-
-    async def attack() -> str:
-        return await post(victim, next(endless), {"Content-Encoding": encoding})
-
-    return attack
+def _sent(victim: Victim, bodies: Sequence[bytes], encoding: str) -> Attack:
+    return posting(victim, [(body, {"Content-Encoding": encoding}) for body in bodies])
 
 
 def _flat(victim: Victim) -> Iterator[Pieces]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 
-from hhdeploy.loadtest.abuse.wire import Attack, Fields, Victim, binary_request, post
+from hhdeploy.loadtest.abuse.wire import Attack, Fields, Victim, binary_request, posting
 
 # Images of a full batch, by default.
 _BATCH = 32
@@ -19,9 +18,4 @@ def refused_bodies(victim: Victim) -> Attack:
     batch = binary_request("FP32", [_BATCH, *victim.size], images)
     note = json.dumps({"inputs": [], "parameters": {"note": "x" * _NOTE_BYTES}}).encode()
     bodies: list[tuple[bytes, Fields]] = [batch] * 7
-    endless = itertools.cycle([*bodies, (note, {})])  # shared by all connections
-
-    async def attack() -> str:
-        return await post(victim, *next(endless))
-
-    return attack
+    return posting(victim, [*bodies, (note, {})])

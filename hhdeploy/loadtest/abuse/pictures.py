@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hhdeploy.errors import require
-from hhdeploy.loadtest.abuse.wire import Attack, Victim, binary_request, packed, post
+from hhdeploy.loadtest.abuse.wire import Attack, Victim, binary_request, packed, posting
 
 # Just below what a server takes of one picture and, so many of them, of one request.
 _SIDE, _PICTURES = 7000, 8
@@ -22,7 +22,7 @@ _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 def png_bombs(victim: Victim) -> Attack:
     """PNG: of one bit and of 48 bits a pixel, and one whose header alone is vast."""
-    return _posting(victim, [_png(_SIDE, 1, 0), _png(_SIDE, 16, 2), _png(_VAST_SIDE, 1, 0, 9)])
+    return _sent(victim, [_png(_SIDE, 1, 0), _png(_SIDE, 16, 2), _png(_VAST_SIDE, 1, 0, 9)])
 
 
 def jpeg_bombs(victim: Victim) -> Attack:
@@ -31,12 +31,12 @@ def jpeg_bombs(victim: Victim) -> Attack:
     begin = progressive.rindex(_START_OF_SCAN)
     last = progressive[begin:].removesuffix(_END_OF_IMAGE)
     more = _SCANS - progressive.count(_START_OF_SCAN)
-    return _posting(victim, [plain, progressive[:begin] + last * (more + 1) + _END_OF_IMAGE])
+    return _sent(victim, [plain, progressive[:begin] + last * (more + 1) + _END_OF_IMAGE])
 
 
 def webp_bombs(victim: Victim) -> Attack:
     """WebP: lossy and lossless."""
-    return _posting(
+    return _sent(
         victim, [_saved("WEBP", method=0), _saved("WEBP", lossless=True, quality=0, method=0)]
     )
 
@@ -61,14 +61,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _posting(victim: Victim, pictures: Sequence[bytes]) -> Attack:
+def _sent(victim: Victim, pictures: Sequence[bytes]) -> Attack:
     requests = []
     for picture, count in itertools.product(pictures, (1, _PICTURES)):
         tensor = (struct.pack("<I", len(picture)) + picture) * count
         requests.append(binary_request("BYTES", [count], tensor))
-    endless = itertools.cycle(requests)  # shared by all connections
-
-    async def attack() -> str:
-        return await post(victim, *next(endless))
-
-    return attack
+    return posting(victim, requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import struct
@@ -87,6 +88,16 @@ async def post(victim: Victim, body: bytes, headers: Fields) -> str:
         writer.write(victim.infer(len(body), headers) + body)
         await writer.drain()
         return status(await reader.readline())
+
+
+def posting(victim: Victim, requests: Sequence[tuple[bytes, Fields]]) -> Attack:
+    """Inferences, bodies with headers, in turn and without an end, shared by all connections."""
+    endless = itertools.cycle(requests)
+
+    async def attack() -> str:
+        return await post(victim, *next(endless))
+
+    return attack
 
 
 def status(line: bytes) -> str:

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from hhdeploy.errors import SessionError
-from hhdeploy.loadtest.abuse import json_bombs, pictures
+from hhdeploy.loadtest.abuse import json_bombs, pictures, wire
 from hhdeploy.loadtest.abuse.bounds import AbuseReport, Seen, Siege
 from hhdeploy.loadtest.abuse.children import child
 from hhdeploy.loadtest.abuse.wire import Victim, packed
@@ -121,7 +121,7 @@ def test_few_bytes_are_much_json(monkeypatch, make, encoding):
         sent.append((body, headers))
         return "413"
 
-    monkeypatch.setattr(json_bombs, "post", post)
+    monkeypatch.setattr(wire, "post", post)
     attack = make(VICTIM)
     assert asyncio.run(attack()) == "413"
     ((body, headers),) = sent
