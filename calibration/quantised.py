@@ -77,7 +77,7 @@ class SiteInfo:
         smoothed: SmoothQuant's factors were applied.
         bias_corrected: the bias was shifted.
         sqnr_db: signal to noise of the product's output when this site alone is quantised, if
-            measured (see `sensitivity`).
+            measured (see `site_sqnr`).
     """
 
     quantised: bool

@@ -18,6 +18,7 @@ def insert_head(graph: ir.Graph, head: GraphLinear, plan: Plan, rows: Rows) -> N
     [batch, ``plan.classes``], the backbone's own classes among them where they are kept.
 
     Args:
+        graph: of the backbone, with its side branches.
         head: the backbone's classifier in the graph; its input must be [batch, features].
         plan: says how many classes, and whether the backbone's own classifier is kept.
         rows: each image's row, in parts.

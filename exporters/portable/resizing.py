@@ -181,6 +181,7 @@ def resize_nodes(name: str, interpolation: str) -> str:
     of the result is made of up to a thousand (at more, fine_sum may reach 2^24).
 
     Args:
+        name: NAME in what they read and make.
         interpolation: of `hhdeploy.preprocess.GRAPH_FILTERS`.
     """
     nodes = _PASS % {"weights": _WEIGHTS[interpolation]}

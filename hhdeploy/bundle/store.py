@@ -138,7 +138,8 @@ class Change:
         """Copy an adapter directory to ``adapters/NAME``.
 
         Args:
-            hashes: of its files when it was read.
+            name, source: the adapter and its directory.
+            hashes: SHA-256 of its files when it was read, by their paths there.
 
         Raises:
             AdapterError: it was changed since.

@@ -132,6 +132,7 @@ def export(
             the function; None takes the adapters' (never for a function).
         checkpoint: the backbone's weights; None takes those of the source.
         pretrained: False uses random weights (``seed``): for benchmarks.
+        seed: of random weights, and of the noise that is verified on.
         input_size: (channels, height, width) of the images, where the model does not say.
         reserve: room for adapters that come later (side branches).
         bank_as_constant: bake the bank into the graph.

@@ -32,6 +32,7 @@ def check_head(request: Request, hosts: Collection[str] | None) -> None:
     A page whose name was pointed at this machine is refused: its requests have its name.
 
     Args:
+        request: its body is not read.
         hosts: names by which the server may be called; None: any.
 
     Raises:
