@@ -53,12 +53,12 @@ def check_contents(bundle: Bundle, precisions: Sequence[Precision] | None) -> No
     """
     asked = [p for p in bundle.manifest.graphs if precisions is None or p in precisions]
     try:
-        import onnx_ir as ir
+        from hhdeploy.graph import open_graph
     except ImportError:
         return
     for precision in asked:
-        path, plain = bundle.graph(precision), ir.load(bundle.graph("float32"))
-        model = ir.load(path)
+        path, plain = bundle.graph(precision), open_graph(bundle.graph("float32"))
+        model = open_graph(path)
         _check_stated(bundle, path, model.metadata_props)
         if precision == "float32":
             continue
