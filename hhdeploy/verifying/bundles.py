@@ -60,8 +60,8 @@ def verify(
 ) -> ParityReport:
     """Compare a bundle with the reference it carries, and its files with their hashes.
 
-    float32 needs no torch. Where onnx_ir is installed, the weights of the other graphs, quantised
-    ones that noise cannot show included, are compared with float32's too, to the bit.
+    float32 needs no torch. Where onnx and onnx_ir are installed, the weights of the other graphs,
+    quantised ones that noise cannot show included, are compared with float32's too, to the bit.
 
     Args:
         path: the bundle.

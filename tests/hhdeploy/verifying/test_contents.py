@@ -23,7 +23,7 @@ from hhdeploy.files.writing import sha256_of
 from hhdeploy.verifying.contents import check_contents
 from hhdeploy.verifying.graphs import add_typed_graph
 from tests.once import made_once
-from tests.workshop import copy_bundle
+from tests.workshop import copy_bundle, run_python
 
 INT8 = Path(__file__).parents[2] / "witnesses" / "v1" / "int8"
 
@@ -172,3 +172,24 @@ def test_one_is_one_in_both(small, tmp_path):
     write_manifest(bundle, replace(manifest, backbone=backbone))
     made_right(bundle)
     check_contents(Bundle.open(bundle), None)
+
+
+def test_a_graph_that_was_added_without_its_calibration(tmp_path):
+    bundle = copy_bundle(INT8, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    lost = {*map(manifest.named, calibration_files("int8"))}
+    files = {name: digest for name, digest in manifest.files.items() if name not in lost}
+    write_manifest(bundle, replace(manifest, files=files))
+    check_contents(Bundle.open(bundle), None)
+
+
+@pytest.mark.parametrize("blocked", ["onnx", "onnx_ir"])
+def test_where_a_package_is_missing_the_rest_is_verified(blocked):
+    code = """
+        import sys
+        from hhdeploy import verify
+
+        assert verify(sys.argv[1], precisions=["float32", "int8"]).passed
+    """
+    found = run_python(code, INT8, blocked=[blocked])
+    assert found.returncode == 0, found.stderr
