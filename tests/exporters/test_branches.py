@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.sites import sites_of
+from hhdeploy.bundle import Bundle
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.exporters.bake import baked
 from hhdeploy.exporters.branches import _bias_may_ride, branched_model
@@ -490,3 +492,21 @@ def test_a_bias_rides_where_no_runtime_fuses_it(rest, rides):
     model = graph(LAYER.format(rest=rest), weights, {})
     product = next(node for node in model.graph if node.op_type == "MatMul")
     assert _bias_may_ride(linear_of(product, "mlp.fc1")) is rides
+
+
+def test_ids_that_are_no_row(small):
+    """What docs/formats.md says of them, for those who run the graph themselves."""
+    bundle = Bundle.open(small)
+    bank, size = bundle.bank(), bundle.manifest.input_size
+    runner = ort.InferenceSession(small / "model.onnx", providers=["CPUExecutionProvider"])
+    images = np.ones((1, *size), np.float32)
+
+    def logits(row: int) -> Floats:
+        feed = {"images": images, "adapter_ids": np.array([row]), "adapter_bank": bank}
+        return runner.run(["logits"], feed)[0]
+
+    assert not bundle.manifest.layout.backbone_head
+    assert not logits(0).any()
+    assert np.array_equal(logits(-1), logits(len(bank) - 1))
+    with pytest.raises(Exception, match="out of data bounds"):
+        logits(len(bank))
