@@ -312,6 +312,20 @@ def test_one_place_makes_openvino_s_core():
     assert cores(ast.parse("ov.Core()")) == cores(ast.parse("Core()")) == ["Core"]
 
 
+def loads(tree: ast.Module) -> list[str]:
+    """Calls of onnx-ir's own `load`."""
+    return [
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("ir.load", "onnx_ir.load")
+    ]
+
+
+def test_one_place_reads_a_graph_with_its_weights():
+    """`open_graph`, which takes files of several names: onnx-ir's refuses them with a traceback."""
+    assert found_by(loads) == {"hhdeploy/graph.py": ["load"]}
+
+
 def endless_programs(tree: ast.Module) -> list[int]:
     """Lines that run a program and wait for it, however long it takes."""
     return [
