@@ -28,6 +28,7 @@ inline bool decode_png(std::FILE* file, png_structp png, png_infop info) {
     if (setjmp(png_jmpbuf(png))) return false;
     png_init_io(png, file);
     png_set_user_limits(png, 20000, 20000);
+    png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);  // as Pillow does, of metadata too
     png_read_png(png, info,
                  PNG_TRANSFORM_EXPAND | PNG_TRANSFORM_STRIP_ALPHA | PNG_TRANSFORM_GRAY_TO_RGB, nullptr);
     return true;
@@ -152,6 +153,10 @@ public:
     void operator()(const Picture& rgb, float* out) const {
         const Picture picture = mean_.size() == 1 ? grey(rgb) : rgb;
         const auto [height, width] = resized(height_of(picture), width_of(picture));
+        if (height > most_resized / width)
+            throw Error("a picture of " + std::to_string(width_of(rgb)) + " x " + std::to_string(height_of(rgb)) +
+                        " pixels: its shorter edge as long as the model wants it makes " + std::to_string(width) +
+                        " x " + std::to_string(height) + " of it. Cut it first.");
         const Picture small = resized_to(picture, height, width, filter());
         const int64_t top = start(height, crop_[0]), left = start(width, crop_[1]);
         const size_t channels = mean_.size();
@@ -166,6 +171,8 @@ public:
     }
 
 private:
+    static constexpr int64_t most_resized = 1 << 28;  // pixels, as in Python: a gigabyte
+
     // Height and width to resize to, before the crop. (std::nearbyint rounds halves to even, as Python does.)
     std::pair<int64_t, int64_t> resized(int64_t height, int64_t width) const {
         const int64_t to_height = resize_[0], to_width = resize_[1];

@@ -22,6 +22,7 @@ from hhdeploy.adapters.format import save_adapter
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import best
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, write_manifest
+from hhdeploy.errors import DataError
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from tests.broken_manifests import (
@@ -246,6 +247,24 @@ def test_transforms(program, small, pictures, tmp_path, mode, interpolation, cro
     assert_caught(before, after, "openvino", "float32")
 
 
+def test_a_line_that_would_take_all_memory_is_refused(program, small, tmp_path):
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    alpha, gamma = manifest.adapters
+    own = replace(alpha.preprocess, crop_pct=0.05)
+    write_manifest(bundle, replace(manifest, adapters=(replace(alpha, preprocess=own), gamma)))
+    line = tmp_path / "line.png"
+    Image.new("RGB", (20_000, 1)).save(line)
+    done = run(program, bundle, line, "--adapter", "alpha")
+    message = (
+        "a picture of 20000 x 1 pixels: its shorter edge as long as the model wants it makes "
+        "12800000 x 640 of it. Cut it first."
+    )
+    assert (done.returncode, done.stderr) == (1, f"Error: {message}\n")
+    with pytest.raises(DataError, match=message):
+        own(Image.open(line))
+
+
 def test_one_channel(program, pictures, tmp_path):
     """A model of grey pictures."""
     from hhdeploy.backbones.loading import load_backbone
@@ -303,10 +322,12 @@ def test_pictures_that_it_does_not_take(program, small, tmp_path):
     picture.save(tmp_path / "whole.png")
     cut = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
+    turned = (tmp_path / "turned.png").read_bytes()
+    (tmp_path / "crc.png").write_bytes(turned.replace(b"eXIf", b"eXIg"))
     for name, message in {
         **dict.fromkeys(("turned", "text", "zipped", "xmp"), "may say that it is to be turned"),
         "deep": "expected at most 8 bits a channel",
-        "cut": "cannot be decoded as a PNG",
+        **dict.fromkeys(("cut", "crc"), "cannot be decoded as a PNG"),
         "nowhere": "cannot be read",
     }.items():
         done = run(program, small, tmp_path / f"{name}.png")
