@@ -95,8 +95,8 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
         elif whole:
             raise AdapterError(
                 f"{adapter.source}: tensor keys {site}.*: {facts.model} has no such site, or its "
-                "forward pass does not use it as one Linear, or another module has its weight too. "
-                f"{sites_there_are(facts)} "
+                "forward pass does not use it as one Linear, or another module has its weight or "
+                f"bias. {sites_there_are(facts)} "
                 "Train the adapter without it (target_modules)."
             )
     _check_complete(adapter, facts, whole)

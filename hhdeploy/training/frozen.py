@@ -157,7 +157,7 @@ def _sha256(tensor: Tensor) -> str:
 
 def _finite_sketch(tensor: Tensor) -> Tensor | None:
     """None of what is no number, e.g. indices or a mask of infinities."""
-    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.double()).all()):
         return None
     return _sketch(tensor)
 

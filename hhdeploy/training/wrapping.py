@@ -27,6 +27,9 @@ from hhdeploy.errors import AdapterError
 from hhdeploy.files.checkpoints import without_wrappers
 from hhdeploy.preprocess import Preprocess
 
+# Types of weights that numbers can be added to; another one has a scale elsewhere.
+_TRAINED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 def check_bare(model: nn.Module) -> None:
     """An adapter's sites are called what the modules of the model alone are called, and change
@@ -68,26 +71,34 @@ def check_bare(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:
-    """Each Linear's weight is a parameter of its own: an adapter's files and the graphs know no
-    other. Raises `AdapterError`."""
+    """Each Linear's weight is a parameter of its own, and so is its bias, which other modules may
+    not have too: an adapter's files and the graphs know no other. Raises `AdapterError`."""
     paths: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         paths.setdefault(id(parameter), []).append(path)
     for linear in linears:
-        module, weight, _ = parameters_of(model, linear.path)
-        own = dict(module.named_parameters(recurse=False)).get(weight)
-        if own is None:
+        module, weight, bias = parameters_of(model, linear.path)
+        found = dict(module.named_parameters(recurse=False))
+        if weight not in found:
             raise AdapterError(
                 f"{linear.path}: its weight is computed from other parameters (weight norm, or "
                 "another parametrization), which no adapter holds. Remove that before attach, or "
                 "leave the Linear out of target_modules."
             )
-        if len(names := paths[id(own)]) > 1:
+        if (kind := found[weight].dtype) not in _TRAINED:
             raise AdapterError(
-                f"{linear.path}: one parameter is the weight of several modules "
-                f"({', '.join(names)}), and an adapter changes one Linear. Give each a copy, or "
-                "leave them out of target_modules."
+                f"{linear.path}: expected a weight of numbers as they were trained, found "
+                f"{str(kind).removeprefix('torch.')}, as quantisation leaves it. Attach the "
+                "adapter to the model as it was before; the bundle that is exported can be "
+                "quantised."
             )
+        for name in filter(found.__contains__, (weight, bias)):
+            if len(names := paths[id(found[name])]) > 1:
+                raise AdapterError(
+                    f"{linear.path}: one parameter is the {'weight' if name == weight else 'bias'} "
+                    f"of several modules ({', '.join(names)}), and an adapter changes one Linear. "
+                    "Give each a copy, or leave them out of target_modules."
+                )
 
 
 def check_packed(

@@ -331,6 +331,18 @@ def with_one_weight(fc1, fc2):
     fc2.weight = fc1.weight
 
 
+def with_one_bias(fc1, fc2):
+    fc2.bias = fc1.bias
+
+
+def in_whole_numbers(fc1, fc2):
+    fc1.weight = nn.Parameter(fc1.weight.mul(100).to(torch.int8), requires_grad=False)
+
+
+def in_eight_bits(fc1, fc2):
+    fc1.weight = nn.Parameter(fc1.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -340,6 +352,9 @@ def with_one_weight(fc1, fc2):
             with_one_weight,
             r"^0: one parameter is the weight of several modules \(0.weight, 1.weight",
         ),
+        (with_one_bias, r"^0: one parameter is the bias of several modules \(0.bias, 1.bias"),
+        (in_whole_numbers, r"^0: expected a weight of numbers as they were trained, found int8"),
+        (in_eight_bits, r"^0: expected a weight of .* found float8_e4m3fn, as quantisation"),
     ],
 )
 def test_a_weight_that_is_no_linear_s_own_is_refused_before_training(change, message):
@@ -349,9 +364,10 @@ def test_a_weight_that_is_no_linear_s_own_is_refused_before_training(change, mes
     config = AdapterConfig("own", num_classes=None, r=2, target_modules=("0",))
     with pytest.raises(AdapterError, match=message):
         attach(model, config)
-    assert list(model.state_dict()) == keys and all(p.requires_grad for p in model.parameters())
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters() if p.dtype == torch.float32)
     others = replace(config, target_modules=("1",))
-    if change is with_one_weight:
+    if change in (with_one_weight, with_one_bias):
         with pytest.raises(AdapterError, match=r"^1: one parameter"):
             attach(model, others)
     else:  # what the adapter leaves alone may be as it likes
