@@ -12,6 +12,7 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import AdapterError
+from hhdeploy.exporters.trace import trace
 from hhdeploy.exporting.bundles import export
 from hhdeploy.verifying.bundles import verify
 from tests.support import TINY_MODEL, random_adapter
@@ -41,6 +42,23 @@ def test_a_strength_of_zero_has_none(workshop, tmp_path):
         workshop.export(tmp_path / "b", ["alpha"], strengths={"alpha": 0.0})
 
 
+@pytest.fixture(scope="module")
+def traced_once():
+    """Traces of functions are in no cache: whoever exports the same model again gets the same."""
+    known = {}
+
+    def once(backbone, outputs):
+        key = (str(backbone.facts.args), *outputs)
+        if key not in known:
+            known[key] = trace(backbone, outputs)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hhdeploy.exporters.trace.trace", once)
+        yield
+
+
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(("classes", "fold"), [([0, 4], False), ([0, 4], True), ([5, 6], False)])
 def test_classes_that_the_model_rules_out_hide_no_effect_and_no_want_of_one(
     tmp_path, classes, fold
