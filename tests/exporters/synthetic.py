@@ -19,6 +19,11 @@ def random(*shape: int, seed: int = 4) -> NDArray[np.float32]:
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
 
 
+def fingerprint(model: ir.Model) -> bytes:
+    """All of a model: equal for equal ones alone."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
 def graph(text: str, weights: dict[str, NDArray[np.float32]], tags: dict[str, str]) -> ir.Model:
     """A model in ONNX's textual form.
 

@@ -19,7 +19,7 @@ from hhdeploy.exporters.inserter import Inserter
 from hhdeploy.exporters.precision.typed import typed_model
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
-from tests.exporters.synthetic import random
+from tests.exporters.synthetic import fingerprint, random
 from tests.parity.architectures import traced
 from tests.parity.ladder import Floats, run, save, session
 from tests.support import assert_caught, images, random_adapter
@@ -76,10 +76,6 @@ KINDS = {
 }
 
 
-def as_bytes(model: ir.Model) -> bytes:
-    return ir.to_proto(model).SerializeToString(deterministic=True)
-
-
 @pytest.fixture(scope="module", params=["vit", "swin", "beit"])
 def base(request) -> BaseGraph:
     return traced(request.param)[1]
@@ -130,9 +126,9 @@ def test_a_graph_from_disk(vit, kind, tmp_path):
 def test_what_changes_and_what_does_not(vit, kind):
     plan, bank = planned(vit, adapters_of(vit))
     model = KINDS[kind](branched_model(vit, plan))
-    before, rows = as_bytes(model), bank.copy()
+    before, rows = fingerprint(model), bank.copy()
     fixed = baked(model, bank)
-    assert as_bytes(model) == before
+    assert fingerprint(model) == before
     assert [v.name for v in fixed.graph.inputs] == ["images", "adapter_ids"]
     assert [v.name for v in fixed.graph.outputs] == ["logits"]
     assert [str(d) for d in fixed.graph.outputs[0].shape] == ["batch", str(plan.classes)]
@@ -145,9 +141,9 @@ def test_what_changes_and_what_does_not(vit, kind):
     assert known <= {node.name for node in fixed.graph}
     onnx.checker.check_model(ir.to_proto(fixed), full_check=True)
     # The bank is copied: what the caller does with its own is its own business.
-    text = as_bytes(fixed)
+    text = fingerprint(fixed)
     bank[:] = 0
-    assert as_bytes(fixed) == text
+    assert fingerprint(fixed) == text
     assert np.array_equal(fixed.graph.initializers["adapter_bank"].const_value.numpy(), rows)
 
 

@@ -14,7 +14,7 @@ from hhdeploy.errors import PlanError
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.graph import linears_by_path
-from tests.exporters.synthetic import linear, random, shared_twice
+from tests.exporters.synthetic import fingerprint, linear, random, shared_twice
 from tests.parity.architectures import traced
 from tests.parity.ladder import run, save, session, without_householder
 from tests.support import assert_caught, assert_parity, images, random_adapter
@@ -23,10 +23,6 @@ from tests.support import assert_caught, assert_parity, images, random_adapter
 @pytest.fixture(scope="module")
 def base() -> BaseGraph:
     return traced("vit")[1]
-
-
-def fingerprint(model: ir.Model) -> bytes:
-    return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def test_the_base_graph_is_unchanged(base):

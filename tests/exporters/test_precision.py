@@ -26,6 +26,7 @@ from hhdeploy.exporters.precision.typed import (
 )
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.plan import Plan, Reserve, plan_branches
+from tests.exporters.synthetic import fingerprint
 from tests.parity.architectures import traced
 from tests.support import random_adapter
 
@@ -103,10 +104,6 @@ def casts(model: ir.Model) -> list[str | None]:
 
 def twin_of(model: ir.Model, *how: Any) -> ir.Model:
     return rounding_twin(typed_model(model, *how))
-
-
-def fingerprint(model: ir.Model) -> bytes:
-    return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def images(batch: int = 3) -> NDArray[np.float32]:

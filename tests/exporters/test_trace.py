@@ -24,6 +24,7 @@ from hhdeploy.exporters.trace import base_graph, default_cache, trace
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.files.caches import clear, stored_in
 from hhdeploy.graph import LINEAR_TAG, linears_by_path
+from tests.exporters.synthetic import fingerprint
 from tests.parity.architectures import traced
 from tests.parity.ladder import run, session
 from tests.support import (
@@ -37,10 +38,6 @@ from tests.support import (
 )
 
 MODELS = ("vit", "swin", "beit")
-
-
-def fingerprint(model: ir.Model) -> bytes:
-    return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def no_tracing(*args, **kwargs):
