@@ -138,8 +138,7 @@ class Change:
         """Copy an adapter directory to ``adapters/NAME``.
 
         Args:
-            name, source: the adapter and its directory.
-            hashes: SHA-256 of its files when it was read, by their paths there.
+            name, source, hashes: the adapter, its directory, and its files' SHA-256 when it was read.
 
         Raises:
             AdapterError: it was changed since.
