@@ -138,7 +138,7 @@ class Change:
         """Copy an adapter directory to ``adapters/NAME``.
 
         Args:
-            name, source, hashes: the adapter, its directory, and its files' SHA-256 when it was read.
+            name, source, hashes: the adapter, its directory, its files' SHA-256 when it was read.
 
         Raises:
             AdapterError: it was changed since.
