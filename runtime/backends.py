@@ -85,11 +85,8 @@ class QuantisedBackend:
         """As the graph, and NaN for each image with NaN or infinities; -inf past an adapter's
         classes stays."""
         found = self._graph.run(images, ids)
-        with np.errstate(over="ignore", invalid="ignore"):
-            sums = images.sum(axis=(1, 2, 3))  # a sum is no number if a part is none
-        for index in np.flatnonzero(~np.isfinite(sums)):
-            if not np.isfinite(images[index]).all():
-                found[index][~np.isneginf(found[index])] = np.nan
+        for index in np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3))):
+            found[index][~np.isneginf(found[index])] = np.nan
         return found
 
 
