@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.calibration.feeds import Feed
 from hhdeploy.calibration.qdq import Format, low_values, quantised_model, quantised_weight
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.errors import BundleError, DeviceError, require
-from hhdeploy.graph import GraphLinear, open_graph
+from hhdeploy.graph import GraphLinear, open_graph, serialized
 from hhdeploy.parity import compare
 
 
@@ -217,7 +216,7 @@ def logits_sqnr(
 
     def logits(kept: frozenset[str]) -> NDArray[np.float32]:
         graph = quantised_model(model, scales, form, classifier, kept)
-        session = CpuSession(ir.to_proto(graph).SerializeToString(), graph_path)
+        session = CpuSession(serialized(graph), graph_path)
         return np.concatenate([session.run(["logits"], feed)[0] for feed in feeds])
 
     reference = logits(everything)

@@ -49,6 +49,18 @@ def open_graph(path: Path) -> ir.Model:
     return model
 
 
+def serialized(model: ir.Model) -> bytes:
+    """A graph that `open_graph` read, for a runtime that is told the folder of its weights: these
+    by their file's name alone, since ONNX Runtime takes no path."""
+    proto = ir.to_proto(model)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = os.path.basename(entry.value)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
 @dataclass(frozen=True)
 class GraphLinear:
     """One use of a Linear in a graph.

@@ -29,16 +29,15 @@ def find_overflow(
         images: float32 [n, 3, H, W], those of one adapter that gave no finite logits.
         ids: int64 [n], their rows.
     """
-    import onnx_ir as ir
 
     from hhdeploy.calibration.probe import CpuSession
     from hhdeploy.exporters.precision.overflow import watched
-    from hhdeploy.graph import open_graph
+    from hhdeploy.graph import open_graph, serialized
 
     path = twin.graph("float32")
     model, peaks = watched(open_graph(path))
     try:
-        session = CpuSession(ir.to_proto(model).SerializeToString(), path)
+        session = CpuSession(serialized(model), path)
     except MissingDependencyError:
         return ""  # the failure was seen in OpenVINO and is told without its place
     for image, row in zip(images, ids, strict=True):

@@ -371,7 +371,7 @@ def half_added(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Change, "store", killed)
-    monkeypatch.setattr(Change, "undo", lambda change: None)
+    monkeypatch.setattr(Change, "undo", lambda change, progress: None)
     with pytest.raises(KeyboardInterrupt):
         add_adapter(path, "pets", WITNESS / "rival")
     monkeypatch.undo()

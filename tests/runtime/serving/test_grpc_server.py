@@ -122,7 +122,8 @@ def test_every_kind_of_error_has_its_code():
                 assert said == "what is wrong, with \\xfc and \\ud800"
             endpoint.failure = AdapterError("x" * 100_000)
             code, said = await failing(stub.ModelInfer(message(images(1))))
-            assert code == "INVALID_ARGUMENT" and set(said) == {"x"}
+            assert code == "INVALID_ARGUMENT"
+            assert said == "x" * 3997 + "..."
 
     asyncio.run(run())
 
