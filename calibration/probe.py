@@ -15,17 +15,21 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.calibration.feeds import Feed
 from hhdeploy.calibration.qdq import Format, low_values, quantised_model, quantised_weight
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.errors import BundleError, DeviceError, require
-from hhdeploy.graph import GraphLinear, open_graph, serialized
+from hhdeploy.graph import GraphLinear, call_weights, open_graph
 from hhdeploy.parity import compare
+
+if TYPE_CHECKING:
+    import onnx
 
 
 class Probe:
@@ -35,14 +39,14 @@ class Probe:
     """
 
     def __init__(self, graph_path: Path, sites: Mapping[str, GraphLinear]) -> None:
-        onnx = require("onnx", "calibrate", "looking into a graph")
+        library = require("onnx", "calibrate", "looking into a graph")
         self._inputs = {name: str(site.input.name) for name, site in sites.items()}
-        proto = onnx.load(str(graph_path), load_external_data=False)
+        proto = library.load(str(graph_path), load_external_data=False)
         there = {output.name for output in proto.graph.output}
         # q, k and v read one value; a type is all that ONNX Runtime asks for.
         self._values = [v for v in dict.fromkeys(self._inputs.values()) if v not in there]
-        proto.graph.output.extend(onnx.ValueInfoProto(name=value) for value in self._values)
-        self._session = CpuSession(proto.SerializeToString(), graph_path)
+        proto.graph.output.extend(library.ValueInfoProto(name=value) for value in self._values)
+        self._session = CpuSession(proto, graph_path)
 
     def inputs(self, feeds: Iterable[Feed]) -> Iterator[dict[str, NDArray[np.float32]]]:
         """For every feed: site name -> its input as [rows, in] (sites may share an array)."""
@@ -57,8 +61,12 @@ class Probe:
 class CpuSession:
     """A graph in ONNX Runtime on the CPU."""
 
-    def __init__(self, serialized: bytes, graph_path: Path) -> None:
-        """Load a graph whose large weights are those beside ``graph_path``.
+    def __init__(self, graph: onnx.ModelProto, graph_path: Path) -> None:
+        """Load a graph.
+
+        Args:
+            graph: that of ``graph_path``, changed or not; it is told where its weights are.
+            graph_path: its large weights lie beside it, or a link there leads to them.
 
         Raises:
             BundleError: ONNX Runtime cannot load it.
@@ -66,13 +74,16 @@ class CpuSession:
         ort = require("onnxruntime", "calibrate", "running a graph while calibrating")
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # ONNX Runtime follows no link, and takes a name in a folder.
+        weights = graph_path.with_name(f"{graph_path.name}.data").resolve()
+        call_weights(graph, weights.name)
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(graph_path.resolve().parent)
+            "session.model_external_initializers_file_folder_path", str(weights.parent)
         )
         self._path = graph_path
         try:
             self._session = ort.InferenceSession(
-                serialized, options, providers=["CPUExecutionProvider"]
+                graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise BundleError(f"ONNX Runtime cannot load {graph_path}: {error}") from error
@@ -216,7 +227,7 @@ def logits_sqnr(
 
     def logits(kept: frozenset[str]) -> NDArray[np.float32]:
         graph = quantised_model(model, scales, form, classifier, kept)
-        session = CpuSession(serialized(graph), graph_path)
+        session = CpuSession(ir.to_proto(graph), graph_path)
         return np.concatenate([session.run(["logits"], feed)[0] for feed in feeds])
 
     reference = logits(everything)

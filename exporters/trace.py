@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 OPSET = 20
 # Counts changes of this module that make older cached graphs unusable.
-_TRACE_VERSION = 6
+_TRACE_VERSION = 7
 # Shape constants stay in the graph file, where shape inference sees them; weights do not.
 EXTERNAL_THRESHOLD = 256
 # A graph in the cache; the last file has the hashes of the others.

@@ -35,6 +35,7 @@ from hhdeploy.exporters.trace import EXTERNAL_THRESHOLD, BaseGraph
 from hhdeploy.files.directories import check_place
 from hhdeploy.files.tensors import write_tensors
 from hhdeploy.files.writing import copy_directory
+from hhdeploy.graph import call_weights
 from hhdeploy.plan import Plan, check_whole
 from hhdeploy.verifying.reference import Reference
 
@@ -152,10 +153,7 @@ def rename_weights(graph: Path, name: str) -> None:
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = name
+    call_weights(model, name)
     onnx.save(model, graph)
     graph.with_name(f"{graph.name}.data").rename(graph.with_name(name))
 

@@ -11,13 +11,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from hhdeploy.errors import BackboneError
+
+if TYPE_CHECKING:
+    import onnx
 
 # Metadata of a Linear's node: its module path.
 LINEAR_TAG = "hhdeploy.linear"
@@ -49,16 +52,12 @@ def open_graph(path: Path) -> ir.Model:
     return model
 
 
-def serialized(model: ir.Model) -> bytes:
-    """A graph that `open_graph` read, for a runtime that is told the folder of its weights: these
-    by their file's name alone, since ONNX Runtime takes no path."""
-    proto = ir.to_proto(model)
+def call_weights(proto: onnx.ModelProto, name: str) -> None:
+    """Have the weights that lie beside a graph lie in the file of this name there."""
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
-                entry.value = os.path.basename(entry.value)
-    content: bytes = proto.SerializeToString()
-    return content
+                entry.value = name
 
 
 @dataclass(frozen=True)

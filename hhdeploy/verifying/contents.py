@@ -58,10 +58,11 @@ def check_contents(bundle: Bundle, precisions: Sequence[Precision] | None) -> No
         from hhdeploy.graph import open_graph
     except ImportError:
         return
+    plain, right = open_graph(bundle.graph("float32")), described(bundle.manifest)
     for precision in asked:
-        path, plain = bundle.graph(precision), open_graph(bundle.graph("float32"))
-        model = open_graph(path)
-        _check_stated(bundle, path, model.metadata_props, described(bundle.manifest))
+        path = bundle.graph(precision)
+        model = plain if precision == "float32" else open_graph(path)
+        _check_stated(bundle, path, model.metadata_props, right)
         if precision == "float32":
             continue
         graph, source = model.graph, f"those of {bundle.manifest.graphs['float32']}"

@@ -30,14 +30,16 @@ def find_overflow(
         ids: int64 [n], their rows.
     """
 
+    import onnx_ir as ir
+
     from hhdeploy.calibration.probe import CpuSession
     from hhdeploy.exporters.precision.overflow import watched
-    from hhdeploy.graph import open_graph, serialized
+    from hhdeploy.graph import open_graph
 
     path = twin.graph("float32")
     model, peaks = watched(open_graph(path))
     try:
-        session = CpuSession(serialized(model), path)
+        session = CpuSession(ir.to_proto(model), path)
     except MissingDependencyError:
         return ""  # the failure was seen in OpenVINO and is told without its place
     for image, row in zip(images, ids, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_what_onnx_runtime_refuses_is_an_error_of_ours(side, tmp_path):
     model = ir.load(side.path)
     model.graph.opset_imports[""] = 999
     with pytest.raises(BundleError, match=r"ONNX Runtime cannot load .*model\.onnx: .*999"):
-        CpuSession(ir.to_proto(model).SerializeToString(), side.path)
+        CpuSession(ir.to_proto(model), side.path)
 
 
 def test_q_k_and_v_read_one_value(side):
@@ -101,6 +102,22 @@ def test_site_sqnr_falls_with_the_bits_that_are_left(side):
     assert coarse[SITE] < fine[SITE] - 6
     del fine[SITE], coarse[SITE]
     assert coarse == fine
+
+
+def test_weights_that_a_link_of_another_name_leads_to(side, tmp_path):
+    """As in a snapshot in the hub's cache, whose links lead to files that are named by hashes."""
+    for file in (side.path, side.path.with_name("model.onnx.data")):
+        shutil.copy(file, blob := tmp_path / f"blob{file.suffix}")
+        (tmp_path / file.name).symlink_to(blob)
+    given = (dict(side.calibration.sites), FORMATS["int8"], side.feeds[:2])
+    paths = (side.path, tmp_path / "model.onnx")
+    one, other = (site_sqnr(path, side.sites(), *given) for path in paths)
+    assert one == other
+    scales, form, feeds = given
+    one, other = (
+        logits_sqnr(path, side.classifier, scales, form, feeds, (SITE,)) for path in paths
+    )
+    assert one == other
 
 
 def test_logits_sqnr_finds_the_site_that_was_spoilt(side):
