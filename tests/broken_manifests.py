@@ -97,6 +97,10 @@ BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
     "backbone": (
         lambda c: c["backbone"].update(sha256=None), r"backbone\.sha256: expected a text",
     ),
+    "buffers": (
+        lambda c: c["backbone"].update(buffers_sha256=5),
+        r"backbone\.buffers_sha256: expected a text",
+    ),
     "dim": (lambda c: c["row"].update(dim=10**30), r"row\.dim: expected a number"),
     "branches": (
         lambda c: c["row"]["branches"].reverse(), r"row\.parts: expected those of row\.branches",

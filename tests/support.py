@@ -72,15 +72,17 @@ def tiny_spec(model: str = TINY_MODEL, **args: Any) -> BackboneSpec:
 def tiny_backbone(model: str = TINY_MODEL, **args: Any) -> Backbone:
     """A tiny random backbone, perturbed, with the digests of what it is now."""
     from hhdeploy.backbones.loading import load_backbone
-    from hhdeploy.backbones.structure import base_sha256, signs_sha256
+    from hhdeploy.backbones.structure import base_sha256, buffers_sha256, signs_sha256
 
     read_operators_once()
     backbone = load_backbone(tiny_spec(model, **args))
     perturb(backbone.model, classifier=backbone.facts.classifier)
-    digest, signs = (
-        made(backbone.model, backbone.facts.classifier) for made in (base_sha256, signs_sha256)
+    digest, signs, buffers = (
+        made(backbone.model, backbone.facts.classifier)
+        for made in (base_sha256, signs_sha256, buffers_sha256)
     )
-    return replace(backbone, facts=replace(backbone.facts, sha256=digest, signs=signs))
+    facts = replace(backbone.facts, sha256=digest, signs=signs, buffers=buffers)
+    return replace(backbone, facts=facts)
 
 
 @functools.cache
@@ -173,6 +175,7 @@ def random_adapter(
         target_modules=tuple(targets),
         base_model_args=dict(facts.args),
         base_sha256=facts.sha256,
+        base_buffers=facts.buffers or None,
         num_classes=classes,
         class_names=None if classes is None else tuple(f"class {i}" for i in range(classes)),
         preprocess=facts.preprocess,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.facts import NO_BUFFERS, BackboneFacts
 from hhdeploy.errors import AdapterError
 
 # Arguments of timm's models that change nothing of what a trained one computes, or that are
@@ -41,19 +42,29 @@ def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
             f"the backbone has {theirs!r}: the weights may be the same, what they compute is not. "
             "Export a bundle with the arguments of the adapter."
         )
-    if digests is not None and digests[1] == digests[2]:
-        return
-    if _timm(config.base_model, facts.model) and not same_model(config.base_model, facts.model):
+    proven = digests is not None and digests[1] == digests[2]
+    named = _timm(config.base_model, facts.model)
+    if not proven and named and not same_model(config.base_model, facts.model):
         raise AdapterError(
             f"{adapter.source}: base_model_name_or_path: adapter {name!r} expects "
             f"{config.base_model}, the backbone is {facts.model}."
         )
-    if digests is not None:
+    advice = (
+        "Use the checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
+    )
+    if digests is not None and not proven:
         key, own, theirs = digests
         raise AdapterError(
             f"{adapter.source}: {key}: adapter {name!r} was trained on the weights "
-            f"{own[:12]}…, the backbone's are {theirs[:12]}…. Use the "
-            "checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
+            f"{own[:12]}…, the backbone's are {theirs[:12]}…. {advice}"
+        )
+    buffers = config.base_buffers, facts.buffers
+    if all(buffers) and buffers[0] != buffers[1]:
+        own, theirs = (str(digest)[:12] for digest in buffers)
+        raise AdapterError(
+            f"{adapter.source}: base_buffers_sha256: adapter {name!r} was trained with the buffers "
+            f"{own}… (statistics of BatchNorm, masks), the backbone's are {theirs}…: the weights "
+            f"are the same, what they compute is not. {advice}"
         )
 
 
@@ -103,6 +114,32 @@ def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_one_base(first: str, one: AdapterConfig, second: str, other: AdapterConfig) -> None:
+    """Two adapters belong to one backbone, as far as they say: digests decide, then names;
+    arguments that make another model of the same weights are the same. Raises `AdapterError`."""
+    digests = {
+        "base_sha256": (one.base_sha256, other.base_sha256),
+        "base_signs_sha256": (one.base_signs, other.base_signs),
+        "base_buffers_sha256": (one.base_buffers, other.base_buffers),
+    }
+    known = {key: both for key, both in digests.items() if None not in both}
+    differing = {key: both for key, both in known.items() if both[0] != both[1]}
+    names = one.base_model, other.base_model
+    if not known.keys() - {"base_buffers_sha256"} and not same_model(*names):
+        differing = {"base_model": names}
+    for key, (mine, theirs) in differing.items():
+        raise AdapterError(
+            f"{first} and {second} belong to different backbones: {key} is {mine} and {theirs}."
+        )
+    stated = (one.base_model, one.base_model_args), (other.base_model, other.base_model_args)
+    if different := deciding(*stated, pooled=False):
+        key, mine, theirs = map(str, different)
+        raise AdapterError(
+            f"{first} and {second} were trained with base_model_args that compute otherwise: "
+            f"{key} is {mine} and {theirs}. Mix adapters of one model."
+        )
+
+
 def same_model(one: str, other: str) -> bool:
     """Whether two names are of one model: of timm's a tag counts only where both have one."""
     (mine, _, tag), (theirs, _, other_tag) = one.partition("."), other.partition(".")
@@ -115,12 +152,20 @@ def _timm(*names: str) -> bool:
 
 
 def unbound(name: str, adapter: Adapter, facts: BackboneFacts) -> str | None:
-    """A line about an adapter that names and sizes of sites alone bind to the backbone, or None."""
-    if _digests(adapter, facts) is not None:
+    """A line about an adapter that names and sizes of sites alone bind to the backbone, or its
+    weights alone; None where nothing is left open."""
+    if _digests(adapter, facts) is None:
+        return (
+            f"adapter {name!r} ({adapter.config.base_model}) has no base_sha256: that it was "
+            f"trained on these weights of {facts.model} is not known, its sites and sizes fit"
+        )
+    said = {"adapter": adapter.config.base_buffers or "", "backbone": facts.buffers}
+    silent = [side for side, digest in said.items() if not digest]
+    if not silent or not set(said.values()) - {"", NO_BUFFERS}:
         return None
     return (
-        f"adapter {name!r} ({adapter.config.base_model}) has no base_sha256: that it was trained "
-        f"on these weights of {facts.model} is not known, its sites and sizes fit"
+        f"the weights are those of adapter {name!r}; that its buffers were the backbone's "
+        f"(statistics of BatchNorm, masks) is not known: the {silent[0]} has no digest of them"
     )
 
 

@@ -95,6 +95,7 @@ class AdapterConfig:
         base_model_args: further arguments that the model was made with.
         base_sha256: digest of the frozen weights, None if unknown.
         base_signs: digest of their signs, of weights that were not float32; else None.
+        base_buffers: digest of the buffers beside them (statistics of BatchNorm), None if unknown.
         num_classes: classes of the adapter's head, None without one.
         class_names: one per class, or None.
         preprocess: how images become inputs, None if unknown.
@@ -120,6 +121,7 @@ class AdapterConfig:
     compressed: Compression | None = None
     license: Licences = ()
     base_signs: str | None = None
+    base_buffers: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -146,6 +148,7 @@ class AdapterConfig:
             "base_model_args": dict(self.base_model_args),
             "base_sha256": self.base_sha256,
             **({"base_signs_sha256": self.base_signs} if self.base_signs else {}),
+            **({"base_buffers_sha256": self.base_buffers} if self.base_buffers else {}),
             "form": self.form,
             "reflection": self.reflection,
             "r": self.r,
@@ -216,7 +219,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         return AdapterError(f"{where}: {key}: expected {expected}, found {content.get(key)!r}.")
 
     known = {*AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json()}
-    known |= {"compressed", "license", "base_signs_sha256"}
+    known |= {"compressed", "license", "base_signs_sha256", "base_buffers_sha256"}
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
@@ -273,7 +276,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         stated = licences_of(content.get("license"))
     except ValueError as error:
         raise fail("license", str(error)) from error
-    for key in ("base_sha256", "base_signs_sha256"):
+    for key in ("base_sha256", "base_signs_sha256", "base_buffers_sha256"):
         if not isinstance(content.get(key), str | None):
             raise fail(key, "64 hex digits or null")
     return AdapterConfig(
@@ -292,6 +295,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         compressed=compressed,
         license=stated,
         base_signs=content.get("base_signs_sha256"),
+        base_buffers=content.get("base_buffers_sha256"),
         extra={key: value for key, value in content.items() if key not in known},
     )
 

@@ -128,8 +128,9 @@ def _of_plain_kinds(config: AdapterConfig, where: str) -> AdapterConfig:
     for key, kind in (("preprocess", Preprocess), ("compressed", Compression)):
         if not isinstance(getattr(config, key), kind | None):
             raise unlike(key, f"{kind.__name__}(...)")
-    if not isinstance(config.base_signs, str | None):
-        raise unlike("base_signs", "64 hex digits or None")
+    for key in ("base_signs", "base_buffers"):
+        if not isinstance(getattr(config, key), str | None):
+            raise unlike(key, "64 hex digits or None")
     if not isinstance(config.problem_type, str | None):
         raise unlike("problem_type", f"one of {', '.join(PROBLEM_TYPES)}, or None")
     if not isinstance(config.fold_only, bool | np.bool_):  # "no" would be yes

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.bases import deciding, same_model
+from hhdeploy.adapters.bases import check_one_base, same_model
 from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig, Compression
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors, checked_adapter
@@ -306,28 +306,8 @@ def _form_of(adapters: Mapping[str, Adapter]) -> Form:
 
 
 def _check_bases(adapters: Mapping[str, Adapter]) -> None:
-    """All belong to one backbone, as far as they say: digests decide, then names; arguments that
-    make another model of the same weights are the same."""
     for (first, one), (second, other) in combinations(adapters.items(), 2):
-        digests = {
-            "base_sha256": (one.config.base_sha256, other.config.base_sha256),
-            "base_signs_sha256": (one.config.base_signs, other.config.base_signs),
-        }
-        names = one.config.base_model, other.config.base_model
-        known = next((key for key, both in digests.items() if None not in both), None)
-        key, (mine, theirs) = (known, digests[known]) if known else ("base_model", names)
-        if mine != theirs if known else not same_model(*names):
-            raise AdapterError(
-                f"{first} and {second} belong to different backbones: {key} is {mine} and {theirs}."
-            )
-        args = one.config.base_model_args, other.config.base_model_args
-        stated = zip(names, args, strict=True)
-        if different := deciding(*stated, pooled=False):
-            key, mine, theirs = map(str, different)
-            raise AdapterError(
-                f"{first} and {second} were trained with base_model_args that compute otherwise: "
-                f"{key} is {mine} and {theirs}. Mix adapters of one model."
-            )
+        check_one_base(first, one.config, second, other.config)
 
 
 def _check_fit(adapters: Mapping[str, Adapter], backbone: Frozen) -> None:
@@ -352,6 +332,7 @@ def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[st
         "base_model": max((chosen.base_model, *names), key=len),
         "base_sha256": digest,
         "base_signs": signs if digest is None else None,
+        "base_buffers": next((c.base_buffers for c in configs if c.base_buffers), None),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -15,6 +16,8 @@ from hhdeploy.preprocess import Preprocess
 # What a graph may give of an image: answers, what the classifier sees, the last hidden state.
 LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"
 OUTPUTS = (LOGITS, FEATURES, TOKENS)
+# The digest of buffers of a model that has none in its state dict.
+NO_BUFFERS = hashlib.sha256().hexdigest()
 _TRANSFORM = tuple(each.name for each in fields(Preprocess))
 
 
@@ -36,6 +39,8 @@ class BackboneFacts:
         meaning: of the classifier's numbers, as far as their source says it.
         signs: digest of the weights' signs, for adapters that were trained on them in another
             type; "" if unknown.
+        buffers: digest of the buffers that the state dict holds (``base_buffers_sha256``),
+            `NO_BUFFERS` of none; "" if unknown.
         extra: further keys of a manifest's entry, kept as they came.
     """
 
@@ -50,6 +55,7 @@ class BackboneFacts:
     license: Licences = ()
     meaning: Meaning = UNSTATED
     signs: str = ""
+    buffers: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def without_classifier(self) -> BackboneFacts:
@@ -63,6 +69,7 @@ class BackboneFacts:
             "args": dict(self.args),
             "sha256": self.sha256,
             **({"signs_sha256": self.signs} if self.signs else {}),
+            **({"buffers_sha256": self.buffers} if self.buffers else {}),
             "classifier": self.classifier,
             "dim": self.dim,
             "classes": self.classes,
@@ -91,6 +98,7 @@ class BackboneFacts:
                 {key: rest.pop(key, None) for key in ("class_names", "problem_type")}
             ),
             signs=rest.pop("signs_sha256", ""),
+            buffers=rest.pop("buffers_sha256", ""),
             extra=rest,
         )
 

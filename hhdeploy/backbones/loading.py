@@ -10,6 +10,7 @@ from hhdeploy.backbones.outputs import computing
 from hhdeploy.backbones.spec import Backbone, BackboneSpec, Loaded
 from hhdeploy.backbones.structure import (
     base_sha256,
+    buffers_sha256,
     find_linears,
     signs_sha256,
     with_own_weights,
@@ -85,6 +86,7 @@ def _facts(loaded: Loaded, spec: BackboneSpec) -> BackboneFacts:
         args=dict(spec.args),
         sha256=base_sha256(model, path),
         signs=signs_sha256(model, path),
+        buffers=buffers_sha256(model, path),
         linears=with_own_weights(model, find_linears(model, path)),
         classifier=path,
         dim=_features(loaded) if classifier is None else classifier.in_features,

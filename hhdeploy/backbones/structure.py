@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Left out of the digests: what differs between tasks (classifier), is resampled to the image
 # size, or follows from the architecture (buffers).
 _RESAMPLED = ("pos_embed", "relative_position", "rel_pos")
+_COUNTED = "num_batches_tracked"
 
 # Where torch has the modules of models that it quantised, or prepared for it.
 _QUANTISED = "torch.ao.nn."
@@ -200,10 +201,27 @@ def base_sha256(model: nn.Module, classifier: str) -> str:
     classifier, position embeddings, relative-position tables and buffers. float64 is digested as
     the float32 that it is loaded as.
     """
+    return _digest(_frozen(model.named_parameters(), classifier))
+
+
+def buffers_sha256(model: nn.Module, classifier: str) -> str:
+    """Digest of the buffers that a checkpoint holds, which decide what the weights compute:
+    statistics of BatchNorm, norms that are frozen for good, a mask or a scale of one's own.
+
+    As `base_sha256`, of the state dict's buffers; without the number of batches that BatchNorm
+    counted, which no answer depends on. Buffers of no state dict are made by code, with rounding
+    of the processor's own, and are in no digest. Of a model without any it is `NO_BUFFERS`.
+    """
+    stored = model.state_dict().keys()
+    named = ((n, b) for n, b in model.named_buffers() if n in stored and not n.endswith(_COUNTED))
+    return _digest(_frozen(named, classifier))
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in _frozen_weights(model, classifier):
+    for name, tensor in tensors:
         if tensor.dtype == torch.float64:
             tensor = tensor.float()
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -221,14 +239,14 @@ def signs_sha256(model: nn.Module, classifier: str) -> str:
     import numpy as np
 
     digest = hashlib.sha256()
-    for name, tensor in _frozen_weights(model, classifier):
+    for name, tensor in _frozen(model.named_parameters(), classifier):
         digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
         digest.update(np.packbits(np.signbit(tensor.float().cpu().numpy())).data)
     return digest.hexdigest()
 
 
-def _frozen_weights(model: nn.Module, classifier: str) -> Iterator[tuple[str, Tensor]]:
+def _frozen(named: Iterable[tuple[str, Tensor]], classifier: str) -> Iterator[tuple[str, Tensor]]:
     """What the digests are of, sorted by name."""
-    for name, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
+    for name, tensor in sorted(named, key=lambda item: item[0]):
         if not name.startswith(f"{classifier}.") and not any(part in name for part in _RESAMPLED):
             yield name, tensor.detach()

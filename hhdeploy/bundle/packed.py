@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter, Head, SiteTensors
+from hhdeploy.backbones.facts import NO_BUFFERS
 from hhdeploy.backbones.sites import Form
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.bundle.manifest import Manifest
@@ -120,8 +121,10 @@ def layout_of(manifest: Manifest) -> RowLayout:
 
 def model_version(manifest: Manifest) -> int:
     """31 bits of what a row's numbers mean: the frozen weights, and the layout."""
-    layout = layout_of(manifest).known()
-    meaning = json.dumps([manifest.backbone.sha256, layout.to_json()], sort_keys=True)
+    facts, layout = manifest.backbone, layout_of(manifest).known()
+    # As it was before there was a digest of buffers, where there are none.
+    buffers = [facts.buffers] if facts.buffers not in ("", NO_BUFFERS) else []
+    meaning = json.dumps([facts.sha256, *buffers, layout.to_json()], sort_keys=True)
     return int(hashlib.sha256(meaning.encode()).hexdigest()[:8], 16) >> 1
 
 
@@ -149,6 +152,7 @@ def adapter_of(
         target_modules=tuple(sites),
         base_model_args=facts.args,
         base_sha256=facts.sha256,
+        base_buffers=facts.buffers or None,
         num_classes=None if head is None else len(head.bias),
     )
     return Adapter(config, {n: SiteTensors(**t) for n, t in sites.items()}, head, source)

@@ -194,7 +194,7 @@ def check_bundle_json(content: Mapping[str, Any]) -> None:
     for key in ("backbone", "graphs", "files", "versions", "tensors"):
         _value(content, key, _is_object, "an object")
     backbone = content["backbone"]
-    for key in ("model", "sha256"):
+    for key in ("model", "sha256", *({"signs_sha256", "buffers_sha256"} & backbone.keys())):
         _value(backbone, key, _is_text, "a text", "backbone.")
     own = _value(backbone, "classes", _is_count, "a number of classes", "backbone.")
     if "class_names" in backbone:

@@ -36,6 +36,7 @@ from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import (
     bare_model,
     base_sha256,
+    buffers_sha256,
     classifier_path,
     find_linears,
     parameters_of,
@@ -161,7 +162,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     linears = (facts := _facts_of(model, config)).linears
     digest = facts.sha256 or None
     signs = None if digest else facts.signs or None
-    config = replace(config, base_sha256=digest, base_signs=signs)
+    buffers = facts.buffers or None
+    config = replace(config, base_sha256=digest, base_signs=signs, base_buffers=buffers)
     state = _Attached(config, facts.classifier)
     if isinstance(adapter, AdapterConfig) and config.preprocess is None and states_transform(model):
         state.config = replace(state.config, preprocess=facts.preprocess)
@@ -296,17 +298,18 @@ def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
     """
     path = classifier_path(model)
     classifier: Any = model.get_submodule(path) if path else None
-    digest, signs = config.base_sha256, ""
+    digest, signs, buffers = config.base_sha256, "", config.base_buffers
     if not any(p.is_meta for p in model.parameters()):
         signs = signs_sha256(model, path)
         if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
-            digest = base_sha256(model, path)
+            digest, buffers = base_sha256(model, path), buffers_sha256(model, path)
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
     return BackboneFacts(
         model=resolved_name(model, name) if name else config.base_model,
         args=config.base_model_args,
         sha256=digest or "",
         signs=signs,
+        buffers=buffers or "",
         linears=find_linears(model, path),
         classifier=path,
         dim=int(classifier.in_features) if path else 0,

@@ -173,6 +173,12 @@ def verify_against_torch(
             f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
             f"{backbone.facts.sha256[:12]}…. Pass the same file with `checkpoint`."
         )
+    if facts.buffers and backbone.facts.buffers != facts.buffers:
+        raise BackboneError(
+            f"{path} was exported with the buffers {facts.buffers[:12]}… (statistics of BatchNorm, "
+            f"masks), these are {backbone.facts.buffers[:12]}…: the weights are the same, what "
+            "they compute is not. Pass the same file with `checkpoint`."
+        )
     names = [a.name for a in bundle.manifest.adapters if not bundle.manifest.whole]
     adapters = {name: bundle.load_adapter(name) for name in names}
     for name, adapter in adapters.items():  # older bundles could not compare all that they took

@@ -64,16 +64,22 @@ function checkBase({ source, config, head }: Adapter, backbone: Backbone): void 
   const [key, digest, expected] = bySigns
     ? ["base_signs_sha256", signs, backbone.signs_sha256!]
     : ["base_sha256", base_sha256, backbone.sha256];
-  if (digest === expected) return;
-  if (!sameModel(model, backbone.model)) {
+  if (digest !== expected && !sameModel(model, backbone.model)) {
     throw new HhdeployError(
       `${source}: base_model_name_or_path: expected the backbone's ${backbone.model}, found ${model}.`,
     );
   }
-  if (typeof digest === "string") {
+  if (typeof digest === "string" && digest !== expected) {
     throw new HhdeployError(
       `${source}: ${key}: expected the backbone's ${expected!.slice(0, 12)}…, found ` +
         `${digest.slice(0, 12)}…: the adapter was trained on other weights.`,
+    );
+  }
+  const [own, known] = [config.base_buffers_sha256, backbone.buffers_sha256];
+  if (own && known && own !== known) {
+    throw new HhdeployError(
+      `${source}: base_buffers_sha256: expected the backbone's ${known.slice(0, 12)}…, found ${own.slice(0, 12)}…: ` +
+        "the adapter was trained with other statistics of BatchNorm, or masks.",
     );
   }
 }

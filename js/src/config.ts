@@ -14,6 +14,7 @@ export interface AdapterConfig {
   base_sha256?: string | null;
   /** Of the weights' signs, where they were not float32. */
   base_signs_sha256?: string | null;
+  base_buffers_sha256?: string | null;
   form: "additive" | "sequential";
   reflection?: "unnormalized" | "orthogonal";
   target_modules: string[] | string;
@@ -46,7 +47,7 @@ export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
   const { schema_version: version, base_model_args: given, num_classes: classes, problem_type: means } = content;
   const { form = "additive", reflection = "unnormalized", r = 1, fold_only = false, class_names: names } = content;
   const { target_modules = ["q", "k", "v", "proj"], base_sha256: digest, license, compressed } = content;
-  const { base_signs_sha256: signs } = content;
+  const { base_signs_sha256: signs, base_buffers_sha256: buffers } = content;
   const expect = expecting(content, where);
   expect("schema_version", isCount(version), `an integer up to ${NEWEST_SCHEMA}`);
   if ((version as number) > NEWEST_SCHEMA) {
@@ -83,6 +84,7 @@ export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
   expect("license", licensed, "the name of a licence, a list of them, or null");
   expect("base_sha256", isNone(digest) || typeof digest === "string", "64 hex digits or null");
   expect("base_signs_sha256", isNone(signs) || typeof signs === "string", "64 hex digits or null");
+  expect("base_buffers_sha256", isNone(buffers) || typeof buffers === "string", "64 hex digits or null");
   checkPreprocess(content.preprocess, (args as Json).img_size, where);
   const config = { ...content, form, reflection, target_modules: targets } as AdapterConfig;
   checkClassNames(config.class_names, config.num_classes ?? undefined, where);

@@ -20,6 +20,8 @@ export interface Backbone {
   sha256: string;
   /** Of the weights' signs, for adapters that were trained on them in another type; newer bundles have it. */
   signs_sha256?: string;
+  /** Of the buffers beside the weights (statistics of BatchNorm); newer bundles have it. */
+  buffers_sha256?: string;
   classifier: string | null;
   dim: number;
   classes: number;
@@ -165,6 +167,9 @@ function checkEntry(entry: Json, { classes: most, row }: Json, where: string, pr
 function checkBackbone(backbone: Json, where: string, prefix: string): void {
   const expect = expecting(backbone, where, prefix);
   for (const key of ["model", "sha256"]) expect(key, typeof backbone[key] === "string", "a text");
+  for (const key of ["signs_sha256", "buffers_sha256"]) {
+    expect(key, !(key in backbone) || typeof backbone[key] === "string", "a text");
+  }
   expect("classes", isCount(backbone.classes), "a number of classes");
   checkNames(backbone, where, prefix);
   const { problem_type: means } = backbone;

@@ -154,6 +154,8 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "digest_number": (says(base_sha256=3), "base_sha256"),
     "other_signs": (says(base_sha256=None, base_signs_sha256="0" * 64), "base_signs_sha256"),
     "signs_number": (says(base_signs_sha256=3), "base_signs_sha256"),
+    "other_buffers": (says(base_buffers_sha256="0" * 64), "base_buffers_sha256"),
+    "buffers_number": (says(base_buffers_sha256=3), "base_buffers_sha256"),
     "args": (says(base_model_args=[1]), "base_model_args"),
     "other_heads": (
         says(base_model_args={"num_heads": 1}, preprocess=None),

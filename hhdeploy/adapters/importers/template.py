@@ -191,6 +191,7 @@ def finish(
         target_modules=_targets(facts.linears, sites),
         base_model_args=dict(facts.args),
         base_sha256=facts.sha256 if options.weights_known else None,
+        base_buffers=facts.buffers or None if options.weights_known else None,
         num_classes=len(names) if names else None,
         class_names=names,
         problem_type=options.problem_type or config.problem_type,

@@ -7,18 +7,24 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.bases import unbound
+from hhdeploy.adapters.bases import check_base, unbound
 from hhdeploy.adapters.checks import check, notes
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
+from hhdeploy.adapters.differing import difference
 from hhdeploy.adapters.format import Adapter, SiteTensors, load_adapter, tensors_of
 from hhdeploy.adapters.importers import ImportOptions, import_adapter
 from hhdeploy.adapters.mixing import merge_adapters
+from hhdeploy.backbones.facts import NO_BUFFERS
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.backbones.structure import buffers_sha256
 from hhdeploy.bundle import Bundle, add_adapter
-from hhdeploy.errors import AdapterError, CapacityError, HhdeployError
+from hhdeploy.errors import AdapterError, BackboneError, CapacityError, HhdeployError
 from hhdeploy.exporting.bundles import export
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes
@@ -28,6 +34,7 @@ from tests.support import random_adapter
 from tests.workshop import copy_bundle
 
 SITE = "blocks.0.attn.proj"
+MASKED = "python:tests.own_models:ruling_out"
 DIM = 48
 
 
@@ -390,3 +397,82 @@ def test_a_kind_that_a_bundle_s_row_tells_no_site_of(tiny_facts):
     check("x", random_adapter(tiny_facts, targets=("q", "fc1")), facts, whole=False)
     few = replace(facts, linears=tuple(x for x in facts.linears if "qkv" not in x.path))
     check("x", adapter, few, whole=False)
+
+
+def test_an_adapter_is_bound_to_the_buffers_beside_the_weights(tmp_path):
+    """The same weights answer otherwise with other statistics, or another mask."""
+    from hhdeploy.training import attach, save
+
+    one, other = (
+        load_backbone(
+            BackboneSpec(MASKED, {"classes": classes}, pretrained=False, input_size=(3, 32, 32))
+        )
+        for classes in ([0, 4], [5, 6])
+    )
+    assert one.facts.sha256 == other.facts.sha256
+    new = AdapterConfig(MASKED, target_modules=("q", "v"), base_model_args=one.facts.args)
+    model = attach(deepcopy(one.model), new, seed=3)
+    save(model, tmp_path / "a")
+    adapter = load_adapter(tmp_path / "a")
+    assert adapter.config.base_buffers == one.facts.buffers != NO_BUFFERS
+    assert unbound("a", adapter, one.facts) is None
+    refused = "base_buffers_sha256: adapter 'a' was trained with the buffers"
+    with pytest.raises(AdapterError, match=refused):
+        attach(deepcopy(other.model), adapter)
+    bundle, sources = tmp_path / "b", {"a": tmp_path / "a"}
+    same, wrong = {"classes": [0, 4]}, {"classes": [5, 6]}
+    sized: dict[str, Any] = {"input_size": (3, 32, 32), "pretrained": False}
+    made: dict[str, Any] = {**sized, "verify": False, "cache": tmp_path / "cache"}
+    with pytest.raises(AdapterError, match=refused):
+        export(MASKED, sources, bundle, model_args=wrong, **made)
+    export(MASKED, sources, bundle, model_args=same, **made)
+    with pytest.raises(BackboneError, match="was exported with the buffers"):
+        verify_against_torch(bundle, model=MASKED, model_args=wrong, **sized)
+    theirs = config(adapter, base_buffers=other.facts.buffers)
+    with pytest.raises(AdapterError, match="different backbones: base_buffers_sha256"):
+        merge_adapters({"a": (adapter, 0.5), "b": (theirs, 0.5)})
+    assert merge_adapters({"a": (adapter, 0.5)}).config.base_buffers == one.facts.buffers
+    assert list(difference(adapter, theirs).settings) == ["base_buffers_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("own", "backbone", "silent"),
+    [
+        (None, "1" * 64, "the adapter has no digest"),
+        ("1" * 64, "", "the backbone has no digest"),
+        (None, NO_BUFFERS, None),
+        (NO_BUFFERS, "", None),
+        (None, "", None),
+        ("1" * 64, "1" * 64, None),
+    ],
+)
+def test_buffers_that_one_side_does_not_know_are_told_of(workshop, own, backbone, silent):
+    """Adapters and bundles of earlier versions have no digest of them, most models no buffer."""
+    facts = replace(workshop.backbone.facts, buffers=backbone)
+    adapter = config(random_adapter(facts, seed=31), base_buffers=own)
+    check_base("x", adapter, facts)
+    line = unbound("x", adapter, facts)
+    assert (line is None) == (silent is None)
+    assert silent is None or silent in str(line)
+
+
+def test_the_digest_of_buffers_is_of_what_decides_the_answers():
+    """Not how many batches were seen, nor what code makes anew, nor the classifier's."""
+    import torch
+    from torch import nn
+
+    def model() -> nn.Module:
+        body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        body.register_buffer("table", torch.ones(3), persistent=False)
+        return body
+
+    known = buffers_sha256(model(), "2")
+    assert known != NO_BUFFERS == buffers_sha256(nn.Linear(4, 4), "")
+    alike = model()
+    alike[1].num_batches_tracked += 5  # type: ignore[index, union-attr, operator]
+    alike.table *= 2  # type: ignore[operator]
+    alike[2].register_buffer("own", torch.ones(2))  # type: ignore[index, union-attr]
+    assert buffers_sha256(alike.double(), "2") == known
+    moved = model()
+    moved[1].running_mean[2] = 1e-6  # type: ignore[index, union-attr]
+    assert buffers_sha256(moved, "2") != known
