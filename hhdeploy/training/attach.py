@@ -92,7 +92,7 @@ class _Attached:
         classifier: module path of the classifier.
         old_head: the backbone's own, None if it is still there.
         old_values: parameter path -> the parameter before the adapter replaced it.
-        parametrized: (module, name of its tensor), each once.
+        parametrized: (module, name of its tensor) -> whether its state dict held it.
         new_biases: (module, name of its bias) of Linears that had none.
         strength: of the adapter as it was attached.
         sites: of the backbone, in the order of its Linears.
@@ -105,7 +105,7 @@ class _Attached:
     classifier: str
     old_head: OldHead | None = None
     old_values: dict[str, nn.Parameter] = field(default_factory=dict)
-    parametrized: list[tuple[nn.Module, str]] = field(default_factory=list)
+    parametrized: dict[tuple[nn.Module, str], bool] = field(default_factory=dict)
     new_biases: list[tuple[nn.Module, str]] = field(default_factory=list)
     strength: float = 1.0
     sites: tuple[str, ...] = ()
@@ -214,8 +214,10 @@ def detach(model: nn.Module) -> nn.Module:
     """Take the adapter off, in place: the backbone's weights and classifier are as before."""
     bare = bare_model(model)
     state = _state(bare)
-    for module, name in state.parametrized:
+    for (module, name), stored in state.parametrized.items():
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        if not stored:  # torch puts every buffer back as one of the state dict
+            module.register_buffer(name, module.get_buffer(name), persistent=False)
     for module, name in state.new_biases:
         module.register_parameter(name, None)
     restore_values(bare, state.old_values)
@@ -387,7 +389,7 @@ def _register(module: nn.Module, name: str, added: nn.Module, state: _Attached) 
     tensor: Tensor = getattr(module, name)
     added.to(tensor.device, tensor.dtype)
     if (module, name) not in state.parametrized:
-        state.parametrized.append((module, name))
+        state.parametrized[module, name] = name in module.state_dict()
     parametrize.register_parametrization(module, name, added)
 
 

@@ -24,7 +24,8 @@ from hhdeploy.training import attach, detach, extract, save
 from hhdeploy.training.heads import linear_of, replace_module
 from hhdeploy.training.recipe import replace_classifier
 from tests.own_models import authors_vit, encoder, ending, gated, pooled, torchvision_vit
-from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, tiny_backbone
+from tests.parity.architectures import VIT
+from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, random_adapter, tiny_backbone
 
 EVERY = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -810,3 +811,14 @@ def test_a_refused_adapter_replaces_no_parameter():
     with pytest.raises(AdapterError, match=r"^mix: its weight is computed from other parameters"):
         attach(model, adapter)
     assert model.stem[0].bias is before
+
+
+def test_a_buffer_of_no_state_dict_is_none_after_detach():
+    """BEiT's bias of k is a buffer beside parameters of q and v, and no part of a checkpoint."""
+    backbone = tiny_backbone("beit_base_patch16_224", **VIT)
+    adapter = random_adapter(backbone.facts, parts=("db",))
+    assert "blocks.0.attn.qkv.k" in adapter.sites
+    keys = set(backbone.model.state_dict())
+    detach(attach(backbone.model, adapter))
+    assert set(backbone.model.state_dict()) == keys
+    attach(backbone.model, adapter)  # to the same model, by the digest of its buffers
