@@ -88,6 +88,7 @@ class _Task:
             "`model_args`": dict(self.facts.args),
             "`preprocess`": self.facts.preprocess.to_json(),
             "the digest of the backbone's weights": self.facts.sha256,
+            "the digest of the backbone's buffers": self.facts.buffers,
             "`problem_type`": self.folder.problem_type,
             "the digest of the image names and sizes": self.folder.digest,
             "the list of class names": list(self.folder.class_names),

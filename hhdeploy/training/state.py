@@ -35,7 +35,11 @@ _EPOCH_FILE = re.compile(r"epoch-[0-9]+\.safetensors")
 # In the metadata of a state's tensor files.
 _OWN = {"made_by": "hhdeploy.training"}
 # Settings that states of this version from before there were they do not have.
-_ADDED = ("`problem_type`", "the list of class names")
+_ADDED = (
+    "`problem_type`",
+    "the list of class names",
+    "the digest of the backbone's buffers",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -239,7 +239,13 @@ def test_a_training_is_resumed_as_what_it_was(unfinished, tmp_path):
 def test_a_state_from_before_kinds_were_compared_goes_on(unfinished, tmp_path):
     file = tmp_path / "o.training" / STATE_FILE
     content = json.loads(file.read_text())
-    del content["settings"]["`problem_type`"], content["settings"]["the list of class names"]
+    buffers = "the digest of the backbone's buffers"
+    content["settings"][buffers] = "0" * 64
+    file.write_text(json.dumps(content))
+    with pytest.raises(TrainingError, match=buffers):
+        train(unfinished)
+    for name in ("`problem_type`", "the list of class names", buffers):
+        del content["settings"][name]
     file.write_text(json.dumps(content))
     assert len(train(unfinished).history) == 2
 
