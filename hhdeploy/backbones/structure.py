@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 # Left out of the digests: what differs between tasks (classifier), is resampled to the image
 # size, or follows from the architecture (buffers).
 _RESAMPLED = ("pos_embed", "relative_position", "rel_pos")
-_COUNTED = "num_batches_tracked"
+# Buffers that decide nothing, or that follow from the architecture and the images' size; older
+# versions of timm and transformers have the latter in the state dict.
+_UNBOUND = ("num_batches_tracked", "position_ids", "attn_mask", "bias_idxs")
 
 # Where torch has the modules of models that it quantised, or prepared for it.
 _QUANTISED = "torch.ao.nn."
@@ -209,11 +211,12 @@ def buffers_sha256(model: nn.Module, classifier: str) -> str:
     statistics of BatchNorm, norms that are frozen for good, a mask or a scale of one's own.
 
     As `base_sha256`, of the state dict's buffers; without the number of batches that BatchNorm
-    counted, which no answer depends on. Buffers of no state dict are made by code, with rounding
-    of the processor's own, and are in no digest. Of a model without any it is `NO_BUFFERS`.
+    counted, which no answer depends on, indices of positions and masks of windows. Buffers of no
+    state dict are made by code, with rounding of the processor's own, and are in no digest. Of a
+    model without any it is `NO_BUFFERS`.
     """
     stored = model.state_dict().keys()
-    named = ((n, b) for n, b in model.named_buffers() if n in stored and not n.endswith(_COUNTED))
+    named = ((n, b) for n, b in model.named_buffers() if n in stored and not n.endswith(_UNBOUND))
     return _digest(_frozen(named, classifier))
 
 
