@@ -216,8 +216,13 @@ def buffers_sha256(model: nn.Module, classifier: str) -> str:
     model without any it is `NO_BUFFERS`.
     """
     stored = model.state_dict().keys()
-    named = ((n, b) for n, b in model.named_buffers() if n in stored and not n.endswith(_UNBOUND))
+    named = ((n, b) for n, b in model.named_buffers() if n in stored and not is_table(n))
     return _digest(_frozen(named, classifier))
+
+
+def is_table(buffer: str) -> bool:
+    """Whether a buffer is called what follows from the architecture, or decides no answer."""
+    return buffer.endswith(_UNBOUND) or any(part in buffer for part in _RESAMPLED)
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

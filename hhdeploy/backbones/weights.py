@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.spec import BackboneSpec
+from hhdeploy.backbones.structure import is_table
 from hhdeploy.errors import BackboneError
 from hhdeploy.files.checkpoints import (
     abbreviated,
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Statistics of batch norms, which an average of the parameters alone does not have.
-_COUNTED = ("running_mean", "running_var")
 # In the names of tensors that are an adapter's alone, of whatever library.
 _OF_ADAPTER = re.compile(
     r"(^|[._])(lora_(A|B|up|down)|lora\.(up|down)|hada_w\d_\w|lokr_w\d)(\.|_|$)"
@@ -218,9 +217,10 @@ def load_strictly(
     """
     own = model.state_dict()
     missing = besides_classifier([k for k in own if k not in state], own, classifier)
-    # Buffers that follow from the architecture are often left out of, or left over in, files. What
-    # a norm has counted is none of them.
-    persistent = {*dict(model.named_parameters()), *(k for k in own if k.endswith(_COUNTED))}
+    # Buffers that follow from the architecture are often left out of, or left over in, files.
+    # Statistics of a norm are none of them, which an average of the parameters does not have.
+    tables = {name for name, _ in model.named_buffers() if is_table(name)}
+    persistent = own.keys() - tables
     missing = [k for k in missing if k in persistent]
     unexpected = [k for k in state if k not in own and not derived(k)]
     wrong = [

@@ -20,6 +20,7 @@ from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import base_sha256, find_linears, signs_sha256
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.plan import Reserve, plan_branches
+from tests.own_models import ruling_out
 from tests.support import (
     TINY_ARGS,
     TINY_MODEL,
@@ -361,6 +362,20 @@ def test_statistics_of_batch_norms_are_needed(tmp_path):
     save_file(parameters, file)
     with pytest.raises(BackboneError, match=r"missing: \S+running_mean"):
         load_backbone(BackboneSpec("tiny_vit_5m_224", checkpoint=file))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [(None, "missing: mask"), (torch.zeros(1), "of another shape: mask")]
+)
+def test_a_buffer_of_ones_own_is_needed(tmp_path, mask, message):
+    """As torch's load_state_dict needs it: the constructor's is not what the checkpoint was."""
+    state = ruling_out([5, 6]).state_dict()
+    state |= {"mask": mask}
+    file = tmp_path / "x.safetensors"
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, file)
+    model, args = "python:tests.own_models:ruling_out", {"classes": [0, 4]}
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(BackboneSpec(model, args, checkpoint=file, input_size=(3, 32, 32)))
 
 
 @pytest.mark.parametrize(
