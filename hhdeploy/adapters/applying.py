@@ -5,7 +5,7 @@ Folding and side branches never do it this way; see `hhdeploy.algebra`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,12 +29,42 @@ def parameters_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
     found = values_with(backbone, adapter)
     for linear in backbone.facts.linears:
         if any(site.name in adapter.sites for site in linear.sites):
-            found |= _linear(backbone, adapter, linear, found)
+            found |= linear_with(backbone, adapter, linear, found)
     if adapter.head is not None:
         path = adapter.head.path
         found[f"{path}.weight"] = adapter.head.weight.astype(np.float64)
         found[f"{path}.bias"] = adapter.head.bias.astype(np.float64)
     return found
+
+
+def linear_with(
+    backbone: Backbone,
+    adapter: Adapter,
+    linear: LinearSpec,
+    values: Mapping[str, NDArray[np.floating]],
+) -> dict[str, Array]:
+    """As `parameters_with`, of the parameters of one Linear.
+
+    Args:
+        backbone: the model, bare.
+        adapter: that changes a site of it.
+        linear: the Linear.
+        values: its weight and bias where the adapter replaces them as a whole; see `values_with`.
+    """
+    names = path_of_parameters(backbone, linear)
+    own = dict(backbone.model.named_parameters())
+    known = {n: own[n].detach().cpu().numpy() for n in names if n in own} | dict(values)
+    weight = known[names[0]].astype(np.float64)
+    bias = known.get(names[1], np.zeros(linear.out)).astype(np.float64)
+    start = 0
+    for site in linear.sites:
+        rows = slice(start, start + site.out)
+        start += site.out
+        if site.name in adapter.sites:
+            change = adapter.change(site.name)
+            weight[rows], bias[rows] = _changed(adapter, change, weight[rows], bias[rows])
+    found = dict(zip(names, (weight, bias), strict=True))
+    return {name: v for name, v in found.items() if name in own or v.any()}
 
 
 def values_with(backbone: Backbone, adapter: Adapter) -> dict[str, Array]:
@@ -93,28 +123,6 @@ def path_of_parameters(backbone: Backbone, linear: LinearSpec) -> tuple[str, str
     module, weight, bias = parameters_of(backbone.model, linear.path)
     owner = next(path for path, other in backbone.model.named_modules() if other is module)
     return f"{owner}.{weight}", f"{owner}.{bias}"
-
-
-def _linear(
-    backbone: Backbone, adapter: Adapter, linear: LinearSpec, values: dict[str, Array]
-) -> dict[str, Array]:
-    names = path_of_parameters(backbone, linear)
-    own = dict(backbone.model.named_parameters())
-    weight, bias = (
-        values.get(n, None if n not in own else own[n].detach().double().cpu().numpy().copy())
-        for n in names
-    )
-    assert weight is not None
-    bias = np.zeros(linear.out) if bias is None else bias
-    start = 0
-    for site in linear.sites:
-        rows = slice(start, start + site.out)
-        start += site.out
-        if site.name in adapter.sites:
-            change = adapter.change(site.name)
-            weight[rows], bias[rows] = _changed(adapter, change, weight[rows], bias[rows])
-    found = dict(zip(names, (weight, bias), strict=True))
-    return {name: v for name, v in found.items() if name in own or v.any()}
 
 
 def _changed(

@@ -33,7 +33,7 @@ from hhdeploy.choices import (
     one_of,
     seconds,
 )
-from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code
+from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, path_or_none
@@ -139,17 +139,20 @@ def verify_against_torch(
         BackboneError: the weights are not the ones that the bundle was exported from, or the
             model has to be named.
         AdapterError: one was trained on other weights.
-        BundleError: a file of the bundle is damaged, or a graph has others than the float32
-            graph's weights.
+        BundleError: a file of the bundle is damaged, the float32 graph has others than the model's
+            weights (`check_originals`), a graph others than the float32 graph's, or the manifest
+            tells another classifier than the model's.
         ConflictError: the bundle was exported again meanwhile.
         OptionError: no such device or precision anywhere.
         ParityError: outputs differ by more than the table allows.
     """
     progress, seed = listener(progress), as_seed(seed)
+    require("onnx_ir", "export", "comparing a bundle's weights with the model's")
     device, precisions = one_of(DEVICES, device, "device"), as_precisions(precisions)
     lock_timeout = seconds(lock_timeout, "lock_timeout")
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.backbones.spec import BackboneSpec
+    from hhdeploy.verifying.originals import check_originals, check_stated
     from hhdeploy.verifying.reference import VerifyData, training_time_reference
 
     data = VerifyData(path_or_none(verify_data, "verify_data"), verify_images, seed)
@@ -181,6 +184,7 @@ def verify_against_torch(
         )
     names = [a.name for a in bundle.manifest.adapters if not bundle.manifest.whole]
     adapters = {name: bundle.load_adapter(name) for name in names}
+    say(progress, check_stated(bundle, backbone))
     for name, adapter in adapters.items():  # older bundles could not compare all that they took
         check_base(name, adapter, backbone.facts)
         if line := unbound(name, adapter, backbone.facts):
@@ -193,6 +197,7 @@ def verify_against_torch(
     if not report.passed:
         raise parity_error(report)
     check_contents(bundle, precisions)
+    check_originals(bundle, backbone, adapters)
     if device == "cpu":
         shown = dict.fromkeys(stage.precision for stage in report.stages)
         say(progress, effects.lines([*shown], refuse=False))

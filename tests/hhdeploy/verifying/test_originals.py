@@ -1,0 +1,106 @@
+"""What the bounds of float32 let pass: one number of a weight, and a manifest of another model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hhdeploy import export, verify, verify_against_torch
+from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import write_manifest
+from hhdeploy.errors import BundleError
+from tests.hhdeploy.verifying.test_contents import plant
+from tests.workshop import copy_bundle
+
+
+def negate_one(weight: NDArray) -> None:
+    """A number has the other sign: a small one, as every one of a model of real size is."""
+    flat = weight.reshape(-1)
+    sizes = np.abs(flat)
+    flat[np.argmin(np.where(sizes > 1e-4 * sizes.max(), sizes, np.inf))] *= -1
+
+
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("small", "blocks.1.mlp.fc1.weight_t"),  # a Linear's, told by the node's tag
+        ("small", "blocks.0.attn.qkv.k/weight_t"),  # a third of a qkv
+        ("small", "patch_embed.proj.weight"),  # of a convolution
+        ("small", "pos_embed"),  # what no digest holds
+        ("folded", "blocks.0.attn.proj.weight_folded"),
+        ("constant", "blocks.1.mlp.fc2.weight_t"),
+    ],
+)
+def test_one_number_of_a_weight(request, workshop, tmp_path, which, name):
+    bundle = copy_bundle(request.getfixturevalue(which), tmp_path / "bundle")
+    verify_against_torch(bundle, checkpoint=workshop.checkpoint, verify_images=1)
+    plant(bundle, "float32", name, negate_one)
+    before = (bundle / "hhdeploy.json").read_bytes()
+    with pytest.raises(BundleError, match=rf"expected as weights those of .* others: {name}\."):
+        verify_against_torch(bundle, checkpoint=workshop.checkpoint, verify_images=1)
+    assert (bundle / "hhdeploy.json").read_bytes() == before
+    assert verify(bundle).passed  # without the model nothing tells
+
+
+@pytest.fixture(scope="module")
+def normalised(tmp_path_factory) -> tuple[Path, Path]:
+    """A bundle of a network whose convolutions have taken their BatchNorms in; its checkpoint."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    root, random = tmp_path_factory.mktemp("normalised"), torch.Generator().manual_seed(3)
+    model = timm.create_model("test_resnet", num_classes=5)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=random))
+    save_file(model.state_dict(), root / "model.safetensors")
+    arguments = {"checkpoint": root / "model.safetensors", "model_args": {"num_classes": 5}}
+    export("test_resnet", {}, root / "bundle", fold=True, verify_images=1, cache=None, **arguments)
+    return root / "bundle", root / "model.safetensors"
+
+
+def test_convolutions_that_have_taken_a_batchnorm_in(normalised, tmp_path):
+    source, checkpoint = normalised
+    bundle = copy_bundle(source, tmp_path / "bundle")
+    assert verify_against_torch(bundle, checkpoint=checkpoint, verify_images=1).passed
+    plant(bundle, "float32", "layer2.0.conv1.weight", negate_one)
+    with pytest.raises(BundleError, match=r"those of test_resnet\S*, found others: layer2.0.conv1"):
+        verify_against_torch(bundle, checkpoint=checkpoint, verify_images=1)
+
+
+@pytest.mark.parametrize(("key", "wrong"), [("classifier", "blocks.0.mlp.fc1"), ("dim", 7)])
+def test_another_classifier(small, workshop, tmp_path, key, wrong):
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, replace(manifest, backbone=replace(manifest.backbone, **{key: wrong})))
+    match = rf"hhdeploy.json: backbone: {key}: expected .*, as {manifest.backbone.model} has it"
+    with pytest.raises(BundleError, match=match):
+        verify_against_torch(bundle, checkpoint=workshop.checkpoint, verify_images=1)
+
+
+def test_what_its_source_may_say_otherwise_elsewhere(workshop, tmp_path):
+    """Another version of timm has another transform, files beside a checkpoint other names."""
+    from hhdeploy.verifying.originals import check_stated
+
+    bundle = tmp_path / "bundle"
+    workshop.export(bundle, (), fold=True, model_args=workshop.backbone.facts.args)
+    opened, backbone = Bundle.open(bundle), workshop.backbone
+    assert not list(check_stated(opened, backbone))
+    facts = backbone.facts
+    other = replace(
+        facts,
+        preprocess=replace(facts.preprocess, crop_pct=0.5),
+        meaning=replace(facts.meaning, class_names=("a", "b", "c", "d", "e")),
+    )
+    told = list(check_stated(opened, replace(backbone, facts=other)))
+    assert len(told) == 1  # a bundle that says nothing of names contradicts nobody
+    assert "{'crop_pct': 0.5} here, the bundle {'crop_pct': " in told[0]
+    names = replace(other.meaning, class_names=("e", "d", "c", "b", "a"))
+    named = replace(opened.manifest, backbone=replace(opened.manifest.backbone, meaning=names))
+    told = list(check_stated(replace(opened, manifest=named), replace(backbone, facts=other)))
+    assert "class_names: " in told[1]
