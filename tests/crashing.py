@@ -339,6 +339,9 @@ def _lay(root: Path, names: dict[str, int | None], contents: dict[int, bytes], b
         if number is None:
             (root / path).mkdir()
             continue
+        if not contents[number]:  # of its own: who locks one file would lock all that are linked
+            (root / path).touch()
+            continue
         blob = blobs / _digest(contents[number])
         if not blob.exists():
             blob.write_bytes(contents[number])

@@ -48,6 +48,8 @@ _POLL, _SAY_AFTER, _GONE_AFTER = 0.01, 1.0, 2.0
 NEW_MANIFEST = f".{MANIFEST}.new"
 # Hidden names that a change writes to.
 _WRITTEN = (NEW_MANIFEST, NEW_CARD, JOURNAL)
+# The signature of the manifest whose digits are in the name, while another takes its place.
+_ASIDE = re.compile(rf"\.{re.escape(SIGNATURE)}\.[0-9a-f]{{16}}")
 # Stem of the scratch directories inside a bundle.
 WORK = "work"
 # Names that hhdeploy gives to files at the top of a bundle, and nobody else.
@@ -254,6 +256,7 @@ def tidy(bundle: Bundle) -> None:
     _clear_names(bundle.path)
     _heal(bundle)
     _settle_card(bundle)
+    _settle_signature(bundle.path)
     _remove_leftovers(bundle)
     follow_journal(bundle.path, ADAPTERS, bundle.manifest.files)
 
@@ -291,6 +294,30 @@ def _settle_card(bundle: Bundle) -> None:
         os.replace(new, card)
 
 
+def put_signature_aside(root: Path) -> bool:
+    """Hide a signature until the manifest that it signs is another one, or a change that was not
+    committed is undone; whether there is one. What cannot be moved stays."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.lstat(root / SIGNATURE).st_mode):
+            os.replace(root / SIGNATURE, root / _aside(root))
+            return True
+    return False
+
+
+def _aside(root: Path) -> str:
+    return f".{SIGNATURE}.{sha256_of(root / MANIFEST)[:16]}"
+
+
+def _settle_signature(root: Path) -> None:
+    """Put a signature back that signs the manifest which is there; remove any other."""
+    with contextlib.suppress(OSError):
+        for name in filter(_ASIDE.fullmatch, os.listdir(root)):
+            if name == _aside(root) and not os.path.lexists(root / SIGNATURE):
+                os.replace(root / name, root / SIGNATURE)
+            else:
+                os.unlink(root / name)
+
+
 def _remove_leftovers(bundle: Bundle) -> None:
     """What changes that ended half-way left: files of ours that the manifest does not name."""
     sweep_all(bundle.path)
@@ -320,7 +347,11 @@ def foreign(path: Path, beside: Collection[str] = ()) -> str | None:
 
 def _passes(name: str) -> bool:
     top = name.split("/")[0]
-    hidden = top in (LOCK, OLD, JOURNAL) or top.startswith(f".{WORK}.hhdeploy-")
+    hidden = (
+        top in (LOCK, OLD, JOURNAL)
+        or _ASIDE.fullmatch(top) is not None
+        or top.startswith(f".{WORK}.hhdeploy-")
+    )
     return hidden or _is_ours(name)
 
 

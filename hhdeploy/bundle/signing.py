@@ -9,17 +9,25 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.bundle.locking import LOCK
+from hhdeploy.bundle.locking import LOCK, locked, tidy
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT, MANIFEST, SIGNATURE
 from hhdeploy.bundle.reading import Bundle
 from hhdeploy.bundle.store import Progress, settled
 from hhdeploy.choices import listener, text
-from hhdeploy.errors import BundleError, ReadError, first_line, require
+from hhdeploy.errors import (
+    BundleError,
+    ConflictError,
+    ReadError,
+    WriteError,
+    first_line,
+    require,
+)
 from hhdeploy.files.plain import read_few, read_plain
 from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.writing import atomic_file
@@ -77,6 +85,8 @@ def sign(
 def check_signature(path: str | Path, public_key: str | Path) -> None:
     """Compare a bundle with its signature: every byte of every file, and that there is no other.
 
+    What a killed command left in it is removed, if it can be, where that alone is wrong.
+
     Args:
         path: the bundle.
         public_key: of the key it was signed with, in PEM.
@@ -84,6 +94,7 @@ def check_signature(path: str | Path, public_key: str | Path) -> None:
     Raises:
         BundleError: no signature, one of another key, or one of another content; the message
             names the files.
+        ConflictError: another process is changing the bundle.
         ReadError: a key that cannot be read, or of another kind.
         MissingDependencyError: model-signing is not installed.
     """
@@ -92,21 +103,53 @@ def check_signature(path: str | Path, public_key: str | Path) -> None:
     with _reading("public_key", public_key):
         _check_size(Path(public_key))
         config.use_elliptic_key_verifier(public_key=Path(public_key))
+    config.set_hashing_config(_hashing(library))
     try:
-        _check_form(read_plain(root / SIGNATURE))
-        _check_kinds(root)
-        config.set_hashing_config(_hashing(library)).verify(root, root / SIGNATURE)
+        try:
+            _compare(root, config)
+        except Exception:
+            if not _tidied(root):
+                raise
+            _compare(root, config)
     except FileNotFoundError:
         raise BundleError(
             f"{path} is not signed: {SIGNATURE} was expected in it. A change of a bundle removes "
             "its signature."
         ) from None
+    except ConflictError:
+        raise
     except Exception as error:
         raise BundleError(
             f"{path} is not what was signed with the key of {public_key}: "
             f"{first_line(error)}. Get the bundle again from whoever signed it, or compare it "
             "with the right key."
         ) from error
+
+
+def _compare(root: Path, config: Any) -> None:
+    """Raises whatever the library does, `FileNotFoundError` without a signature."""
+    _check_form(read_plain(root / SIGNATURE))
+    _check_kinds(root)
+    config.verify(root, root / SIGNATURE)
+
+
+def _tidied(root: Path) -> bool:
+    """Remove what a killed command left, as the next change would: that is nobody's tampering. Not
+    where nothing can be written, as on a medium that is only read.
+
+    Raises:
+        ConflictError: another process is changing the bundle.
+    """
+    real = Path(os.path.realpath(root))
+    try:
+        before = set(os.listdir(real))
+        with locked(real):
+            tidy(Bundle.open(real))
+        return set(os.listdir(real)) != before - {LOCK}
+    except ConflictError:
+        raise
+    except (BundleError, WriteError, OSError):
+        return False
 
 
 def _library(purpose: str) -> Any:

@@ -9,7 +9,7 @@ step: whoever reads meanwhile has the old bundle or the new one. What the new ma
 names moves into ``.old``, where those who opened the old bundle find it until the next edit. A
 crash at any point leaves the old or the new bundle, and files that nobody names, which the next
 edit removes: at the top those with names of ours, of adapters those that a journal has. The model
-card is written again, and a signature, which fits no more, is removed.
+card is written again. A signature fits no more: it is hidden before the commit, removed behind it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from hhdeploy.backbones.licences import CARD
 from hhdeploy.bundle.card import card_of
-from hhdeploy.bundle.locking import NEW_MANIFEST, WORK, tidy
+from hhdeploy.bundle.locking import NEW_MANIFEST, WORK, put_signature_aside, tidy
 from hhdeploy.bundle.locking import Progress as Progress
 from hhdeploy.bundle.locking import locked as locked
 from hhdeploy.bundle.manifest import (
@@ -106,9 +106,9 @@ class Change:
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
-        self.manifest = bundle.manifest
+        self.bundle, self.manifest = bundle, bundle.manifest
         self._written: list[Path] = []
+        self._unsigned = False  # the signature was put aside
 
     def store(self, name: str, content: bytes | memoryview) -> str:
         """Write what takes the place of ``name``; the name that it has, with its digits."""
@@ -182,16 +182,14 @@ class Change:
         before = Bundle(self.bundle.path, self.manifest).parity()
         after = {**before, "stages": _of_others(before["stages"], name)}
         if pictures := before.get("pictures"):
-            after["pictures"] = {
-                **pictures,
-                "answers": _of_others(pictures.get("answers", []), name),
-            }
+            left = _of_others(pictures.get("answers", []), name)
+            after["pictures"] = {**pictures, "answers": left}
         if after != before:
             self.store(PARITY_FILE, json_bytes(after))
 
     def _forget(self, name: str) -> None:
-        files = {n: d for n, d in self.manifest.files.items() if plain_name(n) != name}
-        self.manifest = replace(self.manifest, files=files)
+        kept = {n: d for n, d in self.manifest.files.items() if plain_name(n) != name}
+        self.manifest = replace(self.manifest, files=kept)
 
     def _begin(self, named: str, digest: str) -> bool:
         """Enter a file; False if the bundle has it already, to the byte."""
@@ -219,8 +217,9 @@ class Change:
         root = self.bundle.path
         self._check()
         self._renew_card()
+        self._unsigned = put_signature_aside(root)
         folders = {f for path in self._written for f in path.parents if f.is_relative_to(root)}
-        for folder in sorted(folders, reverse=True):  # what is inside before what names it
+        for folder in sorted({root, *folders}, reverse=True):  # what is inside before what names it
             sync_directory(folder)
         write_bytes(root / NEW_MANIFEST, json_bytes(self.manifest.to_json()))
         with placing(root / NEW_MANIFEST, root / MANIFEST, root):
@@ -271,11 +270,10 @@ class Change:
     def retire(self) -> None:
         """Move what the manifest names no more out of the way. Only tidiness: it may fail."""
         root = self.bundle.path
-        gone = self.bundle.manifest.files.keys() - self.manifest.files.keys()
         with contextlib.suppress(OSError):
             if self.manifest != self.bundle.manifest:
                 shutil.rmtree(root / OLD, ignore_errors=True)
-            for name in sorted(gone):
+            for name in sorted(self.bundle.manifest.files.keys() - self.manifest.files.keys()):
                 # What was lost already, or lies in another user's folder, keeps nothing else.
                 with contextlib.suppress(OSError):
                     (root / OLD / name).parent.mkdir(parents=True, exist_ok=True)
@@ -286,10 +284,11 @@ class Change:
         """Remove the signature of a bundle that is another one now, and say so. Raises
         `WriteError`: it cannot be removed; the change is committed all the same."""
         signature = self.bundle.path / SIGNATURE
-        if self.manifest == self.bundle.manifest or not signature.exists():
+        signed = self._unsigned or signature.exists()
+        if self.manifest == self.bundle.manifest or not signed:
             return
         try:
-            os.unlink(signature)
+            signature.unlink(missing_ok=True)
         except OSError as error:
             raise WriteError(
                 f"{self.bundle.path} was changed, and {signature}, which signs it as it was, could "
@@ -354,8 +353,8 @@ def settled(
     lock_timeout: float = LOCK_TIMEOUT,
     progress: Progress = lambda step: None,
 ) -> Iterator[Bundle]:
-    """Hold a bundle as it is, nobody changing it, with nothing in it that its manifest does not
-    name: neither the version before nor what crashes left. Arguments and errors as `edit`."""
+    """Hold a bundle as it is, with nothing in it that its manifest does not name: neither the
+    version before nor what crashes left. Arguments and errors as `edit`."""
     root = Path(os.path.realpath(bundle_path(path)))
     with locked(root, lock_timeout=lock_timeout, progress=progress), os_errors(root):
         bundle = Bundle.open(root)

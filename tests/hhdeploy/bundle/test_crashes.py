@@ -22,6 +22,7 @@ from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.engines import engine_name
 from hhdeploy.bundle.locking import BUNDLE, LOCK, locked
 from hhdeploy.bundle.manifest import EngineEntry, Manifest
+from hhdeploy.bundle.signing import check_signature, sign
 from hhdeploy.bundle.store import Basis, edit
 from hhdeploy.errors import BundleError, ConflictError
 from hhdeploy.files.directories import atomic_directory
@@ -32,6 +33,7 @@ from hhdeploy.verifying.bundles import _store_verification
 from hhdeploy.verifying.graphs import add_graph
 from hhdeploy.verifying.reference import Reference
 from tests.crashing import calls_of, deaths, killed_at_every_call, power_cuts
+from tests.hhdeploy.bundle.test_signing import pair
 from tests.support import assert_parity
 from tests.workshop import copy_bundle
 
@@ -103,6 +105,11 @@ def added(root: Path) -> None:
 def removed(root: Path) -> None:
     """An adapter leaves it."""
     remove_adapter(root, "rival")
+
+
+def signed_again(root: Path) -> None:
+    """A bundle is signed, by a key that lies beside it."""
+    sign(root, root.parent / "key.pem")
 
 
 def careless(root: Path) -> None:
@@ -228,6 +235,32 @@ def test_a_bundle_that_is_replaced_is_the_old_or_the_new_one(tmp_path):
         replaced_in(root)
         assert [p.name for p in root.iterdir()] == ["bundle"], "the next export sweeps"
     assert len(judge.ends) == 2
+
+
+@pytest.mark.parametrize("write", [added, signed_again])
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_a_crash_leaves_is_signed_or_says_that_it_is_not(tmp_path, write, cut):
+    """Never a signature of another version, nor one that leftovers make wrong."""
+    key, public = pair(tmp_path)
+    origin = origin_of("branches", tmp_path)
+    with edit(origin) as change:  # so that it has a card
+        change.manifest = replace(change.manifest, versions={"hhdeploy": "again"})
+    sign(origin, key)
+    old, ends = Bundle.open(origin).manifest, set()
+    if cut:
+        done = Path(shutil.copytree(origin, tmp_path / "done"))
+        roots = power_cuts(calls_of(write, done), origin, tmp_path)
+    else:
+        roots = killed_at_every_call(write, origin, tmp_path)
+    for root in roots:
+        changed = Bundle.open(root).manifest != old
+        ends.add(changed)
+        if changed:
+            with pytest.raises(BundleError, match="is not signed"):
+                check_signature(root, public)
+        else:
+            check_signature(root, public)
+    assert ends == ({False, True} if write is added else {False})
 
 
 def test_the_harness_catches_a_writer_that_commits_first(tmp_path):
