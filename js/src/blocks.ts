@@ -77,7 +77,7 @@ function* inJpeg(bytes: Uint8Array): Generator<Block> {
 
 /**
  * Without the numbers of an animation a browser shows the picture for those who show none, as Python reads it; without
- * those of transparency it shows all colours.
+ * those of transparency it shows all colours. Python asks for no checksum of the pixels, and for no end behind them.
  */
 function* inPng(bytes: Uint8Array): Generator<Block> {
   const view = viewOf(bytes);
@@ -87,8 +87,11 @@ function* inPng(bytes: Uint8Array): Generator<Block> {
     const type = ascii(bytes, at + 4, at + 8);
     const content = bytes.subarray(at + 8, end - 4);
     pixels ||= type === "IDAT";
-    if (!pixels && end <= bytes.length && view.getUint32(end - 4) !== crc32(bytes.subarray(at + 4, end - 4))) {
-      throw new HhdeployError(`expected a whole PNG, found one whose ${type} has another checksum. Save it again.`);
+    if (end <= bytes.length && view.getUint32(end - 4) !== crc32(bytes.subarray(at + 4, end - 4))) {
+      if (!pixels) {
+        throw new HhdeployError(`expected a whole PNG, found one whose ${type} has another checksum. Save it again.`);
+      }
+      if (type === "IDAT") yield { part: [at, end], instead: pngChunk(type, content) };
     }
     if (type === "eXIf") yield { kind: "exif", content: concat([MARK, content]), part: [at, end] };
     else if (type === "acTL" || type === "tRNS") yield { part: [at, end] };
@@ -96,26 +99,36 @@ function* inPng(bytes: Uint8Array): Generator<Block> {
       yield { part: [at, end], instead: wholePalette(content, bytes[24]!) };
     } else if (type.endsWith("Xt")) yield* inText(type, content);
     at = end;
+    if (type === "IEND") return;
+    if (pixels && at === bytes.length) yield { part: [at, at], instead: pngChunk("IEND", new Uint8Array()) };
   }
 }
 
 /** Indices past a palette's end are black to Python, and to a browser anything. */
 function wholePalette(colours: Uint8Array, depth: number): Uint8Array {
-  const size = Math.max(colours.length, 3 << depth);
-  const chunk = new Uint8Array(12 + size);
-  viewOf(chunk).setUint32(0, size);
-  chunk.set(new TextEncoder().encode("PLTE"), 4);
-  chunk.set(colours, 8);
-  viewOf(chunk).setUint32(8 + size, crc32(chunk.subarray(4, 8 + size)));
+  const whole = new Uint8Array(Math.max(colours.length, 3 << depth));
+  whole.set(colours);
+  return pngChunk("PLTE", whole);
+}
+
+/** A chunk with its length and its checksum. */
+export function pngChunk(type: string, content: Uint8Array): Uint8Array {
+  const chunk = new Uint8Array(12 + content.length);
+  viewOf(chunk).setUint32(0, content.length);
+  chunk.set(new TextEncoder().encode(type), 4);
+  chunk.set(content, 8);
+  viewOf(chunk).setUint32(8 + content.length, crc32(chunk.subarray(4, 8 + content.length)));
   return chunk;
 }
 
+const REMAINDERS = Uint32Array.from({ length: 256 }, (_, crc) => {
+  for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
+  return crc;
+});
+
 function crc32(bytes: Uint8Array): number {
   let crc = -1;
-  for (const byte of bytes) {
-    crc ^= byte;
-    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
-  }
+  for (const byte of bytes) crc = (crc >>> 8) ^ REMAINDERS[(crc ^ byte) & 0xff]!;
   return ~crc >>> 0;
 }
 
@@ -137,6 +150,8 @@ function* inText(type: string, content: Uint8Array): Generator<Block> {
 /**
  * Without a table of colours the indices are levels of grey to Python, and to a browser anything. Of the first picture no
  * index is transparent.
+ *
+ * Throws where that picture leaves a part of the whole out, which each fills in its own way.
  */
 function* inGif(bytes: Uint8Array): Generator<Block> {
   const flags = bytes[10]!;
@@ -153,14 +168,28 @@ function* inGif(bytes: Uint8Array): Generator<Block> {
     while (bytes[at]) at += bytes[at]! + 1;
     at += 1;
   }
+  if (bytes[at] === 0x2c && at + 9 <= bytes.length) checkFrame(viewOf(bytes), at + 1);
 }
 
-/** Throws for runs of pixels: where they leave some out, Python and browsers put others there. */
+function checkFrame(view: DataView, at: number): void {
+  const [width, height, left, top, columns, rows] = [6, 8, at, at + 2, at + 4, at + 6].map((i) => view.getUint16(i, true));
+  if (left || top || columns! < width! || rows! < height!) {
+    throw new HhdeployError(
+      `expected a GIF that its first picture fills, found ${width} x ${height} pixels with one of ${columns} x ${rows} ` +
+        `at (${left}, ${top}). Save it as a PNG.`,
+    );
+  }
+}
+
+/** Throws for runs of pixels, of which Python and browsers put some elsewhere, and for 16 bits, which they round otherwise. */
 function checkBmp(bytes: Uint8Array): void {
   if (bytes.length < 34) return;
-  const [header, coding] = [14, 30].map((at) => viewOf(bytes).getUint32(at, true));
-  if (header! >= 40 && (coding === 1 || coding === 2)) {
-    throw new HhdeployError("expected a BMP with all its pixels, found one of runs (RLE). Save it as a PNG.");
+  const view = viewOf(bytes);
+  const [header, coding, bits] = [view.getUint32(14, true), view.getUint32(30, true), view.getUint16(28, true)];
+  const runs = coding === 1 || coding === 2;
+  if (header >= 40 && (runs || bits === 16)) {
+    const found = runs ? "found one of runs (RLE)" : "8 bits for each, found one of 16 bits a pixel";
+    throw new HhdeployError(`expected a BMP with all its pixels, ${found}. Save it as a PNG.`);
   }
 }
 
@@ -227,7 +256,7 @@ function boxes(bytes: Uint8Array, type: string): Uint8Array[] {
   return found;
 }
 
-function concat(parts: Uint8Array[]): Uint8Array {
+export function concat(parts: Uint8Array[]): Uint8Array {
   const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
   parts.reduce((at, part) => (whole.set(part, at), at + part.length), 0);
   return whole;

@@ -10,7 +10,7 @@ import { BACKBONE, checkName } from "./checks.js";
 import { HhdeployError } from "./errors.js";
 import { MANIFEST, parseManifest, type AdapterEntry, type Manifest } from "./manifest.js";
 import { upright } from "./orientation.js";
-import { graphFor } from "./preprocess.js";
+import { checkResized, graphFor } from "./preprocess.js";
 import { packRow } from "./row.js";
 import { DamagedError, readChecked, type Source } from "./source.js";
 import { checkGraph } from "./tensors.js";
@@ -223,9 +223,9 @@ export class Bundle {
       );
     }
     const session = await this.#graph(graph.file);
-    const feeds: Record<string, OrtTensor> = {
-      image: this.#image(preprocess.exif ? upright(picture) : picture),
-    };
+    const turned = preprocess.exif ? upright(picture) : picture;
+    checkResized(graph, turned.width, turned.height);
+    const feeds: Record<string, OrtTensor> = { image: this.#image(turned) };
     for (const [name, { dtype, value }] of Object.entries(graph.inputs)) {
       feeds[name] =
         dtype === "int64"

@@ -1,7 +1,8 @@
 /** Which side of a picture is up: what its file says of it, read as Python reads it. */
 
-import { ascii, blocksOf, EXIF, turnOfAvif, viewOf, type Block } from "./blocks.js";
+import { ascii, blocksOf, concat, EXIF, turnOfAvif, viewOf, type Block } from "./blocks.js";
 import type { Picture } from "./bundle.js";
+import { inEightBits, isDeepGrey } from "./deep.js";
 
 export interface Orientation {
   /** EXIF's number, 1 to 8: 1 is upright, or says nothing. */
@@ -32,7 +33,8 @@ export async function orientationOf(bytes: Uint8Array): Promise<Orientation> {
     kept = part[1];
   }
   parts.push(bytes.subarray(kept));
-  return { orientation: await told(blocks), parts, turned: false };
+  const shown = isDeepGrey(bytes) ? await inEightBits(concat(parts)) : parts;
+  return { orientation: await told(blocks), parts: shown, turned: false };
 }
 
 /** EXIF before XMP; ImageMagick's text where there is no EXIF. */

@@ -25,6 +25,8 @@ export interface PreprocessGraph {
 
 export const preprocessDefaults = { interpolation: "bicubic", crop_pct: 0.875, crop_mode: "center" } as const;
 
+// Pixels, as Python's `_MOST_RESIZED`.
+const MOST_RESIZED = 1 << 28;
 const KEYS = ["input_size", "mean", "std", ...Object.keys(preprocessDefaults), "exif"];
 const FILTERS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"];
 const CROP_MODES = ["center", "squash", "border"];
@@ -81,6 +83,23 @@ export function graphFor(given: AdapterPreprocess, files: object): PreprocessGra
     fill: float32(fill),
   };
   return { file, inputs };
+}
+
+/** Throws for a picture that a graph would resize to more pixels than Python makes, of which its crop keeps a few. */
+export function checkResized({ file, inputs }: PreprocessGraph, width: number, height: number): void {
+  const mode = file.split(".")[1];
+  if (mode === "squash") return; // to the same size, whatever the picture's is
+  const [rows, columns] = inputs["resize"]!.value as [number, number];
+  const ratios = [height / rows, width / columns];
+  const ratio = mode === "border" ? Math.max(...ratios) : Math.min(...ratios);
+  const exact = mode === "center" && rows === columns; // the longer side is cut off then
+  const [across, down] = [width, height].map((side) => Math.max(1, (exact ? Math.floor : Math.round)(side / ratio))) as [number, number];
+  if (across * down > MOST_RESIZED) {
+    throw new HhdeployError(
+      `a picture of ${width} x ${height} pixels: its shorter edge as long as the model wants it makes ${across} x ${down} ` +
+        "of it. Cut it first.",
+    );
+  }
 }
 
 /** Throws where a graph and its numbers are not those of the transform beside it, which Python goes by; none is fine. */

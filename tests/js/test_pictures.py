@@ -75,8 +75,58 @@ def odd() -> dict[str, bytes]:
     made |= gifs()
     made["clear grey"] = clear_png(0, b"\0\5")
     made["clear colour"] = clear_png(2, b"\0\6\0\7\0\x08")
+    made |= deep_greys() | careless()
     made["clear indices"] = clear_png(3, bytes([0, 128, 255, 9]), bytes(range(7, 7 + 48)))
     return made
+
+
+def deep_greys() -> dict[str, bytes]:
+    """PNGs of 16 bits of grey, of every filter, interlaced and not."""
+    rng = np.random.default_rng(16)
+    made = {}
+    for width, height in ((11, 13), (3, 2), (1, 1)):
+        levels = rng.integers(0, 2**16, (height, width)).astype(">u2")
+        sides = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4))
+        sides += ((1, 0, 2, 2), (0, 1, 1, 2))
+        passes = [levels[y::down, x::right] for x, y, right, down in sides]
+        lines = b"".join(filtered(each) for each in passes if each.size)
+        made[f"grey of 16 bits in passes {width}"] = deep_grey(width, height, lines, 1)
+        made[f"grey of 16 bits {width}"] = deep_grey(width, height, filtered(levels), 0)
+    return made
+
+
+def deep_grey(width: int, height: int, lines: bytes, passes: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, passes)
+    packed = zlib.compress(lines)
+    chunks = [(b"IHDR", header), (b"tRNS", lines[1:3]), (b"IDAT", packed[:9])]
+    chunks += [(b"IDAT", packed[9:]), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def filtered(levels: np.ndarray) -> bytes:
+    """Rows of big-endian 16 bits as a PNG has them, the five filters in turn."""
+    rows = np.ascontiguousarray(levels).view(np.uint8).reshape(len(levels), -1).astype(int)
+    padded = np.pad(rows, ((1, 0), (2, 0)))
+    left, above, both = padded[1:, :-2], padded[:-1, 2:], padded[:-1, :-2]
+    guess = left + above - both
+    away = np.abs(np.stack([guess - left, guess - above, guess - both]))
+    paeth = np.choose(away.argmin(0), [left, above, both])
+    told = [np.zeros_like(rows), left, above, (left + above) // 2, paeth]
+    kinds = np.arange(len(rows)) % 5
+    lines = [bytes([k, *((rows[y] - told[k][y]) % 256)]) for y, k in enumerate(kinds)]
+    return b"".join(lines)
+
+
+def careless() -> dict[str, bytes]:
+    """PNGs of which Python reads all pixels, and browsers none."""
+    good = indexed(4, 16)
+    place = good.index(b"IEND") - 4
+    return {
+        "wrong checksum of the pixels": good[: place - 1]
+        + bytes([good[place - 1] ^ 1])
+        + good[place:],
+        "no end": good[:place],
+    }
 
 
 def gifs() -> dict[str, bytes]:
@@ -209,6 +259,34 @@ def test_a_png_of_a_wrong_checksum_is_refused(read, key):
 def test_runs_of_pixels_are_refused(read):
     ((_, _, seen),) = read({"runs": runs()})
     assert "found one of runs (RLE). Save it as a PNG" in seen["error"]
+
+
+def test_a_bmp_of_16_bits_is_refused(read):
+    """A browser's levels are one off."""
+    sizes = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 16, 0, 128, 0, 0, 0, 0)
+    file = b"BM" + struct.pack("<IHHI", 54 + 128, 0, 0, 54) + sizes + bytes(range(128))
+    ((_, _, seen),) = read({"shallow": file})
+    assert "found one of 16 bits a pixel. Save it as a PNG" in seen["error"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_gif_that_its_first_picture_does_not_fill_is_refused(read, kept):
+    """What it leaves out is black there, and the first of its colours to Python."""
+    good = gifs()["clear gif"]
+    frame = good.index(b"," + struct.pack("<HHHH", 0, 0, 8, 8)) + 1
+    larger = good[:6] + struct.pack("<HH", 12, 11) + good[10:]
+    moved = larger[:frame] + struct.pack("<HH", 2, 1) + larger[frame + 4 :]
+    ((_, _, seen),) = read({"file": larger if kept else moved})
+    place = "(0, 0)" if kept else "(2, 1)"
+    assert f"found 12 x 11 pixels with one of 8 x 8 at {place}. Save it as a" in seen["error"]
+
+
+def test_damaged_pixels_of_16_bits_of_grey_are_refused(read):
+    rows = filtered(np.arange(64, dtype=">u2").reshape(8, 8))
+    good, cut = deep_grey(8, 8, rows, 0), deep_grey(8, 8, rows[:-5], 0)
+    at = good.index(b"IEND") - 10  # zlib's own checksum
+    for _, _, seen in read({"cut": cut, "sum": good[:at] + b"\0" + good[at + 1 :]}):
+        assert "found one whose pixels are damaged. Save it again" in seen["error"]
 
 
 def test_a_canvas_that_stays_empty_is_no_black_picture(read):

@@ -20,7 +20,7 @@ from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.backbones.sites import _KIND_OF, KINDS, linear_spec, select_sites
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import write_manifest
-from hhdeploy.errors import HhdeployError, OptionError
+from hhdeploy.errors import DataError, HhdeployError, OptionError
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.runtime import open_session
 from tests.js.conftest import decoded, encoded, sent
@@ -441,6 +441,20 @@ def test_numbers_of_images_that_do_not_fit(ask, small):
     for answer, count in zip(said, (10, 6144, 3072, 0), strict=True):
         assert "HhdeployError: images: expected 3072 values ([3,32,32])" in answer["error"]
         assert f"found {count} values" in answer["error"]
+
+
+def test_a_line_that_would_be_resized_to_a_vast_one(ask, small):
+    """As Python does, before it takes the memory."""
+    sizes = ((300_000, 1), (1, 300_000))
+    taken = [{"data": encoded(np.zeros(0)), "width": w, "height": h} for w, h in sizes]
+    question = {"ask": "classify", "where": str(small), "adapters": ["alpha"]}
+    with open_session(small, device="cpu", threads=1) as session:
+        for (width, height), picture in zip(sizes, taken, strict=True):
+            image = Image.new("RGB", (width, height))
+            with pytest.raises(DataError) as error:
+                session.classify([image], ["alpha"])
+            (answer,) = ask({**question, "pictures": [picture]})
+            assert str(error.value) in answer["error"]
 
 
 def test_values_beyond_float16(ask, small, edited, tmp_path):
