@@ -362,6 +362,7 @@ ONE_OF_MANY = {
     "hhdeploy/choices.py::whole": "`seed`",
     "hhdeploy/files/writing.py::as_path": "`checkpoint`",
     "runtime/serving/listening.py::listen": "`http_port`",
+    "runtime/serving/ray/settings.py::read_settings": "`slots`",
     "runtime/serving/settings.py::_check_range": "`max_batch`",
 }
 # Parameters that no command has.

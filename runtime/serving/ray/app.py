@@ -58,6 +58,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hhdeploy.bundle.reading import Bundle
 from hhdeploy.errors import PlanError
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
@@ -67,12 +68,10 @@ from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint
 from hhdeploy.runtime.serving.ray.registry import INGRESS, REGISTRY, REPLICA, Registry
 from hhdeploy.runtime.serving.ray.replica import Replica
 from hhdeploy.runtime.serving.ray.router import AdapterRouter
-from hhdeploy.runtime.serving.ray.settings import RaySettings, read_settings
+from hhdeploy.runtime.serving.ray.settings import MOST_WAITING, RaySettings, read_settings
 from hhdeploy.runtime.serving.tracing import start_tracing
 
 _LOG = logging.getLogger("hhdeploy.serve.ray")
-# Requests and questions at the same time of what waits rather than computes.
-_MANY = 4096
 # A replica that died is found within this time.
 _LOOK_SECONDS = 2.0
 # What is in its rows is told that often.
@@ -138,6 +137,8 @@ def application(args: dict[str, Any]) -> Application:
     Raises:
         ValidationError, PlanError: see `read_settings`; or no token in the file; or a certificate,
             which Ray's proxies do not hear of here: they would take requests without TLS.
+        BundleError: no bundle there. Ray Serve would find out with replicas whose predecessors it
+            has stopped; so what ran before goes on.
     """
     settings = read_settings(args)
     if settings.tls_cert is not None:
@@ -146,6 +147,7 @@ def application(args: dict[str, Any]) -> Application:
             "have TLS, and would do without. Give them the files: ssl_certfile and ssl_keyfile of "
             "http_options."
         )
+    Bundle.open(settings.bundle)
     return application_of(settings)
 
 
@@ -156,7 +158,7 @@ def application_of(settings: RaySettings) -> Application:
     registry = _bound(
         Registry,
         REGISTRY,
-        max_ongoing_requests=_MANY,
+        max_ongoing_requests=MOST_WAITING,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=0.0,  # it keeps nothing that is lost
     )
@@ -185,7 +187,7 @@ def application_of(settings: RaySettings) -> Application:
         registry,
         num_replicas=settings.ingresses,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=_MANY,
+        max_ongoing_requests=MOST_WAITING,
         graceful_shutdown_timeout_s=drain_seconds,
     )
     return app

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Final
 
 from pydantic import ConfigDict, TypeAdapter
 
+from hhdeploy.errors import OptionError
 from hhdeploy.runtime.serving.settings import ServeSettings, within
 
-# Processes of a kind: each of them waits for the registry, which hears that many at a time.
-_MOST = 4096
+# What waits rather than computes takes as many requests and questions at the same time. Processes
+# of a kind are at most as many: each of them waits for the registry.
+MOST_WAITING: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class RaySettings(ServeSettings):
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    replicas: int = field(default=2, metadata=within(1, _MOST))
-    ingresses: int = field(default=1, metadata=within(1, _MOST))
+    replicas: int = field(default=2, metadata=within(1, MOST_WAITING))
+    ingresses: int = field(default=1, metadata=within(1, MOST_WAITING))
     gpus: float = field(default=0.0, metadata=within(0))
 
 
@@ -40,6 +42,14 @@ def read_settings(args: Mapping[str, Any]) -> RaySettings:
 
     Raises:
         ValidationError: pydantic's, for a name that there is not, or a value of another type.
+        OptionError: true or false for a number; a blank path, which would be the working directory
+            of whatever process reads it.
         PlanError: values that do not go together.
     """
+    for each in fields(RaySettings):
+        value, kind = args.get(each.name), str(each.type)
+        if isinstance(value, bool) and ("int" in kind or "float" in kind):
+            raise OptionError(f"`{each.name}`: expected a number, found {str(value).lower()}.")
+        if isinstance(value, str) and not value.strip() and "Path" in kind:
+            raise OptionError(f"`{each.name}`: expected a path, found {value!r}.")
     return TypeAdapter(RaySettings).validate_python(dict(args))

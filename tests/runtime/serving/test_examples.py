@@ -87,7 +87,7 @@ def test_the_server_answers_the_probes(server):
         assert server.request("GET", container[probe]["httpGet"]["path"])[0] == 200
 
 
-def test_ray_takes_the_file_and_the_application_its_arguments(tmp_path):
+def test_ray_takes_the_file_and_the_application_its_arguments(branches, tmp_path):
     pytest.importorskip("ray.serve", reason="needs the package 'ray'")
     from ray.serve.schema import ServeDeploySchema
 
@@ -102,7 +102,7 @@ def test_ray_takes_the_file_and_the_application_its_arguments(tmp_path):
     assert (module, name) == (application.__module__, application.__name__)
     token = tmp_path / "token"
     token.write_text("0123456789abcdef-of-the-tests")
-    there = {"bundle": tmp_path, "adapters_dir": tmp_path, "token_file": token}
+    there = {"bundle": branches, "adapters_dir": tmp_path, "token_file": token}
     args = {**app.args, **there}
     assert schema.http_options.request_timeout_s > read_settings(args).request_seconds
     names = {"Replica", "Registry", "Ingress"}

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from hhdeploy.cli import main
-from hhdeploy.errors import AdapterError, DeviceError, PlanError
+from hhdeploy.errors import AdapterError, BundleError, DeviceError, PlanError
 from hhdeploy.runtime.serving import errors, tracing
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
@@ -596,6 +596,11 @@ def test_arguments_are_checked(tmp_path):
         ({"gpus": float("nan")}, "`gpus`: expected a number, found nan"),
         ({"gpus": float("inf")}, "`gpus`: expected a number, found inf"),
         ({"adapter_bytes": -1}, "`adapter_bytes`: expected 1024 or more"),
+        ({"replicas": True}, "`replicas`: expected a number, found true"),
+        ({"max_wait_ms": False}, "`max_wait_ms`: expected a number, found false"),
+        ({"threads": True}, "`threads`: expected a number, found true"),
+        ({"bundle": ""}, "`bundle`: expected a path, found ''"),
+        ({"cache_dir": " "}, "`cache_dir`: expected a path, found ' '"),
     ):
         with pytest.raises(PlanError, match=said):
             read_settings({"bundle": tmp_path, **wrong})
@@ -610,6 +615,12 @@ def test_a_certificate_that_ray_s_proxies_would_not_hear_of_is_refused(tmp_path)
     with pytest.raises(PlanError, match="ssl_certfile and ssl_keyfile of http_options"):
         ray_app.application(args)
     ray_app.application_of(read_settings(args))  # the command's, which tells them
+
+
+def test_what_is_no_bundle_is_refused_before_any_replica_stops(tmp_path):
+    """Ray Serve would have stopped the only replica of what ran before, and its requests waited."""
+    with pytest.raises(BundleError, match="is not a bundle"):
+        ray_app.application({"bundle": str(tmp_path)})
 
 
 def test_a_request_that_replicas_refuse_leaves_nothing():
