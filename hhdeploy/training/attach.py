@@ -72,7 +72,7 @@ from hhdeploy.training.householder import (
 )
 from hhdeploy.training.wrapping import (
     check_bare,
-    check_packed,
+    check_computed,
     check_places,
     check_weights,
     own_modules,
@@ -179,7 +179,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     adapted = [x for x in linears if any(site.name in changed for site in x.sites)]
     check_weights(model, adapted)
     if isinstance(adapter, AdapterConfig):
-        check_packed(model, adapted, size_of_images(model, facts, config))
+        check_computed(model, adapted, size_of_images(model, facts, config))
     if isinstance(adapter, Adapter):
         state.old_values = put_values(model, adapter.values, adapter.source)
     model.requires_grad_(False)

@@ -6,10 +6,11 @@ import contextlib
 import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.backbones.facts import BackboneFacts
@@ -101,11 +102,14 @@ def check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:
                 )
 
 
-def check_packed(
+def check_computed(
     model: nn.Module, linears: Sequence[LinearSpec], size: tuple[int, int, int] | None
 ) -> None:
-    """The packed weight of a MultiheadAttention is one Linear where q, k and v have one input: that
-    of a pooling, or of another's tokens, is none in a graph.
+    """What the model computes with the weights to be changed is what a Linear does: one product.
+
+    The packed weight of a MultiheadAttention is one Linear where q, k and v have one input: that
+    of a pooling, or of another's tokens, is none in a graph. Nor is a Linear whose weight goes
+    into something else than x Wᵀ (`_OTHERWISE`).
 
     Args:
         model: tried on an image; one that does not run here may do so where it is exported.
@@ -115,10 +119,10 @@ def check_packed(
     Raises:
         AdapterError: naming the first one that is none.
     """
-    owners = {x.path: parameters_of(model, x.path)[0] for x in linears}
-    packed = {path: m for path, m in owners.items() if isinstance(m, nn.MultiheadAttention)}
-    if not packed or size is None:
+    if size is None:
         return
+    places = {x.path: parameters_of(model, x.path) for x in linears}
+    packed = {p: m for p, (m, *_) in places.items() if isinstance(m, nn.MultiheadAttention)}
     parted: list[str] = []
 
     def watch(path: str, given: Mapping[str, Any]) -> None:
@@ -126,6 +130,7 @@ def check_packed(
             parted.append(path)
 
     like = next(model.parameters())
+    readings = _Readings(places)
     with contextlib.ExitStack() as stack:
         for path, module in packed.items():
             hook = module.register_forward_pre_hook(
@@ -135,7 +140,7 @@ def check_packed(
                 with_kwargs=True,
             )
             stack.callback(hook.remove)
-        with contextlib.suppress(Exception), evaluated(model):
+        with contextlib.suppress(Exception), evaluated(model), readings:
             model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     if parted:
         raise AdapterError(
@@ -143,6 +148,78 @@ def check_packed(
             "looks at other tokens), so that its packed weight is not one Linear, and no export "
             "can change it. Leave it out of target_modules."
         )
+    for path, function in readings.otherwise.items():
+        raise AdapterError(
+            f"{path}: expected a Linear whose weight and bias the model's forward pass uses as "
+            f"that alone, found {function} of one of them: in a graph it is not one Linear, and no "
+            "export can change it. Leave it out of target_modules, or call the Linear there."
+        )
+
+
+# Of a weight or a bias: what is no product with a weight as a graph has Linears.
+_OTHERWISE = frozenset(
+    """addbmm addmm baddbmm bmm cat chunk concat conv1d conv2d conv3d div einsum embedding inner mul
+    multiply narrow neg norm select split stack sub tensor_split tensordot truediv unbind
+    vector_norm""".split()
+)
+_ADDED = frozenset(("add", "iadd"))  # to a weight; to a product its bias is
+_PRODUCTS = frozenset(("matmul", "mm"))
+
+
+class _Readings(TorchFunctionMode):
+    """Watches what becomes of weights and biases while a model is called.
+
+    Attributes:
+        otherwise: path -> of its Linear, the first function that made something else of one.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[nn.Module, str, str]]) -> None:
+        super().__init__()
+        self.otherwise: dict[str, str] = {}
+        # By where a tensor lies in memory: it comes as itself, detached or turned.
+        self._straight: dict[_Place, str] = {}
+        self._turned: dict[_Place, str] = {}
+        for path, (module, weight, bias) in places.items():
+            own = module.get_parameter(weight).detach()
+            if own.is_meta or own.numel() == 1:
+                continue
+            self._straight[_place(own)] = path
+            self._turned[_place(own.t())] = path
+            if isinstance(added := getattr(module, bias), torch.Tensor):
+                self._straight[_place(added)] = path
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, and note what it was given."""
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
+        turned = name.startswith("r") and name[1:] in _OTHERWISE | _ADDED | _PRODUCTS
+        name = name[1:] if turned else name  # of w.__rmul__(x)
+        if name in _OTHERWISE | _ADDED | _PRODUCTS or name == "getitem":
+            given = [*args, *(kwargs or {}).values()]
+            flat = [x for g in given for x in (g if isinstance(g, list | tuple) else [g])]
+            for index, tensor in enumerate(flat):
+                if isinstance(tensor, torch.Tensor) and tensor.ndim in (1, 2):
+                    self._note(name, tensor, first=(index == 0) is not turned, result=result)
+        return result
+
+    def _note(self, name: str, tensor: torch.Tensor, *, first: bool, result: Any) -> None:
+        place = _place(tensor)
+        straight, turned = self._straight.get(place), self._turned.get(place)
+        whole = name == "getitem" and getattr(result, "shape", None) == tensor.shape
+        right = name in _PRODUCTS and straight is None and not first
+        if whole or right or (name in _ADDED and tensor.ndim == 1):
+            return
+        if (path := straight or turned) is not None:
+            self.otherwise.setdefault(path, name)
+
+
+_Place: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+def _place(tensor: torch.Tensor) -> _Place:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def preprocess_stated(model: nn.Module, config: AdapterConfig) -> Preprocess:
@@ -152,7 +229,9 @@ def preprocess_stated(model: nn.Module, config: AdapterConfig) -> Preprocess:
         return Preprocess((3, 1, 1), (0.5,) * 3, (0.5,) * 3)
     made: dict[str, Any] = {}
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.groups == 1:
+    # timm says "" or [] of a model whose first convolution is not of the images (CSATv2's DCT).
+    stem = getattr(model, "pretrained_cfg", {}).get("first_conv", True)
+    if stem and first is not None and first.groups == 1:
         made["in_chans"] = first.in_channels
     if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
         made["img_size"] = size

@@ -67,6 +67,8 @@ def test_each_image_has_its_own_adapter_however_the_product_is_written(how):
     "how",
     [
         *("not transposed", "and back", "by its norm", "scaled as well", "as a table", "in halves"),
+        *("in chunks", "from the left", "by einsum", "by addmm", "by a convolution"),
+        *("scaled", "moved"),
         *("bias elsewhere", "bias twice", "another bias", "another addend"),
     ],
 )

@@ -18,12 +18,17 @@ from torch.optim.swa_utils import AveragedModel
 from hhdeploy import export
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import load_adapter
-from hhdeploy.backbones.structure import base_sha256, classifier_path, signs_sha256
+from hhdeploy.backbones.structure import (
+    base_sha256,
+    classifier_path,
+    find_linears,
+    signs_sha256,
+)
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach, detach, extract, save
 from hhdeploy.training.heads import linear_of, replace_module
 from hhdeploy.training.recipe import replace_classifier
-from tests.own_models import authors_vit, encoder, ending, gated, pooled, torchvision_vit
+from tests.own_models import authors_vit, encoder, ending, gated, pooled, reading, torchvision_vit
 from tests.parity.architectures import VIT
 from tests.support import TINY_ARGS, TINY_MODEL, assert_parity, random_adapter, tiny_backbone
 
@@ -386,6 +391,33 @@ def test_the_packed_weight_of_an_attention_that_pools_is_refused_before_training
     attach(model, replace(config, target_modules=("layers.0.self_attn.in_proj", "pool.out_proj")))
 
 
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        *(("not transposed", "matmul"), ("and back", "matmul"), ("from the left", "matmul")),
+        *(("by its norm", "norm"), ("scaled as well", "mul"), ("scaled", "mul"), ("moved", "add")),
+        *(("as a table", "embedding"), ("in halves", "getitem"), ("in chunks", "chunk")),
+        *(("by einsum", "einsum"), ("by addmm", "addmm"), ("by a convolution", "getitem")),
+        ("bias elsewhere", "mul"),
+    ],
+)
+def test_what_reads_a_weight_otherwise_is_refused_before_training(how, found):
+    """An export has no such site (tests/exporters/test_tags.py)."""
+    model = reading(how)
+    config = AdapterConfig("own", num_classes=7, r=2, target_modules=("fc2",))
+    with pytest.raises(AdapterError, match=rf"^mlp\.fc2: expected a Linear .*, found {found} of"):
+        attach(model, config)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    attach(model, replace(config, target_modules=("fc1",)))
+
+
+@pytest.mark.parametrize(
+    "how", ["as a linear", "twice", "without its bias", "by hand", "by hand, joined"]
+)
+def test_a_product_however_it_is_written_is_trained(how):
+    attach(reading(how), AdapterConfig("own", num_classes=7, r=2, target_modules=("fc2",)))
+
+
 def test_one_module_under_two_names_is_refused_before_training():
     twice = nn.Linear(6, 6)
     model = nn.Sequential(nn.Sequential(twice), nn.Sequential(twice), nn.Linear(6, 2))
@@ -642,6 +674,18 @@ def test_a_new_adapter_is_bound_to_timm_s_preprocessing(channels, tmp_path):
     own = replace(found.preprocess, crop_pct=1.0)
     attach(model, AdapterConfig(TINY_MODEL, num_classes=2, preprocess=own))
     assert extract(model).config.preprocess == own
+
+
+def test_channels_are_not_those_of_a_convolution_that_timm_calls_no_stem(tmp_path):
+    """CSATv2's first convolution is of a cosine transform's 64 frequencies."""
+    import timm
+
+    model = timm.create_model("csatv2", pretrained=False, num_classes=3)
+    config = AdapterConfig(
+        "csatv2", num_classes=2, r=1, target_modules=(find_linears(model)[0].path,)
+    )
+    save(attach(model, config), tmp_path / "a")
+    assert load_adapter(tmp_path / "a").config.preprocess.input_size == (3, 512, 512)
 
 
 @pytest.mark.parametrize("stated", [None, {"classifier": "head"}])
