@@ -9,7 +9,10 @@ import shutil
 import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
+# Before jsonschema is imported: see the module there.
+sys.path.insert(0, str(Path(__file__).parent / "later"))
 # Before torch and numpy are imported: the tests share their cores with other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nor do they fill the user's cache of traced graphs and compiled models.
@@ -32,7 +35,6 @@ from tests.slow import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from hhdeploy.backbones.spec import Backbone
     from tests.workshop import Workshop

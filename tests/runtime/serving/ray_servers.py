@@ -24,14 +24,20 @@ from hhdeploy.runtime.serving.messages import FP32, IMAGES, InferRequest, Tensor
 from hhdeploy.runtime.serving.outputs import LOGITS
 from hhdeploy.runtime.serving.ray.run import APP
 from tests.runtime.serving.servers import Server, running_server
+from tests.workshop import ROOT
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 90
 # What Ray says of a node that did not start in time, and how often it is tried.
 GIVES_UP, TRIES = "The current node timed out during startup", 3
 TOKEN = "0123456789abcdef-of-the-tests"
-# The command with what it has no option for: a second process that takes requests.
-TWO_INGRESSES = """
+# The command with what it has no option for: a second process that takes requests. It and the
+# cluster's own processes import jsonschema, which then takes no seconds.
+LATER = ROOT / "tests" / "later"
+TWO_INGRESSES = f"""
+import os, sys
+sys.path.insert(0, {str(LATER)!r})
+os.environ["PYTHONPATH"] += os.pathsep + {str(LATER)!r}
 from dataclasses import replace
 from hhdeploy.cli import main
 from hhdeploy.runtime.serving.ray import run

@@ -343,5 +343,5 @@ async def _until_stopped(fleet: Fleet) -> list[np.ndarray | None]:
 
     limits = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=limits) as client:
-        notes = ["", "", "x" * SMALL] * 50
+        notes = ["", "", "x" * SMALL] * 20
         return await asyncio.gather(*(one(client, note) for note in notes))
