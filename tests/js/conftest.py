@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.once import made_once
 from tests.workshop import COMMAND_SECONDS, ROOT
 
 PACKAGE = ROOT / "js"
@@ -29,23 +30,25 @@ INSTALL = "npm ci --prefix js --ignore-scripts"
 
 
 @pytest.fixture(scope="session")
-def dist(tmp_path_factory) -> Path:
+def dist() -> Path:
     """The package, compiled."""
     if shutil.which("node") is None:
         pytest.skip("needs node")
     if not (PACKAGE / "node_modules" / "onnxruntime-node").is_dir():
         pytest.skip(f"needs the packages that js/package.json names: {INSTALL}")
-    dist = tmp_path_factory.mktemp("js") / "dist"
-    compiler = PACKAGE / "node_modules" / ".bin" / "tsc"
-    built = subprocess.run(
-        [compiler, "-p", PACKAGE, "--outDir", dist],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=COMMAND_SECONDS,
-    )
-    assert built.returncode == 0, built.stdout
-    return dist
+
+    def compiled(folder: Path) -> None:
+        compiler = PACKAGE / "node_modules" / ".bin" / "tsc"
+        built = subprocess.run(
+            [compiler, "-p", PACKAGE, "--outDir", folder],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_SECONDS,
+        )
+        assert built.returncode == 0, built.stdout
+
+    return made_once("js", compiled)
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +68,17 @@ def ask(dist):
         return json.loads(said.stdout)
 
     return answers
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One Chromium for the tests of a file; each opens a page of its own in it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
+        yield started
+        started.close()
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from hhdeploy.parity import LABELS, LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
 from tests.js.conftest import (
-    BROWSER_FLAGS,
     CHROMIUM,
     PACKAGE,
     PATIENCE_MS,
@@ -167,9 +166,7 @@ window.answer = { answers, image, files: [...new Set(files)], seen };
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open a bundle in")
-def test_a_browser_decodes_pictures_and_answers(dist, branches, served, tmp_path):
-    from playwright.sync_api import sync_playwright
-
+def test_a_browser_decodes_pictures_and_answers(browser, dist, branches, served, tmp_path):
     for name, place in (
         ("dist", dist),
         ("bundle", branches),
@@ -182,10 +179,9 @@ def test_a_browser_decodes_pictures_and_answers(dist, branches, served, tmp_path
     stored = pictures()[1]
     for kind, options in (("png", {}), ("jpeg", {"quality": 100}), ("webp", {"lossless": True})):
         stored.save(tmp_path / f"picture.{kind}", exif=exif, **options)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
-        page = browser.new_page()
-        said: list[str] = []
+    said: list[str] = []
+    with browser.new_context() as context:
+        page = context.new_page()
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("console", lambda message: said.append(message.text))
         page.goto(served(tmp_path))
@@ -194,7 +190,6 @@ def test_a_browser_decodes_pictures_and_answers(dist, branches, served, tmp_path
         except Exception as error:
             raise AssertionError(said) from error
         answer = page.evaluate("window.answer")
-        browser.close()
     upright = stored.transpose(Image.Transpose.ROTATE_270)
     for kind, seen in answer["seen"].items():
         assert seen["orientation"] == 6

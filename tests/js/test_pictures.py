@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, UnidentifiedImageError, features
 
 from hhdeploy.preprocess import as_rgb, upright
-from tests.js.conftest import BROWSER_FLAGS, CHROMIUM, PATIENCE_MS
+from tests.js.conftest import CHROMIUM, PATIENCE_MS
 from tests.js.test_orientation import WAYS, block, png_chunk, said_again, saved
 
 # Pillow says so of files that are damaged on purpose, when it looks for their resolution.
@@ -184,15 +184,12 @@ def turned_avifs() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def read(dist, served, tmp_path):
+def read(browser, dist, served, tmp_path):
     """Lets a browser decode files: name -> what it finds."""
-    from playwright.sync_api import sync_playwright
-
     (tmp_path / "dist").symlink_to(dist)
     (tmp_path / "index.html").write_text(PAGE)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
-        page = browser.new_page()
+    with browser.new_context() as context:
+        page = context.new_page()
         page.goto(served(tmp_path))
         page.wait_for_function("window.read !== undefined", timeout=PATIENCE_MS)
 
@@ -202,7 +199,6 @@ def read(dist, served, tmp_path):
                 yield name, file, page.evaluate("(name) => read(name)", f"{number}.bin")
 
         yield found
-        browser.close()
 
 
 def pixels(seen: dict) -> np.ndarray:

@@ -34,7 +34,7 @@ from hhdeploy.errors import (
 from hhdeploy.exporting import javascript, web
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
-from tests.js.conftest import BROWSER_FLAGS, CHROMIUM, OCTETS, PACKAGE, PATIENCE_MS
+from tests.js.conftest import CHROMIUM, OCTETS, PACKAGE, PATIENCE_MS
 from tests.js.test_package import INT8
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle, flip_byte
@@ -261,16 +261,6 @@ def serve() -> Iterator[Any]:
 
     with sites:
         yield start
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
-        yield started
-        started.close()
 
 
 WATCH = """
