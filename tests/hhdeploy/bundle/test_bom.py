@@ -32,6 +32,16 @@ def test_the_validator_can_refuse(small):
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(broken)) is not None
 
 
+@pytest.mark.parametrize(
+    ("address", "right"), [("https://a.example/b", True), ("no address", False)]
+)
+def test_the_validator_knows_addresses(small, address, right):
+    content = json.loads(bill_of_materials(small))
+    content["externalReferences"] = [{"type": "website", "url": address}]
+    error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(content))
+    assert (error is None) == right, error
+
+
 @pytest.mark.parametrize("which", ["small", "folded"])
 def test_what_it_says(which, request, tmp_path):
     path = request.getfixturevalue(which)
