@@ -89,6 +89,22 @@ def test_one_row_of_a_weight_in_16_bits(typed, tmp_path, precision):
     verify(bundle, precisions=["float32"])
 
 
+def test_a_constant_that_a_graph_in_16_bits_does_not_have(typed, tmp_path):
+    """A norm of one block reads the other's: every constant that is left has its value."""
+    bundle = copy_bundle(typed, tmp_path / "bundle")
+    path = bundle / Bundle.open(bundle).manifest.graphs["float16"]
+    model = ir.load(path)
+    lost, other = (model.graph.initializers[f"blocks.{i}.norm1.weight"] for i in (0, 1))
+    lost.replace_all_uses_with(other)
+    del model.graph.initializers[str(lost.name)]
+    save_graph(model, bundle / "planted.onnx")
+    rename_weights(bundle / "planted.onnx", f"{path.name}.data")
+    (bundle / "planted.onnx").replace(path)
+    made_right(bundle)
+    with pytest.raises(BundleError, match=r"found others: blocks.0.norm1.weight\."):
+        check_contents(Bundle.open(bundle), ["float16"])
+
+
 def test_against_torch_too(typed, workshop, tmp_path):
     bundle = copy_bundle(typed, tmp_path / "bundle")
     plant(bundle, "bfloat16", "blocks.0.mlp.fc1.weight_t", negate)

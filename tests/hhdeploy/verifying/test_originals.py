@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
@@ -13,6 +14,7 @@ from hhdeploy import export, verify, verify_against_torch
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import BundleError
+from hhdeploy.verifying.originals import _alike, _named, check_stated
 from tests.hhdeploy.verifying.test_contents import plant
 from tests.workshop import copy_bundle
 
@@ -29,6 +31,7 @@ def negate_one(weight: NDArray) -> None:
     [
         ("small", "blocks.1.mlp.fc1.weight_t"),  # a Linear's, told by the node's tag
         ("small", "blocks.0.attn.qkv.k/weight_t"),  # a third of a qkv
+        ("small", "branch/blocks.0.attn.qkv/additive/biases"),
         ("small", "patch_embed.proj.weight"),  # of a convolution
         ("small", "pos_embed"),  # what no digest holds
         ("folded", "blocks.0.attn.proj.weight_folded"),
@@ -73,6 +76,22 @@ def test_convolutions_that_have_taken_a_batchnorm_in(normalised, tmp_path):
         verify_against_torch(bundle, checkpoint=checkpoint, verify_images=1)
 
 
+@pytest.mark.parametrize(("factor", "compared"), [(1.0, True), (1.5, False)])
+def test_biases_are_compared_where_no_batchnorm_has_moved_them(factor, compared):
+    random = np.random.default_rng(5)
+    weight, bias = (random.normal(size=size).astype(np.float32) for size in ((4, 3, 1, 1), 4))
+    image = ir.Value(name="x", shape=ir.Shape([1, 3, 2, 2]), type=ir.TensorType(ir.DataType.FLOAT))
+    values = [
+        ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        for name, array in (("stem.weight", weight * np.float32(factor)), ("stem.bias", -bias))
+    ]
+    node = ir.node("Conv", [image, *values])
+    graph = ir.Graph([image], node.outputs, nodes=[node], initializers=values)
+    known = {"stem.weight": weight, "stem.bias": bias}
+    found = {n: _alike(*both) for name in known for n, *both in _named(graph, name, known)}
+    assert found == {"stem.weight": True} | ({"stem.bias": False} if compared else {})
+
+
 @pytest.mark.parametrize(("key", "wrong"), [("classifier", "blocks.0.mlp.fc1"), ("dim", 7)])
 def test_another_classifier(small, workshop, tmp_path, key, wrong):
     bundle = copy_bundle(small, tmp_path / "bundle")
@@ -85,8 +104,6 @@ def test_another_classifier(small, workshop, tmp_path, key, wrong):
 
 def test_what_its_source_may_say_otherwise_elsewhere(workshop, tmp_path):
     """Another version of timm has another transform, files beside a checkpoint other names."""
-    from hhdeploy.verifying.originals import check_stated
-
     bundle = tmp_path / "bundle"
     workshop.export(bundle, (), fold=True, model_args=workshop.backbone.facts.args)
     opened, backbone = Bundle.open(bundle), workshop.backbone
