@@ -91,7 +91,8 @@ def _adapters_below(path: Path) -> str:
 
 
 def check_values(config: Mapping[str, Any], where: Path) -> None:
-    """The keys that are read have values of their types, and expressions that are some.
+    """The keys that are read have values of their types, and expressions that are some; the method
+    is one that changes weights.
 
     Raises:
         AdapterError: naming ``where``, the key, and what was expected.
@@ -100,3 +101,14 @@ def check_values(config: Mapping[str, Any], where: Path) -> None:
         value = config.get(key)
         if value is not None and not is_one(value):
             raise AdapterError(f"{where}: {key}: expected {expected}, found {value!r}.")
+    if config.get("peft_type") == "XLORA":
+        raise AdapterError(
+            f"{where}: peft_type: expected a method that changes weights, found 'XLORA', which "
+            "mixes several LoRAs anew for every image. Import one of them (it names their "
+            "folders), or mix them with weights that stay: `merge_adapters()`."
+        )
+    if tokens := config.get("alora_invocation_tokens"):
+        raise AdapterError(
+            f"{where}: alora_invocation_tokens: expected none, found {tokens!r}: aLoRA acts from "
+            "these tokens of a text on, and an image has none. Train the task with LoRA itself."
+        )

@@ -20,11 +20,11 @@ from hhdeploy.files.checkpoints import DISTRIBUTED, without_wrappers
 PEFT_ROOT = "base_model."
 PEFT_MODEL = "base_model.model."
 # What PEFT puts an adapter's name behind: the copies of a module that was saved, and its methods'
-# tensors. Those of AdaMSS, GLoRA, OSF, PSOFT and TinyLoRA have parts of their own there, which
-# nobody could tell from a name.
+# tensors. Those of AdaMSS, GLoRA, MonteCLoRA, OSF, PSOFT and TinyLoRA have parts of their own
+# there, which nobody could tell from a name.
 _METHODS = (
-    r"(?:lora|hada|lokr|ia3|hra|oft|boft|p?vera|randlora|fourierft|vblora|unilora|c3a|hira|shira"
-    r"|waveft|delora|gralora|ln_tuning)_\w+|miss_block|road_(?:alpha|theta)|beft_bias"
+    r"(?:lora(?!_monteclora)|hada|lokr|ia3|hra|oft|boft|p?vera|randlora|fourierft|vblora|unilora"
+    r"|c3a|hira|shira|waveft|delora|gralora|ln_tuning)_\w+|miss_block|road_(?:alpha|theta)|beft_bias"
 )
 _OF_ADAPTER = re.compile(
     rf"(?P<start>.+\.(?:modules_to_save(?=\.[^.]+\.)|(?:{_METHODS})(?=\.[^.]+(\.weight|\.bias)?$)))"

@@ -39,7 +39,7 @@ _KNOWN_KEYS = {
     HRA: _COMMON_KEYS | {"apply_GS", "init_weights"},
 }
 # Initialisations after which the adapter still belongs to the backbone as it was.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Of |B| |A|: float32 leaves 1e-7 of a product that is none, as PEFT's orthogonal start.
 _NO_PRODUCT = 1e-6
 
@@ -84,10 +84,16 @@ def unknown_option(config: Mapping[str, Any]) -> str | None:
     for key, value in config.items():
         if key not in _KNOWN_KEYS[kind] and value not in (None, False, {}, []):
             return f"{key} {value!r}"
-    init = config.get("init_lora_weights", True)
+    init = initialisation(config)
     if kind == LORA and init not in _PLAIN_INITS:
         return f"init_lora_weights {init!r}"
     return None
+
+
+def initialisation(config: Mapping[str, Any]) -> object:
+    """What LoRA began with, in lower case: PEFT takes some of the names in any."""
+    init = config.get("init_lora_weights", True)
+    return init.lower() if isinstance(init, str) else init
 
 
 def low_rank_of(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.calls import module_by_module, never_called, noise, passed_by
 from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.importers.keys import PEFT_MODEL
+from hhdeploy.adapters.importers.lora import initialisation
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array, logit_change, logit_range
 from hhdeploy.backbones.spec import seeded
@@ -38,7 +39,7 @@ _DROPPED = (
     *("inference_mode", "modules_to_save", "bias"),
 )
 # Initialisations that are exact when PEFT makes them again from the same weights.
-_REPEATABLE = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
+_REPEATABLE = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora", "mica")
 _IMAGES = 2
 # What the configurations of these methods have since PEFT 0.14, and all since 0.18.
 _SINCE_14, _SINCE_18 = "exclude_modules", "peft_version"
@@ -111,7 +112,7 @@ def _check_method(config: Mapping[str, Any], where: Path) -> None:
                 f"{where}: {key}: expected an option of {kind} in the PEFT that is installed, "
                 f"found {value!r}. A newer PEFT wrote it: upgrade with pip install -U peft."
             )
-    init = config.get("init_lora_weights", True)
+    init = initialisation(config)
     if kind == "LORA" and init not in _REPEATABLE:
         raise AdapterError(
             f"{where}: init_lora_weights: expected an initialisation that PEFT makes again from "

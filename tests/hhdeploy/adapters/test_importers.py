@@ -455,6 +455,12 @@ PROJ = "base_model.model.blocks.0.attn.proj"
         ("lora", {"megatron_config": {"a": 1}}, ("names code to import",)),
         ("lora", {"init_lora_weights": "pissa_niter_4"}, ("init_lora_weights", "modules_to_save")),
         ("lora", {"init_lora_weights": "loftq"}, ("init_lora_weights", "extract_adapter")),
+        ("lora", {"peft_type": "XLORA"}, ("found 'XLORA', which mixes", "merge_adapters()")),
+        (
+            "lora",
+            {"alora_invocation_tokens": [1, 2]},
+            ("found [1, 2]: aLoRA acts from", "LoRA itself"),
+        ),
         ("lora", {"peft_type": "LOHA"}, ("expected an option of LOHA", "init_lora_weights")),
         ("lora", {"peft_type": None}, ("that is installed, found None", "merge_and_unload")),
         ("lora", {"peft_type": "INVENTED"}, ("found 'INVENTED'", "pip install -U peft")),
