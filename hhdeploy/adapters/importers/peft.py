@@ -1,4 +1,4 @@
-"""A directory of PEFT: adapter_config.json and adapter_model.safetensors (or the older .bin).
+"""A directory of PEFT: adapter_config.json and adapter_model.safetensors (or several; or a .bin).
 
 LoRA, rsLoRA and HRA are read as they are; every other method, and every variant that is not known
 for certain, is loaded and merged by PEFT itself. Configuration and tensors are compared both ways.
@@ -55,11 +55,15 @@ from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import parameters_of
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.tensors import read_tensors
+from hhdeploy.files.weights import files_of
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
 
 _OLD_TENSOR_FILE = "adapter_model.bin"
+# What lists the files of an adapter that is in several: as transformers calls it, and as its name.
+_INDEXES = ("model.safetensors.index.json", f"{TENSOR_FILE}.index.json")
+_STEM = TENSOR_FILE.partition(".")[0]
 _HTA = "HTA"
 # BONE of PEFT 0.14 to 0.17 computes what MiSS does, which took its place, under another name.
 _BONE, _MISS = "BONE", "MISS"
@@ -146,8 +150,11 @@ def _read(
     lack the prefix where others inside have it, and what `read_pth` notes."""
     file, prefix = path / TENSOR_FILE, options.prefix
     notes: tuple[str, ...] = ()
-    if file.is_file() or not (path / _OLD_TENSOR_FILE).is_file():
+    index = next((each for name in _INDEXES if (each := path / name).is_file()), None)
+    if file.is_file() or not (index or (path / _OLD_TENSOR_FILE).is_file()):
         tensors, _ = read_tensors(file, AdapterError)
+    elif index is not None:
+        file, tensors = index, _divided(index)
     else:
         file = path / _OLD_TENSOR_FILE
         tensors, notes = read_pth(file)
@@ -180,6 +187,26 @@ def _read(
     before = prefix != "" and any(key.startswith(prefix) for key in tensors)
     all_alike = before or len(outside) == len(found)
     return file, found, frozenset() if all_alike else frozenset(outside), notes
+
+
+def _divided(index: Path) -> Tensors:
+    """The tensors of an adapter in several files, which an index lists."""
+    try:
+        files = files_of(index)
+    except ValueError as error:
+        raise AdapterError(f"{index}: {error}.") from error
+    if other := next((f for f in files if not f.name.startswith(_STEM)), None):
+        raise AdapterError(
+            f"{index}: expected a list of an adapter's files, {_STEM}….safetensors, found "
+            f"{other.name}. Expected {TENSOR_FILE} beside {CONFIG_FILE}."
+        )
+    found: Tensors = {}
+    for file in files:
+        tensors, _ = read_tensors(file, AdapterError)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise AdapterError(f"{file}: {twice[0]}: another file of {index.name} has it, too.")
+        found |= tensors
+    return found
 
 
 def _of_another(key: str, head: str | None, backbone: Backbone) -> bool:

@@ -315,6 +315,29 @@ def test_beside_modules_that_the_model_does_not_call(tmp_path, beit):
     assert range_error(expected, answers(beit, import_adapter(source, beit))) <= BOUND
 
 
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", f"{TENSOR_FILE}.index.json"])
+def test_an_adapter_in_several_files(tmp_path, vit, index):
+    """transformers' save_pretrained divides one by max_shard_size."""
+    source, expected = saved(tmp_path, vit, "LORA")
+    tensors = load_file(source / TENSOR_FILE)
+    (source / TENSOR_FILE).unlink()
+    files = [f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {key: files[i % 2] for i, key in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({k: t for k, t in tensors.items() if where[k] == file}, source / file)
+    (source / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert range_error(expected, answers(vit, import_adapter(source, vit))) <= BOUND
+    save_file(tensors, source / files[0])
+    with pytest.raises(AdapterError, match=r"another file of .*index\.json has it, too"):
+        import_adapter(source, vit)
+    (source / files[1]).unlink()
+    with pytest.raises(AdapterError, match=rf"{files[1]} does not exist"):
+        import_adapter(source, vit)
+    (source / index).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(AdapterError, match=r"found model-1\.safetensors"):
+        import_adapter(source, vit)
+
+
 @pytest.mark.parametrize("init", [True, "orthogonal"])
 def test_modules_that_the_model_does_not_call_with_an_adapter_of_nothing(tmp_path, beit, init):
     """No training moves it there."""
