@@ -21,13 +21,13 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import ray
 from ray import serve
 from ray.util import list_named_actors
 
-from hhdeploy.errors import HhdeployError
+from hhdeploy.errors import BundleError, HhdeployError
 from hhdeploy.runtime.serving.errors import FailedError
 from hhdeploy.runtime.serving.fleet.uploads import Upload
 from hhdeploy.runtime.serving.ray.calls import LOST, ask
@@ -55,6 +55,25 @@ class Latest:
     unloaded: bool
 
 
+@dataclass(frozen=True)
+class Served:
+    """What a replica opened.
+
+    Attributes:
+        bundle: its path.
+        digest: of what answers depend on in it.
+        settings: all that the operator chose; of other ones, as while Ray Serve goes from one
+            deployment to the next, replicas may differ.
+    """
+
+    bundle: str
+    digest: str
+    settings: str
+
+
+NOTHING: Final = Served("", "", "")
+
+
 class Registry:
     """The changes so far, and how far each replica is. One a fleet of replicas.
 
@@ -64,19 +83,36 @@ class Registry:
     def __init__(self) -> None:
         self._latest: dict[str, Latest] = {}
         self._done: dict[str, int] = {}
+        self._served: dict[str, Served] = {}
         self._problems: list[str] = []
         self._refusals: dict[str, tuple[str | None, dict[str, int]]] = {}
         self._moved = asyncio.Condition()
         self._changing = asyncio.Lock()
         self._joining = set(_actors())
 
-    async def join(self, member: str, known: Collection[Latest]) -> list[Latest]:
+    async def join(
+        self, member: str, known: Collection[Latest], served: Served = NOTHING
+    ) -> list[Latest]:
         """Count a replica in, and tell it what happened so far.
 
         Args:
             member: name of its actor.
             known: changes that it has done already, if it joined an earlier registry.
+            served: what it opened.
+
+        Raises:
+            BundleError: a replica that is there, of the same settings, opened another one.
         """
+        if self._unlike(served):
+            alive = await asyncio.to_thread(_actors)
+            self._served = {m: theirs for m, theirs in self._served.items() if m in alive}
+        if others := self._unlike(served) - {member}:
+            raise BundleError(
+                f"{served.bundle} has other adapters or another graph now than {len(others)} "
+                "replicas opened there, which still answer: this one would answer otherwise. Put "
+                "it back as it was, or deploy the new one from a directory of its own."
+            )
+        self._served[member] = served
         for change in known:
             mine = self._latest.get(change.name)
             if mine is None or mine.revision < change.revision:
@@ -171,6 +207,11 @@ class Registry:
         """Their handle; there is none yet when the registry is made."""
         return serve.get_deployment_handle(REPLICA)
 
+    def _unlike(self, served: Served) -> set[str]:
+        """Replicas of the same settings that opened something else."""
+        told = served.settings
+        return {m for m, s in self._served.items() if s.settings == told and s != served}
+
     @property
     def _revision(self) -> int:
         return max((c.revision for c in self._latest.values()), default=0)
@@ -206,9 +247,12 @@ class Registry:
 class Follower:
     """Keeps one replica where the registry is."""
 
-    def __init__(self, registry: Any, do: Callable[[Latest], Awaitable[None]]) -> None:
-        """``do``: makes the replica do a change."""
+    def __init__(
+        self, registry: Any, do: Callable[[Latest], Awaitable[None]], served: Served = NOTHING
+    ) -> None:
+        """``do``: makes the replica do a change. ``served``: see `Registry.join`."""
         self._registry = registry
+        self._served = served
         self._do = do
         self._member = ray.get_runtime_context().get_actor_name()
         self._known: dict[str, Latest] = {}
@@ -216,7 +260,7 @@ class Follower:
 
     async def join(self) -> list[Latest]:
         """What happened before: to be done by the caller before it answers requests."""
-        changes: list[Latest] = await ask(self._registry.join, self._member, [])
+        changes: list[Latest] = await ask(self._registry.join, self._member, [], self._served)
         self._note(changes)
         return changes
 
@@ -230,7 +274,8 @@ class Follower:
                 changes = await question
             if changes is None:
                 _LOG.warning("registry lost: joining the next one")
-                await ask(self._registry.join, self._member, list(self._known.values()))
+                known = list(self._known.values())
+                await ask(self._registry.join, self._member, known, self._served)
                 continue
             problems = {}
             for change in changes:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 
+from hhdeploy.bundle.manifest import BANK_FILE
+from hhdeploy.files.writing import json_bytes, sha256_of_bytes
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
 from hhdeploy.runtime.serving.errors import FailedError, NotFoundError
 from hhdeploy.runtime.serving.logs import log_as_json
-from hhdeploy.runtime.serving.ray.registry import Follower, Latest
+from hhdeploy.runtime.serving.ray.registry import Follower, Latest, Served
 from hhdeploy.runtime.serving.ray.settings import RaySettings
 from hhdeploy.runtime.serving.service import Service
-from hhdeploy.runtime.session import open_session
+from hhdeploy.runtime.session import Session, open_session
 
 
 class Replica(LocalEndpoint):
@@ -30,7 +33,7 @@ class Replica(LocalEndpoint):
         log_as_json(settings.log_level, "hhdeploy")
         session = open_session(settings.bundle, **settings.session_options())
         super().__init__(Service(session, settings))
-        self._followed = Follower(registry, self._do)
+        self._followed = Follower(registry, self._do, served_by(session, settings))
         self._judged = (0, 0)
         missed = await self._followed.join()
         await self._service.start()
@@ -87,3 +90,17 @@ class Replica(LocalEndpoint):
             await fleet.refresh()
             with suppress(NotFoundError):  # it is gone from the disk: nobody can ask for it
                 await fleet.unload(change.name)
+
+
+def served_by(session: Session, settings: RaySettings) -> Served:
+    """What answers depend on in a bundle, as it was opened: its adapters, their rows, its graph.
+
+    What a later `calibrate` or `verify` adds is no part of it.
+    """
+    manifest = session.bundle.manifest
+    adapters = [replace(entry, verified=True).to_json() for entry in manifest.adapters]
+    bank = manifest.files.get(manifest.named(BANK_FILE))
+    content = json_bytes([adapters, bank, manifest.graph_digest(session.precision)])
+    sets = {name: sorted(getattr(settings, name)) for name in ("pinned", "allowed_hosts")}
+    told = vars(settings) | sets  # which each process has in another order
+    return Served(str(settings.bundle), sha256_of_bytes(content), repr(told))

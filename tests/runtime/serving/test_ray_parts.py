@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from hhdeploy.bundle import remove_adapter
 from hhdeploy.cli import main
 from hhdeploy.errors import AdapterError, BundleError, DeviceError, PlanError
+from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving import errors, tracing
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
@@ -30,6 +33,7 @@ from hhdeploy.runtime.serving.metrics import Metrics, latency_ms
 from tests.runtime.serving.certificates import make_certificate
 from tests.runtime.serving.fleets import until
 from tests.runtime.serving.leftovers import SIZE, growth, post
+from tests.workshop import copy_bundle
 
 pytest.importorskip("ray.serve", reason="needs the package 'ray'")
 
@@ -45,8 +49,8 @@ from hhdeploy.runtime.serving.ray.calls import answered, ask
 from hhdeploy.runtime.serving.ray.draining import Draining
 from hhdeploy.runtime.serving.ray.endpoint import RayEndpoint, named_adapter
 from hhdeploy.runtime.serving.ray.merge import merged_metrics, merged_status, summed
-from hhdeploy.runtime.serving.ray.registry import Latest, Registry
-from hhdeploy.runtime.serving.ray.replica import Replica
+from hhdeploy.runtime.serving.ray.registry import Latest, Registry, Served
+from hhdeploy.runtime.serving.ray.replica import Replica, served_by
 from hhdeploy.runtime.serving.ray.router import AdapterRouter
 from hhdeploy.runtime.serving.ray.settings import read_settings
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -575,6 +579,41 @@ def test_a_new_registry_waits_for_those_that_were_there_and_learns_from_them(mon
         assert cluster.seen["r2"] == [alpha, beta, gamma]
 
     asyncio.run(run())
+
+
+def test_a_replica_that_opened_another_bundle_than_the_others_is_refused(monkeypatch):
+    """It answered, and so a request got either, by chance."""
+
+    async def run() -> None:
+        cluster = Cluster(monkeypatch, "r1", "r2", "r3")
+        join, old = cluster.registry.join, Served("/tasks", "a", "max_batch=1")
+        await join("r1", [], old)
+        await join("r2", [], old)
+        with pytest.raises(BundleError, match=r"/tasks has other .* than 2 replicas opened there"):
+            await join("r3", [], replace(old, digest="b"))
+        await join("r3", [], old)
+        # Ray Serve goes from one deployment to the next.
+        await join("r4", [], Served("/tasks", "b", "max_batch=2"))
+        cluster.alive = {"r5"}  # nobody has the old one any more
+        await join("r5", [], replace(old, digest="b"))
+
+    asyncio.run(run())
+
+
+def test_what_a_replica_serves_changes_with_its_adapters_alone(small, tmp_path):
+    def served(path: Path, **more: Any) -> Served:
+        settings = read_settings({"bundle": str(path), **more})
+        with open_session(path, device="cpu", threads=1) as session:
+            return served_by(session, settings)
+
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    first = served(bundle, pinned=["alpha", "gamma"])
+    assert first == served(bundle, pinned=["gamma", "alpha"])
+    assert served(bundle).settings != first.settings
+    remove_adapter(bundle, "alpha")
+    later = served(bundle, pinned=["alpha", "gamma"])
+    assert (later.bundle, later.settings) == (first.bundle, first.settings)
+    assert later.digest != first.digest
 
 
 # --- the rest -----------------------------------------------------------------------------------
