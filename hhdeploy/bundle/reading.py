@@ -265,7 +265,7 @@ class Bundle:
         if name is None:
             raise BundleError(
                 f"{self.path} has no {precision} graph; it has "
-                f"{', '.join(self.manifest.graphs)}. {graph_hint(self.path, precision)}"
+                f"{', '.join(self.manifest.graphs) or 'none'}. {graph_hint(self.path, precision)}"
             )
         weights = f"{name}.data"
         if weights in self.manifest.files:

@@ -189,9 +189,9 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
     graphs = Bundle.open(bundle).manifest.graphs
     for precision in (p for p in RANGED if p in graphs):
         click.echo(
-            f"{precision}: its ranges were found without {entry.name}; see whether it leaves them "
-            f"with: hhdeploy calibrate {ui.quoted(bundle)} --data IMAGES --precision {precision} "
-            f"--check {ui.quoted(entry.name)}"
+            f"See how far it leaves the ranges of {precision} with: hhdeploy calibrate "
+            f"{ui.quoted(bundle)} --data IMAGES --precision {precision} --check "
+            f"{ui.quoted(entry.name)}"
         )
 
 

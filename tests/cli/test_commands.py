@@ -542,7 +542,7 @@ def test_an_adapter_that_calibration_never_saw_is_told_of(succeed, bundle, works
     assert "ranges" not in succeed("adapter", "add", bundle, workshop.directory("rival"))
     quantised = copy_bundle(WITNESS / "int8", tmp_path / "int8")
     said = succeed("adapter", "add", quantised, f"guest={WITNESS / 'rival'}").splitlines()
-    assert said[-1].startswith("int8: its ranges were found without guest")
+    assert said[-1].startswith("See how far it leaves the ranges of int8 with: hhdeploy cal")
     command = f"hhdeploy calibrate {quantised} --data IMAGES --precision int8 --check guest"
     assert said[-1].endswith(command)
 

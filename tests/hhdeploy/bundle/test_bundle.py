@@ -138,6 +138,14 @@ def test_lookups(branches, folded):
         manifest.adapter("omega")
 
 
+def test_a_graph_that_is_not_there(branches):
+    with pytest.raises(BundleError, match=r"has no int8 graph; it has float32\. Add it with"):
+        Bundle.open(branches).graph("int8")
+    bare = Bundle(branches, replace(Bundle.open(branches).manifest, graphs={}))
+    with pytest.raises(BundleError, match=r"has no float32 graph; it has none\. Export"):
+        bare.graph("float32")
+
+
 def test_labels(branches):
     entry = Bundle.open(branches).manifest.adapter("alpha")
     assert entry.label(6) == "class 6"
