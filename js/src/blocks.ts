@@ -188,7 +188,7 @@ function checkBmp(bytes: Uint8Array): void {
   const [header, coding, bits] = [view.getUint32(14, true), view.getUint32(30, true), view.getUint16(28, true)];
   const runs = coding === 1 || coding === 2;
   if (header >= 40 && (runs || bits === 16)) {
-    const found = runs ? "found one of runs (RLE)" : "8 bits for each, found one of 16 bits a pixel";
+    const found = runs ? "found one of runs (RLE)" : "8 bits of each colour, found one of 16 bits a pixel";
     throw new HhdeployError(`expected a BMP with all its pixels, ${found}. Save it as a PNG.`);
   }
 }
