@@ -63,8 +63,8 @@ def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
         own, theirs = (str(digest)[:12] for digest in buffers)
         raise AdapterError(
             f"{adapter.source}: base_buffers_sha256: adapter {name!r} was trained with the buffers "
-            f"{own}… (statistics of BatchNorm, masks), the backbone's are {theirs}…: the weights "
-            f"are the same, what they compute is not. {advice}"
+            f"{own}… (statistics of BatchNorm, masks), the backbone's are {theirs}…, with which "
+            f"the same weights compute otherwise. {advice}"
         )
 
 

@@ -14,16 +14,8 @@ from hhdeploy.errors import AdapterError
 # Of the configuration: what decides the numbers or the answers.
 _KEYS = (
     *("base_model_name_or_path", "base_model_args", "base_sha256", "base_signs_sha256"),
-    *(
-        "base_buffers_sha256",
-        "form",
-        "reflection",
-        "r",
-        "num_classes",
-        "class_names",
-        "preprocess",
-        "problem_type",
-    ),
+    *("base_buffers_sha256", "form", "reflection", "r", "num_classes", "class_names"),
+    *("preprocess", "problem_type"),
 )
 
 

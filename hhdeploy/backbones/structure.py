@@ -216,8 +216,10 @@ def buffers_sha256(model: nn.Module, classifier: str) -> str:
     model without any it is `NO_BUFFERS`.
     """
     stored = model.state_dict().keys()
-    named = ((n, b) for n, b in model.named_buffers() if n in stored and not is_table(n))
-    return _digest(_frozen(named, classifier))
+    # Under all its names: a copy of the model need not share what the model shares.
+    named = model.named_buffers(remove_duplicate=False)
+    decisive = ((n, b) for n, b in named if n in stored and not is_table(n))
+    return _digest(_frozen(decisive, classifier))
 
 
 def is_table(buffer: str) -> bool:

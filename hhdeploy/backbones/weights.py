@@ -219,7 +219,8 @@ def load_strictly(
     missing = besides_classifier([k for k in own if k not in state], own, classifier)
     # Buffers that follow from the architecture are often left out of, or left over in, files.
     # Statistics of a norm are none of them, which an average of the parameters does not have.
-    tables = {name for name, _ in model.named_buffers() if is_table(name)}
+    named = model.named_buffers(remove_duplicate=False)
+    tables = {name for name, _ in named if is_table(name)}
     persistent = own.keys() - tables
     missing = [k for k in missing if k in persistent]
     unexpected = [k for k in state if k not in own and not derived(k)]

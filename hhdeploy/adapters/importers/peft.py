@@ -148,16 +148,17 @@ def _read(
     """The tensors of one adapter by `bare` key without PEFT's start: the options' prefix stays
     where it comes behind that, as the configuration's names have it. And the keys of those that
     lack the prefix where others inside have it, and what `read_pth` notes."""
-    file, prefix = path / TENSOR_FILE, options.prefix
+    prefix = options.prefix
     notes: tuple[str, ...] = ()
-    index = next((each for name in _INDEXES if (each := path / name).is_file()), None)
-    if file.is_file() or not (index or (path / _OLD_TENSOR_FILE).is_file()):
-        tensors, _ = read_tensors(file, AdapterError)
-    elif index is not None:
-        file, tensors = index, _divided(index)
-    else:
-        file = path / _OLD_TENSOR_FILE
+    # An index last: it may be that of the backbone, saved beside.
+    known = [path / name for name in (TENSOR_FILE, _OLD_TENSOR_FILE, *_INDEXES)]
+    file = next((each for each in known if each.is_file()), known[0])
+    if file.name == _OLD_TENSOR_FILE:
         tensors, notes = read_pth(file)
+    elif file.name in _INDEXES:
+        tensors = _divided(file)
+    else:
+        tensors, _ = read_tensors(file, AdapterError)
     if bone:
         tensors = {_BONE_TENSOR.sub(".miss_block", key): t for key, t in tensors.items()}
     found: Tensors = {}

@@ -18,6 +18,7 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import sites_of
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import base_sha256, find_linears, signs_sha256
+from hhdeploy.backbones.weights import load_strictly
 from hhdeploy.errors import BackboneError, PlanError
 from hhdeploy.plan import Reserve, plan_branches
 from tests.own_models import ruling_out
@@ -376,6 +377,15 @@ def test_a_buffer_of_ones_own_is_needed(tmp_path, mask, message):
     model, args = "python:tests.own_models:ruling_out", {"classes": [0, 4]}
     with pytest.raises(BackboneError, match=message):
         load_backbone(BackboneSpec(model, args, checkpoint=file, input_size=(3, 32, 32)))
+
+
+def test_a_table_under_two_names_is_not_needed(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    state = dict(model.state_dict())
+    table = torch.arange(4)
+    for module in model:
+        module.register_buffer("relative_position_index", table)
+    load_strictly(model, state, "", BackboneSpec("x", checkpoint=tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize(
