@@ -175,7 +175,7 @@ def fold_sequential(
 
 def _scaled(weight: NDArray[np.float32], scales: Scales) -> torch.Tensor:
     """diag(s_out) W diag(s_in) in float64: memory of its own, in W's order."""
-    # From NumPy, which asks for large pages: PyTorch's small ones cost a tenth of a fold.
+    # From NumPy, which asks for large pages: PyTorch does not.
     wide = _tensor(np.empty_like(weight, np.float64)).copy_(_tensor(weight))
     if scales.s_in is not None:
         wide.mul_(_tensor(scales.s_in))

@@ -373,7 +373,6 @@ def _cache_key(backbone: Backbone, outputs: Sequence[str]) -> str:
     ]
     digest.update(json.dumps(described).encode())
     state: dict[str, torch.Tensor] = backbone.model.state_dict()
-    state |= dict(backbone.model.named_buffers())  # of no state dict, too
     for name in sorted(state):
         tensor = state[name].detach().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

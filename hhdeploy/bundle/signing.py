@@ -105,37 +105,35 @@ def check_signature(path: str | Path, public_key: str | Path) -> None:
         config.use_elliptic_key_verifier(public_key=Path(public_key))
     config.set_hashing_config(_hashing(library))
     try:
-        try:
-            _compare(root, config)
-        except Exception:
-            if not _tidied(root):
-                raise
-            _compare(root, config)
+        _compare(root, config, public_key)
+    except BundleError:
+        if not _tidied(root):
+            raise
+        _compare(root, config, public_key)
+
+
+def _compare(root: Path, config: Any, public_key: str | Path) -> None:
+    """Raises `BundleError`, see `check_signature`; the library has errors of many kinds."""
+    try:
+        _check_form(read_plain(root / SIGNATURE))
+        _check_kinds(root)
+        config.verify(root, root / SIGNATURE)
     except FileNotFoundError:
         raise BundleError(
-            f"{path} is not signed: {SIGNATURE} was expected in it. A change of a bundle removes "
+            f"{root} is not signed: {SIGNATURE} was expected in it. A change of a bundle removes "
             "its signature."
         ) from None
-    except ConflictError:
-        raise
     except Exception as error:
         raise BundleError(
-            f"{path} is not what was signed with the key of {public_key}: "
+            f"{root} is not what was signed with the key of {public_key}: "
             f"{first_line(error)}. Get the bundle again from whoever signed it, or compare it "
             "with the right key."
         ) from error
 
 
-def _compare(root: Path, config: Any) -> None:
-    """Raises whatever the library does, `FileNotFoundError` without a signature."""
-    _check_form(read_plain(root / SIGNATURE))
-    _check_kinds(root)
-    config.verify(root, root / SIGNATURE)
-
-
 def _tidied(root: Path) -> bool:
-    """Remove what a killed command left, as the next change would: that is nobody's tampering. Not
-    where nothing can be written, as on a medium that is only read.
+    """Remove what a killed command left, as the next change would: that is nobody's tampering.
+    False where there was nothing, or nothing can be written, as on a medium that is only read.
 
     Raises:
         ConflictError: another process is changing the bundle.
@@ -145,6 +143,7 @@ def _tidied(root: Path) -> bool:
         before = set(os.listdir(real))
         with locked(real):
             tidy(Bundle.open(real))
+        # A lock that goes with it is no leftover: what somebody wrote into one is tampering.
         return set(os.listdir(real)) != before - {LOCK}
     except ConflictError:
         raise

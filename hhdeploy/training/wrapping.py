@@ -164,6 +164,8 @@ _OTHERWISE = frozenset(
 )
 _ADDED = frozenset(("add", "iadd"))  # to a weight; to a product its bias is
 _PRODUCTS = frozenset(("matmul", "mm"))
+_REVERSIBLE = _OTHERWISE | _ADDED | _PRODUCTS
+_WATCHED = _REVERSIBLE | {"getitem"}
 
 
 class _Readings(TorchFunctionMode):
@@ -194,9 +196,9 @@ class _Readings(TorchFunctionMode):
         """Call the function, and note what it was given."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
-        turned = name.startswith("r") and name[1:] in _OTHERWISE | _ADDED | _PRODUCTS
+        turned = name.startswith("r") and name[1:] in _REVERSIBLE
         name = name[1:] if turned else name  # of w.__rmul__(x)
-        if name in _OTHERWISE | _ADDED | _PRODUCTS or name == "getitem":
+        if name in _WATCHED:
             given = [*args, *(kwargs or {}).values()]
             flat = [x for g in given for x in (g if isinstance(g, list | tuple) else [g])]
             for index, tensor in enumerate(flat):

@@ -21,7 +21,7 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import ray
 from ray import serve
@@ -71,9 +71,6 @@ class Served:
     settings: str
 
 
-NOTHING: Final = Served("", "", "")
-
-
 class Registry:
     """The changes so far, and how far each replica is. One a fleet of replicas.
 
@@ -90,9 +87,7 @@ class Registry:
         self._changing = asyncio.Lock()
         self._joining = set(_actors())
 
-    async def join(
-        self, member: str, known: Collection[Latest], served: Served = NOTHING
-    ) -> list[Latest]:
+    async def join(self, member: str, known: Collection[Latest], served: Served) -> list[Latest]:
         """Count a replica in, and tell it what happened so far.
 
         Args:
@@ -248,7 +243,7 @@ class Follower:
     """Keeps one replica where the registry is."""
 
     def __init__(
-        self, registry: Any, do: Callable[[Latest], Awaitable[None]], served: Served = NOTHING
+        self, registry: Any, do: Callable[[Latest], Awaitable[None]], served: Served
     ) -> None:
         """``do``: makes the replica do a change. ``served``: see `Registry.join`."""
         self._registry = registry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
@@ -12,7 +13,7 @@ import pytest
 
 from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, add_adapter
-from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.bundle.manifest import MANIFEST, write_manifest
 from hhdeploy.bundle.packed import pack_adapter, unpack_adapter
 from hhdeploy.errors import AdapterError, BundleError, PlanError, WriteError
 from tests.support import images
@@ -112,6 +113,16 @@ def test_what_is_no_such_file_or_another_bundle_s_is_refused(branches, small, fo
     pack_adapter(branches, "alpha", tmp_path / "alpha")
     with pytest.raises(AdapterError, match="another model or layout"):
         unpack_adapter(small, tmp_path / "alpha")
+    bundle = copy_bundle(branches, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    for buffers, alike in (("", True), ("1" * 64, False)):  # an earlier version's; another model's
+        facts = replace(manifest.backbone, buffers=buffers)
+        write_manifest(bundle, replace(manifest, backbone=facts))
+        if alike:
+            unpack_adapter(bundle, tmp_path / "alpha")
+            continue
+        with pytest.raises(AdapterError, match="another model or layout"):
+            unpack_adapter(bundle, tmp_path / "alpha")
     with pytest.raises(PlanError, match="takes no rows"):
         pack_adapter(folded, "alpha", tmp_path / "folded")
     with pytest.raises(BundleError, match="unknown adapter 'omega'"):

@@ -435,6 +435,9 @@ def no_replica(method: str) -> Any:
 LOADED = {"name": "alpha", "verified": False, "notes": ["assumed"]}
 
 
+SERVED = Served("/tasks", "a", "max_batch=1")
+
+
 class Cluster:
     """A registry, the replicas that ask it, and what Ray would say of them."""
 
@@ -449,7 +452,7 @@ class Cluster:
         self.registry = Registry()
 
     async def join(self, member: str, *known: Latest) -> None:
-        self.seen[member] = await self.registry.join(member, known)
+        self.seen[member] = await self.registry.join(member, known, SERVED)
 
     def ask(self, member: str, problem: str = "") -> None:
         """Do every change from now on, as a `Follower` does; ``problem``: it cannot."""
@@ -586,16 +589,16 @@ def test_a_replica_that_opened_another_bundle_than_the_others_is_refused(monkeyp
 
     async def run() -> None:
         cluster = Cluster(monkeypatch, "r1", "r2", "r3")
-        join, old = cluster.registry.join, Served("/tasks", "a", "max_batch=1")
-        await join("r1", [], old)
-        await join("r2", [], old)
+        join = cluster.registry.join
+        await cluster.join("r1")
+        await cluster.join("r2")
         with pytest.raises(BundleError, match=r"/tasks has other .* than 2 replicas opened there"):
-            await join("r3", [], replace(old, digest="b"))
-        await join("r3", [], old)
+            await join("r3", [], replace(SERVED, digest="b"))
+        await cluster.join("r3")
         # Ray Serve goes from one deployment to the next.
         await join("r4", [], Served("/tasks", "b", "max_batch=2"))
         cluster.alive = {"r5"}  # nobody has the old one any more
-        await join("r5", [], replace(old, digest="b"))
+        await join("r5", [], replace(SERVED, digest="b"))
 
     asyncio.run(run())
 
