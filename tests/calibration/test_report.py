@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -25,6 +24,7 @@ from hhdeploy.calibration.report.plots import split_site
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.timing import Latency, Paired
+from tests.browser import CHROMIUM, WHY_NOT
 
 EVIL = "<img src=x onerror=\"alert('boo')\">&"
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -167,9 +167,6 @@ def test_markup_escapes_attributes_too():
     assert tag("b", title='"><i>') == '<b title="&quot;&gt;&lt;i&gt;"></b>'
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
 def render(document: str, folder: Path) -> tuple[Reader, list[str], list[str]]:
     """What a browser makes of a page: the DOM, console messages, what the page asked for."""
     folder.mkdir()
@@ -199,7 +196,7 @@ def render(document: str, folder: Path) -> tuple[Reader, list[str], list[str]]:
     return Reader(done.stdout), console, [url for url in asked if not url.startswith("data:")]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome here to render it")
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 def test_a_browser_shows_it_without_errors_or_requests(findings, tmp_path):
     page, console, asked = render(report_html(findings), tmp_path / "report")
     assert "int8 calibration of out" in page.text

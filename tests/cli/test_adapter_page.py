@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +13,11 @@ from hhdeploy.adapters.format import save_adapter
 from hhdeploy.adapters.spectra import distance, spectra
 from hhdeploy.algebra import effective_rank
 from hhdeploy.cli.adapter_page import adapter_page
+from tests.browser import CHROMIUM, WHY_NOT, running_browser
 from tests.calibration.test_report import Reader
 from tests.support import assert_parity, random_adapter
 
 EVIL = "<img src=x onerror=\"alert('boo')\">&<script>alert(1)</script>"
-CHROMIUM = shutil.which("chromium")
-FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +145,14 @@ def test_the_command_writes_it(adapters, tmp_path, succeed, refuse, call, monkey
     assert call("adapter", "inspect", tmp_path / "one", "--html", out, "--no-rank").exit_code == 2
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to show the page")
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 def test_in_a_browser(adapters, tmp_path):
     """390 px wide and dark: no error, no request, nothing wider than the window."""
-    from playwright.sync_api import sync_playwright
-
     file = tmp_path / "page.html"
     file.write_text(adapter_page(adapters), encoding="utf-8")
     heard: list[str] = []
     asked: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+    with running_browser() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
         page.on("console", lambda message: heard.append(message.text))
         page.on("pageerror", lambda error: heard.append(str(error)))
@@ -175,6 +170,5 @@ def test_in_a_browser(adapters, tmp_path):
         box = page.locator("svg").nth(1).bounding_box()
         assert box["width"] > 600
         assert box["height"] > 100
-        browser.close()
     assert heard == []
     assert asked == [file.as_uri()]

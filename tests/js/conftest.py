@@ -15,16 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.browser import running_browser
 from tests.once import made_once
 from tests.workshop import COMMAND_SECONDS, ROOT
 
 PACKAGE = ROOT / "js"
-CHROMIUM = shutil.which("chromium")
-BROWSER_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update"
-)
-PATIENCE_MS = 60_000
 OCTETS = "application/octet-stream"
 INSTALL = "npm ci --prefix js --ignore-scripts"
 
@@ -73,12 +68,8 @@ def ask(dist):
 @pytest.fixture(scope="module")
 def browser():
     """One Chromium for the tests of a file; each opens a page of its own in it."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS.split())
+    with running_browser() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture

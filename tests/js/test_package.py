@@ -19,10 +19,9 @@ from hhdeploy.files.tensors import read_tensors
 from hhdeploy.parity import LABELS, LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
+from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT
 from tests.js.conftest import (
-    CHROMIUM,
     PACKAGE,
-    PATIENCE_MS,
     decoded,
     encoded,
     sent,
@@ -165,7 +164,7 @@ window.answer = { answers, image, files: [...new Set(files)], seen };
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open a bundle in")
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 def test_a_browser_decodes_pictures_and_answers(browser, dist, branches, served, tmp_path):
     for name, place in (
         ("dist", dist),

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image, UnidentifiedImageError, features
 
 from hhdeploy.preprocess import as_rgb, upright
-from tests.js.conftest import CHROMIUM, PATIENCE_MS
+from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT
 from tests.js.test_orientation import WAYS, block, png_chunk, said_again, saved
 
 # Pillow says so of files that are damaged on purpose, when it looks for their resolution.
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to decode pictures"),
+    pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT),
     pytest.mark.filterwarnings("ignore:(Corrupt|Possibly corrupt) EXIF data"),
     # And of colours that are transparent, which are kept on purpose.
     pytest.mark.filterwarnings("ignore:Palette images with Transparency"),

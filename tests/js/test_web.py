@@ -34,7 +34,8 @@ from hhdeploy.errors import (
 from hhdeploy.exporting import javascript, web
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
-from tests.js.conftest import CHROMIUM, OCTETS, PACKAGE, PATIENCE_MS
+from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT
+from tests.js.conftest import OCTETS, PACKAGE
 from tests.js.test_package import INT8
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle, flip_byte
@@ -46,7 +47,7 @@ COLOURS = ((200, 30, 90), (10, 180, 40))
 AXE = PACKAGE / "node_modules" / "axe-core" / "axe.min.js"
 STILL = {"index.html": b"page", "sw.js": b"// keeps\n"}
 
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to show the page")
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 
 
 # --- what is written ----------------------------------------------------------------------------

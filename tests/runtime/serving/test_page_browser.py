@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,24 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
 from hhdeploy.adapters.config import CLASSES, LABELS, VALUES
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
+from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT, running_browser
 from tests.runtime.serving.fleets import make_adapter, put_adapter
 from tests.runtime.serving.servers import Server, running_server
 from tests.workshop import ROOT
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to show the page")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update"
-)
-# A machine under load: nothing waits that long unless it is broken.
-PATIENCE_MS = 60_000
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 expect.set_options(timeout=PATIENCE_MS)
 
 AXE = ROOT / "js/node_modules/axe-core/axe.min.js"
@@ -84,10 +77,8 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+    with running_browser() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
