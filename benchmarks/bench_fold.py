@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import THREADS, report
 from hhdeploy.algebra import SiteDelta, householder_delta
-from hhdeploy.exporters.fold import fold_additive, fold_sequential
+from hhdeploy.exporters.fold import Scratch, fold_additive, fold_sequential
 from hhdeploy.timing import paired
 
 SITES, DIM, RANK = 48, 768, 1
@@ -45,13 +45,15 @@ def main(pairs: int) -> None:
     def delta_of(site: dict[str, np.ndarray]) -> SiteDelta:
         return householder_delta(**site, reflection="unnormalized")
 
+    scratch = Scratch()  # one for a model, as an export has it
+
     def thin() -> None:
         for weight, site, target in zip(weights, tensors, out, strict=True):
-            fold_additive(weight, delta_of(site), target)
+            fold_additive(weight, delta_of(site), target, scratch=scratch)
 
     def sequential() -> None:
         for weight, site, target in zip(weights, tensors, out, strict=True):
-            fold_sequential(weight, delta_of(site), target)
+            fold_sequential(weight, delta_of(site), target, scratch=scratch)
 
     def dense() -> None:
         for weight, site, target in zip(weights, tensors, out, strict=True):

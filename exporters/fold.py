@@ -37,10 +37,11 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
     """
     model = base.model.clone()
     by_path = linears_by_path(model.graph)
+    scratch = Scratch()
     for spec in base.facts.linears:
         if any(site.name in adapter.sites for site in spec.sites):
             for linear in linears_at(by_path, spec.path):
-                _fold_linear(model.graph, linear, spec, adapter)
+                _fold_linear(model.graph, linear, spec, adapter, scratch)
     if adapter.head is not None:
         for linear in linears_at(by_path, base.facts.classifier):
             _replace_head(model.graph, linear, adapter.head)
@@ -48,13 +49,33 @@ def folded_model(base: BaseGraph, adapter: Adapter) -> ir.Model:
     return model
 
 
-def _fold_linear(graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter: Adapter) -> None:
+class Scratch:
+    """Float64 memory for one fold after another, so that only the first waits for its pages.
+
+    What `like` gave before is overwritten. Not for two threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Array = np.empty(0)
+
+    def like(self, weight: NDArray[np.float32]) -> Array:
+        """Of the weight's shape (out, in) and in its memory order; it holds anything."""
+        if self._memory.size < weight.size:
+            self._memory = np.empty(weight.size)
+        memory, (out, in_) = self._memory[: weight.size], weight.shape
+        by_column = weight.strides[0] < weight.strides[1]  # the layout of an ONNX MatMul
+        return memory.reshape(in_, out).T if by_column else memory.reshape(out, in_)
+
+
+def _fold_linear(
+    graph: ir.Graph, linear: GraphLinear, spec: LinearSpec, adapter: Adapter, scratch: Scratch
+) -> None:
     frozen, bias = linear.weight_as_it_is(), linear.bias
     linear.compute_weight(
         graph,
         f"{spec.path}.weight_folded",
         (spec.out, spec.in_),
-        lambda: _folded_weight(frozen(), spec, adapter),
+        lambda: _folded_weight(frozen(), spec, adapter, scratch),
     )
     if (moved := _folded_bias(bias, spec, adapter)) is not None:
         _check_finite(moved, f"{spec.path} (bias)")
@@ -70,7 +91,7 @@ def _parts(spec: LinearSpec) -> Iterator[tuple[Site, slice]]:
 
 
 def _folded_weight(
-    weight: NDArray[np.float32], spec: LinearSpec, adapter: Adapter
+    weight: NDArray[np.float32], spec: LinearSpec, adapter: Adapter, scratch: Scratch
 ) -> NDArray[np.float32]:
     """The weight (out, in) with the adapter's sites in it, in the memory order it had."""
     folded = np.empty_like(weight)
@@ -81,10 +102,10 @@ def _folded_weight(
         change = adapter.change(site.name)
         if adapter.form == "additive":
             delta = change.delta or constant_delta(0, site.out, spec.in_)
-            fold_additive(weight[part], delta, folded[part], change.scales)
+            fold_additive(weight[part], delta, folded[part], change.scales, scratch)
         else:
             transform = change.delta or constant_delta(1, site.out, site.out)
-            fold_sequential(weight[part], transform, folded[part], change.scales)
+            fold_sequential(weight[part], transform, folded[part], change.scales, scratch)
         _check_finite(folded[part], site.name)
     return folded
 
@@ -134,6 +155,7 @@ def fold_additive(
     delta: SiteDelta,
     out: NDArray[np.float32] | None = None,
     scales: Scales = UNSCALED,
+    scratch: Scratch | None = None,
 ) -> NDArray[np.float32]:
     """W + delta, computed in float64 and cast once to float32 (paper Eq. 6).
 
@@ -146,10 +168,11 @@ def fold_additive(
         delta: what to add.
         out: where to put the result, same shape; None allocates.
         scales: of W, before delta is added.
+        scratch: memory to compute in; None allocates.
     """
     if weight.shape != delta.shape:
         raise ValueError(f"weight {weight.shape} and delta {delta.shape} differ in shape")
-    wide = _scaled(weight, scales)
+    wide = _scaled(weight, scales, scratch)
     wide.addmm_(_tensor(delta.left), _tensor(delta.right))
     wide.diagonal().add_(_tensor(delta.diag))
     return _cast(wide, np.empty_like(weight) if out is None else out)
@@ -160,6 +183,7 @@ def fold_sequential(
     transform: SiteDelta,
     out: NDArray[np.float32] | None = None,
     scales: Scales = UNSCALED,
+    scratch: Scratch | None = None,
 ) -> NDArray[np.float32]:
     """M W, computed in float64 and cast once (paper Eq. 7); the bias goes through M as well, see
     `folded_bias`.
@@ -167,16 +191,16 @@ def fold_sequential(
     Arguments as those of `fold_additive`; ``transform`` is M itself, not M - I, and ``scales`` are
     those of W before it.
     """
-    wide = _scaled(weight, scales)
+    wide = _scaled(weight, scales, scratch)
     low = _tensor(transform.right) @ wide
     wide.mul_(_tensor(transform.diag)[:, None]).addmm_(_tensor(transform.left), low)
     return _cast(wide, np.empty_like(weight) if out is None else out)
 
 
-def _scaled(weight: NDArray[np.float32], scales: Scales) -> torch.Tensor:
-    """diag(s_out) W diag(s_in) in float64: memory of its own, in W's order."""
-    # From NumPy, which asks for large pages: PyTorch does not.
-    wide = _tensor(np.empty_like(weight, np.float64)).copy_(_tensor(weight))
+def _scaled(weight: NDArray[np.float32], scales: Scales, scratch: Scratch | None) -> torch.Tensor:
+    """diag(s_out) W diag(s_in) in float64, in W's memory order."""
+    # The memory is NumPy's, which asks for large pages: PyTorch does not.
+    wide = _tensor((scratch or Scratch()).like(weight)).copy_(_tensor(weight))
     if scales.s_in is not None:
         wide.mul_(_tensor(scales.s_in))
     if scales.s_out is not None:

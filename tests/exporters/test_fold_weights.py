@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.algebra import Scales, SiteDelta, constant_delta, householder_delta
-from hhdeploy.exporters.fold import fold_additive, fold_sequential, folded_bias
+from hhdeploy.exporters.fold import Scratch, fold_additive, fold_sequential, folded_bias
 from tests.hhdeploy.test_algebra import REFLECTIONS, SHAPES, dense, draw
 from tests.support import assert_caught, assert_parity
 
@@ -47,6 +47,19 @@ def test_fold_additive_casts_once(layout):
     delta = householder_delta(*draw(13, 7, 1), "orthogonal")
     exact = weight.astype(np.float64) + delta.dense()
     assert np.array_equal(fold_additive(weight, delta), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_scratch_for_weights_of_every_size(layout):
+    scratch, kept = Scratch(), []
+    for seed, (rows, columns) in enumerate([(7, 13), (21, 13), (5, 3), (13, 7)]):
+        weight, delta = weight_of(layout, rows, columns), constant_delta(seed, rows, columns)
+        square = constant_delta(2, rows, rows)
+        for fold, change in ((fold_additive, delta), (fold_sequential, square)):
+            kept.append((fold(weight, change, scratch=scratch), fold(weight, change)))
+        assert scratch.like(weight).strides == np.empty_like(weight, np.float64).strides
+    for found, expected in kept:  # after the scratch was used for others
+        assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
