@@ -3,6 +3,7 @@ in the model; and models that are no function of their images."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -27,11 +28,16 @@ def reading(how: str):
     return load_backbone(replace(tiny_spec("python:tests.own_models:reading"), args={"how": how}))
 
 
+@functools.cache
+def traced(how: str):
+    """The graph of a model of `reading`, to read only."""
+    return base_graph(reading(how), None)
+
+
 @pytest.mark.parametrize("form", ["additive", "sequential"])
 @pytest.mark.parametrize("how", ["as a linear", "twice", "without its bias", "by hand"])
 def test_a_weight_that_is_used_as_a_linear_alone_is_one(how, form):
-    backbone = reading(how)
-    base = base_graph(backbone, None)
+    backbone, base = reading(how), traced(how)
     adapter = random_adapter(base.facts, form=form, targets=[SITE])
     inputs = images(3)
     with session(folded_model(base, adapter)) as runner:
@@ -45,8 +51,7 @@ def test_a_weight_that_is_used_as_a_linear_alone_is_one(how, form):
 @pytest.mark.parametrize("how", ["as a linear", "by hand", "by hand, joined"])
 def test_each_image_has_its_own_adapter_however_the_product_is_written(how):
     """A product by hand was taken for one in which the images do not lie one after the other."""
-    backbone = reading(how)
-    base = base_graph(backbone, None)
+    backbone, base = reading(how), traced(how)
     adapters = {"one": random_adapter(base.facts, targets=[SITE], seed=1)}
     plan = plan_branches(base.facts, adapters, Reserve(keep_backbone_head=True))
     bank = np.stack(
@@ -74,7 +79,7 @@ def test_each_image_has_its_own_adapter_however_the_product_is_written(how):
 )
 def test_what_reads_a_weight_or_adds_a_constant_besides_makes_it_no_site(how):
     """A changed weight would change it in the model, and not in the graph."""
-    assert list(sites_of(base_graph(reading(how), None).facts.linears)) == ["mlp.fc1"]
+    assert list(sites_of(traced(how).facts.linears)) == ["mlp.fc1"]
 
 
 @pytest.mark.parametrize("how", ["dropout", "noise", "python", "calls", "attention"])
