@@ -20,6 +20,12 @@ from hhdeploy.preprocess import Preprocess
 if TYPE_CHECKING:
     from torch import nn
 
+# Behind what a source says of files of its hub that it did not get.
+OFFLINE = (
+    "Without a network, HF_HUB_OFFLINE=1 in the environment takes what was loaded before, and says "
+    "at once what was not."
+)
+
 
 @dataclass(frozen=True)
 class BackboneSpec:

@@ -15,7 +15,7 @@ from hhdeploy.backbones.converting import agree, is_transformers, timm_state
 from hhdeploy.backbones.facts import check_timm_args, transform_of
 from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card, together
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
-from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
+from hhdeploy.backbones.spec import OFFLINE, BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
 from hhdeploy.backbones.weights import load_strictly, passed_over, read_state, state_of
@@ -257,14 +257,13 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
             raise BackboneError(
                 f"timm {timm.__version__} has no weights {tag!r} of {name}. Expected {known}."
             ) from error
+        what, more = f"create {spec.model} with {dict(spec.args)}", ""
         if pretrained:
-            raise BackboneError(
-                f"timm could not load {spec.model} with pretrained weights: {error}. Without a "
-                "connection to timm's hub, pass the weights with `checkpoint`."
-            ) from error
-        raise BackboneError(
-            f"timm could not create {spec.model} with {dict(spec.args)}: {error}"
-        ) from error
+            what, more = f"load {spec.model} with pretrained weights", f" {OFFLINE}"
+            more += " Or pass the weights with `checkpoint`."
+        elif spec.model.startswith("hf-hub:"):
+            more = f" {OFFLINE}"
+        raise BackboneError(f"timm could not {what}: {str(error).rstrip('.')}.{more}") from error
 
 
 def _from_timm(spec: BackboneSpec) -> tuple[nn.Module, int]:

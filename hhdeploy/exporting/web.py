@@ -19,6 +19,7 @@ from hhdeploy.files.directories import Replaceable, atomic_directory, check_targ
 from hhdeploy.files.writing import as_path, json_bytes, sha256_of_bytes, write_bytes
 from hhdeploy.packages import own_version
 from hhdeploy.preprocess import GRAPH_FILTERS, PICTURE_CHANNELS, Preprocess
+from hhdeploy.repositories.graphs import checked_graph
 
 FACTS: Final = "page.json"
 _SERVICE: Final = "sw.js"
@@ -87,9 +88,11 @@ def write_web_page(
         progress: called with a few words at each step.
 
     Raises:
-        BundleError: no such graph, no graphs that take pictures, or a damaged file.
+        BundleError: no such graph, one that takes or gives others than the manifest tells, no
+            graphs that take pictures, or a damaged file.
         PlanError: a precision that no browser computes, or a bundle without logits.
-        MissingDependencyError: no Node.js here. HhdeployError: it could not compile the page.
+        MissingDependencyError: no Node.js here, or no ``export`` extra.
+        HhdeployError: it could not compile the page.
         WriteError: OUT exists, or the file system refused.
     """
     progress = listener(progress)
@@ -99,6 +102,7 @@ def write_web_page(
     chosen = _precision(bundle, precision)
     names = _names(bundle, chosen)
     check_target(out, _PAGE, overwrite=overwrite)
+    checked_graph(bundle, chosen, "writing a page")  # the browser would refuse it, at every visit
     files = page_code(progress)
     service = files.pop(_SERVICE)
     progress(f"copying the {chosen} graph")

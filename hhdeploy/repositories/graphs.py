@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST, Manifest
@@ -14,6 +14,9 @@ from hhdeploy.choices import Precision
 from hhdeploy.errors import BundleError, WriteError, as_code, require
 from hhdeploy.exporters.triton import requestable
 from hhdeploy.runtime.backends import check_tensors
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Of the one version that is written.
 VERSION = "1"
@@ -82,33 +85,43 @@ def open_servable(path: str | Path, out: Path, server: str) -> Bundle:
     return bundle
 
 
-def write_graph(
-    bundle: Bundle, precision: Precision, target: Path, server: str, progress: Progress
-) -> None:
-    """A bundle's graph with the bank as it is now in it, its weights beside it in NAME.data.
+def checked_graph(bundle: Bundle, precision: Precision, purpose: str) -> ir.Model:
+    """A bundle's graph, which takes and gives what the manifest tells: clients go by that.
 
     Raises:
         BundleError: no such graph, a damaged file, or a graph that takes or gives others than the
             manifest tells.
-        MissingDependencyError: the ``export`` extra is not installed.
+        MissingDependencyError: the ``export`` extra is not installed, which ``purpose`` needs.
     """
-    purpose = f"writing the {precision} graph for {server}"
     require("onnx", "export", purpose)
     require("onnx_ir", "export", purpose)
-    from hhdeploy.exporters.bake import baked
-    from hhdeploy.exporters.portable.form import ADAPTERS_KEY, fixed_adapters
-    from hhdeploy.exporters.writer import save_graph
     from hhdeploy.graph import open_graph
 
-    progress(f"writing the {precision} graph")
-    manifest = bundle.manifest
     path = bundle.graph(precision)
     model = open_graph(path)
     takes, gives = (
         {str(v.name): [n if isinstance(n, int) else n.value for n in v.shape or ()] for v in values}
         for values in (model.graph.inputs, model.graph.outputs)
     )
-    check_tensors(path, takes, gives, manifest)
+    check_tensors(path, takes, gives, bundle.manifest)
+    return model
+
+
+def write_graph(
+    bundle: Bundle, precision: Precision, target: Path, server: str, progress: Progress
+) -> None:
+    """A bundle's graph with the bank as it is now in it, its weights beside it in NAME.data.
+
+    Raises:
+        BundleError, MissingDependencyError: see `checked_graph`.
+    """
+    progress(f"writing the {precision} graph")
+    model = checked_graph(bundle, precision, f"writing the {precision} graph for {server}")
+    from hhdeploy.exporters.bake import baked
+    from hhdeploy.exporters.portable.form import ADAPTERS_KEY, fixed_adapters
+    from hhdeploy.exporters.writer import save_graph
+
+    manifest = bundle.manifest
     if manifest.layout is not None and not manifest.bank_as_constant:
         model = baked(model, bundle.bank())
         model.metadata_props[ADAPTERS_KEY] = fixed_adapters(manifest)

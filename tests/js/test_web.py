@@ -34,6 +34,7 @@ from hhdeploy.errors import (
 from hhdeploy.exporting import javascript, web
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
+from tests.broken_manifests import OF_OTHER_GRAPHS, broken
 from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT
 from tests.js.conftest import OCTETS, PACKAGE
 from tests.js.test_package import INT8
@@ -161,6 +162,21 @@ def test_what_no_browser_runs_is_refused_before_any_work(small, tmp_path, monkey
     with pytest.raises(PlanError, match=r"a page is for logits alone.*`outputs="):
         write_web(other, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", OF_OTHER_GRAPHS)
+def test_a_manifest_that_contradicts_the_graph_is_refused(branches, tmp_path, monkeypatch, name):
+    """As a session refuses it: the page would show no answer, at every visit."""
+    monkeypatch.setattr(web, "page_code", lambda progress: pytest.fail("it compiled"))
+    change, message = OF_OTHER_GRAPHS[name]
+    bundle = broken(branches, tmp_path / "bundle", change)
+    with pytest.raises(BundleError) as by_session:
+        open_session(bundle, device="cpu")
+    with pytest.raises(BundleError if name != "features" else PlanError) as by_page:
+        write_web(bundle, tmp_path / "site")
+    assert re.search(message, str(by_session.value))
+    assert name == "features" or re.search(message, str(by_page.value))
+    assert not (tmp_path / "site").exists()
 
 
 def test_without_node_the_message_says_what_to_install(small, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from hhdeploy.backbones.licences import CARD, Licences, licences_of_card
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.outputs import returns_tensor
-from hhdeploy.backbones.spec import BackboneSpec, Loaded, seeded
+from hhdeploy.backbones.spec import OFFLINE, BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers.transforms import transform_of
 from hhdeploy.backbones.weights import (
@@ -204,7 +204,7 @@ def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:
         raise BackboneError(
             f"transformers:{where} has no configuration that can be read: {first_line(error)}. "
             "Expected a directory with config.json, or an id of the hub; code that comes with a "
-            "model is never run."
+            f"model is never run.{_offline(where)}"
         ) from error
     for name, value in spec.args.items():
         if name.startswith("_") or not hasattr(config, name):
@@ -214,6 +214,11 @@ def _config(transformers: Any, spec: BackboneSpec, where: str) -> Any:
             )
         setattr(config, name, value)
     return config
+
+
+def _offline(where: str) -> str:
+    """What helps without a network, of an id of the hub; nothing of a directory."""
+    return "" if Path(where).is_dir() else f" {OFFLINE}"
 
 
 def _model(
@@ -257,6 +262,7 @@ def _model(
     ) as error:  # fmt: skip
         raise BackboneError(
             f"transformers:{where} cannot be loaded: {_in_the_way(spec, where, error)}"
+            f"{_offline(where)}"
         ) from error
     _check_loading(
         spec.checkpoint or f"transformers:{where}",

@@ -332,6 +332,29 @@ def test_no_model_there(tmp_path, where, monkeypatch):
         load_backbone(spec(tmp_path / where))
 
 
+@pytest.mark.parametrize(
+    ("model", "pretrained"),
+    [
+        ("transformers:nobody/nothing", True),
+        ("hf-hub:nobody/nothing", True),
+        ("hf-hub:nobody/nothing", False),
+        ("vit_tiny_patch16_224", True),
+    ],
+)
+def test_without_a_network_the_message_says_how_not_to_wait(model, pretrained, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
+    with pytest.raises(BackboneError, match="Without a network, HF_HUB_OFFLINE=1 in") as caught:
+        load_backbone(BackboneSpec(model, pretrained=pretrained))
+    assert ".." not in str(caught.value)
+
+
+def test_of_a_directory_no_network_is_spoken(tmp_path):
+    with pytest.raises(BackboneError, match="no configuration that can be read") as caught:
+        load_backbone(spec(tmp_path))
+    assert "HF_HUB_OFFLINE" not in str(caught.value)
+
+
 VIT = {"model_type": "vit", "hidden_size": 48, "num_attention_heads": 3, "image_size": 32}
 
 
