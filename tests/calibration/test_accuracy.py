@@ -151,6 +151,8 @@ def test_values_are_judged_by_mean_absolute_error():
     assert task.quantised_score == pytest.approx((0.8 + 0 + 3) / 3)
     assert task.scores == ("MAE 1", "MAE 1.267")
     assert task.agreement == pytest.approx(2 / 3), "a hundredth of the range of 30 is 0.3"
+    near = judged(VALUES, [None] * 2, [[100.0], [101.0]], [[100.5], [101.0]])
+    assert near.agreement == 0.5, "of the range, which is 1, and not of the values' size"
     assert judged(VALUES, [None] * 3, before, before).scores is None
     assert task.to_json()["float_score"] == 1.0
 

@@ -67,6 +67,17 @@ def test_what_float32_does_not_tell_is_unknown(share):
         check_bound(1.0, settled)
 
 
+def test_images_that_are_right_either_way_tell_nothing():
+    """Five that only one order explains decide, however many both do."""
+    exam = asked(10)
+    both = [q.truth if q.truth == q.as_text else CLASSES - 1 - q.truth for q in exam.questions]
+    last = [row for row, q in enumerate(exam.questions) if (q.adapter, q.truth) == ("a", 2)][:5]
+    for row in last:
+        both[row] = 2
+    settled = settle_order(exam, answered(both))
+    assert "taken in the order of" in settled.warnings[-1], settled.warnings[-1]
+
+
 def test_where_there_is_no_doubt_nothing_is_said():
     questions = tuple(
         Question("a", truth, "x.png", lambda: None, as_text=text)
