@@ -83,6 +83,25 @@ def test_the_sequential_form_changes_weight_and_bias(base, kind):
         assert_caught(m.T @ old.weight, new.weight, "algebra", "float32")
 
 
+def test_scales_and_db_are_those_of_their_own_rows(base):
+    path = "blocks.0.attn.qkv"
+    adapter = random_adapter(base.facts, targets=[f"{path}.k", f"{path}.v"], parts=("s_out", "db"))
+    old, new = linear(base.model, path), linear(folded_model(base, adapter), path)
+    assert np.array_equal(new.weight[:48], old.weight[:48])
+    assert np.array_equal(new.bias[:48], old.bias[:48])
+    for site, rows in (("k", slice(48, 96)), ("v", slice(96, 144))):
+        change = adapter.change(f"{path}.{site}")
+        scaled = change.scales.s_out[:, None] * old.weight[rows]
+        assert_parity(scaled + change.delta.dense(), new.weight[rows], "algebra", "float32")
+        assert_parity(old.bias[rows] + change.db, new.bias[rows], "algebra", "float32")
+    adapter = random_adapter(base.facts, form="sequential", targets=["fc2"], parts=("db",))
+    folded = folded_model(base, adapter)
+    for site in adapter.sites:
+        old, new, change = linear(base.model, site), linear(folded, site), adapter.change(site)
+        moved = change.delta.dense() @ (old.bias + change.db)
+        assert_parity(moved, new.bias, "algebra", "float32")
+
+
 def test_a_linear_without_a_bias_stays_without_one():
     base = shared_twice()
     stripped = base.model.clone()

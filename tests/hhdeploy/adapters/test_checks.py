@@ -386,6 +386,22 @@ def test_another_activation_that_both_state_is_refused(tiny, mine, theirs, refus
         check("x", adapter, facts)
 
 
+@pytest.mark.parametrize("part", ["s_in", "s_out", "db"])
+@pytest.mark.parametrize("form", ["additive", "sequential"])
+def test_scales_and_db_have_the_sizes_of_their_linear(tiny_facts, part, form):
+    """One value would be taken for all of them."""
+    site = "blocks.0.mlp.fc2"
+    adapter = random_adapter(tiny_facts, form=form, targets=[site], parts=(part,))
+    check("x", adapter, tiny_facts)
+    right = getattr(adapter.sites[site], part).size
+    for size in {1, 48, 192} - {right}:
+        parts = {part: np.ones(size, np.float32)}
+        wrong = sites(adapter, blocks__0__mlp__fc2=replace(adapter.sites[site], **parts))
+        said = rf"{site}\.{part}: expected {right} values for a 48 x 192 Linear, found {size}\."
+        with pytest.raises(AdapterError, match=said):
+            check("x", wrong, tiny_facts)
+
+
 def test_a_kind_that_a_bundle_s_row_tells_no_site_of(tiny_facts):
     """The row cannot say which sites are missing, only that the adapter has none of them."""
     facts = replace(tiny_facts, linears=tuple(x for x in tiny_facts.linears if "mlp" not in x.path))
