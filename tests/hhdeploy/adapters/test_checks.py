@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hhdeploy.adapters.bases import check_base, unbound
+from hhdeploy.adapters.bases import check_base, same_model, unbound
 from hhdeploy.adapters.checks import check, notes
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.differing import difference
@@ -384,6 +384,20 @@ def test_another_activation_that_both_state_is_refused(tiny, mine, theirs, refus
         return
     with pytest.raises(AdapterError, match=f"act_layer '{mine}', the backbone has '{theirs}'"):
         check("x", adapter, facts)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("vit_tiny.augreg", "vit_tiny", True),
+        ("vit_tiny.augreg", "vit_tiny.augreg", True),
+        ("vit_tiny.augreg", "vit_tiny.dino", False),
+        ("vit_tiny", "vit_small", False),
+        ("transformers:a/b.c", "transformers:a/b", False),
+    ],
+)
+def test_a_tag_counts_where_both_names_have_one(one, other, same):
+    assert same_model(one, other) is same_model(other, one) is same
 
 
 @pytest.mark.parametrize("part", ["s_in", "s_out", "db"])

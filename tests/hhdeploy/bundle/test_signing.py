@@ -158,6 +158,20 @@ def test_a_change_unsigns_and_says_so(signed, keys, change):
     assert not (signed / OLD).exists()
 
 
+def test_no_signature_of_another_manifest_stays_where_a_change_is_killed(signed, keys, monkeypatch):
+    """It would say that somebody changed what its owner changed."""
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hhdeploy.bundle.store.sync_in_place", killed)
+    monkeypatch.setattr("hhdeploy.bundle.store.Change.undo", lambda change, progress: None)
+    with pytest.raises(KeyboardInterrupt):
+        remove_adapter(signed, "gamma")
+    monkeypatch.undo()
+    refused(signed, keys, "is not signed")
+
+
 @pytest.mark.parametrize("where", ["write_bytes", "sync_in_place", "shutil.rmtree"])
 def test_ctrl_c_once_a_change_is_committed_unsigns_too(signed, keys, monkeypatch, where):
     """What signs the bundle as it was does not stay beside the one that it is."""

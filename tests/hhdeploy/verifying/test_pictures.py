@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hhdeploy.adapters.format import load_adapter, save_adapter
-from hhdeploy.bundle import Bundle, add_adapter, edit
+from hhdeploy.bundle import Bundle, add_adapter, edit, remove_adapter
 from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.errors import ParityError
 from hhdeploy.exporters.portable.pictures import picture_graph
@@ -84,6 +84,10 @@ def test_an_adapter_that_is_added_brings_numbers_and_no_graph(branches, workshop
     assert "preprocess_graph" not in entries["lanczos"]
     assert entries["alpha"] == stated_by(branches)["alpha"]
     assert Bundle.open(path).manifest == Bundle.open(path).manifest
+    told = Bundle.open(path).parity()["pictures"]["answers"]
+    remove_adapter(path, "alpha")
+    left = Bundle.open(path).parity()["pictures"]["answers"]
+    assert left == [a for a in told if a["adapter"] != "alpha"] != told
     graphs = sorted(p.name for p in path.glob("preprocess.*"))
     assert graphs == sorted(p.name for p in branches.glob("preprocess.*"))
     report = verify_against_torch(path, checkpoint=workshop.checkpoint)
