@@ -11,7 +11,7 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST, Manifest
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import Precision
-from hhdeploy.errors import BundleError, WriteError, as_code, require
+from hhdeploy.errors import BundleError, WriteError, as_code, first_line, require
 from hhdeploy.exporters.triton import requestable
 from hhdeploy.runtime.backends import check_tensors
 
@@ -89,8 +89,8 @@ def checked_graph(bundle: Bundle, precision: Precision, purpose: str) -> ir.Mode
     """A bundle's graph, which takes and gives what the manifest tells: clients go by that.
 
     Raises:
-        BundleError: no such graph, a damaged file, or a graph that takes or gives others than the
-            manifest tells.
+        BundleError: no such graph, a damaged file, or one that is no ONNX, or that takes or gives
+            others than the manifest tells.
         MissingDependencyError: the ``export`` extra is not installed, which ``purpose`` needs.
     """
     require("onnx", "export", purpose)
@@ -98,7 +98,13 @@ def checked_graph(bundle: Bundle, precision: Precision, purpose: str) -> ir.Mode
     from hhdeploy.graph import open_graph
 
     path = bundle.graph(precision)
-    model = open_graph(path)
+    try:
+        model = open_graph(path)
+    except Exception as error:  # of protobuf and of onnx-ir, which have no base of their own
+        raise BundleError(
+            f"{path}: expected a graph of ONNX, found none that can be read: {first_line(error)}. "
+            "Copy or export the bundle again."
+        ) from error
     takes, gives = (
         {str(v.name): [n if isinstance(n, int) else n.value for n in v.shape or ()] for v in values}
         for values in (model.graph.inputs, model.graph.outputs)

@@ -179,6 +179,17 @@ def test_a_manifest_that_contradicts_the_graph_is_refused(branches, tmp_path, mo
     assert not (tmp_path / "site").exists()
 
 
+@pytest.mark.usefixtures("still")
+def test_a_graph_that_is_no_onnx_is_refused(small, tmp_path):
+    """With the sha256 that the manifest has: it was written so."""
+    bundle = copy_bundle(small, tmp_path / "bundle")
+    (bundle / "model.onnx").write_bytes(b"\xff" * 300)
+    write_manifest(bundle, replace(Bundle.open(bundle).manifest, files=hash_files(bundle)))
+    with pytest.raises(BundleError, match=r"model\.onnx: expected a graph of ONNX, found none"):
+        write_web(bundle, tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+
+
 def test_without_node_the_message_says_what_to_install(small, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingDependencyError, match=r"needs the program n.*Install\s+Node.js 20"):
