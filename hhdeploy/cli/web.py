@@ -34,7 +34,8 @@ def command(
     """Write BUNDLE as a page OUT that runs it in the browser: a folder for any static web server.
 
     All adapters answer for a picture that is dropped, chosen or taken. Nothing leaves the device,
-    and after the first visit the page needs no network. Needs Node.js, here and now alone.
+    and after the first visit the page needs no network. Node.js and the extra `export` are needed
+    here and now alone.
 
     \b
       hhdeploy web bundle/ site/

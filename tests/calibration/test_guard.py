@@ -43,6 +43,12 @@ def test_a_bound_that_cannot_be_kept(sites):
         guard(lambda: sites, lambda kept: 3.0, 0.5)
 
 
+@pytest.mark.parametrize("sites", [SITES, SITES[:2], SITES[:1]])
+def test_a_graph_with_nothing_quantised_keeps_no_bound(sites):
+    with pytest.raises(ParityError, match=r"all but one of .*still drops by 3\.00 points"):
+        guard(lambda: sites, lambda kept: 0.0 if len(kept) == len(sites) else 3.0, 0.5)
+
+
 def test_nan_is_not_within_any_bound():
     with pytest.raises(ParityError):
         guard(lambda: SITES, lambda kept: math.nan, 100.0)
