@@ -102,6 +102,33 @@ def ruling_out(classes: list[int]) -> nn.Module:
     return RulingOut(classes)
 
 
+class Scaling(Encoder):
+    """Scales its tokens by an attribute, a buffer of no state dict, and code."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__(images_first=True, depth=1)
+        self.scale = 3.0 if other == "scale" else 1.0
+        self.norm = nn.BatchNorm2d(48)
+        self.register_buffer("table", torch.ones(48), persistent=False)
+        if other == "table":
+            self.table[::2] = -1
+        self.other = other
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 32, 32]."""
+        maps = self.norm(self.patches(images)) * self.scale
+        tokens = maps.flatten(2).transpose(1, 2) * self.table
+        if self.other == "code":
+            tokens = tokens.relu()
+        return self.head(self.encoder(tokens).mean(1))
+
+
+def scaling(other: str = "") -> nn.Module:
+    """For `python:`; weights and buffers of the state dict alike whenever it is made."""
+    torch.manual_seed(4)
+    return Scaling(other)
+
+
 def compiled_encoder() -> nn.Module:
     """Its block compiled, which is in its names."""
     torch.manual_seed(4)

@@ -7,7 +7,7 @@ from typing import Any
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import NO_BUFFERS, BackboneFacts
+from hhdeploy.backbones.facts import ANSWER_BOUND, NO_BUFFERS, BackboneFacts, BaseAnswer
 from hhdeploy.errors import AdapterError
 
 # Arguments of timm's models that change nothing of what a trained one computes, or that are
@@ -66,6 +66,58 @@ def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
             f"{own}… (statistics of BatchNorm, masks), the backbone's are {theirs}…, with which "
             f"the same weights compute otherwise. {advice}"
         )
+
+
+def check_answer(
+    name: str, adapter: Adapter, facts: BackboneFacts, found: BaseAnswer | None
+) -> str | None:
+    """The backbone computes of the fixed image what the model did that the adapter was trained on.
+
+    Args:
+        name: of the adapter, for messages.
+        adapter: one that passed `check_base`.
+        facts: of the backbone.
+        found: what it computes, None where it tells nothing.
+
+    Returns:
+        A line where that is not known, of an adapter that its weights are; None of an import too,
+        whose source had no such answer.
+
+    Raises:
+        AdapterError: it computes otherwise.
+    """
+    config = adapter.config
+    known = config.base_answer
+    stated, own = (config.base_model, config.base_model_args), (facts.model, facts.args)
+    apart = known is None or found is None or deciding(stated, own, pooled=True)
+    distance = None if apart else known.distance(found)  # type: ignore[union-attr, arg-type]
+    if known is None or found is None or distance is None:
+        silent = "imported_from" in config.extra or unbound(name, adapter, facts) is not None
+        return None if silent else _unanswered(name, known, found)
+    if distance > ANSWER_BOUND:
+        raise AdapterError(
+            f"{adapter.source}: base_answer: adapter {name!r} was trained on a model whose "
+            f"features of one fixed image ({known.made_with}) are not those of {facts.model} "
+            f"({found.made_with}): they differ by {distance:.1%} of their root mean square, "
+            f"expected {ANSWER_BOUND:.0%} at most. The weights may be the same, what they compute "
+            "is not: a buffer of no state dict, an attribute, the model's code or a version of it "
+            "is another. Export with the code, arguments and versions that it was trained with, or "
+            "train it again on this model."
+        )
+    return None
+
+
+def _unanswered(name: str, known: BaseAnswer | None, found: BaseAnswer | None) -> str:
+    if known is None:
+        why = "the adapter has no base_answer"
+    elif found is None:
+        why = "the backbone's features of the fixed image say nothing"
+    else:
+        why = "they were asked for images of another size, or for other features"
+    return (
+        f"that the model of adapter {name!r} computed what the backbone does is not known beyond "
+        f"weights and buffers: {why}"
+    )
 
 
 def _digests(adapter: Adapter, facts: BackboneFacts) -> tuple[str, str, str] | None:
@@ -138,6 +190,18 @@ def check_one_base(first: str, one: AdapterConfig, second: str, other: AdapterCo
             f"{first} and {second} were trained with base_model_args that compute otherwise: "
             f"{key} is {mine} and {theirs}. Mix adapters of one model."
         )
+    if other_answer(one.base_answer, other.base_answer):
+        raise AdapterError(
+            f"{first} and {second} belong to backbones that compute otherwise: base_answer, of one "
+            f"fixed image, differs by more than {ANSWER_BOUND:.0%} of its root mean square. Mix "
+            "adapters of one model."
+        )
+
+
+def other_answer(one: BaseAnswer | None, other: BaseAnswer | None) -> bool:
+    """Whether two answers can be compared, and are not of one model."""
+    distance = None if one is None or other is None else one.distance(other)
+    return distance is not None and distance > ANSWER_BOUND
 
 
 def same_model(one: str, other: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
+from hhdeploy.backbones.facts import BaseAnswer
 from hhdeploy.backbones.licences import (
     Licences,
     licences_of,
@@ -96,6 +97,7 @@ class AdapterConfig:
         base_sha256: digest of the frozen weights, None if unknown.
         base_signs: digest of their signs, of weights that were not float32; else None.
         base_buffers: digest of the buffers beside them (statistics of BatchNorm), None if unknown.
+        base_answer: what the bare model computed of a fixed image, None if unknown.
         num_classes: classes of the adapter's head, None without one.
         class_names: one per class, or None.
         preprocess: how images become inputs, None if unknown.
@@ -122,6 +124,7 @@ class AdapterConfig:
     license: Licences = ()
     base_signs: str | None = None
     base_buffers: str | None = None
+    base_answer: BaseAnswer | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -149,6 +152,7 @@ class AdapterConfig:
             "base_sha256": self.base_sha256,
             **({"base_signs_sha256": self.base_signs} if self.base_signs else {}),
             **({"base_buffers_sha256": self.base_buffers} if self.base_buffers else {}),
+            **({"base_answer": self.base_answer.to_json()} if self.base_answer else {}),
             "form": self.form,
             "reflection": self.reflection,
             "r": self.r,
@@ -220,6 +224,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
 
     known = {*AdapterConfig("x", problem_type=CLASSES, fold_only=True).to_json()}
     known |= {"compressed", "license", "base_signs_sha256", "base_buffers_sha256"}
+    known |= {"base_answer"}
     if content.get("peft_type") != "HTA":
         raise AdapterError(
             f"{where}: peft_type: expected 'HTA', found {content.get('peft_type')!r}. Adapters of "
@@ -273,6 +278,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     except ValueError as error:
         raise fail("compressed", str(error)) from error
     try:
+        answer = BaseAnswer.from_json(content.get("base_answer"))
+    except (ValueError, TypeError) as error:
+        raise fail("base_answer", str(error)) from error
+    try:
         stated = licences_of(content.get("license"))
     except ValueError as error:
         raise fail("license", str(error)) from error
@@ -296,6 +305,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         license=stated,
         base_signs=content.get("base_signs_sha256"),
         base_buffers=content.get("base_buffers_sha256"),
+        base_answer=answer,
         extra={key: value for key, value in content.items() if key not in known},
     )
 

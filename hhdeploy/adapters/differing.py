@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hhdeploy.adapters.bases import other_answer
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.algebra import Array
 from hhdeploy.errors import AdapterError
@@ -72,6 +73,8 @@ def difference(one: Adapter, other: Adapter) -> AdapterDifference:
     mine, theirs = one.config.to_json(), other.config.to_json()
     both = {key: (mine.get(key), theirs.get(key)) for key in _KEYS}
     settings = {key: values for key, values in both.items() if values[0] != values[1]}
+    if other_answer(one.config.base_answer, other.config.base_answer):  # never the same to the bit
+        settings["base_answer"] = (mine["base_answer"], theirs["base_answer"])
     first, second = _changes(one), _changes(other)
     sites = [
         _compared(name, first.get(name, {}), second.get(name, {}))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from hhdeploy.adapters.config import AdapterConfig, Compression, parse_config
+from hhdeploy.backbones.facts import BaseAnswer
 from hhdeploy.backbones.licences import licences_of
 from hhdeploy.choices import PROBLEM_TYPES, as_float
 from hhdeploy.errors import AdapterError
@@ -125,7 +126,11 @@ def _of_plain_kinds(config: AdapterConfig, where: str) -> AdapterConfig:
     for key in ("base_model_args", "extra"):
         if not isinstance(getattr(config, key), Mapping):
             raise unlike(key, "a dictionary")
-    for key, kind in (("preprocess", Preprocess), ("compressed", Compression)):
+    for key, kind in (
+        ("preprocess", Preprocess),
+        ("compressed", Compression),
+        ("base_answer", BaseAnswer),
+    ):
         if not isinstance(getattr(config, key), kind | None):
             raise unlike(key, f"{kind.__name__}(...)")
     for key in ("base_signs", "base_buffers"):

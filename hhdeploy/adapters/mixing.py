@@ -333,6 +333,7 @@ def _base_of(chosen: AdapterConfig, configs: Sequence[AdapterConfig]) -> dict[st
         "base_sha256": digest,
         "base_signs": signs if digest is None else None,
         "base_buffers": next((c.base_buffers for c in configs if c.base_buffers), None),
+        "base_answer": next((c.base_answer for c in configs if c.base_answer), None),
     }
 
 

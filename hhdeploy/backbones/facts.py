@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
 from hhdeploy.backbones.meaning import UNSTATED, Meaning
@@ -18,7 +22,108 @@ LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"
 OUTPUTS = (LOGITS, FEATURES, TOKENS)
 # The digest of buffers of a model that has none in its state dict.
 NO_BUFFERS = hashlib.sha256().hexdigest()
+# What two answers of one model may differ by at most, of their root mean square.
+ANSWER_BOUND = 0.05
+_ANSWER_VALUES = 32  # kept of an answer, at most
+_ANSWER_LIMIT = 1e38  # of its numbers, as float32 has them
 _TRANSFORM = tuple(each.name for each in fields(Preprocess))
+
+
+@dataclass(frozen=True)
+class BaseAnswer:
+    """What the bare backbone computes of one fixed image, in short: weights, buffers, attributes
+    and code all have a part in it.
+
+    Attributes:
+        input_size: (channels, height, width) of the image.
+        classifier: path of the classifier whose input the features are; "" where they are what the
+            model returns.
+        rms: root mean square of all features.
+        values: up to 32 of them, spread evenly.
+        made_with: packages and their versions, for messages.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    input_size: tuple[int, int, int]
+    classifier: str
+    rms: float
+    values: tuple[float, ...]
+    made_with: str
+
+    def __post_init__(self) -> None:
+        numbers = (self.rms, *self.values)
+        sizes = [type(n) is int and n > 0 for n in self.input_size]
+        texts = isinstance(self.classifier, str) and isinstance(self.made_with, str)
+        counted = len(sizes) == 3 and 0 < len(self.values) <= _ANSWER_VALUES
+        known = all(type(n) in (int, float) and abs(n) < _ANSWER_LIMIT for n in numbers)
+        if not (counted and all(sizes) and texts and known and self.rms > 0):
+            raise ValueError(_ANSWER_FORM)
+
+    @classmethod
+    def of_features(
+        cls,
+        features: NDArray[np.float32],
+        input_size: tuple[int, int, int],
+        classifier: str,
+        made_with: str,
+    ) -> BaseAnswer | None:
+        """Of all features of the image; None of those that say nothing: none, zeros, or numbers
+        that are not finite."""
+        flat = features.astype(np.float64).reshape(-1)
+        rms = float(np.sqrt(np.mean(flat * flat))) if flat.size else 0.0
+        if not (rms > 0 and np.abs(flat).max() < _ANSWER_LIMIT):
+            return None
+        kept = flat[:: max(1, flat.size // _ANSWER_VALUES)][:_ANSWER_VALUES]
+        short = [float(f"{value:.7g}") for value in (rms, *kept)]  # float32 has no more
+        return cls(input_size, classifier, short[0], tuple(short[1:]), made_with)
+
+    def distance(self, other: BaseAnswer) -> float | None:
+        """Root mean square of the difference, of the answers'; infinite where their numbers are
+        not as many. None where they are of other images, or of another part of a model."""
+        if (self.input_size, self.classifier) != (other.input_size, other.classifier):
+            return None
+        if len(self.values) != len(other.values):
+            return math.inf
+        mine, theirs = np.asarray(self.values), np.asarray(other.values)
+        scale = max(self.rms, other.rms, _rms(mine), _rms(theirs))
+        return max(_rms(mine - theirs), abs(self.rms - other.rms)) / scale
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``base_answer`` entry of an adapter's configuration."""
+        return {
+            "input_size": list(self.input_size),
+            "classifier": self.classifier,
+            "rms": self.rms,
+            "values": list(self.values),
+            "made_with": self.made_with,
+        }
+
+    @classmethod
+    def from_json(cls, content: object) -> BaseAnswer | None:
+        """Read what `to_json` wrote, None for null. Raises ValueError if it is something else."""
+        if content is None:
+            return None
+        names = {each.name for each in fields(cls)}
+        if not isinstance(content, dict) or content.keys() != names:
+            raise ValueError(_ANSWER_FORM)
+        if not all(isinstance(content[key], list) for key in ("input_size", "values")):
+            raise ValueError(_ANSWER_FORM)
+        said: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in content.items()
+        }
+        return cls(**said)
+
+
+_ANSWER_FORM = (
+    "an object of an image's three sizes, a classifier's path, rms (more than 0), values (up to "
+    f"{_ANSWER_VALUES} numbers) and made_with, or null"
+)
+
+
+def _rms(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(values * values)))
 
 
 @dataclass(frozen=True)

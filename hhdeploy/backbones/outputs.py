@@ -3,11 +3,22 @@ whether what is taken for its classifier is what the logits are the output of.""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS, BackboneFacts
+import numpy as np
+from numpy.typing import NDArray
+
+from hhdeploy.backbones.facts import (
+    ANSWER_BOUND,
+    FEATURES,
+    LOGITS,
+    TOKENS,
+    BackboneFacts,
+    BaseAnswer,
+)
 from hhdeploy.backbones.structure import states_classifier
 from hhdeploy.errors import BackboneError
 
@@ -17,6 +28,8 @@ if TYPE_CHECKING:
 # Of the largest number: what two calls may differ by that compute the same.
 _ROUNDING = 1e-5
 _SEED = 3  # of the images that a guess is tried on
+# Whose code decides what a model computes. Others may be of the user's own, and are not named.
+_NAMED = ("timm", "torch", "torchvision", "transformers")
 
 
 def returns_tensor(model: nn.Module) -> nn.Module:
@@ -214,6 +227,80 @@ def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
         f"{why}. A module can state which Linear its logits are the output of, pretrained_cfg = "
         "{'classifier': 'PATH'}, or that it has none and returns features, {'classifier': ''}."
     )
+
+
+def fixed_image(size: tuple[int, int, int]) -> NDArray[np.float32]:
+    """[1, channels, height, width] of noise in [0, 1), the same wherever it is made."""
+    # Raw bits: NumPy promises no more of a seed.
+    bits = np.random.PCG64(_SEED).random_raw(int(np.prod(size))) >> np.uint64(40)
+    noise: NDArray[np.float32] = bits.astype(np.float32) / np.float32(1 << 24)
+    return noise.reshape(1, *size)
+
+
+def base_answer(
+    model: nn.Module, classifier: str, size: tuple[int, int, int], *, certain: bool = False
+) -> BaseAnswer | None:
+    """Call a bare model on the fixed image, without autocast, and keep its features in short.
+
+    Args:
+        model: returns a tensor, or an object with one; in eval mode.
+        classifier: path of its classifier; "" without one.
+        size: (channels, height, width) of its images.
+        certain: call it twice, the second time with the image as bfloat16 has it.
+
+    Returns:
+        None where the features say nothing: the classifier is not called, or they are zeros or not
+        finite; or, ``certain``, they differ between the calls, so that rounding alone, or chance,
+        would make them others.
+    """
+    image = fixed_image(size)
+    first = _features_of(model, classifier, image)
+    if first is None or not certain:
+        return first
+    import torch
+
+    again = _features_of(model, classifier, torch.from_numpy(image).bfloat16().float().numpy())
+    moved = None if again is None else first.distance(again)
+    return first if moved is not None and moved <= ANSWER_BOUND / 4 else None
+
+
+def _features_of(
+    model: nn.Module, classifier: str, image: NDArray[np.float32]
+) -> BaseAnswer | None:
+    import torch
+
+    like = next(model.parameters())
+    kept: list[Tensor] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(like.device.type, enabled=False))
+        if classifier:
+            head = model.get_submodule(classifier)
+            hook = head.register_forward_pre_hook(
+                # A copy: what comes after it may write there.
+                lambda module, given: kept.append(given[0].detach().clone())
+            )
+            stack.callback(hook.remove)
+        given = torch.from_numpy(image.copy()).to(like.device, like.dtype)
+        output = model(given)
+        if not classifier:
+            kept.append(_as_tensor(model, given, output))
+    if not kept:
+        return None
+    features = kept[-1].float().cpu().numpy()
+    _, channels, height, width = image.shape
+    size = (channels, height, width)
+    return BaseAnswer.of_features(features, size, classifier, _made_with(model))
+
+
+def _made_with(model: nn.Module) -> str:
+    """Packages that a model's code is of, with their versions."""
+    roots = {type(module).__module__.partition(".")[0] for module in model.modules()} | {"torch"}
+    found = []
+    for name in sorted(roots.intersection(_NAMED)):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 def check_exchangeable(model: nn.Module, facts: BackboneFacts) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hhdeploy.adapters.bases import check_answer
 from hhdeploy.adapters.checks import BACKBONE, WHOLE, check
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.outputs import base_answer, computing
 from hhdeploy.bundle.layout import check_row_range
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.choices import TYPED, TypedPrecision, one_of
@@ -16,6 +18,7 @@ from hhdeploy.plan import Reserve, check_whole, plan_branches
 from hhdeploy.verifying.reference import check_verifiable
 
 if TYPE_CHECKING:
+    from hhdeploy.backbones.spec import Backbone
     from hhdeploy.verifying.reference import VerifyData
 
 
@@ -83,6 +86,29 @@ def check_contents(
         check_row_survives(name, plan.layout, row, precisions)
     answers = plan.layout.backbone_head or not plan.classes
     return (BACKBONE, *plan.names) if answers else plan.names
+
+
+def check_answers(backbone: Backbone, adapters: Mapping[str, Adapter]) -> list[str]:
+    """The backbone computes what the models did that the adapters were trained on.
+
+    Args:
+        backbone: as loaded; it is called once, where an adapter knows what it should answer.
+        adapters: by name; they passed `check_contents`.
+
+    Returns:
+        A line for each adapter of which that is not known.
+
+    Raises:
+        AdapterError: it computes otherwise.
+        BackboneError: it does not compute on images.
+    """
+    facts, found = backbone.facts, None
+    size = facts.preprocess.input_size
+    if any(adapter.config.base_answer for adapter in adapters.values()):
+        with computing(facts.model, (1, *size)):
+            found = base_answer(backbone.model, facts.classifier, size)
+    lines = (check_answer(name, a, facts, found) for name, a in adapters.items())
+    return [line for line in lines if line]
 
 
 def check_data(

@@ -47,6 +47,7 @@ from hhdeploy.choices import (
 )
 from hhdeploy.errors import OptionError, ParityError, require
 from hhdeploy.exporting.beforehand import (
+    check_answers,
     check_contents,
     check_data,
     check_fold,
@@ -220,6 +221,7 @@ def export(
         answering = check_contents(seen, loaded, fold, reserve, precisions)
         if seen.classifier and (reserve.max_classes or any(a.head for a in loaded.values())):
             check_exchangeable(backbone.model, seen)
+        say(progress, check_answers(backbone, loaded))
         if verify:
             check_data(data, answering, loaded, seen)
         progress("tracing the backbone (cached for the next export)")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hhdeploy.adapters.bases import check_answer
 from hhdeploy.adapters.checks import check, check_targets
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import (
@@ -25,7 +26,6 @@ from hhdeploy.adapters.format import (
     save_adapter,
 )
 from hhdeploy.adapters.made import checked_config
-from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.parameters import (
     original_of,
     original_parameter,
@@ -35,15 +35,9 @@ from hhdeploy.backbones.parameters import (
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import (
     bare_model,
-    base_sha256,
-    buffers_sha256,
-    classifier_path,
-    find_linears,
     parameters_of,
-    signs_sha256,
     states_transform,
 )
-from hhdeploy.backbones.timm import resolved_name
 from hhdeploy.choices import SEEDS, whole
 from hhdeploy.errors import AdapterError
 from hhdeploy.training.beginning import (
@@ -71,12 +65,13 @@ from hhdeploy.training.householder import (
     SharedTransform,
 )
 from hhdeploy.training.wrapping import (
+    bare_answer,
     check_bare,
     check_computed,
     check_places,
     check_weights,
+    facts_of,
     own_modules,
-    preprocess_stated,
     size_of_images,
 )
 
@@ -119,9 +114,11 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
 
     The backbone is frozen; the adapter's tensors and its new classifier are the only parameters
     that require gradients. A new adapter is bound to the model: to the digest of its weights (in
-    bfloat16 or float16: of their signs, which rounding keeps) and, where it is of timm and
-    ``preprocess`` is None, to timm's preprocessing of it. Of another model give ``preprocess``:
-    `hhdeploy.export` says what it assumes without one.
+    bfloat16 or float16: of their signs, which rounding keeps), to what it computes of one fixed
+    image, for which it is called a few times as it answers in eval mode (where it runs here and
+    the size of its images is known), and, where it is of timm and ``preprocess`` is None, to timm's
+    preprocessing of it. Of another model give ``preprocess``: `hhdeploy.export` says what it
+    assumes without one.
 
     Args:
         model: any module with Linears: of timm, transformers, torchvision, or your own.
@@ -133,7 +130,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         ``model``.
 
     Raises:
-        AdapterError: the adapter does not belong to the model (see `check`), or one is attached
+        AdapterError: the adapter does not belong to the model (see `check`), which computes
+            otherwise than the one that it was trained on, or one is attached
             already, or the model or a part of it is wrapped (compiled, data parallel,
             checkpointed): attach first, then wrap;
             or a Linear to be changed has no weight of its own (weight norm, shared weights), or is
@@ -159,7 +157,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         adapter = checked_adapter(adapter)
     config = adapter.config if isinstance(adapter, Adapter) else adapter
     generator = torch.Generator().manual_seed(seed)
-    linears = (facts := _facts_of(model, config)).linears
+    linears = (facts := facts_of(model, config)).linears
     digest = facts.sha256 or None
     signs = None if digest else facts.signs or None
     buffers = facts.buffers or None
@@ -170,6 +168,9 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     if isinstance(adapter, Adapter):
         check(Path(adapter.source).name, adapter, facts)
         check_head(model, facts, adapter)
+        if (known := config.base_answer) is not None:
+            found = bare_answer(model, facts, known.input_size)
+            check_answer(Path(adapter.source).name, adapter, facts, found)
         matrices, parts = trained_matrices(adapter), trained_parts(adapter)
     else:
         check_targets(adapter, facts, "the new adapter")
@@ -179,7 +180,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     adapted = [x for x in linears if any(site.name in changed for site in x.sites)]
     check_weights(model, adapted)
     if isinstance(adapter, AdapterConfig):
-        check_computed(model, adapted, size_of_images(model, facts, config))
+        check_computed(model, adapted, size := size_of_images(model, facts, config))
+        state.config = replace(state.config, base_answer=bare_answer(model, facts, size))
     if isinstance(adapter, Adapter):
         state.old_values = put_values(model, adapter.values, adapter.source)
     model.requires_grad_(False)
@@ -250,6 +252,16 @@ def extract(model: nn.Module) -> Adapter:
     return replace(adapter, config=state.config.of_other_tensors(started_from=origin))
 
 
+def base_answer_of(model: nn.Module) -> dict[str, Any] | None:
+    """``base_answer`` of the attached adapter, as JSON has it; None where it has none.
+
+    Raises:
+        AdapterError: none is attached.
+    """
+    answer = _state(bare_model(model)).config.base_answer
+    return answer.to_json() if answer else None
+
+
 def _tensors_of(model: nn.Module, state: _Attached) -> Adapter:
     modules = own_modules(model)
     check_places(state.places, modules)
@@ -291,33 +303,6 @@ def _state(model: nn.Module) -> _Attached:
         raise AdapterError("no adapter is attached to this model; call attach first.")
     assert isinstance(state, _Attached)
     return state
-
-
-def _facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
-    """What a model in hand says of itself; what it does not say is taken from the adapter.
-
-    Its digest is that of float32 weights, which a bundle has; of other types it is the signs'.
-    """
-    path = classifier_path(model)
-    classifier: Any = model.get_submodule(path) if path else None
-    digest, signs, buffers = config.base_sha256, "", config.base_buffers
-    if not any(p.is_meta for p in model.parameters()):
-        signs = signs_sha256(model, path)
-        if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
-            digest, buffers = base_sha256(model, path), buffers_sha256(model, path)
-    name = getattr(model, "pretrained_cfg", {}).get("architecture")
-    return BackboneFacts(
-        model=resolved_name(model, name) if name else config.base_model,
-        args=config.base_model_args,
-        sha256=digest or "",
-        signs=signs,
-        buffers=buffers or "",
-        linears=find_linears(model, path),
-        classifier=path,
-        dim=int(classifier.in_features) if path else 0,
-        classes=int(classifier.out_features) if path else 0,
-        preprocess=config.preprocess or preprocess_stated(model, config),
-    )
 
 
 def _parametrize(

@@ -32,7 +32,7 @@ from hhdeploy.files.outputs import check_outside
 from hhdeploy.files.writing import write_json
 from hhdeploy.packages import own_version
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.training.attach import attach, extract
+from hhdeploy.training.attach import attach, base_answer_of, extract
 from hhdeploy.training.data import (
     CROP_AREA,
     CROP_RATIO,
@@ -54,7 +54,7 @@ from hhdeploy.training.settings import (
     TrainResult,
     TrainSettings,
 )
-from hhdeploy.training.state import SavedTraining, StateDirectory
+from hhdeploy.training.state import ANSWER, SavedTraining, StateDirectory
 
 __all__ = [
     "EpochReport",
@@ -89,6 +89,7 @@ class _Task:
             "`preprocess`": self.facts.preprocess.to_json(),
             "the digest of the backbone's weights": self.facts.sha256,
             "the digest of the backbone's buffers": self.facts.buffers,
+            ANSWER: None if s.linear_probe else base_answer_of(self.model),
             "`problem_type`": self.folder.problem_type,
             "the digest of the image names and sizes": self.folder.digest,
             "the list of class names": list(self.folder.class_names),

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.bases import other_answer
+from hhdeploy.backbones.facts import BaseAnswer
 from hhdeploy.errors import WriteError
 from hhdeploy.files.scratch import held_file
 from hhdeploy.files.tensors import metadata_of, read_tensors, write_tensors
@@ -40,6 +42,8 @@ _ADDED = (
     "the list of class names",
     "the digest of the backbone's buffers",
 )
+# Which other processors and versions give with other rounding; None of a model that tells none.
+ANSWER = "what the backbone computes of one fixed image"
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,12 +205,27 @@ class StateDirectory:
         for name, value in wanted.items():
             if name in _ADDED and name not in stored:
                 continue
-            if stored.get(name) != value:
+            if name == ANSWER:
+                self._check_answer(stored.get(name), value)
+            elif stored.get(name) != value:
                 raise TrainingError(
                     f"`resume`: {name} is {value!r}, but the unfinished training in {self.path} "
                     f"has {stored.get(name)!r}. Use that value again, or delete the directory to "
                     "start over."
                 )
+
+    def _check_answer(self, stored: object, wanted: object) -> None:
+        try:
+            one, other = (BaseAnswer.from_json(each) for each in (stored, wanted))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(f"{STATE_FILE}: {ANSWER}: expected {error}") from error
+        if one and other and other_answer(one, other):
+            raise TrainingError(
+                f"`resume`: {ANSWER} is not what it was in the unfinished training in {self.path}, "
+                f"with the same weights: it was found with {one.made_with}, now with "
+                f"{other.made_with}. Use the model's code and versions of then again, or delete "
+                "the directory to start over."
+            )
 
     def _damaged(self, detail: str) -> TrainingError:
         return TrainingError(

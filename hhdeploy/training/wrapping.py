@@ -13,17 +13,23 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hhdeploy.adapters.config import AdapterConfig
-from hhdeploy.backbones.facts import BackboneFacts
+from hhdeploy.backbones.facts import BackboneFacts, BaseAnswer
 from hhdeploy.backbones.module import stated_size
+from hhdeploy.backbones.outputs import base_answer
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import (
     bare_model,
+    base_sha256,
+    buffers_sha256,
     check_values,
+    classifier_path,
+    find_linears,
     parameters_of,
     quantised_part,
+    signs_sha256,
     states_transform,
 )
-from hhdeploy.backbones.timm import preprocess_of
+from hhdeploy.backbones.timm import preprocess_of, resolved_name
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.checkpoints import without_wrappers
 from hhdeploy.preprocess import Preprocess
@@ -248,13 +254,66 @@ def size_of_images(
     return facts.preprocess.input_size if known else stated_size(model)
 
 
+def bare_answer(
+    model: nn.Module, facts: BackboneFacts, size: tuple[int, int, int] | None
+) -> BaseAnswer | None:
+    """What a model, before an adapter is attached to it, computes of the fixed image.
+
+    Args:
+        model: as it is, which it is again after that.
+        facts: of it.
+        size: (channels, height, width) of its images; None: not known, and nothing is tried.
+
+    Returns:
+        None where it does not run here, or tells nothing certain; see `base_answer`.
+    """
+    if size is None:
+        return None
+    with contextlib.suppress(Exception), evaluated(model):
+        return base_answer(model, facts.classifier, size, certain=True)
+    return None
+
+
+def facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:
+    """What a model in hand says of itself; what it does not say is taken from the adapter.
+
+    Its digest is that of float32 weights, which a bundle has; of other types it is the signs'.
+    """
+    path = classifier_path(model)
+    classifier: Any = model.get_submodule(path) if path else None
+    digest, signs, buffers = config.base_sha256, "", config.base_buffers
+    if not any(p.is_meta for p in model.parameters()):
+        signs = signs_sha256(model, path)
+        if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
+            digest, buffers = base_sha256(model, path), buffers_sha256(model, path)
+    name = getattr(model, "pretrained_cfg", {}).get("architecture")
+    return BackboneFacts(
+        model=resolved_name(model, name) if name else config.base_model,
+        args=config.base_model_args,
+        sha256=digest or "",
+        signs=signs,
+        buffers=buffers or "",
+        linears=find_linears(model, path),
+        classifier=path,
+        dim=int(classifier.in_features) if path else 0,
+        classes=int(classifier.out_features) if path else 0,
+        preprocess=config.preprocess or preprocess_stated(model, config),
+    )
+
+
 @contextlib.contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """The model as it answers, without gradients; its modes, random states and warnings after it
     as before."""
     modes = [(module, module.training) for module in model.modules()]
+    places = (p.device for p in model.parameters())
+    devices = {place.index or 0 for place in places if place.type == "cuda"}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=sorted(devices)),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             for module, _ in modes:
                 module.training = False

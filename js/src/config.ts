@@ -1,7 +1,7 @@
 /** adapter_config.json: what it says, and whether it can. The checks are Python's; a test gives both the same files. */
 
 import { HhdeployError } from "./errors.js";
-import { expecting, isCount, isNone, isObject, isStrings, parseJson, type Json } from "./json.js";
+import { expecting, isCount, isNone, isNumbers, isObject, isStrings, parseJson, type Json } from "./json.js";
 import { PROBLEM_TYPES, type ProblemType } from "./manifest.js";
 import { checkPreprocess, type AdapterPreprocess } from "./preprocess.js";
 import { expressionOf, KINDS, SEQUENTIAL_KINDS } from "./sites.js";
@@ -15,6 +15,8 @@ export interface AdapterConfig {
   /** Of the weights' signs, where they were not float32. */
   base_signs_sha256?: string | null;
   base_buffers_sha256?: string | null;
+  /** What the bare backbone computed of a fixed image; nothing is compared with it here. */
+  base_answer?: Json | null;
   form: "additive" | "sequential";
   reflection?: "unnormalized" | "orthogonal";
   target_modules: string[] | string;
@@ -47,7 +49,7 @@ export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
   const { schema_version: version, base_model_args: given, num_classes: classes, problem_type: means } = content;
   const { form = "additive", reflection = "unnormalized", r = 1, fold_only = false, class_names: names } = content;
   const { target_modules = ["q", "k", "v", "proj"], base_sha256: digest, license, compressed } = content;
-  const { base_signs_sha256: signs, base_buffers_sha256: buffers } = content;
+  const { base_signs_sha256: signs, base_buffers_sha256: buffers, base_answer: answer } = content;
   const expect = expecting(content, where);
   expect("schema_version", isCount(version), `an integer up to ${NEWEST_SCHEMA}`);
   if ((version as number) > NEWEST_SCHEMA) {
@@ -85,6 +87,7 @@ export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
   expect("base_sha256", isNone(digest) || typeof digest === "string", "64 hex digits or null");
   expect("base_signs_sha256", isNone(signs) || typeof signs === "string", "64 hex digits or null");
   expect("base_buffers_sha256", isNone(buffers) || typeof buffers === "string", "64 hex digits or null");
+  expect("base_answer", isNone(answer) || isAnswer(answer), "input_size, classifier, rms, values and made_with, or null");
   checkPreprocess(content.preprocess, (args as Json).img_size, where);
   const config = { ...content, form, reflection, target_modules: targets } as AdapterConfig;
   checkClassNames(config.class_names, config.num_classes ?? undefined, where);
@@ -126,6 +129,17 @@ function objectOf(bytes: Uint8Array, where: string): Json {
   }
   if (!isObject(content)) throw new HhdeployError(`${where}: expected a JSON object, found ${JSON.stringify(content)}.`);
   return content;
+}
+
+function isAnswer(x: unknown): boolean {
+  if (!isObject(x)) return false;
+  const { input_size: size, classifier, rms, values, made_with: versions, ...more } = x;
+  const none = Object.keys(more).length === 0;
+  const sized = isNumbers(size, 3) && size.every((n) => isCount(n) && n > 0);
+  const counted = Array.isArray(values) && values.length > 0 && values.length <= 32;
+  const texts = typeof classifier === "string" && typeof versions === "string";
+  const known = counted && isNumbers([rms, ...values], values.length + 1) && (rms as number) > 0;
+  return none && sized && texts && known && [rms as number, ...values].every((n) => Math.abs(n) < 1e38);
 }
 
 function isCompression(x: unknown): boolean {

@@ -125,6 +125,15 @@ def header(text: str) -> Edit:
     return writes(TENSOR_FILE, lambda _: len(text).to_bytes(8, "little") + text.encode())
 
 
+# One that is none, but for its first: of a fixed image, which nothing is compared with in browsers.
+ANSWER = {"input_size": [3, 8, 8], "classifier": "head", "rms": 1.5, "values": [1, -2.5]}
+ANSWER |= {"made_with": "torch 2"}
+ANSWERS: list[Any] = [3, [], {}, {"rms": 1.5}]
+ANSWERS += [{**ANSWER, "rms": rms} for rms in (0, -1, True, "1", 1e39)]
+ANSWERS += [{**ANSWER, "values": values} for values in ([], [1.0] * 33, ["1"], "12", [None])]
+ANSWERS += [{**ANSWER, "input_size": size} for size in ([3, 8], [3, 8, 0], [3, 8, 8.5], 8)]
+ANSWERS += [{**ANSWER, "classifier": None}, {**ANSWER, "made_with": 3}, {**ANSWER, "more": 1}]
+
 # Of an adapter of q, k, v and proj with seven classes; each with what messages of both name.
 BROKEN: dict[str, tuple[Edit, str]] = {
     "no_json": (writes(CONFIG_FILE, lambda b: b[:-9]), "JSON"),
@@ -156,6 +165,9 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "signs_number": (says(base_signs_sha256=3), "base_signs_sha256"),
     "other_buffers": (says(base_buffers_sha256="0" * 64), "base_buffers_sha256"),
     "buffers_number": (says(base_buffers_sha256=3), "base_buffers_sha256"),
+    **{
+        f"answer_{i}": (says(base_answer=x), "base_answer: expected") for i, x in enumerate(ANSWERS)
+    },
     "args": (says(base_model_args=[1]), "base_model_args"),
     "other_heads": (
         says(base_model_args={"num_heads": 1}, preprocess=None),
