@@ -1,7 +1,7 @@
 """The browser that tests look at pages with: the smallest Chromium that is here.
 
-`chromium-headless-shell` has no window, menus or extensions to start, and takes about half the
-work of the whole browser.
+`chromium-headless-shell` has no window, menus or extensions to start, and takes less work
+than the whole browser.
 """
 
 from __future__ import annotations

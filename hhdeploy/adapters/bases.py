@@ -89,8 +89,10 @@ def check_answer(
     config = adapter.config
     known = config.base_answer
     stated, own = (config.base_model, config.base_model_args), (facts.model, facts.args)
-    apart = known is None or found is None or deciding(stated, own, pooled=True)
-    distance = None if apart else known.distance(found)  # type: ignore[union-attr, arg-type]
+    if known is None or found is None or deciding(stated, own, pooled=True):
+        distance = None
+    else:
+        distance = known.distance(found)
     if known is None or found is None or distance is None:
         silent = "imported_from" in config.extra or unbound(name, adapter, facts) is not None
         return None if silent else _unanswered(name, known, found)
@@ -113,7 +115,7 @@ def _unanswered(name: str, known: BaseAnswer | None, found: BaseAnswer | None) -
     elif found is None:
         why = "the backbone's features of the fixed image say nothing"
     else:
-        why = "they were asked for images of another size, or for other features"
+        why = "they were asked for images of another size or for other features, or have other args"
     return (
         f"that the model of adapter {name!r} computed what the backbone does is not known beyond "
         f"weights and buffers: {why}"
