@@ -56,15 +56,19 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._memory: Array = np.empty(0)
+        self._memory: torch.Tensor | None = None
 
-    def like(self, weight: NDArray[np.float32]) -> Array:
+    def like(self, weight: NDArray[np.float32]) -> torch.Tensor:
         """Of the weight's shape (out, in) and in its memory order; it holds anything."""
-        if self._memory.size < weight.size:
-            self._memory = np.empty(weight.size)
+        import torch
+
+        if self._memory is None or self._memory.numel() < weight.size:
+            # PyTorch's memory starts where a line of the cache does, NumPy's does not: a tenth
+            # of a fold.
+            self._memory = torch.empty(weight.size, dtype=torch.float64)
         memory, (out, in_) = self._memory[: weight.size], weight.shape
         by_column = weight.strides[0] < weight.strides[1]  # the layout of an ONNX MatMul
-        return memory.reshape(in_, out).T if by_column else memory.reshape(out, in_)
+        return memory.view(in_, out).T if by_column else memory.view(out, in_)
 
 
 def _fold_linear(
@@ -199,8 +203,7 @@ def fold_sequential(
 
 def _scaled(weight: NDArray[np.float32], scales: Scales, scratch: Scratch | None) -> torch.Tensor:
     """diag(s_out) W diag(s_in) in float64, in W's memory order."""
-    # The memory is NumPy's, which asks for large pages: PyTorch does not.
-    wide = _tensor((scratch or Scratch()).like(weight)).copy_(_tensor(weight))
+    wide = (scratch or Scratch()).like(weight).copy_(_tensor(weight))
     if scales.s_in is not None:
         wide.mul_(_tensor(scales.s_in))
     if scales.s_out is not None:
@@ -220,7 +223,7 @@ def _tensor(array: NDArray[np.floating]) -> torch.Tensor:
     """A view; a copy of what may not be written, which PyTorch has no tensors for."""
     import torch
 
-    return torch.from_numpy(np.require(array, requirements="W"))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def folded_bias(

@@ -57,7 +57,7 @@ def test_one_scratch_for_weights_of_every_size(layout):
         square = constant_delta(2, rows, rows)
         for fold, change in ((fold_additive, delta), (fold_sequential, square)):
             kept.append((fold(weight, change, scratch=scratch), fold(weight, change)))
-        assert scratch.like(weight).strides == np.empty_like(weight, np.float64).strides
+        assert scratch.like(weight).numpy().strides == np.empty_like(weight, np.float64).strides
     for found, expected in kept:  # after the scratch was used for others
         assert np.array_equal(found, expected)
 
