@@ -17,7 +17,7 @@ from hhdeploy.files.checkpoints import (
     unwrapped,
     without_wrappers,
 )
-from hhdeploy.files.weights import advice_on_directory, content_of
+from hhdeploy.files.weights import advice_on_directory, content_of, named_type
 from hhdeploy.files.writing import is_folder
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ _OF_ADAPTER = re.compile(
 )
 # In the names of a model that PEFT wraps; lora_A.weight is in those of own modules as well.
 _PEFT = re.compile(r"(^|\.)base_model\.model\.|\.(base_layer|modules_to_save|lora_[AB]\.default)\.")
+# Integers are another's quantised weights without their scales; torch would copy the numbers.
+NO_WEIGHTS = "of a type that no weights have"
+# What to do then, behind a message that names some.
+AS_TRAINED = (
+    " Numbers of such types are what quantisation leaves of weights: bring those that were "
+    "trained; the bundle that is exported can be quantised."
+)
 State = dict[str, "torch.Tensor"]
 
 
@@ -229,9 +236,8 @@ def load_strictly(
         for k in own
         if k in state and own[k].shape != state[k].shape and k in persistent
     ]
-    # Integers are another's quantised weights without their scales; torch would copy the numbers.
     untrue = [
-        f"{k} ({str(state[k].dtype).removeprefix('torch.')})"
+        f"{k} ({named_type(state[k].dtype)})"
         for k in own
         if k in persistent and k in state
         if own[k].is_floating_point() and not state[k].is_floating_point()
@@ -243,7 +249,7 @@ def load_strictly(
                 ("missing", missing),
                 ("unexpected", unexpected),
                 ("of another shape", wrong),
-                ("of a type that no weights have", untrue),
+                (NO_WEIGHTS, untrue),
             )
             if names
         ]
@@ -254,6 +260,7 @@ def load_strictly(
             or advice_on_parametrized(unexpected)
             or (advice_on_more(classifier) if whole else "")
             or (advice_on_adapters(unexpected) if not fits else "")
+            or (AS_TRAINED if untrue else "")
             or " Is it this model's, with these arguments?"
         )
         raise BackboneError(
@@ -262,6 +269,17 @@ def load_strictly(
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
+
+
+def untrue_of(model: nn.Module, types: Mapping[str, str]) -> list[str]:
+    """Which tensors of a file are of `NO_WEIGHTS`, and would be a weight of the model.
+
+    Args:
+        model: with names of its own; of a tensor of a file the last part is compared.
+        types: name -> type, of those that are no floating-point numbers.
+    """
+    own = {k.rpartition(".")[2] for k, v in model.state_dict().items() if v.is_floating_point()}
+    return [f"{key} ({kind})" for key, kind in types.items() if key.rpartition(".")[2] in own]
 
 
 def advice_on_more(classifier: str) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.pickles import unpickled
 from hhdeploy.files.plain import read_few, what_instead
+
+if TYPE_CHECKING:
+    import torch
 
 # The list of the files that a model's weights were divided into.
 _INDEX = ".index.json"
@@ -70,6 +73,39 @@ def files_of(checkpoint: Path) -> list[Path]:
     if not files or not all(isinstance(n, str) and Path(n).name == n for n in files):
         raise ValueError("expected a weight_map of files beside it")
     return [checkpoint.parent / name for name in files]
+
+
+def not_floats(checkpoint: Path) -> dict[str, str]:
+    """Name -> type of a checkpoint's tensors that are no floating-point numbers, which are whole
+    or complex ones, or truths; no values are read for it.
+
+    Raises:
+        ValueError, OSError: as `content_of`.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, str] = {}
+    for file in files_of(checkpoint):
+        if file.suffix != ".safetensors":
+            content = unpickled(file, device="meta")
+            tensors = content.items() if isinstance(content, dict) else ()
+            kinds = {k: v.dtype for k, v in tensors if torch.is_tensor(v)}
+            found |= {k: named_type(t) for k, t in kinds.items() if not t.is_floating_point}
+            continue
+        try:
+            with safe_open(file, framework="pt") as stream:
+                names = list(stream.keys())
+                types = {name: stream.get_slice(name).get_dtype() for name in names}
+        except SafetensorError as error:
+            raise ValueError(what_instead(file) or str(error)) from error
+        found |= {name: kind for name, kind in types.items() if not kind.startswith(("F", "BF"))}
+    return found
+
+
+def named_type(dtype: torch.dtype) -> str:
+    """What torch calls a type of numbers, without its own name before it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def weights_in(directory: Path) -> Path:

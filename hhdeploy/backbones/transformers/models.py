@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,21 +21,17 @@ from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.outputs import returns_tensor
 from hhdeploy.backbones.spec import OFFLINE, BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
+from hhdeploy.backbones.transformers.fitting import check_loading, check_unquantised, left_out
 from hhdeploy.backbones.transformers.transforms import transform_of
 from hhdeploy.backbones.weights import (
     State,
-    advice_on_more,
-    advice_on_peft,
-    besides_classifier,
-    derived,
-    half_classifier,
     read_state,
     state_of,
 )
 from hhdeploy.errors import BackboneError, first_line, require
 from hhdeploy.files.bundle_json import CONFIG_FILE
 from hhdeploy.files.plain import what_instead
-from hhdeploy.files.weights import files_of, weights_in
+from hhdeploy.files.weights import files_of, named_type, not_floats, weights_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,12 +101,26 @@ def _meaning(config: Any, spec: BackboneSpec, classes: int) -> Meaning:
 
 def _licences(where: str) -> Licences:
     """What the card beside the weights states: of the hub's, where it lies in its cache."""
+    folder = _folder(where, CARD)
+    return () if folder is None else licences_of_card(folder)
+
+
+def _folder(where: str, name: str) -> Path | None:
+    """The directory of a model, of the hub's the cache's where that has a file of this name."""
     if Path(where).is_dir():
-        return licences_of_card(Path(where))
+        return Path(where)
     from huggingface_hub import try_to_load_from_cache
 
-    card = try_to_load_from_cache(where, CARD)
-    return licences_of_card(Path(card).parent) if isinstance(card, str) else ()
+    found = try_to_load_from_cache(where, name)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _not_floats(where: str) -> dict[str, str]:
+    """Name -> type of what the files of a model that was read hold beside floating-point numbers;
+    empty where they are called otherwise than save_pretrained calls them."""
+    folder = _folder(where, "config.json")
+    file = None if folder is None else weights_in(folder)
+    return not_floats(file) if file is not None and file.is_file() else {}
 
 
 def with_classifier(spec: BackboneSpec) -> BackboneSpec:
@@ -241,6 +251,7 @@ def _model(
             if spec.checkpoint is None and not spec.pretrained:
                 model: nn.Module = _fresh(kind, config)
                 return model, frozenset(model.state_dict()), ()
+            check_unquantised(config, where)
             common = {
                 "config": config,
                 "attn_implementation": _ATTENTION,
@@ -251,24 +262,28 @@ def _model(
                 with torch.device("meta"):
                     empty = _fresh(kind, config)
                 state, taken = _state(file, empty, classifies)
+                kinds = {k: v.dtype for k, v in state.items() if not v.is_floating_point()}
+                types = {key: named_type(kind) for key, kind in kinds.items()}
                 model, loading = type(empty).from_pretrained(None, state_dict=state, **common)
             else:
                 model, loading = kind.from_pretrained(
                     where, weights_only=True, trust_remote_code=False, **common
                 )
+                types = _not_floats(where)
     except (
         OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError,
-        SafetensorError, EOFError, AttributeError, ArithmeticError,
+        SafetensorError, EOFError, AttributeError, ArithmeticError, ImportError,
     ) as error:  # fmt: skip
         raise BackboneError(
             f"transformers:{where} cannot be loaded: {_in_the_way(spec, where, error)}"
             f"{_offline(where)}"
         ) from error
-    _check_loading(
+    check_loading(
         spec.checkpoint or f"transformers:{where}",
         loading,
         model,
         classifier_path(model) if classifies else "",
+        types,
         whole=spec.checkpoint is not None and classifies,
     )
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -278,7 +293,7 @@ def _model(
             "`import_adapter()`."
         )
     given = frozenset(model.state_dict()) - frozenset(loading["missing_keys"])
-    return model, given, (*taken, *_left_out(loading), *adapter)
+    return model, given, (*taken, *left_out(loading), *adapter)
 
 
 def _adapter_beside(spec: BackboneSpec, where: str) -> tuple[str, ...]:
@@ -325,14 +340,6 @@ def _fresh(kind: Any, config: Any) -> Any:
     return kind._from_config(config, attn_implementation=_ATTENTION)
 
 
-def _left_out(loading: Mapping[str, Any]) -> tuple[str, ...]:
-    """A line about weights of the file that the model has no place for."""
-    found = dict.fromkeys(key.partition(".")[0] for key in sorted(loading["unexpected_keys"]))
-    if not found:
-        return ()
-    return (f"weights of the file that the model has no place for, left out: {', '.join(found)}",)
-
-
 def _state(file: Path, model: Any, classifies: bool) -> tuple[State, tuple[str, ...]]:
     """The weights of a file, without what a module around the model put before all names.
 
@@ -345,41 +352,3 @@ def _state(file: Path, model: Any, classifies: bool) -> tuple[State, tuple[str, 
     if len(first) == 1 and not hasattr(model, (outer := first.pop())):
         state = {key.removeprefix(f"{outer}."): value for key, value in state.items()}
     return state, (*taken, *part)
-
-
-def _check_loading(
-    what: str | Path, loading: Mapping[str, Any], model: nn.Module, head: str, *, whole: bool
-) -> None:
-    """Nothing of the model may be missing but all of the classifier at ``head``; of a ``whole``
-    model's file nothing is too much, of another nothing inside of the model's blocks: another task
-    has weights beside them, and an adapter in them."""
-    more = loading["unexpected_keys"]
-    missing = besides_classifier(loading["missing_keys"], model.state_dict(), head)
-    found = {
-        "missing": missing,
-        "of another shape": list(loading["mismatched_keys"]),
-        "unexpected": list(more) if whole else _in_blocks(more, model),
-    }
-    problems = [
-        f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
-    ]
-    if problems:
-        random = found["missing"] or found["of another shape"]
-        advice = " Parts of the model would stay random." if random else advice_on_more(head)
-        raise BackboneError(
-            f"{what}: the weights do not fit the model's configuration; keys "
-            f"{'; '.join(problems)}.{advice_on_peft(more) or advice}"
-            f"{half_classifier(missing, head)}"
-        )
-
-
-def _in_blocks(keys: Iterable[str], model: nn.Module) -> list[str]:
-    """Those of some keys that are inside of a block that the model has."""
-    modules = dict(model.named_modules())
-    found = []
-    for key in keys:
-        parts = key.split(".")
-        starts = (".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdecimal())
-        if any(start in modules for start in starts) and not derived(key):
-            found.append(key)
-    return found

@@ -563,6 +563,44 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path, model, kind):
         load_backbone(spec(tmp_path / "w.pth"))
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", None])
+def test_numbers_that_are_no_weights_of_transformers_are_refused(tmp_path, kind, name):
+    """Of a directory and of a file beside it; whole numbers are the type of some buffers."""
+    theirs = transformers.BeitForImageClassification(
+        transformers.BeitConfig(**VIT, use_relative_position_bias=True)
+    )
+    theirs.save_pretrained(tmp_path)
+    assert load_backbone(BackboneSpec(f"transformers:{tmp_path}")).facts.classes == 3
+    state = {k: (v * 100).to(kind) if v.ndim == 2 else v for k, v in theirs.state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / (name or "w.pth")
+    if file.suffix == ".safetensors":
+        save_file(state, file, {"format": "pt"})
+    else:
+        torch.save(state, file)
+    found = BackboneSpec(f"transformers:{tmp_path}", checkpoint=None if name else file)
+    with pytest.raises(BackboneError, match=r"keys of a type that no weights have: beit.* bring"):
+        load_backbone(found)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "gptq", "fp8", None])
+def test_quantised_models_of_transformers_are_refused(tmp_path, method):
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "load_in_8bit": True,
+        **({"quant_method": method} if method else {}),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = f"found a quantization_config, {method or 'without a method'}. Save the model as it was"
+    for file in (None, tmp_path / "model.safetensors"):
+        with pytest.raises(BackboneError, match=said):
+            load_backbone(BackboneSpec(f"transformers:{tmp_path}", checkpoint=file))
+
+
 def test_a_function_s_model_inside_of_another(tmp_path):
     torch.manual_seed(5)
     own = encoder(depth=1)

@@ -1,0 +1,92 @@
+"""Whether the weights that transformers read are those of the model: all of them, and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hhdeploy.backbones.weights import (
+    AS_TRAINED,
+    NO_WEIGHTS,
+    advice_on_more,
+    advice_on_peft,
+    besides_classifier,
+    derived,
+    half_classifier,
+    untrue_of,
+)
+from hhdeploy.errors import BackboneError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def check_unquantised(config: Any, where: str) -> None:
+    """Raise `BackboneError` for a configuration that says that its weights are quantised."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return
+    stated = said if isinstance(said, Mapping) else said.to_dict()
+    raise BackboneError(
+        f"transformers:{where}: expected weights as they were trained, found a "
+        f"quantization_config, {stated.get('quant_method') or 'without a method'}. Save the model "
+        "as it was before (some methods have model.dequantize(), then save_pretrained); the bundle "
+        "that is exported can be quantised. Weights that are not quantised have no such entry in "
+        "config.json: take it out."
+    )
+
+
+def left_out(loading: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line about weights of the file that the model has no place for."""
+    found = dict.fromkeys(key.partition(".")[0] for key in sorted(loading["unexpected_keys"]))
+    if not found:
+        return ()
+    return (f"weights of the file that the model has no place for, left out: {', '.join(found)}",)
+
+
+def check_loading(
+    what: str | Path,
+    loading: Mapping[str, Any],
+    model: nn.Module,
+    head: str,
+    types: Mapping[str, str],
+    *,
+    whole: bool,
+) -> None:
+    """Nothing of the model may be missing but all of the classifier at ``head``; of a ``whole``
+    model's file nothing is too much, of another nothing inside of the model's blocks: another task
+    has weights beside them, and an adapter in them. Weights are floating-point numbers; ``types``
+    are those of the file's other tensors, by name."""
+    more = loading["unexpected_keys"]
+    missing = besides_classifier(loading["missing_keys"], model.state_dict(), head)
+    found = {
+        "missing": missing,
+        "of another shape": list(loading["mismatched_keys"]),
+        "unexpected": list(more) if whole else _in_blocks(more, model),
+        NO_WEIGHTS: untrue_of(model, types),
+    }
+    problems = [
+        f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
+    ]
+    if problems:
+        random = found["missing"] or found["of another shape"]
+        advice = AS_TRAINED if found[NO_WEIGHTS] else advice_on_more(head)
+        advice = " Parts of the model would stay random." if random else advice
+        raise BackboneError(
+            f"{what}: the weights do not fit the model's configuration; keys "
+            f"{'; '.join(problems)}.{advice_on_peft(more) or advice}"
+            f"{half_classifier(missing, head)}"
+        )
+
+
+def _in_blocks(keys: Iterable[str], model: nn.Module) -> list[str]:
+    """Those of some keys that are inside of a block that the model has."""
+    modules = dict(model.named_modules())
+    found = []
+    for key in keys:
+        parts = key.split(".")
+        starts = (".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdecimal())
+        if any(start in modules for start in starts) and not derived(key):
+            found.append(key)
+    return found
