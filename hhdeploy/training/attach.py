@@ -39,7 +39,7 @@ from hhdeploy.backbones.structure import (
     states_transform,
 )
 from hhdeploy.choices import SEEDS, whole
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training.beginning import (
     new_matrices,
     tensors_digest,
@@ -73,6 +73,7 @@ from hhdeploy.training.wrapping import (
     facts_of,
     own_modules,
     size_of_images,
+    without_values,
 )
 
 _STATE = "_hhdeploy_attached"
@@ -94,6 +95,7 @@ class _Attached:
         places: module path -> what was changed there.
         frozen: what the adapter does not hold, see `hhdeploy.training.frozen`.
         began: sha256 of the tensors of an adapter that was trained before; None of a new one.
+        valueless: what is wrong with a model that had no values; None of one that had all.
     """
 
     config: AdapterConfig
@@ -107,6 +109,7 @@ class _Attached:
     places: dict[str, nn.Module] = field(default_factory=dict)
     frozen: FrozenTensors = field(default_factory=FrozenTensors)
     began: str | None = None
+    valueless: str | None = None
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0) -> nn.Module:
@@ -138,7 +141,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
             the packed weight of an attention that pools;
             or a new adapter's configuration is one that could not be saved; or what is given is no
             model, adapter or seed, or a model of inference mode. The model is then as it was.
-        BackboneError: the model has not got all of its values yet; or the last Linear was taken
+        BackboneError: the model has not got all of its values yet (on torch's meta device the
+            parameters of a new adapter can be counted, and not saved); or the last Linear was taken
             for the classifier, and is none (of a new adapter, where the model runs here on images
             of its size); or the classifier computes more than a Linear.
     """
@@ -162,10 +166,12 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     signs = None if digest else facts.signs or None
     buffers = facts.buffers or None
     config = replace(config, base_sha256=digest, base_signs=signs, base_buffers=buffers)
-    state = _Attached(config, facts.classifier)
+    state = _Attached(config, facts.classifier, valueless=without_values(model))
     if isinstance(adapter, AdapterConfig) and config.preprocess is None and states_transform(model):
         state.config = replace(state.config, preprocess=facts.preprocess)
     if isinstance(adapter, Adapter):
+        if state.valueless is not None:
+            raise BackboneError(state.valueless)
         check(Path(adapter.source).name, adapter, facts)
         check_head(model, facts, adapter)
         if (known := config.base_answer) is not None:
@@ -240,10 +246,12 @@ def extract(model: nn.Module) -> Adapter:
             wrapper that is not torch's; or the backbone is no more what it was then, which no
             adapter holds: frozen weights, or statistics that BatchNorm took in training mode, or
             modules that were replaced or added to be trained; or the classifier was replaced by
-            one that an adapter does not hold.
+            one that an adapter does not hold; or the model had no values when it was attached.
     """
     model = bare_model(model)
     state = _state(model)
+    if state.valueless is not None:
+        raise AdapterError(f"as attach was called: {state.valueless}")
     adapter = _tensors_of(model, state)
     check_frozen(model, state.frozen, state.classifier, own=state.old_head is not None)
     origin = state.config.origin

@@ -77,6 +77,20 @@ def check_bare(model: nn.Module) -> None:
     )
 
 
+def without_values(model: nn.Module) -> str | None:
+    """What is wrong with a model that has a tensor on torch's meta device, and what to do; None
+    where it has none there. Its parameters can be counted, and an adapter's values are lost."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            return (
+                f"{type(model).__name__}: {name}: expected a tensor with values, found one of "
+                "torch's meta device, which has none: those of an adapter would be lost there. "
+                "Make the model on the CPU or the GPU, load its weights, and attach the adapter "
+                "after that."
+            )
+    return None
+
+
 def check_weights(model: nn.Module, linears: Sequence[LinearSpec]) -> None:
     """Each Linear's weight is a parameter of its own, and so is its bias, which other modules may
     not have too: an adapter's files and the graphs know no other. Raises `AdapterError`."""

@@ -311,6 +311,22 @@ def test_a_model_without_its_values_is_refused():
     attach(model, STEM_S)
 
 
+@pytest.mark.parametrize("classes", [None, 3])
+def test_on_the_meta_device_parameters_are_counted_and_not_saved(tmp_path, classes):
+    """What an adapter began with, or was trained to, is lost there."""
+    config = replace(STEM_S, num_classes=classes)
+    trained = extract(attach(Stem(), config))
+    model = attach(Stem().to("meta"), config)
+    expected = sum(p.numel() for p in attach(Stem(), config).parameters() if p.requires_grad)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+    said = r"Stem: stem\.0\.weight: expected a tensor with values, found one of torch's meta device"
+    for filled in (model, model.to_empty(device="cpu")):
+        with pytest.raises(AdapterError, match=said):
+            save(filled, tmp_path / "adapter")
+    with pytest.raises(BackboneError, match=said):
+        attach(Stem().to("meta"), trained)
+
+
 def test_a_model_of_inference_mode_is_refused_and_its_copy_is_taken():
     with torch.inference_mode():
         model = Stem()
