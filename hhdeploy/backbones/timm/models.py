@@ -17,21 +17,17 @@ from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card,
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
 from hhdeploy.backbones.spec import OFFLINE, BackboneSpec, Loaded, seeded
 from hhdeploy.backbones.structure import classifier_path
+from hhdeploy.backbones.timm.arrays import load_arrays
+from hhdeploy.backbones.timm.geometry import resampled
 from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
 from hhdeploy.backbones.weights import load_strictly, passed_over, read_state, state_of
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.files.bundle_json import json_problem
-from hhdeploy.files.tensors import open_arrays
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-# Weights with the geometry of images, as timm's models call them.
-_GEOMETRY = ("pos_embed", "patch_embed.proj.weight", "position_bias_table")
-# A model whose positions are made for the size of the images wherever it runs.
-_RADIO = "radio_model."
 # What timm makes a model from, beside its name.
 _FROM = ("hf-hub:", "local-dir:")
 # What timm's folders call their weights.
@@ -52,7 +48,8 @@ def load_timm(spec: BackboneSpec) -> Loaded:
     converted = False
     traced_with = [f"timm {_timm().__version__}"]
     if spec.checkpoint is not None and spec.checkpoint.suffix == ".npz":
-        model, classes = _from_npz(spec, spec.checkpoint)
+        model, classes, said = load_arrays(spec, _create_empty)
+        notes += said
     elif spec.checkpoint is not None:
         model, classes, converted, said = _from_checkpoint(spec)
         notes += said
@@ -266,6 +263,11 @@ def _create(spec: BackboneSpec, *, pretrained: bool, num_classes: int | None = N
         raise BackboneError(f"timm could not {what}: {str(error).rstrip('.')}.{more}") from error
 
 
+def _create_empty(spec: BackboneSpec, num_classes: int) -> nn.Module:
+    """A model for weights that come from elsewhere."""
+    return _create(spec, pretrained=False, num_classes=num_classes)
+
+
 def _from_timm(spec: BackboneSpec) -> tuple[nn.Module, int]:
     model = _create(spec, pretrained=spec.pretrained)
     classes = int(getattr(model, "num_classes", 0))
@@ -281,7 +283,7 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str
     those of transformers, and lines about which weights were taken and what was resampled."""
     assert spec.checkpoint is not None
     state, taken = read_state(spec.checkpoint)
-    model = _create(spec, pretrained=False, num_classes=1)
+    model = _create_empty(spec, 1)
     classifier = classifier_path(model)
     state, part = state_of(model, state, classifier, spec.checkpoint)
     converted = is_transformers(state)
@@ -291,71 +293,15 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str
     said = [*taken, *part]
     if filter_fn is not None:
         given, state = state, filter_fn(dict(state), model)  # timm's may take out of what it gets
-        said += _resampled(given, state, spec)
+        said += resampled(given, state, spec)
         said += passed_over(model, given, state, classifier)
     head = state.get(f"{classifier}.weight")
     classes = 0 if head is None else int(head.shape[0])
     if classes > 1:
         del model  # never two of them in memory
-        model = _create(spec, pretrained=False, num_classes=classes)
+        model = _create_empty(spec, classes)
     load_strictly(model, state, classifier, spec)
     return model, classes, converted, said
-
-
-def _resampled(
-    given: Mapping[str, torch.Tensor], fitted: Mapping[str, torch.Tensor], spec: BackboneSpec
-) -> list[str]:
-    """What timm's filter resampled, which it does without a word: positions, patches.
-
-    What it only cuts or calls by another name (OpenAI's, DINOv2's) is the file's own memory still.
-
-    Raises:
-        BackboneError: nobody asked for another geometry than the file's.
-    """
-    own = {_memory(tensor) for tensor in given.values()}
-    if any(name.startswith(_RADIO) for name in given):
-        return []
-    found = []
-    for name, tensor in fitted.items():
-        was = given.get(name)
-        if _memory(tensor) in own or (was is not None and was.numel() == tensor.numel()):
-            continue
-        if was is not None:
-            found.append(f"{name} from {list(was.shape)} to {list(tensor.shape)}")
-        elif name.endswith(_GEOMETRY):
-            found.append(f"{name} to {list(tensor.shape)}")
-    if found and not {"img_size", "patch_size"} & spec.args.keys():
-        raise BackboneError(
-            f"`checkpoint`: {spec.checkpoint} is of another geometry than {spec.model}: timm would "
-            f"resample {', '.join(found[:3])}. Say in `model_args` what it was trained with (such "
-            "as img_size or patch_size); or give the model's own there, to have it resampled."
-        )
-    return [f"weights resampled to another geometry: {', '.join(found)}"] if found else []
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """Where a tensor's values lie; views of it have the same."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def _from_npz(spec: BackboneSpec, path: Path) -> tuple[nn.Module, int]:
-    """A file of arrays as the JAX ViTs are published, through the architecture's own reader."""
-    try:
-        with open_arrays(path) as arrays:
-            heads = [arrays[name].shape[-1] for name in arrays if name.endswith("head/bias")]
-        classes = heads[0] if heads else 0
-        model = _create(spec, pretrained=False, num_classes=classes or 1)
-        reader = getattr(model, "load_pretrained", None)
-        if reader is None:
-            raise BackboneError(f"`checkpoint`: {spec.model} has no reader of .npz files.")
-        reader(str(path))
-    except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-        raise BackboneError(
-            f"`checkpoint`: {path} does not fit {spec.model} with {dict(spec.args)}, or cannot be "
-            f"read: {type(error).__name__}: {str(error).rstrip('.')}. Expected the arrays of a ViT "
-            "as JAX published it; tensors by the model's own names go into a safetensors file."
-        ) from error
-    return model, classes
 
 
 def resolved_name(model: nn.Module, name: str) -> str:
