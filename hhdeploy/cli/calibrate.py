@@ -47,7 +47,7 @@ _NOT_CHECKED = frozenset(
     show_default=True,
     type=click.IntRange(1),
     metavar="N",
-    help="To calibrate on.",
+    help="To calibrate on, of all adapters together.",
 )
 @click.option("--seed", default=0, show_default=True, type=ui.SEED, help="Of the choice of images.")
 @click.option(

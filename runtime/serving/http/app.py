@@ -240,14 +240,20 @@ class _Guard:
 
     async def missing(self, request: Request, error: Exception) -> Response:
         """The answer where there is no such path (404), or not by this method (405)."""
-        known = "see /v2, /v2/models/M, /v2/models/M/infer, /v2/repository/index, /metrics"
-        text = f"{request.method} {request.scope['path'][:200]!r}: expected another; {known}."
+        where = f"{request.method} {request.scope['path'][:200]!r}"
         status = int(getattr(error, "status_code", 404))
-        problem = NotFoundError(text) if status == 404 else RequestError(text)
+        headers = getattr(error, "headers", None) or {}  # Allow, of a path that there is
+        problem: RequestError
+        if status == 404:
+            known = "see /v2, /v2/models/M, /v2/models/M/infer, /v2/repository/index, /metrics"
+            problem = NotFoundError(f"{where}: expected another path; {known}.")
+        else:
+            allowed = " or ".join(sorted(headers["Allow"].split(", ")))
+            problem = RequestError(f"{where}: expected the method {allowed}.")
         self._refused(problem)
         response = error_response(problem)
         response.status_code = status
-        response.headers.update(getattr(error, "headers", None) or {})  # Allow
+        response.headers.update(headers)
         return response
 
     async def _answer(

@@ -393,20 +393,24 @@ def test_a_body_in_chunks(server, session):
 
 
 def test_paths_that_there_are_not(server):
-    for method, path, status in (
-        ("GET", "/v3", 404),
-        ("GET", "/v2/", 404),
-        ("GET", "/v2/models/tiny/infer/", 404),
-        ("GET", "/v2/models/tiny/infer", 405),
-        ("DELETE", "/v2/models/tiny", 405),
-        ("POST", "/metrics", 405),
-        ("GET", "/v2/models/nobody", 404),
-        ("GET", "/v2/models/tiny/versions/2", 404),
-        ("POST", "/v2/models/tiny/versions/x/infer", 400),
+    for method, path, status, said in (
+        ("GET", "/v3", 404, "expected another path; see /v2, "),
+        ("GET", "/v2/", 404, "expected another path"),
+        ("GET", "/v2/models/tiny/infer/", 404, "expected another path"),
+        ("GET", "/v2/models/tiny/infer", 405, "expected the method POST."),
+        ("GET", "/v2/repository/index", 405, "expected the method POST."),
+        ("GET", "/v2/repository/models/alpha/load", 405, "expected the method POST."),
+        ("DELETE", "/v2/models/tiny", 405, "expected the method GET or HEAD."),
+        ("POST", "/metrics", 405, "expected the method GET or HEAD."),
+        ("GET", "/v2/models/nobody", 404, "unknown adapter"),
+        ("GET", "/v2/models/backbone", 404, "unknown adapter"),  # as docs/serving.md says
+        ("GET", "/v2/models/tiny/versions/2", 404, "unknown version"),
+        ("POST", "/v2/models/tiny/versions/x/infer", 400, ""),
     ):
         found, headers, body = server.request(method, path, b"{}")
         assert found == status, path
-        assert set(json.loads(body)) == {"error"}
+        assert json.loads(body).keys() == {"error"}
+        assert said in json.loads(body)["error"], path
         assert status != 405 or headers["allow"]
 
 
