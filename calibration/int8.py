@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from hhdeploy.calibration.scales import SiteScale
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import HhdeployError, PlanError, require
-from hhdeploy.files.scratch import scratch_directory
-from hhdeploy.files.writing import copied
+from hhdeploy.files.writing import copied, temporary_directory
 from hhdeploy.graph import BRANCH, GraphLinear
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def _weights_of(graph_path: Path) -> Iterator[Path]:
     link, or one of several names (see `hhdeploy.graph.open_graph`)."""
     weights = graph_path.with_name(f"{graph_path.name}.data")
     if weights.is_symlink() or (weights.exists() and weights.stat().st_nlink > 1):
-        with scratch_directory(None, "weights") as scratch:
+        with temporary_directory("weights") as scratch:
             copied(weights, scratch / weights.name)
             yield scratch
     else:

@@ -28,8 +28,7 @@ from hhdeploy.exporters.engine import (
     check_build_options,
     engine_from_onnx,
 )
-from hhdeploy.files.scratch import scratch_directory
-from hhdeploy.files.writing import sha256_of_bytes
+from hhdeploy.files.writing import sha256_of_bytes, temporary_directory
 from hhdeploy.packages import import_tensorrt
 
 __all__ = ["BuildOptions", "build"]
@@ -105,7 +104,7 @@ def build(
     if manifest.layout is not None and slots is not None:
         shapes["adapter_bank"] = (slots, manifest.layout.size)
     progress(f"building with {backend}")
-    with scratch_directory(None, "build") as scratch:
+    with temporary_directory("build") as scratch:
         if options.bank_as_constant:
             graph = _baked(bundle, graph, scratch)
         built = engine_from_onnx(graph, backend, shapes, options, phases)

@@ -32,8 +32,7 @@ from hhdeploy.errors import (
 )
 from hhdeploy.files.directories import atomic_directory, check_place
 from hhdeploy.files.plain import read_plain
-from hhdeploy.files.scratch import scratch_directory
-from hhdeploy.files.writing import as_path, copied, write_bytes
+from hhdeploy.files.writing import as_path, copied, temporary_directory, write_bytes
 
 ATTRIBUTES = ".gitattributes"
 # Suffixes of what is no text.
@@ -236,7 +235,7 @@ def _upload(bundle: Bundle, plan: HubLayout, place: _Hub, progress: Progress) ->
     """One commit that makes the repository what is planned."""
     repository = place.repository
     hub = _library(f"pushing to hf://{repository}")
-    with scratch_directory(None, "push") as scratch:
+    with temporary_directory("push") as scratch:
         progress("copying, and comparing hashes")
         _copy(bundle, plan, scratch)  # what is sent is one version, whatever changes meanwhile
         content: dict[str, str | bytes] = {name: str(scratch / name) for name in plan.files}

@@ -29,8 +29,7 @@ from hhdeploy.errors import (
     require,
 )
 from hhdeploy.files.plain import read_few, read_plain
-from hhdeploy.files.scratch import scratch_directory
-from hhdeploy.files.writing import atomic_file
+from hhdeploy.files.writing import atomic_file, temporary_directory
 
 _IGNORED = (SIGNATURE, LOCK)
 
@@ -74,7 +73,7 @@ def sign(
     with settled(path, lock_timeout=lock_timeout, progress=progress) as bundle:
         bundle.check_files()
         _check_strangers(bundle)
-        with scratch_directory(None, "signature") as scratch:
+        with temporary_directory("signature") as scratch:
             config.sign(bundle.path, scratch / SIGNATURE)
             content = (scratch / SIGNATURE).read_bytes()
         with atomic_file(bundle.path / SIGNATURE, Path(path) / SIGNATURE) as target:

@@ -12,15 +12,14 @@ import importlib.util
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from hhdeploy.choices import TensorRt
-from hhdeploy.errors import EngineError, MissingDependencyError, require
+from hhdeploy.errors import EngineError, MissingDependencyError, WriteError, require
 from hhdeploy.exporters.engine import BuildOptions, engine_from_onnx
+from hhdeploy.files.writing import temporary_directory
 from hhdeploy.packages import Log, import_tensorrt
 from hhdeploy.runtime.cuda import Gpu, driver_library
 
@@ -148,11 +147,11 @@ def probe_tensorrt(backend: TensorRt) -> Probed:
     if backend == "tensorrt" and not driver.gpus:
         return Probed("absent", f"{title}: builds and runs on a GPU only; {driver.detail}")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            graph = Path(folder) / "negation.onnx"
+        with temporary_directory("probe") as folder:
+            graph = folder / "negation.onnx"
             graph.write_bytes(NEGATION)
             built = engine_from_onnx(graph, backend, {"x": (1,)}, BuildOptions())
-    except EngineError as error:
+    except (EngineError, WriteError) as error:
         return Probed("problem", f"{title}: {error}")
     covered = _architectures(trt) if backend == "tensorrt-rtx" else []
     where = f" for {', '.join(covered)}, or portable from sm80 on" if covered else ""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from hhdeploy.errors import HhdeployError, MissingDependencyError
-from hhdeploy.files.writing import os_errors
+from hhdeploy.files.writing import os_errors, temporary_directory
 
 # In a checkout and in a wheel alike.
 SOURCES: Final = Path(__file__).parent / "js"
@@ -41,13 +40,13 @@ def page_code(progress: Callable[[str], None]) -> dict[str, bytes]:
         MissingDependencyError: no npm, or no Node.js that it runs on.
         HhdeployError: npm or the compiler ended with an error, e.g. without a network.
     """
-    with tempfile.TemporaryDirectory(prefix="hhdeploy-") as folder, os_errors(Path(folder)):
+    with temporary_directory("page") as folder, os_errors(folder):
         root = SOURCES
         if not all((SOURCES / "node_modules" / tool).is_dir() for tool in _TOOLS):
             progress("fetching the runtime and the compiler with npm")
-            root = _installed(Path(folder) / "js")
+            root = _installed(folder / "js")
         progress("compiling the page")
-        built = Path(folder) / "built"
+        built = folder / "built"
         compiler = root / "node_modules" / "typescript" / "bin" / "tsc"
         _run("node", str(compiler), "-p", str(root / "web"), "-outDir", str(built))
         runtime = root / "node_modules" / "onnxruntime-web" / "dist"

@@ -13,6 +13,7 @@ import json
 import os
 import reprlib
 import stat
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,8 +157,10 @@ def _write_error(error: OSError, target: Path) -> WriteError:
 
 
 def _cut_short(error: OSError) -> int:
-    """NumPy's ``tofile`` says how much it wrote, not why it stopped: the disk took no more."""
-    return errno.ENOSPC if "requested and" in str(error) else 0
+    """NumPy's ``tofile`` says how far it came, of an array of any strides at which element, and not
+    why it stopped: the disk took no more."""
+    cut = ("requested and", "problem writing element")
+    return errno.ENOSPC if any(words in str(error) for words in cut) else 0
 
 
 def _read_error(error: OSError, target: Path) -> ReadError:
@@ -169,6 +172,37 @@ def _read_error(error: OSError, target: Path) -> ReadError:
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)
+
+
+@contextlib.contextmanager
+def temporary_directory(stem: str) -> Iterator[Path]:
+    """A `scratch_directory` in the system's directory of temporary files.
+
+    Raises:
+        WriteError: there is no such directory, or it takes no more; `OSError` of anything else
+            come as they are.
+    """
+    scratch = None
+    try:
+        with scratch_directory(None, stem) as scratch:
+            yield scratch
+    except OSError as error:
+        if scratch is not None and not _is_of_scratch(error, scratch):
+            raise
+        # What Python looked through is in its own words, where there is none.
+        where = f" in {tempfile.tempdir}" if tempfile.tempdir is not None else ""
+        raise WriteError(
+            f"Could not write a temporary file{where}: {_reason(error)}. Expected a directory for "
+            "them that has room and may be written to: free some space there, or set TMPDIR to "
+            "another."
+        ) from error
+
+
+def _is_of_scratch(error: OSError, scratch: Path) -> bool:
+    """Otherwise than what writes a user's file, others read and print in the same block."""
+    if isinstance(error.filename, str | bytes | Path):
+        return _belongs(Path(os.path.abspath(os.fsdecode(error.filename))), scratch)
+    return (error.errno or _cut_short(error)) in _WRITING
 
 
 def copied(source: Path, target: Path) -> str:
@@ -317,9 +351,10 @@ def atomic_file(target: Path, named: Path | None = None) -> Iterator[Path]:
     with os_errors(target):
         place = _place_of(target)
     if place is None:
-        with scratch_directory(None, "content") as scratch, os_errors(target):
+        with temporary_directory("content") as scratch:
             yield scratch / "content"
-            copied(scratch / "content", target)
+            with os_errors(target):
+                copied(scratch / "content", target)
         return
     with contextlib.ExitStack() as stack:
         with os_errors(place):

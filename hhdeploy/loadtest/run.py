@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, Runner, one_of
+from hhdeploy.files.writing import temporary_directory
 from hhdeploy.loadtest.client import Client
 from hhdeploy.loadtest.drive import Record, drive
 from hhdeploy.loadtest.expected import Expectations, expect, image_pool, parity_bound
@@ -108,8 +108,7 @@ def staged(
     bundle.manifest.check_logits_alone("a load test")
     device = find_target(bundle.manifest, subject.device, subject.precision).device
     bound = parity_bound(device, subject.precision)
-    with tempfile.TemporaryDirectory(prefix="hhdeploy-load-") as scratch:
-        root = Path(scratch)
+    with temporary_directory("load") as root:
         start = Start(root / "fleet", root / "token", MODEL, device)
         start.fleet.mkdir()
         token = _write_token(start.token_file)

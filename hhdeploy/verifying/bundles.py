@@ -34,7 +34,6 @@ from hhdeploy.choices import (
     seconds,
 )
 from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
-from hhdeploy.files.scratch import scratch_directory
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, path_or_none
 from hhdeploy.parity import ParityReport, StageResult, stage_of
@@ -337,9 +336,8 @@ def verify_graphs(
     for precision in precisions or _default_precisions(bundle, device, noise=noise):
         really = _really(bundle.manifest, device, precision)
         stage = stage_of(bundle.manifest.kind, really, precision)
-        with scratch_directory(None, "twin") as scratch:
-            low = member(TYPED, precision) if stage == "twin" else None
-            twin = twin_of(bundle, low, scratch) if low is not None else None
+        low = member(TYPED, precision) if stage == "twin" else None
+        with twin_of(bundle, low) as twin:
             shown, run = twin or bundle, precision
             if twin is not None:
                 run = "float32"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +11,25 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE
 from hhdeploy.choices import TypedPrecision
 from hhdeploy.errors import require
-from hhdeploy.files.writing import sha256_of
+from hhdeploy.files.writing import sha256_of, temporary_directory
 
 
-def twin_of(bundle: Bundle, precision: TypedPrecision, path: Path) -> Bundle:
-    """A bundle whose float32 graph is the rounding twin of a typed graph."""
+@contextlib.contextmanager
+def twin_of(bundle: Bundle, precision: TypedPrecision | None) -> Iterator[Bundle | None]:
+    """A bundle whose float32 graph is the rounding twin of a typed graph; its files are there until
+    the end of the block. None of None: nothing is written.
+
+    Raises:
+        WriteError: the directory of temporary files takes it not.
+    """
+    if precision is None:
+        yield None
+        return
+    with temporary_directory("twin") as path:
+        yield _twin_in(path, bundle, precision)
+
+
+def _twin_in(path: Path, bundle: Bundle, precision: TypedPrecision) -> Bundle:
     for package in ("onnx", "onnx_ir"):
         require(package, "export", f"verifying a {precision} graph (by its rounding twin)")
     from hhdeploy.exporters.precision.typed import rounding_twin

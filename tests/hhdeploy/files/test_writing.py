@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from hhdeploy import open_session
@@ -23,9 +25,10 @@ from hhdeploy.files.writing import (
     copy_directory,
     os_errors,
     sha256_of,
+    temporary_directory,
     write_json,
 )
-from tests.workshop import copy_bundle
+from tests.workshop import copy_bundle, small_disk
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
 
@@ -285,3 +288,71 @@ def test_without_a_home_the_cache_says_what_to_set(small, monkeypatch, cache):
     with pytest.raises(WriteError, match=r"found none: HOME is not set.*`cache=None`"):
         open_session(small, device="cpu")
     open_session(small, device="cpu", threads=1, cache=None).close()
+
+
+# --- temporary files ------------------------------------------------------------------------------
+
+_ARRAY = np.zeros((500, 500), np.float32)
+# How NumPy says that the disk took no more depends on the array's strides.
+_TOO_MUCH = {
+    "bytes": lambda path: path.write_bytes(_ARRAY.tobytes()),
+    "an array": _ARRAY.tofile,
+    "an array of other strides": _ARRAY.T.tofile,
+}
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """A directory of temporary files that takes 64 KiB."""
+    with small_disk(tmp_path / "temporary", "64k") as place:
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        yield place
+
+
+@pytest.mark.parametrize("write", _TOO_MUCH.values(), ids=_TOO_MUCH)
+def test_a_full_disk_is_told_however_it_was_written_to(temporary, write):
+    with pytest.raises(WriteError, match="The disk is full"), os_errors(temporary / "x"):
+        write(temporary / "x")
+
+
+@pytest.mark.parametrize("write", _TOO_MUCH.values(), ids=_TOO_MUCH)
+def test_a_full_directory_of_temporary_files_is_told(temporary, write):
+    with (
+        pytest.raises(WriteError, match=f"a temporary file in {temporary}: .*set TMPDIR"),
+        temporary_directory("x") as scratch,
+    ):
+        write(scratch / "x")
+    assert names(temporary) == []
+
+
+def test_where_no_temporary_file_can_be_the_directories_are_told(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/none"])
+    with (
+        pytest.raises(WriteError, match=r"No usable temporary directory .*'/none'.*set TMPDIR"),
+        temporary_directory("x"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/out"),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)),
+    ],
+    ids=repr,
+)
+def test_what_else_fails_meanwhile_is_not_of_temporary_files(error):
+    with pytest.raises(OSError) as caught, temporary_directory("x"):  # noqa: PT011
+        raise error
+    assert caught.value is error
+
+
+def test_a_full_directory_of_temporary_files_is_not_called_a_device_s(temporary):
+    with (
+        pytest.raises(WriteError, match=f"a temporary file in {temporary}"),
+        atomic_file(Path(os.devnull)) as content,
+    ):
+        content.write_bytes(_ARRAY.tobytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hhdeploy import verify
 from hhdeploy.bundle import add_adapter, edit
 from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.choices import BACKENDS, RUNNERS, TYPED
-from hhdeploy.errors import BundleError
+from hhdeploy.errors import BundleError, WriteError
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY, bound, stage_of
@@ -63,6 +64,15 @@ def test_auto_on_a_cpu_is_judged_by_the_runtime_it_takes(typed, monkeypatch):
     }
     assert {s.runtime for s in report.stages if s.precision == "float32"} == {"openvino CPU"}
     assert report.passed
+
+
+def test_without_temporary_files_what_needs_none_is_verified(typed, monkeypatch):
+    """As in a container whose file systems are read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    assert verify(typed, device="cpu", precisions=["float32"]).passed
+    with pytest.raises(WriteError, match="set TMPDIR"):
+        verify(typed, device="cpu", precisions=["float16"])
 
 
 def test_auto_without_bfloat16_shows_the_twin(typed, monkeypatch):
