@@ -183,13 +183,16 @@ def check_steady(model: nn.Module, facts: BackboneFacts) -> None:
         )
 
 
+_LAST, _STATED = "the last Linear", "as pretrained_cfg has it"
+
+
 def check_classifier(model: nn.Module, facts: BackboneFacts) -> None:
     """Raise `BackboneError` where `no_classifier` says something."""
     if (fault := no_classifier(model, facts)) is not None:
         raise BackboneError(fault)
 
 
-def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
+def no_classifier(model: nn.Module, facts: BackboneFacts, *, stated: bool = False) -> str | None:
     """Compare a model's answer with the output of its classifier, where that is a guess.
 
     Adapters have classifiers of their own, and features are a classifier's input: of the last
@@ -199,6 +202,7 @@ def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
     Args:
         model: returns logits, or an object with them; in eval mode.
         facts: of it.
+        stated: also where the model states it; it may change the logits behind it.
 
     Returns:
         What is wrong, and what to do; None if nothing is.
@@ -206,7 +210,8 @@ def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
     import torch
 
     path = facts.classifier
-    if not path or states_classifier(model):
+    said = states_classifier(model)
+    if not path or (said and not stated):
         return None
     images, others = _drawn(model, facts), _drawn(model, facts, _SEED + 1)
     answer, logits = _called(model, path, images)
@@ -219,13 +224,15 @@ def no_classifier(model: nn.Module, facts: BackboneFacts) -> str | None:
     else:
         for given in logits:
             given[..., 0] += 1
-        if torch.equal(_called(model, path, images, logits)[0][..., 1:], answer[..., 1:]):
+        # What a model that states its classifier does to the logits after it may be folded with it.
+        if said or torch.equal(_called(model, path, images, logits)[0][..., 1:], answer[..., 1:]):
             return None
         why = "what comes after it mixes its classes"
     return (
-        f"{facts.model}: {path}, the last Linear, was taken for the classifier, and is none: "
-        f"{why}. A module can state which Linear its logits are the output of, pretrained_cfg = "
-        "{'classifier': 'PATH'}, or that it has none and returns features, {'classifier': ''}."
+        f"{facts.model}: {path}, {_STATED if said else _LAST}, was taken for the classifier, and "
+        f"is none: {why}. A module can state which Linear its logits are the output of, "
+        "pretrained_cfg = {'classifier': 'PATH'}, or that it has none and returns features, "
+        "{'classifier': ''}."
     )
 
 

@@ -182,8 +182,12 @@ def _stated_classifier(model: nn.Module) -> str:
     path = getattr(model, "pretrained_cfg", {}).get("classifier")
     if not isinstance(path, str):
         raise BackboneError(
-            f"{type(model).__name__}: expected one classifier, timm names {path!r}. Models "
-            "with several heads (distilled or auxiliary) are not supported."
+            f"{type(model).__name__}: expected one classifier, timm names {path!r}: the answers of "
+            "distilled models and of those with auxiliary heads come from several, and an adapter "
+            "has one. A function, python:MODULE:FUNCTION, can return such a model with "
+            "pretrained_cfg = {**model.pretrained_cfg, 'classifier': ''}: it is then taken as it "
+            "is, for adapters without classes. For those with classes let it return a module that "
+            "has one Linear at its end."
         )
     module = dict(model.named_modules()).get(path)
     if not path or isinstance(module, nn.Identity):

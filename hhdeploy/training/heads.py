@@ -36,8 +36,9 @@ class OldHead:
 def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -> None:
     """Whether a new adapter's classifier has a place: an export compares the same, hours later.
 
-    A guess is tried where the size of the images is known. A model that does not run on such
-    alone here, or returns no logits, may do so where it is exported.
+    A guess is tried where the size of the images is known, and what the model states where the
+    adapter is to have a classifier. A model that does not run on such alone here, or returns no
+    logits, may do so where it is exported.
 
     Raises:
         AdapterError: the model has no classifier, and the adapter is to have one.
@@ -54,13 +55,13 @@ def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -
     if config.num_classes is not None:
         with evaluated(model):
             check_exchangeable(model, facts)
-    size = size_of_images(model, facts, config)
-    if size is None or states_classifier(model):
+    size, stated = size_of_images(model, facts, config), config.num_classes is not None
+    if size is None or (states_classifier(model) and not stated):
         return
     sized = replace(facts, preprocess=replace(facts.preprocess, input_size=size))
     fault = None
     with contextlib.suppress(Exception), evaluated(model):
-        fault = no_classifier(model, sized)
+        fault = no_classifier(model, sized, stated=stated)
     if fault is not None:
         raise BackboneError(fault)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -309,6 +310,20 @@ def test_a_model_without_its_values_is_refused():
         attach(model, STEM_S)
     model(torch.ones(2, 3, 32, 32))
     attach(model, STEM_S)
+
+
+@pytest.mark.parametrize("classes", [5, 3])
+def test_one_of_two_classifiers_takes_no_other(classes):
+    """Of a distilled model, which averages both: classes of another number failed in its forward,
+    the same number after the training."""
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, **TINY_ARGS)
+    with pytest.raises(BackboneError, match=r"'classifier': ''\}: it is then taken as it is"):
+        attach(model, AdapterConfig("mine"))
+    model.pretrained_cfg = {**model.pretrained_cfg, "classifier": "head"}
+    with pytest.raises(BackboneError, match=r"head, as pretrained_cfg has it, .* more than"):
+        attach(model, AdapterConfig("mine", num_classes=classes))
+    model.pretrained_cfg = {**model.pretrained_cfg, "classifier": ""}
+    attach(model, AdapterConfig("mine"))
 
 
 @pytest.mark.parametrize("classes", [None, 3])
