@@ -119,7 +119,14 @@ class Entry:
                 of writing belong into `hhdeploy.files.writing.os_errors`.
         """
         with self._scratch() as scratch:
-            yield scratch / _MADE
+            try:
+                yield scratch / _MADE
+            except WriteError as error:
+                cause = error.__cause__
+                if isinstance(cause, OSError) and str(scratch) in str(error):
+                    with os_errors(self.path):  # what is in scratch is gone in a moment
+                        raise cause from None
+                raise
             if _size(scratch / _MADE) <= self.limit:
                 with os_errors(self.path):
                     _publish(scratch / _MADE, self.path, scratch / _OLD)

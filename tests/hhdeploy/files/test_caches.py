@@ -102,6 +102,18 @@ def test_a_full_disk_is_told_by_the_entry_s_name(root):
     assert names(entry.path.parent) == []
 
 
+def test_a_full_disk_is_told_by_the_entry_s_name_whatever_writes_a_file_of_it(root):
+    entry = folder(root, 1)
+    with pytest.raises(WriteError) as caught, entry.store() as made:  # noqa: PT012
+        made.mkdir()
+        with os_errors(made / "a.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert f"Could not write {entry.path}: " in str(caught.value)
+    assert "disk is full" in str(caught.value)
+    assert "HHDEPLOY_CACHE" in str(caught.value)
+    assert names(entry.path.parent) == []
+
+
 def test_a_read_error_is_no_write_error(root):
     entry = blob(root, 1)
     with pytest.raises(OSError, match="Input/output"), entry.store():
