@@ -226,16 +226,16 @@ class Preprocess:
 
 def _number(value: Any) -> float:
     """One of JSON, where an integer may have more digits than a float holds."""
-    try:
+    if isinstance(value, str | bool):  # of which float() makes numbers, digit by digit
+        raise ValueError(f"preprocess: expected a number, found {value!r}")
+    with contextlib.suppress(OverflowError):
         return float(value)
-    except OverflowError:
-        return math.inf
+    return math.inf
 
 
 def _one_of(key: str, choices: tuple[str, ...], found: Any) -> str:
     if str(found) not in choices:
-        said = f"must be one of {', '.join(choices)}, found {str(found)!r}"
-        raise ValueError(f"preprocess.{key} {said}")
+        raise ValueError(f"preprocess.{key} must be one of {', '.join(choices)}, found {found!r}")
     return str(found)
 
 

@@ -1,7 +1,8 @@
-"""Manifests that cannot be right: what is edited, and what every reader's message names."""
+"""Manifests that cannot be right, and damaged files: what is edited, and what messages name."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,11 +90,40 @@ BROKEN: dict[str, tuple[Callable[[Content], object], str]] = {
     "tensors": (lambda c: c.update(tensors=[]), "tensors: expected an object"),
     "schema_true": (lambda c: c.update(schema_version=True), "schema_version|other JSON"),
     "schema_newer": (lambda c: c.update(schema_version=3), "schema_version: expected .*found 3"),
+    "schema_zero": (lambda c: c.update(schema_version=0), "schema_version: expected .*found 0"),
+    "name_backbone": (
+        lambda c: first(c).update(name="backbone"), r"adapters\[0\]\.name: expected another name",
+    ),
+    "head_wider": (
+        lambda c: c["backbone"].update(classes=12),
+        "classes: expected 12, the most of row\\.classes.*found 11",
+    ),
+    "bank_twice": (
+        lambda c: c["files"].update({"bank.0123abcd.safetensors": "0" * 64}),
+        "files: expected one bank.safetensors, found bank.*and bank",
+    ),
+    "names_gone": (lambda c: first(c).pop("class_names"), "class_names"),
+    "verified": (lambda c: first(c).update(verified="no"), "verified: expected true or false"),
+    "digest": (lambda c: c["files"].update({"x.onnx": 5}), r"files\.x\.onnx: expected 64 hex"),
+    "digest_short": (
+        lambda c: c["files"].update({"x.onnx": "0" * 63}), r"files\.x\.onnx: expected 64 hex",
+    ),
+    "digest_upper": (
+        lambda c: c["files"].update({"x.onnx": "A" * 64}), r"files\.x\.onnx: expected 64 hex",
+    ),
+    "strength": (lambda c: first(c).update(strength="1"), "strength: expected a finite number"),
+    "std": (lambda c: first(c)["preprocess"].update(std=[0] * 3), r"preprocess\.std"),
+    "mean_texts": (lambda c: first(c)["preprocess"].update(mean="000"), "preprocess"),
+    "share_text": (lambda c: first(c)["preprocess"].update(crop_pct="1"), "preprocess"),
+    "own_classes": (
+        lambda c: c["backbone"].update(classes=None), r"backbone\.classes: expected a number",
+    ),
+    "graph_unknown": (
+        lambda c: c["graphs"].update(constructor="model.onnx"), "graph.*constructor.*float32",
+    ),
 }  # fmt: skip
 # What the C++ example does not read: it makes no rows of adapters.
 BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
-    "verified": (lambda c: first(c).update(verified="no"), "verified: expected true or false"),
-    "digest": (lambda c: c["files"].update({"x.onnx": 5}), r"files\.x\.onnx: expected 64 hex"),
     "backbone": (
         lambda c: c["backbone"].update(sha256=None), r"backbone\.sha256: expected a text",
     ),
@@ -109,9 +139,26 @@ BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
     "branches": (
         lambda c: c["row"]["branches"].reverse(), r"row\.parts: expected those of row\.branches",
     ),
-    "strength": (lambda c: first(c).update(strength="1"), "strength: expected a finite number"),
     "model": (lambda c: c["backbone"].update(model=5), r"backbone\.model: expected a text"),
-    "std": (lambda c: first(c)["preprocess"].update(std=[0] * 3), r"preprocess\.std"),
+    "args": (lambda c: c["backbone"].update(args="x"), r"backbone\.args: expected an object"),
+    "args_gone": (lambda c: c["backbone"].pop("args"), r"args"),
+    "classifier": (
+        lambda c: c["backbone"].update(classifier=None), r"backbone\.classifier: expected a",
+    ),
+    "features_of_head": (
+        lambda c: c["backbone"].update(dim="48"), r"backbone\.dim: expected a number",
+    ),
+    "engines": (lambda c: c.update(engines={}), "engines: expected a list"),
+    "rank_word": (
+        lambda c: c["row"]["branches"][0].update(rank="3"), r"row\.branches\[0\]",
+    ),
+    "sites_numbers": (
+        lambda c: c["row"]["branches"][0].update(sites=[1, 2, 3]), r"row\.branches\[0\]",
+    ),
+    "part_null": (lambda c: c["row"]["parts"].insert(0, None), r"row\.parts: expected those of"),
+    "part_more": (
+        lambda c: c["row"]["parts"][0].update(more=1), r"row\.parts: expected those of",
+    ),
 }  # fmt: skip
 
 
@@ -129,11 +176,20 @@ OF_OTHER_ROWS: dict[str, tuple[Callable[[Content], object], str]] = {
         lambda c: first(c).update(classes=4, class_names=None),
         "alpha'?: expected 7 classes, which its row has, found 4",
     ),
+    "of_the_backbone": (
+        lambda c: c["adapters"][4].update(classes=4),
+        "headless'?: expected the backbone's 5 classes, found 4",
+    ),
 }  # fmt: skip
 
 
 def _widen(content: Content) -> None:
-    content["classes"] = content["tensors"]["logits"][1] = 12
+    """By the backbone's classifier, of which no file beside the graph tells."""
+    content["classes"] = content["tensors"]["logits"][1] = content["backbone"]["classes"] = 12
+    content["row"]["backbone_head"] = True
+    for entry in content["adapters"]:
+        if entry["name"] == "headless":
+            entry["classes"] = 12
 
 
 def _bake(content: Content) -> None:
@@ -206,4 +262,61 @@ def broken(source: Path, target: Path, change: Callable[[Content], object]) -> P
     content = json.loads((path / MANIFEST).read_text())
     change(content)
     (path / MANIFEST).write_text(json.dumps(content))
+    return path
+
+
+# What is no JSON, though some parsers take it.
+NO_JSON: dict[str, Callable[[bytes], bytes]] = {
+    "mark": lambda text: b"\xef\xbb\xbf" + text,
+    "utf16": lambda text: text.decode().encode("utf-16"),
+    "latin1": lambda text: text.replace(b'"class 0"', b'"cl\xe4ss"', 1),
+    "zero_byte": lambda text: text + b"\0",
+    "more": lambda text: text + b"}",
+    "nan": lambda text: text.replace(b'"kind"', b'"mine": NaN, "kind"', 1),
+}
+
+
+def _header(change: Callable[[Content], object]) -> Callable[[bytes], bytes]:
+    def edit(bank: bytes) -> bytes:
+        end = 8 + int.from_bytes(bank[:8], "little")
+        content = json.loads(bank[8:end])
+        change(content)
+        header = json.dumps(content).encode()
+        return len(header).to_bytes(8, "little") + header + bank[end:]
+
+    return edit
+
+
+def _move(header: Content, by: int) -> None:
+    place = header["adapter_bank"]["data_offsets"]
+    place[:] = [offset + by for offset in place]
+
+
+# Banks that are no safetensors, of the right digest: whoever wrote the bundle wrote that.
+NO_BANK: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda bank: b"",
+    "cut": lambda bank: bank[:-4],
+    "longer": lambda bank: bank + b"\0" * 4,
+    "hole": lambda bank: _header(lambda h: _move(h, 4))(bank) + b"\0" * 4,
+    "metadata_word": _header(lambda h: h.update(__metadata__="x")),
+    "metadata_number": _header(lambda h: h.update(__metadata__={"x": 1})),
+    "type": _header(lambda h: h["adapter_bank"].update(dtype="constructor")),
+    "shape_word": _header(lambda h: h["adapter_bank"].update(shape="6")),
+    "three_sizes": _header(lambda h: h["adapter_bank"]["shape"].append(1)),
+    "mark": lambda bank: (int.from_bytes(bank[:8], "little") + 3).to_bytes(8, "little")
+    + b"\xef\xbb\xbf" + bank[8:],
+    "other_name": _header(lambda h: h.update(bank=h.pop("adapter_bank"))),
+}  # fmt: skip
+
+
+def rewritten(source: Path, target: Path, file: str, change: Callable[[bytes], bytes]) -> Path:
+    """A copy of a bundle with another file, whose digest the manifest has."""
+    path = copy_bundle(source, target)
+    content = change((path / file).read_bytes())
+    (path / file).unlink()
+    (path / file).write_bytes(content)
+    if file != MANIFEST:
+        said = json.loads((path / MANIFEST).read_text())
+        said["files"][file] = hashlib.sha256(content).hexdigest()
+        (path / MANIFEST).write_text(json.dumps(said))
     return path

@@ -1,90 +1,19 @@
-// A bundle's files: hhdeploy.json, and whatever it names, compared with its sha256 there.
+// A bundle: hhdeploy.json, and whatever it names, compared with its sha256 there.
 // docs/formats.md describes them.
 #pragma once
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <map>
-#include <nlohmann/json.hpp>
-#include <openvino/openvino.hpp>
 #include <regex>
 #include <set>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "files.hpp"
+
 namespace hhdeploy {
-
-using Json = nlohmann::json;
-namespace fs = std::filesystem;
-
-struct Error : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-inline std::string read_file(const fs::path& path) {
-    std::ifstream file;
-    if (fs::is_regular_file(path)) file.open(path, std::ios::binary);  // a pipe would be waited for
-    if (!file.is_open()) throw Error(path.string() + " cannot be read.");
-    return {std::istreambuf_iterator<char>(file), {}};
-}
-
-inline std::string sha256(const std::string& bytes) {
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned length = 0;
-    if (!EVP_Digest(bytes.data(), bytes.size(), digest, &length, EVP_sha256(), nullptr))
-        throw Error("OpenSSL could not compute a sha256.");
-    std::string text;
-    for (unsigned i = 0; i < length; ++i)
-        for (int digit : {digest[i] >> 4, digest[i] & 15}) text += "0123456789abcdef"[digit];
-    return text;
-}
-
-// The float32 tensor of a safetensors file. The header is JSON behind its length in 8 bytes.
-inline ov::Tensor float_tensor(const std::string& bytes, const std::string& name, const std::string& file) {
-    std::uint64_t length = 0;
-    if (bytes.size() < sizeof length) throw Error(file + " is no safetensors file: it is too short.");
-    std::memcpy(&length, bytes.data(), sizeof length);
-    const std::uint64_t rest = bytes.size() - sizeof length;
-    if (length > rest) throw Error(file + " is no safetensors file: its header is longer than it.");
-    const Json header = Json::parse(bytes.substr(sizeof length, length));
-    if (!header.contains(name)) throw Error(file + " has no tensor " + name + ".");
-    const Json& entry = header.at(name);
-    const auto shape = entry.at("shape").get<ov::Shape>();
-    const auto [begin, end] = entry.at("data_offsets").get<std::pair<std::uint64_t, std::uint64_t>>();
-    const bool fits = begin <= end && end <= rest - length && end - begin == ov::shape_size(shape) * sizeof(float);
-    if (entry.at("dtype") != "F32" || !fits) throw Error(file + ": " + name + ": expected float32 of its shape.");
-    ov::Tensor tensor(ov::element::f32, shape);
-    std::memcpy(tensor.data(), bytes.data() + sizeof length + length + begin, end - begin);
-    return tensor;
-}
-
-// JSON of a file. (By itself a parser takes the last of a key's values, and says nothing of the others.)
-inline Json parse(const std::string& text, const std::string& file) {
-    std::vector<std::set<std::string>> open;
-    return Json::parse(text, [&](int, Json::parse_event_t event, Json& parsed) {
-        if (event == Json::parse_event_t::object_start) open.emplace_back();
-        if (event == Json::parse_event_t::object_end) open.pop_back();
-        if (event == Json::parse_event_t::key && !open.back().insert(parsed.get<std::string>()).second)
-            throw Error(file + ": " + parsed.dump() + " is there twice.");
-        return true;
-    });
-}
-
-// Throws where a manifest's value is not what it can be, naming it.
-inline void expect(bool fits, const std::string& key, const std::string& expected, const Json& found) {
-    if (!fits) throw Error(key + ": expected " + expected + ", found " + found.dump() + ".");
-}
-
-inline bool is_count(const Json& value) { return value.is_number_unsigned(); }
 
 // How pictures become images. The numbers for its graph are told twice: by what the transform itself is, too, which
 // Python goes by.
@@ -104,10 +33,10 @@ inline void check_transform(const Json& owner, const std::string& where, const J
     expect(size == wanted, own + ".input_size", "the backbone's " + wanted.dump(), size);
     for (const char* key : {"mean", "std"}) {
         const Json values = transform.value(key, Json());
-        const auto is_number = [](const Json& value) { return value.is_number(); };
         const bool each = values.is_array() && values.size() == size[0];
-        expect(each && std::all_of(values.begin(), values.end(), is_number), own + "." + key, "a number for each channel",
-               values);
+        const auto fits = key == std::string("std") ? [](const Json& value) { return value.is_number() && value > 0; }
+                                                    : [](const Json& value) { return value.is_number(); };
+        expect(each && are(values, fits), own + "." + key, "a number for each channel, of std more than 0", values);
     }
     const Json share = transform.at("crop_pct");
     expect(share.is_number() && share > 0 && share <= 2, own + ".crop_pct", "a number in (0, 2]", share);
@@ -147,13 +76,17 @@ inline void check_entry(const Json& entry, const std::string& where, const Json&
     const auto value = [&](const char* key) { return entry.value(key, Json()); };
     const Json name = value("name"), row = value("row"), classes = value("classes"), names = value("class_names");
     expect(name.is_string(), where + ".name", "a name", name);
+    expect(name != "backbone", where + ".name", "another name than the bare model's", name);
+    expect(value("verified").is_boolean(), where + ".verified", "true or false", value("verified"));
+    const Json strength = entry.value("strength", Json(1));
+    expect(strength.is_number(), where + ".strength", "a finite number", strength);
     const bool placed = is_count(row) && row > 0;
     expect(placed || (row.is_null() && manifest.at("kind") == "folded"), where + ".row", "1 or more", row);
     expect(is_count(classes), where + ".classes", "a number of classes", classes);
     const Json& most = manifest.at("classes");
     expect(most == 0 || classes <= most, where + ".classes", "at most the graph's " + most.dump(), classes);
-    expect(names.is_null() || names.is_array(), where + ".class_names", "a list of names, or null", names);
-    for (const Json& each : names) expect(each.is_string(), where + ".class_names", "a list of names", each);
+    expect(entry.contains("class_names") && (names.is_null() || are(names, is_text)), where + ".class_names",
+           "a list of names, or null", names);
     expect(names.empty() || names.size() == classes, where + ".class_names", classes.dump() + " names", names.size());
     static const Json kinds = {nullptr, "single_label_classification", "multi_label_classification", "regression"};
     const Json kind = value("problem_type");
@@ -204,6 +137,41 @@ inline void check_graph(const ov::CompiledModel& model, const Json& tensors, con
                     ", which it has not. Copy or export the bundle again.");
 }
 
+// Every file has a digest and a role of its own (of two banks, say, that a merge left, one would be taken), every graph
+// a precision that there is.
+inline void check_files(const Json& files, const Json& graphs, const std::string& in) {
+    static const std::regex digest("[0-9a-f]{64}"), digits(R"(\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$))");
+    std::map<std::string, std::string> roles;
+    for (const auto& [name, found] : files.items()) {
+        const bool fits = found.is_string() && std::regex_match(found.get<std::string>(), digest);
+        expect(fits, in + "files." + name, "64 hex digits", found);
+        const auto [other, alone] = roles.emplace(std::regex_replace(name, digits, ""), name);
+        if (!alone) throw Error(in + "files: expected one " + other->first + ", found " + other->second + " and " + name + ".");
+    }
+    static const std::set<std::string> known = {"float32", "float16", "bfloat16", "int8", "fp8", "int8-weights"};
+    for (const auto& [precision, name] : graphs.items()) {
+        if (!known.count(precision)) throw Error(in + "graph " + precision + ": expected one of " + Json(known).dump() + ".");
+        expect(name.is_string() && files.contains(name.get<std::string>()), in + "graphs." + precision,
+               "the name of one of its files", name);
+    }
+}
+
+// The columns of the graph's logits are those of the heads that answer: of the only one in a folded bundle, else of the
+// widest. The softmax over a part of them would be wrong.
+inline void check_classes(const Json& manifest, const std::string& in) {
+    const Json &classes = manifest.at("classes"), &row = manifest.at("row"), &own = manifest.at("backbone").at("classes");
+    if (classes == 0) return;
+    if (row.is_null()) {
+        for (const Json& entry : manifest.at("adapters"))
+            expect(entry.at("classes") == classes, in + "adapters[0].classes", "the graph's " + classes.dump(),
+                   entry.at("classes"));
+        return;
+    }
+    const Json backbone = row.at("backbone_head") == true ? own : Json(0u), widest = std::max(row.at("classes"), backbone);
+    expect(classes == widest, in + "classes", widest.dump() + ", the most of row.classes (" + row.at("classes").dump() +
+           ") and of the backbone's own classifier (" + backbone.dump() + ")", classes);
+}
+
 inline void check_manifest(const Json& manifest, const std::string& file) {
     const std::string in = file + ": ";
     expect(manifest.is_object(), file, "an object", manifest.type_name());
@@ -224,6 +192,8 @@ inline void check_manifest(const Json& manifest, const std::string& file) {
     for (const char* key : {"backbone", "graphs", "files"})
         expect(value(key).is_object(), in + key, "an object", value(key));
     expect(value("adapters").is_array(), in + "adapters", "a list", value("adapters"));
+    const Json own = value("backbone").value("classes", Json());
+    expect(is_count(own), in + "backbone.classes", "a number of classes", own);
     check_transform(manifest.at("backbone"), in + "backbone", manifest);
     std::set<Json> names, rows;
     size_t number = 0;
@@ -236,8 +206,8 @@ inline void check_manifest(const Json& manifest, const std::string& file) {
         if (!row.is_null()) expect(rows.insert(row).second, in + "adapters", "every row once", row);
     }
     check_tensors(manifest, in);
-    for (const auto& graph : manifest.at("graphs").items())
-        expect(graph.value().is_string(), in + "graphs." + graph.key(), "the name of a file", graph.value());
+    check_files(manifest.at("files"), manifest.at("graphs"), in);
+    check_classes(manifest, in);
 }
 
 class Bundle {
@@ -301,15 +271,21 @@ public:
         const Json& layout = manifest.at("row");
         const Json size = layout.value("size", Json());
         expect(shape.size() == 2 && shape[1] == size, file, "rows of " + size.dump() + " values", shape);
+        const Json backbone = layout.at("backbone_head") == true ? manifest.at("backbone").at("classes") : Json(0u);
         const size_t columns = layout.at("classes");  // a row ends with their biases, and whether they are its own
         expect(columns < shape[1], (path / "hhdeploy.json").string() + ": row.classes", "fewer than a row's", columns);
         for (const Json& entry : manifest.at("adapters")) {
             const std::string who = "adapter " + entry.at("name").get<std::string>();
             expect(entry.at("row") < shape[0], who, "a row from 1 to " + std::to_string(shape[0] - 1), entry.at("row"));
             const float* const own = bank.data<float>() + (entry.at("row").get<size_t>() + 1) * shape[1] - 1;
+            if (!columns || *own == 0) {  // it answers with the backbone's classifier, where there is one
+                expect(backbone == 0 || entry.at("classes") == backbone, who, "the backbone's " + backbone.dump() + " classes",
+                       entry.at("classes"));
+                continue;
+            }
             size_t classes = columns;  // columns that are none of its own have a bias of -infinity
             while (classes && own[std::ptrdiff_t(classes) - 1 - std::ptrdiff_t(columns)] == -INFINITY) --classes;
-            if (columns && *own != 0 && entry.at("classes") < classes)
+            if (entry.at("classes") < classes)
                 throw Error(who + ": expected " + std::to_string(classes) + " classes, which its row has, found " +
                             entry.at("classes").dump() + ". Export the bundle again.");
         }

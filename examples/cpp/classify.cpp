@@ -105,6 +105,8 @@ Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::str
     }
     request.infer();
     const ov::Tensor logits = request.get_tensor("logits");
+    if (logits.get_shape() != ov::Shape{asks.size(), bundle.manifest.at("classes")})
+        throw Error(bundle.path.string() + ": its graph gives logits of other sizes than its manifest tells.");
     Json results = Json::array();
     for (size_t i = 0; i < asks.size(); ++i) {
         const float* row = logits.data<float>() + i * logits.get_shape()[1];

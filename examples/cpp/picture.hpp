@@ -134,7 +134,8 @@ inline Picture resized_to(const Picture& picture, size_t height, size_t width, c
 // The transform of an adapter: `preprocess` says how, the inputs of `preprocess_graph` hold its numbers.
 class Transform {
 public:
-    explicit Transform(const Json& entry) : preprocess_(entry.at("preprocess")) {
+    explicit Transform(const Json& entry) : preprocess_({{"interpolation", "bicubic"}, {"crop_mode", "center"}}) {
+        preprocess_.update(entry.at("preprocess"));
         if (!entry.contains("preprocess_graph"))
             throw Error("adapter " + entry.at("name").get<std::string>() + ": its pictures are resized by " +
                         filter() + ", or are none: this example has bicubic and bilinear.");

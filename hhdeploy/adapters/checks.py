@@ -22,8 +22,8 @@ from hhdeploy.backbones.sites import (
     sites_of,
 )
 from hhdeploy.errors import AdapterError, OptionError, PlanError
+from hhdeploy.files.bundle_json import BACKBONE as BACKBONE
 
-BACKBONE = "backbone"
 # What requests call a whole model that was folded without an adapter.
 WHOLE = "model"
 

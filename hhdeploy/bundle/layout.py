@@ -129,18 +129,25 @@ class RowLayout:
             for name, offset in self.offsets.items()
         }
 
-    def misfit(self, bank: NDArray[np.float32], row: int | None, classes: int) -> str | None:
+    def misfit(
+        self, bank: NDArray[np.float32], row: int | None, classes: int, backbone: int
+    ) -> str | None:
         """What is wrong with the row and the number of classes that an adapter is said to have in
-        a bank, or None: a softmax over a part of its classes would be wrong without a word."""
+        a bank, or None: a softmax over a part of its classes would be wrong without a word.
+
+        ``backbone``: classes of the backbone's classifier, with which an adapter answers that has
+        none of its own; 0 where there is none.
+        """
         if row is None or not 0 < row < len(bank):
             return f"expected a row from 1 to {len(bank) - 1}, found {row!r}"
-        if not self.classes:
-            return None
+        if not (self.classes and bank[row, self.offsets["head.own"]]):
+            wrong = f"expected the backbone's {backbone} classes, found {classes}"
+            return wrong if backbone and classes != backbone else None
         # Not `views`, all of whose parts a bank of a thousand adapters would have to make.
         bias = bank[row, self.offsets["head.bias"] :][: self.classes]
         # Columns that are none of its own have a bias of -inf.
         beyond = np.flatnonzero(bias[classes:] != -np.inf)
-        if bank[row, self.offsets["head.own"]] and beyond.size:
+        if beyond.size:
             own = classes + int(beyond[-1]) + 1
             return f"expected {own} classes, which its row has, found {classes}"
         return None

@@ -285,7 +285,7 @@ class Bundle:
         """
         if self.manifest.layout is None:
             raise BundleError(f"{self.path} is a folded bundle: it has no bank.")
-        name = self.manifest.named(BANK_FILE)
+        name, backbone = self.manifest.named(BANK_FILE), self.manifest.backbone_classes
         bank = tensors_of(self.read(name), self.path / name, BundleError).get("adapter_bank")
         if bank is None or bank.ndim != 2 or bank.shape[1] != self.manifest.layout.size:
             raise BundleError(
@@ -293,7 +293,7 @@ class Bundle:
                 f"{self.manifest.layout.size}]. Export the bundle again."
             )
         for entry in self.manifest.adapters:
-            if wrong := self.manifest.layout.misfit(bank, entry.row, entry.classes):
+            if wrong := self.manifest.layout.misfit(bank, entry.row, entry.classes, backbone):
                 raise BundleError(
                     f"{self.path / MANIFEST}: adapter {entry.name!r}: {wrong}. Export the bundle "
                     "again."

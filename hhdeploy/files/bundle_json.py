@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from hhdeploy.errors import BundleError
 from hhdeploy.files.plain import can_be_named, read_plain
@@ -21,6 +21,8 @@ from hhdeploy.files.plain import can_be_named, read_plain
 MANIFEST = "hhdeploy.json"
 # Of all other files of a bundle; no manifest names it.
 SIGNATURE = "model.sig"
+# What requests call the bare model, and no adapter.
+BACKBONE = "backbone"
 # Of an adapter's directory, of this format or of PEFT, which is given for a bundle at times.
 CONFIG_FILE = "adapter_config.json"
 # A file that a change put there has eight digits of its content before its suffix.
@@ -95,6 +97,11 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _no_constant(word: str) -> NoReturn:
+    """Of NaN and Infinity, which Python alone reads."""
+    raise ValueError(f"{word} is no number of JSON, which other readers refuse: write null")
+
+
 def json_problem(error: Exception) -> str:
     """What is wrong with JSON, by the error of what reads it. Of a number of thousands of digits
     Python's own gives advice to its programmers."""
@@ -122,7 +129,9 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         text = read_plain(file).decode()
-        content = json.loads(text, object_pairs_hook=without_duplicates)
+        content = json.loads(
+            text, object_pairs_hook=without_duplicates, parse_constant=_no_constant
+        )
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(_no_bundle(path)) from None
     except OSError as error:
@@ -135,9 +144,10 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
             f"{file} cannot be read: {json_problem(error)}. Export the bundle again."
         ) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if type(version) is not int or version > newest:
+    if type(version) is not int or not 0 < version <= newest:
+        known = "1 or more" if type(version) is int and version < 1 else f"at most {newest}"
         raise BundleError(
-            f"{file}: schema_version: expected at most {newest}, found {version!r}. "
+            f"{file}: schema_version: expected {known}, found {version!r}. "
             "Upgrade with pip install -U hhdeploy, or export the bundle again."
         )
     assert isinstance(content, dict)
@@ -193,7 +203,11 @@ def check_bundle_json(content: Mapping[str, Any]) -> None:
             raise ValueError(f"adapters: expected every {key} once, found {values}")
     for key in ("backbone", "graphs", "files", "versions", "tensors"):
         _value(content, key, _is_object, "an object")
+    _value(content, "engines", _is_list, "a list")
     backbone = content["backbone"]
+    _value(backbone, "args", _is_object, "an object", "backbone.")
+    _value(backbone, "classifier", _is_text, "a module's path", "backbone.")
+    _value(backbone, "dim", _is_count, "a number", "backbone.")
     for key in ("model", "sha256", *({"signs_sha256", "buffers_sha256"} & backbone.keys())):
         _value(backbone, key, _is_text, "a text", "backbone.")
     own = _value(backbone, "classes", _is_count, "a number of classes", "backbone.")
@@ -202,17 +216,61 @@ def check_bundle_json(content: Mapping[str, Any]) -> None:
     _value(content, "bank_as_constant", _is_bool, "true or false")
     _check_logits(content["tensors"], classes)
     _check_sizes(adapters, _size(backbone))
-    for key in content["files"]:
-        _value(content["files"], key, _is_digest, "64 hex digits", "files.")
+    _check_files(content["files"])
     for key in content["graphs"]:
         _value(content["graphs"], key, _is_text, "the name of a file", "graphs.")
         if content["graphs"][key] not in content["files"]:
             raise ValueError(f"graphs.{key}: {content['graphs'][key]} is not among the files")
     if content["row"] is not None:
         row = _value(content, "row", _is_object, "an object or null")
+        for number, branch in enumerate(_value(row, "branches", _is_list, "a list", "row.")):
+            _check_branch(f"row.branches[{number}]", branch)
         for key in ("classes", "dim"):
             _value(row, key, _is_count, "a number", "row.")
         _value(row, "backbone_head", _is_bool, "true or false", "row.")
+    _check_classes(content, classes, own)
+
+
+def _check_branch(where: str, branch: Any) -> None:
+    if not isinstance(branch, dict):
+        raise ValueError(f"{where}: expected an object, found {branch!r}")
+    for key in ("linear", "form"):
+        _value(branch, key, _is_text, "a text", f"{where}.")
+    _value(branch, "sites", _are_texts, "a list of names", f"{where}.")
+    for key in ("out", "in", "rank"):
+        _value(branch, key, _is_count, "a number", f"{where}.")
+
+
+def _check_files(files: Mapping[str, Any]) -> None:
+    """Every file has a digest and a role of its own: of two banks, say, that a merge left, readers
+    would take one or the other."""
+    roles: dict[str, str] = {}
+    for name in files:
+        _value(files, name, _is_digest, "64 hex digits", "files.")
+        if (other := roles.setdefault(plain_name(name), name)) != name:
+            raise ValueError(f"files: expected one {plain_name(name)}, found {other} and {name}")
+
+
+def _check_classes(content: Mapping[str, Any], classes: int, backbone: int) -> None:
+    """The columns of the graph's logits are those of the heads that answer: of the only one in a
+    folded bundle, else of the widest. The softmax over a part of them would be wrong."""
+    row = content["row"]
+    if not classes:
+        return
+    if row is None:
+        for number, entry in enumerate(content["adapters"]):
+            if (found := entry["classes"]) != classes:
+                raise ValueError(
+                    f"adapters[{number}].classes: expected the graph's {classes}, found {found}"
+                )
+        return
+    widest = max(row["classes"], backbone if row["backbone_head"] else 0)
+    if classes != widest:
+        raise ValueError(
+            f"classes: expected {widest}, the most of row.classes ({row['classes']}) and of the "
+            f"backbone's own classifier ({backbone if row['backbone_head'] else 'none'}), found "
+            f"{classes}"
+        )
 
 
 def _check_logits(tensors: Mapping[str, Any], classes: int) -> None:
@@ -241,6 +299,7 @@ def _check_adapter(where: str, entry: Any, most: int) -> None:
         raise ValueError(f"{where}: expected an object, found {entry!r}")
     prefix = f"{where}."
     _value(entry, "name", _is_text, "a name", prefix)
+    _value(entry, "name", _is_no_backbone, "another name than the bare model's", prefix)
     _value(
         entry, "row", lambda x: x is None or (_is_count(x) and x > 0), "1 or more, or null", prefix
     )
@@ -296,9 +355,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_no_backbone(value: Any) -> bool:
+    return bool(value != BACKBONE)
+
+
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
 def _are_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(map(_is_text, value)))
+    return value is None or _are_texts(value)

@@ -1,9 +1,8 @@
 /** The bank's rows: one for each adapter, the first the bare backbone's. */
 
-import { BACKBONE } from "./checks.js";
 import { HhdeployError } from "./errors.js";
 import { partsOf } from "./layout.js";
-import { MANIFEST, type AdapterEntry, type Manifest, type Row } from "./manifest.js";
+import { BACKBONE, MANIFEST, type AdapterEntry, type Manifest, type Row } from "./manifest.js";
 import { readSafetensors, type Tensor } from "./safetensors.js";
 import { readChecked, type Source } from "./source.js";
 
@@ -16,15 +15,17 @@ const BANK = /^bank(\.[0-9a-f]{8})?\.safetensors$/;
  */
 export async function rowsOf(source: Source, manifest: Manifest): Promise<Map<string, Float32Array>> {
   const rows = new Map<string, Float32Array>();
-  const { row: layout, bank_as_constant: constant, adapters } = manifest;
+  const { row: layout, bank_as_constant: constant, adapters, backbone } = manifest;
   const file = Object.keys(manifest.files).find((name) => BANK.test(name));
   if (!layout || (constant && !file)) return rows;
   const tensors = readSafetensors(await readChecked(source, file ?? "bank.safetensors", manifest.files), file ?? "");
   const bank = tensors.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
   const size = layout.size;
-  if (bank.shape[1] !== size) throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values.`);
+  if (bank.shape.length !== 2 || bank.shape[1] !== size) {
+    throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values, found [${bank.shape}].`);
+  }
   for (const entry of adapters) {
-    const wrong = misfit(bank, layout, entry);
+    const wrong = misfit(bank, layout, entry, backbone.classes);
     if (wrong) {
       throw new HhdeployError(`${source.name}/${MANIFEST}: adapter ${entry.name}: ${wrong}. Export the bundle again.`);
     }
@@ -36,16 +37,20 @@ export async function rowsOf(source: Source, manifest: Manifest): Promise<Map<st
 }
 
 /** What is wrong with the row and the number of classes of an adapter: a softmax over a part of them would be too. */
-function misfit({ data, shape }: Tensor, layout: Row, { row, classes }: AdapterEntry): string | undefined {
+function misfit({ data, shape }: Tensor, layout: Row, { row, classes }: AdapterEntry, backbone: number): string | undefined {
   const rows = shape[0]!;
   if (!(row! < rows)) return `expected a row from 1 to ${rows - 1}, found ${row}`;
-  if (!layout.classes) return undefined;
   const offsets = new Map(partsOf(layout).map(({ part, offset }) => [part, offset]));
   const begin = row! * layout.size;
+  if (!layout.classes || !data[begin + offsets.get("head.own")!]) {
+    // It answers with the backbone's classifier, where there is one.
+    const same = classes === backbone || !backbone || !layout.backbone_head;
+    return same ? undefined : `expected the backbone's ${backbone} classes, found ${classes}`;
+  }
   const bias = data.subarray(begin + offsets.get("head.bias")!).subarray(0, layout.classes);
   // Columns that are none of its own have a bias of -Infinity.
   const own = bias.reduce((last, x, i) => (x === -Infinity ? last : i + 1), 0);
-  return data[begin + offsets.get("head.own")!] && own > classes
+  return own > classes
     ? `expected ${own} classes, which its row has, found ${classes}`
     : undefined;
 }

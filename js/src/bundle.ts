@@ -6,14 +6,14 @@ import type * as OrtCommon from "onnxruntime-common";
 import { readAdapter, type Adapter } from "./adapter.js";
 import { answersOf, checkNumbers, type Answer } from "./answers.js";
 import { rowsOf } from "./bank.js";
-import { BACKBONE, checkName } from "./checks.js";
+import { checkName } from "./checks.js";
 import { HhdeployError } from "./errors.js";
-import { MANIFEST, parseManifest, type AdapterEntry, type Manifest } from "./manifest.js";
+import { BACKBONE, MANIFEST, readManifest, type AdapterEntry, type Manifest } from "./manifest.js";
 import { upright } from "./orientation.js";
-import { checkResized, graphFor } from "./preprocess.js";
+import { checkResized, graphFor, type PreprocessGraph } from "./preprocess.js";
 import { packRow } from "./row.js";
 import { DamagedError, readChecked, type Source } from "./source.js";
-import { checkGraph } from "./tensors.js";
+import { checkGraph, checkPictures } from "./tensors.js";
 
 /** onnxruntime-web or onnxruntime-node, imported by whoever opens a bundle. */
 export type Runtime = Pick<typeof OrtCommon, "InferenceSession" | "Tensor">;
@@ -50,8 +50,7 @@ const AS_IT_IS = { graphOptimizationLevel: "disabled" } as const;
 export async function openBundle(source: Source, ort: Runtime, options: OpenOptions = {}): Promise<Bundle> {
   let before = "";
   for (let attempt = 1; ; attempt++) {
-    const text = new TextDecoder().decode(await source.read(MANIFEST));
-    const manifest = parseManifest(text, `${source.name}/${MANIFEST}`);
+    const { text, manifest } = readManifest(await source.read(MANIFEST), `${source.name}/${MANIFEST}`);
     try {
       return await opened(source, ort, manifest, options);
     } catch (error) {
@@ -64,7 +63,7 @@ export async function openBundle(source: Source, ort: Runtime, options: OpenOpti
 
 async function opened(source: Source, ort: Runtime, manifest: Manifest, options: OpenOptions): Promise<Bundle> {
   const precision = options.precision ?? "float32";
-  const graph = manifest.graphs[precision];
+  const graph = Object.hasOwn(manifest.graphs, precision) ? manifest.graphs[precision] : undefined;
   if (!graph) {
     const there = Object.keys(manifest.graphs).join(", ");
     throw new HhdeployError(`${source.name}: expected a precision of ${there}, found ${precision}.`);
@@ -117,8 +116,17 @@ async function sessionOf(
   { bytes, externalData }: GraphFiles,
   options: InferenceSession.SessionOptions = {},
 ): Promise<InferenceSession> {
-  if (source.path) return ort.InferenceSession.create(source.path(graph), options);
-  return ort.InferenceSession.create(bytes, { ...options, externalData });
+  try {
+    if (source.path) return await ort.InferenceSession.create(source.path(graph), options);
+    return await ort.InferenceSession.create(bytes, { ...options, externalData });
+  } catch (error) {
+    const said = error instanceof Error ? error.message : String(error);
+    throw new HhdeployError(
+      `${source.name}: ${graph}: expected a graph that the runtime can open: ${said.trim().replace(/\.?$/, ".")} If it is as ` +
+        "it was exported, the runtime lacks what it needs; else export the bundle again.",
+      { cause: error },
+    );
+  }
 }
 
 /** An adapter as it is at one moment: another one may get its name while a call is under way. */
@@ -222,7 +230,7 @@ export class Bundle {
           "hhdeploy; filters beside bicubic and bilinear have none, nor have models of other channels than 1 or 3.",
       );
     }
-    const session = await this.#graph(graph.file);
+    const session = await this.#graph(graph);
     const turned = preprocess.exif ? upright(picture) : picture;
     checkResized(graph, turned.width, turned.height);
     const feeds: Record<string, OrtTensor> = { image: this.#image(turned) };
@@ -326,12 +334,12 @@ export class Bundle {
   }
 
   /** A session of a preprocessing graph, opened once; one that did not open is tried again. */
-  #graph(file: string): Promise<InferenceSession> {
+  #graph({ file, inputs }: PreprocessGraph): Promise<InferenceSession> {
     const there = this.#graphs.get(file);
     if (there) return there;
-    const opening = filesOf(this.source, this.manifest, file).then((files) =>
-      sessionOf(this.source, this.small, file, files, AS_IT_IS),
-    );
+    const opening = filesOf(this.source, this.manifest, file)
+      .then((files) => sessionOf(this.source, this.small, file, files, AS_IT_IS))
+      .then((session) => checkPictures(session, inputs, `${this.source.name}: ${file}`));
     this.#graphs.set(file, opening);
     opening.catch(() => this.#graphs.delete(file));
     return opening;

@@ -3,11 +3,8 @@
 import type { Adapter } from "./adapter.js";
 import { checkClassNames } from "./config.js";
 import { HhdeployError } from "./errors.js";
-import type { Backbone, Branch, Row } from "./manifest.js";
+import { BACKBONE, type Backbone, type Branch, type Row } from "./manifest.js";
 import { linearsOf, selectSites } from "./sites.js";
-
-/** The backbone without an adapter. */
-export const BACKBONE = "backbone";
 
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
 const SHOWN = 8;

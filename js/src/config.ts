@@ -1,7 +1,7 @@
 /** adapter_config.json: what it says, and whether it can. The checks are Python's; a test gives both the same files. */
 
 import { HhdeployError } from "./errors.js";
-import { expecting, isCount, isNone, isNumbers, isObject, isStrings, parseJson, type Json } from "./json.js";
+import { expecting, isCount, isNone, isNumbers, isObject, isStrings, parseJson, textOf, type Json } from "./json.js";
 import { PROBLEM_TYPES, type ProblemType } from "./manifest.js";
 import { checkPreprocess, type AdapterPreprocess } from "./preprocess.js";
 import { expressionOf, KINDS, SEQUENTIAL_KINDS } from "./sites.js";
@@ -123,7 +123,7 @@ export function checkMeaning(means: AdapterConfig["problem_type"], classes: numb
 function objectOf(bytes: Uint8Array, where: string): Json {
   let content: unknown;
   try {
-    content = parseJson(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes));
+    content = parseJson(textOf(bytes));
   } catch (error) {
     throw new HhdeployError(`${where}: expected JSON: ${error}`);
   }

@@ -5,6 +5,15 @@ import { HhdeployError } from "./errors.js";
 export type Json = Record<string, unknown>;
 
 /**
+ * The text of a file of JSON, which is UTF-8 without a mark in front.
+ *
+ * @throws TypeError it is not UTF-8.
+ */
+export function textOf(bytes: Uint8Array): string {
+  return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+}
+
+/**
  * `JSON.parse`, which takes the last of a key's values, and says nothing of the others.
  *
  * @throws SyntaxError no JSON. HhdeployError a key is twice in one object.

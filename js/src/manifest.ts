@@ -1,13 +1,15 @@
 /** hhdeploy.json: what a bundle holds. Only the parts that a client needs are described. */
 
 import { HhdeployError } from "./errors.js";
-import { expecting, isCount, isNone, isObject, isStrings, parseJson, type Json } from "./json.js";
-import { partsOf } from "./layout.js";
+import { expecting, isCount, isNone, isObject, isStrings, parseJson, textOf, type Json } from "./json.js";
+import { partsOf, type Part } from "./layout.js";
 import { checkGraph, checkPreprocess, type AdapterPreprocess, type Preprocess, type PreprocessGraph } from "./preprocess.js";
 import { checkTensors } from "./tensors.js";
 
 /** What a bundle calls it. */
 export const MANIFEST = "hhdeploy.json";
+/** The backbone without an adapter; none has this name. */
+export const BACKBONE = "backbone";
 
 /** What a head's numbers mean. */
 export const PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"] as const;
@@ -76,7 +78,25 @@ export interface Manifest {
 }
 
 const NEWEST_SCHEMA = 2;
+const PRECISIONS = ["float32", "float16", "bfloat16", "int8", "fp8", "int8-weights"];
 const SHA256 = /^[0-9a-f]{64}$/;
+// A file that a change put there has eight digits of its content before its suffix.
+const DIGITS = /\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)/;
+
+/**
+ * A manifest and its text, from the file's bytes.
+ *
+ * @throws HhdeployError see `parseManifest`; or the bytes are not UTF-8.
+ */
+export function readManifest(bytes: Uint8Array, where: string): { text: string; manifest: Manifest } {
+  let text: string;
+  try {
+    text = textOf(bytes);
+  } catch (error) {
+    throw new HhdeployError(`${where}: expected a bundle's manifest in UTF-8: ${error}`);
+  }
+  return { text, manifest: parseManifest(text, where) };
+}
 
 /**
  * A manifest from its JSON.
@@ -93,6 +113,7 @@ export function parseManifest(text: string, where: string): Manifest {
   if (!isObject(content) || !Number.isInteger(content.schema_version) || !isObject(content.files)) {
     throw new HhdeployError(`${where}: expected a bundle's manifest, found other JSON.`);
   }
+  expecting(content, where)("schema_version", (content.schema_version as number) > 0, "1 or more");
   if ((content.schema_version as number) > NEWEST_SCHEMA) {
     throw new HhdeployError(
       `${where}: schema_version: expected at most ${NEWEST_SCHEMA}, found ` +
@@ -111,7 +132,7 @@ function checkManifest(content: Json, where: string): void {
   }
   expect("kind", content.kind === (isNone(content.row) ? "folded" : "branches"), "branches with a row, else folded");
   expect("classes", isCount(content.classes), "a number of classes");
-  expect("adapters", Array.isArray(content.adapters), "a list");
+  for (const key of ["adapters", "engines"]) expect(key, Array.isArray(content[key]), "a list");
   const adapters = content.adapters as Json[];
   adapters.forEach((entry, i) => {
     const place = `adapters[${i}]`;
@@ -137,27 +158,63 @@ function checkManifest(content: Json, where: string): void {
     checkGraph(graph, own as AdapterPreprocess, files, where, prefix);
   checkItsGraph(content.backbone as Json, "backbone.");
   adapters.forEach((entry, i) => checkItsGraph(entry, `adapters[${i}].`));
-  for (const [name, digest] of Object.entries(files)) {
-    expecting(files, where, "files.")(name, typeof digest === "string" && SHA256.test(digest), "64 hex digits");
-  }
+  checkFiles(files, where);
   for (const [precision, name] of Object.entries(content.graphs as Json)) {
     const there = typeof name === "string" && Object.hasOwn(files, name);
     expecting(content.graphs as Json, where, "graphs.")(precision, there, "the name of one of its files");
+    if (!PRECISIONS.includes(precision)) {
+      throw new HhdeployError(`${where}: graph ${precision}: expected one of ${PRECISIONS.join(", ")}.`);
+    }
   }
   if (!isNone(content.row)) checkRow(content.row, where);
   checkTensors(content, where);
+  checkClasses(content, where);
+}
+
+/** Every file has a digest and a role of its own: of two banks, say, that a merge left, one would be taken. */
+function checkFiles(files: Json, where: string): void {
+  const roles = new Map<string, string>();
+  for (const [name, digest] of Object.entries(files)) {
+    expecting(files, where, "files.")(name, typeof digest === "string" && SHA256.test(digest), "64 hex digits");
+    const role = name.replace(DIGITS, "");
+    const other = roles.get(role);
+    if (other !== undefined) throw new HhdeployError(`${where}: files: expected one ${role}, found ${other} and ${name}.`);
+    roles.set(role, name);
+  }
+}
+
+/**
+ * The columns of the graph's logits are those of the heads that answer: of the only one in a folded bundle, else of the
+ * widest. The softmax over a part of them would be wrong.
+ */
+function checkClasses(content: Json, where: string): void {
+  const { classes, row } = content;
+  if (!classes) return;
+  if (isNone(row)) {
+    (content.adapters as Json[]).forEach((entry, i) =>
+      expecting(entry, where, `adapters[${i}].`)("classes", entry.classes === classes, `the graph's ${classes}`),
+    );
+    return;
+  }
+  const { classes: own, backbone_head: kept } = row as Row;
+  const backbone = kept ? ((content.backbone as Json).classes as number) : 0;
+  const widest = Math.max(own, backbone);
+  const why = `${widest}, the most of row.classes (${own}) and of the backbone's own classifier (${kept ? backbone : "none"})`;
+  expecting(content, where)("classes", classes === widest, why);
 }
 
 function checkEntry(entry: Json, { classes: most, row }: Json, where: string, prefix: string): void {
   const { name, classes, problem_type: means, verified, strength = 1 } = entry;
   const expect = expecting(entry, where, prefix);
   expect("name", typeof name === "string", "a name");
+  expect("name", name !== BACKBONE, "another name than the bare model's");
   const placed = isCount(entry.row) && entry.row > 0;
   expect("row", placed || (isNone(row) && isNone(entry.row)), "1 or more, or null in a folded bundle");
   expect("verified", typeof verified === "boolean", "true or false");
   expect("strength", Number.isFinite(strength), "a finite number");
   expect("classes", isCount(classes), "a number of classes");
   expect("classes", !most || (classes as number) <= (most as number), `at most the graph's ${most}`);
+  expect("class_names", Object.hasOwn(entry, "class_names"), "a list of names, or null");
   checkNames(entry, where, prefix);
   expect("problem_type", isNone(means) || isMeaning(means), `one of ${PROBLEM_TYPES.join(", ")}, or null`);
   expect("preprocess", isObject(entry.preprocess), "an object");
@@ -167,6 +224,9 @@ function checkEntry(entry: Json, { classes: most, row }: Json, where: string, pr
 function checkBackbone(backbone: Json, where: string, prefix: string): void {
   const expect = expecting(backbone, where, prefix);
   for (const key of ["model", "sha256"]) expect(key, typeof backbone[key] === "string", "a text");
+  expect("args", isObject(backbone.args), "an object");
+  expect("classifier", typeof backbone.classifier === "string", "a module's path");
+  expect("dim", isCount(backbone.dim), "a number");
   for (const key of ["signs_sha256", "buffers_sha256"]) {
     expect(key, !(key in backbone) || typeof backbone[key] === "string", "a text");
   }
@@ -196,13 +256,17 @@ function checkRow(row: unknown, where: string): void {
   for (const key of ["classes", "dim"]) expecting(given, where, "row.")(key, isCount(given[key]), "a number");
   expecting(given, where, "row.")("backbone_head", typeof given.backbone_head === "boolean", "true or false");
   const parts = partsOf(given as unknown as Row);
-  const told = Array.isArray(given.parts) ? (given.parts as Json[]) : [];
-  const same = told.map(({ part, offset, shape }) => ({ part, offset, shape }));
-  if (JSON.stringify(same) !== JSON.stringify(parts)) {
+  const told: unknown[] = Array.isArray(given.parts) ? given.parts : [];
+  if (told.length !== parts.length || !parts.every((part, i) => isPart(told[i], part))) {
     throw new HhdeployError(`${where}: row.parts: expected those of row.branches, in their order.`);
   }
   const size = parts.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
   expecting(given, where, "row.")("size", given.size === size, `the ${size} values of its parts`);
+}
+
+function isPart(x: unknown, { part, offset, shape }: Part): boolean {
+  const known = isObject(x) && Object.keys(x).length === 3 && x.part === part && x.offset === offset;
+  return known && JSON.stringify(x.shape) === JSON.stringify(shape);
 }
 
 function isBranch(x: unknown): boolean {

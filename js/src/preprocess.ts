@@ -110,7 +110,7 @@ export function checkGraph(given: unknown, own: AdapterPreprocess, files: object
   const numbers = isObject(found.inputs) ? found.inputs : {};
   expecting(found, where, `${prefix}preprocess_graph.`)("file", found.file === file, `${file}, as its preprocess has it`);
   for (const name of Object.keys({ ...inputs, ...numbers })) {
-    const expected: unknown = (inputs as Json)[name];
+    const expected: unknown = Object.hasOwn(inputs, name) ? (inputs as Json)[name] : undefined;
     const expect = expecting(numbers, where, `${prefix}preprocess_graph.inputs.`);
     expect(name, same(numbers[name], expected), `${JSON.stringify(expected)}, as its preprocess has it`);
   }

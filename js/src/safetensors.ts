@@ -1,6 +1,7 @@
 /** Reads safetensors: a length, a header in JSON, and the tensors' bytes, little-endian. */
 
 import { HhdeployError } from "./errors.js";
+import { isNone, isObject, isStrings, textOf } from "./json.js";
 
 export interface Tensor {
   shape: number[];
@@ -31,7 +32,7 @@ export function readSafetensors(bytes: Uint8Array, where: string): Map<string, T
   }
   let header: unknown;
   try {
-    header = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes.subarray(8, 8 + length)));
+    header = JSON.parse(textOf(bytes.subarray(8, 8 + length)));
   } catch (error) {
     throw new HhdeployError(`${where}: expected safetensors, found a header that is no JSON: ${error}`);
   }
@@ -56,7 +57,10 @@ export function readSafetensors(bytes: Uint8Array, where: string): Map<string, T
 
 /** What a header says of its tensors, in the order of their bytes. */
 function described(header: unknown, where: string): [string, Described][] {
-  const { __metadata__: _, ...all } = Object(header) as Record<string, Partial<Described> | null>;
+  const { __metadata__: told, ...all } = Object(header) as Record<string, Partial<Described> | null>;
+  if (!isNone(told) && !(isObject(told) && isStrings(Object.values(told)))) {
+    throw new HhdeployError(`${where}: __metadata__: expected texts, found ${JSON.stringify(told)}: the file is damaged.`);
+  }
   for (const [name, each] of Object.entries(all)) {
     const { dtype, shape, data_offsets: offsets } = each ?? {};
     if (typeof dtype !== "string" || !isCounts(shape) || !isCounts(offsets) || offsets.length !== 2) {

@@ -16,21 +16,22 @@ export function checkTensors(content: Json, where: string): void {
   const { input_size: images } = (content.backbone as Json).preprocess as Json;
   const tensors = content.tensors as Json;
   const { logits } = tensors;
-  const columns = classes ? `batch,${classes}` : "undefined";
-  expecting(content, where)("classes", String(logits) === columns, `those of tensors.logits, [${logits}]`);
+  const columns = classes ? ["batch", classes] : undefined;
+  expecting(content, where)("classes", alike(logits, columns), `those of tensors.logits, [${logits}]`);
   const expect = expecting(tensors, where, "tensors.");
-  expect("images", String(tensors.images) === `batch,${images}`, `[batch,${images}], as the backbone's`);
+  expect("images", alike(tensors.images, ["batch", ...(images as number[])]), `[batch,${images}], as the backbone's`);
   const ids = isNone(row) ? undefined : ["batch"];
   const bank = isNone(row) || constant ? undefined : ["slots", size];
   for (const [name, shape] of Object.entries({ adapter_ids: ids, adapter_bank: bank })) {
-    const same = JSON.stringify(tensors[name]) === JSON.stringify(shape);
-    expect(name, same, shape ? `[${shape}], as its row has it` : "none");
+    expect(name, alike(tensors[name], shape), shape ? `[${shape}], as its row has it` : "none");
   }
   for (const name of OUTPUTS.slice(1)) {
     const [batch, ...sizes] = Array.isArray(tensors[name]) ? (tensors[name] as unknown[]) : [];
     expect(name, tensors[name] === undefined || (batch === "batch" && sizes.every(isCount)), "[batch, sizes]");
   }
 }
+
+const alike = (one: unknown, other: unknown) => JSON.stringify(one) === JSON.stringify(other);
 
 /** Throws where a graph takes or gives others than the manifest tells; of runtimes that tell no shapes names alone. */
 export function checkGraph(session: InferenceSession, { graphs, tensors }: Manifest, precision: string, where: string): void {
@@ -49,6 +50,19 @@ export function checkGraph(session: InferenceSession, { graphs, tensors }: Manif
       );
     }
   }
+}
+
+/** The session of a graph of pictures. Throws where it takes or gives others than a picture, its numbers, and images. */
+export function checkPictures(session: InferenceSession, inputs: object, where: string): InferenceSession {
+  const [takes, gives] = [[...session.inputNames].sort(), session.outputNames];
+  const expected = ["image", ...Object.keys(inputs)].sort();
+  if (!alike(takes, expected) || !alike(gives, ["images"])) {
+    throw new HhdeployError(
+      `${where}: expected a graph that makes images of ${expected.join(", ")}, found one that makes ${gives.join(", ")} ` +
+        `of ${takes.join(", ")}. Copy or export the bundle again.`,
+    );
+  }
+  return session;
 }
 
 type Shape = readonly (string | number)[];

@@ -27,12 +27,15 @@ from hhdeploy.preprocess import open_image
 from hhdeploy.runtime import open_session
 from tests.broken_manifests import (
     BROKEN,
+    NO_BANK,
+    NO_JSON,
     OF_OTHER_GRAPHS,
     OF_OTHER_PICTURES,
     OF_OTHER_ROWS,
     broken,
     exchange_rows,
     first,
+    rewritten,
 )
 from tests.once import made_once
 from tests.support import assert_caught, assert_parity, random_adapter, tiny_spec
@@ -367,6 +370,42 @@ def test_a_manifest_that_cannot_be_right(program, branches, pictures, tmp_path, 
     done = run(program, broken(branches, tmp_path / "bundle", change), pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
     assert re.search(message, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("name", NO_JSON)
+def test_what_is_no_json_is_refused(program, branches, pictures, tmp_path, name):
+    bundle = rewritten(branches, tmp_path / "bundle", MANIFEST, NO_JSON[name])
+    done = run(program, bundle, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{MANIFEST}: expected JSON" in done.stderr
+
+
+@pytest.mark.parametrize("name", NO_BANK)
+def test_what_is_no_bank_is_refused(program, branches, pictures, tmp_path, name):
+    bundle = rewritten(branches, tmp_path / "bundle", BANK_FILE, NO_BANK[name])
+    done = run(program, bundle, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.match(f"Error: .*{BANK_FILE}", done.stderr), done.stderr
+
+
+def test_classes_of_a_folded_graph(program, folded, pictures, tmp_path):
+    def change(content):
+        first(content).update(classes=6, class_names=None)
+
+    done = run(program, broken(folded, tmp_path / "bundle", change), pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "classes: expected the graph's 7, found 6" in done.stderr
+
+
+def test_what_a_transform_leaves_out_is_as_python_has_it(program, small, pictures, tmp_path):
+    """Bicubic, from the centre."""
+
+    def change(content):
+        for key in ("interpolation", "crop_mode"):
+            del first(content)["preprocess"][key]
+
+    bundle = broken(small, tmp_path / "bundle", change)
+    assert asked(program, bundle, pictures[:1]) == asked(program, small, pictures[:1])
 
 
 def test_a_pipe_is_not_waited_for(program, branches, pictures, tmp_path):

@@ -7,21 +7,26 @@ import os
 import re
 
 import pytest
+from PIL import Image
 
-from hhdeploy.bundle.manifest import MANIFEST
+from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST
 from hhdeploy.errors import BundleError
 from hhdeploy.runtime import open_session
 from tests.broken_manifests import (
     BROKEN,
     BROKEN_ELSEWHERE,
+    NO_BANK,
+    NO_JSON,
     OF_OTHER_GRAPHS,
     OF_OTHER_PICTURES,
     OF_OTHER_ROWS,
     broken,
     exchange_rows,
     first,
+    graph_inputs,
+    rewritten,
 )
-from tests.js.conftest import encoded
+from tests.js.conftest import encoded, sent
 from tests.support import images
 from tests.workshop import copy_bundle
 
@@ -66,6 +71,76 @@ def test_a_key_that_is_there_twice(ask, branches, tmp_path):
     assert re.search(rf'{MANIFEST}.*"verified" is there twice', said["error"])
     with pytest.raises(BundleError, match="'verified' is there twice"):
         open_session(bundle)
+
+
+def test_what_is_no_json_is_refused(ask, branches, tmp_path):
+    bundles = [rewritten(branches, tmp_path / n, MANIFEST, edit) for n, edit in NO_JSON.items()]
+    for name, bundle, said in zip(NO_JSON, bundles, ask(*map(asked, bundles)), strict=True):
+        assert re.search(rf"HhdeployError: .*{MANIFEST}: expected a bundle's", said["error"]), name
+        with pytest.raises(BundleError, match=f"{MANIFEST} cannot be read"):
+            open_session(bundle)
+
+
+def test_what_is_no_bank_is_refused(ask, branches, tmp_path):
+    bundles = [rewritten(branches, tmp_path / n, BANK_FILE, edit) for n, edit in NO_BANK.items()]
+    for name, bundle, said in zip(NO_BANK, bundles, ask(*map(asked, bundles)), strict=True):
+        assert re.search(f"HhdeployError: .*{BANK_FILE}: ", said["error"]), name
+        with pytest.raises(BundleError, match=BANK_FILE):
+            open_session(bundle)
+
+
+def test_classes_of_a_folded_graph(ask, folded, tmp_path):
+    def change(content):
+        first(content).update(classes=6, class_names=None)
+
+    (said,) = ask(asked(broken(folded, tmp_path / "bundle", change)))
+    assert "adapters[0].classes: expected the graph's 7, found 6" in said["error"]
+
+
+def test_names_that_every_object_has(ask, branches, tmp_path):
+    """In JavaScript: of an adapter one is as good as another, of anything else it is none."""
+
+    def rename(content):
+        first(content)["name"] = "__proto__"
+
+    def number(content):
+        graph_inputs(content)["__proto__"] = {}
+
+    renamed = broken(branches, tmp_path / "renamed", rename)
+    names = ["__proto__", "constructor", "alpha"]
+    taken, *refused = ask(*(asked(renamed) | {"adapters": [name]} for name in names))
+    assert isinstance(taken, str)
+    for name, said in zip(names[1:], refused, strict=True):
+        assert "expected an adapter of __proto__, rival" in said["error"], name
+    for precision in ("constructor", "__proto__"):
+        (said,) = ask(asked(branches) | {"precision": precision})
+        assert f"expected a precision of float32, found {precision}." in said["error"]
+    (said,) = ask(asked(broken(branches, tmp_path / "number", number)))
+    assert "preprocess_graph.inputs.__proto__: expected undefined" in said["error"]
+
+
+@pytest.mark.parametrize("runtime", ["node", "web"])
+@pytest.mark.parametrize("content", [b"garbage", b""], ids=["garbage", "empty"])
+def test_a_graph_that_is_none(ask, served, branches, tmp_path, runtime, content):
+    """Its digest is right; the runtime's own error, of no class that a caller knows, came up."""
+    bundle = rewritten(branches, tmp_path / "bundle", "model.onnx", lambda _: content)
+    where = served(tmp_path) + "bundle" if runtime == "web" else str(bundle)
+    (said,) = ask(asked(bundle) | {"where": where, "runtime": runtime})
+    assert re.search(
+        "HhdeployError: .*model.onnx: expected a graph that the runtime can open: .*export the",
+        said["error"],
+    )
+
+
+@pytest.mark.parametrize("source", ["model.onnx", "README.md"])
+def test_a_graph_of_pictures_that_is_none(ask, branches, tmp_path, source):
+    """Whole models answered of feeds that they have not."""
+    content = (branches / source).read_bytes()
+    file = "preprocess.center.bicubic.onnx"
+    bundle = rewritten(branches, tmp_path / "bundle", file, lambda _: content)
+    pictures = sent([Image.new("RGB", (40, 40))])
+    (said,) = ask({**asked(bundle), "ask": "classify", "pictures": pictures})
+    assert re.search(f"HhdeployError: .*{file}: expected a graph that", said["error"])
 
 
 @pytest.mark.parametrize("which", ["branches", "heads", "folded", "constant"])

@@ -29,11 +29,43 @@ def test_what_cannot_be_is_refused(branches, tmp_path, name):
         Bundle.open(broken(branches, tmp_path / "bundle", change))
 
 
-@pytest.mark.parametrize("strength", [float("nan"), 10**400, "2", True, None])
+@pytest.mark.parametrize("strength", [10**400, "2", True, None])
 def test_a_strength_that_is_no_number(branches, tmp_path, strength):
     path = broken(branches, tmp_path / "b", lambda c: first(c).update(strength=strength))
     with pytest.raises(BundleError, match=r"adapters\[0\]\.strength: expected a finite number"):
         Bundle.open(path)
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_json_is_refused_wherever_it_stands(bundle, word):
+    """Python's parser takes it; no other reader of the bundle does."""
+    text = (bundle / MANIFEST).read_text().rstrip()
+    (bundle / MANIFEST).write_text(f'{text[:-1]}, "mine": {{"loss": {word}}}}}')
+    with pytest.raises(BundleError, match=rf"{MANIFEST} cannot be read: {word} is no number of"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("classes", [1, 6, 8])
+def test_all_columns_of_a_folded_graph_are_its_adapter_s(folded, tmp_path, classes):
+    """The softmax over six of seven classes was an answer."""
+
+    def change(content):
+        first(content).update(classes=classes, class_names=None)
+
+    with pytest.raises(BundleError, match=rf"classes: expected .*7, found {classes}"):
+        Bundle.open(broken(folded, tmp_path / "bundle", change))
+
+
+@pytest.mark.parametrize("key", ["out", "in", "rank"])
+def test_a_size_of_a_branch_that_is_no_integer(branches, tmp_path, key):
+    """48.0 equals 48 until it slices an array."""
+
+    def change(content):
+        branch = content["row"]["branches"][0]
+        branch[key] = float(branch[key])
+
+    with pytest.raises(BundleError, match=rf"row\.branches\[0\]\.{key}: expected a number"):
+        Bundle.open(broken(branches, tmp_path / "bundle", change))
 
 
 def test_a_bundle_and_an_adapter_in_each_other_s_place_are_told_apart(branches):
