@@ -21,6 +21,12 @@ _NEUTRAL = frozenset(
 # Those that shape no parameter, and of which two values are never the same: of any model, and of
 # what a classifier reads.
 _HEADS, _POOL, _ACTIVATION = "num_heads", "global_pool", "act_layer"
+# Behind a message about other weights, where there are others, too, that are no parameters.
+_FROZEN = (
+    " Of a checkpoint that is the same, norms that were frozen before attach (timm's "
+    "freeze_batch_norm_2d) have no weights, but buffers. Leave them as they are: attach freezes "
+    "their weights, and eval() on them after model.train() keeps their statistics."
+)
 # timm's second names of an activation.
 _SECOND = {"swish": "silu"}
 
@@ -52,13 +58,14 @@ def check_base(name: str, adapter: Adapter, facts: BackboneFacts) -> None:
     advice = (
         "Use the checkpoint that it was trained on, also for the bundle: export with `checkpoint`."
     )
+    buffers = config.base_buffers, facts.buffers
     if digests is not None and not proven:
         key, own, theirs = digests
+        frozen = all(buffers) and buffers[0] != buffers[1] and NO_BUFFERS not in buffers
         raise AdapterError(
             f"{adapter.source}: {key}: adapter {name!r} was trained on the weights "
-            f"{own[:12]}…, the backbone's are {theirs[:12]}…. {advice}"
+            f"{own[:12]}…, the backbone's are {theirs[:12]}…. {advice}{_FROZEN if frozen else ''}"
         )
-    buffers = config.base_buffers, facts.buffers
     if all(buffers) and buffers[0] != buffers[1]:
         own, theirs = (str(digest)[:12] for digest in buffers)
         raise AdapterError(

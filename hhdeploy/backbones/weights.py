@@ -37,6 +37,10 @@ AS_TRAINED = (
     " Numbers of such types are what quantisation leaves of weights: bring those that were "
     "trained; the bundle that is exported can be quantised."
 )
+# In the names of a model that `hhdeploy.training.attach` changed.
+_ATTACHED = re.compile(
+    r"\.parametrizations\.\w+\.\d+\.((matrices\.\d+|matrix)\.(u|v|d|lora_[AB])|s_in|s_out|db)$"
+)
 State = dict[str, "torch.Tensor"]
 
 
@@ -102,6 +106,14 @@ def advice_on_adapters(keys: Iterable[str]) -> str:
 def advice_on_parametrized(keys: Iterable[str]) -> str:
     """What to do with tensors that torch makes a weight of, behind a message that they do not fit;
     "" of others."""
+    keys = list(keys)
+    if any(map(_ATTACHED.search, keys)):
+        return (
+            " They are of a model that attach changed. Call attach with the same configuration on "
+            "the backbone that it was, load the file into that model (load_state_dict, without "
+            "what may stand before its names), and save the adapter there: "
+            "hhdeploy.training.save(model, DIR)."
+        )
     if not any(".parametrizations." in key for key in keys):
         return ""
     return (

@@ -312,6 +312,20 @@ def test_a_model_without_its_values_is_refused():
     attach(model, STEM_S)
 
 
+def test_norms_that_were_frozen_before_are_told_of():
+    """Their weights are buffers then, of the very same checkpoint."""
+    model = Stem()
+    adapter = extract(attach(timm.layers.freeze_batch_norm_2d(deepcopy(model)), STEM_S))
+    with pytest.raises(AdapterError, match=r"was trained on the weights .*freeze_batch_norm_2d\)"):
+        attach(model, adapter)
+    other = deepcopy(model)
+    with torch.no_grad():
+        other.mix.weight += 1
+    adapter = extract(attach(other, STEM_S))
+    with pytest.raises(AdapterError, match=r"was trained on the weights .*with `checkpoint`\.$"):
+        attach(model, adapter)
+
+
 @pytest.mark.parametrize("classes", [5, 3])
 def test_one_of_two_classifiers_takes_no_other(classes):
     """Of a distilled model, which averages both: classes of another number failed in its forward,

@@ -10,6 +10,7 @@ from hhdeploy.backbones.weights import (
     AS_TRAINED,
     NO_WEIGHTS,
     advice_on_more,
+    advice_on_parametrized,
     advice_on_peft,
     besides_classifier,
     derived,
@@ -73,9 +74,10 @@ def check_loading(
         random = found["missing"] or found["of another shape"]
         advice = AS_TRAINED if found[NO_WEIGHTS] else advice_on_more(head)
         advice = " Parts of the model would stay random." if random else advice
+        told = advice_on_peft(more) or advice_on_parametrized(more)
         raise BackboneError(
             f"{what}: the weights do not fit the model's configuration; keys "
-            f"{'; '.join(problems)}.{advice_on_peft(more) or advice}"
+            f"{'; '.join(problems)}.{told or advice}"
             f"{half_classifier(missing, head)}"
         )
 

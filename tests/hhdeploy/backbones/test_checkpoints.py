@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.utils import CheckpointSaver
 from torch.nn.utils.parametrizations import weight_norm
 
+from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.backbones.loading import load_backbone
@@ -24,6 +25,7 @@ from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.files.checkpoints import unwrapped
 from hhdeploy.files.tensors import read_tensors
+from hhdeploy.training import attach, extract
 from tests.own_models import compiled_encoder, encoder
 from tests.support import TINY_ARGS, TINY_MODEL, perturb, tiny_spec
 
@@ -233,6 +235,33 @@ def test_weights_that_torch_parametrizes_say_what_to_do(tmp_path, model):
     torch.save(wrapped.state_dict(), tmp_path / "x.pth")
     with pytest.raises(BackboneError, match=r"call .*remove_parametrizations\(MODULE, 'weight'\)"):
         load_backbone(spec(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize("form", ["additive", "sequential"])
+@pytest.mark.parametrize("start", ["", "net."])
+def test_a_model_with_an_adapter_attached_says_what_to_do(tmp_path, model, form, start):
+    """As a training saves it that knows nothing of adapters; what is told is the whole adapter."""
+    config = AdapterConfig("mine", form=form, num_classes=3, target_modules=("proj",))
+    trained = attach(copy.deepcopy(model), config, seed=1)
+    torch.save(named(trained.state_dict(), start), tmp_path / "x.pth")
+    said = r"They are of a model that attach changed\. Call attach .*hhdeploy\.training\.save"
+    for use in (load_backbone, lambda spec: extract_adapter(spec.checkpoint, tiny_spec())):
+        with pytest.raises(BackboneError, match=said):
+            use(spec(tmp_path / "x.pth"))
+    again = attach(copy.deepcopy(model), config, seed=2)
+    state = torch.load(tmp_path / "x.pth")
+    again.load_state_dict({key.removeprefix(start): value for key, value in state.items()})
+    assert extract(again).sites == extract(trained).sites
+    assert extract(again).head == extract(trained).head
+
+
+def test_a_model_of_transformers_with_an_adapter_attached_says_what_to_do(tmp_path):
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+    theirs.save_pretrained(tmp_path)
+    attach(theirs, AdapterConfig("mine", num_classes=3, target_modules=("o_proj",)))
+    torch.save(theirs.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=r"They are of a model that attach changed\."):
+        load_backbone(BackboneSpec(f"transformers:{tmp_path}", checkpoint=tmp_path / "x.pth"))
 
 
 def test_empty_tensors_of_deepspeed_say_what_to_do(tmp_path, model):
