@@ -112,6 +112,13 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": ("GELUTanh",),
     "quick_gelu": ("QuickGELU",),
 }
+# What marks the names of OpenAI's ViTs, what its own files have beside them, and OpenCLIP's
+# configuration.
+_CLIP_MARK, _OPENAI, _OPEN_CLIP = (
+    "visual.class_embedding",
+    "input_resolution",
+    "open_clip_config.json",
+)
 
 
 def marked(names: Iterable[str]) -> tuple[str, str] | None:
@@ -307,6 +314,52 @@ def agree(model: nn.Module, file: Path) -> tuple[tuple[str, ...], float]:
     return (), eps
 
 
+def agree_on_clip(
+    model: nn.Module, given: Mapping[str, torch.Tensor], file: Path
+) -> tuple[str, ...]:
+    """Compare the activation of a timm model with that of a ViT's weights in the names of OpenAI's
+    CLIP, which OpenCLIP's have as well: OpenAI's is QuickGELU, OpenCLIP's is in the configuration
+    beside them (open_clip_config.json).
+
+    Returns:
+        A line about what had to be assumed, if anything; none of weights in other names.
+
+    Raises:
+        BackboneError: it is another one, or the configuration cannot be read.
+    """
+    if not any(name.endswith(_CLIP_MARK) for name in given):
+        return ()
+    acts, path = _activations(model), file.parent / _OPEN_CLIP
+    if _OPENAI in given:
+        activation, where = "quick_gelu", f"{file}, a file of OpenAI's CLIP"
+    elif path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            quick = config["model_cfg"].get("quick_gelu", False)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise BackboneError(
+                f"{path}: expected OpenCLIP's model_cfg, which cannot be read: {error}."
+            ) from error
+        activation, where = "quick_gelu" if quick else "gelu", str(path)
+    else:
+        assumed = ", ".join(sorted(acts))
+        return (f"weights of CLIP without their {_OPEN_CLIP}: activation {assumed} assumed",)
+    if acts and not acts <= set(_ACTIVATIONS[activation]):
+        raise BackboneError(
+            f"{where}: the activation is {activation}, the timm model's "
+            f"{', '.join(sorted(acts))}. Pass `model_args={{'act_layer': '{activation}'}}`, beside "
+            "its other arguments."
+        )
+    return ()
+
+
+def _activations(model: nn.Module) -> set[str]:
+    """What the MLPs of a timm model have between their Linears."""
+    return {
+        type(m.act).__name__ for m in model.modules() if hasattr(m, "act") and hasattr(m, "fc1")
+    }
+
+
 def _of_images(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Of a CLIP's or SigLIP's configuration what is said of its tower; else all of it."""
     name = str(config.get("model_type")).removesuffix("_vision_model")
@@ -330,9 +383,7 @@ def _check(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
             "Pass `model_args` with the right num_heads."
         )
     activation = str(config.get("hidden_act", "gelu"))
-    acts = {
-        type(m.act).__name__ for m in model.modules() if hasattr(m, "act") and hasattr(m, "fc1")
-    }
+    acts = _activations(model)
     if acts and not acts <= set(_ACTIVATIONS.get(activation, ())):
         raise BackboneError(
             f"{path}: the activation is {activation}, the timm model's {', '.join(sorted(acts))}. "

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hhdeploy.backbones.converting import agree, is_transformers, timm_state
+from hhdeploy.backbones.converting import agree, agree_on_clip, is_transformers, timm_state
 from hhdeploy.backbones.facts import check_timm_args, transform_of
 from hhdeploy.backbones.licences import Licences, licences_of, licences_of_card, together
 from hhdeploy.backbones.meaning import Meaning, meaning_beside, meaning_of
@@ -295,6 +295,7 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str
         given, state = state, filter_fn(dict(state), model)  # timm's may take out of what it gets
         said += resampled(given, state, spec)
         said += passed_over(model, given, state, classifier)
+        said += agree_on_clip(model, given, spec.checkpoint)
     head = state.get(f"{classifier}.weight")
     classes = 0 if head is None else int(head.shape[0])
     if classes > 1:

@@ -301,6 +301,9 @@ def test_nothing_is_resampled_that_nobody_asked_for(tmp_path):
         load_backbone(BackboneSpec("vit_tiny_patch16_224", {"depth": 1}, checkpoint=file))
 
 
+ASSUMED = "weights of CLIP without their open_clip_config.json: activation {} assumed"
+
+
 def openai_s(state):
     """CLIP's image tower in OpenAI's names."""
     new = {"cls_token": "class_embedding", "pos_embed": "positional_embedding", "norm.": "ln_post."}
@@ -336,6 +339,7 @@ def test_nothing_is_resampled_under_other_names(tmp_path, name, renamed, grid):
     shape = {"depth": 1, "embed_dim": 48, "num_heads": 3}
     side = timm.create_model(name, **shape).patch_embed.patch_size[0]
     classes = 5 if renamed is openai_s else 0
+    lines = (ASSUMED.format("GELU"),) if renamed is openai_s else ()
     for size, patch, message in (
         (side * grid, side, ""),
         (side * 3, side, "resample pos_embed .*to "),
@@ -347,12 +351,36 @@ def test_nothing_is_resampled_under_other_names(tmp_path, name, renamed, grid):
         save_file(renamed(dict(model.state_dict())), tmp_path / "x.safetensors")
         spec = BackboneSpec(name, shape, checkpoint=tmp_path / "x.safetensors")
         if not message:
-            assert load_backbone(spec).notes == ()
+            assert load_backbone(spec).notes == lines
             continue
         with pytest.raises(BackboneError, match=f"another geometry .*{message}"):
             load_backbone(spec)
         asked = replace(spec, args={**shape, "img_size": side * grid})
         assert load_backbone(asked).notes[0].startswith("weights resampled to another geometry")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("by", ["OpenAI", "OpenCLIP", "nobody"])
+def test_the_activation_of_clip_s_weights(tmp_path, quick, by):
+    """QuickGELU or GELU: the weights do not tell, and the answers were others without a word."""
+    name, shape = "vit_base_patch32_clip_224", {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    state = openai_s(dict(timm.create_model(name, num_classes=5, **shape).state_dict()))
+    state |= {"input_resolution": torch.tensor(224)} if by == "OpenAI" else {}
+    save_file(state, tmp_path / "x.safetensors")
+    stated = {"model_cfg": {"embed_dim": 5, **({"quick_gelu": True} if quick else {})}}
+    if by == "OpenCLIP":
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(stated))
+    theirs = "quick_gelu" if quick or by == "OpenAI" else "gelu"
+    for act, own in (("quick_gelu", "QuickGELU"), ("gelu", "GELU")):
+        spec = BackboneSpec(
+            name, {**shape, "act_layer": act}, checkpoint=tmp_path / "x.safetensors"
+        )
+        if by == "nobody" or act == theirs:
+            assert load_backbone(spec).notes == ((ASSUMED.format(own),) if by == "nobody" else ())
+            continue
+        said = rf"activation is {theirs}, the timm model's {own}\. .*'act_layer': '{theirs}'"
+        with pytest.raises(BackboneError, match=said):
+            load_backbone(spec)
 
 
 def test_statistics_of_batch_norms_are_needed(tmp_path):
