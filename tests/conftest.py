@@ -146,6 +146,14 @@ def branches(request) -> Path:
 
 
 @pytest.fixture(scope="session")
+def starter() -> Path:
+    """The bundle of the starter models, by the commands of their README.md. Read only."""
+    from tests.starter import export_as_the_page_does
+
+    return made_once("starter", export_as_the_page_does)
+
+
+@pytest.fixture(scope="session")
 def small(request) -> Path:
     """Alpha and gamma, without the backbone's classifier. Read only."""
     return exported(request, "small", ("alpha", "gamma"))

@@ -136,9 +136,15 @@ class Transform {
 public:
     explicit Transform(const Json& entry) : preprocess_({{"interpolation", "bicubic"}, {"crop_mode", "center"}}) {
         preprocess_.update(entry.at("preprocess"));
-        if (!entry.contains("preprocess_graph"))
-            throw Error("adapter " + entry.at("name").get<std::string>() + ": its pictures are resized by " +
-                        filter() + ", or are none: this example has bicubic and bilinear.");
+        if (!entry.contains("preprocess_graph")) {
+            const size_t channels = preprocess_.at("input_size").at(0);
+            throw Error("adapter " + entry.at("name").get<std::string>() + ": " +
+                        (filter() != "bicubic" && filter() != "bilinear"
+                             ? "its pictures are resized by " + filter() + ": this example has bicubic and bilinear."
+                         : channels != 1 && channels != 3
+                             ? "it takes " + std::to_string(channels) + " channels, a picture has 1 or 3."
+                             : "an earlier version wrote the bundle, without how pictures become inputs: export it again."));
+        }
         const Json& inputs = entry.at("preprocess_graph").at("inputs");
         const auto numbers = [&](const char* name) { return inputs.at(name).at("value").get<std::vector<double>>(); };
         mean_ = numbers("mean"), std_ = numbers("std"), fill_ = numbers("fill");

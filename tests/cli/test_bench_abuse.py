@@ -10,6 +10,7 @@ import json
 
 from hhdeploy.loadtest.abuse import run
 from hhdeploy.loadtest.abuse.kinds import KINDS
+from tests.docs.pages import words_of
 
 
 def test_abuse_of_every_kind_costs_nobody_else_an_answer(call, branches, monkeypatch):
@@ -18,10 +19,9 @@ def test_abuse_of_every_kind_costs_nobody_else_an_answer(call, branches, monkeyp
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)  # memory needs the real one
     monkeypatch.setattr(run, "SHARE", 0.05)
     monkeypatch.setattr(run, "PAUSE_SECONDS", 0.5)
-    result = call(
-        "bench", branches, "--serve", "--abuse", "all", "--seconds", "2", "--device", "cpu",
-        "--threads", "1", "--adapters", "6", "--json",
-    )  # fmt: skip
+    command = words_of("docs/serving.md", "hhdeploy bench OUT --serve --abuse", OUT=branches)
+    few = ("--seconds", "2", "--device", "cpu", "--threads", "1", "--adapters", "6")
+    result = call(*command, *few, "--json")
     found = json.loads(result.stdout)
     assert found["server_exit_code"] == 0
     assert set(found["kinds"]) == set(KINDS)

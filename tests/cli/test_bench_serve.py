@@ -10,17 +10,17 @@ from dataclasses import replace
 import pytest
 
 from hhdeploy.loadtest import process, run
+from tests.docs.pages import words_of
 from tests.workshop import contents
 
-SMALL = (
-    "--serve", "--device", "cpu", "--threads", "1", "--adapters", "12", "--clients", "4",
-    "--churn", "30", "--slots", "6",
-)  # fmt: skip
+FEW = ("--device", "cpu", "--threads", "1", "--adapters", "12", "--clients", "4", "--slots", "6")
+SMALL = ("--serve", *FEW, "--churn", "30")
 
 
 def test_a_server_under_load_and_change_answers_right(succeed_json, branches):
     before = contents(branches)
-    found = succeed_json("bench", branches, *SMALL, "--requests", "240", "--churn", "75")
+    command = words_of("docs/howto/many-tasks.md", "hhdeploy bench tasks", tasks=branches)
+    found = succeed_json(*command, *FEW, "--requests", "240", "--churn", "75")
     assert found["passed"] is True
     verdicts = found["verdicts"]
     assert verdicts["right"] + verdicts["refused as expected"] == sum(verdicts.values()) == 240
@@ -39,9 +39,8 @@ def test_a_server_under_load_and_change_answers_right(succeed_json, branches):
 
 
 def test_open_loop_and_several_images_a_request(succeed, branches):
-    text = succeed(
-        "bench", branches, *SMALL, "--requests", "60", "--rate", "200", "--images-per-request", "3"
-    )
+    command = words_of("docs/serving.md", "hhdeploy bench OUT --serve --rate", OUT=branches)
+    text = succeed(*command, *FEW, "--requests", "60", "--images-per-request", "3")
     assert "passed: every answer was what its adapter had to say" in text
     assert "variants with random values, made for this test" in text
     assert "60 requests over 12 adapters of branches" in text

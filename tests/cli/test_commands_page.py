@@ -11,15 +11,22 @@ from safetensors.torch import load_file, save_file
 
 from hhdeploy.bundle import Bundle
 from tests.calibration.conftest import write_pictures
-from tests.docs.pages import Block, blocks, commands
+from tests.docs.pages import Block, blocks, commands, words_of
+from tests.hhdeploy.bundle.test_signing import pair
+from tests.runtime.serving.servers import running_server
+from tests.support import images
+from tests.workshop import contents
 
 VIT, HF = "vit_base_patch16_224", "transformers:google/vit-base-patch16-224"
+# A folder stands for the hub's repository.
+HUB = {"hf://me/tasks": "hub/tasks"}
 # What takes a compiler, a server or many minutes; tests/docs/test_blocks.py says where it runs.
 LEFT_OUT = (
     *("hhdeploy build", "hhdeploy serve", "hhdeploy bench tasks --serve", "hhdeploy doctor"),
-    *("hhdeploy web", "hhdeploy sign", "hhdeploy push", "hhdeploy pull"),
-    "hhdeploy verify tasks --signature",
+    *("hhdeploy web", "hhdeploy adapter import SOURCE", "hhdeploy adapter extract CHECKPOINT"),
 )
+# After the commands of docs/commands.md, which made what these speak of.
+OTHERS = ("docs/repositories.md", "docs/importing.md", "docs/calibration.md", "docs/howto/int8.md")
 
 
 def lines(page: str) -> list[list[str]]:
@@ -32,7 +39,20 @@ def lines(page: str) -> list[list[str]]:
 def run(succeed, words: list[str]) -> str:
     """A command with the small model, and a calibration that leaves images to judge on."""
     few = ["--images", "8"] if words[0] == "calibrate" and "--check" not in words else []
-    return succeed(*("vit" if word == VIT else word for word in words), *few)
+    names = {VIT: "vit", **HUB}
+    return succeed(*(names.get(word, word) for word in words), *few)
+
+
+def serve_fleet(here) -> None:
+    """The how-to's server, and a folder of its fleet that is asked for by its name."""
+    _, bundle, *options = words_of("docs/howto/many-tasks.md", "hhdeploy serve ")
+    with running_server(here / bundle, here / "log", *options) as server:
+        assert server.json("GET", "/v2/models/first/ready") == (
+            200,
+            {"name": "first", "ready": True},
+        )
+        status, found = server.logits(bundle, "first", images(1))
+        assert status == 200, found
 
 
 @pytest.fixture
@@ -54,21 +74,34 @@ def there(here, workshop):
     shutil.copytree(here / "flowers", here / "images" / "flowers")
     for column in range(2):  # of an adapter without class names
         write_pictures(here / "images" / "lora" / str(column), 6, column)
+    pair(here)
     return here
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, about training
 def test_the_commands_of_the_pages(there, succeed, capsys):
     said = {}
-    for page in ("docs/commands.md", "docs/howto/int8.md"):
+    for words in lines("docs/commands.md"):
+        said[" ".join(words)] = run(succeed, words)
+    succeed("adapter", "add", "tasks", "pets=adapters/flowers")
+    for made, name in (("adapters/flowers", "birds"), ("adapters/mine", "planes")):
+        shutil.copytree(made, name)
+    shutil.copytree("images/flowers", "images/pets")
+    for page in OTHERS:
+        bundle = {"OUT": "tasks"} if page == "docs/calibration.md" else {}
         for words in lines(page):
-            said[" ".join(words)] = run(succeed, words)
+            said[" ".join(words)] = run(succeed, [bundle.get(word, word) for word in words])
     assert "daisy" in said["predict tasks photo.jpg --adapter flowers --precision int8"]
     assert "pets" in said["adapter list tasks"]
     tasks = Bundle.open(there / "tasks")
-    assert [entry.name for entry in tasks.manifest.adapters] == ["flowers", "lora"]
+    assert [entry.name for entry in tasks.manifest.adapters] == ["flowers", "lora", "pets"]
     assert set(tasks.manifest.graphs) == {"float32", "int8"}
-    assert (there / "models" / "tasks" / "config.pbtxt").is_file()
+    for made in ("tasks", "tasks_pictures", "vit", "vit_pictures"):
+        assert (there / "models" / made / "config.pbtxt").is_file()
+    configuration = json.loads((there / "served" / "config.json").read_text())
+    served = [entry["config"]["name"] for entry in configuration["model_config_list"]]
+    assert served == ["tasks", "vit"]
+    assert contents(there / "pulled").keys() >= {"hhdeploy.json", "model.sig"}
     assert (there / "page.html").is_file() and (there / "report.html").is_file()
     older = json.loads((there / "older" / "hhdeploy.json").read_text())
     assert older["versions"]
@@ -83,11 +116,15 @@ def test_the_commands_of_the_pages(there, succeed, capsys):
     capsys.readouterr()
     exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out == "3 tasks\n"
+    serve_fleet(there)
 
 
 def test_no_command_is_overlooked():
-    assert len(lines("docs/commands.md")) == 25
+    assert len(lines("docs/commands.md")) == 29
     assert len(lines("docs/howto/int8.md")) == 4
+    assert len(lines("docs/repositories.md")) == 3
+    assert len(lines("docs/importing.md")) == 3
+    assert len(lines("docs/calibration.md")) == 3
     assert len(lines("docs/howto/many-tasks.md")) == 1
     assert len(lines("docs/howto/peft.md")) == 6
 

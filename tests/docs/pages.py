@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def commands(block: Block) -> list[str]:
     lines = block.text.replace("\\\n", " ").splitlines()
     stripped = (re.sub(r"(?:^|\s+)#\s.*$", "", line).strip() for line in lines)
     return [line for line in stripped if line]
+
+
+def words_of(page: str, head: str, **names: object) -> list[str]:
+    """The words of the one command of a page that begins with ``head``, the program's name left
+    out; ``names``: words of the page -> what stands in their place."""
+    (line,) = (c for block in blocks(page) for c in commands(block) if c.startswith(head))
+    return [str(names.get(word, word)) for word in shlex.split(line)[1:]]
 
 
 def path_of(page: str) -> Path:

@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,12 +39,15 @@ from tests.broken_manifests import (
     first,
     rewritten,
 )
+from tests.docs.pages import blocks, commands
 from tests.once import made_once
+from tests.quantised import INT8, int8_with_pictures
 from tests.support import assert_caught, assert_parity, random_adapter, tiny_spec
-from tests.workshop import ROOT, copy_bundle, flip_byte
+from tests.workshop import ROOT, copy_bundle, flip_byte, run_command
 from tests.wrong_logits import LOGITS, bundle_of_logits
 
 EXAMPLE = ROOT / "examples" / "cpp"
+BUILD, RUN = blocks("examples/cpp/README.md")
 PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
 # Odd sizes, of which some shrink in one direction and grow in the other; how they are stored.
 PICTURES = {
@@ -58,13 +63,12 @@ def _json_headers() -> list[str]:
     return [str(Path(place) / "include") for place in places]
 
 
-def _needs() -> Path:
-    """The OpenVINO wheel's CMake files; the test is skipped where something to build with lacks."""
+def _needs() -> None:
+    """The test is skipped where something to build with lacks."""
     for program in ("cmake", "c++"):
         if shutil.which(program) is None:
             pytest.skip(f"the C++ example needs {program}")
-    openvino = importlib.util.find_spec("openvino")
-    if openvino is None or openvino.origin is None:
+    if importlib.util.find_spec("openvino") is None:
         pytest.skip("the C++ example needs openvino")
     includes = [f"-I{place}" for place in _json_headers()]
     for header in ("png.h", "openssl/evp.h", "nlohmann/json.hpp"):
@@ -76,22 +80,26 @@ def _needs() -> Path:
         )
         if found.returncode:
             pytest.skip(f"the C++ example needs {header}, see examples/cpp/README.md")
-    return Path(openvino.origin).with_name("cmake")
 
 
 @pytest.fixture(scope="session")
 def program() -> Path:
     """The example, configured and built as its README says."""
-    openvino = _needs()
+    _needs()
+    *_, configure, compile_it = commands(BUILD)
+    assert configure.startswith("cmake -S examples/cpp -B build ")
+    assert compile_it == "cmake --build build"
 
     def make(out: Path) -> None:
-        settings = [f"-DOpenVINO_DIR={openvino}", "-DCMAKE_CXX_FLAGS=-Werror"]
+        settings = ["-DCMAKE_CXX_FLAGS=-Werror"]
         settings += [f"-DNLOHMANN_JSON={place}" for place in _json_headers()]
         # Not optimised: the example's own code is no part of a test's time.
         settings += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
-        for command in (["-S", str(EXAMPLE), "-B", str(out), *settings], ["--build", str(out)]):
+        for line in (f"{configure} {shlex.join(settings)}", compile_it):
             done = subprocess.run(
-                ["cmake", *command],
+                ["bash", "-c", line.replace(" build", f" {shlex.quote(str(out))}")],
+                cwd=ROOT,
+                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
                 capture_output=True,
                 text=True,
                 check=False,
@@ -207,6 +215,30 @@ def test_adapters_by_name_and_the_backbone(program, branches, pictures):
     assert [line[:3] for line in lines] == [
         [r["picture"], r["adapter"], r["answers"][0]["label"]] for r in results[2:]
     ]
+
+
+def test_the_readme_s_lines(program, branches, pictures, tmp_path):
+    """In a folder with `build`, pictures of these names, and the bundle; one for INT8."""
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "classify").symlink_to(program)
+    (tmp_path / "OUT").symlink_to(branches)
+    int8_with_pictures(tmp_path / "INT8")
+    for name, picture in zip(("cat.png", "dog.png"), pictures, strict=False):
+        (tmp_path / name).symlink_to(picture)
+    count = len(Bundle.open(branches).manifest.adapters)
+    printed = []
+    for line in commands(RUN):
+        words = shlex.split(line.replace("flowers", "alpha"))
+        if "int8" in words:
+            words = ["INT8" if word == "OUT" else word for word in words]
+        done = run_command(words, cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
+        printed.append(done.stdout)
+    every, these, logits, graphs = printed
+    assert len(every.splitlines()) == 2 * count
+    assert [line.split("\t")[1] for line in these.splitlines()] == ["alpha", "backbone"]
+    assert all(answer["logits"] for answer in json.loads(logits))
+    assert len(graphs.splitlines()) == count
 
 
 def test_another_adapter_is_another_answer(program, branches, pictures):
@@ -349,12 +381,13 @@ def test_pictures_that_it_does_not_take(program, small, tmp_path):
         ("BUNDLE x.png --adapter nobody", "has no adapter nobody; it has alpha gamma."),
         ("BUNDLE x.png --adapter backbone", "has no adapter backbone; it has alpha gamma."),
         ("BUNDLE PICTURE --precision int8", "has no int8 graph; it has float32."),
+        ("OLD PICTURE --precision int8", "alpha: an earlier version wrote the bundle, without how"),
         ("BUNDLE x.png --adapter", "--adapter needs a value"),
         ("BUNDLE x.png --loud", "unknown option --loud"),
     ],
 )
 def test_what_it_refuses(program, small, pictures, tmp_path, arguments, message):
-    names = {"BUNDLE": small, "NOWHERE": tmp_path, "PICTURE": pictures[0]}
+    names = {"BUNDLE": small, "OLD": INT8, "NOWHERE": tmp_path, "PICTURE": pictures[0]}
     done = run(program, *(names.get(word, word) for word in arguments.split()))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: ")

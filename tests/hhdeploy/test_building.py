@@ -10,18 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from hhdeploy.building import BuildOptions, build
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import choose_engine, stale
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, EngineEntry, plain_name, write_manifest
+from hhdeploy.cli import main
 from hhdeploy.errors import BundleError, DeviceError, OptionError, ParityError, PlanError
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
 from hhdeploy.verifying.graphs import add_graph, add_typed_graph
+from tests.docs.pages import words_of
 from tests.workshop import copy_bundle, run_python
 
 RTX = "tensorrt-rtx"
+# Pages that build an engine, and what they call the bundle.
+PAGES = {"docs/tensorrt.md": "OUT", "docs/commands.md": "tasks", "docs/howto/peft.md": "served"}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +36,18 @@ def rtx() -> Any:
 
 @pytest.fixture(scope="module")
 def built(rtx, small, tmp_path_factory) -> tuple[Path, EngineEntry]:
-    """A side-branch bundle with a float16 graph and engine that were not in it. Read only."""
+    """A side-branch bundle with a float16 graph and engine that were not in it. Read only.
+
+    Built by the command of the documentation's pages, which is the same on all.
+    """
     path = copy_bundle(small, tmp_path_factory.mktemp("built") / "bundle")
-    return path, build(path, backend=RTX, precision="float16", options=BuildOptions(max_slots=9))
+    (command,) = {
+        tuple(words_of(page, f"hhdeploy build {name} --backend {RTX}", **{name: path}))
+        for page, name in PAGES.items()
+    }
+    said = CliRunner().invoke(main, [*command, "--max-slots", "9", "--json"])
+    assert said.exit_code == 0, said.output
+    return path, EngineEntry.from_json(json.loads(said.stdout))
 
 
 def test_the_engine_is_in_the_manifest(built, rtx):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,16 +21,17 @@ from hhdeploy.parity import LABELS, LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
 from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT
+from tests.docs.pages import blocks
 from tests.js.conftest import (
     PACKAGE,
     decoded,
     encoded,
     sent,
 )
+from tests.quantised import INT8, int8_with_pictures
 from tests.support import assert_caught, assert_parity, images
-from tests.workshop import ROOT, copy_bundle, flip_byte
+from tests.workshop import ROOT, copy_bundle, flip_byte, run_command
 
-INT8 = ROOT / "tests" / "witnesses" / "v1" / "int8"
 PHOTO = ROOT / "hhdeploy" / "verifying" / "photo.jpg"
 # Of a picture: columns and rows of the photograph that it is.
 PARTS = ((0, 0, 451, 300), (100, 20, 231, 299), (37, 11, 66, 64))
@@ -126,6 +128,30 @@ def test_int8(ask):
         # with VNNI answers otherwise, here as there.
         off = min(far(logits), far(here[name]))
         assert off < far(recorded[f"float32/{name}"]), "another graph's"
+
+
+def test_the_readme_s_lines_for_node(dist, tmp_path):
+    """In a folder with both packages and a bundle in INT8; `data` are a picture's own."""
+    modules, (*_, picture) = tmp_path / "node_modules", pictures()
+    shutil.copytree(dist, modules / "hhdeploy" / "dist")
+    shutil.copy(PACKAGE / "package.json", modules / "hhdeploy")
+    (modules / "onnxruntime-node").symlink_to(PACKAGE / "node_modules" / "onnxruntime-node")
+    tasks = int8_with_pictures(tmp_path / "tasks")
+    (lines,) = (b.text for b in blocks("js/README.md") if "hhdeploy/node" in b.text)
+    given = f"{{ width: {picture.width}, height: {picture.height} }}"
+    (tmp_path / "ask.mjs").write_text(
+        f"const {{ width, height }} = {given};\n"
+        f"const data = new Uint8Array({list(np.asarray(picture).tobytes())});\n"
+        f"{lines.replace('animals', 'alpha')}\n"
+        "console.log(JSON.stringify(answers));\n"
+    )
+    done = run_command(["node", str(tmp_path / "ask.mjs")], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open_session(tasks, device="cpu", precision="int8", threads=1) as session:
+        (right,) = session.classify([picture], ["alpha"])
+    found = json.loads(done.stdout)
+    assert {a["label"] for a in found} == {a.label for a in right}
+    assert (found[0]["label"], found[0]["index"]) == (right[0].label, right[0].index)
 
 
 def test_int8_asks_for_kernels_that_do_not_overflow(ask):

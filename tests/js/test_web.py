@@ -9,7 +9,10 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +39,10 @@ from hhdeploy.files.writing import sha256_of
 from hhdeploy.runtime import open_session
 from tests.broken_manifests import OF_OTHER_GRAPHS, broken
 from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT
+from tests.docs.pages import words_of
 from tests.js.conftest import OCTETS, PACKAGE
-from tests.js.test_package import INT8
+from tests.leash import leashed
+from tests.quantised import INT8, int8_with_pictures
 from tests.support import assert_caught, assert_parity, images
 from tests.workshop import copy_bundle, flip_byte
 from tests.wrong_logits import LOGITS, bundle_of_logits
@@ -66,17 +71,6 @@ def service_files(site: Path) -> dict[str, str]:
     assert found is not None
     content: dict[str, str] = json.loads(found[1])
     return content
-
-
-def int8(folder: Path) -> Path:
-    """A quantised bundle of an earlier version, with the graphs that take pictures."""
-    from hhdeploy.exporters.portable.pictures import write_picture_graphs
-
-    path = copy_bundle(INT8, folder)
-    manifest = Bundle.open(path).manifest
-    write_picture_graphs(path, manifest.input_size[0])
-    write_manifest(path, replace(manifest, files=hash_files(path)))
-    return path
 
 
 @pytest.mark.usefixtures("still")
@@ -108,7 +102,7 @@ def test_the_page_has_a_part_of_the_bundle(branches, tmp_path):
 
 @pytest.mark.usefixtures("still")
 def test_int8_goes_before_float32(tmp_path, monkeypatch):
-    bundle = int8(tmp_path / "bundle")
+    bundle = int8_with_pictures(tmp_path / "bundle")
     assert write_web(bundle, tmp_path / "small").precision == "int8"
     monkeypatch.chdir(tmp_path)
     page = write_web(bundle, "exact", precision="float32")
@@ -219,16 +213,29 @@ def test_an_installed_package_fetches_the_pages_tools_alone():
 
 
 @pytest.mark.usefixtures("still")
-def test_the_command(small, tmp_path):
+def test_the_command(small, tmp_path, monkeypatch):
+    """As it stands in docs/web.md, with the server of the next line, and in docs/commands.md."""
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "site"
-    said = CliRunner().invoke(main, ["web", str(small), str(out), "--title", "Two", "--json"])
+    command = words_of("docs/web.md", "hhdeploy web", BUNDLE=small)
+    said = CliRunner().invoke(main, [*command, "--title", "Two", "--json"])
     assert said.exit_code == 0, said.output
+    server = words_of("docs/web.md", "python -m http.server")
+    with subprocess.Popen(
+        leashed([sys.executable, "-u", *server, "0"]), stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            (port,) = re.findall(r" port (\d+) ", process.stdout.readline())
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as page:
+                assert page.read() == STILL["index.html"]
+        finally:
+            process.kill()
     told = json.loads(said.stdout)
     assert (told["path"], told["precision"]) == (str(out), "float32")
     assert told["adapters"] == ["alpha", "gamma"]
     assert told["sent"] == sum(told["files"].values())
     assert json.loads((out / "manifest.webmanifest").read_text())["name"] == "Two"
-    again = CliRunner().invoke(main, ["web", str(small), str(out)])
+    again = CliRunner().invoke(main, words_of("docs/commands.md", "hhdeploy web", tasks=small))
     assert again.exit_code == 1
     assert "pass --overwrite" in again.output
 
@@ -366,7 +373,7 @@ def assert_as_python(
 @in_browser
 @pytest.mark.parametrize("kind", ["branches", "heads", "folded", "int8"])
 def test_the_page_answers_as_python_does(kind, write, serve, page, request, tmp_path):
-    bundle = int8(tmp_path / "b") if kind == "int8" else request.getfixturevalue(kind)
+    bundle = int8_with_pictures(tmp_path / "b") if kind == "int8" else request.getfixturevalue(kind)
     written = write(bundle, tmp_path / "site", title=EVIL)
     site = serve(tmp_path / "site")
     requests: list[str] = []

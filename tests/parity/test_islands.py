@@ -7,7 +7,6 @@ them in float16 would round every step of them, so the test writes the steps out
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,39 +15,26 @@ import onnxruntime as ort
 import pytest
 
 from hhdeploy.bundle import Bundle
-from hhdeploy.cli.starter import Starter
 from hhdeploy.exporters.precision.typed import ISLANDS, rounding_twin, typed_model
 from hhdeploy.exporters.writer import save_graph
-from hhdeploy.exporting.bundles import export
 from hhdeploy.parity import Comparison, bound, compare
+from tests.starter import IMAGES
 
-STARTER = Path(__file__).resolve().parents[2] / "examples" / "starter"
-# Images per task; the starter models ship about 90 of each.
-IMAGES = 24
 Twin = Callable[[ir.Model, frozenset[str]], Comparison]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
-    """All four starter adapters, with the training-time logits of their own test images."""
-    starter = Starter.read(STARTER)
-    result = export(
-        starter.model,
-        {task: starter.adapter(task) for task in starter.tasks},
-        tmp_path_factory.mktemp("starter") / "bundle",
-        model_args=starter.args,
-        checkpoint=STARTER / "backbone.safetensors",
-        verify_data=STARTER / "images",
-        verify_images=IMAGES,
-    )
-    return Bundle(result.path, result.manifest)
+def bundle(starter) -> Bundle:
+    """All four starter adapters and the backbone, with the training-time logits of their own test
+    images."""
+    return Bundle.open(starter)
 
 
 @pytest.fixture(scope="module")
 def measure(bundle, tmp_path_factory) -> Twin:
     """Compare the float16 twin of a graph, with some islands, to the training-time model."""
     images, ids, logits = bundle.reference()
-    assert len(images) == 4 * IMAGES
+    assert len(images) == 5 * IMAGES
     bank = bundle.bank()
     folder = tmp_path_factory.mktemp("twins")
 

@@ -23,6 +23,7 @@ from ray import serve
 from hhdeploy.runtime.serving.messages import FP32, IMAGES, InferRequest, Tensor
 from hhdeploy.runtime.serving.outputs import LOGITS
 from hhdeploy.runtime.serving.ray.run import APP
+from tests.docs.pages import words_of
 from tests.runtime.serving.servers import Server, running_server
 from tests.workshop import ROOT
 
@@ -182,10 +183,11 @@ def running_fleet(bundle: Path, root: Path) -> Iterator[Fleet]:
     directory, token = root / "fleet", root / "token"
     directory.mkdir()
     token.write_text(TOKEN)
-    options: list[object] = ["--ray", "--replicas", 2, "--model-name", "tiny"]
-    options += ["--adapters-dir", directory, "--allow-adapter-loading", "--token-file", token]
+    _, _, *options = words_of("docs/howto/ray.md", "hhdeploy serve tasks", fleet=directory)
+    assert options[:3] == words_of("docs/serving.md", "hhdeploy serve OUT --ray")[2:]
+    options += ["--model-name", "tiny", "--allow-adapter-loading", "--token-file", str(token)]
     # A replica that takes a killed one's place may start slowly on a busy machine.
-    options += ["--log-level", "warning", "--request-seconds", 300]
+    options += ["--log-level", "warning", "--request-seconds", "300"]
     program = [sys.executable, "-c", TWO_INGRESSES]
     with contextlib.ExitStack() as ended:
         server = started(

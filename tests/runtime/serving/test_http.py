@@ -7,9 +7,7 @@ import base64
 import io
 import json
 import re
-import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +26,7 @@ from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import PATIENCE, make_adapter, put_adapter
 from tests.runtime.serving.servers import AUTHORISED, TOKEN, Server, running_server
 from tests.support import assert_parity, images
-from tests.workshop import BACKBONE_CLASSES, CLASSES, ROOT, run_command
+from tests.workshop import BACKBONE_CLASSES, CLASSES
 
 ADAPTERS = {"alpha", "rival", "beta", "gamma", "headless"}
 
@@ -561,50 +559,3 @@ def test_adapters_are_loaded_uploaded_and_unloaded(branches, workshop, tmp_path)
             found = error_of(call)
             assert (status, said in found[1]) == (found[0], True), (status, said, found)
     assert not (fleet / "a").exists()
-
-
-# --- the documentation ----------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="needs curl and jq")
-def test_the_documentation_s_commands(branches, workshop, pictures, tmp_path):
-    """Each block of docs/serving.md that says bash or python, in turn; other names and ports."""
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.S)
-    assert [kind for kind, _ in blocks] == ["bash", "python", "python", "bash"]
-    (tmp_path / "fleet").mkdir()
-    (tmp_path / "token").write_text(TOKEN)
-    (tmp_path / "token").chmod(0o600)
-    (tmp_path / "picture.png").write_bytes(pictures[0])
-    put_adapter(make_adapter(workshop, 1), tmp_path, "birds")
-    options = ["--adapters-dir", tmp_path / "fleet", "--allow-adapter-loading"]
-    options += ["--token-file", tmp_path / "token", "--model-name", "vit"]
-    printed = []
-    with (
-        open_session(branches, device="cpu", threads=1) as session,
-        running_server(branches, tmp_path / "log", *options) as server,
-    ):
-        for kind, block in blocks:
-            for ours, theirs in (
-                ("localhost:8000", server.http), ("localhost:8001", server.grpc),
-                ("digits", "alpha"), ("fashion", "beta"),
-            ):  # fmt: skip
-                block = block.replace(ours, theirs)
-            program = (
-                ["bash", "-eo", "pipefail", "-c"] if kind == "bash" else [sys.executable, "-c"]
-            )
-            done = run_command([*program, block], cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
-            printed.append(done.stdout)
-        with Image.open(io.BytesIO(pictures[0])) as opened:
-            x = session.preprocess([opened], "alpha")
-        best = session.entry("alpha").label(int(session.run(x, "alpha")[0, :7].argmax()))
-    outputs = {output["name"]: output for output in json.loads(printed[0])["outputs"]}
-    assert outputs["labels"]["data"] == [best]
-    scores = [text.split(":") for text in outputs["probabilities"]["data"]]
-    assert len(scores) == 3 and scores[0][2] == best
-    assert printed[1] == f"[{best.encode()!r}]\n"
-    assert printed[2].startswith("[[")
-    index = "[" + printed[3].rpartition("}[")[2]  # after what the two loads were answered with
-    states = {m["name"]: m["state"] for m in json.loads(index)}
-    assert states["birds"] == "UNAVAILABLE" and states["alpha"] == "READY"
-    assert (tmp_path / "fleet" / "birds" / TENSOR_FILE).is_file()
