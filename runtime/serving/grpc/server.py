@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
-from hhdeploy.errors import DeviceError
+from hhdeploy.errors import DeviceError, WriteError
+from hhdeploy.files.writing import temporary_directory
 from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import Endpoint
@@ -68,8 +68,8 @@ class GrpcServer:
         self._settings = endpoint.settings
         self._access, self._tls = access, tls
         self._servicer = Servicer(endpoint, access)
-        self._scratch = _scratch_directory()
-        self._front = Front(Path(self._scratch.name) / "socket", endpoint.refused)
+        self._scratch = contextlib.ExitStack()
+        self._front = Front(_directory(self._scratch) / "socket", endpoint.refused)
         self._leaving = Leaving(self._settings.bodies_bytes, self._front.end_of)
         self._servers: list[Any] = []
         self._watch: asyncio.Task[None] | None = None
@@ -77,7 +77,7 @@ class GrpcServer:
     async def start(self, port: int) -> None:
         """See `start_grpc`."""
         with contextlib.ExitStack() as undo:
-            undo.callback(self._scratch.cleanup)
+            undo.callback(self._scratch.close)
             host, most = self._settings.host, self._settings.connections
             sockets = [undo.enter_context(each) for each in listen(host, port, "grpc_port", most)]
             await self._serve()
@@ -105,7 +105,7 @@ class GrpcServer:
         await self._front.drain(_FLUSH_SECONDS)
         self._front.abort()
         self._servicer.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     async def _end_lost(self) -> None:
         """Cancel what would be waited for in vain, once everything else is answered."""
@@ -189,13 +189,13 @@ async def start_grpc(
     return server
 
 
-def _scratch_directory() -> tempfile.TemporaryDirectory[str]:
+def _directory(until: contextlib.ExitStack) -> Path:
+    """Of a socket; what a server that was killed left of it goes now."""
     try:
-        return tempfile.TemporaryDirectory(prefix="hhdeploy-grpc-")
-    except OSError as error:  # e.g. of a container all is read only
+        return until.enter_context(temporary_directory("grpc"))
+    except WriteError as error:  # e.g. of a container all is read only
         raise DeviceError(
-            f"cannot make a socket for gRPC: {error}. Expected a directory for temporary files "
-            "that may be written: set TMPDIR, or serve without gRPC (`grpc_port=-1`)."
+            f"cannot make a socket for gRPC. {error} Or serve without gRPC: `grpc_port=-1`."
         ) from error
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from tests.runtime.serving.grpc_requests import INFER, PATIENCE, message
 from tests.runtime.serving.http2 import END_HEADERS, HEADERS, PING, block, call, frame, greeting
 from tests.runtime.serving.servers import TOKEN, signal_own_server
 from tests.support import images
+from tests.workshop import COMMAND_SECONDS, ROOT
 
 # A run of the suite once ended in a segmentation fault here, whose cause is not known.
 pytestmark = pytest.mark.own_process
@@ -130,13 +135,45 @@ def test_every_kind_of_error_has_its_code():
 
 def test_without_a_directory_for_temporary_files(monkeypatch):
     """As in a container of which all is read only."""
-
-    def none(**_):
-        raise FileNotFoundError("No usable temporary directory found")
-
-    monkeypatch.setattr("tempfile.TemporaryDirectory", none)
-    with pytest.raises(DeviceError, match=r"No usable temporary.* set TMPDIR, or serve without"):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    with pytest.raises(DeviceError, match=r"No usable temporary.* set TMPDIR .*`grpc_port=-1`"):
         asyncio.run(start_grpc(Endpoint(), 0, Access()))
+
+
+_KILLED = """
+import asyncio, os, signal
+from hhdeploy.runtime.serving.access.tokens import Access
+from hhdeploy.runtime.serving.grpc.server import start_grpc
+from tests.runtime.serving.test_grpc_server import Endpoint
+
+async def run():
+    await start_grpc(Endpoint(), 0, Access())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(run())
+"""
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        check=False,
+        timeout=COMMAND_SECONDS,
+    )
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def run() -> None:
+        server = await start_grpc(Endpoint(), 0, Access())
+        assert len([*tmp_path.iterdir()]) == 1 and not left.exists()
+        await server.stop(0)
+
+    asyncio.run(run())
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_bug_is_logged_and_not_told(caplog):
