@@ -74,8 +74,18 @@ def read_state(path: Path) -> tuple[State, tuple[str, ...]]:
             "or a PyTorch state dict without other pickled objects."
         ) from error
     if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
-        raise BackboneError(f"`checkpoint`: {path}: expected a state dict of tensors.")
+        raise BackboneError(
+            f"`checkpoint`: {path}: expected a state dict, tensors by name, found {_shown(state)}. "
+            "Keep that of the model alone in another file: torch.save(STATE_DICT, 'weights.pth')."
+        )
     return dict(state), notes
+
+
+def _shown(content: object) -> str:
+    """What there is instead of a state dict."""
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    return abbreviated([f"{key} ({type(value).__name__})" for key, value in content.items()])
 
 
 def advice_on_peft(keys: Iterable[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 from hhdeploy.files.plain import what_instead
 
 # How files of torch.save begin: zip archives, pickles of old ones.
-_STARTS = (b"PK", b"\x80")
-
+_PICKLE = b"\x80"
+_STARTS = (b"PK", _PICKLE)
+# What torch.save writes first into one.
+_MAGIC = b"\x8a\nl\xfc\x9cF"
 
 # Programs of torch, zip archives too: by a file that all of a kind have, where their weights are.
 _PROGRAMS = {
@@ -50,6 +54,23 @@ def unpickled(path: Path, device: str = "cpu") -> Any:
             raise ValueError(_in_the_way(path, str(error).partition("\n")[0])) from error
 
 
+def begins_as_torch_s(path: Path) -> str | None:
+    """What to do with a file that begins as torch.save's do and is called .safetensors; None of
+    another one."""
+    with path.open("rb") as file:
+        start = file.read(24)
+    if not start.startswith(_STARTS) or start[8:9] == b"{":
+        return None
+    return "it begins as a file of torch.save: call it .pth if it is one"
+
+
+def _ends_as_pickle(path: Path) -> bool:
+    """Whether a file that is not empty ends with what every whole pickle ends with."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == pickle.STOP
+
+
 def _other_archive(path: Path) -> str | None:
     """What a zip archive is that torch.save did not write; None of its own, and of no archive."""
     try:
@@ -76,8 +97,21 @@ def _in_the_way(path: Path, reason: str) -> str:
         return instead
     with path.open("rb") as file:
         start = file.read(24)
+    if start[8:9] == b"{":  # behind the length of its header
+        return "it is a file of safetensors by another name: call it .safetensors"
+    if path.suffix == ".onnx":
+        return (
+            "it is a graph of ONNX, whose weights have no names of a model's. Give the weights "
+            "that it was exported from"
+        )
     if not start.startswith(_STARTS):
         return f"it begins with {start!r}, as no file of torch.save does"
+    if start.startswith(_PICKLE) and _MAGIC not in start and _ends_as_pickle(path):
+        return (
+            "it is a pickle that torch.save did not write, and is never loaded. If you trust it, "
+            "keep its weights alone, tensors by name, in another file: torch.save(STATE_DICT, "
+            "'weights.pth')"
+        )
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001  # damaged in any way

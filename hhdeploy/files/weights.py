@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.files.bundle_json import json_problem
-from hhdeploy.files.pickles import unpickled
+from hhdeploy.files.pickles import begins_as_torch_s, unpickled
 from hhdeploy.files.plain import read_few, what_instead
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def content_of(path: Path) -> Any:
     try:
         return load_file(path)
     except SafetensorError as error:
+        if other := begins_as_torch_s(path):
+            raise ValueError(other) from error
         raise ValueError(what_instead(path) or str(error)) from error
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hhdeploy.adapters.importers import import_adapter
 from hhdeploy.adapters.importers.checkpoint import extract_adapter
@@ -34,9 +36,11 @@ def zipped(path: Path, *names: str) -> None:
         (lambda p: p.write_bytes(b"GGUF" + bytes(60)), "GGUF"),
         (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(60)), "HDF5 file, as Keras"),
         (lambda p: p.write_bytes(b"\x81\xa6params\x81\xa4head"), "begins with .* as no file of to"),
-        (lambda p: p.write_bytes(b"\x80\x02(R."), "cut|early|pop|Weights only load failed"),
+        (lambda p: p.write_bytes(b"\x80\x02(R.x"), "cut|early|pop|Weights only load failed"),
+        (lambda p: save_file({"a": torch.ones(2)}, p), "safetensors by another .* call it .saf"),
+        (lambda p: p.write_bytes(pickle.dumps({"a": np.ones(2)})), "a pickle that torch.save did"),
     ],
-    ids=["npz", "keras", "zip", "gzip", "gguf", "hdf5", "msgpack", "harmed"],
+    ids=["npz", "keras", "zip", "gzip", "gguf", "hdf5", "msgpack", "harmed", "tensors", "pickle"],
 )
 def test_another_tools_file_is_called_what_it_is(tmp_path, write, expected):
     """Of bytes that are no pickle torch's reader raises whatever they mean there (IndexError)."""
@@ -44,6 +48,33 @@ def test_another_tools_file_is_called_what_it_is(tmp_path, write, expected):
     (file,) = tmp_path.iterdir()
     with pytest.raises(ValueError, match=expected):
         content_of(file.rename(tmp_path / "weights.pt"))
+
+
+def test_a_file_by_another_name_is_called_what_it_is(tmp_path):
+    for old in (False, True):
+        file = tmp_path / "weights.safetensors"
+        torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=not old)
+        with pytest.raises(ValueError, match=r"begins as a file of torch\.save: call it \.pth"):
+            content_of(file)
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(ValueError, match=r"a graph of ONNX.* Give the weights that it was"):
+        content_of(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"state": {"model": {"a": torch.ones(2)}}, "rng": [1]}, r"state \(dict\), rng \(list\)"),
+        ([torch.ones(2)], "list"),
+        (None, "NoneType"),
+    ],
+    ids=["nested", "list", "nothing"],
+)
+def test_what_is_no_state_dict_is_told(tmp_path, content, found):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=rf"tensors by name, found {found}\. Keep that of"):
+        read_state(tmp_path / "w.pth")
 
 
 def test_a_whole_module_is_told_apart_from_a_trainings_checkpoint(tmp_path):
