@@ -72,8 +72,18 @@ def tuned_groups(tuned: Tensors, file: Path) -> dict[str, Tensors]:
                 f"{file}: unknown tensor key {key}. Expected <module>.lora_A.weight, "
                 ".lora_B.weight or .hra_u, and what modules_to_save and bias name."
             )
+        check_float(key, tensor, file)
         groups.setdefault(found.module, {})[found.name] = tensor
     return groups
+
+
+def check_float(key: str, tensor: NDArray[Any], file: Path) -> None:
+    """Raise `AdapterError` for whole numbers where an adapter has weights."""
+    if tensor.dtype.kind != "f":
+        raise AdapterError(
+            f"{file}: {key}: expected a float tensor, found {tensor.dtype}, as quantisation leaves "
+            "it. Bring the tensors as they were trained."
+        )
 
 
 def unknown_option(config: Mapping[str, Any]) -> str | None:

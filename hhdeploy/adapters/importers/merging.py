@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.calls import module_by_module, never_called, noise, passed_by
 from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.importers.keys import PEFT_MODEL
-from hhdeploy.adapters.importers.lora import initialisation
+from hhdeploy.adapters.importers.lora import check_float, initialisation
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array, logit_change, logit_range
 from hhdeploy.backbones.spec import seeded
@@ -218,6 +218,8 @@ def _loaded(
             "checkpoint that has it merged comes in too: `extract_adapter()`."
         ) from error
     _compare(own, tensors, config, where)
+    for key in filter(lambda key: own[key].is_floating_point(), own):
+        check_float(key, tensors[key], where)
     _check_target_parameters(known, config, where)
     state = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in tensors.items()}
     try:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.applying import path_of_parameters
 from hhdeploy.adapters.importers.keys import numbers_filled, numbers_in, numbers_open
-from hhdeploy.adapters.importers.lora import tuned_tensor
+from hhdeploy.adapters.importers.lora import check_float, tuned_tensor
 from hhdeploy.adapters.importers.naming import Names
 from hhdeploy.adapters.importers.targets import in_saved_module, saved_in_saved
 from hhdeploy.adapters.importers.template import Tensors
@@ -150,6 +150,7 @@ def split_saved(
                 f"{file}: {key}: expected one tensor for {plain}, found two that differ. Leave out "
                 "of the file the one that was not trained, the backbone's own."
             )
+        check_float(key, tensor, file)
         whole[name], named[name] = tensor.astype(np.float64), plain
     _check_named(named, config, file)
     inside = [name for name in parameters if not _of(name, classifier)]

@@ -249,6 +249,18 @@ def test_half_a_classifier_is_refused(tmp_path, vit, method, lost, changes):
         import_adapter(source, vit)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "head.weight"])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=in_order)
+def test_whole_numbers_are_no_weights(tmp_path, vit, part, changes):
+    """Without the scale by which something quantised them they were taken as they are."""
+    source, _ = saved(tmp_path, vit, "LORA", **changes)
+    tensors = load_file(source / TENSOR_FILE)
+    whole = {k: (t * 9).to(torch.int8) if part in k else t for k, t in tensors.items()}
+    save_file(whole, source / TENSOR_FILE)
+    with pytest.raises(AdapterError, match=rf"{part}.*: expected a float tensor, found int8, as"):
+        import_adapter(source, vit)
+
+
 def test_no_tensor_is_for_nothing(tmp_path, vit):
     """Each part, left out, is seen by the comparison that the others pass."""
     source, expected = saved(tmp_path, vit, "LORA", use_dora=True, bias="lora_only")
