@@ -8,7 +8,7 @@ prefixes drop less, which accuracy does but for chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def check_bound(max_drop: float, exam: Exam) -> None:
             "labels or values. Keep sites in floating point with `exclude`."
         )
     if exam.undecided:
-        whose = "".join(f" of {name}" for name in exam.undecided if name)
+        whose = _of(exam.undecided)
         raise PlanError(
             f"`max_drop={max_drop:g}` needs true classes{whose}, which has no class names, and the "
             f"numbers that the folders of {exam.source} have may be sorted as numbers or as text: "
@@ -80,7 +80,7 @@ def check_bound(max_drop: float, exam: Exam) -> None:
             "names of the classes into its adapter_config.json and add the adapter anew."
         )
     if untold := tuple(dict.fromkeys((*exam.unjudged, *exam.untold))):
-        whose = "".join(f" of {name}" for name in untold if name)
+        whose = _of(untold)
         why = "".join(f"; {reason}" for reason in exam.reasons)
         raise PlanError(
             f"`max_drop={max_drop:g}` needs true classes{whose}, which {exam.source} does not "
@@ -92,6 +92,12 @@ def check_bound(max_drop: float, exam: Exam) -> None:
             f"`max_drop={max_drop:g}` needs images that calibration does not use; of "
             f"{exam.source} none is left. Pass others as `eval_data`, or fewer `images`."
         )
+
+
+def _of(names: Iterable[str | None]) -> str:
+    """Whose, for a message; None, which has no name, is left out."""
+    named = ", ".join(name for name in names if name)
+    return f" of {named}" if named else ""
 
 
 def most_sensitive_first(sqnr_db: Mapping[str, float]) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def command(
         compress_rank=compress_rank,
         accept_error=accept_error,
     )
-    _write(import_adapter(source, backbone, options), out, overwrite)
+    _write(import_adapter(source, backbone, options), out, overwrite, compress_rank)
 
 
 @click.command("extract", context_settings=CONTEXT)
@@ -210,7 +210,8 @@ def extract(
         compress_rank=compress_rank,
         accept_error=accept_error,
     )
-    _write(extract_adapter(fine_tuned, spec, options, backbone=backbone), out, overwrite)
+    adapter = extract_adapter(fine_tuned, spec, options, backbone=backbone)
+    _write(adapter, out, overwrite, compress_rank)
 
 
 def _preprocess(stated: dict[str, Any] | None, facts: BackboneFacts) -> Preprocess | None:
@@ -230,8 +231,8 @@ def _preprocess(stated: dict[str, Any] | None, facts: BackboneFacts) -> Preproce
         raise click.UsageError(f"--preprocess: {error}") from error
 
 
-def _write(adapter: Adapter, out: Path, overwrite: bool) -> None:
-    """Save it, and say what it is and what was assumed."""
+def _write(adapter: Adapter, out: Path, overwrite: bool, compress_rank: int | None) -> None:
+    """Save it, and say what it is and what was assumed, or left as it was."""
     from hhdeploy.adapters.format import save_adapter
 
     save_adapter(adapter, out, overwrite=overwrite)
@@ -249,6 +250,11 @@ def _write(adapter: Adapter, out: Path, overwrite: bool) -> None:
         )
     if config.compressed:
         ui.note(f"It is {config.compressed}.")
+    elif compress_rank is not None:
+        ui.note(
+            f"--compress-rank {compress_rank} compressed nothing: no change is dense, and those of "
+            "low rank stay as they are."
+        )
     if config.extra["imported_from"]["preprocess_assumed"] and config.preprocess is not None:
         ui.note(
             f"preprocessing assumed, the model's: {config.preprocess.described()}. Say how images "

@@ -72,3 +72,11 @@ def test_a_bound_is_judged_on_images_that_calibration_does_not_use():
     check_bound(1.0, Exam((known,), True, "judge", ()))
     with pytest.raises(PlanError, match=r"calibration does not use; of judge none is left"):
         check_bound(1.0, Exam((known,), False, "judge", ()))
+
+
+def test_all_whose_classes_are_not_known_are_named():
+    known = Question("a", 0, "1.png", lambda: None)
+    for names, said in ((("b", None, "c"), " of b, c, which"), ((None,), "true classes, which")):
+        for told in ({"unjudged": names}, {"undecided": names}):
+            with pytest.raises(PlanError, match=said):
+                check_bound(1.0, Exam((known,), True, "judge", (), **told))

@@ -38,7 +38,12 @@ def test_import_says_what_it_assumed(workshop, model, tmp_path):
     again = ("--preprocess", json.dumps(stated), "--overwrite")
     code, said = run("import", tmp_path / "a.pth", tmp_path / "out", *model, *again)
     assert code == 0
-    assert "assumed" not in said
+    assert "assumed" not in said and "compress" not in said
+    code, said = run(
+        "import", tmp_path / "a.pth", tmp_path / "out", *model, *again, "--compress-rank", "1"
+    )
+    assert code == 0
+    assert "--compress-rank 1 compressed nothing: no change is dense" in said
     found = load_adapter(tmp_path / "out").config.preprocess
     assert (found.mean, found.crop_pct) == ((0.1, 0.2, 0.3), 1.0)
     assert found.std == workshop.backbone.facts.preprocess.std
