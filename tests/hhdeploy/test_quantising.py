@@ -9,12 +9,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.calibration import probe
 from hhdeploy.calibration.data import CalibrationData
 from hhdeploy.calibration.judging.range_check import check_adapter
 from hhdeploy.calibration.settings import CalibrationSettings
@@ -30,6 +32,7 @@ from hhdeploy.errors import (
 )
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
+from hhdeploy.preprocess import open_image
 from hhdeploy.quantising import (
     _PICTURES,
     CalibrationOptions,
@@ -300,7 +303,7 @@ def test_nncf_is_imported_as_calibration_imports_it(calibrate, monkeypatch):
         calibrate()
 
 
-def test_an_adapter_is_checked_against_the_ranges(calibrate, images, tmp_path):
+def test_an_adapter_is_checked_against_the_ranges(calibrate, images, tmp_path, monkeypatch):
     def check(data, precision="int8"):
         return check_adapter(calibrate.path, "alpha", data, precision=precision, images=48)
 
@@ -323,6 +326,18 @@ def test_an_adapter_is_checked_against_the_ranges(calibrate, images, tmp_path):
     assert narrow.excess[0].ratio == max(e.ratio for e in narrow.excess) > 1
     assert not [e for e in narrow.excess if e.site.startswith("blocks.0.attn")]
     assert "calibrate again with its images" in narrow.advice()
+    # Of a folder for every adapter it reads its own, in its own way, evenly spread.
+    files = sorted((images / "gamma").rglob("*.png"))
+    transform = Bundle.open(calibrate.path).manifest.preprocess_of(
+        Bundle.open(calibrate.path).manifest.adapter("gamma")
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(probe, "range_excess", lambda *given: seen.extend(given[3]) or [])
+    check_adapter(calibrate.path, "gamma", images, precision="int8", images=5)
+    for i, feed in enumerate(seen):
+        own = transform(open_image(files[i * len(files) // 5]))
+        np.testing.assert_array_equal(feed["images"], own[None])
+    assert len(seen) == 5
     calibrate(settings=replace(SETTINGS, precision="int8-weights"))
     with pytest.raises(PlanError, match="quantises no activations"):
         check(images, "int8-weights")

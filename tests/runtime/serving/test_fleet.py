@@ -1565,6 +1565,8 @@ def test_a_bundle_that_is_harmed_while_it_is_served_is_the_servers_fault(
             file.unlink()
             file.write_bytes(content)
         np.testing.assert_array_equal((await s.asked("alpha"))["alpha"], alpha)
+        # A server without a fleet directory never looks.
+        assert (s.state("alpha"), s.fleet.status("alpha").problem) == ("ready", "")
         await s.looks(2)
         assert (s.state("alpha"), s.fleet.status("alpha").problem) == ("ready", "")
 
