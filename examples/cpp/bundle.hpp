@@ -278,6 +278,8 @@ public:
             const std::string who = "adapter " + entry.at("name").get<std::string>();
             expect(entry.at("row") < shape[0], who, "a row from 1 to " + std::to_string(shape[0] - 1), entry.at("row"));
             const float* const own = bank.data<float>() + (entry.at("row").get<size_t>() + 1) * shape[1] - 1;
+            if (columns && *own != 0 && *own != 1)  // runtimes differ in what they make of NaN
+                throw Error(who + ": expected a head.own of 0 or 1 in its row, found " + std::to_string(*own) + ".");
             if (!columns || *own == 0) {  // it answers with the backbone's classifier, where there is one
                 expect(backbone == 0 || entry.at("classes") == backbone, who, "the backbone's " + backbone.dump() + " classes",
                        entry.at("classes"));

@@ -140,7 +140,10 @@ class RowLayout:
         """
         if row is None or not 0 < row < len(bank):
             return f"expected a row from 1 to {len(bank) - 1}, found {row!r}"
-        if not (self.classes and bank[row, self.offsets["head.own"]]):
+        own_head = float(bank[row, self.offsets["head.own"]]) if self.classes else 0.0
+        if own_head not in (0.0, 1.0):  # runtimes differ in what they make of NaN
+            return f"expected a head.own of 0 or 1 in its row, found {own_head:g}"
+        if not own_head:
             wrong = f"expected the backbone's {backbone} classes, found {classes}"
             return wrong if backbone and classes != backbone else None
         # Not `views`, all of whose parts a bank of a thousand adapters would have to make.

@@ -42,7 +42,10 @@ function misfit({ data, shape }: Tensor, layout: Row, { row, classes }: AdapterE
   if (!(row! < rows)) return `expected a row from 1 to ${rows - 1}, found ${row}`;
   const offsets = new Map(partsOf(layout).map(({ part, offset }) => [part, offset]));
   const begin = row! * layout.size;
-  if (!layout.classes || !data[begin + offsets.get("head.own")!]) {
+  const ownHead = layout.classes ? data[begin + offsets.get("head.own")!]! : 0;
+  // Runtimes differ in what they make of NaN.
+  if (ownHead !== 0 && ownHead !== 1) return `expected a head.own of 0 or 1 in its row, found ${ownHead}`;
+  if (!ownHead) {
     // It answers with the backbone's classifier, where there is one.
     const same = classes === backbone || !backbone || !layout.backbone_head;
     return same ? undefined : `expected the backbone's ${backbone} classes, found ${classes}`;

@@ -38,6 +38,7 @@ from tests.broken_manifests import (
     exchange_rows,
     first,
     rewritten,
+    with_nan_for_a_head,
 )
 from tests.docs.pages import blocks, commands
 from tests.once import made_once
@@ -419,6 +420,13 @@ def test_what_is_no_bank_is_refused(program, branches, pictures, tmp_path, name)
     done = run(program, bundle, pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
     assert re.match(f"Error: .*{BANK_FILE}", done.stderr), done.stderr
+
+
+def test_a_row_that_does_not_say_whose_its_head_is(program, branches, pictures, tmp_path):
+    bundle = rewritten(branches, tmp_path / "bundle", BANK_FILE, with_nan_for_a_head)
+    done = run(program, bundle, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "adapter alpha: expected a head.own of 0 or 1 in its row, found" in done.stderr
 
 
 def test_classes_of_a_folded_graph(program, folded, pictures, tmp_path):

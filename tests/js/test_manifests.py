@@ -25,6 +25,7 @@ from tests.broken_manifests import (
     first,
     graph_inputs,
     rewritten,
+    with_nan_for_a_head,
 )
 from tests.js.conftest import encoded, sent
 from tests.support import images
@@ -87,6 +88,15 @@ def test_what_is_no_bank_is_refused(ask, branches, tmp_path):
         assert re.search(f"HhdeployError: .*{BANK_FILE}: ", said["error"]), name
         with pytest.raises(BundleError, match=BANK_FILE):
             open_session(bundle)
+
+
+def test_a_row_that_does_not_say_whose_its_head_is(ask, branches, tmp_path):
+    bundle = rewritten(branches, tmp_path / "bundle", BANK_FILE, with_nan_for_a_head)
+    (said,) = ask(asked(bundle))
+    message = "adapter 'alpha': expected a head.own of 0 or 1 in its row, found nan"
+    assert message.replace("'", "") in said["error"].replace("NaN", "nan")
+    with pytest.raises(BundleError, match=message):
+        open_session(bundle)
 
 
 def test_classes_of_a_folded_graph(ask, folded, tmp_path):
