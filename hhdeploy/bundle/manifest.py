@@ -29,9 +29,9 @@ from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, QuantisedPrecision
 from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files.bundle_json import MANIFEST as MANIFEST
 from hhdeploy.files.bundle_json import SIGNATURE as SIGNATURE
+from hhdeploy.files.bundle_json import as_read, unknown_keys
 from hhdeploy.files.bundle_json import name_with_digits as name_with_digits
 from hhdeploy.files.bundle_json import plain_name as plain_name
-from hhdeploy.files.bundle_json import unknown_keys
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
@@ -388,7 +388,7 @@ def _known(names: Iterable[_Name], found: object, what: str) -> _Name:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace a bundle's manifest in one step."""
-    write_json(path / MANIFEST, manifest.to_json())
+    write_json(path / MANIFEST, as_read(manifest.to_json()))
 
 
 def hash_files(path: Path) -> dict[str, str]:

@@ -15,7 +15,6 @@ card is written again. A signature fits no more: it is hidden before the commit,
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +47,7 @@ from hhdeploy.errors import (
     HhdeployError,
     WriteError,
 )
-from hhdeploy.files.bundle_json import bundle_path, check_bundle_json
+from hhdeploy.files.bundle_json import as_read, bundle_path, check_bundle_json
 from hhdeploy.files.directories import ONE_NAME, is_one_name
 from hhdeploy.files.journal import write_journal
 from hhdeploy.files.plain import read_plain
@@ -230,7 +229,7 @@ class Change:
         """Raise `BundleError` for a manifest that no reader would take."""
         folders = {n.split("/")[1] for n in self.manifest.files if n.startswith(f"{ADAPTERS}/")}
         try:
-            content = json.loads(json_bytes(self.manifest.to_json()))
+            content = as_read(self.manifest.to_json())
             check_bundle_json(content)
             Manifest.from_json(content)
             for entry in () if self.manifest.whole else self.manifest.adapters:

@@ -102,6 +102,23 @@ def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number of JSON, which other readers refuse: write null")
 
 
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=_no_constant)
+
+
+def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's content as a reader finds it once it is written.
+
+    Raises:
+        BundleError: it holds what no reader takes, NaN or Infinity.
+    """
+    try:
+        found: dict[str, Any] = _parsed(json.dumps(content))
+    except ValueError as error:
+        raise BundleError(f"{MANIFEST} cannot be written: {error}. Nothing was changed.") from error
+    return found
+
+
 def json_problem(error: Exception) -> str:
     """What is wrong with JSON, by the error of what reads it. Of a number of thousands of digits
     Python's own gives advice to its programmers."""
@@ -129,9 +146,7 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         text = read_plain(file).decode()
-        content = json.loads(
-            text, object_pairs_hook=without_duplicates, parse_constant=_no_constant
-        )
+        content = _parsed(text)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(_no_bundle(path)) from None
     except OSError as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from hhdeploy.adapters.format import load_adapter
 from hhdeploy.bundle import Bundle
-from hhdeploy.bundle.manifest import MANIFEST, PARITY_FILE
+from hhdeploy.bundle.manifest import MANIFEST, PARITY_FILE, write_manifest
 from hhdeploy.errors import AdapterError, BundleError
 from tests.broken_manifests import BROKEN, BROKEN_ELSEWHERE, broken, first
 from tests.workshop import copy_bundle
@@ -43,6 +44,19 @@ def test_what_is_no_json_is_refused_wherever_it_stands(bundle, word):
     (bundle / MANIFEST).write_text(f'{text[:-1]}, "mine": {{"loss": {word}}}}}')
     with pytest.raises(BundleError, match=rf"{MANIFEST} cannot be read: {word} is no number of"):
         Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_what_no_reader_takes_is_not_written(bundle, number):
+    before = (bundle / MANIFEST).read_bytes()
+    opened = Bundle.open(bundle)
+    manifest = replace(opened.manifest, extra={"mine": {"loss": number}})
+    said = re.compile("cannot be written: .* is no number of JSON")
+    with pytest.raises(BundleError, match=said), opened.edit() as change:
+        change.manifest = manifest
+    with pytest.raises(BundleError, match=said):
+        write_manifest(bundle, manifest)
+    assert (bundle / MANIFEST).read_bytes() == before
 
 
 @pytest.mark.parametrize("classes", [1, 6, 8])
