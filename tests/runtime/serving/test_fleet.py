@@ -1559,6 +1559,8 @@ def test_a_bundle_that_is_harmed_while_it_is_served_is_the_servers_fault(
                 await s.asked("alpha")
             assert caught.value.status == 500
         assert s.state("alpha") == "broken"
+        with pytest.raises(FailedError, match="'alpha' has no row now"):  # as its metadata says
+            s.fleet.status("alpha").check()
         if harm == "away":
             away.rename(copy)
         else:
