@@ -151,11 +151,14 @@ def _check_age(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None
             )
 
 
-def said_of_age(config: Mapping[str, Any]) -> list[str]:
-    """A line where a configuration is read otherwise than PEFT reads it today."""
-    if not _unscaled(config):
-        return []
-    return ["LoKr without its alpha / r: PEFT before 0.14, which wrote this, did not apply it"]
+def said_of_reading(config: Mapping[str, Any]) -> list[str]:
+    """A line where a configuration is read otherwise than PEFT reads it, or does not say enough."""
+    if _unscaled(config):
+        return ["LoKr without its alpha / r: PEFT before 0.14, which wrote this, did not apply it"]
+    init = config.get("init_lora_weights")
+    if str(init).lower() in ("pissa", "olora"):  # the file does not tell
+        return [f"{init} from the backbone's own weights: of the first adapter in its model"]
+    return []
 
 
 def _unscaled(config: Mapping[str, Any]) -> bool:

@@ -34,7 +34,7 @@ from hhdeploy.adapters.importers.lora import (
     tuned_tensor,
     unknown_option,
 )
-from hhdeploy.adapters.importers.merging import merged_parameters, said_of_age
+from hhdeploy.adapters.importers.merging import merged_parameters, said_of_reading
 from hhdeploy.adapters.importers.naming import Names, names_of
 from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.adapters.importers.saved import Split, bare_key, head_of_file, split_saved
@@ -110,7 +110,7 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     ]
     names = names_of(inside, backbone, file, options.prefix)
     split = split_saved(tensors, head, names, config, backbone, file)
-    assumed = [*notes, *split.notes, *said_of_age(config), *other_name(config, backbone.facts)]
+    assumed = [*notes, *split.notes, *said_of_reading(config), *other_name(config, backbone.facts)]
     if left:
         assumed.append(f"left out, as they are not in {options.prefix}: {abbreviate(left, 3)}")
     adapted = {names.here(names.owner(key) or "") for key in split.tuned}

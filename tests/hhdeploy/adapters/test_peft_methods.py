@@ -93,6 +93,9 @@ def test_what_is_live(tmp_path, vit, method, changes, parts):
         if getattr(site, name) is not None
     }
     assert found == parts
+    began = str(changes.get("init_lora_weights")).lower() in {"pissa", "olora"}
+    lines = [line for line in said_of(adapter) if "first adapter in its model" in line]
+    assert len(lines) == began, "a second one began at weights that no file keeps"
     save_adapter(adapter, tmp_path / "out")
     again = load_adapter(tmp_path / "out")
     assert np.array_equal(answers(vit, again), answers(vit, adapter))
