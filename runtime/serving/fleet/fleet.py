@@ -314,7 +314,10 @@ class Fleet:
     def _unknown(self, name: str) -> NotFoundError:
         names = sorted(self._known.keys() - {name})  # whose folder may be gone
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
-        return NotFoundError(f"unknown adapter {name[:200]!r}. There are: {shown or 'none'}.")
+        bundle = f"; the bundle is {self._files.reserved!r}" if self._files.reserved else ""
+        return NotFoundError(
+            f"unknown adapter {name[:200]!r}. There are: {shown or 'none'}{bundle}."
+        )
 
     def _status(self, name: str) -> Status:
         known, entry = self._known[name], self.rows.entry(name)

@@ -400,7 +400,8 @@ def test_paths_that_there_are_not(server):
         ("GET", "/v2/repository/models/alpha/load", 405, "expected the method POST."),
         ("DELETE", "/v2/models/tiny", 405, "expected the method GET or HEAD."),
         ("POST", "/metrics", 405, "expected the method GET or HEAD."),
-        ("GET", "/v2/models/nobody", 404, "unknown adapter"),
+        ("GET", "/v2/models/nobody", 404, "unknown adapter 'nobody'. There are: "),
+        ("GET", "/v2/models/vit", 404, "; the bundle is 'tiny'."),
         ("GET", "/v2/models/backbone", 404, "unknown adapter"),  # as docs/serving.md says
         ("GET", "/v2/models/tiny/versions/2", 404, "unknown version"),
         ("POST", "/v2/models/tiny/versions/x/infer", 400, ""),
