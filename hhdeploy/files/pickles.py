@@ -31,11 +31,11 @@ _ARCHIVES = (
 )
 
 
-def unpickled(path: Path, device: str = "cpu") -> Any:
+def unpickled(path: Path, *, values: bool = True) -> Any:
     """What a file of torch.save holds: tensors and plain values, nothing that runs code.
 
-    On the ``device`` meta tensors have no values, and none are read. The arguments of a training
-    (``argparse.Namespace``) are plain values; timm's are among them.
+    Without ``values`` tensors are on torch's meta device, and none are read. The arguments of a
+    training (``argparse.Namespace``) are plain values; timm's are among them.
 
     Raises:
         ValueError: there is something else in it, or it is damaged; the message says what.
@@ -47,7 +47,7 @@ def unpickled(path: Path, device: str = "cpu") -> Any:
         raise ValueError(other)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
         except (OSError, MemoryError):
             raise
         except Exception as error:  # of what is no pickle, whatever its bytes mean in one
