@@ -63,8 +63,7 @@ class Scratch:
         import torch
 
         if self._memory is None or self._memory.numel() < weight.size:
-            # PyTorch's memory starts where a line of the cache does, NumPy's does not: a tenth
-            # of a fold.
+            # PyTorch's memory starts where a line of the cache does, NumPy's does not.
             self._memory = torch.empty(weight.size, dtype=torch.float64)
         memory, (out, in_) = self._memory[: weight.size], weight.shape
         by_column = weight.strides[0] < weight.strides[1]  # the layout of an ONNX MatMul
