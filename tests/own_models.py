@@ -107,7 +107,7 @@ class Scaling(Encoder):
 
     def __init__(self, other: str) -> None:
         super().__init__(images_first=True, depth=1)
-        self.scale = 3.0 if other == "scale" else 1.0
+        self.scale = {"scale": 3.0, "slightly": 1.05}.get(other, 1.0)
         self.norm = nn.BatchNorm2d(48)
         self.register_buffer("table", torch.ones(48), persistent=False)
         if other == "table":
@@ -120,7 +120,8 @@ class Scaling(Encoder):
         tokens = maps.flatten(2).transpose(1, 2) * self.table
         if self.other == "code":
             tokens = tokens.relu()
-        return self.head(self.encoder(tokens).mean(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.other == "casts"):
+            return self.head(self.encoder(tokens).mean(1))
 
 
 def scaling(other: str = "") -> nn.Module:

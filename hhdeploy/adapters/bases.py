@@ -7,7 +7,7 @@ from typing import Any
 
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import ANSWER_BOUND, NO_BUFFERS, BackboneFacts, BaseAnswer
+from hhdeploy.backbones.facts import NO_BUFFERS, BackboneFacts, BaseAnswer
 from hhdeploy.errors import AdapterError
 
 # Arguments of timm's models that change nothing of what a trained one computes, or that are
@@ -103,12 +103,12 @@ def check_answer(
     if known is None or found is None or distance is None:
         silent = "imported_from" in config.extra or unbound(name, adapter, facts) is not None
         return None if silent else _unanswered(name, known, found)
-    if distance > ANSWER_BOUND:
+    if distance > (bound := known.bound(found)):
         raise AdapterError(
             f"{adapter.source}: base_answer: adapter {name!r} was trained on a model whose "
             f"features of one fixed image ({known.made_with}) are not those of {facts.model} "
-            f"({found.made_with}): they differ by {distance:.1%} of their root mean square, "
-            f"expected {ANSWER_BOUND:.0%} at most. The weights may be the same, what they compute "
+            f"({found.made_with}): they differ by {distance:.2%} of their root mean square, "
+            f"expected {bound:.1%} at most. The weights may be the same, what they compute "
             "is not: a buffer of no state dict, an attribute, the model's code or a version of it "
             "is another. Export with the code, arguments and versions that it was trained with, or "
             "train it again on this model."
@@ -202,15 +202,16 @@ def check_one_base(first: str, one: AdapterConfig, second: str, other: AdapterCo
     if other_answer(one.base_answer, other.base_answer):
         raise AdapterError(
             f"{first} and {second} belong to backbones that compute otherwise: base_answer, of one "
-            f"fixed image, differs by more than {ANSWER_BOUND:.0%} of its root mean square. Mix "
-            "adapters of one model."
+            "fixed image, differs by more than rounding makes it. Mix adapters of one model."
         )
 
 
 def other_answer(one: BaseAnswer | None, other: BaseAnswer | None) -> bool:
     """Whether two answers can be compared, and are not of one model."""
-    distance = None if one is None or other is None else one.distance(other)
-    return distance is not None and distance > ANSWER_BOUND
+    if one is None or other is None:
+        return False
+    distance = one.distance(other)
+    return distance is not None and distance > one.bound(other)
 
 
 def same_model(one: str, other: str) -> bool:

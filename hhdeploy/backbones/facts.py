@@ -22,8 +22,9 @@ LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"
 OUTPUTS = (LOGITS, FEATURES, TOKENS)
 # The digest of buffers of a model that has none in its state dict.
 NO_BUFFERS = hashlib.sha256().hexdigest()
-# What two answers of one model may differ by at most, of their root mean square.
-ANSWER_BOUND = 0.05
+# What two answers of one model may differ by at most, of their root mean square: where one of them
+# is of bfloat16, float16 or TF32, and where both are of full precision.
+ANSWER_BOUND, FULL_ANSWER_BOUND = 0.05, 1e-3
 _ANSWER_VALUES = 32  # kept of an answer, at most
 _ANSWER_LIMIT = 1e38  # of its numbers, as float32 has them
 _TRANSFORM = tuple(each.name for each in fields(Preprocess))
@@ -41,6 +42,7 @@ class BaseAnswer:
         rms: root mean square of all features.
         values: up to 32 of them, spread evenly.
         made_with: packages and their versions, for messages.
+        full_precision: float32 or more all through; False also where that is not known.
 
     Raises:
         ValueError: it is none.
@@ -51,6 +53,7 @@ class BaseAnswer:
     rms: float
     values: tuple[float, ...]
     made_with: str
+    full_precision: bool = False
 
     def __post_init__(self) -> None:
         numbers = (self.rms, *self.values)
@@ -58,7 +61,8 @@ class BaseAnswer:
         texts = isinstance(self.classifier, str) and isinstance(self.made_with, str)
         counted = len(sizes) == 3 and 0 < len(self.values) <= _ANSWER_VALUES
         known = all(type(n) in (int, float) and abs(n) < _ANSWER_LIMIT for n in numbers)
-        if not (counted and all(sizes) and texts and known and self.rms > 0):
+        told = isinstance(self.full_precision, bool)
+        if not (counted and all(sizes) and texts and known and self.rms > 0 and told):
             raise ValueError(_ANSWER_FORM)
 
     @classmethod
@@ -80,15 +84,29 @@ class BaseAnswer:
         return cls(input_size, classifier, short[0], tuple(short[1:]), made_with)
 
     def distance(self, other: BaseAnswer) -> float | None:
+        """`apart`; None where they cannot be compared, being of other images, or of another part
+        of a model."""
+        same = (self.input_size, self.classifier) == (other.input_size, other.classifier)
+        return self.apart(other) if same else None
+
+    def apart(self, other: BaseAnswer) -> float:
         """Root mean square of the difference, of the answers'; infinite where their numbers are
-        not as many. None where they are of other images, or of another part of a model."""
-        if (self.input_size, self.classifier) != (other.input_size, other.classifier):
-            return None
+        not as many."""
         if len(self.values) != len(other.values):
             return math.inf
         mine, theirs = np.asarray(self.values), np.asarray(other.values)
         scale = max(self.rms, other.rms, _rms(mine), _rms(theirs))
         return max(_rms(mine - theirs), abs(self.rms - other.rms)) / scale
+
+    def middle(self, other: BaseAnswer) -> BaseAnswer:
+        """The mean of two answers that are of as many numbers."""
+        values = tuple((a + b) / 2 for a, b in zip(self.values, other.values, strict=True))
+        return replace(self, rms=(self.rms + other.rms) / 2, values=values)
+
+    def bound(self, other: BaseAnswer) -> float:
+        """What `distance` is at most, of one model."""
+        full = self.full_precision and other.full_precision
+        return FULL_ANSWER_BOUND if full else ANSWER_BOUND
 
     def to_json(self) -> dict[str, Any]:
         """The ``base_answer`` entry of an adapter's configuration."""
@@ -98,6 +116,7 @@ class BaseAnswer:
             "rms": self.rms,
             "values": list(self.values),
             "made_with": self.made_with,
+            "full_precision": self.full_precision,
         }
 
     @classmethod
@@ -106,7 +125,7 @@ class BaseAnswer:
         if content is None:
             return None
         names = {each.name for each in fields(cls)}
-        if not isinstance(content, dict) or content.keys() != names:
+        if not isinstance(content, dict) or content.keys() | {"full_precision"} != names:
             raise ValueError(_ANSWER_FORM)
         if not all(isinstance(content[key], list) for key in ("input_size", "values")):
             raise ValueError(_ANSWER_FORM)
@@ -118,7 +137,7 @@ class BaseAnswer:
 
 _ANSWER_FORM = (
     "an object of an image's three sizes, a classifier's path, rms (more than 0), values (up to "
-    f"{_ANSWER_VALUES} numbers) and made_with, or null"
+    f"{_ANSWER_VALUES} numbers), made_with and maybe full_precision, or null"
 )
 
 

@@ -87,7 +87,8 @@ export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
   expect("base_sha256", isNone(digest) || typeof digest === "string", "64 hex digits or null");
   expect("base_signs_sha256", isNone(signs) || typeof signs === "string", "64 hex digits or null");
   expect("base_buffers_sha256", isNone(buffers) || typeof buffers === "string", "64 hex digits or null");
-  expect("base_answer", isNone(answer) || isAnswer(answer), "input_size, classifier, rms, values and made_with, or null");
+  const answered = "input_size, classifier, rms, values, made_with and maybe full_precision, or null";
+  expect("base_answer", isNone(answer) || isAnswer(answer), answered);
   checkPreprocess(content.preprocess, (args as Json).img_size, where);
   const config = { ...content, form, reflection, target_modules: targets } as AdapterConfig;
   checkClassNames(config.class_names, config.num_classes ?? undefined, where);
@@ -133,8 +134,8 @@ function objectOf(bytes: Uint8Array, where: string): Json {
 
 function isAnswer(x: unknown): boolean {
   if (!isObject(x)) return false;
-  const { input_size: size, classifier, rms, values, made_with: versions, ...more } = x;
-  const none = Object.keys(more).length === 0;
+  const { input_size: size, classifier, rms, values, made_with: versions, full_precision: full, ...more } = x;
+  const none = Object.keys(more).length === 0 && (full === undefined || typeof full === "boolean");
   const sized = isNumbers(size, 3) && size.every((n) => isCount(n) && n > 0);
   const counted = Array.isArray(values) && values.length > 0 && values.length <= 32;
   const texts = typeof classifier === "string" && typeof versions === "string";

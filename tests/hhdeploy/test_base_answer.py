@@ -20,7 +20,7 @@ from hhdeploy.adapters.differing import difference
 from hhdeploy.adapters.format import Adapter, load_adapter
 from hhdeploy.adapters.made import checked_config
 from hhdeploy.adapters.mixing import merge_adapters
-from hhdeploy.backbones.facts import ANSWER_BOUND, BaseAnswer
+from hhdeploy.backbones.facts import ANSWER_BOUND, FULL_ANSWER_BOUND, BaseAnswer
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.outputs import base_answer, fixed_image
 from hhdeploy.backbones.spec import BackboneSpec
@@ -75,7 +75,7 @@ def exported(trained: Path, **args: Any) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("how", ["scale", "table", "code"])
+@pytest.mark.parametrize("how", ["scale", "table", "code", "slightly"])
 def test_a_backbone_that_computes_otherwise_is_refused(trained, how):
     """An attribute, a buffer of no state dict, and code are in no digest."""
     adapter = load_adapter(trained)
@@ -83,7 +83,7 @@ def test_a_backbone_that_computes_otherwise_is_refused(trained, how):
     assert adapter.config.base_sha256 == other.facts.sha256
     assert adapter.config.base_buffers == other.facts.buffers
     found = (
-        r"base_answer: adapter 'a' was trained on .*\(torch \d.*differ by \d+\.\d% .* 5% at most"
+        r"base_answer: adapter 'a' was trained on .*\(torch \d.*differ by \d+\.\d+% .* 0.1% at most"
     )
     with pytest.raises(AdapterError, match=found):
         exported(trained, other=how)
@@ -129,19 +129,36 @@ def changed(how: str, model: nn.Module) -> nn.Module:
         return model.train()
     if how == "classifier":
         model.head = nn.Linear(48, 11)
+    if how == "casts":
+        model.other = how
     if how == "hooked":
         model.register_forward_hook(lambda module, given, output: {"logits": output}["logits"])
     return model
 
 
-@pytest.mark.parametrize("how", ["half", "double", "training", "classifier", "hooked"])
+@pytest.mark.parametrize("how", ["half", "casts", "double", "training", "classifier", "hooked"])
 def test_what_rounding_and_training_change_is_not_refused(how):
+    """Whose own code casts is of no full precision either, whatever its weights are."""
     one, other = kept(bare()), kept(changed(how, bare()))
     assert one is not None
     assert other is not None
+    full = how not in ("half", "casts")
+    assert (one.full_precision, other.full_precision) == (True, full)
+    assert one.bound(other) == (FULL_ANSWER_BOUND if full else ANSWER_BOUND)
     distance = one.distance(other)
     assert distance is not None
-    assert distance < ANSWER_BOUND / 2
+    assert distance < one.bound(other) / 2
+
+
+def test_of_less_than_full_precision_less_is_noticed(trained):
+    """Also of an adapter of an earlier version, which does not say."""
+    adapter = load_adapter(trained)
+    other = load_backbone(BackboneSpec(MODEL, {"other": "slightly"}))
+    attach(other.model, answered(adapter, full_precision=False))
+    content = {k: v for k, v in adapter.config.base_answer.to_json().items() if k in GOOD}
+    assert (
+        BaseAnswer.from_json(content) == answered(adapter, full_precision=False).config.base_answer
+    )
 
 
 def test_autocast_changes_nothing():
@@ -243,7 +260,7 @@ def test_adapters_of_backbones_that_compute_otherwise_are_not_mixed(trained):
     adapter = load_adapter(trained)
     answer = adapter.config.base_answer
     assert answer is not None
-    rounded = answered(adapter, values=tuple(v * 1.001 for v in answer.values))
+    rounded = answered(adapter, values=tuple(v * 1.0001 for v in answer.values))
     other = answered(adapter, rms=answer.rms * 1.2)
     silent = replace(adapter, config=replace(adapter.config, base_answer=None))
     with pytest.raises(AdapterError, match="belong to backbones that compute otherwise"):
@@ -261,7 +278,7 @@ def test_a_training_is_resumed_on_what_computes_the_same(tmp_path):
     state = StateDirectory(tmp_path / "out.training")
     saved = SavedTraining(0, {}, ())
     state.write(saved, {"`r`": 1, ANSWER: answer.to_json()})
-    nearly = replace(answer, rms=answer.rms * 1.001, made_with="torch 9")
+    nearly = replace(answer, rms=answer.rms * 1.0001, made_with="torch 9")
     for same in (answer.to_json(), nearly.to_json(), None):
         assert state.read({"`r`": 1, ANSWER: same}).epoch == 0
     other = replace(nearly, rms=answer.rms * 2).to_json()
@@ -296,6 +313,8 @@ GOOD |= {"made_with": "torch 2"}
         {"input_size": 8},
         {"classifier": None},
         {"made_with": 3},
+        {"full_precision": 1},
+        {"full_precision": None},
         {"another": 1},
     ],
 )

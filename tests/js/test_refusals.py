@@ -133,6 +133,7 @@ ANSWERS += [{**ANSWER, "rms": rms} for rms in (0, -1, True, "1", 1e39)]
 ANSWERS += [{**ANSWER, "values": values} for values in ([], [1.0] * 33, ["1"], "12", [None])]
 ANSWERS += [{**ANSWER, "input_size": size} for size in ([3, 8], [3, 8, 0], [3, 8, 8.5], 8)]
 ANSWERS += [{**ANSWER, "classifier": None}, {**ANSWER, "made_with": 3}, {**ANSWER, "more": 1}]
+ANSWERS += [{**ANSWER, "full_precision": value} for value in (1, "true", None)]
 
 # Of an adapter of q, k, v and proj with seven classes; each with what messages of both name.
 BROKEN: dict[str, tuple[Edit, str]] = {
