@@ -25,7 +25,6 @@ from hhdeploy.calibration.qdq import FORMATS, find_sites, other_products, quanti
 from hhdeploy.calibration.scales import (
     Calibration,
     cache_key,
-    check_cache,
     read_cached,
     write_cached,
 )
@@ -159,8 +158,6 @@ def find_scales(
     key = cache_key(graph.sha256, data.digest, settings, versions)
     scales = read_cached(cache, key) if cache is not None else None
     if scales is None:
-        if cache is not None:
-            check_cache(cache, key)
         scales = calibrate_int8(graph.path, graph.sites, data, settings)
         if cache is not None:
             write_cached(cache, key, scales)

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import BundleError
-from hhdeploy.files.caches import Entry, entry_at
+from hhdeploy.files.caches import CacheWarning, Entry, entry_at
 from hhdeploy.files.tensors import ByContent, read_tensors, write_tensors
-from hhdeploy.files.writing import os_errors, sha256_of, write_json
+from hhdeploy.files.writing import sha256_of, write_json
 
 # Counts changes of this package that make older entries unusable.
 _VERSION = 3
@@ -99,10 +99,6 @@ def read_scales(path: Path) -> dict[str, SiteScale]:
     }
 
 
-class CalibrationCacheWarning(UserWarning):
-    """An entry of the cache was damaged; it is computed again."""
-
-
 def cache_key(
     graph_sha256: str, data_sha256: str, settings: CalibrationSettings, versions: Mapping[str, str]
 ) -> str:
@@ -122,26 +118,22 @@ def cache_key(
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def check_cache(cache: Path, key: str) -> None:
-    """Raise `WriteError` where scales could not be stored, before they are searched for."""
-    _entry(cache, key).check()
-
-
 def write_cached(cache: Path, key: str, scales: Mapping[str, SiteScale]) -> None:
-    """Store the scales of a graph's sites. Raises `WriteError`."""
-    entry = _entry(cache, key)
-    with entry.store() as folder:
-        with os_errors(entry.path):
-            folder.mkdir()
+    """Store the scales of a graph's sites, as `Entry.keep`."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
         write_scales(folder / _TENSORS, scales)
         digest = sha256_of(folder / _TENSORS)
         write_json(folder / _INDEX, {"key": key, "sites": list(scales), "sha256": digest})
+
+    _entry(cache, key).keep(make)
 
 
 def read_cached(cache: Path, key: str) -> dict[str, SiteScale] | None:
     """Stored scales; None if there are none.
 
-    Scales that are not, byte for byte, what was stored are not used: `CalibrationCacheWarning`,
+    Scales that are not, byte for byte, what was stored are not used: `CacheWarning`,
     None.
     """
     entry = _entry(cache, key)
@@ -150,7 +142,7 @@ def read_cached(cache: Path, key: str) -> dict[str, SiteScale] | None:
     except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
         warnings.warn(
             f"the calibration cached in {entry.path} is damaged ({error}); calibrating again",
-            CalibrationCacheWarning,
+            CacheWarning,
             stacklevel=2,
         )
         return None

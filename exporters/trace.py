@@ -34,9 +34,9 @@ from hhdeploy.backbones.spec import Backbone
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.batches import batch_shapes, check_batch, images_apart
 from hhdeploy.exporters.tags import tag_linears, tag_mixed
-from hhdeploy.files.caches import Entry, entry_at
+from hhdeploy.files.caches import entry_at
 from hhdeploy.files.writing import default_cache as default_cache
-from hhdeploy.files.writing import os_errors, write_json
+from hhdeploy.files.writing import write_json
 from hhdeploy.graph import LINEAR_TAG, ViewTensor, adopt_constants
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ def base_graph(
     Raises:
         BackboneError: when torch cannot trace the architecture with a dynamic batch, the model's
             code fixes the batch, it does not tell an output, or its classifier is none.
-        WriteError: the cache cannot be written.
     """
     if cache is None or backbone.traced_with is None:
         return _with_execution_order(trace(backbone, outputs), backbone.facts, outputs)
@@ -103,8 +102,10 @@ def base_graph(
     except (OSError, ValueError, TypeError, KeyError):  # damaged
         stored = None
     if stored is None:
-        entry.check()
-        stored = _keep(trace(backbone, outputs), entry)
+        traced = trace(backbone, outputs)
+        stored = entry.keep(lambda folder: _keep(traced, folder))
+        if stored is None:
+            return _with_execution_order(traced, backbone.facts, outputs)
     return _with_execution_order(_graph_of(*stored), backbone.facts, outputs)
 
 
@@ -140,20 +141,15 @@ class _Weights:
         return ir.LazyTensor(mapped, stored.dtype, stored.shape, name=stored.name)
 
 
-def _keep(traced: ir.Model, entry: Entry) -> tuple[bytes, _Weights]:
-    """Store a graph, and open it where it lies."""
-    with entry.store() as folder:
-        with os_errors(entry.path):
-            folder.mkdir()
-            ir.save(
-                traced,
-                folder / _GRAPH,
-                external_data=_WEIGHTS,
-                size_threshold_bytes=EXTERNAL_THRESHOLD,
-            )
-        graph, weights = _opened(folder)
-        hashes = {_GRAPH: hashlib.sha256(graph).hexdigest(), _WEIGHTS: weights.sha256}
-        write_json(folder / _HASHES, hashes)
+def _keep(traced: ir.Model, folder: Path) -> tuple[bytes, _Weights]:
+    """Write a graph as a cache entry, and open it where it lies."""
+    folder.mkdir()
+    ir.save(
+        traced, folder / _GRAPH, external_data=_WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD
+    )
+    graph, weights = _opened(folder)
+    hashes = {_GRAPH: hashlib.sha256(graph).hexdigest(), _WEIGHTS: weights.sha256}
+    write_json(folder / _HASHES, hashes)
     return graph, weights
 
 

@@ -1,18 +1,15 @@
 """Kernels that TensorRT-RTX compiled on this machine, kept for the next start.
 
 A cache is only speed: one that is damaged or belongs to another driver is compiled again, one
-that cannot be written is left out.
+that cannot be written is left out, with a warning.
 """
 
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 
-from hhdeploy.errors import WriteError
 from hhdeploy.files.caches import Entry, entry_at, key_of
-from hhdeploy.files.writing import os_errors
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -35,8 +32,7 @@ def read_kernels(entry: Entry) -> bytes | None:
 
 def write_kernels(entry: Entry, blob: bytes) -> None:
     """Store kernels; processes that share them see the old or the new ones, whole."""
-    with suppress(WriteError), entry.store() as file, os_errors(entry.path):
-        file.write_bytes(hashlib.sha256(blob).digest() + blob)
+    entry.keep(lambda file: file.write_bytes(hashlib.sha256(blob).digest() + blob))
 
 
 def _checked(file: Path) -> bytes:

@@ -1,23 +1,20 @@
 """Compiled OpenVINO models, kept on disk for the next start.
 
 A cache is only speed: a blob that is damaged is compiled again, one that cannot be written is
-left out. The key holds the hashes of graph and weights and all that compiling depends on, so a
-changed graph, another version or another processor never meets an old blob. Where blobs are, and
-which of them go when there are many: `hhdeploy.files.caches`.
+left out, with a warning. The key holds the hashes of graph and weights and all that compiling
+depends on, so a changed graph, another version or another processor never meets an old blob. Where
+blobs are, and which of them go when there are many: `hhdeploy.files.caches`.
 """
 
 from __future__ import annotations
 
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.errors import WriteError
 from hhdeploy.files.caches import Entry, entry_at, key_of
-from hhdeploy.files.writing import os_errors
 
 # The checksum is behind the blob, which stays aligned in memory. CRC-32, not SHA-256: it is
 # against torn files, and half the time of opening would go into hashing the weights again.
@@ -38,15 +35,14 @@ def map_blob(entry: Entry) -> NDArray[np.uint8] | None:
 
 
 def write_blob(entry: Entry, blob: memoryview) -> None:
-    """Store a blob; one that cannot be written is left out."""
-    with (
-        suppress(WriteError),
-        entry.store() as file,
-        os_errors(entry.path),
-        file.open("wb") as stream,
-    ):
-        stream.write(blob)
-        stream.write(_checksum(blob))
+    """Store a blob, as `Entry.keep`."""
+
+    def make(file: Path) -> None:
+        with file.open("wb") as stream:
+            stream.write(blob)
+            stream.write(_checksum(blob))
+
+    entry.keep(make)
 
 
 def _mapped(file: Path) -> NDArray[np.uint8]:

@@ -3,10 +3,11 @@
     ROOT/KIND/KEY       an entry: a file, or a directory of files that belong together
     ROOT/KIND/.KEY.*    what a process makes or removes right now, see `hhdeploy.files.scratch`
 
-A cache is only speed: whatever is in it can be made again. So readers take no lock, and whoever
-uses an entry needs only to open its files once, as an open or mapped file stays when its name is
-gone. An entry appears and vanishes by one rename, whole. Whether its content is what was stored
-is for its reader to check, who knows its form (`Entry.read`).
+A cache is only speed: whatever is in it can be made again, and what cannot be stored is used all
+the same, with a `CacheWarning`. So readers take no lock, and whoever uses an entry needs only to
+open its files once, as an open or mapped file stays when its name is gone. An entry appears and
+vanishes by one rename, whole. Whether its content is what was stored is for its reader to check,
+who knows its form (`Entry.read`).
 
 Only what is named like an entry is ever listed, counted or removed: a cache may be told to live in
 a directory that has other things in it.
@@ -20,6 +21,7 @@ import hashlib
 import os
 import re
 import stat
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,10 @@ _NAME = re.compile(r"[0-9a-f]{32}(\.[a-z]+)?")
 _MADE, _OLD = "new", "old"
 _SCRATCH = re.compile(rf"\.({_NAME.pattern})\.hhdeploy-.+")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i)?)?b?", re.IGNORECASE)
+
+
+class CacheWarning(UserWarning):
+    """An entry was damaged and is made again, or cannot be stored."""
 
 
 def key_of(*facts: str) -> str:
@@ -107,6 +113,26 @@ class Entry:
                 return found
         return None
 
+    def keep(self, make: Callable[[Path], T]) -> T | None:
+        """`store` what was made by long work, which a full disk does not take back.
+
+        Args:
+            make: makes the entry at the path that it is given.
+
+        Returns:
+            What ``make`` returned; None after a `CacheWarning`: the file system refused.
+        """
+        try:
+            with self.store() as path, os_errors(self.path):
+                return make(path)
+        except WriteError as error:
+            warnings.warn(
+                f"What was made is used, and not kept for the next time. {error}",
+                CacheWarning,
+                stacklevel=2,
+            )
+        return None
+
     @contextlib.contextmanager
     def store(self) -> Iterator[Path]:
         """Yield a path to make the entry at, a file or a directory; it replaces an older one.
@@ -131,15 +157,6 @@ class Entry:
                 with os_errors(self.path):
                     _publish(scratch / _MADE, self.path, scratch / _OLD)
                 _make_room(self.root, self.limit, keep=self.path)
-
-    def check(self) -> None:
-        """Before long work whose result is to be stored.
-
-        Raises:
-            WriteError: the file system lets nobody store an entry here.
-        """
-        with self._scratch():
-            pass
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:

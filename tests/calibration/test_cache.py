@@ -14,15 +14,13 @@ from hhdeploy.calibration import quantised as module
 from hhdeploy.calibration import scales as stored
 from hhdeploy.calibration.quantised import find_scales
 from hhdeploy.calibration.scales import (
-    CalibrationCacheWarning,
     SiteScale,
     cache_key,
     read_cached,
     write_cached,
 )
 from hhdeploy.calibration.settings import CalibrationSettings
-from hhdeploy.errors import WriteError
-from hhdeploy.files.caches import clear, stored_in
+from hhdeploy.files.caches import CacheWarning, clear, stored_in
 from tests.workshop import flip_byte
 
 SETTINGS = CalibrationSettings()
@@ -61,7 +59,7 @@ def test_damage_is_told_and_not_used(tmp_path, name, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-9])
-    with pytest.warns(CalibrationCacheWarning, match="is damaged .* calibrating again"):
+    with pytest.warns(CacheWarning, match="is damaged .* calibrating again"):
         assert read_cached(tmp_path, KEY) is None
 
 
@@ -69,7 +67,7 @@ def test_an_entry_under_another_key_is_not_used(tmp_path):
     write_cached(tmp_path, KEY, SCALES)
     other = KEY[::-1]
     entry(tmp_path).rename(tmp_path / "calibration" / other)
-    with pytest.warns(CalibrationCacheWarning, match="not the ones that were stored"):
+    with pytest.warns(CacheWarning, match="not the ones that were stored"):
         assert read_cached(tmp_path, other) is None
 
 
@@ -79,13 +77,17 @@ def test_one_that_vanishes_while_it_is_read_is_none_and_no_damage(tmp_path, monk
     assert read_cached(tmp_path, KEY) is None
 
 
-def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
+def test_a_full_disk_takes_no_calibration_back(side, tmp_path, monkeypatch):
+    """Hours of it may be behind; only the next time is slower."""
+
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(WriteError, match=r"disk is full.*HHDEPLOY_CACHE"):
-        write_cached(tmp_path, KEY, SCALES)
+    monkeypatch.setattr(module, "calibrate_int8", lambda *arguments: SCALES)
+    with pytest.warns(CacheWarning, match=r"is used, and not kept.*disk is full.*HHDEPLOY_CACHE"):
+        found = find_scales(side.graph, side.data, SETTINGS, cache=tmp_path)
+    assert found.sites is SCALES
     assert list((tmp_path / "calibration").iterdir()) == []
 
 
@@ -133,20 +135,11 @@ def test_a_second_calibration_runs_no_image(side, tmp_path, monkeypatch):
     assert second.ranges == first.ranges
     assert second.settings.precision == "fp8"
     flip_byte(entry(tmp_path) / "scales.safetensors")
-    with pytest.warns(CalibrationCacheWarning):
+    with pytest.warns(CacheWarning):
         find_scales(side.graph, side.data, SETTINGS, cache=tmp_path)
     assert len(runs) == 2
     find_scales(side.graph, side.data, SETTINGS)
     assert len(runs) == 3
-
-
-def test_a_cache_that_cannot_be_written_is_refused_before_any_image_runs(
-    side, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(module, "calibrate_int8", lambda *arguments: pytest.fail("it ran"))
-    (tmp_path / "file").write_text("no directory")
-    with pytest.raises(WriteError, match="This is a cache"):
-        find_scales(side.graph, side.data, SETTINGS, cache=tmp_path / "file")
 
 
 def test_a_site_without_a_range_is_told_and_stays_float(side, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -17,12 +19,12 @@ from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import linear_spec
 from hhdeploy.backbones.structure import find_linears
-from hhdeploy.errors import BackboneError, WriteError
+from hhdeploy.errors import BackboneError
 from hhdeploy.exporters import trace as trace_module
 from hhdeploy.exporters.fold import folded_model
 from hhdeploy.exporters.trace import base_graph, default_cache, trace
 from hhdeploy.exporters.writer import save_graph
-from hhdeploy.files.caches import clear, stored_in
+from hhdeploy.files.caches import CacheWarning, clear, stored_in
 from hhdeploy.graph import LINEAR_TAG, linears_by_path
 from tests.exporters.synthetic import fingerprint
 from tests.parity.architectures import traced
@@ -323,14 +325,21 @@ def test_without_a_cache_nothing_is_stored(tmp_path, monkeypatch):
     assert (tmp_path / "cache" / "base").is_dir()
 
 
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_a_disk_that_fills_up_under_the_cache_takes_no_graph_back(tmp_path, monkeypatch):
     backbone, base = traced("vit")
-    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(trace_module, "write_json", full_disk)
     with (
         mock.patch.object(trace_module, "trace", return_value=base.model),
-        pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*`cache=None`"),
+        pytest.warns(CacheWarning, match="not kept .* The disk is full"),
     ):
-        base_graph(backbone, tmp_path / "file")
+        graph = base_graph(backbone, tmp_path)
+    assert list((tmp_path / "base").iterdir()) == []
+    with session(base.model) as ours, session(graph.model) as theirs:
+        assert np.array_equal(run(ours, images(2)), run(theirs, images(2)))
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture

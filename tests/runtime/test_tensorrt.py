@@ -23,6 +23,7 @@ from hhdeploy.errors import (
     PlanError,
     SessionError,
 )
+from hhdeploy.files.caches import CacheWarning
 from hhdeploy.runtime import cuda, kernel_cache, open_session
 from hhdeploy.runtime.tensorrt_backend import check_tensors, expected_tensors
 from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
@@ -549,7 +550,8 @@ def test_kernels_belong_to_an_engine_a_version_and_a_gpu(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_no_error(built, machine, cache):
     cache.write_text("a file where the directory should be")
-    assert loaded_kernels(machine, built) is None
+    with pytest.warns(CacheWarning, match="is used, and not kept"):
+        assert loaded_kernels(machine, built) is None
 
 
 def test_plain_tensorrt_has_no_kernel_cache(built, machine, cache):

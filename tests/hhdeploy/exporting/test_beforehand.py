@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapters.format import save_adapter
-from hhdeploy.errors import AdapterError, CapacityError, DataError, PlanError, WriteError
+from hhdeploy.errors import AdapterError, CapacityError, DataError, PlanError
 from hhdeploy.exporters import trace
 from hhdeploy.exporting.bundles import export
 from hhdeploy.files.tensors import read_tensors, write_tensors
@@ -96,9 +96,3 @@ def test_pictures_that_cannot_be_read(untraced, tmp_path, what, fold):
         (folder / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="pictures"):
         untraced(ADAPTER, verify_data=folder, fold=fold)
-
-
-def test_a_cache_that_cannot_be_written(workshop, untraced, tmp_path):
-    (tmp_path / "file").write_text("no directory")
-    with pytest.raises(WriteError, match=r"file/base.*This is a cache"):
-        untraced(ADAPTER, cache=tmp_path / "file")

@@ -15,7 +15,15 @@ import pytest
 
 from hhdeploy.errors import PlanError, ReadError, WriteError
 from hhdeploy.files import scratch
-from hhdeploy.files.caches import DEFAULT_LIMIT, clear, entry_at, key_of, size_limit, stored_in
+from hhdeploy.files.caches import (
+    DEFAULT_LIMIT,
+    CacheWarning,
+    clear,
+    entry_at,
+    key_of,
+    size_limit,
+    stored_in,
+)
 from hhdeploy.files.writing import os_errors
 from tests.workshop import ROOT, contents
 
@@ -131,6 +139,8 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"HHDEPLOY_CACHE.*`cache=None`"):
         put(blob(tmp_path / "file", 1))
+    with pytest.warns(CacheWarning, match=r"is used, and not kept.*HHDEPLOY_CACHE.*`cache=None`"):
+        assert blob(tmp_path / "file", 1).keep(Path.touch) is None
 
 
 def test_two_that_store_the_same_at_the_same_time(root, monkeypatch):
