@@ -21,9 +21,10 @@ from hhdeploy.backbones.sites import Form
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.bundle.manifest import Manifest
 from hhdeploy.bundle.reading import Bundle, read_bundle
-from hhdeploy.errors import AdapterError, PlanError, WriteError, require
+from hhdeploy.errors import AdapterError, PlanError, WriteError, first_line, require
 from hhdeploy.files.outputs import output_file
 from hhdeploy.files.plain import open_plain, what_instead
+from hhdeploy.files.writing import write_bytes
 
 _BANK = "adapter_bank"
 _VERSION = 1
@@ -57,11 +58,11 @@ def pack_adapter(path: str | Path, name: str, file: str | Path) -> None:
     with output_file(Path(file)) as scratch:
         try:
             form.export_adapter(str(scratch))
-        except RuntimeError as error:  # it does not say what the file system did
+        except RuntimeError as error:  # it does not say what the file system did, who tells us
+            write_bytes(scratch, row.tobytes())
             raise WriteError(
-                f"Could not write {file}: ONNX Runtime wrote none of it, or a part. The disk may "
-                "be full: free some space or choose another directory. Nothing that was there "
-                "before was changed."
+                f"Could not write {file}: ONNX Runtime wrote none of it, or a part "
+                f"({first_line(error)}). Nothing that was there before was changed."
             ) from error
 
 

@@ -9,14 +9,16 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import click
 
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import HhdeployError, OptionError
+from hhdeploy.files.caches import CacheWarning
 from hhdeploy.files.writing import placed_here
 
 # Command -> (module under hhdeploy.cli, one line of help): the help of the group needs no import.
@@ -44,6 +46,10 @@ _COMMANDS = {
 
 # A stream that is open already has no name; what writes a file of its own says which.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OUT_OF_MEMORY = (
+    "The memory is used up, or more than ulimit -v allows. Give the command more, or ask for less: "
+    "smaller batches, fewer images, fewer processes."
+)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -58,17 +64,23 @@ class Interrupted(click.ClickException):
     exit_code = 130  # 128 + SIGINT, as shells have it
 
     def __init__(self, placed: Iterable[Path], hint: str = "") -> None:
-        # What lay in a directory of temporary files may be gone with it.
-        if there := [str(path) for path in placed if os.path.lexists(path)]:
-            hint = (
-                f"Complete by then, and on the disk: {', '.join(there)}. Look at what is there "
-                "before you run the command again."
-            )
-        super().__init__(f"Interrupted. {hint}".rstrip())
+        super().__init__(f"Interrupted. {_complete(placed) or hint}".rstrip())
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Say it without the word "Error"."""
         click.echo(self.message, file=file, err=True)
+
+
+def _complete(placed: Iterable[Path]) -> str:
+    """A sentence about what was in its place when a command ended early; "" where nothing was."""
+    # What lay in a directory of temporary files may be gone with it.
+    there = [str(path) for path in placed if os.path.lexists(path)]
+    if not there:
+        return ""
+    return (
+        f"Complete by then, and on the disk: {', '.join(there)}. Look at what is there before you "
+        "run the command again."
+    )
 
 
 class _Unprintable(click.ClickException):
@@ -79,6 +91,29 @@ class _Unprintable(click.ClickException):
         super().show(file)
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _said_plainly() -> Iterator[None]:
+    """hhdeploy's own warnings as lines of standard error, without the place in its source."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, CacheWarning):
+                click.echo(f"Warning: {as_command_line(str(message))}", err=True)
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 class Group(click.Group):
@@ -95,13 +130,13 @@ class Group(click.Group):
             ClickException: for every other error of hhdeploy's, of a file that the system
                 names and refuses, and for Ctrl-C.
         """
-        with placed_here() as placed:
+        with placed_here() as placed, _said_plainly():
             try:
-                return self._invoked(ctx)
+                return self._invoked(ctx, placed)
             except KeyboardInterrupt as interrupt:
                 raise Interrupted(placed) from interrupt
 
-    def _invoked(self, ctx: click.Context) -> object:
+    def _invoked(self, ctx: click.Context, placed: Collection[Path]) -> object:
         try:
             return super().invoke(ctx)
         except HhdeployError as error:
@@ -110,13 +145,20 @@ class Group(click.Group):
             if isinstance(error, OptionError):
                 raise click.UsageError(message, context) from error
             raise click.ClickException(message) from error
+        except MemoryError as error:
+            raise click.ClickException(_OUT_OF_MEMORY) from error
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise click.ClickException(_OUT_OF_MEMORY) from error
             if error.filename is None:
-                if error.errno not in _FULL:
+                # Who reads no further wants no more, unless something else was done as well.
+                closed = error.errno == errno.EPIPE and placed
+                if error.errno not in _FULL and not closed:
                     raise
                 raise _Unprintable(
                     "What is printed, or a temporary file, could not be written: "
-                    f"{error.strerror}. Free some space, or print to another place."
+                    f"{error.strerror}. Free some space, or print to another place. "
+                    f"{_complete(placed)}".rstrip()
                 ) from error
             raise click.ClickException(
                 f"{os.fsdecode(error.filename)}: {error.strerror}. See that it is there, is what "

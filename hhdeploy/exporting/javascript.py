@@ -5,7 +5,9 @@ Compiling takes npm (Node.js), once, where a page is written: what is written ne
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from hhdeploy.errors import HhdeployError, MissingDependencyError
-from hhdeploy.files.writing import os_errors, temporary_directory
+from hhdeploy.files.plain import plain_files
+from hhdeploy.files.writing import copied, os_errors, temporary_directory
 
 # In a checkout and in a wheel alike.
 SOURCES: Final = Path(__file__).parent / "js"
@@ -40,7 +43,7 @@ def page_code(progress: Callable[[str], None]) -> dict[str, bytes]:
         MissingDependencyError: no npm, or no Node.js that it runs on.
         HhdeployError: npm or the compiler ended with an error, e.g. without a network.
     """
-    with temporary_directory("page") as folder, os_errors(folder):
+    with temporary_directory("page") as folder:
         root = SOURCES
         if not all((SOURCES / "node_modules" / tool).is_dir() for tool in _TOOLS):
             progress("fetching the runtime and the compiler with npm")
@@ -51,17 +54,24 @@ def page_code(progress: Callable[[str], None]) -> dict[str, bytes]:
         _run("node", str(compiler), "-p", str(root / "web"), "-outDir", str(built))
         runtime = root / "node_modules" / "onnxruntime-web" / "dist"
         scripts = [*(built / "src").glob("*.js"), *(built / "web" / name for name in _SCRIPTS)]
-        return {
-            **{name: (root / "web" / name).read_bytes() for name in _STILL},
-            "sw.js": (built / "web" / "sw.js").read_bytes(),
-            **{f"js/{file.relative_to(built).as_posix()}": file.read_bytes() for file in scripts},
-            **{f"ort/{name}": (runtime / name).read_bytes() for name in RUNTIME},
-        }
+        with os_errors(folder):
+            return {
+                **{name: (root / "web" / name).read_bytes() for name in _STILL},
+                "sw.js": (built / "web" / "sw.js").read_bytes(),
+                **{
+                    f"js/{file.relative_to(built).as_posix()}": file.read_bytes()
+                    for file in scripts
+                },
+                **{f"ort/{name}": (runtime / name).read_bytes() for name in RUNTIME},
+            }
 
 
 def _installed(root: Path) -> Path:
     """The sources with their tools beside them, in the versions and of the hashes of the lock."""
-    shutil.copytree(SOURCES, root, ignore=shutil.ignore_patterns("node_modules", "test"))
+    for name in plain_files(SOURCES):
+        if not name.startswith(("node_modules/", "test/")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            copied(SOURCES / name, root / name)
     lock = json.loads((root / "package-lock.json").read_text(encoding="utf-8"))
     package, lock = narrowed(lock)
     for name, content in (("package.json", package), ("package-lock.json", lock)):
@@ -122,6 +132,9 @@ def _run(*command: str, folder: Path | None = None) -> None:
             "registry?"
         ) from error
     if done.returncode:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if errno.errorcode[number] in done.stderr + done.stdout:  # Node's word for it
+                raise OSError(number, os.strerror(number))
         said = (done.stderr.strip() or done.stdout.strip())[-2000:]
         raise HhdeployError(
             f"{' '.join(command[:2])} ended with status {done.returncode}:\n{said}\nIt needs "

@@ -171,7 +171,7 @@ def _read_error(error: OSError, target: Path) -> ReadError:
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+    return error.strerror or (os.strerror(errno.ENOSPC) if _cut_short(error) else str(error))
 
 
 @contextlib.contextmanager

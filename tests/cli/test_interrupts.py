@@ -1,8 +1,10 @@
-"""Ctrl-C once something is written: what is complete is said."""
+"""A command that ends early, once something is written: what is complete is said."""
 
 from __future__ import annotations
 
+import errno
 import os
+import warnings
 from pathlib import Path
 
 import click
@@ -13,6 +15,7 @@ from rich.console import Console
 import hhdeploy.files.directories
 from hhdeploy.adapters.directory import ADAPTER
 from hhdeploy.cli import Group
+from hhdeploy.files.caches import CacheWarning
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.scratch import scratch_directory
 from tests.workshop import copy_bundle
@@ -85,6 +88,56 @@ def test_ctrl_c_says_what_is_complete(call, monkeypatch, command, step):
 
 def _interrupted(*arguments, **options):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
+def test_an_output_that_takes_no_more_says_what_is_complete(call, monkeypatch, tmp_path, number):
+    """``| head -1`` is nobody's mistake, unless more was done than to print."""
+    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+
+    def refused(*arguments, **options):
+        if not options.get("err"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(click, "echo", refused)
+    monkeypatch.setattr(Console, "print", refused)
+    added = call("adapter", "add", bundle, f"guest={WITNESS / 'rival'}")
+    assert added.exit_code == 1
+    assert f"could not be written: {os.strerror(number)}." in added.stderr
+    assert f"Complete by then, and on the disk: {bundle}." in added.stderr
+    listed = call("adapter", "list", bundle)
+    assert listed.exit_code == 1
+    assert ("Error" in listed.stderr) == (number == errno.ENOSPC)
+    assert "Complete" not in listed.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))],
+    ids=["Python's", "the system's"],
+)
+def test_a_memory_that_is_used_up_is_said(error):
+    group = Group("hhdeploy")
+
+    @group.command()
+    def work() -> None:
+        raise error
+
+    result = CliRunner().invoke(group, ["work"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: The memory is used up, or more than ulimit -v allows.")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_cache_that_takes_nothing_is_a_line():
+    group = Group("hhdeploy")
+
+    @group.command()
+    def work() -> None:
+        warnings.warn("It is full. (`cache=None`.)", CacheWarning, stacklevel=1)
+
+    result = CliRunner().invoke(group, ["work"])
+    assert (result.exit_code, result.stderr) == (0, "Warning: It is full. (--no-cache.)\n")
 
 
 def test_what_went_with_its_directory_is_not_told_of():

@@ -200,6 +200,17 @@ def test_a_compiler_that_fails_is_quoted(small, tmp_path, monkeypatch):
         write_web(small, tmp_path / "site")
 
 
+@pytest.mark.parametrize("said", ["error TS5033: Could not write: ENOSPC: no", "npm error EDQUOT"])
+def test_a_full_directory_of_temporary_files_is_no_fault_of_node(
+    small, tmp_path, monkeypatch, said
+):
+    done = subprocess.CompletedProcess([], 1, said, "")
+    monkeypatch.setattr(javascript.subprocess, "run", lambda *arguments, **options: done)
+    with pytest.raises(WriteError, match=r"temporary file in .* set TMPDIR to another\."):
+        write_web(small, tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+
+
 def test_an_installed_package_fetches_the_pages_tools_alone():
     lock = json.loads((javascript.SOURCES / "package-lock.json").read_text())
     package, narrow = javascript.narrowed(lock)
