@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import errno
+import logging
+import resource
 import socket
 from contextlib import suppress
 from typing import Any
 
 from hhdeploy.errors import DeviceError
 
+_LOG = logging.getLogger("hhdeploy.serve")
 _BACKLOG = 2048
+# Open files beside the connections: the bundle, adapters, libraries, pipes of decoders.
+_OTHER_FILES = 512
 # Free ports that are tried until one is free on every address.
 _TRIES = 20
 # No connection can be taken now, whatever comes: asyncio tries again after a second.
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOOPBACKS = ("127.0.0.1", "::1")
+
+
+def let_open(sockets: int) -> None:
+    """Let this process open files for as many sockets, as far as its hard limit goes: shells and
+    systemd give 1024, and whoever comes once they are used up waits, and is told nothing."""
+    needed = sockets + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    endless = resource.RLIM_INFINITY
+    if soft == endless or soft >= needed:
+        return
+    allowed = needed if hard == endless else min(needed, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):  # macOS allows less than its hard limit says
+        allowed = soft
+    if allowed < needed:
+        _LOG.warning(
+            "more connections may come than files may be open: the last would wait without an "
+            "answer. Raise the limit (ulimit -n), or serve fewer connections",
+            extra={"open_files": allowed, "needed": needed},
+        )
 
 
 def listen(host: str, port: int, parameter: str, most: int) -> list[socket.socket]:

@@ -21,7 +21,7 @@ from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.arrival import bounded_protocol
-from hhdeploy.runtime.serving.listening import listen
+from hhdeploy.runtime.serving.listening import let_open, listen
 from hhdeploy.runtime.serving.processes.memory import give_memory_back
 from hhdeploy.runtime.serving.service import Service
 
@@ -35,6 +35,8 @@ _GRACE_SECONDS = 5.0
 _KEEP_ALIVE_SECONDS = 75
 # Connections of HTTP beyond those that are answered: they are told so.
 _TURNED_AWAY = 256
+# A client's connection, and both ends of that which leads from the front to gRPC's own server.
+_FILES_OF_GRPC = 3
 # Of the interpreter's lock. A batch's thread asks for it before and after it computes, and the
 # loop, busy with requests, would keep it for Python's 5 ms each time: as much as an image takes.
 _SWITCH_SECONDS = 0.5e-3
@@ -72,6 +74,8 @@ async def serve(
         DeviceError: a port is taken, or may not be listened on.
     """
     give_memory_back()
+    most = service.settings.connections + _TURNED_AWAY
+    let_open(most + (_FILES_OF_GRPC * service.settings.connections if grpc_port is not None else 0))
     endpoint = LocalEndpoint(service)
     host = service.settings.host
     config = uvicorn.Config(
@@ -99,7 +103,6 @@ async def serve(
     with contextlib.ExitStack() as stack, _reloading(service, access, tls):
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(_SWITCH_SECONDS)
-        most = service.settings.connections + _TURNED_AWAY
         sockets = [stack.enter_context(each) for each in listen(host, http_port, "http_port", most)]
         # First of all, so that it is seen to live while it reads adapters. A task of its own:
         # uvicorn's clock wakes that one alone.

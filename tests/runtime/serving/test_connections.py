@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import resource
 import socket
 import ssl
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hhdeploy.runtime.serving import server as server_module
-from hhdeploy.runtime.serving.listening import listen
+from hhdeploy.runtime.serving.listening import let_open, listen
 from tests.runtime.serving.certificates import make_certificate
 from tests.runtime.serving.fleets import PATIENCE
 from tests.runtime.serving.servers import running_server
@@ -46,6 +47,38 @@ def test_who_closes_a_connection_leaves_its_place():
             pairs[1][1].close()
             pairs[1][1].close()  # leaves one place all the same
             pairs[1] = connect()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "then", "refused"),
+    [
+        (1024, 1 << 20, 4608, False),
+        (1024, resource.RLIM_INFINITY, 4608, False),
+        (1024, 2048, 2048, False),
+        (1024, resource.RLIM_INFINITY, 1024, True),
+        (1 << 19, 1 << 20, 1 << 19, False),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY, False),
+    ],
+    ids=["as many", "endless", "too few", "refused", "enough", "any number"],
+)
+def test_as_many_files_may_be_open_as_connections_need(
+    monkeypatch, caplog, soft, hard, then, refused
+):
+    """Beyond, whoever comes waits and is told nothing: that is said before."""
+    limits = [(soft, hard)]
+
+    def change(kind: int, new: tuple[int, int]) -> None:
+        if refused:
+            raise ValueError("current limit exceeds maximum limit")
+        limits.append(new)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", change)
+    let_open(4096)
+    assert limits[-1] == (then, hard)
+    said = [(r.levelname, r.open_files, r.needed) for r in caplog.records]
+    enough = then == resource.RLIM_INFINITY or then >= 4608
+    assert said == ([] if enough else [("WARNING", then, 4608)])
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
