@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import engine_name, stale
-from hhdeploy.bundle.locking import check_changeable
+from hhdeploy.bundle.locking import check_changeable, left_alone
 from hhdeploy.bundle.manifest import BANK_FILE, EngineEntry, Range, name_with_digits, plain_name
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
 from hhdeploy.choices import (
@@ -104,7 +104,7 @@ def build(
     if manifest.layout is not None and slots is not None:
         shapes["adapter_bank"] = (slots, manifest.layout.size)
     progress(f"building with {backend}")
-    with temporary_directory("build") as scratch:
+    with left_alone(bundle), temporary_directory("build") as scratch:
         if options.bank_as_constant:
             graph = _baked(bundle, graph, scratch)
         built = engine_from_onnx(graph, backend, shapes, options, phases)

@@ -14,7 +14,7 @@ import numpy as np
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.answers import Logits
-from hhdeploy.bundle.locking import check_changeable
+from hhdeploy.bundle.locking import check_changeable, left_alone
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, calibration_files
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import Progress
@@ -117,15 +117,16 @@ def calibrate_bundle(
     exam = make_exam(source, used, seed=settings.seed)
     if options.max_drop is not None:
         check_bound(options.max_drop, exam)
-    graph = Float32Graph.open(bundle)
-    excluded_sites(settings, tuple(graph.sites))  # a pattern that fits none, not after the work
-    if options.device != "cpu":
-        _session(bundle, "float32", options).close()  # nor a device that is not there
-    progress(f"calibrating on {len(used)} images (cached for the next time)")
-    found = find_scales(graph, used, settings, cache=cache_of(options.cache))
-    with _session(bundle, "float32", options) as plain:
-        trials = _Trials(bundle, graph, found, used, exam, settings, options, plain, progress)
-        return trials.add()
+    with left_alone(bundle):
+        graph = Float32Graph.open(bundle)
+        excluded_sites(settings, tuple(graph.sites))  # a pattern that fits none, not after the work
+        if options.device != "cpu":
+            _session(bundle, "float32", options).close()  # nor a device that is not there
+        progress(f"calibrating on {len(used)} images (cached for the next time)")
+        found = find_scales(graph, used, settings, cache=cache_of(options.cache))
+        with _session(bundle, "float32", options) as plain:
+            trials = _Trials(bundle, graph, found, used, exam, settings, options, plain, progress)
+            return trials.add()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.bundle.reading import NEW_CARD, Bundle
 from hhdeploy.choices import seconds
-from hhdeploy.errors import BundleError, ConflictError, WriteError
+from hhdeploy.errors import BundleError, ConflictError, HhdeployError, WriteError
 from hhdeploy.files.directories import Replaceable, strangers
 from hhdeploy.files.journal import JOURNAL, follow_journal
 from hhdeploy.files.scratch import scratch_directory, sweep_all
@@ -377,3 +377,22 @@ def undisturbed(
 
 # What `export` may replace.
 BUNDLE = Replaceable("a bundle", foreign, undisturbed, last=MANIFEST)
+
+
+@contextlib.contextmanager
+def left_alone(bundle: Bundle) -> Iterator[None]:
+    """Around long work of other packages, which know a bundle's files by their paths: where these
+    went meanwhile, that is said, and not what such a package made of it.
+
+    Raises:
+        ConflictError: it failed, and the bundle is another one by now, or gone.
+    """
+    try:
+        yield
+    except (HhdeployError, OSError) as error:
+        if isinstance(error, ConflictError) or not bundle.changed():
+            raise
+        raise ConflictError(
+            f"{bundle.path} was changed, moved or removed by another process meanwhile. Nothing "
+            "was written. Run the command again, with the bundle where it is now."
+        ) from error

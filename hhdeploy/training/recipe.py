@@ -27,6 +27,7 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import Backbone, BackboneSpec
 from hhdeploy.backbones.transformers import with_classifier
 from hhdeploy.choices import TorchDevice, of_kind
+from hhdeploy.errors import WriteError
 from hhdeploy.files.directories import atomic_directory, check_target
 from hhdeploy.files.outputs import check_outside
 from hhdeploy.files.writing import write_json
@@ -169,7 +170,14 @@ def _output(settings: TrainSettings) -> Iterator[StateDirectory | None]:
     with state.held():
         check_target(out, ADAPTER, overwrite=settings.overwrite)
         state.check(resume=settings.resume)
-        yield state
+        try:
+            yield state
+        except WriteError as error:
+            if not state.exists:
+                raise
+            raise WriteError(
+                f"{error} The epochs before are kept in {state.path}: go on with `resume=True`."
+            ) from error
 
 
 def _device(name: TorchDevice) -> torch.device:

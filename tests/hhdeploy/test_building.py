@@ -17,7 +17,14 @@ from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.engines import choose_engine, stale
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST, EngineEntry, plain_name, write_manifest
 from hhdeploy.cli import main
-from hhdeploy.errors import BundleError, DeviceError, OptionError, ParityError, PlanError
+from hhdeploy.errors import (
+    BundleError,
+    ConflictError,
+    DeviceError,
+    OptionError,
+    ParityError,
+    PlanError,
+)
 from hhdeploy.files.writing import sha256_of
 from hhdeploy.parity import PARITY
 from hhdeploy.verifying.graphs import add_graph, add_typed_graph
@@ -179,6 +186,20 @@ def test_a_changed_graph_is_refused_before_building(rtx, small, tmp_path):
     with (path / "model.onnx").open("ab") as file:
         file.write(b"x")
     with pytest.raises(BundleError, match="expected sha256"):
+        build(path, backend=RTX)
+
+
+def test_a_bundle_that_goes_while_it_is_built_is_no_fault_of_its_graph(
+    rtx, small, tmp_path, monkeypatch
+):
+    path = copy_bundle(small, tmp_path / "bundle")
+
+    def gone(graph, *arguments):
+        path.rename(tmp_path / "elsewhere")
+        raise PlanError("the parser found no model.onnx.data")
+
+    monkeypatch.setattr("hhdeploy.building.engine_from_onnx", gone)
+    with pytest.raises(ConflictError, match="bundle was changed, moved or removed by another"):
         build(path, backend=RTX)
 
 

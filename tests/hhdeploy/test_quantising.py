@@ -23,6 +23,7 @@ from hhdeploy.calibration.settings import CalibrationSettings
 from hhdeploy.errors import (
     BackboneError,
     BundleError,
+    ConflictError,
     DataError,
     HhdeployError,
     MissingDependencyError,
@@ -277,6 +278,20 @@ def test_without_room_for_the_report_the_bundle_stays_as_it_was(calibrate, tmp_p
         calibrate(settings=RANGES, report=report)
     assert contents(calibrate.path) == before
     assert not report.exists()
+
+
+def test_a_bundle_that_goes_while_it_is_calibrated_is_no_fault_of_its_graph(
+    calibrate, tmp_path, monkeypatch
+):
+    def gone(graph, *arguments, **options):
+        calibrate.path.rename(tmp_path / "elsewhere")
+        raise PlanError("NNCF could not quantise the graph")
+
+    monkeypatch.setattr("hhdeploy.calibration.quantised.find_scales", gone)
+    with pytest.raises(ConflictError, match="bundle was changed, moved or removed by another"):
+        calibrate()
+    with pytest.raises(BundleError, match="is not a bundle"):
+        calibrate()
 
 
 def calibrated_files(folder: Path, used: CalibrationData, target: Path) -> Path:

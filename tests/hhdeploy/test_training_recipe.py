@@ -385,6 +385,22 @@ def test_unfinished_state_needs_a_decision(unfinished: TrainSettings) -> None:
         train(unfinished)
 
 
+def test_a_full_disk_names_the_epochs_that_are_kept(
+    unfinished: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise WriteError("No space left on device.")
+
+    monkeypatch.setattr("hhdeploy.training.recipe._data", full)
+    with pytest.raises(
+        WriteError, match=r"^No space .* kept in .*half\.training: .* `resume=True`"
+    ):
+        train(replace(unfinished, resume=True))
+    assert unfinished.out is not None
+    with pytest.raises(WriteError, match=r"No space left on device\.$"):
+        train(replace(unfinished, out=unfinished.out.with_name("other")))
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
