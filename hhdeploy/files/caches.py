@@ -259,7 +259,8 @@ def clear(root: Path, kinds: Collection[str] = tuple(KINDS)) -> list[Stored]:
             except OSError as error:
                 raise WriteError(
                     f"Could not remove {entry.path} from the cache: {error.strerror or error}. "
-                    "It belongs to another user, or the cache is read-only."
+                    "It belongs to another user, or the cache is read-only or of a container's "
+                    "image."
                 ) from error
             removed.append(entry)
     _sweep(root)

@@ -113,9 +113,8 @@ def os_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise (_write_error if _is_of_writing(error, target) else _read_error)(
-            error, target
-        ) from error
+        told = _write_error if _is_of_writing(error, target) else _read_error
+        raise told(error, target) from error
 
 
 def _is_of_writing(error: OSError, target: Path) -> bool:
@@ -147,6 +146,7 @@ def _write_error(error: OSError, target: Path) -> WriteError:
         errno.ENAMETOOLONG: "Choose a shorter one: what is new is made beside its place "
         "first, under a name of 19 bytes more.",
         errno.EISDIR: "Name a file in it, or choose another.",
+        errno.EXDEV: "It is in a lower layer of an overlay, as of a container: remove it yourself.",
         errno.EBUSY: "It is in use, e.g. as a mount point: choose a directory inside it.",
     }
     hint = hints.get(error.errno or _cut_short(error))

@@ -72,6 +72,7 @@ def test_a_file_in_a_directory_that_is_missing(tmp_path):
         (errno.EFBIG, "ulimit -f"),
         (errno.EACCES, "may write to"),
         (errno.EROFS, "read-only"),
+        (errno.EXDEV, "lower layer of an overlay"),
         (errno.EIO, "Nothing that was there before was changed"),
     ],
 )
