@@ -8,13 +8,16 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 import click
+from click.exceptions import Exit
 
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import HhdeployError, OptionError
@@ -50,25 +53,24 @@ _OUT_OF_MEMORY = (
     "The memory is used up, or more than ulimit -v allows. Give the command more, or ask for less: "
     "smaller batches, fewer images, fewer processes."
 )
+# Of who stops a container or a service, and of a terminal that closes.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Interrupted(click.ClickException):
-    """Ctrl-C: no error, and not to be taken back where something was in its place by then.
+def interrupted(interrupt: KeyboardInterrupt, placed: Iterable[Path], hint: str = "") -> Exit:
+    """What to raise after Ctrl-C, or one of `_ENDING`, which this says: it is no error, and not to
+    be taken back where something was in its place by then.
 
     Args:
-        placed: what was, as `placed_here` tells it.
+        interrupt: it has the number of the signal, unless that is Ctrl-C's.
+        placed: what was in its place, as `placed_here` tells it.
         hint: what to do, where nothing was.
     """
-
-    exit_code = 130  # 128 + SIGINT, as shells have it
-
-    def __init__(self, placed: Iterable[Path], hint: str = "") -> None:
-        super().__init__(f"Interrupted. {_complete(placed) or hint}".rstrip())
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Say it without the word "Error"."""
-        click.echo(self.message, file=file, err=True)
+    number = signal.Signals(*interrupt.args or (signal.SIGINT,))
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    click.echo(f"Interrupted{by}. {_complete(placed) or hint}".rstrip(), err=True)
+    return Exit(128 + number)  # as shells have it
 
 
 def _complete(placed: Iterable[Path]) -> str:
@@ -116,10 +118,31 @@ def _said_plainly() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """`_ENDING` are as Ctrl-C: what is half done is removed first. The next one ends the process at
+    once; what is ignored (`nohup`) or has another handler stays as it is."""
+    alone = threading.current_thread() is threading.main_thread()
+    ours = [n for n in _ENDING if alone and signal.getsignal(n) is signal.SIG_DFL]
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    for each in ours:
+        signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+
+
 class Group(click.Group):
     """A group whose commands end with a message.
 
-    Exit code 1, 2 for a wrong command line, or 130 for Ctrl-C.
+    Exit code 1, 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
 
     def invoke(self, ctx: click.Context) -> object:
@@ -127,14 +150,15 @@ class Group(click.Group):
 
         Raises:
             UsageError: for an OptionError, as if click had found it.
-            ClickException: for every other error of hhdeploy's, of a file that the system
-                names and refuses, and for Ctrl-C.
+            ClickException: for every other error of hhdeploy's, and of a file that the system
+                names and refuses.
+            Exit: for Ctrl-C and its like.
         """
-        with placed_here() as placed, _said_plainly():
+        with placed_here() as placed, _said_plainly(), _interrupted_by_signals():
             try:
                 return self._invoked(ctx, placed)
             except KeyboardInterrupt as interrupt:
-                raise Interrupted(placed) from interrupt
+                raise interrupted(interrupt, placed) from interrupt
 
     def _invoked(self, ctx: click.Context, placed: Collection[Path]) -> object:
         try:

@@ -11,7 +11,7 @@ from hhdeploy.adapters.config import CLASSES, LABELS, PROBLEM_TYPES, VALUES
 from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
 from hhdeploy.choices import TORCH_DEVICES
-from hhdeploy.cli import Interrupted, ui
+from hhdeploy.cli import interrupted, ui
 from hhdeploy.errors import require
 from hhdeploy.files.folders import find_splits, in_words
 from hhdeploy.files.writing import placed_here
@@ -164,7 +164,7 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
         except KeyboardInterrupt as interrupt:
             kept = settings.out is not None and StateDirectory.beside(settings.out).exists
             hint = "Continue with the same command and --resume." if kept else ""
-            raise Interrupted(placed, hint) from interrupt
+            raise interrupted(interrupt, placed, hint) from interrupt
     click.echo(json.dumps(result.to_json(), indent=2) if as_json else "\n".join(_summary(result)))
 
 

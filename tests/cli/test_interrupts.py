@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -88,6 +90,39 @@ def test_ctrl_c_says_what_is_complete(call, monkeypatch, command, step):
 
 def _interrupted(*arguments, **options):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_stops_a_container_or_closes_a_terminal_leaves_nothing_half_done(tmp_path, number):
+    group = Group("hhdeploy")
+
+    @group.command()
+    def work() -> None:
+        with scratch_directory(tmp_path, "work"):
+            os.kill(os.getpid(), number)
+            time.sleep(60)  # which the signal ends
+
+    result = CliRunner().invoke(group, ["work"])
+    assert (result.exit_code, result.stderr) == (128 + number, f"Interrupted by {number.name}.\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """``nohup hhdeploy ...``."""
+    group = Group("hhdeploy")
+
+    @group.command()
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        click.echo("done")
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = CliRunner().invoke(group, ["work"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.exit_code, result.output) == (0, "done\n")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
