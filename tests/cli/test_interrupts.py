@@ -99,6 +99,7 @@ def test_who_stops_a_container_or_closes_a_terminal_leaves_nothing_half_done(tmp
     @group.command()
     def work() -> None:
         with scratch_directory(tmp_path, "work"):
+            assert signal.getsignal(number) is not signal.SIG_DFL, "it would end the tests"
             os.kill(os.getpid(), number)
             time.sleep(60)  # which the signal ends
 
