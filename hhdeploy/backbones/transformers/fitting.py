@@ -83,8 +83,11 @@ def check_loading(
 
 
 def _in_blocks(keys: Iterable[str], model: nn.Module) -> list[str]:
-    """Those of some keys that are inside of a block that the model has."""
-    modules = dict(model.named_modules())
+    """Those of some keys that are inside of a block that the model has; the keys may be those of
+    the model as a part of another (``vit.``), or of that part of it."""
+    own = [name for name, _ in model.named_modules()]
+    part = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = {*own, *(part + name for name in own), *(name.removeprefix(part) for name in own)}
     found = []
     for key in keys:
         parts = key.split(".")

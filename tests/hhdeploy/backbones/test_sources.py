@@ -566,6 +566,13 @@ def test_weights_without_a_place_are_named(folder):
     pooler = {"vit.pooler.dense.weight": torch.eye(48), "vit.pooler.dense.bias": torch.zeros(48)}
     save_file(state | pooler, folder / "model.safetensors", {"format": "pt"})
     assert any("left out: classifier" in note for note in load_backbone(spec(folder)).notes)
+    # In the file the blocks have one name more before them than in the model of features.
+    more = "vit.layers.0.attention.q_proj.loras.task.lora_A"
+    save_file(
+        state | pooler | {more: torch.ones(4)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(BackboneError, match=f"unexpected: {more}.* these beside it"):
+        load_backbone(spec(folder))
 
 
 H = [0.5] * 3
