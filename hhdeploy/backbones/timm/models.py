@@ -20,9 +20,10 @@ from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.timm.arrays import load_arrays
 from hhdeploy.backbones.timm.geometry import resampled
 from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
-from hhdeploy.backbones.weights import load_strictly, passed_over, read_state, state_of
+from hhdeploy.backbones.weights import State, load_strictly, passed_over, read_state, state_of
 from hhdeploy.errors import BackboneError, require
 from hhdeploy.files.bundle_json import json_problem
+from hhdeploy.files.checkpoints import abbreviated
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _FROM = ("hf-hub:", "local-dir:")
 # What timm's folders call their weights.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# A layer between the features and the classifier that timm's ViTs had once.
+_LAYER = "pre_logits."
 
 
 def load_timm(spec: BackboneSpec) -> Loaded:
@@ -290,7 +293,8 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str
     if converted:
         state = timm_state(state, model, classifier, spec.checkpoint)
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    said = [*taken, *part]
+    state, behind = _without_layer(state, model, classifier)
+    said = [*taken, *part, *behind]
     if filter_fn is not None:
         given, state = state, filter_fn(dict(state), model)  # timm's may take out of what it gets
         said += resampled(given, state, spec)
@@ -303,6 +307,20 @@ def _from_checkpoint(spec: BackboneSpec) -> tuple[nn.Module, int, bool, list[str
         model = _create_empty(spec, classes)
     load_strictly(model, state, classifier, spec)
     return model, classes, converted, said
+
+
+def _without_layer(
+    state: State, model: nn.Module, classifier: str
+) -> tuple[State, tuple[str, ...]]:
+    """The weights without a layer that timm's ViTs once had in front of the classifier, and without
+    that one, which says nothing of other features than the layer's; and a line about both."""
+    if any(name.startswith(_LAYER) for name in model.state_dict()):
+        return state, ()
+    layer = [key for key in state if key.startswith(_LAYER)]
+    left = [key for key in state if layer and key.startswith(f"{classifier}.")] + layer
+    line = f"left out of the checkpoint: {abbreviated(left)}, which timm's models no longer have"
+    kept = {key: value for key, value in state.items() if key not in left}
+    return kept, (line,) if left else ()
 
 
 def resolved_name(model: nn.Module, name: str) -> str:

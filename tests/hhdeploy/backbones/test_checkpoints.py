@@ -22,6 +22,7 @@ from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
+from hhdeploy.backbones.weights import passed_over
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.files.checkpoints import unwrapped
 from hhdeploy.files.tensors import read_tensors
@@ -207,12 +208,21 @@ def test_a_number_that_the_answers_are_computed_with_is_refused(tmp_path, model,
         load_backbone(spec(tmp_path / "x.pth"))
 
 
-def test_what_timm_passes_over_is_said(tmp_path, model):
-    """A layer in front of the head, which timm's ViTs had once."""
+def test_a_classifier_behind_another_layer_is_left_out_with_it(tmp_path, model):
+    """timm's ViTs had the layer once: the classifier reads others than their features now."""
     layer = {"pre_logits.fc.weight": torch.ones(48, 48), "pre_logits.fc.bias": torch.ones(48)}
     torch.save(model.state_dict() | layer, tmp_path / "x.pth")
-    line = "left out of the checkpoint, as timm does: pre_logits.fc.weight, pre_logits.fc.bias"
-    assert_taken(tmp_path / "x.pth", model, line)
+    backbone = load_backbone(spec(tmp_path / "x.pth"))
+    assert backbone.facts.classes == 0
+    assert torch.equal(backbone.model.state_dict()["norm.weight"], model.norm.weight)
+    (line,) = backbone.notes
+    assert "left out of the checkpoint: head.weight, head.bias, pre_logits.fc.weight" in line
+
+
+def test_what_timm_passes_over_is_said(model):
+    state = model.state_dict()
+    (line,) = passed_over(model, state | {"projectors.0.weight": torch.ones(2)}, state, "head")
+    assert line == "left out of the checkpoint, as timm does: projectors.0.weight"
 
 
 @pytest.mark.parametrize(
