@@ -22,6 +22,12 @@ from hhdeploy.errors import BackboneError
 if TYPE_CHECKING:
     from torch import nn
 
+_OTHER_SIZES = (
+    " Expected weights of the sizes that the model's config.json says. It belongs to those that "
+    "lie beside it; what it says of others (num_labels, image_size and the like) can be given as "
+    "`model_args`."
+)
+
 
 def check_unquantised(config: Any, where: str) -> None:
     """Raise `BackboneError` for a configuration that says that its weights are quantised."""
@@ -63,7 +69,10 @@ def check_loading(
     missing = besides_classifier(loading["missing_keys"], model.state_dict(), head)
     found = {
         "missing": missing,
-        "of another shape": list(loading["mismatched_keys"]),
+        "of another shape": [
+            f"{key} (expected {list(expected)}, found {list(found)})"
+            for key, found, expected in loading["mismatched_keys"]
+        ],
         "unexpected": list(more) if whole else _in_blocks(more, model),
         NO_WEIGHTS: untrue_of(model, types),
     }
@@ -71,9 +80,12 @@ def check_loading(
         f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
     ]
     if problems:
-        random = found["missing"] or found["of another shape"]
-        advice = AS_TRAINED if found[NO_WEIGHTS] else advice_on_more(head)
-        advice = " Parts of the model would stay random." if random else advice
+        if found[NO_WEIGHTS]:
+            advice = AS_TRAINED
+        elif found["missing"]:
+            advice = " Parts of the model would stay random."
+        else:
+            advice = _OTHER_SIZES if found["of another shape"] else advice_on_more(head)
         told = advice_on_peft(more) or advice_on_parametrized(more)
         raise BackboneError(
             f"{what}: the weights do not fit the model's configuration; keys "

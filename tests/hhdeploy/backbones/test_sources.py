@@ -181,12 +181,16 @@ def test_arguments_replace_entries_of_the_configuration(saved):
             load_backbone(spec(saved, args={name: True}))
 
 
-def test_weights_that_do_not_fit(folder):
+def test_weights_that_do_not_fit(saved, folder):
     state = load_file(folder / "model.safetensors")
     del state["vit.layernorm.bias"]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BackboneError, match=r"missing: vit\.layernorm\.bias.*stay random"):
         load_backbone(spec(folder))
+    with pytest.raises(
+        BackboneError, match=r"classifier\.bias \(expected \[3\], found \[7\]\).*`model_args`"
+    ):
+        load_backbone(spec(folder, args={"num_labels": 3}, checkpoint=saved / "model.safetensors"))
 
 
 @pytest.fixture
