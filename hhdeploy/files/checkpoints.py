@@ -32,6 +32,12 @@ _ONE = (
 )
 # What modules call their parameters.
 _OF_MODULES = ("weight", "bias")
+# What to do with tensors that are more than numbers in a shape.
+_DISTRIBUTED = (
+    "Each process has a part of it. Save the whole tensors: get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
+)
+_NOT_PLAIN = "Bring the weights as they were trained, as plain tensors"
 # Components that torch.compile, FSDP and activation checkpointing put anywhere into a path.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What DistributedDataParallel puts first; further inside it would be a module of the user's.
@@ -82,6 +88,12 @@ def _dense(key: Any, value: Any) -> Any:
 
     if not torch.is_tensor(value):
         return value
+    own = type(value)
+    if own not in (torch.Tensor, torch.nn.Parameter):
+        advice = _DISTRIBUTED if own.__name__ == "DTensor" else _NOT_PLAIN
+        raise ValueError(
+            f"{key}: expected a plain tensor, found a {own.__module__}.{own.__name__}. {advice}"
+        )
     if value.is_meta or value.is_nested:
         kind = "of the device meta, which has none" if value.is_meta else "a nested one"
         raise ValueError(f"{key}: expected a tensor with values in one shape, found one {kind}")

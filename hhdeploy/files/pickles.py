@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from hhdeploy.errors import first_line
 from hhdeploy.files.plain import what_instead
 
 # How files of torch.save begin: zip archives, pickles of old ones.
@@ -22,6 +23,8 @@ _PROGRAMS = {
     "constants.pkl": "torch.jit.load(FILE).state_dict()",
     "archive_format": "torch.export.load(FILE).state_dict",
 }
+# What is read at once of a part of an archive.
+_PIECE = 2**22
 # What torch.save has in its archives, and what others have.
 _OWN = "data.pkl"
 _ARCHIVES = (
@@ -45,6 +48,8 @@ def unpickled(path: Path, *, values: bool = True) -> Any:
 
     if (other := _other_archive(path)) is not None:
         raise ValueError(other)
+    if values:
+        _check_sums(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
@@ -52,6 +57,25 @@ def unpickled(path: Path, *, values: bool = True) -> Any:
             raise
         except Exception as error:  # of what is no pickle, whatever its bytes mean in one
             raise ValueError(_in_the_way(path, str(error).partition("\n")[0])) from error
+
+
+def _check_sums(path: Path) -> None:
+    """The parts of an archive have the sums that were written with them, which torch does not look
+    at; none of a training that wrote none (set_crc32_options), and of no archive."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                if part.CRC == 0:
+                    continue
+                with archive.open(part) as file:
+                    while file.read(_PIECE):
+                        pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"it is damaged: {first_line(error)}. Copy or download it again"
+        ) from error
 
 
 def begins_as_torch_s(path: Path) -> str | None:
@@ -118,6 +142,11 @@ def _in_the_way(path: Path, reason: str) -> str:
         found = []
     if not found:
         return reason.partition(". ")[0] or "it ends early"
+    if any(name.startswith("torchao.") for name in found):
+        return (
+            "its tensors are torchao's, quantised. Bring the weights as they were trained; the "
+            "bundle that is exported can be quantised"
+        )
     return (
         f"beside tensors it holds {', '.join(sorted(found)[:5])}, which are never loaded. If you "
         "trust it, keep its weights alone in another file: found = torch.load(FILE, "

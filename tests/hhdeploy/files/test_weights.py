@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hhdeploy.adapters.importers import import_adapter
 from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.backbones.weights import read_state
 from hhdeploy.errors import AdapterError, BackboneError
+from hhdeploy.files.checkpoints import unwrapped
 from hhdeploy.files.weights import content_of
 from tests.support import tiny_backbone, tiny_spec
 
@@ -75,6 +77,50 @@ def test_what_is_no_state_dict_is_told(tmp_path, content, found):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(BackboneError, match=rf"tensors by name, found {found}\. Keep that of"):
         read_state(tmp_path / "w.pth")
+
+
+def test_a_file_that_changed_on_its_way_is_refused(tmp_path):
+    """Its archive keeps sums, which torch does not look at; a training may write none."""
+    file, value = tmp_path / "w.pth", torch.full((64,), 0.7)
+    torch.save({"a": value}, file)
+    whole = file.read_bytes()
+    at = whole.index(value.numpy().tobytes())
+    file.write_bytes(whole[: at + 2] + bytes([whole[at + 2] ^ 1]) + whole[at + 3 :])
+    with pytest.raises(ValueError, match=r"it is damaged: .*data/0'\. Copy or download it again"):
+        content_of(file)
+    torch.serialization.set_crc32_options(False)
+    torch.save({"a": value}, file)
+    torch.serialization.set_crc32_options(True)
+    assert torch.equal(content_of(file)["a"], value)
+
+
+class DTensor(torch.Tensor):
+    """Called as torch's of several processes is."""
+
+
+class Int8Tensor(torch.Tensor):
+    """Called as torchao's is."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"), [(DTensor, "full_state_dict=True"), (Int8Tensor, "as they were trained")]
+)
+def test_a_tensor_that_is_more_than_numbers_is_refused(kind, advice):
+    state = {"a": torch.ones(2), "b": torch.ones(2).as_subclass(kind)}
+    with pytest.raises(
+        ValueError, match=rf"b: expected a plain tensor, .*{kind.__name__}.*{advice}"
+    ):
+        unwrapped(state)
+
+
+def test_quantised_tensors_that_are_not_known_are_called_what_they_are(tmp_path, monkeypatch):
+    """Advice on modules helped nobody, whose weights are no others."""
+    monkeypatch.setattr(Int8Tensor, "__module__", "torchao.quantization")
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, sys.modules[__name__])
+    torch.save({"a": torch.ones(2).as_subclass(Int8Tensor)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"are torchao's, quantised\. Bring the weights as they"):
+        content_of(tmp_path / "w.pth")
 
 
 def test_a_whole_module_is_told_apart_from_a_trainings_checkpoint(tmp_path):
