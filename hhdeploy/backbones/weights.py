@@ -37,6 +37,12 @@ AS_TRAINED = (
     " Numbers of such types are what quantisation leaves of weights: bring those that were "
     "trained; the bundle that is exported can be quantised."
 )
+# What to do with what a training saved of a model: its biases, say.
+_A_PART = (
+    " The file has a part of the model alone. Is it this model's, with these arguments? What a "
+    "training saved of a model load there into the whole (load_state_dict(PART, strict=False)), "
+    "and save that."
+)
 # In the names of a model that `hhdeploy.training.attach` changed.
 _ATTACHED = re.compile(
     r"\.parametrizations\.\w+\.\d+\.((matrices\.\d+|matrix)\.(u|v|d|lora_[AB])|s_in|s_out|db)$"
@@ -276,11 +282,13 @@ def load_strictly(
             if names
         ]
         whole = not (missing or wrong or untrue)
+        part = any(not key.startswith(f"{classifier}.") for key in missing)
         fits = any(k in own and not k.startswith(f"{classifier}.") for k in state)
         advice = (
             advice_on_peft(unexpected)
             or advice_on_parametrized(unexpected)
             or (advice_on_more(classifier) if whole else "")
+            or (_A_PART if part and not (unexpected or wrong or untrue) else "")
             or (advice_on_adapters(unexpected) if not fits else "")
             or (AS_TRAINED if untrue else "")
             or " Is it this model's, with these arguments?"

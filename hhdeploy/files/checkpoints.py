@@ -70,12 +70,12 @@ def _check_values(content: Mapping[Any, Any]) -> None:
     """What is called the weights has values: those of DeepSpeed's third stage are empty tensors."""
     import torch
 
-    for entry in _ENTRIES:
-        held = content.get(entry)
-        tensors = list(held.values()) if isinstance(held, Mapping) else []
+    held = {f"tensors of its {entry}": content.get(entry) for entry in _ENTRIES}
+    for what, state in ({"tensors": content} | held).items():
+        tensors = list(state.values()) if isinstance(state, Mapping) else []
         if tensors and all(torch.is_tensor(v) and v.numel() == 0 for v in tensors):
             raise ValueError(
-                f"the tensors of its {entry} are empty. DeepSpeed's ZeRO-3 leaves the values in "
+                f"the {what} are empty. DeepSpeed's ZeRO-3 leaves the values in "
                 "files of its processes: put them together first, with the zero_to_fp32.py that it "
                 "writes beside them"
             )

@@ -48,8 +48,7 @@ def unpickled(path: Path, *, values: bool = True) -> Any:
 
     if (other := _other_archive(path)) is not None:
         raise ValueError(other)
-    if values:
-        _check_sums(path)
+    _check_sums(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu" if values else "meta", weights_only=True)

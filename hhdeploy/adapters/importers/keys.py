@@ -50,10 +50,16 @@ def bare_keys(
     """Tensors by `bare` key, ``prefix`` cut where it comes first of all.
 
     Raises:
-        AdapterError: two keys that differ by a wrapper alone.
+        AdapterError: two keys that differ by a wrapper alone, or a tensor without values.
     """
     found: dict[str, NDArray[Any]] = {}
     for key, tensor in tensors.items():
+        if tensor.size == 0:
+            raise AdapterError(
+                f"{file}: {key}: expected values, found an empty tensor, as a save under "
+                "DeepSpeed's ZeRO-3 leaves it. Save the values of all processes: "
+                "save_pretrained(DIR, state_dict=accelerator.get_state_dict(MODEL)) of accelerate."
+            )
         name = bare(key.removeprefix(prefix))
         if name in found:
             raise AdapterError(

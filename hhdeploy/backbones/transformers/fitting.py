@@ -22,6 +22,11 @@ from hhdeploy.errors import BackboneError
 if TYPE_CHECKING:
     from torch import nn
 
+_OTHER_CLASS = (
+    " Parts of the model would stay random. It is loaded as another class of transformers with "
+    "`model_args={'architectures': ['CLASS']}`: one ForImageClassification has no pooler, and a "
+    "place for an adapter's classifier."
+)
 _OTHER_SIZES = (
     " Expected weights of the sizes that the model's config.json says. It belongs to those that "
     "lie beside it; what it says of others (num_labels, image_size and the like) can be given as "
@@ -83,7 +88,7 @@ def check_loading(
         if found[NO_WEIGHTS]:
             advice = AS_TRAINED
         elif found["missing"]:
-            advice = " Parts of the model would stay random."
+            advice = _OTHER_CLASS
         else:
             advice = _OTHER_SIZES if found["of another shape"] else advice_on_more(head)
         told = advice_on_peft(more) or advice_on_parametrized(more)

@@ -519,6 +519,7 @@ def test_configurations_that_are_refused(copy, kind, changes, parts):
             ("blocks.0.attn.proj", "lora_B [48, r]", "[47, 3]"),
         ),
         ("lora", {f"{PROJ}.lora_B.weight": torch.full((48, 3), torch.nan)}, ("finite", "proj")),
+        ("lora", {f"{PROJ}.lora_A.weight": torch.ones(0)}, ("lora_A", "ZeRO-3", "state_dict=acc")),
         ("lora", {"base_model.model.head.weight": torch.ones(7, 47)}, ("[classes, 48]",)),
         ("hra", {f"{PROJ}.hra_u": torch.ones(47, 4)}, ("hra_u of shape [48, r]", "[47, 4]")),
         ("hra", {f"{PROJ}.hra_u": torch.zeros(48, 4)}, ("proj.hra_u: column 0 is zero",)),

@@ -278,6 +278,17 @@ def test_empty_tensors_of_deepspeed_say_what_to_do(tmp_path, model):
     torch.save({"module": dict.fromkeys(model.state_dict(), torch.ones(0))}, tmp_path / "x.pth")
     with pytest.raises(BackboneError, match=r"tensors of its module are empty.*zero_to_fp32"):
         load_backbone(spec(tmp_path / "x.pth"))
+    torch.save(dict.fromkeys(model.state_dict(), torch.ones(0)), tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=r"the tensors are empty.*zero_to_fp32"):
+        load_backbone(spec(tmp_path / "x.pth"))
+
+
+def test_what_a_training_saved_of_a_model_says_what_to_do(tmp_path, model):
+    """The biases, as BitFit has them."""
+    part = {key: value for key, value in model.state_dict().items() if key.endswith("norm1.bias")}
+    torch.save(part, tmp_path / "x.pth")
+    with pytest.raises(BackboneError, match=r"a part of the model alone.*PART, strict=False"):
+        load_backbone(spec(tmp_path / "x.pth"))
 
 
 def test_what_timm_s_own_training_writes(tmp_path, model):

@@ -185,7 +185,7 @@ def test_weights_that_do_not_fit(saved, folder):
     state = load_file(folder / "model.safetensors")
     del state["vit.layernorm.bias"]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BackboneError, match=r"missing: vit\.layernorm\.bias.*stay random"):
+    with pytest.raises(BackboneError, match=r"missing: vit\.layernorm\.bias.*random.*'CLASS'"):
         load_backbone(spec(folder))
     with pytest.raises(
         BackboneError, match=r"classifier\.bias \(expected \[3\], found \[7\]\).*`model_args`"
@@ -382,6 +382,20 @@ def test_a_configuration_with_values_that_are_none(tmp_path, content, said):
 
 
 # -- no code of a file ------------------------------------------------------------------------
+
+
+def test_a_bin_file_that_changed_on_its_way_is_refused(folder):
+    """transformers reads it as other weights."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file, value = folder / "pytorch_model.bin", state["vit.embeddings.position_embeddings"]
+    torch.save(state, file)
+    load_backbone(spec(folder))
+    whole = file.read_bytes()
+    at = whole.index(value.numpy().tobytes())
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(BackboneError, match=r"cannot be loaded: it is damaged: .*Copy or downl"):
+        load_backbone(spec(folder))
 
 
 class Hostile:
