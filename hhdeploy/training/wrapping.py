@@ -255,7 +255,9 @@ def preprocess_stated(model: nn.Module, config: AdapterConfig) -> Preprocess:
     stem = getattr(model, "pretrained_cfg", {}).get("first_conv", True)
     if stem and first is not None and first.groups == 1:
         made["in_chans"] = first.in_channels
-    if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
+    # Itself or its patches: what is further inside may have the size of a map.
+    sizes = (getattr(m, "img_size", None) for m in model.modules())
+    if (size := next(filter(None, sizes), None)) is not None:
         made["img_size"] = size
     return preprocess_of(model, {**made, **config.base_model_args})
 

@@ -733,6 +733,16 @@ def test_channels_are_not_those_of_a_convolution_that_timm_calls_no_stem(tmp_pat
     assert load_adapter(tmp_path / "a").config.preprocess.input_size == (3, 512, 512)
 
 
+def test_the_size_of_images_is_the_model_s_where_it_has_no_one_patch_embed():
+    """timm's configuration of the name says 224; an export would refuse what was trained."""
+    import timm
+
+    args = {"img_size": 64, "embed_dim": 24, "inner_dim": 12, "depth": 1}
+    model = timm.create_model("tnt_s_patch16_224", num_heads_outer=2, num_heads_inner=2, **args)
+    attach(model, AdapterConfig("tnt_s_patch16_224", num_classes=2, target_modules=("fc1",)))
+    assert extract(model).config.preprocess.input_size == (3, 64, 64)
+
+
 @pytest.mark.parametrize("stated", [None, {"classifier": "head"}])
 def test_of_another_model_preprocessing_is_not_guessed(stated):
     model = authors_vit()
