@@ -108,7 +108,7 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
         raise AdapterError(
             f"{adapter.source}: the image sizes disagree: preprocess.input_size is {list(size)}, "
             f"the backbone takes {list(facts.preprocess.input_size)}. Give the arguments that make "
-            "it of the adapter's size (`model_args={'img_size': …}`); an adapter that was trained "
+            "it of the adapter's size (`model_args`, such as img_size); an adapter that was trained "
             "on the backbone's says so in its adapter_config.json."
         )
 

@@ -34,8 +34,8 @@ _ONE = (
 _OF_MODULES = ("weight", "bias")
 # What to do with tensors that are more than numbers in a shape.
 _DISTRIBUTED = (
-    "Each process has a part of it. Save the whole tensors: get_model_state_dict(model, "
-    "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
+    "Each process has a part of it. Save whole tensors: those of get_model_state_dict of "
+    "torch.distributed.checkpoint.state_dict, with StateDictOptions(full_state_dict=True)"
 )
 _NOT_PLAIN = "Bring the weights as they were trained, as plain tensors"
 # Components that torch.compile, FSDP and activation checkpointing put anywhere into a path.
