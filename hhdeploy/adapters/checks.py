@@ -107,9 +107,9 @@ def check(name: str, adapter: Adapter, facts: BackboneFacts, *, whole: bool = Tr
     if size != facts.preprocess.input_size:
         raise AdapterError(
             f"{adapter.source}: the image sizes disagree: preprocess.input_size is {list(size)}, "
-            f"the backbone takes {list(facts.preprocess.input_size)}. Give the arguments that make "
-            "it of the adapter's size (`model_args`, such as img_size); an adapter that was trained "
-            "on the backbone's says so in its adapter_config.json."
+            f"the backbone takes {list(facts.preprocess.input_size)}. Make the backbone of the "
+            "adapter's size, as img_size does of most of timm's; an adapter that was trained on "
+            "this one's size says so in its adapter_config.json."
         )
 
 

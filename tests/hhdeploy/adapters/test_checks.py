@@ -116,7 +116,7 @@ FAULTS: dict[str, tuple[Callable[[Adapter], Adapter], str]] = {
     "another image size": (
         larger,
         "the image sizes disagree: preprocess.input_size is [3, 40, 32], the backbone takes "
-        "[3, 32, 32]. Give the arguments that make it of the adapter's size",
+        "[3, 32, 32]. Make the backbone of the adapter's size",
     ),
     "target without a site": (
         lambda a: config(a, target_modules=(*a.config.target_modules, "blocks.9.attn.q")),
