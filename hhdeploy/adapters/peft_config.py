@@ -67,19 +67,36 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     return content
 
 
+_AS_BEFORE = (
+    "Save right then of the model's state dict what has the names from before, and bring that "
+    "checkpoint: `extract_adapter()`."
+)
+
+
 def _way_of(config: Mapping[str, Any]) -> str:
-    """What to do with an adapter of AdapterHub: LoRA, IA3 and VeRA it merges, unless they have
-    gates; of the others merge_adapter leaves the weights as they are, and says nothing."""
+    """What to do with an adapter of AdapterHub: LoRA and VeRA it merges, unless they have gates,
+    and IA3 but for the biases. Of DoRA it makes another model than the one that was trained (its
+    version 1.3: other biases, and with alpha / r another product), and what is beside the weights
+    it leaves alone; both without a word."""
     if config.get("architecture") != "lora" or config.get("use_gating"):
         return (
             "It computes beside the weights (bottlenecks, prefixes, ReFT, gates), and "
-            "merge_adapter there merges none of it. Train the task with LoRA or IA3, or give the "
+            "merge_adapter there merges none of it. Train the task with LoRA, or give the "
             "whole as a model of your own, python:MODULE:FUNCTION."
         )
-    return (
-        "Merge it there (merge_adapter), save right then of the model's state dict what has the "
-        "names from before, and bring that checkpoint: `extract_adapter()`."
-    )
+    if config.get("use_dora"):
+        return (
+            "What merge_adapter there makes of DoRA answers otherwise than the model that was "
+            "trained. Train the task with LoRA, or with DoRA in PEFT, or give the whole as a model "
+            "of your own, python:MODULE:FUNCTION."
+        )
+    if config.get("composition_mode") == "scale":
+        return (
+            "Merge it there (merge_adapter), which leaves the biases as they were: multiply that "
+            "of each module M with loras by M.loras[NAME].lora_B.view(-1) * "
+            f"M.loras[NAME].scaling. {_AS_BEFORE}"
+        )
+    return f"Merge it there (merge_adapter). {_AS_BEFORE}"
 
 
 def _adapters_below(path: Path) -> str:

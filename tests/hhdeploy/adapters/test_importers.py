@@ -871,7 +871,8 @@ def test_tensors_of_peft_in_a_pth_file_say_what_they_are(tmp_path, whole):
     ("config", "way"),
     [
         ({"architecture": "lora", "composition_mode": "add"}, "Merge it there (merge_adapter)"),
-        ({"architecture": "lora", "composition_mode": "scale"}, "Merge it there (merge_adapter)"),
+        ({"architecture": "lora", "composition_mode": "scale"}, "leaves the biases as they were"),
+        ({"architecture": "lora", "use_dora": True}, "answers otherwise than the model that was"),
         ({"architecture": "lora", "use_gating": True}, "merges none of it"),
         ({"architecture": None, "mh_adapter": False}, "merges none of it"),
         ({"architecture": "prefix_tuning"}, "merges none of it"),
