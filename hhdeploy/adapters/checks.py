@@ -254,8 +254,9 @@ def no_place(head: str, facts: BackboneFacts) -> str:
     return (
         f"the adapter has the classifier {head}, and {facts.model} as loaded has none that it "
         "could replace. Load it with one (of transformers: "
-        "`model_args={'architectures': ['ViTForImageClassification']}`), for features alone "
-        "leave the classifier out of the adapter."
+        "`model_args={'architectures': ['ViTForImageClassification']}`, where it has such a "
+        "class), or as a module of your own with a Linear behind it, python:MODULE:FUNCTION, by "
+        "the adapter's names; for features alone leave the classifier out of the adapter."
     )
 
 

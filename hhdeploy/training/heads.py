@@ -49,8 +49,9 @@ def check_place(model: nn.Module, facts: BackboneFacts, config: AdapterConfig) -
             return
         raise AdapterError(
             f"{type(model).__name__} has no classifier: no Linear that stands alone at its end. A "
-            "module can state which one it is, pretrained_cfg = {'classifier': 'PATH'}; an adapter "
-            "without classes (num_classes None) needs none."
+            "module can state which one it is, pretrained_cfg = {'classifier': 'PATH'}. Put a "
+            "Linear behind the model in a module of your own; an adapter without classes "
+            "(num_classes None) needs none."
         )
     if config.num_classes is not None:
         with evaluated(model):
