@@ -346,8 +346,9 @@ def _in_names_of(
             "they were trained on alone: give that `model`."
         )
     renamed = {names.here(key): tensor for key, tensor in tuned.items()}
-    dropped = ("layers_to_transform", "layers_pattern", "exclude_modules")
-    kept = {key: value for key, value in config.items() if key not in dropped}
+    # The keys stay: which are there says how old the adapter is.
+    emptied = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    kept = {key: None if key in emptied else value for key, value in config.items()}
     if forward := config.get("feedforward_modules"):  # of IA3: what is scaled before, not behind
         kept["feedforward_modules"] = [names.here(o) for o in sorted(owners) if fits(forward, o)]
     return {**kept, "target_modules": targets}, renamed

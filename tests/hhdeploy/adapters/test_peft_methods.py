@@ -726,6 +726,14 @@ def test_lokr_before_it_had_a_scale(tmp_path, vit, ranks):
     assert any("PEFT before 0.14" in line for line in said_of(adapter))
 
 
+def test_lokr_has_its_scale_in_another_implementation_s_names(tmp_path, twin, hf_vit):
+    """The configuration in the names here has all of the keys that say how old it is."""
+    theirs, names = hf_vit
+    given = {"target_modules": ["mlp.fc1"], "r": 3, "alpha": 8}
+    source, expected = saved(tmp_path, theirs, "LOKR", names, **given)
+    assert range_error(expected, answers(twin, import_adapter(source, twin))) <= BOUND
+
+
 @pytest.mark.parametrize(
     ("changes", "folded"),
     [
