@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.bundle.manifest import MANIFEST
+import numpy as np
+from safetensors.numpy import load, save
+
+from hhdeploy.bundle.manifest import MANIFEST, SIGNATURE
 from tests.workshop import copy_bundle
 
 Content = dict[str, Any]
@@ -18,6 +21,43 @@ Content = dict[str, Any]
 def first(content: Content) -> Content:
     entry: Content = content["adapters"][0]
     return entry
+
+
+ENGINE: Content = {
+    "file": "model.engine", "backend": "tensorrt", "version": "10", "precision": "float32",
+    "architectures": ["sm89"], "gpu": None, "batch": [1, 2, 4], "slots": [1, 2, 4],
+    "bank_sha256": None, "graph_sha256": "0" * 64, "optimization_level": 3, "build_seconds": 1,
+    "bytes": 2**33,
+}  # fmt: skip
+# One wrong value each.
+OF_ENGINES: Content = {
+    "file": None, "backend": "onnx", "version": 10, "precision": "int4", "architectures": "sm89",
+    "gpu": 1, "batch": [1, 2], "slots": [1, 2, "4"], "bank_sha256": "0", "graph_sha256": None,
+    "optimization_level": "3", "build_seconds": "1", "bytes": None,
+}  # fmt: skip
+LOSS: Content = {"rank": 4, "max_range_error": 0, "worst_site": "blocks.0"}
+# What a bundle may not name as its file: changes move and remove those.
+OUTSIDE = (
+    "../x",
+    "/x",
+    "adapters/../../x",
+    "a//b",
+    "./x",
+    "a/",
+    ".git/x",
+    "a\\b",
+    "a\0b",
+    MANIFEST,
+    SIGNATURE,
+)
+
+
+def whole(content: Content) -> None:
+    """All that a manifest may say, as it may be."""
+    first(content).update(license=["mit", "apache-2.0"], compressed=LOSS, strength=1)
+    content["backbone"].update(license=None, mine=[1e-400, 10**300])
+    content["files"]["model.engine"] = "0" * 64
+    content.update(engines=[ENGINE], mine={"__proto__": 1, "kind": 1})
 
 
 # Of a bundle of side branches; alpha, its first adapter, has seven classes.
@@ -122,9 +162,6 @@ BROKEN: dict[str, tuple[Callable[[Content], object], str]] = {
     "graph_unknown": (
         lambda c: c["graphs"].update(constructor="model.onnx"), "graph.*constructor.*float32",
     ),
-}  # fmt: skip
-# What the C++ example does not read: it makes no rows of adapters.
-BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
     "backbone": (
         lambda c: c["backbone"].update(sha256=None), r"backbone\.sha256: expected a text",
     ),
@@ -149,7 +186,57 @@ BROKEN_ELSEWHERE: dict[str, tuple[Callable[[Content], object], str]] = {
     "features_of_head": (
         lambda c: c["backbone"].update(dim="48"), r"backbone\.dim: expected a number",
     ),
+    "dim_beyond": (
+        lambda c: c["backbone"].update(dim=2**31), r"backbone\.dim: expected a number",
+    ),
     "engines": (lambda c: c.update(engines={}), "engines: expected a list"),
+    "engine_number": (lambda c: c.update(engines=[5]), r"engines\[0\]: expected an object"),
+    "engine_more": (
+        lambda c: c.update(engines=[ENGINE | {"more": 1}]), r"engines\[0\]: expected keys",
+    ),
+    **{
+        f"engine_{key}": (
+            lambda c, wrong={key: value}: c.update(engines=[ENGINE | wrong]),
+            rf"(engines\[0\]\.)?{key}:? .*expected",
+        )
+        for key, value in OF_ENGINES.items()
+    },
+    "versions": (lambda c: c.update(versions=[]), "versions: expected an object"),
+    "licence": (
+        lambda c: first(c).update(license=[5]), r"adapters\[0\]\.license: expected a.* name",
+    ),
+    "licence_of_backbone": (
+        lambda c: c["backbone"].update(license={}), r"backbone\.license: expected a.* name",
+    ),
+    "loss": (
+        lambda c: first(c).update(compressed={"rank": 1}),
+        r"adapters\[0\]\.compressed: expected an object of rank",
+    ),
+    "loss_word": (
+        lambda c: first(c).update(compressed=LOSS | {"max_range_error": "0"}),
+        r"adapters\[0\]\.compressed: expected an object of rank",
+    ),
+    "meaning_of_backbone": (
+        lambda c: c["backbone"].update(problem_type="x"), "problem.type.*['\"]?x",
+    ),
+    "names_of_backbone": (
+        lambda c: c["backbone"].update(class_names="abcde"), r"backbone\.class_names: .*names",
+    ),
+    "row_number": (lambda c: c.update(row=5), "row: expected an object"),
+    "branch_number": (
+        lambda c: c["row"].update(branches=[5]), r"row\.branches\[0\]: expected",
+    ),
+    "row_size": (lambda c: c["row"].update(size=5), r"row\.size: expected .*\d+"),
+    "name_of_a_place": (
+        lambda c: first(c).update(name="../x"), r"adapters\[0\]\.name: expected a name that",
+    ),
+    **{
+        f"file_{number}": (
+            lambda c, name=name: c["files"].update({name: "0" * 64}),
+            "files: .*expected a path inside of the bundle",
+        )
+        for number, name in enumerate(OUTSIDE)
+    },
     "rank_word": (
         lambda c: c["row"]["branches"][0].update(rank="3"), r"row\.branches\[0\]",
     ),
@@ -273,6 +360,10 @@ NO_JSON: dict[str, Callable[[bytes], bytes]] = {
     "latin1": lambda text: text.replace(b'"class 0"', b'"cl\xe4ss"', 1),
     "zero_byte": lambda text: text + b"\0",
     "more": lambda text: text + b"}",
+    "too_large": lambda text: text.replace(b'"kind"', b'"mine": 1e400, "kind"', 1),
+    "too_long": lambda text: text.replace(b'"kind"', b'"mine": -1%s, "kind"' % (b"0" * 400), 1),
+    "half": lambda text: text.replace(b'"kind"', b'"mine": "\\ud800", "kind"', 1),
+    "half_of_a_key": lambda text: text.replace(b'"kind"', b'"\\udc00": 1, "kind"', 1),
     "nan": lambda text: text.replace(b'"kind"', b'"mine": NaN, "kind"', 1),
 }
 
@@ -293,6 +384,10 @@ def _move(header: Content, by: int) -> None:
     place[:] = [offset + by for offset in place]
 
 
+def _as_float16(bank: bytes) -> bytes:
+    return save({"adapter_bank": load(bank)["adapter_bank"].astype(np.float16)})
+
+
 # Banks that are no safetensors, of the right digest: whoever wrote the bundle wrote that.
 NO_BANK: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda bank: b"",
@@ -303,6 +398,7 @@ NO_BANK: dict[str, Callable[[bytes], bytes]] = {
     "metadata_number": _header(lambda h: h.update(__metadata__={"x": 1})),
     "type": _header(lambda h: h["adapter_bank"].update(dtype="constructor")),
     "shape_word": _header(lambda h: h["adapter_bank"].update(shape="6")),
+    "float16": _as_float16,
     "three_sizes": _header(lambda h: h["adapter_bank"]["shape"].append(1)),
     "mark": lambda bank: (int.from_bytes(bank[:8], "little") + 3).to_bytes(8, "little")
     + b"\xef\xbb\xbf" + bank[8:],

@@ -69,7 +69,9 @@ inline void expect(bool fits, const std::string& key, const std::string& expecte
     if (!fits) throw Error(key + ": expected " + expected + ", found " + found.dump() + ".");
 }
 
-inline bool is_count(const Json& value) { return value.is_number_unsigned(); }
+// Zero may be written -0, which is no unsigned number.
+inline bool is_count(const Json& value) { return value.is_number_integer() && value >= 0 && value <= INT32_MAX; }
+inline bool is_size(const Json& value) { return value.is_number_unsigned(); }
 inline bool is_text(const Json& value) { return value.is_string(); }
 
 inline bool are(const Json& values, bool (*fits)(const Json&)) {
@@ -91,7 +93,7 @@ inline ov::Tensor float_tensor(const std::string& bytes, const std::string& name
         const bool metadata = key == "__metadata__";
         const Json offsets = entry.is_object() && !metadata ? entry.value("data_offsets", Json()) : Json();
         if (metadata && entry.is_object() && std::all_of(entry.begin(), entry.end(), is_text)) continue;
-        expect(are(offsets, is_count) && offsets.size() == 2, file + ": " + key, "data_offsets", entry);
+        expect(are(offsets, is_size) && offsets.size() == 2, file + ": " + key, "data_offsets", entry);
         places.emplace(offsets[0], offsets[1]);
     }
     for (const auto& [begin, end] : places) {
@@ -101,7 +103,7 @@ inline ov::Tensor float_tensor(const std::string& bytes, const std::string& name
     if (last != rest - length) throw Error(file + ": expected its end behind its tensors: it is damaged.");
     if (!header.contains(name)) throw Error(file + " has no tensor " + name + ".");
     const Json& entry = header.at(name);
-    expect(are(entry.value("shape", Json()), is_count), file + ": " + name, "a shape", entry);
+    expect(are(entry.value("shape", Json()), is_size), file + ": " + name, "a shape", entry);
     const auto shape = entry.at("shape").get<ov::Shape>();
     const std::uint64_t begin = entry.at("data_offsets")[0], end = entry.at("data_offsets")[1];
     const bool fits = end - begin == ov::shape_size(shape) * sizeof(float);

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.facts import BaseAnswer
@@ -71,11 +71,18 @@ class Compression:
         """
         if content is None:
             return None
-        keys = {"rank": int, "max_range_error": float, "worst_site": str}
-        fits = isinstance(content, dict) and {k: type(v) for k, v in content.items()} == keys
-        if not fits or not math.isfinite(cast(dict[str, Any], content)["max_range_error"]):
+        said: dict[str, Any] = content if isinstance(content, dict) else {}
+        rank, site = said.get("rank"), said.get("worst_site")
+        error: Any = said.get("max_range_error")
+        if (
+            len(said) != 3
+            or type(rank) is not int
+            or type(error) not in (int, float)  # other tools write 0 for 0.0
+            or not abs(error) <= sys.float_info.max
+            or not isinstance(site, str)
+        ):
             raise ValueError("an object of rank, max_range_error and worst_site, or null")
-        return cls(**cast(dict[str, Any], content))
+        return cls(rank, float(error), site)
 
 
 # Keys of ``extra`` that speak of the very tensors beside them: of others they are not true.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -69,16 +69,10 @@ class _Hub:
 
 
 def plan_of(bundle: Bundle) -> HubLayout:
-    """What a push of a bundle writes: all that the manifest names, itself, and a signature.
-
-    Raises:
-        BundleError: a name that leads out of the bundle.
-    """
+    """What a push of a bundle writes: all that the manifest names, itself, and a signature."""
     files: dict[str, str | None] = {
         name: bundle.manifest.files[name] for name in sorted(bundle.manifest.files)
     }
-    for name in files:
-        _check_name(bundle, name)
     files[MANIFEST] = None
     if (bundle.path / SIGNATURE).is_file():
         files[SIGNATURE] = None
@@ -192,18 +186,6 @@ def _place(given: object, parameter: str) -> Path | _Hub:
     if text.startswith("hf:") or ("://" in text and not text.startswith(_FILE)):
         raise OptionError(f"{text}: expected a folder, hf://owner/name, or hf://owner/name@branch.")
     return as_path(unquote(text.removeprefix(_FILE)) if text.startswith(_FILE) else text, parameter)
-
-
-def _check_name(bundle: Bundle, name: str) -> None:
-    """A manifest from elsewhere names nothing outside of its bundle."""
-    path = PurePosixPath(name)
-    plain = path.as_posix() == name and not path.is_absolute() and "\\" not in name
-    hidden = name.startswith(".") or name in (MANIFEST, SIGNATURE)
-    if not plain or hidden or {"..", ""} & {*name.split("/")}:
-        raise BundleError(
-            f"{bundle.path / MANIFEST}: files: {name!r}: expected a path inside of the bundle. It "
-            "is not what hhdeploy writes: do not use it."
-        )
 
 
 def _copy(bundle: Bundle, plan: HubLayout, target: Path) -> None:

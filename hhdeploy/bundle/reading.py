@@ -33,7 +33,8 @@ from hhdeploy.bundle.manifest import (
 )
 from hhdeploy.choices import TYPED, Precision
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
-from hhdeploy.files.bundle_json import bundle_path, check_bundle_json, json_object, read_bundle_json
+from hhdeploy.files.bundle_checks import check_bundle_json
+from hhdeploy.files.bundle_json import bundle_path, json_object, read_bundle_json
 from hhdeploy.files.plain import read_plain, what_instead
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
@@ -94,10 +95,8 @@ class Bundle:
     ) -> Bundle:
         """Add an adapter on disk: `hhdeploy.bundle.add_adapter`, whose arguments these are.
 
-        This value stays what it was; sessions that are open do too.
-
-        Returns:
-            The bundle as it is now, opened again.
+        This value stays what it was; sessions that are open do too. Returns the bundle as it is
+        now, opened again.
 
         Raises:
             PlanError, AdapterError, CapacityError, ConflictError, WriteError: see `add_adapter`.
@@ -235,7 +234,7 @@ class Bundle:
         return replace(self, held=held)
 
     def check_files(self) -> None:
-        """Compare every file that the manifest names with its hash, and the manifest with them.
+        """Compare every file that the manifest names with their hashes, and the manifest with them.
 
         Raises:
             BundleError: naming all that are missing or were damaged. ConflictError: see `file`.
@@ -278,19 +277,18 @@ class Bundle:
         return self.file(name)
 
     def bank(self) -> NDArray[np.float32]:
-        """The bank [rows, row] as stored, not to be written to.
-
-        Raises:
-            BundleError: a folded bundle, or a damaged file.
-        """
+        """The bank [rows, row], not to be written to. Raises `BundleError`: a folded bundle, or a
+        damaged file."""
         if self.manifest.layout is None:
             raise BundleError(f"{self.path} is a folded bundle: it has no bank.")
         name, backbone = self.manifest.named(BANK_FILE), self.manifest.backbone_classes
         bank = tensors_of(self.read(name), self.path / name, BundleError).get("adapter_bank")
-        if bank is None or bank.ndim != 2 or bank.shape[1] != self.manifest.layout.size:
+        size = self.manifest.layout.size
+        if bank is None or bank.shape[1:] != (size,) or bank.dtype != np.float32:
+            found = "none" if bank is None else f"{bank.dtype} {list(bank.shape)}"
             raise BundleError(
-                f"{self.path / name}: expected tensor adapter_bank [rows, "
-                f"{self.manifest.layout.size}]. Export the bundle again."
+                f"{self.path / name}: adapter_bank: expected float32 [rows, {size}], found "
+                f"{found}. Export the bundle again."
             )
         for entry in self.manifest.adapters:
             if wrong := self.manifest.layout.misfit(bank, entry.row, entry.classes, backbone):
@@ -298,7 +296,7 @@ class Bundle:
                     f"{self.path / MANIFEST}: adapter {entry.name!r}: {wrong}. Export the bundle "
                     "again."
                 )
-        return bank.astype(np.float32, copy=False)
+        return bank
 
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
         """Images, rows and float64 outputs of the training-time model (see `Manifest.split`)."""

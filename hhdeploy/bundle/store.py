@@ -47,7 +47,8 @@ from hhdeploy.errors import (
     HhdeployError,
     WriteError,
 )
-from hhdeploy.files.bundle_json import as_read, bundle_path, check_bundle_json
+from hhdeploy.files.bundle_checks import check_bundle_json
+from hhdeploy.files.bundle_json import as_read, bundle_path
 from hhdeploy.files.directories import ONE_NAME, is_one_name
 from hhdeploy.files.journal import write_journal
 from hhdeploy.files.plain import read_plain

@@ -110,7 +110,7 @@ function headOf(path: string, group: Group, config: AdapterConfig, where: string
       `${where}: ${path}.weight: expected ${config.num_classes} rows (num_classes), found ${rows}.`,
     );
   }
-  const added = bias ?? { shape: [rows], data: new Float32Array(rows) };
+  const added = bias ?? { dtype: "F32", shape: [rows], data: new Float32Array(rows) };
   if (String(added.shape) !== String([rows])) {
     throw new HhdeployError(`${where}: ${path}.bias: expected [${rows}], found [${added.shape}].`);
   }

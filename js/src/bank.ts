@@ -19,10 +19,11 @@ export async function rowsOf(source: Source, manifest: Manifest): Promise<Map<st
   const file = Object.keys(manifest.files).find((name) => BANK.test(name));
   if (!layout || (constant && !file)) return rows;
   const tensors = readSafetensors(await readChecked(source, file ?? "bank.safetensors", manifest.files), file ?? "");
-  const bank = tensors.get("adapter_bank") ?? { data: new Float32Array(), shape: [0, 0] };
+  const bank = tensors.get("adapter_bank") ?? { dtype: "none", data: new Float32Array(), shape: [] };
   const size = layout.size;
-  if (bank.shape.length !== 2 || bank.shape[1] !== size) {
-    throw new HhdeployError(`${source.name}: ${file}: expected rows of ${size} values, found [${bank.shape}].`);
+  if (bank.dtype !== "F32" || bank.shape.length !== 2 || bank.shape[1] !== size) {
+    const found = `${bank.dtype} [${bank.shape}]`;
+    throw new HhdeployError(`${source.name}: ${file}: adapter_bank: expected F32 [rows, ${size}], found ${found}.`);
   }
   for (const entry of adapters) {
     const wrong = misfit(bank, layout, entry, backbone.classes);

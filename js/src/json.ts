@@ -16,10 +16,14 @@ export function textOf(bytes: Uint8Array): string {
 /**
  * `JSON.parse`, which takes the last of a key's values, and says nothing of the others.
  *
- * @throws SyntaxError no JSON. HhdeployError a key is twice in one object.
+ * @throws SyntaxError no JSON. HhdeployError a key is twice in one object, a number is an infinity to it, a text no text.
  */
 export function parseJson(text: string): unknown {
-  const content: unknown = JSON.parse(text);
+  const content: unknown = JSON.parse(text, (key, value: unknown) => {
+    if (value === Infinity || value === -Infinity) throw new HhdeployError(`${key}: a number beyond the range that there is`);
+    if (HALF.test(key) || (isText(value) && HALF.test(value))) throw new HhdeployError("a text with half of a character");
+    return value;
+  });
   const open: Set<string>[] = [];
   for (const [token, key] of text.matchAll(TOKEN)) {
     if (token === "{") open.push(new Set());
@@ -33,6 +37,7 @@ export function parseJson(text: string): unknown {
   return content;
 }
 
+const HALF = /\p{Surrogate}/u; // without the other half
 // Of valid JSON: braces, keys, and texts, which are passed over.
 const TOKEN = /[{}]|("(?:[^"\\]|\\.)*")(?=\s*:)|"(?:[^"\\]|\\.)*"/g;
 
@@ -47,8 +52,9 @@ export function expecting(content: Json, where: string, prefix = "") {
 
 export const isNone = (x: unknown): x is null | undefined => x === null || x === undefined;
 export const isObject = (x: unknown): x is Json => typeof x === "object" && x !== null && !Array.isArray(x);
-export const isCount = (x: unknown): x is number => Number.isSafeInteger(x) && (x as number) >= 0;
+export const isCount = (x: unknown): x is number => Number.isInteger(x) && (x as number) >= 0 && (x as number) < 2 ** 31;
 export const isStrings = (x: unknown): x is string[] =>
   Array.isArray(x) && x.every((each) => typeof each === "string");
+export const isText = (x: unknown): x is string => typeof x === "string";
 export const isNumbers = (x: unknown, length: number): x is number[] =>
   Array.isArray(x) && x.length === length && x.every(Number.isFinite);

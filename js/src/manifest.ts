@@ -1,13 +1,14 @@
 /** hhdeploy.json: what a bundle holds. Only the parts that a client needs are described. */
 
 import { HhdeployError } from "./errors.js";
-import { expecting, isCount, isNone, isObject, isStrings, parseJson, textOf, type Json } from "./json.js";
+import { expecting, isCount, isNone, isObject, isStrings, isText, parseJson, textOf, type Json } from "./json.js";
 import { partsOf, type Part } from "./layout.js";
 import { checkGraph, checkPreprocess, type AdapterPreprocess, type Preprocess, type PreprocessGraph } from "./preprocess.js";
 import { checkTensors } from "./tensors.js";
 
 /** What a bundle calls it. */
 export const MANIFEST = "hhdeploy.json";
+const SIGNATURE = "model.sig";
 /** The backbone without an adapter; none has this name. */
 export const BACKBONE = "backbone";
 
@@ -133,6 +134,7 @@ function checkManifest(content: Json, where: string): void {
   expect("kind", content.kind === (isNone(content.row) ? "folded" : "branches"), "branches with a row, else folded");
   expect("classes", isCount(content.classes), "a number of classes");
   for (const key of ["adapters", "engines"]) expect(key, Array.isArray(content[key]), "a list");
+  (content.engines as unknown[]).forEach((engine, i) => checkEngine(engine, where, `engines[${i}]`));
   const adapters = content.adapters as Json[];
   adapters.forEach((entry, i) => {
     const place = `adapters[${i}]`;
@@ -171,10 +173,17 @@ function checkManifest(content: Json, where: string): void {
   checkClasses(content, where);
 }
 
-/** Every file has a digest and a role of its own: of two banks, say, that a merge left, one would be taken. */
+/** A file of a bundle, and nothing beside it. */
+function isInside(name: string): boolean {
+  const outside = /[\\\0]/.test(name) || name.split("/").some((part) => ["", ".", ".."].includes(part));
+  return !outside && !name.startsWith(".") && name !== MANIFEST && name !== SIGNATURE;
+}
+
+/** Every file is the bundle's, and has a digest and a role of its own: of two banks, say, that a merge left, one would be taken. */
 function checkFiles(files: Json, where: string): void {
   const roles = new Map<string, string>();
   for (const [name, digest] of Object.entries(files)) {
+    if (!isInside(name)) throw new HhdeployError(`${where}: files: ${JSON.stringify(name)}: expected a path inside of the bundle.`);
     expecting(files, where, "files.")(name, typeof digest === "string" && SHA256.test(digest), "64 hex digits");
     const role = name.replace(DIGITS, "");
     const other = roles.get(role);
@@ -207,11 +216,14 @@ function checkEntry(entry: Json, { classes: most, row }: Json, where: string, pr
   const { name, classes, problem_type: means, verified, strength = 1 } = entry;
   const expect = expecting(entry, where, prefix);
   expect("name", typeof name === "string", "a name");
+  expect("name", isInside(name as string) && !(name as string).includes("/"), "a name that a folder can have");
   expect("name", name !== BACKBONE, "another name than the bare model's");
   const placed = isCount(entry.row) && entry.row > 0;
   expect("row", placed || (isNone(row) && isNone(entry.row)), "1 or more, or null in a folded bundle");
   expect("verified", typeof verified === "boolean", "true or false");
   expect("strength", Number.isFinite(strength), "a finite number");
+  checkLicence(entry, where, prefix);
+  expect("compressed", isLoss(entry.compressed), "an object of rank, max_range_error and worst_site, or null");
   expect("classes", isCount(classes), "a number of classes");
   expect("classes", !most || (classes as number) <= (most as number), `at most the graph's ${most}`);
   expect("class_names", Object.hasOwn(entry, "class_names"), "a list of names, or null");
@@ -223,7 +235,7 @@ function checkEntry(entry: Json, { classes: most, row }: Json, where: string, pr
 
 function checkBackbone(backbone: Json, where: string, prefix: string): void {
   const expect = expecting(backbone, where, prefix);
-  for (const key of ["model", "sha256"]) expect(key, typeof backbone[key] === "string", "a text");
+  for (const key of ["model", "sha256"]) expect(key, isText(backbone[key]), "a text");
   expect("args", isObject(backbone.args), "an object");
   expect("classifier", typeof backbone.classifier === "string", "a module's path");
   expect("dim", isCount(backbone.dim), "a number");
@@ -232,6 +244,7 @@ function checkBackbone(backbone: Json, where: string, prefix: string): void {
   }
   expect("classes", isCount(backbone.classes), "a number of classes");
   checkNames(backbone, where, prefix);
+  checkLicence(backbone, where, prefix);
   const { problem_type: means } = backbone;
   expect("problem_type", isNone(means) || isMeaning(means), `one of ${PROBLEM_TYPES.join(", ")}, or null`);
   expect("preprocess", isObject(backbone.preprocess), "an object");
@@ -244,6 +257,49 @@ function checkNames(entry: Json, where: string, prefix: string): void {
   if (isStrings(names) && names.length && names.length !== classes) {
     throw new HhdeployError(`${where}: ${prefix}class_names: expected ${classes} names, found ${names.length}.`);
   }
+}
+
+function checkLicence(owner: Json, where: string, prefix: string): void {
+  const { license } = owner;
+  const fits = isNone(license) || isText(license) || isStrings(license);
+  expecting(owner, where, prefix)("license", fits, "a licence's name, a list of them, or null");
+}
+
+/** What an adapter lost by its compression, or nothing. */
+function isLoss(x: unknown): boolean {
+  if (!isObject(x)) return isNone(x);
+  return Object.keys(x).length === 3 && isCount(x.rank) && Number.isFinite(x.max_range_error) && isText(x.worst_site);
+}
+
+const isRange = (x: unknown) => Array.isArray(x) && x.length === 3 && x.every(isCount);
+const orNull = (fits: (x: unknown) => boolean) => (x: unknown) => x === null || fits(x);
+const isDigest = (x: unknown) => isText(x) && SHA256.test(x);
+
+// An engine's entry; only Python can load what it is of.
+const OF_ENGINES: Record<string, [(x: unknown) => boolean, string]> = {
+  file: [isText, "a text"],
+  backend: [(x) => x === "tensorrt" || x === "tensorrt-rtx", "one of tensorrt, tensorrt-rtx"],
+  version: [isText, "a text"],
+  precision: [(x) => isText(x) && PRECISIONS.includes(x), `one of ${PRECISIONS.join(", ")}`],
+  architectures: [isStrings, "a list of names"],
+  gpu: [orNull(isText), "a text, or null"],
+  batch: [isRange, "three numbers"],
+  slots: [orNull(isRange), "three numbers, or null"],
+  bank_sha256: [orNull(isDigest), "64 hex digits, or null"],
+  graph_sha256: [isText, "a text"],
+  optimization_level: [orNull(isCount), "a number, or null"],
+  build_seconds: [Number.isFinite, "a finite number"],
+  bytes: [Number.isFinite, "a finite number"],
+};
+
+function checkEngine(engine: unknown, where: string, place: string): void {
+  expecting({ [place]: engine }, where)(place, isObject(engine), "an object");
+  const given = engine as Json;
+  for (const [key, [fits, expected]] of Object.entries(OF_ENGINES)) {
+    expecting(given, where, `${place}.`)(key, fits(given[key]), expected);
+  }
+  const more = Object.keys(given).filter((key) => !Object.hasOwn(OF_ENGINES, key));
+  if (more.length) throw new HhdeployError(`${where}: ${place}: expected keys of an engine, found ${more.join(", ")}.`);
 }
 
 function checkRow(row: unknown, where: string): void {

@@ -4,6 +4,8 @@ import { HhdeployError } from "./errors.js";
 import { isNone, isObject, isStrings, textOf } from "./json.js";
 
 export interface Tensor {
+  /** As the file has it: F32, F16 ... */
+  dtype: string;
   shape: number[];
   /** float16 and bfloat16 are widened, which is exact; float64 is rounded. */
   data: Float32Array;
@@ -48,7 +50,7 @@ export function readSafetensors(bytes: Uint8Array, where: string): Map<string, T
       throw new HhdeployError(`${where}: ${name}: its bytes are not those of [${shape}]: the file is damaged.`);
     }
     position = end;
-    tensors.set(name, { shape, data: widened(view, 8 + length + begin, count, dtype) });
+    tensors.set(name, { dtype, shape, data: widened(view, 8 + length + begin, count, dtype) });
   }
   const behind = bytes.byteLength - 8 - length - position;
   if (behind) throw new HhdeployError(`${where}: expected its end, found ${behind} more bytes: the file is damaged.`);

@@ -152,8 +152,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
 OTHER_MEANING = {
     ("exporters/portable/triton_ensemble.py", "model_name"),
     ("hhdeploy/adapters/config.py", "class_names"),
-    ("hhdeploy/files/bundle_json.py", "class_names"),
-    ("hhdeploy/files/bundle_json.py", "input_size"),
+    ("hhdeploy/files/bundle_checks.py", "class_names"),
+    ("hhdeploy/files/bundle_checks.py", "input_size"),
     ("hhdeploy/adapters/format.py", "class_names"),
     ("hhdeploy/adapters/made.py", "class_names"),
     ("hhdeploy/adapters/checks.py", "input_size"),

@@ -38,6 +38,7 @@ from tests.broken_manifests import (
     exchange_rows,
     first,
     rewritten,
+    whole,
     with_nan_for_a_head,
 )
 from tests.docs.pages import blocks, commands
@@ -404,6 +405,11 @@ def test_a_manifest_that_cannot_be_right(program, branches, pictures, tmp_path, 
     done = run(program, broken(branches, tmp_path / "bundle", change), pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
     assert re.search(message, done.stderr), done.stderr
+
+
+def test_all_that_a_manifest_may_say(program, branches, pictures, tmp_path):
+    bundle = broken(branches, tmp_path / "bundle", whole)
+    assert asked(program, bundle, pictures[:1]) == asked(program, branches, pictures[:1])
 
 
 @pytest.mark.parametrize("name", NO_JSON)

@@ -9,12 +9,12 @@ import re
 import pytest
 from PIL import Image
 
+from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import BANK_FILE, MANIFEST
 from hhdeploy.errors import BundleError
 from hhdeploy.runtime import open_session
 from tests.broken_manifests import (
     BROKEN,
-    BROKEN_ELSEWHERE,
     NO_BANK,
     NO_JSON,
     OF_OTHER_GRAPHS,
@@ -25,6 +25,7 @@ from tests.broken_manifests import (
     first,
     graph_inputs,
     rewritten,
+    whole,
     with_nan_for_a_head,
 )
 from tests.js.conftest import encoded, sent
@@ -42,7 +43,7 @@ def asked(bundle):
 
 
 def test_what_python_refuses_javascript_refuses(ask, branches, tmp_path):
-    all_of_them = BROKEN | BROKEN_ELSEWHERE | OF_OTHER_ROWS | OF_OTHER_PICTURES | OF_OTHER_GRAPHS
+    all_of_them = BROKEN | OF_OTHER_ROWS | OF_OTHER_PICTURES | OF_OTHER_GRAPHS
     bundles = [broken(branches, tmp_path / n, change) for n, (change, _) in all_of_them.items()]
     for (name, (_, message)), said in zip(
         all_of_them.items(), ask(*map(asked, bundles)), strict=True
@@ -151,6 +152,12 @@ def test_a_graph_of_pictures_that_is_none(ask, branches, tmp_path, source):
     pictures = sent([Image.new("RGB", (40, 40))])
     (said,) = ask({**asked(bundle), "ask": "classify", "pictures": pictures})
     assert re.search(f"HhdeployError: .*{file}: expected a graph that", said["error"])
+
+
+def test_all_that_a_manifest_may_say(ask, branches, tmp_path):
+    bundle = broken(branches, tmp_path / "bundle", whole)
+    assert ask(asked(bundle)) == ask(asked(branches))
+    assert Bundle.open(bundle).manifest.engines
 
 
 @pytest.mark.parametrize("which", ["branches", "heads", "folded", "constant"])
