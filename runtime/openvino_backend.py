@@ -338,6 +338,11 @@ def _compiled(
             model.reshape(dict(shapes))
         return Compiled(core.compile_model(model, _CPU, config))
     except RuntimeError as error:
+        if path.with_name(f"{path.name}.data").is_symlink():  # as in the cache of the hub
+            raise BundleError(
+                f"{path}: its weights are a link, which OpenVINO does not follow out of a folder. "
+                "Copy the bundle with what its links lead to (cp -rL), or take it with `pull()`."
+            ) from error
         raise BundleError(f"OpenVINO cannot compile {path}: {error}") from error
 
 

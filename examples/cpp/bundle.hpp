@@ -82,8 +82,12 @@ public:
     fs::path checked(const std::string& name) const {
         read(name);
         const std::string weights = name + ".data";
-        if (manifest.at("files").contains(weights)) read(weights);
-        else if (fs::exists(path / weights))  // OpenVINO would open it all the same
+        if (manifest.at("files").contains(weights)) {
+            read(weights);
+            if (fs::canonical(path / weights).parent_path() != fs::canonical(path))
+                throw Error((path / weights).string() + " is a link, which OpenVINO does not follow out of a folder: copy "
+                            "the bundle with what its links lead to (cp -rL).");
+        } else if (fs::exists(path / weights))  // OpenVINO would open it all the same
             throw Error((path / "hhdeploy.json").string() + ": files: expected the sha256 of " + weights +
                         ", found none. Export the bundle again.");
         return path / name;

@@ -444,6 +444,14 @@ def test_classes_of_a_folded_graph(program, folded, pictures, tmp_path):
     assert "classes: expected the graph's 7, found 6" in done.stderr
 
 
+def test_weights_that_are_a_link(program, branches, pictures, tmp_path):
+    for file in branches.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    done = run(program, tmp_path, pictures[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "model.onnx.data is a link" in done.stderr and "(cp -rL)" in done.stderr
+
+
 def test_what_a_transform_leaves_out_is_as_python_has_it(program, small, pictures, tmp_path):
     """Bicubic, from the centre."""
 

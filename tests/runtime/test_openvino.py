@@ -187,6 +187,14 @@ def test_a_graph_that_cannot_be_read(folded, tmp_path):
         started(path)
 
 
+def test_a_bundle_of_links(folded, tmp_path):
+    """As the hub's cache has it."""
+    for file in folded.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(BundleError, match=r"model\.onnx: its weights are a link, .* \(cp -rL\)"):
+        started(tmp_path)
+
+
 # --- versions -----------------------------------------------------------------------------------
 
 
