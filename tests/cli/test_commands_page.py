@@ -118,6 +118,11 @@ def test_the_commands_of_the_pages(there, succeed, capsys):
     assert capsys.readouterr().out == "3 tasks\n"
     serve_fleet(there)
 
+    shutil.rmtree(there / "tasks")
+    (words,) = lines("docs/howto/jetson.md")
+    run(succeed, words)
+    assert set(Bundle.open(there / "tasks").manifest.graphs) == {"float32", "float16"}
+
 
 def test_no_command_is_overlooked():
     assert len(lines("docs/commands.md")) == 29
@@ -125,6 +130,7 @@ def test_no_command_is_overlooked():
     assert len(lines("docs/repositories.md")) == 3
     assert len(lines("docs/importing.md")) == 3
     assert len(lines("docs/calibration.md")) == 3
+    assert len(lines("docs/howto/jetson.md")) == 1
     assert len(lines("docs/howto/many-tasks.md")) == 1
     assert len(lines("docs/howto/peft.md")) == 6
 

@@ -20,6 +20,7 @@ from hhdeploy.files.tensors import read_tensors
 from hhdeploy.parity import LABELS, LEVELS
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime import open_session
+from tests.broken_manifests import broken
 from tests.browser import CHROMIUM, PATIENCE_MS, WHY_NOT
 from tests.docs.pages import blocks
 from tests.js.conftest import (
@@ -171,8 +172,10 @@ def test_int8_asks_for_kernels_that_do_not_overflow(ask):
     ]
 
 
-# A page's whole code; `window.answer` is what it found.
-PAGE = """<!doctype html><script type="module">
+# A page's whole code; `window.answer` is what it found. Beside it the package's own example.
+PAGE = """<!doctype html><script type="importmap">
+{"imports": {"onnxruntime-web": "./ort/ort.wasm.bundle.min.mjs", "hhdeploy": "./dist/index.js"}}
+</script><script type="module">
 import * as ort from "./ort/ort.wasm.bundle.min.mjs";
 import { decodePicture, fromUrl, openBundle } from "./dist/index.js";
 const files = [];
@@ -187,7 +190,16 @@ const picture = await read("picture.png");
 const [answers] = await bundle.classify([picture], "alpha");
 const image = Array.from(await bundle.preprocess(picture, "alpha"));
 window.answer = { answers, image, files: [...new Set(files)], seen };
+</script><script type="module">
+const file = await (await fetch("picture.png")).blob();
+%s
+window.example = true;
 </script>"""
+
+
+def named_as_the_example(content):
+    for entry, name in zip(content["adapters"], ("animals", "weather"), strict=False):
+        entry["name"] = name
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
@@ -198,7 +210,9 @@ def test_a_browser_decodes_pictures_and_answers(browser, dist, branches, served,
         ("ort", PACKAGE / "node_modules" / "onnxruntime-web" / "dist"),
     ):
         (tmp_path / name).symlink_to(place)
-    (tmp_path / "index.html").write_text(PAGE)
+    (lines,) = (b.text for b in blocks("js/README.md") if 'from "hhdeploy"' in b.text)
+    (tmp_path / "index.html").write_text(PAGE % lines)
+    broken(branches, tmp_path / "tasks", named_as_the_example)
     exif = Image.Exif()
     exif[0x0112] = 6  # its right side is up: a quarter turn is missing
     stored = pictures()[1]
@@ -211,7 +225,7 @@ def test_a_browser_decodes_pictures_and_answers(browser, dist, branches, served,
         page.on("console", lambda message: said.append(message.text))
         page.goto(served(tmp_path))
         try:
-            page.wait_for_function("window.answer", timeout=PATIENCE_MS)
+            page.wait_for_function("window.answer && window.example", timeout=PATIENCE_MS)
         except Exception as error:
             raise AssertionError(said) from error
         answer = page.evaluate("window.answer")
@@ -227,6 +241,13 @@ def test_a_browser_decodes_pictures_and_answers(browser, dist, branches, served,
         entry = session.entry("alpha")
         image = np.asarray(answer["image"], np.float32).reshape(entry.preprocess.input_size)
         right = answers_of(session.run(image[None], "alpha")[0], entry, entry.classes)
+        ((other, *_),) = session.classify([upright], ["rival"])
+    ((score,),) = [
+        found
+        for line in said
+        if (found := re.findall(rf"^{right[0].label} ([\d.]+) {other.label}$", line))
+    ]
+    assert float(score) == answer["answers"][0]["score"]
     assert_levels(entry.preprocess, upright, image)
     assert [a.label for a in right] == [a["label"] for a in answer["answers"]]
     scores = np.asarray([a["score"] for a in answer["answers"]], np.float32)
