@@ -357,7 +357,8 @@ class Service:
         if tensor is not None:
             several = tensor.array.reshape(-1)
             return [self._adapter(item.decode("utf-8", "replace")) for item in several]
-        return [self._adapter(named or parameter)] * count
+        # A folder that is called as the bare model is, is an adapter that does not load.
+        return [self._adapter(parameter) if named is None else named] * count
 
     def _adapter(self, name: str | None) -> str | None:
         return None if name in self._bare else name

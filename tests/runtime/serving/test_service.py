@@ -173,6 +173,17 @@ def test_each_image_is_answered_by_its_adapter(play, branches, workshop):
     play(scene, bundle=branches, slots=None)
 
 
+def test_a_folder_called_as_the_bare_model_is_not_it(play, branches):
+    """By the model's name its adapter is asked for; the bare model's answer was given."""
+
+    async def scene(s):
+        with pytest.raises(HhdeployError, match="the adapter name 'backbone' is reserved"):
+            await s.infer(request_of(images(1), model="backbone"))
+        await s.infer(request_of(images(1), adapter="backbone"))
+
+    play(scene, bundle=branches, slots=None, names=["backbone"])
+
+
 def test_requests_of_many_tasks_go_in_one_batch(play, branches, workshop, closed):
     x = images(4)
     names = ["alpha", "beta", "gamma", "headless"]
