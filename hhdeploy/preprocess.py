@@ -377,8 +377,7 @@ def open_image(path: Path) -> Image.Image:
     Its EXIF orientation is left to `Preprocess`.
 
     Raises:
-        DataError: naming the file: not there, a pipe, not an image, or of a depth that says
-            nothing.
+        DataError: naming the file: not there, a pipe, no image, of a depth that says nothing.
     """
     from PIL import Image
 
@@ -387,10 +386,11 @@ def open_image(path: Path) -> Image.Image:
         if (place := Path(path)).is_fifo() and Path("/dev") not in place.parents:
             raise DataError("it is a pipe; an image file was expected.")
         with Image.open(path) as image:
+            if image.format == "EPS":  # which Pillow would have Ghostscript run
+                raise DataError("PostScript is a program, no image: save it as a PNG.")
             image.load()
             shallow = eight_bits(image)
-            copied: Image.Image = image.copy() if shallow is image else shallow
-        return copied
+            return image.copy() if shallow is image else shallow
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:

@@ -409,3 +409,10 @@ def test_a_line_of_pixels_is_no_gigabytes():
     preprocess = Preprocess((3, 224, 224), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(DataError, match=r"60000 x 1 pixels: .*Cut it first"):
         preprocess(line)
+
+
+def test_postscript_is_not_run(tmp_path):
+    """Pillow has Ghostscript run it, whatever the file is called."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat.jpg", "EPS")
+    with pytest.raises(DataError, match=r"cat\.jpg: PostScript is a program.* as a PNG"):
+        open_image(tmp_path / "cat.jpg")
