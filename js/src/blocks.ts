@@ -11,6 +11,8 @@ export interface Block {
   /** What a browser must not see of the file; `instead` takes its place. */
   part?: [begin: number, end: number];
   instead?: Uint8Array;
+  /** All parts of a PNG's pixels, of which one has another checksum. */
+  unsure?: Uint8Array[];
 }
 
 export const EXIF = "Exif\0\0";
@@ -77,21 +79,28 @@ function* inJpeg(bytes: Uint8Array): Generator<Block> {
 
 /**
  * Without the numbers of an animation a browser shows the picture for those who show none, as Python reads it; without
- * those of transparency it shows all colours. Python asks for no checksum of the pixels, and for no end behind them.
+ * those of transparency it shows all colours. Python asks the pixels' chunks for no checksum, but zlib's stream in them,
+ * and for no end behind them.
  */
 function* inPng(bytes: Uint8Array): Generator<Block> {
   const view = viewOf(bytes);
   let pixels = false; // Python looks at the checksums before them
+  let wrong = false;
+  const packed: Uint8Array[] = [];
   for (let at = 8; at + 12 <= bytes.length; ) {
     const end = at + 12 + view.getUint32(at); // its checksum's
     const type = ascii(bytes, at + 4, at + 8);
     const content = bytes.subarray(at + 8, end - 4);
     pixels ||= type === "IDAT";
+    if (type === "IDAT") packed.push(content);
     if (end <= bytes.length && view.getUint32(end - 4) !== crc32(bytes.subarray(at + 4, end - 4))) {
       if (!pixels) {
         throw new HhdeployError(`expected a whole PNG, found one whose ${type} has another checksum. Save it again.`);
       }
-      if (type === "IDAT") yield { part: [at, end], instead: pngChunk(type, content) };
+      if (type === "IDAT") {
+        wrong = true;
+        yield { part: [at, end], instead: pngChunk(type, content) };
+      }
     }
     if (type === "eXIf") yield { kind: "exif", content: concat([MARK, content]), part: [at, end] };
     else if (type === "acTL" || type === "tRNS") yield { part: [at, end] };
@@ -99,9 +108,10 @@ function* inPng(bytes: Uint8Array): Generator<Block> {
       yield { part: [at, end], instead: wholePalette(content, bytes[24]!) };
     } else if (type.endsWith("Xt")) yield* inText(type, content);
     at = end;
-    if (type === "IEND") return;
+    if (type === "IEND") break;
     if (pixels && at === bytes.length) yield { part: [at, at], instead: pngChunk("IEND", new Uint8Array()) };
   }
+  if (wrong) yield { unsure: packed };
 }
 
 /** Indices past a palette's end are black to Python, and to a browser anything. */

@@ -1,4 +1,4 @@
-/** PNGs of 16 bits of grey, of which browsers drop the lower eight where Python rounds. */
+/** A PNG's pixels: those of 16 bits of grey, of which browsers drop the lower eight where Python rounds, and damaged ones. */
 
 import { HhdeployError } from "./errors.js";
 import { ascii, pngChunk, viewOf } from "./blocks.js";
@@ -42,6 +42,12 @@ export async function inEightBits(bytes: Uint8Array): Promise<Uint8Array[]> {
   const place = parts.indexOf(packed[0]!);
   parts[place] = pngChunk("IDAT", await through(new CompressionStream("deflate"), [levels]));
   return parts;
+}
+
+/** Throws for a PNG's pixels whose stream has another checksum than zlib's, or is none. */
+export async function checkPixels(packed: Uint8Array[]): Promise<void> {
+  const stream = new Blob(packed as BlobPart[]).stream().pipeThrough(new DecompressionStream("deflate"));
+  await stream.pipeTo(new WritableStream()).catch(damaged);
 }
 
 function damaged(): never {

@@ -2,7 +2,7 @@
 
 import { ascii, blocksOf, concat, EXIF, turnOfAvif, viewOf, type Block } from "./blocks.js";
 import type { Picture } from "./bundle.js";
-import { inEightBits, isDeepGrey } from "./deep.js";
+import { checkPixels, inEightBits, isDeepGrey } from "./deep.js";
 
 export interface Orientation {
   /** EXIF's number, 1 to 8: 1 is upright, or says nothing. */
@@ -26,7 +26,8 @@ export async function orientationOf(bytes: Uint8Array): Promise<Orientation> {
   const blocks = blocksOf(bytes);
   const parts: Uint8Array[] = [];
   let kept = 0;
-  for (const { part, instead } of blocks) {
+  for (const { part, instead, unsure } of blocks) {
+    if (unsure) await checkPixels(unsure);
     if (!part) continue;
     parts.push(bytes.subarray(kept, part[0]));
     if (instead) parts.push(instead);

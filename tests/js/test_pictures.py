@@ -285,6 +285,18 @@ def test_damaged_pixels_of_16_bits_of_grey_are_refused(read):
         assert "found one whose pixels are damaged. Save it again" in seen["error"]
 
 
+def test_a_bit_of_a_pixel_that_changed_is_refused(read):
+    """Python finds it by zlib's checksum; of the PNG's own it does not ask, nor do browsers."""
+    out = io.BytesIO()
+    flat(200).save(out, "PNG", compress_level=0)  # pixels as they are
+    file = bytearray(out.getvalue())
+    file[len(file) // 2] ^= 1
+    with pytest.raises(OSError, match="broken data stream"):
+        Image.open(io.BytesIO(file)).load()
+    ((_, _, seen),) = read({"bit": bytes(file)})
+    assert "found one whose pixels are damaged. Save it again" in seen["error"]
+
+
 def test_a_canvas_that_stays_empty_is_no_black_picture(read):
     ((_, _, seen),) = read({"line": long_line(70_000)})
     assert "this browser's canvas holds, found 70000 x 2 pixels" in seen["error"]
