@@ -10,14 +10,14 @@ import { orientationOf, stored } from "./orientation.js";
  * A JPEG, PNG, WebP or AVIF comes as it is stored, with its orientation: which adapters see it upright, they say
  * themselves. Any other file is turned as the browser turns it.
  *
- * Throws `HhdeployError` for a picture that the browser would show otherwise than Python reads it: an animated AVIF,
- * one that is too large for the browser's canvas.
+ * Throws `HhdeployError` for what the browser can not read, and for a picture that it would show otherwise than Python
+ * reads it: an animated AVIF, one that is too large for the browser's canvas.
  */
 export async function decodePicture(file: ImageBitmapSource): Promise<Picture> {
   const bytes = file instanceof Blob ? new Uint8Array(await file.arrayBuffer()) : undefined;
   const found = bytes && (await orientationOf(bytes));
   const source = found ? new Blob(found.parts as BlobPart[], { type: (file as Blob).type }) : file;
-  const bitmap = await createImageBitmap(source, { imageOrientation: "from-image", colorSpaceConversion: "none" });
+  const bitmap = await createImageBitmap(source, { imageOrientation: "from-image", colorSpaceConversion: "none" }).catch(unread);
   const { width, height } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true })!;
   checkCanvas(context);
@@ -25,6 +25,12 @@ export async function decodePicture(file: ImageBitmapSource): Promise<Picture> {
   bitmap.close();
   const picture = { data: context.getImageData(0, 0, width, height).data, width, height, orientation: found?.orientation ?? 1 };
   return found?.turned ? stored(picture) : picture;
+}
+
+function unread(): never {
+  throw new HhdeployError(
+    "expected a picture that this browser can read, found none: JPEG, PNG and WebP are read everywhere.",
+  );
 }
 
 /** A canvas that is too large stays empty, and says nothing. */

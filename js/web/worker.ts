@@ -128,7 +128,7 @@ async function classify(number: number, file: Blob): Promise<void> {
   newest = number;
   try {
     const bundle = opened!;
-    const picture = await decoded(file);
+    const picture = await decodePicture(file);
     const transparent = isTransparent(picture);
     const begin = performance.now();
     const asked = names(bundle);
@@ -148,15 +148,6 @@ async function classify(number: number, file: Blob): Promise<void> {
 function isTransparent({ data }: Picture): boolean {
   for (let i = 3; i < data.length; i += 4) if (data[i]! < 255) return true;
   return false;
-}
-
-async function decoded(file: Blob) {
-  try {
-    return await decodePicture(file);
-  } catch (error) {
-    if (error instanceof HhdeployError) throw error;
-    throw new Error("Expected a picture that this browser can read, found none: JPEG, PNG and WebP are read everywhere.");
-  }
 }
 
 const text = (error: unknown) => (error instanceof Error ? error.message : String(error));

@@ -297,6 +297,11 @@ def test_a_bit_of_a_pixel_that_changed_is_refused(read):
     assert "found one whose pixels are damaged. Save it again" in seen["error"]
 
 
+def test_what_is_no_picture_is_an_error_of_the_package(read):
+    for _, _, seen in read({"none": b"none", "empty": b"", "cut": gifs()["clear gif"][:-9]}):
+        assert "expected a picture that this browser can read, found none" in seen["error"]
+
+
 def test_a_canvas_that_stays_empty_is_no_black_picture(read):
     ((_, _, seen),) = read({"line": long_line(70_000)})
     assert "this browser's canvas holds, found 70000 x 2 pixels" in seen["error"]

@@ -459,7 +459,7 @@ def test_what_is_damaged_or_no_picture_is_said(write, serve, page, small, tmp_pa
     page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"none"})
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text(
-        "Expected a picture that this browser can read", timeout=PATIENCE_MS
+        "expected a picture that this browser can read", timeout=PATIENCE_MS
     )
     wide = io.BytesIO()
     Image.new("RGB", (70_000, 2)).save(wide, "PNG")
