@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # By which the fixed image is moved, as much as bfloat16 rounds it; and how far the mean of its two
 # answers is at most from the one between them, of its root mean square, in full precision.
-_STEP, _FULL = 2.0**-9, 1e-4
+_STEP, _FULL = 2.0**-9, 5e-5
 # Of the largest number: what two calls may differ by that compute the same.
 _ROUNDING = 1e-5
 _SEED = 3  # of the images that a guess is tried on
