@@ -24,6 +24,7 @@ from hhdeploy.choices import BACKENDS
 from hhdeploy.doctor.probes import Driver, find_driver
 from hhdeploy.packages import import_tensorrt
 from hhdeploy.runtime.cuda import Gpu
+from tests.gpu.folding import products_in
 from tests.gpu.part import PartReport
 from tests.gpu.scale import DRY, SCALE
 from tests.gpu.wants import lacks, need
@@ -246,11 +247,5 @@ def torch_device(gpu: Gpu) -> Iterator[str]:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # as versions go
         lacks("driver", f"torch {torch.__version__} cannot use the GPU: {error}")
-    # Both: torch.export refuses to trace where convolutions and recurrences differ.
-    kinds = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    yield "cuda"
-    for kind, precision in zip(kinds, before, strict=True):
-        kind.fp32_precision = precision
+    with products_in("ieee"):
+        yield "cuda"

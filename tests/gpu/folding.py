@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,23 @@ from hhdeploy.exporters.fold import fold_additive, fold_sequential, folded_bias
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """float32 is multiplied as ``ieee`` has it on the GPU, or as ``tf32``."""
+    import torch
+
+    # Both of cuDNN: torch.export refuses to trace where convolutions and recurrences differ.
+    kinds = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for kind, known in zip(kinds, before, strict=True):
+            kind.fp32_precision = known
 
 
 def folded_in_torch(spec: BackboneSpec, adapter: Adapter) -> nn.Module:
