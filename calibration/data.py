@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.config import CLASSES, LABELS
 from hhdeploy.adapters.labels import LABELS_FILE, read_labels
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.feeds import Feed, Feeder
+from hhdeploy.calibration.feeds import Feed, Feeder, picture_digest
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import (
     Classes,
@@ -133,7 +133,7 @@ class CalibrationData:
         samples = [
             CalibrationImage(
                 picked.adapter,
-                hashlib.sha256(picked.path.read_bytes()).hexdigest(),
+                picture_digest(picked.path),
                 _loader(picked.path, feeder.preprocess(picked.adapter)),
                 picked.path.name,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,21 @@ from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.errors import DataError
+from hhdeploy.files.writing import sha256_of
 from hhdeploy.preprocess import Preprocess
 
 Feed = dict[str, NDArray[Any]]
+
+
+def picture_digest(path: Path) -> str:
+    """Hex SHA-256 of an image's file. Raises `DataError`: it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Expected an image that is there and may be "
+            "read: look at it and at the disk, or leave it out."
+        ) from error
 
 
 class Feeder:

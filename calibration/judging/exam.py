@@ -6,7 +6,6 @@ the same folder given twice, is found out.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.calibration.data import CalibrationData, ImageSource, choose_images, in_copies
-from hhdeploy.calibration.feeds import Feeder
+from hhdeploy.calibration.feeds import Feeder, picture_digest
 from hhdeploy.preprocess import open_image
 
 _ALL = sys.maxsize
@@ -180,7 +179,7 @@ def _from_folder(
             picked.truths,
             column.as_text if column is not None else None,
         )
-        pairs.append((hashlib.sha256(picked.path.read_bytes()).hexdigest(), question))
+        pairs.append((picture_digest(picked.path), question))
     return pairs
 
 

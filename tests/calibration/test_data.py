@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from numpy.testing import assert_array_equal
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.calibration.judging.exam import make_exam
 from hhdeploy.errors import DataError
 from hhdeploy.preprocess import open_image
 from tests.calibration.conftest import ADAPTERS, write_pictures
@@ -123,6 +125,18 @@ def test_images_are_decoded_when_they_are_asked_for(bundle, copied):
     data = opened(bundle, copied)
     with pytest.raises(DataError, match=r"alpha/a/0\.png cannot be decoded"):
         list(data)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives EIO")
+def test_an_image_on_a_disk_that_fails_is_named(bundle, pictures, copied):
+    path = copied / "alpha" / "a" / "0.png"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"alpha/a/0\.png cannot be read: Input/output error"):
+        opened(bundle, copied)
+    used = opened(bundle, pictures)
+    with pytest.raises(DataError, match=r"alpha/a/0\.png cannot be read: Input/output error"):
+        make_exam(copied, used, seed=0)
 
 
 def test_lists_stand_for_folders(bundle, folded, copied):
