@@ -20,7 +20,7 @@ import click
 from click.exceptions import Exit
 
 from hhdeploy.cli.wording import as_command_line
-from hhdeploy.errors import HhdeployError, OptionError
+from hhdeploy.errors import HhdeployError, OptionError, first_line
 from hhdeploy.files.caches import CacheWarning
 from hhdeploy.files.writing import placed_here
 
@@ -139,6 +139,21 @@ def _interrupted_by_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """A memory that is used up is told as that, whatever another package, or what asked it, made of
+    it: that a model cannot be traced, or a file not be read."""
+    try:
+        yield
+    except (HhdeployError, MemoryError, OSError, RuntimeError) as error:
+        behind: BaseException | None = error
+        while behind is not None:
+            if isinstance(behind, MemoryError) or os.strerror(errno.ENOMEM) in str(behind):
+                raise click.ClickException(f"{_OUT_OF_MEMORY} ({first_line(error)})") from error
+            behind = behind.__cause__ or behind.__context__
+        raise
+
+
 class Group(click.Group):
     """A group whose commands end with a message.
 
@@ -162,18 +177,15 @@ class Group(click.Group):
 
     def _invoked(self, ctx: click.Context, placed: Collection[Path]) -> object:
         try:
-            return super().invoke(ctx)
+            with _memory_told():
+                return super().invoke(ctx)
         except HhdeployError as error:
             context = self._context_of(ctx)
             message = as_command_line(str(error), context.command)
             if isinstance(error, OptionError):
                 raise click.UsageError(message, context) from error
             raise click.ClickException(message) from error
-        except MemoryError as error:
-            raise click.ClickException(_OUT_OF_MEMORY) from error
         except OSError as error:
-            if error.errno == errno.ENOMEM:
-                raise click.ClickException(_OUT_OF_MEMORY) from error
             if error.filename is None:
                 # Who reads no further wants no more, unless something else was done as well.
                 closed = error.errno == errno.EPIPE and placed

@@ -17,6 +17,7 @@ from rich.console import Console
 import hhdeploy.files.directories
 from hhdeploy.adapters.directory import ADAPTER
 from hhdeploy.cli import Group
+from hhdeploy.errors import BackboneError
 from hhdeploy.files.caches import CacheWarning
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.scratch import scratch_directory
@@ -149,19 +150,25 @@ def test_an_output_that_takes_no_more_says_what_is_complete(call, monkeypatch, t
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))],
-    ids=["Python's", "the system's"],
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("DefaultCPUAllocator: can't allocate: 12 (Cannot allocate memory)"),
+        BackboneError("torch could not trace it"),
+    ],
+    ids=["Python's", "the system's", "torch's", "behind"],
 )
 def test_a_memory_that_is_used_up_is_said(error):
     group = Group("hhdeploy")
 
     @group.command()
     def work() -> None:
-        raise error
+        raise error from MemoryError() if isinstance(error, BackboneError) else None
 
     result = CliRunner().invoke(group, ["work"])
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: The memory is used up, or more than ulimit -v allows.")
+    assert f"({str(error) or 'MemoryError'})" in result.stderr
 
 
 @pytest.mark.filterwarnings("default")
