@@ -54,7 +54,7 @@ def bare_keys(
     """
     found: dict[str, NDArray[Any]] = {}
     for key, tensor in tensors.items():
-        if tensor.size == 0:
+        if tensor.shape == (0,):  # AdaLoRA leaves matrices of no rank
             raise AdapterError(
                 f"{file}: {key}: expected values, found an empty tensor, as a save under "
                 "DeepSpeed's ZeRO-3 leaves it. Save the values of all processes: "

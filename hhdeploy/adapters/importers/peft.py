@@ -7,7 +7,7 @@ for certain, is loaded and merged by PEFT itself. Configuration and tensors are 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from hhdeploy.adapters.importers.merging import merged_parameters, said_of_readi
 from hhdeploy.adapters.importers.naming import Names, names_of
 from hhdeploy.adapters.importers.pth import read_pth
 from hhdeploy.adapters.importers.saved import Split, bare_key, head_of_file, split_saved
-from hhdeploy.adapters.importers.targets import compare_targets, fits
+from hhdeploy.adapters.importers.targets import compare_targets, fits, pattern_value
 from hhdeploy.adapters.importers.template import (
     ImportOptions,
     Tensors,
@@ -64,7 +64,7 @@ _OLD_TENSOR_FILE = "adapter_model.bin"
 # What lists the files of an adapter that is in several: as transformers calls it, and as its name.
 _INDEXES = ("model.safetensors.index.json", f"{TENSOR_FILE}.index.json")
 _STEM = TENSOR_FILE.partition(".")[0]
-_HTA = "HTA"
+_HTA, _ADALORA = "HTA", "ADALORA"
 # BONE of PEFT 0.14 to 0.17 computes what MiSS does, which took its place, under another name.
 _BONE, _MISS = "BONE", "MISS"
 _BONE_TENSOR = re.compile(r"\.bone_block(?=\.|$)")
@@ -328,6 +328,21 @@ def _merged_by_peft(
     return changed_parameters(backbone, after, hints, where)
 
 
+def _patterns_here(
+    config: Mapping[str, Any], owners: Collection[str], names: Names
+) -> dict[str, dict[str, Any]]:
+    """What a configuration says of single modules (``rank_pattern`` and the like), by each one's
+    whole path here; AdaLoRA says it of its tensors."""
+    found = {k: v for k, v in config.items() if k.endswith("_pattern") and isinstance(v, Mapping)}
+    if config["peft_type"] == _ADALORA:
+        return {k: {names.here(path): kept for path, kept in v.items()} for k, v in found.items()}
+    said = {key: {o: pattern_value(v, o, None) for o in owners} for key, v in found.items()}
+    return {
+        key: {names.here(owner): value for owner, value in values.items() if value is not None}
+        for key, values in said.items()
+    }
+
+
 def _in_names_of(
     backbone: Backbone, config: Mapping[str, Any], tuned: Tensors, names: Names, where: Path
 ) -> tuple[dict[str, Any], Tensors]:
@@ -336,19 +351,17 @@ def _in_names_of(
     owners = {owner for key in tuned if (owner := names.owner(key)) is not None}
     compare_targets(config, owners, names, backbone, where)
     targets = sorted(set(map(names.here, owners)))
-    thirds = [path for path in targets if path not in modules]
-    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    if thirds or patterns:
+    if any(path not in modules for path in targets):
         raise AdapterError(
             f"{where}: the names are not those of {backbone.facts.model}, and "
-            f"{config['peft_type']} adapters with "
-            f"{patterns[0] if patterns else 'q, k and v apart'} are converted on the model that "
+            f"{config['peft_type']} adapters with q, k and v apart are converted on the model that "
             "they were trained on alone: give that `model`."
         )
     renamed = {names.here(key): tensor for key, tensor in tuned.items()}
     # The keys stay: which are there says how old the adapter is.
     emptied = ("layers_to_transform", "layers_pattern", "exclude_modules")
     kept = {key: None if key in emptied else value for key, value in config.items()}
+    kept |= _patterns_here(config, owners, names)
     if forward := config.get("feedforward_modules"):  # of IA3: what is scaled before, not behind
         kept["feedforward_modules"] = [names.here(o) for o in sorted(owners) if fits(forward, o)]
     return {**kept, "target_modules": targets}, renamed

@@ -726,12 +726,39 @@ def test_lokr_before_it_had_a_scale(tmp_path, vit, ranks):
     assert any("PEFT before 0.14" in line for line in said_of(adapter))
 
 
-def test_lokr_has_its_scale_in_another_implementation_s_names(tmp_path, twin, hf_vit):
-    """The configuration in the names here has all of the keys that say how old it is."""
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("LOKR", {"r": 3, "alpha": 8}),
+        ("LOHA", {"rank_pattern": {"layers.1.mlp.fc1": 2}, "alpha_pattern": {"0.mlp.fc1": 5}}),
+        ("FOURIERFT", {"n_frequency_pattern": {r"layers\.1\.mlp\.fc1": 7}}),
+    ],
+    ids=in_order,
+)
+def test_another_implementation_s_names_keep_what_is_said_of_modules(
+    tmp_path, twin, hf_vit, method, changes
+):
+    """And the keys that say how old a file is: LoKr lost alpha / r with them."""
     theirs, names = hf_vit
-    given = {"target_modules": ["mlp.fc1"], "r": 3, "alpha": 8}
-    source, expected = saved(tmp_path, theirs, "LOKR", names, **given)
+    source, expected = saved(tmp_path, theirs, method, names, target_modules=["mlp.fc1"], **changes)
     assert range_error(expected, answers(twin, import_adapter(source, twin))) <= BOUND
+
+
+def test_adalora_that_gave_ranks_away(tmp_path, twin, hf_vit):
+    """As it is saved after its training: a rank for each module, of some none at all."""
+    theirs, names = hf_vit
+    arguments = {**arguments_of("ADALORA", names), "target_modules": ["mlp.fc1"], "init_r": 3}
+    model = trained(theirs, "ADALORA", {**arguments, "modules_to_save": [names.head]})
+    left = {0: [True, False, True], 1: [False] * 3}
+    masks = {f"vit.layers.{i}.mlp.fc1.lora_E": mask for i, mask in left.items()}
+    for name, mask in masks.items():
+        model.get_parameter(f"base_model.model.{name}.default").data *= torch.tensor(mask)[:, None]
+    model.peft_config["default"].rank_pattern = masks
+    expected = logits_of(model)
+    model.save_pretrained(str(tmp_path / "peft"))
+    for backbone in (theirs, twin):
+        found = answers(backbone, import_adapter(tmp_path / "peft", backbone))
+        assert range_error(expected, found) <= BOUND
 
 
 @pytest.mark.parametrize(
