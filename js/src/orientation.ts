@@ -1,8 +1,8 @@
 /** Which side of a picture is up: what its file says of it, read as Python reads it. */
 
-import { ascii, blocksOf, concat, EXIF, turnOfAvif, viewOf, type Block } from "./blocks.js";
+import { ascii, blocksOf, EXIF, turnOfAvif, viewOf, type Block } from "./blocks.js";
 import type { Picture } from "./bundle.js";
-import { checkPixels, inEightBits, isDeepGrey } from "./deep.js";
+import { asStored, checkPixels } from "./deep.js";
 
 export interface Orientation {
   /** EXIF's number, 1 to 8: 1 is upright, or says nothing. */
@@ -34,8 +34,7 @@ export async function orientationOf(bytes: Uint8Array): Promise<Orientation> {
     kept = part[1];
   }
   parts.push(bytes.subarray(kept));
-  const shown = isDeepGrey(bytes) ? await inEightBits(concat(parts)) : parts;
-  return { orientation: await told(blocks), parts: shown, turned: false };
+  return { orientation: await told(blocks), parts: await asStored(parts), turned: false };
 }
 
 /** EXIF before XMP; ImageMagick's text where there is no EXIF. */

@@ -5,7 +5,7 @@ import { HhdeployError } from "./errors.js";
 import { orientationOf, stored } from "./orientation.js";
 
 /**
- * A picture of a file or a canvas; what is transparent becomes black.
+ * A picture of a file or a canvas; what is transparent becomes black, but for a PNG's or a GIF's colours.
  *
  * A JPEG, PNG, WebP or AVIF comes as it is stored, with its orientation: which adapters see it upright, they say
  * themselves. Any other file is turned as the browser turns it.

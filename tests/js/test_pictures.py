@@ -75,39 +75,56 @@ def odd() -> dict[str, bytes]:
     made |= gifs()
     made["clear grey"] = clear_png(0, b"\0\5")
     made["clear colour"] = clear_png(2, b"\0\6\0\7\0\x08")
-    made |= deep_greys() | careless()
+    made |= deep_greys() | clear_colours() | careless()
     made["clear indices"] = clear_png(3, bytes([0, 128, 255, 9]), bytes(range(7, 7 + 48)))
     return made
 
 
 def deep_greys() -> dict[str, bytes]:
     """PNGs of 16 bits of grey, of every filter, interlaced and not."""
+    return rewritten("grey", np.dtype(">u2"), 0, 1)
+
+
+def clear_colours() -> dict[str, bytes]:
+    """PNGs with transparency, of which Python sees the colours as they are stored."""
+    made = {}
+    for dtype in (np.dtype("u1"), np.dtype(">u2")):
+        made |= rewritten("clear grey", dtype, 4, 2) | rewritten("clear colour", dtype, 6, 4)
+    return made
+
+
+def rewritten(name: str, dtype: np.dtype, kind: int, levels_each: int) -> dict[str, bytes]:
     rng = np.random.default_rng(16)
     made = {}
+    bits = 8 * dtype.itemsize
     for width, height in ((11, 13), (3, 2), (1, 1)):
-        levels = rng.integers(0, 2**16, (height, width)).astype(">u2")
+        levels = rng.integers(0, 2**bits, (height, width, levels_each)).astype(dtype)
         sides = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4))
         sides += ((1, 0, 2, 2), (0, 1, 1, 2))
         passes = [levels[y::down, x::right] for x, y, right, down in sides]
         lines = b"".join(filtered(each) for each in passes if each.size)
-        made[f"grey of 16 bits in passes {width}"] = deep_grey(width, height, lines, 1)
-        made[f"grey of 16 bits {width}"] = deep_grey(width, height, filtered(levels), 0)
+        named = f"{name} of {bits} bits"
+        made[f"{named} in passes {width}"] = deep(width, height, lines, 1, bits, kind)
+        made[f"{named} {width}"] = deep(width, height, filtered(levels), 0, bits, kind)
     return made
 
 
-def deep_grey(width: int, height: int, lines: bytes, passes: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, passes)
+def deep(
+    width: int, height: int, lines: bytes, passes: int, bits: int = 16, kind: int = 0
+) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, passes)
     packed = zlib.compress(lines)
-    chunks = [(b"IHDR", header), (b"tRNS", lines[1:3]), (b"IDAT", packed[:9])]
-    chunks += [(b"IDAT", packed[9:]), (b"IEND", b"")]
+    chunks = [(b"IHDR", header)] + ([] if kind else [(b"tRNS", lines[1:3])])
+    chunks += [(b"IDAT", packed[:9]), (b"IDAT", packed[9:]), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def filtered(levels: np.ndarray) -> bytes:
-    """Rows of big-endian 16 bits as a PNG has them, the five filters in turn."""
+    """Rows as a PNG has them, the five filters in turn; ``levels``: [height, width, each]."""
     rows = np.ascontiguousarray(levels).view(np.uint8).reshape(len(levels), -1).astype(int)
-    padded = np.pad(rows, ((1, 0), (2, 0)))
-    left, above, both = padded[1:, :-2], padded[:-1, 2:], padded[:-1, :-2]
+    each = levels.shape[2] * levels.itemsize
+    padded = np.pad(rows, ((1, 0), (each, 0)))
+    left, above, both = padded[1:, :-each], padded[:-1, each:], padded[:-1, :-each]
     guess = left + above - both
     away = np.abs(np.stack([guess - left, guess - above, guess - both]))
     paeth = np.choose(away.argmin(0), [left, above, both])
@@ -278,8 +295,8 @@ def test_a_gif_that_its_first_picture_does_not_fill_is_refused(read, kept):
 
 
 def test_damaged_pixels_of_16_bits_of_grey_are_refused(read):
-    rows = filtered(np.arange(64, dtype=">u2").reshape(8, 8))
-    good, cut = deep_grey(8, 8, rows, 0), deep_grey(8, 8, rows[:-5], 0)
+    rows = filtered(np.arange(64, dtype=">u2").reshape(8, 8, 1))
+    good, cut = deep(8, 8, rows, 0), deep(8, 8, rows[:-5], 0)
     at = good.index(b"IEND") - 10  # zlib's own checksum
     for _, _, seen in read({"cut": cut, "sum": good[:at] + b"\0" + good[at + 1 :]}):
         assert "found one whose pixels are damaged. Save it again" in seen["error"]
