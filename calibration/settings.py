@@ -99,9 +99,10 @@ def excluded_sites(settings: CalibrationSettings, sites: Sequence[str]) -> froze
             )
         kept |= fitting
     if len(kept) == len(sites):
+        fewer = "take `preset='none'`" if ends else "`exclude` fewer"
         raise PlanError(
-            f"all {len(sites)} sites are excluded: nothing is left to quantise. Use the float32 "
-            "graph, or `exclude` fewer."
+            f"all {len(sites)} sites are kept in floating point: nothing is left to quantise. Use "
+            f"the float32 graph, or {fewer}."
         )
     return frozenset(kept)
 

@@ -68,5 +68,7 @@ def test_a_pattern_that_fits_nothing_is_refused():
 
 
 def test_excluding_everything_is_refused():
-    with pytest.raises(PlanError, match="all 6 sites are excluded"):
+    with pytest.raises(PlanError, match=r"all 6 sites are kept .* or `exclude` fewer"):
         excluded_sites(CalibrationSettings(exclude=("*",)), SITES)
+    with pytest.raises(PlanError, match=r"all 4 sites are kept .* or take `preset='none'`"):
+        excluded_sites(CalibrationSettings(preset="robust"), (*SITES[:2], *SITES[4:]))
