@@ -246,18 +246,18 @@ def _read_as_it_is(
             raise AdapterError(f"{file}: {module}: {backbone.facts.model} has no such module.")
         if here == backbone.facts.classifier and backbone.facts.classes == 0:
             raise AdapterError(f"{file}: {no_place(module, backbone.facts)}")
-        weight = None
+        weight, trained = None, whole.get(f"{here}.weight")
         if linear is None or config["peft_type"] == HRA:
             _need_weights(config, here, options, file)
-            weight = _weight(backbone, here, linear)
+            weight = _weight(backbone, here, linear) if trained is None else _matrix(trained)
         a, b = low_rank_of(config, module, group, weight, file)
         # In another implementation's names they are modules of that one, which calls its own.
         if not names.translated and here in names.modules and changes_weight(a, b):
             called.append(here)
-        if linear is not None:
+        if linear is not None and trained is None:
             result |= split_thirds(linear, a, b, file)
         else:
-            whole[f"{here}.weight"] = _added(backbone, here, b @ a, file)
+            whole[f"{here}.weight"] = _added(backbone, here, b @ a, file, trained)
     if called:
         check_called(backbone, called, file)
     if any(not name.startswith(f"{backbone.facts.classifier}.") for name in whole):
@@ -289,14 +289,20 @@ def _weight(backbone: Backbone, path: str, linear: LinearSpec | None) -> Array:
     return value[start : start + linear.out]
 
 
-def _added(backbone: Backbone, path: str, delta: Array, file: Path) -> Array:
+def _matrix(weight: Array) -> Array:
+    return weight.astype(np.float64).reshape(len(weight), -1)
+
+
+def _added(backbone: Backbone, path: str, delta: Array, file: Path, trained: Array | None) -> Array:
+    """The weight at a path and a product; it is that of the file where this has one."""
     weight = backbone.model.get_submodule(path).get_parameter("weight")
     if delta.size != weight.numel() or len(delta) != len(weight):
         raise AdapterError(
             f"{file}: {path}: expected a product for a weight of shape {list(weight.shape)}, "
             f"found {list(delta.shape)}."
         )
-    value: Array = weight.detach().double().cpu().numpy() + delta.reshape(tuple(weight.shape))
+    own = weight.detach().double().cpu().numpy() if trained is None else trained
+    value: Array = own.astype(np.float64) + delta.reshape(tuple(weight.shape))
     return value
 
 

@@ -172,6 +172,20 @@ def test_biases_by_any_name(tmp_path, request, model, targets, biases, changes):
         import_adapter(tmp_path, backbone)
 
 
+def test_a_product_on_a_weight_that_was_trained_too(tmp_path):
+    """Swin v2's weights of continuous_position_bias_mlp are biases by their names."""
+    import transformers
+
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 12, "window_size": 4}
+    config = transformers.Swinv2Config(**sizes, depths=[1, 1], num_heads=[2, 3], num_labels=5)
+    torch.manual_seed(0)
+    transformers.Swinv2ForImageClassification(config).save_pretrained(tmp_path / "swin")
+    backbone = load_backbone(BackboneSpec(f"transformers:{tmp_path / 'swin'}"))
+    expected = saved_before_0_21(tmp_path / "peft", backbone, r".*bias_mlp\.\d")
+    found = answers(backbone, import_adapter(tmp_path / "peft", backbone))
+    assert range_error(expected, found) <= BOUND
+
+
 def test_biases_that_peft_did_not_save(tmp_path, vit):
     source, _ = saved(tmp_path, vit, "LORA", bias="lora_only")
     tensors = load_file(source / TENSOR_FILE)
