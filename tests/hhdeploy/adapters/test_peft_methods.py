@@ -181,7 +181,7 @@ def test_a_product_on_a_weight_that_was_trained_too(tmp_path):
     torch.manual_seed(0)
     transformers.Swinv2ForImageClassification(config).save_pretrained(tmp_path / "swin")
     backbone = load_backbone(BackboneSpec(f"transformers:{tmp_path / 'swin'}"))
-    expected = saved_before_0_21(tmp_path / "peft", backbone, r".*bias_mlp\.\d")
+    expected = saved_before_0_21(tmp_path / "peft", backbone, r".*bias_mlp\.[02]")
     found = answers(backbone, import_adapter(tmp_path / "peft", backbone))
     assert range_error(expected, found) <= BOUND
 
