@@ -144,7 +144,8 @@ def saved_before_0_21(folder, backbone, targets, **changes):
             if "bias" in name or p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     model.save_pretrained(str(folder))
-    biases = {k: t for k, t in model.state_dict().items() if "bias" in k}
+    state = model.state_dict().items()
+    biases = {k: t for k, t in state if "bias" in k and "lora_" not in k}
     save_file({**load_file(folder / TENSOR_FILE), **biases}, folder / TENSOR_FILE)
     return logits_of(model)
 
