@@ -93,6 +93,8 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path, start: str 
         tries = [{n: p for n in rest if (p := table.find(n, s))} for s in _starts(inner)]
         tries.sort(key=len)
         found |= tries[-1]
+        alike = {name: _alike(name, modules) for name in rest if name not in found}
+        found |= {name: pair for name, pair in alike.items() if pair is not None}
     translated: dict[str, str] = {}
     paths: dict[str, str] = {}
     for own, name in inner.items():
@@ -123,6 +125,19 @@ def _by_kind(name: str) -> str:
     while path and not kind_of(path):
         path = path.rpartition(".")[0]
     return path
+
+
+def _alike(name: str, modules: Collection[str]) -> tuple[str, str] | None:
+    """The part of a tensor's name that is a module by that very path, or, inside of a block, the
+    end of one module's path alone: DINOv3's blocks have one name more before them since
+    transformers 5."""
+    path = name
+    while "." in path:
+        path = path.rpartition(".")[0]
+        ends = [own for own in modules if numbers_in(path) and own.endswith(f".{path}")]
+        if path in modules or len(ends) == 1:
+            return path, path if path in modules else ends[0]
+    return None
 
 
 def _starts(names: Collection[str]) -> Collection[str]:

@@ -759,6 +759,31 @@ def test_another_implementation_s_names_keep_what_is_said_of_modules(
     assert range_error(expected, answers(twin, import_adapter(source, twin))) <= BOUND
 
 
+def test_blocks_with_one_name_more_before_them(tmp_path):
+    """DINOv3's, since version 5 of transformers; its embeddings have none."""
+    import peft
+    import transformers
+
+    sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 24}
+    config = transformers.DINOv3ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    transformers.DINOv3ViTModel(config).save_pretrained(tmp_path / "dinov3")
+    backbone = load_backbone(BackboneSpec(f"transformers:{tmp_path / 'dinov3'}"))
+    targets = ["q_proj", "up_proj", "down_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=targets, bias="all", init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(backbone.model), lora)
+    with torch.no_grad():
+        model.get_parameter("base_model.model.embeddings.patch_embeddings.bias").add_(1)
+    model.save_pretrained(tmp_path / "peft")
+    expected = answers(backbone, import_adapter(tmp_path / "peft", backbone))
+    file = tmp_path / "peft" / TENSOR_FILE
+    tensors = {k.replace(".model.model.", ".model."): t for k, t in load_file(file).items()}
+    save_file(tensors, file)
+    found = import_adapter(tmp_path / "peft", backbone)
+    assert any("patch_embeddings" in name for name in found.values)
+    assert np.array_equal(expected, answers(backbone, found))
+
+
 def test_adalora_that_gave_ranks_away(tmp_path, twin, hf_vit):
     """As it is saved after its training: a rank for each module, of some none at all."""
     theirs, names = hf_vit
