@@ -257,6 +257,17 @@ def exchange_rows(content: Content) -> None:
     one["row"], other["row"] = other["row"], one["row"]
 
 
+# Of a folded bundle of alpha.
+OF_FOLDED: dict[str, tuple[Callable[[Content], object], str]] = {
+    "classes": (
+        lambda c: first(c).update(classes=6, class_names=None),
+        r"adapters\[0\]\.classes: expected the graph's 7, found 6",
+    ),
+    "row_gone": (lambda c: c.pop("row"), "row'|row: expected an object"),
+    "row_of_an_adapter_gone": (lambda c: first(c).pop("row"), r"row'|adapters\[0\]\.row: expected"),
+}
+
+
 # What the bank beside it tells: alpha's seven classes are in its row, beta's eleven in another.
 OF_OTHER_ROWS: dict[str, tuple[Callable[[Content], object], str]] = {
     "exchanged": (exchange_rows, "alpha'?: expected 11 classes, which its row has, found 7"),

@@ -212,7 +212,8 @@ inline void check_entry(const Json& entry, const std::string& where, const Json&
     const Json strength = entry.value("strength", Json(1));
     expect(strength.is_number(), where + ".strength", "a finite number", strength);
     const bool placed = is_count(row) && row > 0;
-    expect(placed || (row.is_null() && manifest.at("kind") == "folded"), where + ".row", "1 or more", row);
+    const bool none = entry.contains("row") && row.is_null() && manifest.at("kind") == "folded";
+    expect(placed || none, where + ".row", "1 or more", row);
     expect(is_count(classes), where + ".classes", "a number of classes", classes);
     const Json& most = manifest.at("classes");
     expect(most == 0 || classes <= most, where + ".classes", "at most the graph's " + most.dump(), classes);
@@ -281,6 +282,7 @@ inline void check_manifest(const Json& manifest, const std::string& file) {
     const auto value = [&](const char* key) { return manifest.value(key, Json()); };
     const Json schema = value("schema_version"), kind = value("kind"), classes = value("classes");
     expect(is_count(schema) && schema <= 2 && schema > 0, in + "schema_version", "1 or 2", schema);
+    expect(manifest.contains("row"), in + "row", "an object, or null", Json());
     const char* const fitting = value("row").is_null() ? "folded" : "branches";
     expect(kind == fitting, in + "kind", std::string(fitting) + ", as its row has it", kind);
     expect(is_count(classes), in + "classes", "a number of classes", classes);

@@ -131,6 +131,7 @@ function checkManifest(content: Json, where: string): void {
   for (const key of ["backbone", "graphs", "files", "versions", "tensors"]) {
     expect(key, isObject(content[key]), "an object");
   }
+  expect("row", Object.hasOwn(content, "row"), "an object with branches, or null");
   expect("kind", content.kind === (isNone(content.row) ? "folded" : "branches"), "branches with a row, else folded");
   expect("classes", isCount(content.classes), "a number of classes");
   for (const key of ["adapters", "engines"]) expect(key, Array.isArray(content[key]), "a list");
@@ -219,7 +220,7 @@ function checkEntry(entry: Json, { classes: most, row }: Json, where: string, pr
   expect("name", isInside(name as string) && !(name as string).includes("/"), "a name that a folder can have");
   expect("name", name !== BACKBONE, "another name than the bare model's");
   const placed = isCount(entry.row) && entry.row > 0;
-  expect("row", placed || (isNone(row) && isNone(entry.row)), "1 or more, or null in a folded bundle");
+  expect("row", placed || (isNone(row) && entry.row === null), "1 or more, or null in a folded bundle");
   expect("verified", typeof verified === "boolean", "true or false");
   expect("strength", Number.isFinite(strength), "a finite number");
   checkLicence(entry, where, prefix);

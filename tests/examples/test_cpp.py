@@ -31,6 +31,7 @@ from tests.broken_manifests import (
     BROKEN,
     NO_BANK,
     NO_JSON,
+    OF_FOLDED,
     OF_OTHER_GRAPHS,
     OF_OTHER_PICTURES,
     OF_OTHER_ROWS,
@@ -435,13 +436,12 @@ def test_a_row_that_does_not_say_whose_its_head_is(program, branches, pictures, 
     assert "adapter alpha: expected a head.own of 0 or 1 in its row, found" in done.stderr
 
 
-def test_classes_of_a_folded_graph(program, folded, pictures, tmp_path):
-    def change(content):
-        first(content).update(classes=6, class_names=None)
-
+@pytest.mark.parametrize("name", OF_FOLDED)
+def test_what_a_folded_bundle_cannot_be(program, folded, pictures, tmp_path, name):
+    change, message = OF_FOLDED[name]
     done = run(program, broken(folded, tmp_path / "bundle", change), pictures[0])
     assert (done.returncode, done.stdout) == (1, "")
-    assert "classes: expected the graph's 7, found 6" in done.stderr
+    assert re.search(rf"{MANIFEST}: .*({message})", done.stderr), done.stderr
 
 
 def test_weights_that_are_a_link(program, branches, pictures, tmp_path):

@@ -17,6 +17,7 @@ from tests.broken_manifests import (
     BROKEN,
     NO_BANK,
     NO_JSON,
+    OF_FOLDED,
     OF_OTHER_GRAPHS,
     OF_OTHER_PICTURES,
     OF_OTHER_ROWS,
@@ -100,12 +101,13 @@ def test_a_row_that_does_not_say_whose_its_head_is(ask, branches, tmp_path):
         open_session(bundle)
 
 
-def test_classes_of_a_folded_graph(ask, folded, tmp_path):
-    def change(content):
-        first(content).update(classes=6, class_names=None)
-
-    (said,) = ask(asked(broken(folded, tmp_path / "bundle", change)))
-    assert "adapters[0].classes: expected the graph's 7, found 6" in said["error"]
+def test_what_a_folded_bundle_cannot_be(ask, folded, tmp_path):
+    bundles = [broken(folded, tmp_path / name, change) for name, (change, _) in OF_FOLDED.items()]
+    for bundle, said in zip(bundles, ask(*map(asked, bundles)), strict=True):
+        message = OF_FOLDED[bundle.name][1]
+        assert re.search(rf"{MANIFEST}: .*({message})", said["error"]), said
+        with pytest.raises(BundleError, match=message):
+            Bundle.open(bundle)
 
 
 def test_names_that_every_object_has(ask, branches, tmp_path):
