@@ -215,6 +215,15 @@ class Group(click.Group):
                 "was expected, and may be read or written to."
             ) from error
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write all commands, each with its first sentence, however long that is."""
+        with formatter.section("Commands"):
+            formatter.write_dl(self.short_texts(ctx))
+
+    def short_texts(self, ctx: click.Context) -> list[tuple[str, str]]:
+        """Name and first sentence of every command."""
+        return [(n, c.get_short_help_str(limit=1000)) for n, c in sorted(self.commands.items())]
+
     def _context_of(self, ctx: click.Context) -> click.Context:
         """The subcommand's, which is gone by now, for the usage line."""
         name = ctx.invoked_subcommand or ""
@@ -255,10 +264,9 @@ class LazyGroup(Group):
             more = f" (Did you mean {' or '.join(map(repr, near))}?)"
             raise click.UsageError(error.message + more, error.ctx) from error
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write all commands with the texts that are known without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+    def short_texts(self, ctx: click.Context) -> list[tuple[str, str]]:
+        """Name and first sentence of every command, known without importing them."""
+        return [(name, text) for name, (_, text) in _COMMANDS.items()]
 
 
 def _say_version(context: click.Context, parameter: click.Parameter, asked: bool) -> None:

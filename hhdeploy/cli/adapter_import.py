@@ -12,6 +12,7 @@ from hhdeploy.adapters.config import PROBLEM_TYPES, ProblemType
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.cli import CONTEXT, ui
+from hhdeploy.cli.naming import OneOf
 
 if TYPE_CHECKING:
     from hhdeploy.adapters.format import Adapter
@@ -45,7 +46,7 @@ def _shared_options(checkpoint_help: str) -> Callable[[F], F]:
                 ),
                 click.option(
                     "--problem-type",
-                    type=click.Choice(PROBLEM_TYPES),
+                    type=OneOf(PROBLEM_TYPES),
                     help="What the head's outputs are. [default: classes, of one output a value]",
                 ),
                 click.option(
@@ -131,7 +132,8 @@ def command(
 
     \b
       hhdeploy adapter import lora/ OUT --model vit_base_patch16_224
-      hhdeploy adapter import hta.pth OUT --model vit_base_patch16_224 --reflection orthogonal
+      hhdeploy adapter import hta.pth OUT --model vit_base_patch16_224 \\
+        --reflection orthogonal
     """
     from hhdeploy.adapters.importers import (
         ImportOptions,
@@ -193,8 +195,9 @@ def extract(
     can be folded, or compressed. Of a training's checkpoint the averaged weights (EMA) are taken.
 
     \b
-      hhdeploy adapter extract tuned.pth OUT --model vit_base_patch16_224.augreg_in21k
-      hhdeploy adapter extract tuned.pth OUT --model ... --compress-rank 16
+      hhdeploy adapter extract tuned.pth OUT --model vit_base_patch16_224
+      hhdeploy adapter extract tuned.pth OUT --model vit_base_patch16_224 \\
+        --compress-rank 16
     """
     from hhdeploy.adapters.importers import ImportOptions
     from hhdeploy.adapters.importers.checkpoint import extract_adapter

@@ -11,6 +11,7 @@ import click
 
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
+from hhdeploy.cli.naming import OneOf
 from hhdeploy.loadtest.abuse.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ _OPTIONS = (
     click.option(
         "--abuse",
         multiple=True,
-        type=click.Choice([*KINDS, "all"]),
+        type=OneOf([*KINDS, "all"]),
         help="--serve: 4 honest clients at half of saturation beside one that means harm. "
         "Repeatable.",
     ),

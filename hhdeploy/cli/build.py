@@ -64,9 +64,9 @@ def command(
 
     \b
     On any machine, for Ampere and newer RTX GPUs:
-      hhdeploy build OUT --backend tensorrt-rtx --precision float16
+      hhdeploy build bundle/ --backend tensorrt-rtx --precision float16
     On the machine with the GPU:
-      hhdeploy build OUT --backend tensorrt --precision float16 --max-batch 64
+      hhdeploy build bundle/ --backend tensorrt --precision float16 --max-batch 64
     """
     from hhdeploy.building import BuildOptions, build
 

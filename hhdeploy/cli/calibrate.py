@@ -107,9 +107,9 @@ def command(
     An older graph of the same precision is replaced; engines built from it are refused then.
 
     \b
-      hhdeploy calibrate OUT --data images/ --precision int8 --report report.html
-      hhdeploy calibrate OUT --data images/ --max-drop 0.5
-      hhdeploy calibrate OUT --data pets/ --check pets
+      hhdeploy calibrate bundle/ --data images/ --report report.html
+      hhdeploy calibrate bundle/ --data images/ --max-drop 0.5
+      hhdeploy calibrate bundle/ --data pets/ --check pets
     """
     if check is not None:
         ui.refuse_unused(_NOT_CHECKED, "does not go with --check, which calibrates nothing")

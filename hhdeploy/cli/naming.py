@@ -1,17 +1,39 @@
-"""Paths as a command line gives them, and adapters: ``NAME=DIR``, ``DIR``, either with a strength
-behind."""
+"""Words of a command line: paths, one of several names, and adapters: ``NAME=DIR``, ``DIR``, either
+with a strength behind."""
 
 from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.errors import OptionError
+
+if TYPE_CHECKING:
+    _Choice = click.Choice[str]
+else:  # not generic before click 8.2
+    _Choice = click.Choice
+
+
+class OneOf(_Choice):
+    """One of so many names that a help of 80 columns takes several lines for them."""
+
+    def get_metavar(self, *args: Any, **kwargs: Any) -> str:
+        """The names, with a break wherever the next one would leave the page."""
+        names = textwrap.wrap(
+            f"[{'| '.join(self.choices)}]",
+            width=78,
+            initial_indent=" " * 20,  # of the flag
+            subsequent_indent=" " * 10,
+            break_on_hyphens=False,
+        )
+        return "\n".join(line.replace("| ", "|") for line in names).lstrip()
 
 
 class NamedPath(click.Path):

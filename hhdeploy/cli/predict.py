@@ -83,9 +83,9 @@ def command(
     """Classify IMAGES with adapters of BUNDLE; or show their features.
 
     \b
-      hhdeploy predict OUT cat.jpg --adapter pets
-      hhdeploy predict OUT cat.jpg dog.jpg --adapter pets --adapter scenes
-      hhdeploy predict OUT cat.jpg --output features --json
+      hhdeploy predict bundle/ cat.jpg --adapter pets
+      hhdeploy predict bundle/ cat.jpg dog.jpg --adapter pets --adapter scenes
+      hhdeploy predict bundle/ cat.jpg --output features --json
     """
     from hhdeploy.bundle.answers import best
     from hhdeploy.preprocess import open_image

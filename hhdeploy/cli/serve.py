@@ -105,11 +105,14 @@ def command(
     parameter `adapter`, by the model's name, or one for each image by the input `adapters`.
 
     \b
-    hhdeploy serve OUT                                       then open http://127.0.0.1:8000
-    hhdeploy serve OUT --precision int8 --device openvino    the fastest on a CPU
-    hhdeploy serve OUT --adapters-dir FLEET --watch-seconds 2
-                                                             more adapters than rows
-    hhdeploy serve OUT --ray --replicas 4                    several replicas, on Ray
+    For this machine, and its browser at http://127.0.0.1:8000:
+      hhdeploy serve bundle/
+    The fastest on a CPU, after hhdeploy calibrate:
+      hhdeploy serve bundle/ --precision int8 --device openvino
+    More adapters than rows:
+      hhdeploy serve bundle/ --adapters-dir fleet/ --watch-seconds 2
+    Several replicas, on Ray:
+      hhdeploy serve bundle/ --ray --replicas 4
 
     Log lines are JSON, on standard error. SIGTERM answers what was taken, then stops; SIGHUP
     reads tokens, certificate and fleet directory again.

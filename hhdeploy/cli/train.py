@@ -12,6 +12,7 @@ from hhdeploy.algebra import REFLECTIONS
 from hhdeploy.backbones.sites import FORMS
 from hhdeploy.choices import TORCH_DEVICES
 from hhdeploy.cli import interrupted, ui
+from hhdeploy.cli.naming import OneOf
 from hhdeploy.errors import require
 from hhdeploy.files.folders import find_splits, in_words
 from hhdeploy.files.writing import placed_here
@@ -86,7 +87,7 @@ _KINDS = {CLASSES: "classes", LABELS: "labels", VALUES: "values"}
 )
 @click.option(
     "--problem-type",
-    type=click.Choice(PROBLEM_TYPES),
+    type=OneOf(PROBLEM_TYPES),
     help="What --labels holds. Default: numbers are values (columns of 0 and 1 are classes), "
     "several classes of an image are labels of their own.",
 )

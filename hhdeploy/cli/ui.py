@@ -21,7 +21,7 @@ from rich.text import Text
 
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
 from hhdeploy.choices import DEVICES, MOST_SEED, PRECISIONS
-from hhdeploy.cli.naming import NamedPath
+from hhdeploy.cli.naming import NamedPath, OneOf
 from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
@@ -62,7 +62,7 @@ DIRECTORY = NamedPath(path_type=Path, file_okay=False)
 SOURCE = NamedPath(path_type=Path)
 IMAGES = NamedPath(path_type=Path)  # a folder, or a list of paths and labels
 FILE = NamedPath(path_type=Path, dir_okay=False)
-DEVICE = click.Choice(DEVICES)
+DEVICE = OneOf(DEVICES)
 PRECISION = click.Choice(PRECISIONS)
 
 SEED = click.IntRange(0, MOST_SEED)

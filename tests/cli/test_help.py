@@ -60,6 +60,12 @@ def test_help(helped, path, flag):
     assert "Options:" in output
 
 
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: " ".join(path) or "hhdeploy")
+def test_help_fits_80_columns_and_nothing_is_cut(helped, path):
+    text = helped["answers"][" ".join([*path, "--help"])][1]
+    assert not [line for line in text.splitlines()[1:] if len(line) > 80 or line.endswith("...")]
+
+
 def test_help_imports_nothing_heavy(helped):
     assert helped["loaded"] == []
 
