@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from hhdeploy.backbones.facts import OUTPUTS
 from hhdeploy.choices import TypedPrecision
 from hhdeploy.cli import ui
 from hhdeploy.cli.naming import adapters_and_strengths
+
+if TYPE_CHECKING:
+    from hhdeploy.bundle.manifest import Manifest
 
 
 @click.command()
@@ -147,7 +150,8 @@ def command(
     A model as it is, fine-tuned or merged:
       hhdeploy export --fold --model vit_base_patch16_224 --checkpoint FILE OUT
     Many adapters, one graph, another one for every image:
-      hhdeploy export --model vit_base_patch16_224 --adapter digits/ --adapter cars/ OUT
+      hhdeploy export --model vit_base_patch16_224 --adapter digits/ \\
+        --adapter cars/ OUT
     """
     from hhdeploy.exporting.bundles import export
     from hhdeploy.plan import Reserve
@@ -218,6 +222,15 @@ def command(
         console.print("Not verified (--no-verify).", style="yellow")
     ui.say_compressed(result.manifest)
     console.print(f"Wrote {result.manifest.kind} bundle {result.path}")
-    example = result.manifest.adapters[0].name if result.manifest.adapters else "NAME"
-    where = ui.quoted(result.path)
-    console.print(f"Next: hhdeploy predict {where} IMAGE --adapter {ui.quoted(example)}")
+    console.print(f"Next: {next_step(result.path, result.manifest)}")
+
+
+def next_step(bundle: Path, manifest: Manifest) -> str:
+    """The command with which a new bundle answers; before that, what it needs to answer."""
+    where = ui.quoted(bundle)
+    if manifest.adapters:
+        name = ui.quoted(manifest.adapters[0].name)
+        return f"hhdeploy predict {where} IMAGE --adapter {name}"
+    if manifest.answers_backbone:
+        return f"hhdeploy predict {where} IMAGE"
+    return f"hhdeploy adapter add {where} NAME=DIR"

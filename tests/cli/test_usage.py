@@ -9,9 +9,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from hhdeploy.bundle import Bundle
+from hhdeploy.cli.export import next_step
 
 EXPORT = "export out --model nowhere --adapter a=nowhere"
 TRAIN = "train out --model nowhere --data nowhere"
@@ -176,6 +180,20 @@ def test_a_file_of_a_bundle_in_its_place_leads_to_it(refuse, small, line):
     words = [str(small / "model.onnx") if word == "nowhere" else word for word in line.split()]
     assert "is a file, and a bundle is a directory" in (said := refuse(*words))
     assert f"Name that: {small}" in said
+
+
+def test_what_export_advises_next_answers(small):
+    """An empty bundle has no NAME to predict with."""
+    manifest = Bundle.open(small).manifest
+    name = manifest.adapters[0].name
+    assert next_step(small, manifest) == f"hhdeploy predict {small} IMAGE --adapter {name}"
+    empty = replace(manifest, adapters=())
+    layout = replace(empty.layout, backbone_head=True)
+    assert next_step(small, replace(empty, layout=layout)) == f"hhdeploy predict {small} IMAGE"
+    layout = replace(empty.layout, backbone_head=False)
+    assert next_step(small, replace(empty, layout=layout)) == (
+        f"hhdeploy adapter add {small} NAME=DIR"
+    )
 
 
 def test_a_bundle_behind_its_pictures_is_told_its_place(call, small):
