@@ -28,6 +28,7 @@ from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, QuantisedPrecision, TensorRt, member
 from hhdeploy.errors import BundleError, PlanError
 from hhdeploy.files.bundle_json import MANIFEST as MANIFEST
+from hhdeploy.files.bundle_json import SCHEMA_VERSION as SCHEMA_VERSION
 from hhdeploy.files.bundle_json import SIGNATURE as SIGNATURE
 from hhdeploy.files.bundle_json import as_read, unknown_keys
 from hhdeploy.files.bundle_json import name_with_digits as name_with_digits
@@ -35,8 +36,6 @@ from hhdeploy.files.bundle_json import plain_name as plain_name
 from hhdeploy.files.writing import sha256_of, write_json
 from hhdeploy.preprocess import Preprocess
 
-# 2 has rows with s_in, s_out or db, or no logits; written only for a bundle that has them.
-SCHEMA_VERSION = 2
 BANK_FILE = "bank.safetensors"
 REFERENCE_FILE, PARITY_FILE = "reference.safetensors", "parity.json"
 # Where adapters are kept as they came, a directory each.

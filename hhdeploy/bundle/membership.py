@@ -33,7 +33,6 @@ from hhdeploy.bundle.manifest import (
     ADAPTERS,
     BANK_FILE,
     MANIFEST,
-    SCHEMA_VERSION,
     AdapterEntry,
     Manifest,
 )
@@ -312,7 +311,7 @@ def _answering(entry: AdapterEntry) -> dict[str, Any]:
 
 def _graphs(bundle: Bundle) -> Iterator[_Copy]:
     """Of the file itself: Python does not read them."""
-    content = read_bundle_json(bundle.path, SCHEMA_VERSION)
+    content = read_bundle_json(bundle.path)
     if bundle.changed():  # what is there by now is for those who read that
         return
     ours = bundle.manifest.to_json()

@@ -28,7 +28,6 @@ from hhdeploy.bundle.manifest import (
     PARITY_FILE,
     PREVIOUS_BANK,
     REFERENCE_FILE,
-    SCHEMA_VERSION,
     Manifest,
 )
 from hhdeploy.choices import TYPED, Precision
@@ -74,7 +73,7 @@ class Bundle:
             BundleError: no bundle there, a damaged manifest, or one of a newer version.
         """
         path = bundle_path(path)
-        content = read_bundle_json(path, SCHEMA_VERSION)
+        content = read_bundle_json(path)
         try:
             check_bundle_json(content)
             return cls(path.absolute(), Manifest.from_json(content))

@@ -18,6 +18,8 @@ from hhdeploy.errors import BundleError
 from hhdeploy.files.plain import can_be_named, read_plain
 
 MANIFEST = "hhdeploy.json"
+# 2 has rows with s_in, s_out or db, or no logits; written only for a bundle that has them.
+SCHEMA_VERSION = 2
 # Of all other files of a bundle; no manifest names it.
 SIGNATURE = "model.sig"
 # What requests call the bare model, and no adapter.
@@ -146,12 +148,8 @@ def bundle_path(given: object) -> Path:
     return Path(given)
 
 
-def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
+def read_bundle_json(path: Path) -> dict[str, Any]:
     """A bundle's hhdeploy.json, as it is: see `check_bundle_json`.
-
-    Args:
-        path: the bundle.
-        newest: version that is known.
 
     Raises:
         BundleError: it is missing, cannot be read, or is of a newer version.
@@ -172,8 +170,9 @@ def read_bundle_json(path: Path, newest: int) -> dict[str, Any]:
             f"{file} cannot be read: {json_problem(error)}. Export the bundle again."
         ) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if type(version) is not int or not 0 < version <= newest:
-        known = "1 or more" if type(version) is int and version < 1 else f"at most {newest}"
+    if type(version) is not int or not 0 < version <= SCHEMA_VERSION:
+        least = type(version) is int and version < 1
+        known = "1 or more" if least else f"at most {SCHEMA_VERSION}"
         raise BundleError(
             f"{file}: schema_version: expected {known}, found {version!r}. "
             "Upgrade with pip install -U hhdeploy, or export the bundle again."
