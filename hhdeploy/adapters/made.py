@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from hhdeploy.adapters.format import Adapter
 
 
-def checked_config(config: AdapterConfig, where: str) -> AdapterConfig:
+def checked_config(config: AdapterConfig) -> AdapterConfig:
     """A configuration for a new adapter as it will be read once it is written.
 
     Raises:
         AdapterError: it could not be written, or not be read: see `parse_config`; or two classes
             have one name.
     """
+    where = "the new adapter"
     checked = writable_config(config, where)
     # Files may have a name twice, as ImageNet's has two cranes; nobody tells their answers apart.
     if (same := alike(checked.class_names or ())) is not None:

@@ -156,7 +156,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         )
     seed = whole(seed, "seed", *SEEDS, AdapterError)
     if isinstance(adapter, AdapterConfig):
-        adapter = checked_config(adapter, "the new adapter")  # not after hours, by `save`
+        adapter = checked_config(adapter)  # not after hours, by `save`
     else:
         adapter = checked_adapter(adapter)
     config = adapter.config if isinstance(adapter, Adapter) else adapter

@@ -330,7 +330,7 @@ def test_an_answer_that_is_none_is_refused_where_it_is_read(trained, broken):
 
 def test_of_a_configuration_made_in_python_it_has_to_be_one():
     with pytest.raises(AdapterError, match=r"base_answer: expected BaseAnswer\(\.\.\.\)"):
-        checked_config(new(base_answer=GOOD), "the new adapter")
+        checked_config(new(base_answer=GOOD))
     for nothing in ([], [0.0], [np.nan], [np.inf]):
         values = np.asarray(nothing, np.float32)
         assert BaseAnswer.of_features(values, SIZE, "", "torch 2") is None
