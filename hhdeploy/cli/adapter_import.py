@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from hhdeploy.adapters.config import PROBLEM_TYPES, ProblemType
+from hhdeploy.adapters.config import PROBLEM_TYPES
 from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.cli import CONTEXT, ui
@@ -109,11 +109,6 @@ def command(
     model_args: dict[str, Any] | None,
     input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
-    class_names: tuple[str, ...],
-    problem_type: ProblemType | None,
-    preprocess: dict[str, Any] | None,
-    compress_rank: int | None,
-    accept_error: float | None,
     overwrite: bool,
     form: Form | None,
     reflection: Reflection | None,
@@ -121,6 +116,7 @@ def command(
     prefix: str,
     key_map: Path | None,
     adapter_name: str | None,
+    **stated: Any,
 ) -> None:
     """Convert SOURCE, an adapter of another tool, to the adapter directory OUT.
 
@@ -159,16 +155,12 @@ def command(
         reflection=reflection,
         prefix=prefix,
         lora_scale=lora_scale,
-        class_names=class_names or None,
-        problem_type=problem_type,
-        preprocess=_preprocess(preprocess, backbone.facts),
         weights_known=weights_known,
         key_map=key_map,
         adapter_name=adapter_name,
-        compress_rank=compress_rank,
-        accept_error=accept_error,
+        **_stated(stated, backbone.facts),
     )
-    _write(import_adapter(source, backbone, options), out, overwrite, compress_rank)
+    _write(import_adapter(source, backbone, options), out, overwrite, options.compress_rank)
 
 
 @click.command("extract", context_settings=CONTEXT)
@@ -182,12 +174,8 @@ def extract(
     model_args: dict[str, Any] | None,
     input_size: tuple[int, int, int] | None,
     checkpoint: Path | None,
-    class_names: tuple[str, ...],
-    problem_type: ProblemType | None,
-    preprocess: dict[str, Any] | None,
-    compress_rank: int | None,
-    accept_error: float | None,
     overwrite: bool,
+    **stated: Any,
 ) -> None:
     """Write what CHECKPOINT, a fine-tuned model, changed of its backbone as the adapter OUT.
 
@@ -206,15 +194,15 @@ def extract(
 
     spec = BackboneSpec(model, model_args or {}, checkpoint, input_size=input_size)
     backbone = load_backbone(spec)
-    options = ImportOptions(
-        class_names=class_names or None,
-        problem_type=problem_type,
-        preprocess=_preprocess(preprocess, backbone.facts),
-        compress_rank=compress_rank,
-        accept_error=accept_error,
-    )
+    options = ImportOptions(**_stated(stated, backbone.facts))
     adapter = extract_adapter(fine_tuned, spec, options, backbone=backbone)
-    _write(adapter, out, overwrite, compress_rank)
+    _write(adapter, out, overwrite, options.compress_rank)
+
+
+def _stated(options: dict[str, Any], facts: BackboneFacts) -> dict[str, Any]:
+    """`ImportOptions` of the options that both commands have."""
+    preprocess = _preprocess(options["preprocess"], facts)
+    return {**options, "class_names": options["class_names"] or None, "preprocess": preprocess}
 
 
 def _preprocess(stated: dict[str, Any] | None, facts: BackboneFacts) -> Preprocess | None:
