@@ -109,8 +109,7 @@ def check_answer(
             f"features of one fixed image ({known.made_with}) are not those of {facts.model} "
             f"({found.made_with}): they differ by {distance:.2%} of their root mean square, "
             f"expected {bound:.1%} at most. The weights may be the same, what they compute "
-            "is not: a buffer of no state dict, an attribute, the model's code or a version of it "
-            "is another. Export with the code, arguments and versions that it was trained with, or "
+            "is not. Export with the code, arguments and versions that it was trained with, or "
             "train it again on this model."
         )
     return None

@@ -182,12 +182,10 @@ def _stated_classifier(model: nn.Module) -> str:
     path = getattr(model, "pretrained_cfg", {}).get("classifier")
     if not isinstance(path, str):
         raise BackboneError(
-            f"{type(model).__name__}: expected one classifier, timm names {path!r}: the answers of "
-            "distilled models and of those with auxiliary heads come from several, and an adapter "
-            "has one. A function, python:MODULE:FUNCTION, can return such a model with "
-            "pretrained_cfg = {**model.pretrained_cfg, 'classifier': ''}: it is then taken as it "
-            "is, for adapters without classes. For those with classes let it return a module that "
-            "has one Linear at its end."
+            f"{type(model).__name__}: expected one classifier, as an adapter has, timm names "
+            f"{path!r}. Let a function, python:MODULE:FUNCTION, return the model: for adapters "
+            "without classes with pretrained_cfg = {**model.pretrained_cfg, 'classifier': ''}, for "
+            "those with classes in a module that has one Linear at its end."
         )
     module = dict(model.named_modules()).get(path)
     if not path or isinstance(module, nn.Identity):
