@@ -357,8 +357,8 @@ def open_session(
 def open_bundle(
     bundle: Bundle,
     *,
-    device: Device = "auto",
-    precision: Precision = "float32",
+    device: Device,
+    precision: Precision,
     slots: int | None = None,
     threads: int | None = None,
     contexts: int = 1,
