@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -12,6 +13,9 @@ import numpy as np
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.cli.bench_serve import bench_server, check_load_options, serve_options
+
+if TYPE_CHECKING:
+    from hhdeploy.runtime import Session
 
 
 @click.command()
@@ -69,30 +73,32 @@ def command(
                 options={**load, "cache_dir": cache_dir, "no_cache": no_cache},
             )
         )
-    from hhdeploy.runtime import Session, open_session
+    from hhdeploy.runtime import open_session
     from hhdeploy.timing import latency, paired
 
-    def runner(session: Session, batch: int) -> object:
+    def runner(session: Session, batch: int) -> Callable[[], object]:
         size = session.bundle.manifest.input_size
         images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
         entries = session.bundle.manifest.adapters
         names = [entries[i % len(entries)].name for i in range(batch)] if entries else None
         return lambda: session.run(images, names)
 
-    options = {"device": device, "precision": precision, "threads": threads, "cache": cache}
+    def opened(path: Path) -> Session:
+        return stack.enter_context(
+            open_session(path, device=device, precision=precision, threads=threads, cache=cache)
+        )
+
     rows: list[tuple[object, ...]] = []
     results: list[dict[str, object]] = []
     with ExitStack() as stack:
-        ours = stack.enter_context(open_session(bundle, **options))  # type: ignore[arg-type]
-        other = None
-        if against is not None:
-            other = stack.enter_context(open_session(against, **options))  # type: ignore[arg-type]
+        ours = opened(bundle)
+        other = None if against is None else opened(against)
         step = stack.enter_context(ui.steps(as_json))
         for batch in batches:
             step(f"batch {batch}")
             run = runner(ours, batch)
             if other is None:
-                found = latency(run, runs=runs)  # type: ignore[arg-type]
+                found = latency(run, runs=runs)
                 results.append({"batch": batch, **found.to_json()})
                 rows.append(
                     (
@@ -103,7 +109,7 @@ def command(
                     )
                 )
             else:
-                pair = paired(run, runner(other, batch), pairs=runs)  # type: ignore[arg-type]
+                pair = paired(run, runner(other, batch), pairs=runs)
                 results.append({"batch": batch, **pair.to_json()})
                 rows.append(
                     (
