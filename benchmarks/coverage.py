@@ -35,7 +35,8 @@ from hhdeploy.exporters.trace import BaseGraph, base_graph
 from hhdeploy.exporters.writer import Contents, branches_contents, folded_contents, write_bundle
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.verifying.bundles import rows_of, verify_graphs
+from hhdeploy.verifying.answers import verify_graphs
+from hhdeploy.verifying.bundles import rows_of
 from hhdeploy.verifying.reference import Reference, VerifyData, training_time_reference
 from tests.parity.architectures import (
     FAST,

@@ -37,7 +37,7 @@ from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import Session
 from hhdeploy.runtime.session import open_bundle
 from hhdeploy.timing import Paired, machine, paired
-from hhdeploy.verifying.bundles import verify_graphs
+from hhdeploy.verifying.answers import verify_graphs
 from hhdeploy.verifying.graphs import commit_graph, graph_on_trial
 from hhdeploy.verifying.survival import check_quantised, say
 

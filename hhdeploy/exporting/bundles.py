@@ -27,15 +27,10 @@ from hhdeploy.bundle.card import write_card
 from hhdeploy.bundle.locking import BUNDLE, Progress, undisturbed
 from hhdeploy.bundle.manifest import (
     LOCK_TIMEOUT,
-    PARITY_FILE,
-    REFERENCE_FILE,
-    AdapterEntry,
     Manifest,
-    write_manifest,
 )
 from hhdeploy.bundle.rounding import check_row_survives
 from hhdeploy.choices import (
-    Precision,
     TypedPrecision,
     as_seed,
     listed,
@@ -45,7 +40,8 @@ from hhdeploy.choices import (
     seconds,
     yes_or_no,
 )
-from hhdeploy.errors import OptionError, ParityError, require
+from hhdeploy.errors import OptionError, require
+from hhdeploy.exporting.afterwards import overflow_error, verified
 from hhdeploy.exporting.beforehand import (
     check_answers,
     check_contents,
@@ -60,12 +56,11 @@ from hhdeploy.exporting.outputs import (
     without_heads,
 )
 from hhdeploy.files.directories import atomic_directory
-from hhdeploy.files.writing import as_path, cache_of, path_or_none, sha256_of, write_json
+from hhdeploy.files.writing import as_path, cache_of, path_or_none
 from hhdeploy.parity import ParityReport
 from hhdeploy.plan import Reserve, plan_branches
-from hhdeploy.verifying.bundles import parity_error, rows_of, verify_graphs
-from hhdeploy.verifying.pictures import check_pictures
-from hhdeploy.verifying.survival import Effects, check_folded, say
+from hhdeploy.verifying.bundles import rows_of
+from hhdeploy.verifying.survival import check_folded, say
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -237,24 +232,17 @@ def export(
         )
         progress("writing graphs")
         manifest = write_bundle(scratch, contents, precisions, reference, form)
-        report = found = None
+        found = None
         if verify:
             del contents, base, backbone, reference  # a session needs the memory more
             gc.collect()  # torch's graphs, and with them the weights, hold each other
             progress("verifying against the training-time model")
-            bundle = Bundle(scratch, manifest)
-            effects = Effects.of_reference(bundle)
-            found = _verified(bundle, data, effects)
-            report = found.without(found.overflowed)
-            kept_precisions = [p for p in precisions if p not in found.overflowed]
-            say(progress, effects.lines(kept_precisions, refuse=not allow_no_effect))
-            report = replace(report, pictures=check_pictures(bundle, added_later=True))
-            kept = _without_graphs(bundle, found.overflowed)
-            manifest = _store_report(kept, report)
+            written = Bundle(scratch, manifest)
+            manifest, found = verified(written, data, precisions, not allow_no_effect, progress)
         manifest = write_card(Bundle(scratch, manifest))
     if found is not None and found.overflowed:
-        raise _overflow_error(out, found)
-    return ExportResult(out.absolute(), manifest, report)
+        raise overflow_error(out, found)
+    return ExportResult(out.absolute(), manifest, found)
 
 
 def _loaded(adapters: Mapping[str, Path], strengths: Mapping[str, float]) -> dict[str, Adapter]:
@@ -346,47 +334,3 @@ def _reference_of(
         )
 
     return compute
-
-
-def _verified(bundle: Bundle, data: VerifyData, effects: Effects) -> ParityReport:
-    from hhdeploy.verifying.reference import Reference
-
-    reference = Reference(*bundle.reference())
-    report = verify_graphs(bundle, "cpu", None, reference, data, also=effects.measure)
-    if not report.without(report.overflowed).passed:
-        raise parity_error(report)
-    return report
-
-
-def _without_graphs(bundle: Bundle, precisions: Sequence[Precision]) -> Bundle:
-    """A new bundle, some graphs of it deleted."""
-    manifest = bundle.manifest
-    gone = {f for p in precisions for f in (manifest.graphs[p], f"{manifest.graphs[p]}.data")}
-    for name in gone:
-        (bundle.path / name).unlink(missing_ok=True)
-    graphs = {p: name for p, name in manifest.graphs.items() if p not in precisions}
-    files = {name: digest for name, digest in manifest.files.items() if name not in gone}
-    return Bundle(bundle.path, replace(manifest, graphs=graphs, files=files))
-
-
-def _overflow_error(out: Path, report: ParityReport) -> ParityError:
-    kept = ", ".join(dict.fromkeys(s.precision for s in report.without(report.overflowed).stages))
-    return ParityError(
-        f"{' and '.join(report.overflowed)} cannot hold the values of this model:\n"
-        f"{report.explain_failures()}\n{out} was written without it and is good: it has {kept}, "
-        "verified."
-    )
-
-
-def _store_report(bundle: Bundle, report: ParityReport) -> Manifest:
-    """Write the report of a new bundle, and mark its adapters verified."""
-    write_json(bundle.path / PARITY_FILE, report.to_json())
-    adapters: tuple[AdapterEntry, ...] = tuple(
-        replace(a, verified=True) for a in bundle.manifest.adapters
-    )
-    files = dict(bundle.manifest.files)
-    for name in (PARITY_FILE, REFERENCE_FILE):
-        files[name] = sha256_of(bundle.path / name)
-    manifest = replace(bundle.manifest, adapters=adapters, files=files)
-    write_manifest(bundle.path, manifest)
-    return manifest

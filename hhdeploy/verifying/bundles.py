@@ -2,56 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hhdeploy.adapters.bases import check_base, unbound
 from hhdeploy.adapters.checks import BACKBONE, headless
 from hhdeploy.adapters.format import Adapter
-from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.locking import check_changeable
 from hhdeploy.bundle.manifest import PARITY_FILE, REFERENCE_FILE, Manifest
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import LOCK_TIMEOUT, Basis, Change, Progress, edit
 from hhdeploy.choices import (
-    BACKENDS,
     DEVICES,
-    TYPED,
     Device,
     Precision,
-    Runner,
     as_precisions,
     as_seed,
     listener,
-    member,
     one_of,
     seconds,
 )
-from hhdeploy.errors import BackboneError, BundleError, ParityError, as_code, require
+from hhdeploy.errors import BackboneError, BundleError, as_code, require
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.files.writing import json_bytes, path_or_none
-from hhdeploy.parity import ParityReport, StageResult, stage_of
-from hhdeploy.verifying.answers import check_columns, compared, logits_of, rows_covered
+from hhdeploy.parity import ParityReport
+from hhdeploy.verifying.answers import parity_error, runner_of, unmeasured, verify_graphs
 from hhdeploy.verifying.contents import check_contents
-from hhdeploy.verifying.overflow import find_overflow
 from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import Effects, say
-from hhdeploy.verifying.twins import twin_of
 
 if TYPE_CHECKING:
-    from hhdeploy.verifying.reference import Reference, VerifyData
-
-# Given every graph while it can be run: a bundle, the precision to open it in (of a rounding twin
-# float32), and the precision that it shows.
-Also = Callable[[Bundle, Precision, Precision], None]
-# Graphs that need no calibration data.
-_UNCALIBRATED: tuple[Precision, ...] = ("float32", *TYPED)
+    from hhdeploy.verifying.reference import Reference
 
 
 def verify(
@@ -191,7 +175,7 @@ def verify_against_torch(
     rows = rows_of(bundle.manifest, adapters)
     reference = training_time_reference(backbone, rows, data, bundle.manifest.outputs)
     effects = Effects.of_reference(bundle, reference)
-    also = effects.measure if device == "cpu" else _unmeasured  # others have no twins at hand
+    also = effects.measure if device == "cpu" else unmeasured  # others have no twins at hand
     report = verify_graphs(bundle, device, precisions, reference, data, also=also)
     if not report.passed:
         raise parity_error(report)
@@ -208,10 +192,6 @@ def verify_against_torch(
     with edit(path, basis, lock_timeout=lock_timeout, progress=progress) as change:
         _store_verification(change, basis, reference, report)
     return report
-
-
-def _unmeasured(shown: Bundle, run: Precision, precision: Precision) -> None:
-    """`Also` of those who ask no more of a graph than its answers."""
 
 
 def _check_named(bundle: Bundle) -> None:
@@ -273,126 +253,7 @@ def rows_of(
     return rows
 
 
-def parity_error(report: ParityReport) -> ParityError:
-    """What failed, in words; a type's overflow is no fault to report, nor are values on noise."""
-    failed = [s for s in report.stages if s.failures]
-    advice = " Please report this with the name of the model."
-    if all(s.overflow for s in failed):
-        advice = ""
-    elif report.data.get("kind") == "noise" and all(map(_rounded_values, failed)):
-        advice = (
-            " The values of a regression hardly differ on noise, and rounding is much of what they "
-            "differ by. Compare them on images of its own: `export()` it with these as "
-            "`verify_data`."
-        )
-    return ParityError(
-        "the outputs differ from the training-time model by more than the parity table allows:\n"
-        f"{report.explain_failures()}\nNo bundle was written or changed.{advice}"
-    )
-
-
-def _rounded_values(stage: StageResult) -> bool:
-    """Whether a regression's values in 16 bits are numbers, if not the right ones."""
-    figures = stage.comparison
-    values = stage.output == LOGITS and figures.cosine is None and math.isfinite(figures.max_abs)
-    return values and stage.precision in TYPED
-
-
-def verify_graphs(
-    bundle: Bundle,
-    device: Device,
-    precisions: Sequence[Precision] | None,
-    reference: Reference | None = None,
-    data: VerifyData | None = None,
-    *,
-    also: Also = _unmeasured,
-) -> ParityReport:
-    """Run every graph on the reference's images, in batches that mix adapters."""
-    if reference is None:
-        images, ids, logits = bundle.reference()
-    else:
-        images, ids, logits = reference.images, reference.adapter_ids, reference.logits
-    names = rows_covered(bundle.manifest, added_later=reference is not None)
-    # Rows of adapters that were removed since, or replaced by one that is not in the reference.
-    known = np.isin(ids, list(names.values()))
-    images, ids, logits = images[known], ids[known], logits[known]
-    if not len(images):
-        raise BundleError(
-            f"{bundle.path}: nothing to verify: none of its adapters is in the reference. Run: "
-            f"{as_code('verify_against_torch', bundle.path)}"
-        )
-    if absent := [name for name, row in names.items() if row not in ids]:
-        raise BundleError(
-            f"{bundle.path}: {', '.join(absent)}: expected images of it in the reference, as it "
-            "counts as verified, found none. Run: "
-            f"{as_code('verify_against_torch', bundle.path)}"
-        )
-    for name, row in names.items():
-        check_columns(bundle, name, logits[ids == row])
-    stages: list[StageResult] = []
-    has_data = data is not None or bundle.manifest.has(PARITY_FILE)
-    described = data.to_json() if data is not None else bundle.parity()["data"] if has_data else {}
-    noise = described.get("kind") == "noise"
-    for precision in precisions or _default_precisions(bundle, device, noise=noise):
-        really = _really(bundle.manifest, device, precision)
-        stage = stage_of(bundle.manifest.kind, really, precision)
-        low = member(TYPED, precision) if stage == "twin" else None
-        with twin_of(bundle, low) as twin:
-            shown, run = twin or bundle, precision
-            if twin is not None:
-                run = "float32"
-            found, runtime = logits_of(shown, really, run, images, ids, names)
-            also(shown, run, precision)
-            for name, row in names.items():
-                own = ids == row
-                right, ours = bundle.manifest.split(logits[own]), bundle.manifest.split(found[own])
-                for output in right:
-                    comparison = compared(bundle.manifest, name, output, right, ours)
-                    overflow = ""
-                    finite = np.isfinite(comparison.max_abs)
-                    if twin is not None and low is not None and not finite:
-                        overflow = find_overflow(twin, low, images[own], ids[own])
-                    judged = StageResult.of(stage, precision, runtime, name, comparison, overflow)
-                    stages.append(replace(judged, output=output))
-    return ParityReport(described, stages)
-
-
 def _shows_pictures(bundle: Bundle, device: Device, precisions: Sequence[Precision] | None) -> bool:
     """Whether float32 on the CPU is asked for, by which graphs that take pictures are compared."""
     float32 = precisions is None or "float32" in precisions
-    return float32 and _really(bundle.manifest, device, "float32") == "cpu"
-
-
-def _default_precisions(bundle: Bundle, device: Device, *, noise: bool) -> tuple[Precision, ...]:
-    """All that the device can show: graphs, or engines. Graphs that came from calibration were
-    judged on real images then; where these images are noise, far outside their ranges, they would
-    prove nothing."""
-    if device in BACKENDS:
-        engines = [e for e in bundle.manifest.engines if e.backend == device]
-        if not engines:
-            raise BundleError(
-                f"{bundle.path}: expected engines for {device} to compare, found none. Build one "
-                f"with: {as_code('build', bundle.path, backend=device)}"
-            )
-        return tuple(dict.fromkeys(e.precision for e in engines))
-    graphs = tuple(bundle.manifest.graphs)
-    if device == "openvino":
-        from hhdeploy.runtime.openvino_backend import computes_bfloat16
-
-        graphs = tuple(p for p in graphs if p != "bfloat16" or computes_bfloat16())
-    if noise:
-        return tuple(p for p in graphs if p in _UNCALIBRATED)
-    return graphs
-
-
-def _really(manifest: Manifest, device: Device, precision: Precision) -> Runner:
-    """What ``auto`` means here for a precision; another device is what it says."""
-    if device != "auto":
-        return device
-    from hhdeploy.runtime.backends import find_target
-    from hhdeploy.runtime.openvino_backend import computes_bfloat16
-
-    found = find_target(manifest, device, precision).device
-    if found == "openvino" and precision == "bfloat16" and not computes_bfloat16():
-        return "cpu"  # no session computes it here; its graph is shown by its rounding twin
-    return found
+    return float32 and runner_of(bundle.manifest, device, "float32") == "cpu"

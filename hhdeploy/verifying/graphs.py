@@ -19,7 +19,7 @@ from hhdeploy.choices import TYPED, Precision, member
 from hhdeploy.errors import PlanError, require
 from hhdeploy.files.writing import json_bytes, os_errors, sha256_of, sha256_of_bytes, sync_tree
 from hhdeploy.parity import ParityReport, StageResult
-from hhdeploy.verifying.bundles import parity_error, verify_graphs
+from hhdeploy.verifying.answers import parity_error, verify_graphs
 from hhdeploy.verifying.survival import Effects, check_folded, say
 
 # Writes a graph to the path given, its weights to <path>.data.

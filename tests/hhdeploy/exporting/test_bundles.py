@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import hhdeploy.algebra
 import hhdeploy.exporters.fold
 import hhdeploy.exporters.trace
-import hhdeploy.exporting.bundles
+import hhdeploy.exporting.afterwards
 from hhdeploy import Reserve, verify
 from hhdeploy.adapters.format import save_adapter
 from hhdeploy.backbones.facts import LOGITS
@@ -299,7 +299,7 @@ def test_a_failing_export_leaves_things_as_they_were(
     def fail(*arguments, **options):
         raise RuntimeError("in the middle of it")
 
-    monkeypatch.setattr(hhdeploy.exporting.bundles, "_store_report", fail)
+    monkeypatch.setattr(hhdeploy.exporting.afterwards, "_store_report", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         workshop.export(target, ("alpha",), overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if overwrite else [])
