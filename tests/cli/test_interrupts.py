@@ -96,7 +96,15 @@ def _interrupted(*arguments, **options):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture
+def number(request):
+    """A signal as a process has it at its start, whatever a server in this one made of it."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before or signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], indirect=True)
 def test_who_stops_a_container_or_closes_a_terminal_leaves_nothing_half_done(tmp_path, number):
     group = Group("hhdeploy")
 

@@ -220,14 +220,14 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         both(
             sees(mean=[7] * 3), writes(CONFIG_FILE, lambda b: b.replace(b"7, 7, 7", b"7, 7, 1e999"))
         ),
-        "preprocess.mean",
+        "preprocess.mean|a number beyond the range",
     ),
     "transform_std_zero": (sees(std=[0, 0, 0]), "preprocess.std"),
     "transform_std_infinite": (
         both(
             sees(std=[7] * 3), writes(CONFIG_FILE, lambda b: b.replace(b"7, 7, 7", b"7, 7, 1e999"))
         ),
-        "preprocess.std",
+        "preprocess.std|a number beyond the range",
     ),
     "transform_filter": (sees(interpolation="magic"), "preprocess.interpolation"),
     "transform_mode": (sees(crop_mode="random"), "preprocess.crop_mode"),
