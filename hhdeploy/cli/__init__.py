@@ -13,7 +13,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -138,19 +137,6 @@ def _interrupted_by_signals() -> Iterator[None]:
     finally:
         for each in ours:
             signal.signal(each, signal.SIG_DFL)
-
-
-class _Patient(FileIO):
-    """Standard error on a disk that may be full, as of a log: no work ends for a line about it."""
-
-    def write(self, content: Any) -> int:
-        """See `io.RawIOBase.write`."""
-        try:
-            return super().write(content)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            return memoryview(content).nbytes
 
 
 @contextlib.contextmanager
@@ -297,9 +283,3 @@ def main() -> None:
     # Names of files are not always text: what cannot be printed is shown as stderr shows it.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
-    err = sys.stderr  # unbuffered, its file is next to it
-    if isinstance(err, io.TextIOWrapper) and isinstance(
-        getattr(err.buffer, "raw", err.buffer), FileIO
-    ):
-        kept = io.BufferedWriter(_Patient(err.fileno(), "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(kept, err.encoding, err.errors, line_buffering=True)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -136,30 +133,6 @@ def test_a_signal_that_is_ignored_stays_so():
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (result.exit_code, result.output) == (0, "done\n")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_disk_that_progress_is_written_to_ends_no_work(tmp_path, unbuffered):
-    """``nohup hhdeploy train ... 2> log``: hours of it."""
-    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
-    rival = copy_bundle(WITNESS / "rival", tmp_path / "rival")
-    config = json.loads((rival / "adapter_config.json").read_text())
-    del config["preprocess"]  # which is a line about what is assumed
-    (rival / "adapter_config.json").write_text(json.dumps(config))
-    code = "from hhdeploy.cli import main; main(prog_name='hhdeploy')"
-    words = [sys.executable, "-c", code, "adapter", "add", str(bundle), f"guest={rival}"]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=full,
-            text=True,
-            timeout=60,
-            check=False,
-            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-        )
-    assert (done.returncode, done.stdout[:11]) == (0, "Added guest")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
