@@ -141,7 +141,7 @@ def verify_graphs(
     return ParityReport(described, stages)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Right:
     """What every graph should answer.
 
