@@ -77,6 +77,7 @@ class Compression:
         if (
             len(said) != 3
             or type(rank) is not int
+            or rank < 0
             or type(error) not in (int, float)  # other tools write 0 for 0.0
             or not abs(error) <= sys.float_info.max
             or not isinstance(site, str)

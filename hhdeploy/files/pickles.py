@@ -37,8 +37,9 @@ _ARCHIVES = (
 def unpickled(path: Path, *, values: bool = True) -> Any:
     """What a file of torch.save holds: tensors and plain values, nothing that runs code.
 
-    Without ``values`` tensors are on torch's meta device, and none are read. The arguments of a
-    training (``argparse.Namespace``) are plain values; timm's are among them.
+    Without ``values`` tensors are on torch's meta device. Sums are looked at all the same: who then
+    reads the values, as transformers does, may not. The arguments of a training
+    (``argparse.Namespace``) are plain values; timm's are among them.
 
     Raises:
         ValueError: there is something else in it, or it is damaged; the message says what.

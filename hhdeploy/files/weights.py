@@ -79,7 +79,7 @@ def files_of(checkpoint: Path) -> list[Path]:
 
 def not_floats(checkpoint: Path) -> dict[str, str]:
     """Name -> type of a checkpoint's tensors that are no floating-point numbers, which are whole
-    or complex ones, or truths; no values are read for it.
+    or complex ones, or truths; no values are kept of it.
 
     Raises:
         ValueError, OSError: as `content_of`.

@@ -2,7 +2,7 @@
 
 import { HhdeployError } from "./errors.js";
 import { expecting, isCount, isNone, isNumbers, isObject, isStrings, parseJson, textOf, type Json } from "./json.js";
-import { PROBLEM_TYPES, type ProblemType } from "./manifest.js";
+import { isLicence, isLoss, PROBLEM_TYPES, type ProblemType } from "./manifest.js";
 import { checkPreprocess, type AdapterPreprocess } from "./preprocess.js";
 import { expressionOf, KINDS, SEQUENTIAL_KINDS } from "./sites.js";
 
@@ -81,9 +81,8 @@ export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
   expect("class_names", isNone(names) || isStrings(names), "a list of strings or null");
   const known = [...PROBLEM_TYPES, null, undefined] as unknown[];
   expect("problem_type", known.includes(means), `one of ${PROBLEM_TYPES.join(", ")}, or null`);
-  expect("compressed", isNone(compressed) || isCompression(compressed), "rank, max_range_error and worst_site, or null");
-  const licensed = isNone(license) || typeof license === "string" || isStrings(license);
-  expect("license", licensed, "the name of a licence, a list of them, or null");
+  expect("compressed", isLoss(compressed), "rank, max_range_error and worst_site, or null");
+  expect("license", isLicence(license), "the name of a licence, a list of them, or null");
   expect("base_sha256", isNone(digest) || typeof digest === "string", "64 hex digits or null");
   expect("base_signs_sha256", isNone(signs) || typeof signs === "string", "64 hex digits or null");
   expect("base_buffers_sha256", isNone(buffers) || typeof buffers === "string", "64 hex digits or null");
@@ -141,11 +140,4 @@ function isAnswer(x: unknown): boolean {
   const texts = typeof classifier === "string" && typeof versions === "string";
   const known = counted && isNumbers([rms, ...values], values.length + 1) && (rms as number) > 0;
   return none && sized && texts && known && [rms as number, ...values].every((n) => Math.abs(n) < 1e38);
-}
-
-function isCompression(x: unknown): boolean {
-  if (!isObject(x)) return false;
-  const { rank, max_range_error: lost, worst_site: worst, ...more } = x;
-  const none = Object.keys(more).length === 0;
-  return none && Number.isInteger(rank) && typeof lost === "number" && typeof worst === "string";
 }

@@ -261,13 +261,13 @@ function checkNames(entry: Json, where: string, prefix: string): void {
 }
 
 function checkLicence(owner: Json, where: string, prefix: string): void {
-  const { license } = owner;
-  const fits = isNone(license) || isText(license) || isStrings(license);
-  expecting(owner, where, prefix)("license", fits, "a licence's name, a list of them, or null");
+  expecting(owner, where, prefix)("license", isLicence(owner.license), "a licence's name, a list of them, or null");
 }
 
+export const isLicence = (x: unknown) => isNone(x) || isText(x) || isStrings(x);
+
 /** What an adapter lost by its compression, or nothing. */
-function isLoss(x: unknown): boolean {
+export function isLoss(x: unknown): boolean {
   if (!isObject(x)) return isNone(x);
   return Object.keys(x).length === 3 && isCount(x.rank) && Number.isFinite(x.max_range_error) && isText(x.worst_site);
 }
