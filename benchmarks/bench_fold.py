@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import THREADS, report
 from hhdeploy.algebra import SiteDelta, householder_delta
-from hhdeploy.exporters.fold import Scratch, fold_additive, fold_sequential
+from hhdeploy.exporters.fold import Scratch, add_product, fold_additive, fold_sequential
 from hhdeploy.timing import paired
 
 SITES, DIM, RANK = 48, 768, 1
@@ -77,7 +77,7 @@ def main(pairs: int) -> None:
 
     def products() -> None:
         for delta in deltas:
-            wide.addmm_(torch.from_numpy(delta.left), torch.from_numpy(delta.right))
+            add_product(wide, torch.from_numpy(delta.left), torch.from_numpy(delta.right))
 
     thin()
     folded = [t.copy() for t in out]

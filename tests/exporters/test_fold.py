@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from hhdeploy.adapters.format import SiteTensors
+from hhdeploy.algebra import SiteDelta
 from hhdeploy.errors import PlanError
-from hhdeploy.exporters.fold import folded_model
+from hhdeploy.exporters.fold import fold_additive, folded_model
 from hhdeploy.exporters.trace import BaseGraph
 from hhdeploy.graph import linears_by_path
 from tests.exporters.synthetic import fingerprint, linear, random, shared_twice
@@ -68,6 +69,19 @@ def test_an_additive_fold_is_the_weight_plus_the_dense_delta(base, kind, reflect
         delta = adapter.delta(site)
         assert_parity(old.weight + delta.dense(), new.weight, "algebra", "float32")
         assert np.array_equal(new.bias, old.bias)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 5, 16])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_a_product_of_any_rank_is_added(rank, by_column):
+    """Columns one at a time or as one product, into a weight of either memory order."""
+    rng = np.random.default_rng(rank)
+    weight = rng.standard_normal((7, 9), np.float32)
+    weight = np.asfortranarray(weight) if by_column else weight
+    delta = SiteDelta(np.ones(7), rng.standard_normal((7, rank)), rng.standard_normal((rank, 9)))
+    folded = fold_additive(weight, delta)
+    assert_parity(weight + delta.dense(), folded, "algebra", "float32")
+    assert_caught(weight + delta.dense(), weight, "algebra", "float32")
 
 
 @pytest.mark.parametrize("kind", ["proj", "fc2"])
