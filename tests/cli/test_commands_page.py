@@ -106,6 +106,13 @@ def test_the_commands_of_the_pages(there, succeed, capsys):
     older = json.loads((there / "older" / "hhdeploy.json").read_text())
     assert older["versions"]
 
+    succeed("adapter", "add", "tasks", "emoji=adapters/flowers")
+    shutil.copytree(there / "tasks", there / "vits14" / "bundles" / "branches")
+    shutil.copytree(there / "adapters" / "flowers", there / "vits14" / "adapters" / "hta" / "solar")
+    shutil.copy("photo.jpg", "photo.png")
+    predicted, inspected = (run(succeed, words) for words in lines("examples/vits14/README.md"))
+    assert "daisy" in predicted and "additive" in inspected
+
     shutil.rmtree(there / "tasks")
     page = "docs/howto/many-tasks.md"
     for words in lines(page):
@@ -133,6 +140,7 @@ def test_no_command_is_overlooked():
     assert len(lines("docs/howto/jetson.md")) == 1
     assert len(lines("docs/howto/many-tasks.md")) == 1
     assert len(lines("docs/howto/peft.md")) == 6
+    assert len(lines("examples/vits14/README.md")) == 2
 
 
 def test_a_comment_is_no_command_and_a_long_line_is_one():

@@ -15,7 +15,7 @@ SERVING, RAY = "tests/runtime/serving/test_serving_page.py", "tests/runtime/serv
 WEB, JS = "tests/js/test_web.py", "tests/js/test_package.py"
 CPP, STARTER = "tests/examples/test_cpp.py", "tests/examples/test_starter.py"
 LOAD, ABUSE = "tests/cli/test_bench_serve.py", "tests/cli/test_bench_abuse.py"
-BUILDING = "tests/hhdeploy/test_building.py"
+BUILDING, RTX = "tests/hhdeploy/test_building.py", "tests/runtime/test_tensorrt.py"
 
 # Page -> the test that runs its blocks as they stand: small models and files under their names,
 # and options added where the page's own would take minutes. A number is a block's place.
@@ -39,27 +39,24 @@ RUN: dict[str, dict[int | str, str]] = {
         "bash": SERVING,
         "python": SERVING,
         "json": STARTER,
-        **dict.fromkeys((5, 6, 8), SERVING),
+        **dict.fromkeys((0, 5, 6, 8), SERVING),
         9: RAY,
         11: ABUSE,
     },
     "docs/start.md": {1: START, 2: START, 3: START, "python": START},
     "docs/web.md": {0: WEB},
     "examples/cpp/README.md": {1: CPP},
+    "docs/tensorrt.md": {"python": RTX},
     "examples/starter/README.md": {0: STARTER, 1: STARTER},
+    "examples/vits14/README.md": {1: PAGE},
     "js/README.md": {1: JS, 2: JS},
 }
 
 # What a test runs in other words, or in part: first line -> where, and what is different.
 IN_OTHER_WORDS = {
     "make test     # creates": (".ci/run", "this very run"),
-    "hhdeploy serve OUT --model-name vit  ": (
-        SERVING,
-        "with the options of other blocks; INT8 in OpenVINO without a server",
-    ),
     "hhdeploy serve OUT --ray --replicas 4": (RAY, "two replicas, and no `serve deploy`"),
     "hhdeploy bench OUT --serve  ": (LOAD, "the second line; the first with other options"),
-    "hhdeploy adapter import SOURCE": ("tests/cli/test_adapters.py", "it is the usage"),
     "hhdeploy build served": (BUILDING, "the engine is built, as on other pages; to run it is not"),
     "hhdeploy build OUT --backend tensorrt-rtx": (
         BUILDING,
@@ -68,10 +65,6 @@ IN_OTHER_WORDS = {
     "hhdeploy ovms tasks served --name vit": (PAGE, "no server: none was at hand"),
     "hhdeploy triton tasks models --name vit": (PAGE, "no tritonserver: none was at hand"),
     "pip install openvino": (CPP, "without the installation"),
-    "from hhdeploy.runtime import open_session": (
-        "tests/runtime/test_tensorrt.py",
-        "stand-ins of an engine",
-    ),
     "make demo     # creates": ("tests/cli/test_machine_commands.py", "without the installation"),
     "npm ci --prefix js": (JS, "the same, where npm is"),
     "make gpu-check": ("tests/test_gpu_check.py", "a rehearsal on the CPU"),
@@ -88,8 +81,10 @@ NOT_RUN = {
     "examples/vits14/README.md": "downloads 0.6 GB and trains for an hour",
 }
 
-# Formulas, trees of files and answers.
-NO_PROGRAM = re.compile(r"ΔW|p = W|y = |hhdeploy\.json |\{\"model_name\"")
+# Formulas, trees of files, answers, and a synopsis of words that are none of the user's.
+NO_PROGRAM = re.compile(
+    r"ΔW|p = W|y = |hhdeploy\.json |\{\"model_name\"|hhdeploy adapter import SOURCE"
+)
 
 
 def account(block: Block, place: int) -> tuple[str, str] | None:

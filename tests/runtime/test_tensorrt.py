@@ -28,6 +28,7 @@ from hhdeploy.runtime import cuda, kernel_cache, open_session
 from hhdeploy.runtime.tensorrt_backend import check_tensors, expected_tensors
 from hhdeploy.runtime.tensorrt_engine import EngineTensor, open_engine
 from hhdeploy.runtime.tensorrt_lane import fill
+from tests.docs.pages import blocks
 from tests.runtime.bindings import Use, problems, source, uses
 from tests.runtime.gpu_double import BATCH, SLOTS, add_engine
 from tests.support import assert_caught, assert_parity, images
@@ -300,6 +301,27 @@ def test_every_batch_size_gives_the_logits_of_its_images(built, machine, truth, 
         sizes = machine[backend].engines[0].batches
     assert all(BATCH[0] <= size <= BATCH[2] for size in sizes)
     assert machine["cudart"].clean
+
+
+def test_the_page_s_session(built, machine, workshop):
+    """docs/tensorrt.md's code as it stands, but for names and what the engine here is of."""
+    (code,) = (block.text for block in blocks("docs/tensorrt.md") if block.kind == "python")
+    names = {
+        "OUT": built,
+        "digits": "alpha",
+        "faces": "gamma",
+        "adapters/cars": workshop.directory("gamma"),
+        "None": '"gamma"',  # the bundle has no classifier of the bare backbone
+        "float16": "float32",
+        "=64": "=8",
+    }
+    for theirs, ours in names.items():
+        code = code.replace(theirs, str(ours))
+    scope = {"x": images(3)}
+    exec(compile(code, "docs/tensorrt.md", "exec"), scope)
+    with open_session(built, device="cpu", threads=1) as session:
+        expected = session.run(scope["x"], ["alpha", "gamma", "gamma"])
+    assert_parity(expected, scope["logits"], "branches", "float32")
 
 
 @both

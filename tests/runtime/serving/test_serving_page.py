@@ -16,10 +16,11 @@ from PIL import Image
 from hhdeploy.adapters.config import TENSOR_FILE
 from hhdeploy.runtime.session import open_session
 from tests.docs.pages import Block, blocks, commands
+from tests.quantised import INT8
 from tests.runtime.serving.certificates import make_certificate
 from tests.runtime.serving.fleets import make_adapter, put_adapter
 from tests.runtime.serving.servers import Server, running_server
-from tests.workshop import run_command
+from tests.workshop import copy_bundle, run_command
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("curl", "jq", "openssl"))), reason="needs curl, jq and openssl"
@@ -96,6 +97,17 @@ def test_it_is_asked_as_the_page_says(branches, workshop, pictures, tmp_path, mo
     states = {m["name"]: m["state"] for m in json.loads(index)}
     assert states["birds"] == "UNAVAILABLE" and states["alpha"] == "READY"
     assert (tmp_path / "fleet" / "birds" / TENSOR_FILE).is_file()
+
+
+def test_its_first_servers(small, tmp_path):
+    """One of any bundle, and one in INT8, which OpenVINO computes."""
+    named, quantised = (shlex.split(line)[3:] for line in commands(PAGE[0]))
+    with running_server(small, tmp_path / "log", *named) as server:
+        assert server.json("GET", "/v2/models/vit")[0] == 200
+    bundle = copy_bundle(INT8, tmp_path / "int8")
+    with running_server(bundle, tmp_path / "log", *quantised) as server:
+        status, found = server.json("GET", "/v2/models/int8")
+    assert status == 200 and found["parameters"]["device"].startswith("openvino CPU")
 
 
 def test_it_is_asked_over_tls_with_a_token(small, tmp_path, monkeypatch):
