@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,8 @@ WHOLE = "model"
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Devices of Windows, which has no file or folder of their names, with an ending or without.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def check_name(name: str) -> str:
@@ -41,6 +43,18 @@ def check_name(name: str) -> str:
             "first a letter or digit). Choose such a name."
         )
     return name
+
+
+def naming(name: str, others: Iterable[str]) -> list[str]:
+    """Lines about a bundle's folder adapters/NAME that another system cannot have beside those of
+    ``others``: what is fine here would come to light where somebody copies the bundle to."""
+    found = []
+    if _DEVICE.fullmatch(name) or name.endswith("."):
+        found.append("Windows has no folder of this name")
+    for other in others:
+        if other != name and other.lower() == name.lower():
+            found.append(f"Windows and macOS take it for the name of {other!r}")
+    return [f"adapter {name!r}: {why}: the bundle cannot be copied there" for why in found]
 
 
 def model_args_of(

@@ -18,6 +18,7 @@ from hhdeploy.adapters.checks import (
     check_live,
     check_name,
     headless,
+    naming,
     notes,
     unused_head,
 )
@@ -192,7 +193,8 @@ def add_adapter(
     with edit(path, lock_timeout=lock_timeout, progress=progress) as change:
         manifest = change.manifest
         row = admit(manifest, name, adapter, progress)
-        for line in unseen(name, manifest.graphs):
+        others = [a.name for a in manifest.adapters]
+        for line in (*naming(name, others), *unseen(name, manifest.graphs)):
             progress(line)
         if any(a.name == name for a in manifest.adapters):
             raise PlanError(

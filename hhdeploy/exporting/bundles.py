@@ -15,6 +15,7 @@ from hhdeploy.adapters.checks import (
     check_name,
     check_sites,
     model_args_of,
+    naming,
     notes,
 )
 from hhdeploy.adapters.directory import adapter_files
@@ -205,7 +206,8 @@ def export(
         for note in backbone.notes:
             progress(note)
         say(progress, [unkept_meaning(backbone.facts, reserve)])
-        for name, adapter in loaded.items():
+        for number, (name, adapter) in enumerate(loaded.items()):
+            say(progress, naming(name, list(loaded)[:number]))
             say(progress, notes(name, adapter, backbone.facts))
         if loaded or not fold:
             check_sites(backbone.facts)

@@ -716,3 +716,19 @@ def test_a_name_that_is_another_adapter_s_on_the_file_system(tmp_path, monkeypat
     with pytest.raises(WriteError, match=r"for 'ALPHA', found that of the adapter 'alpha': .*Add"):
         add_adapter(bundle, "ALPHA", WITNESS / "rival")
     assert contents(bundle) == before
+
+
+def test_names_that_other_systems_cannot_have_are_said(tmp_path):
+    """Whoever copied such a bundle to Windows or macOS was the first to know."""
+    bundle = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    for name, why in (
+        ("Aux.v2", "Windows has no folder of this name"),
+        ("v2.", "Windows has no folder of this name"),
+        ("ALPHA", "Windows and macOS take it for the name of 'alpha'"),
+        ("auxiliary", None),
+    ):
+        said: list[str] = []
+        add_adapter(bundle, name, WITNESS / "rival", progress=said.append)
+        told = f"adapter {name!r}: {why}: the bundle cannot be copied there"
+        assert [line for line in said if "copied there" in line] == ([told] if why else [])
+    assert "Aux.v2" in {a.name for a in Bundle.open(bundle).manifest.adapters}

@@ -392,9 +392,11 @@ def test_a_file_system_that_takes_two_names_for_one(workshop, tmp_path, monkeypa
     out, model = tmp_path / "out", workshop.adapters["alpha"].config.base_model
     options = {"checkpoint": workshop.checkpoint, "cache": workshop.cache, "verify": False}
     places = {name: workshop.directory("alpha") for name in ("A", "a")}
+    said: list[str] = []
     with pytest.raises(WriteError, match=r"adapters/a: expected a place .* differ in case"):
-        export(model, places, out, **options)
+        export(model, places, out, progress=said.append, **options)
     assert not out.exists()
+    assert "adapter 'a': Windows and macOS take it for the name of 'A'" in "\n".join(said)
 
 
 def test_adapters_that_disagree_on_the_model_s_arguments(workshop, tmp_path):
