@@ -19,6 +19,7 @@ from typing import IO, Any, TextIO
 import click
 from click.exceptions import Exit
 
+from hhdeploy.cli.progress import FULL, note
 from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import HhdeployError, OptionError, first_line
 from hhdeploy.files.caches import CacheWarning
@@ -47,8 +48,6 @@ _COMMANDS = {
     "doctor": ("doctor", "Tell what this machine can do, and what is missing."),
 }
 
-# A stream that is open already has no name; what writes a file of its own says which.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OUT_OF_MEMORY = (
     "The memory is used up, or more than ulimit -v allows. Give the command more, or ask for less: "
     "smaller batches, fewer images, fewer processes."
@@ -110,7 +109,7 @@ def _said_plainly() -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if issubclass(category, CacheWarning):
-                click.echo(f"Warning: {as_command_line(str(message))}", err=True)
+                note(f"Warning: {as_command_line(str(message))}")
             else:
                 others(message, category, filename, lineno, file, line)
 
@@ -189,7 +188,8 @@ class Group(click.Group):
             if error.filename is None:
                 # Who reads no further wants no more, unless something else was done as well.
                 closed = error.errno == errno.EPIPE and placed
-                if error.errno not in _FULL and not closed:
+                # A stream that is open already has no name.
+                if error.errno not in FULL and not closed:
                     raise
                 raise _Unprintable(
                     "What is printed, or a temporary file, could not be written: "

@@ -1,13 +1,12 @@
-"""What commands share: options, progress, tables, JSON."""
+"""What commands share: options, tables, JSON; progress is in `progress`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,19 +15,22 @@ from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
 from hhdeploy.choices import DEVICES, MOST_SEED, PRECISIONS
 from hhdeploy.cli.naming import NamedPath, OneOf
+from hhdeploy.cli.progress import UNCUT
+from hhdeploy.cli.progress import error_console as error_console
+from hhdeploy.cli.progress import note as note
+from hhdeploy.cli.progress import phased_steps as phased_steps
+from hhdeploy.cli.progress import steps as steps
 from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.folders import in_words
 from hhdeploy.parity import ParityReport, StageResult, bound
 
 if TYPE_CHECKING:
-    from rich.progress import TextColumn
-
     from hhdeploy.bundle.manifest import Manifest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,8 +56,6 @@ class Wait(Number):
 
     endless = True
 
-
-_UNCUT = 100_000  # columns
 
 DIRECTORY = NamedPath(path_type=Path, file_okay=False)
 # Of a bundle, an adapter: a file there is told what it is by who reads it.
@@ -85,14 +85,7 @@ def console() -> Console:
     and a pipe counts as 80 columns. A terminal wraps what is longer. Text is no markup: names and
     paths may hold ``[v2]``; a style is said beside it.
     """
-    return Console(width=_UNCUT, highlight=False, markup=False, emoji=False)
-
-
-def error_console() -> Console:
-    """`console` of standard error, for progress: as wide as the terminal, if that is one."""
-    options: Any = {"stderr": True, "highlight": False, "markup": False, "emoji": False}
-    found = Console(**options)
-    return found if found.is_terminal else Console(**options, width=_UNCUT)
+    return Console(width=UNCUT, highlight=False, markup=False, emoji=False)
 
 
 def quoted(word: object) -> str:
@@ -110,11 +103,6 @@ def say_unverified(bundle: Path, adapters: Iterable[str]) -> None:
 def print_json(content: Any) -> None:
     """One indented JSON document on standard output."""
     click.echo(json.dumps(content, indent=2, allow_nan=False))
-
-
-def note(line: str) -> None:
-    """A line of progress on standard error, from a command that is quick otherwise."""
-    click.echo(line, err=True)
 
 
 def table(
@@ -153,69 +141,6 @@ def titled(title: str, remark: str) -> Text:
 def verdict(good: bool, yes: str, no: str) -> Text:
     """``yes`` in green or ``no`` in red."""
     return Text(yes, "green") if good else Text(no, "red")
-
-
-@contextlib.contextmanager
-def steps(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Progress of long work on standard error: what is being done, with the seconds it took."""
-    if quiet:
-        yield lambda step: None
-        return
-    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
-
-    with Progress(
-        SpinnerColumn(), _description(), TimeElapsedColumn(), console=error_console()
-    ) as progress:
-        current: list[Any] = []
-
-        def step(description: str) -> None:
-            if current:
-                progress.update(current[-1], total=1, completed=1)
-            current.append(progress.add_task(description, total=None))
-
-        yield step
-        if current:
-            progress.update(current[-1], total=1, completed=1)
-
-
-@contextlib.contextmanager
-def phased_steps(
-    quiet: bool,
-) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
-    """`steps`, and a second callback for a compiler's own phases: (phase, done, steps in all)."""
-    if quiet:
-        yield lambda step: None, lambda phase, done, total: None
-        return
-    from rich.progress import BarColumn, Progress, TimeElapsedColumn
-
-    with Progress(
-        _description(), BarColumn(), TimeElapsedColumn(), console=error_console()
-    ) as progress:
-        tasks: dict[str, Any] = {}
-        current: list[Any] = []
-
-        def step(description: str) -> None:
-            if current:
-                progress.update(current[-1], total=1, completed=1)
-            current.append(progress.add_task(description, total=None))
-
-        def phase(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(f"  {name}")
-            progress.update(tasks[name], total=total, completed=done)
-            if done >= total:
-                progress.remove_task(tasks.pop(name))
-
-        yield step, phase
-        if current:
-            progress.update(current[-1], total=1, completed=1)
-
-
-def _description() -> TextColumn:
-    """What is being done, whole: rich's own column cuts what is longer than the terminal."""
-    from rich.progress import TextColumn
-
-    return TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
 
 
 def json_object(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 
 import hhdeploy.files.directories
 from hhdeploy.adapters.directory import ADAPTER
-from hhdeploy.cli import Group
+from hhdeploy.cli import Group, ui
 from hhdeploy.errors import BackboneError
 from hhdeploy.files.caches import CacheWarning
 from hhdeploy.files.directories import atomic_directory
@@ -133,6 +134,30 @@ def test_a_signal_that_is_ignored_stays_so():
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (result.exit_code, result.output) == (0, "done\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_that_progress_is_written_to_ends_no_work(monkeypatch):
+    """``nohup hhdeploy train ... 2> log``, hours of it; nothing is left to write at the end."""
+    group = Group("hhdeploy")
+
+    @group.command()
+    def work() -> None:
+        ui.note("a line")
+        with ui.steps(quiet=False) as step, ui.phased_steps(quiet=False) as (other, phase):
+            for number in range(3):
+                step("one")
+                other("another")
+                phase("a part", number, 2)
+        warnings.simplefilter("always")
+        warnings.warn("no cache", CacheWarning, stacklevel=1)
+        click.echo("done")
+
+    with Path("/dev/full").open("w", buffering=1) as full:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", full)
+            assert group.main(["work"], standalone_mode=False) is None
+        full.flush()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
