@@ -25,7 +25,7 @@ Precision = Literal["float32", TypedPrecision, QuantisedPrecision]
 TensorRt = Literal["tensorrt", "tensorrt-rtx"]
 # The first four are ONNX Runtime's execution providers.
 Runner = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx", "openvino", TensorRt]
-# ``auto``: the fastest that is available.
+# ``auto``: see `AUTO`.
 Device = Literal["auto", Runner]
 # What logits mean, as transformers names it; they are compared by it.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -40,6 +40,7 @@ PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 BACKENDS: Final[tuple[TensorRt, ...]] = get_args(TensorRt)
 RUNNERS: Final[tuple[Runner, ...]] = get_args(Runner)
 DEVICES: Final[tuple[Device, ...]] = get_args(Device)
+AUTO: Final = "auto: the first that is here and can: an engine of BUNDLE, cuda, openvino, cpu."
 TORCH_DEVICES: Final[tuple[TorchDevice, ...]] = get_args(TorchDevice)
 PROBLEM_TYPES: Final[tuple[ProblemType, ...]] = get_args(ProblemType)
 CLASSES, LABELS, VALUES = PROBLEM_TYPES

@@ -29,12 +29,7 @@ def _shared_options(checkpoint_help: str) -> Callable[[F], F]:
         for option in reversed(
             (
                 ui.model_option,
-                click.option(
-                    "--model-args",
-                    callback=ui.json_object,
-                    metavar="JSON",
-                    help=ui.MODEL_ARGS_HELP,
-                ),
+                ui.model_args_option,
                 ui.input_size_option,
                 click.option("--checkpoint", type=ui.FILE, help=checkpoint_help),
                 click.option(

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8), show_default=True
 )
 @click.option("--runs", default=20, show_default=True, type=click.IntRange(2))
-@click.option("--device", type=ui.DEVICE, default="auto", show_default=True)
-@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
-@ui.cache_options("compiled models")
+@ui.session_options
 @serve_options
 @ui.json_option
 def command(

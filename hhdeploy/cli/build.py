@@ -18,7 +18,7 @@ from hhdeploy.cli import ui
     required=True,
     help="tensorrt needs a GPU here; tensorrt-rtx does not.",
 )
-@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
+@ui.precision_option
 @click.option("--min-batch", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--opt-batch", type=click.IntRange(1), help="To tune for; default: 8 or --max-batch.")
 @click.option("--max-batch", default=32, show_default=True, type=click.IntRange(1))

@@ -73,8 +73,8 @@ _NOT_CHECKED = frozenset(
     help="; ".join(f"{name}: {kept}" for name, kept in PRESETS.items()) + ".",
 )
 @click.option("--report", type=ui.FILE, help="Write an HTML report: one file, opens anywhere.")
-@click.option("--device", type=ui.DEVICE, default="cpu", show_default=True, help="To judge on.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@ui.device_option("cpu", "To judge on; ")
+@ui.threads_option
 @ui.cache_options("calibrations")
 @click.option(
     "--check",

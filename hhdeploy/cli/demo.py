@@ -9,6 +9,7 @@ import click
 from rich.text import Text
 
 from hhdeploy.cli import ui
+from hhdeploy.cli.parity_table import parity_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,7 @@ _SHOWN = 8
     "--examples", type=ui.DIRECTORY, default=_STARTER, help="Directory of the starter models."
 )
 @click.option("--out", type=ui.DIRECTORY, default=Path("demo-out"), show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
+@ui.threads_option
 def command(examples: Path, out: Path, threads: int | None) -> None:
     """Run everything once on the starter models: real images, four tasks, one backbone.
 
@@ -50,7 +51,7 @@ def _print_parity(console: Console, result: DemoResult) -> None:
     for title, export in (("folded", result.folded), ("side branches", result.branches)):
         assert export.parity is not None
         console.print(Text.assemble((f"\n{title}", "bold"), f": {export.path}"))
-        console.print(ui.parity_table(export.parity))
+        console.print(parity_table(export.parity))
 
 
 def _print_batch(console: Console, result: DemoResult) -> None:

@@ -11,6 +11,7 @@ from hhdeploy.backbones.facts import OUTPUTS
 from hhdeploy.choices import TypedPrecision
 from hhdeploy.cli import ui
 from hhdeploy.cli.naming import adapters_and_strengths
+from hhdeploy.cli.parity_table import parity_table
 
 if TYPE_CHECKING:
     from hhdeploy.bundle.manifest import Manifest
@@ -217,7 +218,7 @@ def command(
         return
     console = ui.console()
     if result.parity is not None:
-        console.print(ui.parity_table(result.parity))
+        console.print(parity_table(result.parity))
     else:
         console.print("Not verified (--no-verify).", style="yellow")
     ui.say_compressed(result.manifest)

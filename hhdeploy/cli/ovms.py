@@ -15,19 +15,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=ui.SOURCE)
-@click.argument("out", type=ui.DIRECTORY)
-@click.option("--name", help="Of the model; default: the bundle's directory name.")
-@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
+@ui.repository_options
 @click.option(
     "--target-device",
     default="CPU",
     show_default=True,
     help="OpenVINO's name of what runs it: CPU, GPU, NPU, AUTO.",
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Replace the model in OUT once the new one is complete."
-)
+@ui.overwrite_model_option
 @ui.json_option
 def command(
     bundle: Path,

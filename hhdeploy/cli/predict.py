@@ -62,10 +62,7 @@ def _pictures(
     help="Numbers instead of classes, of a bundle that gives them. Default: classes; of a bundle "
     "without logits what it has.",
 )
-@click.option("--device", type=ui.DEVICE, default="auto", show_default=True)
-@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
-@ui.cache_options("compiled models")
+@ui.session_options
 @ui.json_option
 def command(
     bundle: Path,

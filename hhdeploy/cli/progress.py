@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TextColumn
+    from rich.progress import Progress, TaskID, TextColumn
 
 # Of a disk, on which a stream may be that is open already.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -72,16 +72,9 @@ def steps(quiet: bool) -> Iterator[Callable[[str], None]]:
     with Progress(
         SpinnerColumn(), _description(), TimeElapsedColumn(), console=error_console()
     ) as progress:
-        current: list[Any] = []
-
-        def step(description: str) -> None:
-            if current:
-                progress.update(current[-1], total=1, completed=1)
-            current.append(progress.add_task(description, total=None))
-
+        step = _Steps(progress)
         yield step
-        if current:
-            progress.update(current[-1], total=1, completed=1)
+        step.end()
 
 
 @contextlib.contextmanager
@@ -97,13 +90,8 @@ def phased_steps(
     with Progress(
         _description(), BarColumn(), TimeElapsedColumn(), console=error_console()
     ) as progress:
-        tasks: dict[str, Any] = {}
-        current: list[Any] = []
-
-        def step(description: str) -> None:
-            if current:
-                progress.update(current[-1], total=1, completed=1)
-            current.append(progress.add_task(description, total=None))
+        tasks: dict[str, TaskID] = {}
+        step = _Steps(progress)
 
         def phase(name: str, done: int, total: int) -> None:
             if name not in tasks:
@@ -113,8 +101,23 @@ def phased_steps(
                 progress.remove_task(tasks.pop(name))
 
         yield step, phase
-        if current:
-            progress.update(current[-1], total=1, completed=1)
+        step.end()
+
+
+class _Steps:
+    """Lines of a progress, one below the other: a step is done when the next one begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._current: TaskID | None = None
+
+    def __call__(self, description: str) -> None:
+        self.end()
+        self._current = self._progress.add_task(description, total=None)
+
+    def end(self) -> None:
+        if self._current is not None:
+            self._progress.update(self._current, total=1, completed=1)
 
 
 def _description() -> TextColumn:

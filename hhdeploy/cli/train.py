@@ -124,7 +124,9 @@ _KINDS = {CLASSES: "classes", LABELS: "labels", VALUES: "values"}
 )
 @click.option("--num-workers", type=click.IntRange(0), default=0, help="Threads that read images.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.")
-@click.option("--device", type=click.Choice(TORCH_DEVICES), default="auto")
+@click.option(
+    "--device", type=click.Choice(TORCH_DEVICES), default="auto", help="auto: cuda, else cpu."
+)
 @click.option(
     "--cache-mb",
     type=click.IntRange(0),

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=ui.SOURCE)
-@click.argument("out", type=ui.DIRECTORY)
-@click.option("--name", help="Of the model; default: the bundle's directory name.")
-@click.option("--precision", type=ui.PRECISION, default="float32", show_default=True)
+@ui.repository_options
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", "tensorrt"]),
@@ -51,9 +48,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also a model that takes pictures, with what the logits mean.",
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Replace the model in OUT once the new one is complete."
-)
+@ui.overwrite_model_option
 @ui.json_option
 def command(
     bundle: Path,

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hhdeploy.bundle.manifest import LOCK_TIMEOUT
-from hhdeploy.choices import DEVICES, MOST_SEED, PRECISIONS
+from hhdeploy.choices import AUTO, DEVICES, MOST_SEED, PRECISIONS, Device
 from hhdeploy.cli.naming import NamedPath, OneOf
 from hhdeploy.cli.progress import UNCUT
 from hhdeploy.cli.progress import error_console as error_console
@@ -27,8 +27,6 @@ from hhdeploy.cli.progress import note as note
 from hhdeploy.cli.progress import phased_steps as phased_steps
 from hhdeploy.cli.progress import steps as steps
 from hhdeploy.files.bundle_json import json_problem
-from hhdeploy.files.folders import in_words
-from hhdeploy.parity import ParityReport, StageResult, bound
 
 if TYPE_CHECKING:
     from hhdeploy.bundle.manifest import Manifest
@@ -64,9 +62,10 @@ IMAGES = NamedPath(path_type=Path)  # a folder, or a list of paths and labels
 FILE = NamedPath(path_type=Path, dir_okay=False)
 DEVICE = OneOf(DEVICES)
 PRECISION = click.Choice(PRECISIONS)
-
 SEED = click.IntRange(0, MOST_SEED)
 
+precision_option = click.option("--precision", type=PRECISION, default="float32", show_default=True)
+threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of one run.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 lock_timeout_option = click.option(
     "--lock-timeout",
@@ -223,6 +222,9 @@ model_option = click.option("--model", required=True, help=MODEL_HELP)
 MODEL_ARGS_HELP = (
     "Further arguments: of timm.create_model, transformers' configuration or the function."
 )
+model_args_option = click.option(
+    "--model-args", callback=json_object, metavar="JSON", help=MODEL_ARGS_HELP
+)
 input_size_option = click.option(
     "--input-size",
     callback=input_size,
@@ -249,12 +251,7 @@ def backbone_options(command: F) -> F:
         ),
         input_size_option,
         click.option("--checkpoint", type=FILE, help="A file with the backbone's weights."),
-        click.option(
-            "--model-args",
-            callback=json_object,
-            metavar="JSON",
-            help=MODEL_ARGS_HELP,
-        ),
+        model_args_option,
     ):
         command = option(command)
     return command
@@ -274,30 +271,34 @@ def cache_options(what: str) -> Callable[[F], F]:
     return add
 
 
-def parity_table(report: ParityReport) -> Group:
-    """One line a stage and adapter."""
-    rows = []
-    for stage in report.stages:
-        c = stage.comparison
-        rows.append(
-            (
-                stage.adapter if stage.output == "logits" else f"{stage.adapter} {stage.output}",
-                f"{stage.stage} {stage.precision}",
-                f"{c.max_abs:.1e}",
-                f"{c.range_error:.1e}",
-                "–" if c.cosine is None else f"{c.cosine:.6f}",
-                "inf" if math.isinf(c.sqnr_db) else f"{c.sqnr_db:.0f}",
-                "–" if c.top1 is None else f"{c.top1:.1%}{_near_ties(stage)}",
-                verdict(not stage.failures, "passed", "FAILED"),
-            )
-        )
-    columns = ("adapter", "stage", "max abs", "of range", "cosine", "SQNR dB", "top-1", "parity")
-    runtimes = ", ".join(dict.fromkeys(s.runtime for s in report.stages))
-    title = titled(
-        "Parity with the PyTorch training-time model (float64)",
-        f"{runtimes}, {describe_data(report.data)}",
-    )
-    return table(title, columns, rows)
+def device_option(default: Device, purpose: str = "") -> Callable[[F], F]:
+    """--device; ``purpose``: what it does, where that is not what the command is for."""
+    help_ = f"{purpose}{AUTO}"
+    return click.option("--device", type=DEVICE, default=default, show_default=True, help=help_)
+
+
+def session_options(command: F) -> F:
+    """--device, --precision, --threads, --cache-dir and --no-cache: how a session is opened."""
+    for option in (cache_options("compiled models"), threads_option, precision_option):
+        command = option(command)
+    return device_option("auto")(command)
+
+
+def repository_options(command: F) -> F:
+    """BUNDLE, OUT, --name and --precision: of a model in a server's repository."""
+    for option in (
+        precision_option,
+        click.option("--name", help="Of the model; default: the bundle's directory name."),
+        click.argument("out", type=DIRECTORY),
+        click.argument("bundle", type=SOURCE),
+    ):
+        command = option(command)
+    return command
+
+
+overwrite_model_option = click.option(
+    "--overwrite", is_flag=True, help="Replace the model in OUT once the new one is complete."
+)
 
 
 def say_compressed(manifest: Manifest) -> None:
@@ -306,19 +307,3 @@ def say_compressed(manifest: Manifest) -> None:
         if entry.compressed:
             text = f"{entry.name} is {entry.compressed}"
             console().print(text, style="yellow", markup=False, soft_wrap=True)
-
-
-def _near_ties(stage: StageResult) -> str:
-    """What explains a top-1 below its bound that is no failure."""
-    count = stage.comparison.near_ties(bound(stage.stage, stage.precision))
-    return f" ({count} near {'tie' if count == 1 else 'ties'})" if count else ""
-
-
-def describe_data(data: Mapping[str, Any]) -> str:
-    """The verification's images, in words."""
-    if data.get("kind") == "noise":
-        return "seeded noise (real images: --verify-data DIR)"
-    skipped = data.get("skipped")
-    left_out = f", left out: {in_words(skipped)}" if skipped else ""
-    folder = str(data.get("folder"))
-    return f"images in {folder}{'' if folder.endswith('.txt') else '/'}{left_out}"

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from hhdeploy.choices import QUANTISED, Device, Precision
 from hhdeploy.cli import ui
+from hhdeploy.cli.parity_table import parity_table
 
 if TYPE_CHECKING:
     from hhdeploy.bundle.manifest import Manifest
@@ -23,7 +24,7 @@ _AGAINST_TORCH = frozenset(
 
 @click.command()
 @click.argument("bundle", type=ui.SOURCE)
-@click.option("--device", type=ui.DEVICE, default="cpu", show_default=True)
+@ui.device_option("cpu")
 @click.option(
     "--precision",
     "precisions",
@@ -132,7 +133,7 @@ def command(
     if as_json:
         ui.print_json(report.to_json())
     else:
-        ui.console().print(ui.parity_table(report))
+        ui.console().print(parity_table(report))
         for overflow in dict.fromkeys(s.overflow for s in report.stages if s.overflow):
             ui.console().print(overflow, style="red", markup=False, soft_wrap=True)
         manifest = Bundle.open(bundle).manifest

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.choices import DEVICES, PRECISIONS, Device, Precision, one_of
+from hhdeploy.choices import AUTO, DEVICES, PRECISIONS, Device, Precision, one_of
 from hhdeploy.errors import OptionError, PlanError
 from hhdeploy.runtime.serving.access.hosts import allowed_name
 
@@ -104,7 +104,7 @@ class ServeSettings:
 
     bundle: Path
     host: str = field(default="127.0.0.1", metadata=_asked("Address to listen on."))
-    device: Device = field(default="auto", metadata=_asked())
+    device: Device = field(default="auto", metadata=_asked(AUTO))
     precision: Precision = field(default="float32", metadata=_asked())
     threads: int | None = field(default=None, metadata=_asked("Threads of one run.", least=1))
     cache_dir: Path | None = None

@@ -12,9 +12,10 @@ import click
 import pytest
 from click import UsageError
 
+from hhdeploy.choices import AUTO
 from hhdeploy.cli import ui
 from hhdeploy.cli.naming import _named_directory, named_directories
-from hhdeploy.cli.ui import describe_data
+from hhdeploy.cli.parity_table import describe_data
 from hhdeploy.cli.wording import all_commands
 from hhdeploy.errors import OptionError
 from tests.test_house import found_by
@@ -102,6 +103,22 @@ def test_what_is_no_number_is_refused(command, option):
         with pytest.raises(click.BadParameter):
             option.type.convert(text, option, None)
     assert option.type.convert("0.5" if option.name != "seed" else "5", option, None) > 0
+
+
+def test_every_device_says_what_auto_takes():
+    devices = [
+        (name, option)
+        for name, command in all_commands().items()
+        for option in command.params
+        if option.name == "device"
+    ]
+    assert {"bench", "calibrate", "predict", "serve", "train", "verify"} <= {n for n, _ in devices}
+    for name, option in devices:
+        said = "auto: cuda, else cpu." if name == "train" else AUTO
+        assert option.help.endswith(said), name
+        # In the order that it says, every name is one.
+        names = said.removesuffix(".").replace(",", "").split()
+        assert [n for n in names if n in option.type.choices and n != "auto"][0] == "cuda"
 
 
 def test_a_wait_may_have_no_end():
