@@ -58,6 +58,7 @@ def whole(content: Content) -> None:
     content["backbone"].update(license=None, mine=[1e-400, 10**300])
     content["files"]["model.engine"] = "0" * 64
     content.update(engines=[ENGINE], mine={"__proto__": 1, "kind": 1})
+    content |= json.loads(b"{%s}" % nested(98))  # and the manifest is one
 
 
 # Of a bundle of side branches; alpha, its first adapter, has seven classes.
@@ -364,6 +365,12 @@ def broken(source: Path, target: Path, change: Callable[[Content], object]) -> P
     return path
 
 
+def nested(levels: int) -> bytes:
+    """A key that no reader knows, of so many levels of lists and objects, one in the other."""
+    half = levels // 2
+    return b'"mine": %s0%s' % (half * b'[{"a": ', half * b"}]")
+
+
 # What is no JSON, though some parsers take it.
 NO_JSON: dict[str, Callable[[bytes], bytes]] = {
     "mark": lambda text: b"\xef\xbb\xbf" + text,
@@ -376,6 +383,8 @@ NO_JSON: dict[str, Callable[[bytes], bytes]] = {
     "half": lambda text: text.replace(b'"kind"', b'"mine": "\\ud800", "kind"', 1),
     "half_of_a_key": lambda text: text.replace(b'"kind"', b'"\\udc00": 1, "kind"', 1),
     "nan": lambda text: text.replace(b'"kind"', b'"mine": NaN, "kind"', 1),
+    "deep": lambda text: text.replace(b'"kind"', nested(100) + b', "kind"', 1),
+    "deeper": lambda text: text.replace(b'"kind"', nested(100_000) + b', "kind"', 1),
 }
 
 

@@ -51,7 +51,9 @@ inline Json parse(const std::string& text, const std::string& file) {
     if (text.rfind("\xEF\xBB\xBF", 0) == 0 || text.find('\0') != std::string::npos)
         throw Error(file + ": expected JSON in UTF-8, found a byte order mark or a zero byte.");
     try {
-        return Json::parse(text, [&](int, Json::parse_event_t event, Json& parsed) {
+        return Json::parse(text, [&](int level, Json::parse_event_t event, Json& parsed) {
+            const bool opens = event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start;
+            if (opens && level >= 100) throw Error(file + ": expected JSON of at most 100 levels, found more.");
             if (event == Json::parse_event_t::object_start) open.emplace_back();
             if (event == Json::parse_event_t::object_end) open.pop_back();
             if (event == Json::parse_event_t::key && !open.back().insert(parsed.get<std::string>()).second)

@@ -27,7 +27,7 @@ from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.bundle_json import CONFIG_FILE as CONFIG_FILE
-from hhdeploy.files.bundle_json import MANIFEST, json_problem, without_duplicates
+from hhdeploy.files.bundle_json import MANIFEST, check_levels, json_problem, without_duplicates
 from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
@@ -250,9 +250,10 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     base_model = content.get("base_model_name_or_path")
     if not isinstance(base_model, str) or not base_model:
         raise fail("base_model_name_or_path", "the name of a model")
-    args = content.get("base_model_args") or {}
+    args = content.get("base_model_args")
+    args = {} if args is None else args
     if not isinstance(args, dict):
-        raise fail("base_model_args", "an object")
+        raise fail("base_model_args", "an object or null")
     form = content.get("form", "additive")
     if form not in FORMS:
         raise fail("form", f"one of {', '.join(FORMS)}")
@@ -296,6 +297,8 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
     for key in ("base_sha256", "base_signs_sha256", "base_buffers_sha256"):
         if not isinstance(content.get(key), str | None):
             raise fail(key, "64 hex digits or null")
+    preprocess = _parse_preprocess(content, where, args)
+    _check_readable(content, where)
     return AdapterConfig(
         base_model=base_model,
         form=form,
@@ -306,7 +309,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:
         base_sha256=content.get("base_sha256"),
         num_classes=num_classes,
         class_names=tuple(class_names) if class_names is not None else None,
-        preprocess=_parse_preprocess(content, where, args),
+        preprocess=preprocess,
         problem_type=problem_type,
         fold_only=fold_only,
         compressed=compressed,
@@ -364,6 +367,19 @@ def _check_text(content: Mapping[str, Any], where: str) -> None:
             raise AdapterError(
                 f"{where}: {key!a}: expected text that UTF-8 has, found "
                 f"{error.object[error.start]!a}, half of a character. Write the whole of it."
+            ) from error
+
+
+def _check_readable(content: Mapping[str, Any], where: str) -> None:
+    """Python reads NaN, and levels without end; readers in other languages refuse the file."""
+    for key, value in content.items():
+        try:
+            check_levels([value])
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise AdapterError(
+                f"{where}: {key}: expected JSON that every reader takes, found {error}. Leave it "
+                "out, or write null."
             ) from error
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -29,6 +29,8 @@ CONFIG_FILE = "adapter_config.json"
 # A file that a change put there has eight digits of its content before its suffix.
 _DIGITS = re.compile(r"\.[0-9a-f]{8}(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
 _SUFFIX = re.compile(r"(?=\.(safetensors|json|onnx|onnx\.data|engine)$)")
+# Levels of JSON. Parsers end at others each, in an error or in a crash.
+_DEEPEST = 100
 # Of what is written again key by key; what else is there is kept.
 _KEYS = {
     "manifest": {
@@ -109,6 +111,21 @@ def _number(text: str) -> float | int:
     return number
 
 
+def _within(values: Iterable[Any]) -> list[Any]:
+    """Of JSON's values the lists, and what objects hold."""
+    plain = (value.values() if isinstance(value, dict) else value for value in values)
+    return [value for value in plain if not isinstance(value, str | float | int | None)]
+
+
+def check_levels(content: Any) -> None:
+    """Raise `ValueError` for JSON that is nested deeper than every reader takes it."""
+    level = _within([content])
+    for _ in range(_DEEPEST):
+        level = _within(value for each in level for value in each)
+    if level:
+        raise ValueError(f"more than {_DEEPEST} levels of lists and objects")
+
+
 def _parsed(text: str) -> Any:
     content = json.loads(
         text,
@@ -117,6 +134,7 @@ def _parsed(text: str) -> Any:
         parse_float=_number,
         parse_int=_number,
     )
+    check_levels(content)
     json.dumps(content, ensure_ascii=False).encode()  # half of a character is no text
     return content
 

@@ -60,8 +60,8 @@ export function parseConfig(bytes: Uint8Array, where: string): AdapterConfig {
   }
   const model = content.base_model_name_or_path;
   expect("base_model_name_or_path", typeof model === "string" && model !== "", "the name of a model");
-  const args = given || {}; // as Python, which takes whatever is empty
-  expect("base_model_args", isObject(args), "an object");
+  const args = given ?? {};
+  expect("base_model_args", isObject(args), "an object or null");
   expect("form", FORMS.includes(form as string), `one of ${FORMS.join(", ")}`);
   expect("reflection", REFLECTIONS.includes(reflection as string), `one of ${REFLECTIONS.join(", ")}`);
   expect("r", isCount(r), "a rank of 0 or more");
@@ -125,7 +125,7 @@ function objectOf(bytes: Uint8Array, where: string): Json {
   try {
     content = parseJson(textOf(bytes));
   } catch (error) {
-    throw new HhdeployError(`${where}: expected JSON: ${error}`);
+    throw new HhdeployError(`${where}: expected JSON: ${(error as Error).message}.`);
   }
   if (!isObject(content)) throw new HhdeployError(`${where}: expected a JSON object, found ${JSON.stringify(content)}.`);
   return content;

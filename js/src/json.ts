@@ -16,7 +16,8 @@ export function textOf(bytes: Uint8Array): string {
 /**
  * `JSON.parse`, which takes the last of a key's values, and says nothing of the others.
  *
- * @throws SyntaxError no JSON. HhdeployError a key is twice in one object, a number is an infinity to it, a text no text.
+ * @throws SyntaxError no JSON. HhdeployError a key is twice in one object, a number is an infinity to it, a text no text,
+ *   it is too deep.
  */
 export function parseJson(text: string): unknown {
   const content: unknown = JSON.parse(text, (key, value: unknown) => {
@@ -24,22 +25,24 @@ export function parseJson(text: string): unknown {
     if (HALF.test(key) || (isText(value) && HALF.test(value))) throw new HhdeployError("a text with half of a character");
     return value;
   });
-  const open: Set<string>[] = [];
+  const open: Set<string>[] = []; // of a list it is empty
   for (const [token, key] of text.matchAll(TOKEN)) {
-    if (token === "{") open.push(new Set());
-    else if (token === "}") open.pop();
+    if (token === "{" || token === "[") open.push(new Set());
+    else if (token === "}" || token === "]") open.pop();
     else if (key !== undefined) {
       const name: string = JSON.parse(key);
       if (open.at(-1)!.has(name)) throw new HhdeployError(`${JSON.stringify(name)} is there twice`);
       open.at(-1)!.add(name);
     }
+    if (open.length > DEEPEST) throw new HhdeployError(`more than ${DEEPEST} levels of lists and objects`);
   }
   return content;
 }
 
 const HALF = /\p{Surrogate}/u; // without the other half
-// Of valid JSON: braces, keys, and texts, which are passed over.
-const TOKEN = /[{}]|("(?:[^"\\]|\\.)*")(?=\s*:)|"(?:[^"\\]|\\.)*"/g;
+const DEEPEST = 100; // levels, as Python takes
+// Of valid JSON: brackets, keys, and texts, which are passed over.
+const TOKEN = /[{}[\]]|("(?:[^"\\]|\\.)*")(?=\s*:)|"(?:[^"\\]|\\.)*"/g;
 
 /** `expect(key, fits, expected)` throws, naming file, key and what was found there, where it does not fit. */
 export function expecting(content: Json, where: string, prefix = "") {

@@ -94,7 +94,7 @@ export function readManifest(bytes: Uint8Array, where: string): { text: string; 
   try {
     text = textOf(bytes);
   } catch (error) {
-    throw new HhdeployError(`${where}: expected a bundle's manifest in UTF-8: ${error}`);
+    throw new HhdeployError(`${where}: expected a bundle's manifest in UTF-8: ${(error as Error).message}.`);
   }
   return { text, manifest: parseManifest(text, where) };
 }
@@ -109,7 +109,7 @@ export function parseManifest(text: string, where: string): Manifest {
   try {
     content = parseJson(text);
   } catch (error) {
-    throw new HhdeployError(`${where}: expected a bundle's manifest in JSON: ${error}`);
+    throw new HhdeployError(`${where}: expected a bundle's manifest in JSON: ${(error as Error).message}.`);
   }
   if (!isObject(content) || !Number.isInteger(content.schema_version) || !isObject(content.files)) {
     throw new HhdeployError(`${where}: expected a bundle's manifest, found other JSON.`);

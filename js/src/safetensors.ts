@@ -36,7 +36,7 @@ export function readSafetensors(bytes: Uint8Array, where: string): Map<string, T
   try {
     header = JSON.parse(textOf(bytes.subarray(8, 8 + length)));
   } catch (error) {
-    throw new HhdeployError(`${where}: expected safetensors, found a header that is no JSON: ${error}`);
+    throw new HhdeployError(`${where}: expected safetensors, found a header that is no JSON: ${(error as Error).message}.`);
   }
   const tensors = new Map<string, Tensor>();
   let position = 0; // one tensor follows the other, and nothing is between or behind them

@@ -80,6 +80,7 @@ def test_what_is_no_json_is_refused(ask, branches, tmp_path):
     bundles = [rewritten(branches, tmp_path / n, MANIFEST, edit) for n, edit in NO_JSON.items()]
     for name, bundle, said in zip(NO_JSON, bundles, ask(*map(asked, bundles)), strict=True):
         assert re.search(rf"HhdeployError: .*{MANIFEST}: expected a bundle's", said["error"]), name
+        assert said["error"].count("Error: ") == 1, said  # in a sentence of ours, not its own
         with pytest.raises(BundleError, match=f"{MANIFEST} cannot be read"):
             open_session(bundle)
 

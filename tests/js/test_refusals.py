@@ -23,6 +23,7 @@ from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import DataError, HhdeployError, OptionError
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.runtime import open_session
+from tests.broken_manifests import nested
 from tests.js.conftest import decoded, encoded, sent
 from tests.support import images
 from tests.workshop import copy_bundle
@@ -144,6 +145,11 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         writes(CONFIG_FILE, lambda b: b.replace(b'"form"', b'"form": "sequential", "form"', 1)),
         "form.*twice",
     ),
+    "nan": (writes(CONFIG_FILE, lambda b: b.replace(b'"form"', b'"x": NaN, "form"', 1)), "JSON"),
+    "deep": (
+        writes(CONFIG_FILE, lambda b: b.replace(b'"form"', nested(100) + b', "form"', 1)),
+        "JSON.*more than 100 levels",
+    ),
     "peft": (says(peft_type="LORA"), "peft_type"),
     "schema_newer": (says(schema_version=3), "schema_version: expected at most 2, found 3"),
     "schema_absent": (says(schema_version=...), "schema_version"),
@@ -170,6 +176,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         f"answer_{i}": (says(base_answer=x), "base_answer: expected") for i, x in enumerate(ANSWERS)
     },
     "args": (says(base_model_args=[1]), "base_model_args"),
+    "args_no_object": (says(base_model_args=[]), "base_model_args: expected an object or null"),
     "other_heads": (
         says(base_model_args={"num_heads": 1}, preprocess=None),
         "base_model_args: .* with num_heads 1, the backbone has",
