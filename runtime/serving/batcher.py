@@ -28,7 +28,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -37,6 +36,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.runtime.backends import Ids, Images, Run
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, StoppingError
+from hhdeploy.runtime.serving.processes.threads import start_threads
 
 _LOG = logging.getLogger("hhdeploy.serve")
 # Times of its own size that a request's turn lies ahead of one which gives its place up for it.
@@ -153,7 +153,7 @@ class Batcher:
         self._taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(contexts, "hhdeploy-run")
+        self._pool = start_threads(contexts, "hhdeploy-run")
 
     @contextmanager
     def place(self, count: int) -> Iterator[Place]:

@@ -13,7 +13,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +32,7 @@ from hhdeploy.runtime.serving.errors import (
 from hhdeploy.runtime.serving.fleet.folders import AdapterFiles, Source, UnsettledError
 from hhdeploy.runtime.serving.fleet.rows import FleetRows
 from hhdeploy.runtime.serving.fleet.states import AdapterState, Counters, Known, Status, in_doubt
+from hhdeploy.runtime.serving.processes.threads import start_threads
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
 # A folder that is replaced by two renames is away for less than a millisecond in between.
@@ -72,7 +72,7 @@ class Fleet:
         self._fetching: dict[str, asyncio.Task[None]] = {}
         # Loads on behalf of operators.
         self._changes: set[asyncio.Task[AdapterEntry]] = set()
-        self._reader = ThreadPoolExecutor(1, "hhdeploy-fleet")
+        self._reader = start_threads(1, "hhdeploy-fleet")
 
     def reserve(self, name: str) -> None:
         """Take no folder of this name: it is the bundle's in the protocol.

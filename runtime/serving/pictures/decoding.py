@@ -17,10 +17,12 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
+
+from hhdeploy.runtime.serving.processes.threads import start_threads
 
 T = TypeVar("T")
 # Pixels from which a picture is vast: cameras' pictures are below.
@@ -59,9 +61,9 @@ class Decoders:
     def __init__(self, count: int, most_pixels: int) -> None:
         """``count``: pictures at the same time. ``most_pixels``: of the vast ones together."""
         self._count, self._most = count, most_pixels
-        self._small = ThreadPoolExecutor(count, "hhdeploy-decode")
+        self._small = start_threads(count, "hhdeploy-decode")
         self.most_vast = max(1, count // 2)
-        self._vast = ThreadPoolExecutor(self.most_vast, "hhdeploy-vast", _step_back)
+        self._vast = start_threads(self.most_vast, "hhdeploy-vast", _step_back)
         self._waiting: dict[bool, list[_Waiting]] = {False: [], True: []}
         self._running = {False: 0, True: 0}
         # Of all pictures, those that were begun; of the vast ones, those at work.

@@ -13,7 +13,6 @@ import asyncio
 import io
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
@@ -24,9 +23,10 @@ from numpy.typing import NDArray
 
 from hhdeploy.errors import DataError
 from hhdeploy.preprocess import Preprocess, as_rgb
-from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.errors import FailedError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.pictures.decoding import VAST, Decoders
 from hhdeploy.runtime.serving.processes.elsewhere import Elsewhere
+from hhdeploy.runtime.serving.processes.threads import start_threads
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Pictures:
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
-        self._opening = ThreadPoolExecutor(1, "hhdeploy-open")
+        self._opening = start_threads(1, "hhdeploy-open")
         self._decoders = Decoders(settings.decoders, settings.decoding_pixels)
         # Of those that no vast picture is in; as many as there are threads for these.
         self._free: SimpleQueue[Elsewhere] = SimpleQueue()
@@ -188,7 +188,9 @@ def _decode(
         return {way: way(decoded) for way in ways}
     except DataError as error:  # e.g. a model of other channels than a picture has
         raise RequestError(f"{name}: {error}") from error
-    except (MemoryError, ValueError, OverflowError) as error:  # one pixel high, a mile wide
+    except MemoryError as error:
+        raise _no_memory(name) from error
+    except (ValueError, OverflowError) as error:  # one pixel high, a mile wide
         raise RequestError(
             f"{name}: {image.width} x {image.height} pixels cannot be resized: {error}"
         ) from error
@@ -228,6 +230,7 @@ def load_picture(opened: Image.Image, *, name: str) -> Image.Image:
 
     Raises:
         RequestError: it is damaged, or of a depth that says nothing.
+        FailedError: there is no memory for it.
     """
     with _readable(name), opened:
         return as_rgb(opened)  # which keeps the EXIF orientation
@@ -256,6 +259,8 @@ def _readable(name: str) -> Iterator[None]:
         raise
     except DataError as error:
         raise RequestError(f"{name}: {error}") from error
+    except MemoryError as error:
+        raise _no_memory(name) from error
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:  # its text quotes an address in memory
@@ -266,3 +271,10 @@ def _readable(name: str) -> Iterator[None]:
         raise RequestError(
             f"{name}: expected an encoded {', '.join(FORMATS)} picture: {error}"
         ) from error
+
+
+def _no_memory(name: str) -> FailedError:
+    """Of a picture within all limits, at which nothing is wrong."""
+    return FailedError(
+        f"{name} could not be decoded: the server's memory is used up. Try again later."
+    )

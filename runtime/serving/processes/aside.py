@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
+
+from hhdeploy.runtime.serving.processes.threads import start_threads
 
 T = TypeVar("T")
 # Of an answer; made at once: a few milliseconds.
@@ -21,7 +22,7 @@ class Aside:
 
     def __init__(self, name: str) -> None:
         """``name``: of the thread."""
-        self._thread = ThreadPoolExecutor(1, name)
+        self._thread = start_threads(1, name)
 
     async def run(self, size: int, make: Callable[[], T]) -> T:
         """What ``make`` gives, or raises; ``size``: bytes that it makes, about."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from hhdeploy.runtime.serving.errors import BusyError, TooLargeError
 from hhdeploy.runtime.serving.processes.elsewhere import Elsewhere
+from hhdeploy.runtime.serving.processes.threads import start_threads
 
 # More would wait for longer than they may.
 _MOST_WAITING = 32 << 20
@@ -34,7 +34,7 @@ class Parser:
     """Reads the large bodies of one server. `close` ends what was started."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "hhdeploy-json")
+        self._thread = start_threads(1, "hhdeploy-json")
         self._lock = threading.Lock()
         self._process = Elsewhere("reads large requests")
         # Bytes of the bodies that the process is at or that wait for it.

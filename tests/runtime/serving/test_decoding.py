@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import itertools
 import os
 import sys
 import threading
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hhdeploy.errors import DeviceError
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.serving.errors import FailedError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.pictures import images
 from hhdeploy.runtime.serving.pictures.decoding import VAST, Decoders
 from hhdeploy.runtime.serving.pictures.images import Pictures
+from hhdeploy.runtime.serving.processes.threads import start_threads
 from hhdeploy.runtime.serving.settings import ServeSettings
 
 PATIENCE = 60
@@ -276,3 +279,36 @@ def test_vast_pictures_are_decoded_in_a_process_and_are_the_same(monkeypatch, fo
 
     asyncio.run(run())
     assert all(process.returncode is not None for process in held)
+
+
+def no_more_threads(monkeypatch, left: int) -> None:
+    """As `ulimit -u`, a container's pids.max, or a memory that is used up."""
+    start, begun = threading.Thread.start, itertools.count()
+
+    def refuse(thread: threading.Thread) -> None:
+        if next(begun) >= left:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_a_system_without_another_thread_keeps_no_picture_waiting(monkeypatch):
+    """A thread that could not be started counted as busy: no picture was answered any more."""
+
+    async def scene(bench: Bench) -> None:
+        no_more_threads(monkeypatch, 0)
+        asked = {name: bench.picture(name, pixels) for name, pixels in (("a", 1), ("b", VAST))}
+        await bench.running(*asked)
+        for name, future in asked.items():
+            await bench.end(name, future)
+
+    played(scene, 2)
+
+
+def test_threads_that_the_system_has_not_end_a_start(monkeypatch):
+    before = threading.active_count()
+    no_more_threads(monkeypatch, 2)
+    with pytest.raises(DeviceError, match=r"cannot start 3 of the threads some: .* `decoders` or"):
+        start_threads(3, "some")
+    assert threading.active_count() == before

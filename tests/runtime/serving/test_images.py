@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hhdeploy.preprocess import Preprocess
-from hhdeploy.runtime.serving.errors import RequestError, TooLargeError
+from hhdeploy.runtime.serving.errors import FailedError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.pictures.images import load_picture, open_and_decode, open_picture
 
 MOST = 10_000
@@ -107,6 +107,19 @@ def test_damaged_pictures_are_refused(form):
     for length in (0, 1, 8, 20, len(content) // 2):
         refused(content[:length])
     refused(b"\0" + content)
+
+
+@pytest.mark.parametrize("step", ["as_rgb", "Preprocess.__call__"])
+def test_no_memory_is_no_fault_of_the_picture(monkeypatch, step):
+    """It was a 400 without a reason, for which a client throws the picture away."""
+
+    def used_up(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(f"hhdeploy.runtime.serving.pictures.images.{step}", used_up)
+    way = Preprocess((3, 31, 29), (0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(FailedError, match=r"^image 3 could not .* memory is used up\. Try again"):
+        open_and_decode(encoded("JPEG"), MOST, "image 3", [way])
 
 
 def test_the_first_frame_of_an_animation():
