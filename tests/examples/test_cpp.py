@@ -98,11 +98,13 @@ def program() -> Path:
         settings += [f"-DNLOHMANN_JSON={place}" for place in _json_headers()]
         # Not optimised: the example's own code is no part of a test's time.
         settings += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
+        # Of the process PEFT makes CXX a compiler of C, once it builds what BOFT computes with.
+        own = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
         for line in (f"{configure} {shlex.join(settings)}", compile_it):
             done = subprocess.run(
                 ["bash", "-c", line.replace(" build", f" {shlex.quote(str(out))}")],
                 cwd=ROOT,
-                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+                env={**own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
                 capture_output=True,
                 text=True,
                 check=False,
