@@ -104,7 +104,6 @@ def add_graph(
     precision: Precision,
     save: Save,
     judge: Judge,
-    extras: Mapping[str, Save] = MappingProxyType({}),
     *,
     accept: Callable[[Bundle], None] = lambda now: None,
     lock_timeout: float = LOCK_TIMEOUT,
@@ -117,7 +116,7 @@ def add_graph(
         precision: of the graph.
         save: writes it.
         judge: its parity.
-        extras, accept, lock_timeout, progress: see `commit_graph`.
+        accept, lock_timeout, progress: see `commit_graph`.
 
     Raises: as `commit_graph`.
     """
@@ -127,7 +126,6 @@ def add_graph(
             trial,
             precision,
             judge(trial),
-            extras,
             accept=accept,
             lock_timeout=lock_timeout,
             progress=progress,

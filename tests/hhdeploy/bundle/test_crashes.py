@@ -30,7 +30,7 @@ from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import _store_verification
-from hhdeploy.verifying.graphs import add_graph
+from hhdeploy.verifying.graphs import commit_graph, graph_on_trial
 from hhdeploy.verifying.reference import Reference
 from tests.crashing import calls_of, deaths, killed_at_every_call, power_cuts
 from tests.hhdeploy.bundle.test_signing import pair
@@ -57,7 +57,9 @@ def calibrated(root: Path) -> None:
         name: (lambda target, name=name: shutil.copy(source / name, target))
         for name in ("calibration.int8.json", "calibration.int8.safetensors")
     }
-    add_graph(Bundle.open(root), "int8", save, lambda candidate: [], extras)
+    bundle = Bundle.open(root)
+    with graph_on_trial(bundle, "int8", save) as trial:
+        commit_graph(bundle, trial, "int8", [], extras)
 
 
 def built(root: Path) -> None:
