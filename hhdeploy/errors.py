@@ -31,9 +31,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import os
 import re
 import sys
+from collections.abc import Collection
 from pathlib import PurePath
 from types import ModuleType
 
@@ -167,6 +169,12 @@ def _parameters_in(mark: str) -> list[str]:
     bare = [a.value if isinstance(a, ast.Subscript) else a for a in code.args]
     names = [a.id for a in bare if isinstance(a, ast.Name)]
     return [*names, *(k.arg for k in code.keywords if k.arg is not None)]
+
+
+def abbreviate(names: Collection[str], limit: int = 8) -> str:
+    """The first ``limit`` names for a message, and how many there are if that is not all."""
+    shown = ", ".join(itertools.islice(names, limit))
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
 
 
 def first_line(error: Exception) -> str:

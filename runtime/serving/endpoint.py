@@ -115,13 +115,12 @@ class LocalEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        # See `Endpoint.infer`. The service's own: the way of a request has no step in between.
+        # See `Endpoint`. The service's own: the way of a request has no step in between.
         self.infer = service.infer
-
         self.refused = service.metrics.refused
         # Their cost grows with the fleet, and a request for them is a line.
-        self._metrics = Paced(lambda: service.metrics.exposition(service.now()))
-        self._status = Paced(lambda: status_of(service))
+        self.metrics = Paced(lambda: service.metrics.exposition(service.now()))
+        self.status = Paced(lambda: status_of(service))
         self._all_statistics = Paced(self._statistics_of_all)
         self._index = Paced(self._repository_index)
 
@@ -266,14 +265,6 @@ class LocalEndpoint:
     async def unload_adapter(self, name: str) -> None:
         """See `Endpoint.unload_adapter`."""
         await self._fleet(name).unload(name)
-
-    async def metrics(self) -> tuple[bytes, str]:
-        """See `Endpoint.metrics`."""
-        return await self._metrics()
-
-    async def status(self) -> dict[str, Any]:
-        """See `Endpoint.status`."""
-        return await self._status()
 
     def _answering(self, alias: str | None) -> list[AdapterEntry | None]:
         """Who answers a model's requests; None: the backbone, or an adapter never read so far."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from hhdeploy.errors import HhdeployError, require
 from hhdeploy.runtime.serving.errors import refusal_kind
+from hhdeploy.runtime.serving.messages import VERSION
 
 # Seconds; an adapter of ViT-B size takes about 0.01.
 _LOAD_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
@@ -79,7 +80,7 @@ class Metrics:
     """Counts of one server; written on its event loop only."""
 
     def __init__(self, model: str) -> None:
-        self._labels = {"model": model, "version": "1"}
+        self._labels = {"model": model, "version": VERSION}
         self.success = 0
         self.failures = dict.fromkeys(_REASONS, 0)
         self.images = 0
@@ -153,7 +154,7 @@ class Metrics:
         """The text of a scrape, and its content type."""
         client = require("prometheus_client", "serve", "metrics")
         registry = client.CollectorRegistry()
-        registry.register(_Collector(self, now))
+        registry.register(Collector(lambda: self.families(now)))
         registry.register(client.ProcessCollector(registry=None))
         return client.generate_latest(registry), client.CONTENT_TYPE_LATEST
 
@@ -270,17 +271,9 @@ def refusals_text(refusals: Mapping[str, int]) -> bytes:
     """The exposition of these alone."""
     client = require("prometheus_client", "serve", "metrics")
     registry = client.CollectorRegistry()
-    registry.register(_Refusals(refusals))
+    registry.register(Collector(lambda: iter((refusal_family(refusals),))))
     text: bytes = client.generate_latest(registry)
     return text
-
-
-class _Refusals:
-    def __init__(self, refusals: Mapping[str, int]) -> None:
-        self._refusals = refusals
-
-    def collect(self) -> Iterator[Any]:
-        yield refusal_family(self._refusals)
 
 
 def latency_ms(recent: Sequence[float]) -> dict[str, Any]:
@@ -294,9 +287,8 @@ def latency_ms(recent: Sequence[float]) -> dict[str, Any]:
     return {**percentiles, "recent": [round(value, 3) for value in recent]}
 
 
-class _Collector:
-    def __init__(self, metrics: Metrics, now: Now) -> None:
-        self._metrics, self._now = metrics, now
+class Collector:
+    """What a registry of prometheus-client asks for its families."""
 
-    def collect(self) -> Iterator[Any]:
-        return self._metrics.families(self._now)
+    def __init__(self, collect: Callable[[], Iterator[Any]]) -> None:
+        self.collect = collect

@@ -17,7 +17,6 @@ from hhdeploy.errors import PlanError
 from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
-from hhdeploy.runtime.serving.fleet.fleet import Fleet
 from hhdeploy.runtime.serving.grpc.server import GrpcServer, start_grpc
 from hhdeploy.runtime.serving.http.app import http_app
 from hhdeploy.runtime.serving.http.arrival import bounded_protocol
@@ -180,7 +179,7 @@ def _reloading(service: Service, access: Access, tls: Tls | None) -> Iterator[No
             except PlanError as error:
                 _LOG.error("kept as it was", extra={"problem": str(error)})
         if service.fleet is not None:
-            look = asyncio.create_task(_look(service.fleet))
+            look = asyncio.create_task(service.fleet.look())
             looks.add(look)
             look.add_done_callback(looks.discard)
 
@@ -192,10 +191,3 @@ def _reloading(service: Service, access: Access, tls: Tls | None) -> Iterator[No
         loop.remove_signal_handler(signal.SIGHUP)
         for look in looks:
             look.cancel()
-
-
-async def _look(fleet: Fleet) -> None:
-    try:
-        await fleet.refresh()
-    except Exception:  # noqa: BLE001 - e.g. a network file system that is away for a moment
-        _LOG.exception("fleet directory cannot be looked through")

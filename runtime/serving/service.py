@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle.manifest import AdapterEntry, Manifest
-from hhdeploy.errors import PlanError
+from hhdeploy.errors import PlanError, abbreviate
 from hhdeploy.runtime.bank import Hold
 from hhdeploy.runtime.serving.batcher import Batcher, Computed
 from hhdeploy.runtime.serving.errors import NotFoundError, RequestError, StoppingError
@@ -330,10 +330,10 @@ class Service:
                 "images."
             )
         if self.fleet is not None and None in names and not self._manifest.answers_backbone:
-            there = ", ".join([s.name for s in self.fleet.statuses() if s.answers][:20]) or "none"
+            there = abbreviate([s.name for s in self.fleet.statuses() if s.answers], 20)
             raise RequestError(
                 "no adapter named, and this bundle has no classifier of the bare backbone. "
-                f"Set the parameter adapter; there are: {there}."
+                f"Set the parameter adapter; there are: {there or 'none'}."
             )
         return [Row(i if count > 1 else 0, name) for i, name in enumerate(names)]
 

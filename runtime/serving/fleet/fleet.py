@@ -20,7 +20,7 @@ from typing import TypeVar
 from hhdeploy.adapters.checks import check_name
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
-from hhdeploy.errors import HhdeployError, OccupiedError, PlanError, WriteError
+from hhdeploy.errors import HhdeployError, OccupiedError, PlanError, WriteError, abbreviate
 from hhdeploy.runtime.bank import AdapterBank, Hold, Packed
 from hhdeploy.runtime.serving.errors import (
     FailedError,
@@ -31,7 +31,7 @@ from hhdeploy.runtime.serving.errors import (
 )
 from hhdeploy.runtime.serving.fleet.folders import AdapterFiles, Source, UnsettledError
 from hhdeploy.runtime.serving.fleet.rows import FleetRows
-from hhdeploy.runtime.serving.fleet.states import AdapterState, Counters, Known, Status, in_doubt
+from hhdeploy.runtime.serving.fleet.states import Counters, Known, Status, in_doubt
 from hhdeploy.runtime.serving.processes.threads import start_threads
 
 _LOG = logging.getLogger("hhdeploy.serve.fleet")
@@ -99,7 +99,7 @@ class Fleet:
             await asyncio.sleep(_GAP_SECONDS)
             await self.refresh()
         for name in sorted(self._pinned - set(self._known)):
-            known = ", ".join(sorted(self._known)) or "none"
+            known = abbreviate(sorted(self._known), 20) or "none"
             raise PlanError(f"`pinned`: unknown adapter {name!r}. There are: {known}.")
         if len(self._pinned) > self.rows.total:
             raise PlanError(
@@ -238,13 +238,17 @@ class Fleet:
     # --- the directory --------------------------------------------------------------------------
 
     async def watch(self, seconds: float) -> None:
-        """`refresh` for ever."""
+        """`look` for ever."""
         while True:
             await asyncio.sleep(seconds)
-            try:
-                await self.refresh()
-            except Exception:  # noqa: BLE001 - e.g. a network file system that is away for a moment
-                _LOG.exception("fleet directory cannot be looked through")
+            await self.look()
+
+    async def look(self) -> None:
+        """`refresh`, of which a failure is a line of the log."""
+        try:
+            await self.refresh()
+        except Exception:  # noqa: BLE001 - e.g. a network file system that is away for a moment
+            _LOG.exception("fleet directory cannot be looked through")
 
     async def refresh(self) -> None:
         """Look through the fleet directory: new, changed, removed and broken adapters.
@@ -313,7 +317,7 @@ class Fleet:
 
     def _unknown(self, name: str) -> NotFoundError:
         names = sorted(self._known.keys() - {name})  # whose folder may be gone
-        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
+        shown = abbreviate(names, 20)
         bundle = f"; the bundle is {self._files.reserved!r}" if self._files.reserved else ""
         return NotFoundError(
             f"unknown adapter {name[:200]!r}. There are: {shown or 'none'}{bundle}."
@@ -321,16 +325,7 @@ class Fleet:
 
     def _status(self, name: str) -> Status:
         known, entry = self._known[name], self.rows.entry(name)
-        state: AdapterState = (
-            "unloaded"
-            if known.unloaded
-            else "ready"
-            if entry is not None
-            else "broken"
-            if known.problem
-            else "on disk"
-        )
-        read = self._files.entries.get(name)
+        state, read = known.state(entry is not None), self._files.entries.get(name)
         pinned, bundled = name in self._pinned, known.source.bundled
         return Status(name, state, known.problem, pinned, entry, read, bundled)
 

@@ -27,6 +27,14 @@ class Known:
     problem: str = ""
     unloaded: bool = False
 
+    def state(self, has_row: bool) -> AdapterState:
+        """A broken one that has a row still answers with what it was."""
+        if self.unloaded:
+            return "unloaded"
+        if has_row:
+            return "ready"
+        return "broken" if self.problem else "on disk"
+
 
 @dataclass(frozen=True)
 class Status:

@@ -38,7 +38,7 @@ from hhdeploy.runtime.serving.errors import (
     shortened,
 )
 from hhdeploy.runtime.serving.fleet.uploads import check_unload, read_upload
-from hhdeploy.runtime.serving.http.arrival import Bodies
+from hhdeploy.runtime.serving.http.bodies import Bodies
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     compact_json,
@@ -71,90 +71,9 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         endpoint: what answers.
         access: who may ask; health and the page's files are there for all.
     """
-    settings = endpoint.settings
-    bodies = Bodies(settings.bodies_bytes)
-    parser, aside = BodyParser(), Aside("hhdeploy-http")
-    most_json = endpoint.most_json
-
-    async def infer(request: Request) -> Response:
-        length = header(request, _HEADER_LENGTH)
-        # Without binary tensors all of it is JSON.
-        most = settings.body_bytes if length is not None else min(settings.body_bytes, most_json)
-        held = bodies.read(request, most)
-        async with held as body:
-            model = request.path_params["model"]
-            version = request.path_params.get("version", "")
-            message = await parser.request(model, version, body, length, most_json)
-            if body.encoding:
-                held.add(message.nbytes)
-            with _Connected(request):
-                response = await endpoint.infer(message)
-        write = partial(write_response, response, message)
-        content, head = await aside.run(response.nbytes, write)
-        headers = {HEADER_LENGTH: str(head)} if head is not None else {}
-        kind = "application/octet-stream" if head is not None else "application/json"
-        return Response(content, media_type=kind, headers=headers)
-
-    async def live(request: Request) -> Response:
-        return _json({"live": True})
-
-    async def ready(request: Request) -> Response:
-        there = await endpoint.ready()
-        return _json({"ready": there}, 200 if there else 503)
-
-    async def server(request: Request) -> Response:
-        return _json(server_metadata())
-
-    async def metadata(request: Request) -> Response:
-        return _json(await endpoint.model_metadata(**request.path_params))
-
-    async def model_ready(request: Request) -> Response:
-        there = await endpoint.model_ready(**request.path_params)
-        name = request.path_params["model"]
-        return _json({"name": name, "ready": there}, 200 if there else 503)
-
-    async def config(request: Request) -> Response:
-        return _json(model_config(await endpoint.model_metadata(**request.path_params)))
-
-    async def stats(request: Request) -> Response:
-        return _json(await endpoint.model_statistics(**request.path_params))
-
-    async def all_stats(request: Request) -> Response:
-        if settings.model_name == "stats":  # the operator's choice; an adapter may be anybody's
-            return _json(await endpoint.model_metadata("stats"))
-        return _json(await endpoint.model_statistics(""))
-
-    async def index(request: Request) -> Response:
-        async with bodies.read(request, _SMALL_BYTES) as body:
-            content = await parser.content(body)
-        ready_only = read_truth(content, "ready", False, "the request")
-        return _json(await endpoint.repository_index(ready_only))
-
-    async def load(request: Request) -> Response:
-        access.check_loading(header(request, b"authorization"))
-        # An uploaded file travels as base64, which is a third longer.
-        most = settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
-        held = bodies.read(request, most)
-        async with held as body:
-            parameters = read_only_parameters(await parser.content(body))
-            upload = read_upload(parameters, settings.adapter_bytes)
-            if body.encoding and upload is not None:
-                held.add(len(upload.config) + len(upload.tensors))
-            loaded = await endpoint.load_adapter(request.path_params["adapter"], upload)
-        return _json(loaded)
-
-    async def unload(request: Request) -> Response:
-        access.check_loading(header(request, b"authorization"))
-        async with bodies.read(request, _SMALL_BYTES) as body:
-            check_unload(read_only_parameters(await parser.content(body)))
-        await endpoint.unload_adapter(request.path_params["adapter"])
-        return Response(status_code=200)
-
-    async def metrics(request: Request) -> Response:
-        content, kind = await endpoint.metrics()
-        return Response(content, headers={"content-type": kind})
-
-    guard = _Guard(settings, endpoint.refused, bodies)
+    bodies = Bodies(endpoint.settings.bodies_bytes)
+    handlers = _Handlers(endpoint, access, bodies)
+    guard = _Guard(endpoint.settings, endpoint.refused, bodies)
 
     def open_to_all(path: str, handler: Handler) -> Route:
         return Route(path, _Guarded(guard, path, handler), methods=["GET"])
@@ -166,23 +85,23 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
     models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
     routes: list[BaseRoute] = [
         # They are tried in their order: first what is asked for most.
-        *(route(f"{model}/infer", infer, "POST") for model in models),
-        open_to_all("/v2/health/live", live),
-        open_to_all("/v2/health/ready", ready),
-        route("/v2", server),
-        route("/v2/repository/index", index, "POST"),
-        route("/v2/repository/models/{adapter}/load", load, "POST"),
-        route("/v2/repository/models/{adapter}/unload", unload, "POST"),
-        route("/metrics", metrics),
+        *(route(f"{model}/infer", handlers.infer, "POST") for model in models),
+        open_to_all("/v2/health/live", handlers.live),
+        open_to_all("/v2/health/ready", handlers.ready),
+        route("/v2", handlers.server),
+        route("/v2/repository/index", handlers.index, "POST"),
+        route("/v2/repository/models/{adapter}/load", handlers.load, "POST"),
+        route("/v2/repository/models/{adapter}/unload", handlers.unload, "POST"),
+        route("/metrics", handlers.metrics),
         *page_routes(endpoint, route),
-        route("/v2/models/stats", all_stats),  # before the model of that name
+        route("/v2/models/stats", handlers.all_stats),  # before the model of that name
     ]
     for model in models:
         routes += [
-            route(model, metadata),
-            route(f"{model}/ready", model_ready),
-            route(f"{model}/config", config),
-            route(f"{model}/stats", stats),
+            route(model, handlers.metadata),
+            route(f"{model}/ready", handlers.model_ready),
+            route(f"{model}/config", handlers.config),
+            route(f"{model}/stats", handlers.stats),
         ]
 
     @asynccontextmanager
@@ -190,14 +109,107 @@ def http_app(endpoint: Endpoint, access: Access) -> Starlette:
         try:
             yield
         finally:
-            parser.close()
-            aside.close()
+            handlers.close()
 
     app = Starlette(
         routes=routes, exception_handlers=dict.fromkeys((404, 405), guard.missing), lifespan=running
     )
     app.router.redirect_slashes = False  # a redirect would quote the request's Host
     return app
+
+
+class _Handlers:
+    """What answers each path of the protocol; errors are raised, see `_Guarded`."""
+
+    def __init__(self, endpoint: Endpoint, access: Access, bodies: Bodies) -> None:
+        self._endpoint, self._access, self._bodies = endpoint, access, bodies
+        self._settings, self._most_json = endpoint.settings, endpoint.most_json
+        self._parser, self._aside = BodyParser(), Aside("hhdeploy-http")
+
+    def close(self) -> None:
+        """End what reads bodies and writes answers."""
+        self._parser.close()
+        self._aside.close()
+
+    async def infer(self, request: Request) -> Response:
+        length = header(request, _HEADER_LENGTH)
+        # Without binary tensors all of it is JSON.
+        most = self._settings.body_bytes
+        most = most if length is not None else min(most, self._most_json)
+        held = self._bodies.read(request, most)
+        async with held as body:
+            model = request.path_params["model"]
+            version = request.path_params.get("version", "")
+            message = await self._parser.request(model, version, body, length, self._most_json)
+            if body.encoding:
+                held.add(message.nbytes)
+            with _Connected(request):
+                response = await self._endpoint.infer(message)
+        write = partial(write_response, response, message)
+        content, head = await self._aside.run(response.nbytes, write)
+        headers = {HEADER_LENGTH: str(head)} if head is not None else {}
+        kind = "application/octet-stream" if head is not None else "application/json"
+        return Response(content, media_type=kind, headers=headers)
+
+    async def live(self, request: Request) -> Response:
+        return _json({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        there = await self._endpoint.ready()
+        return _json({"ready": there}, 200 if there else 503)
+
+    async def server(self, request: Request) -> Response:
+        return _json(server_metadata())
+
+    async def metadata(self, request: Request) -> Response:
+        return _json(await self._endpoint.model_metadata(**request.path_params))
+
+    async def model_ready(self, request: Request) -> Response:
+        there = await self._endpoint.model_ready(**request.path_params)
+        name = request.path_params["model"]
+        return _json({"name": name, "ready": there}, 200 if there else 503)
+
+    async def config(self, request: Request) -> Response:
+        return _json(model_config(await self._endpoint.model_metadata(**request.path_params)))
+
+    async def stats(self, request: Request) -> Response:
+        return _json(await self._endpoint.model_statistics(**request.path_params))
+
+    async def all_stats(self, request: Request) -> Response:
+        # The operator's choice of a name; an adapter may be anybody's.
+        if self._settings.model_name == "stats":
+            return _json(await self._endpoint.model_metadata("stats"))
+        return _json(await self._endpoint.model_statistics(""))
+
+    async def index(self, request: Request) -> Response:
+        async with self._bodies.read(request, _SMALL_BYTES) as body:
+            content = await self._parser.content(body)
+        ready_only = read_truth(content, "ready", False, "the request")
+        return _json(await self._endpoint.repository_index(ready_only))
+
+    async def load(self, request: Request) -> Response:
+        self._access.check_loading(header(request, b"authorization"))
+        # An uploaded file travels as base64, which is a third longer.
+        most = self._settings.adapter_bytes // 3 * 4 + _SMALL_BYTES
+        held = self._bodies.read(request, most)
+        async with held as body:
+            parameters = read_only_parameters(await self._parser.content(body))
+            upload = read_upload(parameters, self._settings.adapter_bytes)
+            if body.encoding and upload is not None:
+                held.add(len(upload.config) + len(upload.tensors))
+            loaded = await self._endpoint.load_adapter(request.path_params["adapter"], upload)
+        return _json(loaded)
+
+    async def unload(self, request: Request) -> Response:
+        self._access.check_loading(header(request, b"authorization"))
+        async with self._bodies.read(request, _SMALL_BYTES) as body:
+            check_unload(read_only_parameters(await self._parser.content(body)))
+        await self._endpoint.unload_adapter(request.path_params["adapter"])
+        return Response(status_code=200)
+
+    async def metrics(self, request: Request) -> Response:
+        content, kind = await self._endpoint.metrics()
+        return Response(content, headers={"content-type": kind})
 
 
 class _Guard:

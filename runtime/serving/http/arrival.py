@@ -1,29 +1,22 @@
-"""What arrives on a connection, within limits: heads and time, then bodies.
+"""What arrives on a connection, within limits: of heads, of time, and of the loop's turns.
 
 uvicorn's own timeout is for connections between two requests: one that never sends a request, or
 whose request never ends, would stay for ever, and headers without end would be collected in memory.
-Bodies are counted as long as they are held.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from starlette.requests import ClientDisconnect, Request
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hhdeploy.errors import HhdeployError
-from hhdeploy.runtime.serving.errors import BusyError, RequestError, TooLargeError
-from hhdeploy.runtime.serving.http.codec import Body, read_encoding
-from hhdeploy.runtime.serving.http.heads import header
+from hhdeploy.runtime.serving.errors import BusyError, RequestError
 from hhdeploy.runtime.serving.http.leaving import LeavingProtocol, turn_away
 from hhdeploy.runtime.serving.http.upgrades import RequestParser
 
@@ -32,8 +25,6 @@ MOST_HEAD_BYTES: Final = 1 << 16
 # What a client skips that waits for an answer, and how often it is sent to one that says no more.
 _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _LOOK_SECONDS: Final = 0.2
-# A body that takes longer to arrive makes room where there is none.
-SLOW_SECONDS: Final = 1.0
 # What is taken of a connection at once, and how much of a body waits for no turn.
 PIECE_BYTES: Final = 1 << 18
 _SMALL_BYTES: Final = 1 << 16
@@ -58,120 +49,135 @@ def bounded_protocol(
             those of connections beyond their limit.
         crowded: whether more requests wait than are answered soon, see `Turns`.
     """
+    bounds_ = _Bounds(connections, refused, Turns(crowded))
 
-    turns = Turns(crowded)
-    room = memoryview(bytearray(PIECE_BYTES))  # of the connection that is read just now
+    class OfOneServer(_BoundedProtocol):
+        patience, bounds = seconds, bounds_
 
-    class BoundedProtocol(LeavingProtocol, asyncio.BufferedProtocol):
-        patience = seconds
-        _deadline: asyncio.TimerHandle | None = None
-        # A request has begun, and not arrived as a whole.
-        _arriving = False
-        # Bytes that came since the headers' end or since the body went on.
-        _beside = 0
-        # Bytes of the body that is arriving.
-        _of_body = 0
+    return OfOneServer
 
-        def __init__(self, *arguments: Any, **others: Any) -> None:
-            super().__init__(*arguments, **others)
-            self.parser = RequestParser(self)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self.flow = _InTurn(transport, turns)
-            self._deadline = self.loop.call_later(seconds, transport.close)
+@dataclass(frozen=True)
+class _Bounds:
+    """What the connections of one server share, see `bounded_protocol`; ``room``: what was read
+    of the one that is read just now."""
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._arrived()
-            super().connection_lost(exc)
+    connections: int
+    refused: Callable[[HhdeployError], None]
+    turns: Turns
+    room: memoryview = field(default_factory=lambda: memoryview(bytearray(PIECE_BYTES)))
 
-        def get_buffer(self, sizehint: int) -> memoryview:
-            return room
 
-        def buffer_updated(self, nbytes: int) -> None:
-            self.data_received(bytes(room[:nbytes]))
+class _BoundedProtocol(LeavingProtocol, asyncio.BufferedProtocol):
+    """A connection within its server's bounds; see `bounded_protocol`."""
 
-        def data_received(self, data: bytes) -> None:
-            self._beside += len(data)
-            super().data_received(data)
-            # Most have arrived by now: a timer for each is none that would ever end.
-            if self._arriving and self._deadline is None:
-                self._deadline = self.loop.call_later(seconds, self.transport.close)
-            if self._beside > MOST_HEAD_BYTES and not self.transport.is_closing():
-                message = f"Headers beyond {MOST_HEAD_BYTES} bytes."
-                self.logger.warning(message)
-                self.send_400_response(message)
-            if self._of_body > _SMALL_BYTES:
-                self._go_on_in_turn()
+    bounds: _Bounds
+    _deadline: asyncio.TimerHandle | None = None
+    # A request has begun, and not arrived as a whole.
+    _arriving = False
+    # Bytes that came since the headers' end or since the body went on.
+    _beside = 0
+    # Bytes of the body that is arriving.
+    _of_body = 0
 
-        def _go_on_in_turn(self) -> None:
-            self.flow.pause_reading()  # until the application asks for more
-            if self.cycle.response_complete:
-                self.flow.resume_reading()  # which it never will: the rest is dropped
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.parser = RequestParser(self)
 
-        def eof_received(self) -> bool | None:  # type: ignore[override]
-            """A client that has said all may wait for its answer, or may have left.
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _InTurn(transport, self.bounds.turns)
+        self._deadline = self.loop.call_later(self.patience, transport.close)
 
-            The one sees interim answers and skips them, the other's machine refuses them. A proxy
-            of HTTP/1.0, which knows none, has left.
-            """
-            cycle = self.pipeline[0][0] if self.pipeline else self.cycle
-            if cycle is None or cycle.response_complete or cycle.more_body:
-                return None
-            if self.scheme == "https" or _of_old_proxy(cycle.scope):  # TLS has no half of one
-                return None
-            cycle.keep_alive = False
-            self._look_for_it()
-            return True
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        super().connection_lost(exc)
 
-        def _look_for_it(self) -> None:
-            cycle = self.cycle
-            if self.transport.is_closing() or cycle is None or cycle.response_started:
-                return
-            if cycle.scope["http_version"] != "1.0":  # which knows no interim answers
-                self.transport.write(_INTERIM)
-            self.loop.call_later(_LOOK_SECONDS, self._look_for_it)
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.bounds.room
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._arriving = True
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self.bounds.room[:nbytes]))
 
-        def send_400_response(self, msg: str) -> None:
-            refused(RequestError(msg))
-            super().send_400_response(msg)
+    def data_received(self, data: bytes) -> None:
+        self._beside += len(data)
+        super().data_received(data)
+        # Most have arrived by now: a timer for each is none that would ever end.
+        if self._arriving and self._deadline is None:
+            self._deadline = self.loop.call_later(self.patience, self.transport.close)
+        if self._beside > MOST_HEAD_BYTES and not self.transport.is_closing():
+            message = f"Headers beyond {MOST_HEAD_BYTES} bytes."
+            self.logger.warning(message)
+            self.send_400_response(message)
+        if self._of_body > _SMALL_BYTES:
+            self._go_on_in_turn()
 
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if "method" not in self.scope:  # else behind the body, where no header is looked for
-                super().on_header(name, value)
+    def _go_on_in_turn(self) -> None:
+        self.flow.pause_reading()  # until the application asks for more
+        if self.cycle.response_complete:
+            self.flow.resume_reading()  # which it never will: the rest is dropped
 
-        def on_headers_complete(self) -> None:
-            if self.parser.should_upgrade():
-                return  # it is read once more, without the offer
-            if max(len(self.connections), len(self.tasks)) >= connections:
-                refused(BusyError("too many connections."))
-                self.app = turn_away  # of all requests of this connection: it is closed
-            super().on_headers_complete()
-            self._beside = self._of_body = 0
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """A client that has said all may wait for its answer, or may have left.
 
-        def on_body(self, body: bytes) -> None:
-            super().on_body(body)
-            self._beside = 0
-            self._of_body += len(body)
+        The one sees interim answers and skips them, the other's machine refuses them. A proxy
+        of HTTP/1.0, which knows none, has left.
+        """
+        cycle = self.pipeline[0][0] if self.pipeline else self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return None
+        if self.scheme == "https" or _of_old_proxy(cycle.scope):  # TLS has no half of one
+            return None
+        cycle.keep_alive = False
+        self._look_for_it()
+        return True
 
-        def on_message_complete(self) -> None:
-            if self.parser.should_upgrade():
-                return
-            super().on_message_complete()
-            self._beside = self._of_body = 0
-            self._arrived()
+    def _look_for_it(self) -> None:
+        cycle = self.cycle
+        if self.transport.is_closing() or cycle is None or cycle.response_started:
+            return
+        if cycle.scope["http_version"] != "1.0":  # which knows no interim answers
+            self.transport.write(_INTERIM)
+        self.loop.call_later(_LOOK_SECONDS, self._look_for_it)
 
-        def _arrived(self) -> None:
-            self._arriving = False
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._arriving = True
 
-    return BoundedProtocol
+    def send_400_response(self, msg: str) -> None:
+        self.bounds.refused(RequestError(msg))
+        super().send_400_response(msg)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if "method" not in self.scope:  # else behind the body, where no header is looked for
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # it is read once more, without the offer
+        if max(len(self.connections), len(self.tasks)) >= self.bounds.connections:
+            self.bounds.refused(BusyError("too many connections."))
+            self.app = turn_away  # of all requests of this connection: it is closed
+        super().on_headers_complete()
+        self._beside = self._of_body = 0
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._beside = 0
+        self._of_body += len(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        super().on_message_complete()
+        self._beside = self._of_body = 0
+        self._arrived()
+
+    def _arrived(self) -> None:
+        self._arriving = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def _of_old_proxy(scope: Mapping[str, Any]) -> bool:
@@ -231,166 +237,3 @@ class _InTurn(FlowControl):
     def _go_on(self) -> None:
         self._waits = False
         super().resume_reading()
-
-
-@dataclass(eq=False)
-class _OnTheWay:
-    """A body that has not arrived as a whole, ``held`` bytes have; or an answer that is not taken.
-
-    ``end``: gives it up.
-    """
-
-    end: Callable[[], object]
-    since: float
-    held: int = 0
-    given_up: bool = False
-
-
-class Bodies:
-    """The bodies that one server holds. Many small requests may be large together.
-
-    Where they are too large together, those that arrive slowly make room, and answers that are
-    taken slowly: nobody can keep others out with bodies that never end, or that nobody reads.
-    """
-
-    def __init__(self, most: int) -> None:
-        """``most``: bytes of all bodies at the same time."""
-        self._most = most
-        self._held = 0
-        self._on_the_way: set[_OnTheWay] = set()
-
-    def read(self, request: Request, limit: int) -> _Held:
-        """``async with`` it: the whole body; refused as soon as it is longer than ``limit``. It is
-        counted until the end of the block.
-
-        Raises:
-            TooLargeError: it is.
-            BusyError: all bodies together are beyond the server's limit.
-            RequestError: it is not as long as its header says; see `read_encoding`.
-        """
-        return _Held(self, request, limit)
-
-    async def take(self, request: Request, limit: int) -> Body:
-        """See `read`: a body whose bytes are counted as held until `give_back`."""
-        declared = header(request, b"content-length") or ""
-        told = int(declared[:18]) if declared.isascii() and declared.isdigit() else None
-        if told is not None and told > limit:
-            raise TooLargeError(f"the body is {told} bytes, at most {limit} are taken.")
-        encoding = read_encoding(header(request, b"content-encoding"))
-        content = await self._arrived(request, limit)
-        if told is not None and told != len(content):  # not this server's own connections: Ray's
-            self.give_back(len(content))
-            raise RequestError(
-                f"Content-Length: expected a body of {told} bytes, {len(content)} arrived: "
-                "something between lost them. Send the request without the header Upgrade."
-            )
-        return Body(content, encoding, limit)
-
-    def give_back(self, held: int) -> None:
-        """Bytes that are held no more."""
-        self._held -= held
-
-    async def _arrived(self, request: Request, limit: int) -> bytes:
-        """The body as it came, whose bytes are counted as held."""
-        piece, more = await _piece(request, 0, limit)
-        if not more:
-            self._take(len(piece))
-            return piece
-        body = io.BytesIO()  # grows as one piece, which the kernel moves and takes back
-        task = asyncio.current_task()
-        arriving = _OnTheWay(getattr(task, "cancel", int), time.monotonic())
-        self._on_the_way.add(arriving)
-        try:
-            while True:
-                self._take(len(piece), arriving)
-                arriving.held += len(piece)
-                body.write(piece)
-                if not more:
-                    break
-                piece, more = await _piece(request, body.tell(), limit)
-            arriving.held = 0  # it is the caller's
-        except asyncio.CancelledError:
-            if not arriving.given_up:
-                raise
-            getattr(task, "uncancel", int)()  # Python 3.10 does not count
-            raise self._busy() from None
-        finally:
-            self._on_the_way.discard(arriving)
-            self._held -= arriving.held
-        return body.getvalue()
-
-    @contextlib.contextmanager
-    def leaving(self, size: int, end: Callable[[], object]) -> Iterator[None]:
-        """Count an answer's bytes until the end of the block; ``end``: ends its connection.
-
-        Raises:
-            BusyError: see `read`.
-        """
-        self._take(size)
-        leaving = _OnTheWay(end, time.monotonic(), size)
-        self._on_the_way.add(leaving)
-        try:
-            yield
-        finally:
-            self._on_the_way.discard(leaving)
-            self._held -= leaving.held
-
-    def _take(self, size: int, own: _OnTheWay | None = None) -> None:
-        while self._held + size > self._most:
-            begun = time.monotonic() - SLOW_SECONDS
-            slow = [each for each in self._on_the_way if each.since < begun and each.held]
-            largest = max(slow, key=lambda each: each.held, default=own)
-            if largest is None or largest is own:
-                raise self._busy()
-            self._give_up(largest)
-        self._held += size
-
-    def _give_up(self, slow: _OnTheWay) -> None:
-        self._on_the_way.discard(slow)
-        self._held -= slow.held
-        slow.held, slow.given_up = 0, True
-        slow.end()
-
-    def _busy(self) -> BusyError:
-        return BusyError(
-            f"the bodies of all requests and answers are {self._held} bytes, at most {self._most} "
-            f"are held, and of those under way for more than {SLOW_SECONDS:g} s less. Try again "
-            "later."
-        )
-
-
-async def _piece(request: Request, before: int, limit: int) -> tuple[bytes, bool]:
-    """The next piece of a body, after ``before`` bytes, and whether there are more.
-
-    Raises:
-        TooLargeError: the body is longer than ``limit``.
-        ClientDisconnect: there is none.
-    """
-    message = await request.receive()
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    piece: bytes = message.get("body", b"")
-    if before + len(piece) > limit:
-        raise TooLargeError(f"the body is beyond {limit} bytes.")
-    return piece, message.get("more_body", False)
-
-
-class _Held:
-    """See `Bodies.read`. No generator, whose steps would cost more than a small body's."""
-
-    def __init__(self, bodies: Bodies, request: Request, limit: int) -> None:
-        self._bodies, self._request, self._limit = bodies, request, limit
-        self._bytes = 0
-
-    async def __aenter__(self) -> Body:
-        body = await self._bodies.take(self._request, self._limit)
-        self._bytes = len(body.content)
-        return body
-
-    def add(self, size: int) -> None:
-        """Count what came of the body beside it. Raises `BusyError`, as `Bodies.read` does."""
-        self._bodies._take(size)
-        self._bytes += size
-
-    async def __aexit__(self, *_: object) -> None:
-        self._bodies.give_back(self._bytes)

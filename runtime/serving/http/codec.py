@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.errors import abbreviate
 from hhdeploy.files.bundle_json import DuplicateError, json_problem, without_duplicates
 from hhdeploy.runtime.serving.errors import RequestError, TooLargeError, shown
 from hhdeploy.runtime.serving.messages import (
     BYTES,
     IMAGES,
     REQUEST,
+    VERSION,
     InferRequest,
     InferResponse,
     Tensor,
@@ -272,7 +274,7 @@ def write_response(response: InferResponse, request: InferRequest) -> tuple[byte
             outputs.append(compact_json(described))
         else:
             outputs.append(b'%s,"data":[%s]}' % (compact_json(described)[:-1], _values(tensor)))
-    content: dict[str, Any] = {"model_name": response.model, "model_version": "1"}
+    content: dict[str, Any] = {"model_name": response.model, "model_version": VERSION}
     if response.parameters:
         content["parameters"] = dict(response.parameters)
     if response.id:
@@ -363,7 +365,7 @@ def read_only_parameters(content: Mapping[str, Any]) -> dict[str, Value]:
     if others:
         raise RequestError(
             "the request: expected one member, parameters, or none, found "
-            f"{', '.join(sorted(key[:80] for key in others[:20]))}. What the server is to "
+            f"{abbreviate(sorted(key[:80] for key in others))}. What the server is to "
             "take belongs into parameters."
         )
     return read_parameters(content, REQUEST)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.errors import abbreviate
 from hhdeploy.preprocess import Preprocess
 from hhdeploy.runtime.serving.errors import RequestError
 from hhdeploy.runtime.serving.messages import (
@@ -36,7 +37,7 @@ def check_images(request: InferRequest, size: tuple[int, int, int]) -> Tensor:
     """
     unknown = set(request.inputs) - {IMAGES, ADAPTERS}
     if unknown or IMAGES not in request.inputs:
-        found = ", ".join(sorted(repr(n[:80]) for n in request.inputs)) or "none"
+        found = abbreviate(sorted(repr(n[:80]) for n in request.inputs)) or "none"
         raise RequestError(
             f"inputs: expected {IMAGES!r} and, for several adapters, {ADAPTERS!r}; found {found}."
         )

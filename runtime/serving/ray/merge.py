@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from hhdeploy.runtime.serving.metrics import latency_ms
+from hhdeploy.runtime.serving.metrics import Collector, latency_ms
 
 # What an adapter's state is if replicas differ: the first of these that one of them says.
 _STATES = ("ready", "on disk", "broken", "unloaded")
@@ -73,13 +73,5 @@ def merged_metrics(texts: Mapping[str, bytes]) -> bytes:
                 for sample in family.samples
             ]
     registry = CollectorRegistry()
-    registry.register(_Collected(families))
+    registry.register(Collector(lambda: iter(families.values())))
     return generate_latest(registry)
-
-
-class _Collected:
-    def __init__(self, families: Mapping[str, Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._families.values()

@@ -71,6 +71,22 @@ class Scene:
         finally:
             self._open.set()
 
+    @contextmanager
+    def writer_held_up(self):
+        """An upload is about to be written until the end of the block; gives an event of that."""
+        write, begun, go = self.fleet._files.write, threading.Event(), threading.Event()
+
+        def slow(*arguments):
+            begun.set()
+            assert go.wait(PATIENCE)
+            return write(*arguments)
+
+        self.fleet._files.write = slow
+        try:
+            yield begun
+        finally:
+            go.set()
+
     def put(self, name, seed=0):
         return put_adapter(make_adapter(self.workshop, seed), self.directory, name)
 
@@ -1097,20 +1113,12 @@ def test_an_upload_survives_a_request_that_reads_what_it_replaces(play, tmp_path
     async def scene(s):
         await s.asked("a")
         assert "alpha" not in s.bank
-        write, begun, go = s.fleet._files.write, threading.Event(), threading.Event()
-
-        def slow(*arguments):
-            begun.set()
-            assert go.wait(PATIENCE)
-            return write(*arguments)
-
-        s.fleet._files.write = slow
         files = files_of(make_adapter(s.workshop, 7), tmp_path)
-        uploading = asyncio.create_task(s.fleet.upload("alpha", *files))
-        await until(begun.is_set)
-        asking = asyncio.create_task(s.asked("alpha"))
-        await settle()
-        go.set()
+        with s.writer_held_up() as begun:
+            uploading = asyncio.create_task(s.fleet.upload("alpha", *files))
+            await until(begun.is_set)
+            asking = asyncio.create_task(s.asked("alpha"))
+            await settle()
         values, _ = await asyncio.gather(asking, uploading)
         await s.fleet.close()
         assert "alpha" in s.reads
@@ -1311,20 +1319,12 @@ def test_an_upload_whose_client_leaves_is_finished(play, tmp_path):
 
     async def scene(s):
         await s.asked("a")
-        write, begun, go = s.fleet._files.write, threading.Event(), threading.Event()
-
-        def slow(*arguments):
-            begun.set()
-            assert go.wait(PATIENCE)
-            return write(*arguments)
-
-        s.fleet._files.write = slow
         files = files_of(make_adapter(s.workshop, 7), tmp_path)
-        change = asyncio.create_task(s.fleet.upload("a", *files))
-        await until(begun.is_set)
-        change.cancel()
-        await asyncio.wait([change])
-        go.set()
+        with s.writer_held_up() as begun:
+            change = asyncio.create_task(s.fleet.upload("a", *files))
+            await until(begun.is_set)
+            change.cancel()
+            await asyncio.wait([change])
         await s.fleet.close()
         assert np.array_equal((await s.asked("a"))["a"], s.row(7))
 

@@ -19,8 +19,9 @@ from uvicorn.server import ServerState
 
 from hhdeploy.runtime.serving.access.tls import Tls
 from hhdeploy.runtime.serving.errors import BusyError
-from hhdeploy.runtime.serving.http import arrival
-from hhdeploy.runtime.serving.http.arrival import Bodies, bounded_protocol
+from hhdeploy.runtime.serving.http import bodies as limits
+from hhdeploy.runtime.serving.http.arrival import bounded_protocol
+from hhdeploy.runtime.serving.http.bodies import Bodies
 from hhdeploy.runtime.serving.http.leaving import send_answer
 from tests.runtime.serving.certificates import make_certificate
 from tests.runtime.serving.fleets import PATIENCE
@@ -106,7 +107,7 @@ def test_who_reads_nothing_is_not_waited_for(tmp_path: Path, secure):
 
 
 def test_answers_that_nobody_reads_make_room_for_others(monkeypatch):
-    monkeypatch.setattr(arrival, "SLOW_SECONDS", PATIENCE)
+    monkeypatch.setattr(limits, "SLOW_SECONDS", PATIENCE)
 
     async def scene() -> None:
         bodies = Bodies(len(LARGE) * 3 // 2)
@@ -114,7 +115,7 @@ def test_answers_that_nobody_reads_make_room_for_others(monkeypatch):
             await until_held(bodies, 1)
             async with asked(port) as (reader, _):
                 assert (await reader.readline()).split()[1] == b"429"
-            monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.0)
+            monkeypatch.setattr(limits, "SLOW_SECONDS", 0.0)
             async with asked(port) as (reader, _):
                 assert (await reader.readline()).split()[1] == b"200"
                 assert bodies._held == len(LARGE)

@@ -268,7 +268,7 @@ def test_large_bodies_leave_no_memory_behind():
     """Some at once, again and again, and small things that stay are made meanwhile."""
     code = """import asyncio
 from starlette.requests import Request
-from hhdeploy.runtime.serving.http.arrival import Bodies
+from hhdeploy.runtime.serving.http.bodies import Bodies
 from hhdeploy.runtime.serving.processes.memory import give_memory_back
 
 def resident():

@@ -30,7 +30,7 @@ from hhdeploy.runtime.serving.access import tokens as tokens_module
 from hhdeploy.runtime.serving.access.hosts import host_name
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.errors import UnauthorizedError
-from hhdeploy.runtime.serving.http import arrival
+from hhdeploy.runtime.serving.http import bodies as limits
 from hhdeploy.runtime.serving.server import Addresses, serve
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
@@ -448,7 +448,7 @@ def test_bodies_beyond_the_limit(server):
 
 
 def test_many_bodies_are_too_large_together(small, monkeypatch):
-    monkeypatch.setattr(arrival, "SLOW_SECONDS", 10.0 * PATIENCE)
+    monkeypatch.setattr(limits, "SLOW_SECONDS", 10.0 * PATIENCE)
 
     async def scene() -> None:
         async with served(small, bodies_bytes=100_000) as port:
@@ -510,7 +510,7 @@ def test_what_a_compressed_upload_becomes_counts_as_well(small, monkeypatch):
 
 def test_a_body_that_never_ends_makes_room_for_others(small, monkeypatch):
     """The largest of those that are slow, and no other."""
-    monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(limits, "SLOW_SECONDS", 0.05)
 
     async def scene() -> None:
         async with served(small, bodies_bytes=100_000) as port:

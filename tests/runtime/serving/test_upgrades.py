@@ -16,7 +16,8 @@ from starlette.requests import Request
 
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE
 from hhdeploy.runtime.serving.errors import RequestError
-from hhdeploy.runtime.serving.http.arrival import PIECE_BYTES, Bodies
+from hhdeploy.runtime.serving.http.arrival import PIECE_BYTES
+from hhdeploy.runtime.serving.http.bodies import Bodies
 from tests.runtime.serving.fleets import PATIENCE, files_of, make_adapter
 from tests.runtime.serving.servers import AUTHORISED, TOKEN, running_server
 from tests.runtime.serving.test_arrival import Pipe, factory
