@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Event
 
 import numpy as np
 import pytest
 
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import write_manifest
-from hhdeploy.errors import BundleError, SessionError
+from hhdeploy.errors import BundleError
 from hhdeploy.parity import PARITY
 from hhdeploy.runtime import open_session
 from hhdeploy.verifying.bundles import verify
+from tests.gpu.parity.rows import changing_rows
 from tests.gpu.scale import SCALE
 from tests.gpu.wants import lacks
 from tests.gpu.workbench import PRECISIONS, PROFILE, TYPED
@@ -125,34 +125,8 @@ def test_swapped_rows_are_caught(opened):
 def test_rows_change_while_other_threads_run(runner, workbench, record):
     made = workbench.model("starter")
     path = workbench.engine("starter", runner, "float32")
-    others, done = made.truth(5), Event()
-    first, second = (made.truth_of(name) for name in made.pair)
-    with (
-        open_session(path, device=runner, contexts=2, slots=8) as session,
-        ThreadPoolExecutor(3) as pool,
-    ):
-
-        def keep_running():
-            runs = 0
-            while not done.is_set():
-                found = session.run(others.images, others.names)
-                assert_parity(others.logits, found, "engine", "float32")
-                runs += 1
-            return runs
-
-        running = [pool.submit(keep_running) for _ in range(3)]
-        try:
-            for _ in range(25):
-                for truth, name in zip((first, second), made.pair, strict=True):
-                    session.adapters.add("guest", made.adapter(name), replace_existing=True)
-                    found = session.run(truth.images, "guest")
-                    assert_parity(truth.logits, found, "engine", "float32")
-                session.adapters.remove("guest")
-                with pytest.raises(SessionError, match="guest"):
-                    session.run(first.images, "guest")
-        finally:
-            done.set()
-        record(runs_meanwhile=sum(future.result() for future in running))
+    with open_session(path, device=runner, contexts=2, slots=8) as session:
+        record(runs_meanwhile=changing_rows(made, session, 25))
 
 
 def test_several_contexts_at_the_same_time(runner, workbench):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
-
 import numpy as np
 import pytest
 
-from hhdeploy.errors import SessionError
 from hhdeploy.verifying.bundles import verify
 from tests.gpu.opening import check_device, open_on
+from tests.gpu.parity.rows import changing_rows
 from tests.gpu.scale import SCALE
 from tests.gpu.wants import lacks
 from tests.support import assert_caught, assert_parity
@@ -74,31 +71,8 @@ def test_the_wrong_adapter_is_caught_and_rows_change(opened):
 
 def test_rows_change_while_other_threads_run(opened, record):
     made, session = opened
-    others, done = made.truth(5), Event()
-    truths = {name: made.truth_of(name) for name in made.pair}
-
-    def keep_running() -> int:
-        runs = 0
-        while not done.is_set():
-            found = session.run(others.images, others.names)
-            assert_parity(others.logits, found, "engine", "float32")
-            runs += 1
-        return runs
-
-    with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(keep_running) for _ in range(3)]
-        try:
-            for _ in range(SCALE.changes):
-                for name, truth in truths.items():
-                    session.adapters.add("guest", made.adapter(name), replace_existing=True)
-                    found = session.run(truth.images, "guest")
-                    assert_parity(truth.logits, found, "engine", "float32")
-                session.adapters.remove("guest")
-                with pytest.raises(SessionError, match="guest"):
-                    session.run(others.images, "guest")
-        finally:
-            done.set()
-        record(changes=2 * SCALE.changes, runs_meanwhile=sum(f.result() for f in running))
+    runs = changing_rows(made, session, SCALE.changes)
+    record(changes=2 * SCALE.changes, runs_meanwhile=runs)
 
 
 def test_cuda_graphs_change_nothing(ort_cuda, workbench, precision, record):
