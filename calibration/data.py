@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.config import CLASSES, LABELS
 from hhdeploy.adapters.labels import LABELS_FILE, read_labels
 from hhdeploy.bundle import Bundle
-from hhdeploy.calibration.feeds import Feed, Feeder, picture_digest
-from hhdeploy.errors import DataError
+from hhdeploy.calibration.feeds import Feed, Feeder, picture_digest, whose
+from hhdeploy.errors import DataError, abbreviate
 from hhdeploy.files.folders import (
     Classes,
     find_splits,
@@ -33,7 +33,6 @@ from hhdeploy.files.folders import (
 )
 from hhdeploy.files.tensors import open_arrays
 from hhdeploy.files.writing import is_folder
-from hhdeploy.preprocess import open_image
 
 # Ranges of fewer images are accidents; with fewer than FEW a warning goes into the result.
 LEAST_IMAGES, FEW_IMAGES = 4, 32
@@ -134,7 +133,7 @@ class CalibrationData:
             CalibrationImage(
                 picked.adapter,
                 picture_digest(picked.path),
-                _loader(picked.path, feeder.preprocess(picked.adapter)),
+                feeder.loader(picked.adapter, picked.path),
                 picked.path.name,
             )
             for picked in chosen.images
@@ -187,8 +186,7 @@ class CalibrationData:
         )
 
     def _counts(self) -> dict[str, int]:
-        names = [s.adapter or "" for s in self.samples]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+        return dict(Counter(s.adapter or "" for s in self.samples))
 
     def _digest(self) -> str:
         digest = hashlib.sha256(self.feeder.digest().encode())
@@ -204,12 +202,6 @@ def in_copies(different: int, count: int) -> str:
     '1 (42 with copies)'
     """
     return str(count) if different == count else f"{different} ({count} with copies)"
-
-
-def _loader(
-    path: Path, preprocess: Callable[[Any], NDArray[np.float32]]
-) -> Callable[[], NDArray[np.float32]]:
-    return lambda: preprocess(open_image(path))
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -298,13 +290,13 @@ def _labelled(
             table = read_labels(file, place, kind, _by_number(table.names, count))
         else:
             warnings.append(
-                f"{f'adapter {adapter!r}: ' if adapter else ''}the adapter has no names of its "
+                f"{whose(adapter)}the adapter has no names of its "
                 f"labels: those of {LABELS_FILE} are taken in the order {', '.join(table.names)}"
             )
     if len(table.names) != count:
         raise DataError(
             f"{file}: expected {count} labels or values, as many as the adapter has, found "
-            f"{', '.join(table.names)}."
+            f"{abbreviate(table.names)}."
         )
     rows = zip(table.paths, table.truths, strict=True)
     return [Picked(adapter, path, truths=tuple(map(float, row))) for path, row in rows]
@@ -351,9 +343,9 @@ def _owners(feeder: Feeder, folder: Path) -> dict[str | None, Path]:
     if unknown or not found:
         raise DataError(
             f"{folder}: expected DIR/ADAPTER/CLASS/image with the adapters "
-            f"{', '.join(feeder.names)}; found "
+            f"{abbreviate(feeder.names, 20)}; found "
             + (
-                f"{', '.join(unknown)}. Move what is no adapter's elsewhere."
+                f"{abbreviate(unknown)}. Move what is no adapter's elsewhere."
                 if unknown
                 else "no folder."
             )
@@ -367,7 +359,7 @@ def _only(feeder: Feeder, file: Path) -> str | None:
         return None
     if len(feeder.names) != 1:
         raise DataError(
-            f"{file} has the images of one adapter, and the bundle has {', '.join(feeder.names)}: "
+            f"{file} has the images of one adapter, and the bundle has {abbreviate(feeder.names)}: "
             "pass a folder of folders DIR/ADAPTER, or of lists DIR/ADAPTER.txt."
         )
     return feeder.names[0]
@@ -375,17 +367,16 @@ def _only(feeder: Feeder, file: Path) -> str | None:
 
 def _doubts(feeder: Feeder, adapter: str | None, place: Path, found: Classes) -> list[str]:
     """Warnings about one adapter's folder."""
-    whose = f"adapter {adapter!r}: " if adapter else ""
     names = feeder.class_names(adapter)
     doubts, classes = [], found.paths
     if found.skipped:
-        doubts.append(f"{whose}left out of {place.name}: {in_words(found.skipped)}")
+        doubts.append(f"{whose(adapter)}left out of {place.name}: {in_words(found.skipped)}")
     if len(classes) == 1:
-        doubts.append(f"{whose}images of one class only ({next(iter(classes))})")
+        doubts.append(f"{whose(adapter)}images of one class only ({next(iter(classes))})")
     if names and (unknown := [c for c in classes if c not in names]):
         doubts.append(
-            f"{whose}{place.name} has folders that are none of the adapter's classes: "
-            f"{', '.join(unknown)}"
+            f"{whose(adapter)}{place.name} has folders that are none of the adapter's classes: "
+            f"{abbreviate(unknown)}"
         )
     return doubts
 

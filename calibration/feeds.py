@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import AdapterEntry
-from hhdeploy.errors import DataError
+from hhdeploy.errors import DataError, abbreviate
 from hhdeploy.files.writing import sha256_of
-from hhdeploy.preprocess import Preprocess
+from hhdeploy.preprocess import Preprocess, open_image
 
 Feed = dict[str, NDArray[Any]]
 
@@ -31,6 +31,11 @@ def picture_digest(path: Path) -> str:
             f"{path} cannot be read: {error.strerror}. Expected an image that is there and may be "
             "read: look at it and at the disk, or leave it out."
         ) from error
+
+
+def whose(adapter: str | None) -> str:
+    """What a line about one adapter's images begins with; nothing in a folded bundle."""
+    return f"adapter {adapter!r}: " if adapter else ""
 
 
 class Feeder:
@@ -66,6 +71,11 @@ class Feeder:
     def preprocess(self, adapter: str | None) -> Preprocess:
         """How an adapter's images become inputs."""
         return self.manifest.preprocess_of(self._entry(adapter))
+
+    def loader(self, adapter: str | None, path: Path) -> Callable[[], NDArray[np.float32]]:
+        """What makes float32 [3, H, W] of a picture of an adapter's, when it is called."""
+        preprocess = self.preprocess(adapter)
+        return lambda: preprocess(open_image(path))
 
     def feed(self, adapter: str | None, image: NDArray[np.float32]) -> Feed:
         """Inputs for one image [3, H, W]: a batch of one.
@@ -162,6 +172,6 @@ class Feeder:
             if adapter not in (self.names if "adapters" in batch else by_row):
                 raise DataError(
                     f"{source}: unknown adapter {adapter!r}. The bundle has: "
-                    f"{', '.join(f'{name} (row {row})' for row, name in by_row.items())}."
+                    f"{abbreviate([f'{name} (row {row})' for row, name in by_row.items()], 20)}."
                 )
         return list(given) if "adapters" in batch else [by_row[row] for row in given]

@@ -17,7 +17,7 @@ from hhdeploy.choices import (
     whole,
     yes_or_no,
 )
-from hhdeploy.errors import OptionError, PlanError
+from hhdeploy.errors import OptionError, PlanError, abbreviate
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def excluded_sites(settings: CalibrationSettings, sites: Sequence[str]) -> froze
         if not fitting:
             raise PlanError(
                 f"`exclude=[{pattern!r}]` fits no site of the graph. Its sites are: "
-                f"{', '.join(sites)}."
+                f"{abbreviate(sites, 12)}."
             )
         kept |= fitting
     if len(kept) == len(sites):

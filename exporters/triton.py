@@ -96,11 +96,8 @@ def check_triton_options(options: TritonOptions) -> None:
     """What no bundle could make right. Raises `OptionError` naming the option."""
     if options.name is not None:
         check_model_name(options.name)
-    if options.backend not in BACKENDS:
-        raise OptionError(
-            f"`backend={options.backend!r}`: expected {' or '.join(BACKENDS)}. (Triton's tensorrt "
-            "backend runs TensorRT's engines, not TensorRT-RTX's.)"
-        )
+    hint = " (Triton's tensorrt backend runs TensorRT's engines, not TensorRT-RTX's.)"
+    one_of(BACKENDS, options.backend, "backend", hint)
     one_of(PRECISIONS, options.precision, "precision")
     cpu, engine = options.gpu is False, options.backend == "tensorrt"
     if cpu and engine:

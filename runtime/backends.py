@@ -135,7 +135,7 @@ def check_options(*, threads: object, contexts: object, cuda_graphs: object, hin
             whole(given, option, 1, MOST_AT_ONCE, SessionError)
     yes_or_no(cuda_graphs, "cuda_graphs", SessionError)
     if member(HINTS, hint) is None:
-        raise SessionError(f"hint: expected {' or '.join(HINTS)}, found {hint!r}.")
+        raise SessionError(f"`hint`: expected {' or '.join(HINTS)}, found {hint!r}.")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from hhdeploy.bundle.manifest import AdapterEntry
 from hhdeploy.bundle.membership import admit, entry_of, unseen
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import Precision, listener, whole
-from hhdeploy.errors import CapacityError, DeviceError, SessionError
+from hhdeploy.errors import CapacityError, DeviceError, SessionError, abbreviate
 from hhdeploy.runtime.backends import closed
 
 BACKBONE_ROW = 0
@@ -321,7 +321,7 @@ class AdapterBank:
     def _entry(self, name: str) -> AdapterEntry:
         entry = self._entries.get(name) if isinstance(name, str) else None
         if entry is None:
-            known = ", ".join(self._entries) or "none"
+            known = abbreviate(self._entries, 20) or "none"
             raise SessionError(f"unknown adapter {name!r}. Loaded are: {known}.")
         return entry
 

@@ -70,7 +70,7 @@ class Session:
     def entry(self, adapter: str | None) -> AdapterEntry | None:
         """Classes, labels and preprocessing of an adapter; None for the backbone."""
         if not isinstance(adapter, str | None):
-            raise SessionError(f"adapter: expected one name or None, found {adapter!r}.")
+            raise SessionError(f"`adapter`: expected one name or None, found {adapter!r}.")
         if self._adapters is None:
             only = self.bundle.manifest.adapters[0]
             if adapter not in (None, only.name):
@@ -113,7 +113,7 @@ class Session:
         has = self.bundle.manifest.outputs
         wanted = next(iter(has)) if output is None else output
         if not isinstance(wanted, str) or wanted not in has:
-            raise SessionError(f"output {wanted!r}: this bundle has {', '.join(has)}.")
+            raise SessionError(f"`output={wanted!r}`: this bundle has {', '.join(has)}.")
         return self.bundle.manifest.split(self.answer(images, adapters))[wanted]
 
     def answer(
@@ -228,14 +228,14 @@ class Session:
             found = list(images.shape) if isinstance(images, np.ndarray) else type(images).__name__
             torch = " Pass images.detach().cpu().numpy()." if hasattr(images, "detach") else ""
             raise SessionError(
-                f"images: expected float32 [batch, {size[0]}, {size[1]}, {size[2]}], found {found}."
+                f"`images`: expected float32 [batch, {', '.join(map(str, size))}], found {found}."
                 f"{torch}"
             )
         if not len(images):
-            raise SessionError("images: expected a batch of at least one image, found none.")
+            raise SessionError("`images`: expected a batch of at least one image, found none.")
         if not np.issubdtype(images.dtype, np.floating):
             raise SessionError(
-                f"images: expected normalised float32, found {images.dtype}. Use "
+                f"`images`: expected normalised float32, found {images.dtype}. Use "
                 "session.preprocess on decoded images."
             )
         return np.ascontiguousarray(images, np.float32)
@@ -246,16 +246,16 @@ def _pictures(images: object) -> Sequence[Image.Image]:
     from PIL import Image
 
     if isinstance(images, Image.Image):
-        raise SessionError("images: expected a sequence of pictures, found one: pass [image].")
+        raise SessionError("`images`: expected a sequence of pictures, found one: pass [image].")
     if isinstance(images, str | Path):
         images = [images]  # which is told below how it becomes a picture
     pictures: list[Image.Image] = listed(images, "images", "pictures", SessionError)
     if not pictures:
-        raise SessionError("no image given: expected a sequence of at least one.")
+        raise SessionError("`images`: expected a sequence of at least one picture, found none.")
     for index, picture in enumerate(pictures):
         if not isinstance(picture, Image.Image):
             raise SessionError(
-                f"images[{index}]: expected a PIL.Image.Image, found {type(picture).__name__}. "
+                f"`images`[{index}]: expected a PIL.Image.Image, found {type(picture).__name__}. "
                 "hhdeploy.preprocess.open_image(path) reads a file, upright; "
                 "PIL.Image.fromarray(array) takes uint8 [H, W, 3] in the order red, green, blue "
                 "(OpenCV's is the other way round)."
@@ -263,10 +263,10 @@ def _pictures(images: object) -> Sequence[Image.Image]:
         try:
             picture.load()  # what was opened may be read only now
         except (OSError, SyntaxError, ValueError) as error:
-            raise SessionError(f"images[{index}]: it cannot be read: {error}.") from error
+            raise SessionError(f"`images`[{index}]: it cannot be read: {error}.") from error
         if not all(picture.size):
             width, height = picture.size
-            raise SessionError(f"images[{index}]: expected pixels, found {width} x {height}.")
+            raise SessionError(f"`images`[{index}]: expected pixels, found {width} x {height}.")
     return pictures
 
 
@@ -277,11 +277,11 @@ def _names(adapters: str | Sequence[str | None] | None, images: int) -> list[str
     names = listed(adapters, "adapters", "names, one an image,", SessionError)
     if len(names) != images:
         raise SessionError(
-            f"expected one adapter per image, found {len(names)} for {images} images."
+            f"`adapters`: expected one per image, found {len(names)} for {images} images."
         )
     for index, name in enumerate(names):
         if not isinstance(name, str | None):
-            raise SessionError(f"adapters[{index}]: expected a name or None, found {name!r}.")
+            raise SessionError(f"`adapters`[{index}]: expected a name or None, found {name!r}.")
     return names
 
 

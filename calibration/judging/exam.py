@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from hhdeploy.adapters.config import CLASSES, ProblemType
 from hhdeploy.calibration.data import CalibrationData, ImageSource, choose_images, in_copies
-from hhdeploy.calibration.feeds import Feeder, picture_digest
-from hhdeploy.preprocess import open_image
+from hhdeploy.calibration.feeds import Feeder, picture_digest, whose
+from hhdeploy.errors import abbreviate
 
 _ALL = sys.maxsize
 # With fewer images of a task, one image is more than 5 points of its top-1.
@@ -120,7 +120,7 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     if fresh:
         left = _tasks([q for _, q in fresh])
         missing = [task for task in _tasks([q for _, q in pairs]) if task not in left]
-        reasons += [f"{_whose(task)}no image is left to judge on" for task in missing]
+        reasons += [f"{whose(task)}no image is left to judge on" for task in missing]
     else:
         warnings.append(
             "no image is left that calibration did not use: the figures are of the calibration "
@@ -132,10 +132,10 @@ def make_exam(source: ImageSource, used: CalibrationData, *, seed: int) -> Exam:
     different = Counter(adapter for adapter, _ in {(q.adapter, digest) for digest, q in judged})
     calibrated = dict.fromkeys(sample.adapter for sample in used.samples)
     absent = [task for task in calibrated if task not in _tasks([q for _, q in pairs])]
-    reasons += [f"{_whose(task)}no image to judge on" for task in absent]
+    reasons += [f"{whose(task)}no image to judge on" for task in absent]
     unjudged = [task for task in calibrated if task not in _tasks(questions)]
     warnings += [
-        f"{_whose(task)}judged on {in_copies(different[task], count)} images only: one image is "
+        f"{whose(task)}judged on {in_copies(different[task], count)} images only: one image is "
         f"{100 / different[task]:.1f} points"
         for task, count in _tasks(questions).items()
         if different[task] < FEW_JUDGED
@@ -174,7 +174,7 @@ def _from_folder(
             picked.adapter,
             column.truth if column is not None else None,
             picked.path.name,
-            _loader(feeder, picked.adapter, picked.path),
+            feeder.loader(picked.adapter, picked.path),
             feeder.problem_type(picked.adapter),
             picked.truths,
             column.as_text if column is not None else None,
@@ -213,8 +213,8 @@ def _columns(
         found = {name: _Column(names.index(name)) for name in folders if name in names}
         if not found:
             reasons.append(
-                f"{_whose(adapter)}none of the folders ({_some(folders)}) is one of its classes "
-                f"({_some(names)}): only agreement is reported"
+                f"{whose(adapter)}none of the folders ({abbreviate(folders)}) is one of its "
+                f"classes ({abbreviate(names)}): only agreement is reported"
             )
         return found or None
     count = feeder.class_count(adapter)
@@ -223,12 +223,12 @@ def _columns(
         return numbered
     if len(folders) == count:
         warnings.append(
-            f"{_whose(adapter)}the adapter has no class names: its folders are taken as classes "
+            f"{whose(adapter)}the adapter has no class names: its folders are taken as classes "
             "in alphabetical order, as torchvision's ImageFolder does"
         )
         return {name: _Column(column) for column, name in enumerate(folders)}
     reasons.append(
-        f"{_whose(adapter)}{len(folders)} folders, {count} classes without names: which folder "
+        f"{whose(adapter)}{len(folders)} folders, {count} classes without names: which folder "
         "is which class is unknown: only agreement is reported"
     )
     return None
@@ -256,17 +256,4 @@ def _numbered(folders: Sequence[str], count: int) -> dict[str, _Column] | None:
 
 def _tasks(questions: Sequence[Question]) -> dict[str | None, int]:
     """Images of each task."""
-    names = [q.adapter for q in questions]
-    return {name: names.count(name) for name in dict.fromkeys(names)}
-
-
-def _whose(adapter: str | None) -> str:
-    return f"adapter {adapter!r}: " if adapter else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-
-
-def _loader(feeder: Feeder, adapter: str | None, path: Path) -> Callable[[], NDArray[np.float32]]:
-    return lambda: feeder.preprocess(adapter)(open_image(path))
+    return dict(Counter(q.adapter for q in questions))

@@ -118,6 +118,11 @@ def _with_places(model: nn.Module, biases: Sequence[str]) -> Iterator[None]:
             module.register_parameter(leaf, None)
 
 
+def values_of(model: nn.Module) -> dict[str, Array]:
+    """All parameters of a model by path, float64."""
+    return {n: p.detach().double().cpu().numpy() for n, p in model.named_parameters()}
+
+
 def path_of_parameters(backbone: Backbone, linear: LinearSpec) -> tuple[str, str]:
     """Paths of a Linear's weight and bias."""
     module, weight, bias = parameters_of(backbone.model, linear.path)

@@ -105,12 +105,10 @@ def check_answer(
         return None if silent else _unanswered(name, known, found)
     if distance > (bound := known.bound(found)):
         raise AdapterError(
-            f"{adapter.source}: base_answer: adapter {name!r} was trained on a model whose "
-            f"features of one fixed image ({known.made_with}) are not those of {facts.model} "
-            f"({found.made_with}): they differ by {distance:.2%} of their root mean square, "
-            f"expected {bound:.1%} at most. The weights may be the same, what they compute "
-            "is not. Export with the code, arguments and versions that it was trained with, or "
-            "train it again on this model."
+            f"{adapter.source}: base_answer: adapter {name!r} was trained on a model that computes "
+            f"otherwise ({known.made_with}) than {facts.model} here ({found.made_with}): features "
+            f"of one fixed image differ by {distance:.2%} (expected {bound:.1%} at most). Export "
+            "with the code, arguments and versions that it was trained with, or train it again."
         )
     return None
 

@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hhdeploy.adapters.checks import abbreviate
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, abbreviate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from hhdeploy.backbones.sites import (
     select_sites,
     sites_of,
 )
-from hhdeploy.errors import AdapterError, OptionError, PlanError
+from hhdeploy.errors import AdapterError, OptionError, PlanError, abbreviate
 from hhdeploy.files.bundle_json import BACKBONE as BACKBONE
 
 # What requests call a whole model that was folded without an adapter.
@@ -320,9 +320,3 @@ def sites_there_are(facts: BackboneFacts) -> str:
     """A sentence that names the sites of a backbone, or says that it has none."""
     known = list(sites_of(facts.linears))
     return f"Its sites are {abbreviate(known)}." if known else "It has no Linear but a classifier."
-
-
-def abbreviate(names: Sequence[str], limit: int = 8) -> str:
-    """The first ``limit`` names for a message, and how many there are if that is not all."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

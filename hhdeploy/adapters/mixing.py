@@ -98,7 +98,7 @@ def merge_adapters(
     if backbone is not None:
         if not isinstance(getattr(backbone, "facts", None), BackboneFacts):
             found = type(backbone).__name__
-            raise OptionError(f"backbone: expected what load_backbone gives, found {found}.")
+            raise OptionError(f"`backbone`: expected what load_backbone gives, found {found}.")
         _check_fit(named, backbone)
     chosen = named[_head_of(named, head)]
     config = replace(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.weights import advice_on_peft
-from hhdeploy.errors import BackboneError
+from hhdeploy.errors import BackboneError, abbreviate
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def timm_state(
     if unknown:
         raise BackboneError(
             f"`checkpoint`: {file} has transformers' names, and timm's {type(model).__name__} has "
-            f"nothing for {', '.join(unknown[:4])}{' …' if len(unknown) > 4 else ''}."
+            f"nothing for {abbreviate(unknown, 4)}."
             + (
                 advice_on_peft(unknown)
                 or " Give the directory that it was saved in as the model: transformers:DIR."

@@ -20,7 +20,7 @@ from hhdeploy.backbones.structure import (
     quantised_part,
 )
 from hhdeploy.backbones.weights import load_strictly, read_state, state_of
-from hhdeploy.errors import BackboneError
+from hhdeploy.errors import BackboneError, abbreviate
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _function(name: str) -> Any:
         found = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
         raise BackboneError(
             f"python:{name}: {module_name} has no function {attribute!r}. It has "
-            f"{', '.join(found[:8]) or 'none'}."
+            f"{abbreviate(found) or 'none'}."
         )
     return function
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import is_table
-from hhdeploy.errors import BackboneError
+from hhdeploy.errors import BackboneError, abbreviate
 from hhdeploy.files.checkpoints import (
-    abbreviated,
     is_averaged,
     is_judging,
     unwrapped,
@@ -91,7 +90,7 @@ def _shown(content: object) -> str:
     """What there is instead of a state dict."""
     if not isinstance(content, Mapping):
         return type(content).__name__
-    return abbreviated([f"{key} ({type(value).__name__})" for key, value in content.items()])
+    return abbreviate([f"{key} ({type(value).__name__})" for key, value in content.items()], 4)
 
 
 def advice_on_peft(keys: Iterable[str]) -> str:
@@ -202,7 +201,7 @@ def _without_losses(model: nn.Module, state: State) -> tuple[State, tuple[str, .
     left = sorted(key for key in state if key.partition(".")[0] in found)
     if not left:
         return state, ()
-    line = f"left out of the checkpoint, as of a loss or a metric: {abbreviated(left)}"
+    line = f"left out of the checkpoint, as of a loss or a metric: {abbreviate(left, 4)}"
     return {key: value for key, value in state.items() if key not in left}, (line,)
 
 
@@ -239,7 +238,7 @@ def passed_over(
     left = [key for key in left if not derived(key)]
     if not left or not own <= given.keys():
         return []
-    return [f"left out of the checkpoint, as timm does: {abbreviated(left)}"]
+    return [f"left out of the checkpoint, as timm does: {abbreviate(left, 4)}"]
 
 
 def load_strictly(
@@ -272,7 +271,7 @@ def load_strictly(
     ]
     if missing or unexpected or wrong or untrue:
         problems = [
-            f"{title}: {abbreviated(names, 5)}"
+            f"{title}: {abbreviate(names, 5)}"
             for title, names in (
                 ("missing", missing),
                 ("unexpected", unexpected),

@@ -26,7 +26,7 @@ from hhdeploy.backbones.facts import FEATURES, LOGITS, TOKENS, BackboneFacts
 from hhdeploy.backbones.licences import Licences, licences_of, licences_to_json
 from hhdeploy.bundle.layout import RowLayout
 from hhdeploy.choices import BACKENDS, PRECISIONS, Precision, QuantisedPrecision, TensorRt, member
-from hhdeploy.errors import BundleError, PlanError
+from hhdeploy.errors import BundleError, PlanError, abbreviate
 from hhdeploy.files.bundle_json import MANIFEST as MANIFEST
 from hhdeploy.files.bundle_json import SCHEMA_VERSION as SCHEMA_VERSION
 from hhdeploy.files.bundle_json import SIGNATURE as SIGNATURE
@@ -313,7 +313,7 @@ class Manifest:
         for entry in self.adapters:
             if isinstance(name, str) and entry.name == name:
                 return entry
-        known = ", ".join(a.name for a in self.adapters) or "none"
+        known = abbreviate([a.name for a in self.adapters], 20) or "none"
         raise BundleError(f"unknown adapter {name!r}. The bundle has: {known}.")
 
     @property

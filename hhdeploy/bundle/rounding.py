@@ -11,11 +11,10 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.algebra import Array, SiteDelta
 from hhdeploy.bundle.layout import Branch, RowLayout
 from hhdeploy.choices import Precision
-from hhdeploy.errors import CapacityError
+from hhdeploy.errors import CapacityError, abbreviate
 
 # Less than this share of a change that is left is none.
 LEAST_LEFT = 0.5

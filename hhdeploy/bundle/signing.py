@@ -25,6 +25,7 @@ from hhdeploy.errors import (
     ConflictError,
     ReadError,
     WriteError,
+    abbreviate,
     first_line,
     require,
 )
@@ -201,7 +202,7 @@ def _check_strangers(bundle: Bundle) -> None:
     found = (f.relative_to(bundle.path).as_posix() for f in bundle.path.rglob("*") if f.is_file())
     if strangers := sorted(set(found) - known):
         raise BundleError(
-            f"{bundle.path} holds {', '.join(strangers[:5])}, which {MANIFEST} does not name. "
+            f"{bundle.path} holds {abbreviate(strangers, 5)}, which {MANIFEST} does not name. "
             "Remove what is no part of the bundle, or wait for the change that is being made."
         )
 

@@ -13,6 +13,7 @@ from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.cli import CONTEXT, ui
 from hhdeploy.cli.naming import OneOf
+from hhdeploy.errors import abbreviate
 
 if TYPE_CHECKING:
     from hhdeploy.adapters.format import Adapter
@@ -228,7 +229,7 @@ def _write(adapter: Adapter, out: Path, overwrite: bool, compress_rank: int | No
     for line in config.extra["imported_from"].get("assumed", ()):
         ui.note(line)
     if config.fold_only:
-        names = ", ".join(list(adapter.values)[:3]) + (" …" if len(adapter.values) > 3 else "")
+        names = abbreviate(adapter.values, 3)
         ui.note(
             f"It can be folded (export --fold) and is no side branch: {names} changed in a way "
             "that a row does not hold. Changes of Linears become side branches with "

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from hhdeploy.errors import PlanError, ReadError, WriteError
-from hhdeploy.files.scratch import scratch_directory, sweep
+from hhdeploy.files.scratch import cause_within, scratch_directory, sweep
 from hhdeploy.files.writing import os_errors
 
 T = TypeVar("T")
@@ -148,8 +148,7 @@ class Entry:
             try:
                 yield scratch / _MADE
             except WriteError as error:
-                cause = error.__cause__
-                if isinstance(cause, OSError) and str(scratch) in str(error):
+                if (cause := cause_within(error, scratch)) is not None:
                     with os_errors(self.path):  # what is in scratch is gone in a moment
                         raise cause from None
                 raise

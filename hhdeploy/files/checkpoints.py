@@ -7,8 +7,10 @@ compiled, distributed and checkpointed modules write into names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from hhdeploy.errors import abbreviate
 
 # Where trainings keep the weights in a larger checkpoint; the averaged ones first, as timm does.
 _ENTRIES = (
@@ -102,11 +104,6 @@ def _dense(key: Any, value: Any) -> Any:
     return value if value.layout == torch.strided else value.to_dense()
 
 
-def abbreviated(names: Sequence[str], most: int = 4) -> str:
-    """The first names, and whether there are more."""
-    return f"{', '.join(names[:most])}{' …' if len(names) > most else ''}"
-
-
 def without_wrappers(key: str) -> str:
     """A key without what torch.compile, FSDP and activation checkpointing put into it."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
@@ -149,7 +146,7 @@ def _check_apart(content: Mapping[Any, Any], taken: str) -> None:
         if not copy and not is_judging(path) and _of_modules(group, whole=whole):
             apart += [path] if path else map(str, group)
     if apart:
-        raise ValueError(f"it has {abbreviated(apart)} beside {taken}. {_ONE}")
+        raise ValueError(f"it has {abbreviate(apart, 4)} beside {taken}. {_ONE}")
 
 
 def _of_modules(group: Mapping[Any, Any], *, whole: bool) -> bool:
@@ -189,7 +186,7 @@ def _beside(content: Any, taken: str) -> tuple[str, ...]:
     others = [path or "its own tensors" for path, found in groups.items() if found & shapes]
     if not others:
         return ()
-    return (f"weights taken from {taken} of the checkpoint, not from {abbreviated(others)}",)
+    return (f"weights taken from {taken} of the checkpoint, not from {abbreviate(others, 4)}",)
 
 
 def _groups(content: Any, path: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:

@@ -18,9 +18,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from hhdeploy.errors import ConflictError, OccupiedError, WriteError
+from hhdeploy.errors import ConflictError, OccupiedError, WriteError, abbreviate
 from hhdeploy.files.outputs import check_outside
-from hhdeploy.files.scratch import RETIRED, scratch_directory, sweep
+from hhdeploy.files.scratch import RETIRED, cause_within, scratch_directory, sweep
 from hhdeploy.files.writing import os_errors, placing, sync_directory, sync_in_place, sync_tree
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -71,7 +71,7 @@ def strangers(
     folders = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
     found = set(_held_by(path)).difference(known, folders)
     other = sorted(name for name in found if not passing(name))
-    return f"it holds {', '.join(other[:3])}, which {which}" if other else None
+    return f"it holds {abbreviate(other, 3)}, which {which}" if other else None
 
 
 def _held_by(path: Path) -> Iterator[str]:
@@ -210,8 +210,7 @@ def _told_of_the_whole(scratch: Path) -> Iterator[None]:
     try:
         yield
     except WriteError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and str(scratch) in str(error):
+        if (cause := cause_within(error, scratch)) is not None:
             raise cause from None
         raise
 

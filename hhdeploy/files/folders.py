@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hhdeploy.errors import DataError
+from hhdeploy.errors import DataError, abbreviate
 from hhdeploy.files.writing import is_folder
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -341,7 +341,7 @@ def _check_no_parts(directory: Path, classes: Mapping[str, Sequence[Path]]) -> N
         if same := sorted(below[one] & below[other]):
             raise DataError(
                 f"{directory}: expected DIR/CLASS/image, found {one} and {other}, which both hold "
-                f"{', '.join(same[:3])}: parts of a split. In training, pass one of them as `data` "
+                f"{abbreviate(same, 3)}: parts of a split. In training, pass one of them as `data` "
                 "and what judges as `val_data`; in calibration, as `data` and `eval_data`; or call "
                 "them DIR/train and DIR/val, with nothing but DIR/test beside them."
             )

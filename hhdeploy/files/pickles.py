@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from hhdeploy.errors import first_line
+from hhdeploy.errors import abbreviate, first_line
 from hhdeploy.files.plain import what_instead
 
 # How files of torch.save begin: zip archives, pickles of old ones.
@@ -148,7 +148,7 @@ def _in_the_way(path: Path, reason: str) -> str:
             "bundle that is exported can be quantised"
         )
     return (
-        f"beside tensors it holds {', '.join(sorted(found)[:5])}, which are never loaded. If you "
+        f"beside tensors it holds {abbreviate(sorted(found), 5)}, which are never loaded. If you "
         "trust it, keep its weights alone in another file: found = torch.load(FILE, "
         "weights_only=False), then torch.save(found.state_dict(), 'weights.pth') of a module, "
         "torch.save(found['state_dict'], 'weights.pth') of a training's checkpoint"

@@ -82,6 +82,13 @@ def scratch_file(parent: Path, stem: str) -> Iterator[Path]:
         os.close(handle)
 
 
+def cause_within(error: WriteError, scratch: Path) -> OSError | None:
+    """What the system said where an error is about something in scratch, which is no place to look
+    at: its maker tells it of the whole; None of any other error."""
+    cause = error.__cause__
+    return cause if isinstance(cause, OSError) and str(scratch) in str(error) else None
+
+
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)

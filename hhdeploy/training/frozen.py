@@ -115,17 +115,15 @@ def check_frozen(model: nn.Module, before: FrozenTensors, classifier: str, *, ow
     gone = [n for n in before.tensors if n not in now and not n.startswith(f"{classifier}.")]
     if gone:
         raise AdapterError(
-            f"{gone[0]} was in the model when the adapter was attached, and is in it no more (of "
-            f"{count} frozen tensors {len(gone)} are gone). A bundle is made of the model as it "
-            "was, and would not answer as this one does: put the modules back that were replaced "
-            "or parametrized, or change them before attach."
+            f"{gone[0]} is gone since the adapter was attached ({len(gone)} of {count} frozen "
+            "tensors): a bundle, made of the model as it was, would answer otherwise. Put the "
+            "modules back that were replaced or parametrized, or change them before attach."
         )
     if own and (new := _added(model, before, classifier)):
         raise AdapterError(
-            f"{new[0]} requires gradients and was not in the model when the adapter was attached "
-            f"(of such parameters there are {len(new)}). The adapter does not hold it, so a bundle "
-            "would not answer as this model does. What is for the training alone (another loss) "
-            "take off the model, or freeze, and save again."
+            f"{new[0]} requires gradients and came after the adapter was attached ({len(new)} such "
+            "parameters), and no adapter holds it: a bundle would answer otherwise. Take what is "
+            "for the training alone (another loss) off the model, or freeze it, and save again."
         )
     buffers = {n: b for n, b in _buffers(model).items() if before.shapes.get(n) == b.shape}
     now = {**buffers, **now}
@@ -133,12 +131,11 @@ def check_frozen(model: nn.Module, before: FrozenTensors, classifier: str, *, ow
     changed = [n for n, frozen in frozen_ones.items() if n in now and not frozen.holds(now[n])]
     if changed:
         raise AdapterError(
-            f"{changed[0]} is no more what it was when the adapter was attached (of "
-            f"{len(frozen_ones)} frozen tensors {len(changed)} have changed). The adapter does not "
-            "hold it, so a bundle would not answer as this model does. Statistics of BatchNorm "
-            "change in training mode: call eval() on those modules after every model.train(). "
-            "Weights: give the optimizer, or what averages them, the parameters that require "
-            "gradients alone."
+            f"{changed[0]} has changed since the adapter was attached ({len(changed)} of "
+            f"{len(frozen_ones)} frozen tensors), and no adapter holds it: a bundle would answer "
+            "otherwise. Statistics of BatchNorm change in training mode: call eval() on those "
+            "modules after every model.train(). Weights: give the optimizer, or what averages "
+            "them, the parameters that require gradients alone."
         )
 
 

@@ -359,9 +359,8 @@ def check_places(places: Mapping[str, nn.Module], modules: Mapping[str, nn.Modul
     if moved:
         found = "another one" if moved[0] in modules else "nothing"
         raise AdapterError(
-            f"{moved[0]}: expected the module that the adapter was attached to, found {found} (of "
-            f"{len(places)} such modules {len(moved)} are not in their places). The adapter would "
-            "be saved without what was trained there: take off what wraps a part of the model, but "
-            "for torch.compile and torch's checkpoint_wrapper, or call attach once all modules are "
-            "in their places."
+            f"{moved[0]}: expected the module that the adapter was attached to, found {found} "
+            f"({len(moved)} of {len(places)} such modules). What was trained there would be lost: "
+            "take off what wraps a part of the model, but for torch.compile and torch's "
+            "checkpoint_wrapper, or attach once all modules are in their places."
         )

@@ -35,6 +35,7 @@ from hhdeploy.verifying.pictures import check_pictures
 from hhdeploy.verifying.survival import Effects, say
 
 if TYPE_CHECKING:
+    from hhdeploy.backbones.spec import Backbone
     from hhdeploy.verifying.reference import Reference
 
 
@@ -154,17 +155,7 @@ def verify_against_torch(
         bundle.manifest.input_size if input_size is None else input_size,
     )
     backbone = load_backbone(spec)
-    if backbone.facts.sha256 != facts.sha256:
-        raise BackboneError(
-            f"{path} was exported from the weights {facts.sha256[:12]}…, these are "
-            f"{backbone.facts.sha256[:12]}…. Pass the same file with `checkpoint`."
-        )
-    if facts.buffers and backbone.facts.buffers != facts.buffers:
-        raise BackboneError(
-            f"{path} was exported with the buffers {facts.buffers[:12]}… (statistics of BatchNorm, "
-            f"masks), these are {backbone.facts.buffers[:12]}…: the weights are the same, what "
-            "they compute is not. Pass the same file with `checkpoint`."
-        )
+    _check_weights(bundle, backbone)
     names = [a.name for a in bundle.manifest.adapters if not bundle.manifest.whole]
     adapters = {name: bundle.load_adapter(name) for name in names}
     say(progress, check_stated(bundle, backbone))
@@ -192,6 +183,22 @@ def verify_against_torch(
     with edit(path, basis, lock_timeout=lock_timeout, progress=progress) as change:
         _store_verification(change, basis, reference, report)
     return report
+
+
+def _check_weights(bundle: Bundle, backbone: Backbone) -> None:
+    """Raise `BackboneError` for a model with others than the bundle was exported from."""
+    own, found = bundle.manifest.backbone, backbone.facts
+    if found.sha256 != own.sha256:
+        raise BackboneError(
+            f"{bundle.path} was exported from the weights {own.sha256[:12]}…, these are "
+            f"{found.sha256[:12]}…. Pass the same file with `checkpoint`."
+        )
+    if own.buffers and found.buffers != own.buffers:
+        raise BackboneError(
+            f"{bundle.path} was exported with the buffers {own.buffers[:12]}… (statistics of "
+            f"BatchNorm, masks), these are {found.buffers[:12]}…: the weights are the same, what "
+            "they compute is not. Pass the same file with `checkpoint`."
+        )
 
 
 def _check_named(bundle: Bundle) -> None:

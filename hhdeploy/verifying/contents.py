@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST, calibration_files
 from hhdeploy.choices import (
@@ -27,7 +26,7 @@ from hhdeploy.choices import (
     TypedPrecision,
     member,
 )
-from hhdeploy.errors import BundleError
+from hhdeploy.errors import BundleError, abbreviate
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hhdeploy.adapters.applying import linear_with, path_of_parameters, values_with
-from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import LOGITS
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST
-from hhdeploy.errors import BundleError
+from hhdeploy.errors import BundleError, abbreviate
 from hhdeploy.graph import BRANCH, LINEAR_TAG, constant, linears_by_path, open_graph
 from hhdeploy.parity import ROW_BOUND
 

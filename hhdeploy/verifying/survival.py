@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import BACKBONE, abbreviate
+from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.algebra import Array, SiteChange, logit_change
 from hhdeploy.backbones.sites import linear_spec
@@ -26,7 +26,7 @@ from hhdeploy.bundle.manifest import BANK_FILE
 from hhdeploy.bundle.rounding import LEAST_LEFT, share_left
 from hhdeploy.bundle.store import Progress
 from hhdeploy.choices import QUANTISED, Precision, member
-from hhdeploy.errors import PlanError
+from hhdeploy.errors import PlanError, abbreviate
 from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.parity import NO_EFFECT
 from hhdeploy.verifying.answers import logits_of

@@ -27,6 +27,7 @@ from hhdeploy.cli.wording import as_command_line
 from hhdeploy.errors import MARK, BundleError, HhdeployError, OptionError, as_code, marked_code
 from hhdeploy.exporting.beforehand import check_precisions
 from hhdeploy.repositories import ovms, triton
+from hhdeploy.runtime import session
 from hhdeploy.runtime.serving import server, settings
 from hhdeploy.training import recipe
 from tests.workshop import ROOT
@@ -104,6 +105,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hhdeploy/cli/cache.py": ("cache list", "cache clear"),
     "hhdeploy/cli/naming.py": (ANY,),
     "hhdeploy/cli/ui.py": (ANY,),
+    "hhdeploy/cli/parity_table.py": ("export", "verify"),
     "hhdeploy/cli/wording.py": (ANY,),
     "hhdeploy/cli/starter.py": ("demo",),
     "hhdeploy/files/folders.py": (ANY,),
@@ -150,8 +152,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
 }
 # Where a word is a parameter's and means something else: a key of a file, a column.
 OTHER_MEANING = {
+    ("calibration/data.py", "source"),  # a placeholder's
     ("exporters/portable/triton_ensemble.py", "model_name"),
     ("hhdeploy/adapters/config.py", "class_names"),
+    ("hhdeploy/files/bundle_checks.py", "adapters"),
     ("hhdeploy/files/bundle_checks.py", "class_names"),
     ("hhdeploy/files/bundle_checks.py", "input_size"),
     ("hhdeploy/adapters/format.py", "class_names"),
@@ -162,6 +166,7 @@ OTHER_MEANING = {
     ("hhdeploy/bundle/manifest.py", "problem_type"),
     ("hhdeploy/bundle/membership.py", "input_size"),
     ("hhdeploy/preprocess.py", "input_size"),
+    ("hhdeploy/preprocess.py", "preprocess"),
     ("hhdeploy/training/recipe.py", "input_size"),
 }
 # No messages: a style sheet, whose variables look like flags; the marks themselves; a document.
@@ -316,6 +321,7 @@ def parameters_of_python() -> set[str]:
         server.serve,
         triton.TritonOptions,
         ovms.OvmsOptions,
+        session.Session.run,
     )
     # An adapter's configuration is what its file holds, by the same names; Literals take nothing.
     others = {"errors", "HhdeployError", "Adapter", "AdapterConfig", "Device", "Precision"}
@@ -366,7 +372,7 @@ ONE_OF_MANY = {
     "runtime/serving/settings.py::_check_range": "`max_batch`",
 }
 # Parameters that no command has.
-PYTHON_ONLY = {"cuda_graphs", "hint", "smooth_quant"}
+PYTHON_ONLY = {"backbone", "cuda_graphs", "hint", "smooth_quant"}
 # What holds options, and the parameters that take it.
 CONSTRUCTORS = {"BuildOptions", "CalibrationSettings", "Reserve"}
 OPTIONS = {"options", "reserve", "settings"}
@@ -415,7 +421,10 @@ def test_the_library_marks_every_parameter():
         f"{where}: {word} in {text!r}"
         for where, text in library()
         if " " in text
-        for word in re.findall(r"[a-z]+(?:_[a-z]+)+|\b[a-z]+(?==[\w{'])", MARK.sub("", text))
+        for word in re.findall(
+            r"[a-z]+(?:_[a-z]+)+|\b[a-z]+(?==[\w{'])|^[a-z]+(?=(?:\[{}\])?: expected)",
+            MARK.sub("", text),
+        )
         if word in PARAMETERS and (where.partition("::")[0], word) not in OTHER_MEANING
     ]
     assert not found, "\n".join(found)

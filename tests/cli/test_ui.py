@@ -118,7 +118,7 @@ def test_every_device_says_what_auto_takes():
         assert option.help.endswith(said), name
         # In the order that it says, every name is one.
         names = said.removesuffix(".").replace(",", "").split()
-        assert [n for n in names if n in option.type.choices and n != "auto"][0] == "cuda"
+        assert next(n for n in names if n in option.type.choices and n != "auto") == "cuda"
 
 
 def test_a_wait_may_have_no_end():

@@ -98,7 +98,7 @@ def test_a_buffer_that_moved_is_held_by_no_adapter(persistent):
     attach(model, STEM_S)
     extract(model)
     model.stem.seen += 0.5
-    with pytest.raises(AdapterError, match=r"stem\.seen is no more what it was"):
+    with pytest.raises(AdapterError, match=r"stem\.seen has changed since"):
         extract(model)
     model.stem.seen -= 0.5
     extract(deepcopy(model).half())
@@ -120,7 +120,7 @@ def test_weights_that_were_trained_too_are_held_by_no_adapter(tmp_path):
     extract(model)
     model.requires_grad_(True)
     step(model)
-    with pytest.raises(AdapterError, match=r"stem\.0\.weight is no more.*parameters that require"):
+    with pytest.raises(AdapterError, match=r"stem\.0\.weight has changed.*parameters that require"):
         extract(model)
 
 
@@ -147,7 +147,7 @@ def test_a_small_part_of_a_frozen_weight_that_moved_is_seen(share):
     weight = model.stem[0].weight
     with torch.no_grad():
         weight.view(-1)[7] += share * weight.norm()
-    with pytest.raises(AdapterError, match=r"stem\.0\.weight is no more.*what averages them"):
+    with pytest.raises(AdapterError, match=r"stem\.0\.weight has changed.*what averages them"):
         extract(model)
 
 
@@ -494,7 +494,7 @@ def test_of_a_model_that_was_cast_what_moved_is_seen(dtype):
     model = on_a_stem()
     model.train()
     step(model)
-    with pytest.raises(AdapterError, match=r"stem\.1\.running_mean is no more what it was"):
+    with pytest.raises(AdapterError, match=r"stem\.1\.running_mean has changed since"):
         extract(model.to(dtype))
 
 
@@ -606,7 +606,7 @@ def test_a_model_of_which_a_part_is_wrapped_is_the_model(wrap, paths, tmp_path):
         assert (tmp_path / "bare" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
     with torch.no_grad():
         norm.weight.add_(0.1)
-    with pytest.raises(AdapterError, match=r"blocks\.1\.norm1\.weight is no more what it was"):
+    with pytest.raises(AdapterError, match=r"blocks\.1\.norm1\.weight has changed since"):
         extract(model)
 
 
@@ -628,7 +628,7 @@ def test_what_an_adapter_changed_is_in_its_place_or_not_saved(change, found, tmp
     replace_parts(model, ["blocks.1"], change)
     with pytest.raises(
         AdapterError,
-        match=rf"^blocks\.1\.\S+: expected the module .* found {found} \(of 8 .* 4 are",
+        match=rf"^blocks\.1\.\S+: expected the module .* found {found} \(4 of 8 ",
     ):
         save(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -860,10 +860,10 @@ def with_a_prompt(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_another_norm, r"^stem\.1\.weight was in the model .* 5 are gone"),
-        (with_a_wrapped_norm, r"^stem\.1\.weight was in the model"),
-        (with_a_parametrized_one, r"^stem\.0\.weight was in the model .* parametrized"),
-        (with_a_prompt, r"^prompt requires gradients and was not .* or freeze"),
+        (with_another_norm, r"^stem\.1\.weight is gone .*\(5 of "),
+        (with_a_wrapped_norm, r"^stem\.1\.weight is gone"),
+        (with_a_parametrized_one, r"^stem\.0\.weight is gone .* parametrized"),
+        (with_a_prompt, r"^prompt requires gradients and came .* or freeze"),
     ],
 )
 def test_what_came_or_went_after_attach_is_held_by_no_adapter(change, message):

@@ -117,14 +117,14 @@ def test_one_name_or_none_is_for_all_images(session, folded):
 
 
 def test_classify_refuses(own):
-    with pytest.raises(SessionError, match="no image given"):
+    with pytest.raises(SessionError, match="`images`: expected a sequence of at least one picture"):
         own.classify([], "alpha")
     for wrong, words in (
         (None, "`images`: expected pictures in a list or tuple, found NoneType None"),
-        ("cat.png", r"images\[0\]: expected a PIL\.Image\.Image, found str.*open_image\(path\)"),
-        (Path("cat.png"), r"images\[0\]: .*found PosixPath.*open_image\(path\)"),
-        ([*pictures(1), Path("cat.png")], r"images\[1\]: .*found PosixPath"),
-        (np.zeros((2, 40, 40, 3), np.uint8), r"images\[0\]: .*found ndarray.*fromarray\(array\)"),
+        ("cat.png", r"`images`\[0\]: expected a PIL\.Image\.Image, found str.*open_image\(path\)"),
+        (Path("cat.png"), r"`images`\[0\]: .*found PosixPath.*open_image\(path\)"),
+        ([*pictures(1), Path("cat.png")], r"`images`\[1\]: .*found PosixPath"),
+        (np.zeros((2, 40, 40, 3), np.uint8), r"`images`\[0\]: .*found ndarray.*fromarray\(array\)"),
         (pictures(1)[0], r"expected a sequence of pictures, found one: pass \[image\]"),
     ):
         for ask in (own.classify, own.preprocess):
@@ -309,7 +309,9 @@ def test_the_number_of_names(session, names):
 
 
 def test_a_name_an_image(session):
-    with pytest.raises(SessionError, match=r"adapters\[1\]: expected a name or None, found \['be"):
+    with pytest.raises(
+        SessionError, match=r"`adapters`\[1\]: expected a name or None, found \['be"
+    ):
         session.run(images(2), ["alpha", ["beta"]])
     with pytest.raises(SessionError, match="`adapters`: expected names, one an image, in a list"):
         session.run(images(2), 1)
@@ -332,14 +334,14 @@ def test_pictures_without_pixels_are_named(own):
         (Image.new("F", (0, 0)), "expected pixels, found 0 x 0"),
     ):
         for ask in (own.classify, own.preprocess):
-            with pytest.raises(SessionError, match=rf"images\[1\]: {words}"):
+            with pytest.raises(SessionError, match=rf"`images`\[1\]: {words}"):
                 ask([*pictures(1), wrong], "alpha")
 
 
 def test_what_is_no_name_or_number_is_refused(session, small):
-    with pytest.raises(SessionError, match=r"output \['logits'\]: this bundle has logits"):
+    with pytest.raises(SessionError, match=r"`output=\['logits'\]`: this bundle has logits"):
         session.run(images(2), "alpha", ["logits"])
-    with pytest.raises(SessionError, match=r"adapter: expected one name or None, found \['alpha"):
+    with pytest.raises(SessionError, match=r"`adapter`: expected one name or None, found \['alpha"):
         session.preprocess(pictures(2), ["alpha", "gamma"])
     for path in (None, 3, "a\0b"):
         with pytest.raises(BundleError, match="expected the path of a bundle, found"):

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.applying import path_of_parameters
-from hhdeploy.adapters.checks import abbreviate
+from hhdeploy.adapters.applying import path_of_parameters, values_of
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
-from hhdeploy.adapters.importers.template import ImportOptions, Tensors, finish
+from hhdeploy.adapters.importers.template import ImportOptions, Tensors, finish, largest_rank
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.sites import LinearSpec, kind_of
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, abbreviate
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -169,9 +168,7 @@ class _Backbone:
 
     def __init__(self, backbone: Backbone, file: Path) -> None:
         self.backbone, self.file = backbone, file
-        self.own = {
-            name: p.detach().double().cpu().numpy() for name, p in backbone.model.named_parameters()
-        }
+        self.own = values_of(backbone.model)
         self.sites = {
             (int(site.name.split(".")[1]), site.kind): (linear, index)
             for linear in backbone.facts.linears
@@ -321,12 +318,11 @@ def _finished(
             "them. Pass them with `checkpoint`."
         )
     tensors = changed_parameters(backbone, after, {}, path)
-    ranks = [len(t) for name, t in tensors.items() if name.endswith(".lora_A")]
     line = f"the file has no {', '.join(absent)}, which {method} trains: taken as untrained"
     assumed = {"assumed": [line]} if absent else {}
     config = AdapterConfig(
         backbone.facts.model,
-        r=max(ranks, default=0),
+        r=largest_rank(tensors),
         extra={"imported_from": {"format": "torch.save", "method": method, **assumed}},
     )
     size = backbone.facts.preprocess.input_size

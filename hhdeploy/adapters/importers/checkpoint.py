@@ -8,10 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from hhdeploy.adapters.applying import values_of
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
-from hhdeploy.adapters.importers.template import ImportOptions, finish, stated_preprocess
+from hhdeploy.adapters.importers.template import (
+    ImportOptions,
+    finish,
+    largest_rank,
+    stated_preprocess,
+)
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.licences import licences_of_card
 from hhdeploy.backbones.loading import load_backbone
@@ -71,7 +77,7 @@ def extract_adapter(
     backbone = load_backbone(spec) if backbone is None else of_kind(backbone, Backbone, "backbone")
     tuned = load_backbone(_tuned_spec(spec, path))
     _check_buffers(backbone, tuned, path)
-    after = {n: p.detach().double().cpu().numpy() for n, p in tuned.model.named_parameters()}
+    after = values_of(tuned.model)
     if tuned.facts.classes == 0:  # the file has no classifier, the model's is a placeholder
         head = f"{tuned.facts.classifier}."
         after = {name: value for name, value in after.items() if not name.startswith(head)}
@@ -87,10 +93,9 @@ def extract_adapter(
             f"{path}: every parameter is the backbone's, rounded to {low}: there is no change to "
             "extract. Is it the fine-tuned checkpoint, and `checkpoint` the one before?"
         )
-    ranks = [len(t) for name, t in tensors.items() if name.endswith(".lora_A")]
     config = AdapterConfig(
         backbone.facts.model,
-        r=max(ranks, default=0),
+        r=largest_rank(tensors),
         license=licences_of_card(directory),
         extra={"imported_from": {"format": "checkpoint", **_said(tuned, backbone)}},
     )
@@ -123,10 +128,9 @@ def _only_rounded(backbone: Backbone, tuned: Backbone, after: Collection[str]) -
 def _check_whole(backbone: Backbone, after: Mapping[str, Array], path: Path) -> None:
     """The values are a model's, and not their differences to the backbone's (a task vector), which
     have the names of its and are small: a training leaves most weights about as large."""
-    before = {n: p.detach().double().cpu().numpy() for n, p in backbone.model.named_parameters()}
     ratios = [
         float(np.linalg.norm(after[name]) / size)
-        for name, value in before.items()
+        for name, value in values_of(backbone.model).items()
         if name in after and (size := np.linalg.norm(value)) > 0
     ]
     ratio = float(np.median(ratios)) if ratios else 1.0

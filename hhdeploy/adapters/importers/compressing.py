@@ -16,7 +16,7 @@ from hhdeploy.adapters.applying import logits_with, parameters_with, path_of_par
 from hhdeploy.adapters.config import Compression
 from hhdeploy.adapters.format import Adapter, SiteTensors
 from hhdeploy.choices import whole
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, abbreviate
 from hhdeploy.parity import COMPRESSION_BOUND, compare
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def compressed(
             )
     if values:
         raise AdapterError(
-            f"{adapter.source}: {', '.join(list(values)[:4])}{' …' if len(values) > 4 else ''} "
+            f"{adapter.source}: {abbreviate(values, 4)} "
             "cannot be side branches at any rank: only changes of Linears can. Leave "
             "`compress_rank` out and fold the adapter."
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.applying import path_of_parameters
+from hhdeploy.adapters.applying import path_of_parameters, values_of
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array
 from hhdeploy.backbones.sites import LinearSpec
@@ -83,9 +83,7 @@ def changed_parameters(
     Raises:
         AdapterError: a new value is NaN or infinite, of which nothing can be said.
     """
-    before = {
-        name: p.detach().double().cpu().numpy() for name, p in backbone.model.named_parameters()
-    }
+    before = values_of(backbone.model)
     left = {name: value for name, value in after.items() if not _same(before.get(name), value)}
     for name, value in left.items():
         check_finite(value, f"{file}: {name}", AdapterError)

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hhdeploy.adapters.applying import values_of
 from hhdeploy.adapters.calls import module_by_module, never_called, noise, passed_by
-from hhdeploy.adapters.checks import abbreviate
 from hhdeploy.adapters.importers.keys import PEFT_MODEL
 from hhdeploy.adapters.importers.lora import check_float, initialisation
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.algebra import Array, logit_change, logit_range
 from hhdeploy.backbones.spec import seeded
-from hhdeploy.errors import AdapterError, first_line, require
+from hhdeploy.errors import AdapterError, abbreviate, first_line, require
 from hhdeploy.parity import PEFT_MERGE_BOUND
 
 if TYPE_CHECKING:
@@ -115,11 +115,11 @@ def _check_method(config: Mapping[str, Any], where: Path) -> None:
     init = initialisation(config)
     if kind == "LORA" and init not in _REPEATABLE:
         raise AdapterError(
-            f"{where}: init_lora_weights: expected an initialisation that PEFT makes again from "
-            f"the weights alone, found {init!r}: it changed the backbone's weights before "
-            "training. Save the adapter with PEFT's path_initial_model_for_weight_conversion, "
-            "which leaves the tensors of modules_to_save (the head) out: add them to the file. "
-            "Or merge it where it was trained and bring the checkpoint: `extract_adapter()`."
+            f"{where}: init_lora_weights: expected one that leaves the backbone's weights as they "
+            f"are, found {init!r}. Merge the adapter where it was trained and bring the "
+            "checkpoint: `extract_adapter()`. Or save it with PEFT's "
+            "path_initial_model_for_weight_conversion, and add what modules_to_save names (the "
+            "head), which that leaves out."
         )
     if config.get("megatron_config"):
         raise AdapterError(
@@ -282,7 +282,7 @@ def _compare(
         if key in tensors and tuple(own[key].shape) != tensors[key].shape
     ]
     problems = [
-        f"{title}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        f"{title}: {abbreviate(names, 5)}"
         for title, names in (
             ("the configuration names, the tensors lack", missing),
             ("the tensors have, the configuration does not name", extra),
@@ -319,12 +319,12 @@ def _merged(tuned: Any, backbone: Backbone, prefix: str, where: Path) -> dict[st
         whole = _attempt(lambda: tuned.merge_and_unload(safe_merge=True))
         inner = whole.get_submodule(prefix.rstrip(".")) if prefix else whole
         merged = _attempt(lambda: inner(images))
-    found = {name: p.detach().double().cpu().numpy() for name, p in inner.named_parameters()}
+    found = values_of(inner)
     expected = {name for name, _ in backbone.model.named_parameters()}
     if set(found) != expected:
         changed = sorted(set(found) ^ expected)
         raise AdapterError(
-            f"{where}: merging changes the structure of the model ({', '.join(changed[:4])}); "
+            f"{where}: merging changes the structure of the model ({abbreviate(changed, 4)}); "
             "only weights can be folded. Bring the merged model as a model of its own."
         )
     _judge(unmerged.double().numpy(), merged.double().numpy(), idle, turning, where)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hhdeploy.adapters.importers.keys import numbers_in, outer_prefix, owner_of
 from hhdeploy.backbones.converting import marked, timm_name
 from hhdeploy.backbones.sites import kind_of, sites_of
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, abbreviate
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -103,10 +103,10 @@ def names_of(names: Collection[str], backbone: Backbone, file: Path, start: str 
         if not target:
             raise AdapterError(
                 f"{file}: {name}: {backbone.facts.model} has no such module. Its own names are "
-                f"those of {', '.join(list(sites_of(backbone.facts.linears))[:4])}, …. Give the "
-                "model that the adapter was trained on (of transformers transformers:DIR), or "
-                "merge it there (merge_and_unload) and bring the checkpoint: `extract_adapter()`. "
-                "Keys of an outer module of your own are stripped with `prefix`."
+                f"those of {abbreviate(sites_of(backbone.facts.linears), 4)}. Give the model that "
+                "the adapter was trained on (transformers:DIR), or merge it there and bring the "
+                "checkpoint: `extract_adapter()`. Keys of an outer module are stripped with "
+                "`prefix`."
             )
         if paths.setdefault(target, path) != path:
             raise AdapterError(

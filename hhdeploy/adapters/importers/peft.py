@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hhdeploy.adapters.calls import check_called
-from hhdeploy.adapters.checks import abbreviate, no_place
+from hhdeploy.adapters.checks import no_place
 from hhdeploy.adapters.config import CONFIG_FILE, TENSOR_FILE, AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.difference import changed_parameters
@@ -53,7 +53,7 @@ from hhdeploy.algebra import Array
 from hhdeploy.backbones.licences import licences_of, licences_of_card, together
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import parameters_of
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, abbreviate
 from hhdeploy.files.tensors import read_tensors
 from hhdeploy.files.weights import files_of
 
@@ -86,8 +86,8 @@ def import_peft(path: Path, backbone: Backbone, options: ImportOptions) -> Adapt
     """The adapter of a PEFT directory; see `hhdeploy.adapters.importers.import_adapter`."""
     if options.form or options.reflection or options.lora_scale != 1.0 or options.key_map:
         raise AdapterError(
-            f"{path}: form, reflection, lora scale and key map are for .pth files; {CONFIG_FILE} "
-            "says all that an adapter of PEFT needs."
+            f"{path}: `form`, `reflection`, `lora_scale` and `key_map` are for .pth files; "
+            f"{CONFIG_FILE} says all that an adapter of PEFT needs."
         )
     written = read_peft_config(path)
     where = path / CONFIG_FILE

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hhdeploy.adapters.checks import abbreviate, sites_there_are
+from hhdeploy.adapters.checks import sites_there_are
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.adapters.importers.authors import import_arc, import_rlrr, is_arc, is_rlrr
@@ -26,6 +26,7 @@ from hhdeploy.adapters.importers.template import (
     Tensors,
     finish,
     head_keys,
+    largest_rank,
     low_rank_pair,
     split_thirds,
     stated_preprocess,
@@ -33,7 +34,7 @@ from hhdeploy.adapters.importers.template import (
 from hhdeploy.algebra import Reflection
 from hhdeploy.backbones.sites import Form, LinearSpec, sites_of
 from hhdeploy.backbones.weights import advice_on_parametrized, advice_on_peft
-from hhdeploy.errors import AdapterError, require
+from hhdeploy.errors import AdapterError, abbreviate, require
 from hhdeploy.files.checkpoints import unwrapped
 from hhdeploy.files.weights import content_of
 
@@ -172,7 +173,7 @@ def _converted(
         backbone.facts.model,
         form=options.form or _FORM,
         reflection=options.reflection or _REFLECTION,
-        r=max((t.shape[0] for n, t in result.items() if n.endswith(".lora_A")), default=0),
+        r=largest_rank(result),
         extra={"imported_from": {"format": "torch.save", **_said(tensors, options, scaled)}},
     )
     stated = stated_preprocess(path.parent, backbone, options)

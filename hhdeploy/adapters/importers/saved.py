@@ -22,7 +22,7 @@ from hhdeploy.adapters.importers.naming import Names
 from hhdeploy.adapters.importers.targets import in_saved_module, saved_in_saved
 from hhdeploy.adapters.importers.template import Tensors
 from hhdeploy.backbones.sites import kind_of
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, abbreviate
 
 if TYPE_CHECKING:
     import torch
@@ -206,9 +206,9 @@ def _is_untrained(key: str, plain: str, config: Mapping[str, Any], file: Path) -
         outer, inner = nested
         raise AdapterError(
             f"{file}: {plain}: modules_to_save names both {outer} and {inner} in it, of which PEFT "
-            "saves a copy that was not trained: what was is not in the file. Where the model is "
-            "still in memory, merge the adapter (merge_and_unload) and bring the checkpoint: "
-            "`extract_adapter()`. Else train it again, with the whole path of one of them alone."
+            "saves an untrained copy. If the model is still in memory, merge the adapter "
+            "(merge_and_unload) and bring the checkpoint: `extract_adapter()`. Else train it "
+            "again, with the whole path of one of them alone."
         )
     return True
 
@@ -315,8 +315,8 @@ def _check_saved(
     lacking += [name for name in own if in_saved_module(config, name) and name not in found]
     if lacking:
         raise AdapterError(
-            f"{file}: modules_to_save is {saved}, but the file lacks {', '.join(lacking[:4])}"
-            f"{' …' if len(lacking) > 4 else ''}: without them the answers would be those of the "
+            f"{file}: modules_to_save is {saved}, but the file lacks {abbreviate(lacking, 4)}"
+            ": without them the answers would be those of the "
             "backbone's own. PEFT's conversion of PiSSA and OLoRA leaves them out: copy these "
             "tensors from the adapter as it was saved, or take the module out of modules_to_save "
             "if it was not trained."
@@ -379,8 +379,7 @@ def _check_biases(
                 "`extract_adapter()`. Else train it again."
             )
         raise AdapterError(
-            f"{file}: bias is {bias!r}, but the file lacks {', '.join(missing[:4])}"
-            f"{' …' if len(missing) > 4 else ''}. {way}"
+            f"{file}: bias is {bias!r}, but the file lacks {abbreviate(missing, 4)}. {way}"
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hhdeploy.adapters.importers.keys import numbers_filled, numbers_in, numbers_open
 from hhdeploy.adapters.importers.naming import Names
 from hhdeploy.backbones.sites import KINDS, kind_of, sites_of
-from hhdeploy.errors import AdapterError
+from hhdeploy.errors import AdapterError, abbreviate
 
 if TYPE_CHECKING:
     from hhdeploy.backbones.spec import Backbone
@@ -140,7 +140,7 @@ def compare_targets(
     ):
         if paths:
             raise AdapterError(
-                f"{file}: {title} {', '.join(paths[:5])}{' …' if len(paths) > 5 else ''}. Without "
+                f"{file}: {title} {abbreviate(paths, 5)}. Without "
                 "them the numbers would be those of another adapter: save it whole, or correct "
                 "the configuration."
             )

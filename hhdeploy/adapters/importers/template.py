@@ -93,6 +93,11 @@ class ImportOptions:
             raise OptionError(f"`preprocess`: {error}.") from error
 
 
+def largest_rank(tensors: Tensors) -> int:
+    """Of the products among an adapter's tensors; 0 without one."""
+    return max((len(t) for name, t in tensors.items() if name.endswith(".lora_A")), default=0)
+
+
 def head_keys(backbone: Backbone) -> tuple[str, str]:
     """Keys of the classifier's weight and bias in the backbone's state dict."""
     return f"{backbone.facts.classifier}.weight", f"{backbone.facts.classifier}.bias"

@@ -16,8 +16,7 @@ from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.timm.geometry import told_resampled
 from hhdeploy.backbones.weights import NO_WEIGHTS
-from hhdeploy.errors import BackboneError
-from hhdeploy.files.checkpoints import abbreviated
+from hhdeploy.errors import BackboneError, abbreviate
 from hhdeploy.files.tensors import open_arrays
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def load_arrays(
             left = [name for name in outlines if name.removeprefix(start) not in own]
             untrue = [f"{n} ({a.dtype})" for n, a in own.items() if a.dtype.kind != "f"]
             if untrue:
-                raise BackboneError(f"{fault}; {NO_WEIGHTS}: {abbreviated(untrue)}; {_FLOATS}.")
+                raise BackboneError(f"{fault}; {NO_WEIGHTS}: {abbreviate(untrue, 4)}; {_FLOATS}.")
             classes = len(own["head/bias"]) if "head/bias" in own else 0
             model = create(spec, classes or 1)
             head = f"{classifier_path(model)}."
@@ -89,7 +88,7 @@ def load_arrays(
             "as JAX published it; tensors by the model's own names go into a safetensors file."
         ) from error
     if left:
-        said.append(f"left out of the checkpoint: {abbreviated(left)}")
+        said.append(f"left out of the checkpoint: {abbreviate(left, 4)}")
     return model, classes, said
 
 
@@ -116,7 +115,7 @@ def _read(model: nn.Module, taken: Collection[str], spec: BackboneSpec, fault: s
         reader(str(spec.checkpoint))
         unread = [n for n, p in found.items() if bool((p == torch.full_like(p, _UNREAD)).any())]
     if unread:
-        raise BackboneError(f"{fault}; keys missing: {abbreviated(unread, 5)}.{_ARGUMENTS}")
+        raise BackboneError(f"{fault}; keys missing: {abbreviate(unread, 5)}.{_ARGUMENTS}")
 
 
 def _compare(own: Arrays, model: nn.Module, taken: Collection[str], fault: str) -> None:

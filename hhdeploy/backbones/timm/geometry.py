@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hhdeploy.backbones.spec import BackboneSpec
-from hhdeploy.errors import BackboneError
+from hhdeploy.errors import BackboneError, abbreviate
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def told_resampled(found: Sequence[str], spec: BackboneSpec) -> list[str]:
     if found and not {"img_size", "patch_size"} & spec.args.keys():
         raise BackboneError(
             f"`checkpoint`: {spec.checkpoint} is of another geometry than {spec.model}: timm would "
-            f"resample {', '.join(found[:3])}. Say in `model_args` what it was trained with (such "
+            f"resample {abbreviate(found, 3)}. Say in `model_args` what it was trained with (such "
             "as img_size or patch_size); or give the model's own there, to have it resampled."
         )
     return [f"weights resampled to another geometry: {', '.join(found)}"] if found else []

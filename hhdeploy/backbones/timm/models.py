@@ -21,9 +21,8 @@ from hhdeploy.backbones.timm.arrays import load_arrays
 from hhdeploy.backbones.timm.geometry import resampled
 from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_beside
 from hhdeploy.backbones.weights import State, load_strictly, passed_over, read_state, state_of
-from hhdeploy.errors import BackboneError, require
+from hhdeploy.errors import BackboneError, abbreviate, require
 from hhdeploy.files.bundle_json import json_problem
-from hhdeploy.files.checkpoints import abbreviated
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -318,7 +317,7 @@ def _without_layer(
         return state, ()
     layer = [key for key in state if key.startswith(_LAYER)]
     left = [key for key in state if layer and key.startswith(f"{classifier}.")] + layer
-    line = f"left out of the checkpoint: {abbreviated(left)}, which timm's models no longer have"
+    line = f"left out of the checkpoint: {abbreviate(left, 4)}, which timm's models no longer have"
     kept = {key: value for key, value in state.items() if key not in left}
     return kept, (line,) if left else ()
 

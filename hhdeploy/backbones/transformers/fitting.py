@@ -17,7 +17,7 @@ from hhdeploy.backbones.weights import (
     half_classifier,
     untrue_of,
 )
-from hhdeploy.errors import BackboneError
+from hhdeploy.errors import BackboneError, abbreviate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,9 +43,8 @@ def check_unquantised(config: Any, where: str) -> None:
     raise BackboneError(
         f"transformers:{where}: expected weights as they were trained, found a "
         f"quantization_config, {stated.get('quant_method') or 'without a method'}. Save the model "
-        "as it was before (some methods have model.dequantize(), then save_pretrained); the bundle "
-        "that is exported can be quantised. Weights that are not quantised have no such entry in "
-        "config.json: take it out."
+        "as it was before (model.dequantize(), then save_pretrained): the bundle can be quantised. "
+        "If the weights are not quantised, take that entry out of config.json."
     )
 
 
@@ -82,7 +81,7 @@ def check_loading(
         NO_WEIGHTS: untrue_of(model, types),
     }
     problems = [
-        f"{title}: {', '.join(map(str, sorted(keys)[:5]))}" for title, keys in found.items() if keys
+        f"{title}: {abbreviate(sorted(map(str, keys)), 5)}" for title, keys in found.items() if keys
     ]
     if problems:
         if found[NO_WEIGHTS]:

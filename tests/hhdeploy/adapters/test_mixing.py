@@ -309,5 +309,5 @@ def test_no_part_of_an_adapter_is_beyond_float32(tiny, part):
 
 def test_a_backbone_that_is_none_is_refused(tiny):
     adapter = random_adapter(tiny.facts)
-    with pytest.raises(OptionError, match="backbone: expected what load_backbone gives, found i"):
+    with pytest.raises(OptionError, match="`backbone`: expected what load_backbone gives, found i"):
         merge_adapters({"one": (adapter, 1.0)}, backbone=3)

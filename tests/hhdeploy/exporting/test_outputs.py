@@ -152,7 +152,7 @@ def test_features_are_those_of_each_image_s_own_adapter(workshop, features):
             check(truth_of(workshop, name, x[mine])[FEATURES], found[mine])
         with pytest.raises(SessionError, match=r"gives features and no logits.*Session.run"):
             session.classify([Image.new("RGB", (40, 40))], ["alpha"])
-        with pytest.raises(SessionError, match="output 'logits': this bundle has features"):
+        with pytest.raises(SessionError, match="`output='logits'`: this bundle has features"):
             session.run(x, names, "logits")
     assert [line for line in said if "classifier is not used" in line] == [
         f"adapter {name!r}: its classifier is not used, the graph gives no logits" for name in BOTH
