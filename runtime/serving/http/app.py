@@ -38,7 +38,7 @@ from hhdeploy.runtime.serving.errors import (
     shortened,
 )
 from hhdeploy.runtime.serving.fleet.uploads import check_unload, read_upload
-from hhdeploy.runtime.serving.http.bodies import Bodies
+from hhdeploy.runtime.serving.http.bodies import Bodies, BodyParser
 from hhdeploy.runtime.serving.http.codec import (
     HEADER_LENGTH,
     compact_json,
@@ -49,7 +49,6 @@ from hhdeploy.runtime.serving.http.codec import (
 from hhdeploy.runtime.serving.http.heads import check_head, header
 from hhdeploy.runtime.serving.http.leaving import send_answer
 from hhdeploy.runtime.serving.http.page import Handler, page_routes
-from hhdeploy.runtime.serving.http.parsing import BodyParser
 from hhdeploy.runtime.serving.logs import REQUEST_ID, Asked
 from hhdeploy.runtime.serving.messages import Deadline
 from hhdeploy.runtime.serving.processes.aside import Aside

@@ -18,8 +18,8 @@ import pytest
 
 from hhdeploy.runtime.serving.errors import BusyError, FailedError, RequestError, TooLargeError
 from hhdeploy.runtime.serving.http import codec
+from hhdeploy.runtime.serving.http.bodies import BodyParser
 from hhdeploy.runtime.serving.http.codec import Body, json_length, read_object, read_request
-from hhdeploy.runtime.serving.http.parsing import BodyParser
 from hhdeploy.runtime.serving.processes import elsewhere
 
 PATIENCE = 60

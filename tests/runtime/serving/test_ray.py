@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from hhdeploy.cli import main
 from hhdeploy.runtime.serving import errors
-from hhdeploy.runtime.serving.http.parsing import SMALL
+from hhdeploy.runtime.serving.http.bodies import SMALL
 from hhdeploy.runtime.serving.messages import BYTES, FP32
 from hhdeploy.runtime.session import open_session
 from tests.runtime.serving.fleets import make_adapter, put_adapter

@@ -21,7 +21,7 @@ from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving import errors, tracing
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.http.app import http_app
-from hhdeploy.runtime.serving.http.parsing import SMALL
+from hhdeploy.runtime.serving.http.bodies import SMALL
 from hhdeploy.runtime.serving.messages import (
     BYTES,
     InferRequest,

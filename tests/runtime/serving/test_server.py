@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hhdeploy.runtime import open_session
 from hhdeploy.runtime.serving.access.tokens import Access
 from hhdeploy.runtime.serving.endpoint import LocalEndpoint
-from hhdeploy.runtime.serving.http.parsing import SMALL
+from hhdeploy.runtime.serving.http.bodies import SMALL
 from hhdeploy.runtime.serving.server import serve
 from hhdeploy.runtime.serving.service import Service
 from hhdeploy.runtime.serving.settings import ServeSettings
