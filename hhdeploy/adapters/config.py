@@ -27,8 +27,7 @@ from hhdeploy.choices import VALUES as VALUES
 from hhdeploy.choices import ProblemType as ProblemType
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.bundle_json import CONFIG_FILE as CONFIG_FILE
-from hhdeploy.files.bundle_json import MANIFEST, check_levels, json_problem, without_duplicates
-from hhdeploy.files.plain import read_plain
+from hhdeploy.files.bundle_json import MANIFEST, check_levels, object_in, without_duplicates
 from hhdeploy.preprocess import Preprocess
 
 # 2 has s_in, s_out, db, values of parameters, and fold_only; written only where they are used.
@@ -211,17 +210,9 @@ def config_object(path: Path, without: str) -> dict[str, Any]:
         AdapterError: it is missing, cannot be read, or holds no JSON object.
     """
     try:
-        text = read_plain(path).decode()
-        content = json.loads(text, object_pairs_hook=without_duplicates)
+        return object_in(path, AdapterError, without_duplicates)
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist. {without}") from None
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits
-        raise AdapterError(f"{path} is not valid JSON: {json_problem(error)}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
 
 
 def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:

@@ -10,7 +10,6 @@ models compute.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhdeploy.backbones.weights import advice_on_peft
 from hhdeploy.errors import BackboneError, abbreviate
+from hhdeploy.files.bundle_json import object_in
 
 if TYPE_CHECKING:
     import torch
@@ -295,17 +295,13 @@ def agree(model: nn.Module, file: Path) -> tuple[tuple[str, ...], float]:
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     path = file.parent / "config.json"
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Mapping[str, Any] = object_in(path, BackboneError)
     except FileNotFoundError:
         eps = norms[0].eps
         return (
             f"weights of transformers without their config.json: norm eps {eps:g}, "
             f"{', '.join(_heads(model))} heads and timm's activation and pooling assumed",
         ), eps
-    except (OSError, ValueError, RecursionError) as error:
-        raise BackboneError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise BackboneError(f"{path}: expected a JSON object, found {type(config).__name__}.")
     config = _of_images(config)
     _check(model, config, path)
     eps = float(config.get("layer_norm_eps", norms[0].eps))
@@ -334,12 +330,9 @@ def agree_on_clip(
         activation, where = "quick_gelu", f"{file}, a file of OpenAI's CLIP"
     elif path.is_file():
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            quick = config["model_cfg"].get("quick_gelu", False)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise BackboneError(
-                f"{path}: expected OpenCLIP's model_cfg, which cannot be read: {error}."
-            ) from error
+            quick = object_in(path, BackboneError)["model_cfg"].get("quick_gelu", False)
+        except (KeyError, AttributeError) as error:
+            raise BackboneError(f"{path}: expected OpenCLIP's model_cfg, found none.") from error
         activation, where = "quick_gelu" if quick else "gelu", str(path)
     else:
         assumed = ", ".join(sorted(acts))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.choices import CLASSES, PROBLEM_TYPES, ProblemType, member
+from hhdeploy.files.plain import read_plain
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def meaning_of(stated: Mapping[str, Any], classes: int) -> Meaning:
 def meaning_beside(checkpoint: Path, classes: int) -> Meaning:
     """What the config.json beside a file of weights says; nothing without one."""
     try:
-        content = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_plain(checkpoint.parent / "config.json"))
         return meaning_of(content, classes)
     except (OSError, ValueError, RecursionError, TypeError, AttributeError):  # somebody else's
         return UNSTATED

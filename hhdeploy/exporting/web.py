@@ -16,6 +16,7 @@ from hhdeploy.choices import Precision, listener, yes_or_no
 from hhdeploy.errors import BundleError, PlanError, as_code
 from hhdeploy.exporting.javascript import page_code
 from hhdeploy.files.directories import Replaceable, atomic_directory, check_target, strangers
+from hhdeploy.files.plain import read_plain
 from hhdeploy.files.writing import as_path, json_bytes, sha256_of_bytes, write_bytes
 from hhdeploy.packages import own_version
 from hhdeploy.preprocess import GRAPH_FILTERS, PICTURE_CHANNELS, Preprocess
@@ -55,7 +56,7 @@ class WebPage:
 def _foreign(path: Path) -> str | None:
     """Why a directory is not a page that `write_web_page` wrote, or None."""
     try:
-        known = set(json.loads((path / FACTS).read_text(encoding="utf-8"))["sizes"])
+        known = set(json.loads(read_plain(path / FACTS))["sizes"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return f"it has no {FACTS} that lists its files"
     return strangers(path, {*known, FACTS, _SERVICE}, "the page does not have")

@@ -10,11 +10,11 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from hhdeploy.errors import BundleError
+from hhdeploy.errors import BundleError, HhdeployError
 from hhdeploy.files.plain import can_be_named, read_plain
 
 MANIFEST = "hhdeploy.json"
@@ -213,6 +213,35 @@ def _no_bundle(path: Path) -> str:
     if (path / CONFIG_FILE).is_file():
         return f"{missing} It is an adapter's directory: export a bundle with it, by `export()`."
     return f"{missing} Make one with `export()`."
+
+
+def object_in(
+    path: Path,
+    error: type[HhdeployError],
+    pairs: Callable[[Sequence[tuple[str, Any]]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """What a JSON file beside a model or in an adapter holds.
+
+    Args:
+        path: the file.
+        error: to raise.
+        pairs: makes an object of its members: `without_duplicates`, say.
+
+    Raises:
+        FileNotFoundError: there is none.
+        error: it cannot be read, is no JSON, or no object.
+    """
+    try:
+        found = json.loads(read_plain(path).decode(), object_pairs_hook=pairs)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}.") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is not valid JSON: {json_problem(problem)}") from problem
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object, found {type(found).__name__}.")
+    return found
 
 
 def json_object(content: bytes, file: Path) -> dict[str, Any]:

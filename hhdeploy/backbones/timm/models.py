@@ -23,6 +23,7 @@ from hhdeploy.backbones.transformers.processors import PROCESSOR, processor_besi
 from hhdeploy.backbones.weights import State, load_strictly, passed_over, read_state, state_of
 from hhdeploy.errors import BackboneError, abbreviate, require
 from hhdeploy.files.bundle_json import json_problem
+from hhdeploy.files.plain import read_plain
 from hhdeploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def transform_beside(
 def _timm_config(folder: Path) -> Mapping[str, Any] | None:
     """What timm's config.json in a folder states of images; None without, or of another's."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_plain(folder / "config.json"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
@@ -193,7 +194,7 @@ def named_as_timm_does(spec: BackboneSpec) -> BackboneSpec:
 
 def _of_folder(spec: BackboneSpec, folder: Path) -> BackboneSpec:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_plain(folder / "config.json"))
         kind, architecture = config.get("model_type"), config.get("architecture")
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise BackboneError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hhdeploy.errors import BackboneError
-from hhdeploy.files.bundle_json import json_problem
-from hhdeploy.files.plain import read_plain
+from hhdeploy.files.bundle_json import object_in
 from hhdeploy.preprocess import Preprocess
 
 PROCESSOR = "preprocessor_config.json"
@@ -85,16 +83,9 @@ def _content(where: str, name: str) -> dict[str, Any] | None:
             return None
         path = Path(found)
     try:
-        content = json.loads(read_plain(path).decode())
+        return object_in(path, BackboneError)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise BackboneError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise BackboneError(f"{path} is not valid JSON: {json_problem(error)}") from error
-    if not isinstance(content, dict):
-        raise BackboneError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
 
 
 def edges(size: Any) -> tuple[int, int]:

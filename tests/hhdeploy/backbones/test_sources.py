@@ -21,8 +21,10 @@ from hhdeploy.adapters.checks import check
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import Head
 from hhdeploy.adapters.importers import import_adapter
+from hhdeploy.backbones.converting import agree
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.meaning import UNSTATED, meaning_beside
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
 from hhdeploy.backbones.transformers import (
@@ -496,10 +498,19 @@ def test_what_lies_beside_a_checkpoint_goes_before(saved, folder):
             load_backbone(one)
 
 
-def test_an_image_processor_that_is_a_pipe_is_not_waited_for(tmp_path):
+def test_a_configuration_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "preprocessor_config.json")
     with pytest.raises(BackboneError, match=r"preprocessor_config\.json cannot be read: it is a p"):
         image_processor(str(tmp_path))
+    os.mkfifo(tmp_path / "config.json")
+    beside = tmp_path / "x.safetensors"
+    assert meaning_beside(beside, 5) == UNSTATED
+    with pytest.raises(BackboneError, match=r"config\.json cannot be read: it is a pipe"):
+        agree(torch.nn.LayerNorm(4), beside)
+    with pytest.raises(
+        BackboneError, match=r"has no config\.json that can be read: .*it is a pipe"
+    ):
+        load_backbone(BackboneSpec(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
