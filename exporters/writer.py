@@ -63,10 +63,8 @@ class Contents:
 
 def folded_contents(base: BaseGraph, name: str, adapter: Adapter) -> Contents:
     """One adapter in the weights of a plain graph."""
-    backbone = replace(base.facts, linears=())
-    entry = entry_of(name, None, adapter, backbone, verified=False)
-    manifest = _folded_manifest(base, entry)
-    return Contents(folded_model(base, adapter), manifest, None, {name: adapter})
+    entry = entry_of(name, None, adapter, base.facts, verified=False)
+    return Contents(folded_model(base, adapter), _manifest(base, [entry]), None, {name: adapter})
 
 
 def whole_contents(base: BaseGraph) -> Contents:
@@ -76,22 +74,8 @@ def whole_contents(base: BaseGraph) -> Contents:
         PlanError: see `hhdeploy.plan.check_whole`.
     """
     check_whole(base.facts)
-    manifest = _folded_manifest(base, entry_of_whole(base.facts))
+    manifest = _manifest(base, [entry_of_whole(base.facts)])
     return Contents(base.model.clone(), manifest, None, {})
-
-
-def _folded_manifest(base: BaseGraph, entry: AdapterEntry) -> Manifest:
-    return Manifest(
-        kind="folded",
-        backbone=replace(base.facts, linears=()),
-        classes=entry.classes,
-        adapters=(entry,),
-        layout=None,
-        bank_as_constant=False,
-        graphs={},
-        versions=versions(),
-        features=base.features,
-    )
 
 
 def branches_contents(
@@ -104,26 +88,35 @@ def branches_contents(
 ) -> Contents:
     """All adapters of a plan as side branches of one graph."""
     bank = np.zeros((len(plan.names) + 1, plan.layout.size), np.float32)
+    entries = []
     for row, name in enumerate(plan.names, start=1):
         bank[row] = plan.layout.pack(name, adapters[name])
         check_row_range(name, bank[row], precisions)
-    backbone = replace(base.facts, linears=())
-    manifest = Manifest(
-        kind="branches",
-        backbone=backbone,
-        classes=plan.classes,
-        adapters=tuple(
-            entry_of(name, row, adapters[name], backbone, verified=False)
-            for row, name in enumerate(plan.names, start=1)
-        ),
-        layout=plan.layout,
+        entries.append(entry_of(name, row, adapters[name], base.facts, verified=False))
+    manifest = _manifest(base, entries, plan, bank_as_constant=bank_as_constant)
+    model = branched_model(base, plan)
+    return Contents(baked(model, bank) if bank_as_constant else model, manifest, bank, adapters)
+
+
+def _manifest(
+    base: BaseGraph,
+    entries: Sequence[AdapterEntry],
+    plan: Plan | None = None,
+    *,
+    bank_as_constant: bool = False,
+) -> Manifest:
+    """Of side branches; without a plan, of a graph with its one adapter in the weights."""
+    return Manifest(
+        kind="folded" if plan is None else "branches",
+        backbone=replace(base.facts, linears=()),
+        classes=entries[0].classes if plan is None else plan.classes,
+        adapters=tuple(entries),
+        layout=None if plan is None else plan.layout,
         bank_as_constant=bank_as_constant,
         graphs={},
         versions=versions(),
         features=base.features,
     )
-    model = branched_model(base, plan)
-    return Contents(baked(model, bank) if bank_as_constant else model, manifest, bank, adapters)
 
 
 def graph_name(precision: Precision) -> str:
