@@ -114,7 +114,7 @@ class LocalEndpoint:
     """An `Endpoint` of one started service in this process."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
+        self._service, self.settings = service, service.settings
         # See `Endpoint`. The service's own: the way of a request has no step in between.
         self.infer = service.infer
         self.refused = service.metrics.refused
@@ -123,11 +123,6 @@ class LocalEndpoint:
         self.status = Paced(lambda: status_of(service))
         self._all_statistics = Paced(self._statistics_of_all)
         self._index = Paced(self._repository_index)
-
-    @property
-    def settings(self) -> ServeSettings:
-        """See `Endpoint.settings`."""
-        return self._service.settings
 
     @property
     def most_json(self) -> int:

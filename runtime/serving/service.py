@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,7 @@ class Service:
 
     Attributes:
         settings: what the operator chose.
+        manifest: of the bundle that is served.
         fleet: None for a folded bundle.
         ready: False before `start` is done and once `stop` was called.
     """
@@ -79,14 +81,14 @@ class Service:
         self.ready = self._started = False
         self.metrics = Metrics(settings.model_name)
         self._session = session
-        self._manifest: Manifest = session.bundle.manifest
-        self._size = self._manifest.input_size
-        self._backbone_classes = self._manifest.backbone_classes
-        self._outputs = outputs_of(self._manifest)
+        self.manifest: Manifest = session.bundle.manifest
+        self._size = self.manifest.input_size
+        self._backbone_classes = self.manifest.backbone_classes
+        self._outputs = outputs_of(self.manifest)
         # What requests call the backbone; a folded bundle has none.
-        self._bare = {None, ""} if self._manifest.layout is None else {None, "", BACKBONE}
+        self._bare = {None, ""} if self.manifest.layout is None else {None, "", BACKBONE}
         self.fleet: Fleet | None = None
-        if self._manifest.layout is None:
+        if self.manifest.layout is None:
             _check_folded(settings)
         else:
             self.fleet = Fleet(
@@ -105,11 +107,6 @@ class Service:
         self._aside = Aside("hhdeploy-outputs")
         self._watch: asyncio.Task[None] | None = None
         self._since = time.monotonic()
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of the bundle that is served."""
-        return self._manifest
 
     @property
     def device(self) -> str:
@@ -193,7 +190,7 @@ class Service:
             return None
         if self.fleet is not None:
             return self.fleet.status(model).name
-        only = self._manifest.adapters[0].name
+        only = self.manifest.adapters[0].name
         if model != only:
             raise NotFoundError(
                 f"unknown model {model[:200]!r}. Expected {self.settings.model_name!r} or {only!r}."
@@ -203,7 +200,7 @@ class Service:
     def _adapter_names(self) -> Collection[str]:
         if self.fleet is not None:
             return self.fleet.names
-        return {adapter.name for adapter in self._manifest.adapters}
+        return {adapter.name for adapter in self.manifest.adapters}
 
     def now(self) -> Now:
         """The numbers of this moment."""
@@ -222,7 +219,7 @@ class Service:
     def entries(self) -> list[AdapterEntry]:
         """Adapters that can answer without being loaded first, sorted."""
         if self.fleet is None:
-            return list(self._manifest.adapters)
+            return list(self.manifest.adapters)
         return [s.entry for s in self.fleet.statuses() if s.entry is not None]
 
     # --- one request ----------------------------------------------------------------------------
@@ -251,7 +248,7 @@ class Service:
         ran = time.perf_counter()
         classes = [e.classes if e is not None else self._backbone_classes for e in entries]
         wanted = asked or all_outputs(entries, self._outputs, request.binary)
-        found = self._manifest.split(answer.logits)
+        found = self.manifest.split(answer.logits)
         if any(w.top or w.name not in found for w in wanted):
             try:
                 check_finite(pixels, found[LOGITS], classes, entries)
@@ -264,7 +261,7 @@ class Service:
             lambda: tuple(output_of(w, found, entries, classes, request.json) for w in wanted),
         )
         self._count(entries, begin, prepared, ran, answer)
-        digests = [self._manifest.tensors_digest(e) if e is not None else "" for e in entries]
+        digests = [self.manifest.tensors_digest(e) if e is not None else "" for e in entries]
         return InferResponse(request.model, request.id, outputs, answered_by(entries, digests))
 
     async def _hold(self, rows: Sequence[Row], visitor: bool) -> dict[str | None, Hold]:
@@ -272,7 +269,7 @@ class Service:
         names = dict.fromkeys(row.adapter for row in rows)
         if self.fleet is not None:
             return await self.fleet.rows.hold(names, visitor=visitor)
-        only = self._manifest.adapters[0].name
+        only = self.manifest.adapters[0].name
         for name in names:
             if name not in (None, only):
                 raise NotFoundError(f"unknown adapter {name[:200]!r}. There is: {only}.")
@@ -283,7 +280,7 @@ class Service:
     ) -> tuple[Sequence[AdapterEntry | None], NDArray[np.int64] | None]:
         """Of each image the adapter's entry, and its row in the bank."""
         if self.fleet is None:
-            return [self._manifest.adapters[0]] * len(rows), None
+            return [self.manifest.adapters[0]] * len(rows), None
         holds = [held[row.adapter] for row in rows]
         return [hold.entry for hold in holds], np.asarray([hold.row for hold in holds], np.int64)
 
@@ -300,10 +297,7 @@ class Service:
         ran: float,
         answer: Computed,
     ) -> None:
-        images: dict[str, int] = {}
-        for entry in entries:
-            name = entry.name if entry is not None else BACKBONE
-            images[name] = images.get(name, 0) + 1
+        images = Counter(entry.name if entry is not None else BACKBONE for entry in entries)
         end = time.perf_counter()
         parts = {
             "prepare": prepared - begin,
@@ -329,7 +323,7 @@ class Service:
                 f"input adapters: expected one name per image, found {len(names)} for {count} "
                 "images."
             )
-        if self.fleet is not None and None in names and not self._manifest.answers_backbone:
+        if self.fleet is not None and None in names and not self.manifest.answers_backbone:
             there = abbreviate([s.name for s in self.fleet.statuses() if s.answers], 20)
             raise RequestError(
                 "no adapter named, and this bundle has no classifier of the bare backbone. "
@@ -367,7 +361,7 @@ class Service:
         self, images: Tensor, rows: Sequence[Row], entries: Sequence[AdapterEntry | None]
     ) -> NDArray[np.float32]:
         """float32 [rows, 3, H, W], each image as its adapter wants it."""
-        ways = [self._manifest.preprocess_of(e) for e in entries]
+        ways = [self.manifest.preprocess_of(e) for e in entries]
         numbers = [row.image for row in rows]
         if images.datatype != BYTES:
             return as_pixels(images, numbers, ways)

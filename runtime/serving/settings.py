@@ -46,8 +46,9 @@ class Option:
     flag: str = ""
 
 
-def _asked(help: str = "", **told: Any) -> dict[str, Option]:
-    return {"option": Option(help, **told)}
+def _asked(default: Any, help: str = "", **told: Any) -> Any:
+    """A field that has an option; ``told``: further attributes of that."""
+    return field(default=default, metadata={"option": Option(help, **told)})
 
 
 def within(least: float, most: int | None = None) -> dict[str, Option]:
@@ -102,125 +103,85 @@ class ServeSettings:
             and of gRPC's calls as many.
     """
 
+    # ruff: noqa: RUF009 - each is a field of its own
+
     bundle: Path
-    host: str = field(default="127.0.0.1", metadata=_asked("Address to listen on."))
-    device: Device = field(default="auto", metadata=_asked(AUTO))
-    precision: Precision = field(default="float32", metadata=_asked())
-    threads: int | None = field(default=None, metadata=_asked("Threads of one run.", least=1))
+    host: str = _asked("127.0.0.1", "Address to listen on.")
+    device: Device = _asked("auto", AUTO)
+    precision: Precision = _asked("float32")
+    threads: int | None = _asked(None, "Threads of one run.", least=1)
     cache_dir: Path | None = None
     no_cache: bool = False
-    contexts: int = field(
-        default=1,
-        metadata=_asked(
-            "Batches at the same time; with openvino the threads are divided among them.", least=1
-        ),
+    contexts: int = _asked(
+        1, "Batches at the same time; with openvino the threads are divided among them.", least=1
     )
-    slots: int | None = field(
-        default=None,
-        metadata=_asked(
-            "Rows of the bank, the backbone's included.  [default: 64, or what the bundle needs]",
-            least=2,
-        ),
+    slots: int | None = _asked(
+        None,
+        "Rows of the bank, the backbone's included.  [default: 64, or what the bundle needs]",
+        least=2,
     )
-    max_batch: int = field(default=32, metadata=_asked("Images of one run.", least=1))
-    max_wait_ms: float = field(
-        default=2.0,
-        metadata=_asked(
-            "How long a request waits for company while another batch runs, if --contexts lets it.",
-            least=0,
-        ),
+    max_batch: int = _asked(32, "Images of one run.", least=1)
+    max_wait_ms: float = _asked(
+        2.0,
+        "How long a request waits for company while another batch runs, if --contexts lets it.",
+        least=0,
     )
-    max_queue: int = field(
-        default=1024,
-        metadata=_asked("Images that may wait; more are refused (429, UNAVAILABLE).", least=1),
+    max_queue: int = _asked(
+        1024, "Images that may wait; more are refused (429, UNAVAILABLE).", least=1
     )
-    request_seconds: float = field(
-        default=30.0,
-        metadata=_asked("Limit of one request, from its first byte to its answer.", above=0),
+    request_seconds: float = _asked(
+        30.0, "Limit of one request, from its first byte to its answer.", above=0
     )
-    model_name: str = field(
-        default="", metadata=_asked("Of the bundle in the protocol.  [default: its directory's]")
+    model_name: str = _asked("", "Of the bundle in the protocol.  [default: its directory's]")
+    adapters_dir: Path | None = _asked(
+        None, "Fleet directory: further adapters, one a folder, loaded when they are asked for."
     )
-    adapters_dir: Path | None = field(
-        default=None,
-        metadata=_asked(
-            "Fleet directory: further adapters, one a folder, loaded when they are asked for."
-        ),
+    watch_seconds: float | None = _asked(
+        None,
+        "Look through --adapters-dir that often for new, changed and removed adapters.",
+        least=0.05,
     )
-    watch_seconds: float | None = field(
-        default=None,
-        metadata=_asked(
-            "Look through --adapters-dir that often for new, changed and removed adapters.",
-            least=0.05,
-        ),
+    pinned: frozenset[str] = _asked(
+        frozenset(), "An adapter that never loses its row.", flag="--pin"
     )
-    pinned: frozenset[str] = field(
-        default=frozenset(), metadata=_asked("An adapter that never loses its row.", flag="--pin")
+    allow_adapter_loading: bool = _asked(
+        False, "Let the network load and unload adapters; needs --token-file."
     )
-    allow_adapter_loading: bool = field(
-        default=False,
-        metadata=_asked("Let the network load and unload adapters; needs --token-file."),
+    token_file: Path | None = _asked(None, "The token that loading adapters needs.")
+    inference_token_file: Path | None = _asked(
+        None, "Tokens, one a line; every request but health must present one then."
     )
-    token_file: Path | None = field(
-        default=None, metadata=_asked("The token that loading adapters needs.")
+    tls_cert: Path | None = _asked(None, "Certificate chain, PEM: HTTP and gRPC over TLS.")
+    tls_key: Path | None = _asked(None, "Its key, PEM, not encrypted.")
+    allowed_hosts: frozenset[str] = _asked(
+        frozenset(),
+        "A name by which requests may call the server, e.g. that of a proxy on this machine.  "
+        "[default: localhost on a loopback --host, any on others]",
+        flag="--allowed-host",
     )
-    inference_token_file: Path | None = field(
-        default=None,
-        metadata=_asked("Tokens, one a line; every request but health must present one then."),
+    no_access_log: bool = _asked(False, "No line in the log for each request.")
+    log_level: str = _asked("info")
+    max_json: int | None = _asked(
+        None,
+        "Bytes of JSON in an inference, decompressed, or of typed contents over gRPC.  "
+        "[default: what a full batch of numbers needs, from 8 to 32 MiB]",
+        least=1024,
     )
-    tls_cert: Path | None = field(
-        default=None, metadata=_asked("Certificate chain, PEM: HTTP and gRPC over TLS.")
+    body_bytes: int = _asked(
+        64 << 20, "Bytes of a request, also once it is decompressed.", least=1024, most=_MOST_BYTES
     )
-    tls_key: Path | None = field(default=None, metadata=_asked("Its key, PEM, not encrypted."))
-    allowed_hosts: frozenset[str] = field(
-        default=frozenset(),
-        metadata=_asked(
-            "A name by which requests may call the server, e.g. that of a proxy on this machine.  "
-            "[default: localhost on a loopback --host, any on others]",
-            flag="--allowed-host",
-        ),
-    )
-    no_access_log: bool = field(
-        default=False, metadata=_asked("No line in the log for each request.")
-    )
-    log_level: str = field(default="info", metadata=_asked())
-    max_json: int | None = field(
-        default=None,
-        metadata=_asked(
-            "Bytes of JSON in an inference, decompressed, or of typed contents over gRPC.  "
-            "[default: what a full batch of numbers needs, from 8 to 32 MiB]",
-            least=1024,
-        ),
-    )
-    body_bytes: int = field(
-        default=64 << 20,
-        metadata=_asked(
-            "Bytes of a request, also once it is decompressed.", least=1024, most=_MOST_BYTES
-        ),
-    )
-    image_pixels: int = field(
-        default=50_000_000, metadata=_asked("Pixels of one encoded picture.", least=1)
-    )
-    request_pixels: int = field(
-        default=400_000_000, metadata=_asked("Pixels of all pictures of a request.", least=1)
-    )
-    decoders: int = field(
-        default=2,
-        metadata=_asked("Pictures that are decoded at the same time.", least=1, most=1024),
-    )
-    decoding_pixels: int = field(
-        default=100_000_000,
-        metadata=_asked(
-            "Pixels of pictures of 16 million or more that are decoded at the same time.", least=1
-        ),
+    image_pixels: int = _asked(50_000_000, "Pixels of one encoded picture.", least=1)
+    request_pixels: int = _asked(400_000_000, "Pixels of all pictures of a request.", least=1)
+    decoders: int = _asked(2, "Pictures that are decoded at the same time.", least=1, most=1024)
+    decoding_pixels: int = _asked(
+        100_000_000,
+        "Pixels of pictures of 16 million or more that are decoded at the same time.",
+        least=1,
     )
     adapter_bytes: int = field(default=256 << 20, metadata=within(1024, _MOST_ADAPTER))
     bodies_bytes: int = field(default=1 << 30, metadata=within(1024))
-    connections: int = field(
-        default=4096,
-        metadata=_asked(
-            "Connections at the same time, of HTTP and of gRPC.", least=1, most=1 << 20
-        ),
+    connections: int = _asked(
+        4096, "Connections at the same time, of HTTP and of gRPC.", least=1, most=1 << 20
     )
 
     def __post_init__(self) -> None:

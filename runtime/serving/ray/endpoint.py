@@ -53,7 +53,7 @@ class RayEndpoint:
             name: what it is called in the metrics, with a word that a restart changes.
             actor: whose it is; None: that of the command, which ends with all others.
         """
-        self._settings = settings
+        self.settings = settings
         self._replicas = replicas
         self._registry = registry
         self.stopping = False
@@ -63,18 +63,13 @@ class RayEndpoint:
         self._tells_soon = False
 
     @property
-    def settings(self) -> ServeSettings:
-        """See `Endpoint.settings`."""
-        return self._settings
-
-    @property
     def most_json(self) -> int:
         """See `Endpoint.most_json`; an ingress does not know the size of images."""
-        return self._settings.json_limit(None)
+        return self.settings.json_limit(None)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """See `Endpoint.infer`."""
-        adapter = named_adapter(request, self._settings.model_name)
+        adapter = named_adapter(request, self.settings.model_name)
         method = self._replicas.options(method_name="infer", multiplexed_model_id=adapter)
         with Deadline(request.seconds()):
             response: InferResponse = await ask(method, request)
