@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhdeploy.files.bundle_json import json_problem
 from hhdeploy.files.pickles import begins_as_torch_s, unpickled
-from hhdeploy.files.plain import read_few, what_instead
+from hhdeploy.files.plain import open_plain, read_few, what_instead
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ def content_of(path: Path) -> Any:
                 )
             whole |= part
         return whole
+    open_plain(path).close()  # what reads it would wait for a pipe
     if path.suffix != ".safetensors":
         return unpickled(path)
     try:
@@ -89,6 +90,7 @@ def not_floats(checkpoint: Path) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for file in files_of(checkpoint):
+        open_plain(file).close()  # as in `content_of`
         if file.suffix != ".safetensors":
             content = unpickled(file, values=False)
             tensors = content.items() if isinstance(content, dict) else ()

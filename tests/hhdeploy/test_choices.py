@@ -329,7 +329,7 @@ def test_an_array_is_no_name_no_switch_and_no_number(small):
     ):
         with pytest.raises(OptionError, match="expected "):
             ask()
-    with pytest.raises(HhdeployError, match="hint: expected latency or throughput, found array"):
+    with pytest.raises(HhdeployError, match="`hint`: expected latency or throughput, found array"):
         open_session(small, device="cpu", hint=several)
 
 
@@ -358,7 +358,7 @@ def test_a_name_is_a_string(small, given):
         ):
             with pytest.raises(HhdeployError, match=r"unknown adapter|expected "):
                 ask()
-        with pytest.raises(HhdeployError, match=r"output .*: this bundle has logits"):
+        with pytest.raises(HhdeployError, match=r"`output=.*`: this bundle has logits"):
             session.run(np.zeros((1, *session.bundle.manifest.input_size), np.float32), None, given)
     alpha = load_adapter(small / "adapters" / "alpha")
     with pytest.raises(OptionError, match="`head`: expected one of alpha, found"):

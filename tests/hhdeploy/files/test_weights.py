@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import os
 import pickle
 import sys
 import zipfile
@@ -18,8 +20,20 @@ from hhdeploy.adapters.importers.checkpoint import extract_adapter
 from hhdeploy.backbones.weights import read_state
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.files.checkpoints import unwrapped
-from hhdeploy.files.weights import content_of
+from hhdeploy.files.weights import content_of, not_floats
 from tests.support import tiny_backbone, tiny_spec
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+@pytest.mark.parametrize("read", [content_of, not_floats])
+def test_a_pipe_is_not_waited_for(tmp_path, read, name):
+    """Also where it is one of the files that an index lists."""
+    os.mkfifo(tmp_path / name)
+    listed = tmp_path / "model.safetensors.index.json"
+    listed.write_text(json.dumps({"weight_map": {"w": name}}))
+    for file in (tmp_path / name, listed):
+        with pytest.raises(OSError, match="it is a pipe; a plain file was expected"):
+            read(file)
 
 
 def zipped(path: Path, *names: str) -> None:
