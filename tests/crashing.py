@@ -228,14 +228,17 @@ class _Disk:
 _GONE = "gone"
 
 
-def power_cuts(calls: list[Call], origin: Path, scratch: Path) -> Iterator[Path]:
-    """Every distinct directory that a power cut during ``calls`` may leave of ``origin``."""
+def power_cuts(
+    calls: list[Call], origin: Path, scratch: Path, *, after: bool = False
+) -> Iterator[Path]:
+    """Every distinct directory that a power cut during ``calls``, or ``after`` the last of them,
+    may leave of ``origin``."""
     disk = _disk_of(origin)
     seen: set[str] = set()
     blobs = scratch / "blobs"
-    blobs.mkdir()
+    blobs.mkdir(exist_ok=True)
     for number, call in enumerate([*calls, None]):
-        for names in _may_last(disk):
+        for names in _may_last(disk) if call is None or not after else ():
             key = repr(
                 [
                     (p, n if n is None else _digest(disk.contents[n]))

@@ -47,6 +47,7 @@ def follow_journal(root: Path, folder: str, named: Collection[str]) -> None:
         return
     except (OSError, ValueError, TypeError, RecursionError):  # not whole: nothing came after it
         files = []
+    changed: set[Path] = set()
     for file in files:
         below = [p for p in (root / file).parents if p.is_relative_to(top) and p != top]
         if file in named or ".." in Path(file).parts or not below:
@@ -55,8 +56,11 @@ def follow_journal(root: Path, folder: str, named: Collection[str]) -> None:
             continue
         with contextlib.suppress(OSError):
             (root / file).unlink(missing_ok=True)
+            changed.update((top, *below))
             for each in below:
                 if not any(each.iterdir()):
                     each.rmdir()
     with contextlib.suppress(OSError):
+        for place in filter(Path.is_dir, changed):  # else a power cut may leave what nobody knows
+            sync_directory(place)
         journal.unlink()

@@ -6,7 +6,9 @@ one, never another. Graph, engine and calibration are made once and handed in.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -26,6 +28,7 @@ from hhdeploy.bundle.signing import check_signature, sign
 from hhdeploy.bundle.store import Basis, edit
 from hhdeploy.errors import BundleError, ConflictError
 from hhdeploy.files.directories import atomic_directory
+from hhdeploy.files.journal import JOURNAL
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import open_session
@@ -162,6 +165,10 @@ class Judge:
         bundle = Bundle.open(root)
         bundle.check_files()
         assert bundle.manifest in self._allowed, "neither the old bundle nor the new one"
+        there = {p.relative_to(root).as_posix() for p in (root / "adapters").glob("*/*")}
+        assert there - set(bundle.manifest.files) <= journalled(root), (
+            "nobody knows whose these are"
+        )
         if bundle.manifest not in self.ends:
             self.ends.append(bundle.manifest)
             answers(bundle)
@@ -169,6 +176,13 @@ class Judge:
     def look_at_all(self, roots: Iterable[Path]) -> None:
         for root in roots:
             self.look(root)
+
+
+def journalled(root: Path) -> set[str]:
+    """What the next edit removes."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # of a power cut: not whole
+        return set(json.loads((root / JOURNAL).read_bytes()))
+    return set()
 
 
 def answers(bundle: Bundle) -> None:
@@ -210,6 +224,8 @@ def test_power_cut_at_every_call(writer, tmp_path):
     print(f"{writer}: {judge.points} points")
     assert len(judge.ends) == 2, "power cuts before and after the commit"
     assert judge.points > len(calls) // 2
+    for root in power_cuts(calls, origin, tmp_path, after=True):
+        assert Bundle.open(root).manifest == judge._allowed[1], "what was said to be done is lost"
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -95,6 +95,21 @@ def test_a_link_is_neither_followed_nor_a_crash(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
 
+def test_what_was_made_anew_while_it_was_taken_is_another_s(tmp_path, monkeypatch):
+    """Between opening a dead process's file and locking it, another may sweep it and make its own."""
+    path, flock = tmp_path / ".out.hhdeploy-0123abcd", fcntl.flock
+    path.touch()
+
+    def late(handle, operation):
+        path.unlink()
+        path.write_text("another's")
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    sweep(tmp_path, "out")
+    assert path.read_text() == "another's"
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     """Anybody may make one where everybody may write."""
     os.mkfifo(tmp_path / ".out.hhdeploy-00000000")
