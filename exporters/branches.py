@@ -172,8 +172,6 @@ def _bias_may_ride(linear: GraphLinear) -> bool:
     if linear.bias_node is None or linear.bias_node is linear.node:
         return False
     readers = [node for node, _ in linear.output.uses()]
-    if not readers or linear.output.is_graph_output():
-        return False
     if all(node.op_type in _VIEWS for node in readers):
         return True
     if len(readers) > 1:

@@ -56,7 +56,7 @@ def qkv_views(linear: GraphLinear) -> QkvViews | None:
         if taken is None or taken[0] in parts:
             return None
         parts[taken[0]] = taken[1]
-    if set(parts) != {0, 1, 2} or linear.output.is_graph_output():
+    if set(parts) != {0, 1, 2}:
         return None
     return QkvViews(reshape, (*shape[:2], *shape[3:]), (parts[0], parts[1], parts[2]))
 

@@ -119,6 +119,7 @@ def test_class_names_decide_where_there_are_any(bundle, folder):
 def test_folders_that_are_no_class(bundle, folder):
     _, exam = exam_of(named(bundle, gamma=("1", "x", "y")), folder)
     assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {0}
+    assert exam.untold == ()
     assert any("none of the adapter's classes" in w for w in exam.warnings)
     _, exam = exam_of(named(bundle, gamma=("x", "y", "z")), folder)
     assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {None}
@@ -153,6 +154,8 @@ def test_folders_that_tell_no_column(bundle, folder):
         (("5", "7", "40"), 3, {"5": (0, 1), "7": (1, 2), "40": (2, 0)}),
         (("5", "6", "7"), 3, {"5": (0, None), "6": (1, None), "7": (2, None)}),
         (("0", "2", "6"), 7, {"0": (0, 0), "2": (2, 2), "6": (6, 6)}),
+        (("0", "2", "7"), 7, dict.fromkeys("027", (None, None))),  # there is no column 7
+        (("5", "7", "40"), 12, dict.fromkeys(("5", "7", "40"), (None, None))),  # of any 12
     ],
 )
 def test_folders_of_numbers_have_two_orders(bundle, tmp_path, names, count, columns):
@@ -235,6 +238,9 @@ def test_arrays_are_judged_on_by_tasks_in_turn(bundle, tmp_path):
     assert [q.adapter for q in exam.questions] == ["alpha", "gamma"] * 10
     assert not [w for w in used.warnings if "no calibration images" in w and "gamma" in w]
     assert not [w for w in exam.warnings if "no image" in w]
+    judged = {"images": images[:39] + 1, "adapters": ["alpha"] * 20 + ["gamma"] * 19}
+    said = "adapter 'gamma': judged on 19 images only: one image is 5.3 points"
+    assert make_exam([judged], used, seed=0).warnings == (said,), "20 are enough"
 
 
 @pytest.fixture
@@ -268,6 +274,8 @@ def test_tables_tell_labels_and_values(heads, tables):
         else:
             assert found.truths is None
     assert exam_of(bundle, tables, images=8)[0].digest == used.digest
+    assert exam.has_classes, "some of them"
+    assert not exam.reasons, "labels and values are no folders of classes"
 
 
 def test_without_a_table_labels_and_values_are_unknown(heads, tables):

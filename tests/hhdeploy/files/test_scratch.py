@@ -96,7 +96,7 @@ def test_a_link_is_neither_followed_nor_a_crash(tmp_path):
 
 
 def test_what_was_made_anew_while_it_was_taken_is_another_s(tmp_path, monkeypatch):
-    """Between opening a dead process's file and locking it, another may sweep it and make its own."""
+    """Between opening a dead one's file and locking it: another sweeps it and makes its own."""
     path, flock = tmp_path / ".out.hhdeploy-0123abcd", fcntl.flock
     path.touch()
 
