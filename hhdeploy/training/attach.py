@@ -46,7 +46,7 @@ from hhdeploy.training.beginning import (
     trained_matrices,
     trained_parts,
 )
-from hhdeploy.training.frozen import FrozenTensors, check_frozen, frozen_tensors
+from hhdeploy.training.frozen import FrozenTensors, check_frozen, check_whole, frozen_tensors
 from hhdeploy.training.heads import (
     OldHead,
     check_head,
@@ -175,7 +175,7 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
         check(Path(adapter.source).name, adapter, facts)
         check_head(model, facts, adapter)
         if (known := config.base_answer) is not None:
-            found = bare_answer(model, facts, known.input_size)
+            found = bare_answer(model, facts.classifier, known.input_size)
             check_answer(Path(adapter.source).name, adapter, facts, found)
         matrices, parts = trained_matrices(adapter), trained_parts(adapter)
     else:
@@ -187,7 +187,8 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
     check_weights(model, adapted)
     if isinstance(adapter, AdapterConfig):
         check_computed(model, adapted, size := size_of_images(model, facts, config))
-        state.config = replace(state.config, base_answer=bare_answer(model, facts, size))
+        answer = bare_answer(model, facts.classifier, size)
+        state.config = replace(state.config, base_answer=answer)
     if isinstance(adapter, Adapter):
         state.old_values = put_values(model, adapter.values, adapter.source)
     model.requires_grad_(False)
@@ -252,8 +253,10 @@ def extract(model: nn.Module) -> Adapter:
     state = _state(model)
     if state.valueless is not None:
         raise AdapterError(f"as attach was called: {state.valueless}")
+    check_whole(model)
     adapter = _tensors_of(model, state)
-    check_frozen(model, state.frozen, state.classifier, own=state.old_head is not None)
+    answer = None if state.old_values else state.config.base_answer  # computed with those
+    check_frozen(model, state.frozen, state.classifier, answer, own=state.old_head is not None)
     origin = state.config.origin
     if not origin or state.began == tensors_digest(adapter):
         return adapter

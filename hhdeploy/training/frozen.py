@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from hhdeploy.backbones.facts import BaseAnswer
 from hhdeploy.errors import AdapterError
 from hhdeploy.files.checkpoints import without_wrappers
 from hhdeploy.parity import AVERAGING_BOUND
+from hhdeploy.training.wrapping import bare_answer
 
 # Sums of a sketch: the norm of a difference is met within some 10 per cent.
 _SUMS = 64
@@ -97,18 +100,26 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {without_wrappers(name): buffer for name, buffer in named}
 
 
-def check_frozen(model: nn.Module, before: FrozenTensors, classifier: str, *, own: bool) -> None:
+def check_frozen(
+    model: nn.Module,
+    before: FrozenTensors,
+    classifier: str,
+    answer: BaseAnswer | None,
+    *,
+    own: bool,
+) -> None:
     """Compare a model with what it was.
 
     Args:
         model: as it is now.
         before: when the adapter was attached.
         classifier: its path; one that is gone is nobody's: features may be all that is wanted.
+        answer: what the backbone computed of the fixed image; None: that is not known.
         own: whether the adapter brings one. A model without may get another from its user.
 
     Raises:
         AdapterError: naming the first tensor that changed or is gone, or that was added to be
-            trained.
+            trained; or the backbone computes otherwise with the same tensors.
     """
     now = {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
     count = len(before.tensors)
@@ -137,6 +148,36 @@ def check_frozen(model: nn.Module, before: FrozenTensors, classifier: str, *, ow
             "modules after every model.train(). Weights: give the optimizer, or what averages "
             "them, the parameters that require gradients alone."
         )
+    _check_answer(model, classifier, answer)
+
+
+def _check_answer(model: nn.Module, classifier: str, known: BaseAnswer | None) -> None:
+    """Compare what the backbone computes: attributes, hooks and modules without weights are no
+    tensors. Raises `AdapterError`."""
+    if known is None or (found := bare_answer(model, classifier, known.input_size)) is None:
+        return
+    distance = known.distance(found)
+    if distance is not None and distance > (bound := known.bound(found)):
+        raise AdapterError(
+            "the backbone computes no more what it did when the adapter was attached, with the "
+            f"same weights: its features of one fixed image differ by {distance:.2%} of their root "
+            f"mean square, expected {bound:.1%} at most. The adapter does not hold what was "
+            "changed since (pooling, an activation, a hook, an attribute), so a bundle would not "
+            "answer as this model does. Change it back and save again, or change it before attach "
+            "and train."
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise `AdapterError` where this process has a part of a tensor alone (FSDP's)."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise AdapterError(
+                f"{name}: expected a whole tensor, found a part of one (DTensor) in each process. "
+                "Take whole ones, get_model_state_dict of torch.distributed.checkpoint.state_dict "
+                "with StateDictOptions(full_state_dict=True, cpu_offload=True), load them into "
+                "another model with an adapter attached alike, and save that one."
+            )
 
 
 def _added(model: nn.Module, before: FrozenTensors, classifier: str) -> list[str]:

@@ -6,10 +6,12 @@ import contextlib
 import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from hhdeploy.adapters.config import AdapterConfig
@@ -271,13 +273,13 @@ def size_of_images(
 
 
 def bare_answer(
-    model: nn.Module, facts: BackboneFacts, size: tuple[int, int, int] | None
+    model: nn.Module, classifier: str, size: tuple[int, int, int] | None
 ) -> BaseAnswer | None:
-    """What a model, before an adapter is attached to it, computes of the fixed image.
+    """What a model, without the adapter that is attached to it, computes of the fixed image.
 
     Args:
         model: as it is, which it is again after that.
-        facts: of it.
+        classifier: its path; "" without one.
         size: (channels, height, width) of its images; None: not known, and nothing is tried.
 
     Returns:
@@ -285,9 +287,25 @@ def bare_answer(
     """
     if size is None:
         return None
-    with contextlib.suppress(Exception), evaluated(model):
-        return base_answer(model, facts.classifier, size, certain=True)
+    with contextlib.suppress(Exception), evaluated(model), _without_adapter(model):
+        return base_answer(model, classifier, size, certain=True)
     return None
+
+
+@contextlib.contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """The weights are the backbone's, whatever is computed from them otherwise."""
+    modules = model.modules()
+    chains = [m for m in modules if isinstance(m, parametrize.ParametrizationList)]
+    try:
+        for chain in chains:
+            chain.__dict__["forward"] = partial(getattr, chain, "original")
+        # What was compiled has the adapter in it.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for chain in chains:
+            chain.__dict__.pop("forward", None)
 
 
 def facts_of(model: nn.Module, config: AdapterConfig) -> BackboneFacts:

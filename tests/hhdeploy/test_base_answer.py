@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hhdeploy.adapters.bases import check_answer
 from hhdeploy.adapters.config import CONFIG_FILE, AdapterConfig
@@ -183,6 +186,41 @@ def test_attach_leaves_the_model_and_chance_as_they_were():
     assert [module.training for module in model.modules()] == modes
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["attribute", "hook"])
+def test_what_was_changed_since_attach_is_not_saved(trained, how):
+    """No tensor tells of it, and the bundle's model has none of it."""
+    model, adapter = bare(), load_adapter(trained)
+    attach(model, adapter)
+    with torch.no_grad():
+        for parameter in model.parameters():  # training is no change
+            parameter += 0.1 * parameter.requires_grad
+    moved = extract(model).sites["encoder.layers.0.linear1"].d
+    assert not np.array_equal(moved, adapter.sites["encoder.layers.0.linear1"].d)
+    if how == "attribute":
+        model.scale = 1.05
+    else:
+        model.encoder.register_forward_hook(lambda module, given, output: output * 2)
+    with pytest.raises(AdapterError, match=r"computes no more what it did .* differ by \d+\.\d+%"):
+        save(model, trained.parent / "b")
+
+
+def test_parts_of_tensors_are_not_saved(tmp_path):
+    """FSDP leaves one in each process; of one process it is all of it."""
+    model = attach(bare(), new())
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(AdapterError, match=r"expected a whole tensor.*full_state_dict=True"):
+            save(model, tmp_path / "a")
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = get_model_state_dict(model, options=options)
+    finally:
+        distributed.destroy_process_group()
+    other = attach(bare(), new(), seed=1)
+    other.load_state_dict(whole)
+    save(other, tmp_path / "a")
 
 
 class Failing(nn.Module):
