@@ -596,7 +596,10 @@ def test_an_engine_that_was_changed(copy, tmp_path):
         ({"max_queue_delay_us": -1}, "`max_queue_delay_us`: expected 0 or more"),
         ({"preferred_batch": (4, 33)}, r"`preferred_batch=\[33\]`: expected 1 to `max_batch`.* 32"),
         ({"preferred_batch": (0,)}, "`preferred_batch`: expected 1 or more"),
-        ({"backend": "tensorrt-rtx"}, "`backend='tensorrt-rtx'`: expected onnxruntime or tensorrt"),
+        (
+            {"backend": "tensorrt-rtx"},
+            "`backend='tensorrt-rtx'`: expected one of onnxruntime, tensorrt",
+        ),
         ({"gpu_arch": "sm89"}, "`gpu_arch` chooses an engine"),
         (
             {"precision": "bfloat16", "gpu": False},
