@@ -11,6 +11,7 @@ from rich.text import Text
 from hhdeploy.choices import RANGED
 from hhdeploy.cli import CONTEXT, Group, adapter_import, adapter_mix, ui
 from hhdeploy.cli.naming import adapters_and_strengths
+from hhdeploy.cli.progress import note, steps
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -58,7 +59,7 @@ def inspect(directories: tuple[Path, ...], rank: bool, page: Path | None, as_jso
         raise click.UsageError("several adapters are shown together with --html FILE.")
     adapter = load_adapter(directories[0])
     sites: list[dict[str, Any]] = []
-    with ui.steps(as_json or not rank) as step:
+    with steps(as_json or not rank) as step:
         step(f"singular values of {len(adapter.sites)} deltas")
         for name, tensors in adapter.sites.items():
             delta = adapter.delta(name)
@@ -124,7 +125,7 @@ def _write_page(directories: tuple[Path, ...], page: Path) -> None:
     if len(set(names)) < len(names):
         names = [str(path) for path in directories]
     adapters = {name: load_adapter(path) for name, path in zip(names, directories, strict=True)}
-    with ui.steps(quiet=False) as step:
+    with steps(quiet=False) as step:
         document = adapter_page(adapters, step)
     with output_file(page) as scratch:
         scratch.write_text(document, encoding="utf-8")
@@ -180,7 +181,7 @@ def add(bundle: Path, adapter: str, lock_timeout: float) -> None:
         directory,
         strength=strengths.get(name, 1.0),
         lock_timeout=lock_timeout,
-        progress=ui.note,
+        progress=note,
     )
     click.echo(
         f"Added {entry.name} in row {entry.row} (unverified; check it with: hhdeploy verify "
@@ -203,7 +204,7 @@ def remove(bundle: Path, name: str, lock_timeout: float) -> None:
     """Remove the adapter NAME from BUNDLE; its row becomes free."""
     from hhdeploy.bundle import remove_adapter
 
-    remove_adapter(bundle, name, lock_timeout=lock_timeout, progress=ui.note)
+    remove_adapter(bundle, name, lock_timeout=lock_timeout, progress=note)
     click.echo(f"Removed {name}")
 
 

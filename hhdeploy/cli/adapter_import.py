@@ -13,6 +13,7 @@ from hhdeploy.algebra import REFLECTIONS, Reflection
 from hhdeploy.backbones.sites import FORMS, Form
 from hhdeploy.cli import CONTEXT, ui
 from hhdeploy.cli.naming import OneOf
+from hhdeploy.cli.progress import note
 from hhdeploy.errors import abbreviate
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def command(
     )
     backbone = load_backbone(with_classifier(spec) if brings_classifier(source) else spec)
     for line in backbone.notes:
-        ui.note(line)
+        note(line)
     options = ImportOptions(
         form=form,
         reflection=reflection,
@@ -227,25 +228,25 @@ def _write(adapter: Adapter, out: Path, overwrite: bool, compress_rank: int | No
     head = f"{config.num_classes} classes" if adapter.head else "no classifier"
     click.echo(f"Wrote {out}: {len(adapter.sites)} sites of {config.base_model}, {head}")
     for line in config.extra["imported_from"].get("assumed", ()):
-        ui.note(line)
+        note(line)
     if config.fold_only:
         names = abbreviate(adapter.values, 3)
-        ui.note(
+        note(
             f"It can be folded (export --fold) and is no side branch: {names} changed in a way "
             "that a row does not hold. Changes of Linears become side branches with "
             "--compress-rank K."
         )
     if config.compressed:
-        ui.note(f"It is {config.compressed}.")
+        note(f"It is {config.compressed}.")
     elif compress_rank is not None:
-        ui.note(
+        note(
             f"--compress-rank {compress_rank} compressed nothing: no change is dense, and those of "
             "low rank stay as they are."
         )
     if config.extra["imported_from"]["preprocess_assumed"] and config.preprocess is not None:
-        ui.note(
+        note(
             f"preprocessing assumed, the model's: {config.preprocess.described()}. Say how images "
             "become inputs with --preprocess JSON."
         )
     if config.base_sha256 is None:
-        ui.note("base_sha256 is unknown: pass --checkpoint to record which weights it belongs to.")
+        note("base_sha256 is unknown: pass --checkpoint to record which weights it belongs to.")

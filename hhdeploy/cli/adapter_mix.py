@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hhdeploy.cli import CONTEXT, ui
+from hhdeploy.cli.progress import note
 
 if TYPE_CHECKING:
     from hhdeploy.adapters.format import Adapter
@@ -95,7 +96,7 @@ def _backbone(
     args = model_args_of(model, model_args, adapters)
     backbone = load_backbone(BackboneSpec(model, args, checkpoint, input_size=input_size))
     for line in backbone.notes:
-        ui.note(line)
+        note(line)
     return backbone
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.cli.bench_serve import bench_server, check_load_options, serve_options
+from hhdeploy.cli.progress import steps
 
 if TYPE_CHECKING:
     from hhdeploy.runtime import Session
@@ -90,7 +91,7 @@ def command(
     with ExitStack() as stack:
         ours = opened(bundle)
         other = None if against is None else opened(against)
-        step = stack.enter_context(ui.steps(as_json))
+        step = stack.enter_context(steps(as_json))
         for batch in batches:
             step(f"batch {batch}")
             run = runner(ours, batch)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhdeploy.cli import ui
 from hhdeploy.cli.bench_serve import server_command
+from hhdeploy.cli.progress import phased_steps
 
 if TYPE_CHECKING:
     from hhdeploy.loadtest.abuse.bounds import AbuseReport, Siege
@@ -47,7 +48,7 @@ def bench_abuse(
             grpc_port=0,
         )
 
-    with ui.phased_steps(as_json) as (step, phase):
+    with phased_steps(as_json) as (step, phase):
         report = run_abuse(subject, campaign, command, step, phase)
     if as_json:
         ui.print_json({"precision": subject.precision, **report.to_json()})

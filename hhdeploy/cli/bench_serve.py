@@ -12,6 +12,7 @@ import click
 from hhdeploy.choices import Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.cli.naming import OneOf
+from hhdeploy.cli.progress import phased_steps
 from hhdeploy.loadtest.abuse.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _bench_load(
             allow_adapter_loading=True,
         )
 
-    with ui.phased_steps(as_json) as (step, phase):
+    with phased_steps(as_json) as (step, phase):
         report = run_load_test(subject, load, command, step, phase)
     if as_json:
         ui.print_json({"precision": subject.precision, **report.to_json()})

@@ -8,6 +8,7 @@ import click
 
 from hhdeploy.choices import BACKENDS, Precision, TensorRt
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import phased_steps
 
 
 @click.command()
@@ -81,7 +82,7 @@ def command(
         workspace_mib=workspace_mib,
         tf32=tf32,
     )
-    with ui.phased_steps(as_json) as (step, phase):
+    with phased_steps(as_json) as (step, phase):
         entry = build(
             bundle,
             backend=backend,

@@ -10,6 +10,7 @@ import click
 from hhdeploy.calibration.settings import PRESETS, CalibrationSettings
 from hhdeploy.choices import QUANTISED, Device, QuantisedPrecision
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import steps
 from hhdeploy.cli.wording import as_command_line
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def command(
         ui.refuse_unused(_NOT_CHECKED, "does not go with --check, which calibrates nothing")
         from hhdeploy.calibration.judging.range_check import check_adapter
 
-        with ui.steps(as_json) as step:
+        with steps(as_json) as step:
             step(f"running images of {check} in float32")
             checked = check_adapter(bundle, check, data, precision=precision, images=images)
         _print_check(checked, as_json)
@@ -127,7 +128,7 @@ def command(
     )
     cache = ui.check_cache_options(cache_dir, no_cache)
     options = CalibrationOptions(eval_data, max_drop, report, device, threads, cache, lock_timeout)
-    with ui.steps(as_json) as step:
+    with steps(as_json) as step:
         result = calibrate_bundle(bundle, data, settings, options, progress=step)
     if as_json:
         parity = [stage.to_json() for stage in result.parity]

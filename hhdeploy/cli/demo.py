@@ -10,6 +10,7 @@ from rich.text import Text
 
 from hhdeploy.cli import ui
 from hhdeploy.cli.parity_table import parity_table
+from hhdeploy.cli.progress import steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,7 @@ def command(examples: Path, out: Path, threads: int | None) -> None:
     from hhdeploy.cli.starter import Starter, run_demo
 
     starter = Starter.read(examples)
-    with ui.steps(quiet=False) as step:
+    with steps(quiet=False) as step:
         step("importing torch and timm")
         result = run_demo(starter, out, threads, step)
     console = ui.console()

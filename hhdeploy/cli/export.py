@@ -12,6 +12,7 @@ from hhdeploy.choices import TypedPrecision
 from hhdeploy.cli import ui
 from hhdeploy.cli.naming import adapters_and_strengths
 from hhdeploy.cli.parity_table import parity_table
+from hhdeploy.cli.progress import steps
 
 if TYPE_CHECKING:
     from hhdeploy.bundle.manifest import Manifest
@@ -172,7 +173,7 @@ def command(
         ui.refuse_unused({"lock_timeout"}, "needs --overwrite: nobody changes a new bundle")
     noise = verify and verify_data is None
     ui.check_backbone_options(checkpoint, pretrained, noise=noise)
-    with ui.steps(as_json) as step:
+    with steps(as_json) as step:
         result = export(
             model,
             named,

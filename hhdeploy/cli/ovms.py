@@ -9,6 +9,7 @@ import click
 
 from hhdeploy.choices import Precision
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import steps
 
 if TYPE_CHECKING:
     from hhdeploy.repositories.graphs import ServedModel
@@ -44,7 +45,7 @@ def command(
     from hhdeploy.repositories.ovms import OvmsOptions, write_ovms_repository
 
     options = OvmsOptions(name=name, precision=precision, target_device=target_device)
-    with ui.steps(as_json) as step:
+    with steps(as_json) as step:
         model = write_ovms_repository(bundle, out, options, overwrite=overwrite, progress=step)
     if as_json:
         ui.print_json(model.to_json())

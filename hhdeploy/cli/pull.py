@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import steps
 
 
 @click.command()
@@ -30,7 +31,7 @@ def command(
         ui.refuse_unused({"lock_timeout"}, "needs --overwrite")
     from hhdeploy.bundle.hub import pull
 
-    with ui.steps(quiet=False) as step:
+    with steps(quiet=False) as step:
         bundle = pull(
             source,
             out,

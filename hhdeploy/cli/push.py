@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import steps
 
 
 @click.command()
@@ -26,7 +27,7 @@ def command(bundle: Path, destination: str, overwrite: bool, dry_run: bool, as_j
     """
     from hhdeploy.bundle.hub import ATTRIBUTES, push
 
-    with ui.steps(as_json) as step:
+    with steps(as_json) as step:
         plan = push(bundle, destination, overwrite=overwrite, dry_run=dry_run, progress=step)
     if as_json:
         ui.print_json({"files": [*plan.files, ATTRIBUTES], "lfs": list(plan.large)})

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import note
 
 
 @click.command()
@@ -42,5 +43,5 @@ def command(bundle: Path, key: Path, password_file: Path | None, lock_timeout: f
                 f"{password_file}: expected a text whose first line is the key's password: {error}."
             ) from error
         password = text.partition("\n")[0].rstrip("\r")
-    written = sign(bundle, key, password=password, lock_timeout=lock_timeout, progress=ui.note)
+    written = sign(bundle, key, password=password, lock_timeout=lock_timeout, progress=note)
     click.echo(f"Wrote {written}")

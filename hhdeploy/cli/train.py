@@ -13,6 +13,7 @@ from hhdeploy.backbones.sites import FORMS
 from hhdeploy.choices import TORCH_DEVICES
 from hhdeploy.cli import interrupted, ui
 from hhdeploy.cli.naming import OneOf
+from hhdeploy.cli.progress import error_console
 from hhdeploy.errors import require
 from hhdeploy.files.folders import find_splits, in_words
 from hhdeploy.files.writing import placed_here
@@ -162,7 +163,7 @@ def command(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     settings = TrainSettings(**{**options, "targets": options["targets"] or None})
     with placed_here() as placed:
         try:
-            with _Bar(ui.error_console(), settings.epochs) as bar:
+            with _Bar(error_console(), settings.epochs) as bar:
                 result = train(settings, bar)
         except KeyboardInterrupt as interrupt:
             kept = settings.out is not None and StateDirectory.beside(settings.out).exists

@@ -9,6 +9,7 @@ import click
 
 from hhdeploy.choices import Precision
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import steps
 
 if TYPE_CHECKING:
     from hhdeploy.exporters.triton import TritonBackend
@@ -90,7 +91,7 @@ def command(
         gpu=gpu,
         ensemble=ensemble,
     )
-    with ui.steps(as_json) as step:
+    with steps(as_json) as step:
         model = write_triton_repository(bundle, out, options, overwrite=overwrite, progress=step)
     if as_json:
         ui.print_json(model.to_json())

@@ -1,4 +1,4 @@
-"""What commands share: options, tables, JSON; progress is in `progress`."""
+"""What commands share: options, tables, JSON."""
 
 from __future__ import annotations
 
@@ -22,10 +22,6 @@ from hhdeploy.bundle.manifest import LOCK_TIMEOUT
 from hhdeploy.choices import AUTO, DEVICES, MOST_SEED, PRECISIONS, Device
 from hhdeploy.cli.naming import NamedPath, OneOf
 from hhdeploy.cli.progress import UNCUT
-from hhdeploy.cli.progress import error_console as error_console
-from hhdeploy.cli.progress import note as note
-from hhdeploy.cli.progress import phased_steps as phased_steps
-from hhdeploy.cli.progress import steps as steps
 from hhdeploy.files.bundle_json import json_problem
 
 if TYPE_CHECKING:

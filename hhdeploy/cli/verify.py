@@ -11,6 +11,7 @@ from rich.text import Text
 from hhdeploy.choices import QUANTISED, Device, Precision
 from hhdeploy.cli import ui
 from hhdeploy.cli.parity_table import parity_table
+from hhdeploy.cli.progress import steps
 
 if TYPE_CHECKING:
     from hhdeploy.bundle.manifest import Manifest
@@ -107,7 +108,7 @@ def command(
     from hhdeploy.bundle.signing import check_signature
     from hhdeploy.verifying.bundles import verify, verify_against_torch
 
-    with ui.steps(as_json) as step:
+    with steps(as_json) as step:
         if public_key is not None:
             step("comparing with the signature")
             check_signature(bundle, public_key)

@@ -8,6 +8,7 @@ import click
 
 from hhdeploy.choices import Precision
 from hhdeploy.cli import ui
+from hhdeploy.cli.progress import steps
 
 
 @click.command()
@@ -43,7 +44,7 @@ def command(
     """
     from hhdeploy.exporting.web import write_web_page
 
-    with ui.steps(as_json) as step:
+    with steps(as_json) as step:
         page = write_web_page(
             bundle, out, precision=precision, title=title, overwrite=overwrite, progress=step
         )

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import hhdeploy.files.directories
 from hhdeploy.adapters.directory import ADAPTER
-from hhdeploy.cli import Group, ui
+from hhdeploy.cli import Group, progress
 from hhdeploy.errors import BackboneError
 from hhdeploy.files.caches import CacheWarning
 from hhdeploy.files.directories import atomic_directory
@@ -143,8 +143,11 @@ def test_a_full_disk_that_progress_is_written_to_ends_no_work(monkeypatch):
 
     @group.command()
     def work() -> None:
-        ui.note("a line")
-        with ui.steps(quiet=False) as step, ui.phased_steps(quiet=False) as (other, phase):
+        progress.note("a line")
+        with (
+            progress.steps(quiet=False) as step,
+            progress.phased_steps(quiet=False) as (other, phase),
+        ):
             for number in range(3):
                 step("one")
                 other("another")

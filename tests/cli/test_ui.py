@@ -13,7 +13,7 @@ import pytest
 from click import UsageError
 
 from hhdeploy.choices import AUTO
-from hhdeploy.cli import ui
+from hhdeploy.cli import progress, ui
 from hhdeploy.cli.naming import _named_directory, named_directories
 from hhdeploy.cli.parity_table import describe_data
 from hhdeploy.cli.wording import all_commands
@@ -133,9 +133,9 @@ ODD = f"runs[v2] {20 * 'of-the-week-'}:car:"
 def test_what_is_said_is_no_markup_and_is_whole(capsys):
     ui.say_unverified(Path(ODD), ["[b]"])
     ui.console().print(ui.table(ODD, ("a",), [("b",)]))
-    with ui.steps(quiet=False) as step:
+    with progress.steps(quiet=False) as step:
         step(f"loading {ODD}")
-    with ui.phased_steps(quiet=False) as (step, _):
+    with progress.phased_steps(quiet=False) as (step, _):
         step(f"building {ODD}")
     said = capsys.readouterr()
     run = f"run hhdeploy verify {shlex.quote(ODD)} --against-torch"
