@@ -87,6 +87,8 @@ def test_unlabelled_tasks_have_agreement_and_noise_only():
     assert unlabelled.agreement == 0.0
     assert accuracy.drop == 0.0, "the mean is of the labelled task"
     assert compare_answers(questions[:1], one_hot([0]), one_hot([0]), held_out=True).drop is None
+    partly = [question("a", 0), question("a", None)]
+    assert compare_answers(partly, one_hot([0, 1]), one_hot([0, 1]), held_out=True).drop is None
 
 
 def test_padding_is_no_answer_and_no_noise():
@@ -154,6 +156,9 @@ def test_values_are_judged_by_mean_absolute_error():
     near = judged(VALUES, [None] * 2, [[100.0], [101.0]], [[100.5], [101.0]])
     assert near.agreement == 0.5, "of the range, which is 1, and not of the values' size"
     assert judged(VALUES, [None] * 3, before, before).scores is None
+    assert judged(VALUES, [*truths[:2], None], before, before).scores is None, "one is unknown"
+    two = judged(VALUES, [None] * 2, [[0.0, 0.0], [100.0, 1.0]], [[0.0, 0.5], [100.0, 1.0]])
+    assert two.agreement == 1.0, "of the range of all values"
     assert task.to_json()["float_score"] == 1.0
 
 
