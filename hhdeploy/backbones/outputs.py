@@ -67,13 +67,20 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
+_SIZE = (
+    "of another size, say it (`input_size`); of texts and images, save its tower (vision_model) by "
+    "itself and pass that"
+)
+
+
 @contextmanager
-def computing(name: str, shape: Sequence[int]) -> Iterator[None]:
+def computing(name: str, shape: Sequence[int], advice: str = _SIZE) -> Iterator[None]:
     """A model is called on images in the block: what it says of them is no fault of the block's.
 
     Args:
         name: of the model.
         shape: of the images.
+        advice: what to do with a model of other images.
 
     Raises:
         BackboneError: it does not compute on them.
@@ -86,8 +93,7 @@ def computing(name: str, shape: Sequence[int]) -> Iterator[None]:
         raise BackboneError(
             f"{name}: it does not compute on images {list(shape)} alone: "
             f"{told(error).rstrip('.')}. Expected a model that takes such images and nothing else: "
-            "of another size, say it (`input_size`); of texts and images, save its tower "
-            "(vision_model) by itself and pass that."
+            f"{advice}."
         ) from error
 
 

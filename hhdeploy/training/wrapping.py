@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.backbones.facts import BackboneFacts, BaseAnswer
 from hhdeploy.backbones.module import stated_size
-from hhdeploy.backbones.outputs import base_answer
+from hhdeploy.backbones.outputs import base_answer, computing
 from hhdeploy.backbones.sites import LinearSpec
 from hhdeploy.backbones.structure import (
     bare_model,
@@ -38,6 +38,11 @@ from hhdeploy.preprocess import Preprocess
 
 # Types of weights that numbers can be added to; another one has a scale elsewhere.
 _TRAINED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# What to do with a model of images of another size.
+_MADE_FOR = (
+    "of another size, say with what it was made in the configuration's `base_model_args`, such as "
+    '{"img_size": 192}'
+)
 
 
 def check_bare(model: nn.Module) -> None:
@@ -134,12 +139,13 @@ def check_computed(
     into something else than x Wᵀ (`_OTHERWISE`).
 
     Args:
-        model: tried on an image; one that does not run here may do so where it is exported.
+        model: tried on an image; one that does not run here, but timm's, may where it is exported.
         linears: those to be changed.
         size: (channels, height, width) of its images; None: not known, and nothing is tried.
 
     Raises:
         AdapterError: naming the first one that is none.
+        BackboneError: a model of timm does not run on images of that size.
     """
     if size is None:
         return
@@ -162,7 +168,7 @@ def check_computed(
                 with_kwargs=True,
             )
             stack.callback(hook.remove)
-        with contextlib.suppress(Exception), evaluated(model), readings:
+        with _tried(model, size), evaluated(model), readings:
             model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     if parted:
         raise AdapterError(
@@ -176,6 +182,15 @@ def check_computed(
             f"that alone, found {function} of one of them: in a graph it is not one Linear, and no "
             "export can change it. Leave it out of target_modules, or call the Linear there."
         )
+
+
+def _tried(model: nn.Module, size: tuple[int, int, int]) -> contextlib.AbstractContextManager[None]:
+    """What becomes of its error: of timm's, in one type, that the size is wrong."""
+    config = getattr(model, "pretrained_cfg", {})
+    types = {parameter.dtype for parameter in model.parameters()}
+    if "architecture" not in config or len(types) > 1 or without_values(model) is not None:
+        return contextlib.suppress(Exception)
+    return computing(str(config["architecture"]), (1, *size), _MADE_FOR)
 
 
 # Of a weight or a bias: what is no product with a weight as a graph has Linears.

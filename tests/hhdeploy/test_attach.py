@@ -743,6 +743,20 @@ def test_the_size_of_images_is_the_model_s_where_it_has_no_one_patch_embed():
     assert extract(model).config.preprocess.input_size == (3, 64, 64)
 
 
+def test_a_size_that_timm_s_model_does_not_take_is_refused_before_the_training():
+    """A Hiera does not say what it was made for: timm's configuration of the name says 224."""
+    import timm
+
+    small = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}
+    model = timm.create_model("hiera_tiny_224", img_size=64, **small)
+    config = AdapterConfig("hiera_tiny_224", num_classes=2, target_modules=("fc1",))
+    said = r"not compute on images \[1, 3, 224, 224\] alone: .* with what it was made .*`base_model"
+    with pytest.raises(BackboneError, match=said):
+        attach(model, config)
+    attach(model, replace(config, base_model_args={"img_size": 64}))
+    assert extract(model).config.preprocess.input_size == (3, 64, 64)
+
+
 @pytest.mark.parametrize("stated", [None, {"classifier": "head"}])
 def test_of_another_model_preprocessing_is_not_guessed(stated):
     model = authors_vit()
