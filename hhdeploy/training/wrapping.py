@@ -40,7 +40,7 @@ from hhdeploy.preprocess import Preprocess
 _TRAINED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What to do with a model of images of another size.
 _MADE_FOR = (
-    "of another size, say with what it was made in the configuration's `base_model_args`, such as "
+    "of another size, say with what it was made in the configuration's base_model_args, such as "
     '{"img_size": 192}'
 )
 
