@@ -119,8 +119,8 @@ class LocalEndpoint:
         self.infer = service.infer
         self.refused = service.metrics.refused
         # Their cost grows with the fleet, and a request for them is a line.
-        self.metrics = Paced(lambda: service.metrics.exposition(service.now()))
-        self.status = Paced(lambda: status_of(service))
+        self._metrics = Paced(lambda: service.metrics.exposition(service.now()))
+        self._status = Paced(lambda: status_of(service))
         self._all_statistics = Paced(self._statistics_of_all)
         self._index = Paced(self._repository_index)
 
@@ -260,6 +260,15 @@ class LocalEndpoint:
     async def unload_adapter(self, name: str) -> None:
         """See `Endpoint.unload_adapter`."""
         await self._fleet(name).unload(name)
+
+    # Functions, and no attributes that can be called: Ray asks a replica for no other.
+    async def metrics(self) -> tuple[bytes, str]:
+        """See `Endpoint.metrics`."""
+        return await self._metrics()
+
+    async def status(self) -> dict[str, Any]:
+        """See `Endpoint.status`."""
+        return await self._status()
 
     def _answering(self, alias: str | None) -> list[AdapterEntry | None]:
         """Who answers a model's requests; None: the backbone, or an adapter never read so far."""
