@@ -216,6 +216,7 @@ def trace(backbone: Backbone, outputs: Sequence[str] = (LOGITS,)) -> ir.Model:
     tag_linears(model.graph)
     sites = {linear.path for linear in backbone.facts.linears}
     tag_mixed(model.graph, sites - apart)
+    _read_once(model.graph)
     traced_weights = list(model.graph.initializers.values())
     with _quiet():  # a site's Linear of constants (Swin v2's positions) stays one
         optimizer.optimize_ir(
@@ -262,6 +263,21 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
+
+
+def _read_once(graph: ir.Graph) -> None:
+    """Let every use of a weight read it by one Transpose: a Linear that the model calls several
+    times has one for each call, and the optimizer makes no constant of a large weight then."""
+    first: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer():
+            continue
+        order = tuple(node.attributes.get_ints("perm", ()))
+        kept = first.setdefault((weight, order), node.outputs[0])
+        if kept is not node.outputs[0]:
+            node.outputs[0].replace_all_uses_with(kept)
+            graph.remove(node, safe=True)
 
 
 def _remove_empty_pads(graph: ir.Graph) -> None:

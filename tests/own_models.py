@@ -380,6 +380,29 @@ def tied() -> nn.Module:
     return model
 
 
+class Repeating(nn.Module):
+    """One Linear of tokens, called twice, whose weight is larger than what is folded anyway."""
+
+    input_size = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 96, 8, 8)
+        self.fc1 = nn.Linear(96, 96)
+        self.head = nn.Linear(96, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [batch, 7] of images [batch, 3, 16, 16]."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        return self.head(self.fc1(self.fc1(tokens).relu()).mean(1))
+
+
+def repeating() -> nn.Module:
+    """See `Repeating`."""
+    torch.manual_seed(4)
+    return Repeating()
+
+
 class Reading(nn.Module):
     """A Linear whose weight or bias the forward pass uses in one way or another."""
 

@@ -18,6 +18,7 @@ import torch
 from hhdeploy.backbones.facts import BackboneFacts
 from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.sites import linear_spec
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import find_linears
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters import trace as trace_module
@@ -213,6 +214,18 @@ def test_unfused_attention_stays_unfused(tiny):
 
 
 # -- shared initializers ------------------------------------------------------------------------
+
+
+def test_a_large_linear_that_is_called_twice_has_one_weight():
+    """As CoaT's MLPs have, and ViTs whose blocks share their weights."""
+    backbone = load_backbone(BackboneSpec("python:tests.own_models:repeating"))
+    base = base_graph(backbone, None)
+    found = linears_by_path(base.model.graph)["fc1"]
+    assert [linear.node.inputs[1].name for linear in found] == ["fc1.weight_t"] * 2
+    inputs = images(2, size=16)
+    with session(base.model) as runner:
+        logits = run(runner, inputs)
+    assert_parity(logits_of(backbone.model, inputs), logits, "folded", "float32")
 
 
 def test_folding_one_layer_leaves_its_twins_alone():
