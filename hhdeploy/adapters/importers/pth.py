@@ -73,7 +73,7 @@ def import_pth(path: Path, backbone: Backbone, options: ImportOptions) -> Adapte
     read = bare_keys(tensors, options.prefix, path)
     if options.key_map is not None:
         read = mapped(read, options.key_map, path)
-    read, scaled = _plain_lora(read, path, backbone, options)
+    read, scaled = _plain_lora(_own_head(read, backbone), path, backbone, options)
     if scaled and options.lora_scale != 1.0:
         raise AdapterError(
             f"{path}: `lora_scale`: expected none, found {options.lora_scale}: the file holds "
@@ -90,6 +90,23 @@ def _noted(adapter: Adapter, notes: Sequence[str]) -> Adapter:
     noted = {**origin, "assumed": [*notes, *origin.get("assumed", ())]}
     extra = {**adapter.config.extra, "imported_from": noted}
     return replace(adapter, config=replace(adapter.config, extra=extra))
+
+
+def _own_head(read: Tensors, backbone: Backbone) -> Tensors:
+    """The tensors, the classifier's by the model's name for it also where a file has it behind an
+    outer module's name, as all it holds (Lightning's ``model.``), or calls it as transformers does.
+    """
+    own = backbone.facts.classifier
+    result: Tensors = {}
+    for key, tensor in read.items():
+        owner, _, leaf = key.rpartition(".")
+        name = next((name for name in (own, "classifier") if f".{owner}".endswith(f".{name}")), "")
+        start = owner.removesuffix(name)
+        found = (
+            own and name and leaf in ("weight", "bias") and all(k.startswith(start) for k in read)
+        )
+        result[f"{own}.{leaf}" if found else key] = tensor
+    return result if len(result) == len(read) else read  # two classifiers: refused by their names
 
 
 def _plain_lora(

@@ -584,6 +584,32 @@ def pth(path, adapter, prefix="", entry=None, **more):
     return path
 
 
+@pytest.mark.parametrize(
+    ("start", "classifier"), [("model.", "head"), ("student.net.", "head"), ("", "classifier")]
+)
+def test_the_classifier_of_a_pth_file_behind_an_outer_module(tmp_path, tiny, start, classifier):
+    """As Lightning writes it, and by transformers' name; not beside another classifier."""
+    adapter = random_adapter(tiny.facts)
+    file = pth(tmp_path / "a.pth", adapter, start)
+    state = torch.load(file, weights_only=True)
+    renamed = {key.replace("head.", f"{classifier}."): value for key, value in state.items()}
+    torch.save(renamed, file)
+    found = import_adapter(file, tiny)
+    assert found.sites.keys() == adapter.sites.keys()
+    assert np.array_equal(found.head.weight, adapter.head.weight)
+    assert np.array_equal(found.head.bias, adapter.head.bias)
+    torch.save(
+        renamed
+        | {
+            f"{start}classifier.weight": 2 * state[f"{start}head.weight"],
+            f"{start}head.weight": state[f"{start}head.weight"],
+        },
+        file,
+    )
+    with pytest.raises(AdapterError, match="unknown tensor key"):
+        import_adapter(file, tiny)
+
+
 @pytest.mark.parametrize("entry", [None, "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize(
@@ -795,7 +821,7 @@ def test_pth_files_that_are_refused(tmp_path, tiny):
     refuse("unknown tensor key 'blocks.0.norm1.weight'", ".lora_A", "head.weight")
     pth(file, adapter, note="hello")
     refuse("note: expected a tensor, found str")
-    pth(file, adapter, prefix="net.")
+    pth(file, adapter, **{"net.head.weight": torch.ones(5, 48)})
     refuse("unknown tensor key 'net.head.weight'", "`prefix`")
     pth(file, adapter, **{"blocks.9.attn.proj.u": torch.ones(48)})
     refuse("no such module", "blocks.9.attn.proj.u")
