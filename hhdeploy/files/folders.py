@@ -22,7 +22,10 @@ from pathlib import Path
 from hhdeploy.errors import DataError, abbreviate
 from hhdeploy.files.writing import is_folder
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Every build of Pillow reads these; of others a folder says how many it leaves out.
+IMAGE_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pnm".split()
+)
 # Left by archives, file servers and file systems, which spell them in several ways.
 _LEFT_BEHIND = frozenset(
     {

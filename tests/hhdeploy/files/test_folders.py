@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hhdeploy.errors import DataError
 from hhdeploy.files.folders import (
@@ -18,6 +19,7 @@ from hhdeploy.files.folders import (
     place_of,
     spread,
 )
+from hhdeploy.preprocess import open_image
 
 
 def write(root, *names):
@@ -61,6 +63,17 @@ def test_images_are_sorted_by_class_and_the_rest_is_counted(tmp_path):
     outside = {"pictures outside of a class folder": 1}
     assert classes.skipped == {**found.skipped, **outside}
     assert in_words(found.skipped) == "2 .heic, 1 .txt, 1 without a suffix"
+
+
+def test_every_ending_of_a_format_is_an_image(tmp_path):
+    """As browsers save JPEGs, and cameras and tools of science write plain pixels."""
+    endings = ("jpe", "JFIF", "pgm", "pnm", "ppm")
+    for number, ending in enumerate(endings):
+        form = "JPEG" if ending.lower() in ("jpe", "jfif") else "PPM"
+        Image.new("L", (3, 2), 40 * number).save(tmp_path / f"{number}.{ending}", form)
+    found = list_images(tmp_path)
+    assert names(found.paths, tmp_path) == [f"{i}.{ending}" for i, ending in enumerate(endings)]
+    assert [open_image(path).getpixel((0, 0)) for path in found.paths] == [0, 40, 80, 120, 160]
 
 
 def test_what_is_hidden_or_left_behind_is_no_class_and_no_image(tmp_path):
