@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hhdeploy.backbones.facts import BaseAnswer
 from hhdeploy.errors import AdapterError
@@ -170,6 +169,10 @@ def _check_answer(model: nn.Module, classifier: str, known: BaseAnswer | None) -
 
 def check_whole(model: nn.Module) -> None:
     """Raise `AdapterError` where this process has a part of a tensor alone (FSDP's)."""
+    if not torch.distributed.is_available():  # a build of torch without it, as boards have
+        return
+    from torch.distributed.tensor import DTensor
+
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise AdapterError(
