@@ -19,8 +19,8 @@ from hhdeploy.graph import GraphLinear, drop_unused_initializers, linears_at, li
 if TYPE_CHECKING:
     import torch
 
-# Up to this rank a pass over the weight for each column beats the product of two thin matrices:
-# with threads a BLAS takes up to five times as long for those, in some processes and not in others.
+# Up to this rank the weight is passed over once for each column, which takes as long in every
+# process: a BLAS with threads is much slower with matrices this thin, in some of them.
 _FEW = 4
 
 

@@ -102,9 +102,8 @@ def _own_head(read: Tensors, backbone: Backbone) -> Tensors:
         owner, _, leaf = key.rpartition(".")
         name = next((name for name in (own, "classifier") if f".{owner}".endswith(f".{name}")), "")
         start = owner.removesuffix(name)
-        found = (
-            own and name and leaf in ("weight", "bias") and all(k.startswith(start) for k in read)
-        )
+        head = own and name and leaf in ("weight", "bias")
+        found = head and all(k.startswith(start) for k in read)
         result[f"{own}.{leaf}" if found else key] = tensor
     return result if len(result) == len(read) else read  # two classifiers: refused by their names
 
