@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hhdeploy.adapters.bases import check_answer
-from hhdeploy.adapters.checks import check, check_targets
 from hhdeploy.adapters.config import AdapterConfig
 from hhdeploy.adapters.format import (
     PARTS,
@@ -33,28 +30,17 @@ from hhdeploy.backbones.parameters import (
     restore_values,
 )
 from hhdeploy.backbones.sites import LinearSpec
-from hhdeploy.backbones.structure import (
-    bare_model,
-    parameters_of,
-    states_transform,
-)
+from hhdeploy.backbones.structure import bare_model, parameters_of
 from hhdeploy.choices import SEEDS, whole
-from hhdeploy.errors import AdapterError, BackboneError
+from hhdeploy.errors import AdapterError
 from hhdeploy.training.beginning import (
-    new_matrices,
+    Beginning,
+    begin_new,
+    begin_trained,
     tensors_digest,
-    trained_matrices,
-    trained_parts,
 )
 from hhdeploy.training.frozen import FrozenTensors, check_frozen, check_whole, frozen_tensors
-from hhdeploy.training.heads import (
-    OldHead,
-    check_head,
-    check_place,
-    put_head,
-    restore_head,
-    trained_head,
-)
+from hhdeploy.training.heads import OldHead, put_head, restore_head, trained_head
 from hhdeploy.training.householder import (
     AdditiveDelta,
     Between,
@@ -65,14 +51,10 @@ from hhdeploy.training.householder import (
     SharedTransform,
 )
 from hhdeploy.training.wrapping import (
-    bare_answer,
     check_bare,
-    check_computed,
     check_places,
-    check_weights,
     facts_of,
     own_modules,
-    size_of_images,
     without_values,
 )
 
@@ -155,64 +137,16 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, *, seed: int = 0)
             f"{reprlib.repr(adapter)}. load_adapter reads a directory."
         )
     seed = whole(seed, "seed", *SEEDS, AdapterError)
-    if isinstance(adapter, AdapterConfig):
-        adapter = checked_config(adapter)  # not after hours, by `save`
-    else:
+    if isinstance(adapter, Adapter):
         adapter = checked_adapter(adapter)
-    config = adapter.config if isinstance(adapter, Adapter) else adapter
-    generator = torch.Generator().manual_seed(seed)
-    linears = (facts := facts_of(model, config)).linears
-    digest = facts.sha256 or None
-    signs = None if digest else facts.signs or None
-    buffers = facts.buffers or None
-    config = replace(config, base_sha256=digest, base_signs=signs, base_buffers=buffers)
-    state = _Attached(config, facts.classifier, valueless=without_values(model))
-    if isinstance(adapter, AdapterConfig) and config.preprocess is None and states_transform(model):
-        state.config = replace(state.config, preprocess=facts.preprocess)
-    if isinstance(adapter, Adapter):
-        if state.valueless is not None:
-            raise BackboneError(state.valueless)
-        check(Path(adapter.source).name, adapter, facts)
-        check_head(model, facts, adapter)
-        if (known := config.base_answer) is not None:
-            found = bare_answer(model, facts.classifier, known.input_size)
-            check_answer(Path(adapter.source).name, adapter, facts, found)
-        matrices, parts = trained_matrices(adapter), trained_parts(adapter)
+        facts = facts_of(model, adapter.config)
+        begin = begin_trained(model, facts, adapter)
     else:
-        check_targets(adapter, facts, "the new adapter")
-        check_place(model, facts, config)
-        matrices, parts = new_matrices(adapter, linears, generator), {}
-    changed = {*matrices, *parts}
-    adapted = [x for x in linears if any(site.name in changed for site in x.sites)]
-    check_weights(model, adapted)
-    if isinstance(adapter, AdapterConfig):
-        check_computed(model, adapted, size := size_of_images(model, facts, config))
-        answer = bare_answer(model, facts.classifier, size)
-        state.config = replace(state.config, base_answer=answer)
-    if isinstance(adapter, Adapter):
-        state.old_values = put_values(model, adapter.values, adapter.source)
-    model.requires_grad_(False)
-    for name in state.old_values:
-        model.get_parameter(name).requires_grad_(True)
-    for linear in linears:
-        _parametrize(model, linear, matrices, parts, state)
-    if isinstance(adapter, Adapter) and adapter.strength != 1.0:
-        _weaken(model, state, adapter.strength)
-    path = facts.classifier
-    if isinstance(adapter, Adapter) and adapter.head is not None:
-        weight, bias = (torch.from_numpy(t) for t in (adapter.head.weight, adapter.head.bias))
-        state.old_head = put_head(model, path, weight, bias, config)
-    elif isinstance(adapter, AdapterConfig) and config.num_classes is not None:
-        dim = model.get_submodule(path).in_features
-        weight = torch.randn(config.num_classes, int(dim), generator=generator) * 0.02  # type: ignore[arg-type]
-        bias = torch.zeros(config.num_classes)
-        state.old_head = put_head(model, path, weight, bias, config)
-    state.sites = tuple(site.name for linear in linears for site in linear.sites)
-    held = {module for module, _ in state.parametrized}
-    owners = {path.rpartition(".")[0] for path in state.old_values}
-    named = model.named_modules()
-    state.places = {path: m for path, m in named if m in held or path in owners}
-    state.frozen = frozen_tensors(model)
+        adapter = checked_config(adapter)  # not after hours, by `save`
+        facts = facts_of(model, adapter)
+        begin = begin_new(model, facts, adapter, seed)
+    state = _Attached(begin.config, facts.classifier, valueless=without_values(model))
+    _put(model, facts.linears, begin, state)
     if isinstance(adapter, Adapter):
         state.began = tensors_digest(_tensors_of(model, state))
     object.__setattr__(model, _STATE, state)
@@ -314,6 +248,28 @@ def _state(model: nn.Module) -> _Attached:
         raise AdapterError("no adapter is attached to this model; call attach first.")
     assert isinstance(state, _Attached)
     return state
+
+
+def _put(
+    model: nn.Module, linears: Sequence[LinearSpec], begin: Beginning, state: _Attached
+) -> None:
+    """Freeze the model and change it, and note in ``state`` what was changed."""
+    state.old_values = put_values(model, begin.values, begin.source)
+    model.requires_grad_(False)
+    for name in state.old_values:
+        model.get_parameter(name).requires_grad_(True)
+    for linear in linears:
+        _parametrize(model, linear, begin.matrices, begin.parts, state)
+    if begin.strength != 1.0:
+        _weaken(model, state, begin.strength)
+    if begin.head is not None:
+        state.old_head = put_head(model, state.classifier, *begin.head, begin.config)
+    state.sites = tuple(site.name for linear in linears for site in linear.sites)
+    held = {module for module, _ in state.parametrized}
+    owners = {path.rpartition(".")[0] for path in state.old_values}
+    named = model.named_modules()
+    state.places = {path: m for path, m in named if m in held or path in owners}
+    state.frozen = frozen_tensors(model)
 
 
 def _parametrize(
