@@ -129,9 +129,9 @@ def _check_whole(backbone: Backbone, after: Mapping[str, Array], path: Path) -> 
     """The values are a model's, and not their differences to the backbone's (a task vector), which
     have the names of its and are small: a training leaves most weights about as large."""
     ratios = [
-        float(np.linalg.norm(after[name]) / size)
-        for name, value in values_of(backbone.model).items()
-        if name in after and (size := np.linalg.norm(value)) > 0
+        float(np.linalg.norm(after[name])) / size
+        for name, value in backbone.model.named_parameters()
+        if name in after and (size := float(value.detach().norm())) > 0
     ]
     ratio = float(np.median(ratios)) if ratios else 1.0
     if ratio < _SMALL:

@@ -148,19 +148,17 @@ def stated_preprocess(
     Raises:
         AdapterError: a file that cannot be read, or steps that cannot be expressed.
     """
-    from hhdeploy.backbones.transformers import from_image_processor, image_processor
+    from hhdeploy.backbones.transformers import stated_transform
 
     if options.preprocess is not None:
         return None
     try:
-        content = image_processor(str(directory))
-        if content is None:
-            return None
-        return from_image_processor(content, backbone.facts.preprocess.input_size)
+        found = stated_transform(str(directory), backbone.facts.preprocess.input_size)
     except BackboneError as error:
         raise AdapterError(
             f"{directory}: {error} Say how images become inputs with `preprocess`."
         ) from error
+    return None if found is None else found[0]
 
 
 def finish(

@@ -116,8 +116,7 @@ def transform_beside(
         # Of a model that is made for one size, arguments and weights say which.
         fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
         return replace(made, input_size=size) if fixed else made, "config.json"
-    beside = processor_beside(checkpoint, size)
-    return None if beside is None else (beside, PROCESSOR)
+    return processor_beside(checkpoint, size)
 
 
 def _timm_config(folder: Path) -> Mapping[str, Any] | None:

@@ -39,28 +39,31 @@ _KNOWN_STEPS = frozenset(
 )
 
 
-def image_processor(where: str) -> dict[str, Any] | None:
-    """What a directory or the hub has on the image processor; None without.
-
-    That is in processor_config.json, which transformers reads first, or preprocessor_config.json.
+def stated_transform(where: str, input_size: tuple[int, int, int]) -> tuple[Preprocess, str] | None:
+    """The transform of the image processor that a directory or the hub has, and the file that says
+    it: processor_config.json, which transformers reads first, or preprocessor_config.json.
 
     Raises:
-        BackboneError: they are no JSON objects.
+        BackboneError: they are no JSON objects; see `from_image_processor`.
     """
-    several = _content(where, _PROCESSORS) or {}
-    own = several.get(_OF_IMAGES)
-    return own if isinstance(own, dict) else _content(where, PROCESSOR)
+    file = _PROCESSORS
+    stated = (_content(where, file) or {}).get(_OF_IMAGES)
+    if not isinstance(stated, dict):
+        file = PROCESSOR
+        stated = _content(where, file)
+    return None if stated is None else (from_image_processor(stated, input_size, file), file)
 
 
-def processor_beside(checkpoint: Path, input_size: tuple[int, int, int]) -> Preprocess | None:
-    """The transform of the image processor beside a file of weights; None without.
+def processor_beside(
+    checkpoint: Path, input_size: tuple[int, int, int]
+) -> tuple[Preprocess, str] | None:
+    """See `stated_transform`, of what lies beside a file of weights.
 
     Raises:
         BackboneError: it is none of images of this size.
     """
     try:
-        stated = image_processor(str(checkpoint.parent))
-        return None if stated is None else from_image_processor(stated, input_size)
+        return stated_transform(str(checkpoint.parent), input_size)
     except BackboneError as error:
         raise BackboneError(
             f"`checkpoint`: {checkpoint.parent}: {error} Weights in a folder without it have the "
@@ -93,8 +96,10 @@ def edges(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def from_image_processor(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> Preprocess:
-    """An image processor of transformers as our transform.
+def from_image_processor(
+    stated: Mapping[str, Any], input_size: tuple[int, int, int], file: str = PROCESSOR
+) -> Preprocess:
+    """An image processor of transformers, which a ``file`` states, as our transform.
 
     Its ``size`` is a height and a width (the image is squashed) or a shortest edge (its ratio is
     kept, the centre cropped); what a number alone means, and what else is not said, depends on the
@@ -106,8 +111,10 @@ def from_image_processor(stated: Mapping[str, Any], input_size: tuple[int, int, 
     """
     try:
         return _transform(stated, input_size)
+    except BackboneError as error:
+        raise BackboneError(f"{file}: {error}") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise BackboneError(f"{PROCESSOR} cannot be read: {error}.") from error
+        raise BackboneError(f"{file} cannot be read: {error}.") from error
 
 
 def _kind(stated: Mapping[str, Any]) -> str:
@@ -123,9 +130,9 @@ def _is_square(stated: Mapping[str, Any], kind: str, crops: bool) -> bool:
     if not crops:  # a shortest edge alone would leave pictures of all shapes
         return True
     raise BackboneError(
-        f"{PROCESSOR}: size {stated['size']} is a square to some image processors and the "
-        f"shortest edge to others: expected image_processor_type to be of {', '.join(_KINDS)}, "
-        f"found {kind or 'none'}. Write size as its height and width, or as its shortest_edge."
+        f"size {stated['size']} is a square to some image processors and the shortest edge to "
+        f"others: expected image_processor_type to be of {', '.join(_KINDS)}, found "
+        f"{kind or 'none'}. Write size as its height and width, or as its shortest_edge."
     )
 
 
@@ -142,8 +149,8 @@ def _check_steps(stated: Mapping[str, Any], kind: str, cut: tuple[int, int] | No
         steps.append(f"crop_pct of {kind or 'a processor that is not named'}")
     if steps:
         raise BackboneError(
-            f"{PROCESSOR}: {steps[0]}: the transform here has no such step. Take it out of a "
-            "copy of the directory, and give the model pictures that are prepared so."
+            f"{steps[0]}: the transform here has no such step. Take it out of a copy of the "
+            "directory, and give the model pictures that are prepared so."
         )
     if cut is None or (crop := stated.get("crop_size")) is None:
         return
@@ -151,9 +158,8 @@ def _check_steps(stated: Mapping[str, Any], kind: str, cut: tuple[int, int] | No
     if given != cut:
         key = "size" if kind == "ConvNext" else "crop_size"
         raise BackboneError(
-            f"{PROCESSOR}: {key}: pictures are cut to {given[0]} x {given[1]}, and the "
-            f"model's inputs are {cut[0]} x {cut[1]}. Say which with `input_size`, and mend the "
-            "other."
+            f"{key}: pictures are cut to {given[0]} x {given[1]}, and the model's inputs are "
+            f"{cut[0]} x {cut[1]}. Say which with `input_size`, and mend the other."
         )
 
 
@@ -163,20 +169,20 @@ def _check_size(size: Mapping[str, Any], kind: str, crops: bool) -> None:
         raise ValueError(f"size is {dict(size)}")
     if set(size) not in (set(), {"height", "width"}, {"shortest_edge"}):
         raise BackboneError(
-            f"{PROCESSOR}: size: expected height and width, or shortest_edge, found "
-            f"{', '.join(size)}: the transform here has no such size. Write size so in a copy of "
-            "the directory, and give the model pictures that are prepared so."
+            f"size: expected height and width, or shortest_edge, found {', '.join(size)}: the "
+            "transform here has no such size. Write size so in a copy of the directory, and give "
+            "the model pictures that are prepared so."
         )
     if not size and kind in _KINDS and not _KINDS[kind][0]:
         raise BackboneError(
-            f"{PROCESSOR}: size: expected the shortest_edge that {kind}'s pictures are resized "
-            "to, found none. Write it there."
+            f"size: expected the shortest_edge that {kind}'s pictures are resized to, found none. "
+            "Write it there."
         )
     if "shortest_edge" in size and not crops:
         raise BackboneError(
-            f"{PROCESSOR}: size: a shortest_edge of {size['shortest_edge']} and no "
-            "do_center_crop leave pictures of many shapes, and the model's inputs have one. Write "
-            "size as its height and width, or say do_center_crop and crop_size."
+            f"size: a shortest_edge of {size['shortest_edge']} and no do_center_crop leave "
+            "pictures of many shapes, and the model's inputs have one. Write size as its height "
+            "and width, or say do_center_crop and crop_size."
         )
 
 
@@ -196,8 +202,8 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     crops = bool(stated.get("do_center_crop", kind in _CROPPING))
     if crops and not stated.get("do_resize", True):
         raise BackboneError(
-            f"{PROCESSOR}: do_center_crop without do_resize: images would be cut as they are, and "
-            "the transform here resizes first. Say in that file how images are resized."
+            "do_center_crop without do_resize: images would be cut as they are, and the transform "
+            "here resizes first. Say in that file how images are resized."
         )
     if isinstance(size, int):
         square = _is_square(stated, kind, crops)
@@ -217,8 +223,8 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     rescale = float(stated.get("rescale_factor", 1 / 255)) if stated.get("do_rescale", True) else 1
     if mean is None or std is None or abs(rescale * 255 - 1) > 1e-3:
         raise BackboneError(
-            "preprocessor_config.json: expected image_mean, image_std and a rescale_factor of "
-            f"1/255, found {mean}, {std} and {rescale}."
+            f"expected image_mean, image_std and a rescale_factor of 1/255, found {mean}, {std} "
+            f"and {rescale}."
         )
     mode, pct = "squash", 1.0
     if edge is not None:
@@ -240,9 +246,8 @@ def _transform(stated: Mapping[str, Any], input_size: tuple[int, int, int]) -> P
     # A square picture is resized to what the file says, be it squashed or cut.
     if size and made.resized(1, 1) != (size["width"], size["height"]):
         raise BackboneError(
-            f"{PROCESSOR}: size: pictures are resized to {size['height']} x {size['width']}, and "
-            f"the model's inputs are {height} x {width}: the transform here resizes to these, or "
-            "cuts them out of a size of the same ratio. Say which with `input_size`, and mend the "
-            "other."
+            f"size: pictures are resized to {size['height']} x {size['width']}, and the model's "
+            f"inputs are {height} x {width}: the transform here resizes to these, or cuts them out "
+            "of a size of the same ratio. Say which with `input_size`, and mend the other."
         )
     return made

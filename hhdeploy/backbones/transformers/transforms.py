@@ -9,9 +9,8 @@ from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.transformers.processors import (
     PROCESSOR,
     edges,
-    from_image_processor,
-    image_processor,
     processor_beside,
+    stated_transform,
 )
 from hhdeploy.errors import BackboneError
 from hhdeploy.preprocess import Preprocess
@@ -68,7 +67,7 @@ def _of_timm(
 def _of_transformers(
     config: Any, spec: BackboneSpec, where: str
 ) -> tuple[Preprocess, tuple[str, ...]]:
-    """The transform of preprocessor_config.json, beside a checkpoint before the configuration's;
+    """The transform of the image processor, beside a checkpoint before the configuration's;
     else what has to be assumed."""
     seen = getattr(config, "vision_config", config)
     channels = getattr(seen, "num_channels", 3)
@@ -76,13 +75,13 @@ def _of_transformers(
     if spec.input_size is None and stated_size is None:
         raise BackboneError("config.json has no image_size: give `input_size`.")
     size = spec.input_size or (channels, *edges(stated_size))
-    if spec.checkpoint and (beside := processor_beside(spec.checkpoint, size)) is not None:
+    if spec.checkpoint and (found := processor_beside(spec.checkpoint, size)) is not None:
+        beside, name = found
         return beside, (
-            f"image transform taken from {PROCESSOR} beside the weights: {beside.described()}",
+            f"image transform taken from {name} beside the weights: {beside.described()}",
         )
-    stated = image_processor(where)
-    if stated is not None:
-        return from_image_processor(stated, size), ()
+    if (found := stated_transform(where, size)) is not None:
+        return found[0], ()
     assumed = Preprocess(
         size, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash", True
     )

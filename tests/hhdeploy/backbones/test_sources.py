@@ -27,12 +27,8 @@ from hhdeploy.backbones.loading import load_backbone
 from hhdeploy.backbones.meaning import UNSTATED, meaning_beside
 from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.backbones.structure import classifier_path
-from hhdeploy.backbones.transformers import (
-    from_image_processor,
-    image_processor,
-    models,
-    with_classifier,
-)
+from hhdeploy.backbones.transformers import models, with_classifier
+from hhdeploy.backbones.transformers.processors import from_image_processor, stated_transform
 from hhdeploy.errors import AdapterError, BackboneError
 from hhdeploy.training import attach, extract
 from tests.hhdeploy.backbones.small_vit import SMALL_VIT, save_small_vit
@@ -496,12 +492,23 @@ def test_what_lies_beside_a_checkpoint_goes_before(saved, folder):
     for one in specs:
         with pytest.raises(BackboneError, match=r"`checkpoint`: .*vit: .*do_pad: .* without it"):
             load_backbone(one)
+    # transformers 5 writes it among those of other inputs: the file that is read is named.
+    nested = {"image_processor": stated | {"image_mean": [0.7, 0.8, 0.9]}}
+    (folder / "processor_config.json").write_text(json.dumps(nested))
+    for one in specs:
+        (line,) = load_backbone(one).notes
+        assert line.startswith("image transform taken from processor_config.json beside the weigh")
+    nested["image_processor"] |= {"do_pad": True}
+    (folder / "processor_config.json").write_text(json.dumps(nested))
+    with pytest.raises(BackboneError, match=r"vit: processor_config\.json: do_pad: "):
+        load_backbone(specs[0])
+    (folder / "processor_config.json").unlink()
 
 
 def test_a_configuration_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "preprocessor_config.json")
     with pytest.raises(BackboneError, match=r"preprocessor_config\.json cannot be read: it is a p"):
-        image_processor(str(tmp_path))
+        stated_transform(str(tmp_path), (3, 32, 32))
     os.mkfifo(tmp_path / "config.json")
     beside = tmp_path / "x.safetensors"
     assert meaning_beside(beside, 5) == UNSTATED
