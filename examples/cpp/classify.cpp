@@ -93,14 +93,14 @@ Json classify(const Bundle& bundle, const std::vector<Ask>& asks, const std::str
         }
         if (bundle.chooses()) ids.data<int64_t>()[i] = asks[i].entry.at("row");
     }
+    const ov::Tensor bank = bundle.chooses() ? bundle.bank() : ov::Tensor();
     ov::CompiledModel model = core.compile_model(bundle.graph(precision).string(), "CPU",
                                                  ov::hint::inference_precision(ov::element::f32));
     check_graph(model, bundle.manifest.at("tensors"), (bundle.path / "hhdeploy.json").string());
     ov::InferRequest request = model.create_infer_request();
     request.set_tensor("images", images);
-    if (bundle.chooses()) request.set_tensor("adapter_ids", ids);
     if (bundle.chooses()) {
-        const ov::Tensor bank = bundle.bank();
+        request.set_tensor("adapter_ids", ids);
         if (!bundle.manifest.at("bank_as_constant")) request.set_tensor("adapter_bank", bank);
     }
     request.infer();

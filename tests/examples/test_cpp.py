@@ -76,7 +76,7 @@ def _needs() -> None:
     includes = [f"-I{place}" for place in _json_headers()]
     for header in ("png.h", "openssl/evp.h", "nlohmann/json.hpp"):
         found = subprocess.run(
-            ["c++", *includes, "-fsyntax-only", "-include", header, "-x", "c++", os.devnull],
+            ["c++", *includes, "-E", "-include", header, "-x", "c++", os.devnull],
             capture_output=True,
             check=False,
             timeout=BUILD_SECONDS,
@@ -332,14 +332,17 @@ def test_a_tampered_file_is_refused(program, small, pictures, tmp_path, file):
 
 def test_logits_that_are_no_numbers(program, small, pictures, tmp_path):
     bundle = bundle_of_logits(small, tmp_path / "bundle")
-    for name, (_, _, said) in LOGITS.items():
+    good = {name: said for name, (_, _, said) in LOGITS.items() if said is not None}
+    asks = (word for name in good for word in ("--adapter", name))
+    done = run(program, bundle, pictures[1], *asks)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t")[1:3] for line in done.stdout.splitlines()]
+    for name, said in good.items():
+        assert sorted(label for who, label in lines if who == name) == sorted(said), name
+    for name in LOGITS.keys() - good.keys():
         done = run(program, bundle, pictures[1], "--adapter", name)
-        if said is None:
-            assert (done.returncode, done.stdout) == (1, ""), name
-            assert f"adapter {name}: the logits are no numbers" in done.stderr
-        else:
-            assert done.returncode == 0, done.stderr
-            assert sorted(line.split("\t")[2] for line in done.stdout.splitlines()) == sorted(said)
+        assert (done.returncode, done.stdout) == (1, ""), name
+        assert f"adapter {name}: the logits are no numbers" in done.stderr
 
 
 def test_pictures_that_it_does_not_take(program, small, tmp_path):
