@@ -90,8 +90,10 @@ def run_abuse(
             wires = dict.fromkeys(_wire(kind) for kind in campaign.kinds)
             saturation = {wire: honest.saturation(wire) for wire in wires}
             sieges = {}
-            for kind in campaign.kinds:
-                sieges[kind] = _besiege(kind, honest, saturation[_wire(kind)] * SHARE, step)
+            with child("listener", urlsplit(server.url).hostname or "") as listener:
+                for kind in campaign.kinds:
+                    rate = saturation[_wire(kind)] * SHARE
+                    sieges[kind] = _besiege(kind, honest, rate, listener.begun, step)
         return AbuseReport(campaign.seconds, saturation, sieges, server.code)
 
 
@@ -99,8 +101,10 @@ def _wire(kind: str) -> str:
     return GRPC if KINDS[kind].grpc else HTTP
 
 
-def _besiege(kind: str, honest: _Honest, rate: float, step: Callable[[str], None]) -> Siege:
-    """The control, then the abuse."""
+def _besiege(
+    kind: str, honest: _Honest, rate: float, nobody: int, step: Callable[[str], None]
+) -> Siege:
+    """The control, of the port ``nobody`` where nothing is abused, then the abuse."""
     server, fleet = honest.server, honest.stage.start.fleet
     host = urlsplit(server.url).hostname or ""
     http_port = urlsplit(server.url).port or 0
@@ -108,11 +112,9 @@ def _besiege(kind: str, honest: _Honest, rate: float, step: Callable[[str], None
     elsewhere = fleet.with_name("elsewhere")
     elsewhere.mkdir(exist_ok=True)
     step(f"{kind}: the control")
-    with child("listener", host) as listener:
-        port = listener.begun
-        victim = Victim(host, port, port, adapter, size, str(elsewhere))
-        seconds = honest.campaign.seconds * CONTROL_SHARE
-        control, _ = honest.beside(kind, victim, rate, seconds)
+    victim = Victim(host, nobody, nobody, adapter, size, str(elsewhere))
+    seconds = honest.campaign.seconds * CONTROL_SHARE
+    control, _ = honest.beside(kind, victim, rate, seconds)
     before = server.resident_bytes()
     step(f"{kind}: {honest.campaign.seconds:g} s")
     victim = Victim(host, http_port, server.grpc_port, adapter, size, str(fleet))
