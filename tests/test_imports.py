@@ -96,21 +96,6 @@ def test_every_public_name_is_there():
         _ = hhdeploy.nonsense
 
 
-def test_importing_prints_and_writes_nothing(tmp_path):
-    # Ray, which takes as long as all the others, is imported by the test of the server.
-    left = ("__main__", ".serving.ray")
-    names = [m for m in modules_of("hhdeploy") if not any(part in m for part in left)]
-    assert "hhdeploy.exporters.trace" in names
-    code = """
-        import importlib, sys
-        for name in sys.argv[1:]:
-            importlib.import_module(name)
-    """
-    done = run_command([sys.executable, "-c", textwrap.dedent(code), *names], cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
-
-
 # --- what runtimes start when they are imported --------------------------------------------------
 
 # A home of its own; the variable as a user has it who never heard of it.
@@ -129,12 +114,11 @@ AT_HOME = """
         "verify BUNDLE --device cpu",
         "verify BUNDLE --device openvino",
         "adapter pack BUNDLE gamma OUT",
-        "doctor --json",
     ],
 )
 def test_no_command_starts_telemetry(line, branches, tmp_path):
     """With it ONNX Runtime leaves a device id in the home, and a session in TMPDIR, and OpenVINO
-    a client id."""
+    a client id. (`doctor`: tests/cli/test_machine_commands.py.)"""
     pytest.importorskip("openvino" if "openvino" in line else "onnxruntime")
     (home := tmp_path / "home").mkdir()
     words = {"BUNDLE": branches, "OUT": tmp_path / "gamma.onnx_adapter"}
@@ -144,17 +128,28 @@ def test_no_command_starts_telemetry(line, branches, tmp_path):
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_no_package_starts_telemetry(tmp_path):
-    """NNCF, say, creates its own before it asks the variable that turns it off."""
+def test_importing_prints_and_writes_nothing_and_starts_no_telemetry(tmp_path):
+    """Of our modules; the packages may print. NNCF, say, creates its own before it asks the
+    variable that turns it off."""
+    # Ray, which takes as long as all the others, is imported by the test of the server.
+    left = ("__main__", ".serving.ray")
+    names = [m for m in modules_of("hhdeploy") if not any(part in m for part in left)]
+    assert "hhdeploy.exporters.trace" in names
     code = """
         import importlib.util
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+        print("imported", flush=True)
+        print("imported", file=sys.stderr, flush=True)
         from hhdeploy.errors import require
         for name in ("nncf", "transformers", "peft", "onnxscript", "openvino", "onnxruntime"):
             if importlib.util.find_spec(name) is not None:
                 require(name, "calibrate", "a test")
     """
-    done = run_python(textwrap.dedent(AT_HOME) + textwrap.dedent(code), tmp_path)
+    source = textwrap.dedent(AT_HOME) + textwrap.dedent(code)
+    done = run_command([sys.executable, "-c", source, str(tmp_path), *names], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("imported\n") and done.stderr.startswith("imported\n")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

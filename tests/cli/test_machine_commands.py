@@ -17,7 +17,13 @@ from hhdeploy.runtime import session as sessions
 from tests.workshop import copy_bundle
 
 
-def test_doctor_reports_what_is_installed():
+def test_doctor_reports_what_is_installed_and_starts_no_telemetry(tmp_path, monkeypatch):
+    """At a home of its own, with the variable as a user has it who never heard of it: what doctor
+    imports leaves no id there."""
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "HHDEPLOY_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
     result = CliRunner().invoke(main, ["doctor", "--json"])
     found = {f["what"]: f for f in json.loads(result.stdout)}
     assert found["extra export"]["state"] == "ok"
@@ -25,6 +31,7 @@ def test_doctor_reports_what_is_installed():
     assert "CPUExecutionProvider" in found["ONNX Runtime providers"]["detail"]
     assert {"NVIDIA driver", "cuda-bindings", "tensorrt", "tensorrt-rtx"} <= found.keys()
     assert result.exit_code == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_doctor_names_every_extra(monkeypatch):
