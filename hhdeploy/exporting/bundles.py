@@ -203,24 +203,9 @@ def export(
         )
         progress(f"loading {model}")
         backbone = load_backbone(spec)
-        for note in backbone.notes:
-            progress(note)
-        say(progress, [unkept_meaning(backbone.facts, reserve)])
-        for number, (name, adapter) in enumerate(loaded.items()):
-            say(progress, naming(name, list(loaded)[:number]))
-            say(progress, notes(name, adapter, backbone.facts))
-        if loaded or not fold:
-            check_sites(backbone.facts)
-        asked = outputs_of_graph(outputs, backbone.facts, loaded, reserve, progress)
-        if LOGITS not in asked:
-            loaded = without_heads(loaded, progress)
-        seen = backbone.facts if LOGITS in asked else backbone.facts.without_classifier()
-        answering = check_contents(seen, loaded, fold, reserve, precisions)
-        if seen.classifier and (reserve.max_classes or any(a.head for a in loaded.values())):
-            check_exchangeable(backbone.model, seen)
-        say(progress, check_answers(backbone, loaded))
-        if verify:
-            check_data(data, answering, loaded, seen)
+        loaded, asked = _admitted(
+            backbone, loaded, outputs, fold, reserve, precisions, data if verify else None, progress
+        )
         progress("tracing the backbone (cached for the next export)")
         alone = next(iter(loaded.values()), None) if fold else None
         base = _base(backbone, alone, cache_of(cache), asked)
@@ -256,6 +241,52 @@ def _loaded(adapters: Mapping[str, Path], strengths: Mapping[str, float]) -> dic
         check_name(name): at_strength(load_adapter(path), strengths.get(name, 1.0))
         for name, path in adapters.items()
     }
+
+
+def _admitted(
+    backbone: Backbone,
+    adapters: dict[str, Adapter],
+    outputs: Sequence[str],
+    fold: bool,
+    reserve: Reserve,
+    precisions: Sequence[TypedPrecision],
+    data: VerifyData | None,
+    progress: Progress,
+) -> tuple[dict[str, Adapter], Sequence[str]]:
+    """What the loaded model and the adapters decide before the slow work, and what is to be said
+    of them: the adapters as the graph takes them, and its outputs.
+
+    Args:
+        backbone: as loaded.
+        adapters: by name.
+        outputs: those that were asked for; see `export`, also of the next ones.
+        fold, reserve, precisions: of the bundle.
+        data: to verify on; None: nothing is verified.
+        progress: told what is assumed.
+
+    Raises:
+        AdapterError, BackboneError, PlanError, DataError: they do not go together.
+    """
+    facts = backbone.facts
+    for note in backbone.notes:
+        progress(note)
+    say(progress, [unkept_meaning(facts, reserve)])
+    for number, (name, adapter) in enumerate(adapters.items()):
+        say(progress, naming(name, list(adapters)[:number]))
+        say(progress, notes(name, adapter, facts))
+    if adapters or not fold:
+        check_sites(facts)
+    asked = outputs_of_graph(outputs, facts, adapters, reserve, progress)
+    if LOGITS not in asked:
+        adapters = without_heads(adapters, progress)
+    seen = facts if LOGITS in asked else facts.without_classifier()
+    answering = check_contents(seen, adapters, fold, reserve, precisions)
+    if seen.classifier and (reserve.max_classes or any(a.head for a in adapters.values())):
+        check_exchangeable(backbone.model, seen)
+    say(progress, check_answers(backbone, adapters))
+    if data is not None:
+        check_data(data, answering, adapters, seen)
+    return adapters, asked
 
 
 def _base(

@@ -305,7 +305,7 @@ def test_a_line_that_would_take_all_memory_is_refused(program, small, tmp_path):
         own(Image.open(line))
 
 
-def test_one_channel(program, pictures, tmp_path):
+def test_one_channel(program, pictures, tmp_path, workshop):
     """A model of grey pictures."""
     from hhdeploy.backbones.loading import load_backbone
     from hhdeploy.exporting.bundles import export
@@ -314,7 +314,7 @@ def test_one_channel(program, pictures, tmp_path):
     save_adapter(random_adapter(load_backbone(spec).facts, classes=5), tmp_path / "grey")
     export(
         spec.model, {"grey": tmp_path / "grey"}, tmp_path / "out", model_args=spec.args,
-        pretrained=False, seed=spec.seed, verify_images=2, cache=None,
+        pretrained=False, seed=spec.seed, verify_images=2, cache=workshop.cache,
     )  # fmt: skip
     results = asked(program, tmp_path / "out", pictures)
     assert_as_python(tmp_path / "out", results)

@@ -62,12 +62,12 @@ def test_an_adapter_s_arguments_never_reach_a_function(own, tmp_path):
         export(OWN, {"a": tmp_path / "a"}, tmp_path / "out", seed=3)
 
 
-def test_one_channel(tmp_path):
+def test_one_channel(tmp_path, workshop):
     """Grey pictures: the session's transform makes one channel of them."""
     spec = tiny_spec(in_chans=1, depth=1, num_classes=7)
     export(
         spec.model, {}, tmp_path / "out", fold=True, model_args=spec.args, pretrained=False,
-        verify_images=2, cache=None,
+        seed=spec.seed, verify_images=2, cache=workshop.cache,
     )  # fmt: skip
     manifest = Bundle.open(tmp_path / "out").manifest
     assert manifest.input_size == (1, 32, 32)
