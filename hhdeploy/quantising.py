@@ -35,8 +35,9 @@ from hhdeploy.files.outputs import check_output, output_file
 from hhdeploy.files.writing import cache_of, write_bytes, write_json
 from hhdeploy.parity import ParityReport, StageResult, compare
 from hhdeploy.runtime import Session
+from hhdeploy.runtime.processor import cores
 from hhdeploy.runtime.session import open_bundle
-from hhdeploy.timing import Paired, machine, paired
+from hhdeploy.timing import Paired, paired, processor
 from hhdeploy.verifying.answers import verify_graphs
 from hhdeploy.verifying.graphs import commit_graph, graph_on_trial
 from hhdeploy.verifying.survival import check_quantised, say
@@ -228,7 +229,7 @@ class _Trials:
             sizes=measured.sizes,
             latency=measured.latency,
             device=measured.device,
-            machine=machine(),
+            machine=f"{processor()}, {cores()}",
             replaced=quantised.precision in self._bundle.manifest.graphs,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -100,13 +99,8 @@ def _summary(times: list[float]) -> Latency:
     return Latency(statistics.median(ordered), p90, ordered[0], len(ordered))
 
 
-def machine() -> str:
-    """The processor's name and how many cores it shows."""
-    return f"{processor()}, {os.cpu_count()} cores"
-
-
 def processor() -> str:
-    """Its name, as far as the system tells it."""
+    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

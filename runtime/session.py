@@ -30,6 +30,7 @@ from hhdeploy.runtime.backends import (
     open_backend,
 )
 from hhdeploy.runtime.bank import DEFAULT_SLOTS, AdapterBank, Hold
+from hhdeploy.runtime.processor import allowed_cores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -310,7 +311,8 @@ def open_session(
         slots: rows of the bank, row 0 (the backbone) included; None: 64, as far as an engine
             takes that many, or what is needed.
         threads: of one run on the CPU, with ``hint="throughput"`` of all together; None leaves it
-            to the runtime. 1 to 1024, as ``contexts``.
+            to the runtime, or is as many cores as an affinity or the quota of a control group
+            leaves where these are not all. 1 to 1024, as ``contexts``.
         contexts: runs at the same time on ``tensorrt`` and ``tensorrt-rtx``, each with buffers
             of its own; further calls wait. Other runtimes take calls as they come.
         cuda_graphs: ``cuda``, ``tensorrt`` and ``tensorrt-rtx``: record a run of each batch size
@@ -386,6 +388,7 @@ def open_bundle(
     )
     rows = adapters.rows if adapters is not None and not manifest.bank_as_constant else None
     where = Path(cache).absolute() if cache is not None else None
+    threads = threads or allowed_cores()
     options = BackendOptions(precision, threads, contexts, cuda_graphs, hint, where)
     backend = open_backend(bundle, rows, target, options)
     if adapters is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from hhdeploy.doctor.probes import PROBES, ProbeState
 from hhdeploy.errors import without_telemetry
 from hhdeploy.packages import EXTRAS, INCLUDED, is_older
-from hhdeploy.runtime.processor import int8_units
+from hhdeploy.runtime.processor import cores, int8_units
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def examine() -> list[Finding]:
         Finding(
             "machine",
             "ok",
-            f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+            f"{platform.system()} {platform.machine()}, {cores()}, "
             f"Python {platform.python_version()}",
         )
     ]
