@@ -40,8 +40,8 @@ def add_probes(server: Any, endpoint: Endpoint, access: Access, servicer: Servic
     health = Health(endpoint, access, servicer)
     said = health_pb2.HealthCheckResponse.SerializeToString
     methods = {
-        "Check": grpc.unary_unary_rpc_method_handler(health.Check, None, said),
-        "Watch": grpc.unary_stream_rpc_method_handler(health.Watch, None, said),
+        "Check": grpc.stream_unary_rpc_method_handler(health.Check, None, said),
+        "Watch": grpc.stream_stream_rpc_method_handler(health.Watch, None, said),
     }
     handler = grpc.method_handlers_generic_handler("grpc.health.v1.Health", methods)
     server.add_generic_rpc_handlers((handler,))
@@ -66,10 +66,10 @@ class Health:
         self._endpoint, self._access, self._servicer = endpoint, access, servicer
         self._stopping = servicer.stopping
 
-    async def Check(self, raw: bytes, context: Any) -> Any:
+    async def Check(self, raws: AsyncIterator[bytes], context: Any) -> Any:
         """Whether requests are answered now; NOT_FOUND for a service or model there is not."""
         try:
-            service = _service(raw)
+            service = _service(await self._servicer.message(raws))
             self._check_asking(service, context)
             state = await self._state(service)
             if state == _STATUS.SERVICE_UNKNOWN:
@@ -81,11 +81,11 @@ class Health:
             return _STATUS()
         return _STATUS(status=state)
 
-    async def Watch(self, raw: bytes, context: Any) -> AsyncIterator[Any]:
+    async def Watch(self, raws: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
         """The state, and again whenever it is another one."""
         last = None
         try:
-            service = _service(raw)
+            service = _service(await self._servicer.message(raws))
             while last != _STATUS.NOT_SERVING or not self._stopping.is_set():
                 self._check_asking(service, context)  # a token may go meanwhile
                 if (state := await self._state(service)) != last:

@@ -53,6 +53,9 @@ _MOST_STREAMS = 1 << 12
 _LEAST_PENDING = 1 << 14
 # Pings that a client may send without a call under way, and how often.
 _PING_SECONDS = 10
+# When a client that says nothing is asked whether it is there, and how long it may take to say so:
+# one whose machine or network is gone would keep its connection and its calls for hours.
+_ASK_SECONDS = 60
 
 
 class GrpcServer:
@@ -127,6 +130,8 @@ class GrpcServer:
             # Clients keep connections alive through proxies; gRPC's defaults would end them.
             ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _PING_SECONDS),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.keepalive_time_ms", int(1000 * _ASK_SECONDS)),
+            ("grpc.http2.ping_timeout_ms", int(1000 * _ASK_SECONDS)),
         ]
         # Calls at the same time, streams included; beyond them RESOURCE_EXHAUSTED.
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
@@ -228,9 +233,9 @@ def _handler(servicer: Servicer, method: Any, most: int, leaving: Leaving) -> An
             return None
         return leaving.add(str(dict(context.invocation_metadata()).get(PEER, "")), len(content))
 
-    async def unary(raw: bytes, context: Context) -> bytes:
+    async def unary(raws: AsyncIterator[bytes], context: Context) -> bytes:
         try:
-            request = parse(kind, raw, most)
+            request = parse(kind, await servicer.message(raws), most)
             if behaviour is None:
                 raise NotServedError(
                     "shared memory, tracing and log settings are not served here: send tensors in "
@@ -265,7 +270,7 @@ def _handler(servicer: Servicer, method: Any, most: int, leaving: Leaving) -> An
 
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(stream)
-    return grpc.unary_unary_rpc_method_handler(unary)
+    return grpc.stream_unary_rpc_method_handler(unary)
 
 
 class _Others(grpc.GenericRpcHandler):  # type: ignore[misc]

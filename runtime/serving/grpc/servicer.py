@@ -153,6 +153,21 @@ class Servicer:
             if self._under_way:
                 end = time.monotonic() + seconds
 
+    async def message(self, raws: AsyncIterator[bytes]) -> bytes:
+        """The one message of a call, which gRPC would wait for as long as the client likes.
+
+        Raises:
+            TimedOutError: none has arrived within the server's limit.
+        """
+        with Deadline(self._endpoint.settings.request_seconds):
+            coming: Any = aiter(raws)  # with its message in a cycle of gRPC's, until it is closed
+            raw: bytes
+            async with aclosing(coming):
+                async for raw in coming:
+                    return raw
+            # None comes. Where the client has left, or gRPC refused it, this ends in a moment.
+            return await asyncio.Future[bytes]()
+
     def stop_streams(self) -> None:
         """End every stream after the request that it is at; an idle one would stay for ever."""
         self.stopping.set()

@@ -310,6 +310,20 @@ def test_clients_may_ping_while_nothing_is_asked(monkeypatch):
     asyncio.run(run())
 
 
+def test_a_client_that_is_gone_keeps_nothing(monkeypatch):
+    """Its machine or network is away: it takes no leave, and answers no ping."""
+    monkeypatch.setattr(module, "_ASK_SECONDS", 0.1)
+
+    async def run() -> None:
+        async with (
+            served(Endpoint()) as (server, _),
+            connected(server, greeting()) as (reader, _),
+        ):
+            assert b"ping_timeout" in await soon(reader.read())
+
+    asyncio.run(run())
+
+
 def test_health_as_probes_ask_for_it():
     async def run() -> None:
         endpoint = Known()

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from tests.workshop import COMMAND_SECONDS, ROOT
 
 # A run of the suite once ended in a segmentation fault here, whose cause is not known.
 pytestmark = pytest.mark.own_process
+
+HEALTH = "/grpc.health.v1.Health/"
 
 
 class Endpoint:
@@ -217,9 +219,31 @@ def test_the_servers_limit_ends_the_work():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("method", [INFER, f"{HEALTH}Check", f"{HEALTH}Watch"])
+def test_a_call_whose_message_does_not_come_ends(method):
+    """gRPC waits for it as long as the client likes, and nobody else would find a place."""
+
+    async def run() -> None:
+        endpoint = Endpoint(request_seconds=0.05)
+        async with (
+            served(endpoint) as (server, _),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            for sent in (nothing(), iter([])):
+                code, said = await failing(channel.stream_unary(method)(sent))
+                assert code == "DEADLINE_EXCEEDED" and "within 0.05 s" in said
+            assert list(map(errors.refusal_kind, endpoint.refusals)) == ["timed_out"] * 2
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    asyncio.run(run())
+
+
 def test_every_call_that_is_refused_is_counted():
     """Also what gRPC refuses before any code of ours, and what is no method of the protocol."""
-    health, one = "/grpc.health.v1.Health/", message(images(1)).SerializeToString()
+    one = message(images(1)).SerializeToString()
     vast, bomb = bytes(20_001), bytes(9 << 20)
     infer = "/inference.GRPCInferenceService/ModelInfer"
     stream = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -234,10 +258,10 @@ def test_every_call_that_is_refused_is_counted():
         (stream, vast, None, "RESOURCE_EXHAUSTED", "too_large"),
         (infer, bomb, gzip, "RESOURCE_EXHAUSTED", "too_large"),
         (infer, b"\xff", None, "INVALID_ARGUMENT", "request"),
-        (health + "Check", b"\x0a\6nobody", None, "NOT_FOUND", "not_found"),
-        (health + "Check", b"\xff", None, "INVALID_ARGUMENT", "request"),
-        (health + "Watch", b"\xff", None, "INVALID_ARGUMENT", "request"),
-        (health + "Nothing", b"", None, "UNIMPLEMENTED", "not_served"),
+        (HEALTH + "Check", b"\x0a\6nobody", None, "NOT_FOUND", "not_found"),
+        (HEALTH + "Check", b"\xff", None, "INVALID_ARGUMENT", "request"),
+        (HEALTH + "Watch", b"\xff", None, "INVALID_ARGUMENT", "request"),
+        (HEALTH + "Nothing", b"", None, "UNIMPLEMENTED", "not_served"),
         (reflection, b"\xff", None, "INVALID_ARGUMENT", "request"),
     ]
 

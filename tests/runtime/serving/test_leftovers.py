@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,21 @@ class Context:
         self.details = details
 
 
+class Messages:
+    """Of a call, as gRPC gives them: in a cycle of this and its generator, which has the last."""
+
+    def __init__(self, content: bytes) -> None:
+        self._found = self._all([content])
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._found
+
+    async def _all(self, left: list[bytes]) -> AsyncIterator[bytes]:
+        while left:
+            content = left.pop()
+            yield content
+
+
 def grpc_message(shape: tuple[int, ...] = (160, 3, 32, 32), **fields: Any) -> bytes:
     made = pb.ModelInferRequest(
         model_name="alpha", raw_input_contents=[bytes(4 * int(np.prod(shape)))], **fields
@@ -241,15 +256,12 @@ def test_a_grpc_call_that_is_refused(small, kind, streamed):
             async def once() -> None:
                 context = Context(0.05 if kind == "late" else None)
                 content = bytes(bytearray(raw))
+                coming = Messages(content)
                 if not streamed:
-                    await handlers["ModelInfer"].unary_unary(content, context)
+                    await handlers["ModelInfer"].stream_unary(coming, context)
                     assert context.code == code, context.details
                     return
-
-                async def coming():
-                    yield content
-
-                stream = handlers["ModelStreamInfer"].stream_stream(coming(), context)
+                stream = handlers["ModelStreamInfer"].stream_stream(coming, context)
                 answers = [answer async for answer in stream]
                 assert (
                     context.code == code
