@@ -122,7 +122,7 @@ def check_changeable(path: Path, least: int = 0) -> None:
 
     Args:
         path: the bundle.
-        least: bytes that the change brings in any case.
+        least: bytes that the change brings in any case, beside another manifest.
 
     Raises:
         WriteError: the file system lets nobody write there, or has not that much room.
@@ -130,6 +130,7 @@ def check_changeable(path: Path, least: int = 0) -> None:
     root = Path(os.path.realpath(path))
     with os_errors(root), scratch_directory(root, WORK):
         free = shutil.disk_usage(root).free
+        least += os.stat(root / MANIFEST).st_size
     if free < least:
         raise WriteError(
             f"Could not write {root}: expected {least:,} bytes of its disk to be free, found "

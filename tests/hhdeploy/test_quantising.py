@@ -250,6 +250,8 @@ def test_a_bundle_that_cannot_be_changed_is_refused_before_slow_work(
         patch.setattr("hhdeploy.bundle.locking.shutil.disk_usage", lambda path: usage)
         with pytest.raises(WriteError, match=r"expected \d\d,\d+ bytes .* found 1,000"):
             calibrate(data="nowhere")
+        with pytest.raises(WriteError, match=r"expected \d+,\d+ bytes .* found 1,000"):
+            verify_against_torch(calibrate.path, model="no_such_model")
 
     def read_only(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
