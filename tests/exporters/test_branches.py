@@ -466,6 +466,49 @@ def test_two_tokens_are_not_two_images():
     assert branched_model(base, plan)
 
 
+# -- a fused qkv ----------------------------------------------------------------------------------
+
+QKV = """agraph (float[batch, 2, 6] x) => (float[batch, 2, 2, 3] y) {
+    p = MatMul(x, w)  a = Add(p, b)  h = Reshape(a, shape)  t = Transpose<perm=[2,0,3,1,4]>(h)
+    q1 = Slice(t, zero, one, zero)  q = Squeeze(q1, zero)
+    k1 = Slice(t, one, two, zero)  k = Squeeze(k1, zero)
+    v1 = Slice(t, two, three, zero)  v = Squeeze(v1, zero)
+    qk = Mul(q, k)  y = Add(qk, v)
+}"""
+
+
+def views_of(text: str, shape: Sequence[int]):
+    weights = {"w": random(6, 18), "b": random(18), "shape": np.asarray(shape)}
+    numbers = {"zero": 0, "one": 1, "two": 2, "three": 3}
+    weights |= {name: np.asarray([number]) for name, number in numbers.items()}
+    model = graph(text, weights, {"p": "qkv"})
+    ((linear,),) = linears_by_path(model.graph).values()
+    return qkv_views(linear)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("perm=[2,0,3,1,4]", "perm=[2,0,1,3,4]"),  # tokens before heads
+        ("Slice(t, one, two, zero)", "Slice(t, zero, one, zero)"),  # queries as keys
+        ("Slice(t, two, three, zero)", "Slice(t, one, two, zero)"),  # no values
+        ("k1 = Slice(t, one, two, zero)  k = Squeeze(k1, zero)", "k = Identity(q)"),
+        ("h = Reshape(a, shape)", "g = Gelu(a)  h = Reshape(g, shape)"),
+        # Read by others, too.
+        ("y = Add(qk, v)", "m = ReduceMean<keepdims=0>(a)  n = Add(qk, v)  y = Add(n, m)"),
+        ("y = Add(qk, v)", "m = ReduceMean<keepdims=0>(t)  n = Add(qk, v)  y = Add(n, m)"),
+    ],
+)
+def test_a_qkv_is_taken_apart_where_its_views_are_those_that_are_known(right, wrong):
+    shape = (0, -1, 3, 2, 3)
+    views = views_of(QKV, shape)
+    assert views is not None
+    assert views.shape == (0, -1, 2, 3)
+    assert [part.name for part in views.parts] == ["q", "k", "v"]
+    assert right in QKV
+    assert views_of(QKV.replace(right, wrong), shape) is None
+
+
 # -- whose bias rides -----------------------------------------------------------------------------
 
 LAYER = """agraph (float[batch, 3, 5] x, float[batch, 3, 7] r) => (float[batch, 3, 7] y) {{
@@ -484,6 +527,7 @@ LAYER = """agraph (float[batch, 3, 5] x, float[batch, 3, 7] r) => (float[batch, 
         ("y = Add(r, a)", True),
         ("s = Add(r, a)  y = LayerNormalization(s, c)", False),
         ("s = Add(r, a)  n = LayerNormalization(s, c)  y = Add(n, s)", True),
+        ("i = Identity(a)  g = Gelu(a)  y = Add(i, g)", False),
     ],
 )
 def test_a_bias_rides_where_no_runtime_fuses_it(rest, rides):
