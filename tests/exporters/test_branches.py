@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from hhdeploy.adapters.format import Adapter
+from hhdeploy.adapters.format import PARTS, Adapter
 from hhdeploy.backbones.sites import sites_of
 from hhdeploy.bundle import Bundle
 from hhdeploy.errors import BackboneError, PlanError
@@ -468,28 +468,66 @@ def test_two_tokens_are_not_two_images():
 
 # -- a fused qkv ----------------------------------------------------------------------------------
 
-QKV = """agraph (float[batch, 2, 6] x) => (float[batch, 2, 2, 3] y) {
-    p = MatMul(x, w)  a = Add(p, b)  h = Reshape(a, shape)  t = Transpose<perm=[2,0,3,1,4]>(h)
+QKV = """agraph (float[batch, 2, IN] images) => (float[batch, 9] logits) {
+    p = MatMul(images, w)  a = Add(p, b)
+    h = Reshape(a, shape)  t = Transpose<perm=[2,0,3,1,4]>(h)
     q1 = Slice(t, zero, one, zero)  q = Squeeze(q1, zero)
     k1 = Slice(t, one, two, zero)  k = Squeeze(k1, zero)
     v1 = Slice(t, two, three, zero)  v = Squeeze(v1, zero)
     qk = Mul(q, k)  y = Add(qk, v)
+    pooled = ReduceMean<keepdims=0>(y, axes)  logits = Gemm<transB=1>(pooled, head_w, head_b)
 }"""
+# Views that are not the known: tokens before heads, or a product with the bias inside.
+TOKENS_FIRST = QKV.replace("perm=[2,0,3,1,4]", "perm=[2,0,1,3,4]")
+INSIDE = QKV.replace("[batch, 2, IN]", "[batch, IN]").replace(
+    "p = MatMul(images, w)  a = Add(p, b)", "a = Gemm<transB=1>(images, w, b)"
+)
 
 
-def views_of(text: str, shape: Sequence[int]):
-    weights = {"w": random(6, 18), "b": random(18), "shape": np.asarray(shape)}
+def of_one_linear(text: str, path: str, in_: int = 5) -> BaseGraph:
+    """One Linear of 18 features, which are taken apart, and a classifier."""
+    inside = "Gemm<transB=1>(images" in text
+    weights = {"w": random(18, in_) if inside else random(in_, 18), "b": random(18)}
+    weights |= {"head_w": random(9, 3), "head_b": random(9), "axes": np.asarray([1, 2])}
     numbers = {"zero": 0, "one": 1, "two": 2, "three": 3}
     weights |= {name: np.asarray([number]) for name, number in numbers.items()}
-    model = graph(text, weights, {"p": "qkv"})
-    ((linear,),) = linears_by_path(model.graph).values()
-    return qkv_views(linear)
+    weights["shape"] = np.asarray([0, 1 if inside else 2, 3, 2, 3])
+    first = "a" if inside else "p"
+    model = graph(text.replace("IN", str(in_)), weights, {first: path, "logits": "head"})
+    return base_of(model, {path: (18, in_)}, 3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("text", [QKV, TOKENS_FIRST, INSIDE], ids=["known", "tokens", "inside"])
+@pytest.mark.parametrize("target", ["qkv", "proj", "proj:sequential"])
+def test_however_a_linear_is_written_and_read(target, text, bias):
+    """Narrow and wide: its input is padded, or cut, to meet the diagonal."""
+    kind, _, form = target.partition(":")
+    targets = ["q", "k", "v"] if kind == "qkv" else [kind]
+    if not bias:
+        text = text.replace("w, b)", "w)").replace(
+            "a = Add(p, b)\n    h = Reshape(a", "h = Reshape(p"
+        )
+    for in_ in (4, 20):
+        base = of_one_linear(text, f"blocks.0.attn.{kind}", in_)
+        adapter = random_adapter(
+            base.facts, form=form or "additive", targets=targets, r=2, classes=3, parts=PARTS
+        )
+        plan = plan_branches(base.facts, {"one": adapter}, Reserve(keep_backbone_head=True))
+        inputs = random(3, *(int(n) for n in base.model.graph.inputs[0].shape[1:]))
+        with session(folded_model(base, adapter)) as folded, session(base.model) as bare:
+            expected, zero = run(folded, inputs), run(bare, inputs)
+        with session(branched_model(base, plan)) as branched:
+            bank = bank_of(plan, {"one": adapter})
+            found = run(branched, inputs, adapter_ids=ids(1, 0, 1), adapter_bank=bank)
+        assert_parity(expected[[0, 2]], found[[0, 2], :3], "branches", "float32")
+        assert_parity(zero[[1]], found[[1]], "branches", "float32")
+        assert_caught(expected, zero[:, :3], "branches", "float32")
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("perm=[2,0,3,1,4]", "perm=[2,0,1,3,4]"),  # tokens before heads
         ("Slice(t, one, two, zero)", "Slice(t, zero, one, zero)"),  # queries as keys
         ("Slice(t, two, three, zero)", "Slice(t, one, two, zero)"),  # no values
         ("k1 = Slice(t, one, two, zero)  k = Squeeze(k1, zero)", "k = Identity(q)"),
@@ -497,16 +535,20 @@ def views_of(text: str, shape: Sequence[int]):
         # Read by others, too.
         ("y = Add(qk, v)", "m = ReduceMean<keepdims=0>(a)  n = Add(qk, v)  y = Add(n, m)"),
         ("y = Add(qk, v)", "m = ReduceMean<keepdims=0>(t)  n = Add(qk, v)  y = Add(n, m)"),
+        ("perm=[2,0,3,1,4]", "perm=[2,0,1,3,4]"),
     ],
 )
 def test_a_qkv_is_taken_apart_where_its_views_are_those_that_are_known(right, wrong):
-    shape = (0, -1, 3, 2, 3)
-    views = views_of(QKV, shape)
+    def views_of(text: str):
+        ((linear,), _) = linears_by_path(of_one_linear(text, "attn.qkv").model.graph).values()
+        return qkv_views(linear)
+
+    views = views_of(QKV)
     assert views is not None
-    assert views.shape == (0, -1, 2, 3)
+    assert views.shape == (0, 2, 2, 3)
     assert [part.name for part in views.parts] == ["q", "k", "v"]
     assert right in QKV
-    assert views_of(QKV.replace(right, wrong), shape) is None
+    assert views_of(QKV.replace(right, wrong)) is None
 
 
 # -- whose bias rides -----------------------------------------------------------------------------
