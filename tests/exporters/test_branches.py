@@ -474,7 +474,7 @@ QKV = """agraph (float[batch, 2, IN] images) => (float[batch, 9] logits) {
     q1 = Slice(t, zero, one, zero)  q = Squeeze(q1, zero)
     k1 = Slice(t, one, two, zero)  k = Squeeze(k1, zero)
     v1 = Slice(t, two, three, zero)  v = Squeeze(v1, zero)
-    qk = Mul(q, k)  y = Add(qk, v)
+    qk = Mul(q, k)  again = Mul(qk, q)  y = Add(again, v)
     pooled = ReduceMean<keepdims=0>(y, axes)  logits = Gemm<transB=1>(pooled, head_w, head_b)
 }"""
 # Views that are not the known: tokens before heads, or a product with the bias inside.
@@ -533,8 +533,9 @@ def test_however_a_linear_is_written_and_read(target, text, bias):
         ("k1 = Slice(t, one, two, zero)  k = Squeeze(k1, zero)", "k = Identity(q)"),
         ("h = Reshape(a, shape)", "g = Gelu(a)  h = Reshape(g, shape)"),
         # Read by others, too.
-        ("y = Add(qk, v)", "m = ReduceMean<keepdims=0>(a)  n = Add(qk, v)  y = Add(n, m)"),
-        ("y = Add(qk, v)", "m = ReduceMean<keepdims=0>(t)  n = Add(qk, v)  y = Add(n, m)"),
+        ("y = Add(again, v)", "m = ReduceMean<keepdims=0>(a)  n = Add(again, v)  y = Add(n, m)"),
+        ("y = Add(again, v)", "m = ReduceMean<keepdims=0>(t)  n = Add(again, v)  y = Add(n, m)"),
+        ("qk = Mul(q, k)", "o1 = Slice(t, zero, one, zero)  o = Squeeze(o1, zero)  qk = Mul(o, k)"),
         ("perm=[2,0,3,1,4]", "perm=[2,0,1,3,4]"),
     ],
 )
