@@ -90,7 +90,6 @@ def write_twin(model: ir.Model) -> None:
             value.const_value = ir.tensor(exact, name=value.name)
             value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in list(graph):
-        moves = node.op_type in MOVEMENT and any(map(is_float, node.inputs))
         for output in node.outputs:
             low = output.dtype
             if low not in LIMIT:
@@ -100,7 +99,7 @@ def write_twin(model: ir.Model) -> None:
             if node.op_type != "Cast" or not is_float(node.inputs[0]):
                 output.type = ir.TensorType(ir.DataType.FLOAT)
                 _retarget(node, ir.DataType.FLOAT)
-                if moves:
+                if node.op_type in MOVEMENT:
                     continue
                 rounded = _cast_behind(output, low, graph)
             back = _cast_behind(rounded, ir.DataType.FLOAT, graph)

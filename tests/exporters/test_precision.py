@@ -293,6 +293,91 @@ def test_islands_side_by_side_stay_float32() -> None:
     assert dtypes(node(typed, "Transpose")) == [FLOAT]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "op", "high"),
+    [
+        # Arithmetic is float32 where nothing but islands reads it, movement where any does.
+        ("s = Softmax(x)  a = Mul(s, w)  y = Softmax(a)", "Mul", True),
+        ("s = Softmax(x)  a = Mul(s, w)  b = Softmax(a)  y = MatMul(a, b)", "Mul", False),
+        ("s = Softmax(x)  t = Transpose(s)  b = Softmax(t)  y = MatMul(t, b)", "Transpose", True),
+        ("s = Softmax(x)  y = Transpose(s)", "Transpose", True),
+        (
+            "s = Softmax(x)  a = Mul(s, w)  t = Transpose(a)  b = Softmax(t)  y = MatMul(a, b)",
+            "Transpose",
+            False,
+        ),
+        (
+            "r = Relu(x)  m = ReduceMean(r, axis)  t = Transpose(m)  y = MatMul(m, t)",
+            "Transpose",
+            False,
+        ),
+        ("s = Softmax(x)  y = Mul(s, w)", "Mul", False),
+        (
+            "s = Softmax(x)  t = Transpose(s)  m = ReduceMean(t, axis)  n = MatMul(t, w)"
+            "  y = Mul(n, m)",
+            "Transpose",
+            True,
+        ),
+        # What is joined with an island's result stays with it.
+        (
+            "s = Softmax(x)  r = Relu(x)  c = Concat<axis=1>(s, r)  d = Softmax(c)"
+            "  y = MatMul(d, v)",
+            "Concat",
+            True,
+        ),
+        # A statistic of a row is one also once it is moved, and beside a constant.
+        (
+            "r = Relu(x)  m = ReduceMean<keepdims=0>(r, axis)  u = Unsqueeze(m, axis)"
+            "  c = Sub(r, u)  y = MatMul(c, w)",
+            "Sub",
+            True,
+        ),
+        (
+            "r = Relu(x)  m = ReduceMax(r, axis)  e = Exp(m)  c = Mul(r, e)  y = MatMul(c, w)",
+            "Mul",
+            True,
+        ),
+        # What a statistic was taken from is none.
+        (
+            "r = Relu(x)  m = ReduceMean(r, axis)  c = Sub(r, m)  d = Mul(c, w)  y = MatMul(d, w)",
+            "Mul",
+            False,
+        ),
+        ("s = Softmax(x)  e = Exp(s)  r = Relu(x)  c = Mul(r, e)  y = MatMul(c, w)", "Mul", False),
+    ],
+)
+@pytest.mark.parametrize("precision", TYPED)
+def test_which_side_it_is_on(precision: str, nodes: str, op: str, high: bool) -> None:
+    model = graph(
+        f"""agraph (float[2,2] x) => (float[2,2] y)
+        <float[2,2] w = {{1,2,3,4}}, float[4,2] v = {{1,2,3,4,5,6,7,8}}, int64[1] axis = {{1}}>
+        {{ {nodes} }}"""
+    )
+    typed = typed_model(model, precision)
+    assert node(typed, op).metadata_props[PRECISION_TAG] == ("float32" if high else precision)
+    onnx.checker.check_model(ir.to_proto(typed), full_check=True)
+
+
+def test_scales_of_a_resize_are_float32() -> None:
+    model = graph(
+        """agraph (float[1,1,2,2] x) => (float[1,1,4,4] y) <float[4] scales = {1,1,2,2}>
+        { r = Relu(x)  y = Resize(r, , scales) }"""
+    )
+    typed = typed_model(model, "float16")
+    assert dtypes(node(typed, "Resize")) == [LOW["float16"], FLOAT]
+    onnx.checker.check_model(ir.to_proto(typed), full_check=True)
+
+
+def test_a_graph_with_branches_is_refused() -> None:
+    model = graph(
+        """agraph (float[2] x, bool which) => (float[2] y)
+        { y = If(which) < then_branch = one () => (float[2] a) { a = Relu(x) },
+                          else_branch = two () => (float[2] b) { b = Neg(x) } > }"""
+    )
+    with pytest.raises(PlanError, match=r"subgraphs \(If, Loop\) cannot be typed"):
+        typed_model(model, "float16")
+
+
 def test_casts_are_shared_and_placed_before_movement() -> None:
     model = graph(
         """agraph (float[2,2] x) => (float[2,2] y) <float[2,2] w = {1,2,3,4}>
@@ -346,7 +431,7 @@ def test_division_by_a_constant_is_a_scale() -> None:
 
 def test_weight_that_overflows_is_an_error() -> None:
     model = graph(
-        """agraph (float[1,2] x) => (float[1,1] y) <float[2,1] fat = {-70000, 3}>
+        """agraph (float[1,2] x) => (float[1,1] y) <float[2,1] fat = {-70000, 66000}>
         { y = MatMul(x, fat) }"""
     )
     with pytest.raises(PlanError, match=r"^fat: its largest value, -70000, .*65504.*bfloat16"):
@@ -354,6 +439,43 @@ def test_weight_that_overflows_is_an_error() -> None:
     with pytest.raises(PlanError, match="fat"):
         twin_of(model, "float16")
     typed_model(model, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weight"),
+    [
+        ("a = Add(r, c)  y = Softmax(a)", False),
+        ("a = Add(r, c)  b = Mul(a, half)  t = Transpose<perm=[1,0]>(b)  y = Softmax(t)", False),
+        ("e = Expand(c, shape)  a = Add(r, e)  y = Softmax(a)", False),
+        ("y = Max(r, c)", False),
+        ("a = Add(r, c)  y = Relu(a)", True),
+        ("a = Mul(r, c)  y = Softmax(a)", True),
+        ("e = Expand(c, shape)  y = MatMul(r, e)", True),
+        ("p = Pad(c, pads)  y = MatMul(r, p)", True),
+        ("g = Greater(r, half)  y = Where(g, r, c)", True),
+        # As a mask, and otherwise.
+        ("a = Add(r, c)  s = Softmax(a)  y = MatMul(s, c)", True),
+        (
+            "d, e = Split<axis=0, num_outputs=2>(both)  a = Add(r, d)  s = Softmax(a)"
+            "  y = MatMul(s, e)",
+            True,
+        ),
+    ],
+)
+def test_what_masks_or_bounds_is_clamped_and_no_weight_is(nodes: str, weight: bool) -> None:
+    model = graph(
+        f"""agraph (float[2,2] x) => (float[2,2] y)
+        <float[2,2] c = {{0, -70000, 0, 0}}, float[4,2] both = {{0, -70000, 0, 0, 1, 1, 1, 1}},
+        float half = {{0.5}}, int64[2] shape = {{2, 2}}, int64[4] pads = {{0, 0, 0, 0}}>
+        {{ r = Relu(x)  {nodes} }}"""
+    )
+    if weight:
+        with pytest.raises(PlanError, match=r"^(c|both): its largest value, -70000"):
+            typed_model(model, "float16")
+        return
+    low = typed_model(model, "float16").graph.initializers["c"].const_value
+    assert low is not None
+    assert np.array_equal(low.numpy(), np.array([[0, -65504], [0, 0]], np.float16))
 
 
 def test_bank_constant_that_overflows_is_an_error(base: BaseGraph, plan: Plan) -> None:
@@ -379,6 +501,13 @@ def test_mask_is_clamped(precision: str, largest: float) -> None:
     assert np.array_equal(mask.numpy(), expected)
     found = run(twin_of(graph(MASK), precision), x=np.zeros((2, 2), np.float32))
     assert np.array_equal(found, [[1, 0], [0.5, 0.5]])
+    model = graph(MASK)
+    both = np.array([[0, -np.finfo(np.float32).max], [0, -np.inf]], np.float32)
+    model.graph.initializers["mask"].const_value = ir.tensor(both, name="mask")
+    low = typed_model(model, precision).graph.initializers["mask"].const_value
+    assert low is not None
+    expected[1, 1] = -np.inf
+    assert np.array_equal(low.numpy(), expected)
 
 
 def test_infinite_fill_and_nan_stay() -> None:
@@ -419,7 +548,18 @@ def test_shapes_integers_and_comparisons_are_left_alone() -> None:
     assert node(typed, "Greater").outputs[0].dtype == ir.DataType.BOOL
     assert node(typed, "ConstantOfShape").outputs[0].dtype == LOW["float16"]
     x = np.array([[0.25, 1.0]], np.float32)
-    assert np.array_equal(run(typed, x=x), [[1.5, 1.0]])
+    for made in (typed, rounding_twin(typed)):
+        assert np.array_equal(run(made, x=x), [[1.5, 1.0]])
+
+
+def test_an_output_of_integers_stays_one() -> None:
+    model = graph(
+        """agraph (float[2,3] x) => (int64[2,1] y) <float[3,3] w = {0,1,0, 1,0,0, 0,0,1}>
+        { a = MatMul(x, w)  y = ArgMax<axis=1>(a) }"""
+    )
+    for made in (typed_model(model, "float16"), twin_of(model, "float16")):
+        (output,) = made.graph.outputs
+        assert (output.name, output.dtype) == ("y", ir.DataType.INT64)
 
 
 def test_missing_types_are_inferred() -> None:
