@@ -20,7 +20,7 @@ from hhdeploy.errors import BundleError
 from hhdeploy.exporters.writer import rename_weights, save_graph
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
 from hhdeploy.files.writing import sha256_of
-from hhdeploy.verifying.contents import check_contents
+from hhdeploy.verifying.contents import _not_rounded, check_contents
 from hhdeploy.verifying.graphs import add_typed_graph
 from tests.once import made_once
 from tests.workshop import copy_bundle, run_python
@@ -105,6 +105,36 @@ def test_a_constant_that_a_graph_in_16_bits_does_not_have(typed, tmp_path):
         check_contents(Bundle.open(bundle), ["float16"])
 
 
+def test_constants_in_16_bits_are_those_of_float32_and_no_others():
+    """Rounded, clamped and beside a copy in float32; infinities stay."""
+
+    def constants(**arrays: NDArray) -> ir.Graph:
+        values = [
+            ir.Value(name=name, const_value=ir.tensor(array, name=name))
+            for name, array in arrays.items()
+        ]
+        return ir.Graph([], [], nodes=[], initializers=values)
+
+    mask = np.asarray([-3e38, -np.inf, 1.0001], np.float32)
+    plain = {"w": np.asarray([1.0001, 2], np.float32), "mask": mask, "size": np.asarray([1, 3])}
+    low = np.asarray([-65504, -np.inf, 1], np.float16)
+    w = plain["w"].astype(np.float16)
+    right = {**plain, "w/float16": w, "mask": low}
+
+    def wrong(**changed: NDArray) -> list[str]:
+        return list(_not_rounded(constants(**plain), constants(**{**right, **changed}), "float16"))
+
+    assert not wrong()
+    assert wrong(more=w) == ["more"]
+    assert wrong(mask=np.asarray([-np.inf, -np.inf, 1], np.float16)) == ["mask"]
+    assert wrong(size=np.asarray([1, 4])) == ["size"]
+    assert wrong(size=np.asarray([[1, 3]])) == ["size"]
+    assert wrong(size=np.asarray([1, 3], np.uint64)) == ["size"]
+    assert wrong(**{"w/float16": w[::-1]}) == ["w/float16"]
+    del right["size"]
+    assert wrong() == ["size"]
+
+
 def test_against_torch_too(typed, workshop, tmp_path):
     bundle = copy_bundle(typed, tmp_path / "bundle")
     plant(bundle, "bfloat16", "blocks.0.mlp.fc1.weight_t", negate)
@@ -147,7 +177,8 @@ def test_the_graph_of_another_precision(typed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("which", "key"), [("small", "mean"), ("small", "backbone_sha256"), ("whole", "adapters")]
+    ("which", "key"),
+    [("small", "mean"), ("small", "std"), ("small", "backbone_sha256"), ("whole", "adapters")],
 )
 def test_a_manifest_that_the_graph_contradicts(request, workshop, tmp_path, which, key):
     bundle = tmp_path / "bundle"
@@ -159,9 +190,9 @@ def test_a_manifest_that_the_graph_contradicts(request, workshop, tmp_path, whic
     file = bundle / "hhdeploy.json"
     content = json.loads(file.read_text())
     backbone = content["backbone"]
-    if key == "mean":  # where clients without Python read it, too
-        backbone["preprocess"]["mean"][0] = 0.25
-        backbone["preprocess_graph"]["inputs"]["mean"]["value"][0] = 0.25
+    if key in ("mean", "std"):  # where clients without Python read it, too
+        backbone["preprocess"][key][0] = 0.25
+        backbone["preprocess_graph"]["inputs"][key]["value"][0] = 0.25
     elif key == "adapters":
         for entry in (backbone, *content["adapters"]):
             entry["class_names"] = [f"other {i}" for i in range(backbone["classes"])]
