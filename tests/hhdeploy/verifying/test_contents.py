@@ -130,6 +130,7 @@ def test_constants_in_16_bits_are_those_of_float32_and_no_others():
     assert wrong(size=np.asarray([1, 4])) == ["size"]
     assert wrong(size=np.asarray([[1, 3]])) == ["size"]
     assert wrong(size=np.asarray([1, 3], np.uint64)) == ["size"]
+    assert wrong(size=np.asarray([1, 3], np.float16)) == ["size"]
     assert wrong(**{"w/float16": w[::-1]}) == ["w/float16"]
     del right["size"]
     assert wrong() == ["size"]

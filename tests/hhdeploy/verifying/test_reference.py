@@ -65,6 +65,9 @@ def test_a_manifest_of_fewer_or_more_classes_than_the_reference(request, which, 
     entry = manifest.adapters[0]
     own = logits[ids == (entry.row or 0)]
     check_columns(bundle, entry.name, own)
+    ruled_out = own.copy()
+    ruled_out[0, entry.classes - 1] = -np.inf  # of one image: the model's own answer
+    check_columns(bundle, entry.name, ruled_out)
     others = (replace(entry, classes=entry.classes + change), *manifest.adapters[1:])
     wrong = replace(bundle, manifest=replace(manifest, adapters=others))
     message = rf"{entry.name}: expected {entry.classes} classes, .* found {entry.classes + change}"
