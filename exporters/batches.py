@@ -179,4 +179,4 @@ def _sample(x: torch.Tensor) -> torch.Tensor:
     chosen = torch.randint(
         halves.shape[1], (_SAMPLE,), generator=torch.Generator().manual_seed(_SEED)
     )
-    return halves[:, chosen.to(x.device)].clone()
+    return halves[:, chosen.to(x.device)]  # a copy: indices make no view
