@@ -7,6 +7,8 @@ import functools
 from dataclasses import replace
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ from hhdeploy.backbones.sites import sites_of
 from hhdeploy.errors import BackboneError
 from hhdeploy.exporters.branches import branched_model
 from hhdeploy.exporters.fold import folded_model
+from hhdeploy.exporters.tags import MIXED_TAG, tag_linears, tag_mixed
 from hhdeploy.exporters.trace import base_graph
+from hhdeploy.graph import LINEAR_TAG
 from hhdeploy.plan import Reserve, plan_branches
 from hhdeploy.training import attach
 from tests.parity.ladder import run, session
@@ -80,6 +84,79 @@ def test_each_image_has_its_own_adapter_however_the_product_is_written(how):
 def test_what_reads_a_weight_or_adds_a_constant_besides_makes_it_no_site(how):
     """A changed weight would change it in the model, and not in the graph."""
     assert list(sites_of(traced(how).facts.linears)) == ["mlp.fc1"]
+
+
+PRODUCT = "t = Transpose<perm=[1,0]>(W)  p = MatMul(x, t)"
+FC1, FC2, PACKED = "mlp.fc1", "mlp.fc2", "attn.in_proj"
+
+
+def tagged(nodes: str, path: str, rank: int = 2) -> ir.Graph:
+    """A graph in which W and B have the names of a Linear's weight and bias, and C has none."""
+    start, _, last = path.rpartition(".in_proj")
+    names = (
+        {"W": f"{start}.in_proj_weight", "B": f"{start}.in_proj_bias"}
+        if start
+        else {"W": f"{last}.weight", "B": f"{last}.bias"}
+    )
+    kind = f"float[{','.join('4' * rank)}]"
+    text = f"""<ir_version: 9, opset_import: ["": 20]> agraph ({kind} x) => ({kind} y)
+        <{kind} W, float[4] B, float[4] C> {{ {nodes} }}"""
+    proto = onnx.parser.parse_model(text)
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    del proto.graph.value_info[:]
+    for name, array in (("W", np.ones((4,) * rank)), ("B", np.ones(4)), ("C", np.ones(4))):
+        constant = onnx.numpy_helper.from_array(array.astype(np.float32), names.get(name, name))
+        proto.graph.initializer.append(constant)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
+    tag_linears(model.graph)
+    return model.graph
+
+
+@pytest.mark.parametrize(
+    ("nodes", "path", "is_one"),
+    [
+        (f"{PRODUCT}  y = Add(p, B)", FC2, True),
+        (f"{PRODUCT}  y = Add(p, B)", PACKED, True),
+        ("y = Gemm<transB=1>(x, W, B)", FC2, True),
+        ("y = Gemm<transB=1>(x, W)", FC2, True),
+        # Another product, or another place in it.
+        ("y = Gemm(x, W, B)", FC2, False),
+        ("y = Gemm<transB=1>(x, x, W)", FC1, False),
+        ("t = Transpose<perm=[1,0]>(W)  y = MatMul(t, x)", FC2, False),
+        ("t = Transpose<perm=[1,0]>(W)  y = Mul(x, t)", FC2, False),
+        # What reads the weight or the bias besides.
+        (f"{PRODUCT}  n = ReduceSum(W)  y = Add(p, n)", FC1, False),
+        (f"{PRODUCT}  a = Add(p, B)  y = Mul(a, B)", FC1, False),
+        (f"{PRODUCT}  a = Add(p, B)  y = Mul(a, B)", PACKED, False),
+        (f"{PRODUCT}  y = Mul(p, B)", FC1, False),
+        (f"{PRODUCT}  a = Add(p, B)  b = Add(x, B)  y = Mul(a, b)", FC1, False),
+        # Another constant, which the sequential form would multiply.
+        (f"{PRODUCT}  y = Add(p, C)", FC1, True),
+        (f"{PRODUCT}  y = Add(p, C)", FC2, False),
+        (f"{PRODUCT}  y = Add(C, p)", FC2, False),
+        (f"{PRODUCT}  c = Sqrt(C)  y = Add(p, c)", FC2, False),
+        ("y = Gemm<transB=1>(x, W, C)", FC2, False),
+        (f"{PRODUCT}  y = Add(p, x)", FC2, True),
+        (f"{PRODUCT}  r = Relu(x)  y = Add(p, r)", FC2, True),
+        (f"{PRODUCT}  a = Add(p, C)  y = Mul(a, p)", FC2, True),  # not to all that reads it
+    ],
+)
+def test_which_products_are_a_linear(nodes, path, is_one):
+    found = [node.metadata_props.get(LINEAR_TAG) for node in tagged(nodes, path)]
+    assert [name for name in found if name] == ([path] if is_one else [])
+
+
+def test_a_weight_of_three_dimensions_is_no_linear_s():
+    graph = tagged("t = Transpose<perm=[0,2,1]>(W)  y = MatMul(x, t)", FC1, rank=3)
+    assert not any(LINEAR_TAG in node.metadata_props for node in graph)
+
+
+def test_a_linear_that_mixes_the_images_is_marked():
+    for mixed, count in (({FC2}, 1), ({FC1}, 0), (set(), 0)):
+        graph = tagged(f"{PRODUCT}  y = Add(p, B)", FC2)
+        tag_mixed(graph, mixed)
+        assert sum(MIXED_TAG in node.metadata_props for node in graph) == count
 
 
 @pytest.mark.parametrize("how", ["dropout", "noise", "python", "calls", "attention"])

@@ -14,7 +14,8 @@ from hhdeploy import export, verify, verify_against_torch
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import BundleError
-from hhdeploy.verifying.originals import _alike, _named, check_stated
+from hhdeploy.graph import LINEAR_TAG
+from hhdeploy.verifying.originals import _alike, _named, _scaled, check_stated
 from tests.hhdeploy.verifying.test_contents import plant
 from tests.workshop import copy_bundle
 
@@ -76,20 +77,46 @@ def test_convolutions_that_have_taken_a_batchnorm_in(normalised, tmp_path):
         verify_against_torch(bundle, checkpoint=checkpoint, verify_images=1)
 
 
-@pytest.mark.parametrize(("factor", "compared"), [(1.0, True), (1.5, False)])
-def test_biases_are_compared_where_no_batchnorm_has_moved_them(factor, compared):
+@pytest.mark.parametrize(
+    ("op", "factor", "known"),
+    [
+        *(("Conv", 1.0, "both"), ("Conv", 1.5, "multiple"), ("Gemm", 1.5, "multiple")),
+        # Its filters are not in the first dimension.
+        *(("ConvTranspose", 1.0, "both"), ("ConvTranspose", 1.5, "nothing")),
+        *(("a Linear", 1.0, "both"), ("a Linear", 1.5, "wrong")),
+    ],
+)
+def test_biases_are_compared_where_no_batchnorm_has_moved_them(op, factor, known):
     random = np.random.default_rng(5)
-    weight, bias = (random.normal(size=size).astype(np.float32) for size in ((4, 3, 1, 1), 4))
-    image = ir.Value(name="x", shape=ir.Shape([1, 3, 2, 2]), type=ir.TensorType(ir.DataType.FLOAT))
+    weight = random.normal(size=(4, 3) if op in ("Gemm", "a Linear") else (4, 3, 1, 1))
+    weight, bias = weight.astype(np.float32), random.normal(size=4).astype(np.float32)
+    image = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
     values = [
         ir.Value(name=name, const_value=ir.tensor(array, name=name))
         for name, array in (("stem.weight", weight * np.float32(factor)), ("stem.bias", -bias))
     ]
-    node = ir.node("Conv", [image, *values])
+    node = ir.node("Gemm" if op == "a Linear" else op, [image, *values])
+    if op == "a Linear":
+        node.metadata_props[LINEAR_TAG] = "stem"
     graph = ir.Graph([image], node.outputs, nodes=[node], initializers=values)
-    known = {"stem.weight": weight, "stem.bias": bias}
-    found = {n: _alike(*both) for name in known for n, *both in _named(graph, name, known)}
-    assert found == {"stem.weight": True} | ({"stem.bias": False} if compared else {})
+    right = {"stem.weight": weight, "stem.bias": bias}
+    found = {n: _alike(*both) for name in right for n, *both in _named(graph, name, right)}
+    assert (
+        found
+        == {
+            "both": {"stem.weight": True, "stem.bias": False},
+            "multiple": {"stem.weight": True},
+            "nothing": {},
+            "wrong": {"stem.weight": False, "stem.bias": False},
+        }[known]
+    )
+
+
+def test_what_is_alike():
+    weight = np.asarray([[1.0, 2.0], [0.0, 0.0]])
+    assert np.array_equal(_scaled(weight, 3 * weight), 3 * weight), "a filter of zeros too"
+    assert _alike(np.asarray([np.nan, 1.0]), np.asarray([np.nan, 1.0]))
+    assert not _alike(np.asarray([[1.0, 2.0]]), np.asarray([[1.0, 2.0], [1.0, 2.0]]))
 
 
 @pytest.mark.parametrize(("key", "wrong"), [("classifier", "blocks.0.mlp.fc1"), ("dim", 7)])
