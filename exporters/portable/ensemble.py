@@ -64,9 +64,7 @@ def preprocessing(graph: bytes, adapters: Sequence[AdapterEntry]) -> onnx.ModelP
         numpy_helper.from_array(np.asarray(size, np.int64), "image_size"),
     ]
     taken = [helper.make_tensor_value_info(PICTURES, TensorProto.UINT8, ["batch", "h", "w", 3])]
-    out = inner.output[0].type.tensor_type.shape.dim
-    out[0].Clear()
-    out[0].dim_param = "batch"
+    inner.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     return _model(
         "pictures",
         [*nodes, *inner.node, *named],

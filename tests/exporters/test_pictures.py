@@ -189,8 +189,9 @@ def test_a_wrong_graph_or_number_shows(photo):
     assert found > 3 * allowed
 
 
-def test_the_files_are_small_and_of_an_old_format(tmp_path):
-    write_picture_graphs(tmp_path, 3)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_files_are_small_and_of_an_old_format(tmp_path, channels):
+    write_picture_graphs(tmp_path, channels)
     files = sorted(p.name for p in tmp_path.iterdir())
     assert files == sorted(f"preprocess.{c}.{f}.onnx" for c in CROP_MODES for f in GRAPH_FILTERS)
     for file in files:

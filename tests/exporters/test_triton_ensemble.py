@@ -19,6 +19,7 @@ from hhdeploy.adapters.checks import BACKBONE
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import PlanError, WriteError
+from hhdeploy.exporters.portable.ensemble import _names
 from hhdeploy.exporters.triton import TritonOptions, requestable
 from hhdeploy.preprocess import open_image
 from hhdeploy.repositories.triton import write_triton_repository
@@ -205,6 +206,14 @@ def mixed(small, tmp_path_factory):
     gamma = replace(gamma, preprocess=replace(gamma.preprocess, crop_mode="border", crop_pct=0.7))
     write_manifest(path, replace(manifest, adapters=(alpha, gamma)))
     return path
+
+
+def test_names_of_classes_are_text_that_a_graph_holds(small):
+    """JSON allows lone surrogates, UTF-8 does not."""
+    entry = Bundle.open(small).manifest.adapters[0]
+    names = ("\ud800", "é", *entry.class_names[2:])
+    told = _names(entry.classes + 1, [replace(entry, class_names=names)]).string_data
+    assert [text.decode() for text in told] == ["?", *names[1:], ""]
 
 
 def test_an_ensemble_for_each_way_to_make_images(mixed, pictures, tmp_path):
