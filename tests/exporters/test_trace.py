@@ -27,7 +27,7 @@ from hhdeploy.exporters.trace import base_graph, default_cache, trace
 from hhdeploy.exporters.writer import save_graph
 from hhdeploy.files.caches import CacheWarning, clear, stored_in
 from hhdeploy.graph import LINEAR_TAG, linears_by_path
-from tests.exporters.synthetic import fingerprint
+from tests.exporters.synthetic import fingerprint, graph, random
 from tests.parity.architectures import traced
 from tests.parity.ladder import run, session
 from tests.support import (
@@ -226,6 +226,49 @@ def test_a_large_linear_that_is_called_twice_has_one_weight():
     with session(base.model) as runner:
         logits = run(runner, inputs)
     assert_parity(logits_of(backbone.model, inputs), logits, "folded", "float32")
+
+
+def test_a_weight_is_read_once_in_each_order_of_its_dimensions():
+    text = """agraph (float[3, 3] images) => (float[3, 3] logits) {
+        a = Transpose<perm=[1,0]>(w)  b = Transpose<perm=[1,0]>(w)  c = Transpose<perm=[0,1]>(w)
+        d = Transpose<perm=[1,0]>(images)  e = Transpose<perm=[1,0]>(images)
+        ab = MatMul(a, b)  cd = MatMul(c, d)  abe = MatMul(ab, e)  logits = Add(abe, cd)
+    }"""
+    model, x = graph(text, {"w": random(3, 3)}, {}), random(3, 3)
+    with session(model) as before:
+        expected = run(before, x)
+    trace_module._read_once(model.graph)
+    left = [n.outputs[0].name for n in model.graph if n.op_type == "Transpose"]
+    assert left == ["a", "c", "d", "e"]
+    with session(model) as after:
+        assert np.array_equal(run(after, x), expected)
+
+
+def test_pads_of_nothing_are_gone():
+    text = """agraph (float[3, 3] images) => (float[3, 4] y, float[3, 4] z) {
+        a = Pad(images, nothing)  b = Pad(a, something)  y = Relu(b)  z = Pad(b, nothing)
+    }"""
+    pads = {"nothing": np.asarray([0, 0, 0, 0]), "something": np.asarray([0, 0, 0, 1])}
+    model = graph(text, pads, {})
+    trace_module._remove_empty_pads(model.graph)
+    assert [node.outputs[0].name for node in model.graph] == ["b", "y", "z"]
+
+
+def test_outputs_but_the_logits_have_nodes_of_their_own():
+    text = """agraph (float[3, 3] images) => (float[3, 3] logits, float[3, 3] features) {
+        features = Relu(images)  logits = Neg(features)
+    }"""
+    model, x = graph(text, {}, {}), random(3, 3)
+    trace_module._set_apart(model.graph)
+    assert [node.op_type for node in model.graph] == ["Relu", "Identity", "Neg"]
+    logits, features = model.graph.outputs
+    assert (logits.name, features.name) == ("logits", "features")
+    assert logits.producer().op_type == "Neg"
+    assert features.producer().op_type == "Identity"
+    assert not features.uses()
+    with session(model) as found:
+        for output, expected in (("features", np.maximum(x, 0)), ("logits", -np.maximum(x, 0))):
+            assert np.array_equal(found.run([output], {"images": x})[0], expected)
 
 
 def test_folding_one_layer_leaves_its_twins_alone():
