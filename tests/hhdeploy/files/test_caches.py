@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hhdeploy.errors import PlanError, ReadError, WriteError
-from hhdeploy.files import scratch
+from hhdeploy.files import caches, scratch
 from hhdeploy.files.caches import (
     DEFAULT_LIMIT,
     CacheWarning,
@@ -62,6 +62,10 @@ def there(*entries):
 
 def names(directory):
     return sorted(p.name for p in directory.iterdir())
+
+
+def test_a_key_tells_where_a_fact_ends():
+    assert key_of("1.2", "34") != key_of("1.23", "4") != key_of("1.234")
 
 
 # --- one entry ----------------------------------------------------------------------------------
@@ -275,8 +279,9 @@ def test_what_was_stored_now_stays_beside_entries_of_the_future(root, monkeypatc
 
 def test_an_entry_that_another_user_keeps_is_no_error(root, monkeypatch):
     monkeypatch.setenv(LIMIT, "150")
-    old, rename = put(blob(root, 1)), Path.rename
-    os.utime(old.path, (1, 1))
+    older, old, rename = put(blob(root, 0), 50), put(blob(root, 1)), Path.rename
+    os.utime(older.path, (1, 1))
+    os.utime(old.path, (2, 2))
 
     def refuse(path, target):
         if path == old.path:
@@ -284,7 +289,7 @@ def test_an_entry_that_another_user_keeps_is_no_error(root, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    assert there(old, put(blob(root, 2))) == [True, True]
+    assert there(old, put(blob(root, 2)), older) == [True, True, False]
     with pytest.raises(WriteError, match=r"Could not remove .*Permission denied"):
         clear(root)
 
@@ -346,7 +351,8 @@ def test_kinds_are_cleared_apart(root):
 
 def test_other_things_in_the_directory_are_left_alone(root, monkeypatch):
     """Somebody may keep a cache in a directory of his own."""
-    for name in ("base/mine/a", "base/.hidden/a", "kernels/notes.txt", "kernels/.new", "photos/b"):
+    copy = f"kernels/{key_of('1')}.bin-copy"
+    for name in ("base/mine/a", "base/.hidden/a", copy, "kernels/.new", "photos/b"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("precious")
     before = contents(root)
@@ -355,6 +361,17 @@ def test_other_things_in_the_directory_are_left_alone(root, monkeypatch):
     put(blob(root, 2))
     assert len(clear(root)) == 1
     assert contents(root) == before
+
+
+def test_what_another_process_removes_meanwhile_is_no_error(root, monkeypatch):
+    put(blob(root, 1))
+    listed = stored_in(root)
+    clear(root)
+    monkeypatch.setattr(caches, "stored_in", lambda root: listed)
+    assert clear(root) == []
+    monkeypatch.undo()
+    blob(root, 1).path.symlink_to("gone")  # as one that goes between its listing and its size
+    assert stored_in(root) == []
 
 
 def test_a_cache_that_cannot_be_read_is_told(root, monkeypatch):

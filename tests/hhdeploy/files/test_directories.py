@@ -477,6 +477,16 @@ def test_a_file_in_it_that_cannot_be_written_is_told_of_the_whole(tmp_path, monk
     assert names(tmp_path) == []
 
 
+def test_what_cannot_be_written_elsewhere_meanwhile_is_told_of_that_place(tmp_path):
+    """Such as a cache, or a file of temporary ones: the directory itself is not at fault."""
+    with (
+        pytest.raises(WriteError, match=f"^Could not write {tmp_path}/gone/b.json: No such file"),
+        atomic_directory(tmp_path / "out", overwrite=False, kind=ANY),
+    ):
+        write_json(tmp_path / "gone" / "b.json", {})
+    assert names(tmp_path) == []
+
+
 # --- systems without an exchange ------------------------------------------------------------------
 
 
