@@ -171,12 +171,12 @@ def _raise(error: OSError) -> None:
 
 
 def _stood_in(path: Path) -> bool:
-    """Whether this process, and so the shell that started it, stands in a directory or below."""
+    """Whether this process, and so the shell that started it, stands in a directory or below, whose
+    path is that of `_place`: nobody stands in a link, but where it leads to."""
     try:
-        here = Path.cwd()
+        return Path.cwd().is_relative_to(path)
     except FileNotFoundError:  # it was removed
         return False
-    return here.is_relative_to(os.path.realpath(path)) and not path.is_symlink()
 
 
 @contextlib.contextmanager

@@ -219,10 +219,14 @@ def test_an_empty_directory_is_taken(tmp_path):
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path, monkeypatch, exchange):
+    """So it may be another user's, and where one stands."""
     if not exchange:
         monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: None)
     (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "theirs").write_text("theirs")
     (tmp_path / "link").symlink_to("real")
+    others(monkeypatch, tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "real")
     with (
         pytest.raises(WriteError, match="already exists"),
         atomic_directory(tmp_path / "link", overwrite=False, kind=ANY),
@@ -230,7 +234,7 @@ def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path, monkeypatch, exch
         pytest.fail("the block must not run")
     with atomic_directory(tmp_path / "link", overwrite=True, kind=ANY) as scratch:
         (scratch / "a").write_text("x")
-    assert names(tmp_path / "real") == []
+    assert names(tmp_path / "real") == ["theirs"]
     assert names(tmp_path / "link") == ["a"]
     assert not (tmp_path / "link").is_symlink()
     assert names(tmp_path) == ["link", "real"]
@@ -441,8 +445,11 @@ def test_what_is_no_plain_file_is_somebody_s_too(tmp_path, source, kind, where, 
 
 
 def test_a_bundle_without_adapters_is_one(tmp_path):
-    """Their empty folder stays when the last one is removed."""
+    """Their empty folder stays when the last one is removed, and their own where files are lost."""
     path = copy_bundle(WITNESS / "branches", tmp_path / "bundle")
+    for file in (path / "adapters" / "gamma").iterdir():
+        file.unlink()
+    assert BUNDLE.foreign(path) is None
     for name in names(path / "adapters"):
         remove_adapter(path, name)
     assert names(path / "adapters") == []
@@ -656,6 +663,16 @@ def test_what_one_stands_in_is_not_replaced(tmp_path, monkeypatch, below):
     assert names(old) == ["deep", "old.txt"]
 
 
+def test_who_stands_in_a_directory_that_is_gone_may_write_elsewhere(tmp_path, monkeypatch):
+    old, gone = old_directory(tmp_path), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with atomic_directory(old, overwrite=True, kind=ANY) as scratch:
+        (scratch / "a").write_text("x")
+    assert names(old) == ["a"]
+
+
 def others(monkeypatch, folder):
     """``folder`` is another user's: whoever runs the tests may do everything."""
     real = os.access
@@ -664,14 +681,14 @@ def others(monkeypatch, folder):
     )
 
 
-@pytest.mark.parametrize("where", [".", "deep", "deep/deeper"])
+@pytest.mark.parametrize("where", ["..", ".", "deep", "deep/deeper"])
 def test_what_could_not_be_removed_is_not_replaced(tmp_path, monkeypatch, where):
     """A hidden directory with another user's files stayed for ever."""
     old = old_directory(tmp_path)
     (old / "deep" / "deeper").mkdir(parents=True)
     (old / "deep" / "deeper" / "a").write_text("a")
     before = contents(old)
-    others(monkeypatch, old / where)
+    others(monkeypatch, Path(os.path.normpath(old / where)))
     with (
         pytest.raises(WriteError, match=r"out: expected .*may not change .*belongs to user \d+"),
         atomic_directory(old, overwrite=True, kind=ANY),
